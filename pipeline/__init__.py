@@ -1,0 +1,3 @@
+"""Enginesmith: from a Hugging Face model to a checked, published FP8 inference engine."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Checks that the compiler was handed the graph that we wrote."""

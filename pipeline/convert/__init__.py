@@ -1,0 +1,1 @@
+"""From the unified FP8 checkpoint to what a compiler reads."""

@@ -1,0 +1,1 @@
+"""What follows from the recipe alone: does it fit, what is its ceiling, what is known to be bad."""

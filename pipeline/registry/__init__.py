@@ -1,0 +1,1 @@
+"""Packages, references and the folder they are published to."""

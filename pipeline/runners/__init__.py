@@ -1,0 +1,1 @@
+"""What executes a graph or a model: one decode loop, several runtimes."""
