@@ -105,8 +105,8 @@ def locked(path: Path) -> Iterator[None]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A private folder beside `target` that becomes `target` by one rename when the block ends.
 
-    On any exception, Ctrl-C included, the private folder is removed. If `target` appeared meanwhile,
-    it stays and the private folder is dropped.
+    On any exception, Ctrl-C included, the private folder is removed. If `target` appeared
+    meanwhile, it stays and the private folder is dropped.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep_leftovers(target.parent)

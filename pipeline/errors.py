@@ -32,7 +32,7 @@ class ExitCode(IntEnum):
 
 
 class PipelineError(Exception):
-    """A failure that the user can understand and act on; exit 1 unless a subclass says otherwise."""
+    """A failure that the user can act on; exit 1 unless a subclass says otherwise."""
 
     exit_code: ExitCode = ExitCode.FAILED
 

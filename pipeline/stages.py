@@ -38,7 +38,7 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """Under which terms the weights are: SPDX identifier, and the files in `Weights.dir` that say so."""
+    """Terms of the weights: SPDX identifier, and the files in `Weights.dir` that state them."""
 
     spdx: str
     files: tuple[str, ...] = ()
