@@ -18,7 +18,8 @@ class Target:
         id: Short name used in variants and on the command line, such as `rtx4090`.
         card: What NVML calls it, spaces as dashes: `NVIDIA-GeForce-RTX-4090`.
         sm: Compute capability x 10 (89 = Ada).
-        memory_gib: Device memory, GiB.
+        memory_gib: Device memory as NVML reports it, GiB, rounded down: what can be allocated is a
+            little less than what is sold, and 6 % less on GDDR6 cards with ECC on.
         bandwidth_gb_s: Peak memory bandwidth, 10^9 bytes/s.
         fp16_tflops: Dense FP16 tensor peak with FP32 accumulation, 10^12 FLOP/s.
         fp8_tflops: Dense FP8 tensor peak with FP32 accumulation; None where there is no FP8.
@@ -35,3 +36,8 @@ class Target:
     fp8_tflops: PositiveFloat | None
     power_w: PositiveInt
     source: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory in bytes."""
+        return int(self.memory_gib * GIB)

@@ -12,9 +12,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import rfc8785
+
+if TYPE_CHECKING:
+    from pipeline.cache import StageCache
+    from pipeline.hardware import Target
+    from pipeline.shapes import ModelShape
 
 Format = Literal["trtrtx", "trtllm", "checkpoint"]
 
@@ -257,5 +262,50 @@ class WeightSource(Protocol):
             AccessError: Gated or private.
             CorruptError: Bytes are not what they claim to be.
             TransientError: Network or disk; trying again may work.
+        """
+        ...
+
+
+class Quantizer(Protocol):
+    """Turns weights into the unified FP8 checkpoint."""
+
+    def inputs(self, weights: Weights) -> Mapping[str, Any]:
+        """Everything that shapes the checkpoint's bytes, as JSON values."""
+        ...
+
+    def quantize(self, weights: Weights, shape: ModelShape, cache: StageCache) -> Checkpoint:
+        """Make the checkpoint, or take it from the cache."""
+        ...
+
+
+class EngineCompiler(Protocol):
+    """Turns a checkpoint into something a runtime loads."""
+
+    @property
+    def format(self) -> Format:
+        """Which runtime family reads the result."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """Batch and context sizes that it builds for."""
+        ...
+
+    def variant(self, target: Target) -> str:
+        """Middle part of the reference, such as `sm89-trtrtx-fp8-b64-s1024`."""
+        ...
+
+    def inputs(self, target: Target) -> Mapping[str, Any]:
+        """Everything but the checkpoint that shapes the engine's bytes, as JSON values."""
+        ...
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        """Convert and compile, or take it from the cache.
+
+        Raises:
+            ToolError: The compiler failed; its log is in `log_dir`.
+            PipelineError: It succeeded, but not with what was asked.
         """
         ...

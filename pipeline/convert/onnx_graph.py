@@ -232,7 +232,7 @@ class _Decoder:
         return outputs
 
     def _matmul(self, module: str, x: str, weight: str) -> str:
-        """Multiply x [.., in] with weight [out, in] transposed; the node carries the module's name."""
+        """Multiply x [.., in] with weight [out, in] transposed; the node has the module's name."""
         transposed = self._w.op("Transpose", [weight], f"{module}.weight.t", perm=[1, 0])
         return self._w.op("MatMul", [x, transposed], module)
 

@@ -7,10 +7,21 @@ cache and copies nothing (6 ms of 37 per token saved at context 1024 for SmolLM2
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CorruptError
+from pydantic import NonNegativeInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.convert.stage import CPU_GRAPH
+from pipeline.errors import CorruptError, IncompatibleError
+from pipeline.runners.decode import greedy_steps, prefill, stream_greedy
+from pipeline.runners.session import Generation
+from pipeline.settings import STRICT
+from pipeline.stages import Engine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,9 +52,7 @@ class OnnxRuntimeGraph:
         except Exception as error:  # its exception classes share no public parent
             raise CorruptError(f"{graph} cannot be loaded by ONNX Runtime: {error}") from error
         cache = next(x for x in self.session.get_inputs() if x.name.startswith("past_"))
-        self.cache_names = [
-            x.name for x in self.session.get_inputs() if x.name.startswith("past_")
-        ]
+        self.cache_names = [x.name for x in self.session.get_inputs() if x.name.startswith("past_")]
         self.cache_shape: tuple[int, int, int] = tuple(cache.shape[1:])
         self.vocab_size: int = self.session.get_outputs()[0].shape[-1]
 
@@ -116,3 +125,77 @@ class OnnxRuntimeDecoder:
         if self._logits is None or self._logits.shape() != list(shape):
             self._logits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
             self._binding.bind_ortvalue_output("logits", self._logits)
+
+
+class OnnxRuntimeSession:
+    """`pipeline.runners.session.Session` on one loaded graph."""
+
+    def __init__(self, graph: OnnxRuntimeGraph) -> None:
+        self._graph = graph
+        self._decoder: OnnxRuntimeDecoder | None = None
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        import numpy as np
+
+        ids = np.array([tokens], np.int64)
+        every = np.arange(len(tokens), dtype=np.int64)[None]
+        start = np.zeros(1, np.int64)
+        logits: NDArray[np.float32] = self._decoder_for(1).step(ids, start, every)[0]
+        return logits
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+        import numpy as np
+
+        decoder = self._decoder_for(len(prompts))
+        started = time.perf_counter()
+        state = prefill(decoder, prompts)
+        first = time.perf_counter()
+        tokens = np.stack(list(greedy_steps(decoder, state, osl)), axis=1)
+        ended = time.perf_counter()
+        return Generation(tokens=tokens, ttft_s=first - started, total_s=ended - started)
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+    ) -> Iterator[int]:
+        return stream_greedy(
+            self._decoder_for(1),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+        )
+
+    def _decoder_for(self, batch: int) -> OnnxRuntimeDecoder:
+        """The decoder in use, or a new one when the number of rows changed.
+
+        Old contents of a cache do no harm: no query sees a row's keys beyond its own length.
+        """
+        if self._decoder is None or self._decoder.batch != batch:
+            self._decoder = None  # frees the old cache before the new one is made
+            self._decoder = self._graph.bind(batch)
+        return self._decoder
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OnnxRuntimeRunner:
+    """Runs the CPU twin of a TensorRT-RTX engine.
+
+    Attributes:
+        threads: Threads of one operator; 0 for all cores.
+    """
+
+    threads: NonNegativeInt = 0
+
+    @property
+    def name(self) -> str:
+        return "onnxruntime"
+
+    def why_not(self, engine: Engine) -> str | None:
+        if engine.twin_dir is None:
+            return f"runner=onnxruntime runs the CPU twin of trtrtx engines, not {engine.format}"
+        return None
+
+    @contextlib.contextmanager
+    def open(self, engine: Engine) -> Iterator[OnnxRuntimeSession]:
+        if engine.twin_dir is None:
+            raise IncompatibleError(self.why_not(engine) or "")
+        yield OnnxRuntimeSession(OnnxRuntimeGraph(engine.twin_dir / CPU_GRAPH, self.threads))

@@ -1,0 +1,264 @@
+"""Build recipes: compose, check everything, build, tell the outcome.
+
+    enginesmith build smollm2 compiler.max_batch_size=4
+    python -m pipeline --config-dir recipes --config-name smollm2 compiler.max_batch_size=4
+    make engine MODEL=smollm2 ARGS="compiler.max_batch_size=4"
+
+are one code path: `run`. Past this file there are typed objects only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.folders import config_folders
+from pipeline.config.load import Job, Loaded, load
+from pipeline.errors import ExitCode, Fault, RecipeError
+from pipeline.outcome import (
+    Outcome,
+    append_github_output,
+    closing_lines,
+    failure_of,
+    jobs_table,
+    open_run,
+    refused,
+    worst,
+    write_verdict,
+)
+from pipeline.screen import file_logging, screen_logging, show_error, stdout
+
+log = logging.getLogger("pipeline.run")
+
+DEFAULT_REGISTRY = Path("artifacts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A command line.
+
+    Attributes:
+        recipes: A recipe; with `multirun` several, with commas between.
+        overrides: In Hydra's grammar.
+        multirun: Sweeps are allowed; each combination is a job.
+        rebuild: Build although a package with the same build key is published.
+        config_dir: Folder with the user's recipes, searched first.
+    """
+
+    recipes: str
+    overrides: tuple[str, ...] = ()
+    multirun: bool = False
+    rebuild: bool = False
+    config_dir: Path | None = None
+
+
+Work = Callable[[Job, Path, bool], Outcome]
+"""Builds one good job in its run folder; the flag is `Request.rebuild`."""
+
+
+def build_job(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+    """Hand the recipe of a job to the pipeline."""
+    from pipeline.build import BuildOptions, build
+
+    return build(job.value, run_dir, BuildOptions(rebuild=rebuild, config=job.config))
+
+
+def run(request: Request, work: Work = build_job) -> ExitCode:
+    """Check all jobs, run the good ones, and tell the outcome everywhere.
+
+    A job that fails or misses its target does not stop the others; Ctrl-C and SIGTERM do.
+    """
+    try:
+        with _terminable(), screen_logging():
+            return _run(request, work)
+    except KeyboardInterrupt as error:
+        show_error(failure_of(error).message)
+        return ExitCode.INTERRUPTED
+
+
+def _run(request: Request, work: Work) -> ExitCode:
+    try:
+        folders = config_folders(request.config_dir)
+        loaded = load(
+            request.recipes, request.overrides, folders=folders, multirun=request.multirun
+        )
+    except RecipeError as error:
+        loaded = Loaded(jobs=(), faults=error.faults)
+    registry = _registry_dir(loaded)
+    try:
+        run_dir = open_run(registry)
+    except OSError as error:
+        return _nowhere_to_write(loaded, error)
+    if loaded.faults or not request.multirun:
+        return _run_single(request, loaded, run_dir, registry, work)
+    return _run_jobs(request, loaded.jobs, run_dir, work)
+
+
+def _registry_dir(loaded: Loaded) -> Path:
+    """The folder registry of the first job that names one; runs of other registries stay local."""
+    for job in loaded.jobs:
+        registry = job.config.get("registry")
+        path = registry.get("path") if isinstance(registry, dict) else None
+        if isinstance(path, str) and path and "://" not in path:
+            return Path(path)
+    return DEFAULT_REGISTRY
+
+
+def _nowhere_to_write(loaded: Loaded, error: OSError) -> ExitCode:
+    """Report that there can be no run folder; faults in the recipe count more."""
+    faults = _all_faults(loaded)
+    outcome = refused(faults) if faults else failure_of(error)
+    if not faults and outcome.exit_code is ExitCode.FAILED:
+        message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
+        outcome = replace(outcome, message=message)
+    show_error(outcome.message)
+    append_github_output(outcome.to_json("", ()))
+    return outcome.exit_code
+
+
+def _all_faults(loaded: Loaded) -> list[Fault]:
+    faults = [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]
+    return list(dict.fromkeys(faults))
+
+
+def _run_single(
+    request: Request, loaded: Loaded, run_dir: Path, registry: Path, work: Work
+) -> ExitCode:
+    """One job, or a command line that is wrong for all jobs."""
+    if loaded.faults:
+        outcome = refused(_all_faults(loaded))
+    else:
+        outcome = _attempt(loaded.jobs[0], run_dir, request, work)
+    _record(run_dir, outcome.to_json(request.recipes, request.overrides))
+    if outcome.verdict is None:
+        show_error(outcome.message)
+    else:
+        lines = closing_lines(outcome, _generate_command(outcome, registry))
+        stdout().print(f"{outcome.message}\n{lines}", markup=False, soft_wrap=True)
+    return outcome.exit_code
+
+
+def _run_jobs(request: Request, jobs: Sequence[Job], run_dir: Path, work: Work) -> ExitCode:
+    """Every job in turn, each in a folder of its own; a table at the end."""
+    for job in jobs:
+        if job.faults:
+            log.warning("%s cannot be built: %s", _label(job), "; ".join(map(str, job.faults)))
+    rows: list[tuple[str, Sequence[str], Outcome]] = []
+    stopped = False
+    for number, job in enumerate(jobs, start=1):
+        if stopped:
+            outcome = Outcome(exit_code=ExitCode.INTERRUPTED, message="not started")
+        else:
+            if not job.faults:
+                log.info("Job %d of %d: %s", number, len(jobs), _label(job))
+            job_dir = run_dir / f"{number:0{len(str(len(jobs)))}d}"
+            outcome = _attempt(job, job_dir, request, work)
+            if outcome.verdict is None and not job.faults:
+                show_error(outcome.message)
+            stopped = outcome.exit_code is ExitCode.INTERRUPTED
+            write_verdict(job_dir, outcome.to_json(job.recipe, job.swept))
+        rows.append((job.recipe, job.swept, outcome))
+    code = worst(outcome.exit_code for _, _, outcome in rows)
+    good = sum(outcome.exit_code is ExitCode.OK for _, _, outcome in rows)
+    whole = Outcome(
+        exit_code=code,
+        message=f"{good} of {len(rows)} jobs are good",
+        seconds=sum(outcome.seconds for _, _, outcome in rows),
+    )
+    document = whole.to_json(request.recipes, request.overrides)
+    document["jobs"] = [outcome.to_json(recipe, swept) for recipe, swept, outcome in rows]
+    _record(run_dir, document)
+    stdout().print(jobs_table(rows))
+    return code
+
+
+def _record(run_dir: Path, document: Mapping[str, Any]) -> None:
+    """Tell programs, before people: a closed terminal must not cost the verdict."""
+    write_verdict(run_dir, document)
+    append_github_output(document)
+
+
+def _label(job: Job) -> str:
+    return " ".join([job.recipe, *job.swept])
+
+
+def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
+    """Run one job to its end, whatever that is."""
+    started = time.perf_counter()
+    try:
+        run_dir.mkdir(exist_ok=True)
+        with file_logging(run_dir / "build.log"):
+            log.debug("%s", job)
+            outcome = refused(job.faults) if job.faults else work(job, run_dir, request.rebuild)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        outcome = failure_of(error)
+    return replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _generate_command(outcome: Outcome, registry: Path) -> str:
+    """The command line that talks to the package, as it works in this shell."""
+    script = Path(sys.executable).parent / "enginesmith"
+    if shutil.which("enginesmith"):
+        command = ["enginesmith"]
+    elif script.is_file():
+        here = script.is_relative_to(Path.cwd())
+        command = [str(script.relative_to(Path.cwd()) if here else script)]
+    else:
+        command = [sys.executable, "-m", "pipeline.cli"]
+    command += ["generate", str(outcome.reference)]
+    if registry != DEFAULT_REGISTRY:
+        command += ["--registry", str(registry)]
+    return shlex.join(command) + ' "Why is the sky blue?"'
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block like Ctrl-C, so that it cleans up behind itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> ExitCode:
+    """`python -m pipeline`: Hydra's own flags, as far as they mean something here."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Build recipes.")
+    parser.add_argument("--config-dir", "-cd", type=Path, help="folder with recipes of your own")
+    parser.add_argument("--config-name", "-cn", required=True, help="the recipe")
+    parser.add_argument("--multirun", "-m", action="store_true", help="several recipes, sweeps")
+    parser.add_argument("--rebuild", action="store_true", help="build what is already published")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    given = parser.parse_intermixed_args(arguments)
+    return run(
+        Request(
+            recipes=given.config_name,
+            overrides=tuple(given.overrides),
+            multirun=given.multirun,
+            rebuild=given.rebuild,
+            config_dir=given.config_dir,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

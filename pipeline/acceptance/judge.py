@@ -1,0 +1,97 @@
+"""The judge: numbers in, verdict out; pure, so it is tested at the exact thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.stages import Finding, Report, Verdict, VerdictName
+
+_SEVERITY: tuple[VerdictName, ...] = ("anomalous", "regression", "rejected", "inconclusive")
+"""The worst finding names the verdict: a measuring fault makes every other figure worthless, a
+wrong answer is worse than a slow one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityLimits:
+    """What a passing engine may lose against its source.
+
+    Attributes:
+        max_perplexity_increase: 0.01 allows one percent.
+        max_mean_kl_nats: Mean KL divergence, source to engine.
+        min_top1_agreement: Share of positions with the same most likely token.
+    """
+
+    max_perplexity_increase: float
+    max_mean_kl_nats: float
+    min_top1_agreement: float
+
+
+def judge(report: Report, limits: QualityLimits, *, ran: bool, on_target: bool) -> Verdict:
+    """Judge a report.
+
+    Args:
+        report: What was measured.
+        limits: What quality may lose.
+        ran: Whether the engine, its twin or its checkpoint ran here at all.
+        on_target: Whether it ran on the card that it is for.
+
+    Returns:
+        The worst finding's verdict; without one `accepted` (ran on its card), `checked` (its graph
+        ran elsewhere) or `compiled` (nothing ran).
+    """
+    findings = [*_speed_findings(report.speed), *_quality_findings(report.quality, limits)]
+    findings += [Finding(kind="note", message=f"not run: {what}") for what in report.not_run]
+    failing = {finding.kind for finding in findings}
+    for name in _SEVERITY:
+        if name in failing:
+            return Verdict(name=name, findings=tuple(findings))
+    passing: VerdictName = "accepted" if on_target else "checked"
+    return Verdict(name=passing if ran else "compiled", findings=tuple(findings))
+
+
+def _speed_findings(speed: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    for entry in speed:
+        rate, wanted = entry["output_tokens_per_s"], entry["min_output_tokens_per_s"]
+        if wanted is not None and rate < wanted:
+            message = f"{entry['workload']}: {rate:.1f} tok/s, {wanted:.1f} are required"
+            yield Finding(kind="rejected", message=message)
+        ratio, least = entry.get("ratio_to_transformers"), entry["min_ratio_to_transformers"]
+        if least is not None and ratio is not None and ratio < least:
+            yield Finding(
+                kind="rejected",
+                message=f"{entry['workload']}: {ratio:.2f} x Transformers, {least:.2f} x required",
+            )
+
+
+def _quality_findings(quality: Mapping[str, Any], limits: QualityLimits) -> Iterator[Finding]:
+    if not quality:
+        return
+    change = quality["perplexity_change"]
+    if change["value"] > limits.max_perplexity_increase:
+        yield Finding(
+            kind="regression",
+            message=f"perplexity {change['value']:+.2%} against the source (95 % interval "
+            f"{change['low']:+.2%} to {change['high']:+.2%}), "
+            f"{limits.max_perplexity_increase:+.2%} allowed",
+        )
+    # The whole interval beyond what could be noise: the two did not see the same text or weights.
+    if change["high"] < -limits.max_perplexity_increase:
+        yield Finding(
+            kind="anomalous",
+            message=f"perplexity {change['value']:+.2%} against the source: a quantized model "
+            "that is better by more than the noise points to a measuring fault",
+        )
+    kl = quality["mean_kl_nats"]["value"]
+    if kl > limits.max_mean_kl_nats:
+        yield Finding(
+            kind="regression",
+            message=f"mean KL {kl:.4f} nats, {limits.max_mean_kl_nats:.4f} allowed",
+        )
+    top1 = quality["top1_agreement"]["value"]
+    if top1 < limits.min_top1_agreement:
+        yield Finding(
+            kind="regression",
+            message=f"top-1 agreement {top1:.2%}, {limits.min_top1_agreement:.2%} required",
+        )

@@ -1,0 +1,207 @@
+"""The command `enginesmith`, also `python -m pipeline.cli`.
+
+Each command imports what it needs: `--help` and the registry client start without Hydra or torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline import __version__
+from pipeline.errors import ExitCode
+
+if TYPE_CHECKING:
+    from pipeline.registry.backend import Entry
+
+app = typer.Typer(
+    help="From a Hugging Face model to a checked, published FP8 inference engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="What differs from the recipe: compiler.max_batch_size=8, target=l4.",
+        show_default=False,
+    ),
+]
+ConfigDir = Annotated[
+    Path | None, typer.Option(help="Folder with recipes of your own; ./recipes is searched too.")
+]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Registry = Annotated[Path, typer.Option(help="Folder of the registry.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="REF", help="NAME[/VARIANT][:VERSION|:CHANNEL]", show_default=False)
+]
+
+_ARTIFACTS = Path("artifacts")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"enginesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Several recipes (a,b) or values (key=1,2).")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build again what is already published.")
+    ] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Build, check and publish the engine of a recipe."""
+    from pipeline.__main__ import Request, run
+
+    request = Request(
+        recipes=recipe,
+        overrides=tuple(overrides or ()),
+        multirun=multirun,
+        rebuild=rebuild,
+        config_dir=config_dir,
+    )
+    raise typer.Exit(run(request))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Show size, fit and speed ceilings of a recipe, without downloading anything."""
+    from dataclasses import asdict
+
+    from pipeline.config.folders import config_folders
+    from pipeline.config.load import load
+    from pipeline.errors import RecipeError
+
+    loaded = load(recipe, overrides or (), folders=config_folders(config_dir))
+    faults = [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]
+    if faults:
+        if as_json:
+            print(json.dumps({"schema": 1, "faults": [asdict(fault) for fault in faults]}))
+        raise RecipeError(faults)
+
+    from pipeline.build import plan_of
+    from pipeline.plan import render
+    from pipeline.screen import stdout
+
+    made = plan_of(loaded.jobs[0].value)
+    if as_json:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        stdout().print(render(made))
+    raise typer.Exit(ExitCode.USAGE if made.faults else ExitCode.OK)
+
+
+@app.command("list")
+def list_packages(registry: Registry = _ARTIFACTS, as_json: Json = False) -> None:
+    """List the published packages."""
+    from pipeline.registry.folder import FolderRegistry
+    from pipeline.registry.render import render_list
+    from pipeline.screen import stdout
+
+    entries = FolderRegistry(path=registry).entries()
+    if as_json:
+        print(json.dumps([_summary(entry) for entry in entries], indent=1))
+    elif entries:
+        stdout().print(render_list(entries))
+    else:
+        print(f"{registry} has no packages; make one with: enginesmith build RECIPE")
+
+
+@app.command()
+def show(reference: Reference, registry: Registry = _ARTIFACTS, as_json: Json = False) -> None:
+    """Show one package: what it is for, what was measured, its digest."""
+    from pipeline.registry.folder import FolderRegistry
+    from pipeline.registry.render import render_show
+    from pipeline.screen import stdout
+
+    entry = FolderRegistry(path=registry).entry(reference)
+    if as_json:
+        manifest = entry.package.manifest if entry.package else None
+        print(json.dumps({**_summary(entry), "manifest": manifest}, indent=1))
+    else:
+        stdout().print(render_show(entry))
+    raise typer.Exit(ExitCode.CORRUPT if entry.fault else ExitCode.OK)
+
+
+def _summary(entry: Entry) -> dict[str, Any]:
+    """One published version for programs; later versions only add."""
+    return {
+        "reference": f"{entry.name}/{entry.variant}:{entry.version}",
+        "digest": entry.package.digest if entry.package else None,
+        "size_bytes": entry.size_bytes,
+        "verdict": entry.verdict,
+        "channels": [
+            {"channel": pointer.channel, "card": pointer.card} for pointer in entry.channels
+        ],
+        "statements": [
+            {"name": found.name, "verdict": found.verdict, "card": found.card}
+            for found in entry.statements
+        ],
+        "made_s": entry.made_s,
+        "fault": entry.fault or None,
+    }
+
+
+@app.command()
+def generate(
+    reference: Reference,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
+    ],
+    max_tokens: Annotated[int, typer.Option(min=1, help="End the answer after this many.")] = 256,
+    registry: Registry = _ARTIFACTS,
+) -> None:
+    """Stream a chat answer from a package."""
+    from pipeline.registry.folder import FolderRegistry
+    from pipeline.runners.generate import stream
+
+    for piece in stream(FolderRegistry(path=registry), reference, prompt, max_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main() -> int:
+    """Run a command; the only place where its exceptions become a message and an exit code."""
+    try:
+        app(prog_name="enginesmith")
+    except Exception as error:
+        from pipeline.outcome import failure_of
+        from pipeline.screen import show_error
+
+        outcome = failure_of(error)
+        show_error(outcome.message)
+        return outcome.exit_code
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

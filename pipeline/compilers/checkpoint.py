@@ -1,0 +1,115 @@
+"""The checkpoint itself as the engine: what vLLM, SGLang and TensorRT-LLM >= 1.3 load directly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.cache import StageCache, digest_folder, source_digest
+from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.hardware import Target
+from pipeline.settings import STRICT
+from pipeline.stages import Checkpoint, Engine, Format, Limits, digest_of
+
+_NOT_SERVED = frozenset({"calibration.json", "stage.json"})
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointCompiler:
+    """Packs the unified FP8 checkpoint for a runtime that compiles nothing ahead of time.
+
+    Attributes:
+        max_batch_size: Requests that the server is told to run at once.
+        max_seq_len: Prompt + output tokens of one request.
+        max_num_tokens: Tokens that the server schedules in one iteration.
+        kv_cache_dtype: `fp8` uses the checkpoint's calibrated scales.
+        runtime: Name and version that the package is meant for.
+    """
+
+    max_batch_size: PositiveInt
+    max_seq_len: PositiveInt
+    max_num_tokens: PositiveInt
+    kv_cache_dtype: Literal["bfloat16", "fp8"]
+    runtime: str
+    runtime_version: str
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
+                f"({self.max_batch_size}); increase compiler.max_num_tokens"
+            )
+
+    @property
+    def format(self) -> Format:
+        return "checkpoint"
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=self.max_num_tokens,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    def variant(self, target: Target) -> str:
+        return "any-checkpoint-fp8" + ("-kv8" if self.kv_cache_dtype == "fp8" else "")
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        return {
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "code": source_digest("pipeline.compilers.checkpoint"),
+        }
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        result = cache.run(
+            "pack",
+            {"checkpoint": checkpoint.digest, **self.inputs(target)},
+            lambda out: self._produce(checkpoint.dir, out / "engine"),
+        )
+        engine_dir = result.dir / "engine"
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        kv_bytes = 1 if self.kv_cache_dtype == "fp8" else 2
+        row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
+        weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
+        return Engine(
+            dir=engine_dir,
+            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
+            format="checkpoint",
+            variant=self.variant(target),
+            runtime=(self.runtime, self.runtime_version),
+            sms=(),
+            limits=self.limits,
+            min_vram_bytes=weight_bytes + row * self.max_seq_len,
+            serve_args=(
+                "--max-model-len",
+                str(self.max_seq_len),
+                "--max-num-seqs",
+                str(self.max_batch_size),
+                "--max-num-batched-tokens",
+                str(self.max_num_tokens),
+                *(("--kv-cache-dtype", "fp8") if self.kv_cache_dtype == "fp8" else ()),
+            ),
+            tools=dict(checkpoint.calibration["tools"]),
+            checks={"fp8_linears": len(checkpoint.fp8_linears)},
+        )
+
+    def _produce(self, checkpoint_dir: Path, engine_dir: Path) -> None:
+        """Copy the checkpoint; an FP8 cache is declared where runtimes look for it."""
+        engine_dir.mkdir()
+        for path in sorted(checkpoint_dir.iterdir()):
+            if path.is_file() and path.name not in _NOT_SERVED:
+                shutil.copyfile(path, engine_dir / path.name)
+        if self.kv_cache_dtype == "fp8":
+            declared = engine_dir / "hf_quant_config.json"
+            content = json.loads(declared.read_text())
+            content["quantization"]["kv_cache_quant_algo"] = "FP8"
+            declared.write_text(json.dumps(content, indent=2) + "\n")

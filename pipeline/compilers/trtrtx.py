@@ -1,0 +1,219 @@
+"""TensorRT-RTX: compiles the decoder graph ahead of time for one SM, with no GPU.
+
+Nobody is there to run the engine, so three proofs stand in for it: the guard and the network check
+(the compiler was handed the graph that we wrote), and the plan's own text (FP8 asked is FP8
+delivered). Any of them failing fails the build.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.cache import StageCache, digest_folder, source_digest
+from pipeline.compilers.network_check.interface import DecoderInterface
+from pipeline.compilers.network_check.stage import check_network_once
+from pipeline.compilers.rtx_child import CompileJob, Profile
+from pipeline.compilers.rtx_plan import prove_fp8
+from pipeline.convert.stage import RTX_GRAPH, GraphSettings, convert
+from pipeline.convert.unified import DecoderConfig, UnifiedCheckpoint
+from pipeline.errors import IncompatibleError
+from pipeline.hardware import Target
+from pipeline.process import run_tool
+from pipeline.quantize.export import copy_companions
+from pipeline.settings import STRICT
+from pipeline.stages import Checkpoint, Engine, Format, Limits, digest_of
+
+_PACKAGE = "tensorrt-rtx-cu13"
+PLAN_FILE = "model.engine"
+_CODE = ("pipeline.compilers.trtrtx", "pipeline.compilers.rtx_child", "pipeline.compilers.rtx_plan")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtRtxCompiler:
+    """Compiler for one SM with two profiles: decode (one token per row) and prefill.
+
+    Attributes:
+        max_batch_size: Rows of the static KV cache.
+        opt_batch_size: Decode batch that kernels are chosen for.
+        max_prefill_batch_size: Rows of one prefill step.
+        max_seq_len: Static cache length: prompt + output tokens of one request.
+        activation_dtype: 16-bit type of activations and of what is not FP8.
+        kv_cache_dtype: Type of the static cache; TensorRT-RTX updates it in the activations' type.
+    """
+
+    max_batch_size: PositiveInt
+    opt_batch_size: PositiveInt
+    max_prefill_batch_size: PositiveInt
+    max_seq_len: PositiveInt
+    activation_dtype: Literal["bfloat16", "float16"]
+    kv_cache_dtype: Literal["bfloat16", "float16", "fp8"]
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_dtype != self.activation_dtype:
+            raise ValueError(
+                f"kv_cache_dtype ({self.kv_cache_dtype}) must be activation_dtype "
+                f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in the type of the "
+                "activations; for an FP8 cache use compiler=trtllm or compiler=checkpoint"
+            )
+        if not self.opt_batch_size <= self.max_batch_size:
+            raise ValueError(
+                f"opt_batch_size ({self.opt_batch_size}) must be <= max_batch_size "
+                f"({self.max_batch_size})"
+            )
+        if not self.max_prefill_batch_size <= self.max_batch_size:
+            raise ValueError(
+                f"max_prefill_batch_size ({self.max_prefill_batch_size}) must be <= "
+                f"max_batch_size ({self.max_batch_size})"
+            )
+
+    @property
+    def format(self) -> Format:
+        return "trtrtx"
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=max(self.max_batch_size, self.max_prefill_batch_size * self.max_seq_len),
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    @property
+    def profiles(self) -> tuple[Profile, Profile]:
+        """Decode first: a runtime starts with profile 0."""
+        batch, prefill, context = (
+            self.max_batch_size,
+            self.max_prefill_batch_size,
+            self.max_seq_len,
+        )
+        return (
+            Profile(batch=(1, self.opt_batch_size, batch), sequence=(1, 1, 1), logits=(1, 1, 1)),
+            Profile(
+                batch=(1, 1, prefill),
+                sequence=(1, max(1, context // 2), context),
+                logits=(1, 1, 1),
+            ),
+        )
+
+    def variant(self, target: Target) -> str:
+        return f"sm{target.sm}-trtrtx-fp8-b{self.max_batch_size}-s{self.max_seq_len}"
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        profiles = [dataclasses.asdict(profile) for profile in self.profiles]
+        return {
+            "graph": self._graph.inputs(),
+            "sm": target.sm,
+            "profiles": json.loads(json.dumps(profiles)),
+            "tools": {_PACKAGE: compiler_version()},
+            "code": source_digest(*_CODE),
+        }
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
+        network = check_network_once(
+            checkpoint.dir, graphs.dir, cache, log_dir / "network-check.log"
+        )
+        result = cache.run(
+            "compile",
+            {"graphs": graphs.digest, **self.inputs(target)},
+            lambda out: self._produce(checkpoint, graphs.dir, target, out, log_dir),
+        )
+        plan_bytes = (result.dir / "engine" / PLAN_FILE).stat().st_size
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        return Engine(
+            dir=result.dir / "engine",
+            digest=digest_of([f.to_json() for f in digest_folder(result.dir / "engine")]),
+            format="trtrtx",
+            variant=self.variant(target),
+            runtime=("tensorrt-rtx", compiler_version()),
+            sms=(target.sm,),
+            limits=self.limits,
+            min_vram_bytes=plan_bytes + self._cache_bytes(config),
+            twin_dir=graphs.dir,
+            tools={**checkpoint_tools(checkpoint), _PACKAGE: compiler_version()},
+            checks={**result.read_json("checks.json"), "network": network},
+        )
+
+    @property
+    def _graph(self) -> GraphSettings:
+        return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
+
+    def _cache_bytes(self, config: DecoderConfig) -> int:
+        """Static KV cache at the limits, two bytes an element."""
+        width = config.num_kv_heads * config.head_dim
+        return 2 * config.num_layers * width * 2 * self.max_batch_size * self.max_seq_len
+
+    def _interface(self, config: DecoderConfig) -> DecoderInterface:
+        return DecoderInterface(
+            num_hidden_layers=config.num_layers,
+            num_key_value_heads=config.num_kv_heads,
+            context=self.max_seq_len,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            dtype=self.activation_dtype,
+        )
+
+    def _produce(
+        self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
+    ) -> None:
+        engine_dir = out / "engine"
+        engine_dir.mkdir()
+        plan = engine_dir / PLAN_FILE
+        job_file = out / "job.json"
+        CompileJob(
+            graph=str(graphs / RTX_GRAPH),
+            interface=self._interface(UnifiedCheckpoint(checkpoint.dir).config),
+            plan=str(plan),
+            sm=target.sm,
+            profiles=self.profiles,
+        ).write(job_file)
+        run_tool(
+            [sys.executable, "-m", "pipeline.compilers.rtx_child", str(job_file)],
+            stage="compile",
+            log_path=log_dir / "compile.log",
+        )
+        job_file.unlink()
+        with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as text:
+            proof = prove_fp8(
+                text,
+                sm=target.sm,
+                profiles=len(self.profiles),
+                fp8_linears=checkpoint.fp8_linears,
+                kept_16bit=checkpoint.kept_16bit,
+            )
+        shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")
+        copy_companions(checkpoint.dir, engine_dir)
+        (out / "checks.json").write_text(json.dumps({"fp8_plan": proof}, indent=1) + "\n")
+
+
+def compiler_version() -> str:
+    """Version of the installed TensorRT-RTX.
+
+    Raises:
+        IncompatibleError: It is not installed.
+    """
+    try:
+        return version(_PACKAGE)
+    except PackageNotFoundError as error:
+        raise IncompatibleError(
+            f"compiler=trtrtx needs {_PACKAGE}: pip install 'enginesmith[build]'"
+        ) from error
+
+
+def checkpoint_tools(checkpoint: Checkpoint) -> dict[str, str]:
+    """Versions that shaped the checkpoint, as its record tells them."""
+    tools: dict[str, str] = dict(checkpoint.calibration["tools"])
+    return tools

@@ -1,0 +1,109 @@
+"""The FP8 checkpoint in plain PyTorch: what every runtime should compute, up to rounding.
+
+Loads the Transformers model of a unified checkpoint and replaces each FP8 linear by one that
+rounds its input to E4M3 with the calibrated scale and multiplies with the dequantized codes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.hf import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_simulation(
+    checkpoint_dir: Path, *, num_layers: int | None = None, accumulate: str = "float32"
+) -> Any:
+    """A Transformers model in float32 that simulates the checkpoint.
+
+    Args:
+        checkpoint_dir: Unified FP8 checkpoint.
+        num_layers: Keep only the first so many layers; None for all.
+        accumulate: torch dtype in which FP8 linears multiply and add; `float64` beside `float32`
+            gives the noise floor, the disagreement that summation order alone causes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    config_json = json.loads((checkpoint_dir / "config.json").read_text())
+    config_json.pop("quantization_config", None)
+    layers = num_layers or config_json["num_hidden_layers"]
+    config_json["num_hidden_layers"] = layers
+    with quiet():
+        config = AutoConfig.for_model(config_json.pop("model_type"), **config_json)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.to_empty(device="cpu")
+    _restore_buffers(model)
+    state = {
+        name: _dequantized(checkpoint, name)
+        for name in checkpoint.tensors
+        if not name.endswith("_scale") and _layer_of(name) < layers
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
+    model.tie_weights()
+    for name in checkpoint.fp8_linears:
+        if _layer_of(name) < layers:
+            scale = float(checkpoint.scalar(f"{name}.input_scale"))
+            _wrap(model, name, scale, getattr(torch, accumulate))
+    return model.eval()
+
+
+def fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Round to E4M3 and back: divide, saturate at 448, round to nearest even, multiply.
+
+    Division, not multiplication with the reciprocal: that is what QuantizeLinear does, and a
+    last-bit difference flips codes.
+    """
+    import torch
+
+    codes = (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale
+
+
+def _wrap(model: Any, name: str, scale: float, accumulate: torch.dtype) -> None:
+    """Let a linear round its input before it multiplies."""
+    import torch
+
+    linear = model.get_submodule(name)
+    weight = linear.weight.data.to(accumulate)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        product = torch.nn.functional.linear(fake_quantize(x, scale).to(accumulate), weight)
+        return product.to(x.dtype) if linear.bias is None else product.to(x.dtype) + linear.bias
+
+    linear.forward = forward
+
+
+def _dequantized(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    values = checkpoint.read(name).astype(np.float32)
+    if checkpoint.tensors[name].dtype == "float8_e4m3fn":
+        values = values * checkpoint.scalar(f"{name}_scale")
+    return torch.from_numpy(values)
+
+
+def _restore_buffers(model: Any) -> None:
+    """Recompute what is no weight (the rotary frequencies), which the meta device lost."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(config=module.config, device="cpu")
+            module.inv_freq = fresh.inv_freq
+            module.original_inv_freq = fresh.original_inv_freq
+
+
+def _layer_of(name: str) -> int:
+    """Layer number in a module or tensor name; -1 outside the layers."""
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1

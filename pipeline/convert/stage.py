@@ -1,0 +1,77 @@
+"""The convert stage: one folder with the shared weights and every graph that later stages read."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import StageCache, StageResult, source_digest
+from pipeline.convert.graph_writer import write_weights
+from pipeline.convert.onnx_graph import ActivationDtype, build_decoder, save_graph
+from pipeline.convert.unified import UnifiedCheckpoint
+
+RTX_GRAPH = "rtx.onnx"
+"""What TensorRT-RTX compiles."""
+CPU_GRAPH = "cpu.onnx"
+"""The same graph in float32, for ONNX Runtime on a CPU."""
+RTX_CUT = "rtx-cut.onnx"
+CPU_CUT = "cpu-cut.onnx"
+"""Both with the first two layers only, for the network check."""
+CUT_LAYERS = 2
+CUT_CONTEXT = 64
+"""Cache length of the cut: longer than the check's prompts, short enough to be evaluated fast."""
+
+CODE = ("pipeline.convert",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphSettings:
+    """What the graphs depend on beside the checkpoint."""
+
+    context: int
+    activation: ActivationDtype
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything but the checkpoint that shapes the graphs' bytes."""
+        return {
+            **dataclasses.asdict(self),
+            "tools": {"onnx": version("onnx")},
+            "code": source_digest(*CODE),
+        }
+
+
+def convert(
+    checkpoint_dir: Path, checkpoint_digest: str, settings: GraphSettings, cache: StageCache
+) -> StageResult:
+    """Write the graphs of a checkpoint, or take them from the cache.
+
+    Raises:
+        RecipeError: The model has something that the graph does not support.
+        CorruptError: The checkpoint is damaged.
+    """
+    inputs = {"checkpoint": checkpoint_digest, **settings.inputs()}
+    return cache.run("convert", inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
+
+
+def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -> None:
+    """Write weights, the two graphs and their cuts into `out_dir`."""
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    slots = write_weights(checkpoint, out_dir / "weights.bin")
+    cut_context = min(CUT_CONTEXT, settings.context)
+    cut_layers = min(CUT_LAYERS, checkpoint.config.num_layers)
+    for name, activation, context, layers in (
+        (RTX_GRAPH, settings.activation, settings.context, None),
+        (CPU_GRAPH, "float32", settings.context, None),
+        (RTX_CUT, settings.activation, cut_context, cut_layers),
+        (CPU_CUT, "float32", cut_context, cut_layers),
+    ):
+        graph = build_decoder(
+            checkpoint,
+            slots,
+            context=context,
+            activation=activation,
+            num_layers=layers,
+        )
+        save_graph(graph, out_dir / name)

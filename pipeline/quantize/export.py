@@ -1,0 +1,94 @@
+"""Makes ModelOpt's export the hub checkpoint: bfloat16, the source's own config, all companions.
+
+ModelOpt writes the unified FP8 checkpoint; three things of it are changed. Tensors that are no
+FP8 weight and no scale become bfloat16 (it keeps a float32 model's as float32). `config.json` is
+the source's own with the quantization added, since the exporter rewrites it in the installed
+Transformers' spelling, which other runtimes may not read. And the KV cache is declared 16-bit: the
+FP8 scales are in the checkpoint, but whether a runtime uses them is the compiler group's choice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CorruptError
+
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Tokenizer, generation config, chat template, licence and notice files of a model folder."""
+    named = [folder / name for name in _COMPANIONS]
+    legal = [
+        path
+        for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+        for path in sorted(folder.glob(pattern))
+    ]
+    return [path for path in [*named, *legal] if path.is_file()]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy a model folder's companion files."""
+    for path in companion_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def normalize_export(exported: Path, weights_dir: Path, out_dir: Path) -> None:
+    """Write the hub checkpoint into `out_dir` from ModelOpt's export.
+
+    Raises:
+        CorruptError: The export lacks its quantization config or its weights.
+    """
+    shards = sorted(exported.glob("*.safetensors"))
+    config = json.loads((exported / "config.json").read_text())
+    if not shards or "quantization_config" not in config:
+        raise CorruptError("ModelOpt exported no quantized weights; see the log of this run")
+    for shard in shards:
+        _write_bf16(shard, out_dir / shard.name)
+    for index in exported.glob("*.safetensors.index.json"):
+        shutil.copyfile(index, out_dir / index.name)
+    _write_config(config["quantization_config"], weights_dir, out_dir)
+    quant_config = json.loads((exported / "hf_quant_config.json").read_text())
+    quant_config["quantization"]["kv_cache_quant_algo"] = None
+    _write_json(out_dir / "hf_quant_config.json", quant_config)
+    copy_companions(weights_dir, out_dir)
+
+
+def _write_config(quantization: dict[str, Any], weights_dir: Path, out_dir: Path) -> None:
+    config = json.loads((weights_dir / "config.json").read_text())
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+    config["quantization_config"] = {
+        key: value for key, value in quantization.items() if key != "kv_cache_scheme"
+    }
+    _write_json(out_dir / "config.json", config)
+
+
+def _write_bf16(shard: Path, target: Path) -> None:
+    """Copy a shard, its tensors as bfloat16 except FP8 weights and scales."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name: tensor
+        if name.endswith("_scale") or tensor.dtype == torch.float8_e4m3fn
+        else tensor.to(torch.bfloat16)
+        for name, tensor in load_file(shard).items()
+    }
+    save_file(tensors, target, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

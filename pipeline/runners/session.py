@@ -1,0 +1,65 @@
+"""What acceptance and `generate` ask of a runtime, whatever it executes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from pipeline.stages import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One timed greedy batch, end-of-sequence ignored.
+
+    Attributes:
+        tokens: New tokens [batch, osl].
+        ttft_s: Seconds to the first token of the batch: the prefill.
+        total_s: Seconds to the last token.
+    """
+
+    tokens: NDArray[np.int64]
+    ttft_s: float
+    total_s: float
+
+
+class Session(Protocol):
+    """A loaded model."""
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of every position of one sequence [tokens, vocab]."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+        """Generate exactly `osl` tokens for each prompt, greedily, and time it."""
+        ...
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+    ) -> Iterator[int]:
+        """Yield tokens until an end-of-sequence id, which is not yielded."""
+        ...
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Executes an engine, or its twin, on this machine."""
+
+    @property
+    def name(self) -> str:
+        """Name of the runtime, for the report."""
+        ...
+
+    def why_not(self, engine: Engine) -> str | None:
+        """Why it cannot run this engine here; None when it can."""
+        ...
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        """Load the engine; leaving the context frees it."""
+        ...

@@ -1,0 +1,108 @@
+"""Executes a model with Transformers on a CPU: the source, and the simulated FP8 checkpoint.
+
+The slow baseline that an engine is compared with, and the reference for its quality.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.convert.simulate import load_simulation
+from pipeline.errors import IncompatibleError
+from pipeline.hf import load_model, quiet
+from pipeline.runners.session import Generation
+from pipeline.settings import STRICT
+from pipeline.stages import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class TransformersSession:
+    """`pipeline.runners.session.Session` on a Transformers model in float32."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            output = self._model(torch.tensor([list(tokens)]), use_cache=False)
+        result: NDArray[np.float32] = output.logits[0].float().numpy()
+        return result
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+        """As the Protocol says; prompts must be equally long, so that no padding is timed."""
+        import torch
+
+        ids = torch.tensor([list(prompt) for prompt in prompts])
+        started = time.perf_counter()
+        self._generate(ids, 1)
+        first = time.perf_counter()
+        tokens = self._generate(ids, osl)[:, ids.shape[1] :]
+        ended = time.perf_counter()
+        return Generation(tokens=tokens.numpy(), ttft_s=first - started, total_s=ended - first)
+
+    def _generate(self, ids: Any, count: int) -> Any:
+        import torch
+
+        with quiet(), torch.inference_mode():
+            return self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+    ) -> Iterator[int]:
+        import torch
+
+        ids = torch.tensor([list(prompt)])
+        cache = None
+        with torch.inference_mode():
+            for _ in range(max_new_tokens):
+                output = self._model(ids, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                token = int(output.logits[0, -1].argmax())
+                if token in eos_token_ids:
+                    return
+                yield token
+                ids = torch.tensor([[token]])
+
+
+@contextlib.contextmanager
+def open_source(weights_dir: Path) -> Iterator[TransformersSession]:
+    """The source model, computed in float32."""
+    yield TransformersSession(load_model(weights_dir, "float32"))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TransformersRunner:
+    """Runs a checkpoint engine as a float32 simulation of its FP8 linears."""
+
+    @property
+    def name(self) -> str:
+        return "transformers"
+
+    def why_not(self, engine: Engine) -> str | None:
+        if engine.format != "checkpoint":
+            return f"runner=transformers simulates checkpoint engines, not {engine.format}"
+        return None
+
+    @contextlib.contextmanager
+    def open(self, engine: Engine) -> Iterator[TransformersSession]:
+        if reason := self.why_not(engine):
+            raise IncompatibleError(reason)
+        yield TransformersSession(load_simulation(engine.dir))
