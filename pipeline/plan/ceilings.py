@@ -1,0 +1,125 @@
+"""How fast a card can be at most: bytes over bandwidth, FLOPs over the tensor peak.
+
+A decode step reads every weight and the keys and values of every sequence once, and multiplies each
+weight with each sequence's activation. So no runtime, however good, generates more than
+
+    batch / max((weight bytes + batch x KV bytes) / bandwidth, batch x FLOPs per token / peak)
+
+tokens per second without speculation. What is left out (attention FLOPs, activations, launch
+times) only lowers what is reached, so the ceiling stays one. It holds for weights that exceed the
+card's L2 cache (72 MB on an RTX 4090); a toy model can live there and be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.hardware import Target
+from pipeline.plan.sizes import Sizes
+from pipeline.shapes import ModelShape
+
+REACHABLE_SHARE = 0.65
+"""Share of the ceiling that is held to be reachable. TensorRT-LLM with Mistral-7B INT4 AWQ on an
+RTX 4090 at batch 1: 170.6 tok/s (jan, benchmarking-nvidia-tensorrt-llm.mdx), 65 % of the 260 that
+its 3.87 GB allow. Faster memory is harder to saturate: vLLM 0.24 with Phi-3-mini FP8 on an H100
+reached 357 of 877 (41 %; our measurement, 2026-11-24)."""
+
+_MAX_BATCH = 4096  # beyond any limit that a recipe sets; ends the search of `reachable_batch`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """One model on one card, reduced to the numbers that bound its speed.
+
+    Attributes:
+        bandwidth_bytes_per_s: Memory bandwidth of the card.
+        step_weight_bytes: Weights that a decode step reads, whatever the batch.
+        kv_bytes_per_token: Cache that a decode step reads for each token of context.
+        sliding_window: Context beyond this is not read; None for all.
+        layer_s_per_token: Tensor time of the layers' linears for one token, at peak.
+        lm_head_s_per_token: Tensor time of lm_head for one token, at peak.
+    """
+
+    bandwidth_bytes_per_s: float
+    step_weight_bytes: int
+    kv_bytes_per_token: int
+    sliding_window: int | None
+    layer_s_per_token: float
+    lm_head_s_per_token: float
+
+    def decode_tokens_per_s(self, batch: int, context: float) -> float:
+        """Ceiling of a whole batch while it generates.
+
+        Args:
+            batch: Sequences decoded together.
+            context: Tokens of cache that each of them reads; 0 for the ceiling without KV cache.
+        """
+        return batch / max(self._memory_s(batch, context), self._compute_s(batch))
+
+    def decode_bound(self, batch: int, context: float) -> str:
+        """What sets that ceiling: `memory` or `compute`."""
+        return "memory" if self._memory_s(batch, context) >= self._compute_s(batch) else "compute"
+
+    def _memory_s(self, batch: int, context: float) -> float:
+        kv_bytes = batch * context * self.kv_bytes_per_token
+        return (self.step_weight_bytes + kv_bytes) / self.bandwidth_bytes_per_s
+
+    def _compute_s(self, batch: int) -> float:
+        return batch * (self.layer_s_per_token + self.lm_head_s_per_token)
+
+    def prefill_tokens_per_s(self) -> float:
+        """Ceiling of prompt tokens per second; lm_head sees only the last token of a prompt."""
+        return 1 / self.layer_s_per_token
+
+    def ttft_floor_ms(self, isl: int) -> float:
+        """Least time to the first token of one prompt that has the card for itself."""
+        compute_s = isl * self.layer_s_per_token + self.lm_head_s_per_token
+        return 1e3 * max(compute_s, self._memory_s(1, 0))
+
+    def mean_context(self, isl: int, osl: int) -> float:
+        """Tokens of cache that a decode step reads for one sequence, averaged over the output.
+
+        The step that makes output token `t + 1` (`t` from 1) reads `isl + t` of them: the first
+        output token comes from the prefill.
+        """
+        steps = max(osl - 1, 1)
+        window = self.sliding_window if self.sliding_window is not None else isl + steps
+        growing = min(max(window - isl, 0), steps)  # steps that still see all of the context
+        seen = growing * isl + growing * (growing + 1) / 2 + (steps - growing) * window
+        return seen / steps
+
+    def reachable_batch(
+        self, tokens_per_s: float, context: float, fits: Callable[[int], bool]
+    ) -> int | None:
+        """Smallest batch at which a target is at most `REACHABLE_SHARE` of the ceiling.
+
+        Args:
+            tokens_per_s: Target of the whole batch.
+            context: As in `decode_tokens_per_s`.
+            fits: Whether the card's memory holds a batch of that many.
+
+        Returns:
+            The batch, or None if no batch that fits makes the target reachable.
+        """
+        for batch in range(1, _MAX_BATCH + 1):
+            if not fits(batch):
+                return None
+            if tokens_per_s / self.decode_tokens_per_s(batch, context) <= REACHABLE_SHARE:
+                return batch
+        return None
+
+
+def roofline(shape: ModelShape, sizes: Sizes, target: Target) -> Roofline:
+    """The roofline of a model on a card; FP8 on a card without it counts at the 16-bit peak."""
+    fp16_flops = target.fp16_tflops * 1e12
+    fp8_flops = (target.fp8_tflops or target.fp16_tflops) * 1e12
+    return Roofline(
+        bandwidth_bytes_per_s=target.bandwidth_gb_s * 1e9,
+        step_weight_bytes=sizes.step_weight_bytes,
+        kv_bytes_per_token=sizes.kv_bytes_per_token,
+        sliding_window=shape.sliding_window,
+        layer_s_per_token=2
+        * (sizes.fp8_params / fp8_flops + sizes.linear_16bit_params / fp16_flops),
+        lm_head_s_per_token=2 * shape.embedding_params / fp16_flops,
+    )

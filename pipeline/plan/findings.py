@@ -1,0 +1,174 @@
+"""What a plan objects to: faults that refuse the build, and notes that are only shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.errors import Fault
+from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.plan.fit import PAGED_SHARE, Fit
+from pipeline.plan.known_bad import matching_rows
+from pipeline.plan.request import PlanRequest
+from pipeline.plan.sizes import KV_BYTES_PER_ELEMENT, gib
+from pipeline.plan.workloads import WorkloadPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something to know that refuses nothing.
+
+    Attributes:
+        severity: A warning means that something is likely to disappoint.
+        path: Config path that it is about.
+        message: What, and what to do.
+        source: Who says so; empty where it follows from the plan itself.
+    """
+
+    severity: Literal["warning", "note"]
+    path: str
+    message: str
+    source: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+def limit_faults(request: PlanRequest) -> Iterator[Fault]:
+    """Limits that contradict the model, each other, or a workload."""
+    limits, longest = request.limits, request.shape.max_position_embeddings
+    if limits.max_seq_len > longest:
+        yield Fault(
+            "compiler.max_seq_len",
+            f"a context of {limits.max_seq_len} is beyond what the model was trained for; "
+            f"at most {longest}",
+        )
+    if limits.max_num_tokens < limits.max_batch_size:
+        yield Fault(
+            "compiler.max_num_tokens",
+            f"max_num_tokens ({limits.max_num_tokens}) must be >= max_batch_size "
+            f"({limits.max_batch_size}), for each sequence takes one in a decode step; "
+            "increase compiler.max_num_tokens",
+        )
+    if limits.kv_cache_dtype not in KV_BYTES_PER_ELEMENT:
+        yield Fault(
+            "compiler.kv_cache_dtype",
+            f"{limits.kv_cache_dtype!r} is none of {', '.join(KV_BYTES_PER_ELEMENT)}",
+        )
+    for index, workload in enumerate(request.workloads):
+        path = request.workload_path(index)
+        if workload.isl + workload.osl > limits.max_seq_len:
+            yield Fault(
+                f"{path}.isl",
+                f"isl + osl ({workload.isl} + {workload.osl}) must be <= compiler.max_seq_len "
+                f"({limits.max_seq_len})",
+            )
+        if workload.batch > limits.max_batch_size:
+            yield Fault(
+                f"{path}.batch",
+                f"batch {workload.batch} must be <= compiler.max_batch_size "
+                f"({limits.max_batch_size})",
+            )
+
+
+def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
+    """What the card's memory does not hold."""
+    limits, card = request.limits, request.target.id
+    if fit.kv_budget_bytes < fit.kv_bytes_per_token:
+        yield Fault(
+            "target",
+            f"the model does not fit {card}: weights {gib(fit.engine_bytes)} and workspace "
+            f"{gib(fit.workspace_bytes)} leave nothing of the {gib(fit.usable_bytes)} that can be "
+            "used; choose a card with more memory, or a smaller model, compiler.max_num_tokens or "
+            "compiler.max_batch_size",
+        )
+    elif fit.static_kv_bytes > fit.kv_budget_bytes:
+        yield Fault(
+            "compiler.max_batch_size",
+            f"the static cache of batch {limits.max_batch_size} x context {limits.max_seq_len} "
+            f"takes {gib(fit.static_kv_bytes)}, and {card} has {gib(fit.kv_budget_bytes)} left "
+            f"beside weights and workspace; at most batch {fit.full_length_sequences} at context "
+            f"{limits.max_seq_len}, or context {fit.max_context} at batch {limits.max_batch_size}",
+        )
+    elif not fit.static_kv_bytes:
+        for index, workload in enumerate(request.workloads):
+            context = workload.isl + workload.osl
+            if not fit.holds(workload.batch, context):
+                largest = fit.kv_budget_bytes // (context * fit.kv_bytes_per_token)
+                needed = workload.batch * context * fit.kv_bytes_per_token
+                yield Fault(
+                    f"{request.workload_path(index)}.batch",
+                    f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
+                    f"{gib(needed)}, and {card} has {gib(fit.kv_budget_bytes)} left beside weights "
+                    f"and workspace ({PAGED_SHARE:.0%} of its memory counted); at most batch "
+                    f"{largest}",
+                )
+
+
+def fit_notes(request: PlanRequest, fit: Fit) -> Iterator[Note]:
+    """What fits the workloads, but not everything that the limits promise."""
+    if not fit.static_kv_bytes and fit.full_length_sequences == 0 and fit.kv_budget_bytes > 0:
+        yield Note(
+            severity="warning",
+            path="compiler.max_seq_len",
+            message=f"not one sequence of {request.limits.max_seq_len} tokens fits, and some "
+            f"runtimes do not start then; up to {fit.kv_budget_bytes // fit.kv_bytes_per_token} do",
+        )
+
+
+def target_findings(
+    request: PlanRequest, workloads: tuple[WorkloadPlan, ...]
+) -> tuple[list[Fault], list[Note]]:
+    """Targets above the ceiling, which are refused, and targets that are hard to reach."""
+    faults, notes = [], []
+    for index, workload in enumerate(workloads):
+        if workload.share is None or workload.share <= REACHABLE_SHARE:
+            continue
+        path = f"{request.workload_path(index)}.min_output_tokens_per_s"
+        if workload.share > 1:
+            faults.append(Fault(path, _impossible(workload)))
+        else:
+            message = (
+                f"{rate(workload.target)} tok/s at batch {workload.batch} is {workload.share:.0%} "
+                f"of this card's ceiling of {rate(workload.ceiling)}; up to {REACHABLE_SHARE:.0%} "
+                f"is held to be reachable{_advice(workload)}"
+            )
+            notes.append(Note(severity="warning", path=path, message=message))
+    return faults, notes
+
+
+def _impossible(workload: WorkloadPlan) -> str:
+    wanted, ceiling = rate(workload.target), rate(workload.ceiling)
+    if wanted == ceiling:
+        wanted, ceiling = f"{workload.target:.2f}", f"{workload.ceiling:.2f}"
+    without_kv = rate(workload.ceiling_without_kv)
+    aside = f" ({without_kv} without its KV cache)" if without_kv != ceiling else ""
+    return (
+        f"{wanted} tok/s at batch {workload.batch} is above this card's ceiling of "
+        f"{ceiling}{aside}{_advice(workload)}"
+    )
+
+
+def _advice(workload: WorkloadPlan) -> str:
+    if workload.reachable_batch is None:
+        return "; no batch that fits this card makes it reachable"
+    return f"; at batch >= {workload.reachable_batch} it is reachable"
+
+
+def rate(tokens_per_s: float | None) -> str:
+    """Tokens per second for people: whole numbers."""
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.0f}"
+
+
+def known_bad_findings(request: PlanRequest) -> tuple[list[Fault], list[Note]]:
+    """Rows of the known-bad table that hold; those of severity `error` are faults."""
+    faults, notes = [], []
+    for row in matching_rows(request):
+        if row.severity == "error":
+            faults.append(Fault(row.path, f"{row.message} ({row.source})"))
+        else:
+            notes.append(
+                Note(severity=row.severity, path=row.path, message=row.message, source=row.source)
+            )
+    return faults, notes

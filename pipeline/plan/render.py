@@ -1,0 +1,117 @@
+"""A plan as tables for people, 80 columns wide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.plan.findings import rate
+from pipeline.plan.plan import Plan
+from pipeline.plan.sizes import gib
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def render(plan: Plan) -> RenderableType:
+    """Sizes and fit, one line for each workload, then notes and faults."""
+    from rich.console import Group
+    from rich.text import Text
+
+    request = plan.request
+    quantization = "FP8" if request.quantization == "fp8" else "16-bit"
+    title = Text(
+        f"{request.name}: {quantization} {request.format} for {request.target.id} "
+        f"(sm_{request.target.sm}), {' '.join(request.runtime).strip()}",
+        style="bold",
+    )
+    parts: list[RenderableType] = [title, _sizes(plan)]
+    if plan.workloads:
+        parts.append(_workloads(plan))
+        parts.append(
+            Text(
+                "The ceiling is what the card allows at most, without speculation; up to "
+                f"{REACHABLE_SHARE:.0%} of it is held to be reachable.",
+                style="dim",
+            )
+        )
+    for note in plan.notes:
+        source = f" ({note.source})" if note.source else ""
+        style = "yellow" if note.severity == "warning" else ""
+        parts.append(Text(f"{note.severity}: {note.path}: {note.message}{source}", style=style))
+    parts += [Text(f"refused: {fault}", style="bold red") for fault in plan.faults]
+    return Group(*parts)
+
+
+def _sizes(plan: Plan) -> Table:
+    from rich.table import Table
+
+    request, sizes, fit, build = plan.request, plan.sizes, plan.fit, plan.build
+    limits = request.limits
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    table.add_row(
+        "parameters", f"{sizes.params / 1e9:.3f} B, {sizes.fp8_params / 1e9:.3f} B of it FP8"
+    )
+    if sizes.kept_16bit:
+        table.add_row(
+            "kept 16-bit",
+            f"{sizes.kept_16bit} linears, {gib(sizes.kept_16bit_extra_bytes)} more than in FP8",
+        )
+    table.add_row("checkpoint, engine", f"{gib(sizes.checkpoint_bytes)}, {gib(sizes.engine_bytes)}")
+    table.add_row(
+        "KV cache",
+        f"{sizes.kv_bytes_per_token / 1024:g} KiB per token, "
+        + ("FP8" if sizes.kv_bytes_per_element == 1 else "16-bit")
+        + (f"; static, {gib(fit.static_kv_bytes)}" if fit.static_kv_bytes else "; paged"),
+    )
+    table.add_row(
+        "memory",
+        f"{gib(fit.usable_bytes)} usable of {gib(request.target.memory_bytes)}: weights "
+        f"{gib(fit.engine_bytes)}, workspace about {gib(fit.workspace_bytes)}, cache "
+        f"{gib(max(fit.kv_budget_bytes, 0))}",
+    )
+    table.add_row(
+        "limits",
+        f"batch {limits.max_batch_size} x context {limits.max_seq_len}, "
+        f"{limits.max_num_tokens} tokens a step",
+    )
+    table.add_row(
+        "largest that fits",
+        f"batch {fit.full_length_sequences} at context {limits.max_seq_len}, context "
+        f"{fit.max_context} at batch {limits.max_batch_size}",
+    )
+    compile_ram = f", compile {gib(build.compile_ram_bytes)}" if build.compile_ram_bytes else ""
+    table.add_row(
+        "build needs about",
+        f"disk {gib(sum(build.disk_bytes.values()))}; RAM: quantize on CPU "
+        f"{gib(build.quantize_ram_bytes)}{compile_ram}",
+    )
+    return table
+
+
+def _workloads(plan: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), title="tokens per second", title_justify="left")
+    table.add_column("workload", overflow="ellipsis", no_wrap=True)
+    headings = ("batch", "isl", "osl", "ceiling", "no KV", "bound", "prefill", "TTFT ms")
+    for heading in (*headings, "target", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for workload in plan.workloads:
+        table.add_row(
+            workload.name,
+            str(workload.batch),
+            str(workload.isl),
+            str(workload.osl),
+            rate(workload.ceiling),
+            rate(workload.ceiling_without_kv),
+            workload.bound,
+            rate(workload.prefill_tokens_per_s),
+            f"{workload.ttft_floor_ms:.1f}",
+            rate(workload.target),
+            "-" if workload.share is None else f"{workload.share:.0%}",
+        )
+    return table

@@ -1,0 +1,71 @@
+"""What a plan is asked about: one recipe, resolved as far as sizes and ceilings need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.hardware import Target
+from pipeline.shapes import ModelShape
+from pipeline.stages import Format, Limits
+
+Quantization = Literal["fp8", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWorkload:
+    """One workload that acceptance will measure on the target card.
+
+    Attributes:
+        name: Name in the report, such as `b64`.
+        batch: Requests running at once.
+        isl: Input sequence length, tokens of each prompt.
+        osl: Output sequence length, tokens generated for each prompt.
+        min_output_tokens_per_s: Wanted output tokens per second of the whole batch; None for a
+            workload that is measured without a target.
+        path: Config path of this workload, for faults; by default `acceptance.targets[<index>]`.
+    """
+
+    name: str
+    batch: int
+    isl: int
+    osl: int
+    min_output_tokens_per_s: float | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """All that a plan depends on.
+
+    Attributes:
+        name: Recipe name.
+        shape: Shape of the model.
+        target: Card that the engine is for.
+        format: What is built; decides how the KV cache is laid out.
+        quantization: `fp8` for FP8 linears, `none` for 16-bit ones.
+        keep_16bit: Patterns (fnmatch) of linears that stay 16-bit although the rest is FP8, such as
+            `model.layers.*.mlp.down_proj`.
+        limits: What the engine is built for.
+        workloads: What acceptance will measure on the card.
+        runtime: Name and version of what will run the engine, such as `("vllm", "0.24.0")`; an
+            empty version where it is not known.
+        facts: Further conditions of the known-bad table: `cuda` (version), `speculation`
+            (such as `mtp`), `weight_scales` (`tensor` or `block`; by default `tensor`).
+    """
+
+    name: str
+    shape: ModelShape
+    target: Target
+    format: Format
+    quantization: Quantization
+    keep_16bit: tuple[str, ...] = ()
+    limits: Limits
+    workloads: tuple[PlannedWorkload, ...] = ()
+    runtime: tuple[str, str]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def workload_path(self, index: int) -> str:
+        """Config path of one workload."""
+        return self.workloads[index].path or f"acceptance.targets[{index}]"

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from pipeline.hardware import Target
+from pipeline.plan import PlanRequest
+from pipeline.shapes import ModelShape
+from pipeline.stages import Limits
+
+ROOT = Path(__file__).parents[2]
+
+Ask = Callable[..., PlanRequest]
+
+
+@pytest.fixture(scope="session")
+def shape_of() -> Callable[[str], ModelShape]:
+    def load(name: str) -> ModelShape:
+        return cast(ModelShape, _instantiate(ROOT / "recipes" / "shapes" / f"{name}.yaml"))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def target_of() -> Callable[[str], Target]:
+    def load(name: str) -> Target:
+        return cast(Target, _instantiate(ROOT / "conf" / "target" / f"{name}.yaml"))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def ask(shape_of: Callable[[str], ModelShape], target_of: Callable[[str], Target]) -> Ask:
+    """A request that plans cleanly: Llama 3.1 for vLLM on an RTX 4090; keywords change it."""
+
+    def request(
+        shape: str = "llama3.1",
+        target: str = "rtx4090",
+        *,
+        max_batch_size: int = 8,
+        max_seq_len: int = 2048,
+        max_num_tokens: int = 4096,
+        kv_cache_dtype: str = "fp8",
+        **changes: Any,
+    ) -> PlanRequest:
+        limits = Limits(
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            max_num_tokens=max_num_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+        asked: dict[str, Any] = {
+            "name": shape,
+            "shape": shape_of(shape),
+            "target": target_of(target),
+            "format": "checkpoint",
+            "quantization": "fp8",
+            "limits": limits,
+            "runtime": ("vllm", "0.24.0"),
+        }
+        return PlanRequest(**(asked | changes))
+
+    return request
+
+
+def _instantiate(path: Path) -> Any:
+    return instantiate(OmegaConf.load(path), _convert_="all")

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from pipeline.errors import Fault
+from pipeline.hardware import GIB, Target
+from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
+from pipeline.plan.sizes import gib
+
+Ask = Callable[..., PlanRequest]
+DOWN_PROJ = ("model.layers.*.mlp.down_proj",)
+
+
+def rtx(ask: Ask, shape: str = "smollm2", **changes: object) -> PlanRequest:
+    return ask(
+        shape,
+        format="trtrtx",
+        runtime=("tensorrt-rtx", "1.7.1.116"),
+        **({"kv_cache_dtype": "float16"} | changes),
+    )
+
+
+def paths(faults: tuple[Fault, ...]) -> list[str]:
+    return [fault.path for fault in faults]
+
+
+def test_a_sound_request_has_no_faults_and_no_notes(ask: Ask) -> None:
+    workload = PlannedWorkload(name="b8", batch=8, isl=1024, osl=1024, min_output_tokens_per_s=500)
+    plan = make_plan(ask(workloads=(workload,)))
+    assert plan.faults == ()
+    assert plan.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fp8_kib"), [("phi3", 192), ("mistral", 64), ("qwen2.5", 28), ("llama3.1", 64)]
+)
+def test_kv_bytes_per_token(shape: str, fp8_kib: int, ask: Ask) -> None:
+    assert make_plan(ask(shape)).sizes.kv_bytes_per_token == fp8_kib * 1024
+    for dtype in ("bfloat16", "float16"):
+        plan = make_plan(ask(shape, kv_cache_dtype=dtype))
+        assert plan.sizes.kv_bytes_per_token == 2 * fp8_kib * 1024
+
+
+def test_static_cache_counts_as_16bit_even_where_fp8_was_asked(ask: Ask) -> None:
+    asked = make_plan(rtx(ask, kv_cache_dtype="fp8"))
+    assert asked.sizes.kv_bytes_per_token == make_plan(rtx(ask)).sizes.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(("shape", "engine_mb"), [("smollm2", 220), ("phi3", 4050)])
+def test_rtx_engine_size_is_what_was_measured(shape: str, engine_mb: int, ask: Ask) -> None:
+    # TensorRT-RTX 1.7.1, two profiles, 2026-11-24.
+    assert make_plan(rtx(ask, shape)).sizes.engine_bytes == pytest.approx(engine_mb * 1e6, rel=0.01)
+
+
+@pytest.mark.parametrize(("shape", "rss_gb"), [("smollm2", 1.5), ("phi3", 13.2)])
+def test_rtx_compile_memory_is_what_was_measured(shape: str, rss_gb: float, ask: Ask) -> None:
+    assert make_plan(rtx(ask, shape)).build.compile_ram_bytes == pytest.approx(
+        rss_gb * 1e9, rel=0.02
+    )
+
+
+def test_keep_16bit_doubles_the_bytes_of_what_it_picks(ask: Ask) -> None:
+    plain, kept = make_plan(ask("smollm2")), make_plan(ask("smollm2", keep_16bit=DOWN_PROJ))
+    extra = 30 * 1536 * 576
+    assert kept.sizes.kept_16bit == 30
+    assert kept.sizes.kept_16bit_extra_bytes == extra
+    assert plain.sizes.fp8_params - kept.sizes.fp8_params == extra
+    scales = 30 * 2 * 4
+    assert kept.sizes.checkpoint_bytes - plain.sizes.checkpoint_bytes == extra - scales
+    assert kept.sizes.step_weight_bytes - plain.sizes.step_weight_bytes == extra - scales
+
+
+def test_unquantized_weights_take_two_bytes_each(ask: Ask) -> None:
+    sizes = make_plan(ask("smollm2", quantization="none", kv_cache_dtype="bfloat16")).sizes
+    assert sizes.checkpoint_bytes == 2 * 134_515_008
+    assert sizes.fp8_params == 0
+
+
+def test_tied_embedding_is_stored_once_and_untied_twice(ask: Ask) -> None:
+    tied, untied = make_plan(ask("smollm2")).sizes, make_plan(ask("llama3.1")).sizes
+    assert tied.weight_bytes == tied.step_weight_bytes
+    assert untied.weight_bytes - untied.step_weight_bytes == 2 * 128256 * 4096
+
+
+def test_paged_fit_is_judged_at_the_workloads_and_not_at_the_limits(ask: Ask) -> None:
+    # Batch 64 at full context would take 96 GiB of FP8 cache; the workload takes 4.5.
+    small = PlannedWorkload(name="b64", batch=64, isl=128, osl=256)
+    request = ask("phi3", max_batch_size=64, max_seq_len=4096, workloads=(small,))
+    plan = make_plan(request)
+    assert plan.faults == ()
+    assert 0 < plan.fit.full_length_sequences < 64
+    assert plan.fit.static_kv_bytes == 0
+
+    large = PlannedWorkload(name="long", batch=64, isl=2048, osl=2048)
+    (fault,) = make_plan(replace(request, workloads=(small, large))).faults
+    assert fault.path == "acceptance.targets[1].batch"
+    assert fault.message.endswith(f"at most batch {plan.fit.full_length_sequences}")
+
+
+def test_static_fit_is_judged_at_the_limits_and_not_at_the_workloads(ask: Ask) -> None:
+    small = PlannedWorkload(name="b64", batch=64, isl=128, osl=256)
+    request = rtx(ask, "phi3", max_batch_size=64, max_seq_len=2047, workloads=(small,))
+    plan = make_plan(request)
+    assert plan.fit.static_kv_bytes == 64 * 2047 * 384 * 1024
+    (fault,) = plan.faults
+    assert fault.path == "compiler.max_batch_size"
+
+    # What it says is the largest that fits does fit, and one more does not.
+    batch, context = plan.fit.full_length_sequences, plan.fit.max_context
+    assert f"at most batch {batch} at context 2047, or context {context} at batch 64" in (
+        fault.message
+    )
+    limits = request.limits
+    for changed, fits in [
+        (replace(limits, max_batch_size=batch), True),
+        (replace(limits, max_batch_size=batch + 1), False),
+        (replace(limits, max_seq_len=context), True),
+        (replace(limits, max_seq_len=context + 64), False),  # beyond what a smaller mask frees
+    ]:
+        faults = make_plan(replace(request, limits=changed, workloads=())).faults
+        assert (not faults) == fits, changed
+
+
+def test_largest_context_is_at_most_what_the_model_was_trained_for(ask: Ask) -> None:
+    assert make_plan(rtx(ask, max_seq_len=1024)).fit.max_context == 8192
+
+
+def test_model_that_does_not_fit_names_the_target(
+    ask: Ask, target_of: Callable[[str], Target]
+) -> None:
+    tiny = replace(target_of("rtx4080"), memory_gib=8.0)
+    workload = PlannedWorkload(name="b1", batch=1, isl=8, osl=8)
+    plan = make_plan(ask(workloads=(workload,), **{"target": "rtx4080"}))
+    assert plan.faults == ()
+    refused = make_plan(replace(plan.request, target=tiny))
+    assert paths(refused.faults) == ["target"]
+    assert refused.fit.full_length_sequences == 0
+
+
+def test_paged_runtime_gets_90_percent_and_the_static_one_all(ask: Ask) -> None:
+    memory = int(23.98 * GIB)
+    assert make_plan(ask()).fit.usable_bytes == int(0.9 * memory)
+    assert make_plan(rtx(ask)).fit.usable_bytes == memory
+
+
+def test_full_length_that_never_fits_is_a_warning(ask: Ask) -> None:
+    (note,) = make_plan(ask(target="rtx4080", max_seq_len=131072, max_num_tokens=2048)).notes
+    assert note.severity == "warning"
+    assert note.path == "compiler.max_seq_len"
+
+
+def test_limits_that_contradict_each_other_are_all_reported(ask: Ask) -> None:
+    workload = PlannedWorkload(name="b9", batch=9, isl=10000, osl=1)
+    request = ask(
+        "smollm2",
+        max_seq_len=10000,
+        max_num_tokens=7,
+        kv_cache_dtype="int8",
+        workloads=(workload,),
+    )
+    plan = make_plan(request)
+    assert paths(plan.faults) == [
+        "compiler.max_seq_len",
+        "compiler.max_num_tokens",
+        "compiler.kv_cache_dtype",
+        "acceptance.targets[0].isl",
+        "acceptance.targets[0].batch",
+    ]
+    assert "max_num_tokens (7) must be >= max_batch_size (8)" in plan.faults[1].message
+
+
+@pytest.mark.parametrize(("tokens", "batch", "faults"), [(8, 8, 0), (7, 8, 1)])
+def test_one_token_for_each_sequence_is_enough(
+    tokens: int, batch: int, faults: int, ask: Ask
+) -> None:
+    plan = make_plan(ask(max_num_tokens=tokens, max_batch_size=batch))
+    assert len(plan.faults) == faults
+
+
+def test_workspace_grows_with_what_one_step_holds(ask: Ask) -> None:
+    base = make_plan(ask()).fit.workspace_bytes
+    widest = 2 * 4096 + 3 * 14336
+    assert make_plan(ask(max_num_tokens=4097)).fit.workspace_bytes - base == 2 * widest
+    assert make_plan(ask(max_batch_size=9)).fit.workspace_bytes - base == 2 * 4 * 128256
+    assert make_plan(ask(max_seq_len=2049)).fit.workspace_bytes == base
+    mask = make_plan(rtx(ask, max_seq_len=2049)).fit.workspace_bytes
+    assert mask - make_plan(rtx(ask)).fit.workspace_bytes == 4096
+
+
+def test_build_without_compiler_needs_no_converted_copy(ask: Ask) -> None:
+    checkpoint, engine = make_plan(ask("smollm2")).build, make_plan(rtx(ask)).build
+    assert set(checkpoint.disk_bytes) == {"weights", "checkpoint"}
+    assert set(engine.disk_bytes) == {"weights", "checkpoint", "converted", "engine"}
+    assert checkpoint.compile_ram_bytes == 0
+    assert checkpoint.quantize_ram_bytes == pytest.approx(3.9e9, rel=0.02)  # measured 2026-11-24
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(GIB, "1.00 GiB"), (0.1 * GIB, "0.10 GiB"), (48 << 20, "48 MiB")]
+)
+def test_bytes_for_people(size: float, text: str) -> None:
+    assert gib(size) == text

@@ -1,0 +1,105 @@
+"""What a plan looks like, and what it costs to make one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+
+from pipeline.plan import PlannedWorkload, PlanRequest, make_plan, render
+
+Ask = Callable[..., PlanRequest]
+WORKLOADS = (
+    PlannedWorkload(name="b1", batch=1, isl=128, osl=256, min_output_tokens_per_s=312),
+    PlannedWorkload(name="b64", batch=64, isl=1024, osl=1024, min_output_tokens_per_s=2000),
+)
+
+
+def request(ask: Ask) -> PlanRequest:
+    return ask(
+        format="trtllm",
+        runtime=("tensorrt-llm", "1.2.1"),
+        max_batch_size=64,
+        workloads=WORKLOADS,
+        facts={"cuda": "12.6"},
+        keep_16bit=("*.down_proj",),
+    )
+
+
+def shown(ask: Ask, width: int) -> str:
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render(make_plan(request(ask))))
+    return capture.get()
+
+
+def test_table_fits_80_columns_without_cutting_anything(ask: Ask) -> None:
+    text = shown(ask, 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    heading = next(line for line in text.splitlines() if line.startswith("workload"))
+    assert " ".join(heading.split()) == (
+        "workload batch isl osl ceiling no KV bound prefill TTFT ms target share"
+    )
+
+
+def test_table_shows_sizes_ceilings_notes_and_faults(ask: Ask) -> None:
+    text = shown(ask, 100)
+    plan = make_plan(request(ask))
+    assert "llama3.1: FP8 trtllm for rtx4090 (sm_89), tensorrt-llm 1.2.1" in text
+    assert "8.030 B, 5.100 B of it FP8" in text
+    assert "kept 16-bit" in text
+    assert f"batch {plan.fit.full_length_sequences} at context 2048" in text
+    assert "note: runner: a page claims that CUDA 12.6" in text
+    assert "refused: acceptance.targets[0].min_output_tokens_per_s: 312 tok/s" in text
+
+
+def test_json_holds_what_the_table_shows(ask: Ask) -> None:
+    plan = make_plan(request(ask))
+    data = json.loads(json.dumps(plan.to_json()))
+    assert data["schema"] == 1
+    assert data["target"]["card"] == "NVIDIA-GeForce-RTX-4090"
+    assert data["limits"]["max_batch_size"] == 64
+    assert data["sizes"]["params"] == 8_030_261_248
+    assert data["fit"]["kv_budget_bytes"] == plan.fit.kv_budget_bytes
+    assert [workload["name"] for workload in data["workloads"]] == ["b1", "b64"]
+    assert data["workloads"][0]["reachable_batch"] == plan.workloads[0].reachable_batch
+    assert data["build"]["disk_total_bytes"] == sum(plan.build.disk_bytes.values())
+    assert data["faults"][0]["path"] == "acceptance.targets[0].min_output_tokens_per_s"
+    assert data["notes"][0]["severity"] == "note"
+
+
+def test_equal_requests_give_equal_plans(ask: Ask) -> None:
+    assert make_plan(request(ask)) == make_plan(request(ask))
+
+
+def test_plan_takes_less_than_50_ms(ask: Ask) -> None:
+    make_plan(request(ask))  # reads the known-bad table, once in a process
+    asked = request(ask)
+    started = time.process_time()
+    make_plan(asked)
+    assert time.process_time() - started < 0.05
+
+
+def test_import_is_quick_and_light() -> None:
+    # CPU time, best of three: the machine may be busy. Pydantic and the contracts come first.
+    code = (
+        "import sys, time, pydantic.dataclasses, pipeline.hardware\n"
+        "started = time.process_time()\n"
+        "import pipeline.plan\n"
+        "print(time.process_time() - started)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'onnx', 'rich', 'hydra', 'yaml'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for _ in range(3)
+    ]
+    assert min(float(seconds) for seconds, _ in runs) < 0.05
+    assert {loaded for _, loaded in runs} == {"[]"}
