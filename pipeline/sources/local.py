@@ -1,0 +1,81 @@
+"""Weights in a folder of yours, such as a fine-tune: read where they are, never copied.
+
+Their identity is their content, so every file is hashed on every run (about 1 GB/s): an edit that
+keeps size and time is still noticed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.cache import sha256_file
+from pipeline.errors import NotFoundError
+from pipeline.settings import STRICT, PathField
+from pipeline.sources.files import (
+    check_listing,
+    check_weights,
+    licence_of,
+    support_files,
+    weight_files,
+)
+from pipeline.sources.progress import shown
+from pipeline.sources.store import disk_faults_explained
+from pipeline.stages import FileDigest, Weights
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LocalSource:
+    """A Hugging Face folder on this machine.
+
+    Attributes:
+        path: Folder with `config.json`, safetensors and a tokenizer.
+        licence: SPDX identifier of the terms that its weights are under.
+    """
+
+    path: PathField
+    licence: str
+
+    @property
+    def origin(self) -> str:
+        """For people and the manifest; without parent folders, which are nobody else's business."""
+        return f"local:{self.path.name}"
+
+    def fetch(self) -> Weights:
+        """Check the folder and hash what a build needs of it.
+
+        Raises:
+            NotFoundError: No such folder, or no model, weights or tokenizer in it.
+            RecipeError: Its weights are pickles.
+            CorruptError: A file is truncated or breaks its format; names file and fault.
+            AccessError: It may not be read.
+        """
+        folder = self.path.expanduser().resolve()
+        if not folder.is_dir():
+            raise NotFoundError(f"source.path: {folder} is not a folder; it must hold a model")
+        with disk_faults_explained():
+            present = {path.name for path in folder.iterdir() if path.is_file()}
+            check_listing(present, str(folder))
+            shards = weight_files(present, folder, str(folder))
+            check_weights(folder, shards)
+            files = _digests(folder, sorted((*support_files(present), *shards)))
+        return Weights(
+            dir=folder,
+            origin=self.origin,
+            commit=None,
+            files=files,
+            licence=licence_of(self.licence, present),
+        )
+
+
+def _digests(folder: Path, names: list[str]) -> tuple[FileDigest, ...]:
+    """Digest of each named file, showing how far it is."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    files = []
+    with shown(f"Hashing {folder.name}", sum(sizes.values())) as advance:
+        for name, size_bytes in sizes.items():
+            digest = sha256_file(folder / name)
+            files.append(FileDigest(path=name, size_bytes=size_bytes, sha256=digest))
+            advance(size_bytes)
+    return tuple(files)

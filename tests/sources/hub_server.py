@@ -1,0 +1,222 @@
+"""A Hub of one tiny repository on loopback, with a CDN on another host, and faults on demand.
+
+It speaks what `huggingface_hub` 1.33 and the Hub say to each other: `/api/models/.../revision/...`
+with blobs, `/resolve/` with a relative redirect for files in git and one to the CDN for LFS files,
+their headers, and `Range`. `test_hub_source.py` lets the library itself download from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from tests.sources.tiny_model import tiny_repository
+
+REPO = "acme/tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_test"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived."""
+
+    method: str
+    path: str
+    headers: Message
+
+
+@dataclass
+class HubServer:
+    """The repository and its faults; start it with `with`.
+
+    Attributes:
+        files: Content by path.
+        sent: Path -> bytes that are sent in place of the true ones.
+        statuses: Answers to the next requests to the Hub, in order, in place of the usual ones.
+        always: Answers every request to the Hub.
+        retry: Headers that go with `statuses` and `always`.
+        cut: Path -> after how many bytes the CDN ends the next connection.
+        stall: Like `cut`, but the connection stays open and silent.
+        gated: Files need `TOKEN`; a token that is not `TOKEN` has no access.
+        ignore_range: The CDN always sends whole files.
+        requests: All that was asked.
+    """
+
+    files: dict[str, bytes] = field(default_factory=tiny_repository)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    statuses: list[int] = field(default_factory=list)
+    always: int | None = None
+    retry: dict[str, str] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    stall: dict[str, int] = field(default_factory=dict)
+    gated: bool = False
+    ignore_range: bool = False
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._closing = threading.Event()
+        self._hub = _serve("127.0.0.1", _hub_handler(self))
+        self._cdn = _serve("127.0.0.2", _cdn_handler(self))  # another host, as in life
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        for server in (self._hub, self._cdn):
+            server.shutdown()
+            server.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        """For HF_ENDPOINT."""
+        return f"http://127.0.0.1:{self._hub.server_port}"
+
+    def cdn_requests(self, name: str) -> list[Request]:
+        """Requests for the content of an LFS file."""
+        return [request for request in self.requests if request.path == f"/cdn/{name}"]
+
+    def is_lfs(self, name: str) -> bool:
+        return name.endswith((".safetensors", ".bin", ".pth"))
+
+    def listing(self) -> dict[str, Any]:
+        """Answer of the API, shaped as the Hub's."""
+        siblings = []
+        for name, content in self.files.items():
+            entry: dict[str, Any] = {
+                "rfilename": name,
+                "size": len(content),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+            }
+            if self.is_lfs(name):
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
+            siblings.append(entry)
+        return {
+            "_id": "1", "id": REPO, "modelId": REPO, "sha": COMMIT, "private": False,
+            "gated": "manual" if self.gated else False, "disabled": False, "tags": [],
+            "downloads": 0, "likes": 0, "siblings": siblings,
+        }  # fmt: skip
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is no news."""
+
+
+def _serve(host: str, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    server = _QuietServer((host, 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD through `answer`."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        raise NotImplementedError
+
+    def reply(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def _hub_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+    """The Hub itself."""
+
+    class Handler(_Handler):
+        def answer(self) -> None:
+            hub.requests.append(Request(self.command, self.path, self.headers))
+            status = hub.always or (hub.statuses.pop(0) if hub.statuses else None)
+            if status is not None:
+                return self.reply(status, b"{}", **hub.retry)
+            path = urlsplit(self.path).path
+            api, resolve = f"/api/models/{REPO}/revision/", f"/{REPO}/resolve/"
+            in_git = f"/api/resolve-cache/models/{REPO}/{COMMIT}/"
+            if path.startswith(in_git):
+                return self.content(path.removeprefix(in_git))
+            if not path.startswith((api, resolve)):
+                return self.reply(404, X_Error_Code="RepoNotFound")
+            if path.startswith(api):
+                if path != api + COMMIT:
+                    return self.reply(404, X_Error_Code="RevisionNotFound")
+                return self.reply(200, json.dumps(hub.listing()).encode())
+            token = self.headers.get("Authorization")
+            if hub.gated and token != f"Bearer {TOKEN}":
+                return self.reply(403 if token else 401, X_Error_Code="GatedRepo")
+            name = path.removeprefix(f"{resolve}{COMMIT}/")
+            if name not in hub.files:
+                return self.reply(404, X_Error_Code="EntryNotFound")
+            content = hub.files[name]
+            if not hub.is_lfs(name):
+                return self.reply(307, Location=in_git + name, X_Repo_Commit=COMMIT)
+            digest = hashlib.sha256(content).hexdigest()
+            return self.reply(
+                302,
+                Location=f"http://127.0.0.2:{hub._cdn.server_port}/cdn/{name}",
+                X_Repo_Commit=COMMIT,
+                X_Linked_Etag=f'"{digest}"',
+                X_Linked_Size=str(len(content)),
+            )
+
+        def content(self, name: str) -> None:
+            content = hub.sent.get(name, hub.files[name])
+            etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+    return Handler
+
+
+def _cdn_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+    """Where LFS files lie; it never sees a token."""
+
+    class Handler(_Handler):
+        def answer(self) -> None:
+            hub.requests.append(Request(self.command, self.path, self.headers))
+            name = self.path.removeprefix("/cdn/")
+            content = hub.sent.get(name, hub.files[name])
+            wanted = self.headers.get("Range", "")
+            first = 0
+            if wanted.startswith("bytes=") and not hub.ignore_range:
+                first = int(wanted.removeprefix("bytes=").rstrip("-"))
+            self.send_response(206 if first else 200)
+            if first:
+                self.send_header(
+                    "Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}"
+                )
+            self.send_header("Content-Length", str(len(content) - first))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            end = min(hub.cut.get(name, len(content)), hub.stall.get(name, len(content)))
+            self.wfile.write(content[first : max(first, end)])
+            self.wfile.flush()
+            if hub.stall.pop(name, None):
+                hub._closing.wait()
+            if hub.cut.pop(name, None) is not None:
+                self.close_connection = True
+
+    return Handler

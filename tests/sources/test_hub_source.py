@@ -1,0 +1,458 @@
+"""The Hub source against a real server on loopback, through the real library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    PipelineError,
+    RecipeError,
+    TransientError,
+)
+from pipeline.sources.hub import HubSource
+from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
+from tests.sources.tiny_model import SHARDS, safetensors
+
+WANTED = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md",
+    "model.safetensors.index.json", *SHARDS,
+}  # fmt: skip
+SOURCE = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT")
+FETCH = (
+    "from pipeline.sources.hub import HubSource;"
+    f"HubSource(repo_id={REPO!r}, revision={COMMIT!r}, licence='MIT').fetch();"
+    "import sys; print('huggingface_hub' in sys.modules)"
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long it would have slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
+
+
+def partial_files(cache: Path) -> Path:
+    return cache / "weights/hub/acme--tiny" / f"{COMMIT}.partial" / "files"
+
+
+def test_server_satisfies_the_library(hub: HubServer, tmp_path: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for name in ("config.json", SHARDS[0]):
+        path = hf_hub_download(
+            REPO, name, revision=COMMIT, endpoint=hub.endpoint, local_dir=tmp_path / "theirs"
+        )
+        assert Path(path).read_bytes() == hub.files[name]
+
+
+def test_fetch_brings_what_a_build_needs_and_nothing_else(hub: HubServer) -> None:
+    weights = SOURCE.fetch()
+
+    assert {path.name for path in weights.dir.iterdir()} == WANTED
+    assert all((weights.dir / name).read_bytes() == hub.files[name] for name in WANTED)
+    assert {file.path: file.sha256 for file in weights.files} == {
+        name: hashlib.sha256(hub.files[name]).hexdigest() for name in WANTED
+    }
+    assert (weights.origin, weights.commit) == (f"hub:{REPO}", COMMIT)
+    assert weights.licence.files == ("LICENSE", "NOTICE.txt", "USE_POLICY.md")
+    assert COMMIT in str(weights.dir)
+    assert not list(weights.dir.parent.parent.glob("*.partial"))
+
+
+def test_a_single_safetensors_file_is_enough(hub: HubServer) -> None:
+    hub.files["model.safetensors"] = safetensors({"a": 9})
+    for name in SHARDS:
+        del hub.files[name]
+
+    names = {file.path for file in SOURCE.fetch().files}
+
+    assert "model.safetensors" in names
+    assert "model.safetensors.index.json" not in names
+
+
+def test_token_goes_to_the_hub_and_never_to_the_cdn(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.gated = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    SOURCE.fetch()
+
+    for request in hub.requests:
+        assert ("Authorization" in request.headers) != request.path.startswith("/cdn/"), request
+
+
+def test_token_file_of_the_library_is_not_read(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "token").write_text(TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+
+    SOURCE.fetch()
+
+    assert not any("Authorization" in request.headers for request in hub.requests)
+
+
+def test_second_fetch_needs_no_network_no_token_and_no_library(hub: HubServer, cache: Path) -> None:
+    SOURCE.fetch()
+    hub.requests.clear()
+    started = time.perf_counter()
+    SOURCE.fetch()
+    assert time.perf_counter() - started < 0.5
+    assert not hub.requests
+
+    done = run_fetch({"HF_ENDPOINT": "http://127.0.0.1:9"})
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
+def run_fetch(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", FETCH],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing", "no record", "broken header"])
+def test_damaged_cache_is_mended_with_its_good_files(
+    hub: HubServer, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = SOURCE.fetch()
+    victim = weights.dir / SHARDS[1]
+    if damage == "shorter":
+        victim.write_bytes(b"x")
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "broken header":
+        victim.write_bytes(b"\xff" * victim.stat().st_size)
+    else:
+        (weights.dir.parent / "weights.json").unlink()
+    hub.requests.clear()
+
+    assert SOURCE.fetch() == weights
+
+    assert victim.read_bytes() == hub.files[SHARDS[1]]
+    assert not hub.cdn_requests(SHARDS[0])
+    assert "damaged" in caplog.text
+
+
+def test_cut_connection_is_resumed_where_it_ended(hub: HubServer, naps: list[float]) -> None:
+    hub.cut[SHARDS[0]] = 200_000
+
+    weights = SOURCE.fetch()
+
+    ranges = [request.headers.get("Range") for request in hub.cdn_requests(SHARDS[0])]
+    assert ranges[0] is None
+    assert ranges[1] is not None
+    assert 0 < int(ranges[1].removeprefix("bytes=").rstrip("-")) <= 200_000
+    assert (weights.dir / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+    assert naps == [1.0]
+
+
+def test_server_that_ignores_ranges_is_read_from_the_start(
+    hub: HubServer, naps: list[float]
+) -> None:
+    hub.cut[SHARDS[0]] = 200_000
+    hub.ignore_range = True
+
+    weights = SOURCE.fetch()
+
+    assert (weights.dir / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_killed_download_is_resumed_by_the_next_run(
+    hub: HubServer, cache: Path, end: signal.Signals
+) -> None:
+    hub.stall[SHARDS[0]] = 200_000
+    part = partial_files(cache) / f"{SHARDS[0]}.part"
+    child = subprocess.Popen([sys.executable, "-c", FETCH], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size):
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.02)
+    finally:
+        child.send_signal(end)
+        child.wait(timeout=5)
+    arrived = part.stat().st_size
+    assert not (cache / "weights/hub/acme--tiny" / COMMIT).exists()
+
+    weights = SOURCE.fetch()
+
+    assert hub.cdn_requests(SHARDS[0])[-1].headers["Range"] == f"bytes={arrived}-"
+    assert (weights.dir / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+
+
+def test_two_runs_at_once_download_once(hub: HubServer) -> None:
+    children = [subprocess.Popen([sys.executable, "-c", FETCH]) for _ in range(2)]
+
+    assert [child.wait(timeout=60) for child in children] == [0, 0]
+    assert len(hub.cdn_requests(SHARDS[0])) == 1
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "tokenizer.json"])
+def test_wrong_bytes_of_the_right_size_are_refused_and_removed(
+    hub: HubServer, cache: Path, name: str
+) -> None:
+    right = hub.files[name]
+    hub.sent[name] = right[:-1] + bytes([right[-1] ^ 1])
+
+    with pytest.raises(CorruptError, match=name) as caught:
+        SOURCE.fetch()
+
+    assert caught.value.exit_code == 4
+    assert not list(partial_files(cache).glob(f"{name}*"))
+    hub.sent.clear()
+    assert (SOURCE.fetch().dir / name).read_bytes() == right
+
+
+def test_too_many_bytes_are_refused(hub: HubServer) -> None:
+    hub.sent[SHARDS[1]] = hub.files[SHARDS[1]] + b"more"
+
+    with pytest.raises(CorruptError, match=SHARDS[1]):
+        SOURCE.fetch()
+
+
+def test_intact_download_of_a_broken_safetensors_file_is_refused(hub: HubServer) -> None:
+    hub.files[SHARDS[1]] = hub.files[SHARDS[1]][:-3]
+
+    with pytest.raises(CorruptError, match=f"{SHARDS[1]}: truncated"):
+        SOURCE.fetch()
+
+
+def test_gated_recipe_without_token_asks_for_one_before_any_request(hub: HubServer) -> None:
+    gated = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT", gated=True)
+
+    with pytest.raises(AccessError, match="HF_TOKEN is not set") as caught:
+        gated.fetch()
+
+    assert caught.value.exit_code == 1
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("token", "step"),
+    [(None, "then set HF_TOKEN"), ("hf_other", "the token in HF_TOKEN has no access")],
+)
+def test_gated_repository_is_explained(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str | None, step: str
+) -> None:
+    hub.gated = True
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    with pytest.raises(AccessError, match=step) as caught:
+        SOURCE.fetch()
+
+    assert f"{hub.endpoint}/{REPO}" in str(caught.value)
+
+
+def test_refused_token_is_explained(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.always = 401
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+
+    with pytest.raises(AccessError, match="does not take the token"):
+        SOURCE.fetch()
+
+
+def test_unknown_repository_is_not_found(hub: HubServer) -> None:
+    other = HubSource(repo_id="acme/typo", revision=COMMIT, licence="MIT")
+
+    with pytest.raises(NotFoundError, match="no model acme/typo") as caught:
+        other.fetch()
+
+    assert caught.value.exit_code == 7
+
+
+def test_unknown_commit_is_not_found(hub: HubServer) -> None:
+    other = HubSource(repo_id=REPO, revision="f" * 40, licence="MIT")
+
+    with pytest.raises(NotFoundError, match=f"no commit {'f' * 40}"):
+        other.fetch()
+
+
+def test_pickles_only_is_a_recipe_fault(hub: HubServer) -> None:
+    del hub.files["model.safetensors.index.json"]
+
+    with pytest.raises(RecipeError, match=r"pytorch_model\.bin.*safetensors are required"):
+        SOURCE.fetch()
+
+    assert not [request for request in hub.requests if "/resolve/" in request.path]
+
+
+def test_rate_limit_that_passes_is_waited_for(hub: HubServer, naps: list[float]) -> None:
+    hub.statuses = [429, 503]
+
+    SOURCE.fetch()
+
+    assert naps == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "wait_s"),
+    [
+        ("Retry-After", "7", 7.0),
+        ("RateLimit", '"api";r=0;t=55', 56.0),
+        ("RateLimit", '"api";r=12;t=55', 1.0),
+        ("Retry-After", "86400", 300.0),
+    ],
+)
+def test_wait_that_the_hub_asks_for_is_kept_up_to_its_window(
+    hub: HubServer, naps: list[float], header: str, value: str, wait_s: float
+) -> None:
+    hub.statuses, hub.retry = [429], {header: value}
+
+    SOURCE.fetch()
+
+    assert naps == [wait_s]
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_lasting_fault_of_the_hub_is_transient(
+    hub: HubServer, naps: list[float], status: int
+) -> None:
+    hub.always = status
+
+    with pytest.raises(TransientError, match=f"HTTP {status}.*5 times in a row") as caught:
+        SOURCE.fetch()
+
+    assert caught.value.exit_code == 9
+    assert naps == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_no_network_is_transient(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1:9"):
+        SOURCE.fetch()
+
+
+def test_offline_mode_of_the_library_is_explained(hub: HubServer) -> None:
+    done = run_fetch({"HF_HUB_OFFLINE": "1"})  # read when the library is imported
+
+    assert "AccessError: HF_HUB_OFFLINE is set" in done.stderr
+
+
+def test_download_larger_than_the_disk_is_not_started(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+
+    with pytest.raises(TransientError, match=r"disk full.*ENGINESMITH_CACHE"):
+        SOURCE.fetch()
+
+    assert not hub.cdn_requests(SHARDS[0])
+
+
+def test_disk_that_fills_up_is_transient(hub: HubServer, cache: Path) -> None:
+    partial_files(cache).mkdir(parents=True)
+    (partial_files(cache) / f"{SHARDS[0]}.part").symlink_to("/dev/full")
+
+    with pytest.raises(TransientError, match="disk full"):
+        SOURCE.fetch()
+
+
+def test_progress_is_logged_when_stderr_is_no_terminal(
+    hub: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    SOURCE.fetch()
+
+    assert f"Downloading {REPO}" in caplog.text
+    assert "/cdn/" not in caplog.text
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT[:12], COMMIT.upper(), COMMIT + "0"])
+def test_revision_that_may_move_is_a_recipe_fault(revision: str) -> None:
+    with pytest.raises(ValueError, match="full commit of 40 hex digits"):
+        HubSource(repo_id=REPO, revision=revision, licence="MIT")
+
+
+@pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a--b/c", "https://x/y"])
+def test_repo_id_that_the_hub_cannot_have_is_a_recipe_fault(repo_id: str) -> None:
+    with pytest.raises(ValueError, match="repo_id"):
+        HubSource(repo_id=repo_id, revision=COMMIT, licence="MIT")
+
+
+def test_leftovers_of_another_version_do_not_get_into_the_folder(
+    hub: HubServer, cache: Path
+) -> None:
+    partial_files(cache).mkdir(parents=True)
+    (partial_files(cache) / "pytorch_model.bin").write_bytes(b"pickle")
+
+    assert {path.name for path in SOURCE.fetch().dir.iterdir()} == WANTED
+
+
+def test_endpoint_without_digests_is_refused(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = hub.listing()
+    del listing["siblings"][0]["blobId"]
+    monkeypatch.setattr(hub, "listing", lambda: listing)
+
+    with pytest.raises(PipelineError, match="without size and digest"):
+        SOURCE.fetch()
+
+
+def test_endpoint_that_answers_with_another_commit_is_refused(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = {**hub.listing(), "sha": "e" * 40}
+    monkeypatch.setattr(hub, "listing", lambda: listing)
+
+    with pytest.raises(CorruptError, match=f"commit {'e' * 40}, asked for {COMMIT}"):
+        SOURCE.fetch()
+
+
+def test_record_lies_beside_the_files(hub: HubServer) -> None:
+    weights = SOURCE.fetch()
+
+    record = json.loads((weights.dir.parent / "weights.json").read_text())
+
+    assert record["commit"] == COMMIT
+    assert [file["sha256"] for file in record["files"]] == [f.sha256 for f in weights.files]

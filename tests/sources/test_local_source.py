@@ -1,0 +1,183 @@
+"""The local source: what it takes, and how it names what is wrong with a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import AccessError, CorruptError, NotFoundError, PipelineError, RecipeError
+from pipeline.sources.files import check_safetensors
+from pipeline.sources.local import LocalSource
+from tests.sources.tiny_model import BROKEN_SAFETENSORS, SHARDS, safetensors, tiny_repository
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good folder, with much in it that a build does not need."""
+    for name, content in tiny_repository().items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(content)
+    return tmp_path / "model"
+
+
+def source(folder: Path) -> LocalSource:
+    return LocalSource(path=folder, licence="Apache-2.0")
+
+
+def test_folder_is_taken_where_it_is_with_the_digests_of_what_a_build_needs(folder: Path) -> None:
+    weights = source(folder).fetch()
+
+    names = [file.path for file in weights.files]
+    assert (weights.dir, weights.commit) == (folder, None)
+    assert names == sorted(names)
+    assert {*SHARDS, INDEX, "config.json", "tokenizer.json", "LICENSE"} < set(names)
+    assert not {"consolidated.safetensors", "pytorch_model.bin", "modeling_tiny.py"} & set(names)
+    for file in weights.files:
+        content = (folder / file.path).read_bytes()
+        assert (file.size_bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert weights.licence.files == ("LICENSE", "NOTICE.txt", "USE_POLICY.md")
+
+
+def test_identity_follows_content_and_nothing_else(folder: Path) -> None:
+    before = source(folder).fetch().digest
+    moved = folder.rename(folder.with_name("elsewhere"))
+    (moved / "README.md").write_text("other")
+    assert source(moved).fetch().digest == before
+
+    shard = bytearray((moved / SHARDS[0]).read_bytes())
+    shard[-1] ^= 1
+    (moved / SHARDS[0]).write_bytes(shard)
+    assert source(moved).fetch().digest != before
+
+
+def test_origin_names_the_folder_without_its_parents(folder: Path) -> None:
+    assert source(folder).fetch().origin == "local:model"
+
+
+@pytest.mark.parametrize("fault", BROKEN_SAFETENSORS)
+def test_broken_shard_is_corrupt_and_named(folder: Path, fault: str) -> None:
+    content, words = BROKEN_SAFETENSORS[fault]
+    (folder / SHARDS[1]).write_bytes(content)
+
+    with pytest.raises(CorruptError, match=words) as caught:
+        source(folder).fetch()
+
+    assert SHARDS[1] in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+# Of two tensors with one name the library keeps the last and says nothing.
+@pytest.mark.parametrize("fault", sorted(set(BROKEN_SAFETENSORS) - {"duplicate-tensor"}))
+def test_the_safetensors_library_refuses_the_same_files(tmp_path: Path, fault: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(BROKEN_SAFETENSORS[fault][0])
+
+    with pytest.raises(SafetensorError):
+        safe_open(path, framework="np")
+
+
+def test_what_the_safetensors_library_writes_is_taken(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    dtypes = [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64, torch.bool]
+    tensors = {f"{dtype}{shape}": torch.zeros(shape, dtype=dtype)
+               for dtype in dtypes for shape in [(2, 3), (), (0, 4)]}  # fmt: skip
+    save_file(tensors, tmp_path / "good.safetensors", {"format": "pt"})
+
+    assert check_safetensors(tmp_path / "good.safetensors") == set(tensors)
+
+
+def test_no_truncation_goes_unnoticed(tmp_path: Path) -> None:
+    whole = safetensors({"a": 20, "b": 3})
+    path = tmp_path / "x.safetensors"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CorruptError):
+            check_safetensors(path)
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    (folder / SHARDS[1]).unlink()
+
+    with pytest.raises(CorruptError, match=f"1 of the 2 files .* missing: {SHARDS[1]}"):
+        source(folder).fetch()
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "wanted an object"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {"a": 1}}', "weight_map"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "beside it"),
+        (json.dumps({"weight_map": {"zz": SHARDS[0]}}), "zz is missing"),
+    ],
+)
+def test_broken_index_is_corrupt(folder: Path, index: str, words: str) -> None:
+    (folder / INDEX).write_text(index)
+
+    with pytest.raises(CorruptError, match=words):
+        source(folder).fetch()
+
+
+def test_broken_config_is_corrupt(folder: Path) -> None:
+    (folder / "config.json").write_text('{"architectures": [')
+
+    with pytest.raises(CorruptError, match=r"config\.json: not JSON"):
+        source(folder).fetch()
+
+
+def test_pickles_only_is_a_recipe_fault(folder: Path) -> None:
+    (folder / INDEX).unlink()
+
+    with pytest.raises(RecipeError, match=r"only as pytorch_model\.bin.*save_pretrained") as caught:
+        source(folder).fetch()
+
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (["config.json"], "has no config.json"),
+        (["tokenizer.json"], "has no tokenizer"),
+        ([INDEX, "pytorch_model.bin"], "has no weights"),
+    ],
+)
+def test_incomplete_folder_is_not_found(folder: Path, missing: list[str], words: str) -> None:
+    for name in missing:
+        (folder / name).unlink()
+
+    with pytest.raises(NotFoundError, match=words) as caught:
+        source(folder).fetch()
+
+    assert caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize("name", ["nowhere", "model/config.json"])
+def test_path_that_is_no_folder_is_not_found(folder: Path, name: str) -> None:
+    with pytest.raises(NotFoundError, match="is not a folder"):
+        source(folder.parent / name).fetch()
+
+
+def test_unreadable_file_is_an_access_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may read everything, so the refusal is made here rather than with chmod.
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+    with pytest.raises(AccessError, match="Permission denied") as caught:
+        source(folder).fetch()
+
+    assert isinstance(caught.value, PipelineError)
+    assert caught.value.exit_code == 1
