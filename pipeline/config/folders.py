@@ -1,0 +1,74 @@
+"""Where recipes and options lie: the user's own folders first, then what comes with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import Fault, RecipeError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def data_dir(name: Literal["conf", "recipes"]) -> Path:
+    """The folder of that name that belongs to this code.
+
+    In a checkout it lies beside `pipeline/`; an installed wheel carries it inside. The checkout is
+    recognized by its pyproject.toml: `site-packages/conf` may be anybody's.
+    """
+    checkout = _PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
+        return checkout / name
+    return _PACKAGE / "_data" / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFolders:
+    """The search path of configuration.
+
+    Attributes:
+        recipes: Folders with recipes; the first that has a recipe wins. They may hold options as
+            well, which are looked for in the recipe's own folder first, then in this order.
+        conf: Our base configuration and options.
+    """
+
+    recipes: tuple[Path, ...]
+    conf: Path
+
+    @property
+    def search(self) -> tuple[Path, ...]:
+        return (*self.recipes, self.conf)
+
+    def recipe_names(self) -> tuple[str, ...]:
+        """Every recipe that can be named."""
+        return _stems(self.recipes)
+
+    def recipe_dir(self, recipe: str) -> Path | None:
+        """The folder that `recipe` is taken from; None if there is no such recipe."""
+        if recipe not in self.recipe_names():
+            return None
+        return next(dir for dir in self.recipes if (dir / f"{recipe}.yaml").is_file())
+
+    def options(self, group: str) -> tuple[str, ...]:
+        """The options of a group; empty if there is no such group."""
+        return _stems([dir / group for dir in self.search])
+
+
+def _stems(folders: Iterable[Path]) -> tuple[str, ...]:
+    files = (path for folder in folders for path in folder.glob("*.yaml") if path.is_file())
+    return tuple(sorted({path.stem for path in files}))
+
+
+def config_folders(config_dir: Path | None) -> ConfigFolders:
+    """The user's `--config-dir`, `./recipes`, then ours.
+
+    Raises:
+        RecipeError: `config_dir` is no folder.
+    """
+    if config_dir is not None and not config_dir.is_dir():
+        raise RecipeError([Fault("--config-dir", f"{config_dir} is not a folder")])
+    wanted = [config_dir, Path("recipes"), data_dir("recipes")]
+    present = [dir.resolve() for dir in wanted if dir is not None and dir.is_dir()]
+    return ConfigFolders(recipes=tuple(dict.fromkeys(present)), conf=data_dir("conf"))

@@ -1,0 +1,69 @@
+"""Every shipped recipe and option composes, builds its objects on a CPU, and can be planned."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.folders import config_folders, data_dir
+from pipeline.config.load import Job, load
+
+GROUPS = {"source", "target", "quantizer", "compiler", "runner", "acceptance", "registry"}
+MAX_LINES = 25
+
+RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
+SHAPES = sorted(path.stem for path in data_dir("recipes").glob("shapes/*.yaml"))
+OPTIONS = sorted((path.parent.name, path.stem) for path in data_dir("conf").glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ships must not depend on the current directory."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
+def loaded(recipe: str, *overrides: str) -> Job:
+    (job,) = load(recipe, overrides, folders=config_folders(None)).jobs
+    return job
+
+
+def test_the_main_job_is_there() -> None:
+    assert "smollm2" in RECIPES
+
+
+def test_every_axis_has_options_and_there_is_no_other() -> None:
+    assert {group for group, _ in OPTIONS} == GROUPS
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_becomes_objects(recipe: str) -> None:
+    job = loaded(recipe)
+    assert job.faults == ()
+    assert job.value.name == recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_can_be_planned(recipe: str) -> None:
+    from pipeline.build import plan_of
+
+    assert plan_of(loaded(recipe).value).faults == ()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_short(recipe: str) -> None:
+    text = (data_dir("recipes") / f"{recipe}.yaml").read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_becomes_an_object_but_for_what_a_recipe_must_say(group: str, option: str) -> None:
+    job = loaded("smollm2", f"{group}={option}", "name=mine")
+    assert "_target_" in job.config[group]
+    own = [fault for fault in job.faults if fault.path.split(".")[0] == group]
+    assert [fault for fault in own if not fault.message.startswith("is required")] == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shape_becomes_an_object(shape: str) -> None:
+    job = loaded("smollm2", f"shapes@shape={shape}")
+    assert "_target_" in job.config["shape"]
+    assert [fault for fault in job.faults if fault.path.startswith("shape")] == []

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline import cli
+from pipeline.__main__ import Request
+from pipeline.errors import ExitCode, NotFoundError
+from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.manifest import Label
+from pipeline.registry.package import seal
+from pipeline.stages import Engine, Licence, Limits, Weights
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def process(*arguments: str, module: str = "pipeline.cli") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.fixture
+def published(workdir: Path) -> str:
+    """A package in ./artifacts."""
+    engine_dir = workdir / "engine"
+    engine_dir.mkdir()
+    (engine_dir / "model.plan").write_bytes(b"plan")
+    engine = Engine(
+        dir=engine_dir,
+        digest="e" * 64,
+        format="trtrtx",
+        variant="sm89-trtrtx-fp8-b8-s1024",
+        runtime=("tensorrt-rtx", "1.7.1.116"),
+        sms=(89,),
+        limits=Limits(
+            max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
+        ),
+        min_vram_bytes=1 << 30,
+    )
+    weights = Weights(
+        dir=workdir, origin="local:x", commit=None, files=(), licence=Licence(spdx="MIT")
+    )
+    key = "b" * 64
+    label = Label(name="tiny", version=f"1.0-{key[:12]}", build_key=key, config={})
+    registry = FolderRegistry(path=workdir / "artifacts")
+    with registry.staging() as staging:
+        return str(registry.publish(seal(staging, engine, weights, label)))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pipeline import cli; sys.argv[1:] = ['--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'hydra', 'omegaconf', 'torch', 'pydantic'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert "generate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["buidl", "smollm2"], "Did you mean 'build'?"),
+        (["build"], "Missing argument"),
+        (["plan", "smollm2", "--jsn"], "--json"),
+        (["generate", "a", "b", "--max-tokens", "0"], "--max-tokens"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str], message: str) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_build_is_the_same_request_as_hydras_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+
+    def run(request: Request) -> ExitCode:
+        seen.append(request)
+        return ExitCode.NOT_ACCEPTED
+
+    monkeypatch.setattr("pipeline.__main__.run", run)
+    done = invoke("build", "smollm2,phi3", "a.b=1,2", "-m", "~c", "--config-dir", "x")
+    assert done.exit_code == 3
+    assert seen == [
+        Request(
+            recipes="smollm2,phi3",
+            overrides=("a.b=1,2", "~c"),
+            multirun=True,
+            config_dir=Path("x"),
+        )
+    ]
+
+
+def test_bad_recipe_is_the_same_through_both_entry_points(workdir: Path) -> None:
+    hydra_like = process("--config-name", "nosuch", "bad", module="pipeline")
+    command = process("build", "nosuch", "bad")
+    assert hydra_like.returncode == command.returncode == 2
+    assert hydra_like.stderr == command.stderr
+    assert "2 faults" in command.stderr
+    runs = [path for path in (workdir / "artifacts" / ".runs").iterdir() if not path.is_symlink()]
+    assert [json.loads((run / "verdict.json").read_text())["exit_code"] for run in runs] == [2, 2]
+
+
+def test_plan_of_a_bad_recipe_tells_people_and_programs() -> None:
+    done = process("plan", "nosuch", "x=1,2", "--json")
+    assert done.returncode == 2
+    faults = json.loads(done.stdout)["faults"]
+    assert [fault["path"] for fault in faults] == ["x", ""]
+    assert "there is no recipe 'nosuch'" in done.stderr
+    assert not Path("artifacts").exists()
+
+
+def test_list_of_nothing_says_how_to_make_something() -> None:
+    assert "enginesmith build RECIPE" in invoke("list").output
+    assert json.loads(invoke("list", "--json").output) == []
+
+
+def test_list_and_show_name_the_package(published: str) -> None:
+    assert published in invoke("list").output
+    (entry,) = json.loads(invoke("list", "--json").output)
+    assert entry["reference"] == published
+    assert entry["verdict"] is None
+    assert entry["digest"] in invoke("show", "tiny:1.0-bbbbbbbbbbbb").output
+    shown = json.loads(invoke("show", published, "--json").output)
+    assert shown["manifest"]["name"] == "tiny"
+
+
+def test_damaged_package_is_shown_and_exits_4(published: str, workdir: Path) -> None:
+    (plan,) = (workdir / "artifacts").rglob("model.plan")
+    plan.chmod(0o644)
+    plan.write_bytes(b"evil")
+    done = invoke("show", published)
+    assert done.exit_code == 4
+    assert "damaged" in done.output
+
+
+def test_unknown_package_is_one_message_and_exits_7() -> None:
+    done = process("show", "nosuch")
+    assert done.returncode == 7
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_bug_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: FolderRegistry) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(FolderRegistry, "entries", broken)
+    monkeypatch.setattr(sys, "argv", ["enginesmith", "list"])
+    assert cli.main() == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (NotFoundError("x"), 7)])
+def test_exit_code_of_any_command(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def fail(self: FolderRegistry) -> None:
+        raise error
+
+    monkeypatch.setattr(FolderRegistry, "entries", fail)
+    monkeypatch.setattr(sys, "argv", ["enginesmith", "list"])
+    try:
+        found = cli.main()
+    except SystemExit as end:
+        found = int(end.code or 0)
+    assert found == code

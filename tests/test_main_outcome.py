@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ExitCode
+from pipeline.outcome import WORST_FIRST, Outcome, closing_lines, open_run, worst, write_verdict
+
+
+def test_every_exit_code_has_a_rank() -> None:
+    assert sorted(WORST_FIRST) == sorted(ExitCode)
+
+
+def test_any_failure_is_worse_than_success() -> None:
+    for code in ExitCode:
+        assert worst([ExitCode.OK, code, ExitCode.OK]) is code
+
+
+def test_order_of_jobs_does_not_matter() -> None:
+    for one, other in itertools.combinations(ExitCode, 2):
+        assert worst([one, other]) is worst([other, one])
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([], ExitCode.OK),
+        ([ExitCode.NOT_ACCEPTED, ExitCode.TRANSIENT], ExitCode.TRANSIENT),
+        ([ExitCode.TRANSIENT, ExitCode.USAGE], ExitCode.USAGE),
+        ([ExitCode.UNTRUSTED, ExitCode.USAGE], ExitCode.UNTRUSTED),
+        ([ExitCode.FAILED, ExitCode.INTERRUPTED], ExitCode.INTERRUPTED),
+    ],
+)
+def test_larger_number_is_not_worse(codes: list[ExitCode], expected: ExitCode) -> None:
+    assert worst(codes) is expected
+
+
+def test_runs_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    first, second = (open_run(tmp_path / "artifacts") for _ in range(2))
+    assert first != second
+    assert (first.parent / "latest").resolve() == second.resolve()
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        first.name, second.name, "latest"
+    ]  # fmt: skip
+
+
+def test_verdict_replaces_the_one_before_in_one_step(tmp_path: Path) -> None:
+    for code in (0, 3):
+        write_verdict(tmp_path, {"exit_code": code})
+    assert [path.name for path in tmp_path.iterdir()] == ["verdict.json"]
+    assert '"exit_code": 3' in (tmp_path / "verdict.json").read_text()
+
+
+def test_rejected_package_offers_no_command() -> None:
+    rejected = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="", verdict="rejected")
+    assert closing_lines(rejected, "enginesmith generate") == "verdict  rejected"

@@ -1,0 +1,409 @@
+"""A run ends with one outcome, told by exit code, verdict.json, `$GITHUB_OUTPUT` and the screen."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.__main__ import Request, main, run
+from pipeline.config.load import Job
+from pipeline.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
+from pipeline.outcome import Outcome, failure_of, open_run
+from pipeline.settings import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    name: str
+    size: PositiveInt
+    registry: dict[str, str]
+
+
+BUILD = """
+_target_: toy_recipe.Recipe
+name: ???
+size: 1
+registry: {path: packages}
+"""
+
+PUBLISHED = Outcome(
+    exit_code=ExitCode.OK,
+    message="Published",
+    verdict="checked",
+    reference="toy/any:1-abc",
+    digest="d" * 64,
+    report=Path("report.json"),
+    package_dir=Path("packages/toy/any/1-abc"),
+    size_bytes=142_300_000,
+)
+MISSED = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="too slow", verdict="rejected")
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two recipes, and the current directory."""
+    monkeypatch.setitem(sys.modules, "toy_recipe", sys.modules[__name__])
+    monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "build.yaml").write_text(BUILD)
+    for name in ("toy", "toy2"):
+        (own / f"{name}.yaml").write_text(f"defaults: [build, _self_]\nname: {name}\n")
+    return tmp_path
+
+
+def request(recipes: str, *overrides: str, multirun: bool = False) -> Request:
+    return Request(recipes=recipes, overrides=overrides, multirun=multirun, config_dir=Path("own"))
+
+
+def verdict(registry: str = "packages") -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(
+        Path(registry, ".runs", "latest", "verdict.json").read_text()
+    )
+    return document
+
+
+def never(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+    raise AssertionError("nothing may be started")
+
+
+def test_good_job_gets_typed_recipe_and_tells_its_outcome(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[Any] = []
+
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        logging.getLogger("pipeline.toy").debug("a detail")
+        seen.extend([job.value, job.config["size"], run_dir, rebuild])
+        return PUBLISHED
+
+    assert run(request("toy", "size=7"), work) == 0
+    recipe, size, run_dir, rebuild = seen
+    assert recipe == Recipe(name="toy", size=7, registry={"path": "packages"})
+    assert (size, rebuild) == (7, False)
+    assert "a detail" in (run_dir / "build.log").read_text()
+    found = verdict()
+    assert found["exit_code"] == 0
+    assert found["overrides"] == ["size=7"]
+    assert (found["verdict"], found["reference"]) == ("checked", "toy/any:1-abc")
+    assert found["digest"] == "d" * 64
+    assert Path(found["report"]).is_absolute()
+    shown, errors = capsys.readouterr()
+    assert "a detail" not in errors
+    last = shown.splitlines()[-7:]
+    assert [line.split()[0] for line in last] == [
+        "verdict", "size", "digest", "package", "path", "report", "try"
+    ]  # fmt: skip
+    assert "142.3 MB" in last[1]
+    assert "generate toy/any:1-abc --registry packages" in last[-1]
+
+
+def test_missed_target_is_a_result_with_its_own_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(request("toy"), lambda *_: MISSED) == 3
+    assert verdict()["verdict"] == "rejected"
+    shown, errors = capsys.readouterr()
+    assert "too slow" in shown
+    assert "error" not in errors
+
+
+def test_all_faults_are_shown_and_recorded_and_nothing_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(request("toy", "siz=1", "size=0", "broken"), never) == 2
+    found = verdict()
+    assert {fault["path"] for fault in found["faults"]} == {"siz", "size", ""}
+    assert found["exit_code"] == 2
+    errors = capsys.readouterr().err
+    for text in ("3 faults", "did you mean size?", "got 0, wanted a number > 0", "'broken'"):
+        assert text in errors
+    assert "Traceback" not in errors
+
+
+def test_unknown_recipe_records_its_verdict_in_artifacts() -> None:
+    assert run(request("ty"), never) == 2
+    assert "did you mean toy?" in verdict("artifacts")["message"]
+
+
+def test_wrong_config_dir_is_a_usage_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Request(recipes="toy", config_dir=Path("nowhere")), never) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Any:
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (NotFoundError("no such commit"), 7, "no such commit"),
+        (RecipeError([Fault("shape", "differs")]), 2, "shape: differs"),
+        (
+            ToolError(stage="compile", command=["rtx"], returncode=-9, log_path=Path("x.log")),
+            1,
+            "x.log",
+        ),
+        (OSError(errno.ENOSPC, "No space left", "/cache/x"), 9, "disk full at /cache/x"),
+        (OSError(errno.EDQUOT, "Quota", "/cache/x"), 9, "disk full at /cache/x"),
+        (OSError(errno.EROFS, "Read-only file system", "/cache/x"), 1, "/cache/x: Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "/w"), 1, "/w: Permission denied"),
+    ],
+)
+def test_understood_failure_is_one_message_without_traceback(
+    error: Exception, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(request("toy"), raising(error)) == code
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert verdict()["exit_code"] == code
+    assert message in verdict()["message"]
+
+
+@pytest.mark.parametrize("error", [KeyError("oops"), SystemExit(0)])
+def test_bug_keeps_its_traceback_and_fails(
+    error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(request("toy"), raising(error)) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors
+    assert "in work" in errors
+    log = next(Path("packages/.runs/latest").glob("build.log")).read_text()
+    assert "Traceback" in log
+
+
+def test_really_full_disk_is_transient() -> None:
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        with Path("/dev/full").open("w") as stream:
+            stream.write("x" * 100_000)
+        return PUBLISHED
+
+    assert run(request("toy"), work) == 9
+
+
+def test_failing_and_missing_jobs_do_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcomes: dict[int, Outcome | Exception] = {1: NotFoundError("gone"), 2: MISSED, 3: PUBLISHED}
+
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        outcome = outcomes[job.value.size]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert run(request("toy", "size=1,0,2,3", multirun=True), work) == 2
+    found = verdict()
+    assert found["exit_code"] == 2
+    assert [job["exit_code"] for job in found["jobs"]] == [7, 2, 3, 0]
+    assert found["jobs"][3]["overrides"] == ["size=3"]
+    for number, job in enumerate(found["jobs"], start=1):
+        own = Path("packages/.runs/latest", str(number), "verdict.json")
+        assert json.loads(own.read_text()) == job
+    table, errors = capsys.readouterr()
+    rows = [line.split() for line in table.splitlines() if "toy" in line]
+    assert rows == [
+        ["toy", "size=1", "not", "found", "7"],
+        ["toy", "size=0", "usage", "2"],
+        ["toy", "size=2", "rejected", "3"],
+        ["toy", "size=3", "checked", "142.3", "MB", "dddddddddddd", "0"],
+    ]
+    assert errors.index("size=0 cannot be built") < errors.index("Job 1 of 4")
+
+
+def test_several_recipes_and_values_make_the_product() -> None:
+    built = []
+
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        built.append((job.value.name, job.value.size))
+        return PUBLISHED
+
+    assert run(request("toy,toy2", "size=1,2", multirun=True), work) == 0
+    assert built == [("toy", 1), ("toy", 2), ("toy2", 1), ("toy2", 2)]
+
+
+def test_unreadable_override_stops_every_job() -> None:
+    assert run(request("toy,toy2", "broken", multirun=True), never) == 2
+
+
+def test_ctrl_c_stops_the_jobs_that_follow() -> None:
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        if job.value.size == 2:
+            raise KeyboardInterrupt
+        return PUBLISHED
+
+    assert run(request("toy", "size=1,2,3", multirun=True), work) == 130
+    jobs = verdict()["jobs"]
+    assert [job["exit_code"] for job in jobs] == [0, 130, 130]
+    assert jobs[2]["message"] == "not started"
+
+
+def test_sigterm_cleans_up_like_ctrl_c() -> None:
+    cleaned = []
+
+    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleaned.append(True)
+        return PUBLISHED
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(request("toy"), work) == 130
+    assert cleaned
+    assert verdict()["exit_code"] == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signalled_process_exits_130_with_its_verdict(workdir: Path, number: int) -> None:
+    (workdir / "toy_recipe.py").write_text(
+        "import dataclasses, time\n"
+        "@dataclasses.dataclass\n"
+        "class Recipe:\n    name: str\n    size: int\n    registry: dict\n"
+        "def work(job, run_dir, rebuild):\n    print('started', flush=True)\n    time.sleep(30)\n"
+    )
+    (workdir / "driver.py").write_text(
+        "import sys, pathlib, toy_recipe\n"
+        "from pipeline.__main__ import Request, run\n"
+        "request = Request(recipes='toy', config_dir=pathlib.Path('own'))\n"
+        "sys.exit(run(request, toy_recipe.work))\n"
+    )
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "driver.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert errors == "error: stopped before it was done\n"
+    assert verdict()["exit_code"] == 130
+
+
+def github_values(text: str) -> dict[str, str]:
+    """Read as the GitHub runner does: `key=value` lines and `key<<MARK` blocks."""
+    values: dict[str, str] = {}
+    lines = iter(text.splitlines())
+    for line in lines:
+        key, _, mark = line.partition("<<")
+        if mark and "=" not in key:
+            block = []
+            while (inner := next(lines)) != mark:
+                block.append(inner)
+            values[key] = "\n".join(block)
+        else:
+            key, _, values[key] = line.partition("=")
+    return values
+
+
+def test_github_output_gets_the_verdict_and_keeps_several_lines_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("out").write_text("before=1\n")
+    monkeypatch.setenv("GITHUB_OUTPUT", "out")
+    message = "line one\nEOF\nexit_code=0\nend"
+    run(request("toy"), raising(NotFoundError(message)))
+    found = github_values(Path("out").read_text())
+    assert found["before"] == "1"
+    assert found["exit_code"] == "7"
+    assert found["message"] == message
+    assert set(found) == {
+        "before", "exit_code", "verdict", "reference", "digest", "report", "message"
+    }  # fmt: skip
+    run(request("toy,toy2", multirun=True), lambda *_: PUBLISHED)
+    jobs = json.loads(github_values(Path("out").read_text())["jobs"])
+    assert [job["recipe"] for job in jobs] == ["toy", "toy2"]
+
+
+def test_unwritable_registry_fails_at_once_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], workdir: Path
+) -> None:
+    (workdir / "packages").write_text("a file")
+    before = sorted(workdir.rglob("*"))
+    started = time.perf_counter()
+    assert run(request("toy"), never) == 1
+    assert time.perf_counter() - started < 1
+    assert "set registry.path=FOLDER" in capsys.readouterr().err
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_faults_count_more_than_an_unwritable_registry(workdir: Path) -> None:
+    (workdir / "packages").write_text("a file")
+    assert run(request("toy", "size=0"), never) == 2
+
+
+def test_read_only_folder_is_not_writable(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = workdir / "closed"
+    closed.mkdir(mode=0o555)
+    monkeypatch.chdir(closed)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # modes do not stop root
+    try:
+        with pytest.raises(PermissionError) as caught:
+            open_run(Path("artifacts"))
+    finally:
+        os.seteuid(user)
+    assert failure_of(caught.value).exit_code is ExitCode.FAILED
+    assert list(closed.iterdir()) == []
+
+
+def test_full_registry_disk_is_transient(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("pipeline.__main__.open_run", full)
+    assert run(request("toy"), never) == 9
+    assert "disk full at packages" in capsys.readouterr().err
+
+
+def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+
+    def run(request: Request) -> ExitCode:
+        seen.append(request)
+        return ExitCode.OK
+
+    monkeypatch.setattr("pipeline.__main__.run", run)
+    main(["--config-dir", "own", "--config-name", "toy", "size=1,2", "-m", "~x", "+y=3"])
+    main(["-cn", "toy", "--rebuild"])
+    assert seen == [
+        Request(
+            recipes="toy",
+            overrides=("size=1,2", "~x", "+y=3"),
+            multirun=True,
+            config_dir=Path("own"),
+        ),
+        Request(recipes="toy", rebuild=True),
+    ]
+
+
+def test_logging_is_as_before_when_the_run_is_over() -> None:
+    before = (logging.getLogger().handlers[:], logging.getLogger("pipeline").level)
+    run(request("toy"), lambda *_: PUBLISHED)
+    assert (logging.getLogger().handlers[:], logging.getLogger("pipeline").level) == before
