@@ -1,0 +1,146 @@
+"""What every registry can do, wherever it keeps its packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.registry.statements import Pointer, Statement
+from pipeline.stages import Package, Reference, VerdictName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One published version, for people.
+
+    Attributes:
+        name: Recipe.
+        variant: Format, precision, shape and SM or card.
+        version: Immutable version.
+        made_s: When it was sealed, Unix time.
+        package: None if it is damaged.
+        fault: Why it is damaged; empty if it is not.
+        statements: What was said about exactly these bytes, newest first.
+        channels: Those that point to it.
+    """
+
+    name: str
+    variant: str
+    version: str
+    made_s: float
+    package: Package | None
+    fault: str
+    statements: tuple[Statement, ...]
+    channels: tuple[Pointer, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all engine files; 0 if the manifest cannot be read."""
+        return sum(file["size"] for file in self.package.manifest["files"]) if self.package else 0
+
+    @property
+    def verdict(self) -> VerdictName | None:
+        """The newest one, whatever card it is for."""
+        verdicts = (found.verdict for found in self.statements if found.verdict is not None)
+        return next(verdicts, None)
+
+
+class Registry(Protocol):
+    """Keeps immutable packages, statements about them, and channels that point to them."""
+
+    def check_writable(self) -> None:
+        """Find out, before any work, whether packages can be published here; leaves no trace.
+
+        Raises:
+            AccessError: They cannot; says what to change.
+        """
+        ...
+
+    def find(self, name: str, variant: str, build_key: str) -> Package | None:
+        """A published package of this build, every byte verified; the newest rebuild first.
+
+        A damaged one is named in a warning and not taken.
+        """
+        ...
+
+    def next_version(self, name: str, variant: str, version: str) -> str:
+        """The first free one of `version`, `version.r2`, `version.r3`, ..."""
+        ...
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A private, empty folder to seal a package in; gone after the block."""
+        ...
+
+    def publish(self, package: Package) -> Reference:
+        """Make a sealed package visible, whole and for ever; the same digest again is a success.
+
+        Raises:
+            ConflictError: Its version holds other bytes; nothing was overwritten.
+            CorruptError: It is not what was sealed.
+            AccessError: Not writable.
+            TransientError: No space.
+        """
+        ...
+
+    def add_statement(
+        self, reference: Reference, name: str, files: Mapping[str, bytes | Path]
+    ) -> Path:
+        """Add a statement about a published package; the same bytes again are a success.
+
+        Args:
+            reference: The package; never touched.
+            name: Name of the statement.
+            files: File name -> content, or the file to copy. A `report.json` must name the package.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            ConflictError: Other bytes are there under this name.
+            NotFoundError: No such package.
+            CorruptError: Its report speaks of another package.
+        """
+        ...
+
+    def set_channel(self, reference: Reference, channel: str, card: str) -> Path:
+        """Let a channel point to a package, for one card.
+
+        Returns:
+            The pointer file.
+
+        Raises:
+            UntrustedError: `stable` was asked: it needs a signed test result.
+            PipelineError: The newest statement for that card is not a passing one.
+            NotFoundError: No such package.
+        """
+        ...
+
+    def resolve(self, text: str, card: str | None = None) -> Package:
+        """The package that a reference names, every byte verified.
+
+        Args:
+            text: What the user typed.
+            card: Looks only at this card's channels; None for all cards.
+
+        Raises:
+            RecipeError: Not a reference, or it names several packages; lists them.
+            NotFoundError: It names none; says what there is.
+            CorruptError: The package is damaged.
+        """
+        ...
+
+    def entry(self, text: str, card: str | None = None) -> Entry:
+        """What is known of the package that a reference names, damaged or not.
+
+        Raises:
+            RecipeError: As in `resolve`.
+            NotFoundError: As in `resolve`.
+        """
+        ...
+
+    def entries(self) -> list[Entry]:
+        """All published versions; damaged ones carry their fault. Sizes are checked, not bytes."""
+        ...

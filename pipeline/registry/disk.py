@@ -1,0 +1,156 @@
+"""What the registry asks of a file system, made safe: exclusive, durable and explained.
+
+Folders become visible by `rename(2)`. It never replaces a folder that has something in it, on any
+POSIX file system, and what we publish is never empty; so it creates exclusively, without a lock,
+`renameat2` or hard links, which network file systems ignore or lack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import AccessError, CorruptError, PipelineError, TransientError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_BUSY = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ESTALE}
+# What rename(2) says when the target is a folder with something in it, or not a folder.
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into an error that says what to do.
+
+    Args:
+        doing: What was being done, for the message: `publish to artifacts`.
+
+    Raises:
+        TransientError: Disk full, over quota, or too many files open.
+        AccessError: No permission, or a read-only file system.
+        PipelineError: Any other fault of the disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        fault = f"cannot {doing}: {error.strerror or error}{where}"
+        if error.errno in _FULL:
+            raise TransientError(f"{fault}; free some space and run the same command again") from (
+                error
+            )
+        if error.errno in _FORBIDDEN:
+            raise AccessError(
+                f"{fault}; change its owner or mode, or choose another folder with registry.path="
+            ) from error
+        if error.errno in _BUSY:
+            raise TransientError(f"{fault}; run the same command again") from error
+        raise PipelineError(f"{fault}; check the disk") from error
+
+
+def file_fault(mode: int) -> str:
+    """Why something with this `st_mode` is no plain file; empty if it is one."""
+    if stat.S_ISLNK(mode):
+        return "is a symbolic link"
+    return "" if stat.S_ISREG(mode) else "is not a regular file"
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a plain file for reading; never follows a link, never waits for a FIFO.
+
+    Raises:
+        CorruptError: It is missing, or no plain file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorruptError(f"{path} is missing") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptError(f"{path} is a symbolic link") from None
+        raise
+    stream = os.fdopen(descriptor, "rb")
+    if fault := file_fault(os.fstat(descriptor).st_mode):
+        stream.close()
+        raise CorruptError(f"{path} {fault}")
+    return stream
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Read a small plain file.
+
+    Raises:
+        CorruptError: It is missing, no plain file, or longer than `limit_bytes`.
+    """
+    with open_regular(path) as stream:
+        data = stream.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise CorruptError(f"{path} is longer than {limit_bytes} bytes")
+    return data
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that does not exist yet."""
+    with path.open("xb") as stream:
+        stream.write(data)
+
+
+def settle(folder: Path) -> None:
+    """Make all files below `folder` read-only, and force files and folders to the disk.
+
+    Folders stay writable, so that `rm -rf` works.
+    """
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(root, name)
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
+            _sync(path)
+        _sync(Path(root))
+
+
+def make_folders(folder: Path) -> None:
+    """Make `folder` and its parents, each of them durable."""
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
+def move_into_place(private: Path, target: Path) -> bool:
+    """Make a settled, non-empty folder visible as `target`, in one step.
+
+    False if `target` is taken; it is not touched then. An empty folder there counts as free.
+    """
+    make_folders(target.parent)
+    try:
+        # Not Path.rename: its documentation leaves open what happens to an existing target.
+        os.rename(private, target)  # noqa: PTH104
+    except OSError as error:
+        # ENOENT: a network file system repeated a request whose first answer was lost.
+        if error.errno in _TAKEN or (error.errno == errno.ENOENT and target.is_dir()):
+            return False
+        raise
+    _sync(target.parent)
+    return True
+
+
+def replace_file(private: Path, target: Path) -> None:
+    """Make a file visible as `target`, in one step, in place of what was there."""
+    make_folders(target.parent)
+    _sync(private)
+    private.replace(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

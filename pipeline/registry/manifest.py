@@ -1,0 +1,198 @@
+"""`manifest.json`: what a package is, and the size and SHA-256 of every file in it.
+
+Its bytes are RFC 8785 canonical JSON; their SHA-256 is the digest that names the package. It holds
+only what the build determines: no times, no measurements, no acceptance settings. So the same build
+output has the same digest whenever and wherever it is sealed.
+
+Reading is strict, since a manifest decides what is loaded into a GPU: bounded, canonical bytes
+only, the known schema only, and paths that cannot leave the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from pipeline.errors import CorruptError, RecipeError
+from pipeline.registry.disk import read_bounded
+from pipeline.registry.reference import check_part
+from pipeline.stages import Engine, FileDigest, Weights
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ENGINE = "engine"
+MAX_MANIFEST_BYTES = 4 << 20
+"""About 30,000 files; an engine has some ten. The manifest limit of OCI registries, too
+(distribution-spec 1.1, "Pushing manifests")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What a package says that neither its engine nor its weights know.
+
+    Attributes:
+        name: The recipe.
+        version: `<recipe version>-<first 12 of build_key>`, perhaps `.r2`.
+        build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
+        config: The resolved recipe less acceptance and registry; JSON values.
+        cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
+        cuda: CUDA version that it needs, such as `13.0`; None for any.
+        driver_min: Oldest driver, such as `580.65.06`; None for any.
+    """
+
+    name: str
+    version: str
+    build_key: str
+    config: Mapping[str, Any]
+    cards: Sequence[str] = ()
+    cuda: str | None = None
+    driver_min: str | None = None
+
+
+def make_manifest(
+    engine: Engine, weights: Weights, label: Label, files: Sequence[FileDigest]
+) -> dict[str, Any]:
+    """The manifest of a package.
+
+    Args:
+        engine: What is in it.
+        weights: What the engine was made from.
+        label: Its name, version and build.
+        files: Every file, with paths relative to the package: `engine/...`.
+
+    Returns:
+        Exactly what `parse_manifest` gives for its bytes.
+
+    Raises:
+        RecipeError: Name, variant, version or card breaks the grammar of references.
+        CorruptError: A path may not be in a package, or a value is of no use; names it.
+    """
+    check_part("name", label.name)
+    check_part("variant", engine.variant)
+    check_part("version", label.version)
+    runtime_name, runtime_version = engine.runtime
+    manifest = {
+        "schema": SCHEMA,
+        "name": label.name,
+        "variant": engine.variant,
+        "version": label.version,
+        "build_key": label.build_key,
+        "format": engine.format,
+        "files": [file.to_json() for file in sorted(files, key=lambda file: file.path)],
+        "match": {
+            "sm": list(engine.sms),
+            "cards": [check_part("card", card) for card in label.cards],
+            "min_vram_bytes": engine.min_vram_bytes,
+            "runtime": {"name": runtime_name, "version": runtime_version},
+            "cuda": label.cuda,
+            "driver_min": label.driver_min,
+        },
+        "limits": engine.limits.to_json(),
+        "serve": {"args": list(engine.serve_args)},
+        "source": {
+            "origin": weights.origin,
+            "commit": weights.commit,
+            "digest": weights.digest,
+            "note": weights.note,
+        },
+        "build": {"tools": dict(engine.tools), "config": dict(label.config)},
+        "licence": {"spdx": weights.licence.spdx, "files": list(weights.licence.files)},
+    }
+    return parse_manifest(manifest_bytes(manifest), f"manifest of {label.name}")
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes whose SHA-256 is the package's digest.
+
+    Raises:
+        CorruptError: A value has no canonical JSON: NaN, an integer above 2^53, an object.
+    """
+    try:
+        return rfc8785.dumps(dict(manifest))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"a manifest cannot hold this: {error}") from error
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 (hex) of a manifest's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """Read and check a `manifest.json`.
+
+    Returns:
+        Its content and its digest.
+
+    Raises:
+        CorruptError: It breaks any rule; names the rule.
+    """
+    data = read_bounded(path, MAX_MANIFEST_BYTES)
+    return parse_manifest(data, str(path)), digest_bytes(data)
+
+
+def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
+    """Check the bytes of a manifest and return its content.
+
+    Args:
+        data: The bytes.
+        origin: Where they come from, for messages.
+
+    Raises:
+        CorruptError: It breaks any rule; names the rule.
+    """
+    try:
+        value = json.loads(
+            data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        canonical = rfc8785.dumps(value) == data
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{origin} is not a manifest: {error}") from error
+    schema = value.get("schema")
+    if type(schema) is not int or schema != SCHEMA:
+        raise CorruptError(
+            f"{origin} has schema {schema!r}, this program reads {SCHEMA}; "
+            "if a newer enginesmith wrote it, upgrade"
+        )
+    if not canonical:
+        raise CorruptError(f"{origin} is not RFC 8785 canonical JSON, so its digest means nothing")
+    _check_schema(data, origin)
+    return value
+
+
+def _check_schema(data: bytes, origin: str) -> None:
+    from pydantic import TypeAdapter, ValidationError  # 60 ms that most imports need not pay
+
+    from pipeline.registry.manifest_schema import Manifest
+
+    try:
+        TypeAdapter(Manifest).validate_json(data)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}".removeprefix(": ")
+            for fault in error.errors(include_url=False, include_input=False)[:3]
+        )
+        raise CorruptError(f"{origin}: {faults}") from error
+    except RecipeError as error:
+        raise CorruptError(f"{origin}: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise ValueError(f"key {key!r} is there twice")
+        keys.add(key)
+    return dict(pairs)
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")

@@ -1,0 +1,155 @@
+"""References: how people and scripts name a package.
+
+    name[/variant]:version      smollm2/sm89-trtrtx-fp8-b64-s1024:1.0-0123456789ab
+    name[/variant]:channel      smollm2:candidate
+    name[/variant]@sha256:hex   smollm2@sha256:9f86d0...
+    name                        the same as name:stable
+
+A version starts with a digit and a channel with a letter, so neither is taken for the other. Every
+part is also a safe file name and fits an OCI repository name or tag.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import Fault, RecipeError
+from pipeline.stages import Package, Reference
+
+DEFAULT_CHANNEL = "stable"
+STATEMENTS_SUFFIX = ".statements"
+"""`<version>.statements/` lies beside `<version>/`; so no version may end like this."""
+
+Part = Literal["name", "variant", "version", "channel", "card", "statement"]
+
+_WORDS = "lowercase letters and digits, joined by single dots or dashes"
+# part -> grammar, longest allowed, the grammar in words. An OCI tag holds 128 characters
+# (distribution-spec 1.1, "Pulling manifests"): variant, a separator and version fit into one.
+_GRAMMAR: dict[Part, tuple[re.Pattern[str], int, str]] = {
+    "name": (re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"), 64, _WORDS),
+    "variant": (re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"), 64, _WORDS),
+    "version": (
+        re.compile(r"[0-9][a-z0-9]*(?:[.-][a-z0-9]+)*"),
+        63,
+        f"a digit first, then {_WORDS}",
+    ),
+    "channel": (
+        re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*"),
+        32,
+        "a letter first, then lowercase letters and digits, joined by single dashes",
+    ),
+    "card": (
+        re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"),
+        64,
+        "what NVML calls the card, spaces as dashes, such as NVIDIA-GeForce-RTX-4090",
+    ),
+    "statement": (
+        re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"),
+        128,
+        "letters and digits, joined by single dots, dashes or underscores",
+    ),
+}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_REFERENCE = re.compile(
+    r"(?P<name>[^/:@]*)(?:/(?P<variant>[^/:@]*))?(?::(?P<tag>[^/:@]*)|@(?P<digest>[^/@]*))?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedReference:
+    """What a reference says; exactly one of `version`, `channel` and `digest` is set.
+
+    Attributes:
+        name: The recipe's name.
+        variant: Format, precision, shape and SM or card; None leaves the choice open.
+        version: An immutable version.
+        channel: A pointer that moves.
+        digest: SHA-256 (64 hex digits) of the bytes of the package's manifest.
+    """
+
+    name: str
+    variant: str | None = None
+    version: str | None = None
+    channel: str | None = None
+    digest: str | None = None
+
+    @property
+    def what(self) -> str:
+        """The reference up to and without its version, channel or digest."""
+        return self.name if self.variant is None else f"{self.name}/{self.variant}"
+
+    def __str__(self) -> str:
+        if self.digest is not None:
+            return f"{self.what}@sha256:{self.digest}"
+        return f"{self.what}:{self.version or self.channel}"
+
+
+def parse_reference(text: str) -> ParsedReference:
+    """Parse what a user typed; `parse_reference(str(parsed)) == parsed` for every result.
+
+    Raises:
+        RecipeError: It is no reference; names the part that is wrong.
+    """
+    match = _REFERENCE.fullmatch(text)
+    if match is None or not text:
+        raise _fault(
+            f"{text!r} is not a reference; write name, name:channel, name/variant:version or "
+            "name@sha256:digest, such as smollm2:candidate"
+        )
+    name = check_part("name", match["name"])
+    variant = None if match["variant"] is None else check_part("variant", match["variant"])
+    if (digest := match["digest"]) is not None:
+        hexadecimal = digest.removeprefix("sha256:")
+        if hexadecimal == digest:
+            raise _fault(f"@{digest} in {text!r} is not a digest; write @sha256:...")
+        return ParsedReference(name=name, variant=variant, digest=check_digest(hexadecimal))
+    tag = DEFAULT_CHANNEL if match["tag"] is None else match["tag"]
+    if tag[:1].isdigit():
+        return ParsedReference(name=name, variant=variant, version=check_part("version", tag))
+    return ParsedReference(name=name, variant=variant, channel=check_part("channel", tag))
+
+
+def check_part(part: Part, text: str) -> str:
+    """Return `text` if it is a valid `part` of a reference.
+
+    Raises:
+        RecipeError: It is not; says what is allowed, and what may have been meant.
+    """
+    pattern, longest, words = _GRAMMAR[part]
+    if part == "version" and text.endswith(STATEMENTS_SUFFIX):
+        raise _fault(f"{text!r} is not a version: {STATEMENTS_SUFFIX} is kept for statements")
+    if len(text) <= longest and pattern.fullmatch(text):
+        return text
+    shown = text if len(text) <= longest else f"{text[:longest]}..."
+    message = f"{shown!r} is not a {part}: {words}; at most {longest} characters"
+    lowered = text.lower().replace("_", "-")
+    if lowered != text and len(text) <= longest and pattern.fullmatch(lowered):
+        message += f"; did you mean {lowered}?"
+    raise _fault(message)
+
+
+def check_digest(text: str) -> str:
+    """Return `text` if it is a SHA-256 in hex.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if not _DIGEST.fullmatch(text):
+        raise _fault(f"{text[:80]!r} is not a digest: 64 lowercase hex digits")
+    return text
+
+
+def reference_of(package: Package) -> Reference:
+    """The full reference of a package, as its manifest states it."""
+    return Reference(
+        name=str(package.manifest["name"]),
+        variant=str(package.manifest["variant"]),
+        version=str(package.manifest["version"]),
+        digest=package.digest,
+    )
+
+
+def _fault(message: str) -> RecipeError:
+    return RecipeError([Fault("", message)])

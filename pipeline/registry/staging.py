@@ -1,0 +1,73 @@
+"""Private folders on the registry's own file system, where packages take shape.
+
+A folder's name says who works in it: `<machine>-<pid>-<random>`. What a killed run left behind is
+removed by the next run: at once if its process is known to be gone, else after a day.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_LEFTOVER_AGE_S = 24 * 3600.0
+"""Longer than any packaging: filling a folder takes minutes."""
+
+
+@contextlib.contextmanager
+def private_folder(area: Path) -> Iterator[Path]:
+    """A new folder in `area` that nobody else uses; gone after the block, unless it was moved.
+
+    It is removed on any exception, Ctrl-C included.
+    """
+    area.mkdir(parents=True, exist_ok=True)
+    _sweep(area)
+    folder = area / f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(area: Path) -> None:
+    """Remove what dead runs left behind."""
+    for folder in area.iterdir():
+        with contextlib.suppress(OSError):
+            if _abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(folder: Path) -> bool:
+    machine, _, rest = folder.name.partition("-")
+    pid = rest.partition("-")[0]
+    if machine == _machine() and pid.isdecimal():
+        return not _alive(int(pid))
+    return time.time() - folder.stat().st_mtime > _LEFTOVER_AGE_S
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):  # the latter: no system has such an id
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _machine() -> str:
+    """Names the set of processes whose ids we can see: this boot and this PID namespace.
+
+    A host name would not do: containers may share it and yet not see each other's processes.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        seen = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        seen = os.uname().nodename
+    return hashlib.sha256(seen.encode()).hexdigest()[:12]

@@ -1,0 +1,151 @@
+"""A small engine, and registries to publish it to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.manifest import Label
+from pipeline.registry.package import seal
+from pipeline.stages import (
+    Engine,
+    Finding,
+    Licence,
+    Limits,
+    Package,
+    Reference,
+    Report,
+    Verdict,
+    VerdictName,
+    Weights,
+)
+
+CARD = "NVIDIA-GeForce-RTX-4090"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Makes engines and publishes them, as a build does."""
+
+    dir: Path
+    registry: FolderRegistry
+    card: str = CARD
+
+    def engine(self, plan: bytes = b"plan" * 100, variant: str = "sm89-trtrtx-fp8-b8") -> Engine:
+        folder = self.dir / f"engine-{variant}-{hash(plan)}"
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "model.plan").write_bytes(plan)
+        (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        return Engine(
+            dir=folder,
+            digest="e" * 64,
+            format="trtrtx",
+            variant=variant,
+            runtime=("tensorrt-rtx", "1.7.1.116"),
+            sms=(89,),
+            limits=Limits(
+                max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
+            ),
+            min_vram_bytes=1 << 30,
+            tools={"tensorrt-rtx": "1.7.1.116"},
+        )
+
+    def weights(self) -> Weights:
+        return Weights(
+            dir=self.dir,
+            origin="hub:someone/tiny",
+            commit="0" * 40,
+            files=(),
+            licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+        )
+
+    def label(self, version: str = "1.0", build_key: str = "b" * 64, name: str = "tiny") -> Label:
+        return Label(
+            name=name,
+            version=f"{version}-{build_key[:12]}",
+            build_key=build_key,
+            config={"quantizer": {"calib_size": 64}},
+        )
+
+    def publish(self, engine: Engine | None = None, label: Label | None = None) -> Reference:
+        with self.registry.staging() as staging:
+            package = self.seal(staging, engine, label)
+            return self.registry.publish(package)
+
+    def seal(
+        self, folder: Path, engine: Engine | None = None, label: Label | None = None
+    ) -> Package:
+        return seal(folder, engine or self.engine(), self.weights(), label or self.label())
+
+    def report(
+        self, reference: Reference, verdict: VerdictName = "checked", card: str = CARD
+    ) -> bytes:
+        report = Report(
+            digest=reference.digest,
+            card=card,
+            conditions={},
+            speed=[],
+            quality={"perplexity": 12.5},
+            not_run=[],
+            checks={},
+        )
+        judged = Verdict(name=verdict, findings=(Finding(kind="note", message="ran on a CPU"),))
+        return json.dumps(report.to_json(judged)).encode()
+
+    def accept(
+        self, reference: Reference, verdict: VerdictName = "checked", name: str = "test-1"
+    ) -> Path:
+        files = {"report.json": self.report(reference, verdict)}
+        return self.registry.add_statement(reference, name, files)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    (tmp_path / "work").mkdir()
+    return Bench(dir=tmp_path / "work", registry=FolderRegistry(path=tmp_path / "artifacts"))
+
+
+InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
+
+
+@pytest.fixture
+def in_children() -> InChildren:
+    """Run functions at the same moment, each in a process of its own.
+
+    Returns what each process ended with: 0, the exit code of its error, or minus its signal.
+    """
+
+    def run(jobs: Sequence[Callable[[], object]]) -> list[int]:
+        start_read, start_write = os.pipe()
+        pids = []
+        for job in jobs:
+            pid = os.fork()
+            if pid == 0:
+                code = 99
+                try:
+                    logging.disable()
+                    os.close(start_write)
+                    os.read(start_read, 1)  # returns when the parent closes its end
+                    job()
+                    code = 0
+                except PipelineError as error:
+                    code = error.exit_code
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+            pids.append(pid)
+        os.close(start_read)
+        os.close(start_write)
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    return run

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cache import RECORD
+from pipeline.errors import CorruptError, TransientError
+from pipeline.registry.package import seal, verify
+
+Bench = Any
+
+
+@pytest.fixture
+def package_dir(bench: Bench, tmp_path: Path) -> Path:
+    folder = tmp_path / "package"
+    folder.mkdir()
+    bench.seal(folder)
+    return folder
+
+
+def test_sealed_folder_verifies_with_the_same_digest(bench: Bench, tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    sealed = bench.seal(first)
+    assert verify(first) == sealed
+    assert bench.seal(second).digest == sealed.digest
+    assert (sealed.engine_dir / "model.plan").read_bytes() == b"plan" * 100
+
+
+def test_package_verifies_after_it_was_moved(package_dir: Path, tmp_path: Path) -> None:
+    before = verify(package_dir).digest
+    package_dir.rename(tmp_path / "elsewhere")
+    assert verify(tmp_path / "elsewhere").digest == before
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+
+
+def _other_bytes(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def _link_from(path: Path) -> None:
+    """Another name for the same bytes, outside the package."""
+    os.link(path, path.parents[2] / "outside")
+
+
+def _symlink(path: Path) -> None:
+    outside = path.parents[2] / f"outside-{path.name}"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    path.unlink()
+    here = Path.cwd()
+    os.chdir(path.parent)  # a socket's path may have some 100 bytes only
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def _git_folder(path: Path) -> None:
+    (path.parent / ".git").mkdir()
+    (path.parent / ".git" / "config").write_text("")
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "'engine/model.plan' is missing"),
+    "truncated": (lambda p: os.truncate(p, 399), "has 399 bytes, its manifest says 400"),
+    "extended": (lambda p: os.truncate(p, 401), "has 401 bytes"),
+    "bit flip": (_flip, "'engine/model.plan' has SHA-256"),
+    "other bytes of the same size": (_other_bytes, "'engine/model.plan' has SHA-256"),
+    "symbolic link": (_symlink, "'engine/model.plan' is a symbolic link"),
+    "hard link": (_link_from, "'engine/model.plan' has 2 hard links"),
+    "FIFO": (_fifo, "'engine/model.plan' is not a regular file"),
+    "socket": (_socket, "'engine/model.plan' is not a regular file"),
+    "extra file": (lambda p: p.with_name("x").write_text(""), "'engine/x' is not in its manifest"),
+    "extra file in .git": (_git_folder, "folder 'engine/.git' is not in its manifest"),
+    "extra empty folder": (
+        lambda p: p.with_name("empty").mkdir(),
+        "folder 'engine/empty' is not in its manifest",
+    ),
+    "extra file at the top": (
+        lambda p: (p.parents[1] / "model.sig").write_text(""),
+        "'model.sig' is not in its manifest",
+    ),
+    "file with undecodable name": (
+        lambda p: Path(os.fsdecode(os.fsencode(p.parent) + b"/\xff")).write_text(""),
+        r"'engine/\\udcff' is not in its manifest",
+    ),
+    "folder in place of a file": (_folder, "folder 'engine/model.plan' is not in its manifest"),
+    "linked folder": (
+        lambda p: _symlink(p.parent / "tokenizer"),
+        "'engine/tokenizer' is a symbolic link",
+    ),
+    "no manifest": (lambda p: (p.parents[1] / "manifest.json").unlink(), "manifest.json is miss"),
+    "linked manifest": (
+        lambda p: _symlink(p.parents[1] / "manifest.json"),
+        "manifest.json is a symbolic link",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_damage_is_found_and_named(package_dir: Path, fault: str) -> None:
+    damage, message = _FAULTS[fault]
+    damage(package_dir / "engine" / "model.plan")
+    with pytest.raises(CorruptError, match=message) as raised:
+        verify(package_dir)
+    str(raised.value).encode()  # can be printed, whatever the file is called
+
+
+def test_swapped_files_are_found(bench: Bench, tmp_path: Path) -> None:
+    engine = bench.engine()
+    (engine.dir / "rank0").write_bytes(b"0")
+    (engine.dir / "rank1").write_bytes(b"1")
+    folder = tmp_path / "p"
+    folder.mkdir()
+    engine_dir = bench.seal(folder, engine).engine_dir
+    (engine_dir / "rank0").rename(engine_dir / "x")
+    (engine_dir / "rank1").rename(engine_dir / "rank0")
+    (engine_dir / "x").rename(engine_dir / "rank1")
+    with pytest.raises(CorruptError, match="rank0"):
+        verify(folder)
+
+
+def test_shallow_verify_reads_no_file_but_the_manifest(package_dir: Path) -> None:
+    _other_bytes(package_dir / "engine" / "model.plan")
+    verify(package_dir, deep=False)
+
+
+def test_stage_record_and_empty_folders_stay_behind(bench: Bench, tmp_path: Path) -> None:
+    engine = bench.engine()
+    (engine.dir / RECORD).write_text('{"seconds": 1.5}')
+    (engine.dir / "empty").mkdir()
+    (tmp_path / "p").mkdir()
+    package = bench.seal(tmp_path / "p", engine)
+    assert [file["path"] for file in package.manifest["files"]] == [
+        "engine/model.plan",
+        "engine/tokenizer/tokenizer.json",
+    ]
+    assert verify(tmp_path / "p") == package
+
+
+def test_hard_linked_engine_file_is_copied(bench: Bench, tmp_path: Path) -> None:
+    """A stage may link what it shares with another stage; the package gets bytes of its own."""
+    engine = bench.engine()
+    os.link(engine.dir / "model.plan", tmp_path / "shared")
+    (tmp_path / "p").mkdir()
+    assert verify(bench.seal(tmp_path / "p", engine).dir)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "backslash", "empty"])
+def test_engine_that_no_package_may_hold_is_refused(
+    bench: Bench, tmp_path: Path, kind: str
+) -> None:
+    engine = bench.engine()
+    if kind == "symlink":
+        (engine.dir / "x").symlink_to("/etc/hostname")
+    elif kind == "fifo":
+        os.mkfifo(engine.dir / "x")
+    elif kind == "backslash":
+        (engine.dir / "a\\b").write_text("")
+    else:
+        shutil.rmtree(engine.dir)
+        engine.dir.mkdir()
+    (tmp_path / "p").mkdir()
+    with pytest.raises(CorruptError):
+        seal(tmp_path / "p", engine, bench.weights(), bench.label())
+    assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_full_disk_while_copying_is_transient(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = bench.engine()
+    (tmp_path / "p").mkdir()
+    real_open = io.open
+
+    def full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "x" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", full)
+    with pytest.raises(TransientError, match="free some space"):
+        bench.seal(tmp_path / "p", engine)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import RecipeError
+from pipeline.registry.reference import ParsedReference, check_part, parse_reference
+
+_names = st.from_regex(r"[a-z0-9]{1,8}([.-][a-z0-9]{1,8}){0,3}", fullmatch=True)
+_versions = st.from_regex(r"[0-9]{1,3}\.[0-9]{1,3}-[0-9a-f]{12}(\.r[2-9])?", fullmatch=True)
+_channels = st.from_regex(r"[a-z]{1,8}(-[a-z0-9]{1,8}){0,2}", fullmatch=True)
+_digests = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("smollm2", ParsedReference(name="smollm2", channel="stable")),
+        ("qwen2.5:candidate", ParsedReference(name="qwen2.5", channel="candidate")),
+        (
+            "llama3.1/sm89-trtrtx-fp8-b64-s1024:1.0-0123456789ab.r2",
+            ParsedReference(
+                name="llama3.1", variant="sm89-trtrtx-fp8-b64-s1024", version="1.0-0123456789ab.r2"
+            ),
+        ),
+        (f"phi3@sha256:{'a' * 64}", ParsedReference(name="phi3", digest="a" * 64)),
+        (
+            f"phi3/any-checkpoint-fp8@sha256:{'a' * 64}",
+            ParsedReference(name="phi3", variant="any-checkpoint-fp8", digest="a" * 64),
+        ),
+    ],
+)
+def test_reference_parses(text: str, parsed: ParsedReference) -> None:
+    assert parse_reference(text) == parsed
+
+
+@given(
+    name=_names,
+    variant=st.none() | _names,
+    tail=st.one_of(
+        _versions.map(lambda text: ("version", text)),
+        _channels.map(lambda text: ("channel", text)),
+        _digests.map(lambda text: ("digest", text)),
+    ),
+)
+def test_parsed_reference_survives_formatting(
+    name: str, variant: str | None, tail: tuple[str, str]
+) -> None:
+    parsed = ParsedReference(name=name, variant=variant, **{tail[0]: tail[1]})
+    assert parse_reference(str(parsed)) == parsed
+
+
+@given(st.text() | st.text(alphabet="ab1.-/:@_ \n\0", max_size=30))
+def test_any_text_is_a_reference_or_a_usage_fault(text: str) -> None:
+    try:
+        parsed = parse_reference(text)
+    except RecipeError:
+        return
+    assert parse_reference(str(parsed)) == parsed
+    for part in (parsed.name, parsed.variant, parsed.version, parsed.channel):
+        assert part is None or not (set(part) & set("/\\:@ \n\0") or ".." in part or part[0] == ".")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "smollm2 ",
+        "smollm2\n",
+        "..",
+        "../etc",
+        "/etc/passwd",
+        "a/b/c",
+        "a//b",
+        "a/",
+        "/a",
+        "a:",
+        "a:b:c",
+        "a..b",
+        ".a",
+        "a-",
+        "a--b",
+        "a@",
+        "a@sha256:",
+        f"a@sha256:{'A' * 64}",
+        f"a@sha256:{'a' * 63}",
+        f"a@sha512:{'a' * 64}",
+        f"a@{'a' * 64}",
+        "a:1.0.statements",
+        "x" * 65,
+        f"a:{'1' * 64}",
+        f"a:{'b' * 33}",
+        "é",
+        "a:1.0/b",
+    ],
+)
+def test_nonsense_is_a_usage_fault(text: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        parse_reference(text)
+    assert raised.value.exit_code == 2
+    assert len(str(raised.value)) < 400
+
+
+def test_fault_offers_the_lowercase_name() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean phi-3\.5\?"):
+        parse_reference("Phi_3.5")
+
+
+def test_variant_and_version_fit_one_oci_tag() -> None:
+    longest = f"{'v' * 64}-{'1' * 63}"
+    assert check_part("variant", "v" * 64) + "-" + check_part("version", "1" * 63) == longest
+    assert len(longest) <= 128

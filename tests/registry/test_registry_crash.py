@@ -1,0 +1,175 @@
+"""SIGKILL at each step that changes the disk, and several publishers at once."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConflictError
+from pipeline.registry.package import verify
+from pipeline.registry.reference import reference_of
+from pipeline.stages import Reference
+
+Bench = Any
+InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
+
+_KEY = "b" * 64
+_VARIANT = "sm89-trtrtx-fp8-b8"
+
+
+def _build(bench: Bench) -> Reference:
+    """What a build does with the registry, from the look-up to the channel."""
+    registry = bench.registry
+    found = registry.find("tiny", _VARIANT, _KEY)
+    reference: Reference = bench.publish() if found is None else reference_of(found)
+    bench.accept(reference)
+    registry.set_channel(reference, "candidate", bench.card)
+    return reference
+
+
+def _kill_at_step(number: int) -> None:
+    """From now on, SIGKILL this process at its `number`-th step.
+
+    Before each call that changes the disk is a step; after a file was opened for writing, too:
+    then it is there, but empty.
+    """
+    left = number
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def changing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            step()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("mkdir", "fsync", "chmod", "rename", "replace", "unlink", "rmdir"):
+        setattr(os, name, changing(getattr(os, name)))
+
+    real_open = io.open
+
+    def open_file(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        writes = bool(set(mode) & set("wxa"))
+        if writes:
+            step()
+        stream = real_open(path, mode, *args, **kwargs)
+        if writes:
+            step()
+        return stream
+
+    io.open = open_file  # type: ignore[assignment]
+
+
+def test_sigkill_at_any_step_leaves_nothing_half_visible(
+    bench: Bench, in_children: InChildren
+) -> None:
+    registry = bench.registry
+    bench.engine()  # made before the clock starts
+    steps = 0
+    visible_after: list[tuple[bool, bool, bool]] = []
+    while True:
+        steps += 1
+
+        def job(number: int = steps) -> None:
+            _kill_at_step(number)
+            _build(bench)
+
+        (code,) = in_children([job])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        entries = registry.entries()
+        visible = len(entries), sum(len(e.statements) for e in entries)
+        if entries:
+            (entry,) = entries
+            assert entry.fault == ""
+            assert verify(entry.package.dir).digest == entry.package.digest
+            assert all(statement.passed for statement in entry.statements)
+        channels = list(registry.path.glob("*/*/channels/*.json"))
+        for path in channels:
+            assert json.loads(path.read_text())["version"] == entries[0].version
+        visible_after.append((bool(visible[0]), bool(visible[1]), bool(channels)))
+
+        reference = _build(bench)
+        assert registry.resolve("tiny:candidate").digest == reference.digest
+        assert list((registry.path / ".staging").iterdir()) == []
+        shutil.rmtree(registry.path)
+    # The kills hit all phases: before anything shows, after each thing shows.
+    assert visible_after == sorted(visible_after)
+    assert set(visible_after) == {
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+    }
+    assert steps > 25
+
+
+def test_of_two_publishers_of_other_bytes_one_wins(bench: Bench, in_children: InChildren) -> None:
+    engines = [bench.engine(plan=bytes([number]) * 100) for number in range(4)]
+    codes = in_children([partial(bench.publish, engine) for engine in engines])
+    assert sorted(codes) == [0, ConflictError.exit_code, 8, 8]
+    (entry,) = bench.registry.entries()
+    plan = (verify(entry.package.dir).engine_dir / "model.plan").read_bytes()
+    assert plan == bytes([codes.index(0)]) * 100
+    assert list((bench.registry.path / ".staging").iterdir()) == []
+
+
+def test_publishers_of_the_same_bytes_all_succeed(bench: Bench, in_children: InChildren) -> None:
+    engine = bench.engine()
+    assert in_children([partial(bench.publish, engine)] * 4) == [0, 0, 0, 0]
+    (entry,) = bench.registry.entries()
+    assert verify(entry.package.dir)
+
+
+def _published(bench: Bench, count: int) -> list[Reference]:
+    references = [bench.publish(label=bench.label(f"{number}.0")) for number in range(count)]
+    for reference in references:
+        bench.accept(reference)
+    return references
+
+
+def test_concurrent_moves_of_a_channel_are_all_counted(
+    bench: Bench, in_children: InChildren
+) -> None:
+    references = _published(bench, 8)
+
+    def move(mine: Sequence[Reference]) -> None:
+        for _ in range(3):
+            for reference in mine:
+                bench.registry.set_channel(reference, "candidate", bench.card)
+
+    pairs = [references[number : number + 2] for number in range(0, 8, 2)]
+    assert in_children([partial(move, pair) for pair in pairs]) == [0] * 4
+    (path,) = bench.registry.path.glob("*/*/channels/*.json")
+    assert json.loads(path.read_text())["seq"] == 4 * 3 * 2
+    assert bench.registry.resolve("tiny:candidate").digest in {r.digest for r in references}
+
+
+def test_channel_is_whole_even_where_locks_do_nothing(
+    bench: Bench, in_children: InChildren, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems accept a lock and ignore it."""
+    monkeypatch.setattr(fcntl, "flock", lambda *args: None)
+    references = _published(bench, 4)
+
+    def move(reference: Reference) -> None:
+        for _ in range(5):
+            bench.registry.set_channel(reference, "candidate", bench.card)
+
+    assert in_children([partial(move, reference) for reference in references]) == [0] * 4
+    assert bench.registry.resolve("tiny:candidate").digest in {r.digest for r in references}
