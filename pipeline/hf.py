@@ -20,6 +20,7 @@ def quiet() -> Iterator[None]:
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+    logging.getLogger("modelopt").setLevel(logging.ERROR)
     captured = StringIO()
     try:
         with contextlib.redirect_stdout(captured), warnings.catch_warnings():

@@ -16,7 +16,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import ConfigDict, Strict
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+# Arbitrary types: a field typed as a Protocol is checked by isinstance.
 
 _Item = TypeVar("_Item")
 

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import rfc8785
 
@@ -130,6 +130,7 @@ class Engine:
         min_vram_bytes: Device memory that it needs at its limits.
         serve_args: Arguments for the runtime's server, if it has one.
         twin_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
+        twin_key: Key of that folder in the stage cache; lets a package find its twin again.
         tools: Name -> version of everything that shaped the bytes.
         checks: What was proven about it without running it, for the report.
     """
@@ -144,6 +145,7 @@ class Engine:
     min_vram_bytes: int
     serve_args: tuple[str, ...] = ()
     twin_dir: Path | None = None
+    twin_key: str | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
 
@@ -251,6 +253,7 @@ class Reference:
         return f"{self.name}/{self.variant}:{self.version}"
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """Brings a Hugging Face folder into the weight cache."""
 
@@ -266,8 +269,18 @@ class WeightSource(Protocol):
         ...
 
 
+@runtime_checkable
 class Quantizer(Protocol):
     """Turns weights into the unified FP8 checkpoint."""
+
+    @property
+    def keep_16bit(self) -> tuple[str, ...]:
+        """Patterns (fnmatch) of linears that stay 16-bit."""
+        ...
+
+    def calibration_documents(self) -> tuple[str, ...]:
+        """The text that calibration reads."""
+        ...
 
     def inputs(self, weights: Weights) -> Mapping[str, Any]:
         """Everything that shapes the checkpoint's bytes, as JSON values."""
@@ -278,6 +291,7 @@ class Quantizer(Protocol):
         ...
 
 
+@runtime_checkable
 class EngineCompiler(Protocol):
     """Turns a checkpoint into something a runtime loads."""
 
@@ -289,6 +303,11 @@ class EngineCompiler(Protocol):
     @property
     def limits(self) -> Limits:
         """Batch and context sizes that it builds for."""
+        ...
+
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        """Name and version of what will run the engine; an empty version where it is not known."""
         ...
 
     def variant(self, target: Target) -> str:

@@ -58,6 +58,10 @@ class CheckpointCompiler:
             kv_cache_dtype=self.kv_cache_dtype,
         )
 
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        return self.runtime, self.runtime_version
+
     def variant(self, target: Target) -> str:
         return "any-checkpoint-fp8" + ("-kv8" if self.kv_cache_dtype == "fp8" else "")
 

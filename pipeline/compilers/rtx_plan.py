@@ -1,10 +1,13 @@
 """Reads a TensorRT-RTX plan: proves which GEMMs are FP8, without a GPU.
 
 An engine for another GPU can be neither loaded nor inspected here, but its bytes hold the compiled
-graph as text, one section per optimization profile:
+graph as text, in sections:
 
     accelerators={sm89 } ... fully_connected={ name="A_U1+B_U2" output={..} input={"x" "w" ..} .. }
     tensor={ .. name="x" .. type=fp8_e4m3 .. }
+
+Each optimization profile has a large section and, where a 16-bit GEMM is fused with what follows
+it, a small one for that GEMM. Profile n > 0 is told by `[profile n]` in the names of its GEMMs.
 
 The format is undocumented; it was read from plans of TensorRT-RTX 1.7.1 (2026-11-24), and every
 other version is refused. Whatever does not parse fails the build: an FP8 engine is proven to be
@@ -26,6 +29,8 @@ KNOWN_VERSIONS = frozenset({(1, 7, 1)})
 _MAGIC = b"vtrt"
 _VERSION_BYTES = slice(24, 28)
 FP8 = "fp8_e4m3"
+_ANY = ("*",)
+"""Target of sections that hold nothing specific to one SM, such as a single 16-bit GEMM."""
 
 Buffer = bytes | mmap.mmap
 
@@ -37,7 +42,7 @@ _GEMM_START = re.compile(rb"fully_connected=\{")
 _TENSOR = re.compile(rb"tensor=\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _NAME = re.compile(rb'\bname="([^"]*)"')
 _TYPE = re.compile(rb"\btype=(\w+)")
-_SUFFIXES = re.compile(r"( \[profile \d+\])?(_U\d+)?$")
+_SUFFIXES = re.compile(r"(?: \[profile (\d+)\])?(?:_U\d+)?$")
 
 
 class PlanError(PipelineError):
@@ -46,10 +51,12 @@ class PlanError(PipelineError):
 
 @dataclass(frozen=True)
 class Gemm:
-    """One matrix multiplication: the modules fused into it, and the types of its two operands."""
+    """One matrix multiplication: profile, fused modules, types of its operands, targets."""
 
+    profile: int
     modules: tuple[str, ...]
     operand_types: tuple[str, str]
+    accelerators: tuple[str, ...]
 
     @property
     def is_fp8(self) -> bool:
@@ -58,15 +65,14 @@ class Gemm:
 
 
 @dataclass(frozen=True)
-class ProfileSection:
-    """What the plan holds for one optimization profile."""
+class PlanText:
+    """What the text of a plan says: every GEMM."""
 
-    accelerators: tuple[str, ...]
     gemms: tuple[Gemm, ...]
 
 
-def read_plan(plan: Buffer) -> tuple[ProfileSection, ...]:
-    """Parse the sections of a plan.
+def read_plan(plan: Buffer) -> PlanText:
+    """Parse the text of a plan.
 
     Raises:
         PlanError: It is no plan, of another version, or something in it does not parse.
@@ -83,16 +89,16 @@ def read_plan(plan: Buffer) -> tuple[ProfileSection, ...]:
     if not starts:
         raise PlanError("the plan holds no readable section; its content cannot be proven")
     ends = [start for start, _ in starts[1:]] + [len(plan)]
-    return tuple(
-        ProfileSection(
-            accelerators=tuple(accelerators.decode().split()),
-            gemms=_gemms(plan, start, end),
-        )
-        for (start, accelerators), end in zip(starts, ends, strict=True)
+    return PlanText(
+        tuple(
+            gemm
+            for (start, names), end in zip(starts, ends, strict=True)
+            for gemm in _gemms(plan, start, end, tuple(names.decode().split()))
+        ),
     )
 
 
-def _gemms(plan: Buffer, start: int, end: int) -> tuple[Gemm, ...]:
+def _gemms(plan: Buffer, start: int, end: int, accelerators: tuple[str, ...]) -> tuple[Gemm, ...]:
     """The GEMMs of the section at `plan[start:end]`."""
     matches = list(_GEMM.finditer(plan, start, end))
     if len(matches) != sum(1 for _ in _GEMM_START.finditer(plan, start, end)):
@@ -102,16 +108,20 @@ def _gemms(plan: Buffer, start: int, end: int) -> tuple[Gemm, ...]:
         name, kind = _NAME.search(match.group(1)), _TYPE.search(match.group(1))
         if name and kind:
             types[name.group(1).decode()] = kind.group(1).decode()
-    return tuple(_gemm(match, types) for match in matches)
+    return tuple(_gemm(match, types, accelerators) for match in matches)
 
 
-def _gemm(match: re.Match[bytes], types: dict[str, str]) -> Gemm:
-    names = [_SUFFIXES.sub("", part) for part in match.group(1).decode().split("+")]
+def _gemm(match: re.Match[bytes], types: dict[str, str], accelerators: tuple[str, ...]) -> Gemm:
+    parts = match.group(1).decode().split("+")
+    names = [_SUFFIXES.sub("", part) for part in parts]
+    profiles = {int(suffix.group(1) or 0) for part in parts if (suffix := _SUFFIXES.search(part))}
+    if len(profiles) != 1:
+        raise PlanError(f"GEMM {names} belongs to no single profile of the plan")
     operands = [name.decode() for name in _QUOTED.findall(match.group(2))][:2]
     found = [types.get(name) or types.get(name.removesuffix("^deref")) for name in operands]
     if len(found) != 2 or None in found:
         raise PlanError(f"the operand types of GEMM {names} cannot be read from the plan")
-    return Gemm(tuple(names), (str(found[0]), str(found[1])))
+    return Gemm(profiles.pop(), tuple(names), (str(found[0]), str(found[1])), accelerators)
 
 
 def prove_fp8(
@@ -132,16 +142,21 @@ def prove_fp8(
     Raises:
         PlanError: Anything differs; the module is named.
     """
-    sections = read_plan(plan)
-    if len(sections) != profiles:
-        raise PlanError(f"the plan has {len(sections)} profiles, {profiles} were asked for")
+    text = read_plan(plan)
+    for gemm in text.gemms:
+        if gemm.accelerators != (f"sm{sm}",) and (gemm.is_fp8 or gemm.accelerators != _ANY):
+            raise PlanError(
+                f"GEMM {gemm.modules} of the plan is for {gemm.accelerators}, sm{sm} was asked for"
+            )
+    found = {gemm.profile for gemm in text.gemms}
+    if found != set(range(profiles)):
+        raise PlanError(f"the plan has profiles {sorted(found)}, {profiles} were asked for")
     wanted, allowed = set(fp8_linears), {*kept_16bit, "lm_head"}
-    for number, section in enumerate(sections):
-        where = f"profile {number} of the plan"
-        if section.accelerators != (f"sm{sm}",):
-            raise PlanError(f"{where} is for {section.accelerators}, sm{sm} was asked for")
-        fp8 = Counter(name for gemm in section.gemms if gemm.is_fp8 for name in gemm.modules)
-        other = {name for gemm in section.gemms if not gemm.is_fp8 for name in gemm.modules}
+    for profile in range(profiles):
+        where = f"profile {profile} of the plan"
+        gemms = [gemm for gemm in text.gemms if gemm.profile == profile]
+        fp8 = Counter(name for gemm in gemms if gemm.is_fp8 for name in gemm.modules)
+        other = {name for gemm in gemms if not gemm.is_fp8 for name in gemm.modules}
         if missing := sorted(wanted - set(fp8)):
             raise PlanError(
                 f"{where} does not compute {len(missing)} linears in FP8, first {missing[0]}; "
@@ -153,7 +168,7 @@ def prove_fp8(
             raise PlanError(f"{where} has unexpected 16-bit GEMMs, first {strange[0]}")
     return {
         "profiles": profiles,
-        "fp8_gemms": sum(gemm.is_fp8 for section in sections for gemm in section.gemms),
-        "other_gemms": sum(not gemm.is_fp8 for section in sections for gemm in section.gemms),
+        "fp8_gemms": sum(gemm.is_fp8 for gemm in text.gemms),
+        "other_gemms": sum(not gemm.is_fp8 for gemm in text.gemms),
         "fp8_linears": len(wanted),
     }

@@ -20,8 +20,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.cache import StageCache, digest_folder, source_digest
-from pipeline.compilers.network_check.interface import DecoderInterface
-from pipeline.compilers.network_check.stage import check_network_once
+from pipeline.compilers.network_check.stage import check_network_once, interface_of
 from pipeline.compilers.rtx_child import CompileJob, Profile
 from pipeline.compilers.rtx_plan import prove_fp8
 from pipeline.convert.stage import RTX_GRAPH, GraphSettings, convert
@@ -90,6 +89,13 @@ class TrtRtxCompiler:
         )
 
     @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        try:
+            return "tensorrt-rtx", version(_PACKAGE)
+        except PackageNotFoundError:  # a plan needs no compiler
+            return "tensorrt-rtx", ""
+
+    @property
     def profiles(self) -> tuple[Profile, Profile]:
         """Decode first: a runtime starts with profile 0."""
         batch, prefill, context = (
@@ -124,7 +130,12 @@ class TrtRtxCompiler:
     ) -> Engine:
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
         network = check_network_once(
-            checkpoint.dir, graphs.dir, cache, log_dir / "network-check.log"
+            checkpoint.dir,
+            graphs.dir,
+            context=self.max_seq_len,
+            dtype=self.activation_dtype,
+            cache=cache,
+            log_path=log_dir / "network-check.log",
         )
         result = cache.run(
             "compile",
@@ -143,6 +154,7 @@ class TrtRtxCompiler:
             limits=self.limits,
             min_vram_bytes=plan_bytes + self._cache_bytes(config),
             twin_dir=graphs.dir,
+            twin_key=graphs.key,
             tools={**checkpoint_tools(checkpoint), _PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
         )
@@ -156,16 +168,6 @@ class TrtRtxCompiler:
         width = config.num_kv_heads * config.head_dim
         return 2 * config.num_layers * width * 2 * self.max_batch_size * self.max_seq_len
 
-    def _interface(self, config: DecoderConfig) -> DecoderInterface:
-        return DecoderInterface(
-            num_hidden_layers=config.num_layers,
-            num_key_value_heads=config.num_kv_heads,
-            context=self.max_seq_len,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            dtype=self.activation_dtype,
-        )
-
     def _produce(
         self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
     ) -> None:
@@ -173,9 +175,15 @@ class TrtRtxCompiler:
         engine_dir.mkdir()
         plan = engine_dir / PLAN_FILE
         job_file = out / "job.json"
+        config = UnifiedCheckpoint(checkpoint.dir).config
         CompileJob(
             graph=str(graphs / RTX_GRAPH),
-            interface=self._interface(UnifiedCheckpoint(checkpoint.dir).config),
+            interface=interface_of(
+                config,
+                num_layers=config.num_layers,
+                context=self.max_seq_len,
+                dtype=self.activation_dtype,
+            ),
             plan=str(plan),
             sm=target.sm,
             profiles=self.profiles,

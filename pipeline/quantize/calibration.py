@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt, SkipValidation
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import CorruptError
@@ -33,15 +32,11 @@ class Calibration:
         seed: Chooses the windows when the text holds more.
     """
 
-    text: Annotated[Any, SkipValidation]
+    text: TextCorpus
     calib_size: PositiveInt
     seq_len: PositiveInt
     batch_size: PositiveInt
     seed: NonNegativeInt
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.text, TextCorpus):
-            raise ValueError(f"text must be a text corpus with documents(), got {self.text!r}")
 
     @property
     def tokens(self) -> int:

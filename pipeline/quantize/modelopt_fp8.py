@@ -66,6 +66,9 @@ class ModelOptFp8:
     keep_16bit: Listed[str] = ()
     device: DeviceChoice = "auto"
 
+    def calibration_documents(self) -> tuple[str, ...]:
+        return self.calibration.text.documents()
+
     def inputs(self, weights: Weights) -> dict[str, Any]:
         """Everything that shapes the checkpoint's bytes."""
         return {

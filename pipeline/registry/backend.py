@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pipeline.registry.statements import Pointer, Statement
 from pipeline.stages import Package, Reference, VerdictName
@@ -48,6 +48,7 @@ class Entry:
         return next(verdicts, None)
 
 
+@runtime_checkable
 class Registry(Protocol):
     """Keeps immutable packages, statements about them, and channels that point to them."""
 

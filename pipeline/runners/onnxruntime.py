@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.convert.stage import CPU_GRAPH
 from pipeline.errors import CorruptError, IncompatibleError
 from pipeline.runners.decode import greedy_steps, prefill, stream_greedy
-from pipeline.runners.session import Generation
+from pipeline.runners.session import Generation, Session
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
 
@@ -175,6 +176,12 @@ class OnnxRuntimeSession:
         return self._decoder
 
 
+@contextlib.contextmanager
+def open_graph(graph: Path, threads: int = 0) -> Iterator[OnnxRuntimeSession]:
+    """A session on a graph file."""
+    yield OnnxRuntimeSession(OnnxRuntimeGraph(graph, threads))
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OnnxRuntimeRunner:
     """Runs the CPU twin of a TensorRT-RTX engine.
@@ -194,8 +201,7 @@ class OnnxRuntimeRunner:
             return f"runner=onnxruntime runs the CPU twin of trtrtx engines, not {engine.format}"
         return None
 
-    @contextlib.contextmanager
-    def open(self, engine: Engine) -> Iterator[OnnxRuntimeSession]:
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if engine.twin_dir is None:
             raise IncompatibleError(self.why_not(engine) or "")
-        yield OnnxRuntimeSession(OnnxRuntimeGraph(engine.twin_dir / CPU_GRAPH, self.threads))
+        return open_graph(engine.twin_dir / CPU_GRAPH, self.threads)

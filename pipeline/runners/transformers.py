@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.convert.simulate import load_simulation
 from pipeline.errors import IncompatibleError
 from pipeline.hf import load_model, quiet
-from pipeline.runners.session import Generation
+from pipeline.runners.session import Generation, Session
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
 
@@ -88,6 +89,12 @@ def open_source(weights_dir: Path) -> Iterator[TransformersSession]:
     yield TransformersSession(load_model(weights_dir, "float32"))
 
 
+@contextlib.contextmanager
+def open_checkpoint(checkpoint_dir: Path) -> Iterator[TransformersSession]:
+    """An FP8 checkpoint, simulated in float32."""
+    yield TransformersSession(load_simulation(checkpoint_dir))
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TransformersRunner:
     """Runs a checkpoint engine as a float32 simulation of its FP8 linears."""
@@ -101,8 +108,7 @@ class TransformersRunner:
             return f"runner=transformers simulates checkpoint engines, not {engine.format}"
         return None
 
-    @contextlib.contextmanager
-    def open(self, engine: Engine) -> Iterator[TransformersSession]:
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if reason := self.why_not(engine):
             raise IncompatibleError(reason)
-        yield TransformersSession(load_simulation(engine.dir))
+        return open_checkpoint(engine.dir)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pipeline.cache import sha256_file
 from pipeline.errors import (
@@ -89,13 +89,17 @@ class HubClient:
     Args:
         repo_id: Such as `microsoft/Phi-3-mini-4k-instruct`.
         revision: Full commit.
+        repo_type: What it holds.
     """
 
-    def __init__(self, repo_id: str, revision: str) -> None:
+    def __init__(
+        self, repo_id: str, revision: str, repo_type: Literal["model", "dataset"] = "model"
+    ) -> None:
         from huggingface_hub import constants
 
         self._repo_id = repo_id
         self._revision = revision
+        self._repo_type = repo_type
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._token = os.environ.get("HF_TOKEN", "").strip() or None
         # At INFO this library logs addresses of the CDN, whose signatures grant access.
@@ -113,8 +117,12 @@ class HubClient:
 
         api = HfApi(endpoint=self._endpoint, token=self._token or False)
         info = self._patiently(
-            lambda: api.model_info(
-                self._repo_id, revision=self._revision, files_metadata=True, timeout=_TIMEOUT_S
+            lambda: api.repo_info(
+                self._repo_id,
+                revision=self._revision,
+                repo_type=self._repo_type,
+                files_metadata=True,
+                timeout=_TIMEOUT_S,
             )
         )
         if info.sha != self._revision:
@@ -198,7 +206,13 @@ class HubClient:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        url = hf_hub_url(self._repo_id, name, revision=self._revision, endpoint=self._endpoint)
+        url = hf_hub_url(
+            self._repo_id,
+            name,
+            repo_type=self._repo_type,
+            revision=self._revision,
+            endpoint=self._endpoint,
+        )
         headers = build_hf_headers(token=self._token or False)
         headers["Accept-Encoding"] = "identity"  # a range of a compressed file is of no use
         if offset:

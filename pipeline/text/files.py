@@ -62,11 +62,9 @@ class HubText:
         return f"hub-dataset:{self.repo_id}@{self.revision}/{self.file}"
 
     def documents(self) -> tuple[str, ...]:
-        from pipeline.sources.hub import download_dataset_file
+        from pipeline.sources.hub_dataset import dataset_file
 
-        return read_documents(
-            download_dataset_file(self.repo_id, self.revision, self.file), self.column
-        )
+        return read_documents(dataset_file(self.repo_id, self.revision, self.file), self.column)
 
 
 def read_documents(path: Path, column: str) -> tuple[str, ...]:

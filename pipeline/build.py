@@ -1,0 +1,252 @@
+"""The pipeline: recipe, plan, fetch, quantize, convert, compile, package, accept, publish."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.acceptance.acceptance import Acceptance, Subject
+from pipeline.acceptance.report import REPORT_FILE, write_report
+from pipeline.cache import StageCache, cache_root
+from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.errors import CorruptError, ExitCode, RecipeError
+from pipeline.hardware import Target
+from pipeline.identity import build_key, shaping_config, statement_name, version_of
+from pipeline.machine import require_builder, require_room
+from pipeline.outcome import Outcome
+from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
+from pipeline.registry.backend import Registry
+from pipeline.registry.manifest import Label
+from pipeline.registry.package import seal
+from pipeline.registry.reference import reference_of
+from pipeline.runners.session import Runner
+from pipeline.settings import STRICT
+from pipeline.shapes import ModelShape, shape_faults
+from pipeline.stages import (
+    Engine,
+    EngineCompiler,
+    Package,
+    Quantizer,
+    VerdictName,
+    Weights,
+    WeightSource,
+)
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "candidate"
+"""Where a build ends; `stable` needs a signed test result of the card."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """One shippable artifact, resolved: what `recipes/<name>.yaml` says.
+
+    Attributes:
+        name: First part of the reference.
+        version: The recipe's own version; the package's adds the build key.
+        shape: The model, as far as the plan needs it.
+        source: Where the weights come from.
+        target: The card that the engine is for.
+        quantizer: Makes the FP8 checkpoint.
+        compiler: Makes the engine.
+        runner: What executes it here, for acceptance.
+        acceptance: What it must show.
+        registry: Where it is published.
+    """
+
+    name: str
+    version: str
+    shape: ModelShape
+    source: WeightSource
+    target: Target
+    quantizer: Quantizer
+    compiler: EngineCompiler
+    runner: Runner
+    acceptance: Acceptance
+    registry: Registry
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How to build, beside the recipe.
+
+    Attributes:
+        rebuild: Build although a package with the same build key is published.
+        config: The resolved recipe as plain values; parts of it shape keys and the manifest.
+    """
+
+    rebuild: bool
+    config: Mapping[str, Any]
+
+
+def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
+    """Build, check and publish one recipe.
+
+    Raises:
+        PipelineError: Anything but a missed target, which is an outcome.
+    """
+    started = time.perf_counter()
+    plan = plan_of(recipe)
+    refuse(plan)
+    recipe.registry.check_writable()
+    require_builder(recipe.compiler.format)
+    cache = StageCache(root=cache_root())
+    weights = fetch(recipe)
+    key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
+    published = None if options.rebuild else find_published(recipe, key)
+    if published and (known := known_acceptance(recipe, published, options.config)):
+        return finished(published, *known, started=started, taken=True)
+
+    require_room(plan, cache.root)
+    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
+    engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
+    with recipe.registry.staging() as staging:
+        package = published or seal(staging, engine, weights, label(recipe, engine, key, options))
+        subject = Subject(
+            engine=engine,
+            package_digest=package.digest,
+            checkpoint=checkpoint,
+            shape=recipe.shape,
+            target=recipe.target,
+            runner=recipe.runner,
+        )
+        report, verdict = recipe.acceptance.measure(subject, cache)
+        files = write_report(report, verdict, run_dir)
+        if not verdict.passed:
+            return Outcome(
+                exit_code=ExitCode.NOT_ACCEPTED,
+                verdict=verdict.name,
+                digest=package.digest,
+                report=files[REPORT_FILE],
+                message="\n".join(["built, but not accepted; nothing is published:"])
+                + "".join(f"\n  {f.message}" for f in verdict.findings if f.kind != "note"),
+                seconds=time.perf_counter() - started,
+            )
+        reference = reference_of(package) if published else recipe.registry.publish(package)
+    statement = statement_name(acceptance_key(recipe, package, options.config))
+    written = recipe.registry.add_statement(reference, statement, dict(files))
+    recipe.registry.set_channel(reference, CHANNEL, recipe.target.card)
+    package = read_back(recipe, key, package)
+    taken = published is not None
+    return finished(package, verdict.name, written / REPORT_FILE, started=started, taken=taken)
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """What follows from a recipe alone; refuses nothing."""
+    return make_plan(
+        PlanRequest(
+            name=recipe.name,
+            shape=recipe.shape,
+            target=recipe.target,
+            format=recipe.compiler.format,
+            quantization="fp8",
+            keep_16bit=recipe.quantizer.keep_16bit,
+            limits=recipe.compiler.limits,
+            workloads=tuple(
+                PlannedWorkload(
+                    name=workload.name,
+                    batch=workload.batch,
+                    isl=workload.isl,
+                    osl=workload.osl,
+                    min_output_tokens_per_s=workload.min_output_tokens_per_s,
+                )
+                for workload in recipe.acceptance.targets
+            ),
+            runtime=recipe.compiler.pinned_runtime,
+        )
+    )
+
+
+def fetch(recipe: Recipe) -> Weights:
+    """The weights, once they are known to be the model that the recipe planned with.
+
+    Raises:
+        RecipeError: Another model, or text that cannot judge it.
+    """
+    recipe.acceptance.check_inputs(recipe.shape, recipe.compiler.limits.max_seq_len)
+    weights = recipe.source.fetch()
+    if faults := shape_faults(recipe.shape, UnifiedCheckpoint(weights.dir).config_json):
+        raise RecipeError(faults)
+    recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
+    return weights
+
+
+def find_published(recipe: Recipe, key: str) -> Package | None:
+    """A published package of this build, verified."""
+    found = recipe.registry.find(recipe.name, recipe.compiler.variant(recipe.target), key)
+    if found is not None:
+        log.info("Already published: %s, every byte verified", reference_of(found))
+    return found
+
+
+def acceptance_key(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
+    """Names the question that acceptance asks about a package."""
+    asked = {name: config[name] for name in ("acceptance", "runner", "target")}
+    return recipe.acceptance.key(asked, recipe.runner, package.digest)
+
+
+def known_acceptance(
+    recipe: Recipe, package: Package, config: Mapping[str, Any]
+) -> tuple[VerdictName, Path] | None:
+    """Verdict and report of an earlier run of exactly this acceptance, if it passed."""
+    name = statement_name(acceptance_key(recipe, package, config))
+    for statement in recipe.registry.entry(str(reference_of(package))).statements:
+        if statement.name == name and statement.passed and statement.verdict is not None:
+            return statement.verdict, statement.dir / REPORT_FILE
+    return None
+
+
+def label(recipe: Recipe, engine: Engine, key: str, options: BuildOptions) -> Label:
+    """What the package says beyond its engine and weights."""
+    version = recipe.registry.next_version(
+        recipe.name, engine.variant, version_of(recipe.version, key)
+    )
+    twin = {"twin": engine.twin_key} if engine.twin_key else {}
+    return Label(
+        name=recipe.name,
+        version=version,
+        build_key=key,
+        config={**shaping_config(options.config), **twin},
+    )
+
+
+def read_back(recipe: Recipe, key: str, package: Package) -> Package:
+    """The package as a consumer finds it, every byte verified.
+
+    Raises:
+        CorruptError: What was published is not what was sealed.
+    """
+    found = recipe.registry.find(recipe.name, str(package.manifest["variant"]), key)
+    if found is None or found.digest != package.digest:
+        raise CorruptError(
+            f"{recipe.name} was published, but its package does not read back with digest "
+            f"{package.digest}; check the disk, then run the same command with --rebuild"
+        )
+    return found
+
+
+def finished(
+    package: Package, verdict: VerdictName, report: Path, *, started: float, taken: bool
+) -> Outcome:
+    """The outcome of a published package."""
+    reference = reference_of(package)
+    size_bytes = sum(file["size"] for file in package.manifest["files"])
+    return Outcome(
+        exit_code=ExitCode.OK,
+        verdict=verdict,
+        reference=str(reference),
+        digest=package.digest,
+        report=report,
+        package_dir=package.dir,
+        size_bytes=size_bytes,
+        message=f"{'Taken, published before' if taken else 'Published'}: {reference}",
+        seconds=time.perf_counter() - started,
+        taken=taken,
+    )

@@ -1,0 +1,60 @@
+"""Who is who: the build key, the version, and the names of statements.
+
+`build_key` covers every input that shapes the bytes: weights, settings, tools, the source code of
+the stages, and the card's SM. Acceptance and registry are left out: they judge and place the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.hardware import Target
+from pipeline.stages import EngineCompiler, Quantizer, Weights, digest_of
+
+KEY_DIGITS = 12
+"""Hex digits of a key in names: 48 bits tell apart all builds that one team will ever make."""
+
+_JUDGING = frozenset({"acceptance", "registry", "runner"})
+
+
+def shaping_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved recipe that shapes bytes, fit for a manifest.
+
+    The source's local path is left out: where weights lay says nothing about them, their digests
+    do, and a manifest holds nobody's home folder.
+    """
+    kept = {name: value for name, value in config.items() if name not in _JUDGING}
+    source = dict(kept.get("source", {}))
+    source.pop("path", None)
+    return {**kept, "source": source}
+
+
+def build_key(
+    weights: Weights,
+    target: Target,
+    quantizer: Quantizer,
+    compiler: EngineCompiler,
+    config: Mapping[str, Any],
+) -> str:
+    """SHA-256 (hex) of everything that shapes the package's bytes."""
+    return digest_of(
+        {
+            "config": shaping_config(config),
+            "weights": weights.digest,
+            "commit": weights.commit,
+            "quantize": dict(quantizer.inputs(weights)),
+            "compile": dict(compiler.inputs(target)),
+            "sm": target.sm,
+        }
+    )
+
+
+def version_of(recipe_version: str, key: str) -> str:
+    """`<recipe version>-<first 12 of build_key>`."""
+    return f"{recipe_version}-{key[:KEY_DIGITS]}"
+
+
+def statement_name(acceptance_key: str) -> str:
+    """Name of the statement that holds one acceptance's result."""
+    return f"test-{acceptance_key[:KEY_DIGITS]}"

@@ -1,0 +1,61 @@
+"""Whether this machine can build at all: asked before any work, answered in milliseconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+from pathlib import Path
+
+from pipeline.errors import IncompatibleError, TransientError
+from pipeline.plan import Plan
+from pipeline.stages import Format
+
+log = logging.getLogger(__name__)
+
+_BUILDER = ("torch", "transformers", "modelopt", "safetensors", "numpy", "psutil")
+_PER_FORMAT: dict[Format, tuple[str, ...]] = {
+    "trtrtx": ("tensorrt_rtx", "onnx", "onnxruntime", "ml_dtypes"),
+    "checkpoint": ("ml_dtypes",),
+    "trtllm": (),
+}
+
+
+def require_builder(engine_format: Format) -> None:
+    """Demand the packages that building this format imports.
+
+    Raises:
+        IncompatibleError: Some are not installed; names them and the command that installs them.
+    """
+    wanted = (*_BUILDER, *_PER_FORMAT[engine_format])
+    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
+        raise IncompatibleError(
+            f"building needs {', '.join(missing)}, not installed here: "
+            "pip install 'enginesmith[build]'"
+        )
+
+
+def require_room(plan: Plan, cache_dir: Path) -> None:
+    """Demand the disk that the plan foresees; warn about too little memory.
+
+    Raises:
+        TransientError: Too little is free where the cache lies.
+    """
+    existing = next(folder for folder in (cache_dir, *cache_dir.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    needed_bytes = sum(plan.build.disk_bytes.values())
+    if free_bytes < needed_bytes:
+        raise TransientError(
+            f"disk full: building needs about {needed_bytes / 1e9:.1f} GB below "
+            f"{existing}, {free_bytes / 1e9:.1f} GB are free; free some, or set ENGINESMITH_CACHE"
+        )
+    import psutil
+
+    memory_bytes = psutil.virtual_memory().available
+    ram_bytes = max(plan.build.quantize_ram_bytes, plan.build.compile_ram_bytes)
+    if memory_bytes < ram_bytes:
+        log.warning(
+            "Building needs about %.1f GB of memory, %.1f GB are available",
+            ram_bytes / 1e9,
+            memory_bytes / 1e9,
+        )

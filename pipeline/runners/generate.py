@@ -1,0 +1,92 @@
+"""Chat with a package on this machine: `enginesmith generate smollm2:candidate "Hello"`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import cache_root
+from pipeline.convert.stage import CPU_GRAPH
+from pipeline.errors import IncompatibleError
+from pipeline.hf import load_tokenizer
+from pipeline.machine import require_builder
+from pipeline.registry.backend import Registry
+from pipeline.registry.reference import reference_of
+from pipeline.runners.chat import chat_prompt, eos_ids
+from pipeline.runners.session import Session
+from pipeline.stages import Package
+
+log = logging.getLogger(__name__)
+
+
+def stream(registry: Registry, reference: str, prompt: str, max_tokens: int) -> Iterator[str]:
+    """Yield the pieces of a greedy chat answer.
+
+    Args:
+        registry: Where the package is.
+        reference: As `pipeline.registry.reference` parses it.
+        prompt: One user message.
+        max_tokens: The answer ends after so many.
+
+    Raises:
+        NotFoundError: No such package.
+        IncompatibleError: Its format does not run on this machine.
+    """
+    package = registry.resolve(reference)
+    require_builder(package.manifest["format"])
+    tokenizer = load_tokenizer(package.engine_dir)
+    with open_package(package) as session:
+        tokens = session.stream(chat_prompt(tokenizer, prompt), max_tokens, eos_ids(tokenizer))
+        yield from decode_pieces(tokenizer, tokens)
+
+
+def open_package(package: Package) -> AbstractContextManager[Session]:
+    """Load what can run here, and say what that is."""
+    from pipeline.runners.onnxruntime import open_graph
+    from pipeline.runners.transformers import open_checkpoint
+
+    engine_format = package.manifest["format"]
+    if engine_format == "checkpoint":
+        log.warning("Simulating the FP8 checkpoint in float32 on this CPU")
+        return open_checkpoint(package.engine_dir)
+    if engine_format == "trtrtx":
+        graph = twin_of(package) / CPU_GRAPH
+        log.warning("Not the TensorRT-RTX engine: its CPU twin, the same graph on ONNX Runtime")
+        return open_graph(graph)
+    raise IncompatibleError(
+        f"{reference_of(package)} is a {engine_format} engine, which needs its own runtime and GPU"
+    )
+
+
+def twin_of(package: Package) -> Path:
+    """The stage-cache folder with the CPU twin of an RTX package.
+
+    Raises:
+        IncompatibleError: This machine's cache does not hold it.
+    """
+    key = package.manifest["build"]["config"].get("twin")
+    folder = cache_root() / "stages" / "convert" / str(key)[:24]
+    if key is None or not (folder / CPU_GRAPH).is_file():
+        raise IncompatibleError(
+            f"{reference_of(package)} needs a GPU with SM {package.manifest['match']['sm']}, and "
+            "the CPU twin of its graph is not in this machine's cache; make it with: enginesmith "
+            f"build {package.manifest['name']} --rebuild"
+        )
+    return folder
+
+
+def decode_pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+    """Turn tokens into text as they come; a character of several tokens waits for its last."""
+    produced: list[int] = []
+    shown = ""
+    for token in tokens:
+        produced.append(token)
+        text = tokenizer.decode(produced, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    if produced:
+        yield tokenizer.decode(produced, skip_special_tokens=True)[len(shown) :]
