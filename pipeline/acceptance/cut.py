@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert.stage import CPU_CUT, CUT_LAYERS
+from pipeline.convert.stage import CPU_CUT, cut_layers
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import CorruptError
 
@@ -17,7 +17,7 @@ _TOKENS = 48
 
 
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
-    """Compare the first two layers on ONNX Runtime with a PyTorch simulation of the checkpoint.
+    """Compare the two-layer cut on ONNX Runtime with a PyTorch simulation of the checkpoint.
 
     Raises:
         CorruptError: They disagree at more than half of the positions.
@@ -29,20 +29,20 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     from pipeline.runners.transformers import TransformersSession
 
     config = UnifiedCheckpoint(checkpoint_dir).config
-    layers = min(CUT_LAYERS, config.num_layers)
+    layers = cut_layers(UnifiedCheckpoint(checkpoint_dir))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS).tolist()
-    simulated = TransformersSession(load_simulation(checkpoint_dir, num_layers=layers))
+    simulated = TransformersSession(load_simulation(checkpoint_dir, layers=layers))
     graph = OnnxRuntimeSession(OnnxRuntimeGraph(graphs_dir / CPU_CUT))
     worst = np.abs(simulated.logits(tokens) - graph.logits(tokens)).max(axis=-1)  # [tokens]
     median = float(np.median(worst))
     if not median <= MAX_MEDIAN_DIFFERENCE:
         raise CorruptError(
-            f"the first {layers} layers of the graph differ from a simulation of the checkpoint "
+            f"layers {layers} of the graph differ from a simulation of the checkpoint "
             f"by {median:.2g} at the median position, {MAX_MEDIAN_DIFFERENCE:g} is allowed: "
             "this is a bug in the converter, please report it with the model's config.json"
         )
     return {
-        "layers": layers,
+        "layers": list(layers),
         "positions": _TOKENS,
         "median_difference": median,
         "positions_within_1e-3": int((worst <= 1e-3).sum()),

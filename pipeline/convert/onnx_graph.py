@@ -49,7 +49,7 @@ def build_decoder(
     *,
     context: int,
     activation: ActivationDtype,
-    num_layers: int | None = None,
+    layers: tuple[int, ...] | None = None,
 ) -> onnx.ModelProto:
     """Build the graph; weights stay in the external file that `slots` describes.
 
@@ -58,8 +58,8 @@ def build_decoder(
         slots: Result of `write_weights`.
         context: Static cache length, tokens.
         activation: Dtype of activations and cache.
-        num_layers: Build only the first so many layers (embedding, final norm and lm_head stay);
-            None for all.
+        layers: Build only these decoder layers, in this order (embedding, final norm and lm_head
+            stay); None for all. Cache tensors are numbered by position, modules keep their names.
 
     Raises:
         RecipeError: The config asks for something that this graph does not have.
@@ -68,14 +68,14 @@ def build_decoder(
     import onnx
 
     config = checkpoint.config
-    layers = config.num_layers if num_layers is None else num_layers
+    built = tuple(range(config.num_layers)) if layers is None else layers
     dtype = {
         "float32": onnx.TensorProto.FLOAT,
         "bfloat16": onnx.TensorProto.BFLOAT16,
         "float16": onnx.TensorProto.FLOAT16,
     }[activation]
     writer = GraphWriter(checkpoint, dict(slots), dtype)
-    _Decoder(writer, config.num_heads, config.num_kv_heads, context).write(layers)
+    _Decoder(writer, config.num_heads, config.num_kv_heads, context).write(built)
 
     integer, info = onnx.TensorProto.INT64, onnx.helper.make_tensor_value_info
     cache = ["batch", config.num_kv_heads, context, config.head_dim]
@@ -86,11 +86,11 @@ def build_decoder(
             info("input_ids", integer, ["batch", "sequence"]),
             info("write_indices", integer, ["batch"]),
             info("logits_index", integer, ["batch", "logits_count"]),
-            *(info(name, dtype, cache) for name in cache_names("past", layers)),
+            *(info(name, dtype, cache) for name in cache_names("past", len(built))),
         ],
         [
             info("logits", onnx.TensorProto.FLOAT, ["batch", "logits_count", config.vocab_size]),
-            *(info(name, dtype, cache) for name in cache_names("present", layers)),
+            *(info(name, dtype, cache) for name in cache_names("present", len(built))),
         ],
         writer.initializers,
     )
@@ -114,14 +114,14 @@ class _Decoder:
         self._context = context
         self._config = writer.checkpoint.config
 
-    def write(self, num_layers: int) -> None:
-        """Embedding, `num_layers` layers, final norm, lm_head on the wanted positions."""
+    def write(self, layers: tuple[int, ...]) -> None:
+        """Embedding, the layers, final norm, lm_head on the wanted positions."""
         w = self._w
         embedding = w.weight_as_activation("model.embed_tokens.weight")
         hidden = w.op("Gather", [embedding, "input_ids"], "model.embed_tokens")  # [B, S, hidden]
         self._positions_and_mask()
-        for layer in range(num_layers):
-            hidden = self._layer(layer, hidden)
+        for slot, layer in enumerate(layers):
+            hidden = self._layer(layer, slot, hidden)
         # Only the wanted rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits.
         hidden = w.op("GatherND", [hidden, self._logits_rows()], "logits_rows", batch_dims=1)
         hidden = self._norm("model.norm", hidden)
@@ -173,16 +173,16 @@ class _Decoder:
         for name, table in (("rope_cos", cos), ("rope_sin", sin)):
             w.constant(name, table.astype(_numpy_dtype(w.dtype)))
 
-    def _layer(self, layer: int, hidden: str) -> str:
-        """One decoder layer with its two residual additions."""
+    def _layer(self, layer: int, slot: int, hidden: str) -> str:
+        """One decoder layer with its two residual additions; `slot` numbers its cache."""
         w, prefix = self._w, f"model.layers.{layer}"
         normed = self._norm(f"{prefix}.input_layernorm", hidden)
-        attended = self._attention(layer, f"{prefix}.self_attn", normed)
+        attended = self._attention(slot, f"{prefix}.self_attn", normed)
         hidden = w.op("Add", [hidden, attended], f"{prefix}.attention_residual")
         normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
         return w.op("Add", [hidden, self._mlp(f"{prefix}.mlp", normed)], f"{prefix}.residual")
 
-    def _attention(self, layer: int, prefix: str, hidden: str) -> str:
+    def _attention(self, slot: int, prefix: str, hidden: str) -> str:
         """Grouped-query attention over the whole static cache, masked."""
         w = self._w
         query, key, value = self._linears(
@@ -194,8 +194,8 @@ class _Decoder:
         cached = [
             w.op(
                 "TensorScatter",
-                [f"past_{part}.{layer}", new, "write_indices"],
-                f"present_{part}.{layer}",
+                [f"past_{part}.{slot}", new, "write_indices"],
+                f"present_{part}.{slot}",
                 axis=2,
                 mode="linear",
             )

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 
 def load_simulation(
-    checkpoint_dir: Path, *, num_layers: int | None = None, accumulate: str = "float32"
+    checkpoint_dir: Path,
+    *,
+    layers: tuple[int, ...] | None = None,
+    accumulate: str = "float32",
 ) -> Any:
     """A Transformers model in float32 that simulates the checkpoint.
 
     Args:
         checkpoint_dir: Unified FP8 checkpoint.
-        num_layers: Keep only the first so many layers; None for all.
+        layers: Keep only these decoder layers, in this order; None for all.
         accumulate: torch dtype in which FP8 linears multiply and add; `float64` beside `float32`
             gives the noise floor, the disagreement that summation order alone causes.
     """
@@ -34,8 +37,8 @@ def load_simulation(
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     config_json = json.loads((checkpoint_dir / "config.json").read_text())
     config_json.pop("quantization_config", None)
-    layers = num_layers or config_json["num_hidden_layers"]
-    config_json["num_hidden_layers"] = layers
+    kept = tuple(range(config_json["num_hidden_layers"])) if layers is None else layers
+    config_json["num_hidden_layers"] = len(kept)
     with quiet():
         config = AutoConfig.for_model(config_json.pop("model_type"), **config_json)
         with torch.device("meta"):
@@ -43,18 +46,18 @@ def load_simulation(
         model.to_empty(device="cpu")
     _restore_buffers(model)
     state = {
-        name: _dequantized(checkpoint, name)
+        _renumbered(name, kept): _dequantized(checkpoint, name)
         for name in checkpoint.tensors
-        if not name.endswith("_scale") and _layer_of(name) < layers
+        if not name.endswith("_scale") and _layer_of(name) in (-1, *kept)
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
     for name in checkpoint.fp8_linears:
-        if _layer_of(name) < layers:
+        if _layer_of(name) in kept:
             scale = float(checkpoint.scalar(f"{name}.input_scale"))
-            _wrap(model, name, scale, getattr(torch, accumulate))
+            _wrap(model, _renumbered(name, kept), scale, getattr(torch, accumulate))
     return model.eval()
 
 
@@ -107,3 +110,9 @@ def _layer_of(name: str) -> int:
     """Layer number in a module or tensor name; -1 outside the layers."""
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+
+
+def _renumbered(name: str, kept: tuple[int, ...]) -> str:
+    """The name with its layer's position among the kept ones."""
+    layer = _layer_of(name)
+    return name.replace(f"layers.{layer}.", f"layers.{kept.index(layer)}.") if layer >= 0 else name

@@ -18,7 +18,7 @@ CPU_GRAPH = "cpu.onnx"
 """The same graph in float32, for ONNX Runtime on a CPU."""
 RTX_CUT = "rtx-cut.onnx"
 CPU_CUT = "cpu-cut.onnx"
-"""Both with the first two layers only, for the network check."""
+"""Both with two layers only, for the network check."""
 CUT_LAYERS = 2
 CUT_CONTEXT = 64
 """Cache length of the cut: longer than the check's prompts, short enough to be evaluated fast."""
@@ -55,23 +55,40 @@ def convert(
     return cache.run("convert", inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
 
 
+def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
+    """The two neighbouring layers with the most FP8 linears, the first such pair.
+
+    Not simply the first two: a recipe may keep those in 16 bits, and then a check of the cut would
+    see no FP8 at all.
+    """
+    count = checkpoint.config.num_layers
+    width = min(CUT_LAYERS, count)
+
+    def fp8_linears(start: int) -> int:
+        prefixes = tuple(f"model.layers.{layer}." for layer in range(start, start + width))
+        return sum(name.startswith(prefixes) for name in checkpoint.fp8_linears)
+
+    best = max(range(count - width + 1), key=fp8_linears)
+    return tuple(range(best, best + width))
+
+
 def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -> None:
     """Write weights, the two graphs and their cuts into `out_dir`."""
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     slots = write_weights(checkpoint, out_dir / "weights.bin")
     cut_context = min(CUT_CONTEXT, settings.context)
-    cut_layers = min(CUT_LAYERS, checkpoint.config.num_layers)
+    cut = cut_layers(checkpoint)
     for name, activation, context, layers in (
         (RTX_GRAPH, settings.activation, settings.context, None),
         (CPU_GRAPH, "float32", settings.context, None),
-        (RTX_CUT, settings.activation, cut_context, cut_layers),
-        (CPU_CUT, "float32", cut_context, cut_layers),
+        (RTX_CUT, settings.activation, cut_context, cut),
+        (CPU_CUT, "float32", cut_context, cut),
     ):
         graph = build_decoder(
             checkpoint,
             slots,
             context=context,
             activation=activation,
-            num_layers=layers,
+            layers=layers,
         )
         save_graph(graph, out_dir / name)

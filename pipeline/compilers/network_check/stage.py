@@ -1,7 +1,7 @@
 """The network check as a cached stage: once per architecture, TensorRT-RTX version and graph code.
 
-It runs on a cut of the model: its embedding, first two layers, final norm and lm_head with their
-real weights. What the parser makes of a layer does not depend on the numbers in it, so the key
+It runs on a cut of the model: its embedding, two layers, final norm and lm_head with their real
+weights. What the parser makes of a layer does not depend on the numbers in it, so the key
 holds the model's configuration and which linears are FP8, not the weights.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipeline.cache import StageCache, source_digest
 from pipeline.compilers.network_check.interface import DecoderInterface
-from pipeline.convert.stage import CPU_CUT, CUT_CONTEXT, CUT_LAYERS, RTX_CUT
+from pipeline.convert.stage import CPU_CUT, CUT_CONTEXT, RTX_CUT, cut_layers
 from pipeline.convert.unified import DecoderConfig, UnifiedCheckpoint
 from pipeline.process import run_tool
 
@@ -65,11 +65,11 @@ def check_network_once(
         ToolError: The parsed network is not the graph that we wrote; its message says where.
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
-    layers = min(CUT_LAYERS, checkpoint.config.num_layers)
+    layers = cut_layers(checkpoint)
     interface = interface_of(
-        checkpoint.config, num_layers=layers, context=min(CUT_CONTEXT, context), dtype=dtype
+        checkpoint.config, num_layers=len(layers), context=min(CUT_CONTEXT, context), dtype=dtype
     )
-    in_cut = tuple(f"model.layers.{layer}." for layer in range(layers))
+    in_cut = tuple(f"model.layers.{layer}." for layer in layers)
     inputs = {
         "config": dataclasses.asdict(checkpoint.config),
         "interface": dataclasses.asdict(interface),
