@@ -15,7 +15,7 @@ READY := .venv/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help engine plan test test-all check format setup clean clean-cache
+.PHONY: help engine plan test test-all test-gpu check format setup clean clean-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,11 +27,14 @@ plan: $(READY) ## show size, fit and ceilings of a recipe, downloading nothing
 	@$(RUN) -m pipeline.cli plan $(MODEL) $(ARGS)
 
 test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
-	$(RUN) -m pytest -q -n 2 -m "not slow" $(ARGS)
+	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY) check ## all tests: the main job on real weights, real compilers
-	$(RUN) -m pytest -q -n 2 -m "not slow" $(ARGS)
-	$(RUN) -m pytest -q -m slow $(ARGS)
+	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu" $(ARGS)
+	$(RUN) -m pytest -q -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(READY) ## on a machine with a CUDA device: a missing one is a failure
+	$(RUN) -m pytest -q -m gpu tests/gpu $(ARGS)
 
 check: $(READY) ## lint, format and types
 	$(RUN) -m ruff check .

@@ -150,6 +150,8 @@ class Acceptance:
             RecipeError: The text is too short.
         """
         not_run = [f"{subject.target.card}: no such card here; speed and numerics on it"]
+        if subject.engine.limits.kv_cache_dtype == "fp8":
+            not_run.append("FP8 KV cache: what runs here keeps the cache in float32")
         reason = subject.runner.why_not(subject.engine) or self.too_much(
             subject.shape, _available_bytes()
         )
