@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.acceptance import Acceptance, Subject
 from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.cache import StageCache, cache_root
+from pipeline.cache import StageCache, cache_root, locked
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import CorruptError, ExitCode, RecipeError
 from pipeline.hardware import Target
@@ -100,42 +100,46 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     cache = StageCache(root=cache_root())
     weights = fetch(recipe)
     key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
-    published = None if options.rebuild else find_published(recipe, key)
-    if published and (known := known_acceptance(recipe, published, options.config)):
-        return finished(published, *known, started=started, taken=True)
+    # The second of two runs waits here, and then takes what the first one published.
+    with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
+        published = None if options.rebuild else find_published(recipe, key)
+        if published and (known := known_acceptance(recipe, published, options.config)):
+            return finished(published, *known, started=started, taken=True)
 
-    require_room(plan, cache.root)
-    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
-    engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
-    with recipe.registry.staging() as staging:
-        package = published or seal(staging, engine, weights, label(recipe, engine, key, options))
-        subject = Subject(
-            engine=engine,
-            package_digest=package.digest,
-            checkpoint=checkpoint,
-            shape=recipe.shape,
-            target=recipe.target,
-            runner=recipe.runner,
-        )
-        report, verdict = recipe.acceptance.measure(subject, cache)
-        files = write_report(report, verdict, run_dir)
-        if not verdict.passed:
-            return Outcome(
-                exit_code=ExitCode.NOT_ACCEPTED,
-                verdict=verdict.name,
-                digest=package.digest,
-                report=files[REPORT_FILE],
-                message="\n".join(["built, but not accepted; nothing is published:"])
-                + "".join(f"\n  {f.message}" for f in verdict.findings if f.kind != "note"),
-                seconds=time.perf_counter() - started,
+        require_room(plan, cache.root)
+        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
+        engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
+        with recipe.registry.staging() as staging:
+            package = published or seal(
+                staging, engine, weights, label(recipe, engine, key, options)
             )
-        reference = reference_of(package) if published else recipe.registry.publish(package)
-    statement = statement_name(acceptance_key(recipe, package, options.config))
-    written = recipe.registry.add_statement(reference, statement, dict(files))
-    recipe.registry.set_channel(reference, CHANNEL, recipe.target.card)
-    package = read_back(recipe, key, package)
-    taken = published is not None
-    return finished(package, verdict.name, written / REPORT_FILE, started=started, taken=taken)
+            subject = Subject(
+                engine=engine,
+                package_digest=package.digest,
+                checkpoint=checkpoint,
+                shape=recipe.shape,
+                target=recipe.target,
+                runner=recipe.runner,
+            )
+            report, verdict = recipe.acceptance.measure(subject, cache)
+            files = write_report(report, verdict, run_dir)
+            if not verdict.passed:
+                return Outcome(
+                    exit_code=ExitCode.NOT_ACCEPTED,
+                    verdict=verdict.name,
+                    digest=package.digest,
+                    report=files[REPORT_FILE],
+                    message="\n".join(["built, but not accepted; nothing is published:"])
+                    + "".join(f"\n  {f.message}" for f in verdict.findings if f.kind != "note"),
+                    seconds=time.perf_counter() - started,
+                )
+            reference = reference_of(package) if published else recipe.registry.publish(package)
+        statement = statement_name(acceptance_key(recipe, package, options.config))
+        written = recipe.registry.add_statement(reference, statement, dict(files))
+        recipe.registry.set_channel(reference, CHANNEL, recipe.target.card)
+        package = read_back(recipe, key, package)
+        taken = published is not None
+        return finished(package, verdict.name, written / REPORT_FILE, started=started, taken=taken)
 
 
 def plan_of(recipe: Recipe) -> Plan:

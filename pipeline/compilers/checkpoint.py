@@ -112,8 +112,41 @@ class CheckpointCompiler:
         for path in sorted(checkpoint_dir.iterdir()):
             if path.is_file() and path.name not in _NOT_SERVED:
                 shutil.copyfile(path, engine_dir / path.name)
+        _untie(engine_dir)
         if self.kv_cache_dtype == "fp8":
             declared = engine_dir / "hf_quant_config.json"
             content = json.loads(declared.read_text())
             content["quantization"]["kv_cache_quant_algo"] = "FP8"
             declared.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _untie(engine_dir: Path) -> None:
+    """Store lm_head beside a tied embedding.
+
+    vLLM 0.24 gives an lm_head that is excluded from a ModelOpt checkpoint's quantization a method
+    without `tie_weights`, so that every tied model fails to load (NotImplementedError in
+    `base_config.py`, seen on an H100, 2026-11-24). The copy costs vocab x hidden x 2 bytes.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = engine_dir / "config.json"
+    config = json.loads(path.read_text())
+    if not config.get("tie_word_embeddings", False):
+        return
+    embedding = "model.embed_tokens.weight"
+    for shard in sorted(engine_dir.glob("*.safetensors")):
+        tensors = load_file(shard)
+        if embedding in tensors:
+            tensors["lm_head.weight"] = tensors[embedding].clone()
+            save_file(tensors, shard, metadata={"format": "pt"})
+            _add_to_index(engine_dir, shard.name)
+    config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _add_to_index(engine_dir: Path, shard: str) -> None:
+    """Name lm_head's shard where the checkpoint has an index."""
+    for path in engine_dir.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text())
+        index["weight_map"]["lm_head.weight"] = shard
+        path.write_text(json.dumps(index, indent=2) + "\n")

@@ -106,7 +106,12 @@ def place(model: Any, placement: Placement) -> torch.device:
     if placement.kind == "cuda":
         model.to("cuda")
     elif placement.kind == "layerwise":
-        from accelerate import cpu_offload
+        from accelerate import dispatch_model
 
-        cpu_offload(model, execution_device=torch.device("cuda"))
+        # Not accelerate's cpu_offload: ModelOpt knows only the loader that dispatch_model uses.
+        base = model.base_model
+        layers = {f"{model.base_model_prefix}.layers.{n}": "cpu" for n in range(len(base.layers))}
+        others = [f"{model.base_model_prefix}.{name}" for name, _ in base.named_children()]
+        rest = {name: 0 for name in (*others, "lm_head") if not name.endswith(".layers")}
+        dispatch_model(model, device_map={**rest, **layers}, main_device=0)
     return torch.device("cpu" if placement.kind == "cpu" else "cuda")

@@ -5,12 +5,15 @@ FP8 weight and no scale become bfloat16 (it keeps a float32 model's as float32).
 the source's own with the quantization added, since the exporter rewrites it in the installed
 Transformers' spelling, which other runtimes may not read. And the KV cache is declared 16-bit: the
 FP8 scales are in the checkpoint, but whether a runtime uses them is the compiler group's choice.
+Linears that stay 16-bit are listed by their exact names, where ModelOpt writes wildcards that
+runtimes read in ways of their own.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,16 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def normalize_export(exported: Path, weights_dir: Path, out_dir: Path) -> None:
+def normalize_export(
+    exported: Path, weights_dir: Path, out_dir: Path, kept_16bit: Sequence[str]
+) -> None:
     """Write the hub checkpoint into `out_dir` from ModelOpt's export.
+
+    Args:
+        exported: What ModelOpt wrote.
+        weights_dir: The source model's folder.
+        out_dir: Gets the checkpoint.
+        kept_16bit: Linears of the layers that stay bfloat16.
 
     Raises:
         CorruptError: The export lacks its quantization config or its weights.
@@ -60,9 +71,12 @@ def normalize_export(exported: Path, weights_dir: Path, out_dir: Path) -> None:
         _write_bf16(shard, out_dir / shard.name)
     for index in exported.glob("*.safetensors.index.json"):
         shutil.copyfile(index, out_dir / index.name)
+    ignored = ["lm_head", "model.embed_tokens", *kept_16bit]
+    config["quantization_config"]["ignore"] = ignored
     _write_config(config["quantization_config"], weights_dir, out_dir)
     quant_config = json.loads((exported / "hf_quant_config.json").read_text())
     quant_config["quantization"]["kv_cache_quant_algo"] = None
+    quant_config["quantization"]["exclude_modules"] = ignored
     _write_json(out_dir / "hf_quant_config.json", quant_config)
     copy_companions(weights_dir, out_dir)
 

@@ -142,7 +142,7 @@ class ModelOptFp8:
         for line in outliers:
             log.info("Outlier: %s", line)
         groups = share_scales(model)
-        self._export(model, weights, out_dir)
+        self._export(model, weights, out_dir, sorted(kept))
         fp8 = [name for name in linears if name not in kept]
         verify_checkpoint(out_dir, weights.dir, set(fp8))
         record = {
@@ -175,7 +175,7 @@ class ModelOptFp8:
         with quiet():
             mtq.quantize(model, modelopt_config(kept), forward_loop)
 
-    def _export(self, model: Any, weights: Weights, out_dir: Path) -> None:
+    def _export(self, model: Any, weights: Weights, out_dir: Path, kept: list[str]) -> None:
         from modelopt.torch.export import export_hf_checkpoint
 
         exported = out_dir / "exported"
@@ -183,7 +183,7 @@ class ModelOptFp8:
             # The model's own dtype: asked for bfloat16, it would divide by the scale in bfloat16
             # and round a second time.
             export_hf_checkpoint(model, dtype=model.dtype, export_dir=str(exported))
-        normalize_export(exported, weights.dir, out_dir)
+        normalize_export(exported, weights.dir, out_dir, kept)
         shutil.rmtree(exported)
 
 
