@@ -91,16 +91,22 @@ def _write_config(quantization: dict[str, Any], weights_dir: Path, out_dir: Path
 
 
 def _write_bf16(shard: Path, target: Path) -> None:
-    """Copy a shard, its tensors as bfloat16 except FP8 weights and scales."""
+    """Copy a shard, its tensors as bfloat16 except FP8 weights and scales.
+
+    Scales of linears are bfloat16 values stored as float32 (pipeline.quantize.sharing); a GPU's
+    division by 448 misses them by a last bit, which rounding restores.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors = {
-        name: tensor
-        if name.endswith("_scale") or tensor.dtype == torch.float8_e4m3fn
-        else tensor.to(torch.bfloat16)
-        for name, tensor in load_file(shard).items()
-    }
+    def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith((".weight_scale", ".input_scale")):
+            return tensor.to(torch.bfloat16).float()
+        if name.endswith("_scale") or tensor.dtype == torch.float8_e4m3fn:
+            return tensor
+        return tensor.to(torch.bfloat16)
+
+    tensors = {name: converted(name, tensor) for name, tensor in load_file(shard).items()}
     save_file(tensors, target, metadata={"format": "pt"})
 
 

@@ -64,8 +64,19 @@ def share_scales(model: Any) -> dict[str, tuple[str, ...]]:
     for names in groups.values():
         shared = torch.stack([quantized[name].weight_quantizer.amax for name in names]).max()
         for name in names:
-            quantized[name].weight_quantizer.amax = shared.clone()
+            _set_amax(quantized[name].weight_quantizer, shared)
     for module in quantized.values():
         for quantizer in (module.weight_quantizer, module.input_quantizer):
-            quantizer.amax = bf16_scale_amax(quantizer.amax)
+            _set_amax(quantizer, bf16_scale_amax(quantizer.amax))
     return groups
+
+
+def _set_amax(quantizer: Any, value: Any) -> None:
+    """Replace an amax by a float32 one.
+
+    The quantizer's own setter copies into its buffer, which is bfloat16 in a bfloat16 model: too
+    few bits for 448 times a bfloat16 scale.
+    """
+    if hasattr(quantizer, "_amax"):
+        delattr(quantizer, "_amax")
+    quantizer.amax = value.float().clone()
