@@ -137,9 +137,10 @@ class Workplace:
         private = [*self.root.rglob(".partial-*"), *self.root.rglob("*.tmp")]
         return private + (list(staging.iterdir()) if staging.is_dir() else [])
 
-    def copy(self, root: Path) -> Workplace:
-        """Another place with the same recipes, cache and packages."""
-        shutil.copytree(self.root, root, symlinks=True, dirs_exist_ok=True)
+    def copy(self, root: Path, *, packages: bool = True) -> Workplace:
+        """Another place with the same recipes, cache and, if wanted, packages."""
+        skip = shutil.ignore_patterns("model", *(() if packages else ("artifacts",)))
+        shutil.copytree(self.root, root, symlinks=True, ignore=skip)
         return Workplace(root)
 
 

@@ -38,10 +38,11 @@ def bf16_scale_amax(amax: Any) -> Any:
     """The smallest amax at or above `amax` whose scale (amax / 448) is exact in bfloat16."""
     import torch
 
-    scale = amax.float() / FP8_E4M3_MAX
+    # In float64: a GPU's float32 division can land a last bit above an exact quotient.
+    scale = amax.double() / FP8_E4M3_MAX
     rounded = scale.to(torch.bfloat16)
     above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    return torch.where(rounded.float() >= scale, rounded, above).float() * FP8_E4M3_MAX
+    return torch.where(rounded.double() >= scale, rounded, above).float() * FP8_E4M3_MAX
 
 
 def share_scales(model: Any) -> dict[str, tuple[str, ...]]:
