@@ -1,0 +1,153 @@
+"""The judge, at the exact thresholds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.acceptance.judge import QualityLimits, judge
+from pipeline.acceptance.report import junit
+from pipeline.stages import Report
+
+LIMITS = QualityLimits(max_perplexity_increase=0.01, max_mean_kl_nats=0.06, min_top1_agreement=0.85)
+
+
+def quality(
+    *, change: float = 0.0, high: float | None = None, kl: float = 0.0, top1: float = 1.0
+) -> dict[str, Any]:
+    return {
+        "perplexity_change": {
+            "value": change, "low": change, "high": change if high is None else high,
+        },
+        "mean_kl_nats": {"value": kl},
+        "top1_agreement": {"value": top1},
+    }  # fmt: skip
+
+
+def speed(
+    rate: float = 10.0, wanted: float | None = None,
+    ratio: float | None = None, least: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    entry = {
+        "workload": "b1",
+        "output_tokens_per_s": rate,
+        "min_output_tokens_per_s": wanted,
+        "min_ratio_to_transformers": least,
+    }
+    return entry if ratio is None else {**entry, "ratio_to_transformers": ratio}
+
+
+def report(
+    *speeds: dict[str, Any], figures: dict[str, Any] | None = None, not_run: tuple[str, ...] = ()
+) -> Report:
+    return Report(
+        digest="d" * 64, card="CARD", conditions={}, speed=speeds,
+        quality=quality() if figures is None else figures, not_run=not_run, checks={},
+    )  # fmt: skip
+
+
+def verdict_of(made: Report) -> str:
+    return judge(made, LIMITS, ran=True, on_target=False).name
+
+
+def above(value: float) -> float:
+    return math.nextafter(value, math.inf)
+
+
+def below(value: float) -> float:
+    return math.nextafter(value, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("ran", "on_target", "name"),
+    [(True, True, "accepted"), (True, False, "checked"), (False, False, "compiled")],
+)
+def test_passing_verdict_says_where_it_ran(ran: bool, on_target: bool, name: str) -> None:
+    verdict = judge(report(), LIMITS, ran=ran, on_target=on_target)
+    assert verdict.name == name
+    assert verdict.passed
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "name"),
+    [
+        (quality(change=0.01), quality(change=above(0.01)), "regression"),
+        (quality(kl=0.06), quality(kl=above(0.06)), "regression"),
+        (quality(top1=0.85), quality(top1=below(0.85)), "regression"),
+        (
+            quality(change=-0.5, high=-0.01),
+            quality(change=-0.5, high=below(-0.01)),
+            "anomalous",
+        ),
+    ],
+)
+def test_quality_passes_at_the_limit_and_fails_one_ulp_beyond(
+    good: dict[str, Any], bad: dict[str, Any], name: str
+) -> None:
+    assert verdict_of(report(figures=good)) == "checked"
+    assert verdict_of(report(figures=bad)) == name
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (speed(5.0, 5.0), speed(below(5.0), 5.0)),
+        (speed(ratio=0.9, least=0.9), speed(ratio=below(0.9), least=0.9)),
+    ],
+)
+def test_speed_passes_at_the_limit_and_is_rejected_one_ulp_below(
+    good: dict[str, Any], bad: dict[str, Any]
+) -> None:
+    assert verdict_of(report(good)) == "checked"
+    assert verdict_of(report(bad)) == "rejected"
+
+
+def test_speed_without_a_limit_is_only_reported() -> None:
+    assert verdict_of(report(speed(0.001, ratio=0.001))) == "checked"
+
+
+FAULTS = {
+    "anomalous": quality(change=-0.5, high=-0.4),
+    "regression": quality(kl=1.0),
+    "rejected": speed(1.0, 2.0),
+}
+
+
+@pytest.mark.parametrize(("worse", "milder"), itertools.combinations(FAULTS, 2))
+def test_worst_finding_names_the_verdict_and_all_are_kept(worse: str, milder: str) -> None:
+    chosen = [FAULTS[worse], FAULTS[milder]]
+    figures = quality()
+    for fault in chosen:
+        for key, value in fault.items():
+            if key in figures and value != quality()[key]:
+                figures[key] = value
+    speeds = [fault for fault in chosen if "workload" in fault]
+    verdict = judge(report(*speeds, figures=figures), LIMITS, ran=True, on_target=False)
+    assert verdict.name == worse
+    assert {finding.kind for finding in verdict.findings} == {worse, milder}
+    assert not verdict.passed
+
+
+def test_what_was_not_run_is_a_note_that_fails_nothing() -> None:
+    verdict = judge(report(not_run=("the card",)), LIMITS, ran=True, on_target=False)
+    assert [(f.kind, f.message) for f in verdict.findings] == [("note", "not run: the card")]
+    assert verdict.passed
+
+
+def test_junit_has_a_case_for_each_workload_quality_and_what_was_not_run() -> None:
+    made = report(speed(1.0, 2.0), figures=quality(kl=1.0), not_run=("the card",))
+    verdict = judge(made, LIMITS, ran=True, on_target=False)
+    suite = ElementTree.fromstring(junit(made.to_json(verdict)))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "2", "1")
+    failures = {
+        case.get("name"): [str(failure.get("message")) for failure in case.findall("failure")]
+        for case in suite
+    }
+    assert failures["speed.b1"] == ["rejected: b1: 1.0 tok/s, 2.0 are required"]
+    assert failures["quality"][0].startswith("regression: mean KL 1.0000")
+    assert failures["the card"] == []
+    assert suite.find("testcase[@name='the card']/skipped") is not None

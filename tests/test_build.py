@@ -1,0 +1,278 @@
+"""The whole line with the real tools, on a tiny random model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
+
+CARD = "NVIDIA-GeForce-RTX-4090"
+VARIANT = "sm89-trtrtx-fp8-b2-s128"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A place after one good build; tests only read it."""
+    place = make_workplace(tmp_path_factory.mktemp("built") / "place")
+    done = place.build()
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def place(built: Workplace, tmp_path: Path) -> Workplace:
+    """The same place, to work in."""
+    return built.copy(tmp_path / "place")
+
+
+@pytest.fixture
+def unpublished(built: Workplace, tmp_path: Path) -> Workplace:
+    """A place with a warm cache and no packages."""
+    return built.copy(tmp_path / "place", packages=False)
+
+
+def statements(place: Workplace) -> list[Path]:
+    return sorted(place.artifacts.glob("*/*/*.statements/*"))
+
+
+def started(log: str) -> set[str]:
+    return {line.split()[-2].rstrip(":") for line in log.splitlines() if line.endswith(": started")}
+
+
+def test_build_leaves_one_sealed_package_its_statement_and_its_pointer(built: Workplace) -> None:
+    (package,) = built.packages()
+    name = package.name
+    (statement,) = statements(built)
+    below = {
+        path.relative_to(built.artifacts).as_posix()
+        for path in built.artifacts.rglob("*")
+        if path.is_file() and not path.relative_to(built.artifacts).parts[0].startswith(".")
+    }
+    engine = f"tiny/{VARIANT}/{name}/engine"
+    assert below == {
+        f"tiny/{VARIANT}/{name}/manifest.json",
+        *(
+            f"{engine}/{file}"
+            for file in (
+                "LICENSE",
+                "chat_template.jinja",
+                "config.json",
+                "generation_config.json",
+                "model.engine",
+                "tokenizer.json",
+                "tokenizer_config.json",
+            )
+        ),
+        f"tiny/{VARIANT}/{name}.statements/{statement.name}/report.json",
+        f"tiny/{VARIANT}/{name}.statements/{statement.name}/junit.xml",
+        f"tiny/{VARIANT}/channels/candidate.{CARD}.json",
+    }
+    assert built.leftovers() == []
+
+
+def test_verdict_report_manifest_and_channel_name_the_same_digest(built: Workplace) -> None:
+    (package,) = built.packages()
+    digest = hashlib.sha256((package / "manifest.json").read_bytes()).hexdigest()
+    verdict = built.verdict()
+    report = json.loads((statements(built)[0] / "report.json").read_text())
+    channel = (package.parent / "channels" / f"candidate.{CARD}.json").read_text()
+    assert verdict["exit_code"] == 0
+    assert verdict["verdict"] == report["verdict"] == "checked"
+    assert verdict["reference"] == f"tiny/{VARIANT}:{package.name}"
+    assert verdict["digest"].removeprefix("sha256:") == digest
+    assert report["digest"].removeprefix("sha256:") == digest
+    assert digest in channel
+
+
+def test_manifest_lists_every_file_with_its_digest_and_no_path_of_this_machine(
+    built: Workplace,
+) -> None:
+    (package,) = built.packages()
+    manifest = json.loads((package / "manifest.json").read_text())
+    found = {
+        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (package / "engine").rglob("*")
+    }
+    assert {file["path"]: file["sha256"] for file in manifest["files"]} == found
+    assert str(built.root) not in (package / "manifest.json").read_text()
+    assert manifest["match"]["sm"] == [89]
+    assert manifest["limits"]["kv_cache_dtype"] == "bfloat16"
+
+
+def test_report_shows_what_was_measured_proven_and_not_run(built: Workplace) -> None:
+    report = json.loads((statements(built)[0] / "report.json").read_text())
+    assert report["card"] == CARD
+    assert any(CARD in what for what in report["not_run"])
+    assert [entry["workload"] for entry in report["speed"]] == ["b1"]
+    assert report["speed"][0]["ratio_to_transformers"] > 0
+    assert report["quality"]["tokens"] == 4 * 63
+    assert 0.0 < report["quality"]["mean_kl_nats"]["value"] < 0.2
+    assert set(report["checks"]) == {"fp8_plan", "network"}
+
+
+def test_second_run_takes_the_package_without_a_stage_or_torch(place: Workplace) -> None:
+    before = [path.stat().st_mtime_ns for path in place.packages()]
+    command = place.command("build", "tiny", "--config-dir", str(place.recipes))
+    command[1:1] = ["-X", "importtime"]
+    begun = time.monotonic()
+    done = subprocess.run(
+        command, cwd=place.root, env=place.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 5.0
+    assert "Taken, published before: tiny/" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "pipeline.identity" in imported  # so the list is there
+    assert not imported & {"torch", "modelopt", "transformers", "onnxruntime", "tensorrt_rtx"}
+    assert started(place.log()) == set()
+    assert place.verdict()["taken"] is True
+    assert [path.stat().st_mtime_ns for path in place.packages()] == before
+    assert len(statements(place)) == 1
+
+
+def test_other_acceptance_is_asked_of_the_same_package_and_nothing_is_made_again(
+    place: Workplace,
+) -> None:
+    done = place.build("acceptance.sample_tokens=4")
+    assert done.returncode == 0, done.stderr
+    assert started(place.log()) == set()
+    assert "b1: " in place.log()
+    assert len(place.packages()) == 1
+    assert len(statements(place)) == 2
+    digests = {json.loads((s / "report.json").read_text())["digest"] for s in statements(place)}
+    assert len(digests) == 1
+
+
+def test_missed_target_is_told_and_publishes_nothing(unpublished: Workplace) -> None:
+    too_fast = "[{name: b1, batch: 1, isl: 8, osl: 8, min_output_tokens_per_s: 1.0e9}]"
+    done = unpublished.build(f"acceptance.cpu_workloads={too_fast}")
+    verdict = unpublished.verdict()
+    assert done.returncode == verdict["exit_code"] == 3, done.stderr
+    assert verdict["verdict"] == "rejected"
+    assert verdict["reference"] is None
+    assert "1000000000.0 are required" in done.stdout
+    report = json.loads((unpublished.root / verdict["report"]).read_text())
+    assert report["verdict"] == "rejected"
+    assert [f["kind"] for f in report["findings"]][0] == "rejected"
+    assert unpublished.packages() == []
+    assert statements(unpublished) == []
+    assert not list(unpublished.artifacts.rglob("candidate.*"))
+    assert unpublished.leftovers() == []
+
+
+def test_missed_target_in_a_multirun_does_not_stop_the_others(unpublished: Workplace) -> None:
+    told = unpublished.root / "github.txt"
+    told.write_text("before=1\n")
+    done = unpublished.build(
+        "-m", "acceptance.max_mean_kl_nats=1e-12,1000.0", GITHUB_OUTPUT=str(told)
+    )
+    verdict = unpublished.verdict()
+    assert done.returncode == 3, done.stderr
+    assert [job["exit_code"] for job in verdict["jobs"]] == [3, 0]
+    assert [job["verdict"] for job in verdict["jobs"]] == ["regression", "checked"]
+    assert "1 of 2" in verdict["message"]
+    assert "acceptance.max_mean_kl_nats=1e-12" in done.stdout
+    assert len(unpublished.packages()) == 1
+    lines = told.read_text().splitlines()
+    assert lines[0] == "before=1"
+    assert "exit_code=3" in lines
+
+
+def test_rebuild_publishes_beside_the_first_package(place: Workplace) -> None:
+    (first,) = place.packages()
+    before = (first / "manifest.json").read_bytes()
+    done = place.build("--rebuild")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in place.packages()] == [first.name, f"{first.name}.r2"]
+    assert (first / "manifest.json").read_bytes() == before
+    assert place.verdict()["reference"].endswith(".r2")
+    assert place.verdict()["taken"] is False
+
+
+def test_two_builds_at_once_end_with_one_package(built: Workplace, tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "place", model=built.root / "model")
+    command = place.command("build", "tiny", "--config-dir", str(place.recipes))
+    processes = [
+        subprocess.Popen(
+            command, cwd=place.root, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    # Each stage was made by one of them; the other waited or came later.
+    for stage in ("quantize", "convert", "network-check", "compile", "source-logits"):
+        assert sum(output.count(f" {stage}: started") for output in outputs) == 1, outputs
+    assert sum("Taken, published before" in output for output in outputs) == 1
+    assert len(place.packages()) == len(statements(place)) == 1
+    assert place.leftovers() == []
+
+
+def test_list_and_show_tell_what_was_published(built: Workplace) -> None:
+    (package,) = built.packages()
+    (listed,) = json.loads(built.run("list", "--json").stdout)
+    assert listed["reference"] == f"tiny/{VARIANT}:{package.name}"
+    assert listed["verdict"] == "checked"
+    assert listed["channels"] == [{"channel": "candidate", "card": CARD}]
+    shown = built.run("show", "tiny:candidate")
+    assert shown.returncode == 0, shown.stderr
+    assert listed["digest"].removeprefix("sha256:")[:12] in shown.stdout
+    assert CARD in shown.stdout
+
+
+def test_generate_answers_from_the_cpu_twin_and_says_so(built: Workplace) -> None:
+    done = built.run("generate", "tiny:candidate", "hello", "--max-tokens", "6")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "CPU" in done.stderr
+
+
+def test_model_too_slow_for_the_time_limit_is_compiled_with_its_cut_checked(
+    unpublished: Workplace,
+) -> None:
+    done = unpublished.build("acceptance.time_limit_s=1e-6")
+    assert done.returncode == 0, done.stderr
+    assert unpublished.verdict()["verdict"] == "compiled"
+    report = json.loads((statements(unpublished)[0] / "report.json").read_text())
+    assert report["checks"]["two_layer_cut"]["median_difference"] <= 1e-3
+    assert any("whole model" in what for what in report["not_run"])
+    assert report["quality"] == {}
+    assert report["speed"] == []
+
+
+def test_checkpoint_is_a_package_of_its_own(place: Workplace) -> None:
+    done = place.build(*CHECKPOINT)
+    assert done.returncode == 0, done.stderr
+    assert place.verdict()["verdict"] == "checked"
+    assert started(place.log()) == {"pack"}
+    package = place.artifacts / "tiny" / "any-checkpoint-fp8-kv8"
+    (weights,) = package.glob("*/engine/model.safetensors")
+    config: dict[str, Any] = json.loads((weights.parent / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "modelopt"
+    assert len(place.packages()) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\0\0"), "size"),
+        (lambda path: path.unlink(), "missing"),
+    ],
+)
+def test_damaged_stage_is_made_again(
+    unpublished: Workplace, damage: Callable[[Path], None], what: str
+) -> None:
+    (plan,) = unpublished.cache.glob("stages/compile/*/engine/model.engine")
+    damage(plan)
+    done = unpublished.build("acceptance.time_limit_s=1e-6")
+    assert done.returncode == 0, what + done.stderr
+    assert "is damaged; making it again" in done.stderr
+    assert started(unpublished.log()) == {"compile"}

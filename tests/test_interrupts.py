@@ -1,0 +1,121 @@
+"""Ctrl-C and SIGKILL in every stage: nothing half-made is left, and the next run completes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_recipe import Workplace, make_workplace
+
+STAGES = ("quantize", "convert", "network-check", "compile", "source-logits")
+"""In order; the last is the first thing that acceptance does."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A place whose cache holds every stage."""
+    place = make_workplace(tmp_path_factory.mktemp("whole") / "place")
+    done = place.build()
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def place_before(stage: str, built: Workplace, root: Path) -> Workplace:
+    """Nothing published, and every stage before `stage` in the cache."""
+    place = built.copy(root, packages=False)
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(place.cache / "stages" / later)
+    return place
+
+
+def processes_of(place: Workplace) -> list[int]:
+    """Ids of all processes that work in this place, by the cache that they were told to use."""
+    mark = f"ENGINESMITH_CACHE={place.cache}\0".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def signal_in(place: Workplace, stage: str, number: int) -> tuple[int, str]:
+    """Build, and send a signal to the process group when `stage` starts; exit code and log."""
+    process = subprocess.Popen(
+        place.command("build", "tiny", "--config-dir", str(place.recipes)),
+        cwd=place.root,
+        env=place.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if f" {stage}: started" in line:
+            if stage in {"network-check", "compile"}:
+                wait_for_child(place)
+            os.killpg(process.pid, number)
+            break
+    lines += process.stderr.readlines()
+    return process.wait(timeout=60), "".join(lines)
+
+
+def wait_for_child(place: Workplace) -> None:
+    deadline = time.monotonic() + 10
+    while len(processes_of(place)) < 2:
+        assert time.monotonic() < deadline, "no child process"
+        time.sleep(0.01)
+
+
+def finished_stages(place: Workplace) -> set[str]:
+    return {path.parent.parent.name for path in place.cache.glob("stages/*/*/stage.json")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_leaves_nothing_half_made(stage: str, built: Workplace, tmp_path: Path) -> None:
+    place = place_before(stage, built, tmp_path / "place")
+    code, log = signal_in(place, stage, signal.SIGINT)
+    assert code == 130, log
+    assert "Traceback" not in log
+    assert processes_of(place) == []
+    assert place.verdict()["exit_code"] == 130
+    assert place.leftovers() == []
+    assert place.packages() == []
+    assert {path.parent.name for path in place.cache.glob("stages/*/*")} == finished_stages(place)
+    if stage != "convert":  # too short to be hit with certainty
+        assert stage not in finished_stages(place)
+
+
+@pytest.mark.parametrize("stage", ["quantize", "compile"])
+def test_build_completes_after_ctrl_c(stage: str, built: Workplace, tmp_path: Path) -> None:
+    place = place_before(stage, built, tmp_path / "place")
+    assert signal_in(place, stage, signal.SIGINT)[0] == 130
+    done = place.build()
+    assert done.returncode == 0, done.stderr
+    assert f" {stage}: started" in done.stderr
+    assert len(place.packages()) == 1
+
+
+def test_build_completes_after_sigkill_in_the_compiler(built: Workplace, tmp_path: Path) -> None:
+    place = place_before("compile", built, tmp_path / "place")
+    code, _ = signal_in(place, "compile", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert "compile" not in finished_stages(place)
+    assert place.packages() == []
+    done = place.build()
+    assert done.returncode == 0, done.stderr
+    assert " compile: started" in done.stderr
+    assert finished_stages(place) == set(STAGES)
+    assert len(place.packages()) == 1
+    # What nobody could remove any more is neither a stage nor a package.
+    assert all(path.name.startswith(".partial-") for path in place.leftovers())
