@@ -161,7 +161,7 @@ def test_missed_target_is_told_and_publishes_nothing(unpublished: Workplace) -> 
     assert "1000000000.0 are required" in done.stdout
     report = json.loads((unpublished.root / verdict["report"]).read_text())
     assert report["verdict"] == "rejected"
-    assert [f["kind"] for f in report["findings"]][0] == "rejected"
+    assert next(f["kind"] for f in report["findings"]) == "rejected"
     assert unpublished.packages() == []
     assert statements(unpublished) == []
     assert not list(unpublished.artifacts.rglob("candidate.*"))

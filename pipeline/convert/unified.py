@@ -199,10 +199,16 @@ def _entries(file: Path) -> Iterator[TensorEntry]:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise CorruptError(f"{file} has a broken safetensors header: {error}") from error
+    size_bytes = file.stat().st_size
     for name, fields in header.items():
         if name == "__metadata__":
             continue
         begin, end = fields["data_offsets"]
+        if 8 + length + end > size_bytes:
+            raise CorruptError(
+                f"{file} is truncated: {size_bytes} bytes, tensor {name} ends at "
+                f"{8 + length + end}; make the checkpoint again"
+            )
         if fields["dtype"] not in _DTYPES:
             raise CorruptError(f"{file}: tensor {name} has the unknown dtype {fields['dtype']}")
         yield TensorEntry(

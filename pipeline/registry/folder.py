@@ -92,7 +92,9 @@ class FolderRegistry:
                     f"cannot publish to {self.path}: {existing} is not a folder; "
                     "choose another with registry.path="
                 )
-            Path(tempfile.mkdtemp(prefix=".writable-", dir=existing)).rmdir()
+            with tempfile.NamedTemporaryFile(prefix=".writable-", dir=existing) as stream:
+                stream.write(b"\0")  # a full disk still makes empty files
+                stream.flush()
 
     def location(self, reference: Reference) -> Path:
         """The folder of a published package."""

@@ -166,9 +166,13 @@ class HubClient:
             except CorruptError:
                 log.warning("%s is damaged; downloading it again", target)
         part = part_of(target)
-        self._patiently(
-            lambda: self._continue(file, part, advance), progress=lambda: _size_or_zero(part)
-        )
+        try:
+            self._patiently(
+                lambda: self._continue(file, part, advance), progress=lambda: _size_or_zero(part)
+            )
+        finally:
+            if part.exists() and not part.stat().st_size and file.size_bytes:
+                part.unlink()  # nothing came, so there is nothing to continue
         digest = file.verify(part)
         part.rename(target)
         return digest
