@@ -117,7 +117,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("worse", "milder"), itertools.combinations(FAULTS, 2))
+@pytest.mark.parametrize(("worse", "milder"), list(itertools.combinations(FAULTS, 2)))
 def test_worst_finding_names_the_verdict_and_all_are_kept(worse: str, milder: str) -> None:
     chosen = [FAULTS[worse], FAULTS[milder]]
     figures = quality()

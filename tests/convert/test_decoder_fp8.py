@@ -135,8 +135,7 @@ def test_every_fp8_linear_has_the_checkpoints_weight_and_the_simulations_codes(
     assert set(linears) == set(fp8_checkpoint.fp8_linears)
     assert len(linears) == 3 * 7 - 1
     nodes = {
-        node.output[0]: node
-        for node in onnx.load(fp8_graph, load_external_data=False).graph.node
+        node.output[0]: node for node in onnx.load(fp8_graph, load_external_data=False).graph.node
     }
     quantized = {module: nodes[module].input[0] for module in linears}  # ends in .dq
     sources = {  # what is rounded, two nodes before the product
@@ -165,9 +164,7 @@ def test_every_fp8_linear_has_the_checkpoints_weight_and_the_simulations_codes(
         np.testing.assert_array_equal(found[f"{module}.weight.dq"], weight.numpy(), err_msg=module)
         scale = float(tensors[f"{module}.input_scale"])
         rounded = fake_quantize(torch.from_numpy(found[sources[module]]), scale)
-        np.testing.assert_array_equal(
-            found[quantized[module]], rounded.numpy(), err_msg=module
-        )
+        np.testing.assert_array_equal(found[quantized[module]], rounded.numpy(), err_msg=module)
         product = torch.nn.functional.linear(rounded, weight).numpy()
         np.testing.assert_allclose(found[module], product, rtol=1e-5, atol=1e-5, err_msg=module)
 
