@@ -49,7 +49,7 @@ def e4m3_values() -> Any:
     import torch
 
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return values[values.isfinite()].unique()
+    return torch.unique(values[values.isfinite()])
 
 
 def awkward_inputs(scale: float) -> Any:
