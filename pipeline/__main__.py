@@ -62,6 +62,9 @@ class Request:
     config_dir: Path | None = None
 
 
+_STOPS: list[int] = []
+"""Signals that asked this run to stop."""
+
 Work = Callable[[Job, Path, bool], Outcome]
 """Builds one good job in its run folder; the flag is `Request.rebuild`."""
 
@@ -201,7 +204,8 @@ def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
             log.debug("%s", job)
             outcome = refused(job.faults) if job.faults else work(job, run_dir, request.rebuild)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        outcome = failure_of(error)
+        # A native library that is stopped while it loads turns Ctrl-C into an ImportError.
+        outcome = failure_of(KeyboardInterrupt() if _STOPS else error)
     return replace(outcome, seconds=time.perf_counter() - started)
 
 
@@ -223,19 +227,22 @@ def _generate_command(outcome: Outcome, registry: Path) -> str:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block like Ctrl-C, so that it cleans up behind itself."""
+    """Let SIGTERM end the block like Ctrl-C, so that it cleans up behind itself; note both."""
+    _STOPS.clear()
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
 
     def stop(number: int, frame: object) -> None:
+        _STOPS.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> ExitCode:

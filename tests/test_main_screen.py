@@ -15,8 +15,8 @@ def test_screen_shows_our_progress_and_everybodys_warnings(
     with screen_logging():
         logging.getLogger("pipeline.build").info("Compiled in %d s", 3)
         logging.getLogger("pipeline.build").debug("a detail")
-        logging.getLogger("torch").info("chatter")
-        logging.getLogger("torch").warning("careful")
+        logging.getLogger("library").info("chatter")
+        logging.getLogger("library").warning("careful")
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["Compiled in 3 s", "warning: careful"]
 
