@@ -80,7 +80,7 @@ class GraphWriter:
         import onnx
 
         if name not in self._made:
-            entry = self.checkpoint.tensors[name]
+            entry = self.checkpoint.entry(name)
             slot = self.slots[name]
             tensor = onnx.TensorProto(
                 name=name,

@@ -142,6 +142,16 @@ class UnifiedCheckpoint:
             raise CorruptError(f"{self.dir} holds no *.safetensors; make the checkpoint again")
         return {entry.name: entry for file in files for entry in _entries(file)}
 
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies.
+
+        Raises:
+            CorruptError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise CorruptError(f"{self.dir}: tensor {name} is missing; make the checkpoint again")
+        return self.tensors[name]
+
     def read(self, name: str) -> NDArray[Any]:
         """A tensor as a read-only memory map of its own dtype and shape.
 
@@ -151,9 +161,7 @@ class UnifiedCheckpoint:
         import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
         import numpy as np
 
-        entry = self.tensors.get(name)
-        if entry is None:
-            raise CorruptError(f"{self.dir}: tensor {name} is missing; make the checkpoint again")
+        entry = self.entry(name)
         dtype = np.dtype(entry.dtype)
         count = int(np.prod(entry.shape, dtype=np.int64))
         if count * dtype.itemsize != entry.size_bytes or count == 0:

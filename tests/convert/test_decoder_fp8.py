@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,32 @@ def test_every_fp8_linear_has_the_checkpoints_weight_and_the_simulations_codes(
         np.testing.assert_array_equal(found[quantized[module]], rounded.numpy(), err_msg=module)
         product = torch.nn.functional.linear(rounded, weight).numpy()
         np.testing.assert_allclose(found[module], product, rtol=1e-5, atol=1e-5, err_msg=module)
+
+
+def test_linears_with_one_input_and_one_scale_share_its_rounding(fp8_graph: Path) -> None:
+    import onnx
+
+    nodes = onnx.load(fp8_graph, load_external_data=False).graph.node
+    # qkv, o, gate and up, down; one down_proj is kept in 16 bits.
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) == 3 * 4 - 1
+
+
+def test_linears_with_one_input_and_different_scales_are_rounded_each_with_its_own(
+    fp8_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    changed = Path(shutil.copytree(fp8_checkpoint.dir, tmp_path / "changed"))
+    (shard,) = changed.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.layers.0.self_attn.k_proj.input_scale"] /= 4
+    save_file(tensors, shard)
+    prompt = random_prompt(60)
+    found = graph_logits(write_graph(changed, tmp_path / "graph", layers=(0,)), prompt)
+    wanted = model_logits(load_simulation(changed, layers=(0,)), prompt)
+    unchanged = model_logits(load_simulation(fp8_checkpoint.dir, layers=(0,)), prompt)
+    assert np.median(np.abs(found - wanted).max(axis=-1)) < 1e-3
+    assert np.median(np.abs(found - unchanged).max(axis=-1)) > 0.01
 
 
 def test_simulation_in_float64_differs_from_float32_by_rounding_only(

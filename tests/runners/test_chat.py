@@ -1,0 +1,95 @@
+"""Prompts, ends and text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.runners.chat import chat_prompt, eos_ids
+from pipeline.runners.generate import decode_pieces
+
+
+class Named:
+    """A tokenizer as far as `eos_ids` looks at it."""
+
+    def __init__(self, folder: Path, eos_token_id: int | None) -> None:
+        self.name_or_path = str(folder)
+        self.eos_token_id = eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("declared", "own", "expected"),
+    [
+        ({"eos_token_id": [128001, 128008, 128009]}, 7, {128001, 128008, 128009}),
+        ({"eos_token_id": 2}, 7, {2}),
+        ({"eos_token_id": 0}, 7, {0}),
+        ({"eos_token_id": None}, 7, {7}),
+        ({}, 7, {7}),
+        (None, 7, {7}),
+        (None, None, set()),
+    ],
+)
+def test_end_ids_are_the_generation_configs_else_the_tokenizers(
+    tmp_path: Path, declared: dict[str, Any] | None, own: int | None, expected: set[int]
+) -> None:
+    if declared is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(declared))
+    assert eos_ids(Named(tmp_path, own)) == expected
+
+
+def test_loaded_tokenizer_leads_to_its_folders_end_ids(tokenizer: Any, model_dir: Path) -> None:
+    declared = json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"]
+    assert eos_ids(tokenizer) == {declared}
+
+
+def test_chat_prompt_is_the_template_up_to_the_answer(tokenizer: Any) -> None:
+    ids = chat_prompt(tokenizer, "Hello")
+    shown = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == shown
+    assert ids.count(tokenizer.bos_token_id) == 2  # the template's, and none added before it
+    assert all(isinstance(token, int) for token in ids)
+
+
+def test_chat_prompt_without_a_template_is_the_plain_text(tokenizer: Any) -> None:
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert plain.decode(chat_prompt(plain, "Hello there")) == "Hello there"
+
+
+@pytest.mark.parametrize("text", ["ok 😀 né 漢字!", "😀😀", "plain", " leading", "🏳️‍🌈"])
+def test_characters_of_several_tokens_come_whole(tokenizer: Any, text: str) -> None:
+    tokens = tokenizer(text)["input_ids"]
+    pieces = list(decode_pieces(tokenizer, iter(tokens)))
+    assert "".join(pieces) == text == tokenizer.decode(tokens)
+    assert not any("\ufffd" in piece for piece in pieces)
+    if "😀" in text:
+        assert len(tokenizer("😀")["input_ids"]) > 1
+        assert any("😀" in piece for piece in pieces)
+
+
+def test_pieces_come_before_the_answer_ends(tokenizer: Any) -> None:
+    tokens = iter(tokenizer("The engine")["input_ids"])
+    first = next(decode_pieces(tokenizer, tokens))
+    assert first
+    assert list(tokens)  # not all were waited for
+
+
+def test_answer_cut_inside_a_character_equals_the_full_decode(tokenizer: Any) -> None:
+    tokens = tokenizer("ok 😀")["input_ids"][:-1]
+    whole = tokenizer.decode(tokens)
+    assert whole.endswith("\ufffd")
+    assert "".join(decode_pieces(tokenizer, iter(tokens))) == whole
+
+
+def test_special_tokens_are_not_shown(tokenizer: Any) -> None:
+    tokens = [tokenizer.bos_token_id, *tokenizer("Hi")["input_ids"], tokenizer.eos_token_id]
+    assert "".join(decode_pieces(tokenizer, iter(tokens))) == "Hi"
+
+
+def test_no_tokens_give_no_text(tokenizer: Any) -> None:
+    assert "".join(decode_pieces(tokenizer, iter([]))) == ""

@@ -1,0 +1,152 @@
+"""The decode loop on a real graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.errors import RecipeError
+from pipeline.runners.decode import generate_greedy, prefill, stream_greedy
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from tests.convert.decoders import random_prompt
+
+PROMPT = random_prompt(10, seed=3)
+
+
+def continuation(graph: OnnxRuntimeGraph, count: int) -> list[int]:
+    tokens: list[int] = generate_greedy(graph.bind(1), [PROMPT], count)[0].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompts", "shown"),
+    [
+        (1, [[]], r"got 1 prompts of \[0\] tokens"),
+        (2, [[5, 6], []], r"got 2 prompts of \[2, 0\] tokens"),
+        (1, [[5] * 49], r"got 1 prompts of \[49\] tokens"),
+        (2, [[5]], r"got 1 prompts of \[1\] tokens"),
+        (1, [[5], [6]], r"got 2 prompts of \[1, 1\] tokens"),
+    ],
+)
+def test_prefill_refuses_prompts_that_do_not_fit(
+    graph: OnnxRuntimeGraph, batch: int, prompts: list[list[int]], shown: str
+) -> None:
+    with pytest.raises(RecipeError, match=shown) as refused:
+        prefill(graph.bind(batch), prompts)
+    assert f"wanted {batch} of 1 to 48 tokens each" in str(refused.value)
+
+
+def test_prefill_refuses_no_prompts(graph: OnnxRuntimeGraph) -> None:
+    with pytest.raises(RecipeError, match="got 0 prompts"):
+        prefill(graph.bind(1), [])
+
+
+def test_prompt_as_long_as_the_context_gets_one_token(graph: OnnxRuntimeGraph) -> None:
+    full = random_prompt(48, seed=4)
+    tokens = generate_greedy(graph.bind(1), [full], 10)
+    assert tokens.shape == (1, 1)
+    assert tokens[0, 0] == prefill(graph.bind(1), [full]).logits[0].argmax()
+
+
+def test_generation_ends_at_the_context(graph: OnnxRuntimeGraph) -> None:
+    # 48 - 10 tokens are written to the cache; the last one is predicted from a full cache.
+    assert len(continuation(graph, 1000)) == 48 - len(PROMPT) + 1
+
+
+def test_ragged_batch_ends_when_its_longest_row_is_full(graph: OnnxRuntimeGraph) -> None:
+    prompts = [PROMPT, random_prompt(40, seed=5)]
+    assert generate_greedy(graph.bind(2), prompts, 1000).shape == (2, 48 - 40 + 1)
+
+
+def test_generation_ends_at_the_asked_number(graph: OnnxRuntimeGraph) -> None:
+    assert len(continuation(graph, 5)) == 5
+
+
+@pytest.mark.parametrize("end", [1, 4])
+def test_stream_stops_at_any_end_of_sequence_id_and_keeps_it_back(
+    graph: OnnxRuntimeGraph, end: int
+) -> None:
+    tokens = continuation(graph, 12)
+    # The first of several ids that comes ends the stream, whichever it is in the set.
+    first = tokens.index(tokens[end])
+    later = tokens[-1]
+    eos = frozenset({tokens[end], later, 319})
+    expected = tokens[: min(first, tokens.index(later))]
+    streamed = list(stream_greedy(graph.bind(1), PROMPT, max_new_tokens=12, eos_token_ids=eos))
+    assert streamed == expected
+    assert not eos & set(streamed)
+
+
+def test_stream_whose_first_token_ends_it_is_empty(graph: OnnxRuntimeGraph) -> None:
+    eos = frozenset({continuation(graph, 1)[0]})
+    assert list(stream_greedy(graph.bind(1), PROMPT, max_new_tokens=9, eos_token_ids=eos)) == []
+
+
+def test_stream_without_an_end_gives_the_greedy_tokens(graph: OnnxRuntimeGraph) -> None:
+    streamed = stream_greedy(graph.bind(1), PROMPT, max_new_tokens=12, eos_token_ids=frozenset())
+    assert list(streamed) == continuation(graph, 12)
+
+
+def test_stale_cache_does_not_change_answers(graph: OnnxRuntimeGraph) -> None:
+    wanted = continuation(graph, 12)
+    decoder = graph.bind(1)
+    generate_greedy(decoder, [random_prompt(40, seed=6)], 9)  # fills the whole cache
+    assert generate_greedy(decoder, [PROMPT], 12)[0].tolist() == wanted
+
+
+def test_rows_of_a_batch_do_not_see_each_other(graph: OnnxRuntimeGraph) -> None:
+    prompts = [PROMPT, random_prompt(4, seed=8), random_prompt(21, seed=9)]
+    batch = generate_greedy(graph.bind(3), prompts, 12).tolist()
+    others = [PROMPT, random_prompt(30, seed=10), random_prompt(2, seed=11)]
+    assert batch[0] == generate_greedy(graph.bind(3), others, 12).tolist()[0]
+    assert batch[0] == continuation(graph, 12)
+
+
+def test_cache_is_one_buffer_bound_once_as_past_and_present(
+    graph: OnnxRuntimeGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    bound: dict[str, list[int]] = {}
+
+    def recorded(method: str) -> None:
+        original = getattr(onnxruntime.IOBinding, method)
+
+        def bind(self: Any, name: str, value: Any) -> None:
+            bound.setdefault(name, []).append(value.data_ptr())
+            original(self, name, value)
+
+        monkeypatch.setattr(onnxruntime.IOBinding, method, bind)
+
+    recorded("bind_ortvalue_input")
+    recorded("bind_ortvalue_output")
+    decoder = graph.bind(1)
+    first = generate_greedy(decoder, [PROMPT], 12)
+    assert first[0].tolist() == continuation(graph, 12)
+    pasts = [name for name in bound if name.startswith("past_")]
+    assert len(pasts) == 2 * 3
+    for name in pasts:
+        # Once for each of the two decoders, never again for a step.
+        assert len(bound[name]) == 2
+        assert bound[name] == bound[name.replace("past_", "present_")]
+    assert len({bound[name][0] for name in pasts}) == len(pasts)
+
+
+def test_session_gives_the_logits_of_every_position(graph: OnnxRuntimeGraph) -> None:
+    import numpy as np
+
+    session = OnnxRuntimeSession(graph)
+    logits = session.logits(PROMPT)
+    assert logits.shape == (len(PROMPT), 320)
+    last = prefill(graph.bind(1), [PROMPT]).logits[0]
+    np.testing.assert_allclose(logits[-1], last, rtol=0, atol=1e-4)
+
+
+def test_session_serves_batches_of_changing_size(graph: OnnxRuntimeGraph) -> None:
+    session = OnnxRuntimeSession(graph)
+    wanted = continuation(graph, 6)
+    for batch in (1, 3, 1):
+        made = session.generate([PROMPT] * batch, 6)
+        assert made.tokens.tolist() == [wanted] * batch
+        assert 0 < made.ttft_s < made.total_s
