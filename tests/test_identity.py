@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.compilers.checkpoint import CheckpointCompiler
+from pipeline.identity import build_key, shaping_config, statement_name, version_of
+from pipeline.stages import FileDigest, Licence, Weights
+from tests.quantize.tiny_quantized import ADA, tiny_quantizer
+
+WEIGHTS = Weights(
+    dir=Path("/somewhere"),
+    origin="hub:a/b",
+    commit="a" * 40,
+    files=(FileDigest(path="model.safetensors", size_bytes=1, sha256="0" * 64),),
+    licence=Licence(spdx="MIT"),
+)
+COMPILER = CheckpointCompiler(
+    max_batch_size=4,
+    max_seq_len=128,
+    max_num_tokens=128,
+    kv_cache_dtype="fp8",
+    runtime="vllm",
+    runtime_version="1",
+)
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "source": {"path": "/home/me/model", "licence": "MIT"},
+    "compiler": {"max_batch_size": 4},
+    "quantizer": {"keep_16bit": []},
+    "target": {"sm": 89},
+    "acceptance": {"windows": 4},
+    "registry": {"root": "artifacts"},
+    "runner": {"threads": 2},
+}
+KEY = build_key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, CONFIG)
+
+
+@pytest.mark.parametrize("group", ["acceptance", "registry", "runner"])
+def test_key_ignores_what_only_judges_and_places(group: str) -> None:
+    changed = {**CONFIG, group: {"other": 1}}
+    assert build_key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, changed) == KEY
+
+
+def test_key_ignores_where_the_weights_lie() -> None:
+    moved = dataclasses.replace(WEIGHTS, dir=Path("/elsewhere"))
+    config = {**CONFIG, "source": {"path": "/elsewhere", "licence": "MIT"}}
+    assert build_key(moved, ADA, tiny_quantizer(), COMPILER, config) == KEY
+
+
+def test_key_changes_with_the_bytes_of_the_weights() -> None:
+    (file,) = WEIGHTS.files
+    other = dataclasses.replace(WEIGHTS, files=(dataclasses.replace(file, sha256="1" * 64),))
+    assert build_key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
+
+
+def test_key_changes_with_the_commit() -> None:
+    other = dataclasses.replace(WEIGHTS, commit="b" * 40)
+    assert build_key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
+
+
+def test_key_changes_with_the_layers_kept_in_16_bit() -> None:
+    other = tiny_quantizer("model.layers.0.*")
+    assert build_key(WEIGHTS, ADA, other, COMPILER, CONFIG) != KEY
+
+
+def test_key_changes_with_the_sm() -> None:
+    other = dataclasses.replace(ADA, sm=120)
+    assert build_key(WEIGHTS, other, tiny_quantizer(), COMPILER, CONFIG) != KEY
+
+
+def test_key_changes_with_the_cache_type() -> None:
+    other = dataclasses.replace(COMPILER, kv_cache_dtype="bfloat16")
+    assert build_key(WEIGHTS, ADA, tiny_quantizer(), other, CONFIG) != KEY
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compiler": {"max_batch_size": 8}},
+        {"quantizer": {"keep_16bit": ["x"]}},
+        {"source": {"path": "/home/me/model", "licence": "Apache-2.0"}},
+        {"target": {"sm": 90}},
+        {"name": "other"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_key_changes_with_every_other_setting(change: dict[str, Any]) -> None:
+    assert build_key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, {**CONFIG, **change}) != KEY
+
+
+def test_manifest_config_holds_no_local_path_and_leaves_its_input_alone() -> None:
+    assert shaping_config(CONFIG)["source"] == {"licence": "MIT"}
+    assert CONFIG["source"]["path"] == "/home/me/model"
+
+
+def test_names_carry_the_first_twelve_digits() -> None:
+    assert version_of("1.0.0", "0123456789abcdef") == "1.0.0-0123456789ab"
+    assert statement_name("0123456789abcdef") == "test-0123456789ab"
