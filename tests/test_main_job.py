@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,12 +45,11 @@ def test_quality_is_within_one_percent_and_the_verdict_is_checked(built: Path) -
     print(json.dumps({"quality": report["quality"], "speed": report["speed"]}, indent=1))
 
 
-def test_second_time_takes_the_package_in_five_seconds(built: Path) -> None:
-    started = time.monotonic()
+def test_second_time_takes_the_package_and_starts_no_stage(built: Path) -> None:
     done = enginesmith(built, "build", "smollm2")
     assert done.returncode == 0
     assert "Taken" in done.stdout
-    assert time.monotonic() - started <= 5.0
+    assert "started" not in done.stderr
 
 
 def test_package_answers_and_says_what_answers(built: Path) -> None:

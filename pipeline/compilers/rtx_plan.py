@@ -27,6 +27,8 @@ from pipeline.errors import PipelineError
 
 KNOWN_VERSIONS = frozenset({(1, 7, 1)})
 _MAGIC = b"vtrt"
+_SIZE_BYTES = slice(16, 24)
+"""Size of the whole plan, little-endian: so in all of 14 plans of 6.6 to 245 MB (2026-11-24)."""
 _VERSION_BYTES = slice(24, 28)
 FP8 = "fp8_e4m3"
 _ANY = ("*",)
@@ -84,6 +86,11 @@ def read_plan(plan: Buffer) -> PlanText:
         raise PlanError(
             f"the plan is of TensorRT-RTX {'.'.join(map(str, version))}, whose text format is "
             f"not known here; use {', '.join('.'.join(map(str, v)) for v in KNOWN_VERSIONS)}"
+        )
+    stated = int.from_bytes(plan[_SIZE_BYTES], "little")
+    if stated != len(plan):
+        raise PlanError(
+            f"the plan has {len(plan)} bytes, its header says {stated}; run the same command again"
         )
     starts = [(match.start(), match.group(1)) for match in _SECTION.finditer(plan)]
     if not starts:

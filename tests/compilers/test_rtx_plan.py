@@ -140,6 +140,13 @@ def test_truncated_header_is_refused(plan: bytes, size: int) -> None:
         read_plan(plan[:size])
 
 
+@pytest.mark.parametrize("missing", [1, 1000, 3_000_000])
+def test_plan_that_lacks_its_end_is_refused(plan: bytes, missing: int) -> None:
+    size = len(plan)
+    with pytest.raises(PlanError, match=f"has {size - missing} bytes, its header says {size}"):
+        read_plan(plan[:-missing])
+
+
 def test_other_files_are_refused() -> None:
     with pytest.raises(PlanError, match="its header is missing"):
         read_plan(b"\0" * 100)

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cache import StageCache
 from pipeline.compilers.rtx_child import Profile
-from pipeline.compilers.rtx_plan import PlanError
+from pipeline.compilers.rtx_plan import PlanError, prove_fp8, read_plan
 from pipeline.compilers.trtrtx import PLAN_FILE, TrtRtxCompiler
 from pipeline.convert.stage import RTX_GRAPH
 from pipeline.errors import ExitCode, ToolError
@@ -87,9 +87,36 @@ def test_second_time_comes_from_the_cache(
     assert again == engine
 
 
-def planted_graph(
-    root: Path, engine: Engine, place: Path, monkeypatch: pytest.MonkeyPatch, graph: bytes
-) -> StageCache:
+def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:
+    gemms = read_plan((engine.dir / PLAN_FILE).read_bytes()).gemms
+    other = {name for gemm in gemms if not gemm.is_fp8 for name in gemm.modules}
+    assert other == {*checkpoint.kept_16bit, "lm_head"}
+
+
+def test_kept_linear_that_is_not_declared_is_refused(
+    engine: Engine, checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(PlanError, match=f"16-bit GEMMs, first {checkpoint.kept_16bit[0]}"):
+        prove_fp8(
+            (engine.dir / PLAN_FILE).read_bytes(),
+            sm=89,
+            profiles=2,
+            fp8_linears=checkpoint.fp8_linears,
+            kept_16bit=(),
+        )
+
+
+def test_card_that_the_compiler_does_not_know_fails_with_its_log(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    hopper = dataclasses.replace(ADA, sm=90)  # TensorRT-RTX has no data-centre Hopper
+    with pytest.raises(ToolError, match="SM90") as caught:
+        COMPILER.compile(checkpoint, hopper, StageCache(root=tmp_path / "cache"), tmp_path)
+    assert "SM90" in caught.value.log_path.read_text()
+    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+
+
+def planted_graph(root: Path, engine: Engine, place: Path, graph: bytes) -> StageCache:
     """A cache in which the compiler finds another graph than the converter wrote."""
     assert engine.twin_dir is not None
     shutil.copytree(root / "cache", place)
@@ -132,11 +159,10 @@ def test_weight_only_fp8_graph_builds_no_engine(
     engine: Engine,
     checkpoint: Checkpoint,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert engine.twin_dir is not None
     graph = without_activation_quantizers((engine.twin_dir / RTX_GRAPH).read_bytes())
-    cache = planted_graph(root, engine, tmp_path / "cache", monkeypatch, graph)
+    cache = planted_graph(root, engine, tmp_path / "cache", graph)
     with pytest.raises(PlanError, match=r"does not compute 20 linears in FP8, first model\."):
         COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
     assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
@@ -147,9 +173,8 @@ def test_graph_that_does_not_parse_fails_with_the_log_and_leaves_nothing(
     engine: Engine,
     checkpoint: Checkpoint,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cache = planted_graph(root, engine, tmp_path / "cache", monkeypatch, b"no graph at all")
+    cache = planted_graph(root, engine, tmp_path / "cache", b"no graph at all")
     with pytest.raises(ToolError) as caught:
         COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
     assert caught.value.exit_code is ExitCode.FAILED

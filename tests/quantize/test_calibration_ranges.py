@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError, IncompatibleError
@@ -94,6 +94,7 @@ def test_device_that_cannot_be_is_refused_with_the_next_step(
     assert "quantizer.device=auto" in str(caught.value)
 
 
+@settings(deadline=None)  # the first example imports torch
 @given(st.floats(min_value=2.0**-20, max_value=2.0**20, width=32))
 def test_rounded_scale_covers_amax_and_is_at_most_one_bfloat16_step_above(amax: float) -> None:
     import torch
