@@ -28,7 +28,7 @@ from pipeline.errors import PipelineError
 KNOWN_VERSIONS = frozenset({(1, 7, 1)})
 _MAGIC = b"vtrt"
 _SIZE_BYTES = slice(16, 24)
-"""Size of the whole plan, little-endian: so in all of 15 plan files of 7 sizes of 6.6 to 245 MB (2026-11-24)."""
+"""Size of the whole plan, little-endian: so in 15 plan files, 6.6 to 245 MB (2026-11-24)."""
 _VERSION_BYTES = slice(24, 28)
 FP8 = "fp8_e4m3"
 _ANY = ("*",)
