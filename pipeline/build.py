@@ -33,6 +33,7 @@ from pipeline.stages import (
     EngineCompiler,
     Package,
     Quantizer,
+    Verdict,
     VerdictName,
     Weights,
     WeightSource,
@@ -124,15 +125,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
             report, verdict = recipe.acceptance.measure(subject, cache)
             files = write_report(report, verdict, run_dir)
             if not verdict.passed:
-                return Outcome(
-                    exit_code=ExitCode.NOT_ACCEPTED,
-                    verdict=verdict.name,
-                    digest=package.digest,
-                    report=files[REPORT_FILE],
-                    message="\n".join(["built, but not accepted; nothing is published:"])
-                    + "".join(f"\n  {f.message}" for f in verdict.findings if f.kind != "note"),
-                    seconds=time.perf_counter() - started,
-                )
+                return missed(package, verdict, files[REPORT_FILE], started=started)
             reference = reference_of(package) if published else recipe.registry.publish(package)
         statement = statement_name(acceptance_key(recipe, package, options.config))
         written = recipe.registry.add_statement(reference, statement, dict(files))
@@ -234,6 +227,19 @@ def read_back(recipe: Recipe, key: str, package: Package) -> Package:
             f"{package.digest}; check the disk, then run the same command with --rebuild"
         )
     return found
+
+
+def missed(package: Package, verdict: Verdict, report: Path, *, started: float) -> Outcome:
+    """The outcome of a package that did not show what it must; it is not published."""
+    reasons = [f"  {found.message}" for found in verdict.findings if found.kind != "note"]
+    return Outcome(
+        exit_code=ExitCode.NOT_ACCEPTED,
+        verdict=verdict.name,
+        digest=package.digest,
+        report=report,
+        message="\n".join(["built, but not accepted; nothing is published:", *reasons]),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def finished(
