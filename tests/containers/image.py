@@ -1,0 +1,44 @@
+"""The tests' image: busybox and a stand-in for `trtllm-build`, made on the spot from nothing."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+IMAGE = "enginesmith-build:test"
+
+_DOCKERFILE = b"""
+FROM scratch
+COPY busybox /bin/busybox
+RUN ["/bin/busybox", "sh", "-c", \
+     "/bin/busybox mkdir -p /usr/bin /usr/sbin /sbin /tmp && /bin/busybox --install -s"]
+COPY trtllm-build /usr/bin/trtllm-build
+"""
+
+
+def build_image(client: DockerClient) -> str:
+    """Build the image in this engine; its name."""
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as tar:
+        dockerfile = tarfile.TarInfo("Dockerfile")
+        dockerfile.size = len(_DOCKERFILE)
+        tar.addfile(dockerfile, io.BytesIO(_DOCKERFILE))
+        for name, path in (
+            ("busybox", Path(busybox).resolve()),
+            ("trtllm-build", Path(__file__).with_name("trtllm-build")),
+        ):
+            entry = tar.gettarinfo(str(path), name)
+            entry.mode = 0o755
+            with path.open("rb") as stream:
+                tar.addfile(entry, stream)
+    context.seek(0)
+    client.images.build(fileobj=context, custom_context=True, tag=IMAGE, rm=True)
+    return IMAGE
