@@ -19,6 +19,14 @@ from pipeline.settings import STRICT
 Architecture = Literal[
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"
 ]
+RopeType = Literal["default", "llama3", "longrope"]
+"""Rotary tables that the converters write. `su` was LongRoPE's name before its settings had their
+present form; `yarn`, `linear` and `dynamic` scale in ways of their own."""
+
+_MISTRAL_WINDOW = 4096
+_QWEN2_FULL_LAYERS = 28
+"""What Transformers (4.57 and 5.14) takes for a Mistral config without `sliding_window`, and for a
+Qwen2 config without `max_window_layers`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,6 +45,8 @@ class ModelShape:
         max_position_embeddings: Longest context the model was trained for, in tokens.
         rope_theta: Base of the rotary embedding.
         rope_type: `default`, or the scaling that changes the rotary table.
+        original_max_position_embeddings: For `longrope`: context up to which its short factors
+            hold, in tokens; longer contexts use another table. None for other types.
         tie_word_embeddings: lm_head is the embedding, stored once.
         attention_bias: q, k and v have biases (Qwen2).
         sliding_window: Keys further back than this are not attended to; None for all.
@@ -52,7 +62,8 @@ class ModelShape:
     vocab_size: PositiveInt
     max_position_embeddings: PositiveInt
     rope_theta: PositiveFloat
-    rope_type: Literal["default", "llama3", "longrope"] = "default"
+    rope_type: RopeType = "default"
+    original_max_position_embeddings: PositiveInt | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     sliding_window: PositiveInt | None = None
@@ -105,30 +116,52 @@ def shape_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelShape` as a Hugging Face `config.json` states them.
 
     Knows both spellings of rope settings: `rope_theta`/`rope_scaling` at the top level
-    (Transformers 4) and `rope_parameters` (Transformers 5).
+    (Transformers 4) and `rope_parameters` (Transformers 5). A field that the config lacks, and that
+    no class of Transformers has a default for, is None.
     """
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     heads = config.get("num_attention_heads")
-    architectures = config.get("architectures") or [None]
-    uses_window = config.get("use_sliding_window", True)
+    architecture = (config.get("architectures") or [None])[0]
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    original = rope.get("original_max_position_embeddings") or config.get(
+        "original_max_position_embeddings"
+    )
     return {
-        "architecture": architectures[0],
+        "architecture": architecture,
         "hidden_size": config.get("hidden_size"),
         "intermediate_size": config.get("intermediate_size"),
         "num_hidden_layers": config.get("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config.get("hidden_size", 0) // max(heads or 1, 1),
+        "head_dim": config.get("head_dim") or (config.get("hidden_size") or 0) // (heads or 1),
         "vocab_size": config.get("vocab_size"),
         "max_position_embeddings": config.get("max_position_embeddings"),
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "rope_type": rope_type,
+        "original_max_position_embeddings": original if rope_type == "longrope" else None,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "attention_bias": bool(
-            config.get("attention_bias", architectures[0] == "Qwen2ForCausalLM")
-        ),
-        "sliding_window": config.get("sliding_window") if uses_window else None,
+        "attention_bias": bool(config.get("attention_bias", architecture == "Qwen2ForCausalLM")),
+        "sliding_window": _sliding_window(config, architecture),
     }
+
+
+def _sliding_window(config: Mapping[str, Any], architecture: str | None) -> int | None:
+    """The window of a config; None where no layer has one.
+
+    Qwen2 slides only where `use_sliding_window` is true, and only from layer `max_window_layers`
+    on: configs that leave it off still carry the number. A mixture of layers counts as sliding; the
+    converters refuse it.
+    """
+    is_qwen2 = architecture == "Qwen2ForCausalLM"
+    if not config.get("use_sliding_window", not is_qwen2):
+        return None
+    if is_qwen2:
+        full_layers = config.get("max_window_layers", _QWEN2_FULL_LAYERS)
+        if full_layers >= (config.get("num_hidden_layers") or 0):
+            return None
+    default = _MISTRAL_WINDOW if architecture == "MistralForCausalLM" else None
+    window: int | None = config.get("sliding_window", default)
+    return window
 
 
 def shape_faults(shape: ModelShape, config: Mapping[str, Any]) -> list[Fault]:
