@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _CODE = ("pipeline.acceptance", "pipeline.runners", "pipeline.text.windows")
 _TOOLS = ("onnxruntime", "torch", "transformers")
+_SIMULATIONS = frozenset({"transformers"})
+"""Runners that simulate the engine: their answers tell about it, their speed does not."""
 _RAM_BYTES_PER_PARAM = 12.0
 """Peak of the larger of source (float32 weights, 4 bytes) and CPU twin (float32 weights, folded and
 transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's 134 M
@@ -85,6 +87,12 @@ class Acceptance:
         names = [workload.name for workload in (*self.targets, *self.cpu_workloads)]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"workload names must differ; {', '.join(repeated)} repeats")
+        for workload in self.cpu_workloads:
+            if workload.min_share_of_ceiling is not None:
+                raise ValueError(
+                    f"cpu_workloads: {workload.name} has min_share_of_ceiling, which is a share of "
+                    "the target card's ceiling; use min_output_tokens_per_s"
+                )
 
     @property
     def limits(self) -> QualityLimits:
@@ -94,6 +102,12 @@ class Acceptance:
             max_mean_kl_nats=self.max_mean_kl_nats,
             min_top1_agreement=self.min_top1_agreement,
         )
+
+    def judged_positions(self, shape: ModelShape) -> int:
+        """Positions whose source log-probabilities are kept; 0 where time rules the model out."""
+        if self.too_much(shape, available_bytes=1 << 62):
+            return 0
+        return self.windows * (self.window_tokens - 1)
 
     def key(self, config: Mapping[str, Any], runner: Runner, package_digest: str) -> str:
         """Names a measurement: the same key, the same question about the same bytes.
@@ -167,6 +181,8 @@ class Acceptance:
                 )
         else:
             quality, speed = self._run(subject, cache)
+            if self.cpu_workloads and not speed:
+                not_run.append(f"speed: runner {subject.runner.name} only simulates the engine")
         report = Report(
             digest=subject.package_digest,
             card=subject.target.card,
@@ -214,6 +230,8 @@ class Acceptance:
             quality = summarize_quality(source.nll, figures, self.seed)
             quality["sample"] = self._sample(session, tokenizer)
             log.info("Sample: %s", quality["sample"]["answer"].replace("\n", " "))
+            if subject.runner.name in _SIMULATIONS:
+                return quality, []
             with open_source(weights.dir) as baseline:
                 contenders: dict[str, Session] = {"engine": session, "transformers": baseline}
                 speed = []

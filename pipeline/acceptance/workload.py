@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Gt
+from annotated_types import Gt, Le
 from pydantic import ConfigDict, Strict
 from pydantic.dataclasses import dataclass
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _ITEM = ConfigDict(extra="forbid")
 Count = Annotated[int, Strict(), Gt(0)]
 Rate = Annotated[float, Strict(), Gt(0)]
+Share = Annotated[float, Strict(), Gt(0), Le(1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_ITEM)
@@ -31,6 +33,8 @@ class Workload:
         isl: Input sequence length, tokens.
         osl: Output sequence length, tokens; end-of-sequence is ignored.
         min_output_tokens_per_s: Wanted rate of the whole batch; None to measure only.
+        min_share_of_ceiling: The same as a share of what the card allows at this workload, by the
+            plan: 0.65 stays right when the model or the card changes. For targets, not for a CPU.
         min_ratio_to_transformers: Wanted rate over that of Transformers on the same machine; None
             to report only. For CPU workloads.
     """
@@ -40,7 +44,22 @@ class Workload:
     isl: Count
     osl: Count
     min_output_tokens_per_s: Rate | None = None
+    min_share_of_ceiling: Share | None = None
     min_ratio_to_transformers: Rate | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_output_tokens_per_s is not None and self.min_share_of_ceiling is not None:
+            raise ValueError(
+                f"workload {self.name} has both min_output_tokens_per_s and min_share_of_ceiling; "
+                "keep one of them"
+            )
+
+    def with_rate(self, ceiling: float) -> Workload:
+        """The same workload, its share replaced by the rate that it is of `ceiling` (tokens/s)."""
+        if self.min_share_of_ceiling is None:
+            return self
+        rate = self.min_share_of_ceiling * ceiling
+        return replace(self, min_output_tokens_per_s=rate, min_share_of_ceiling=None)
 
     @property
     def digest(self) -> str:

@@ -2,6 +2,9 @@
 
 Groups are chosen first; then each value override is looked up in what they yield, so that a
 misspelt key gets a close match instead of Hydra's first error; then all good ones are applied.
+
+A recipe has sizes of its own for each compiler: `- sizes/phi3@compiler: ${compiler}` in its
+defaults merges `sizes/phi3/<compiler>.yaml` over the compiler's option, whichever is chosen.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ _COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError
 )  # fmt: skip
 """What a bad file or override raises: Hydra lets PyYAML's and Python's own errors through."""
+
+_SIZES = "sizes/"
+"""Folder of the files that hold a recipe's sizes, one for each compiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +134,9 @@ def _apply(
             config = compose(recipe, [search, *settled, *taken, line])
             taken.append(line)
         except _COMPOSITION_ERRORS as error:
-            faults.append(Fault(line.lstrip("+~").partition("=")[0], _first_sentences(error)))
+            key = line.lstrip("+~").partition("=")[0]
+            missing = _missing_by_compiler(recipe, error)
+            faults.append(missing or Fault(key, _first_sentences(error)))
     return config, taken, faults
 
 
@@ -210,12 +218,38 @@ def _paths(node: Any, path: str = "") -> Iterator[str]:
 
 def _recipe_fault(recipe: str, error: Exception) -> Fault:
     """Why a recipe cannot be composed, whatever the overrides."""
+    if missing := _missing_by_compiler(recipe, error):
+        return missing
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if error.options:
             hint = suggestion(option, error.options)
             return Fault(group, f"recipe {recipe} asks for {option!r}; {hint}")
     return Fault("", f"recipe {recipe} cannot be read: {_first_sentences(error)}")
+
+
+def _missing_by_compiler(recipe: str, error: Exception) -> Fault | None:
+    """The fault of a compiler that lacks what is named after it: sizes of the recipe, a runner.
+
+    None for other errors.
+    """
+    if not isinstance(error, MissingConfigException) or not error.missing_cfg_file:
+        return None
+    group, _, compiler = str(error.missing_cfg_file).rpartition("/")
+    known = ", ".join(error.options or ()) or "none"
+    if group == "runner":
+        message = (
+            f"no runner is called like compiler={compiler}; choose one: runner=OPTION, {known}"
+        )
+        return Fault("runner", message)
+    if not group.startswith(_SIZES):
+        return None
+    return Fault(
+        "compiler",
+        f"recipe {recipe} has no sizes for compiler={compiler}; it has them for: {known}. Choose "
+        f"one of these, or write {group}/{compiler}.yaml beside the recipe, with max_batch_size, "
+        "max_seq_len and what else that compiler wants",
+    )
 
 
 def _first_sentences(error: Exception) -> str:

@@ -12,6 +12,9 @@ from pipeline.config.folders import ConfigFolders
 from pipeline.config.sweep import Combination, combinations
 from pipeline.errors import Fault
 
+_SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
+"""Keys of the source that say nothing about which weights it brings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -90,7 +93,7 @@ def _job(combination: Combination, folders: ConfigFolders) -> Job:
 def _unnamed_source(combination: Combination) -> list[Fault]:
     """Other weights need another name: nobody's fine-tune is to be published as `phi3`."""
     keys = [override.key_or_group for override in combination.overrides]
-    sources = [key for key in keys if key.split(".")[0] == "source"]
+    sources = [key for key in keys if key.split(".")[0] == "source" and key not in _SAME_WEIGHTS]
     if not sources or "name" in keys:
         return []
     message = (

@@ -76,19 +76,21 @@ def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
     """What the card's memory does not hold."""
     limits, card = request.limits, request.target.id
     if fit.kv_budget_bytes < fit.kv_bytes_per_token:
+        missing = fit.kv_bytes_per_token - fit.kv_budget_bytes
         yield Fault(
             "target",
-            f"the model does not fit {card}: weights {gib(fit.engine_bytes)} and workspace "
-            f"{gib(fit.workspace_bytes)} leave nothing of the {gib(fit.usable_bytes)} that can be "
-            "used; choose a card with more memory, or a smaller model, compiler.max_num_tokens or "
-            "compiler.max_batch_size",
+            f"the model does not fit {card}, by {gib(missing)}: weights {gib(fit.engine_bytes)} "
+            f"and workspace {gib(fit.workspace_bytes)} leave no room for a KV cache in the "
+            f"{gib(fit.usable_bytes)} that can be used; choose a card with more memory, or a "
+            "smaller model, compiler.max_num_tokens or compiler.max_batch_size",
         )
     elif fit.static_kv_bytes > fit.kv_budget_bytes:
         yield Fault(
             "compiler.max_batch_size",
             f"the static cache of batch {limits.max_batch_size} x context {limits.max_seq_len} "
-            f"takes {gib(fit.static_kv_bytes)}, and {card} has {gib(fit.kv_budget_bytes)} left "
-            f"beside weights and workspace; at most batch {fit.full_length_sequences} at context "
+            f"takes {gib(fit.static_kv_bytes)}, {gib(fit.static_kv_bytes - fit.kv_budget_bytes)} "
+            f"more than the {gib(fit.kv_budget_bytes)} that {card} has left beside weights and "
+            f"workspace; at most batch {fit.full_length_sequences} at context "
             f"{limits.max_seq_len}, or context {fit.max_context} at batch {limits.max_batch_size}",
         )
     elif not fit.static_kv_bytes:
@@ -100,9 +102,9 @@ def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
                 yield Fault(
                     f"{request.workload_path(index)}.batch",
                     f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
-                    f"{gib(needed)}, and {card} has {gib(fit.kv_budget_bytes)} left beside weights "
-                    f"and workspace ({PAGED_SHARE:.0%} of its memory counted); at most batch "
-                    f"{largest}",
+                    f"{gib(needed)}, {gib(needed - fit.kv_budget_bytes)} more than the "
+                    f"{gib(fit.kv_budget_bytes)} that {card} has left beside weights and workspace "
+                    f"({PAGED_SHARE:.0%} of its memory counted); at most batch {largest}",
                 )
 
 
@@ -125,7 +127,9 @@ def target_findings(
     for index, workload in enumerate(workloads):
         if workload.share is None or workload.share <= REACHABLE_SHARE:
             continue
-        path = f"{request.workload_path(index)}.min_output_tokens_per_s"
+        as_share = request.workloads[index].min_share_of_ceiling is not None
+        key = "min_share_of_ceiling" if as_share else "min_output_tokens_per_s"
+        path = f"{request.workload_path(index)}.{key}"
         if workload.share > 1:
             faults.append(Fault(path, _impossible(workload)))
         else:

@@ -38,6 +38,8 @@ class When:
         speculation: Speculative decoding method, any of these.
         weight_scales: `tensor` or `block`, any of these.
         beyond_sliding_window: Whether `max_seq_len` exceeds the model's sliding window.
+        beyond_original_context: Whether `max_seq_len` exceeds the context up to which a LongRoPE
+            model's short factors hold.
     """
 
     architecture: Listed[str] | None = None
@@ -53,6 +55,7 @@ class When:
     speculation: Listed[str] | None = None
     weight_scales: Listed[str] | None = None
     beyond_sliding_window: bool | None = None
+    beyond_original_context: bool | None = None
 
     def __post_init__(self) -> None:
         if all(condition is None for condition in asdict(self).values()):
@@ -68,8 +71,7 @@ class When:
             raise ValueError(f"unknown facts {sorted(unknown)}; known are {sorted(_FACTS)}")
         runtime, runtime_version = request.runtime
         cuda = _version(request.facts.get("cuda", ""))[:2]
-        window = request.shape.sliding_window
-        beyond = window is not None and request.limits.max_seq_len > window
+        shape, context = request.shape, request.limits.max_seq_len
         any_of: list[tuple[tuple[Any, ...] | None, Any]] = [
             (self.architecture, request.shape.architecture),
             (self.format, request.format),
@@ -86,7 +88,9 @@ class When:
             self.cuda_below is None or (bool(cuda) and cuda < _version(self.cuda_below)),
             self.runtime_version_from is None
             or _version(runtime_version) >= _version(self.runtime_version_from),
-            self.beyond_sliding_window is None or self.beyond_sliding_window == beyond,
+            self.beyond_sliding_window in {None, _beyond(shape.sliding_window, context)},
+            self.beyond_original_context
+            in {None, _beyond(shape.original_max_position_embeddings, context)},
         ]
         return all(compared) and all(
             allowed is None or value in allowed for allowed, value in any_of
@@ -134,6 +138,10 @@ def parse_table(text: str) -> tuple[KnownBad, ...]:
     if len(set(ids)) < len(ids):
         raise ValueError(f"two rows share an id: {sorted(ids)}")
     return rows
+
+
+def _beyond(edge: int | None, context: int) -> bool:
+    return edge is not None and context > edge
 
 
 def _version(text: str) -> tuple[int, ...]:

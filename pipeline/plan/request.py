@@ -24,6 +24,8 @@ class PlannedWorkload:
         osl: Output sequence length, tokens generated for each prompt.
         min_output_tokens_per_s: Wanted output tokens per second of the whole batch; None for a
             workload that is measured without a target.
+        min_share_of_ceiling: The same as a share of this workload's ceiling, above 0 and at most 1;
+            None where the target is a rate or there is none.
         path: Config path of this workload, for faults; by default `acceptance.targets[<index>]`.
     """
 
@@ -32,6 +34,7 @@ class PlannedWorkload:
     isl: int
     osl: int
     min_output_tokens_per_s: float | None = None
+    min_share_of_ceiling: float | None = None
     path: str = ""
 
 
@@ -53,6 +56,8 @@ class PlanRequest:
             empty version where it is not known.
         facts: Further conditions of the known-bad table: `cuda` (version), `speculation`
             (such as `mtp`), `weight_scales` (`tensor` or `block`; by default `tensor`).
+        judged_positions: Tokens of held-out text whose predictions acceptance compares with the
+            source's, which it keeps; 0 where the whole model is not run.
     """
 
     name: str
@@ -65,6 +70,7 @@ class PlanRequest:
     workloads: tuple[PlannedWorkload, ...] = ()
     runtime: tuple[str, str]
     facts: Mapping[str, str] = field(default_factory=dict)
+    judged_positions: int = 0
 
     def workload_path(self, index: int) -> str:
         """Config path of one workload."""

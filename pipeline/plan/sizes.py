@@ -25,6 +25,10 @@ _RTX_PROFILES = 2  # prefill and decode
 _QUANTIZE_BASE_BYTES = 3_200_000_000
 """Libraries, calibration activations and GGUF loading: what the model does not explain of the 3.9
 GB peak RSS of quantizing SmolLM2 on a CPU (ModelOpt 0.47; our measurement, 2026-11-24)."""
+_LOGPROB_BYTES = 2
+_PER_POSITION_BYTES = 8
+"""What acceptance keeps of the source for each position: float16 log-probabilities of the whole
+vocabulary, a float32 likelihood and an int32 token (pipeline.acceptance.quality)."""
 _RTX_RSS_PER_DATA_BYTE = 3.3
 """Peak RSS of a TensorRT-RTX build over the bytes of the graph's weights: 13.2 GB for 4.02 GB
 (Phi-3-mini's shape), 4.15 for 1.30 (8 layers of it); whatever the profiles. Measured 2026-11-24."""
@@ -114,7 +118,7 @@ class BuildNeeds:
 
     Attributes:
         disk_bytes: Artefact -> bytes, all kept at once: fetched weights (16-bit), checkpoint, what
-            the compiler reads, engine.
+            the compiler reads, engine, the source's log-probabilities on the held-out text.
         quantize_ram_bytes: Peak RSS of quantizing on a CPU, in float32.
         compile_ram_bytes: Peak RSS of the compiler; 0 where nothing is compiled.
         source: Where the two RAM figures come from.
@@ -136,6 +140,9 @@ def build_needs(request: PlanRequest, sizes: Sizes) -> BuildNeeds:
     compile_ram = 0
     if request.format != "checkpoint":
         disk |= {"converted": sizes.weight_bytes, "engine": sizes.engine_bytes}
+    if request.judged_positions:
+        row = _LOGPROB_BYTES * request.shape.vocab_size + _PER_POSITION_BYTES
+        disk["source_logprobs"] = request.judged_positions * row
     if request.format == "trtrtx":
         compile_ram = int(max(_RTX_RSS_MIN_BYTES, _RTX_RSS_PER_DATA_BYTE * sizes.weight_bytes))
         source += "; compile: 3.3 x the graph's weights, measured 2026-11-24"

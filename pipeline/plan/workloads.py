@@ -22,7 +22,7 @@ class WorkloadPlan:
         ceiling: Most output tokens per second while it decodes, reading its KV cache.
         ceiling_without_kv: The same if no cache had to be read.
         bound: `memory` or `compute`: what sets the ceiling.
-        target: Wanted output tokens per second, or None.
+        target: Wanted output tokens per second, or None; a wanted share of the ceiling counts.
         share: Target over ceiling, or None.
         reachable_batch: Smallest batch at which the target is reachable; None where there is no
             target, or no such batch that fits.
@@ -55,7 +55,10 @@ def plan_workload(
     """Ceilings of one workload."""
     context = roofline.mean_context(workload.isl, workload.osl)
     ceiling = roofline.decode_tokens_per_s(workload.batch, context)
-    target = workload.min_output_tokens_per_s
+    share = workload.min_share_of_ceiling
+    target = workload.min_output_tokens_per_s if share is None else share * ceiling
+    if share is None and target is not None:
+        share = target / ceiling
     total = workload.isl + workload.osl
     # A static cache holds every sequence at full context, however short it is.
     held = request.limits.max_seq_len if fit.static_kv_bytes else total
@@ -68,7 +71,7 @@ def plan_workload(
         ceiling_without_kv=roofline.decode_tokens_per_s(workload.batch, 0),
         bound=roofline.decode_bound(workload.batch, context),
         target=target,
-        share=None if target is None else target / ceiling,
+        share=share,
         reachable_batch=(
             None
             if target is None

@@ -21,6 +21,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from pipeline.errors import CorruptError, IncompatibleError, NotFoundError, Pipe
 from pipeline.hf import quiet
 from pipeline.settings import STRICT
 from pipeline.sources import store
-from pipeline.sources.files import SINGLE, check_weights, licence_of, read_json_object, terms_files
+from pipeline.sources.files import SINGLE, check_weights, read_json_object, terms_files
 from pipeline.sources.progress import shown
-from pipeline.stages import FileDigest, Weights, digest_of
+from pipeline.sources.terms import check_notice
+from pipeline.stages import FileDigest, Licence, Redistribution, Weights, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class EmbeddedSource:
         file: Name of the GGUF file in the package.
         sha256: Its digest (64 hex digits): what a commit is to a Hub source.
         licence: SPDX identifier.
+        redistribution: Whether that licence lets a package go where everybody can read it.
+        notice: Text that must travel with the weights.
     """
 
     package: str
@@ -57,8 +61,11 @@ class EmbeddedSource:
     file: str
     sha256: str
     licence: str
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
 
     def __post_init__(self) -> None:
+        check_notice(self.redistribution, self.notice)
         if not re.fullmatch(r"[\w.-]+==[\w.]+", self.requirement):
             raise ValueError(
                 f"requirement ({self.requirement!r}) must be <distribution>==<version>"
@@ -70,6 +77,11 @@ class EmbeddedSource:
     def origin(self) -> str:
         """For people and the manifest."""
         return f"embedded:{self.requirement}/{self.file}"
+
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence."""
+        return Licence(spdx=self.licence, redistribution=self.redistribution, notice=self.notice)
 
     def fetch(self) -> Weights:
         """Convert the GGUF, unless the cache holds the result.
@@ -92,7 +104,7 @@ class EmbeddedSource:
             origin=self.origin,
             commit=None,
             files=files,
-            licence=licence_of(self.licence, [file.path for file in files]),
+            licence=replace(self.terms, files=terms_files(file.path for file in files)),
             note=f"dequantized from {self.file}: these weights were 4-bit once (GGUF) and are not "
             "the BF16 weights that the model's Hub repository holds",
         )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CorruptError, Fault, NotFoundError, RecipeError
-from pipeline.stages import Licence
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -104,11 +103,6 @@ def terms_files(names: Iterable[str]) -> tuple[str, ...]:
             if _TERMS.match(name) and "/" not in name and not name.endswith((".py", *_PICKLES))
         )
     )
-
-
-def licence_of(spdx: str, names: Iterable[str]) -> Licence:
-    """The terms that a source states, with the files that say so."""
-    return Licence(spdx=spdx, files=terms_files(names))
 
 
 def weight_files(names: Collection[str], folder: Path, where: str) -> tuple[str, ...]:

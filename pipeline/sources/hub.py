@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -21,12 +22,13 @@ from pipeline.sources import store
 from pipeline.sources.files import (
     check_listing,
     check_weights,
-    licence_of,
     support_files,
+    terms_files,
     weight_files,
 )
 from pipeline.sources.progress import shown
-from pipeline.stages import FileDigest, Weights
+from pipeline.sources.terms import check_notice
+from pipeline.stages import FileDigest, Licence, Redistribution, Weights
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +45,23 @@ class HubSource:
         licence: SPDX identifier, or `LicenseRef-...` for terms that have none.
         gated: Its files need an account that accepted the licence; the token is then missed
             before anything is asked of the network.
+        redistribution: Whether the licence lets a package go where everybody can read it.
+        notice: Text that must travel with the weights.
+        acknowledge_licence: Repeats `licence` once you have read it; gated weights are published
+            only then.
     """
 
     repo_id: str
     revision: str
     licence: str
     gated: bool = False
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
+    acknowledge_licence: str | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", self.repo_id) or re.search(
-            r"--|\.\.", self.repo_id
-        ):
+        check_notice(self.redistribution, self.notice)
+        if not is_repo_id(self.repo_id):
             raise ValueError(f"repo_id ({self.repo_id!r}) must be <owner>/<name>, as on the Hub")
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             raise ValueError(
@@ -65,6 +73,18 @@ class HubSource:
     def origin(self) -> str:
         """For people and the manifest."""
         return f"hub:{self.repo_id}"
+
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence."""
+        return Licence(
+            spdx=self.licence,
+            redistribution=self.redistribution,
+            notice=self.notice,
+            gated=self.gated,
+            acknowledged=self.acknowledge_licence,
+            read_at=f"the page of {self.repo_id} on the Hub",
+        )
 
     def fetch(self) -> Weights:
         """Download what the cache lacks. With a complete cache, neither network nor token.
@@ -89,7 +109,7 @@ class HubSource:
             origin=self.origin,
             commit=self.revision,
             files=files,
-            licence=licence_of(self.licence, [file.path for file in files]),
+            licence=replace(self.terms, files=terms_files(file.path for file in files)),
         )
 
     def _download(self, folder: Path) -> tuple[FileDigest, ...]:
@@ -130,6 +150,11 @@ class HubSource:
         partial.rename(folder)
         log.info("Fetched %s, %.1f MB", where, sum(file.size_bytes for file in files) / 1e6)
         return tuple(files)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    return bool(re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", text)) and not re.search(r"--|\.\.", text)
 
 
 def _partial_folder(folder: Path) -> Path:

@@ -28,6 +28,7 @@ from pipeline.cache import sha256_file
 from pipeline.errors import (
     AccessError,
     CorruptError,
+    IncompatibleError,
     NotFoundError,
     PipelineError,
     TransientError,
@@ -44,6 +45,21 @@ _MAX_WAIT_S = 300.0
 _CHUNK_BYTES = 1 << 16
 
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepoFacts:
+    """What the Hub says about a repository at a revision.
+
+    Attributes:
+        commit: The full commit that the revision names.
+        gated: Its files need an account that accepted the licence.
+        licence: The repository's licence tag, such as `apache-2.0`; None where it states none.
+    """
+
+    commit: str
+    gated: bool
+    licence: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +104,22 @@ class HubClient:
 
     Args:
         repo_id: Such as `microsoft/Phi-3-mini-4k-instruct`.
-        revision: Full commit.
+        revision: Full commit; for `describe` also a branch or tag.
         repo_type: What it holds.
+
+    Raises:
+        IncompatibleError: `huggingface_hub` is not installed.
     """
 
     def __init__(
         self, repo_id: str, revision: str, repo_type: Literal["model", "dataset"] = "model"
     ) -> None:
-        from huggingface_hub import constants
+        try:
+            from huggingface_hub import constants
+        except ImportError as error:
+            raise IncompatibleError(
+                "the Hub needs huggingface_hub: pip install 'enginesmith[build]'"
+            ) from error
 
         self._repo_id = repo_id
         self._revision = revision
@@ -105,6 +129,39 @@ class HubClient:
         # At INFO this library logs addresses of the CDN, whose signatures grant access.
         logging.getLogger("httpx").setLevel(logging.WARNING)
 
+    def describe(self) -> RepoFacts:
+        """The commit that the revision names, and the repository's terms.
+
+        Raises:
+            NotFoundError: No such repository or revision.
+            AccessError: It is private, or the token is not valid.
+            TransientError: The network or the Hub fails again and again.
+        """
+        info = self._info(files_metadata=False)
+        if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+            raise PipelineError(
+                f"{self._endpoint} gives no commit for {self._repo_id}@{self._revision}; use an "
+                "endpoint that does (unset HF_ENDPOINT)"
+            )
+        tags = (tag.partition(":") for tag in info.tags or ())
+        licence = next((value for kind, _, value in tags if kind == "license"), None)
+        return RepoFacts(commit=info.sha, gated=bool(info.gated), licence=licence)
+
+    def _info(self, *, files_metadata: bool) -> Any:
+        """The Hub's answer about the repository at the revision."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self._endpoint, token=self._token or False)
+        return self._patiently(
+            lambda: api.repo_info(
+                self._repo_id,
+                revision=self._revision,
+                repo_type=self._repo_type,
+                files_metadata=files_metadata,
+                timeout=_TIMEOUT_S,
+            )
+        )
+
     def list_files(self) -> dict[str, RemoteFile]:
         """The commit's files by name.
 
@@ -113,18 +170,7 @@ class HubClient:
             AccessError: It is private, or the token is not valid.
             TransientError: The network or the Hub fails again and again.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(endpoint=self._endpoint, token=self._token or False)
-        info = self._patiently(
-            lambda: api.repo_info(
-                self._repo_id,
-                revision=self._revision,
-                repo_type=self._repo_type,
-                files_metadata=True,
-                timeout=_TIMEOUT_S,
-            )
-        )
+        info = self._info(files_metadata=True)
         if info.sha != self._revision:
             raise CorruptError(
                 f"{self._endpoint} answered with commit {info.sha}, asked for {self._revision}"
@@ -278,7 +324,8 @@ class HubClient:
             RevisionNotFoundError,
         )
 
-        page = f"{self._endpoint}/{self._repo_id}"
+        folder = "datasets/" if self._repo_type == "dataset" else ""
+        page = f"{self._endpoint}/{folder}{self._repo_id}"
         if isinstance(error, GatedRepoError) or status == 403:
             step = (
                 f"the token in HF_TOKEN has no access: accept the licence at {page} with its "
@@ -289,14 +336,14 @@ class HubClient:
             raise AccessError(f"{self._repo_id} is gated; {step}") from error
         if isinstance(error, RevisionNotFoundError):
             raise NotFoundError(
-                f"{self._repo_id} has no commit {self._revision}; copy the full commit from "
+                f"{self._repo_id} has no revision {self._revision}; copy the full commit from "
                 f"{page}/commits/main"
             ) from error
         if isinstance(error, RepositoryNotFoundError) or status == 404:
             step = "the token in HF_TOKEN may not see it" if self._token else "HF_TOKEN is not set"
             raise NotFoundError(
-                f"{self._endpoint} has no model {self._repo_id} (or it is private and {step}); "
-                "check the spelling of source.repo_id"
+                f"{self._endpoint} has no {self._repo_type} {self._repo_id} (or it is private and "
+                f"{step}); check the spelling of repo_id"
             ) from error
         if status == 401:
             step = (

@@ -6,6 +6,7 @@ keeps size and time is still noticed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -16,13 +17,14 @@ from pipeline.settings import STRICT, PathField
 from pipeline.sources.files import (
     check_listing,
     check_weights,
-    licence_of,
     support_files,
+    terms_files,
     weight_files,
 )
 from pipeline.sources.progress import shown
 from pipeline.sources.store import disk_faults_explained
-from pipeline.stages import FileDigest, Weights
+from pipeline.sources.terms import check_notice
+from pipeline.stages import FileDigest, Licence, Redistribution, Weights
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,16 +33,29 @@ class LocalSource:
 
     Attributes:
         path: Folder with `config.json`, safetensors and a tokenizer.
-        licence: SPDX identifier of the terms that its weights are under.
+        licence: SPDX identifier of the terms that its weights are under; those of the model that
+            was fine-tuned count too.
+        redistribution: Whether that licence lets a package go where everybody can read it.
+        notice: Text that must travel with the weights.
     """
 
     path: PathField
     licence: str
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
+
+    def __post_init__(self) -> None:
+        check_notice(self.redistribution, self.notice)
 
     @property
     def origin(self) -> str:
         """For people and the manifest; without parent folders, which are nobody else's business."""
         return f"local:{self.path.name}"
+
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence."""
+        return Licence(spdx=self.licence, redistribution=self.redistribution, notice=self.notice)
 
     def fetch(self) -> Weights:
         """Check the folder and hash what a build needs of it.
@@ -65,7 +80,7 @@ class LocalSource:
             origin=self.origin,
             commit=None,
             files=files,
-            licence=licence_of(self.licence, present),
+            licence=replace(self.terms, files=terms_files(present)),
         )
 
 

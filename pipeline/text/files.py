@@ -56,6 +56,11 @@ class HubText:
                 f"revision {self.revision!r} must be a full commit (40 hex digits), so that "
                 "the calibration text cannot change under a build"
             )
+        parts = self.file.split("/")
+        if not all(parts) or {".", ".."} & set(parts):
+            raise ValueError(
+                f"file {self.file!r} must be a path in the repository, such as a/b.txt"
+            )
 
     @property
     def origin(self) -> str:

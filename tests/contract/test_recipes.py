@@ -12,6 +12,7 @@ MAX_LINES = 25
 
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
 SHAPES = sorted(path.stem for path in data_dir("recipes").glob("shapes/*.yaml"))
+COMPILERS = sorted(path.stem for path in data_dir("conf").glob("compiler/*.yaml"))
 OPTIONS = sorted((path.parent.name, path.stem) for path in data_dir("conf").glob("*/*.yaml"))
 
 
@@ -41,11 +42,30 @@ def test_recipe_becomes_objects(recipe: str) -> None:
     assert job.value.name == recipe
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_can_be_planned(recipe: str) -> None:
+def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -> None:
+    from pipeline.build import plan_of
+
+    job = loaded(recipe, f"compiler={compiler}", "target=rtx4090")
+    assert job.faults == ()
+    assert job.value.compiler.format == compiler
+    plan = plan_of(job.value)
+    assert plan.faults == ()
+    assert [note for note in plan.notes if note.severity == "warning"] == []
+    assert plan.fit.full_length_sequences >= 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_can_be_planned_as_it_is(recipe: str) -> None:
     from pipeline.build import plan_of
 
     assert plan_of(loaded(recipe).value).faults == ()
+
+
+def test_what_is_compiled_by_default_has_a_runner_of_its_name() -> None:
+    runners = {option for group, option in OPTIONS if group == "runner"}
+    assert set(COMPILERS) <= runners
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -39,7 +39,7 @@ def ask(shape_of: Callable[[str], ModelShape], target_of: Callable[[str], Target
     """A request that plans cleanly: Llama 3.1 for vLLM on an RTX 4090; keywords change it."""
 
     def request(
-        shape: str = "llama3.1",
+        shape: str | ModelShape = "llama3.1",
         target: str = "rtx4090",
         *,
         max_batch_size: int = 8,
@@ -55,8 +55,8 @@ def ask(shape_of: Callable[[str], ModelShape], target_of: Callable[[str], Target
             kv_cache_dtype=kv_cache_dtype,
         )
         asked: dict[str, Any] = {
-            "name": shape,
-            "shape": shape_of(shape),
+            "name": shape if isinstance(shape, str) else "own",
+            "shape": shape_of(shape) if isinstance(shape, str) else shape,
             "target": target_of(target),
             "format": "checkpoint",
             "quantization": "fp8",

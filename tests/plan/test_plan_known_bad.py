@@ -7,12 +7,20 @@ import pytest
 
 from pipeline.plan import PlanRequest, make_plan
 from pipeline.plan.known_bad import known_bad_table, matching_rows, parse_table
+from pipeline.shapes import ModelShape
 
 Ask = Callable[..., PlanRequest]
 RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "float16"}
 TRTLLM = {"format": "trtllm", "runtime": ("tensorrt-llm", "1.2.1")}
 BLOCK = {"facts": {"weight_scales": "block"}}
 MTP = {"facts": {"speculation": "mtp"}}
+
+LONGROPE = ModelShape(
+    architecture="Phi3ForCausalLM", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+    num_attention_heads=24, num_key_value_heads=8, head_dim=128, vocab_size=200064,
+    max_position_embeddings=131072, rope_theta=10000.0, rope_type="longrope",
+    original_max_position_embeddings=4096, tie_word_embeddings=True, sliding_window=262144,
+)  # fmt: skip
 
 # Row -> a request that meets it, and changes that lead to neighbours which do not.
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -73,6 +81,10 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "context-beyond-sliding-window": (
         {"shape": "phi3", "max_seq_len": 2048},
         [{"max_seq_len": 2047}, {"shape": "llama3.1"}],
+    ),
+    "longrope-beyond-original-context": (
+        {"shape": LONGROPE, "max_seq_len": 4097},
+        [{"max_seq_len": 4096}, {"shape": "phi3", "max_seq_len": 2047}],
     ),
 }
 

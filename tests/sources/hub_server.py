@@ -1,8 +1,9 @@
 """A Hub of one tiny repository on loopback, with a CDN on another host, and faults on demand.
 
 It speaks what `huggingface_hub` 1.33 and the Hub say to each other: `/api/models/.../revision/...`
-with blobs, `/resolve/` with a relative redirect for files in git and one to the CDN for LFS files,
-their headers, and `Range`. `test_hub_source.py` lets the library itself download from it.
+(or `/api/datasets/...`) with blobs, `/resolve/` with a relative redirect for files in git and one
+to the CDN for LFS files, their headers, and `Range`. `test_hub_source.py` and `test_hub_dataset.py`
+let the library itself download from it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from tests.sources.tiny_model import tiny_repository
@@ -44,6 +45,8 @@ class HubServer:
         retry: Headers that go with `statuses` and `always`.
         cut: Path -> after how many bytes the CDN ends the next connection.
         stall: Like `cut`, but the connection stays open and silent.
+        kind: What the repository holds.
+        tags: What it is tagged with, such as its licence.
         gated: Files need `TOKEN`; a token that is not `TOKEN` has no access.
         ignore_range: The CDN always sends whole files.
         requests: All that was asked.
@@ -56,6 +59,8 @@ class HubServer:
     retry: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     stall: dict[str, int] = field(default_factory=dict)
+    kind: Literal["model", "dataset"] = "model"
+    tags: tuple[str, ...] = ()
     gated: bool = False
     ignore_range: bool = False
     requests: list[Request] = field(default_factory=list)
@@ -82,7 +87,7 @@ class HubServer:
         return [request for request in self.requests if request.path == f"/cdn/{name}"]
 
     def is_lfs(self, name: str) -> bool:
-        return name.endswith((".safetensors", ".bin", ".pth"))
+        return name.endswith((".safetensors", ".bin", ".pth", ".parquet"))
 
     def listing(self) -> dict[str, Any]:
         """Answer of the API, shaped as the Hub's."""
@@ -99,7 +104,7 @@ class HubServer:
             siblings.append(entry)
         return {
             "_id": "1", "id": REPO, "modelId": REPO, "sha": COMMIT, "private": False,
-            "gated": "manual" if self.gated else False, "disabled": False, "tags": [],
+            "gated": "manual" if self.gated else False, "disabled": False, "tags": list(self.tags),
             "downloads": 0, "likes": 0, "siblings": siblings,
         }  # fmt: skip
 
@@ -153,14 +158,15 @@ def _hub_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if status is not None:
                 return self.reply(status, b"{}", **hub.retry)
             path = urlsplit(self.path).path
-            api, resolve = f"/api/models/{REPO}/revision/", f"/{REPO}/resolve/"
-            in_git = f"/api/resolve-cache/models/{REPO}/{COMMIT}/"
+            folder = "datasets/" if hub.kind == "dataset" else ""
+            api, resolve = f"/api/{hub.kind}s/{REPO}/revision/", f"/{folder}{REPO}/resolve/"
+            in_git = f"/api/resolve-cache/{hub.kind}s/{REPO}/{COMMIT}/"
             if path.startswith(in_git):
                 return self.content(path.removeprefix(in_git))
             if not path.startswith((api, resolve)):
                 return self.reply(404, X_Error_Code="RepoNotFound")
             if path.startswith(api):
-                if path != api + COMMIT:
+                if path not in {api + COMMIT, api + "main"}:
                     return self.reply(404, X_Error_Code="RevisionNotFound")
                 return self.reply(200, json.dumps(hub.listing()).encode())
             token = self.headers.get("Authorization")

@@ -46,7 +46,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes 
 
 
 def source(**changes: str) -> EmbeddedSource:
-    settings = {
+    settings: dict[str, Any] = {
         "package": "carrier",
         "requirement": "car-rier==1.2",
         "file": "tiny.gguf",

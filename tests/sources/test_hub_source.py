@@ -308,7 +308,7 @@ def test_unknown_repository_is_not_found(hub: HubServer) -> None:
 def test_unknown_commit_is_not_found(hub: HubServer) -> None:
     other = HubSource(repo_id=REPO, revision="f" * 40, licence="MIT")
 
-    with pytest.raises(NotFoundError, match=f"no commit {'f' * 40}"):
+    with pytest.raises(NotFoundError, match=f"no revision {'f' * 40}"):
         other.fetch()
 
 

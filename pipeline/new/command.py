@@ -1,0 +1,217 @@
+"""Make a recipe of a model: read it, find its sizes, prove that it plans, and write it."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.build import Recipe, plan_of
+from pipeline.config.closest import suggestion
+from pipeline.config.folders import ConfigFolders, config_folders
+from pipeline.config.load import load
+from pipeline.errors import ConflictError, Fault, RecipeError
+from pipeline.new.fitting import Fitted, largest, model_shape, smallest, targets
+from pipeline.new.origin import Origin, read_origin
+from pipeline.new.place import place
+from pipeline.new.text import recipe_text, shape_text, sizes_text
+from pipeline.registry.reference import check_part
+from pipeline.shapes import ModelShape
+from pipeline.stages import Format
+
+COMPILERS: tuple[Format, ...] = ("trtllm", "trtrtx", "checkpoint")
+"""Options that a new recipe has sizes for, each called like its format; the first that fits is the
+recipe's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRecipe:
+    """What was written.
+
+    Attributes:
+        folder: Where to.
+        files: Paths below it, the recipe last.
+        sizes: Compiler -> its sizes; the recipe's own compiler first.
+        left_out: Compiler -> why it has no sizes.
+        source: What the recipe says about its weights.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    sizes: Mapping[str, Fitted]
+    left_out: Mapping[str, str]
+    source: Mapping[str, Any]
+
+
+def new_recipe(
+    name: str, *, origin: str, revision: str | None, target: str, config_dir: Path | None
+) -> NewRecipe:
+    """Write a recipe that loads and plans without faults: all of its files, or none.
+
+    Args:
+        name: Of the recipe.
+        origin: A Hub repository or a folder.
+        revision: On the Hub; None for its main branch.
+        target: Option of the group `target`.
+        config_dir: Where to write; None for `./recipes`, or `.` where that does not exist.
+
+    Raises:
+        ConflictError: There is such a recipe, or one of its files.
+        RecipeError: A bad name or target, an unsupported model, or one that does not fit.
+        OSError: The files cannot be written.
+        PipelineError: As `read_origin`.
+    """
+    check_part("name", name)
+    folders = config_folders(config_dir)
+    folder = config_dir or (Path("recipes") if Path("recipes").is_dir() else Path())
+    _check_free(name, folder, folders)
+    known = folders.options("target")
+    if target not in known:
+        message = f"there is no option {target!r}; {suggestion(target, known)}"
+        raise RecipeError([Fault("--target", message)])
+    found = read_origin(origin, revision)
+    draft = _Draft(name=name, target=target, origin=found, shape=model_shape(found.config))
+    sizes, left_out = _fit(draft, folders)
+    texts = draft.texts(sizes)
+    with _staged(texts, folders) as staged:
+        for compiler in sizes:
+            if faults := plan_of(_loaded(name, compiler, staged)).faults:
+                raise RecipeError(faults)
+    place(texts, folder)
+    return NewRecipe(
+        folder=folder,
+        files=tuple(texts),
+        sizes=sizes,
+        left_out=left_out,
+        source=found.source,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """A recipe whose sizes are not known yet."""
+
+    name: str
+    target: str
+    origin: Origin
+    shape: ModelShape
+
+    def texts(self, sizes: Mapping[str, Fitted]) -> dict[Path, str]:
+        """Path -> content of every file, the recipe last: what makes the others count."""
+        batch = min(fitted.batch for fitted in sizes.values())
+        context = min(fitted.context for fitted in sizes.values())
+        files = {
+            Path("sizes", self.name, f"{compiler}.yaml"): sizes_text(fitted.settings, self.target)
+            for compiler, fitted in sizes.items()
+        }
+        files[Path("shapes", f"{self.name}.yaml")] = shape_text(self.shape, self.origin.described)
+        files[Path(f"{self.name}.yaml")] = recipe_text(
+            name=self.name,
+            option=self.origin.option,
+            source=self.origin.source,
+            target=self.target,
+            compiler=next(iter(sizes)),
+            targets=targets(batch, context),
+            window_tokens=context if context < _WINDOW_TOKENS else None,
+        )
+        return files
+
+
+_WINDOW_TOKENS = 256
+"""`window_tokens` of conf/acceptance/cpu.yaml, which needs as much context."""
+
+
+def _check_free(name: str, folder: Path, folders: ConfigFolders) -> None:
+    """Refuse a name that is taken: nothing is ever overwritten.
+
+    Raises:
+        ConflictError: It is.
+    """
+    own = [folder / "shapes" / f"{name}.yaml", folder / "sizes" / name]
+    taken = [folders.recipe_dir(name), folders.conf if name == "build" else None]
+    where = [f"{found}/{name}.yaml" for found in taken if found is not None]
+    where += [str(path) for path in own if path.exists()]
+    if where:
+        raise ConflictError(
+            f"{where[0]} exists, and is not overwritten; choose another name, or remove it first"
+        )
+
+
+def _fit(draft: _Draft, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict[str, str]]:
+    """Sizes of every compiler that can have some, and why the others have none.
+
+    Raises:
+        RecipeError: None can.
+    """
+    sizes: dict[str, Fitted] = {}
+    refused: dict[str, RecipeError] = {}
+    for compiler in COMPILERS:
+        if compiler not in folders.options("compiler"):
+            continue
+        texts = draft.texts({compiler: smallest(compiler, draft.shape)})
+        with _staged(texts, folders) as staged:
+            recipe = _loaded(draft.name, compiler, staged)
+        try:
+            sizes[compiler] = largest(recipe)
+        except RecipeError as error:
+            refused[compiler] = error
+    if not sizes:
+        raise next(iter(refused.values()))
+    return sizes, {compiler: str(error) for compiler, error in refused.items()}
+
+
+@contextlib.contextmanager
+def _staged(texts: Mapping[Path, str], folders: ConfigFolders) -> Iterator[ConfigFolders]:
+    """The files in a private folder, and the search path that finds them there."""
+    with tempfile.TemporaryDirectory(prefix="enginesmith-new-") as private:
+        for path, text in texts.items():
+            (Path(private) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(private) / path).write_text(text, "utf-8")
+        yield ConfigFolders(recipes=(Path(private), *folders.recipes), conf=folders.conf)
+
+
+def _loaded(name: str, compiler: str, folders: ConfigFolders) -> Recipe:
+    """The recipe as an object.
+
+    Raises:
+        RecipeError: It has faults.
+    """
+    loaded = load(name, [f"compiler={compiler}"], folders=folders)
+    (job,) = loaded.jobs
+    if faults := (*loaded.faults, *job.faults):
+        raise RecipeError(faults)
+    recipe: Recipe = job.value
+    return recipe
+
+
+def report(new: NewRecipe, config_dir: Path | None) -> Sequence[str]:
+    """Lines for people: what was written, and the next two commands."""
+    lines = ["Wrote"] + [f"  {new.folder / path}" for path in reversed(new.files)]
+    for compiler, fitted in new.sizes.items():
+        settings = fitted.settings
+        cache = settings.get("kv_cache_dtype", "static, 16-bit")
+        lines.append(
+            f"{compiler}: batch {settings['max_batch_size']} x context {fitted.context}, "
+            f"KV cache {cache}"
+        )
+    lines += [f"{compiler} has no sizes: {why}" for compiler, why in new.left_out.items()]
+    source = new.source
+    if source.get("redistribution", "forbidden") == "forbidden":
+        lines.append(
+            f"licence: {source['licence']}, so no public registry takes its packages; state "
+            "source.licence and source.redistribution in the recipe"
+        )
+    if source.get("gated"):
+        lines.append(
+            "gated: to publish, read the licence and set "
+            f"source.acknowledge_licence={source['licence']}"
+        )
+    elsewhere = config_dir if config_dir is not None else new.folder
+    searched = elsewhere.resolve() == Path("recipes").resolve()
+    option = "" if searched else f" --config-dir {shlex.quote(str(elsewhere))}"
+    name = new.files[-1].stem
+    return [*lines, "Next", *(f"  enginesmith {word} {name}{option}" for word in ("plan", "build"))]

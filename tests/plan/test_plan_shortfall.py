@@ -1,0 +1,100 @@
+"""A model that does not fit: by how much, and the largest that does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from pipeline.errors import Fault
+from pipeline.hardware import GIB
+from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
+from pipeline.plan.fit import PAGED_SHARE
+
+Ask = Callable[..., PlanRequest]
+RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "bfloat16"}
+TRTLLM = {"format": "trtllm", "runtime": ("tensorrt-llm", "1.2.1")}
+
+
+def only_fault(request: PlanRequest) -> Fault:
+    (fault,) = make_plan(request).faults
+    return fault
+
+
+def gib_said(message: str, before: str, after: str) -> float:
+    """The one figure in GiB between two words of a message."""
+    (figure,) = re.findall(rf"{before}([\d.]+) GiB{after}", message)
+    return float(figure)
+
+
+@pytest.mark.parametrize("settings", [TRTLLM, RTX], ids=["paged", "static"])
+def test_a_model_too_large_says_by_how_much(settings: dict[str, object], ask: Ask) -> None:
+    request = ask(max_batch_size=1, max_seq_len=64, max_num_tokens=64, **settings)
+    small = replace(request, target=replace(request.target, memory_gib=8.0))
+    fault = only_fault(small)
+    assert fault.path == "target"
+    assert "does not fit rtx4090, by " in fault.message
+    missing = gib_said(fault.message, "by ", ": weights")
+
+    share = 1.0 if settings is RTX else PAGED_SHARE
+    enough = 8.0 + (missing + 0.01) / share
+    for gib, fits in [(enough, True), (enough - 0.03, False)]:
+        tried = replace(small, target=replace(request.target, memory_gib=gib))
+        faults = [fault.path for fault in make_plan(tried).faults]
+        assert ("target" not in faults) == fits, gib
+
+
+def test_a_paged_workload_too_large_says_by_how_much_and_the_largest_batch(ask: Ask) -> None:
+    load = PlannedWorkload(name="long", batch=64, isl=2048, osl=2048)
+    request = ask("llama3.1", max_batch_size=64, max_seq_len=4096, workloads=(load,), **TRTLLM)
+    plan = make_plan(request)
+    fault = only_fault(request)
+    assert fault.path == "acceptance.targets[0].batch"
+    needed = 64 * 4096 * plan.fit.kv_bytes_per_token
+    said = gib_said(fault.message, ", ", " more than")
+    assert said == pytest.approx((needed - plan.fit.kv_budget_bytes) / GIB, abs=0.01)
+
+    largest = int(fault.message.rpartition(" ")[2])
+    for batch, fits in [(largest, True), (largest + 1, False)]:
+        tried = replace(request, workloads=(replace(load, batch=batch),))
+        assert (not make_plan(tried).faults) == fits, batch
+
+
+def test_a_static_cache_too_large_says_by_how_much(ask: Ask) -> None:
+    request = ask("llama3.1", max_batch_size=64, max_seq_len=4096, max_num_tokens=4096, **RTX)
+    plan = make_plan(request)
+    fault = only_fault(request)
+    said = gib_said(fault.message, "GiB, ", " more than")
+    short = plan.fit.static_kv_bytes - plan.fit.kv_budget_bytes
+    assert said == pytest.approx(short / GIB, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", ["llama3.1", "mistral", "qwen2.5"])
+def test_context_is_bounded_by_what_the_model_was_trained_for(shape: str, ask: Ask) -> None:
+    longest = ask(shape).shape.max_position_embeddings
+    request = ask(shape, kv_cache_dtype="bfloat16", max_seq_len=longest + 1)
+    assert [fault.path for fault in make_plan(request).faults] == ["compiler.max_seq_len"]
+    request = ask(shape, kv_cache_dtype="bfloat16", max_seq_len=longest)
+    assert make_plan(request).faults == ()
+
+
+def test_longrope_model_may_use_all_of_its_context_and_hears_of_the_edge(ask: Ask) -> None:
+    base = ask("phi3")
+    phi4 = replace(
+        base.shape,
+        rope_type="longrope",
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        num_key_value_heads=8,
+        sliding_window=262144,
+    )
+    for context, notes in [(4096, 0), (4097, 1), (16384, 1)]:
+        limits = replace(base.limits, max_seq_len=context)
+        plan = make_plan(replace(base, shape=phi4, limits=limits))
+        assert plan.faults == ()
+        assert len(plan.notes) == notes, context
+    beyond = replace(base.limits, max_seq_len=131073)
+    fault = only_fault(replace(base, shape=phi4, limits=beyond))
+    assert fault.message.endswith("at most 131072")

@@ -1,0 +1,171 @@
+"""Text of a Hub dataset at a commit, from a real server on loopback through the real library."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import (
+    AccessError,
+    CorruptError,
+    IncompatibleError,
+    NotFoundError,
+    TransientError,
+)
+from pipeline.text.files import HubText
+from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
+
+JSONL = "answers.jsonl"
+PARQUET = "3.0.0/validation-00000-of-00001.parquet"
+TEXTS = ("The capital of France is Paris.", "Zwölf Boxkämpfer.")
+LINES = "\n".join(json.dumps({"id": i, "response": text}) for i, text in enumerate(TEXTS))
+
+
+def text(file: str, column: str = "response") -> HubText:
+    return HubText(repo_id=REPO, revision=COMMIT, file=file, column=column)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    files = {JSONL: LINES.encode(), "data/plain.txt": b"one document\n", PARQUET: b"PAR1" * 75_000}
+    with HubServer(files=files, kind="dataset") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+def test_server_satisfies_the_library(hub: HubServer, tmp_path: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for name in (JSONL, PARQUET):
+        path = hf_hub_download(
+            REPO,
+            name,
+            repo_type="dataset",
+            revision=COMMIT,
+            endpoint=hub.endpoint,
+            local_dir=tmp_path / "theirs",
+        )
+        assert Path(path).read_bytes() == hub.files[name]
+
+
+def test_jsonl_of_a_dataset_is_one_document_a_line(hub: HubServer, cache: Path) -> None:
+    assert text(JSONL).documents() == TEXTS
+    assert text(JSONL).origin == f"hub-dataset:{REPO}@{COMMIT}/{JSONL}"
+    stored = cache / "weights" / "hub-datasets" / REPO.replace("/", "--") / COMMIT / JSONL
+    assert stored.read_bytes() == hub.files[JSONL]
+
+
+def test_file_in_a_folder_of_the_repository_is_found(hub: HubServer) -> None:
+    assert text("data/plain.txt").documents() == ("one document\n",)
+
+
+def test_second_time_nothing_is_asked_of_the_network(hub: HubServer) -> None:
+    text(JSONL).documents()
+    hub.requests.clear()
+    hub.always = 500
+    assert text(JSONL).documents() == TEXTS
+    assert hub.requests == []
+
+
+def test_large_file_that_was_cut_is_continued_and_verified(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.cut[PARQUET] = 200_000
+    with pytest.raises((IncompatibleError, CorruptError)):  # it is no Parquet, but it is whole
+        text(PARQUET).documents()
+    first, second = (request.headers.get("Range") for request in hub.cdn_requests(PARQUET))
+    assert first is None
+    assert second is not None
+    assert 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 200_000
+
+
+def test_other_bytes_than_the_hub_lists_are_refused_and_removed(
+    hub: HubServer, cache: Path
+) -> None:
+    hub.sent[JSONL] = LINES.replace("Paris", "Lyons").encode()
+    with pytest.raises(CorruptError, match="the Hub lists"):
+        text(JSONL).documents()
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_missing_file_names_what_there_is(hub: HubServer) -> None:
+    with pytest.raises(NotFoundError, match=rf"no file 'answer\.jsonl'; it has {PARQUET}"):
+        text("answer.jsonl").documents()
+
+
+def test_missing_column_is_named(hub: HubServer) -> None:
+    with pytest.raises(CorruptError, match="column 'text'"):
+        text(JSONL, "text").documents()
+
+
+def test_missing_dataset_is_called_a_dataset(hub: HubServer) -> None:
+    other = HubText(repo_id="acme/typo", revision=COMMIT, file=JSONL)
+    with pytest.raises(NotFoundError, match="has no dataset acme/typo") as error:
+        other.documents()
+    assert error.value.exit_code == 7
+
+
+def test_missing_commit_points_to_the_datasets_history(hub: HubServer) -> None:
+    other = HubText(repo_id=REPO, revision="f" * 40, file=JSONL)
+    with pytest.raises(NotFoundError, match=f"/datasets/{REPO}/commits/main"):
+        other.documents()
+
+
+def test_gated_dataset_asks_for_a_token_and_takes_it(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.gated = True
+    with pytest.raises(AccessError, match=f"/datasets/{REPO}, then set HF_TOKEN"):
+        text(JSONL).documents()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert text(JSONL).documents() == TEXTS
+
+
+def test_hub_that_fails_for_good_is_transient(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.always = 503
+    with pytest.raises(TransientError, match="HTTP 503"):
+        text(JSONL).documents()
+
+
+@pytest.mark.parametrize("file", ["../secret.txt", "/etc/passwd", "a//b.txt", "./a.txt", ""])
+def test_path_that_leaves_the_repository_is_a_recipe_fault(file: str) -> None:
+    with pytest.raises(ValueError, match="must be a path in the repository"):
+        text(file)
+
+
+def test_parquet_gives_its_column_or_names_what_to_install(hub: HubServer) -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        with pytest.raises(IncompatibleError, match="pip install pyarrow"):
+            text(PARQUET).documents()
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    stream = io.BytesIO()
+    table = pyarrow.table({"response": list(TEXTS), "id": [0, 1]})
+    parquet.write_table(table, stream)
+    hub.files[PARQUET] = stream.getvalue()
+    assert text(PARQUET).documents() == TEXTS
+
+
+def test_parquet_that_is_none_is_corrupt(hub: HubServer) -> None:
+    pytest.importorskip("pyarrow")
+    with pytest.raises(CorruptError, match="not readable as"):
+        text(PARQUET).documents()

@@ -1,0 +1,130 @@
+"""A recipe's own sizes for each compiler: `- sizes/NAME@compiler: ${compiler}`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.folders import ConfigFolders, config_folders, data_dir
+from pipeline.config.load import Job, load
+
+RECIPE = """\
+defaults:
+  - build
+  - shapes@shape: smollm2
+  - sizes/own.1@compiler: ${compiler}
+  - override source: embedded
+  - override compiler: checkpoint
+  - _self_
+name: own.1
+version: 1.0.0
+"""
+SIZES = {
+    "checkpoint": "max_batch_size: 7\nmax_seq_len: 700\nkv_cache_dtype: bfloat16\n",
+    "trtrtx": "max_batch_size: 9\nopt_batch_size: 3\nmax_seq_len: 900\n",
+}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> ConfigFolders:
+    (tmp_path / "own.1.yaml").write_text(RECIPE)
+    (tmp_path / "sizes" / "own.1").mkdir(parents=True)
+    for compiler, text in SIZES.items():
+        (tmp_path / "sizes" / "own.1" / f"{compiler}.yaml").write_text(text)
+    return ConfigFolders(recipes=(tmp_path, data_dir("recipes")), conf=data_dir("conf"))
+
+
+def only(folders: ConfigFolders, *overrides: str, recipe: str = "own.1") -> Job:
+    (job,) = load(recipe, overrides, folders=folders).jobs
+    return job
+
+
+def test_each_compiler_gets_its_own_sizes_and_keeps_the_rest_of_its_option(
+    folders: ConfigFolders,
+) -> None:
+    job = only(folders)
+    assert job.faults == ()
+    assert (job.value.compiler.format, job.value.compiler.max_seq_len) == ("checkpoint", 700)
+    assert job.value.compiler.kv_cache_dtype == "bfloat16"
+    assert job.value.compiler.runtime == "vllm"
+
+    other = only(folders, "compiler=trtrtx")
+    assert other.faults == ()
+    assert (other.value.compiler.format, other.value.compiler.opt_batch_size) == ("trtrtx", 3)
+    assert other.value.compiler.activation_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("compiler", ["checkpoint", "trtrtx"])
+def test_command_line_wins_over_the_sizes(folders: ConfigFolders, compiler: str) -> None:
+    job = only(folders, "compiler.max_batch_size=16", f"compiler={compiler}")
+    assert job.faults == ()
+    assert job.value.compiler.max_batch_size == 16
+
+
+def test_key_of_another_compiler_is_still_a_fault(folders: ConfigFolders) -> None:
+    (fault,) = only(folders, "compiler.opt_batch_size=4").faults
+    assert fault.path == "compiler.opt_batch_size"
+
+
+def test_sweep_over_compilers_gives_each_job_its_sizes(folders: ConfigFolders) -> None:
+    loaded = load("own.1", ["compiler=checkpoint,trtrtx"], folders=folders, multirun=True)
+    assert [job.value.compiler.max_seq_len for job in loaded.jobs] == [700, 900]
+
+
+def test_compiler_without_sizes_is_one_fault_that_names_the_file(folders: ConfigFolders) -> None:
+    (folders.recipes[0] / "sizes" / "own.1" / "trtrtx.yaml").unlink()
+    (fault,) = only(folders, "compiler=trtrtx").faults
+    assert fault.path == "compiler"
+    assert "no sizes for compiler=trtrtx; it has them for: checkpoint" in fault.message
+    assert "sizes/own.1/trtrtx.yaml" in fault.message
+
+
+def test_recipe_whose_own_compiler_has_no_sizes_says_the_same(folders: ConfigFolders) -> None:
+    own = folders.recipes[0]
+    (own / "sizes" / "own.1" / "checkpoint.yaml").unlink()
+    (fault,) = only(folders).faults
+    assert fault.path == "compiler"
+    assert "no sizes for compiler=checkpoint; it has them for: trtrtx" in fault.message
+
+
+def test_bad_size_is_a_fault_of_its_key(folders: ConfigFolders) -> None:
+    own = folders.recipes[0]
+    (own / "sizes" / "own.1" / "checkpoint.yaml").write_text("max_batch_sise: 3\n")
+    (fault,) = only(folders).faults
+    assert fault.path == "compiler.max_batch_sise"
+    assert "did you mean max_batch_size?" in fault.message
+
+
+def test_runner_follows_the_compiler_unless_it_is_chosen(folders: ConfigFolders) -> None:
+    assert only(folders).value.runner.name == "transformers"
+    assert only(folders, "compiler=trtrtx").value.runner.name == "onnxruntime"
+    assert only(folders, "runner=onnxruntime").value.runner.name == "onnxruntime"
+
+
+def test_compiler_of_a_users_own_asks_for_a_runner(folders: ConfigFolders) -> None:
+    own = folders.recipes[0]
+    (own / "compiler").mkdir()
+    option = (folders.conf / "compiler" / "trtrtx.yaml").read_text()
+    (own / "compiler" / "mine.yaml").write_text(option)
+    (own / "sizes" / "own.1" / "mine.yaml").write_text(SIZES["trtrtx"])
+    (fault,) = only(folders, "compiler=mine").faults
+    assert fault.path == "runner"
+    assert "runner=OPTION" in fault.message
+    job = only(folders, "compiler=mine", "runner=onnxruntime")
+    assert job.faults == ()
+    assert job.value.compiler.max_seq_len == 900
+
+
+def test_acknowledging_a_licence_does_not_ask_for_another_name() -> None:
+    licence = "source.acknowledge_licence=LicenseRef-Llama-3.1-Community"
+    job = only(config_folders(None), licence, "compiler=checkpoint", recipe="llama3.1")
+    assert job.faults == ()
+    assert job.value.source.terms.acknowledged == job.value.source.licence
+
+
+def test_other_weights_still_ask_for_one() -> None:
+    job = only(
+        config_folders(None), "source.repo_id=me/tuned", "compiler=checkpoint", recipe="llama3.1"
+    )
+    assert "name=NAME" in job.faults[0].message
