@@ -17,7 +17,7 @@ _BUILDER = ("torch", "transformers", "modelopt", "safetensors", "numpy", "psutil
 _PER_FORMAT: dict[Format, tuple[str, ...]] = {
     "trtrtx": ("tensorrt_rtx", "onnx", "onnxruntime", "ml_dtypes"),
     "checkpoint": ("ml_dtypes",),
-    "trtllm": (),
+    "trtllm": ("ml_dtypes",),  # TensorRT-LLM itself is the compiler's to find: check_machine
 }
 
 

@@ -53,6 +53,16 @@ def test_checkpoint_format_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) ->
     require_builder("checkpoint")
 
 
+def test_trtllm_format_needs_the_converter_and_no_other_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hide(monkeypatch, "tensorrt_rtx", "onnx", "onnxruntime", "tensorrt_llm", "docker")
+    require_builder("trtllm")
+    hide(monkeypatch, "ml_dtypes")
+    with pytest.raises(IncompatibleError, match="ml_dtypes, not installed"):
+        require_builder("trtllm")
+
+
 def test_full_disk_is_refused_with_both_numbers_and_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

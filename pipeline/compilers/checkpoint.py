@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.cache import StageCache, digest_folder, source_digest
+from pipeline.compilers.kv_cache import kv_bytes_per_token
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.hardware import Target
 from pipeline.settings import STRICT
@@ -65,6 +66,9 @@ class CheckpointCompiler:
     def variant(self, target: Target) -> str:
         return "any-checkpoint-fp8" + ("-kv8" if self.kv_cache_dtype == "fp8" else "")
 
+    def check_machine(self, target: Target) -> None:
+        """Any machine will do."""
+
     def inputs(self, target: Target) -> dict[str, Any]:
         return {
             "kv_cache_dtype": self.kv_cache_dtype,
@@ -81,8 +85,7 @@ class CheckpointCompiler:
         )
         engine_dir = result.dir / "engine"
         config = UnifiedCheckpoint(checkpoint.dir).config
-        kv_bytes = 1 if self.kv_cache_dtype == "fp8" else 2
-        row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
+        token_bytes = kv_bytes_per_token(config, self.kv_cache_dtype)
         weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
         return Engine(
             dir=engine_dir,
@@ -92,7 +95,7 @@ class CheckpointCompiler:
             runtime=(self.runtime, self.runtime_version),
             sms=(),
             limits=self.limits,
-            min_vram_bytes=weight_bytes + row * self.max_seq_len,
+            min_vram_bytes=weight_bytes + token_bytes * self.max_seq_len,
             serve_args=(
                 "--max-model-len",
                 str(self.max_seq_len),

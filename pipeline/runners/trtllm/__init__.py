@@ -1,0 +1,1 @@
+"""Runs and measures TensorRT-LLM engines: `trtllm-bench` for speed, its LLM class for tokens."""

@@ -1,0 +1,124 @@
+"""Executes TensorRT-LLM engines on the card that they are for. Not run: no such machine at hand."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Le
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.acceptance.workload import Workload
+from pipeline.compilers.trtllm.place import Place, Where, choose_place
+from pipeline.compilers.trtllm.release import NAME, VERSION
+from pipeline.containers.gpu import find_gpu
+from pipeline.errors import IncompatibleError, PipelineError
+from pipeline.runners.session import Session
+from pipeline.runners.trtllm.bench import BenchSettings, attention_window, measure
+from pipeline.runners.trtllm.session import SessionSettings, open_session
+from pipeline.settings import STRICT
+from pipeline.stages import Engine
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtLlmRunner:
+    """Runs an engine in TensorRT-LLM, on this machine or in the build image.
+
+    Attributes:
+        where: As of the compiler.
+        image: The build image.
+        kv_cache_fraction: Share of the memory left after loading that the KV cache gets.
+        bench_rounds: Batches that one run of `trtllm-bench` measures, one after the other.
+        bench_warmup: Requests before them.
+        timeout_s: After so long a run of `trtllm-bench` is stopped.
+    """
+
+    where: Where
+    image: str
+    kv_cache_fraction: Annotated[PositiveFloat, Le(1.0)]
+    bench_rounds: PositiveInt
+    bench_warmup: NonNegativeInt
+    timeout_s: PositiveFloat
+
+    @property
+    def name(self) -> str:
+        return "trtllm"
+
+    def why_not(self, engine: Engine) -> str | None:
+        if engine.format != "trtllm":
+            return f"runner=trtllm runs trtllm engines, not {engine.format}"
+        if engine.runtime != (NAME, VERSION):
+            return (
+                f"the engine is for {' '.join(engine.runtime)}, this runner is {NAME} {VERSION}: "
+                "an engine runs only in the release that built it"
+            )
+        try:
+            self._place(engine.sms[0])
+        except PipelineError as error:
+            return f"runner=trtllm cannot run here: {error}"
+        return None
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        if reason := self.why_not(engine):
+            raise IncompatibleError(reason)
+        return self.open_folder(engine.dir, engine.sms[0], attention_window(engine))
+
+    def open_folder(
+        self, engine_dir: Path, sm: int, window: int | None = None
+    ) -> AbstractContextManager[Session]:
+        """Load the `engine/` folder of a package.
+
+        Args:
+            engine_dir: The folder.
+            sm: Compute capability x 10 that it is for.
+            window: Sliding window that the runtime must be told; None for none.
+
+        Raises:
+            IncompatibleError: It cannot run here.
+        """
+        built = json.loads((engine_dir / "config.json").read_text())["build_config"]
+        settings = SessionSettings(
+            kv_cache_fraction=self.kv_cache_fraction,
+            attention_window=window,
+            chunked_prefill=bool(
+                built["plugin_config"]["use_paged_context_fmha"]
+                and built["max_num_tokens"] < built["max_seq_len"]
+            ),
+        )
+        return open_session(self._place(sm), engine_dir, settings)
+
+    def bench(
+        self,
+        engine: Engine,
+        checkpoint_dir: Path,
+        workload: Workload,
+        *,
+        repeats: int,
+        seed: int,
+        log_path: Path,
+    ) -> dict[str, Any]:
+        """One entry of the report's `speed`; see `pipeline.runners.trtllm.bench.measure`."""
+        settings = BenchSettings(
+            rounds=self.bench_rounds,
+            warmup=self.bench_warmup,
+            kv_cache_fraction=self.kv_cache_fraction,
+            timeout_s=self.timeout_s,
+            seed=seed,
+        )
+        return measure(
+            engine,
+            checkpoint_dir,
+            workload,
+            place=self._place(engine.sms[0]),
+            settings=settings,
+            repeats=repeats,
+            log_path=log_path,
+        )
+
+    def _place(self, sm: int) -> Place:
+        return choose_place(
+            self.where, image=self.image, card=lambda: find_gpu(sm), section="runner"
+        )

@@ -1,0 +1,308 @@
+"""Stands in for `trtllm-build` 1.2.1 in tests: checks what it is given, writes what it would write.
+
+It knows the options from `trtllm_build_options.json` beside it, the checkpoint's config keys and
+tensors, and the rules by which the real one changes values (facts: builder.py and _common.py of the
+1.2 line). `$FAKE_TRTLLM` makes it misbehave:
+
+    hang                       never end, deaf to SIGTERM
+    oom                        take memory until it is killed
+    kill                       end by SIGKILL
+    say:TEXT                   print TEXT and exit 1
+    set:PATH=JSON              write another effective value than it should
+    without:rank0.engine       do not write a file
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import os
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+OPTIONS = json.loads(Path(__file__).with_name("trtllm_build_options.json").read_text())["options"]
+REQUIRED = ("architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads")
+NO_SILENT_DEFAULT = ("rotary_base", "position_embedding_type", "head_size", "norm_epsilon")
+QUANTIZATION_KEYS = {
+    "quant_algo",
+    "kv_cache_quant_algo",
+    "group_size",
+    "smoothquant_val",
+    "clamp_val",
+    "use_meta_recipe",
+    "has_zero_point",
+    "pre_quant_scale",
+    "exclude_modules",
+}
+ARCHITECTURES = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Phi3ForCausalLM",
+}
+DEFAULTS = {
+    "--output_dir": "engine_outputs",
+    "--max_batch_size": "2048",
+    "--max_num_tokens": "8192",
+    "--max_beam_width": "1",
+    "--context_fmha": "enable",
+    "--remove_input_padding": "enable",
+    "--use_paged_context_fmha": "enable",
+    "--use_fp8_context_fmha": "enable",
+    "--use_fused_mlp": "enable",
+    "--multiple_profiles": "disable",
+    "--tokens_per_block": "32",
+    "--output_timing_cache": "model.cache",
+}
+SM = 89
+
+
+def usage(message: str) -> None:
+    """End as argparse does."""
+    print("usage: trtllm-build [-h] ...", file=sys.stderr)
+    print(f"trtllm-build: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Options by name; anything that the real parser would not take ends the program."""
+    found: dict[str, Any] = dict(DEFAULTS)
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if name not in OPTIONS:
+            usage(f"unrecognized arguments: {name}")
+        kind = OPTIONS[name]
+        if kind.get("type") == "switch":
+            found[name] = True
+            continue
+        if not rest or rest[0].startswith("--"):
+            usage(f"argument {name}: expected one argument")
+        value = rest.pop(0)
+        if "choices" in kind and value not in kind["choices"]:
+            usage(f"argument {name}: invalid choice: {value!r}")
+        if kind.get("type") == "int" and not value.lstrip("-").isdigit():
+            usage(f"argument {name}: invalid int value: {value!r}")
+        found[name] = value
+    return found
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        content: dict[str, Any] = json.loads(stream.read(length))
+    content.pop("__metadata__", None)
+    return content
+
+
+def wanted_tensors(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Name -> shape of every tensor that this model needs."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", heads)
+    head = config.get("head_size", hidden // heads)
+    inner, fused = config["intermediate_size"], config["architecture"] == "Phi3ForCausalLM"
+    linears = {
+        "attention.qkv": ((heads + 2 * kv_heads) * head, hidden),
+        "attention.dense": (hidden, heads * head),
+        "mlp.fc": (2 * inner if fused else inner, hidden),
+        "mlp.proj": (hidden, inner),
+        **({} if fused else {"mlp.gate": (inner, hidden)}),
+    }
+    quantization = config.get("quantization", {})
+    wanted: dict[str, list[int]] = {
+        "transformer.vocab_embedding.weight": [config["vocab_size"], hidden],
+        "transformer.ln_f.weight": [hidden],
+        "lm_head.weight": [config["vocab_size"], hidden],
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"transformer.layers.{layer}"
+        wanted[f"{prefix}.input_layernorm.weight"] = [hidden]
+        wanted[f"{prefix}.post_layernorm.weight"] = [hidden]
+        for name, shape in linears.items():
+            module = f"{prefix}.{name}"
+            wanted[f"{module}.weight"] = list(shape)
+            kept = any(
+                fnmatch.fnmatch(module, pattern)
+                for pattern in quantization.get("exclude_modules") or ()
+            )
+            if quantization.get("quant_algo") == "FP8" and not kept:
+                wanted[f"{module}.weights_scaling_factor"] = [1]
+                wanted[f"{module}.activation_scaling_factor"] = [1]
+        if config.get("attn_bias"):
+            wanted[f"{prefix}.attention.qkv.bias"] = [linears["attention.qkv"][0]]
+        if quantization.get("kv_cache_quant_algo") == "FP8":
+            wanted[f"{prefix}.attention.kv_cache_scaling_factor"] = [1]
+    return wanted
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """Load the config and hold the tensors against it, with the real one's messages."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    for key in REQUIRED:
+        if key not in config:
+            fail(f"KeyError: '{key}'")
+    if config["architecture"] not in ARCHITECTURES:
+        fail(f"AssertionError: Unsupported model architecture: {config['architecture']}")
+    if unknown := set(config.get("quantization", {})) - QUANTIZATION_KEYS:
+        fail(f"TypeError: QuantConfig got an unexpected keyword argument {sorted(unknown)}")
+    # The real one says nothing and builds a wrong engine.
+    if missing := [key for key in NO_SILENT_DEFAULT if key not in config]:
+        fail(f"checkpoint leaves {missing} to a silent default")
+    found = header(folder / "rank0.safetensors")
+    wanted = wanted_tensors(config)
+    if lacking := set(wanted) - set(found) - {"lm_head.weight"}:
+        fail(f"RuntimeError: Required but not provided tensors:{lacking}")
+    optional = {name for name in found if name.endswith("kv_cache_rcp_scaling_factor")}
+    if extra := set(found) - set(wanted) - optional:
+        print(f"[TRT-LLM] [W] Provided but not required tensors: {extra}")
+    for name, shape in wanted.items():
+        got = found[name]["shape"] if name in found else shape
+        if math.prod(got) != math.prod(shape) or (len(shape) > 1 and got != shape):
+            fail(
+                "RuntimeError: Encounter error 'The value updated is not the same shape as the "
+                f"original. Updated: {tuple(got)}, original: {tuple(shape)}' for parameter '{name}'"
+            )
+    return config
+
+
+def effective_build(options: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """`build_config` after the checks that change values and only warn."""
+
+    def on(name: str) -> bool:
+        return bool(options[f"--{name}"] == "enable")
+
+    def number(name: str) -> int | None:
+        value = options.get(f"--{name}")
+        return None if value is None else int(value)
+
+    def plugin(name: str) -> str | None:
+        value = options.get(f"--{name}", "disable")
+        return None if value == "disable" else value
+
+    if on("multiple_profiles") and number("opt_num_tokens") is not None:
+        fail("RuntimeError: multiple_profiles is enabled, while opt_num_tokens is set.")
+    quantization = config.get("quantization", {})
+    fp8 = quantization.get("quant_algo") == "FP8"
+    fp8_cache = quantization.get("kv_cache_quant_algo") == "FP8"
+    paged, fp8_fmha = on("use_paged_context_fmha"), on("use_fp8_context_fmha")
+    if not on("context_fmha"):
+        paged = fp8_fmha = False
+    elif not fp8:
+        fp8_fmha = False
+        paged = paged and not fp8_cache
+    elif paged and fp8_fmha != fp8_cache:
+        print(f"[TRT-LLM] [W] FP8 Context FMHA is {'enabled' if fp8_cache else 'disabled'}")
+        fp8_fmha = fp8_cache
+    batch, sequence = number("max_batch_size") or 0, number("max_seq_len")
+    if sequence is None:
+        sequence = config.get("max_position_embeddings") or 2048
+    block = number("tokens_per_block") or 0
+    tokens = max(min(number("max_num_tokens") or 0, sequence * batch), block)
+    opt_tokens = number("opt_num_tokens")
+    if opt_tokens is None and not on("multiple_profiles"):
+        opt_tokens = min(batch, tokens)
+    return {
+        "max_input_len": min(1024, sequence),
+        "max_seq_len": sequence,
+        "opt_batch_size": 8,
+        "max_batch_size": batch,
+        "max_beam_width": number("max_beam_width"),
+        "max_num_tokens": tokens,
+        "opt_num_tokens": opt_tokens,
+        "kv_cache_type": "PAGED",
+        "gather_context_logits": False,
+        "strongly_typed": True,
+        "speculative_decoding_mode": 1,
+        "input_timing_cache": options.get("--input_timing_cache"),
+        "output_timing_cache": options["--output_timing_cache"],
+        "plugin_config": {
+            "dtype": config["dtype"],
+            "gpt_attention_plugin": "auto",
+            "gemm_plugin": plugin("gemm_plugin"),
+            "gemm_swiglu_plugin": plugin("gemm_swiglu_plugin"),
+            "low_latency_gemm_plugin": plugin("low_latency_gemm_plugin"),
+            "low_latency_gemm_swiglu_plugin": plugin("low_latency_gemm_swiglu_plugin"),
+            "context_fmha": on("context_fmha"),
+            "remove_input_padding": on("remove_input_padding"),
+            "paged_kv_cache": True,
+            "tokens_per_block": block,
+            "use_paged_context_fmha": paged,
+            "use_fp8_context_fmha": fp8_fmha,
+            "use_fused_mlp": on("use_fused_mlp"),
+            "multiple_profiles": on("multiple_profiles"),
+        },
+    }
+
+
+def write_timing_cache(options: dict[str, Any]) -> None:
+    """One more entry than the cache that was lent."""
+    known = b""
+    if (name := options.get("--input_timing_cache")) is not None:
+        if not Path(name).is_file():
+            fail("a timing cache was named that does not exist")
+        known = Path(name).read_bytes()
+    Path(options["--output_timing_cache"]).write_bytes(known + b"entry\n")
+
+
+def misbehave(behaviour: str) -> None:
+    """What `$FAKE_TRTLLM` asks for before anything is written."""
+    kind, _, text = behaviour.partition(":")
+    if kind == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "oom":
+        taken = []
+        while True:
+            taken.append(bytearray(os.urandom(1 << 20)) * 8)
+    if kind == "say":
+        fail(text)
+
+
+def fail(message: str) -> None:
+    print(f"Traceback (most recent call last):\n{message}", flush=True)
+    sys.exit(1)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    behaviour = os.environ.get("FAKE_TRTLLM", "")
+    print("[TensorRT-LLM] TensorRT LLM version: 1.2.1")
+    for name in ("HOME", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
+        print(f"{name}={os.environ.get(name)}")
+    Path(os.environ["HOME"], "written").write_text("as the real one's caches\n")
+    config = check_checkpoint(Path(options["--checkpoint_dir"]))
+    output = Path(options["--output_dir"])
+    output.mkdir(exist_ok=True)
+    sys.stdout.flush()
+    misbehave(behaviour)
+    pretrained = {**config, "mapping": {**config.get("mapping", {}), "gpus_per_node": 8}}
+    engine_config = {
+        "version": "1.2.1",
+        "pretrained_config": pretrained,
+        "build_config": effective_build(options, config),
+    }
+    kind, _, text = behaviour.partition(":")
+    if kind == "set":
+        path, _, value = text.partition("=")
+        node: dict[str, Any] = engine_config
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node[part]
+        node[last] = json.loads(value)
+    (output / "config.json").write_text(json.dumps(engine_config, indent=4))
+    if behaviour != "without:rank0.engine":
+        (output / "rank0.engine").write_bytes(b"ftrt" + bytes(4096))
+    write_timing_cache(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Puts a fake `trtllm-build`, a fake `nvidia-smi` and TensorRT-LLM's package records on PATH."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+GPU_UUID = "GPU-3f2504e0-4f89-11d3-9a0c-0305e82c3301"
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def fake_nvidia_smi(
+    folder: Path, *, name: str = "NVIDIA Ada", capability: str = "8.9", driver: str = "590.44.01"
+) -> None:
+    """A machine with one card."""
+    line = f"0, {name}, {capability}, 24564, {driver}, {GPU_UUID}"
+    write_script(folder / "nvidia-smi", f"#!/bin/sh\necho '{line}'\n")
+
+
+def fake_build_program(folder: Path, python: str = sys.executable) -> None:
+    """`trtllm-build` with its list of options beside it."""
+    source = (HERE / "fake_trtllm_build.py").read_text()
+    write_script(folder / "trtllm-build", f"#!{python}\n{source}")
+    shutil.copyfile(HERE / "trtllm_build_options.json", folder / "trtllm_build_options.json")
+
+
+def package_records(folder: Path, *, trtllm: str = "1.2.1", tensorrt: str = "10.14.1.48") -> None:
+    """What pip would have written about the two packages."""
+    for name, version in (("tensorrt_llm", trtllm), ("tensorrt", tensorrt)):
+        record = folder / f"{name}-{version}.dist-info" / "METADATA"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def card_machine(folder: Path, monkeypatch: pytest.MonkeyPatch, **card: str) -> Path:
+    """This machine with the target's card, TensorRT-LLM 1.2.1 and the fake program on its PATH."""
+    programs, packages = folder / "bin", folder / "packages"
+    fake_nvidia_smi(programs, **card)
+    fake_build_program(programs)
+    package_records(packages)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    return programs
+
+
+def bare_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with an empty PATH: no card, no Docker program, no trtllm-build."""
+    programs = folder / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{folder}/docker.sock")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    return programs

@@ -1,0 +1,36 @@
+"""A built engine for the runner's tests, and a machine that has the fakes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import StageCache
+from pipeline.stages import Checkpoint, Engine
+from tests.compilers.trtllm.fakes import card_machine, write_script
+from tests.compilers.trtllm.settings import compiler
+from tests.quantize.tiny_quantized import ADA
+
+HERE = Path(__file__).parent
+PACKAGES = HERE / "fake_packages"
+
+
+def runner_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with the card, `trtllm-build`, `trtllm-bench` and TensorRT-LLM's Python API."""
+    programs = card_machine(folder, monkeypatch)
+    source = (HERE / "fake_trtllm_bench.py").read_text()
+    write_script(programs / "trtllm-bench", f"#!{sys.executable}\n{source}")
+    options = "trtllm_bench_options.json"
+    shutil.copyfile(HERE / options, programs / options)
+    packages = (str(folder / "packages"), str(PACKAGES))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(packages))
+
+
+def built_engine(checkpoint: Checkpoint, folder: Path) -> Engine:
+    """The tiny engine: batch 4, 128 tokens of context, vocabulary 320."""
+    cache = StageCache(root=folder / "cache")
+    return compiler().compile(checkpoint, ADA, cache, folder / "logs")

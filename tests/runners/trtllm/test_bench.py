@@ -1,0 +1,301 @@
+"""Speed through `trtllm-bench`: command, dataset, report, and the run as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.acceptance.judge import QualityLimits, judge
+from pipeline.acceptance.speed import SpeedSample, summarize
+from pipeline.acceptance.workload import Workload
+from pipeline.errors import PipelineError, RecipeError, ToolError
+from pipeline.runners.trtllm.bench_command import (
+    BenchPaths,
+    bench_command,
+    mode_of,
+    write_dataset,
+    write_model_dir,
+)
+from pipeline.runners.trtllm.bench_report import percentiles, read_report
+from pipeline.runners.trtllm.runner import TrtLlmRunner
+from pipeline.stages import Checkpoint, Engine, Report
+from tests.quantize.tiny_quantized import tiny_checkpoint
+from tests.runners.trtllm.engines import built_engine, runner_machine
+
+OPTIONS: dict[str, Any] = json.loads(
+    Path(__file__).with_name("trtllm_bench_options.json").read_text()
+)
+B4 = Workload(name="b4", batch=4, isl=16, osl=8, min_output_tokens_per_s=312.0)
+B1 = Workload(name="b1", batch=1, isl=16, osl=8)
+PATHS = BenchPaths(
+    model_dir="/mnt/input/model",
+    engine_dir="/mnt/engine",
+    dataset="/mnt/input/dataset.jsonl",
+    report="/mnt/output/report.json",
+    workspace="/mnt/output/workspace",
+)
+RUNNER = TrtLlmRunner(
+    where="local",
+    image="enginesmith-build:1.2.1",
+    kv_cache_fraction=0.9,
+    bench_rounds=2,
+    bench_warmup=2,
+    timeout_s=30.0,
+)
+
+
+def command(workload: Workload, paths: BenchPaths = PATHS) -> tuple[str, ...]:
+    return bench_command(workload, paths, rounds=3, warmup=2, kv_cache_fraction=0.9)
+
+
+def test_throughput_command() -> None:
+    assert command(B4) == (
+        "trtllm-bench",
+        *("--model", "b4"),
+        *("--model_path", "/mnt/input/model"),
+        *("--workspace", "/mnt/output/workspace"),
+        *("--log_level", "info"),
+        "throughput",
+        *("--backend", "tensorrt"),
+        *("--engine_dir", "/mnt/engine"),
+        *("--dataset", "/mnt/input/dataset.jsonl"),
+        *("--num_requests", "12"),
+        *("--concurrency", "4"),
+        *("--warmup", "2"),
+        *("--kv_cache_free_gpu_mem_fraction", "0.9"),
+        *("--report_json", "/mnt/output/report.json"),
+        *("--eos_id", "-1"),
+        "--streaming",
+    )
+
+
+def test_latency_command_has_no_option_that_it_does_not_know() -> None:
+    assert mode_of(B1) == "latency"
+    line = command(B1)
+    assert "latency" in line
+    assert not {"--streaming", "--eos_id"} & set(line)
+
+
+@pytest.mark.parametrize("workload", [B1, B4], ids=["latency", "throughput"])
+@pytest.mark.parametrize("options", [None, "/mnt/input/options.yaml"])
+def test_every_option_is_one_that_release_1_2_takes(
+    workload: Workload, options: str | None
+) -> None:
+    line = list(command(workload, dataclasses.replace(PATHS, options=options))[1:])
+    mode = mode_of(workload)
+    split = line.index(mode)
+    for known, part in ((OPTIONS["global"], line[:split]), (OPTIONS[mode], line[split + 1 :])):
+        while part:
+            kind = known[part.pop(0)]
+            if kind.get("type") == "switch":
+                continue
+            value = part.pop(0)
+            assert "choices" not in kind or value in kind["choices"]
+            assert kind.get("type") != "int" or value.lstrip("-").isdigit()
+
+
+def test_dataset_is_the_workload_and_always_the_same(tmp_path: Path) -> None:
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    write_dataset(first, B4, vocab_size=320, seed=1, rounds=2)
+    write_dataset(second, B4, vocab_size=320, seed=1, rounds=2)
+    write_dataset(other, B4, vocab_size=320, seed=2, rounds=2)
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+    requests = [json.loads(line) for line in first.read_text().splitlines()]
+    assert [request["task_id"] for request in requests] == list(range(8))
+    assert {len(request["input_ids"]) for request in requests} == {16}
+    assert {request["output_tokens"] for request in requests} == {8}
+    assert all(0 <= token < 320 for request in requests for token in request["input_ids"])
+    assert requests[0]["input_ids"] == B4.prompts(320, 1)[0].tolist()
+    assert len({tuple(request["input_ids"]) for request in requests}) == 8
+
+
+REPORT: dict[str, Any] = {
+    "engine": {"backend": "TRT", "version": "1.2.1", "quantization": "FP8"},
+    "world_info": {"world_size": 1, "max_batch_size": 4},
+    "request_info": {"num_requests": 8, "avg_input_length": 16.0, "avg_output_length": 8.0},
+    "performance": {
+        "system_output_throughput_tok_s": 400.0,
+        "request_latency_percentiles_ms": {"p50": 90.0, "p90": 91.0, "p95": 92.0, "p99": 93.0},
+    },
+    "streaming_metrics": {
+        "avg_ttft_ms": 20.5,
+        "avg_tpot_ms": 9.25,
+        "ttft_percentiles": {"p50": 20.0, "p90": 21.0, "p99": 22.0},
+        "tpot_percentiles": {"p50": 9.0, "p90": 9.5, "p99": 9.9},
+    },
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    document = json.loads(json.dumps(REPORT))
+    *parents, last = path.split(".")
+    node = document
+    for part in parents:
+        node = node[part]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return dict(document)
+
+
+def test_report_becomes_the_pipelines_own_figures() -> None:
+    sample = read_report(REPORT, B4, rounds=2)
+    assert sample == SpeedSample(output_tokens_per_s=400.0, ttft_ms=20.5, itl_ms=9.25)
+    assert percentiles(REPORT)["itl_ms"] == {"p50": 9.0, "p90": 9.5, "p99": 9.9}
+    assert percentiles({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("engine.backend", "Pytorch"),
+        ("engine.version", "1.2.0"),
+        ("engine.quantization", None),
+        ("world_info.world_size", 2),
+        ("world_info.max_batch_size", 3),
+        ("request_info.num_requests", 7),
+        ("request_info.avg_input_length", 15.9),
+        ("request_info.avg_output_length", 7.5),
+        ("performance.system_output_throughput_tok_s", 0.0),
+        ("performance.system_output_throughput_tok_s", float("nan")),
+        ("streaming_metrics.avg_ttft_ms", ...),
+        ("streaming_metrics.avg_tpot_ms", float("inf")),
+        ("streaming_metrics", ...),
+        ("request_info", ...),
+    ],
+)
+def test_report_of_another_run_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(PipelineError, match=path.split(".")[-1] if value is not ... else "is None"):
+        read_report(changed(path, value), B4, rounds=2)
+
+
+def test_every_deviation_is_named() -> None:
+    document = changed("request_info.num_requests", 1)
+    document["engine"]["backend"] = "Pytorch"
+    with pytest.raises(PipelineError) as caught:
+        read_report(document, B4, rounds=2)
+    assert "request_info.num_requests is 1, wanted 8" in str(caught.value)
+    assert "engine.backend is 'Pytorch', wanted 'TRT'" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def engine(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    runner_machine(tmp_path / "machine", monkeypatch)
+    return built_engine(checkpoint, tmp_path)
+
+
+def bench(engine: Engine, checkpoint: Checkpoint, folder: Path, load: Workload) -> dict[str, Any]:
+    return RUNNER.bench(
+        engine, checkpoint.dir, load, repeats=2, seed=3, log_path=folder / "bench.log"
+    )
+
+
+@pytest.mark.parametrize("workload", [B1, B4], ids=["latency", "throughput"])
+def test_run_gives_an_entry_of_the_report(
+    engine: Engine, checkpoint: Checkpoint, tmp_path: Path, workload: Workload
+) -> None:
+    entry = bench(engine, checkpoint, tmp_path, workload)
+    sample = SpeedSample(output_tokens_per_s=400.0, ttft_ms=20.0, itl_ms=9.5)
+    own = summarize(workload, {"engine": [sample, sample]})
+    assert entry.items() >= own.items()
+    assert entry["requests"] == workload.batch * 2
+    assert entry["tool"] == f"trtllm-bench 1.2.1 {mode_of(workload)}"
+    assert entry["percentiles"]["ttft_ms"]["p99"] == 5.0
+    report = Report(
+        digest="", card="", conditions={}, speed=[entry], quality={}, not_run=[], checks={}
+    )
+    limits = QualityLimits(
+        max_perplexity_increase=0.0, max_mean_kl_nats=0.0, min_top1_agreement=0.0
+    )
+    assert judge(report, limits, ran=True, on_target=True).name == "accepted"
+
+
+def test_model_folder_has_what_the_tool_reads_and_no_weights(
+    engine: Engine, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    config = json.loads((checkpoint.dir / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    (source / "config.json").write_text(json.dumps(config))
+    write_model_dir(tmp_path / "model", checkpoint_dir=source, engine_dir=engine.dir)
+
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoTokenizer
+
+    loaded = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert loaded.num_hidden_layers == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=True)("x")
+    with safe_open(tmp_path / "model" / "model.safetensors", "np") as weights:
+        assert list(weights.keys()) == ["unused"]
+
+
+def test_sliding_window_is_told_to_the_runtime(
+    engine: Engine, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    windowed = dataclasses.replace(
+        engine, checks={**engine.checks, "conversion": {"attention_window": 64}}
+    )
+    bench(windowed, checkpoint, tmp_path, B4)
+    assert '"max_attention_window": [64]' in (tmp_path / "bench.log").read_text()
+    wide = dataclasses.replace(engine, checks={"conversion": {"attention_window": 128}})
+    (tmp_path / "bench.log").unlink()
+    bench(wide, checkpoint, tmp_path, B4)
+    assert "max_attention_window" not in (tmp_path / "bench.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("set:request_info.num_requests=5", "num_requests is 5, wanted 8"),
+        ("set:request_info.avg_output_length=7.0", "avg_output_length is 7.0, wanted 8"),
+        ("no-report", "wrote no readable report"),
+    ],
+)
+def test_run_that_was_not_what_was_asked_gives_no_figures(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    behaviour: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("FAKE_BENCH", behaviour)
+    with pytest.raises(PipelineError, match=message):
+        bench(engine, checkpoint, tmp_path, B4)
+
+
+def test_tool_that_fails_gives_its_last_lines(
+    engine: Engine, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_BENCH", "say:something broke")
+    with pytest.raises(ToolError, match="something broke") as caught:
+        bench(engine, checkpoint, tmp_path, B4)
+    assert caught.value.stage == "bench"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"isl": 121}, r"isl \+ osl \(129\) exceeds the engine's max_seq_len \(128\)"),
+        ({"batch": 5}, r"batch \(5\) exceeds the engine's max_batch_size \(4\)"),
+        ({"osl": 1}, "osl must be 2 or more"),
+    ],
+)
+def test_workload_that_does_not_fit_is_refused_before_loading(
+    engine: Engine, checkpoint: Checkpoint, tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    load = dataclasses.replace(B4, **change)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=message):
+        bench(engine, checkpoint, tmp_path, load)
+    assert not (tmp_path / "bench.log").exists()

@@ -1,0 +1,99 @@
+"""The same session with the engine held by a container of a real Docker engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipeline.cache import StageCache
+from pipeline.errors import PipelineError
+from pipeline.runners.trtllm.runner import TrtLlmRunner
+from pipeline.stages import Engine
+from tests.compilers.trtllm.fakes import fake_nvidia_smi, write_script
+from tests.compilers.trtllm.python_image import IMAGE, build_python_image
+from tests.compilers.trtllm.settings import compiler
+from tests.quantize.tiny_quantized import ADA, tiny_checkpoint
+from tests.runners.trtllm.engines import PACKAGES
+from tests.services.dockerd import running_dockerd
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+pytestmark = pytest.mark.services
+
+RUNNER = TrtLlmRunner(
+    where="docker",
+    image=IMAGE,
+    kv_cache_fraction=0.9,
+    bench_rounds=1,
+    bench_warmup=0,
+    timeout_s=60.0,
+)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerClient]:
+    """An engine with a GPU hook that does nothing; this machine's PATH has its program too."""
+    import docker
+
+    programs = tmp_path_factory.mktemp("programs")
+    fake_nvidia_smi(programs)
+    write_script(programs / "nvidia-container-runtime-hook", "#!/bin/sh\ncat > /dev/null\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+        with running_dockerd() as host:
+            patch.setenv("DOCKER_HOST", host)
+            client = docker.DockerClient(host)
+            build_python_image(client, tmp_path_factory.mktemp("image"), PACKAGES)
+            yield client
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def engine(client: DockerClient) -> Iterator[Engine]:
+    folder = Path(tempfile.mkdtemp(prefix="session-"))
+    folder.chmod(0o755)
+    checkpoint = tiny_checkpoint(folder / "checkpoint")
+    cache = StageCache(root=folder / "cache")
+    yield compiler().compile(checkpoint, ADA, cache, folder / "logs")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs of what fails stay in a folder that pytest removes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_container_answers_and_is_gone_afterwards(client: DockerClient, engine: Engine) -> None:
+    assert RUNNER.why_not(engine) is None
+    with RUNNER.open(engine) as session:
+        assert len(client.containers.list()) == 1
+        assert session.logits([1, 2, 3]).shape == (3, 320)
+        assert session.generate([[1], [2]], 3).tokens.shape == (2, 3)
+        assert len(list(session.stream([1], 5, frozenset()))) == 5
+    assert client.containers.list(all=True) == []
+
+
+def test_container_is_removed_when_the_caller_fails(client: DockerClient, engine: Engine) -> None:
+    started = time.monotonic()
+    with pytest.raises(ZeroDivisionError), RUNNER.open(engine):
+        raise ZeroDivisionError
+    assert client.containers.list(all=True) == []
+    assert time.monotonic() - started < 60
+
+
+def test_container_that_is_killed_ends_the_wait(client: DockerClient, engine: Engine) -> None:
+    with RUNNER.open(engine) as session:
+        (container,) = client.containers.list()
+        container.kill()
+        with pytest.raises(PipelineError):
+            session.logits([1])
+    assert client.containers.list(all=True) == []
