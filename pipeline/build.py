@@ -24,6 +24,7 @@ from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.registry.backend import Registry
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
+from pipeline.registry.policy import require_publishable
 from pipeline.registry.reference import reference_of
 from pipeline.runners.session import Runner
 from pipeline.settings import STRICT
@@ -81,10 +82,12 @@ class BuildOptions:
     Attributes:
         rebuild: Build although a package with the same build key is published.
         config: The resolved recipe as plain values; parts of it shape keys and the manifest.
+        cache_dir: Stage cache; None for the user's.
     """
 
     rebuild: bool
     config: Mapping[str, Any]
+    cache_dir: Path | None = None
 
 
 def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
@@ -96,9 +99,11 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     started = time.perf_counter()
     plan = plan_of(recipe)
     refuse(plan)
+    require_publishable(recipe.source.terms, public=recipe.registry.public)
     recipe.registry.check_writable()
+    recipe.compiler.check_machine(recipe.target)
     require_builder(recipe.compiler.format)
-    cache = StageCache(root=cache_root())
+    cache = StageCache(root=options.cache_dir or cache_root())
     weights = fetch(recipe)
     key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
     # The second of two runs waits here, and then takes what the first one published.
@@ -153,10 +158,12 @@ def plan_of(recipe: Recipe) -> Plan:
                     isl=workload.isl,
                     osl=workload.osl,
                     min_output_tokens_per_s=workload.min_output_tokens_per_s,
+                    min_share_of_ceiling=workload.min_share_of_ceiling,
                 )
                 for workload in recipe.acceptance.targets
             ),
             runtime=recipe.compiler.pinned_runtime,
+            judged_positions=recipe.acceptance.judged_positions(recipe.shape),
         )
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,6 +119,116 @@ def plan(
     else:
         stdout().print(render(made))
     raise typer.Exit(ExitCode.USAGE if made.faults else ExitCode.OK)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the recipe.", show_default=False)],
+    origin: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="HUB_ID|DIR", help="Whose config.json to read.", show_default=False
+        ),
+    ],
+    target: Annotated[str, typer.Option(help="The card that it is for.")] = "rtx4090",
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="On the Hub; by default the newest.")
+    ] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="Where to write; by default ./recipes, else here.")
+    ] = None,
+) -> None:
+    """Write a recipe for a model: pinned commit, the largest shape that fits the card."""
+    from pipeline.new.command import new_recipe, report
+
+    made = new_recipe(name, origin=origin, revision=revision, target=target, config_dir=config_dir)
+    print("\n".join(report(made, config_dir)))
+
+
+class _CacheDtype(StrEnum):
+    FP8 = "fp8"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class _Dtype(StrEnum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@app.command("export-trtllm")
+def export_trtllm(
+    checkpoint_dir: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT_DIR", help="Unified FP8.", show_default=False),
+    ],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="New or empty.", show_default=False)
+    ],
+    kv_cache_dtype: Annotated[
+        _CacheDtype | None, typer.Option(help="By default as the checkpoint declares.")
+    ] = None,
+    dtype: Annotated[
+        _Dtype, typer.Option(help="Of activations and of what is not FP8.")
+    ] = _Dtype.BFLOAT16,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="For the printed command.")] = 64,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="For the printed command; by default 4096 at most.")
+    ] = None,
+    max_num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="For the printed command; by default 8192.")
+    ] = None,
+    tp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
+    pp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
+) -> None:
+    """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
+    from pipeline.convert.trtllm import export
+    from pipeline.screen import screen_logging
+
+    sizes = export.build_sizes(
+        checkpoint_dir,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        max_num_tokens=max_num_tokens,
+    )
+    with screen_logging():
+        record = export.export_trtllm(
+            checkpoint_dir,
+            out_dir,
+            kv_cache_dtype=kv_cache_dtype.value if kv_cache_dtype else None,
+            dtype=dtype.value,
+            tp_size=tp_size,
+            pp_size=pp_size,
+        )
+    print(export.build_line(out_dir, record.kv_cache_dtype, sizes))
+
+
+@app.command()
+def rehearse(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    full_size: Annotated[
+        bool, typer.Option("--full-size", help="The real shape and sizes, which takes long.")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep what is made, in this new or empty folder.")
+    ] = None,
+    as_json: Json = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Run a recipe's whole line on random weights, in every format; nothing is downloaded."""
+    from pipeline.rehearse.command import run_rehearsal
+
+    raise typer.Exit(
+        run_rehearsal(
+            recipe,
+            tuple(overrides or ()),
+            full_size=full_size,
+            keep=keep,
+            as_json=as_json,
+            config_dir=config_dir,
+        )
+    )
 
 
 @app.command("list")

@@ -16,18 +16,24 @@ KEY_DIGITS = 12
 """Hex digits of a key in names: 48 bits tell apart all builds that one team will ever make."""
 
 _JUDGING = frozenset({"acceptance", "registry", "runner"})
+_HOW = frozenset({"where", "timeout_s", "memory_gib"})
+"""Settings of a compiler that say how it is run, not what it makes."""
 
 
 def shaping_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved recipe that shapes bytes, fit for a manifest.
 
     The source's local path is left out: where weights lay says nothing about them, their digests
-    do, and a manifest holds nobody's home folder.
+    do, and a manifest holds nobody's home folder. So is who acknowledged their licence.
     """
     kept = {name: value for name, value in config.items() if name not in _JUDGING}
     source = dict(kept.get("source", {}))
     source.pop("path", None)
-    return {**kept, "source": source}
+    source.pop("acknowledge_licence", None)
+    compiler = {
+        name: value for name, value in dict(kept.get("compiler", {})).items() if name not in _HOW
+    }
+    return {**kept, "source": source, "compiler": compiler}
 
 
 def build_key(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.shapes import ModelShape
 
 Format = Literal["trtrtx", "trtllm", "checkpoint"]
+Redistribution = Literal["allowed", "with-notice", "forbidden"]
+"""What a licence says about passing the weights on, quantized or not."""
 
 
 def digest_of(value: Any) -> str:
@@ -43,10 +45,25 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """Terms of the weights: SPDX identifier, and the files in `Weights.dir` that state them."""
+    """Terms of the weights.
+
+    Attributes:
+        spdx: SPDX identifier, or `LicenseRef-...` for terms that have none.
+        files: The files in `Weights.dir` that state them.
+        redistribution: Whether a package may go where everybody can read it.
+        notice: Text that must travel with the weights; empty for none.
+        gated: The weights are given only to who accepted the terms.
+        acknowledged: Licence that the recipe says has been read and accepted, or None.
+        read_at: Where a person can read the terms.
+    """
 
     spdx: str
     files: tuple[str, ...] = ()
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
+    gated: bool = False
+    acknowledged: str | None = None
+    read_at: str = "their source"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,7 @@ class Weights:
         files: Digest of every file in `dir`; together they identify the weights.
         licence: Terms.
         note: What a reader must know about these weights, such as that they were 4-bit once.
+        random: They are random numbers, for a rehearsal; such a package is published nowhere.
     """
 
     dir: Path
@@ -69,6 +87,7 @@ class Weights:
     files: tuple[FileDigest, ...]
     licence: Licence
     note: str = ""
+    random: bool = False
 
     @property
     def digest(self) -> str:
@@ -257,6 +276,11 @@ class Reference:
 class WeightSource(Protocol):
     """Brings a Hugging Face folder into the weight cache."""
 
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence; known before anything is fetched."""
+        ...
+
     def fetch(self) -> Weights:
         """Download or convert, unless the cache holds it; verified, atomic.
 
@@ -312,6 +336,14 @@ class EngineCompiler(Protocol):
 
     def variant(self, target: Target) -> str:
         """Middle part of the reference, such as `sm89-trtrtx-fp8-b64-s1024`."""
+        ...
+
+    def check_machine(self, target: Target) -> None:
+        """Find out in seconds, before any download, whether this machine can compile.
+
+        Raises:
+            IncompatibleError: It cannot; names the ways on.
+        """
         ...
 
     def inputs(self, target: Target) -> Mapping[str, Any]:

@@ -52,6 +52,11 @@ class Entry:
 class Registry(Protocol):
     """Keeps immutable packages, statements about them, and channels that point to them."""
 
+    @property
+    def public(self) -> bool:
+        """Whether everybody can read what is published here."""
+        ...
+
     def check_writable(self) -> None:
         """Find out, before any work, whether packages can be published here; leaves no trace.
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -47,12 +47,15 @@ from pipeline.registry.disk import (
 from pipeline.registry.lookup import Choice, Shelf, choose, no_such_name
 from pipeline.registry.manifest import MANIFEST, read_manifest
 from pipeline.registry.package import verify
+from pipeline.registry.policy import require_no_rehearsal
 from pipeline.registry.reference import (
     STATEMENTS_SUFFIX,
     ParsedReference,
     Part,
     check_part,
+    numbered,
     parse_reference,
+    rebuild_of,
     reference_of,
 )
 from pipeline.registry.staging import private_folder
@@ -69,8 +72,6 @@ from pipeline.stages import Package, Reference
 
 log = logging.getLogger(__name__)
 
-_REBUILD = re.compile(r"(?P<base>.+?)(?:\.r(?P<number>[1-9][0-9]*))?")
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FolderRegistry:
@@ -79,6 +80,8 @@ class FolderRegistry:
     Attributes:
         path: The root; made when something is published.
     """
+
+    public: ClassVar[bool] = False
 
     path: PathField
 
@@ -102,7 +105,7 @@ class FolderRegistry:
 
     def find(self, name: str, variant: str, build_key: str) -> Package | None:
         with disk_errors(f"look for a finished build in {self.path}"):
-            for version in sorted(self._versions(name, variant), key=_rebuild, reverse=True):
+            for version in sorted(self._versions(name, variant), key=rebuild_of, reverse=True):
                 folder = self._dir(name, variant, version)
                 # Versions carry the start of their build key: it still tells whose they are when
                 # the manifest cannot be read.
@@ -117,9 +120,9 @@ class FolderRegistry:
         return None
 
     def next_version(self, name: str, variant: str, version: str) -> str:
-        base = check_part("version", _rebuild(version)[1])
+        base = check_part("version", rebuild_of(version)[1])
         number = 1
-        while self._dir(name, variant, version := _numbered(base, number)).exists():
+        while self._dir(name, variant, version := numbered(base, number)).exists():
             number += 1
         return version
 
@@ -134,6 +137,7 @@ class FolderRegistry:
         sealed = verify(package.dir)
         if sealed.digest != package.digest:
             raise CorruptError(f"{package.dir} changed since it was sealed; build it again")
+        require_no_rehearsal(sealed.manifest, self.path)
         reference = reference_of(sealed)
         target = self.location(reference)
         with disk_errors(f"publish {reference} to {self.path}"):
@@ -362,18 +366,6 @@ class FolderRegistry:
 
     def _versions(self, name: str, variant: str) -> list[str]:
         return _subfolders(self.path / name / variant, "version")
-
-
-def _rebuild(version: str) -> tuple[int, str]:
-    """Number of the rebuild and the version that was rebuilt: `1.0-abc.r2` -> (2, `1.0-abc`)."""
-    match = _REBUILD.fullmatch(version)
-    if match is None:  # empty
-        return 1, version
-    return int(match["number"] or 1), match["base"]
-
-
-def _numbered(base: str, number: int) -> str:
-    return base if number == 1 else f"{base}.r{number}"
 
 
 def _subfolders(folder: Path, part: Part) -> list[str]:

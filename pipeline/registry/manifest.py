@@ -22,11 +22,15 @@ import rfc8785
 from pipeline.errors import CorruptError, RecipeError
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.reference import check_part
-from pipeline.stages import Engine, FileDigest, Weights
+from pipeline.stages import Engine, FileDigest, Licence, Weights
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ENGINE = "engine"
+RANDOM = "random"
+"""`source.weights` of a rehearsal's package."""
+NOTICE = "NOTICE"
+"""File of the engine folder that carries the notice that a licence asks for."""
 MAX_MANIFEST_BYTES = 4 << 20
 """About 30,000 files; an engine has some ten. The manifest limit of OCI registries, too
 (distribution-spec 1.1, "Pushing manifests")."""
@@ -100,11 +104,23 @@ def make_manifest(
             "commit": weights.commit,
             "digest": weights.digest,
             "note": weights.note,
+            **({"weights": RANDOM} if weights.random else {}),
         },
         "build": {"tools": dict(engine.tools), "config": dict(label.config)},
-        "licence": {"spdx": weights.licence.spdx, "files": list(weights.licence.files)},
+        "licence": _licence_json(weights.licence),
     }
     return parse_manifest(manifest_bytes(manifest), f"manifest of {label.name}")
+
+
+def _licence_json(licence: Licence) -> dict[str, Any]:
+    """Terms for a manifest; what is not known is left out, as before there were such keys."""
+    files = dict.fromkeys((*licence.files, *([NOTICE] if licence.notice else [])))
+    entry: dict[str, Any] = {"spdx": licence.spdx, "files": list(files)}
+    if licence.redistribution != "forbidden":
+        entry["redistribution"] = licence.redistribution
+    if licence.notice:
+        entry["notice"] = licence.notice
+    return entry
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.registry.paths import paths_fault
 from pipeline.registry.reference import check_part
 from pipeline.settings import STRICT
-from pipeline.stages import Format
+from pipeline.stages import Format, Redistribution
 
 # The largest integer that every JSON reader keeps exact (RFC 8785, section 3.2.2.3): 2^53 - 1.
 Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
@@ -77,6 +77,7 @@ class Source:
     commit: Text | None
     digest: Sha256
     note: str
+    weights: Literal["random"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -89,10 +90,12 @@ class BuildEntry:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LicenceEntry:
-    """Terms of the weights."""
+    """Terms of the weights; without `redistribution` it is not known to be allowed."""
 
     spdx: Text
     files: list[Text]
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

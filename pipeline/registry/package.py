@@ -20,6 +20,7 @@ from pipeline.registry.disk import disk_errors, file_fault, open_regular, write_
 from pipeline.registry.manifest import (
     ENGINE,
     MANIFEST,
+    NOTICE,
     Label,
     digest_bytes,
     make_manifest,
@@ -36,7 +37,8 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     """Copy an engine folder into an empty folder and write its manifest, last.
 
     Each file is hashed from the bytes that are written. The stage cache's own record at the top of
-    the engine folder stays behind: it holds times. So do empty folders.
+    the engine folder stays behind: it holds times. So do empty folders. A notice that the licence
+    asks for is added to the engine folder's `NOTICE`.
 
     Args:
         staging_dir: From `Registry.staging()`; becomes the package.
@@ -59,6 +61,8 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
         ]
         if not files:
             raise CorruptError(f"{engine.dir} has no files; run the same command again")
+        if weights.licence.notice:
+            files = _with_notice(files, staging_dir, weights.licence.notice)
         manifest = make_manifest(engine, weights, label, files)
         data = manifest_bytes(manifest)
         write_new(staging_dir / MANIFEST, data)
@@ -146,6 +150,20 @@ def _copy(source: Path, target: Path, path: str) -> FileDigest:
             writer.write(chunk)
             size_bytes += len(chunk)
     return FileDigest(path=path, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def _with_notice(files: list[FileDigest], staging_dir: Path, notice: str) -> list[FileDigest]:
+    """Append a notice to the package's `NOTICE`, whatever its case; made when there is none."""
+    path = f"{ENGINE}/{NOTICE}"
+    present = next((file.path for file in files if file.path.lower() == path.lower()), None)
+    target = staging_dir / path
+    text = notice.strip() + "\n"
+    if present is not None:
+        text = f"{(staging_dir / present).read_text('utf-8').rstrip()}\n\n{text}"
+        (staging_dir / present).unlink()
+    write_new(target, data := text.encode())
+    added = FileDigest(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return [*(file for file in files if file.path != present), added]
 
 
 def _check_bytes(package_dir: Path, file: FileDigest) -> None:

@@ -24,6 +24,7 @@ STATEMENTS_SUFFIX = ".statements"
 
 Part = Literal["name", "variant", "version", "channel", "card", "statement"]
 
+_REBUILD = re.compile(r"(?P<base>.+?)(?:\.r(?P<number>[1-9][0-9]*))?")
 _WORDS = "lowercase letters and digits, joined by single dots or dashes"
 # part -> grammar, longest allowed, the grammar in words. An OCI tag holds 128 characters
 # (distribution-spec 1.1, "Pulling manifests"): variant, a separator and version fit into one.
@@ -153,3 +154,16 @@ def reference_of(package: Package) -> Reference:
 
 def _fault(message: str) -> RecipeError:
     return RecipeError([Fault("", message)])
+
+
+def rebuild_of(version: str) -> tuple[int, str]:
+    """Number of the rebuild and the version that was rebuilt: `1.0-abc.r2` -> (2, `1.0-abc`)."""
+    match = _REBUILD.fullmatch(version)
+    if match is None:  # empty
+        return 1, version
+    return int(match["number"] or 1), match["base"]
+
+
+def numbered(base: str, number: int) -> str:
+    """The version of a rebuild; the first build has no number."""
+    return base if number == 1 else f"{base}.r{number}"

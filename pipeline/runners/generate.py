@@ -56,9 +56,19 @@ def open_package(package: Package) -> AbstractContextManager[Session]:
         graph = twin_of(package) / CPU_GRAPH
         log.warning("Not the TensorRT-RTX engine: its CPU twin, the same graph on ONNX Runtime")
         return open_graph(graph)
-    raise IncompatibleError(
-        f"{reference_of(package)} is a {engine_format} engine, which needs its own runtime and GPU"
-    )
+    return _open_trtllm(package)
+
+
+def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
+    """The engine itself, on a machine with its card and TensorRT-LLM or the build image."""
+    import yaml
+
+    from pipeline.config.folders import data_dir
+    from pipeline.runners.trtllm.runner import TrtLlmRunner
+
+    settings = yaml.safe_load((data_dir("conf") / "runner" / "trtllm.yaml").read_text())
+    runner = TrtLlmRunner(**{name: settings[name] for name in settings if name != "_target_"})
+    return runner.open_folder(package.engine_dir, package.manifest["match"]["sm"][0])
 
 
 def twin_of(package: Package) -> Path:

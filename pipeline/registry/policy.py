@@ -1,0 +1,83 @@
+"""Who may publish what where: the rules of licences, gates and rehearsals, as one pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Fault, RecipeError
+from pipeline.stages import Licence
+
+_MARK = ".rehearsal"
+"""Top-level file of a registry that is removed after one rehearsal."""
+
+
+def publish_faults(
+    licence: Licence, *, public: bool, throwaway: bool = False, random_weights: bool = False
+) -> Iterator[Fault]:
+    """Why a package must not be published; nothing if it may.
+
+    Args:
+        licence: Terms of the weights, as the recipe or the manifest states them.
+        public: Everybody can read the registry.
+        throwaway: The registry is made for one rehearsal and removed after it.
+        random_weights: The package was rehearsed: its weights are nobody's, and of no use.
+    """
+    if random_weights:
+        if not throwaway:
+            yield Fault(
+                "registry",
+                "this is a rehearsal: its weights are random, so only the throw-away registry of "
+                "`enginesmith rehearse` takes it; build the recipe itself to publish an engine",
+            )
+        return
+    if licence.gated and licence.acknowledged != licence.spdx:
+        got = f", got {licence.acknowledged}" if licence.acknowledged else ""
+        yield Fault(
+            "source.acknowledge_licence",
+            f"these weights are gated, and passing them on binds you to their licence: read it at "
+            f"{licence.read_at}, then set source.acknowledge_licence={licence.spdx}{got}",
+        )
+    if public and licence.redistribution == "forbidden":
+        yield Fault(
+            "registry",
+            f"everybody can read this registry, and the recipe does not say that {licence.spdx} "
+            "allows to pass the weights on; choose a private registry, or read the licence and set "
+            "source.redistribution to what it says: allowed or with-notice",
+        )
+
+
+def require_publishable(
+    licence: Licence, *, public: bool, throwaway: bool = False, random_weights: bool = False
+) -> None:
+    """Stop a build, before any download, whose package could not be published.
+
+    Raises:
+        RecipeError: With all faults of `publish_faults`.
+    """
+    faults = tuple(
+        publish_faults(licence, public=public, throwaway=throwaway, random_weights=random_weights)
+    )
+    if faults:
+        raise RecipeError(faults)
+
+
+def require_no_rehearsal(manifest: Mapping[str, Any], registry_dir: Path) -> None:
+    """Stop a package of random weights at the door of a registry that is not a rehearsal's own.
+
+    Raises:
+        RecipeError: It is one.
+    """
+    require_publishable(
+        Licence(spdx=manifest["licence"]["spdx"]),
+        public=False,
+        throwaway=(registry_dir / _MARK).exists(),
+        random_weights=manifest["source"].get("weights") == "random",
+    )
+
+
+def mark_throwaway(registry_dir: Path) -> None:
+    """Make a registry folder one that takes packages of random weights."""
+    registry_dir.mkdir(parents=True, exist_ok=True)
+    (registry_dir / _MARK).touch()

@@ -1,0 +1,124 @@
+"""`enginesmith rehearse`: a recipe composed with every compiler, and how far each went."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.folders import ConfigFolders, config_folders
+from pipeline.config.load import load
+from pipeline.errors import ConflictError, ExitCode, RecipeError
+from pipeline.outcome import worst
+from pipeline.screen import screen_logging, stdout
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.rehearse.rehearsal import Rehearsed
+
+_WORDS = {"good": "done", "stopped": "as far as this machine goes", "failed": "FAILED"}
+
+
+def run_rehearsal(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    full_size: bool,
+    keep: Path | None,
+    as_json: bool,
+    config_dir: Path | None,
+) -> ExitCode:
+    """Rehearse a recipe; the worst exit code of its formats.
+
+    Args:
+        recipe: Its name.
+        overrides: In Hydra's grammar; one that chooses a compiler rehearses that one only.
+        full_size: Keep the real shape.
+        keep: Folder for what is made; None throws it away.
+        as_json: Print one JSON document instead of a table.
+        config_dir: Folder with the user's recipes.
+
+    Raises:
+        RecipeError: The recipe is wrong.
+        ConflictError: `keep` exists and is not empty.
+    """
+    started = time.perf_counter()
+    composed = compose(recipe, overrides, config_folders(config_dir))
+    from pipeline.rehearse.rehearsal import rehearse
+
+    with screen_logging(), _folder(keep) as folder:
+        done = rehearse(composed, folder, full_size=full_size)
+    seconds = time.perf_counter() - started
+    code = worst(result.exit_code for result in done)
+    if as_json:
+        document = {
+            "schema": 1,
+            "recipe": recipe,
+            "exit_code": int(code),
+            "seconds": round(seconds, 2),
+            "formats": [result.to_json() for result in done],
+        }
+        print(json.dumps(document, indent=1))
+        return code
+    stdout().print(_table(done))
+    for result in done:
+        if result.state != "good":
+            stdout().print(f"{result.format}: {result.detail}", markup=False, soft_wrap=True)
+    size = "full size" if full_size else "a tiny model of the same architecture"
+    verdict = "good" if code is ExitCode.OK else "failed"
+    print(f"Rehearsal of {recipe} {verdict}: random weights, {size}; {seconds:.0f} s")
+    if keep is not None:
+        print(f"Kept in {keep}")
+    return code
+
+
+def compose(
+    recipe: str, overrides: Sequence[str], folders: ConfigFolders
+) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """The recipe with each compiler, by the compiler's name; its own compiler first.
+
+    A compiler that the recipe was not written for (no sizes, wrong keys) is left out, its own is
+    not.
+
+    Raises:
+        RecipeError: The recipe itself is wrong, or there is none.
+    """
+    own = load(recipe, overrides, folders=folders)
+    if faults := [*own.faults, *(fault for job in own.jobs for fault in job.faults)]:
+        raise RecipeError(faults)
+    job = own.jobs[0]
+    composed = {job.value.compiler.format: (job.value, job.config)}
+    if any(override.split("=")[0] == "compiler" for override in overrides):
+        return composed
+    for name in folders.options("compiler"):
+        other = load(recipe, [*overrides, f"compiler={name}"], folders=folders)
+        if name not in composed and not other.faults and not other.jobs[0].faults:
+            composed[name] = (other.jobs[0].value, other.jobs[0].config)
+    return composed
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    """An empty folder; removed afterwards unless it is to be kept."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="enginesmith-rehearsal-") as folder:
+            yield Path(folder)
+        return
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise ConflictError(f"{keep} exists and is not empty; name a new folder")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep
+
+
+def _table(done: Sequence[Rehearsed]) -> Table:
+    from rich.table import Table
+
+    table = Table("format", "state", "reached", "s")
+    for result in done:
+        table.add_row(result.format, _WORDS[result.state], result.reached, f"{result.seconds:.0f}")
+    return table
