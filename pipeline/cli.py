@@ -182,7 +182,7 @@ def export_trtllm(
     pp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
 ) -> None:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
-    from pipeline.convert.trtllm import export
+    from pipeline import export_trtllm as export
     from pipeline.screen import screen_logging
 
     sizes = export.build_sizes(

@@ -1,0 +1,1 @@
+"""Unified FP8 checkpoint -> TensorRT-LLM 1.2 checkpoint: `config.json` and `rank0.safetensors`."""
