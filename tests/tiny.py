@@ -47,12 +47,13 @@ def tiny_model(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.config.architectures = ["LlamaForCausalLM"]
     model.to(torch.bfloat16).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("Apache License 2.0\n")
     return folder
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE trained on `TEXT`, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

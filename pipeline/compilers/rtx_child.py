@@ -13,7 +13,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.compilers.network_check.interface import DecoderInterface
 
@@ -78,6 +78,7 @@ def compile_graph(job: CompileJob) -> None:
     Raises:
         CheckError: The parsed network is not the graph that was written.
         RuntimeError: The parser or the compiler refused; what it said is on stderr.
+        OSError: The plan cannot be written.
     """
     import tensorrt_rtx as trt
 
@@ -98,11 +99,36 @@ def compile_graph(job: CompileJob) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in job.profiles:
         config.add_optimization_profile(_optimization_profile(builder, network, profile))
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
+    # Piece by piece into the file: a plan built in memory is one more copy of the weights, and with
+    # it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
     with Path(job.plan).open("wb") as stream:
-        stream.write(plan)
+        writer = _writer(stream)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.fault is not None:
+        raise writer.fault
+    if not built:
+        raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
+
+
+def _writer(stream: BinaryIO) -> Any:
+    """What the compiler hands the pieces of the plan to; `fault` is the first that failed."""
+    import tensorrt_rtx as trt
+
+    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]  # the library has no types
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.fault: OSError | None = None
+
+        def write(self, piece: Any) -> int:
+            # The library prints what is raised here and reports success (1.7.1, disk full).
+            if self.fault is None:
+                try:
+                    return stream.write(piece)
+                except OSError as error:
+                    self.fault = error
+            return 0
+
+    return PlanWriter()
 
 
 def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:

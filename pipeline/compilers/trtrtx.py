@@ -23,9 +23,11 @@ from pipeline.cache import StageCache, digest_folder, source_digest
 from pipeline.compilers.network_check.stage import check_network_once, interface_of
 from pipeline.compilers.rtx_child import CompileJob, Profile
 from pipeline.compilers.rtx_plan import prove_fp8
-from pipeline.convert.stage import RTX_GRAPH, GraphSettings, convert
-from pipeline.convert.unified import DecoderConfig, UnifiedCheckpoint
-from pipeline.errors import IncompatibleError
+from pipeline.convert.decoder_config import DecoderConfig
+from pipeline.convert.linears import node_names
+from pipeline.convert.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
+from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.errors import Fault, IncompatibleError, RecipeError
 from pipeline.hardware import Target
 from pipeline.process import run_tool
 from pipeline.quantize.export import copy_companions
@@ -115,10 +117,16 @@ class TrtRtxCompiler:
     def variant(self, target: Target) -> str:
         return f"sm{target.sm}-trtrtx-fp8-b{self.max_batch_size}-s{self.max_seq_len}"
 
+    def check_machine(self, target: Target) -> None:
+        """Any machine will do."""
+
     def inputs(self, target: Target) -> dict[str, Any]:
+        return {"graph": self._graph.inputs(), **self._compile_inputs(target)}
+
+    def _compile_inputs(self, target: Target) -> dict[str, Any]:
+        """What shapes the engine beside its graph and its checkpoint."""
         profiles = [dataclasses.asdict(profile) for profile in self.profiles]
         return {
-            "graph": self._graph.inputs(),
             "sm": target.sm,
             "profiles": json.loads(json.dumps(profiles)),
             "tools": {_PACKAGE: compiler_version()},
@@ -128,6 +136,8 @@ class TrtRtxCompiler:
     def compile(
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
     ) -> Engine:
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        _check_attention_shape(config)
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
         network = check_network_once(
             checkpoint.dir,
@@ -139,11 +149,14 @@ class TrtRtxCompiler:
         )
         result = cache.run(
             "compile",
-            {"graphs": graphs.digest, **self.inputs(target)},
+            {
+                "checkpoint": checkpoint.digest,
+                "graph": graph_digest(graphs, RTX_GRAPH),
+                **self._compile_inputs(target),
+            },
             lambda out: self._produce(checkpoint, graphs.dir, target, out, log_dir),
         )
         plan_bytes = (result.dir / "engine" / PLAN_FILE).stat().st_size
-        config = UnifiedCheckpoint(checkpoint.dir).config
         return Engine(
             dir=result.dir / "engine",
             digest=digest_of([f.to_json() for f in digest_folder(result.dir / "engine")]),
@@ -165,8 +178,7 @@ class TrtRtxCompiler:
 
     def _cache_bytes(self, config: DecoderConfig) -> int:
         """Static KV cache at the limits, two bytes an element."""
-        width = config.num_kv_heads * config.head_dim
-        return 2 * config.num_layers * width * 2 * self.max_batch_size * self.max_seq_len
+        return config.kv_bytes_per_token(2) * self.max_batch_size * self.max_seq_len
 
     def _produce(
         self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
@@ -199,12 +211,32 @@ class TrtRtxCompiler:
                 text,
                 sm=target.sm,
                 profiles=len(self.profiles),
-                fp8_linears=checkpoint.fp8_linears,
-                kept_16bit=checkpoint.kept_16bit,
+                fp8_linears=node_names(config, checkpoint.fp8_linears),
+                kept_16bit=node_names(config, checkpoint.kept_16bit),
             )
         shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")
         copy_companions(checkpoint.dir, engine_dir)
         (out / "checks.json").write_text(json.dumps({"fp8_plan": proof}, indent=1) + "\n")
+
+
+def _check_attention_shape(config: DecoderConfig) -> None:
+    """Refuse what TensorRT-RTX 1.7.1 has no attention kernel for.
+
+    It wants four query heads or more, of 16 elements or more in steps of eight (tried for sm_89 in
+    bfloat16, 2026-11-25: 1 to 3 heads and sizes 8 and 20 fail, 4 to 32 heads and sizes 16 to 256
+    build). No published model that we know is smaller.
+    """
+    if config.num_heads < 4 or config.head_dim < 16 or config.head_dim % 8:
+        raise RecipeError(
+            [
+                Fault(
+                    "compiler",
+                    f"TensorRT-RTX has no attention kernel for {config.num_heads} heads of "
+                    f"{config.head_dim}; wanted are four heads or more, of 16 elements or more in "
+                    "steps of eight: use compiler=checkpoint",
+                )
+            ]
+        )
 
 
 def compiler_version() -> str:

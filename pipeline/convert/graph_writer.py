@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.errors import CorruptError
 
 if TYPE_CHECKING:
     import onnx
@@ -26,14 +27,20 @@ class WeightSlot:
 
 
 def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, WeightSlot]:
-    """Copy every tensor that is no scale, byte for byte, into one file with aligned offsets.
+    """Copy every tensor of the model, byte for byte, into one file with aligned offsets.
 
-    Scales are scalars; graphs hold them inline.
+    Scales are not copied: they are scalars, which graphs hold inline.
+
+    Raises:
+        RecipeError: The config asks for something that the converters do not have.
+        CorruptError: A tensor is missing, left over or malformed.
     """
+    checkpoint.check_tensors()
+    wanted = checkpoint.config.tensor_shapes()
     slots: dict[str, WeightSlot] = {}
     with path.open("wb") as stream:
         for name, entry in checkpoint.tensors.items():
-            if name.endswith("_scale"):
+            if name not in wanted:
                 continue
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT_BYTES))
             slots[name] = WeightSlot(stream.tell(), entry.size_bytes)
@@ -74,38 +81,59 @@ class GraphWriter:
             self.initializers.append(onnx.numpy_helper.from_array(values, name))
         return name
 
-    def weight(self, name: str) -> str:
-        """A tensor of the checkpoint in the external file, with the checkpoint's dtype."""
+    def weight(
+        self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
+    ) -> str:
+        """A tensor of the checkpoint in the external file, with the checkpoint's dtype.
+
+        Args:
+            name: Of the initializer.
+            stored: Of the tensor, where it differs.
+            rows: First row and the one after the last, for a part of the tensor; None for all.
+
+        Raises:
+            CorruptError: There is no such tensor, or it has fewer rows.
+        """
         import ml_dtypes
         import onnx
 
-        if name not in self._made:
-            entry = self.checkpoint.entry(name)
-            slot = self.slots[name]
-            tensor = onnx.TensorProto(
-                name=name,
-                data_type={
-                    "bfloat16": onnx.TensorProto.BFLOAT16,
-                    "float16": onnx.TensorProto.FLOAT16,
-                    "float32": onnx.TensorProto.FLOAT,
-                    ml_dtypes.float8_e4m3fn.__name__: onnx.TensorProto.FLOAT8E4M3FN,
-                }[entry.dtype],
-                dims=entry.shape,
-                data_location=onnx.TensorProto.EXTERNAL,
+        if name in self._made:
+            return name
+        entry = self.checkpoint.entry(stored or name)
+        slot = self.slots[entry.name]
+        first, end = rows or (0, entry.shape[0])
+        if not 0 <= first < end <= entry.shape[0]:
+            raise CorruptError(
+                f"{entry.file}: tensor {entry.name} has the shape {entry.shape}; config.json says "
+                f"that rows {first} to {end - 1} are {name}; make the checkpoint again"
             )
-            for key, value in (
-                ("location", WEIGHTS_FILE),
-                ("offset", str(slot.offset)),
-                ("length", str(slot.size_bytes)),
-            ):
-                tensor.external_data.add(key=key, value=value)
-            self.initializers.append(tensor)
-            self._made[name] = name
+        row_bytes = slot.size_bytes // entry.shape[0]
+        tensor = onnx.TensorProto(
+            name=name,
+            data_type={
+                "bfloat16": onnx.TensorProto.BFLOAT16,
+                "float16": onnx.TensorProto.FLOAT16,
+                "float32": onnx.TensorProto.FLOAT,
+                ml_dtypes.float8_e4m3fn.__name__: onnx.TensorProto.FLOAT8E4M3FN,
+            }[entry.dtype],
+            dims=(end - first, *entry.shape[1:]),
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", WEIGHTS_FILE),
+            ("offset", str(slot.offset + first * row_bytes)),
+            ("length", str((end - first) * row_bytes)),
+        ):
+            tensor.external_data.add(key=key, value=value)
+        self.initializers.append(tensor)
+        self._made[name] = name
         return name
 
-    def weight_as_activation(self, name: str) -> str:
+    def weight_as_activation(
+        self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
+    ) -> str:
         """A weight cast to the activations' dtype; no cast where it has that dtype already."""
-        source = self.weight(name)
+        source = self.weight(name, stored, rows)
         cast = f"{name}.cast"
         if self.initializer_type(name) == self.dtype:
             return source

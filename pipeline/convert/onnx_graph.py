@@ -11,19 +11,22 @@ Inputs: `input_ids` [batch, sequence], `write_indices` [batch] (tokens already i
 memory. Batches of unequal prompts are padded on the right: a pad key lies behind its row's end, no
 real query attends to it, and the next step overwrites it.
 
-Three choices are forced by TensorRT-RTX 1.7.1 (measured 2026-11-24): the context length is static,
-since its cache update demands it; the mask is computed in the graph, since its parser silently
-drops `nonpad_kv_seqlen` and turns `is_causal` into the wrong alignment; and q/k/v and gate/up are
-separate nodes, since it fuses them itself.
+Four choices are forced by TensorRT-RTX 1.7.1 (measured 2026-11-24 and -25): the context length is
+static, since its cache update demands it; the mask is computed in the graph, since its parser
+silently drops `nonpad_kv_seqlen` and turns `is_causal` into the wrong alignment; q/k/v and gate/up
+are separate nodes, since it fuses them itself; and of the attention scale only a power of four is
+left to it, since it rounds that scale's root to 16 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.convert.graph_writer import GraphWriter, WeightSlot
+from pipeline.convert.linears import Linear, gate_up, query_key_value, write_linears
 from pipeline.convert.rope import rope_tables
 from pipeline.convert.unified import UnifiedCheckpoint
 
@@ -62,8 +65,7 @@ def build_decoder(
             stay); None for all. Cache tensors are numbered by position, modules keep their names.
 
     Raises:
-        RecipeError: The config asks for something that this graph does not have.
-        CorruptError: A tensor is missing or malformed.
+        CorruptError: A scale is missing or malformed.
     """
     import onnx
 
@@ -147,7 +149,9 @@ class _Decoder:
         """`position_ids` [B, S] and the bool `attention_mask` [B, 1, S, T], shared by all layers.
 
         A key is visible when its index is at most the query's position: causal per row, and pads
-        lie beyond it.
+        lie beyond it. With a sliding window it must also be one of the last `sliding_window`
+        positions, the query's own included; a window that no context of this graph exceeds hides
+        nothing and is left out.
         """
         import numpy as np
 
@@ -163,13 +167,17 @@ class _Decoder:
         keys = w.constant("key_index", np.arange(self._context, dtype=np.int64))
         axes = w.constant("mask_axes", np.array([1, 3], np.int64))
         queries = w.op("Unsqueeze", ["position_ids", axes], "query_index")  # [B, 1, S, 1]
-        w.op("LessOrEqual", [keys, queries], "attention_mask")
+        window = self._config.sliding_window
+        if window is None or window >= self._context:
+            w.op("LessOrEqual", [keys, queries], "attention_mask")
+        else:
+            width = w.constant("sliding_window", np.array(window, np.int64))
+            hidden = w.op("Sub", [queries, width], "last_hidden_key")
+            causal = w.op("LessOrEqual", [keys, queries], "causal_mask")
+            near = w.op("Greater", [keys, hidden], "window_mask")
+            w.op("And", [causal, near], "attention_mask")
 
-        cos, sin = rope_tables(
-            theta=self._config.rope_theta,
-            rotary_dim=self._config.head_dim,
-            context=self._context,
-        )
+        cos, sin = rope_tables(self._config.rope, context=self._context)
         for name, table in (("rope_cos", cos), ("rope_sin", sin)):
             w.constant(name, table.astype(_numpy_dtype(w.dtype)))
 
@@ -185,10 +193,9 @@ class _Decoder:
     def _attention(self, slot: int, prefix: str, hidden: str) -> str:
         """Grouped-query attention over the whole static cache, masked."""
         w = self._w
-        query, key, value = self._linears(
-            [f"{prefix}.{part}_proj" for part in ("q", "k", "v")], hidden
-        )
+        query, key, value = write_linears(w, query_key_value(self._config, prefix), hidden)
         query = self._rotate(f"{prefix}.q_rope", self._split_heads(query, self._heads))
+        query, scale = self._scale_query(prefix, query)
         key = self._rotate(f"{prefix}.k_rope", self._split_heads(key, self._kv_heads))
         value = self._split_heads(value, self._kv_heads)
         cached = [
@@ -202,70 +209,43 @@ class _Decoder:
             for part, new in (("key", key), ("value", value))
         ]
         attended = w.op(  # [B, H, S, D]
-            "Attention", [query, *cached, "attention_mask"], f"{prefix}.attention"
+            "Attention", [query, *cached, "attention_mask"], f"{prefix}.attention", scale=scale
         )
         merged = self._merge_heads(prefix, attended)
-        return self._linears([f"{prefix}.o_proj"], merged)[0]
+        return write_linears(w, [Linear(f"{prefix}.o_proj")], merged)[0]
+
+    def _scale_query(self, prefix: str, query: str) -> tuple[str, float]:
+        """The queries times a part of 1 / sqrt(D), and the rest, which the operator multiplies.
+
+        TensorRT-RTX 1.7.1 multiplies queries and keys by the rest's square root, rounded to the
+        activations' type: for D = 96 in bfloat16 the scores would be 0.5 % too large (the constant
+        stands in the plan's attention kernel). So the rest is a power of four, whose root is exact,
+        and the other part is multiplied in float32. With a rest of 1 it would copy the whole key
+        cache in every step (both read from plans, 2026-11-25).
+        """
+        import numpy as np
+        import onnx
+
+        w = self._w
+        scale = 1 / math.sqrt(self._config.head_dim)
+        rest = 4.0 ** math.floor(math.log(scale, 4) + 1e-9)
+        if math.isclose(rest, scale):
+            return query, rest
+        factor = w.constant("query_scale", np.array(scale / rest, np.float32))
+        if w.dtype == onnx.TensorProto.FLOAT:
+            return w.op("Mul", [query, factor], f"{prefix}.q_scaled"), rest
+        wide = w.op("Cast", [query], f"{prefix}.q_wide", to=onnx.TensorProto.FLOAT)
+        scaled = w.op("Mul", [wide, factor], f"{prefix}.q_scaled_wide")
+        return w.op("Cast", [scaled], f"{prefix}.q_scaled", to=w.dtype), rest
 
     def _mlp(self, prefix: str, hidden: str) -> str:
         """down(silu(gate(x)) * up(x))."""
         w = self._w
-        gate, up = self._linears([f"{prefix}.gate_proj", f"{prefix}.up_proj"], hidden)
+        gate, up = write_linears(w, gate_up(self._config, prefix), hidden)
         sigmoid = w.op("Sigmoid", [gate], f"{prefix}.sigmoid")
         silu = w.op("Mul", [gate, sigmoid], f"{prefix}.silu")
         product = w.op("Mul", [silu, up], f"{prefix}.product")
-        return self._linears([f"{prefix}.down_proj"], product)[0]
-
-    def _linears(self, modules: list[str], x: str) -> list[str]:
-        """Linears that read the same input: quantized once when they share one input scale."""
-        quantized: dict[float, str] = {}
-        outputs = []
-        for module in modules:
-            if self._w.checkpoint.is_fp8(module):
-                scale = float(self._w.checkpoint.scalar(f"{module}.input_scale"))
-                if scale not in quantized:
-                    quantized[scale] = self._quantize(module, x, scale)
-                outputs.append(self._matmul(module, quantized[scale], self._fp8_weight(module)))
-            else:
-                weight = self._w.weight_as_activation(f"{module}.weight")
-                outputs.append(self._matmul(module, x, weight))
-        return outputs
-
-    def _matmul(self, module: str, x: str, weight: str) -> str:
-        """Multiply x [.., in] with weight [out, in] transposed; the node has the module's name."""
-        transposed = self._w.op("Transpose", [weight], f"{module}.weight.t", perm=[1, 0])
-        return self._w.op("MatMul", [x, transposed], module)
-
-    def _quantize(self, module: str, x: str, scale: float) -> str:
-        """Round activations to E4M3 with the calibrated scale: the Q/DQ pair that FP8 GEMMs need.
-
-        The scale stays float32: in float16 a scale below 6e-5 would be subnormal.
-        """
-        import ml_dtypes
-        import numpy as np
-
-        w = self._w
-        scale_name = w.constant(f"{module}.input_scale", np.array(scale, np.float32))
-        zero = w.constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
-        codes = w.op("QuantizeLinear", [x, scale_name, zero], f"{module}.input.q")
-        return w.op(
-            "DequantizeLinear",
-            [codes, scale_name, zero],
-            f"{module}.input.dq",
-            output_dtype=w.dtype,
-        )
-
-    def _fp8_weight(self, module: str) -> str:
-        """The checkpoint's E4M3 codes, dequantized in the graph."""
-        import numpy as np
-
-        w = self._w
-        scale = w.constant(
-            f"{module}.weight_scale",
-            np.array(w.checkpoint.scalar(f"{module}.weight_scale"), np.float32),
-        )
-        codes = w.weight(f"{module}.weight")
-        return w.op("DequantizeLinear", [codes, scale], f"{module}.weight.dq", output_dtype=w.dtype)
+        return write_linears(w, [Linear(f"{prefix}.down_proj")], product)[0]
 
     def _norm(self, module: str, x: str) -> str:
         """RMS norm over the last axis, accumulated in float32."""
@@ -297,9 +277,22 @@ class _Decoder:
         return self._w.op("Reshape", [transposed, shape], f"{prefix}.merged")
 
     def _rotate(self, name: str, x: str) -> str:
-        """Rotary embedding on [B, heads, S, D], half-split pairs."""
+        """Rotary embedding on [B, heads, S, D], half-split pairs.
+
+        Where only the leading `rotary_dim` elements turn, the operator is told so: ONNX Runtime
+        passes the rest on unchanged, and so does the kernel that TensorRT-RTX 1.7.1 writes, whose
+        CUDA source stands in the plan (read 2026-11-25).
+        """
+        rotary_dim = self._config.rope.rotary_dim
+        partial = (
+            {} if rotary_dim == self._config.head_dim else {"rotary_embedding_dim": rotary_dim}
+        )
         return self._w.op(
-            "RotaryEmbedding", [x, "rope_cos", "rope_sin", "position_ids"], name, interleaved=0
+            "RotaryEmbedding",
+            [x, "rope_cos", "rope_sin", "position_ids"],
+            name,
+            interleaved=0,
+            **partial,
         )
 
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.convert.rope import LongRopeScaling, Rope, rope_frequencies
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.hf import quiet
 
@@ -22,12 +23,16 @@ def load_simulation(
     *,
     layers: tuple[int, ...] | None = None,
     accumulate: str = "float32",
+    context: int | None = None,
 ) -> Any:
     """A Transformers model in float32 that simulates the checkpoint.
 
     Args:
         checkpoint_dir: Unified FP8 checkpoint.
         layers: Keep only these decoder layers, in this order; None for all.
+        context: Of the engine that is simulated, tokens: LongRoPE's factors are those that a graph
+            of this context has. None leaves the choice to Transformers, which chooses anew in each
+            forward pass, by the longest row.
         accumulate: torch dtype in which FP8 linears multiply and add; `float64` beside `float32`
             gives the noise floor, the disagreement that summation order alone causes.
     """
@@ -39,6 +44,8 @@ def load_simulation(
     config_json.pop("quantization_config", None)
     kept = tuple(range(config_json["num_hidden_layers"])) if layers is None else layers
     config_json["num_hidden_layers"] = len(kept)
+    if config_json.get("layer_types"):
+        config_json["layer_types"] = [config_json["layer_types"][layer] for layer in kept]
     with quiet():
         config = AutoConfig.for_model(config_json.pop("model_type"), **config_json)
         with torch.device("meta"):
@@ -58,6 +65,8 @@ def load_simulation(
         if _layer_of(name) in kept:
             scale = float(checkpoint.scalar(f"{name}.input_scale"))
             _wrap(model, _renumbered(name, kept), scale, getattr(torch, accumulate))
+    if context is not None:
+        _fix_longrope(model, checkpoint.config.rope, context)
     return model.eval()
 
 
@@ -104,6 +113,20 @@ def _restore_buffers(model: Any) -> None:
             fresh = type(module)(config=module.config, device="cpu")
             module.inv_freq = fresh.inv_freq
             module.original_inv_freq = fresh.original_inv_freq
+
+
+def _fix_longrope(model: Any, rope: Rope, context: int) -> None:
+    """Let LongRoPE use the factors of `context`, whatever the length of a row."""
+    import torch
+
+    if not isinstance(rope.scaling, LongRopeScaling):
+        return
+    frequencies = torch.from_numpy(rope_frequencies(rope, context=context)).float()
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = frequencies
+            # Transformers updates the frequencies of a module that says `longrope`.
+            module.rope_type = "default"
 
 
 def _layer_of(name: str) -> int:

@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import StageCache, StageResult, source_digest
-from pipeline.convert.graph_writer import write_weights
+from pipeline.cache import RECORD, StageCache, StageResult, source_digest
+from pipeline.convert.decoder_config import DecoderConfig
+from pipeline.convert.graph_writer import WEIGHTS_FILE, write_weights
 from pipeline.convert.onnx_graph import ActivationDtype, build_decoder, save_graph
 from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.stages import digest_of
 
 RTX_GRAPH = "rtx.onnx"
 """What TensorRT-RTX compiles."""
@@ -20,15 +22,28 @@ RTX_CUT = "rtx-cut.onnx"
 CPU_CUT = "cpu-cut.onnx"
 """Both with two layers only, for the network check."""
 CUT_LAYERS = 2
-CUT_CONTEXT = 64
-"""Cache length of the cut: longer than the check's prompts, short enough to be evaluated fast."""
+_CUT_CONTEXT = 64
+"""Cache length of the cut, tokens: longer than the check's prompts, and fast to evaluate."""
 
-CODE = ("pipeline.convert",)
+GRAPH_CODE = (
+    "pipeline.convert.decoder_config",
+    "pipeline.convert.graph_writer",
+    "pipeline.convert.linears",
+    "pipeline.convert.onnx_graph",
+    "pipeline.convert.rope",
+    "pipeline.convert.unified",
+)
+"""The modules that shape the bytes of a graph; not those of other formats, nor this one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphSettings:
-    """What the graphs depend on beside the checkpoint."""
+    """What the graphs depend on beside the checkpoint.
+
+    Attributes:
+        context: Static cache length, tokens.
+        activation: Dtype of the graph for RTX.
+    """
 
     context: int
     activation: ActivationDtype
@@ -38,7 +53,7 @@ class GraphSettings:
         return {
             **dataclasses.asdict(self),
             "tools": {"onnx": version("onnx")},
-            "code": source_digest(*CODE),
+            "code": source_digest(*GRAPH_CODE),
         }
 
 
@@ -51,8 +66,25 @@ def convert(
         RecipeError: The model has something that the graph does not support.
         CorruptError: The checkpoint is damaged.
     """
-    inputs = {"checkpoint": checkpoint_digest, **settings.inputs()}
+    orchestration = source_digest("pipeline.convert.stage")
+    inputs = {"checkpoint": checkpoint_digest, "stage": orchestration, **settings.inputs()}
     return cache.run("convert", inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
+
+
+def graph_digest(result: StageResult, graph: str) -> str:
+    """Digest of one graph of the folder and of the weights that it reads, and of nothing else."""
+    files = {file["path"]: file["sha256"] for file in result.read_json(RECORD)["files"]}
+    return digest_of({"graph": files[graph], "weights": files[WEIGHTS_FILE]})
+
+
+def cut_context(config: DecoderConfig, context: int) -> int:
+    """Cache length of the cut of a graph whose own is `context`, tokens.
+
+    Where that graph has a sliding window, the cut reaches beyond it, so that the cut has one too.
+    """
+    window = config.sliding_window
+    beyond = window if window is not None and window < context else 0
+    return min(context, beyond + _CUT_CONTEXT)
 
 
 def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
@@ -75,14 +107,14 @@ def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
 def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -> None:
     """Write weights, the two graphs and their cuts into `out_dir`."""
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
-    slots = write_weights(checkpoint, out_dir / "weights.bin")
-    cut_context = min(CUT_CONTEXT, settings.context)
+    slots = write_weights(checkpoint, out_dir / WEIGHTS_FILE)
+    short = cut_context(checkpoint.config, settings.context)
     cut = cut_layers(checkpoint)
     for name, activation, context, layers in (
         (RTX_GRAPH, settings.activation, settings.context, None),
         (CPU_GRAPH, "float32", settings.context, None),
-        (RTX_CUT, settings.activation, cut_context, cut),
-        (CPU_CUT, "float32", cut_context, cut),
+        (RTX_CUT, settings.activation, short, cut),
+        (CPU_CUT, "float32", short, cut),
     ):
         graph = build_decoder(
             checkpoint,

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CorruptError, Fault, RecipeError
-from pipeline.shapes import shape_of_config
+from pipeline.convert.decoder_config import DecoderConfig
+from pipeline.errors import CorruptError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,7 @@ _DTYPES = {
     "BOOL": "bool",
 }
 """safetensors dtype tag -> NumPy (or ml_dtypes) name."""
+_WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -47,74 +48,6 @@ class TensorEntry:
     size_bytes: int
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What the decoder graph needs from `config.json`.
-
-    Attributes:
-        architecture: `architectures[0]`.
-        hidden_size: Width of the residual stream.
-        num_layers: Decoder layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads.
-        head_dim: Size of one head.
-        vocab_size: Rows of the embedding.
-        rms_norm_eps: Added to the mean square.
-        rope_theta: Base of the rotary embedding.
-        max_position_embeddings: Longest context, tokens.
-        tied: lm_head is the embedding.
-    """
-
-    architecture: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    tied: bool
-
-    @staticmethod
-    def from_json(config: Mapping[str, Any]) -> DecoderConfig:
-        """Read a config, refusing whatever would change the graph in a way we do not build.
-
-        Raises:
-            RecipeError: Another architecture, activation, bias, rope type or a sliding window.
-        """
-        shape = shape_of_config(config)
-        faults = [
-            Fault(f"config.json: {key}", f"is {got!r}; the decoder graph supports {wanted!r}")
-            for key, got, wanted in (
-                ("architectures", shape["architecture"], "LlamaForCausalLM"),
-                ("hidden_act", config.get("hidden_act"), "silu"),
-                ("attention_bias", shape["attention_bias"], False),
-                ("mlp_bias", bool(config.get("mlp_bias", False)), False),
-                ("rope_type", shape["rope_type"], "default"),
-                ("sliding_window", shape["sliding_window"], None),
-                ("partial_rotary_factor", config.get("partial_rotary_factor", 1.0), 1.0),
-            )
-            if got != wanted
-        ]
-        if faults:
-            raise RecipeError(faults)
-        return DecoderConfig(
-            architecture=shape["architecture"],
-            hidden_size=shape["hidden_size"],
-            num_layers=shape["num_hidden_layers"],
-            num_heads=shape["num_attention_heads"],
-            num_kv_heads=shape["num_key_value_heads"],
-            head_dim=shape["head_dim"],
-            vocab_size=shape["vocab_size"],
-            rms_norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=shape["rope_theta"],
-            max_position_embeddings=shape["max_position_embeddings"],
-            tied=shape["tie_word_embeddings"],
-        )
 
 
 @dataclass(frozen=True)
@@ -173,10 +106,68 @@ class UnifiedCheckpoint:
         return raw.view(dtype).reshape(entry.shape)
 
     def scalar(self, name: str) -> np.float32:
-        """A scale: a tensor with one element, as float32."""
+        """A scale: a tensor with one element, as float32.
+
+        Raises:
+            CorruptError: There is no such tensor, or it has more elements.
+        """
         import numpy as np
 
-        return np.float32(self.read(name).reshape(-1)[0])
+        values = self.read(name).reshape(-1)
+        if len(values) != 1:
+            raise CorruptError(
+                f"{self.dir}: {name} has {len(values)} elements; wanted one scale per tensor "
+                "(ModelOpt's FP8_DEFAULT_CFG)"
+            )
+        return np.float32(values[0])
+
+    def check_tensors(self) -> None:
+        """Demand every tensor that the config implies, with its shape, and no other.
+
+        A tensor that nobody reads (a bias, a scale of another format) would be an engine that is
+        silently wrong, as a config key would.
+
+        Raises:
+            CorruptError: Lists what is missing, left over, of another shape or of a dtype that does
+                not belong there.
+        """
+        wanted = self.config.tensor_shapes()
+        linears = {name for name in wanted if name.startswith("model.layers.") and "_proj" in name}
+        faults = [f"tensor {name} is missing" for name in wanted if name not in self.tensors]
+        for name, entry in self.tensors.items():
+            if name not in wanted:
+                if not self._is_companion(name):
+                    faults.append(f"tensor {name} is not known to the converters")
+            elif entry.shape != wanted[name]:
+                faults.append(
+                    f"tensor {name} has the shape {entry.shape}, config.json implies {wanted[name]}"
+                )
+            elif entry.dtype not in _WEIGHT_DTYPES or (
+                entry.dtype == "float8_e4m3fn" and name not in linears
+            ):
+                faults.append(f"tensor {name} has the dtype {entry.dtype}, which is not built")
+        if faults:
+            more = f"\n    and {len(faults) - 8} more" if len(faults) > 8 else ""
+            listed = "".join(f"\n    {fault}" for fault in faults[:8])
+            raise CorruptError(
+                f"{self.dir} does not hold the model of its config.json; make the checkpoint "
+                f"again:{listed}{more}"
+            )
+
+    def _is_companion(self, name: str) -> bool:
+        """A tensor that the model's weights need or that changes nothing.
+
+        Scales of FP8 linears and of an FP8 KV cache; rotary frequencies, which old Llama files
+        hold and which follow from the config; an lm_head that the config ties to the embedding.
+        """
+        module, _, kind = name.rpartition(".")
+        if kind in ("weight_scale", "input_scale"):
+            return self.is_fp8(module)
+        if kind in ("k_scale", "v_scale"):
+            return ".self_attn" in module
+        return name.endswith(".rotary_emb.inv_freq") or (
+            name == "lm_head.weight" and self.config.tied
+        )
 
     def is_fp8(self, module: str) -> bool:
         """Whether the linear `module` is stored as FP8 with both of its scales."""

@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 
 from pipeline.compilers.network_check.interface import DecoderInterface
+from pipeline.compilers.network_check.stage import interface_of
 from pipeline.convert.graph_writer import WEIGHTS_FILE, WeightSlot, write_weights
 from pipeline.convert.onnx_graph import ActivationDtype, build_decoder
 from pipeline.convert.unified import UnifiedCheckpoint
+from tests.architectures import tiny_fp8_architecture
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCAB, CONTEXT = 32, 48, 4, 2, 64, 24
 HEAD_DIM = HIDDEN // HEADS
@@ -25,23 +27,44 @@ def interface(dtype: Literal["bfloat16", "float16"] = "bfloat16") -> DecoderInte
         num_key_value_heads=KV_HEADS,
         context=CONTEXT,
         head_dim=HEAD_DIM,
+        rotary_dim=HEAD_DIM,
         vocab_size=VOCAB,
         dtype=dtype,
     )
 
 
 class TinyDecoder:
-    """A checkpoint folder with random weights; layer 1 keeps its o_proj in bfloat16."""
+    """The graphs of a checkpoint of two layers with random weights.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Gets the checkpoint.
+        architecture: One of `tests.architectures`; None for a Llama whose layer 1 keeps its o_proj
+            in bfloat16.
+        context: Cache length, tokens.
+    """
+
+    def __init__(
+        self, folder: Path, architecture: str | None = None, context: int = CONTEXT
+    ) -> None:
         self.dir = folder
-        _write_checkpoint(folder)
-        self._checkpoint = UnifiedCheckpoint(folder)
-        self._slots: dict[str, WeightSlot] = write_weights(self._checkpoint, folder / WEIGHTS_FILE)
+        self._context = context
+        if architecture is None:
+            _write_checkpoint(folder)
+        else:
+            tiny_fp8_architecture(architecture, folder, num_hidden_layers=2)
+        self.checkpoint = UnifiedCheckpoint(folder)
+        self._slots: dict[str, WeightSlot] = write_weights(self.checkpoint, folder / WEIGHTS_FILE)
+
+    def interface(self, dtype: Literal["bfloat16", "float16"] = "bfloat16") -> DecoderInterface:
+        return interface_of(
+            self.checkpoint.config, num_layers=2, context=self._context, dtype=dtype
+        )
 
     def model(self, activation: ActivationDtype) -> onnx.ModelProto:
         """The decoder graph, to be changed by a test."""
-        return build_decoder(self._checkpoint, self._slots, context=CONTEXT, activation=activation)
+        return build_decoder(
+            self.checkpoint, self._slots, context=self._context, activation=activation
+        )
 
     def save(self, model: onnx.ModelProto, name: str) -> Path:
         path = self.dir / f"{name}.onnx"

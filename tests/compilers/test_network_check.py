@@ -174,12 +174,26 @@ def rotary_left_out(model: onnx.ModelProto) -> None:
     node(model, ATTENTION).input[0] = node(model, QUERY_ROPE).input[0]
 
 
+def rotary_taken_apart(model: onnx.ModelProto) -> None:
+    rope = node(model, KEY_ROPE)
+    rope.op_type = "Identity"
+    del rope.input[1:], rope.attribute[:]
+
+
+def rotary_of_other_positions(model: onnx.ModelProto) -> None:
+    shifted = helper.make_node("Add", ["position_ids", "int_1"], ["shifted"])
+    index = next(i for i, one in enumerate(model.graph.node) if "position_ids" in one.output)
+    model.graph.node.insert(index + 1, shifted)
+    node(model, QUERY_ROPE).input[3] = "shifted"
+
+
 def own_key_hidden(model: onnx.ModelProto) -> None:
     node(model, "attention_mask").op_type = "Less"
 
 
 def attention_scale_changed(model: onnx.ModelProto) -> None:
-    node(model, ATTENTION).attribute.append(helper.make_attribute("scale", 0.36))
+    attributes = node(model, ATTENTION).attribute
+    next(a for a in attributes if a.name == "scale").f = 0.36
 
 
 def epsilon_changed(model: onnx.ModelProto) -> None:
@@ -227,6 +241,8 @@ FAULTS: list[tuple[Plant, str]] = [
     # Caught by the parser.
     (attention_softcap, "cannot parse .*Setting softcap is not supported"),
     # Caught by the guard.
+    (rotary_interleaved, "ROTARY_EMBEDDING layer .*turns 8 elements of a head, neighbours; wanted"),
+    (rotary_taken_apart, "3 ROTARY_EMBEDDING layers, wanted 4"),
     (nonpad_kv_seqlen, "ATTENTION_INPUT layer .*no mask.*nonpad_kv_seqlen.*UPPER_LEFT"),
     (mask_left_out, f"ATTENTION_INPUT layer '{ATTENTION}.*no mask"),
     (float_mask, "mask of BF16, wanted BOOL"),
@@ -244,8 +260,8 @@ FAULTS: list[tuple[Plant, str]] = [
     (scale_of_another_linear, r"layers.1.mlp.down_proj.input.dq \(prefill\) differs"),
     (caches_swapped, r"present_(key|value).1 \(prefill\) differs"),
     (keys_and_values_swapped, r"layers.1.post_attention_layernorm \(prefill\) differs"),
-    (rotary_interleaved, r"layers.1.post_attention_layernorm \(prefill\) differs"),
     (rotary_left_out, r"layers.1.post_attention_layernorm \(prefill\) differs"),
+    (rotary_of_other_positions, r"layers.1.post_attention_layernorm \(prefill\) differs"),
     (own_key_hidden, "a mask that hides all keys from a query is unknown"),
     (attention_scale_changed, r"layers.1.post_attention_layernorm \(prefill\) differs"),
     (epsilon_changed, r"logits \(prefill\) differs"),

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.cache import StageCache
+from pipeline.cache import StageCache, source_digest
 from pipeline.compilers.rtx_child import Profile
 from pipeline.compilers.rtx_plan import PlanError, prove_fp8, read_plan
 from pipeline.compilers.trtrtx import PLAN_FILE, TrtRtxCompiler
+from pipeline.convert import stage
 from pipeline.convert.stage import RTX_GRAPH
 from pipeline.errors import ExitCode, ToolError
 from pipeline.stages import Checkpoint, Engine
@@ -85,6 +86,31 @@ def test_second_time_comes_from_the_cache(
     monkeypatch.setattr("pipeline.compilers.trtrtx.run_tool", no_tool)
     again = COMPILER.compile(checkpoint, ADA, StageCache(root=root / "cache"), root / "logs")
     assert again == engine
+
+
+def test_new_cuts_are_checked_but_compile_nothing(
+    root: Path,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the convert stage writes beside the graph and its weights is no input of the engine."""
+
+    def no_tool(*_: object, **__: object) -> None:
+        raise AssertionError("compiled a second time")
+
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    cache = StageCache(root=tmp_path / "cache")
+    monkeypatch.setattr(
+        stage, "source_digest", lambda *modules: f"changed {source_digest(*modules)}"
+    )
+    monkeypatch.setattr(stage, "_CUT_CONTEXT", 32)
+    monkeypatch.setattr("pipeline.compilers.trtrtx.run_tool", no_tool)
+    again = COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
+    assert again.digest == engine.digest
+    assert again.twin_key != engine.twin_key
+    assert (tmp_path / "logs" / "network-check.log").is_file()
 
 
 def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.convert.rope import rope_tables
+from pipeline.convert.rope import Rope, rope_tables
 from pipeline.convert.simulate import load_simulation
-from pipeline.runners.decode import prefill
 from pipeline.stages import Checkpoint
-from tests.convert.decoders import (
-    CONTEXT,
-    model_logits,
-    open_graph,
-    random_prompt,
-    reference,
-)
+from tests.convert.decoders import CONTEXT, differences, mutant, random_prompt, reference
 
 PROMPT = random_prompt(24, seed=7)
 DECODED = random_prompt(8, seed=8)
@@ -43,7 +36,7 @@ def interleave_rope(graph: Any) -> None:
 def change_theta(graph: Any) -> None:
     import onnx
 
-    tables = rope_tables(theta=10000.0, rotary_dim=16, context=CONTEXT)
+    tables = rope_tables(Rope(theta=10000.0, rotary_dim=16), context=CONTEXT)
     for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
         (tensor,) = (t for t in graph.initializer if t.name == name)
         tensor.CopyFrom(onnx.numpy_helper.from_array(table.astype(np.float32), name))
@@ -69,30 +62,8 @@ def double_a_weight_scale(graph: Any) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(doubled, name))
 
 
-def mutant(graph: Path, change: Callable[[Any], None], name: str) -> Path:
-    """A changed graph beside the good one, so that it finds the weights."""
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False)
-    before = model.SerializeToString(deterministic=True)
-    change(model.graph)
-    assert model.SerializeToString(deterministic=True) != before
-    path = graph.with_name(f"{name}.onnx")
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def differences(graph: Path, model: Any) -> tuple[float, float]:
-    """Largest distance from the model's logits: at prefill, and at any decoded position."""
-    wanted = model_logits(model, PROMPT + DECODED)
-    decoder = open_graph(graph).bind(1)
-    first = np.abs(prefill(decoder, [PROMPT]).logits[0] - wanted[len(PROMPT) - 1]).max()
-    decoded = []
-    for position, token in enumerate(DECODED, start=len(PROMPT)):
-        at = np.array([position], np.int64)
-        logits = decoder.step(np.array([[token]], np.int64), at, np.zeros((1, 1), np.int64))
-        decoded.append(np.abs(logits[0, 0] - wanted[position]).max())
-    return float(first), float(max(decoded))
+def distances(graph: Path, model: Any) -> tuple[float, float]:
+    return differences(graph, model, PROMPT, DECODED)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +72,7 @@ def model(plain_dir: Path) -> Any:
 
 
 def test_good_graph_passes_the_comparison(plain_graph: Path, model: Any) -> None:
-    assert max(differences(plain_graph, model)) < 1e-3
+    assert max(distances(plain_graph, model)) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -113,7 +84,7 @@ def test_planted_fault_is_seen(
     plain_graph: Path, model: Any, change: Callable[[Any], None]
 ) -> None:
     faulty = mutant(plain_graph, change, change.__name__)
-    at_prefill, at_decode = differences(faulty, model)
+    at_prefill, at_decode = distances(faulty, model)
     assert at_prefill > SEEN
     assert at_decode > SEEN
 
@@ -123,6 +94,6 @@ def test_doubled_weight_scale_is_seen_against_the_simulation(
 ) -> None:
     simulation = load_simulation(fp8_checkpoint.dir)
     faulty = mutant(fp8_graph, double_a_weight_scale, "doubled")
-    good, bad = differences(fp8_graph, simulation), differences(faulty, simulation)
+    good, bad = distances(fp8_graph, simulation), distances(faulty, simulation)
     # A flipped FP8 code moves single logits of the good graph too; the fault moves them far more.
     assert min(bad) > 10 * max(max(good), 1e-3)

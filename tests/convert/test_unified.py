@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pipeline.convert.graph_writer import write_weights
-from pipeline.convert.rope import rope_tables
 from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import CorruptError, RecipeError
+from pipeline.errors import CorruptError
 from pipeline.stages import Checkpoint
 from tests.convert.decoders import write_graph
 
@@ -23,54 +21,6 @@ from tests.convert.decoders import write_graph
 def folder(plain_dir: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model, to break."""
     return Path(shutil.copytree(plain_dir, tmp_path / "model"))
-
-
-def rewrite(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changes", "shown"),
-    [
-        ({"architectures": ["Phi3ForCausalLM"]}, "architectures: is 'Phi3ForCausalLM'"),
-        ({"architectures": []}, "architectures: is None"),
-        ({"attention_bias": True}, "attention_bias: is True"),
-        ({"mlp_bias": True}, "mlp_bias: is True"),
-        ({"sliding_window": 4096}, "sliding_window: is 4096"),
-        ({"hidden_act": "gelu"}, "hidden_act: is 'gelu'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-            "rope_type: is 'llama3'",
-        ),
-    ],
-    ids=str,
-)
-def test_config_that_the_graph_does_not_build_is_refused(
-    folder: Path, changes: dict[str, Any], shown: str
-) -> None:
-    with pytest.raises(RecipeError, match=re.escape(f"config.json: {shown}")) as refused:
-        write_graph(rewrite(folder, **changes), folder / "graph")
-    assert len(refused.value.faults) == 1
-    assert "the decoder graph supports" in str(refused.value)
-
-
-def test_all_faults_of_a_config_are_reported_together(folder: Path) -> None:
-    rewrite(folder, attention_bias=True, mlp_bias=True, sliding_window=8)
-    with pytest.raises(RecipeError) as refused:
-        _ = UnifiedCheckpoint(folder).config
-    assert len(refused.value.faults) == 3
-
-
-def test_config_is_read_in_both_spellings_of_rope(folder: Path) -> None:
-    new = UnifiedCheckpoint(folder).config
-    text = json.loads((folder / "config.json").read_text())
-    theta = text.pop("rope_parameters")["rope_theta"]
-    (folder / "config.json").write_text(json.dumps(text | {"rope_theta": theta}))
-    assert UnifiedCheckpoint(folder).config == new
-    assert new.rope_theta == 5000.0
 
 
 def test_unknown_dtype_is_refused(folder: Path) -> None:
@@ -139,18 +89,105 @@ def test_graph_of_a_checkpoint_without_a_tensor_is_refused(
         write_graph(broken, tmp_path / "graph")
 
 
-def test_emptied_tensor_is_refused(fp8_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    import torch
+def changed(checkpoint_dir: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a checkpoint whose tensors are changed."""
     from safetensors.torch import load_file, save_file
 
-    broken = Path(shutil.copytree(fp8_checkpoint.dir, tmp_path / "broken"))
+    broken = Path(shutil.copytree(checkpoint_dir, folder / "broken"))
     (shard,) = broken.glob("*.safetensors")
     tensors = load_file(shard)
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = torch.empty((0, 64), dtype=tensors[name].dtype)
+    change(tensors)
     save_file(tensors, shard)
-    with pytest.raises(CorruptError, match=rf"tensor {re.escape(name)} has 0 bytes"):
+    return broken
+
+
+def emptied(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][:0]
+
+
+def other_shape(tensors: dict[str, Any]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:8].clone()
+
+
+def with_a_bias(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.self_attn.o_proj.bias"] = tensors["model.norm.weight"].clone()
+
+
+def with_a_smoothing_scale(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.pre_quant_scale"] = tensors["model.norm.weight"].clone()
+
+
+def scale_of_a_16_bit_linear(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.2.mlp.down_proj.input_scale"] = tensors[
+        "model.layers.1.mlp.down_proj.input_scale"
+    ].clone()
+
+
+def fp8_embedding(tensors: dict[str, Any]) -> None:
+    import torch
+
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def packed_integers(tensors: dict[str, Any]) -> None:
+    import torch
+
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 64, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (emptied, r"layers.0.mlp.up_proj.weight has the shape \(0, 64\), .* implies \(128, 64\)"),
+        (other_shape, r"model.norm.weight has the shape \(8,\), config.json implies \(64,\)"),
+        (with_a_bias, "layers.1.self_attn.o_proj.bias is not known to the converters"),
+        (with_a_smoothing_scale, "layers.1.mlp.up_proj.pre_quant_scale is not known"),
+        (scale_of_a_16_bit_linear, "layers.2.mlp.down_proj.input_scale is not known"),
+        (fp8_embedding, "model.embed_tokens.weight has the dtype float8_e4m3fn"),
+        (packed_integers, "layers.0.mlp.up_proj.weight has the dtype uint8"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_tensor_that_would_be_misread_or_not_be_read_is_refused(
+    fp8_checkpoint: Checkpoint,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    shown: str,
+) -> None:
+    broken = changed(fp8_checkpoint.dir, tmp_path, change)
+    with pytest.raises(CorruptError, match=shown) as refused:
         write_graph(broken, tmp_path / "graph")
+    assert "does not hold the model of its config.json" in str(refused.value)
+
+
+def test_scale_per_channel_is_refused(fp8_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def per_channel(tensors: dict[str, Any]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight_scale"
+        tensors[name] = tensors[name].reshape(1).repeat(128)
+
+    broken = changed(fp8_checkpoint.dir, tmp_path, per_channel)
+    with pytest.raises(CorruptError, match=r"up_proj.weight_scale has 128 elements; wanted one"):
+        write_graph(broken, tmp_path / "graph")
+
+
+def test_tensors_that_change_nothing_are_accepted(plain_dir: Path, tmp_path: Path) -> None:
+    def harmless(tensors: dict[str, Any]) -> None:
+        import torch
+
+        for layer in range(3):
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+            tensors[f"model.layers.{layer}.self_attn.k_proj.k_scale"] = torch.ones(())
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied
+
+    folder = changed(plain_dir, tmp_path, harmless)
+    before, after = (
+        write_graph(model_dir, tmp_path / name)
+        for model_dir, name in ((plain_dir, "before"), (folder, "after"))
+    )
+    assert after.read_bytes() == before.read_bytes()
+    weights = [path.with_name("weights.bin").read_bytes() for path in (before, after)]
+    assert weights[0] == weights[1]
 
 
 def test_every_tensor_arrives_bit_for_bit(fp8_checkpoint: Checkpoint) -> None:
@@ -189,25 +226,3 @@ def test_weights_file_holds_every_tensor_aligned_and_unchanged(
         end = slot.offset + slot.size_bytes
         assert data[slot.offset : end] == checkpoint.read(name).tobytes()
     assert len(data) == end
-
-
-@pytest.mark.parametrize(("theta", "head_dim"), [(5000.0, 16), (100000.0, 64), (1e6, 128)])
-def test_rope_tables_equal_transformers(theta: float, head_dim: int) -> None:
-    import torch
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = LlamaConfig(
-        hidden_size=4 * head_dim,
-        num_attention_heads=4,
-        head_dim=head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
-    positions = torch.arange(512)[None]
-    wanted = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    tables = rope_tables(theta=theta, rotary_dim=head_dim, context=512)
-    for table, reference in zip(tables, wanted, strict=True):
-        assert table.dtype == np.float64
-        # Transformers multiplies in float32: 511 rad x 6e-8 is 3e-5.
-        doubled = np.concatenate([table, table], axis=-1)
-        np.testing.assert_allclose(doubled, reference[0].numpy(), rtol=0, atol=1e-4)

@@ -10,25 +10,32 @@ from pipeline.compilers.network_check.rules import Array, Rule, Values, demand, 
 
 
 def _rotary_embedding(layer: Layer, values: Values) -> Array:
-    """Rotate pairs of x [B, H, S, D] by the table rows [T, D/2] at positions [B, S]."""
+    """Rotate pairs of x [B, H, S, D] by the table rows [T, R/2] at positions [B, S].
+
+    R, `rotary_embedding_dim`, is how many elements of a head turn, 0 all (TensorRT documentation,
+    "Operators", RotaryEmbedding). They are the leading ones, and the others pass unchanged: so the
+    CUDA source in a plan of 1.7.1 (read 2026-11-25).
+    """
     import numpy as np
 
-    x, cos, sin, positions = take(layer, values, 4)
-    demand(layer, rotary_embedding_dim=0)  # 0: all of D.
-    half = x.shape[-1] // 2
-    if x.ndim != 4 or cos.shape[1:] != (half,) or sin.shape != cos.shape:
-        raise unknown(layer, f"an input {x.shape} with tables {cos.shape} and {sin.shape}")
+    whole, cos, sin, positions = take(layer, values, 4)
+    demand(layer, interleaved=False)
+    size = whole.shape[-1]
+    rotary_dim = layer.layer.rotary_embedding_dim or size
+    half = rotary_dim // 2
+    if rotary_dim % 2 or not 0 < rotary_dim <= size:
+        raise unknown(layer, f"rotary_embedding_dim = {rotary_dim} of {size}")
+    if whole.ndim != 4 or cos.shape[1:] != (half,) or sin.shape != cos.shape:
+        raise unknown(
+            layer,
+            f"an input {whole.shape}, rotary_embedding_dim {rotary_dim} and tables {cos.shape} "
+            f"and {sin.shape}",
+        )
     if positions.min() < 0 or positions.max() >= len(cos):
         raise unknown(layer, f"a position outside 0..{len(cos) - 1}")
-    cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, S, D/2]
-    if layer.layer.interleaved:  # Pairs are neighbours.
-        first, second = x[..., 0::2], x[..., 1::2]
-    else:  # Pairs are half a head apart.
-        first, second = x[..., :half], x[..., half:]
-    rotated = first * cos - second * sin, first * sin + second * cos
-    if layer.layer.interleaved:
-        return np.stack(rotated, axis=-1).reshape(x.shape)
-    return np.concatenate(rotated, axis=-1)
+    cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, S, R/2]
+    first, second, passed = np.split(whole, [half, rotary_dim], axis=-1)  # pairs: R/2 apart
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos, passed], axis=-1)
 
 
 def _kv_cache_update(layer: Layer, values: Values) -> Array:

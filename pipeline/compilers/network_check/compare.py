@@ -1,7 +1,8 @@
 """Compares a parsed network with the float32 twin of its graph, step by step.
 
-Both sides compute the same decoder: a ragged, right-padded prefill, two decode steps, and one step
-at the end of the context, on caches that start full of stale values as a reused cache is.
+Both sides compute the same decoder: a ragged, right-padded prefill, two decode steps, and at the
+end of the context a step of one token and one of several, on caches that start full of stale values
+as a reused cache is. At the end a sliding window hides the first keys, if the graph has one.
 
 The trouble with FP8: two correct float32 programs differ by 1e-7, that flips an E4M3 code now and
 then, a flip is worth 6 % of its value, and all layers behind amplify it. A tolerance that bears
@@ -255,6 +256,14 @@ def _steps(interface: DecoderInterface, seed: int) -> Iterator[tuple[str, dict[s
                 "logits_index": np.zeros((rows, 1), np.int64),
             },
         )
+    yield (
+        "chunk at end of context",
+        {
+            "input_ids": rng.integers(0, interface.vocab_size, (rows, longest)),
+            "write_indices": interface.context - longest - np.arange(rows, dtype=np.int64),
+            "logits_index": np.tile(columns, (rows, 1)),
+        },
+    )
 
 
 @dataclass

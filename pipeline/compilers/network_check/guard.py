@@ -1,8 +1,9 @@
 """The guard of every build: walks the whole parsed network, reads no weight, takes milliseconds.
 
-It demands what an attention to the right keys needs. TensorRT-RTX 1.7.1 parses an Attention node
-with `nonpad_kv_seqlen` and `is_causal=1` into a layer without mask and lengths whose causal kind is
-UPPER_LEFT: it would build, and attend to the wrong keys in every decode step.
+It demands what an attention to the right keys needs, rotary embeddings included. TensorRT-RTX 1.7.1
+parses an Attention node with `nonpad_kv_seqlen` and `is_causal=1` into a layer without mask and
+lengths whose causal kind is UPPER_LEFT: it would build, and attend to the wrong keys in every
+decode step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
     for layer in layers:
         if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
             _check_attention(layer)
+        elif layer.kind == "ROTARY_EMBEDDING":
+            _check_rotary(layer, interface)
     kinds = Counter(layer.kind for layer in layers)
     _check_counts(kinds, interface.num_hidden_layers)
     return dict(sorted(kinds.items()))
@@ -91,16 +94,30 @@ def _check_attention(layer: Layer) -> None:
         )
 
 
+def _check_rotary(layer: Layer, interface: DecoderInterface) -> None:
+    """Half-split pairs, of the leading elements that the model turns."""
+    rotary = layer.layer
+    turned = rotary.rotary_embedding_dim or interface.head_dim  # 0: all.
+    if rotary.interleaved or turned != interface.rotary_dim:
+        raise CheckError(
+            f"{layer} turns {turned} elements of a head, "
+            f"{'neighbours' if rotary.interleaved else 'half-split pairs'}; wanted "
+            f"{interface.rotary_dim} in half-split pairs: the parser dropped an attribute, or the "
+            "graph was written for another model"
+        )
+
+
 def _check_counts(kinds: Counter[str], num_hidden_layers: int) -> None:
-    """One attention and two cache updates per decoder layer."""
+    """One attention, two rotary embeddings and two cache updates per decoder layer."""
     for kind, wanted in (
         ("ATTENTION_INPUT", num_hidden_layers),
         ("ATTENTION_OUTPUT", num_hidden_layers),
         ("KV_CACHE_UPDATE", 2 * num_hidden_layers),
+        ("ROTARY_EMBEDDING", 2 * num_hidden_layers),
     ):
         if kinds[kind] != wanted:
             raise CheckError(
                 f"the network has {kinds[kind]} {kind} layers, wanted {wanted} for "
-                f"{num_hidden_layers} decoder layers: the parser took an Attention or "
-                "TensorScatter node apart, or the graph lacks one"
+                f"{num_hidden_layers} decoder layers: the parser took an Attention, "
+                "RotaryEmbedding or TensorScatter node apart, or the graph lacks one"
             )

@@ -28,6 +28,7 @@ class DecoderInterface:
         num_key_value_heads: Key and value heads.
         context: Static cache length, tokens.
         head_dim: Size of one head.
+        rotary_dim: How many of its leading elements the rotary embedding turns.
         vocab_size: Columns of the logits.
         dtype: Dtype of the cache in the graph for RTX.
     """
@@ -36,6 +37,7 @@ class DecoderInterface:
     num_key_value_heads: int
     context: int
     head_dim: int
+    rotary_dim: int
     vocab_size: int
     dtype: Literal["bfloat16", "float16"]
 

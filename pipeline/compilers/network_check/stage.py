@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from pipeline.cache import StageCache, source_digest
 from pipeline.compilers.network_check.interface import DecoderInterface
-from pipeline.convert.stage import CPU_CUT, CUT_CONTEXT, RTX_CUT, cut_layers
-from pipeline.convert.unified import DecoderConfig, UnifiedCheckpoint
+from pipeline.convert.decoder_config import DecoderConfig
+from pipeline.convert.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
+from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.process import run_tool
 
 _RESULT = "result.json"
-_CODE = ("pipeline.compilers.network_check", "pipeline.convert")
+_CODE = ("pipeline.compilers.network_check", "pipeline.convert.stage", *GRAPH_CODE)
 _TOOLS = ("tensorrt-rtx-cu13", "onnxruntime", "onnx")
 
 
@@ -34,6 +35,7 @@ def interface_of(
         num_key_value_heads=config.num_kv_heads,
         context=context,
         head_dim=config.head_dim,
+        rotary_dim=config.rope.rotary_dim,
         vocab_size=config.vocab_size,
         dtype=dtype,
     )
@@ -67,7 +69,10 @@ def check_network_once(
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)
     interface = interface_of(
-        checkpoint.config, num_layers=len(layers), context=min(CUT_CONTEXT, context), dtype=dtype
+        checkpoint.config,
+        num_layers=len(layers),
+        context=cut_context(checkpoint.config, context),
+        dtype=dtype,
     )
     in_cut = tuple(f"model.layers.{layer}." for layer in layers)
     inputs = {
