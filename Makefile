@@ -5,17 +5,24 @@
 
 MODEL ?= smollm2
 ARGS ?=
+BASE ?=
+IMAGE ?= enginesmith-build:1.2.1
 
 ifdef PYTHON
 RUN := $(PYTHON)
 READY :=
+RUN_PINNED := $(PYTHON)
+READY_PINNED :=
 else
 RUN := .venv/bin/python
 READY := .venv/ready
+# The packages of the build image, as far as a CPU can have them.
+RUN_PINNED := .venv-image/bin/python
+READY_PINNED := .venv-image/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help engine plan test test-all test-gpu check format setup clean clean-cache
+.PHONY: help engine plan rehearse test test-all test-image-pins test-gpu check format setup image clean clean-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -26,12 +33,21 @@ engine: $(READY) ## build, check and publish: make engine MODEL=smollm2 ARGS="co
 plan: $(READY) ## show size, fit and ceilings of a recipe, downloading nothing
 	@$(RUN) -m pipeline.cli plan $(MODEL) $(ARGS)
 
-test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
-	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu" $(ARGS)
+rehearse: $(READY) ## the whole line of a recipe on a tiny random model, in every format
+	@$(RUN) -m pipeline.cli rehearse $(MODEL) $(ARGS)
 
-test-all: $(READY) check ## all tests: the main job on real weights, real compilers
-	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu" $(ARGS)
-	$(RUN) -m pytest -q -m "slow and not gpu" $(ARGS)
+test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
+	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu and not services" $(ARGS)
+
+test-all: $(READY) check test-image-pins ## all tests: the main job on real weights, real compilers
+	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu and not services" $(ARGS)
+	$(RUN) -m pytest -q -m "(slow or services) and not gpu" \
+	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
+
+test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages
+	$(RUN_PINNED) -m pytest -q -n 2 -m "not slow and not gpu and not services" \
+	    tests/test_hf.py tests/quantize tests/convert tests/rehearse $(ARGS)
+	$(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-gpu: $(READY) ## on a machine with a CUDA device: a missing one is a failure
 	$(RUN) -m pytest -q -m gpu tests/gpu $(ARGS)
@@ -47,6 +63,10 @@ format: $(READY) ## format the code
 
 setup: $(READY) ## only make the environment
 
+image: ## build the build image: make image BASE=<TensorRT-LLM image> IMAGE=<name>
+	docker build --file Dockerfile.build --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	    --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
+
 .venv/ready: pyproject.toml requirements.lock requirements-nodeps.txt
 	python3 -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -54,8 +74,14 @@ setup: $(READY) ## only make the environment
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+.venv-image/ready: pyproject.toml requirements-image.lock
+	python3 -m venv --clear .venv-image
+	.venv-image/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-image.lock
+	.venv-image/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
 clean: ## remove the environment and the records of runs; packages and the cache stay
-	rm -rf .venv artifacts/.runs .mypy_cache .ruff_cache .pytest_cache build enginesmith.egg-info
+	rm -rf .venv .venv-image artifacts/.runs .mypy_cache .ruff_cache .pytest_cache build enginesmith.egg-info
 
 clean-cache: ## remove downloaded weights and finished stages
 	@$(if $(ENGINESMITH_CACHE),rm -rf "$(ENGINESMITH_CACHE)",rm -rf "$(HOME)/.cache/enginesmith")

@@ -1,11 +1,16 @@
-"""Loads Transformers models and tokenizers from a folder: quietly, offline, without remote code."""
+"""Loads Transformers models and tokenizers from a folder: quietly, offline, without remote code.
+
+A folder means the same under Transformers 4, which the build image pins, and under Transformers 5:
+same rotary table, same tokens.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -44,6 +49,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=_config(folder),
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
@@ -53,8 +59,55 @@ def load_model(folder: Path, dtype: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer."""
-    from transformers import AutoTokenizer
+    """The folder's tokenizer, as its `tokenizer.json` states it where there is one.
 
+    `AutoTokenizer` chooses a class by the model's type, and since Transformers 5 some of these
+    classes rebuild the tokenizer with rules of their own: a model of type qwen2 gets Qwen's
+    splitting whatever its file says.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    as_stated = (folder / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if as_stated else AutoTokenizer
     with quiet():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _config(folder: Path) -> Any:
+    """The folder's config as the installed Transformers understands it."""
+    import transformers
+
+    raw = json.loads((folder / "config.json").read_text())
+    if "rope_parameters" in raw and int(transformers.__version__.split(".")[0]) < 5:
+        spelled = transformers4_spelling(raw)
+        return transformers.AutoConfig.for_model(spelled.pop("model_type"), **spelled)
+    return transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+
+
+def transformers4_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` that Transformers 5 wrote, as Transformers 4 reads it.
+
+    Version 5 keeps all rotary settings in `rope_parameters`. Version 4 does not know that key and
+    takes its default theta instead, without a word. (The reverse needs nothing: 5 reads both.)
+
+    Args:
+        config: With or without `rope_parameters`.
+    """
+    old = {key: value for key, value in config.items() if key != "rope_parameters"}
+    rope = dict(config.get("rope_parameters") or {})
+    legacy_type = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", legacy_type)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            old[name] = rope.pop(name)
+    if rope_type == "longrope":
+        # Version 4's Phi3Config accepts these three keys and no other.
+        if "original_max_position_embeddings" in rope:
+            old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+        old["rope_scaling"] = {"type": "longrope", **factors}
+    elif rope_type != "default":
+        old["rope_scaling"] = {"rope_type": rope_type, **rope}
+    return old

@@ -242,7 +242,8 @@ def test_model_too_slow_for_the_time_limit_is_compiled_with_its_cut_checked(
     assert done.returncode == 0, done.stderr
     assert unpublished.verdict()["verdict"] == "compiled"
     report = json.loads((statements(unpublished)[0] / "report.json").read_text())
-    assert report["checks"]["two_layer_cut"]["median_difference"] <= 1e-3
+    cut = report["checks"]["two_layer_cut"]
+    assert cut["median_difference"] <= max(1e-3, 2 * cut["median_noise"])
     assert any("whole model" in what for what in report["not_run"])
     assert report["quality"] == {}
     assert report["speed"] == []

@@ -10,17 +10,24 @@ from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import CorruptError
 
 MAX_MEDIAN_DIFFERENCE = 1e-3
-"""Largest median over positions of the largest logit difference. Two layers agree to 3e-5 at the
-median; single positions differ by up to 0.2 where a last-bit difference flips an E4M3 code, and the
-simulation differs from itself as much when only its summation order changes (2026-11-24)."""
+"""Largest median over positions of the largest logit difference, where the noise is below it. Two
+layers of SmolLM2 agree to 3e-5 at the median; single positions differ by up to 0.2 where a last-bit
+difference flips an E4M3 code (2026-11-24)."""
+NOISE_FACTOR = 2.0
+"""How much more than the simulation differs from itself is allowed. A wide model has so many codes
+that some flip at every position: two layers of Phi-3's shape differ by 0.074 at the median, and the
+simulation from itself by 0.076 when its linears only add up in float64 (2026-11-25)."""
 _TOKENS = 48
 
 
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     """Compare the two-layer cut on ONNX Runtime with a PyTorch simulation of the checkpoint.
 
+    The measure of what is allowed is taken beside it: the simulation against itself in another
+    summation order.
+
     Raises:
-        CorruptError: They disagree at more than half of the positions.
+        CorruptError: They disagree by more.
     """
     import numpy as np
 
@@ -31,19 +38,27 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     config = UnifiedCheckpoint(checkpoint_dir).config
     layers = cut_layers(UnifiedCheckpoint(checkpoint_dir))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS).tolist()
-    simulated = TransformersSession(load_simulation(checkpoint_dir, layers=layers))
-    graph = OnnxRuntimeSession(OnnxRuntimeGraph(graphs_dir / CPU_CUT))
-    worst = np.abs(simulated.logits(tokens) - graph.logits(tokens)).max(axis=-1)  # [tokens]
+    simulated, again = (
+        TransformersSession(
+            load_simulation(checkpoint_dir, layers=layers, accumulate=accumulate)
+        ).logits(tokens)
+        for accumulate in ("float32", "float64")
+    )
+    graph = OnnxRuntimeSession(OnnxRuntimeGraph(graphs_dir / CPU_CUT)).logits(tokens)
+    worst = np.abs(simulated - graph).max(axis=-1)  # [tokens]
     median = float(np.median(worst))
-    if not median <= MAX_MEDIAN_DIFFERENCE:
+    noise = float(np.median(np.abs(simulated - again).max(axis=-1)))
+    allowed = max(MAX_MEDIAN_DIFFERENCE, NOISE_FACTOR * noise)
+    if not median <= allowed:
         raise CorruptError(
             f"layers {layers} of the graph differ from a simulation of the checkpoint "
-            f"by {median:.2g} at the median position, {MAX_MEDIAN_DIFFERENCE:g} is allowed: "
+            f"by {median:.2g} at the median position, {allowed:.2g} is allowed: "
             "this is a bug in the converter, please report it with the model's config.json"
         )
     return {
         "layers": list(layers),
         "positions": _TOKENS,
         "median_difference": median,
+        "median_noise": noise,
         "positions_within_1e-3": int((worst <= 1e-3).sum()),
     }

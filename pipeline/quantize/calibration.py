@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -70,6 +71,20 @@ def check_amax(amax: Mapping[str, float]) -> list[str]:
         if "input" in name and value > OUTLIER_FACTOR * median:
             outliers.append(f"{name}: amax {value:.3g} is {value / median:.0f} x the median")
     return outliers
+
+
+def cache_scales(amax: Mapping[str, float]) -> dict[str, float]:
+    """Scales of the KV cache, amax / 448, by the tensor names that readers look for.
+
+    The names are those of k_proj and v_proj, also where a model fuses both into `qkv_proj`
+    (ModelOpt's unified checkpoint, 0.37 and 0.47).
+
+    Args:
+        amax: Quantizer name -> largest magnitude seen.
+    """
+    pattern = re.compile(r"(.*)\.([kv])_bmm_quantizer")
+    found = {match: value for name, value in amax.items() if (match := pattern.fullmatch(name))}
+    return {f"{m[1]}.{m[2]}_proj.{m[2]}_scale": value / FP8_E4M3_MAX for m, value in found.items()}
 
 
 def _kind(name: str) -> str:

@@ -84,6 +84,16 @@ def choose_placement(
     )
 
 
+def cpu_dtype(shape: ModelShape, available_bytes: int) -> Literal["float32", "bfloat16"]:
+    """float32 on a CPU, unless only bfloat16 fits its memory.
+
+    float32 takes 4 bytes a weight, 1.2 for the export beside it, and 3.2 GB for libraries and
+    activations (see `pipeline.plan.sizes`); bfloat16 multiplies several times slower there.
+    """
+    needed = 5.2 * shape.params + 3.2e9
+    return "float32" if needed <= available_bytes else "bfloat16"
+
+
 def estimated_cpu_s(shape: ModelShape, tokens: int) -> float:
     """Seconds that a CPU calibration takes: 2 FLOP per weight and token, lm_head skipped."""
     return 2.0 * shape.linear_params * tokens / _CPU_FLOPS_PER_S

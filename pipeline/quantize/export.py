@@ -5,6 +5,8 @@ FP8 weight and no scale become bfloat16 (it keeps a float32 model's as float32).
 the source's own with the quantization added, since the exporter rewrites it in the installed
 Transformers' spelling, which other runtimes may not read. And the KV cache is declared 16-bit: the
 FP8 scales are in the checkpoint, but whether a runtime uses them is the compiler group's choice.
+Those scales are written from the calibrated amax: ModelOpt 0.37 would raise each to at least 1.0,
+0.47 does not, and one model must give the same checkpoint under both.
 Linears that stay 16-bit are listed by their exact names, where ModelOpt writes wildcards that
 runtimes read in ways of their own.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,12 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def normalize_export(
-    exported: Path, weights_dir: Path, out_dir: Path, kept_16bit: Sequence[str]
+    exported: Path,
+    weights_dir: Path,
+    out_dir: Path,
+    *,
+    kept_16bit: Sequence[str],
+    cache_scales: Mapping[str, float],
 ) -> None:
     """Write the hub checkpoint into `out_dir` from ModelOpt's export.
 
@@ -59,16 +66,18 @@ def normalize_export(
         weights_dir: The source model's folder.
         out_dir: Gets the checkpoint.
         kept_16bit: Linears of the layers that stay bfloat16.
+        cache_scales: Value of every `k_scale` and `v_scale` tensor.
 
     Raises:
-        CorruptError: The export lacks its quantization config or its weights.
+        CorruptError: The export lacks its quantization config or its weights, or has a cache scale
+            that was not calibrated.
     """
     shards = sorted(exported.glob("*.safetensors"))
     config = json.loads((exported / "config.json").read_text())
     if not shards or "quantization_config" not in config:
         raise CorruptError("ModelOpt exported no quantized weights; see the log of this run")
     for shard in shards:
-        _write_bf16(shard, out_dir / shard.name)
+        _write_bf16(shard, out_dir / shard.name, cache_scales)
     for index in exported.glob("*.safetensors.index.json"):
         shutil.copyfile(index, out_dir / index.name)
     ignored = ["lm_head", "model.embed_tokens", *kept_16bit]
@@ -90,7 +99,7 @@ def _write_config(quantization: dict[str, Any], weights_dir: Path, out_dir: Path
     _write_json(out_dir / "config.json", config)
 
 
-def _write_bf16(shard: Path, target: Path) -> None:
+def _write_bf16(shard: Path, target: Path, cache_scales: Mapping[str, float]) -> None:
     """Copy a shard, its tensors as bfloat16 except FP8 weights and scales.
 
     Scales of linears are bfloat16 values stored as float32 (pipeline.quantize.sharing); a GPU's
@@ -102,7 +111,11 @@ def _write_bf16(shard: Path, target: Path) -> None:
     def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith((".weight_scale", ".input_scale")):
             return tensor.to(torch.bfloat16).float()
-        if name.endswith("_scale") or tensor.dtype == torch.float8_e4m3fn:
+        if name.endswith((".k_scale", ".v_scale")):
+            if name not in cache_scales:
+                raise CorruptError(f"ModelOpt exported {name}, which calibration did not see")
+            return torch.tensor(cache_scales[name], dtype=torch.float32)
+        if tensor.dtype == torch.float8_e4m3fn:
             return tensor
         return tensor.to(torch.bfloat16)
 

@@ -24,10 +24,11 @@ from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import Fault, RecipeError
 from pipeline.hf import load_model, load_tokenizer, quiet
 from pipeline.progress import progress
-from pipeline.quantize.calibration import Calibration, check_amax
+from pipeline.quantize.calibration import Calibration, cache_scales, check_amax
 from pipeline.quantize.device import (
     DeviceChoice,
     choose_placement,
+    cpu_dtype,
     estimated_cpu_s,
     free_vram_bytes,
     place,
@@ -107,6 +108,7 @@ class ModelOptFp8:
         )
 
     def _produce(self, weights: Weights, shape: ModelShape, out_dir: Path) -> None:
+        import psutil
         import torch
 
         documents = self.calibration.text.documents()
@@ -127,7 +129,11 @@ class ModelOptFp8:
         if placement.kind == "cpu":
             estimate = estimated_cpu_s(shape, self.calibration.tokens)
             log.info("%d tokens, about %.0f s", self.calibration.tokens, estimate)
-        model = load_model(weights.dir, "float32" if placement.kind == "cpu" else "bfloat16")
+        dtype = "bfloat16"
+        if placement.kind == "cpu":
+            dtype = cpu_dtype(shape, psutil.virtual_memory().available)
+        log.debug("Loading in %s", dtype)
+        model = load_model(weights.dir, dtype)
         linears = linear_names(model)
         kept = {name for name in linears if matches(name, self.keep_16bit)}
         check_keep_patterns(linears, self.keep_16bit)
@@ -142,7 +148,15 @@ class ModelOptFp8:
         for line in outliers:
             log.info("Outlier: %s", line)
         groups = share_scales(model)
-        self._export(model, weights, out_dir, sorted(kept))
+        exported = self._export(model, weights, out_dir)
+        normalize_export(
+            exported,
+            weights.dir,
+            out_dir,
+            kept_16bit=sorted(kept),
+            cache_scales=cache_scales(amax),
+        )
+        shutil.rmtree(exported)
         fp8 = [name for name in linears if name not in kept]
         verify_checkpoint(out_dir, weights.dir, set(fp8))
         record = {
@@ -175,7 +189,8 @@ class ModelOptFp8:
         with quiet():
             mtq.quantize(model, modelopt_config(kept), forward_loop)
 
-    def _export(self, model: Any, weights: Weights, out_dir: Path, kept: list[str]) -> None:
+    def _export(self, model: Any, weights: Weights, out_dir: Path) -> Path:
+        """ModelOpt's own unified checkpoint, in a folder inside `out_dir`."""
         from modelopt.torch.export import export_hf_checkpoint
 
         exported = out_dir / "exported"
@@ -183,8 +198,7 @@ class ModelOptFp8:
             # The model's own dtype: asked for bfloat16, it would divide by the scale in bfloat16
             # and round a second time.
             export_hf_checkpoint(model, dtype=model.dtype, export_dir=str(exported))
-        normalize_export(exported, weights.dir, out_dir, kept)
-        shutil.rmtree(exported)
+        return exported
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
     """Compare an exported checkpoint with its source, tensor by tensor.
 
     Present, nothing extra, right shape and dtype, 16-bit tensors equal to the source rounded to
-    bfloat16, dequantized FP8 weights within E4M3's rounding error, scales finite and positive.
+    bfloat16, dequantized FP8 weights within E4M3's rounding error, two KV-cache scales for each
+    attention, all scales finite and positive.
 
     Args:
         checkpoint_dir: Unified FP8 checkpoint.
@@ -45,7 +46,8 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
     tied = bool(checkpoint.config_json.get("tie_word_embeddings", False))
     wanted = {name for name in source.tensors if not (tied and name == "lm_head.weight")}
     scales = {f"{module}.{kind}_scale" for module in fp8_linears for kind in ("weight", "input")}
-    found = {name for name in checkpoint.tensors if not name.endswith((".k_scale", ".v_scale"))}
+    scales |= _cache_scales(wanted)
+    found = set(checkpoint.tensors)
     faults = [f"{name} is missing" for name in sorted((wanted | scales) - found)]
     faults += [f"{name} was not asked for" for name in sorted(found - wanted - scales)]
     for name in sorted(wanted & found):
@@ -53,8 +55,7 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
         fault = _tensor_fault(checkpoint, source, name, fp8=fp8)
         if fault:
             faults.append(f"{name} {fault}")
-    kv_scales = {name for name in checkpoint.tensors if name.endswith((".k_scale", ".v_scale"))}
-    for name in sorted((scales & found) | kv_scales):
+    for name in sorted(scales & found):
         value = float(checkpoint.scalar(name))
         if not 0 < value < float("inf"):
             faults.append(f"{name} is {value}")
@@ -65,6 +66,13 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
             f"the exported checkpoint is not a faithful copy of its source:\n{listed}"
             + (f"\n    and {more} more" if more > 0 else "")
         )
+
+
+def _cache_scales(tensors: set[str]) -> set[str]:
+    """The KV-cache scales of a model with these tensors: two for each attention."""
+    outputs = {name for name in tensors if name.endswith(".o_proj.weight")}
+    modules = {name.removesuffix(".o_proj.weight") for name in outputs}
+    return {f"{module}.{part}_proj.{part}_scale" for module in modules for part in "kv"}
 
 
 def _tensor_fault(

@@ -190,7 +190,7 @@ def _write_model(gguf: Path, target: Path) -> None:
     config = read_json_object(target / "config.json")
     config = {name: value for name, value in config.items() if not name.endswith("name_or_path")}
     config["rms_norm_eps"] = _shortest_float32(config["rms_norm_eps"])
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config["rope_theta"] = config.get("rope_parameters", config)["rope_theta"]  # 5, 4
     _write_json(target / "config.json", config)
     _write_json(
         target / "generation_config.json",

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from pipeline.cache import StageCache, source_digest
-from pipeline.compilers.rtx_child import Profile
+from pipeline.compilers.network_check.stage import interface_of
+from pipeline.compilers.rtx_child import CompileJob, Profile, compile_graph
 from pipeline.compilers.rtx_plan import PlanError, prove_fp8, read_plan
 from pipeline.compilers.trtrtx import PLAN_FILE, TrtRtxCompiler
 from pipeline.convert import stage
 from pipeline.convert.stage import RTX_GRAPH
+from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import ExitCode, ToolError
 from pipeline.stages import Checkpoint, Engine
 from tests.quantize.tiny_quantized import ADA, tiny_checkpoint
@@ -111,6 +113,27 @@ def test_new_cuts_are_checked_but_compile_nothing(
     assert again.digest == engine.digest
     assert again.twin_key != engine.twin_key
     assert (tmp_path / "logs" / "network-check.log").is_file()
+
+
+def test_full_disk_under_the_plan_is_no_finished_engine(
+    root: Path, engine: Engine, checkpoint: Checkpoint
+) -> None:
+    """The library itself reports success when what it hands its pieces to fails."""
+    assert engine.twin_dir is not None
+    job = CompileJob(
+        graph=str(engine.twin_dir / RTX_GRAPH),
+        interface=interface_of(
+            UnifiedCheckpoint(checkpoint.dir).config,
+            num_layers=UnifiedCheckpoint(checkpoint.dir).config.num_layers,
+            context=COMPILER.max_seq_len,
+            dtype="bfloat16",
+        ),
+        plan="/dev/full",
+        sm=89,
+        profiles=COMPILER.profiles,
+    )
+    with pytest.raises(OSError, match="No space left"):
+        compile_graph(job)
 
 
 def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:

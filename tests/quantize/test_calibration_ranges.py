@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError, IncompatibleError
 from pipeline.quantize.calibration import FP8_E4M3_MAX, OUTLIER_FACTOR, check_amax
-from pipeline.quantize.device import DeviceChoice, activation_bytes, choose_placement
+from pipeline.quantize.device import DeviceChoice, activation_bytes, choose_placement, cpu_dtype
 from pipeline.quantize.sharing import bf16_scale_amax, fused_groups
 from pipeline.shapes import ModelShape
 
@@ -111,3 +111,9 @@ def test_rounded_scale_covers_amax_and_is_at_most_one_bfloat16_step_above(amax: 
 def test_only_whole_fused_groups_are_found() -> None:
     names = ["a.self_attn.q_proj", "a.self_attn.o_proj", "a.self_attn.v_proj", "b.mlp.up_proj"]
     assert fused_groups(names) == {"a.self_attn.qkv": ("a.self_attn.q_proj", "a.self_attn.v_proj")}
+
+
+def test_cpu_takes_float32_while_it_fits() -> None:
+    fits = int(5.2 * SHAPE.params + 3.2e9) + 1
+    assert cpu_dtype(SHAPE, fits) == "float32"
+    assert cpu_dtype(SHAPE, fits - 2) == "bfloat16"

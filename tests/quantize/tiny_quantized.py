@@ -44,7 +44,11 @@ class RepeatedText:
 
 def tiny_weights(folder: Path, **overrides: Any) -> Weights:
     """The tiny model as a source would hand it over."""
-    tiny_model(folder, **overrides)
+    return local_weights(tiny_model(folder, **overrides))
+
+
+def local_weights(folder: Path) -> Weights:
+    """A folder of tests.tiny or tests.architectures as a source would hand it over."""
     return Weights(
         dir=folder,
         origin="local:tiny",

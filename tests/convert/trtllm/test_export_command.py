@@ -47,7 +47,7 @@ def test_folder_is_complete_and_the_command_can_be_pasted(llama: Path, tmp_path:
     assert found["--max_num_tokens"] == "8192"
     assert found["--use_fp8_context_fmha"] == "disable"  # our checkpoints declare a 16-bit cache
     names = {path.name for path in out.iterdir()}
-    assert names == {
+    assert names - {"special_tokens_map.json"} == {  # Transformers 4 writes that file too
         "config.json",
         "rank0.safetensors",
         "conversion.json",

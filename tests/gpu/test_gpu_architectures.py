@@ -1,0 +1,50 @@
+"""Fused, biased and tied models on a CUDA device, whole and layer by layer, against the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import StageCache
+from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.quantize.device import DeviceChoice
+from pipeline.stages import Checkpoint, Weights
+from tests.architectures import ARCHITECTURES, tiny_architecture
+from tests.quantize.tiny_quantized import local_weights, shape_of, tiny_quantizer
+from tests.quantize.unified_contract import expected_form, form_of
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def weights(request: pytest.FixtureRequest, tmp_path: Path) -> Weights:
+    import torch
+
+    assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
+    return local_weights(tiny_architecture(request.param, tmp_path / "model"))
+
+
+def quantized(weights: Weights, device: DeviceChoice, root: Path) -> Checkpoint:
+    quantizer = replace(tiny_quantizer(), device=device)
+    return quantizer.quantize(weights, shape_of(weights), StageCache(root=root / device))
+
+
+def test_every_way_of_calibrating_gives_the_same_checkpoint(
+    weights: Weights, tmp_path: Path
+) -> None:
+    cpu = UnifiedCheckpoint(quantized(weights, "cpu", tmp_path).dir)
+    form = expected_form(UnifiedCheckpoint(weights.dir).config_json)
+    choices: tuple[DeviceChoice, ...] = ("cuda", "layerwise")
+    for device in choices:
+        made = quantized(weights, device, tmp_path)
+        assert made.calibration["device"] == device
+        assert form_of(made.dir) == form
+        checkpoint = UnifiedCheckpoint(made.dir)
+        for name in form:
+            if name.endswith("weight_scale"):
+                assert checkpoint.scalar(name) == cpu.scalar(name), name
+            elif name.endswith("_scale"):  # activations in bfloat16
+                got, want = float(checkpoint.scalar(name)), float(cpu.scalar(name))
+                assert got == pytest.approx(want, rel=0.05), name

@@ -1,0 +1,94 @@
+"""A stand-in for TensorRT-LLM's release image: Debian with Python, and packages in name only.
+
+Like the real one it has a patched Python with `dist-packages`, pip, make and no venv package. The
+packages that need a GPU or gigabytes are metadata: pip sees the image's versions and must leave
+them. What the light core imports is real, PyYAML in Debian's older version included.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipeline.containers.image_install import lacking, pinned
+from tests.image.wheels import write_wheel
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+BASE = "stand-in/release:1.2.1"
+INSTALL = "apt-get install -y --no-install-recommends debootstrap"
+SUITE = "bookworm"
+"""Debian 12, for its Python 3.11: the version that requirements-image.lock is for."""
+
+NAMES_ONLY = {
+    "accelerate": "1.12.0",
+    "huggingface-hub": "0.36.0",
+    "ml-dtypes": "0.5.4",
+    "networkx": "3.6.1",
+    "ninja": "1.13.0",
+    "numpy": "1.26.4",
+    "nvidia-ml-py": "13.590.44",
+    "nvidia-modelopt": "0.37.0",
+    "onnx": "1.19.1",
+    "protobuf": "6.33.2",
+    "psutil": "7.2.1",
+    "pulp": "3.3.0",
+    "regex": "2025.11.3",
+    "safetensors": "0.7.0",
+    "scipy": "1.16.3",
+    "sympy": "1.14.0",
+    "tensorrt-llm": "1.2.1",
+    "tokenizers": "0.22.1",
+    "torch": "2.10.0a0+b4e4ee81d3.nv25.12",
+    "torchprofile": "0.0.4",
+    "tqdm": "4.67.1",
+    "transformers": "4.57.3",
+}
+"""Versions of the kind that the image has: torch, transformers, nvidia-modelopt and tensorrt-llm
+are the recorded ones, the others are merely older than our lock's or equal."""
+
+
+def make_base(client: DockerClient, folder: Path) -> str:
+    """Put the stand-in into an engine; its name."""
+    if shutil.which("debootstrap") is None:
+        pytest.fail(f"debootstrap not installed: {INSTALL}")
+    root = folder / "root"
+    packages = "python3-minimal,python3-pip,python3-yaml,make"
+    made = subprocess.run(
+        ["debootstrap", "--variant=minbase", f"--include={packages}", SUITE, str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    site = root / "usr/local/lib/python3.11/dist-packages"
+    for name, version in NAMES_ONLY.items():
+        shutil.unpack_archive(write_wheel(folder / "names", name, version), site, "zip")
+    archive = folder / "root.tar"
+    subprocess.run(
+        ["tar", "--directory", str(root), "--create", "--file", archive, "."], check=True
+    )
+    shutil.rmtree(root)
+    repository, _, tag = BASE.partition(":")
+    client.api.import_image_from_file(str(archive), repository=repository, tag=tag)
+    archive.unlink()
+    return BASE
+
+
+def download_wheels(lock: Path, folder: Path) -> None:
+    """The wheels that a build without network needs: what the base lacks, and setuptools."""
+    assert sys.version_info[:2] == (3, 11), "wheels for the stand-in are made with its own Python"
+    pins = pinned(lock.read_text())
+    base = {**NAMES_ONLY, "pyyaml": "6.0"}
+    wanted = {**lacking(pins, base), "setuptools": pins["setuptools"]}
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+        + [f"{name}=={version}" for name, version in wanted.items()],
+        check=True,
+    )

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.services.dockerd import dockerd
+
+__all__ = ["dockerd"]  # a fixture

@@ -1,0 +1,184 @@
+"""The build image's installer, with real pip, on a base environment of empty packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from pipeline.containers.image_install import as_requirements, changed, installed, lacking, pinned
+from tests.image.wheels import write_wheel
+
+INSTALLER = Path("pipeline/containers/image_install.py").resolve()
+
+
+def test_lock_is_read_by_canonical_name() -> None:
+    lock = "# a comment\n\nml_dtypes==0.5.4\nPyYAML==6.0.4\nzope.interface==7.0\n"
+    assert pinned(lock) == {"ml-dtypes": "0.5.4", "pyyaml": "6.0.4", "zope-interface": "7.0"}
+
+
+def test_lock_line_without_a_pin_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"'torch>=2' is no name==version"):
+        pinned("torch>=2\n")
+
+
+def test_only_what_the_image_has_in_no_version_is_lacking() -> None:
+    assert lacking({"a": "1", "b": "2", "c": "3"}, {"b": "1.9", "d": "4"}) == {"a": "1", "c": "3"}
+
+
+def test_versions_that_pip_cannot_read_are_no_constraints() -> None:
+    versions = {"torch": "2.10.0a0+b4e4ee8.nv25.12", "tool": "unknown", "a": "1.0"}
+    assert as_requirements(versions) == "a==1.0\ntorch==2.10.0a0+b4e4ee8.nv25.12\n"
+
+
+def test_changed_and_lost_packages_are_named() -> None:
+    found = changed({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "4"})
+    assert found == ["b was 2, is 2.1", "c was 3, is gone"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """An image's interpreter with packages of its own."""
+
+    python: Path
+    packages: Path
+
+    def packages_seen(self, python: Path | None = None) -> dict[str, str]:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("PYTHONPATH", str(self.packages))
+            return installed(python or self.python)
+
+    def run(self, wheels: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The installer as Dockerfile.build calls it, without network."""
+        return subprocess.run(
+            [str(self.python), str(INSTALLER), *arguments],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(self.packages),
+                "PIP_NO_INDEX": "1",
+                "PIP_FIND_LINKS": str(wheels),
+                "PIP_CONFIG_FILE": os.devnull,
+                # An image's own constraint file, which would forbid everything.
+                "PIP_CONSTRAINT": str(wheels / "constraint.txt"),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """This machine's interpreter with pip and the packages `pinned-one` and `old-tool`.
+
+    No virtual environment: one made from it would see the packages of the interpreter below it.
+    """
+    root = tmp_path_factory.mktemp("base")
+    wheels = [
+        write_wheel(root / "wheels", "pinned-one", "1.0"),
+        write_wheel(root / "wheels", "old-tool", "3.0+local.1"),
+    ]
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(root / "packages")
+    # By its metadata: setuptools watches the import system for pip, and would then give the rest
+    # of this process another distutils.
+    pip = Path(str(distribution("pip").locate_file("pip")))
+    shutil.copytree(pip, root / "packages" / "pip")
+    python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    return Base(python=python, packages=root / "packages")
+
+
+def dependencies(
+    base: Base, folder: Path, lock: str, **requires: list[str]
+) -> subprocess.CompletedProcess[str]:
+    """Install `lock` beside `base`; the wheels that can be had are those of the lock and one."""
+    wheels = folder / "wheels"
+    for name, version in pinned(lock).items():
+        write_wheel(wheels, name, version, requires.get(name.replace("-", "_"), []))
+    write_wheel(wheels, "pinned-one", "2.0")
+    (wheels / "constraint.txt").write_text("setuptools==1\nours==0\n")
+    (folder / "lock.txt").write_text(lock)
+    step = ("dependencies", "--lock", str(folder / "lock.txt"), "--into", str(folder / "into"))
+    return base.run(wheels, *step)
+
+
+def test_the_images_versions_win_and_the_rest_is_added(base: Base, tmp_path: Path) -> None:
+    before = base.packages_seen()
+    lock = "pinned-one==2.0\nours==1.5\nours-helper==0.1\n"
+    done = dependencies(base, tmp_path, lock, ours=["pinned-one>=1", "ours-helper"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ours==1.5\nours-helper==0.1\n" in done.stdout
+    assert base.packages_seen() == before
+    seen = base.packages_seen(tmp_path / "into/bin/python")
+    assert seen["pinned-one"] == "1.0"
+    assert seen["old-tool"] == "3.0+local.1"
+    assert (seen["ours"], seen["ours-helper"]) == ("1.5", "0.1")
+    constraints = (tmp_path / "into/base-packages.txt").read_text()
+    assert "pinned-one==1.0\n" in constraints
+
+
+def test_package_that_cannot_live_with_the_images_stops_the_build(
+    base: Base, tmp_path: Path
+) -> None:
+    before = base.packages_seen()
+    done = dependencies(base, tmp_path, "ours==1.5\n", ours=["pinned-one>=2"])
+    assert done.returncode == 1
+    assert "pinned-one" in done.stdout + done.stderr
+    assert "pip ended with exit code" in done.stderr
+    assert base.packages_seen() == before
+    assert "ours" not in base.packages_seen(tmp_path / "into/bin/python")
+
+
+def test_package_that_cannot_be_had_stops_the_build(base: Base, tmp_path: Path) -> None:
+    done = dependencies(base, tmp_path, "ours==1.5\n", ours=["nowhere-to-be-found"])
+    assert done.returncode == 1
+    assert "nowhere-to-be-found" in done.stdout + done.stderr
+
+
+def project_wheel(folder: Path, *requires: str) -> Path:
+    return write_wheel(folder, "enginesmith", "9.9", requires)
+
+
+@pytest.mark.parametrize(
+    ("requires", "fault"),
+    [
+        ((), None),
+        (("pinned-one>=1",), None),
+        (("tensorrt-rtx-cu13==1; extra == 'build'",), None),
+        (("not-there; extra == 'dev'",), None),
+        (("pinned-one>=1.1",), "pinned-one is 1.0, wanted >=1.1"),
+        (("pinned-one>=1.1; extra == 'build'",), "pinned-one is 1.0, wanted >=1.1"),
+        (("not-there",), "not-there is missing, wanted any"),
+    ],
+)
+def test_project_is_installed_alone_and_its_requirements_are_checked(
+    base: Base, tmp_path: Path, requires: tuple[str, ...], fault: str | None
+) -> None:
+    into = tmp_path / "into"
+    command = [str(base.python), "-m", "venv", "--system-site-packages", "--without-pip", str(into)]
+    subprocess.run(command, check=True)
+    copy_packaging(into)
+    wheel = project_wheel(tmp_path / "source", *requires)
+    done = base.run(tmp_path, "project", "--into", str(into), str(wheel))
+    assert base.packages_seen(into / "bin/python")["enginesmith"] == "9.9"
+    if fault is None:
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert done.returncode == 1
+        assert fault in done.stderr
+
+
+def copy_packaging(into: Path) -> None:
+    """The one package that the check imports; the lock holds it."""
+    import packaging
+
+    (target,) = into.glob("lib/python*/site-packages")
+    shutil.copytree(Path(packaging.__file__).parent, target / "packaging")

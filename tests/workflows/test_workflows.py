@@ -1,0 +1,175 @@
+"""What actionlint does not ask of the workflows: pins, permissions, limits, and no free text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+FOLDER = Path(".github/workflows")
+NAMES = ("ci.yml", "engine.yml", "rehearse-and-rtx.yml")
+HOSTED = ("ci.yml", "rehearse-and-rtx.yml")
+
+_PIN = re.compile(r"uses: ([\w-]+/[\w.-]+)@([0-9a-f]{40}) # (v\d+\.\d+\.\d+)$", re.MULTILINE)
+
+Workflow = Mapping[Any, Any]
+
+
+def load(name: str) -> Workflow:
+    parsed: Workflow = yaml.safe_load((FOLDER / name).read_text())
+    return parsed
+
+
+def triggers(workflow: Workflow) -> Mapping[str, Any]:
+    """The key `on`, which YAML 1.1 reads as true."""
+    parsed: Mapping[str, Any] = workflow[True]
+    return parsed
+
+
+def steps(workflow: Workflow) -> Iterator[Mapping[str, Any]]:
+    for job in workflow["jobs"].values():
+        yield from job["steps"]
+
+
+def test_these_are_all_workflows() -> None:
+    assert tuple(sorted(path.name for path in FOLDER.iterdir())) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_action_is_pinned_by_commit_with_its_version(name: str) -> None:
+    lines = [line for line in (FOLDER / name).read_text().splitlines() if "uses:" in line]
+    assert lines
+    for line in lines:
+        assert _PIN.search(line), line
+
+
+def test_one_action_has_one_pin() -> None:
+    text = "".join((FOLDER / name).read_text() for name in NAMES)
+    pins = {match.groups() for match in _PIN.finditer(text)}
+    actions = {action for action, _, _ in pins}
+    assert actions == {"actions/checkout", "actions/setup-python", "actions/upload-artifact"}
+    assert len(pins) == len(actions)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_permissions_are_none_for_the_workflow_and_reading_for_jobs(name: str) -> None:
+    workflow = load(name)
+    assert workflow["permissions"] == {}
+    for job in workflow["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkout_leaves_no_token_behind(name: str) -> None:
+    checkouts = [
+        step
+        for step in steps(load(name))
+        if str(step.get("uses", "")).startswith("actions/checkout@")
+    ]
+    assert len(checkouts) == len(load(name)["jobs"])
+    for step in checkouts:
+        assert step["with"]["persist-credentials"] is False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_job_has_a_time_limit_and_every_workflow_a_group(name: str) -> None:
+    workflow = load(name)
+    assert workflow["concurrency"]["group"]
+    for job in workflow["jobs"].values():
+        assert 0 < job["timeout-minutes"] <= 360
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_expression_enters_a_script(name: str) -> None:
+    for step in steps(load(name)):
+        assert "${{" not in step.get("run", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scripts_are_shell(name: str) -> None:
+    for step in steps(load(name)):
+        if "run" in step:
+            subprocess.run(["bash", "-n"], input=step["run"], text=True, check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_says_what_was_not_run(name: str) -> None:
+    head = (FOLDER / name).read_text().partition("name:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert "Not run:" in head
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_hosted_runners_never_touch_the_image(name: str) -> None:
+    workflow = load(name)
+    assert {job["runs-on"] for job in workflow["jobs"].values()} == {"ubuntu-24.04"}
+    for job in workflow["jobs"].values():
+        assert "container" not in job
+        assert "services" not in job
+    for step in steps(workflow):
+        assert not re.search(r"docker|nvcr|make image", step.get("run", ""))
+
+
+def test_gpu_runner_is_started_by_hand_behind_an_environment() -> None:
+    workflow = load("engine.yml")
+    assert set(triggers(workflow)) == {"workflow_dispatch"}
+    (job,) = workflow["jobs"].values()
+    assert job["environment"] == "engines"
+    assert "self-hosted" in job["runs-on"]
+    assert workflow["concurrency"]["cancel-in-progress"] is False
+    for name in HOSTED:
+        assert "self-hosted" not in (FOLDER / name).read_text()
+
+
+def test_secret_is_seen_by_one_step_only() -> None:
+    text = "".join((FOLDER / name).read_text() for name in NAMES)
+    assert text.count("secrets.") == 1
+    (step,) = [step for step in steps(load("engine.yml")) if "HF_TOKEN" in step.get("env", {})]
+    assert step["id"] == "engine"
+
+
+@pytest.mark.parametrize("name", ["engine.yml", "rehearse-and-rtx.yml"])
+def test_models_are_recipes(name: str) -> None:
+    recipes = {path.stem for path in Path("recipes").glob("*.yaml")}
+    workflow = load(name)
+    if name == "engine.yml":
+        field = triggers(workflow)["workflow_dispatch"]["inputs"]["model"]
+        assert field["type"] == "choice"
+        models = field["options"]
+    else:
+        models = workflow["jobs"]["rehearse"]["strategy"]["matrix"]["model"]
+    assert set(models) <= recipes
+    assert recipes - set(models) <= {"smollm2"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.MULTILINE))
+    used: set[str] = set()
+    workflow = load(name)
+    for step in steps(workflow):
+        used.update(re.findall(r"\bmake ([a-z][a-z-]*)", step.get("run", "")))
+    for job in workflow["jobs"].values():
+        for value in job.get("strategy", {}).get("matrix", {}).get("targets", []):
+            used.update(value.split())
+    assert used
+    assert used <= targets
+
+
+def test_outputs_that_the_workflows_read_are_those_that_a_run_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.outcome import append_github_output
+
+    output = tmp_path / "output"
+    monkeypatch.setenv("GITHUB_OUTPUT", str(output))
+    append_github_output({})
+    written = {line.partition("=")[0] for line in output.read_text().splitlines()}
+    text = "".join((FOLDER / name).read_text() for name in NAMES)
+    read = set(re.findall(r"steps\.engine\.outputs\.(\w+)", text))
+    assert {"exit_code", "verdict", "reference", "digest"} <= read <= written
