@@ -52,7 +52,7 @@ def require_room(plan: Plan, cache_dir: Path) -> None:
     import psutil
 
     memory_bytes = psutil.virtual_memory().available
-    ram_bytes = max(plan.build.quantize_ram_bytes, plan.build.compile_ram_bytes)
+    ram_bytes = max(plan.build.quantize_ram_min_bytes, plan.build.compile_ram_bytes)
     if memory_bytes < ram_bytes:
         log.warning(
             "Building needs about %.1f GB of memory, %.1f GB are available",

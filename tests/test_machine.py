@@ -22,7 +22,7 @@ def needing(disk_bytes: int, ram_bytes: int = 0) -> Plan:
     """A plan, as far as `require_room` reads it."""
     build = SimpleNamespace(
         disk_bytes={"checkpoint": disk_bytes - disk_bytes // 3, "engine": disk_bytes // 3},
-        quantize_ram_bytes=ram_bytes,
+        quantize_ram_min_bytes=ram_bytes,
         compile_ram_bytes=0,
     )
     return cast(Plan, SimpleNamespace(build=build))

@@ -11,7 +11,6 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.cache import StageCache, digest_folder, source_digest
-from pipeline.compilers.kv_cache import kv_bytes_per_token
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.hardware import Target
 from pipeline.settings import STRICT
@@ -85,7 +84,7 @@ class CheckpointCompiler:
         )
         engine_dir = result.dir / "engine"
         config = UnifiedCheckpoint(checkpoint.dir).config
-        token_bytes = kv_bytes_per_token(config, self.kv_cache_dtype)
+        token_bytes = config.kv_bytes_per_token(1 if self.kv_cache_dtype == "fp8" else 2)
         weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
         return Engine(
             dir=engine_dir,

@@ -87,7 +87,8 @@ def _sizes(plan: Plan) -> Table:
     table.add_row(
         "build needs about",
         f"disk {gib(sum(build.disk_bytes.values()))}; RAM: quantize on CPU "
-        f"{gib(build.quantize_ram_bytes)}{compile_ram}",
+        f"{gib(build.quantize_ram_bytes)} (in bfloat16 {gib(build.quantize_ram_min_bytes)})"
+        f"{compile_ram}",
     )
     return table
 

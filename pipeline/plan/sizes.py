@@ -29,10 +29,11 @@ _LOGPROB_BYTES = 2
 _PER_POSITION_BYTES = 8
 """What acceptance keeps of the source for each position: float16 log-probabilities of the whole
 vocabulary, a float32 likelihood and an int32 token (pipeline.acceptance.quality)."""
-_RTX_RSS_PER_DATA_BYTE = 3.3
-"""Peak RSS of a TensorRT-RTX build over the bytes of the graph's weights: 13.2 GB for 4.02 GB
-(Phi-3-mini's shape), 4.15 for 1.30 (8 layers of it); whatever the profiles. Measured 2026-11-24."""
-_RTX_RSS_MIN_BYTES = 1_500_000_000  # SmolLM2 with two profiles, same day
+_RTX_MEMORY_PER_DATA_BYTE = 1.7
+"""Peak anonymous memory of a TensorRT-RTX build over the bytes of the graph's weights: 12.6 GB for
+7.52 GB (Mistral-7B's shape), the plan streamed into its file. The graph's weights are mapped beside
+it (20.2 GB resident), and those pages can be dropped. Measured 2026-11-25 (docs/benchmarks.md)."""
+_RTX_MEMORY_MIN_BYTES = 1_500_000_000  # SmolLM2 with two profiles, 2026-11-24
 _TRTLLM_RSS_PER_ENGINE_BYTE = 2.0
 """An estimate, never measured: the weights that were read and the engine that is serialized."""
 
@@ -119,13 +120,15 @@ class BuildNeeds:
     Attributes:
         disk_bytes: Artefact -> bytes, all kept at once: fetched weights (16-bit), checkpoint, what
             the compiler reads, engine, the source's log-probabilities on the held-out text.
-        quantize_ram_bytes: Peak RSS of quantizing on a CPU, in float32.
-        compile_ram_bytes: Peak RSS of the compiler; 0 where nothing is compiled.
+        quantize_ram_bytes: Memory for quantizing on a CPU in float32.
+        quantize_ram_min_bytes: The same in bfloat16, which is taken where float32 does not fit.
+        compile_ram_bytes: Memory for the compiler; 0 where nothing is compiled.
         source: Where the two RAM figures come from.
     """
 
     disk_bytes: dict[str, int]
     quantize_ram_bytes: int
+    quantize_ram_min_bytes: int
     compile_ram_bytes: int
     source: str
 
@@ -144,14 +147,17 @@ def build_needs(request: PlanRequest, sizes: Sizes) -> BuildNeeds:
         row = _LOGPROB_BYTES * request.shape.vocab_size + _PER_POSITION_BYTES
         disk["source_logprobs"] = request.judged_positions * row
     if request.format == "trtrtx":
-        compile_ram = int(max(_RTX_RSS_MIN_BYTES, _RTX_RSS_PER_DATA_BYTE * sizes.weight_bytes))
-        source += "; compile: 3.3 x the graph's weights, measured 2026-11-24"
+        from_weights = int(_RTX_MEMORY_PER_DATA_BYTE * sizes.weight_bytes)
+        compile_ram = max(_RTX_MEMORY_MIN_BYTES, from_weights)
+        source += "; compile: 1.7 x the graph's weights, measured 2026-11-25"
     elif request.format == "trtllm":
         compile_ram = int(_TRTLLM_RSS_PER_ENGINE_BYTE * sizes.engine_bytes)
         source += "; compile: 2 x the engine, not measured"
+    beside_weights = sizes.checkpoint_bytes + _QUANTIZE_BASE_BYTES
     return BuildNeeds(
         disk_bytes=disk,
-        quantize_ram_bytes=4 * sizes.params + sizes.checkpoint_bytes + _QUANTIZE_BASE_BYTES,
+        quantize_ram_bytes=4 * sizes.params + beside_weights,
+        quantize_ram_min_bytes=2 * sizes.params + beside_weights,
         compile_ram_bytes=compile_ram,
         source=source,
     )

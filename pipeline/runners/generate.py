@@ -51,7 +51,7 @@ def open_package(package: Package) -> AbstractContextManager[Session]:
     engine_format = package.manifest["format"]
     if engine_format == "checkpoint":
         log.warning("Simulating the FP8 checkpoint in float32 on this CPU")
-        return open_checkpoint(package.engine_dir)
+        return open_checkpoint(package.engine_dir, package.manifest["limits"]["max_seq_len"])
     if engine_format == "trtrtx":
         graph = twin_of(package) / CPU_GRAPH
         log.warning("Not the TensorRT-RTX engine: its CPU twin, the same graph on ONNX Runtime")

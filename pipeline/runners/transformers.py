@@ -90,9 +90,9 @@ def open_source(weights_dir: Path) -> Iterator[TransformersSession]:
 
 
 @contextlib.contextmanager
-def open_checkpoint(checkpoint_dir: Path) -> Iterator[TransformersSession]:
-    """An FP8 checkpoint, simulated in float32."""
-    yield TransformersSession(load_simulation(checkpoint_dir))
+def open_checkpoint(checkpoint_dir: Path, context: int) -> Iterator[TransformersSession]:
+    """An FP8 checkpoint, simulated in float32; `context`: longest request, tokens."""
+    yield TransformersSession(load_simulation(checkpoint_dir, context=context))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -111,4 +111,4 @@ class TransformersRunner:
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if reason := self.why_not(engine):
             raise IncompatibleError(reason)
-        return open_checkpoint(engine.dir)
+        return open_checkpoint(engine.dir, engine.limits.max_seq_len)

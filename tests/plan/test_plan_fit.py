@@ -55,10 +55,10 @@ def test_rtx_engine_size_is_what_was_measured(shape: str, engine_mb: int, ask: A
     assert make_plan(rtx(ask, shape)).sizes.engine_bytes == pytest.approx(engine_mb * 1e6, rel=0.01)
 
 
-@pytest.mark.parametrize(("shape", "rss_gb"), [("smollm2", 1.5), ("phi3", 13.2)])
+@pytest.mark.parametrize(("shape", "rss_gb"), [("smollm2", 1.5), ("mistral", 12.6)])
 def test_rtx_compile_memory_is_what_was_measured(shape: str, rss_gb: float, ask: Ask) -> None:
     assert make_plan(rtx(ask, shape)).build.compile_ram_bytes == pytest.approx(
-        rss_gb * 1e9, rel=0.02
+        rss_gb * 1e9, rel=0.03
     )
 
 

@@ -13,7 +13,6 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.cache import StageCache, StageResult, digest_folder, source_digest
-from pipeline.compilers.kv_cache import kv_bytes_per_token
 from pipeline.compilers.trtllm.command import (
     CHECKPOINT,
     ENGINE,
@@ -267,9 +266,8 @@ class TrtLlmCompiler:
         engine_dir = result.dir / ENGINE
         checks = result.read_json("checks.json")
         built_with = Environment(**checks["environment"])
-        token_bytes = kv_bytes_per_token(
-            UnifiedCheckpoint(checkpoint.dir).config, self.kv_cache_dtype
-        )
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        token_bytes = config.kv_bytes_per_token(1 if self.kv_cache_dtype == "fp8" else 2)
         return Engine(
             dir=engine_dir,
             digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
