@@ -125,14 +125,13 @@ class ModelOptFp8:
             batch_tokens=self.calibration.batch_size * self.calibration.seq_len,
             free_vram_bytes=free_vram_bytes() if self.device != "cpu" else None,
         )
-        log.info("Calibrating on %s: %s", placement.kind, placement.reason)
-        if placement.kind == "cpu":
-            estimate = estimated_cpu_s(shape, self.calibration.tokens)
-            log.info("%d tokens, about %.0f s", self.calibration.tokens, estimate)
         dtype = "bfloat16"
         if placement.kind == "cpu":
             dtype = cpu_dtype(shape, psutil.virtual_memory().available)
-        log.debug("Loading in %s", dtype)
+        log.info("Calibrating on %s in %s: %s", placement.kind, dtype, placement.reason)
+        if placement.kind == "cpu":
+            estimate = estimated_cpu_s(shape, self.calibration.tokens)
+            log.info("%d tokens, about %.0f s", self.calibration.tokens, estimate)
         model = load_model(weights.dir, dtype)
         linears = linear_names(model)
         kept = {name for name in linears if matches(name, self.keep_16bit)}

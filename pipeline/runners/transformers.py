@@ -23,6 +23,7 @@ from pipeline.stages import Engine
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 
@@ -43,27 +44,33 @@ class TransformersSession:
     def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
         """As the Protocol says; prompts must be equally long, so that no padding is timed."""
         import torch
+        from transformers import StoppingCriteriaList
 
         ids = torch.tensor([list(prompt) for prompt in prompts])
+        token_times: list[float] = []
+
+        def note_time(tokens: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            """A stopping criterion that never stops; called after each token of the batch."""
+            token_times.append(time.perf_counter())
+            return torch.zeros(len(tokens), dtype=torch.bool)
+
         started = time.perf_counter()
-        self._generate(ids, 1)
-        first = time.perf_counter()
-        tokens = self._generate(ids, osl)[:, ids.shape[1] :]
-        ended = time.perf_counter()
-        return Generation(tokens=tokens.numpy(), ttft_s=first - started, total_s=ended - first)
-
-    def _generate(self, ids: Any, count: int) -> Any:
-        import torch
-
         with quiet(), torch.inference_mode():
-            return self._model.generate(
+            made = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
+                max_new_tokens=osl,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([note_time]),
             )
+        ended = time.perf_counter()
+        return Generation(
+            tokens=made[:, ids.shape[1] :].numpy(),
+            ttft_s=token_times[0] - started,
+            total_s=ended - started,
+        )
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]

@@ -164,8 +164,6 @@ def test_parquet_gives_its_column_or_names_what_to_install(hub: HubServer) -> No
     hub.files[PARQUET] = stream.getvalue()
     assert text(PARQUET).documents() == TEXTS
 
-
-def test_parquet_that_is_none_is_corrupt(hub: HubServer) -> None:
-    pytest.importorskip("pyarrow")
+    hub.files[PARQUET] = b"no parquet"
     with pytest.raises(CorruptError, match="not readable as"):
         text(PARQUET).documents()
