@@ -164,6 +164,6 @@ def test_parquet_gives_its_column_or_names_what_to_install(hub: HubServer) -> No
     hub.files[PARQUET] = stream.getvalue()
     assert text(PARQUET).documents() == TEXTS
 
-    hub.files[PARQUET] = b"no parquet"
+    hub.files["broken.parquet"] = b"no parquet"
     with pytest.raises(CorruptError, match="not readable as"):
-        text(PARQUET).documents()
+        text("broken.parquet").documents()
