@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.convert.stage import CPU_CUT, cut_layers
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import CorruptError
+
+if TYPE_CHECKING:
+    from pipeline.convert.simulate import Accumulation
 
 MAX_MEDIAN_DIFFERENCE = 1e-3
 """Largest median over positions of the largest logit difference, where the noise is below it. Two
@@ -18,6 +21,7 @@ NOISE_FACTOR = 2.0
 that some flip at every position: two layers of Phi-3's shape differ by 0.074 at the median, and the
 simulation from itself by 0.076 when its linears only add up in float64 (2026-11-25)."""
 _TOKENS = 48
+_WAYS: tuple[Accumulation, Accumulation] = ("float32", "float64")
 
 
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
         TransformersSession(
             load_simulation(checkpoint_dir, layers=layers, accumulate=accumulate)
         ).logits(tokens)
-        for accumulate in ("float32", "float64")
+        for accumulate in _WAYS
     )
     graph = OnnxRuntimeSession(OnnxRuntimeGraph(graphs_dir / CPU_CUT)).logits(tokens)
     worst = np.abs(simulated - graph).max(axis=-1)  # [tokens]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.convert.rope import LongRopeScaling, Rope, rope_frequencies
 from pipeline.convert.unified import UnifiedCheckpoint
@@ -17,12 +17,15 @@ from pipeline.hf import quiet
 if TYPE_CHECKING:
     import torch
 
+Accumulation = Literal["float32", "float64", "float32-reversed"]
+"""How linears add up their products: the same sum, rounded differently."""
+
 
 def load_simulation(
     checkpoint_dir: Path,
     *,
     layers: tuple[int, ...] | None = None,
-    accumulate: str = "float32",
+    accumulate: Accumulation = "float32",
     context: int | None = None,
 ) -> Any:
     """A Transformers model in float32 that simulates the checkpoint.
@@ -33,8 +36,9 @@ def load_simulation(
         context: Of the engine that is simulated, tokens: LongRoPE's factors are those that a graph
             of this context has. None leaves the choice to Transformers, which chooses anew in each
             forward pass, by the longest row.
-        accumulate: torch dtype in which FP8 linears multiply and add; `float64` beside `float32`
-            gives the noise floor, the disagreement that summation order alone causes.
+        accumulate: Another beside `float32` gives the noise floor, the disagreement that summation
+            order alone causes. `float32-reversed` adds from the last input to the first: two sums
+            in float32 both have rounding errors, as two runtimes have, and `float64` has none.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,10 +65,14 @@ def load_simulation(
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
-    for name in checkpoint.fp8_linears:
-        if _layer_of(name) in kept:
-            scale = float(checkpoint.scalar(f"{name}.input_scale"))
-            _wrap(model, _renumbered(name, kept), scale, getattr(torch, accumulate))
+    scales = {
+        _renumbered(name, kept): float(checkpoint.scalar(f"{name}.input_scale"))
+        for name in checkpoint.fp8_linears
+        if _layer_of(name) in kept
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
+            _wrap(module, scales.get(name), accumulate)
     if context is not None:
         _fix_longrope(model, checkpoint.config.rope, context)
     return model.eval()
@@ -82,15 +90,17 @@ def fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
     return codes.to(x.dtype) * scale
 
 
-def _wrap(model: Any, name: str, scale: float, accumulate: torch.dtype) -> None:
-    """Let a linear round its input before it multiplies."""
+def _wrap(linear: Any, scale: float | None, accumulate: Accumulation) -> None:
+    """Let a linear round its input before it multiplies, and sum as it is told."""
     import torch
 
-    linear = model.get_submodule(name)
-    weight = linear.weight.data.to(accumulate)
+    dtype = torch.float64 if accumulate == "float64" else torch.float32
+    flipped = [-1] if accumulate == "float32-reversed" else []
+    weight = linear.weight.data.to(dtype).flip(flipped).contiguous()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        product = torch.nn.functional.linear(fake_quantize(x, scale).to(accumulate), weight)
+        rounded = x if scale is None else fake_quantize(x, scale)
+        product = torch.nn.functional.linear(rounded.to(dtype).flip(flipped), weight)
         return product.to(x.dtype) if linear.bias is None else product.to(x.dtype) + linear.bias
 
     linear.forward = forward

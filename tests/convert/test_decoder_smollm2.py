@@ -13,7 +13,7 @@ from pipeline.build import Recipe
 from pipeline.cache import StageCache, cache_root
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.convert.simulate import load_simulation
+from pipeline.convert.simulate import Accumulation, load_simulation
 from pipeline.hf import load_tokenizer
 from pipeline.runners.decode import generate_greedy
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
@@ -92,23 +92,23 @@ def distance(first: list[Any], second: list[Any], windows: list[list[int]]) -> D
 def test_fp8_graph_is_as_near_to_the_simulation_as_the_simulation_to_itself(
     recipe: Recipe, weights: Weights, windows: list[list[int]], tmp_path: Path
 ) -> None:
-    """The noise floor is the simulation in float32 against itself with float64 sums."""
+    """The noise floor is the simulation against itself, its sums rounded in another way."""
     checkpoint = recipe.quantizer.quantize(weights, recipe.shape, StageCache(root=cache_root()))
-    simulated = load_simulation(checkpoint.dir)
-    wanted = [model_logits(simulated, window) for window in windows]
-    del simulated
-    simulated = load_simulation(checkpoint.dir, accumulate="float64")
-    summed_otherwise = [model_logits(simulated, window) for window in windows]
-    del simulated
+    ways: tuple[Accumulation, ...] = ("float32", "float64", "float32-reversed")
+    wanted, exact, reversed_ = (
+        [model_logits(simulated, window) for window in windows]
+        for simulated in (load_simulation(checkpoint.dir, accumulate=way) for way in ways)
+    )
     graph = write_graph(checkpoint.dir, tmp_path, context=WINDOW_TOKENS)
     session = OnnxRuntimeSession(OnnxRuntimeGraph(graph))
     found = [session.logits(window).copy() for window in windows]
 
-    floor = distance(wanted, summed_otherwise, windows)
+    floors = [distance(wanted, other, windows) for other in (exact, reversed_)]
     reached = distance(wanted, found, windows)
-    print(f"\nnoise floor {floor}\ngraph       {reached}")
-    assert reached.mean_kl_nats <= 1.5 * floor.mean_kl_nats + 0.002
-    assert reached.top1_agreement >= floor.top1_agreement - 0.02
+    print(f"\nnoise floors {floors}\ngraph        {reached}")
+    # What is left above 1 is room for other processors, whose kernels sum in orders of their own.
+    assert reached.mean_kl_nats <= 1.25 * max(floor.mean_kl_nats for floor in floors)
+    assert reached.top1_agreement >= min(floor.top1_agreement for floor in floors) - 0.01
     assert abs(reached.perplexity_change) <= 0.01
 
 
