@@ -128,7 +128,14 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
                 runner=recipe.runner,
             )
             report, verdict = recipe.acceptance.measure(subject, cache)
-            files = write_report(report, verdict, run_dir)
+            files = write_report(
+                report,
+                verdict,
+                run_dir,
+                manifest=package.manifest,
+                plan=plan.to_json(),
+                limits=recipe.acceptance.limits,
+            )
             if not verdict.passed:
                 return missed(package, verdict, files[REPORT_FILE], started=started)
             reference = reference_of(package) if published else recipe.registry.publish(package)

@@ -73,6 +73,7 @@ def test_build_leaves_one_sealed_package_its_statement_and_its_pointer(built: Wo
         ),
         f"tiny/{VARIANT}/{name}.statements/{statement.name}/report.json",
         f"tiny/{VARIANT}/{name}.statements/{statement.name}/junit.xml",
+        f"tiny/{VARIANT}/{name}.statements/{statement.name}/report.html",
         f"tiny/{VARIANT}/channels/candidate.{CARD}.json",
     }
     assert built.leftovers() == []

@@ -1,4 +1,4 @@
-"""Writes a report for programs: `report.json` and `junit.xml`."""
+"""Writes a report for programs, `report.json` and `junit.xml`, and for people, `report.html`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,44 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from pipeline.acceptance.judge import QualityLimits
+from pipeline.acceptance.page import render_page
 from pipeline.stages import Report, Verdict
 
 REPORT_FILE = "report.json"
 JUNIT_FILE = "junit.xml"
+PAGE_FILE = "report.html"
 
 
-def write_report(report: Report, verdict: Verdict, folder: Path) -> dict[str, Path]:
-    """Write both files into `folder`; returns them by name."""
+def write_report(
+    report: Report,
+    verdict: Verdict,
+    folder: Path,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
+    limits: QualityLimits | None = None,
+) -> dict[str, Path]:
+    """Write the three files into `folder`; returns them by name.
+
+    Args:
+        report: What was measured.
+        verdict: What the judge says of it.
+        folder: Where they go.
+        manifest: As in `render_page`, like the next two; only the page needs them.
+        plan: `Plan.to_json`.
+        limits: What quality may lose.
+    """
     document = report.to_json(verdict)
-    report_path, junit_path = folder / REPORT_FILE, folder / JUNIT_FILE
-    report_path.write_text(json.dumps(document, indent=1) + "\n")
-    junit_path.write_bytes(junit(document))
-    return {REPORT_FILE: report_path, JUNIT_FILE: junit_path}
+    page = render_page(document, manifest=manifest, plan=plan, limits=limits)
+    files: dict[str, bytes] = {
+        REPORT_FILE: (json.dumps(document, indent=1) + "\n").encode(),
+        JUNIT_FILE: junit(document),
+        PAGE_FILE: page.encode(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in files}
 
 
 def junit(document: Mapping[str, Any]) -> bytes:

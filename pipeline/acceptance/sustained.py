@@ -1,0 +1,223 @@
+"""A sustained run, judged: does throughput fall, does memory grow? Pure: samples in, findings out.
+
+Both figures are robust, because one slow second or one late allocation is neither throttling nor a
+leak. Throughput is compared between the medians of a first and a last window; memory by the median
+of the slopes between all pairs of samples (Theil-Sen; it bears up to 29 % of stray samples: Sen,
+"Estimates of the regression coefficient based on Kendall's tau", JASA 63, 1968).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import CorruptError
+from pipeline.stages import Finding
+
+_SLOPE_POINTS = 240
+"""Memory samples that the slope looks at: 28,680 pairs, some hundredths of a second. A longer run
+is thinned evenly, first and last sample kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What was seen in one interval.
+
+    Attributes:
+        t_s: Seconds since the run began, at the end of the interval.
+        output_tokens_per_s: Output tokens of the interval over its length, all requests together.
+        memory_bytes: Device memory in use at its end; None where it cannot be read.
+        temperature_c: Of the GPU, degrees Celsius; None where it cannot be read.
+        power_w: Of the card, watts; None where it cannot be read.
+    """
+
+    t_s: float
+    output_tokens_per_s: float
+    memory_bytes: int | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SustainedLimits:
+    """What a sustained run may lose, and how much of one is needed to say so.
+
+    Attributes:
+        max_throughput_drop: Allowed loss from the first to the last window; 0.05 is five percent.
+            The gate is there for a throttling RTX 4090, said to lose 15 % in 20 minutes (we know
+            no published measurement); a third of that leaves room for noise on both sides.
+        max_memory_growth_bytes: Allowed growth over the judged part, by the slope. PyTorch's
+            allocator takes memory in segments of 2 MiB and 20 MiB (kSmallBuffer, kLargeBuffer in
+            c10/cuda/CUDACachingAllocator), so one segment of 20 MiB is no leak yet.
+        warm_up_s: Seconds at the start that are dropped.
+        window_s: Length of the first and of the last window.
+        min_duration_s: Least length of the judged part; at least two windows.
+        min_window_samples: Least number of samples in each window.
+    """
+
+    max_throughput_drop: float
+    max_memory_growth_bytes: int
+    warm_up_s: float
+    window_s: float
+    min_duration_s: float
+    min_window_samples: int = 5
+
+    def __post_init__(self) -> None:
+        if self.min_duration_s < 2 * self.window_s:
+            raise ValueError(
+                f"min_duration_s ({self.min_duration_s}) must be at least two windows "
+                f"({2 * self.window_s}), else first and last overlap"
+            )
+        if self.min_window_samples < 1:
+            raise ValueError(f"min_window_samples ({self.min_window_samples}) must be >= 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SustainedFigures:
+    """A sustained run in numbers.
+
+    Attributes:
+        duration_s: Length of the judged part.
+        first_tokens_per_s: Median throughput of the first window.
+        last_tokens_per_s: Median throughput of the last window.
+        throughput_drop: 1 - last / first; negative where it became faster.
+        memory_growth_bytes: Slope x duration; None where memory was not read in the whole run.
+    """
+
+    duration_s: float
+    first_tokens_per_s: float
+    last_tokens_per_s: float
+    throughput_drop: float
+    memory_growth_bytes: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> SustainedFigures | str:
+    """The figures of a run, or in words why it is not enough of one.
+
+    Raises:
+        CorruptError: A sample is no measurement: not finite, negative, or not later than the one
+            before it.
+    """
+    _require_sound(samples)
+    judged = [sample for sample in samples if sample.t_s >= limits.warm_up_s]
+    duration_s = judged[-1].t_s - judged[0].t_s if judged else 0.0
+    if duration_s < limits.min_duration_s:
+        return (
+            f"{duration_s:.0f} s after {limits.warm_up_s:.0f} s of warm-up, "
+            f"{limits.min_duration_s:.0f} s are required: run it longer"
+        )
+    start, end = judged[0].t_s, judged[-1].t_s
+    first = [s.output_tokens_per_s for s in judged if s.t_s <= start + limits.window_s]
+    last = [s.output_tokens_per_s for s in judged if s.t_s >= end - limits.window_s]
+    if (fewest := min(len(first), len(last))) < limits.min_window_samples:
+        return (
+            f"{fewest} samples in a window of {limits.window_s:.0f} s, "
+            f"{limits.min_window_samples} are required: sample more often"
+        )
+    before, after = statistics.median(first), statistics.median(last)
+    if before == 0.0:
+        return "no token came in the first window after the warm-up: see the runner's log"
+    return SustainedFigures(
+        duration_s=duration_s,
+        first_tokens_per_s=before,
+        last_tokens_per_s=after,
+        throughput_drop=(before - after) / before,
+        memory_growth_bytes=_memory_growth(judged, duration_s),
+    )
+
+
+def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple[Finding, ...]:
+    """Findings of a sustained run; none for a healthy one.
+
+    Returns:
+        `rejected` for a drop or a growth beyond the limit, `inconclusive` for a run that is too
+        short or too thinly sampled, a note where memory could not be judged.
+
+    Raises:
+        CorruptError: As `sustained_figures`.
+    """
+    figures = sustained_figures(samples, limits)
+    if isinstance(figures, str):
+        return (Finding(kind="inconclusive", message=f"sustained run: {figures}"),)
+    findings = []
+    if figures.throughput_drop > limits.max_throughput_drop:
+        message = (
+            f"sustained run: {figures.first_tokens_per_s:.1f} tok/s fell to "
+            f"{figures.last_tokens_per_s:.1f} ({figures.throughput_drop:.1%}) in "
+            f"{figures.duration_s / 60:.1f} minutes, {limits.max_throughput_drop:.1%} allowed: "
+            "look at the temperatures and throttle reasons of the same run"
+        )
+        findings.append(Finding(kind="rejected", message=message))
+    growth = figures.memory_growth_bytes
+    if growth is None:
+        message = "sustained run: device memory was not read throughout; its growth is not judged"
+        findings.append(Finding(kind="note", message=message))
+    elif growth > limits.max_memory_growth_bytes:
+        message = (
+            f"sustained run: memory grew by {growth / 2**20:.1f} MiB in "
+            f"{figures.duration_s / 60:.1f} minutes "
+            f"({growth / 2**20 * 3600 / figures.duration_s:.0f} MiB an hour), "
+            f"{limits.max_memory_growth_bytes / 2**20:.1f} MiB allowed: a leak in the runtime, or "
+            "a cache that has no bound"
+        )
+        findings.append(Finding(kind="rejected", message=message))
+    return tuple(findings)
+
+
+def sustained_json(
+    samples: Sequence[Sample], limits: SustainedLimits, workload: str
+) -> Mapping[str, Any]:
+    """The report's `sustained`: workload, limits, figures (null for too little of a run), samples.
+
+    Raises:
+        CorruptError: As `sustained_figures`.
+    """
+    figures = sustained_figures(samples, limits)
+    return {
+        "workload": workload,
+        "limits": limits.to_json(),
+        "figures": None if isinstance(figures, str) else figures.to_json(),
+        "samples": [sample.to_json() for sample in samples],
+    }
+
+
+def _require_sound(samples: Sequence[Sample]) -> None:
+    previous = -math.inf
+    for index, sample in enumerate(samples):
+        numbers = (sample.t_s, sample.output_tokens_per_s, sample.memory_bytes or 0)
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise CorruptError(f"sample {index} of the sustained run is no measurement: {sample}")
+        if sample.t_s <= previous:
+            raise CorruptError(
+                f"sample {index} of the sustained run is at {sample.t_s} s, not later than the one "
+                f"before it ({previous} s): the clock or the order is wrong"
+            )
+        previous = sample.t_s
+
+
+def _memory_growth(judged: Sequence[Sample], duration_s: float) -> float | None:
+    """Theil-Sen slope of memory times the duration; None if any sample has no memory."""
+    points = [(s.t_s, s.memory_bytes) for s in judged if s.memory_bytes is not None]
+    if len(points) < len(judged):
+        return None
+    if len(points) > _SLOPE_POINTS:
+        step = (len(points) - 1) / (_SLOPE_POINTS - 1)
+        points = [points[round(index * step)] for index in range(_SLOPE_POINTS)]
+    slopes = [
+        (later - earlier) / (t_later - t_earlier)
+        for index, (t_earlier, earlier) in enumerate(points)
+        for t_later, later in points[index + 1 :]
+    ]
+    return statistics.median(slopes) * duration_s

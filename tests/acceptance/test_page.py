@@ -1,0 +1,388 @@
+"""The page for people: complete, honest about what was not run, and safe to open."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from pipeline.acceptance.judge import QualityLimits
+from pipeline.acceptance.page import render_page
+from pipeline.acceptance.page.charts import installed
+from pipeline.acceptance.report import write_report
+from pipeline.acceptance.sustained import Sample, SustainedLimits, sustained_json
+from pipeline.stages import Finding, Report, Verdict, VerdictName
+
+LIMITS = QualityLimits(max_perplexity_increase=0.01, max_mean_kl_nats=0.06, min_top1_agreement=0.85)
+EVIL = '</style></pre><script>alert(1)</script><img src=x onerror="a()">\'& {x} $\\frac$ %s \u202e'
+_VOID = {"meta", "br", "img"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and visible text of a page; fails on tags that do not nest."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.open: list[str] = []
+        self.elements: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def row(self, heading: str, name: str) -> str:
+        """Text of the first table row `name` in a section, in ASCII where it matters."""
+        section = self.source.split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
+        found, *_ = (row for row in re.findall("<tr>.*?</tr>", section, re.S) if f">{name}<" in row)
+        text = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", found)).strip()
+        return text.translate(str.maketrans("\u2013\u00d7\u2212", "-x-"))
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.001, "high": value + 0.001}
+
+
+def entry(name: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
+    return {
+        "workload": name, "workload_digest": "w" * 64, "batch": batch, "isl": 128, "osl": 256,
+        "output_tokens_per_s": rate, "ttft_ms": 11.5, "itl_ms": 2.75,
+        "min_output_tokens_per_s": None, "min_ratio_to_transformers": None,
+        "samples": [0.9 * rate, rate, 1.05 * rate], **more,
+    }  # fmt: skip
+
+
+def report(**changed: Any) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "digest": "d" * 64,
+        "card": "NVIDIA-GeForce-RTX-4090",
+        "conditions": {"device": "cpu", "cpus": 2, "tools": {"torch": "2.13.0"}},
+        "speed": [entry("b1", 1, 321.0), entry("b8", 8, 2000.0)],
+        "quality": {
+            "tokens": 9180, "windows": 36,
+            "source_perplexity": interval(11.25), "engine_perplexity": interval(11.5),
+            "perplexity_change": interval(0.005), "mean_kl_nats": interval(0.04),
+            "top1_agreement": interval(0.9),
+            "sample": {"prompt": "Capital of France?", "answer": "It is Paris."},
+        },
+        "checks": {"fp8_plan": {"fp8_gemms": 8, "other_gemms": 25}},
+        "not_run": ["FP8 KV cache: kept in float32 here"],
+        "verdict": "checked",
+        "findings": [{"kind": "note", "message": "not run: FP8 KV cache: kept in float32 here"}],
+        **changed,
+    }  # fmt: skip
+
+
+def on_card(**changed: Any) -> dict[str, Any]:
+    conditions = {"device": "cuda", "card": "NVIDIA-GeForce-RTX-4090"}
+    return report(conditions=conditions, verdict="accepted", **changed)
+
+
+def planned(name: str, batch: int, ceiling: float, target: float | None) -> dict[str, Any]:
+    share = None if target is None else target / ceiling
+    return {
+        "name": name, "batch": batch, "isl": 128, "osl": 256, "ceiling": ceiling,
+        "bound": "memory", "target": target, "share": share,
+    }  # fmt: skip
+
+
+PLAN = {"workloads": [planned("b1", 1, 642.0, 321.0), planned("b8", 8, 4000.0, 2001.0)]}
+MANIFEST = {
+    "name": "tiny", "variant": "sm89-trtrtx-fp8-b2-s128", "version": "1.0.0-abc",
+    "format": "trtrtx", "files": [{"path": "engine/a", "size": 3 * 2**20, "sha256": "0"}],
+    "match": {"runtime": {"name": "tensorrt-rtx", "version": "1.7.1.116"}},
+    "limits": {"max_batch_size": 2}, "licence": {"spdx": "CC0-1.0"},
+    "source": {"origin": "hub:a/b", "note": "random numbers"},
+}  # fmt: skip
+
+
+def long_run(seconds: int = 600) -> dict[str, Any]:
+    limits = SustainedLimits(
+        max_throughput_drop=0.05, max_memory_growth_bytes=20 * 2**20, warm_up_s=30,
+        window_s=60, min_duration_s=300,
+    )  # fmt: skip
+    samples = [
+        Sample(
+            t_s=float(t_s), output_tokens_per_s=1000.0 - t_s / 2,
+            memory_bytes=10**10 + t_s * 2**20, temperature_c=60.0,
+        )
+        for t_s in range(0, seconds, 5)
+    ]  # fmt: skip
+    return dict(sustained_json(samples, limits, "b8"))
+
+
+def everything() -> dict[str, Any]:
+    percentiles = {"p50": 10.0, "p90": 14.0, "p99": 31.0}
+    speed = [
+        entry(
+            name, batch, rate, ttft_ms=percentiles, request_latency_ms=percentiles,
+            transformers={"output_tokens_per_s": rate / 8}, ratio_to_transformers=8.0,
+            peak_memory_bytes=2**33, mean_power_w=300.0, joules_per_token=0.9,
+        )
+        for name, batch, rate in (("b1", 1, 321.0), ("b8", 8, 2000.0))
+    ]  # fmt: skip
+    return on_card(speed=speed, sustained=long_run())
+
+
+def poisoned(value: Any) -> Any:
+    """Every text replaced, but those that the page's own code reads."""
+    if isinstance(value, dict):
+        return {key: poisoned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poisoned(item) for item in value]
+    return EVIL if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", get_args(VerdictName))
+def test_every_verdict_comes_first_in_words_and_colour(name: str) -> None:
+    page = Page(render_page(report(verdict=name), manifest=MANIFEST))
+    (first, *_) = re.findall(r'<section class="verdict (\w+)"[^>]*>(.*?)</section>', page.source)
+    assert f"<strong>{name}</strong><p>" in first[1]
+    passing = {"accepted": "good", "checked": "checked", "compiled": "plain"}
+    assert first[0] == passing.get(name, "warn" if name == "inconclusive" else "bad")
+    assert page.source.index("<section") == page.source.index('<section class="verdict')
+
+
+def test_page_says_what_the_package_is() -> None:
+    page = Page(render_page(report(), manifest=MANIFEST))
+    for words in (
+        "tiny", "sm89-trtrtx-fp8-b2-s128:1.0.0-abc", "sha256:" + "d" * 64, "3 MiB",
+        "NVIDIA-GeForce-RTX-4090", "tensorrt-rtx 1.7.1.116", "CC0-1.0", "random numbers",
+    ):  # fmt: skip
+        assert words in page.text.replace("\u00a0", " "), words
+
+
+def test_what_was_not_run_follows_the_verdict_and_is_not_repeated() -> None:
+    page = Page(render_page(report()))
+    assert re.findall("<h2>(.*?)</h2>", page.source)[0] == "Not run"
+    assert page.text.count("FP8 KV cache: kept in float32 here") == 1
+    assert "<h2>Not run</h2>" not in render_page(report(not_run=[], findings=[]))
+
+
+def test_failing_findings_come_before_notes() -> None:
+    findings = [{"kind": "note", "message": "AAA"}, {"kind": "regression", "message": "BBB"}]
+    page = render_page(report(findings=findings, verdict="regression"))
+    assert page.index("BBB") < page.index("AAA")
+
+
+def test_rates_of_another_machine_are_not_held_against_the_card() -> None:
+    page = Page(render_page(report(), plan=PLAN))
+    row = page.row("Targets on the card", "b1")
+    assert row == "b1 batch 1 · 128 + 256 tokens 321.0 not run - 642.0 bound by memory 50% -"
+    assert "Nothing was measured on this card." in page.text
+    assert "It says nothing about the speed on NVIDIA-GeForce-RTX-4090." in page.text
+
+
+def test_rates_of_another_card_are_not_held_against_the_card() -> None:
+    other = report(conditions={"device": "cuda", "card": "NVIDIA-H100-80GB-HBM3"})
+    assert "not run" in Page(render_page(other, plan=PLAN)).row("Targets on the card", "b1")
+
+
+def test_target_is_met_at_the_exact_rate_and_missed_below() -> None:
+    page = Page(render_page(on_card(), plan=PLAN))
+    assert "321.0 321.0 met" in page.row("Targets on the card", "b1")
+    assert page.row("Targets on the card", "b1").endswith("50% 50%")
+    assert "2,001 2,000 missed" in page.row("Targets on the card", "b8")
+    assert "Nothing was measured" not in page.text
+
+
+def test_a_workload_of_other_sizes_is_not_taken_for_the_planned_one() -> None:
+    plan = {"workloads": [{**planned("b1", 1, 642.0, 321.0), "osl": 255}]}
+    assert "not run" in Page(render_page(on_card(), plan=plan)).row("Targets on the card", "b1")
+
+
+def test_speed_has_median_spread_and_ratio() -> None:
+    page = Page(render_page(everything()))
+    row = page.row("Speed", "b8")
+    assert "2,000 -10.0% to +5.0%, 3 runs 250.0 8.00 x" in row
+    costs = page.source.split("Memory and energy")[1].split("</table>")[0]
+    assert re.findall('<td class="number">(.*?)</td>', costs) == ["8", "300.0", "0.9"] * 2
+
+
+@pytest.mark.parametrize(
+    ("demands", "word"),
+    [
+        ({"min_output_tokens_per_s": 321.0}, "met"),
+        ({"min_output_tokens_per_s": 321.1}, "missed"),
+        ({"min_ratio_to_transformers": 2.0, "ratio_to_transformers": 2.0}, "met"),
+        ({"min_ratio_to_transformers": 2.0, "ratio_to_transformers": 1.99}, "missed"),
+        ({"min_ratio_to_transformers": 2.0}, "-"),
+        ({"min_output_tokens_per_s": 321.0, "min_ratio_to_transformers": 2.0}, "-"),
+        ({"min_output_tokens_per_s": 400.0, "min_ratio_to_transformers": 2.0}, "missed"),
+    ],
+)
+def test_demand_of_a_workload_is_met_missed_or_not_measured(
+    demands: dict[str, float], word: str
+) -> None:
+    page = Page(render_page(report(speed=[entry("b1", 1, 321.0, **demands)])))
+    assert page.row("Speed", "b1").endswith(word)
+
+
+def test_quality_has_intervals_and_limits() -> None:
+    page = Page(render_page(report(), limits=LIMITS))
+    assert page.row("Quality", "change of perplexity") == (
+        "change of perplexity +0.50% +0.40% to +0.60% at most +1.00% met"
+    )
+    assert page.row("Quality", "same most likely token").endswith("at least 85.00% met")
+    strict = QualityLimits(
+        max_perplexity_increase=0.004, max_mean_kl_nats=0.03, min_top1_agreement=0.91
+    )
+    assert Page(render_page(report(), limits=strict)).text.count("missed") == 3
+    assert "met" not in Page(render_page(report())).row("Quality", "change of perplexity")
+
+
+def test_latency_has_percentiles_where_there_are_some() -> None:
+    page = Page(render_page(everything()))
+    assert page.row("Latency", "b1") == (
+        "b1 10.0 p90 14.0 · p99 31.0 2.75 10.0 p90 14.0 · p99 31.0"
+    )
+    medians = Page(render_page(report()))
+    assert medians.row("Latency", "b1") == "b1 11.5 2.75"
+    assert "Percentiles of requests were not measured." in medians.text
+
+
+def test_sustained_run_has_figures_and_limits() -> None:
+    text = Page(render_page(everything())).text
+    assert "(5.0% allowed)" in text
+    assert "565.0 MiB (20.0 MiB allowed)" in text
+
+
+def test_sustained_run_that_is_too_short_says_so() -> None:
+    text = Page(render_page(on_card(sustained=long_run(60)))).text
+    assert "no: too short a run, or too few samples" in text
+
+
+def test_charts_are_drawn_in_the_colours_of_the_page() -> None:
+    page = Page(render_page(everything(), plan=PLAN))
+    assert page.elements["svg"] == 6  # throughput, two latencies, rate, memory, temperature
+    assert "#0a0b0" not in page.source
+    assert "var(--accent)" in page.source.split("</style>", 1)[1]
+    assert "No plots" not in page.text
+    ids = Counter(value for _, name, value in page.attributes if name == "id")
+    assert set(ids.values()) == {1}
+    for _, name, value in page.attributes:
+        if name.endswith("href"):
+            assert value.removeprefix("#") in ids
+
+
+def test_one_batch_gives_no_throughput_chart() -> None:
+    page = Page(render_page(report(speed=[entry("b1", 1, 321.0)])))
+    assert page.elements["svg"] == 0
+
+
+def test_page_without_matplotlib_says_so_and_keeps_its_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_plots = Page(render_page(everything(), plan=PLAN))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not installed()
+    page = Page(render_page(everything(), plan=PLAN))
+    assert page.elements["svg"] == 0
+    assert "No plots: matplotlib was not installed" in page.text
+    assert page.elements["table"] == with_plots.elements["table"] > 3
+
+
+def test_nothing_is_loaded_and_no_script_can_run() -> None:
+    page = Page(render_page(everything(), manifest=MANIFEST, plan=PLAN, limits=LIMITS))
+    assert not {"script", "link", "img", "iframe", "object", "a"} & set(page.elements)
+    for _, name, value in page.attributes:
+        assert name not in {"src", "srcset", "data", "action"}
+        assert not name.startswith("on")
+        if name.endswith("href"):
+            assert value.startswith("#")
+    assert "@import" not in page.source
+    assert set(re.findall(r"url\(([^)]?)", page.source)) <= {"#"}
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+@pytest.mark.parametrize("build", [report, everything])
+def test_hostile_text_is_shown_and_never_markup(build: Any) -> None:
+    bad = {**poisoned(build()), "verdict": EVIL, EVIL: EVIL}
+    bad["findings"] = [{"kind": EVIL, "message": EVIL}]
+    bad["conditions"] = {**bad["conditions"], EVIL: EVIL, "deep": {EVIL: {EVIL: [EVIL, None]}}}
+    bad["checks"] = {EVIL: {EVIL: EVIL}, "network": {"layer_kinds": {EVIL: 1}}}
+    plan = poisoned(PLAN)
+    page = Page(render_page(bad, manifest=poisoned(MANIFEST), plan=plan, limits=LIMITS))
+    assert not {"script", "img"} & set(page.elements)
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    assert page.elements["style"] == 1 + page.elements["svg"]
+    assert page.text.count("<script>alert(1)</script>") > 20
+    clean = Page(render_page(build(), manifest=MANIFEST, plan=PLAN, limits=LIMITS))
+    assert page.elements["h2"] <= clean.elements["h2"] + 1  # findings
+
+
+def test_characters_that_no_page_may_have_are_replaced() -> None:
+    bad = report()
+    bad["quality"]["sample"]["answer"] = "a\x00b\x1b[31mc\ud800d\x85e\ttab\nline"
+    page = render_page(bad)
+    assert "a\ufffdb\ufffd[31mc\ufffdd\ufffde\ttab\nline" in page
+    page.encode()
+
+
+def test_blank_answer_is_called_blank() -> None:
+    bad = report()
+    bad["quality"]["sample"]["answer"] = "\n\n \n"
+    assert "The answer is blank: 4 characters" in Page(render_page(bad)).text
+
+
+def test_report_of_something_that_never_ran_is_a_page() -> None:
+    bare = report(verdict="compiled", speed=[], quality={}, checks={}, findings=[])
+    page = Page(render_page(bare))
+    assert re.findall("<h2>(.*?)</h2>", page.source) == ["Not run", "Package", "Conditions"]
+
+
+def test_figures_that_are_no_numbers_do_not_stop_the_page() -> None:
+    odd = everything()
+    odd["speed"][0] |= {"output_tokens_per_s": 0.0, "samples": [0.0, 0.0], "ttft_ms": float("nan")}
+    odd["quality"]["perplexity_change"] = {"value": float("inf"), "low": 0.0, "high": float("nan")}
+    Page(render_page(odd, plan=PLAN, limits=LIMITS))
+
+
+def test_same_report_gives_the_same_page() -> None:
+    assert render_page(everything(), plan=PLAN) == render_page(everything(), plan=PLAN)
+
+
+def test_page_lies_beside_the_reports_for_programs(tmp_path: Path) -> None:
+    subject = Report(
+        digest="d" * 64, card="CARD", conditions={"device": "cpu"}, speed=[], quality={},
+        not_run=["all of it"], checks={},
+    )  # fmt: skip
+    verdict = Verdict(name="rejected", findings=(Finding(kind="rejected", message="b1: slow"),))
+    files = write_report(subject, verdict, tmp_path, manifest=MANIFEST, plan=PLAN, limits=LIMITS)
+    assert sorted(files) == ["junit.xml", "report.html", "report.json"]
+    assert all(path == tmp_path / name for name, path in files.items())
+    assert json.loads(files["report.json"].read_text())["verdict"] == "rejected"
+    page = Page(files["report.html"].read_text())
+    assert "b1: slow" in page.text
+    assert "all of it" in page.text
+    assert "<h1>tiny</h1>" in page.source

@@ -1,0 +1,154 @@
+"""The physics check at its exact thresholds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from pipeline.acceptance.physics import (
+    MeasuredRate,
+    PhysicsLimits,
+    ceiling_share,
+    judge_physics,
+    run_ceiling,
+)
+from pipeline.plan.ceilings import Roofline
+
+LINE = Roofline(
+    bandwidth_bytes_per_s=1024e9,
+    step_weight_bytes=4_000_000_000,
+    kv_bytes_per_token=100_000,
+    sliding_window=None,
+    layer_s_per_token=2.0e-5,
+    lm_head_s_per_token=1.0e-6,
+)
+LIMITS = PhysicsLimits(tolerance=0.0, min_share=0.25, l2_cache_bytes=0)
+
+
+def load(rate: float = 1.0, *, batch: int = 1, isl: int = 128, osl: int = 256) -> MeasuredRate:
+    return MeasuredRate(name="b", batch=batch, isl=isl, osl=osl, output_tokens_per_s=rate)
+
+
+def ceiling(measured: MeasuredRate, bandwidth: float = 1024e9, cached: int = 0) -> float:
+    value, _ = run_ceiling(
+        measured, LINE, bandwidth_bytes_per_s=bandwidth, cached_weight_bytes=cached
+    )
+    return value
+
+
+def kinds(rate: float, limits: PhysicsLimits = LIMITS, measured: float | None = None) -> list[str]:
+    return [finding.kind for finding in judge_physics([load(rate)], LINE, limits, measured)]
+
+
+def test_ceiling_of_a_run_is_bytes_over_bandwidth_by_hand() -> None:
+    # 4 steps of 4 GB; 3 decode steps that see 11, 12 and 13 tokens of 2 sequences.
+    run = load(batch=2, isl=10, osl=4)
+    seconds = (4 * 4e9 + 2 * (11 + 12 + 13) * 100_000) / 1024e9
+    value, bound = run_ceiling(run, LINE, bandwidth_bytes_per_s=1024e9)
+    assert value == pytest.approx(2 * 4 / seconds, rel=1e-12)
+    assert bound == "memory"
+
+
+def test_ceiling_of_a_prefill_is_flops_by_hand() -> None:
+    value, bound = run_ceiling(load(batch=8, isl=4096, osl=1), LINE, bandwidth_bytes_per_s=1024e9)
+    assert value == pytest.approx(8 / (8 * (4096 * 2.0e-5 + 1.0e-6)), rel=1e-12)
+    assert bound == "compute"
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_long_memory_bound_decode_has_the_plans_ceiling(batch: int) -> None:
+    planned = LINE.decode_tokens_per_s(batch, LINE.mean_context(128, 1024))
+    assert ceiling(load(batch=batch, osl=1024)) == pytest.approx(planned, rel=0.002)
+
+
+def test_compute_bound_batch_counts_its_prefill() -> None:
+    big = load(batch=1024, isl=1024, osl=16)
+    assert ceiling(big) < LINE.decode_tokens_per_s(1024, LINE.mean_context(1024, 16)) / 2
+
+
+def test_rate_at_the_ceiling_passes_and_the_next_one_is_anomalous() -> None:
+    most = ceiling(load())
+    assert kinds(most) == []
+    assert kinds(math.nextafter(most, math.inf)) == ["anomalous"]
+
+
+def test_tolerance_is_applied_exactly() -> None:
+    limits = replace(LIMITS, tolerance=0.25)
+    most = 1.25 * ceiling(load())
+    assert kinds(most, limits) == []
+    assert kinds(math.nextafter(most, math.inf), limits) == ["anomalous"]
+
+
+def test_the_larger_bandwidth_decides_what_is_anomalous() -> None:
+    slower, faster = 900e9, 1100e9
+    assert kinds(ceiling(load()), measured=slower) == []
+    assert kinds(ceiling(load(), faster), measured=faster) == []
+    above = math.nextafter(ceiling(load(), faster), math.inf)
+    assert kinds(above, measured=faster) == ["anomalous"]
+
+
+def test_weights_in_the_l2_cache_are_credited() -> None:
+    limits = replace(LIMITS, l2_cache_bytes=1_000_000_000)
+    most = ceiling(load(), cached=1_000_000_000)
+    assert most > 1.2 * ceiling(load())
+    assert kinds(most, limits) == []
+    assert kinds(math.nextafter(most, math.inf), limits) == ["anomalous"]
+
+
+def test_toy_model_that_lives_in_the_l2_cache_is_bounded_by_compute_alone() -> None:
+    toy = replace(LINE, step_weight_bytes=10_000_000, kv_bytes_per_token=0)
+    limits = replace(LIMITS, l2_cache_bytes=72_000_000)
+    seconds = (128 + 255) * 2.0e-5 + 256 * 1.0e-6
+    most = 256 / seconds
+    assert judge_physics([load(most)], toy, limits) == ()
+    (finding,) = judge_physics([load(1.001 * most)], toy, limits)
+    assert finding.kind == "anomalous"
+
+
+def test_share_at_the_limit_passes_and_the_next_one_below_is_a_note() -> None:
+    least = 0.25 * ceiling(load())
+    assert kinds(least) == []
+    assert kinds(math.nextafter(least, 0.0)) == ["note"]
+
+
+def test_share_is_of_the_measured_bandwidth_where_there_is_one() -> None:
+    run = load(100.0)
+    listed, probed = ceiling_share(run, LINE), ceiling_share(run, LINE, 512e9)
+    assert (listed.bandwidth, probed.bandwidth) == ("listed", "measured")
+    assert probed.share == pytest.approx(2 * listed.share)
+    assert listed.share == 100.0 / listed.ceiling_tokens_per_s
+
+
+def test_held_back_card_is_named_first_among_the_reasons() -> None:
+    limits = replace(LIMITS, min_bandwidth_share=0.85)
+    at = 0.85 * 1024e9
+    for bandwidth, named in ((at, False), (math.nextafter(at, 0.0), True)):
+        (finding,) = judge_physics([load(1.0)], LINE, limits, bandwidth)
+        assert ("likely: the probe copied 870 of 1024 GB/s" in finding.message) is named
+
+
+def test_reasons_fit_what_bounds_the_workload() -> None:
+    (decode,) = judge_physics([load(1.0)], LINE, LIMITS)
+    (prefill,) = judge_physics([load(0.1, isl=4096, osl=1)], LINE, LIMITS)
+    assert "memory-bound" in decode.message
+    assert "CUDA graphs" in decode.message
+    assert "compute-bound" in prefill.message
+    assert "CUDA graphs" not in prefill.message
+    assert "prefilled one by one" in prefill.message
+
+
+def test_h100_figures_of_phi3_are_neither_anomalous_nor_low() -> None:
+    # vLLM 0.24 on an H100: 357 tok/s at batch 1, 12379 at 128 with an FP8 KV cache (2026-11-24).
+    phi3 = Roofline(
+        bandwidth_bytes_per_s=3350e9, step_weight_bytes=3_820_000_000,
+        kv_bytes_per_token=192 * 1024, sliding_window=2047,
+        layer_s_per_token=2 * 3.62e9 / 1979e12, lm_head_s_per_token=2 * 98.5e6 / 989e12,
+    )  # fmt: skip
+    limits = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=50_000_000)
+    runs = [load(357.0), load(12379.0, batch=128)]
+    assert judge_physics(runs, phi3, limits) == ()
+    assert ceiling_share(runs[0], phi3).share == pytest.approx(0.41, abs=0.01)
+    # Rates that somebody could report after dividing by the wrong time.
+    assert [f.kind for f in judge_physics([load(920.0 * 1.05)], phi3, limits)] == ["anomalous"]
