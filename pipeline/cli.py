@@ -6,6 +6,7 @@ Each command imports what it needs: `--help` and the registry client start witho
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.errors import ExitCode
+from pipeline.errors import ExitCode, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.registry.backend import Entry
@@ -261,6 +262,56 @@ def show(reference: Reference, registry: Registry = _ARTIFACTS, as_json: Json = 
     else:
         stdout().print(render_show(entry))
     raise typer.Exit(ExitCode.CORRUPT if entry.fault else ExitCode.OK)
+
+
+@app.command()
+def keygen(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="By default signing.key in ~/.config/enginesmith."),
+    ] = None,
+) -> None:
+    """Make a key pair to sign packages with."""
+    from pipeline.registry.signing import command
+
+    print("\n".join(command.keygen(out, os.environ)))
+
+
+@app.command()
+def verify(
+    target: Annotated[
+        str, typer.Argument(metavar="REF|DIR", help="A package.", show_default=False)
+    ],
+    registry: Registry = _ARTIFACTS,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Who may sign; by default $ENGINESMITH_POLICY, then ~/.config/enginesmith/"
+            "policy.yaml, then this machine's own key.",
+        ),
+    ] = None,
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Take a package that nobody signed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify every byte of a package, its signatures, and who made them."""
+    from pipeline.registry.signing import command
+
+    request = command.Request(
+        target=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
+    )
+    try:
+        done = command.run_verify(request, os.environ)
+    except PipelineError as error:
+        if as_json:
+            print(json.dumps(command.failure_json(error)))
+        raise
+    if as_json:
+        print(json.dumps(command.report_json(done, request), indent=1))
+    else:
+        print("\n".join(command.report_lines(done)))
 
 
 def _summary(entry: Entry) -> dict[str, Any]:

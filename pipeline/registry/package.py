@@ -89,6 +89,12 @@ def verify(package_dir: Path, *, deep: bool = True) -> Package:
         }
         folders = {folder for path in wanted for folder in folders_of(path)}
         found = _walk(package_dir, folders)
+        for path, status in sorted(found.items()):
+            if status.st_nlink != 1:
+                raise CorruptError(
+                    f"{package_dir}: {path!r} has {status.st_nlink} hard links, so another name "
+                    "may change it; put a copy in its place"
+                )
         found.pop(MANIFEST, None)
         if missing := wanted.keys() - found.keys():
             raise CorruptError(f"{package_dir}: {min(missing)!r} is missing")
@@ -99,11 +105,6 @@ def verify(package_dir: Path, *, deep: bool = True) -> Package:
                 raise CorruptError(
                     f"{package_dir}: {path!r} has {status.st_size} bytes, "
                     f"its manifest says {wanted[path].size_bytes}"
-                )
-            if status.st_nlink != 1:
-                raise CorruptError(
-                    f"{package_dir}: {path!r} has {status.st_nlink} hard links, so another name "
-                    "may change it; put a copy in its place"
                 )
         if deep:
             for file in wanted.values():

@@ -1,0 +1,181 @@
+"""What `enginesmith keygen` and `enginesmith verify` do, less the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ExitCode, PipelineError, RecipeError
+from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.manifest import MANIFEST
+from pipeline.registry.package import verify
+from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
+from pipeline.registry.signing.keys import (
+    KEY_PATH,
+    choose_key,
+    config_root,
+    generate_key,
+    load_key,
+    write_key_pair,
+)
+from pipeline.registry.signing.trust import OwnKey, TrustPolicy, load_policy, trust_for
+from pipeline.registry.signing.verification import Verification, verify_signatures
+
+POLICY_PATH = "ENGINESMITH_POLICY"
+"""Environment variable: path of the trust policy."""
+
+
+def keygen(out: Path | None, environ: Mapping[str, str]) -> list[str]:
+    """Make a key pair.
+
+    Args:
+        out: The private key's file; None for `signing.key` in the configuration folder.
+        environ: The environment.
+
+    Returns:
+        Lines that say where it is and how to use it.
+
+    Raises:
+        ConflictError: There is a key already.
+    """
+    path = out if out is not None else config_root(environ) / "signing.key"
+    key = generate_key()
+    public = write_key_pair(key, path)
+    return [
+        f"private key {path} (mode 0600; sign with {KEY_PATH}={path})",
+        f"public key  {public} (for the trust policies of those who verify)",
+        f"key id      {key.public.keyid}",
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to verify.
+
+    Attributes:
+        target: A reference, or the folder of a package.
+        registry: Where references are looked up.
+        policy: File; None for the environment's, then the configuration folder's.
+        allow_unsigned: Take a package without any signature.
+    """
+
+    target: str
+    registry: Path
+    policy: Path | None = None
+    allow_unsigned: bool = False
+
+
+def run_verify(request: Request, environ: Mapping[str, str]) -> Verification:
+    """Verify bytes, signatures and policy of one package.
+
+    Raises:
+        CorruptError: Bytes changed.
+        UntrustedError: A signature is missing, or by nobody who may sign.
+        NotFoundError: No such package.
+        RecipeError: Not a reference, or the policy cannot be read.
+    """
+    policy = _policy(request.policy, environ)
+    own = _own_key(environ) if policy is None else None
+    # Both a folder registry and a folder are on this machine; other registries will not be.
+    trusted = trust_for(policy, own, own_folder=True)
+    if folder := _folder(request.target):
+        package = verify(folder)
+    else:
+        package = FolderRegistry(path=request.registry).resolve(request.target)
+    beside = package.dir.with_name(f"{package.dir.name}{STATEMENTS_SUFFIX}")
+    return verify_signatures(package, beside, trusted, allow_unsigned=request.allow_unsigned)
+
+
+def _policy(path: Path | None, environ: Mapping[str, str]) -> TrustPolicy | None:
+    if path is not None:
+        return load_policy(path)
+    if named := environ.get(POLICY_PATH):
+        return load_policy(Path(named))
+    usual = config_root(environ) / "policy.yaml"
+    return load_policy(usual) if usual.is_symlink() or usual.exists() else None
+
+
+def _own_key(environ: Mapping[str, str]) -> OwnKey | None:
+    """What this machine signs with, if it has anything; makes nothing."""
+    try:
+        choice = choose_key(environ)
+    except RecipeError:
+        return None  # CI without a key signs nothing
+    local = choice.kind == "local"
+    if local and choice.path is not None and not choice.path.exists():
+        return None
+    return OwnKey(key=load_key(choice, environ, make=False).public, local=local)
+
+
+def _folder(target: str) -> Path | None:
+    """The folder that was named; None for a reference.
+
+    A reference has no leading dot or slash, and never names a folder with a manifest by accident.
+    """
+    path = Path(target).expanduser()
+    if target.startswith((".", "/", "~")) or (path / MANIFEST).exists():
+        return path.resolve()
+    return None
+
+
+def report_lines(done: Verification) -> list[str]:
+    """What was checked, for people."""
+    size_bytes = sum(file["size"] for file in done.package.manifest["files"])
+    signature = (
+        f"signed by {done.signer.name} (key {done.signer.key.keyid[:12]})"
+        if done.signer
+        else "UNSIGNED, accepted because of --allow-unsigned"
+    )
+    model = {
+        "verified": "verified",
+        "absent": "there is none",
+        "not checked": "not checked: pip install 'enginesmith[sign]'",
+    }[done.model_signature]
+    verdicts = [
+        f"verdict     {found.verdict} on {found.card}, signed by {found.signer.name}"
+        for found in done.verdicts
+    ]
+    return [
+        f"package     {reference_of(done.package)}",
+        f"digest      sha256:{done.package.digest}",
+        f"bytes       all {len(done.package.manifest['files'])} files, {size_bytes} bytes, match",
+        f"signature   {signature}",
+        f"model.sig   {model}",
+        f"provenance  {f'builder {done.builder_id}' if done.builder_id else 'there is none'}",
+        *(verdicts or ["verdict     none that is signed"]),
+        *(f"ignored     {reason}" for reason in done.ignored),
+    ]
+
+
+def report_json(done: Verification, request: Request) -> dict[str, Any]:
+    """The same for programs; later versions only add."""
+    return {
+        "schema": 1,
+        "exit_code": int(ExitCode.OK),
+        "reference": str(reference_of(done.package)),
+        "digest": done.package.digest,
+        "package_dir": str(done.package.dir),
+        "signer": {"name": done.signer.name, "keyid": done.signer.key.keyid}
+        if done.signer
+        else None,
+        "allow_unsigned": request.allow_unsigned,
+        "model_signature": done.model_signature,
+        "builder_id": done.builder_id,
+        "verdicts": [
+            {
+                "card": found.card,
+                "verdict": found.verdict,
+                "statement": found.statement,
+                "signer": {"name": found.signer.name, "keyid": found.signer.key.keyid},
+            }
+            for found in done.verdicts
+        ],
+        "ignored": list(done.ignored),
+    }
+
+
+def failure_json(error: PipelineError) -> dict[str, Any]:
+    """A refusal for programs."""
+    return {"schema": 1, "exit_code": int(error.exit_code), "message": str(error)}

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import RecipeError, UntrustedError
+from pipeline.registry.signing.envelope import MANIFEST_TYPE, parse_envelope, sign_envelope
+from pipeline.registry.signing.keys import generate_key, write_key_pair
+from pipeline.registry.signing.trust import (
+    OwnKey,
+    TrustedKey,
+    TrustPolicy,
+    load_policy,
+    trust_for,
+)
+
+KEY = generate_key()
+PEM = KEY.public.pem.decode()
+
+
+def _write(folder: Path, value: Any) -> Path:
+    path = folder / "policy.yaml"
+    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value))
+    return path
+
+
+def test_policy_is_read_from_yaml_and_json(tmp_path: Path) -> None:
+    write_key_pair(KEY, tmp_path / "ci.key")
+    by_file = {"name": "ci", "public_key_file": "ci.key.pub", "may_sign": ["builds"]}
+    inline = {"name": "ci", "public_key": PEM, "may_sign": ["builds"]}
+    wanted = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
+    assert load_policy(_write(tmp_path, {"schema": 1, "keys": [by_file]})) == wanted
+    assert load_policy(_write(tmp_path, json.dumps({"schema": 1, "keys": [inline]}))) == wanted
+    assert wanted.keys[0].key == KEY.public
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"keys": []}, "schema: 1"),
+        ({"schema": 2}, "schema"),
+        ({"schema": 1, "revoked": []}, "revoked"),
+        ({"schema": 1, "revoked_keys": ["abc"]}, "64 lowercase hex"),
+        ({"schema": 1, "revoked_digests": ["sha256:" + "A" * 64]}, "64 lowercase hex"),
+        ({"schema": 1, "keys": [{"name": "x", "public_key": "no", "may_sign": []}]}, "PEM"),
+        ({"schema": 1, "keys": [{"name": "x", "public_key": PEM, "may_sign": ["all"]}]}, "builds"),
+        ({"schema": 1, "keys": [{"name": "x", "public_key": PEM}]}, "may_sign"),
+        ({"schema": 1, "keys": [{"name": "x", "public_key_file": "gone.pub"}]}, r"gone\.pub"),
+        (
+            {"schema": 1, "keys": [{"name": n, "public_key": PEM, "may_sign": []} for n in "xy"]},
+            "twice",
+        ),
+        (f"schema: 1\nrevoked_keys: [{'a' * 64}]\nrevoked_keys: []\n", "twice"),
+        ("schema: [", "not a policy"),
+        ("", "not a policy"),
+        ("!!python/object/apply:os.getcwd []", "not a policy"),
+    ],
+)
+def test_policy_with_a_fault_is_refused_whole(tmp_path: Path, value: Any, reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        load_policy(_write(tmp_path, value))
+
+
+def test_missing_policy_is_a_usage_fault(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="missing"):
+        load_policy(tmp_path / "none.yaml")
+
+
+def test_local_key_counts_for_the_own_folder_only() -> None:
+    local, given = OwnKey(key=KEY.public, local=True), OwnKey(key=KEY.public, local=False)
+    policy = TrustPolicy(revoked_keys=(KEY.public.keyid,))
+    (key,) = trust_for(None, local, own_folder=True).keys
+    assert (key.key, key.may_sign) == (KEY.public, ("builds", "verdicts"))
+    assert trust_for(None, local, own_folder=False).keys == ()
+    assert trust_for(None, given, own_folder=False).keys[0].key == KEY.public
+    assert trust_for(None, None, own_folder=True).keys == ()
+    # A policy decides alone.
+    assert trust_for(policy, local, own_folder=True) is policy
+
+
+def test_one_good_signature_of_several_is_enough() -> None:
+    policy = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
+    ours = json.loads(sign_envelope(b"x", MANIFEST_TYPE, KEY))
+    other = json.loads(sign_envelope(b"x", MANIFEST_TYPE, generate_key()))
+    both = {**ours, "signatures": [*other["signatures"], *ours["signatures"]]}
+    envelope = parse_envelope(json.dumps(both).encode(), "both")
+    assert policy.signer(envelope, "builds", "both").name == "ci"
+    alone = parse_envelope(json.dumps(other).encode(), "other")
+    with pytest.raises(UntrustedError, match="not trusted here"):
+        policy.signer(alone, "builds", "other")
+
+
+def test_signature_under_a_trusted_name_must_match() -> None:
+    policy = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
+    forged = json.loads(sign_envelope(b"x", MANIFEST_TYPE, generate_key()))
+    forged["signatures"][0]["keyid"] = KEY.public.keyid
+    envelope = parse_envelope(json.dumps(forged).encode(), "forged")
+    with pytest.raises(UntrustedError, match="does not match"):
+        policy.signer(envelope, "builds", "forged")
+
+
+def test_signature_covers_the_payload_type() -> None:
+    value = json.loads(sign_envelope(b"x", MANIFEST_TYPE, KEY))
+    value["payloadType"] = "application/vnd.in-toto+json"
+    assert not parse_envelope(json.dumps(value).encode(), "x").verifies(KEY.public)
+    assert parse_envelope(sign_envelope(b"x", MANIFEST_TYPE, KEY), "x").verifies(KEY.public)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"payload":"!","payloadType":"x","signatures":[]}',
+        b'{"payload":"eA==","payloadType":1,"signatures":[]}',
+        b'{"payload":"eA==","payloadType":"x","signatures":[{"keyid":1,"sig":"eA=="}]}',
+        b'{"payload":"eA==","payloadType":"x","signatures":[{"sig":"eA=="}]}',
+        b'{"payload":"eA==","payloadType":"x","signatures":7}',
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_envelope_is_untrusted(data: bytes) -> None:
+    with pytest.raises(UntrustedError, match="not a DSSE envelope"):
+        parse_envelope(data, "file")
