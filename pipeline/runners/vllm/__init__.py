@@ -1,0 +1,1 @@
+"""Executes checkpoint engines in vLLM, in a process of their own."""

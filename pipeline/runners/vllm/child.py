@@ -1,0 +1,239 @@
+"""Holds a model in vLLM and answers requests on standard input; the memory goes when it ends.
+
+    python -P child.py --model FOLDER [arguments of `vllm serve`]
+
+Requests come as JSON lines:
+
+    {"kind": "logits", "tokens": [...]}
+    {"kind": "generate", "prompts": [[...], ...], "osl": n}
+    {"kind": "stream", "prompt": [...], "max_new_tokens": n, "stop": [...]}
+    {"kind": "cancel"}      ends a stream early; without one it is ignored
+    {"kind": "end"}         ends the process
+
+Answers go to what was standard output when it started, as JSON lines: one `ready` when the model
+is loaded; `token` for each token of a stream; then `result` or `error`, one for each request. A
+result with `size_bytes` is followed by so many raw bytes. What vLLM itself prints goes to standard
+error. When standard input ends without `end`, the caller is gone: the whole process group is
+killed, so that no killed caller leaves a GPU taken.
+
+Standard library beside `vllm` and NumPy: it also runs where this project is not installed. Names
+and signatures are those of vLLM 0.24.0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Protocol
+
+Request = dict[str, Any]
+CHUNK_BYTES = 1 << 20
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    def logits(self, tokens: Sequence[int]) -> tuple[tuple[int, int], bytes]:
+        """Shape and raw float32 of every position's log-probabilities."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> dict[str, Any]:
+        """Keys `tokens`, `total_s`, `requests`."""
+        ...
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int]
+    ) -> Iterator[int]:
+        """Tokens as they come; a token of `stop` ends them and is not among them."""
+        ...
+
+
+class VllmModel:
+    """A model in `vllm.LLM`, greedy.
+
+    `arguments` are read by vLLM's own parser, so that the engine is set up as its server would be,
+    statistics included: without them a request has no metrics.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        from vllm import LLM, EngineArgs, SamplingParams
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        self._sampling = SamplingParams
+        self._llm = LLM.from_engine_args(
+            EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+        )
+        self._streams = 0
+
+    def logits(self, tokens: Sequence[int]) -> tuple[tuple[int, int], bytes]:
+        """Log-probabilities [tokens, vocab], which are the logits up to a constant per position.
+
+        vLLM gives those of prompt token i + 1 with position i's prefix (`prompt_logprobs`, its
+        first entry empty), and those of the one generated token, which are the last row. It sorts
+        each row by value and puts the actual token in front of it, hence V + 1 pairs for V tokens.
+        `flat_logprobs` keeps them in lists instead of one object for each number.
+        """
+        import numpy as np
+
+        params = self._params(1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True)
+        (output,) = self._llm.generate([_prompt(tokens)], params, use_tqdm=False)
+        rows: list[Any] = []
+        for flat, skipped in ((output.prompt_logprobs, 1), (output.outputs[0].logprobs, 0)):
+            ids = np.array(flat.token_ids, np.int64)
+            values = np.array(flat.logprobs, np.float32)
+            bounds = zip(flat.start_indices[skipped:], flat.end_indices[skipped:], strict=True)
+            for start, end in bounds:
+                row = np.full(end - start - 1, np.nan, np.float32)
+                row[ids[start:end]] = values[start:end]
+                rows.append(row)
+        matrix = np.stack(rows)
+        return matrix.shape, matrix.astype("<f4").tobytes()
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> dict[str, Any]:
+        """Time one batch; all prompts are handed over at once."""
+        batch = [_prompt(prompt) for prompt in prompts]
+        params = self._params(osl)
+        started = time.perf_counter()
+        outputs = self._llm.generate(batch, params, use_tqdm=False)
+        total_s = time.perf_counter() - started
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "total_s": total_s,
+            "requests": [_metrics(output.metrics) for output in outputs],
+        }
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int]
+    ) -> Iterator[int]:
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, ended = self._llm.llm_engine, False
+        params = self._params(
+            max_new_tokens, stop_token_ids=list(stop), output_kind=RequestOutputKind.DELTA
+        )
+        self._streams += 1
+        name = engine.add_request(f"stream-{self._streams}", _prompt(prompt), params)
+        try:
+            while not ended:
+                for output in engine.step():
+                    yield from (t for t in output.outputs[0].token_ids if t not in stop)
+                    ended = output.finished
+        finally:
+            if not ended:
+                engine.abort_request([name], internal=True)
+
+    def _params(self, max_tokens: int, **more: Any) -> Any:
+        return self._sampling(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **more
+        )
+
+
+def _prompt(tokens: Sequence[int]) -> dict[str, Any]:
+    """As vLLM's renderer gives it to the engine (`vllm.inputs.engine.tokens_input`)."""
+    return {"type": "token", "prompt_token_ids": list(tokens)}
+
+
+def _metrics(stats: Any) -> dict[str, Any] | None:
+    """What `vllm.v1.metrics.stats.RequestStateStats` has for a finished request.
+
+    `first_token_latency` is wall-clock time since the arrival; the two others are of the engine's
+    monotonic clock, good for differences only.
+    """
+    if stats is None:
+        return None
+    names = ("first_token_latency", "first_token_ts", "last_token_ts", "num_generation_tokens")
+    return {**{name: getattr(stats, name) for name in names}, "corrupted": stats.is_corrupted}
+
+
+class Channel:
+    """Both directions, seen from this process."""
+
+    def __init__(self, source: int, sink: BinaryIO, on_lost: Callable[[], None]) -> None:
+        self._sink = sink
+        self._requests: queue.Queue[Request] = queue.Queue()
+        threading.Thread(target=self._read, args=(source, on_lost), daemon=True).start()
+
+    def _read(self, source: int, on_lost: Callable[[], None]) -> None:
+        """Read a file descriptor: a file object's lock would stay locked in a fork."""
+        pending = b""
+        while data := os.read(source, CHUNK_BYTES):
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                request = json.loads(line)
+                self._requests.put(request)
+                if request["kind"] == "end":
+                    return
+        on_lost()
+
+    def receive(self) -> Request:
+        """The next request; waits."""
+        return self._requests.get()
+
+    def cancelled(self) -> bool:
+        """The caller has sent something while a stream was on: it wants no more of it."""
+        return not self._requests.empty()
+
+    def send(self, message: dict[str, Any], data: bytes = b"") -> None:
+        self._sink.write(json.dumps(message).encode() + b"\n" + data)
+        self._sink.flush()
+
+
+def serve(channel: Channel, model: Model) -> None:
+    """Answer requests in their order until `end`."""
+    channel.send({"kind": "ready"})
+    while (request := channel.receive())["kind"] != "end":
+        if request["kind"] == "cancel":
+            continue
+        try:
+            answer, data = _answer(channel, model, request)
+        except Exception as error:  # the caller tells it; the log has the traceback
+            import traceback
+
+            traceback.print_exc()
+            answer, data = {"kind": "error", "message": f"{type(error).__name__}: {error}"}, b""
+        channel.send(answer, data)
+
+
+def _answer(channel: Channel, model: Model, request: Request) -> tuple[dict[str, Any], bytes]:
+    if request["kind"] == "logits":
+        shape, data = model.logits(request["tokens"])
+        return {"kind": "result", "shape": list(shape), "size_bytes": len(data)}, data
+    if request["kind"] == "generate":
+        return {"kind": "result", **model.generate(request["prompts"], request["osl"])}, b""
+    tokens = model.stream(request["prompt"], request["max_new_tokens"], request["stop"])
+    for token in tokens:
+        channel.send({"kind": "token", "token": token})
+        if channel.cancelled():
+            break
+    tokens.close()  # type: ignore[attr-defined]  # a generator: aborts the request
+    return {"kind": "result"}, b""
+
+
+def _end_group() -> None:
+    """End this process and the engine's, which vLLM starts in the same group."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Load the model and serve.
+
+    Standard output becomes the log's, for vLLM prints to it; standard input becomes empty, for
+    every process that it forks closes it first.
+    """
+    source, sink = os.dup(0), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "rb") as empty:  # noqa: PTH123
+        os.dup2(empty.fileno(), 0)
+    os.dup2(2, 1)
+    channel = Channel(source, sink, _end_group)
+    serve(channel, VllmModel(arguments))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,170 @@
+"""The process that holds the model: started, spoken with against a clock, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, ToolError
+from pipeline.process import last_lines
+from pipeline.runners.vllm import child
+
+_SLICE_S = 0.2
+"""How often a dead process is noticed whose pipe something else still holds open."""
+_END_S = 20.0
+"""vLLM's engine gets so long to end by itself."""
+_CHUNK_BYTES = 1 << 20
+_STAGE = "runner vllm"
+
+
+class Child:
+    """A running `child.py`.
+
+    After any error it is of no more use: what it would answer next is unknown.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self._process = process
+        self._buffer = bytearray()
+        self.log_path = log_path
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        """Hand over one request.
+
+        Raises:
+            ToolError: The process has ended.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("") from None
+
+    def receive(self, timeout_s: float, setting: str) -> dict[str, Any]:
+        """The next message.
+
+        Args:
+            timeout_s: Longest time to wait for it.
+            setting: Config path of that time, for the message.
+
+        Raises:
+            ToolError: The process ended, or did not answer in time.
+            PipelineError: It says that the request failed.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (end := self._buffer.find(b"\n")) < 0:
+            self._fill(deadline, timeout_s, setting)
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        message: dict[str, Any] = json.loads(line)
+        if message["kind"] == "error":
+            raise PipelineError(f"vLLM failed: {message['message']}; see {self.log_path}")
+        return message
+
+    def receive_bytes(self, size_bytes: int, timeout_s: float, setting: str) -> bytes:
+        """The raw bytes behind a message; as `receive`."""
+        deadline = time.monotonic() + timeout_s
+        while len(self._buffer) < size_bytes:
+            self._fill(deadline, timeout_s, setting)
+        data = bytes(self._buffer[:size_bytes])
+        del self._buffer[:size_bytes]
+        return data
+
+    def _fill(self, deadline: float, timeout_s: float, setting: str) -> None:
+        """Take what has come, or wait a little."""
+        stream = self._process.stdout
+        assert stream is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            ready = selector.select(_SLICE_S)
+        if ready:
+            data = os.read(stream.fileno(), _CHUNK_BYTES)
+            self._buffer += data
+            if data:
+                return
+        if ready or self._process.poll() is not None:
+            raise self._failure("")
+        if time.monotonic() > deadline:
+            raise self._failure(
+                f"it did not answer for {timeout_s:.0f} s and was stopped; if it only needs "
+                f"longer, raise {setting}"
+            )
+
+    def _failure(self, hint: str) -> ToolError:
+        """What is known of a process that ended or hangs; it is ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.0 if hint else _END_S)
+        end_group(self._process)
+        return ToolError(
+            stage=_STAGE,
+            command=[str(part) for part in self._process.args],  # type: ignore[union-attr]
+            returncode=self._process.returncode,
+            log_path=self.log_path,
+            last_lines=last_lines(self.log_path),
+            hint=hint,
+        )
+
+    def end(self) -> None:
+        """Let it end by itself, and end what is left of it."""
+        with contextlib.suppress(BrokenPipeError, ToolError):
+            self.send({"kind": "end"})
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        end_group(self._process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and what it started; harmless when they have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def running_child(arguments: Sequence[str]) -> Iterator[Child]:
+    """Start `child.py`; leaving the context ends it, and with it the GPU memory that it holds.
+
+    Its log stays in the system's temporary folder when it failed, and goes otherwise.
+    """
+    descriptor, name = tempfile.mkstemp(prefix="enginesmith-vllm-", suffix=".log")
+    log_path = Path(name)
+    # -P: its folder is not put on the path, where our modules could be taken for others.
+    command = [sys.executable, "-P", str(Path(child.__file__)), *arguments]
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(f"$ {command!r}\n".encode())
+        stream.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            start_new_session=True,
+        )
+    try:
+        running = Child(process, log_path)
+        yield running
+        running.end()
+    except PipelineError:
+        raise  # its message names the log
+    except BaseException:
+        log_path.unlink()
+        raise
+    else:
+        log_path.unlink()
+    finally:
+        end_group(process)
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()

@@ -1,0 +1,262 @@
+"""Conditions of a card, what they say about a measurement, and samples of memory and power."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.acceptance.conditions import (
+    THROTTLE_REASONS,
+    ComputeProcess,
+    Conditions,
+    condition_findings,
+    conditions_of,
+    gpu_lock,
+    nvml_device,
+    read_conditions,
+    throttle_reason_names,
+)
+from pipeline.acceptance.sampler import Reading, Samples, device_samples, sampling
+
+
+class NvmlError(Exception):
+    pass
+
+
+def nvml(**other: Any) -> Any:
+    """Plain values under the names of `pynvml`; what is not there the card does not tell."""
+    values: dict[str, Any] = {
+        "DeviceGetCudaComputeCapability": (9, 0),
+        "SystemGetCudaDriverVersion_v2": 13020,
+        "DeviceGetMemoryInfo": SimpleNamespace(total=80 << 30, used=5 << 30),
+        "DeviceGetEnforcedPowerLimit": 650_000,
+        "DeviceGetPowerManagementDefaultLimit": 700_000,
+        "DeviceGetCurrentClocksEventReasons": 0x44,
+        "DeviceGetEccMode": (1, 1),
+        "DeviceGetName": "NVIDIA H100",
+        "DeviceGetUUID": "GPU-1",
+        "SystemGetDriverVersion": "580.1",
+        "DeviceGetClockInfo": 1980,
+        "DeviceGetTemperature": 40,
+        "DeviceGetTotalEccErrors": 0,
+        "DeviceGetComputeRunningProcesses": [
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=1),
+            SimpleNamespace(pid=77, usedGpuMemory=None),
+        ],
+        **other,
+    }
+
+    def function(value: Any) -> Any:
+        def call(*_: Any) -> Any:
+            if isinstance(value, NvmlError):
+                raise value
+            return value
+
+        return call
+
+    constants = dict.fromkeys(
+        (
+            "NVML_CLOCK_SM",
+            "NVML_CLOCK_MEM",
+            "NVML_TEMPERATURE_GPU",
+            "NVML_MEMORY_ERROR_TYPE_UNCORRECTED",
+            "NVML_VOLATILE_ECC",
+        ),
+        0,
+    )
+    functions = {f"nvml{name}": function(value) for name, value in values.items()}
+    return SimpleNamespace(NVMLError=NvmlError, **constants, **functions)
+
+
+QUIET = dataclasses.replace(
+    conditions_of(nvml(DeviceGetComputeRunningProcesses=[]), 0),
+    power_limit_w=700.0,
+    throttle_reasons=("sw_power_cap",),
+)
+
+
+def kinds(before: Conditions, after: Conditions) -> list[str]:
+    return [finding.kind for finding in condition_findings(before, after)]
+
+
+def test_values_of_nvml_get_units_and_names() -> None:
+    found = conditions_of(nvml(), 0)
+    assert (found.sm, found.cuda_driver) == (90, "13.2")
+    assert (found.power_limit_w, found.power_limit_default_w) == (650.0, 700.0)
+    assert found.throttle_reasons == ("sw_power_cap", "hw_thermal_slowdown")
+    assert found.ecc_enabled is True
+    assert found.other_compute_processes == (ComputeProcess(pid=77, memory_bytes=None),)
+    assert json.loads(json.dumps(found.to_json()))["other_compute_processes"][0]["pid"] == 77
+
+
+def test_what_a_card_does_not_tell_is_none_and_no_fault() -> None:
+    untold = ("EccMode", "TotalEccErrors", "EnforcedPowerLimit", "CurrentClocksEventReasons")
+    found = conditions_of(nvml(**{f"DeviceGet{name}": NvmlError() for name in untold}), 0)
+    assert found.ecc_enabled is None
+    assert found.ecc_uncorrected is None
+    assert found.power_limit_w is None
+    assert found.throttle_reasons is None
+    assert kinds(found, found) == ["inconclusive", "inconclusive"]  # the process, twice
+    json.dumps(found.to_json())
+
+
+def test_the_older_name_of_the_throttle_reasons_is_asked_too() -> None:
+    found = conditions_of(
+        nvml(
+            DeviceGetCurrentClocksEventReasons=NvmlError(),
+            DeviceGetCurrentClocksThrottleReasons=0x1,
+        ),
+        0,
+    )
+    assert found.throttle_reasons == ("gpu_idle",)
+
+
+def test_throttle_reasons_are_those_of_the_installed_nvml() -> None:
+    import pynvml
+
+    for bit, name in THROTTLE_REASONS.items():
+        constant = "nvmlClocksThrottleReason" + "".join(p.capitalize() for p in name.split("_"))
+        assert getattr(pynvml, constant) == bit
+    assert throttle_reason_names(0) == ()
+    assert throttle_reason_names(0x1 | 0x20 | 0x8000) == (
+        "gpu_idle",
+        "sw_thermal_slowdown",
+        "unknown_0x8000",
+    )
+
+
+def test_a_quiet_card_has_nothing_to_say() -> None:
+    assert kinds(QUIET, QUIET) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_compute_process_makes_a_measurement_inconclusive(when: str) -> None:
+    other = (ComputeProcess(pid=4711, memory_bytes=1 << 30),)
+    busy = dataclasses.replace(QUIET, other_compute_processes=other)
+    pair = (busy, QUIET) if when == "before" else (QUIET, busy)
+    (finding,) = condition_findings(*pair)
+    assert finding.kind == "inconclusive"
+    assert when in finding.message
+    assert "4711" in finding.message
+
+
+def test_another_card_or_new_memory_errors_make_it_inconclusive_too() -> None:
+    assert kinds(QUIET, dataclasses.replace(QUIET, uuid="GPU-2")) == ["inconclusive"]
+    old = dataclasses.replace(QUIET, ecc_uncorrected=3)
+    assert kinds(old, old) == []
+    assert kinds(old, dataclasses.replace(old, ecc_uncorrected=4)) == ["inconclusive"]
+
+
+def test_heat_and_a_lowered_power_limit_are_told() -> None:
+    hot = dataclasses.replace(QUIET, throttle_reasons=("hw_thermal_slowdown",), temperature_c=90)
+    (finding,) = condition_findings(QUIET, hot)
+    assert finding.kind == "note"
+    assert "hw_thermal_slowdown" in finding.message
+    assert "90 C" in finding.message
+    assert kinds(QUIET, dataclasses.replace(QUIET, power_limit_w=450.0)) == ["note"]
+
+
+def test_without_a_visible_card_there_are_no_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert read_conditions() is None
+    with nvml_device() as device:
+        assert device is None
+    with device_samples() as samples:
+        pass
+    assert samples.readings == []
+    assert samples.peak_memory_bytes is None
+    assert samples.mean_power_w is None
+    assert samples.joules_per_token(10) is None
+
+
+def hold(entered: Any, leave: Any) -> None:
+    with gpu_lock("GPU-1"):
+        entered.set()
+        leave.wait(20)
+
+
+def test_one_card_is_held_by_one_run_and_another_card_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path))
+    context = multiprocessing.get_context("spawn")
+    entered, leave = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(entered, leave))
+    other.start()
+    assert entered.wait(20)
+    got = threading.Event()
+
+    def take() -> None:
+        with gpu_lock("GPU-1"):
+            got.set()
+
+    waiting = threading.Thread(target=take)
+    waiting.start()
+    with gpu_lock("GPU-2"):
+        assert not got.wait(0.3)
+    leave.set()
+    assert got.wait(20)
+    waiting.join()
+    other.join()
+
+
+def at(second: float, used: int, **more: float) -> Reading:
+    return Reading(at_s=second, memory_used_bytes=used, **more)  # type: ignore[arg-type]
+
+
+def test_energy_is_the_cards_own_count_where_it_has_one() -> None:
+    samples = Samples(
+        [at(0, 5, power_w=1.0, energy_j=100.0), at(4, 9, power_w=1.0, energy_j=300.0)]
+    )
+    assert samples.energy_j == 200.0
+    assert samples.mean_power_w == 50.0
+    assert samples.joules_per_token(50) == 4.0
+    assert samples.peak_memory_bytes == 9
+
+
+def test_energy_is_else_the_power_over_unequal_times() -> None:
+    samples = Samples([at(0, 7, power_w=100.0), at(1, 3, power_w=300.0), at(4, 1, power_w=300.0)])
+    assert samples.energy_j == 1100.0
+    assert samples.mean_power_w == 275.0
+    assert samples.peak_memory_bytes == 7
+    samples.readings.append(at(5, 1))
+    assert samples.energy_j is None
+
+
+def test_a_peak_between_begin_and_end_is_seen() -> None:
+    used = [1]
+    with sampling(lambda: at(time.monotonic(), used[0]), interval_s=0.01) as samples:
+        used[0] = 100
+        deadline = time.monotonic() + 10
+        while samples.peak_memory_bytes != 100:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        used[0] = 2
+    assert samples.peak_memory_bytes == 100
+    assert samples.readings[-1].memory_used_bytes == 2
+
+
+def test_a_series_that_broke_off_is_an_error() -> None:
+    calls = []
+
+    def read() -> Reading:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("the card fell off the bus")
+        return at(0, 1)
+
+    def run() -> None:
+        with sampling(read, interval_s=0.01):
+            time.sleep(0.1)
+
+    with pytest.raises(OSError, match="fell off the bus"):
+        run()

@@ -1,0 +1,192 @@
+"""Runner vLLM on a CUDA device: a small random model, against the simulation of its checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.acceptance.conditions import Conditions, condition_findings, read_conditions
+from pipeline.acceptance.quality import log_softmax
+from pipeline.acceptance.sampler import device_samples
+from pipeline.cache import StageCache
+from pipeline.compilers.checkpoint import CheckpointCompiler
+from pipeline.convert.simulate import load_simulation
+from pipeline.quantize.calibration import Calibration
+from pipeline.quantize.modelopt_fp8 import ModelOptFp8
+from pipeline.rehearse.random_model import write_random_model
+from pipeline.runners.vllm.runner import VllmRunner
+from pipeline.runners.vllm.session import VllmSession
+from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.shapes import ModelShape
+from pipeline.stages import Engine
+from tests.quantize.tiny_quantized import ADA, RepeatedText, local_weights, shape_of
+from tests.tiny import TEXT
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM",
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=512,
+    max_position_embeddings=512,
+    rope_theta=10000.0,
+)
+RUNNER = VllmRunner(
+    gpu_memory_utilization=0.3,
+    arguments=("--enforce-eager",),
+    load_timeout_s=240.0,
+    answer_timeout_s=120.0,
+)
+MAX_KL_NATS = {"bfloat16": 0.01, "fp8": 0.02}
+MIN_TOP1 = {"bfloat16": 0.85, "fp8": 0.8}
+SLACK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    kv_cache_dtype: str
+    session: VllmSession
+    engine: Engine
+    before: Conditions
+
+
+def engine_of(folder: Path, kv_cache_dtype: Literal["bfloat16", "fp8"]) -> Engine:
+    (folder / "model").mkdir(parents=True)
+    write_random_model(SHAPE, folder / "model", documents=[TEXT], seed=3)
+    weights, cache = local_weights(folder / "model"), StageCache(root=folder / "cache")
+    calibration = Calibration(text=RepeatedText(), calib_size=4, seq_len=64, batch_size=4, seed=1)
+    checkpoint = ModelOptFp8(calibration=calibration, device="cpu").quantize(
+        weights, shape_of(weights), cache
+    )
+    compiler = CheckpointCompiler(
+        max_batch_size=8,
+        max_seq_len=256,
+        max_num_tokens=1024,
+        kv_cache_dtype=kv_cache_dtype,
+        runtime="vllm",
+        runtime_version="0.24.0",
+    )
+    return compiler.compile(checkpoint, ADA, cache, folder / "logs")
+
+
+def conditions() -> Conditions:
+    found = read_conditions()
+    assert found is not None, "make test-gpu needs a CUDA device"
+    return found
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "fp8"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """One load for all tests; when it is closed, the memory must be free again."""
+    kv_cache_dtype = request.param
+    engine = engine_of(tmp_path_factory.mktemp(kv_cache_dtype), kv_cache_dtype)
+    before = conditions()
+    print(before)
+    assert RUNNER.why_not(engine) is None
+    with RUNNER.open_folder(engine.dir, engine.serve_args) as session:
+        yield Run(kv_cache_dtype=kv_cache_dtype, session=session, engine=engine, before=before)
+        assert before.memory_used_bytes is not None
+        assert (conditions().memory_used_bytes or 0) > before.memory_used_bytes + SLACK_BYTES
+    deadline = time.monotonic() + 10.0
+    while (used := conditions().memory_used_bytes or 0) > before.memory_used_bytes + SLACK_BYTES:
+        assert time.monotonic() < deadline, (
+            f"{used} bytes in use, {before.memory_used_bytes} before"
+        )
+        time.sleep(0.2)
+    findings = condition_findings(before, conditions())
+    assert [finding for finding in findings if finding.kind != "note"] == []
+    print("used before, after", before.memory_used_bytes, used, findings)
+
+
+def windows() -> list[list[int]]:
+    drawn = np.random.default_rng(5).integers(3, SHAPE.vocab_size, (4, 96))
+    return [[int(token) for token in row] for row in drawn]
+
+
+def kl_and_top1(
+    ours: list[NDArray[np.float32]], theirs: list[NDArray[np.float32]]
+) -> tuple[float, float]:
+    kl, agree = [], []
+    for reference, values in zip(ours, theirs, strict=True):
+        p, q = log_softmax(reference), log_softmax(values)
+        kl.append((np.exp(p) * (p - q)).sum(axis=-1))
+        agree.append(p.argmax(axis=-1) == q.argmax(axis=-1))
+    return float(np.mean(kl)), float(np.mean(agree))
+
+
+def simulated(engine_dir: Path, broken_layer: int | None = None) -> list[NDArray[np.float32]]:
+    import torch
+
+    model = load_simulation(engine_dir)
+    if broken_layer is not None:
+        linear = model.model.layers[broken_layer].mlp.down_proj
+        forward = linear.forward
+        linear.forward = lambda x: 4.0 * forward(x)
+    with torch.inference_mode():
+        return [model(torch.tensor([tokens])).logits[0].numpy() for tokens in windows()]
+
+
+def test_logits_are_those_of_the_simulated_checkpoint(run: Run) -> None:
+    got = [run.session.logits(tokens) for tokens in windows()]
+    assert all(values.shape == (96, SHAPE.vocab_size) for values in got)
+    assert np.exp(got[0]).sum(axis=-1) == pytest.approx(1.0, abs=1e-3)
+    kl, top1 = kl_and_top1(simulated(run.engine.dir), got)
+    broken_kl, broken_top1 = kl_and_top1(simulated(run.engine.dir, 1), got)
+    print(f"{run.kv_cache_dtype}: KL {kl:.6f} top-1 {top1:.4f}")
+    print(f"{run.kv_cache_dtype}: one layer x 4: KL {broken_kl:.6f} top-1 {broken_top1:.4f}")
+    assert kl <= MAX_KL_NATS[run.kv_cache_dtype] < broken_kl
+    assert top1 >= MIN_TOP1[run.kv_cache_dtype] > broken_top1
+
+
+def test_generation_and_stream_go_on_from_the_logits(run: Run) -> None:
+    session, prompt = run.session, windows()[0]
+    alone = session.generate([prompt], 24).tokens[0].tolist()
+    assert alone[0] == int(session.logits(prompt)[-1].argmax())
+    assert list(session.stream(prompt, 24, frozenset())) == alone
+    stop = alone[5]
+    assert list(session.stream(prompt, 24, frozenset({stop}))) == alone[: alone.index(stop)]
+    stream = session.stream(prompt, 100, frozenset())
+    assert next(stream) == alone[0]
+    stream.close()  # type: ignore[attr-defined]
+    assert session.generate([prompt], 3).tokens[0].tolist() == alone[:3]
+
+
+def test_every_request_gets_its_tokens_and_its_times(run: Run) -> None:
+    prompts = [row[: 40 + 8 * index] for index, row in enumerate(windows())]
+    run.session.generate(prompts, 8)
+    with device_samples() as samples:
+        generation = run.session.generate(prompts, 128)
+    print(conditions())
+    print(f"{generation.output_tokens_per_s:.0f} tok/s", latency_percentiles(generation.requests))
+    print(f"{samples.seconds:.2f} s, {len(samples.readings)} readings, {samples.mean_power_w} W")
+    print(f"{samples.joules_per_token(4 * 128)} J/token, peak {samples.peak_memory_bytes}")
+    assert generation.tokens.shape == (4, 128)
+    for request in generation.requests:
+        assert request.itl_ms is not None
+        assert 0 < request.ttft_ms < request.request_latency_ms
+        assert request.request_latency_ms <= 1e3 * generation.total_s + 50
+        rest = request.request_latency_ms - request.ttft_ms
+        assert request.itl_ms * 127 == pytest.approx(rest)
+    assert 0 < generation.ttft_s < generation.total_s
+    assert (samples.peak_memory_bytes or 0) > (run.before.memory_used_bytes or 0)
+    assert (samples.mean_power_w or 0) > 0
+
+
+def test_the_first_reading_of_another_process_makes_a_measurement_inconclusive(run: Run) -> None:
+    """vLLM's own process, seen while it runs, is what a stranger's would look like."""
+    during = conditions()
+    print("processes", during.other_compute_processes)
+    kinds = {finding.kind for finding in condition_findings(run.before, during)}
+    assert "inconclusive" in kinds

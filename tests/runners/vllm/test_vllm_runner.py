@@ -1,0 +1,72 @@
+"""What runner vLLM says in advance, and what it starts vLLM with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline.acceptance.conditions import conditions_of
+from pipeline.config.folders import data_dir
+from pipeline.errors import IncompatibleError
+from pipeline.runners.session import Runner
+from pipeline.runners.vllm import runner as module
+from pipeline.runners.vllm.runner import VllmRunner
+from pipeline.runners.vllm.session import engine_arguments
+from pipeline.stages import Engine, Limits
+from tests.acceptance.test_conditions import nvml
+
+RUNNER = VllmRunner(
+    gpu_memory_utilization=0.5, arguments=(), load_timeout_s=30.0, answer_timeout_s=30.0
+)
+ENGINE = Engine(
+    dir=Path("/engine"),
+    digest="0" * 64,
+    format="checkpoint",
+    variant="any-checkpoint-fp8",
+    runtime=("vllm", "0.24.0"),
+    sms=(),
+    limits=Limits(max_batch_size=4, max_seq_len=128, max_num_tokens=256, kv_cache_dtype="fp8"),
+    min_vram_bytes=0,
+    serve_args=("--kv-cache-dtype", "fp8"),
+)
+
+
+def test_another_format_is_refused() -> None:
+    other = dataclasses.replace(ENGINE, format="trtrtx")
+    assert RUNNER.why_not(other) == "runner=vllm runs checkpoint engines, not trtrtx"
+
+
+def test_a_missing_package_names_the_version_to_install() -> None:
+    reason = RUNNER.why_not(ENGINE)
+    assert reason is not None
+    assert "pip install vllm==0.24.0" in reason
+    with pytest.raises(IncompatibleError, match="pip install"):
+        RUNNER.open(ENGINE)
+
+
+def test_a_missing_or_too_old_card_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake_packages"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "needs a CUDA device" in (RUNNER.why_not(ENGINE) or "")
+    for capability, runs in (((8, 6), False), ((8, 9), True)):
+        card = conditions_of(nvml(DeviceGetCudaComputeCapability=capability), 0)
+        monkeypatch.setattr(module, "read_conditions", lambda card=card: card)
+        reason = RUNNER.why_not(ENGINE)
+        assert (reason is None) == runs
+        assert reason is None or "has SM 86; use a newer card" in reason
+
+
+def test_the_packages_own_arguments_are_kept_and_the_users_come_last() -> None:
+    arguments = engine_arguments(Path("/engine"), ENGINE.serve_args, ("--kv-cache-dtype", "auto"))
+    assert arguments[:4] == ("--model", "/engine", "--kv-cache-dtype", "fp8")
+    assert arguments[-2:] == ("--kv-cache-dtype", "auto")
+
+
+def test_the_shipped_settings_make_a_runner() -> None:
+    import yaml
+
+    settings = yaml.safe_load((data_dir("conf") / "runner" / "vllm.yaml").read_text())
+    assert settings.pop("_target_") == f"{VllmRunner.__module__}.{VllmRunner.__qualname__}"
+    assert isinstance(VllmRunner(**settings), Runner)
