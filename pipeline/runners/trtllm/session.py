@@ -46,8 +46,8 @@ class SessionSettings:
 class TrtLlmSession:
     """`pipeline.runners.session.Session` on an engine in another process.
 
-    Timing: `generate` runs the batch twice, once for one token, as the Transformers baseline does;
-    figures that are published come from `trtllm-bench`.
+    Timing: `generate` runs the batch twice, once for one token; figures that are published come
+    from `trtllm-bench`.
     """
 
     def __init__(self, folder: Path, running: _Running) -> None:
