@@ -1,0 +1,40 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="What differs from the recipe: compiler.max_batch_size=8, target=l4.",
+        show_default=False,
+    ),
+]
+ConfigDir = Annotated[
+    Path | None, typer.Option(help="Folder with recipes of your own; ./recipes is searched too.")
+]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Registry = Annotated[
+    str,
+    typer.Option(
+        metavar="URL", help="Folder, file:///PATH, s3://BUCKET/PREFIX or oci://HOST/REPOSITORY."
+    ),
+]
+Reference = Annotated[
+    str, typer.Argument(metavar="REF", help="NAME[/VARIANT][:VERSION|:CHANNEL]", show_default=False)
+]
+Policy = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Who may sign; by default $ENGINESMITH_POLICY, then ~/.config/enginesmith/"
+        "policy.yaml, then this machine's own key.",
+    ),
+]
+ARTIFACTS = "artifacts"

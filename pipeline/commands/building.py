@@ -1,0 +1,176 @@
+"""Commands that make engines: build, plan, new, export-trtllm, rehearse."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.arguments import ConfigDir, Json, Overrides, Recipe
+from pipeline.errors import ExitCode
+
+
+def build(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Several recipes (a,b) or values (key=1,2).")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build again what is already published.")
+    ] = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Build, check and publish the engine of a recipe."""
+    from pipeline.__main__ import Request, run
+
+    request = Request(
+        recipes=recipe,
+        overrides=tuple(overrides or ()),
+        multirun=multirun,
+        rebuild=rebuild,
+        config_dir=config_dir,
+    )
+    raise typer.Exit(run(request))
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Show size, fit and speed ceilings of a recipe, without downloading anything."""
+    from dataclasses import asdict
+
+    from pipeline.config.folders import config_folders
+    from pipeline.config.load import load
+    from pipeline.errors import RecipeError
+
+    loaded = load(recipe, overrides or (), folders=config_folders(config_dir))
+    faults = [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]
+    if faults:
+        if as_json:
+            print(json.dumps({"schema": 1, "faults": [asdict(fault) for fault in faults]}))
+        raise RecipeError(faults)
+
+    from pipeline.build import plan_of
+    from pipeline.plan import render
+    from pipeline.screen import stdout
+
+    made = plan_of(loaded.jobs[0].value)
+    if as_json:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        stdout().print(render(made))
+    raise typer.Exit(ExitCode.USAGE if made.faults else ExitCode.OK)
+
+
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the recipe.", show_default=False)],
+    origin: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="HUB_ID|DIR", help="Whose config.json to read.", show_default=False
+        ),
+    ],
+    target: Annotated[str, typer.Option(help="The card that it is for.")] = "rtx4090",
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="On the Hub; by default the newest.")
+    ] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="Where to write; by default ./recipes, else here.")
+    ] = None,
+) -> None:
+    """Write a recipe for a model: pinned commit, the largest shape that fits the card."""
+    from pipeline.new.command import new_recipe, report
+
+    made = new_recipe(name, origin=origin, revision=revision, target=target, config_dir=config_dir)
+    print("\n".join(report(made, config_dir)))
+
+
+class _CacheDtype(StrEnum):
+    FP8 = "fp8"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class _Dtype(StrEnum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def export_trtllm(
+    checkpoint_dir: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT_DIR", help="Unified FP8.", show_default=False),
+    ],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="New or empty.", show_default=False)
+    ],
+    kv_cache_dtype: Annotated[
+        _CacheDtype | None, typer.Option(help="By default as the checkpoint declares.")
+    ] = None,
+    dtype: Annotated[
+        _Dtype, typer.Option(help="Of activations and of what is not FP8.")
+    ] = _Dtype.BFLOAT16,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="For the printed command.")] = 64,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="For the printed command; by default 4096 at most.")
+    ] = None,
+    max_num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="For the printed command; by default 8192.")
+    ] = None,
+    tp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
+    pp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
+) -> None:
+    """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
+    from pipeline import export_trtllm as export
+    from pipeline.screen import screen_logging
+
+    sizes = export.build_sizes(
+        checkpoint_dir,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        max_num_tokens=max_num_tokens,
+    )
+    with screen_logging():
+        record = export.export_trtllm(
+            checkpoint_dir,
+            out_dir,
+            kv_cache_dtype=kv_cache_dtype.value if kv_cache_dtype else None,
+            dtype=dtype.value,
+            tp_size=tp_size,
+            pp_size=pp_size,
+        )
+    print(export.build_line(out_dir, record.kv_cache_dtype, sizes))
+
+
+def rehearse(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    full_size: Annotated[
+        bool, typer.Option("--full-size", help="The real shape and sizes, which takes long.")
+    ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep what is made, in this new or empty folder.")
+    ] = None,
+    as_json: Json = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Run a recipe's whole line on random weights, in every format; nothing is downloaded."""
+    from pipeline.rehearse.command import run_rehearsal
+
+    raise typer.Exit(
+        run_rehearsal(
+            recipe,
+            tuple(overrides or ()),
+            full_size=full_size,
+            keep=keep,
+            as_json=as_json,
+            config_dir=config_dir,
+        )
+    )
