@@ -7,6 +7,7 @@ MODEL ?= smollm2
 ARGS ?=
 BASE ?=
 IMAGE ?= enginesmith-build:1.2.1
+CLIENT_IMAGE ?= enginesmith-client
 
 ifdef PYTHON
 RUN := $(PYTHON)
@@ -22,7 +23,7 @@ READY_PINNED := .venv-image/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help engine plan rehearse test test-all test-image-pins test-gpu check format setup image clean clean-cache
+.PHONY: help engine plan rehearse test test-all test-image-pins test-soak test-gpu bench-registry check format setup image image-client clean clean-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -49,8 +50,14 @@ test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the bui
 	    tests/test_hf.py tests/quantize tests/convert tests/rehearse $(ARGS)
 	$(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
 
+test-soak: $(READY) ## the whole kill matrix of publish and pull on every registry; an hour
+	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill tests/registry $(ARGS)
+
+bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 GB, side by side
+	$(RUN) -m tests.benchmarks.registry $(ARGS)
+
 test-gpu: $(READY) ## on a machine with a CUDA device: a missing one is a failure
-	$(RUN) -m pytest -q -m gpu tests/gpu $(ARGS)
+	$(RUN) -m pytest -q -m gpu tests/gpu tests/runners/trtrtx/test_device.py $(ARGS)
 
 check: $(READY) ## lint, format and types
 	$(RUN) -m ruff check .
@@ -65,6 +72,10 @@ setup: $(READY) ## only make the environment
 
 image: ## build the build image: make image BASE=<TensorRT-LLM image> IMAGE=<name>
 	docker build --file Dockerfile.build --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	    --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
+
+image-client: ## build the pull image: make image-client CLIENT_IMAGE=<name> BASE=<Python image>
+	docker build --file Dockerfile.client --tag $(CLIENT_IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
 	    --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
 
 .venv/ready: pyproject.toml requirements.lock requirements-nodeps.txt

@@ -73,7 +73,7 @@ class UnifiedCheckpoint:
         files = sorted(self.dir.glob("*.safetensors"))
         if not files:
             raise CorruptError(f"{self.dir} holds no *.safetensors; make the checkpoint again")
-        return {entry.name: entry for file in files for entry in _entries(file)}
+        return {entry.name: entry for file in files for entry in safetensors_entries(file)}
 
     def entry(self, name: str) -> TensorEntry:
         """Where a tensor lies.
@@ -184,7 +184,7 @@ class UnifiedCheckpoint:
         )
 
 
-def _entries(file: Path) -> Iterator[TensorEntry]:
+def safetensors_entries(file: Path) -> Iterator[TensorEntry]:
     """Parse a safetensors header: 8 bytes length, JSON, then the data.
 
     Source of the format: the safetensors README, "Format".
