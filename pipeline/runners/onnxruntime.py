@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.convert.stage import CPU_GRAPH
 from pipeline.errors import CorruptError, IncompatibleError
 from pipeline.runners.decode import greedy_steps, prefill, stream_greedy
-from pipeline.runners.session import Generation, Session
+from pipeline.runners.session import Device, Generation, Session
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
 
@@ -195,6 +195,10 @@ class OnnxRuntimeRunner:
     @property
     def name(self) -> str:
         return "onnxruntime"
+
+    @property
+    def device(self) -> Device:
+        return "cpu"
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.twin_dir is None:

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.convert.simulate import load_simulation
 from pipeline.errors import IncompatibleError
 from pipeline.hf import load_model, quiet
-from pipeline.runners.session import Generation, Session
+from pipeline.runners.session import Device, Generation, Session
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
 
@@ -109,6 +109,10 @@ class TransformersRunner:
     @property
     def name(self) -> str:
         return "transformers"
+
+    @property
+    def device(self) -> Device:
+        return "cpu"
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "checkpoint":

@@ -48,7 +48,11 @@ def read_report(document: Mapping[str, Any], workload: Workload, *, rounds: int)
             f"trtllm-bench reported another run than workload {workload.name}:\n{lines}\n"
             "nothing of it is used; see its log"
         )
-    return SpeedSample(**{name: float(value) for name, value in figures.items()})
+    return SpeedSample(
+        output_tokens_per_s=float(figures["output_tokens_per_s"]),
+        ttft_ms=float(figures["ttft_ms"]),
+        itl_ms=float(figures["itl_ms"]),
+    )
 
 
 def percentiles(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from pipeline.compilers.trtllm.place import Place, Where, choose_place
 from pipeline.compilers.trtllm.release import NAME, VERSION
 from pipeline.containers.gpu import find_gpu
 from pipeline.errors import IncompatibleError, PipelineError
-from pipeline.runners.session import Session
+from pipeline.runners.session import Device, Session
 from pipeline.runners.trtllm.bench import BenchSettings, attention_window, measure
 from pipeline.runners.trtllm.session import SessionSettings, open_session
 from pipeline.settings import STRICT
@@ -46,6 +46,10 @@ class TrtLlmRunner:
     @property
     def name(self) -> str:
         return "trtllm"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "trtllm":

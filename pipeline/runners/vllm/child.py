@@ -221,8 +221,8 @@ def _end_group() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Load the model and serve.
+def serve_standard_streams(load: Callable[[], Model]) -> None:
+    """Load a model and serve it.
 
     Standard output becomes the log's, for vLLM prints to it; standard input becomes empty, for
     every process that it forks closes it first.
@@ -232,8 +232,8 @@ def main(arguments: Sequence[str]) -> None:
         os.dup2(empty.fileno(), 0)
     os.dup2(2, 1)
     channel = Channel(source, sink, _end_group)
-    serve(channel, VllmModel(arguments))
+    serve(channel, load())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve_standard_streams(lambda: VllmModel(sys.argv[1:]))

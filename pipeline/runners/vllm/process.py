@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,37 @@ _SLICE_S = 0.2
 _END_S = 20.0
 """vLLM's engine gets so long to end by itself."""
 _CHUNK_BYTES = 1 << 20
-_STAGE = "runner vllm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What is started.
+
+    Attributes:
+        name: Of the runtime, for messages.
+        command: What comes before the arguments. It speaks as `child.py` does.
+        env: Variables set in addition to the current ones.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+# -P: its folder is not put on the path, where our modules could be taken for others.
+VLLM = Program(name="vLLM", command=(sys.executable, "-P", str(Path(child.__file__))))
 
 
 class Child:
-    """A running `child.py`.
+    """A running program.
 
     After any error it is of no more use: what it would answer next is unknown.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, name: str) -> None:
         self._process = process
         self._buffer = bytearray()
+        self._name = name
         self.log_path = log_path
 
     def send(self, request: Mapping[str, Any]) -> None:
@@ -69,7 +89,7 @@ class Child:
         del self._buffer[: end + 1]
         message: dict[str, Any] = json.loads(line)
         if message["kind"] == "error":
-            raise PipelineError(f"vLLM failed: {message['message']}; see {self.log_path}")
+            raise PipelineError(f"{self._name} failed: {message['message']}; see {self.log_path}")
         return message
 
     def receive_bytes(self, size_bytes: int, timeout_s: float, setting: str) -> bytes:
@@ -107,7 +127,7 @@ class Child:
             self._process.wait(0.0 if hint else _END_S)
         end_group(self._process)
         return ToolError(
-            stage=_STAGE,
+            stage=f"runner {self._name.lower()}",
             command=[str(part) for part in self._process.args],  # type: ignore[union-attr]
             returncode=self._process.returncode,
             log_path=self.log_path,
@@ -132,16 +152,26 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def running_child(arguments: Sequence[str]) -> Iterator[Child]:
-    """Start `child.py`; leaving the context ends it, and with it the GPU memory that it holds.
+def running_child(
+    arguments: Sequence[str], *, program: Program = VLLM, log_path: Path | None = None
+) -> Iterator[Child]:
+    """Start a program; leaving the context ends it, and with it the GPU memory that it holds.
 
-    Its log stays in the system's temporary folder when it failed, and goes otherwise.
+    Args:
+        arguments: Of the program.
+        program: What is started.
+        log_path: Where its log goes, which then stays; by default a file in the system's temporary
+            folder, which stays when it failed and goes otherwise.
     """
-    descriptor, name = tempfile.mkstemp(prefix="enginesmith-vllm-", suffix=".log")
-    log_path = Path(name)
-    # -P: its folder is not put on the path, where our modules could be taken for others.
-    command = [sys.executable, "-P", str(Path(child.__file__)), *arguments]
-    with os.fdopen(descriptor, "wb") as stream:
+    kept = log_path is not None
+    if log_path is None:
+        descriptor, name = tempfile.mkstemp(
+            prefix=f"enginesmith-{program.name.lower()}-", suffix=".log"
+        )
+        os.close(descriptor)
+        log_path = Path(name)
+    command = [*program.command, *arguments]
+    with log_path.open("wb") as stream:
         stream.write(f"$ {command!r}\n".encode())
         stream.flush()
         process = subprocess.Popen(
@@ -149,19 +179,22 @@ def running_child(arguments: Sequence[str]) -> Iterator[Child]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
+            env={**os.environ, **program.env},
             start_new_session=True,
         )
     try:
-        running = Child(process, log_path)
+        running = Child(process, log_path, program.name)
         yield running
         running.end()
     except PipelineError:
         raise  # its message names the log
     except BaseException:
-        log_path.unlink()
+        if not kept:
+            log_path.unlink()
         raise
     else:
-        log_path.unlink()
+        if not kept:
+            log_path.unlink()
     finally:
         end_group(process)
         for pipe in (process.stdin, process.stdout):

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.conditions import read_conditions
 from pipeline.errors import IncompatibleError
-from pipeline.runners.session import Session
+from pipeline.runners.session import Device, Session
 from pipeline.runners.vllm.session import (
     Timeouts,
     VllmSession,
@@ -48,6 +48,10 @@ class VllmRunner:
     @property
     def name(self) -> str:
         return "vllm"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "checkpoint":
@@ -84,6 +88,11 @@ class VllmRunner:
         if reason := self.why_not(engine):
             raise IncompatibleError(reason)
         return self.open_folder(engine.dir, engine.serve_args)
+
+    def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]:
+        return self.open_folder(
+            weights_dir, ("--dtype", "bfloat16", "--max-model-len", str(context))
+        )
 
     def open_folder(
         self, model_dir: Path, serve_args: tuple[str, ...]

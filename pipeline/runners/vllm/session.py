@@ -140,17 +140,20 @@ class VllmSession:
 
 
 @contextlib.contextmanager
-def open_session(arguments: Sequence[str], timeouts: Timeouts) -> Iterator[VllmSession]:
+def open_session(
+    arguments: Sequence[str], timeouts: Timeouts, log_path: Path | None = None
+) -> Iterator[VllmSession]:
     """Load a model; leaving the context ends the process that holds it.
 
     Args:
         arguments: Of vLLM's engine, `--model FOLDER` among them.
         timeouts: How long to wait.
+        log_path: Where vLLM's log stays; None for a temporary one.
 
     Raises:
         ToolError: The process ended or hangs.
     """
-    with running_child(arguments) as child:
+    with running_child(arguments, log_path=log_path) as child:
         child.receive(timeouts.load_s, _LOAD)
         yield VllmSession(child, timeouts)
 

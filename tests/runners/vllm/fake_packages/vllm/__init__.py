@@ -1,16 +1,19 @@
 """Stands in for vLLM 0.24 in tests: what `child.py` calls, with arithmetic for a model.
 
-`$FAKE_VLLM` makes it misbehave: see `_misbehave` and the places that ask for it.
+`$FAKE_VLLM` makes it misbehave: see `_misbehave` and the places that ask for it. `$FAKE_VLLM_SEEN`
+is a file that gets the arguments of every engine, one JSON line each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 VOCAB = 320
@@ -32,14 +35,19 @@ class EngineArgs:
     max_logprobs: int = 20
     gpu_memory_utilization: float = 0.92
     disable_log_stats: bool = False
+    dtype: str = "auto"
+    quantization: str | None = None
+    max_num_batched_tokens: int = 0
+    kv_cache_memory_bytes: int | None = None
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        for name in ("--model", "--kv-cache-dtype"):
+        for name in ("--model", "--kv-cache-dtype", "--dtype", "--quantization"):
             parser.add_argument(name)
         for name in ("--max-model-len", "--max-num-seqs", "--max-num-batched-tokens"):
             parser.add_argument(name, type=int)
-        parser.add_argument("--max-logprobs", type=int)
+        for name in ("--max-logprobs", "--kv-cache-memory-bytes"):
+            parser.add_argument(name, type=int)
         parser.add_argument("--gpu-memory-utilization", type=float)
         for name in ("--skip-tokenizer-init", "--enable-prefix-caching", "--disable-log-stats"):
             parser.add_argument(name, action=argparse.BooleanOptionalAction)
@@ -48,7 +56,6 @@ class EngineArgs:
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
         given = {name: value for name, value in vars(args).items() if value is not None}
-        given.pop("max_num_batched_tokens", None)
         return cls(**given)
 
 
@@ -160,6 +167,11 @@ class Engine:
 class LLM:
     def __init__(self, engine_args: EngineArgs) -> None:
         _misbehave("load")
+        if seen := os.environ.get("FAKE_VLLM_SEEN"):
+            with Path(seen).open("a") as stream:
+                stream.write(json.dumps(vars(engine_args)) + "\n")
+        if f"refuse-{engine_args.quantization}" == BEHAVIOUR:
+            raise ValueError("no kernel for this quantization")
         assert engine_args.skip_tokenizer_init
         assert not engine_args.enable_prefix_caching
         assert engine_args.max_logprobs == -1

@@ -1,0 +1,144 @@
+"""Executes a TensorRT-RTX engine itself, on a card whose SM it was compiled for."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from pipeline.acceptance.conditions import read_conditions
+from pipeline.cache import cache_root
+from pipeline.compilers.trtrtx import PLAN_FILE
+from pipeline.errors import IncompatibleError
+from pipeline.runners.session import Device, Session
+from pipeline.runners.trtrtx.engine import KernelSpecialization
+from pipeline.runners.trtrtx.session import RtxSession, engine_program, open_session
+from pipeline.runners.vllm.session import Timeouts
+from pipeline.settings import STRICT
+from pipeline.stages import Engine
+
+_PACKAGE = "tensorrt-rtx-cu13"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtRtxRunner:
+    """Runs a trtrtx engine in a process that ends with the session. Not run on a card yet.
+
+    An engine holds its kernels as source; TensorRT-RTX compiles them on the card when it is loaded
+    and, for shapes that it has not seen, later.
+
+    Attributes:
+        kernel_specialization: What happens at such a shape. `eager`: its kernels are compiled
+            before the step goes on, so that a warm-up takes all of it. `lazy` (the library's
+            default): a general kernel is used while they are compiled beside it, which shifts the
+            times of later steps. `none`: always the general kernel.
+        runtime_cache: Keep compiled kernels in this machine's cache from one load of an engine to
+            the next. The library itself refuses a cache of another card, driver or version.
+        load_timeout_s: Longest time for loading, compilation included.
+        answer_timeout_s: Longest time for one answer, or the next token of a stream.
+    """
+
+    kernel_specialization: KernelSpecialization
+    runtime_cache: bool
+    load_timeout_s: PositiveFloat
+    answer_timeout_s: PositiveFloat
+
+    @property
+    def name(self) -> str:
+        return "tensorrt-rtx"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
+
+    def why_not(self, engine: Engine) -> str | None:
+        if engine.format != "trtrtx":
+            return f"runner=tensorrt_rtx runs trtrtx engines, not {engine.format}"
+        return self.why_not_here(engine.sms, engine.runtime[1])
+
+    def why_not_here(self, sms: tuple[int, ...], runtime_version: str) -> str | None:
+        """Why no engine of this kind runs on this machine; None when it can.
+
+        Args:
+            sms: Compute capabilities x 10 that it was compiled for.
+            runtime_version: Version of TensorRT-RTX that compiled it.
+        """
+        reason = _missing_package(runtime_version) or _wrong_card(sms)
+        return reason and f"runner=tensorrt_rtx {reason}; or take runner=trtrtx, the CPU twin"
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        if reason := self.why_not(engine):
+            raise IncompatibleError(reason)
+        return self.open_folder(engine.dir, engine.digest)
+
+    def open_folder(self, engine_dir: Path, digest: str) -> AbstractContextManager[RtxSession]:
+        """Load the engine of a package's `engine/` folder.
+
+        Args:
+            engine_dir: The folder.
+            digest: Identity of its bytes; names its runtime cache.
+
+        Raises:
+            ToolError: The process that loads it ended or hangs.
+            IncompatibleError: The engine is not for this card.
+            CorruptError: It is damaged, or no decoder engine of this pipeline.
+        """
+        return open_session(
+            self.child_arguments(engine_dir, digest),
+            Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s),
+            engine_program(),
+        )
+
+    def child_arguments(self, engine_dir: Path, digest: str) -> list[str]:
+        """Arguments of `pipeline.runners.trtrtx.child`."""
+        arguments = ["--plan", str(engine_dir / PLAN_FILE)]
+        arguments += ["--kernel-specialization", self.kernel_specialization]
+        if self.runtime_cache:
+            kernels = cache_root() / "rtx-kernels" / digest[:24]
+            arguments += ["--runtime-cache", str(kernels)]
+        return arguments
+
+
+def _missing_package(wanted: str) -> str | None:
+    """What is not installed, without importing it."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return f"needs the package {_PACKAGE}: pip install {_PACKAGE}=={wanted}"
+    try:
+        installed = version(_PACKAGE)
+    except PackageNotFoundError:
+        installed = ""
+    if installed != wanted:
+        return (
+            f"needs {_PACKAGE} {wanted}, which compiled the engine; got {installed or 'another'}: "
+            f"pip install {_PACKAGE}=={wanted}"
+        )
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = ""
+    if not torch or torch.endswith("+cpu"):
+        return (
+            f"needs PyTorch built for CUDA, for the card's memory; got {torch or 'none'}: install "
+            "one as https://pytorch.org/get-started says"
+        )
+    return None
+
+
+def _wrong_card(sms: tuple[int, ...]) -> str | None:
+    card = read_conditions()
+    wanted = " or ".join(str(sm) for sm in sms)
+    if card is None:
+        return (
+            f"needs a CUDA device of SM {wanted}, and NVML shows this process none; see "
+            "nvidia-smi, CUDA_VISIBLE_DEVICES and that nvidia-ml-py is installed"
+        )
+    if card.sm not in sms:
+        return (
+            f"needs a CUDA device of SM {wanted}, which the engine was compiled for; {card.gpu} "
+            f"has SM {card.sm}: build with its target"
+        )
+    return None

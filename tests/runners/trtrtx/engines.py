@@ -1,0 +1,77 @@
+"""Plans of the stand-in for TensorRT-RTX, and the stand-in itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.compilers.trtrtx import PLAN_FILE, TrtRtxCompiler
+
+PACKAGES = Path(__file__).parent / "fake_packages"
+CHILD = Path(__file__).parent / "host_child.py"
+CONTEXT = 48
+MAX_BATCH, MAX_PREFILL = 5, 2
+COMPILER = TrtRtxCompiler(
+    max_batch_size=MAX_BATCH,
+    opt_batch_size=1,
+    max_prefill_batch_size=MAX_PREFILL,
+    max_seq_len=CONTEXT,
+    activation_dtype="bfloat16",
+    kv_cache_dtype="bfloat16",
+)
+
+
+def fake_tensorrt_rtx() -> ModuleType:
+    """A fresh one."""
+    path = PACKAGES / "tensorrt_rtx" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("tensorrt_rtx", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_plan(
+    graph: Path,
+    out_dir: Path,
+    *,
+    cache: str = "FLOAT",
+    sm: int = 89,
+    prefill_logits: int = 1,
+    faults: dict[str, Any] | None = None,
+) -> Path:
+    """The plan of a graph, with the profiles that the compiler gives.
+
+    Args:
+        graph: ONNX file in float32.
+        out_dir: Where the plan is written.
+        cache: Name of the cache's DataType.
+        sm: Compute capability that it is for.
+        prefill_logits: Most positions of a prefill whose logits can be had.
+        faults: As the stand-in reads them.
+    """
+    import onnx
+
+    inputs = onnx.load(str(graph), load_external_data=False).graph.input
+    dims = {x.name: tuple(d.dim_value for d in x.type.tensor_type.shape.dim) for x in inputs}
+    decode, prefill = COMPILER.profiles
+    prefill = dataclasses.replace(prefill, logits=(1, 1, prefill_logits))
+    plan = {
+        "graph": str(graph),
+        "sm": sm,
+        "cache": cache,
+        "profiles": [
+            {name: profile.shapes(name, sizes) for name, sizes in dims.items()}
+            for profile in (decode, prefill)
+        ],
+        "faults": faults or {},
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / PLAN_FILE
+    path.write_text(json.dumps(plan))
+    return path

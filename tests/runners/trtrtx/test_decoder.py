@@ -1,0 +1,275 @@
+"""The binding to the card, on a stand-in that refuses what TensorRT-RTX refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
+from pipeline.runners.decode import generate_greedy, prefill
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.trtrtx.child import RtxModel
+from pipeline.runners.trtrtx.decoder import RtxDecoder, row_groups
+from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine
+from tests.convert.decoders import random_prompt, write_graph
+from tests.runners.trtrtx.engines import (
+    CONTEXT,
+    MAX_BATCH,
+    fake_tensorrt_rtx,
+    write_plan,
+)
+
+SETTINGS = LoadSettings(kernel_specialization="eager", runtime_cache=None)
+RAGGED = [random_prompt(length, seed=length) for length in (10, 1, 27, 3, 16)]
+
+Load = Callable[..., RtxEngine]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = fake_tensorrt_rtx()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def graph_file(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_graph(model_dir, tmp_path_factory.mktemp("graph"), context=CONTEXT)
+
+
+@pytest.fixture
+def load(fake: ModuleType, graph_file: Path, tmp_path: Path) -> Load:
+    def load_plan(settings: LoadSettings = SETTINGS, **plan: Any) -> RtxEngine:
+        return RtxEngine(write_plan(graph_file, tmp_path, **plan), fake.HostDevice(), settings)
+
+    return load_plan
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[tuple[Any, ...]]:
+    """Arguments of every later call of a method of the stand-in."""
+    seen: list[tuple[Any, ...]] = []
+    original = getattr(owner, method)
+
+    def recorded(self: Any, *arguments: Any) -> Any:
+        seen.append((self, *arguments))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, method, recorded)
+    return seen
+
+
+@pytest.mark.parametrize("batch", [1, 2, MAX_BATCH])
+def test_logits_and_tokens_are_those_of_the_twin(
+    load: Load, graph: OnnxRuntimeGraph, batch: int
+) -> None:
+    engine, prompts = load(), RAGGED[:batch]
+    got = prefill(RtxDecoder(engine, batch), prompts)
+    wanted = prefill(graph.bind(batch), prompts)
+    np.testing.assert_allclose(got.logits, wanted.logits, rtol=0, atol=1e-4)
+    tokens = generate_greedy(RtxDecoder(engine, batch), prompts, 20)
+    np.testing.assert_array_equal(tokens, generate_greedy(graph.bind(batch), prompts, 20))
+
+
+def test_a_cache_of_two_byte_elements_is_addressed_by_its_own_size(
+    load: Load, graph: OnnxRuntimeGraph
+) -> None:
+    engine = load(cache="BF16")
+    assert engine.signature.row_bytes == 2 * CONTEXT * 16 * 2
+    lengths = np.array([len(prompt) for prompt in RAGGED])
+    asked = (np.full((MAX_BATCH, 1), 9), lengths, np.zeros((MAX_BATCH, 1), np.int64))
+    rtx, twin = RtxDecoder(engine, MAX_BATCH), graph.bind(MAX_BATCH)
+    prefill(rtx, RAGGED)
+    prefill(twin, RAGGED)
+    got = rtx.step(*asked)
+    assert 0 < np.abs(got - twin.step(*asked)).max() < 0.2  # what it reads back is rounded
+    for row, prompt in enumerate(RAGGED):
+        alone = RtxDecoder(engine, 1)
+        prefill(alone, [prompt])
+        one = alone.step(*(part[row : row + 1] for part in asked))
+        np.testing.assert_allclose(got[row], one[0], rtol=0, atol=2e-2)
+
+
+def test_prefill_and_decode_run_in_their_own_profile(
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load()
+    ran = calls(monkeypatch, fake.IExecutionContext, "execute_async_v3")
+    generate_greedy(RtxDecoder(engine, MAX_BATCH), RAGGED, 3)
+    # Five prompts, two at a time; then all five rows in each of two steps.
+    assert [context._profile for (context, _) in ran] == [1, 1, 1, 0, 0]
+    assert [context._shapes["input_ids"][0] for (context, _) in ran[3:]] == [5, 5]
+    generate_greedy(RtxDecoder(engine, 1), [[7]], 2)
+    assert [context._profile for (context, _) in ran[5:]] == [0, 0]
+
+
+@pytest.mark.parametrize(("prefill_logits", "steps"), [(1, 10), (4, 3), (CONTEXT, 1)])
+def test_logits_of_every_position_come_in_as_few_steps_as_the_profiles_allow(
+    load: Load,
+    fake: ModuleType,
+    graph: OnnxRuntimeGraph,
+    monkeypatch: pytest.MonkeyPatch,
+    prefill_logits: int,
+    steps: int,
+) -> None:
+    engine = load(prefill_logits=prefill_logits)
+    ran = calls(monkeypatch, fake.IExecutionContext, "execute_async_v3")
+    shape, data = RtxModel(engine).logits(RAGGED[0])
+    assert len(ran) == steps
+    wanted = OnnxRuntimeSession(graph).logits(RAGGED[0])
+    np.testing.assert_allclose(np.frombuffer(data, "<f4").reshape(shape), wanted, rtol=0, atol=1e-4)
+
+
+def test_past_and_present_are_one_memory_and_a_decode_step_sets_nothing_again(
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load()
+    bound = calls(monkeypatch, fake.IExecutionContext, "set_tensor_address")
+    shaped = calls(monkeypatch, fake.IExecutionContext, "set_input_shape")
+    decoder = RtxDecoder(engine, 2)
+    generate_greedy(decoder, RAGGED[:2], 10)
+    for name in engine.signature.caches:
+        addresses = [
+            set(a for (_, n, a) in bound if n == f"{end}_{name}") for end in ("past", "present")
+        ]
+        assert len(addresses[0]) == 1
+        assert addresses[0] == addresses[1]
+    # Each tensor once for each of the two contexts.
+    tensors = 4 + 2 * len(engine.signature.caches)
+    assert len(bound) == 2 * tensors
+    assert len(shaped) == 2 * (3 + len(engine.signature.caches))
+
+
+def test_logits_are_read_only_after_the_stream_is_synchronized(
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load()
+    monkeypatch.setattr(fake.HostDevice, "synchronize", lambda self: None)
+    state = prefill(RtxDecoder(engine, 1), [[5, 6]])
+    assert (state.logits == -12345.0).all()  # the stand-in shows it: nothing has happened yet
+
+
+def test_a_new_number_of_rows_starts_with_an_empty_cache(load: Load) -> None:
+    engine = load()
+    fresh = generate_greedy(RtxDecoder(engine, 1), [[9, 8]], 6)
+    generate_greedy(RtxDecoder(engine, 3), RAGGED[:3], 15)
+    np.testing.assert_array_equal(generate_greedy(RtxDecoder(engine, 1), [[9, 8]], 6), fresh)
+
+
+@pytest.mark.parametrize("batch", [0, MAX_BATCH + 1])
+def test_more_rows_than_the_engine_decodes_are_refused(load: Load, batch: int) -> None:
+    with pytest.raises(RecipeError, match=f"got {batch} prompts; wanted 1 to {MAX_BATCH}"):
+        RtxDecoder(load(), batch)
+
+
+def test_a_step_outside_every_profile_is_refused(load: Load) -> None:
+    decoder = RtxDecoder(load(), 1)
+    ids, start = np.full((1, 4), 5), np.zeros(1, np.int64)
+    with pytest.raises(RecipeError, match=r"4 tokens and 2 logits a row.*1 to 48 tokens, 1 to 1"):
+        decoder.step(ids, start, np.array([[0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("faults", "shown"),
+    [
+        ({"without": "write_indices"}, r"lacks \['write_indices'\]"),
+        ({"without": "past_value.1"}, r"has \['present_value.1'\] beside"),
+        ({"without": "present_key.0"}, r"lacks \['present_key.0'\]"),
+        ({"without": "logits"}, r"lacks \['logits'\]"),
+        ({"dtype": {"logits": "HALF"}}, "logits is float16 .*wanted is float32"),
+        ({"dtype": {"input_ids": "INT32"}}, "input_ids is INT32 .*wanted is int64"),
+        ({"dtype": {"present_key.2": "BF16"}}, "present_key.2 is bfloat16"),
+        ({"shape": {"past_key.1": [-1, 2, 32, 16]}}, r"past_key.1 .*\[2, 48, 16\]"),
+        ({"shape": {"logits_index": [-1]}}, r"logits_index is int64 \(-1,\); wanted .* 2 dim"),
+        ({"alias": None}, "present_key.0 is to share the memory of past_key.0, not None"),
+    ],
+)
+def test_an_engine_with_another_interface_is_refused(
+    load: Load, faults: dict[str, Any], shown: str
+) -> None:
+    with pytest.raises(CorruptError, match=shown) as refused:
+        load(faults=faults)
+    assert "enginesmith build" in str(refused.value)
+
+
+def test_an_engine_for_another_card_is_refused(load: Load) -> None:
+    with pytest.raises(IncompatibleError, match=r"validity INVALID.*runner=trtrtx"):
+        load(sm=120)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_plan_that_is_missing_or_empty_is_told(
+    fake: ModuleType, tmp_path: Path, content: bytes | None
+) -> None:
+    plan = tmp_path / "model.engine"
+    if content is not None:
+        plan.write_bytes(content)
+    with pytest.raises(CorruptError, match=r"model.engine cannot be read: .*pull the package"):
+        RtxEngine(plan, fake.HostDevice(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [("refuse", "refuses a step"), ("no-context", "no execution context for profile 0")],
+)
+def test_a_refusal_of_the_library_is_an_error(
+    load: Load, monkeypatch: pytest.MonkeyPatch, fault: str, shown: str
+) -> None:
+    monkeypatch.setenv("FAKE_RTX", fault)
+    with pytest.raises(PipelineError, match=shown):
+        prefill(RtxDecoder(load(), 1), [[5]])
+
+
+def test_a_refused_shape_is_not_taken_for_set(
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = RtxDecoder(load(), 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(fake.IExecutionContext, "set_input_shape", lambda *_: False)
+        with pytest.raises(PipelineError, match=r"refuses shape \(1, 2\) of input_ids"):
+            prefill(decoder, [[5, 6]])
+    assert np.isfinite(prefill(decoder, [[5, 6]]).logits).all()
+
+
+def test_kernels_are_kept_from_one_load_to_the_next(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cache" / "kernels"
+    settings = LoadSettings(kernel_specialization="lazy", runtime_cache=file)
+    for length in (4, 5):
+        engine = load(settings)
+        prefill(RtxDecoder(engine, 1), [[5] * length])
+        engine.save_runtime_cache()
+    assert b"(1, 4)" in file.read_bytes()
+    assert b"(1, 5)" in file.read_bytes()
+    assert [path.name for path in file.parent.iterdir()] == ["kernels"]
+    file.write_bytes(b"of another driver")
+    engine = load(settings)
+    assert "does not fit here" in capsys.readouterr().err
+    engine.save_runtime_cache()
+    assert file.read_bytes().startswith(b"fake kernels")
+
+
+@pytest.mark.parametrize(
+    ("batch", "max_rows", "row_bytes", "groups"),
+    [
+        (8, 8, 100, [(0, 8)]),
+        (10, 8, 256, [(0, 8), (8, 10)]),
+        (10, 3, 128, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]),
+        (9, 8, 64, [(0, 8), (8, 9)]),
+    ],
+)
+def test_groups_of_rows_start_at_aligned_addresses(
+    batch: int, max_rows: int, row_bytes: int, groups: list[tuple[int, int]]
+) -> None:
+    assert row_groups(batch, max_rows, row_bytes) == groups
+
+
+def test_rows_that_cannot_be_aligned_are_refused() -> None:
+    with pytest.raises(RecipeError, match="only every 8th is aligned"):
+        row_groups(5, 4, 32)

@@ -1,0 +1,134 @@
+"""What runner tensorrt_rtx says in advance."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.acceptance.conditions import conditions_of
+from pipeline.config.folders import data_dir
+from pipeline.errors import IncompatibleError
+from pipeline.runners.session import Runner
+from pipeline.runners.trtrtx import runner as module
+from pipeline.runners.trtrtx.runner import TrtRtxRunner
+from pipeline.stages import Engine, Limits
+from tests.acceptance.test_conditions import nvml
+
+SETTINGS = yaml.safe_load((data_dir("conf") / "runner" / "tensorrt_rtx.yaml").read_text())
+RUNNER = TrtRtxRunner(**{name: SETTINGS[name] for name in SETTINGS if name != "_target_"})
+ENGINE = Engine(
+    dir=Path("/engine"),
+    digest="0" * 64,
+    format="trtrtx",
+    variant="sm89-trtrtx-fp8-b4-s128",
+    runtime=("tensorrt-rtx", "1.7.1.116"),
+    sms=(89,),
+    limits=Limits(max_batch_size=4, max_seq_len=128, max_num_tokens=256, kv_cache_dtype="bfloat16"),
+    min_vram_bytes=0,
+)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions that count as installed; a test changes them."""
+    versions = {"tensorrt-rtx-cu13": "1.7.1.116", "torch": "2.13.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(module, "version", version)
+    return versions
+
+
+def card(monkeypatch: pytest.MonkeyPatch, sm: tuple[int, int] | None) -> None:
+    found = None if sm is None else conditions_of(nvml(DeviceGetCudaComputeCapability=sm), 0)
+    monkeypatch.setattr(module, "read_conditions", lambda: found)
+
+
+def test_the_shipped_settings_make_a_runner() -> None:
+    assert SETTINGS["_target_"] == f"{TrtRtxRunner.__module__}.{TrtRtxRunner.__qualname__}"
+    assert isinstance(RUNNER, Runner)
+    assert (RUNNER.name, RUNNER.device) == ("tensorrt-rtx", "cuda")
+
+
+def test_it_runs_where_all_is_there(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(monkeypatch, (8, 9))
+    assert RUNNER.why_not(ENGINE) is None
+
+
+def test_another_format_is_refused() -> None:
+    other = dataclasses.replace(ENGINE, format="checkpoint")
+    assert RUNNER.why_not(other) == "runner=tensorrt_rtx runs trtrtx engines, not checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "shown"),
+    [
+        ("tensorrt-rtx-cu13", "1.7.0.1", "which compiled the engine; got 1.7.0.1: pip install"),
+        ("tensorrt-rtx-cu13", None, "got another: pip install tensorrt-rtx-cu13==1.7.1.116"),
+        ("torch", "2.13.0+cpu", "PyTorch built for CUDA.*got 2.13.0.cpu"),
+        ("torch", None, "PyTorch built for CUDA.*got none"),
+    ],
+)
+def test_a_package_that_does_not_fit_is_told(
+    installed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    found: str | None,
+    shown: str,
+) -> None:
+    card(monkeypatch, (8, 9))
+    installed.pop(package)
+    if found is not None:
+        installed[package] = found
+    with pytest.raises(IncompatibleError, match=shown) as refused:
+        RUNNER.open(ENGINE)
+    assert str(refused.value).endswith("or take runner=trtrtx, the CPU twin")
+
+
+def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "needs the package tensorrt-rtx-cu13: pip install tensorrt-rtx-cu13==1.7.1.116" in str(
+        RUNNER.why_not(ENGINE)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sm", "shown"),
+    [
+        (None, "needs a CUDA device of SM 89, and NVML shows this process none"),
+        ((9, 0), "H100.* has SM 90: build with its target"),
+        ((12, 0), "has SM 120"),
+    ],
+)
+def test_another_card_is_told(
+    installed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    sm: tuple[int, int] | None,
+    shown: str,
+) -> None:
+    card(monkeypatch, sm)
+    with pytest.raises(IncompatibleError, match=shown) as refused:
+        RUNNER.open(ENGINE)
+    assert str(refused.value).endswith("or take runner=trtrtx, the CPU twin")
+
+
+def test_the_kernels_of_an_engine_are_kept_under_its_digest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path))
+    arguments = RUNNER.child_arguments(Path("/engine"), "ab" * 32)
+    assert arguments[arguments.index("--runtime-cache") + 1] == str(
+        tmp_path / "rtx-kernels" / ("ab" * 12)
+    )
+    without = dataclasses.replace(RUNNER, runtime_cache=False)
+    assert "--runtime-cache" not in without.child_arguments(Path("/engine"), "ab" * 32)
