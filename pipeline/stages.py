@@ -234,6 +234,11 @@ class Report:
         quality: Perplexities, KL, agreement, with intervals.
         not_run: What was not run here, and why.
         checks: What was proven about the engine without running it.
+        chat: The chat probe (pipeline.acceptance.chat_probe); empty if it was not asked.
+        lm_eval: Task -> metric -> value, of the lm-eval harness; empty if it was not asked.
+        sustained: The sustained run (pipeline.acceptance.sustained); empty without one.
+        physics: Bandwidth of the card, and each workload's share of its ceiling; empty without the
+            card.
     """
 
     digest: str
@@ -243,8 +248,18 @@ class Report:
     quality: Mapping[str, Any]
     not_run: Sequence[str]
     checks: Mapping[str, Any]
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    lm_eval: Mapping[str, Any] = field(default_factory=dict)
+    sustained: Mapping[str, Any] = field(default_factory=dict)
+    physics: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, verdict: Verdict) -> dict[str, Any]:
+        """As `report.json`; what was not asked has no key."""
+        asked = {
+            name: dict(part)
+            for name in ("chat", "lm_eval", "sustained", "physics")
+            if (part := getattr(self, name))
+        }
         return {
             "schema": 1,
             "digest": self.digest,
@@ -252,6 +267,7 @@ class Report:
             "conditions": dict(self.conditions),
             "speed": [dict(entry) for entry in self.speed],
             "quality": dict(self.quality),
+            **asked,
             "checks": dict(self.checks),
             "not_run": list(self.not_run),
             "verdict": verdict.name,

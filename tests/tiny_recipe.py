@@ -37,6 +37,7 @@ acceptance:
   max_mean_kl_nats: 1000.0
   min_top1_agreement: 0.0
   sample_tokens: 8
+  chat: {{prompts: 20, max_new_tokens: 4, min_source_stops: 0}}
   repeats: 1
 """
 SHAPE = """\

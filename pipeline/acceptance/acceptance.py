@@ -6,38 +6,73 @@ That is why the best verdict here is `checked`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from pipeline.acceptance.card import HeldCard, held_card
+from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.cut import compare_cut
+from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.judge import QualityLimits, judge
-from pipeline.acceptance.quality import engine_figures, source_figures, summarize_quality
-from pipeline.acceptance.speed import measure_speed, summarize
+from pipeline.acceptance.measure import (
+    Measured,
+    Subject,
+    available_bytes,
+    measure_on_card,
+    measure_on_cpu,
+)
+from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
 from pipeline.cache import StageCache, source_digest
 from pipeline.errors import Fault, RecipeError
-from pipeline.hardware import Target
-from pipeline.hf import load_tokenizer
-from pipeline.runners.session import Runner, Session
+from pipeline.runners.session import Device, Runner
 from pipeline.settings import STRICT, Listed
 from pipeline.shapes import ModelShape
-from pipeline.stages import Checkpoint, Engine, Report, Verdict, digest_of
+from pipeline.stages import Report, Verdict, digest_of
 from pipeline.text.corpus import TextCorpus, require_disjoint, text_digest
-from pipeline.text.windows import pack_windows
 
 log = logging.getLogger(__name__)
 
-_CODE = ("pipeline.acceptance", "pipeline.runners", "pipeline.text.windows")
-_TOOLS = ("onnxruntime", "torch", "transformers")
-_SIMULATIONS = frozenset({"transformers"})
-"""Runners that simulate the engine: their answers tell about it, their speed does not."""
+_CODE = (
+    *(
+        f"pipeline.acceptance.{name}"
+        for name in (
+            "acceptance",
+            "bandwidth",
+            "card",
+            "chat_judge",
+            "chat_probe",
+            "chat_prompts",
+            "conditions",
+            "cut",
+            "harness",
+            "harness_model",
+            "judge",
+            "measure",
+            "physics",
+            "prompts_file",
+            "quality",
+            "sampler",
+            "source",
+            "speed",
+            "speed_sample",
+            "sustained",
+            "sustained_run",
+            "workload",
+        )
+    ),
+    "pipeline.runners",
+    "pipeline.text.windows",
+)
+"""What a figure or a verdict depends on; how the report looks is not among it."""
+_TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
 _RAM_BYTES_PER_PARAM = 12.0
 """Peak of the larger of source (float32 weights, 4 bytes) and CPU twin (float32 weights, folded and
 transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's 134 M
@@ -63,6 +98,11 @@ class Acceptance:
         sample_prompt: Answered greedily and shown.
         sample_tokens: Longest sample.
         repeats: Timed runs of each workload, after one warm-up.
+        max_spread: Allowed spread of them, (largest - smallest) / median; beyond it nothing can be
+            said of the rate, and the verdict is `inconclusive`.
+        chat: The chat probe; None for none.
+        sustained: The sustained run; of no length by default.
+        lm_eval: Tasks of the lm-eval harness; None for none.
         time_limit_s: Above this estimate the whole model is not run here.
         seed: For prompts and bootstrap.
     """
@@ -80,6 +120,10 @@ class Acceptance:
     repeats: PositiveInt
     time_limit_s: PositiveFloat
     seed: NonNegativeInt
+    max_spread: PositiveFloat = 0.5
+    chat: ChatSettings | None = None
+    sustained: SustainedRun = SustainedRun()
+    lm_eval: HarnessSettings | None = None
 
     def __post_init__(self) -> None:
         if self.min_top1_agreement > 1.0:
@@ -105,7 +149,7 @@ class Acceptance:
 
     def judged_positions(self, shape: ModelShape) -> int:
         """Positions whose source log-probabilities are kept; 0 where time rules the model out."""
-        if self.too_much(shape, available_bytes=1 << 62):
+        if self.too_much(shape, 1 << 62, speed=False):
             return 0
         return self.windows * (self.window_tokens - 1)
 
@@ -123,12 +167,14 @@ class Acceptance:
                 "runner": runner.name,
                 "package": package_digest,
                 "text": text_digest(self.text.documents()),
-                "tools": {name: version(name) for name in _TOOLS},
+                # The config has only the paths of files with prompts.
+                "loads": [load.digest for load in (*self.targets, *self.cpu_workloads)],
+                "tools": _tools(),
                 "code": source_digest(*_CODE),
             }
         )
 
-    def check_inputs(self, shape: ModelShape, max_seq_len: int) -> None:
+    def check_inputs(self, shape: ModelShape, max_seq_len: int, device: Device = "cpu") -> None:
         """Find faults that need no model: workloads and windows that do not fit the engine.
 
         Raises:
@@ -142,8 +188,18 @@ class Acceptance:
             for index, load in enumerate(self.cpu_workloads)
             if load.isl + load.osl > max_seq_len
         ]
-        if self.window_tokens > min(max_seq_len, shape.max_position_embeddings):
+        for index, load in enumerate(self.targets):
+            faults += load.faults(f"acceptance.targets[{index}]")
+        for index, load in enumerate(self.cpu_workloads):
+            faults += load.faults(f"acceptance.cpu_workloads[{index}]", equal_lengths=True)
+        if self.lm_eval is not None:
+            check_harness(self.lm_eval)
+        # A server's logits come with one generated token, for which there must be room.
+        room = max_seq_len - 1 if device == "cuda" else max_seq_len
+        if self.window_tokens > min(room, shape.max_position_embeddings):
             message = f"{self.window_tokens} exceeds the engine's context ({max_seq_len})"
+            if self.window_tokens == max_seq_len:
+                message += " less the token that a server generates after it"
             faults.append(Fault("acceptance.window_tokens", message))
         if faults:
             raise RecipeError(faults)
@@ -163,44 +219,59 @@ class Acceptance:
             CorruptError: Logits that are not finite.
             RecipeError: The text is too short.
         """
-        not_run = [f"{subject.target.card}: no such card here; speed and numerics on it"]
-        if subject.engine.limits.kv_cache_dtype == "fp8":
-            not_run.append("FP8 KV cache: what runs here keeps the cache in float32")
-        reason = subject.runner.why_not(subject.engine) or self.too_much(
-            subject.shape, _available_bytes()
-        )
-        speed: list[dict[str, Any]] = []
-        quality: dict[str, Any] = {}
-        checks = dict(subject.engine.checks)
-        if reason:
+        engine, runner, target = subject.engine, subject.runner, subject.plan.request.target
+        checks, not_run = dict(engine.checks), list[str]()
+        held, measured = None, Measured(quality={})
+        reason = runner.why_not(engine)
+        if reason is None and runner.device == "cuda":
+            with held_card() as held:
+                measured = measure_on_card(self, subject, cache, held)
+        elif reason := reason or self.too_much(subject.plan.request.shape, available_bytes()):
             log.warning("Not running the whole model: %s", reason)
             not_run.append(f"whole model: {reason}")
-            if subject.engine.twin_dir is not None:
-                checks["two_layer_cut"] = compare_cut(
-                    subject.checkpoint.dir, subject.engine.twin_dir
-                )
+            if engine.twin_dir is not None and subject.checkpoint_dir is not None:
+                checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.twin_dir)
         else:
-            quality, speed = self._run(subject, cache)
-            if self.cpu_workloads and not speed:
-                not_run.append(f"speed: runner {subject.runner.name} only simulates the engine")
+            measured = measure_on_cpu(self, subject, cache)
+        on_target = held is not None and held.card == target.card
+        if not on_target:
+            not_run.insert(0, f"{target.card}: no such card here; speed and numerics on it")
+        if held is None and engine.limits.kv_cache_dtype == "fp8":
+            not_run.insert(1, "FP8 KV cache: what runs here keeps the cache in float32")
         report = Report(
             digest=subject.package_digest,
-            card=subject.target.card,
-            conditions=_conditions(subject.runner, self.text),
-            speed=speed,
-            quality=quality,
-            not_run=not_run,
+            card=target.card,
+            conditions=conditions_json(runner, self.text, held),
+            speed=measured.speed,
+            quality=measured.quality,
+            chat=measured.chat,
+            lm_eval=measured.lm_eval,
+            sustained=measured.sustained,
+            physics=measured.physics,
+            not_run=[*not_run, *measured.not_run],
             checks=checks,
         )
-        return report, judge(report, self.limits, ran=not reason, on_target=False)
+        findings = (*measured.findings, *(held.findings() if held else ()))
+        ran = reason is None
+        return report, judge(report, self.limits, ran=ran, on_target=on_target, more=findings)
 
-    def too_much(self, shape: ModelShape, available_bytes: int) -> str | None:
-        """Why the whole model does not run on this machine's CPU, by memory or time; else None."""
+    def too_much(self, shape: ModelShape, free_bytes: int, *, speed: bool = True) -> str | None:
+        """Why the whole model does not run on this machine's CPU, by memory or time; else None.
+
+        Args:
+            shape: The model.
+            free_bytes: Memory that it may take.
+            speed: The workloads run there as well.
+        """
         need = _RAM_BYTES_PER_PARAM * shape.params
-        if need > available_bytes:
-            return f"needs about {need / 1e9:.1f} GB RAM, {available_bytes / 1e9:.1f} GB are free"
+        if need > free_bytes:
+            return f"needs about {need / 1e9:.1f} GB RAM, {free_bytes / 1e9:.1f} GB are free"
         tokens = 2 * self.windows * self.window_tokens
-        tokens += 2 * (self.repeats + 1) * sum(w.batch * w.osl for w in self.cpu_workloads)
+        if speed:
+            tokens += 2 * sum(
+                (self.repeats + load.warm_ups) * load.total_requests * load.osl
+                for load in self.cpu_workloads
+            )
         seconds = 2.0 * shape.params * tokens / _FLOPS_PER_S
         if seconds > self.time_limit_s:
             return (
@@ -209,94 +280,32 @@ class Acceptance:
             )
         return None
 
-    def _run(
-        self, subject: Subject, cache: StageCache
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Quality and speed of the whole model."""
-        from pipeline.runners.transformers import open_source
 
-        weights = subject.checkpoint.weights
-        tokenizer = load_tokenizer(subject.engine.dir)
-        windows = pack_windows(
-            self.text.documents(),
-            tokenizer,
-            seq_len=self.window_tokens,
-            count=self.windows,
-            seed=None,
-        )
-        source = source_figures(weights, windows, cache)
-        with subject.runner.open(subject.engine) as session:
-            figures = engine_figures(lambda tokens: session.logits(tokens), windows, source)
-            quality = summarize_quality(source.nll, figures, self.seed)
-            quality["sample"] = self._sample(session, tokenizer)
-            log.info("Sample: %s", quality["sample"]["answer"].replace("\n", " "))
-            if subject.runner.name in _SIMULATIONS:
-                return quality, []
-            with open_source(weights.dir) as baseline:
-                contenders: dict[str, Session] = {"engine": session, "transformers": baseline}
-                speed = []
-                for workload in self.cpu_workloads:
-                    samples = measure_speed(
-                        workload,
-                        contenders,
-                        vocab_size=subject.shape.vocab_size,
-                        repeats=self.repeats,
-                        seed=self.seed,
-                    )
-                    speed.append(summarize(workload, samples))
-                    log.info(
-                        "%s: %.1f tok/s, Transformers %.1f",
-                        workload.name,
-                        speed[-1]["output_tokens_per_s"],
-                        speed[-1]["transformers"]["output_tokens_per_s"],
-                    )
-        return quality, speed
-
-    def _sample(self, session: Session, tokenizer: Any) -> dict[str, str]:
-        """The prompt and its greedy answer."""
-        from pipeline.runners.chat import chat_prompt, eos_ids
-
-        prompt = chat_prompt(tokenizer, self.sample_prompt)
-        tokens = list(session.stream(prompt, self.sample_tokens, eos_ids(tokenizer)))
-        return {"prompt": self.sample_prompt, "answer": tokenizer.decode(tokens)}
-
-
-@plain_dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is measured.
-
-    Attributes:
-        engine: The engine.
-        package_digest: The sealed package that holds it.
-        checkpoint: What it was made from, with the source weights.
-        shape: The model.
-        target: The card that it is for.
-        runner: What executes it here.
-    """
-
-    engine: Engine
-    package_digest: str
-    checkpoint: Checkpoint
-    shape: ModelShape
-    target: Target
-    runner: Runner
-
-
-def _available_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _conditions(runner: Runner, text: TextCorpus) -> dict[str, Any]:
+def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> dict[str, Any]:
     """Where and with what it was measured."""
     import os
 
-    return {
-        "device": "cpu",
+    told: dict[str, Any] = {
+        "device": "cpu" if held is None else held.before.gpu,
         "machine": platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
         "runner": runner.name,
         "text": text.origin,
-        "tools": {name: version(name) for name in _TOOLS},
+        "tools": _tools(),
     }
+    if held is not None and held.after is not None:
+        told |= {
+            "card": held.card,
+            "before": held.before.to_json(),
+            "after": held.after.to_json(),
+        }
+    return told
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what may execute something; what is not installed does not."""
+    found = {}
+    for name in _TOOLS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

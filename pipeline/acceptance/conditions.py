@@ -1,7 +1,7 @@
 """The state of the card beside every figure that was measured on it, by NVML; none on a CPU.
 
 Take one before the first CUDA context of a measurement and one after the last: then every compute
-process that NVML shows is somebody else's, whatever process namespaces do to its number.
+process that NVML shows is this one, if it calibrated on the card, or somebody else's.
 
 Names, units and bit values: NVIDIA's NVML API reference (nvml.h), as `pynvml` of nvidia-ml-py
 has them.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -207,12 +208,40 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
             nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
             nvml.NVML_VOLATILE_ECC,
         ),
-        other_compute_processes=tuple(
-            ComputeProcess(pid=int(process.pid), memory_bytes=process.usedGpuMemory)
-            for process in ask("nvmlDeviceGetComputeRunningProcesses", handle) or ()
-            if process.pid != os.getpid()
+        other_compute_processes=strangers(
+            [
+                ComputeProcess(pid=int(process.pid), memory_bytes=process.usedGpuMemory)
+                for process in ask("nvmlDeviceGetComputeRunningProcesses", handle) or ()
+            ],
+            os.getpid(),
+            ours_is_there=_holds_context(),
         ),
     )
+
+
+def strangers(
+    processes: Sequence[ComputeProcess], own_pid: int, *, ours_is_there: bool
+) -> tuple[ComputeProcess, ...]:
+    """The processes that are not this one.
+
+    In a container NVML gives the host's numbers, and this process does not know its own there. If
+    it holds a CUDA context, exactly one of the list is it, whichever: one is left out.
+
+    Args:
+        processes: On the card.
+        own_pid: Of this process, as it sees itself.
+        ours_is_there: This process holds a CUDA context.
+    """
+    others = tuple(process for process in processes if process.pid != own_pid)
+    if ours_is_there and len(others) == len(processes):
+        return others[1:]
+    return others
+
+
+def _holds_context() -> bool:
+    """Whether this process has used CUDA; asked without importing PyTorch for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def _milli(value: int | None) -> float | None:

@@ -28,7 +28,14 @@ class QualityLimits:
     min_top1_agreement: float
 
 
-def judge(report: Report, limits: QualityLimits, *, ran: bool, on_target: bool) -> Verdict:
+def judge(
+    report: Report,
+    limits: QualityLimits,
+    *,
+    ran: bool,
+    on_target: bool,
+    more: Sequence[Finding] = (),
+) -> Verdict:
     """Judge a report.
 
     Args:
@@ -36,12 +43,13 @@ def judge(report: Report, limits: QualityLimits, *, ran: bool, on_target: bool) 
         limits: What quality may lose.
         ran: Whether the engine, its twin or its checkpoint ran here at all.
         on_target: Whether it ran on the card that it is for.
+        more: Findings of parts that judge themselves: chat, spread, physics, conditions, sustained.
 
     Returns:
         The worst finding's verdict; without one `accepted` (ran on its card), `checked` (its graph
         ran elsewhere) or `compiled` (nothing ran).
     """
-    findings = [*_speed_findings(report.speed), *_quality_findings(report.quality, limits)]
+    findings = [*_speed_findings(report.speed), *_quality_findings(report.quality, limits), *more]
     findings += [Finding(kind="note", message=f"not run: {what}") for what in report.not_run]
     failing = {finding.kind for finding in findings}
     for name in _SEVERITY:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cache import StageCache, source_digest
 from pipeline.errors import CorruptError
 from pipeline.progress import progress
-from pipeline.stages import Weights
+from pipeline.runners.session import Session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,43 +42,25 @@ class SourceFigures:
     top1: NDArray[np.int32]
 
 
-def source_figures(
-    weights: Weights, windows: NDArray[np.int64], cache: StageCache
-) -> SourceFigures:
-    """Run the source model over the windows, or take its figures from the cache."""
-    import hashlib
-
+def read_source_figures(folder: Path) -> SourceFigures:
+    """What `write_source_figures` wrote."""
     import numpy as np
 
-    result = cache.run(
-        "source-logits",
-        {
-            "weights": weights.digest,
-            "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
-            "tools": {name: version(name) for name in ("torch", "transformers")},
-            "code": source_digest("pipeline.acceptance.quality", "pipeline.runners.transformers"),
-        },
-        lambda out: _write_source_figures(weights, windows, out),
-    )
     return SourceFigures(
-        logprobs=np.load(result.dir / _LOGPROBS, mmap_mode="r"),
-        nll=np.load(result.dir / _NLL),
-        top1=np.load(result.dir / _TOP1),
+        logprobs=np.load(folder / _LOGPROBS, mmap_mode="r"),
+        nll=np.load(folder / _NLL),
+        top1=np.load(folder / _TOP1),
     )
 
 
-def _write_source_figures(weights: Weights, windows: NDArray[np.int64], out: Path) -> None:
+def write_source_figures(session: Session, windows: NDArray[np.int64], out: Path) -> None:
+    """Run the source model over the windows [W, N]."""
     import numpy as np
-
-    from pipeline.runners.transformers import open_source
 
     logprobs = None
     nll: list[NDArray[np.float32]] = []
     top1: list[NDArray[np.int32]] = []
-    with (
-        open_source(weights.dir) as session,
-        progress("Source model", len(windows), "windows") as done,
-    ):
+    with progress("Source model", len(windows), "windows") as done:
         for index, window in enumerate(windows):
             values = log_softmax(session.logits(window.tolist())[:-1])
             if logprobs is None:

@@ -55,14 +55,15 @@ def junit(document: Mapping[str, Any]) -> bytes:
     """
     speed = {entry["workload"]: entry for entry in document["speed"]}
     cases = [f"speed.{name}" for name in speed]
-    if document["quality"]:
-        cases.append("quality")
+    cases += [part for part in ("quality", "chat", "lm_eval") if document.get(part)]
     failures: dict[str, list[str]] = {case: [] for case in cases}
     for finding in document["findings"]:
         if finding["kind"] == "note":
             continue
         workload = finding["message"].split(":")[0]
         case = f"speed.{workload}" if workload in speed else "quality"
+        if workload in ("chat", "lm_eval"):
+            case = workload
         failures.setdefault(case, []).append(f"{finding['kind']}: {finding['message']}")
     suite = ElementTree.Element("testsuite", name=f"acceptance on {document['card']}")
     for case, messages in failures.items():

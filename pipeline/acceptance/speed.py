@@ -3,68 +3,85 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.acceptance.sampler import device_samples
+from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
 from pipeline.acceptance.workload import Workload
-from pipeline.runners.session import Generation, Session
+from pipeline.runners.session import Session
+from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.stages import Finding
 
+__all__ = ["SpeedSample", "measure_speed", "spread_findings", "summarize"]
 
-@dataclass(frozen=True, kw_only=True)
-class SpeedSample:
-    """One timed run.
-
-    Attributes:
-        output_tokens_per_s: batch x osl / seconds from the start of the prefill to the last token:
-            the definition of vLLM's benchmark ("output token throughput") for a closed batch.
-        ttft_ms: Milliseconds to the first token of the batch.
-        itl_ms: (total - ttft) / (osl - 1), in milliseconds: the mean gap between the tokens of one
-            request, the first excluded.
-    """
-
-    output_tokens_per_s: float
-    ttft_ms: float
-    itl_ms: float
-
-    @staticmethod
-    def of(generation: Generation) -> SpeedSample:
-        """The figures of one generation."""
-        batch, osl = generation.tokens.shape
-        decode_s = generation.total_s - generation.ttft_s
-        return SpeedSample(
-            output_tokens_per_s=batch * osl / generation.total_s,
-            ttft_ms=1e3 * generation.ttft_s,
-            itl_ms=1e3 * decode_s / max(osl - 1, 1),
-        )
+ENGINE, BASELINE = "engine", "transformers"
 
 
 def measure_speed(
     workload: Workload,
-    contenders: dict[str, Session],
+    contenders: Mapping[str, Session],
     *,
     vocab_size: int,
     repeats: int,
     seed: int,
+    tokenizer: Any | None = None,
 ) -> dict[str, list[SpeedSample]]:
     """Time every contender on the same prompts; they alternate, so that drift hits all alike.
 
-    One run of each is discarded as warm-up.
+    `workload.warm_ups` runs of each are discarded. While the engine runs, the card is sampled,
+    where there is one.
+
+    Args:
+        workload: The load.
+        contenders: Name -> what is measured; `engine` is the one that ships.
+        vocab_size: Synthetic token ids are below it.
+        repeats: Timed runs of each.
+        seed: Of synthetic prompts, where the workload has none of its own.
+        tokenizer: For a workload whose file of prompts has text.
+
+    Raises:
+        PipelineError: A run gave too few tokens, or times that no run can have.
+        RecipeError: The workload's file of prompts does not fit.
     """
-    prompts = workload.prompts(vocab_size, seed).tolist()
+    prompts = workload.request_prompts(vocab_size, seed, tokenizer)
+    waves = [
+        [list(prompt) for prompt in prompts[start : start + workload.batch]]
+        for start in range(0, len(prompts), workload.batch)
+    ]
     samples: dict[str, list[SpeedSample]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
+    for run in range(workload.warm_ups + repeats):
+        timed = run >= workload.warm_ups
         for name, session in contenders.items():
-            generation = session.generate(prompts, workload.osl)
-            if repeat > 0:
-                samples[name].append(SpeedSample.of(generation))
+            sample = _timed(session, waves, workload.osl, sampled=name == ENGINE and timed)
+            if timed:
+                samples[name].append(sample)
     return samples
 
 
-def summarize(workload: Workload, samples: dict[str, list[SpeedSample]]) -> dict[str, Any]:
-    """One entry of the report's `speed`: medians, raw samples, ratios to each baseline."""
-    medians = {name: _medians(runs) for name, runs in samples.items()}
-    engine = medians["engine"]
+def _timed(
+    session: Session, waves: Sequence[Sequence[Sequence[int]]], osl: int, *, sampled: bool
+) -> SpeedSample:
+    """One run; a warm-up is held to its number of tokens too."""
+    device = None
+    if sampled:
+        with device_samples() as readings:
+            made = [session.generate(wave, osl) for wave in waves]
+        device = DeviceUse.of(readings)
+    else:
+        made = [session.generate(wave, osl) for wave in waves]
+    return SpeedSample.of_waves(made, prompts=waves, osl=osl, device=device)
+
+
+def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) -> dict[str, Any]:
+    """One entry of the report's `speed`: medians, spread, raw samples, ratios to each baseline.
+
+    Where the runtime tells the times of single requests, `ttft_ms`, `itl_ms` and
+    `request_latency_ms` are p50, p90 and p99 over all requests of all runs, as
+    `latency_percentiles` has them; else the first two are the median over the runs.
+    """
+    runs = samples[ENGINE]
+    engine = _medians(runs)
     entry: dict[str, Any] = {
         "workload": workload.name,
         "workload_digest": workload.digest,
@@ -72,19 +89,77 @@ def summarize(workload: Workload, samples: dict[str, list[SpeedSample]]) -> dict
         "isl": workload.isl,
         "osl": workload.osl,
         **engine,
+        **latency_percentiles([request for run in runs for request in run.requests]),
+        **device_figures(runs),
         "min_output_tokens_per_s": workload.min_output_tokens_per_s,
         "min_ratio_to_transformers": workload.min_ratio_to_transformers,
-        "samples": [round(run.output_tokens_per_s, 2) for run in samples["engine"]],
+        **_rates(runs),
+        "runs": [run.to_json() for run in runs],
     }
-    if baseline := medians.get("transformers"):
+    if not workload.is_plain:
+        entry["load"] = workload.load
+        read = runs[0].prompt_tokens
+        if read is not None:  # `isl` is the longest prompt, a ceiling needs their mean
+            entry["mean_isl"] = round(read / workload.total_requests, 3)
+    if BASELINE in samples:
+        baseline = {**_medians(samples[BASELINE]), **_rates(samples[BASELINE])}
         ratio = engine["output_tokens_per_s"] / baseline["output_tokens_per_s"]
-        entry["transformers"] = baseline
+        entry[BASELINE] = baseline
         entry["ratio_to_transformers"] = round(ratio, 3)
     return entry
 
 
 def _medians(runs: Sequence[SpeedSample]) -> dict[str, float]:
+    names = ("output_tokens_per_s", "ttft_ms", "itl_ms", "total_tokens_per_s")
+    known = {name: [getattr(run, name) for run in runs] for name in names}
     return {
-        name: round(statistics.median(getattr(run, name) for run in runs), 3)
-        for name in ("output_tokens_per_s", "ttft_ms", "itl_ms")
+        name: round(statistics.median(values), 3)
+        for name, values in known.items()
+        if None not in values
     }
+
+
+def _rates(runs: Sequence[SpeedSample]) -> dict[str, Any]:
+    """The rate of each run, and how far they lie apart; one run has no spread."""
+    rates = [run.output_tokens_per_s for run in runs]
+    spread = (max(rates) - min(rates)) / statistics.median(rates)
+    return {
+        "samples": [round(rate, 2) for rate in rates],
+        "spread": round(spread, 6) if len(rates) > 1 else None,
+    }
+
+
+def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> tuple[Finding, ...]:
+    """What the spread of repeated runs says about their median.
+
+    Args:
+        speed: Entries of `summarize`.
+        max_spread: Largest (max - min) / median of the rates of one workload's runs; 0.1 allows
+            ten percent.
+
+    Returns:
+        `inconclusive` for each workload above it, the baseline's runs included where a ratio to
+        them is required; a note where there was one run only, whose spread nobody knows.
+    """
+    return tuple(finding for entry in speed for finding in _spread_of(entry, max_spread))
+
+
+def _spread_of(entry: Mapping[str, Any], max_spread: float) -> Iterator[Finding]:
+    measured = [(entry, "")]
+    if entry.get("min_ratio_to_transformers") is not None and BASELINE in entry:
+        measured.append((entry[BASELINE], " of Transformers"))
+    for figures, whose in measured:
+        spread, rates = figures.get("spread"), figures.get("samples", ())
+        if spread is None:
+            yield Finding(
+                kind="note",
+                message=f"{entry['workload']}: {len(rates)} timed run{whose}, whose spread is not "
+                "known; raise acceptance.repeats to 3 or more",
+            )
+        elif not spread <= max_spread:
+            yield Finding(
+                kind="inconclusive",
+                message=f"{entry['workload']}: the {len(rates)} runs{whose} lie {spread:.1%} apart "
+                f"({min(rates):.1f} to {max(rates):.1f} tok/s), {max_spread:.1%} is allowed; end "
+                "what else runs on this machine, see clocks and temperatures, and measure again",
+            )

@@ -145,7 +145,9 @@ def _run(
             if not isinstance(error, IncompatibleError):
                 raise
             return "stopped", *_up_to_the_command(recipe, compiler, cache_dir, str(error))
-    options = BuildOptions(rebuild=False, config=config, cache_dir=cache_dir)
+    # A key of its own, in CI too: a rehearsal proves nothing to anybody, and leaves nothing behind.
+    environ = {"ENGINESMITH_CONFIG": str(run_dir.parent.parent / "config")}
+    options = BuildOptions(rebuild=False, config=config, cache_dir=cache_dir, environ=environ)
     outcome = build(recipe, run_dir, options)
     state: State = "good" if outcome.exit_code is ExitCode.OK else "failed"
     return state, f"package {outcome.reference}", outcome.message

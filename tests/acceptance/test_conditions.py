@@ -23,6 +23,7 @@ from pipeline.acceptance.conditions import (
     gpu_lock,
     nvml_device,
     read_conditions,
+    strangers,
     throttle_reason_names,
 )
 from pipeline.acceptance.sampler import Reading, Samples, device_samples, sampling
@@ -260,3 +261,12 @@ def test_a_series_that_broke_off_is_an_error() -> None:
 
     with pytest.raises(OSError, match="fell off the bus"):
         run()
+
+
+def test_own_context_under_a_number_of_the_host_is_no_stranger() -> None:
+    ours, theirs = (ComputeProcess(pid=pid, memory_bytes=1) for pid in (5001, 5002))
+    assert strangers([ours], 17, ours_is_there=True) == ()
+    assert strangers([ours], 17, ours_is_there=False) == (ours,)
+    assert len(strangers([ours, theirs], 17, ours_is_there=True)) == 1
+    assert strangers([ours, theirs], 5001, ours_is_there=True) == (theirs,)
+    assert strangers([], 17, ours_is_there=True) == ()

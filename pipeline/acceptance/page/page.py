@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from pipeline.acceptance.judge import QualityLimits
-from pipeline.acceptance.page import measured, sections
+from pipeline.acceptance.page import answers, measured, sections
 from pipeline.acceptance.page.charts import installed
 from pipeline.acceptance.page.markup import Html, join, tag
 
@@ -57,6 +57,8 @@ def render_page(
         measured.latency(report),
         measured.sustained(report),
         sections.quality(report, limits),
+        answers.lm_eval(report),
+        answers.chat(report),
         sections.sample(report),
         sections.checks(report),
         sections.conditions(report),

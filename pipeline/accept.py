@@ -1,0 +1,296 @@
+"""Acceptance of a package that is built already, on this machine's card: `enginesmith accept`.
+
+    find, verify, compose for this card, measure, sign, add the statement
+
+The package is only read. What comes of it is one signed statement beside it, for the card that is
+in this machine, whether it passed or not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.acceptance.card import card_name
+from pipeline.acceptance.conditions import read_conditions
+from pipeline.acceptance.measure import Subject
+from pipeline.acceptance.report import REPORT_FILE, write_report
+from pipeline.build import Recipe, plan_of
+from pipeline.cache import StageCache, cache_root
+from pipeline.config.folders import config_folders
+from pipeline.config.load import Job, load
+from pipeline.config.targets import target_of_card
+from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.errors import CorruptError, ExitCode, IncompatibleError, RecipeError
+from pipeline.hardware import Target
+from pipeline.identity import statement_name
+from pipeline.machine import require_builder
+from pipeline.outcome import Outcome
+from pipeline.plan import refuse
+from pipeline.registry.backend import Registry
+from pipeline.registry.package import verify
+from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
+from pipeline.registry.signing.machine import Signatory, machine_trust, signatory_for
+from pipeline.registry.signing.verification import verify_signatures
+from pipeline.registry.stores.opening import open_registry
+from pipeline.shapes import shape_faults
+from pipeline.stages import Engine, Format, Limits, Package, Verdict, Weights
+
+log = logging.getLogger(__name__)
+
+RUNNERS: Mapping[Format, str] = {
+    "checkpoint": "vllm",
+    "trtrtx": "tensorrt_rtx",
+    "trtllm": "trtllm",
+}
+"""What executes each format on a card; options of conf/runner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptRequest:
+    """What to accept.
+
+    Attributes:
+        target: A reference, or the folder of a package.
+        registry: Where references are looked up, and statements go; a URL.
+        publish: Add the statement to the registry; without it only a registry in a folder of this
+            machine gets it.
+        overrides: Of the recipe, in Hydra's grammar, such as `acceptance.sustained.minutes=20`.
+        recipe: Its name; None for the package's own.
+        policy: Trust policy; None for this machine's.
+        allow_unsigned: Take a package that nobody signed.
+        config_dir: Folder with recipes of the user's.
+        environ: Names the key to sign with and whom to believe.
+    """
+
+    target: str
+    registry: str
+    publish: bool = False
+    overrides: tuple[str, ...] = ()
+    recipe: str | None = None
+    policy: Path | None = None
+    allow_unsigned: bool = False
+    config_dir: Path | None = None
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
+def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
+    """Run a package's acceptance on this machine's card.
+
+    Raises:
+        IncompatibleError: No card, one that we have no figures of, or one that cannot run it.
+        PipelineError: Anything but a missed target, which is an outcome.
+    """
+    started = time.perf_counter()
+    target = this_card()
+    folder = folder_of_package(request.target)
+    registry = open_registry(request.registry)
+    adds = folder is None and (request.publish or registry.local)
+    signatory = None
+    if adds:
+        signatory = signatory_for(request.environ, run_dir.name, own_folder=registry.local)
+    package = verified(request, registry, folder)
+    job = composed(request, package, target)
+    recipe: Recipe = job.value
+    plan = plan_of(recipe)
+    refuse(plan)
+    engine = engine_of(package)
+    if reason := recipe.runner.why_not(engine):
+        raise IncompatibleError(reason)
+    require_builder(engine.format)
+    weights = same_weights(recipe, package, engine)
+    cache = StageCache(root=cache_root())
+    report, verdict = recipe.acceptance.measure(
+        Subject(
+            engine=engine,
+            package_digest=package.digest,
+            weights=weights,
+            checkpoint_dir=engine.dir if engine.format == "checkpoint" else None,
+            plan=plan,
+            runner=recipe.runner,
+        ),
+        cache,
+    )
+    files = write_report(
+        report,
+        verdict,
+        run_dir,
+        manifest=package.manifest,
+        plan=plan.to_json(),
+        limits=recipe.acceptance.limits,
+    )
+    where = files[REPORT_FILE]
+    if signatory is not None:
+        where = add_result(registry, package, signatory, files, asked(recipe, package, job.config))
+    else:
+        log.warning("No statement was added: use --publish with a reference in a registry")
+    return outcome_of(package, verdict, where, seconds=time.perf_counter() - started)
+
+
+def this_card() -> Target:
+    """What is known of the card in this machine.
+
+    Raises:
+        IncompatibleError: There is none, or nothing is known of it.
+    """
+    found = read_conditions()
+    if found is None:
+        raise IncompatibleError(
+            "accept measures a package on this machine's GPU, and NVML shows this process none; "
+            "run it on a machine with the card (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
+        )
+    card = card_name(found)
+    if (target := target_of_card(card)) is None:
+        raise IncompatibleError(
+            f"nothing is known of {card}: its ceilings need conf/target/<id>.yaml with its "
+            "bandwidth and tensor peaks; copy that of a similar card"
+        )
+    return target
+
+
+def folder_of_package(target: str) -> Path | None:
+    """The folder that was named; None for a reference."""
+    path = Path(target).expanduser()
+    named = target.startswith((".", "/", "~")) or (path / "manifest.json").exists()
+    return path.resolve() if named else None
+
+
+def verified(request: AcceptRequest, registry: Registry, folder: Path | None) -> Package:
+    """The package, its bytes and its signature checked."""
+    trust = machine_trust(
+        request.environ, own_folder=folder is not None or registry.local, policy=request.policy
+    )
+    if folder is not None:
+        package = verify(folder)
+        statements = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
+    else:
+        package = registry.resolve(request.target)
+        statements = registry.statements_dir(reference_of(package))
+    verify_signatures(package, statements, trust, allow_unsigned=request.allow_unsigned)
+    return package
+
+
+def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
+    """The package's recipe, for this card and for what runs its format there.
+
+    Raises:
+        RecipeError: There is no such recipe, or it has faults.
+    """
+    engine_format: Format = package.manifest["format"]
+    limits = package.manifest["limits"]
+    implied = {
+        "compiler": engine_format,
+        "target": target.id,
+        "runner": RUNNERS[engine_format],
+        **{f"compiler.{key}": limits[key] for key in ("max_batch_size", "max_seq_len")},
+    }
+    given = {override.split("=")[0] for override in request.overrides}
+    overrides = [f"{key}={value}" for key, value in implied.items() if key not in given]
+    loaded = load(
+        request.recipe or package.manifest["name"],
+        [*overrides, *request.overrides],
+        folders=config_folders(request.config_dir),
+    )
+    if faults := [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]:
+        raise RecipeError(faults)
+    return loaded.jobs[0]
+
+
+def engine_of(package: Package) -> Engine:
+    """The engine inside a package, as its manifest describes it."""
+    manifest = package.manifest
+    match, runtime = manifest["match"], manifest["match"]["runtime"]
+    return Engine(
+        dir=package.engine_dir,
+        digest=package.digest,
+        format=manifest["format"],
+        variant=manifest["variant"],
+        runtime=(runtime["name"], runtime["version"]),
+        sms=tuple(match["sm"]),
+        limits=Limits(**manifest["limits"]),
+        min_vram_bytes=match["min_vram_bytes"],
+        serve_args=tuple(manifest["serve"]["args"]),
+        tools=dict(manifest["build"]["tools"]),
+    )
+
+
+def same_weights(recipe: Recipe, package: Package, engine: Engine) -> Weights:
+    """The source that the package was made from, fetched again to be compared with.
+
+    Raises:
+        RecipeError: The recipe cannot judge this package: another model, other text, no room.
+        CorruptError: The recipe's source is not the package's.
+    """
+    recipe.acceptance.check_inputs(recipe.shape, engine.limits.max_seq_len, recipe.runner.device)
+    recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
+    weights = recipe.source.fetch()
+    if faults := shape_faults(recipe.shape, UnifiedCheckpoint(weights.dir).config_json):
+        raise RecipeError(faults)
+    wanted = package.manifest["source"]["digest"]
+    if weights.digest != wanted:
+        raise CorruptError(
+            f"{reference_of(package)} was made from {package.manifest['source']['origin']} with "
+            f"digest {wanted[:12]}, the recipe's source {weights.origin} has "
+            f"{weights.digest[:12]}; name the recipe that it was built with: --recipe"
+        )
+    return weights
+
+
+def asked(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
+    """Name of the statement that answers this question about this package."""
+    sections = {name: config[name] for name in ("acceptance", "runner", "target")}
+    return statement_name(recipe.acceptance.key(sections, recipe.runner, package.digest))
+
+
+def add_result(
+    registry: Registry,
+    package: Package,
+    signatory: Signatory,
+    files: Mapping[str, Path],
+    name: str,
+) -> Path:
+    """Sign the report and add it; the next free name where this was asked before.
+
+    A measurement is never the same twice, so a second one of the same question is another
+    statement.
+    """
+    reference = reference_of(package)
+    data = files[REPORT_FILE].read_bytes()
+    statement: dict[str, bytes | Path] = {
+        **files,
+        REPORT_FILE: data,
+        **signatory.sign_report(data),
+    }
+    taken = {found.name for found in registry.entry(str(reference)).statements}
+    base = signatory.statement_name(name)
+    number = 1
+    while (free := base if number == 1 else f"{base}-{number}") in taken:
+        number += 1
+    return registry.add_statement(reference, free, statement) / REPORT_FILE
+
+
+def outcome_of(package: Package, verdict: Verdict, report: Path, *, seconds: float) -> Outcome:
+    """What the run ends with."""
+    reasons = [f"  {found.message}" for found in verdict.findings if found.kind != "note"]
+    message = f"{verdict.name}: {reference_of(package)}"
+    done = Outcome(
+        exit_code=ExitCode.OK,
+        verdict=verdict.name,
+        reference=str(reference_of(package)),
+        digest=package.digest,
+        report=report,
+        package_dir=package.dir,
+        size_bytes=sum(file["size"] for file in package.manifest["files"]),
+        message=message,
+        seconds=seconds,
+    )
+    if verdict.passed:
+        return done
+    return replace(
+        done, exit_code=ExitCode.NOT_ACCEPTED, message="\n".join([f"not {message}", *reasons])
+    )

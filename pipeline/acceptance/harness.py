@@ -1,0 +1,220 @@
+"""Benchmark tasks of EleutherAI's lm-evaluation-harness, put to a session.
+
+The package `lm_eval` is optional (extra `eval`): it brings forty others. Its tasks mostly load
+their data from the Hugging Face Hub; tasks of one's own come from a folder of YAML files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.acceptance.quality import BOOTSTRAP_DRAWS
+from pipeline.errors import Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.runners.session import Session
+from pipeline.settings import STRICT, Listed, PathField
+from pipeline.stages import Finding
+
+_NO_FORK = "DISABLE_MULTIPROC"
+"""Read by lm_eval.api.metrics.bootstrap_stderr, 0.4.13."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HarnessSettings:
+    """Which tasks, and what the engine may lose in them.
+
+    Attributes:
+        tasks: Names of tasks or groups, as `lm-eval ls tasks` lists them, or of `include_path`.
+        include_path: Folder with tasks of one's own, as YAML files of that library.
+        num_fewshot: Solved examples before each question; None for each task's own number.
+        limit: Questions of each task, the first ones; None for all.
+        apply_chat_template: Put each question to the model as a user's message.
+        max_drop: What the engine may lose against the source in each metric, in its own unit: 0.01
+            is one point of accuracy. None to report only. It must leave room for noise: of n
+            questions, d of which the two answer differently, accuracy changes by chance with a
+            standard deviation of about sqrt(d) / n.
+    """
+
+    tasks: Annotated[Listed[str], MinLen(1)]
+    include_path: PathField | None = None
+    num_fewshot: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+    apply_chat_template: bool = False
+    max_drop: NonNegativeFloat | None = None
+
+
+def check_harness(settings: HarnessSettings, config_path: str = "acceptance.lm_eval") -> None:
+    """Find what would fail later, in seconds: the library is missing, or a task is not known.
+
+    Whether a task's data can be had is seen only when it is loaded.
+
+    Raises:
+        IncompatibleError: `lm_eval` is not installed.
+        RecipeError: A task or the folder is not there.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise IncompatibleError(
+            f"{config_path}.tasks needs the package lm_eval, which is not installed: "
+            'pip install "enginesmith[eval]", or leave the tasks out'
+        )
+    folder = settings.include_path
+    if folder is not None and not folder.is_dir():
+        raise RecipeError([Fault(f"{config_path}.include_path", f"{folder} is no folder")])
+    manager = _manager(settings)
+    unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
+    if unknown:
+        message = f"no such task: {', '.join(unknown)}; lm-eval ls tasks lists all"
+        raise RecipeError([Fault(f"{config_path}.tasks", message)])
+
+
+def run_harness(
+    session: Session, tokenizer: Any, settings: HarnessSettings, *, context: int, seed: int
+) -> dict[str, Any]:
+    """Put the tasks to one session.
+
+    Args:
+        session: Source or engine.
+        tokenizer: Of its folder.
+        settings: Which tasks.
+        context: Longest request, tokens; longer ones lose their start, which is counted.
+        seed: Of the choice of solved examples.
+
+    Returns:
+        `version` of the library, `truncated` requests, and `tasks`: name -> `version`, `samples`
+        and `metrics`: name -> `value`, `stderr`, `higher_is_better`.
+
+    Raises:
+        CorruptError: A logit is not finite.
+        PipelineError: A task cannot be loaded or asks for what the session cannot do, or a metric
+            is no finite number.
+    """
+    import lm_eval
+
+    from pipeline.acceptance.harness_model import SessionModel
+    from pipeline.hf import quiet
+
+    model = SessionModel(session, tokenizer, context)
+    library = logging.getLogger("lm_eval")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        with quiet(), _one_process():
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(settings.tasks),
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
+                task_manager=_manager(settings),
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAP_DRAWS,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    except (OSError, ValueError, KeyError) as error:  # what it raises for data that is not there
+        raise PipelineError(
+            f"lm_eval could not run {', '.join(settings.tasks)}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        library.setLevel(level)
+    return {
+        "version": lm_eval.__version__,
+        "limit": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "truncated": model.truncated,
+        "tasks": {
+            task: {
+                "version": found["versions"].get(task),
+                "samples": found["n-samples"].get(task, {}).get("effective"),
+                "metrics": dict(_metrics(task, values, found["higher_is_better"].get(task, {}))),
+            }
+            for task, values in found["results"].items()
+        },
+    }
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep the library's bootstrap from forking this process, whose runtimes have threads."""
+    before = os.environ.get(_NO_FORK)
+    os.environ[_NO_FORK] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_FORK]
+        else:
+            os.environ[_NO_FORK] = before
+
+
+def _manager(settings: HarnessSettings) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    folder = settings.include_path
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
+def _metrics(
+    task: str, values: Mapping[str, Any], higher: Mapping[str, bool | None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The library's `acc,none` and `acc_stderr,none`, put together as `acc`."""
+    for key, value in values.items():
+        name, _, answer_filter = key.partition(",")
+        if not answer_filter or name.endswith("_stderr"):
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise PipelineError(f"lm_eval: {task} has {name} = {value!r}, wanted a finite number")
+        spread = values.get(f"{name}_stderr,{answer_filter}")
+        yield (
+            name if answer_filter == "none" else f"{name} ({answer_filter})",
+            {
+                "value": float(value),
+                # The library writes "N/A" for metrics whose error it does not know.
+                "stderr": float(spread) if isinstance(spread, (int, float)) else None,
+                "higher_is_better": higher.get(name),
+            },
+        )
+
+
+def harness_findings(
+    source: Mapping[str, Any], engine: Mapping[str, Any], max_drop: float | None
+) -> tuple[Finding, ...]:
+    """Hold the engine's results against the source's; pure.
+
+    Args:
+        source: Of `run_harness` on the source.
+        engine: Of `run_harness` on what ships.
+        max_drop: As in `HarnessSettings`.
+
+    Returns:
+        `regression` for each metric that is worse by more. A metric of which the library does not
+        say what is better is only reported.
+    """
+    return () if max_drop is None else tuple(_drops(source, engine, max_drop))
+
+
+def _drops(
+    source: Mapping[str, Any], engine: Mapping[str, Any], max_drop: float
+) -> Iterator[Finding]:
+    for task, result in engine["tasks"].items():
+        for name, metric in result["metrics"].items():
+            before = source["tasks"][task]["metrics"][name]["value"]
+            higher = metric["higher_is_better"]
+            drop = before - metric["value"] if higher else metric["value"] - before
+            if higher is not None and not drop <= max_drop:
+                yield Finding(
+                    kind="regression",
+                    message=f"lm_eval: {task}: {name} is {metric['value']:.4g}, the source has "
+                    f"{before:.4g}: worse by {drop:.4g}, {max_drop:.4g} is allowed",
+                )

@@ -1,0 +1,24 @@
+"""Which `conf/target/<id>.yaml` is this card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pipeline.config.folders import data_dir
+from pipeline.hardware import Target
+
+
+def target_of_card(card: str) -> Target | None:
+    """The target with this name of the card, such as `NVIDIA-H100-80GB-HBM3`; None for none."""
+    return next((target for target in known_targets() if target.card == card), None)
+
+
+def known_targets() -> tuple[Target, ...]:
+    """All cards that we know figures of, by id."""
+    found = []
+    for path in sorted((data_dir("conf") / "target").glob("*.yaml")):
+        values: dict[str, Any] = yaml.safe_load(path.read_text())
+        found.append(Target(**{name: values[name] for name in values if name != "_target_"}))
+    return tuple(found)

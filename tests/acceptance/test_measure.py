@@ -1,0 +1,254 @@
+"""Acceptance on a card, as far as it goes without one.
+
+What runs is real: a tiny model, quantized by ModelOpt and executed as a simulation. Only where it
+runs is pretended, by a runner that says `cuda` and by the conditions of a card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.acceptance import acceptance as acceptance_module
+from pipeline.acceptance.acceptance import Acceptance
+from pipeline.acceptance.card import HeldCard
+from pipeline.acceptance.chat_probe import ChatSettings
+from pipeline.acceptance.conditions import ComputeProcess, Conditions
+from pipeline.acceptance.measure import Subject
+from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.acceptance.workload import Workload
+from pipeline.cache import StageCache
+from pipeline.compilers.checkpoint import CheckpointCompiler
+from pipeline.errors import CorruptError
+from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
+from pipeline.runners.session import Device, Session
+from pipeline.runners.transformers import TransformersSession, open_checkpoint
+from pipeline.stages import Checkpoint, Engine, Report, Verdict
+from tests.quantize.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
+
+QUIET = Conditions(
+    gpu="NVIDIA Ada", uuid="GPU-1", sm=89, driver="580.1", cuda_driver="13.0",
+    memory_total_bytes=24 << 30, memory_used_bytes=1 << 20, power_limit_w=300.0,
+    power_limit_default_w=300.0, sm_clock_mhz=2500, memory_clock_mhz=10000, temperature_c=40,
+    throttle_reasons=(), ecc_enabled=False, ecc_uncorrected=0, other_compute_processes=(),
+)  # fmt: skip
+LOAD = Workload(name="b2", batch=2, isl=8, osl=8, min_output_tokens_per_s=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CardRunner:
+    """Runs a simulation and says that it was a card."""
+
+    broken: bool = False
+
+    @property
+    def name(self) -> str:
+        return "vllm"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
+
+    def why_not(self, engine: Engine) -> str | None:
+        return None
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        return self._broken(engine) if self.broken else open_checkpoint(engine.dir, 128)
+
+    @contextlib.contextmanager
+    def _broken(self, engine: Engine) -> Iterator[Session]:
+        with open_checkpoint(engine.dir, 128) as session:
+            with contextlib.suppress(AttributeError):
+                session._model.model.norm.weight.data[:] = float("nan")
+            yield session
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def asked(**changes: Any) -> Acceptance:
+    given: dict[str, Any] = {
+        "targets": (LOAD,), "cpu_workloads": (), "text": RepeatedText(), "windows": 4,
+        "window_tokens": 64, "max_perplexity_increase": 1000.0, "max_mean_kl_nats": 0.2,
+        "min_top1_agreement": 0.0, "sample_prompt": "hi", "sample_tokens": 8, "repeats": 2,
+        "time_limit_s": 600.0, "seed": 0, "max_spread": 100.0,
+    }  # fmt: skip
+    return Acceptance(**{**given, **changes})
+
+
+def subject(checkpoint: Checkpoint, root: Path, question: Acceptance, **changes: Any) -> Subject:
+    compiler = CheckpointCompiler(
+        max_batch_size=2, max_seq_len=128, max_num_tokens=256, kv_cache_dtype="bfloat16",
+        runtime="vllm", runtime_version="0.24.0",
+    )  # fmt: skip
+    plan = make_plan(
+        PlanRequest(
+            name="tiny",
+            shape=shape_of(checkpoint.weights),
+            target=ADA,
+            format="checkpoint",
+            quantization="fp8",
+            limits=compiler.limits,
+            workloads=tuple(
+                PlannedWorkload(
+                    name=load.name,
+                    batch=load.batch,
+                    isl=load.isl,
+                    osl=load.osl,
+                    min_output_tokens_per_s=load.min_output_tokens_per_s,
+                    min_share_of_ceiling=load.min_share_of_ceiling,
+                )
+                for load in question.targets
+            ),
+            runtime=compiler.pinned_runtime,
+        )
+    )
+    given: dict[str, Any] = {
+        "engine": compiler.compile(checkpoint, ADA, StageCache(root=root / "cache"), root),
+        "package_digest": "d" * 64,
+        "weights": checkpoint.weights,
+        "checkpoint_dir": checkpoint.dir,
+        "plan": plan,
+        "runner": CardRunner(),
+    }
+    return Subject(**{**given, **changes})
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[Conditions]:
+    """The states of the card before and after; tests change them."""
+    states = [QUIET, QUIET]
+
+    @contextlib.contextmanager
+    def held() -> Iterator[HeldCard]:
+        found = HeldCard(before=states[0])
+        yield found
+        found.after = states[1]
+
+    monkeypatch.setattr(acceptance_module, "held_card", held)
+    return states
+
+
+def measure(
+    checkpoint: Checkpoint, root: Path, question: Acceptance, **changes: Any
+) -> tuple[Report, Verdict]:
+    return question.measure(
+        subject(checkpoint, root, question, **changes), StageCache(root=root / "cache")
+    )
+
+
+def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    question = asked(
+        chat=ChatSettings(prompts=20, max_new_tokens=4, min_source_stops=0),
+        sustained=SustainedRun(minutes=0.05, max_throughput_drop=0.99),
+    )
+    report, verdict = measure(checkpoint, tmp_path, question)
+    assert verdict.name == "accepted", verdict.findings
+    assert report.conditions["card"] == "NVIDIA-Ada" == report.card
+    assert report.conditions["before"]["driver"] == "580.1"
+    assert [entry["workload"] for entry in report.speed] == ["b2"]
+    assert report.speed[0]["min_output_tokens_per_s"] == 0.1
+    assert report.physics["shares"][0]["name"] == "b2"
+    assert report.chat["prompts"] > 0
+    assert len(report.sustained["samples"]) > 10
+    assert report.sustained["figures"]["throughput_drop"] < 0.99
+    assert report.not_run == []
+    document = report.to_json(verdict)
+    assert {"chat", "sustained", "physics"} <= set(document)
+    assert "lm_eval" not in document
+
+
+def test_share_of_the_ceiling_becomes_a_rate_of_this_card(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    load = Workload(name="b2", batch=2, isl=8, osl=8, min_share_of_ceiling=0.5)
+    question = asked(targets=(load,))
+    report, verdict = measure(checkpoint, tmp_path, question)
+    ceiling = subject(checkpoint, tmp_path, question).plan.workloads[0].ceiling
+    assert report.speed[0]["min_output_tokens_per_s"] == pytest.approx(0.5 * ceiling)
+    assert verdict.name == "rejected"  # a simulation is far below it
+
+
+def test_another_card_measures_and_demands_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    card[:] = [dataclasses.replace(QUIET, gpu="NVIDIA Hopper", sm=90)] * 2
+    load = Workload(name="b2", batch=2, isl=8, osl=8, min_output_tokens_per_s=1e9)
+    report, verdict = measure(checkpoint, tmp_path, asked(targets=(load,)))
+    assert verdict.name == "checked"
+    assert report.conditions["card"] == "NVIDIA-Hopper"
+    assert report.speed[0]["min_output_tokens_per_s"] is None
+    assert report.physics == {}
+    assert report.not_run == ["NVIDIA-Ada: no such card here; speed and numerics on it"]
+
+
+def test_another_process_on_the_card_makes_it_inconclusive(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    stranger = ComputeProcess(pid=77, memory_bytes=1)
+    card[1] = dataclasses.replace(QUIET, other_compute_processes=(stranger,))
+    _, verdict = measure(checkpoint, tmp_path, asked())
+    assert verdict.name == "inconclusive"
+    assert any("pid 77" in finding.message for finding in verdict.findings)
+
+
+def test_scattered_rates_are_inconclusive(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    _, verdict = measure(checkpoint, tmp_path, asked(max_spread=1e-9))
+    assert verdict.name == "inconclusive"
+
+
+def test_one_layer_with_a_wrong_scale_is_a_regression(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    question = asked()
+    good = subject(checkpoint, tmp_path, question)
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in good.engine.dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight_scale"] *= 4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = dataclasses.replace(good.engine, dir=folder)
+    _, verdict = measure(checkpoint, tmp_path, question, engine=engine)
+    assert verdict.name == "regression"
+    _, verdict = measure(checkpoint, tmp_path, question)
+    assert verdict.name == "accepted", verdict.findings
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_no_verdict(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    with pytest.raises(CorruptError, match="not finite"):
+        measure(checkpoint, tmp_path, asked(), runner=CardRunner(broken=True))
+
+
+def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    card: list[Conditions],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    question = asked(chat=ChatSettings(prompts=20, max_new_tokens=4, min_source_stops=0))
+    first, _ = measure(checkpoint, tmp_path, question)
+
+    def refuse(*_: object) -> TransformersSession:
+        raise AssertionError("the source was loaded again")
+
+    monkeypatch.setattr("pipeline.runners.transformers.open_source", refuse)
+    second, _ = measure(checkpoint, tmp_path, question)
+    assert second.quality["source_perplexity"] == first.quality["source_perplexity"]
+    assert second.chat["answers"] == first.chat["answers"]

@@ -1,0 +1,258 @@
+"""Runs that cannot be are refused; requests, the card and the spread are in the figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.acceptance import speed
+from pipeline.acceptance.sampler import Reading, Samples
+from pipeline.acceptance.speed import SpeedSample, measure_speed, spread_findings, summarize
+from pipeline.acceptance.workload import Workload
+from pipeline.errors import PipelineError
+from pipeline.runners.session import Generation
+from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+
+LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
+PROMPTS = [[1, 2, 3, 4, 5]] * 2
+
+
+def timing(ttft_ms: float, decode_ms: float) -> RequestTiming:
+    return RequestTiming(
+        ttft_ms=ttft_ms, request_latency_ms=ttft_ms + decode_ms, itl_ms=decode_ms / 3
+    )
+
+
+@dataclass
+class Answers:
+    """A session that gives what it is told, one after the other."""
+
+    generations: list[Generation]
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+        self.asked.append((len(prompts), osl))
+        return self.generations.pop(0)
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+    ) -> Iterator[int]:
+        raise NotImplementedError
+
+
+def ran(total_s: float, ttft_s: float = 0.0, shape: tuple[int, ...] = (2, 4)) -> Generation:
+    return Generation(tokens=np.zeros(shape, np.int64), ttft_s=ttft_s, total_s=total_s)
+
+
+def timed(total_s: float, *requests: RequestTiming) -> VllmGeneration:
+    return VllmGeneration(
+        tokens=np.zeros((2, 4), np.int64), ttft_s=0.02, total_s=total_s, requests=requests
+    )
+
+
+def measured(*totals_s: float, load: Workload = LOAD) -> dict[str, Any]:
+    """The entry of runs that took so long, after a warm-up."""
+    session = Answers([ran(total) for total in (1.0, *totals_s)])
+    samples = measure_speed(load, {"engine": session}, vocab_size=9, repeats=len(totals_s), seed=0)
+    return summarize(load, samples)
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((2, 3), r"2 answers of 4 tokens, got an array \[2, 3\]"),
+        ((1, 4), r"2 answers of 4 tokens, got an array \[1, 4\]"),
+        ((2, 5), r"got an array \[2, 5\]"),
+        ((2, 0), r"got an array \[2, 0\]"),
+        ((8,), r"got an array \[8\]"),
+    ],
+)
+def test_other_tokens_than_asked_are_no_rate(shape: tuple[int, ...], told: str) -> None:
+    with pytest.raises(PipelineError, match=told):
+        SpeedSample.of(ran(1.0, shape=shape), prompts=PROMPTS, osl=4)
+
+
+def test_no_tokens_are_no_rate_even_where_none_were_promised() -> None:
+    with pytest.raises(PipelineError, match="cannot be measured"):
+        SpeedSample.of(ran(1.0, shape=(2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("total_s", "ttft_s"),
+    [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.1), (math.inf, 0.1), (1.0, math.nan), (1.0, -0.1),
+     (1.0, 1.5)],
+)  # fmt: skip
+def test_times_that_no_run_has_are_no_rate(total_s: float, ttft_s: float) -> None:
+    with pytest.raises(PipelineError, match="no run takes such a time"):
+        SpeedSample.of(ran(total_s, ttft_s))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
+def test_request_times_that_cannot_be_are_no_rate(bad: float) -> None:
+    SpeedSample.of(timed(1.0, timing(20.0, 400.0)))
+    with pytest.raises(PipelineError, match="a request's time that is negative or not a number"):
+        SpeedSample.of(timed(1.0, timing(20.0, bad)))
+
+
+def test_short_warm_up_is_refused_too() -> None:
+    session = Answers([ran(1.0, shape=(2, 3)), ran(1.0)])
+    with pytest.raises(PipelineError, match="got an array"):
+        measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=1, seed=0)
+
+
+def test_prompt_tokens_count_in_the_total_rate() -> None:
+    entry = measured(2.0, 2.0, 2.0)
+    assert entry["output_tokens_per_s"] == pytest.approx(2 * 4 / 2.0)
+    assert entry["total_tokens_per_s"] == pytest.approx(2 * (5 + 4) / 2.0)
+
+
+def test_without_request_times_latencies_are_plain_medians() -> None:
+    session = Answers([ran(9.0), ran(1.0, 0.2), ran(2.0, 0.5), ran(4.0, 0.7)])
+    samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
+    entry = summarize(LOAD, samples)
+    assert entry["ttft_ms"] == 500.0
+    assert entry["itl_ms"] == 500.0
+    assert "request_latency_ms" not in entry
+    assert session.asked == [(2, 4)] * 4
+
+
+def test_percentiles_are_over_the_requests_of_all_runs() -> None:
+    runs: list[Generation] = [
+        timed(1.0, timing(10.0 * n, 30.0), timing(10.0 * n + 5.0, 60.0)) for n in (1, 2, 3)
+    ]
+    warm_up = timed(9.0, timing(999.0, 999.0), timing(999.0, 999.0))
+    session = Answers([warm_up, *runs])
+    samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
+    entry = summarize(LOAD, samples)
+    times = [10.0, 15.0, 20.0, 25.0, 30.0, 35.0]
+    for name, percent in (("p50", 50), ("p90", 90), ("p99", 99)):
+        assert entry["ttft_ms"][name] == pytest.approx(np.percentile(times, percent), abs=1e-3)
+    assert entry["itl_ms"]["p50"] == pytest.approx(15.0)
+    assert entry["request_latency_ms"].keys() == {"p50", "p90", "p99"}
+    assert [len(run["requests"]) for run in entry["runs"]] == [2, 2, 2]
+    assert entry["runs"][0]["requests"][1] == {
+        "ttft_ms": 15.0, "request_latency_ms": 75.0, "itl_ms": 20.0,
+    }  # fmt: skip
+    assert json.loads(json.dumps(entry)) == entry
+
+
+def test_gaps_of_a_batch_are_the_mean_of_its_requests_where_they_are_told() -> None:
+    sample = SpeedSample.of(timed(1.0, timing(20.0, 300.0), timing(20.0, 600.0)))
+    assert sample.itl_ms == pytest.approx(150.0)
+    assert sample.ttft_ms == pytest.approx(20.0)
+
+
+def test_waves_count_as_one_run() -> None:
+    waves = [ran(1.0, 0.1), ran(3.0, 0.3)]
+    sample = SpeedSample.of_waves(waves, prompts=[PROMPTS, PROMPTS], osl=4)
+    assert sample.output_tokens_per_s == pytest.approx(16 / 4.0)
+    assert sample.total_tokens_per_s == pytest.approx(36 / 4.0)
+    assert sample.ttft_ms == pytest.approx(200.0)
+    assert sample.itl_ms == pytest.approx(600.0)
+    with pytest.raises(PipelineError, match="got an array"):
+        SpeedSample.of_waves([ran(1.0), ran(1.0, shape=(2, 3))], osl=4)
+
+
+@dataclass
+class Card:
+    """Gives out series of readings, and counts how many were on at once."""
+
+    series: list[Samples]
+    opened: int = 0
+
+    @contextlib.contextmanager
+    def samples(self) -> Iterator[Samples]:
+        self.opened += 1
+        yield self.series.pop(0)
+
+
+def series(seconds: float, energy_j: float | None, *memory: int) -> Samples:
+    ends = (0.0, seconds)
+    energies = (None, None) if energy_j is None else (100.0, 100.0 + energy_j)
+    readings = [
+        Reading(at_s=at, memory_used_bytes=used, energy_j=energy)
+        for at, used, energy in zip(ends, memory, energies, strict=True)
+    ]
+    return Samples(readings)
+
+
+def on_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(speed, "device_samples", card.samples)
+    sessions = {name: Answers([ran(1.0)] * 3) for name in ("engine", "transformers")}
+    return summarize(LOAD, measure_speed(LOAD, sessions, vocab_size=9, repeats=2, seed=0))
+
+
+def test_card_is_sampled_in_the_engines_timed_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card([series(2.0, 400.0, 5, 9), series(3.0, 400.0, 8, 7)])
+    entry = on_card(card, monkeypatch)
+    assert card.opened == 2
+    assert entry["peak_memory_bytes"] == 9
+    assert entry["mean_power_w"] == pytest.approx(800.0 / 5.0)
+    assert entry["joules_per_token"] == pytest.approx(800.0 / 16)
+    assert [run["mean_power_w"] for run in entry["runs"]] == [200.0, pytest.approx(133.33)]
+    assert "peak_memory_bytes" not in entry["transformers"]
+
+
+def test_card_without_an_energy_counter_still_tells_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = on_card(Card([series(2.0, None, 5, 9), series(3.0, 4.0, 8, 7)]), monkeypatch)
+    assert entry["peak_memory_bytes"] == 9
+    assert "mean_power_w" not in entry
+    assert "joules_per_token" not in entry
+
+
+def test_without_a_card_there_are_no_figures_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = on_card(Card([Samples(), Samples()]), monkeypatch)
+    assert not entry.keys() & {"peak_memory_bytes", "mean_power_w", "joules_per_token"}
+
+
+def test_spread_is_the_range_over_the_median() -> None:
+    entry = measured(1.0, 2.0, 4.0)
+    assert entry["samples"] == [8.0, 4.0, 2.0]
+    assert entry["spread"] == pytest.approx(6.0 / 4.0)
+
+
+@pytest.mark.parametrize(("allowed", "kinds"), [(1.5, []), (1.4999, ["inconclusive"])])
+def test_spread_above_its_bound_is_inconclusive(allowed: float, kinds: list[str]) -> None:
+    found = spread_findings([measured(1.0, 2.0, 4.0)], allowed)
+    assert [finding.kind for finding in found] == kinds
+    if found:
+        assert found[0].message.startswith("b2: the 3 runs lie 150.0% apart (2.0 to 8.0 tok/s)")
+
+
+def test_spread_that_is_not_a_number_is_inconclusive() -> None:
+    entry = {**measured(1.0, 1.0), "spread": math.nan}
+    assert [finding.kind for finding in spread_findings([entry], 0.1)] == ["inconclusive"]
+
+
+def test_one_run_has_no_spread_and_is_told() -> None:
+    (finding,) = spread_findings([measured(1.0)], 0.1)
+    assert finding.kind == "note"
+    assert "raise acceptance.repeats" in finding.message
+
+
+@pytest.mark.parametrize(("least", "kinds"), [(0.5, ["inconclusive"]), (None, [])])
+def test_baseline_must_be_steady_where_a_ratio_to_it_is_required(
+    least: float | None, kinds: list[str]
+) -> None:
+    load = Workload(name="b2", batch=2, isl=5, osl=4, min_ratio_to_transformers=least)
+    sessions = {
+        "engine": Answers([ran(1.0)] * 4),
+        "transformers": Answers([ran(1.0), ran(1.0), ran(2.0), ran(4.0)]),
+    }
+    samples = measure_speed(load, sessions, vocab_size=9, repeats=3, seed=0)
+    found = spread_findings([summarize(load, samples)], 0.1)
+    assert [finding.kind for finding in found] == kinds
+    assert all("runs of Transformers lie" in finding.message for finding in found)

@@ -1,0 +1,289 @@
+"""Workloads beyond one batch of equal prompts: waves, lengths, files; and what names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.acceptance.speed import measure_speed, summarize
+from pipeline.acceptance.workload import PromptLengths, Workload
+from pipeline.errors import Fault, RecipeError
+from pipeline.runners.onnxruntime import OnnxRuntimeSession
+from pipeline.runners.session import Generation
+from pipeline.runners.transformers import TransformersSession
+from pipeline.stages import digest_of
+from tests.convert.decoders import open_graph, write_graph
+from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+PLAIN = Workload(name="b2", batch=2, isl=8, osl=4)
+
+
+def load(**changes: Any) -> Workload:
+    """As a recipe gives it: a mapping."""
+    made = TypeAdapter(Workload).validate_python(
+        {"name": "b2", "batch": 2, "isl": 8, "osl": 4, **changes}
+    )
+    assert isinstance(made, Workload)
+    return made
+
+
+def lines(folder: Path, *prompts: Any) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+    return path
+
+
+def faults(workload: Workload, tokenizer: Any | None = None) -> tuple[Fault, ...]:
+    return workload.faults("acceptance.targets[1]", tokenizer=tokenizer)
+
+
+def test_todays_workloads_keep_their_digest_and_their_prompts() -> None:
+    assert PLAIN.digest == digest_of({"batch": 2, "isl": 8, "osl": 4})
+    assert load(requests=2, warm_ups=1).digest == PLAIN.digest
+    drawn = np.random.default_rng(3).integers(0, 50, (2, 8))
+    assert PLAIN.prompts(50, 3).tolist() == drawn.tolist()
+    assert [list(prompt) for prompt in PLAIN.request_prompts(50, 3)] == drawn.tolist()
+
+
+def test_every_part_of_the_load_is_in_the_digest(tmp_path: Path) -> None:
+    one, other = (tmp_path / "one"), (tmp_path / "other")
+    one.mkdir()
+    other.mkdir()
+    files = [
+        lines(one, {"token_ids": [1]}, {"token_ids": [2]}),
+        lines(other, {"token_ids": [1]}, {"token_ids": [3]}),
+    ]
+    loads = [
+        PLAIN,
+        load(batch=1),
+        load(requests=4),
+        load(isl_distribution={"min": 1}),
+        load(isl_distribution={"min": 2}),
+        load(isl_distribution={"min": 1, "mean": 4.0, "stdev": 2.0}),
+        load(isl_distribution={"min": 1, "mean": 4.0, "stdev": 3.0}),
+        load(seed=0),
+        load(seed=1),
+        load(warm_ups=2),
+        *(load(prompts_file=str(path)) for path in files),
+    ]
+    digests = [one.digest for one in loads]
+    assert len(set(digests)) == len(loads)
+    moved = one / "moved.jsonl"
+    files[0].rename(moved)
+    assert load(prompts_file=str(moved)).digest == digests[-2]
+    assert load(requests=4, min_output_tokens_per_s=9.0).digest == load(requests=4).digest
+
+
+def test_lengths_are_drawn_between_their_bounds_and_repeat_with_the_seed() -> None:
+    for lengths in (PromptLengths(min=3), PromptLengths(min=3, mean=6.0, stdev=50.0)):
+        drawn = lengths.draw(9, 2000, 5)
+        assert set(drawn) == set(range(3, 10))
+        assert drawn == lengths.draw(9, 2000, 5) != lengths.draw(9, 2000, 6)
+
+
+def test_normal_lengths_have_their_mean_and_deviation() -> None:
+    drawn = PromptLengths(min=1, mean=500.0, stdev=40.0).draw(1000, 5000, 0)
+    # Three standard errors: 40 / sqrt(5000) = 0.57, and 40 / sqrt(2 x 5000) = 0.4.
+    assert np.mean(drawn) == pytest.approx(500, abs=1.7)
+    assert np.std(drawn) == pytest.approx(40, abs=1.2)
+
+
+def test_cut_off_lengths_do_not_pile_up_at_the_ends() -> None:
+    drawn = PromptLengths(min=1, mean=4.0, stdev=100.0).draw(7, 7000, 0)
+    counts = np.bincount(drawn)[1:]
+    assert counts.shape == (7,)
+    # Nearly uniform, 1000 each; four standard deviations of a count: 4 x sqrt(7000 x 6) / 7 = 117.
+    assert abs(counts - 1000).max() < 120
+
+
+def test_mean_at_the_edge_of_a_narrow_range_is_still_drawn() -> None:
+    assert set(PromptLengths(min=7, mean=8.0, stdev=0.01).draw(8, 50, 0)) == {8}
+    # So wide that the inverse of the distribution is off by more than the range.
+    assert set(PromptLengths(min=7, mean=7.0, stdev=1e14).draw(8, 500, 0)) == {7, 8}
+
+
+def test_ragged_prompts_are_as_long_as_drawn_and_in_the_vocabulary() -> None:
+    workload = load(requests=6, isl_distribution={"min": 2})
+    prompts = workload.request_prompts(11, 4)
+    assert len(prompts) == 6
+    assert workload.isl_distribution is not None
+    assert [len(prompt) for prompt in prompts] == workload.isl_distribution.draw(8, 6, 4)
+    assert max(max(prompt) for prompt in prompts) < 11
+
+
+def test_own_seed_comes_before_the_acceptances() -> None:
+    own = load(seed=7)
+    assert own.request_prompts(50, 1) == own.request_prompts(50, 2) == PLAIN.request_prompts(50, 7)
+
+
+def test_file_gives_its_first_prompts_as_ids_or_text(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    path = lines(tmp_path, {"prompt": "The engine"}, {"token_ids": [3, 4]}, {"token_ids": [5]})
+    workload = load(prompts_file=str(path), isl=64)
+    assert faults(workload) == faults(workload, tokenizer) == ()
+    expected = tuple(tokenizer("The engine")["input_ids"])
+    assert workload.request_prompts(VOCAB_SIZE, 0, tokenizer) == (expected, (3, 4))
+    with pytest.raises(RecipeError, match="has text, and this runner has no tokenizer"):
+        workload.request_prompts(VOCAB_SIZE, 0)
+
+
+def test_line_separator_inside_a_prompt_does_not_end_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}', encoding="utf-8", newline="")
+    assert faults(load(prompts_file=str(path)), tiny_tokenizer()) == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "has no prompts"),
+        ("\n \n", "has no prompts"),
+        ('{"token_ids": [1]}\n', r"has 1 prompts, the workload b2 has 2 requests"),
+        ('{"token_ids": [1]}\nhello\n', "line 2 is not JSON"),
+        ('{"token_ids": [1]}\n[1]\n', "line 2 has no object"),
+        ('{"text": "a"}\n', r"line 1 has the keys \['text'\]"),
+        ('{"prompt": "a", "token_ids": [1]}\n', r"line 1 has the keys \['prompt', 'token_ids'\]"),
+        ('{"prompt": ""}\n', "line 1: prompt is ''"),
+        ('{"prompt": 3}\n', "line 1: prompt is 3"),
+        ('{"token_ids": []}\n', "line 1: token_ids must be"),
+        ('{"token_ids": [1.5]}\n', "line 1: token_ids must be"),
+        ('{"token_ids": [true]}\n', "line 1: token_ids must be"),
+        ('{"token_ids": [-1]}\n', "line 1: token_ids must be"),
+        ('{"token_ids": [1,2,3,4,5,6,7,8,9]}\n' * 2, "line 2 has 9 tokens, isl allows 1 to 8"),
+    ],
+)
+def test_fault_of_a_file_is_told_with_config_path_and_line(
+    tmp_path: Path, content: str, told: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    found = faults(load(prompts_file=str(path)))
+    assert {fault.path for fault in found} == {"acceptance.targets[1].prompts_file"}
+    with pytest.raises(RecipeError, match=told):
+        raise RecipeError(found)
+
+
+def test_file_that_is_missing_or_no_text_is_told(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "missing.jsonl", binary, tmp_path):
+        (fault,) = faults(load(prompts_file=str(path)))
+        assert "cannot be read as UTF-8 text" in fault.message
+
+
+def test_every_prompt_that_is_too_long_is_named_once_there_is_a_tokenizer(tmp_path: Path) -> None:
+    path = lines(tmp_path, {"prompt": "one two three four five"}, {"token_ids": [1] * 9})
+    workload = load(prompts_file=str(path))
+    assert len(faults(workload)) == 1
+    assert len(faults(workload, tiny_tokenizer())) == 2
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    workload = load(prompts_file=str(lines(tmp_path, {"token_ids": [1]}, {"token_ids": [9]})))
+    assert workload.request_prompts(10, 0) == ((1,), (9,))
+    with pytest.raises(RecipeError, match="line 2 has token id 9, the vocabulary ends at 9"):
+        workload.request_prompts(9, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"requests": 3}, r"requests \(3\) must be a multiple of batch \(2\)"),
+        ({"requests": 0}, "greater than 0"),
+        ({"warm_ups": 0}, "greater than 0"),
+        ({"isl_distribution": {"min": 9}}, r"min \(9\) <= mean"),
+        ({"isl_distribution": {"min": 1, "mean": 8.5, "stdev": 1.0}}, r"<= isl \(8\)"),
+        ({"isl_distribution": {"min": 3, "mean": 2.0, "stdev": 1.0}}, r"min \(3\) <= mean"),
+        ({"isl_distribution": {"min": 1, "mean": 2.0}}, "mean and stdev go together"),
+        ({"isl_distribution": {"min": 1, "max": 4}}, "max"),
+        ({"isl_distribution": {"min": 1}, "prompts_file": "x"}, "keep one of them"),
+        ({"request_rate": 2.0}, "request_rate"),
+        ({"ignore_eos": False}, "ignore_eos"),
+        ({"osl": {"min": 1}}, "osl"),
+    ],
+)
+def test_what_cannot_be_executed_cannot_be_written(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        load(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"isl_distribution": {"min": 1}}, {"requests": 4}, {"prompts_file": "x"}]
+)
+def test_runner_of_plain_batches_refuses_more(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="this runner executes one batch of synthetic prompts"):
+        load(**changes).prompts(9, 0)
+
+
+def test_baseline_that_needs_equal_lengths_refuses_ragged_prompts() -> None:
+    ragged = load(isl_distribution={"min": 1})
+    (fault,) = ragged.faults("acceptance.cpu_workloads[0]", equal_lengths=True)
+    assert fault.path == "acceptance.cpu_workloads[0]"
+    assert ragged.faults("acceptance.targets[0]") == ()
+    assert load(requests=4).faults("acceptance.cpu_workloads[0]", equal_lengths=True) == ()
+
+
+def test_share_of_the_ceiling_keeps_the_load() -> None:
+    share = load(requests=4, isl_distribution={"min": 1}, min_share_of_ceiling=0.5)
+    assert share.with_rate(100.0) == dataclasses.replace(
+        share, min_share_of_ceiling=None, min_output_tokens_per_s=50.0
+    )
+
+
+class Watched(OnnxRuntimeSession):
+    """A real session that notes what it is asked."""
+
+    asked: list[list[list[int]]]
+
+    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+        self.asked.append([list(prompt) for prompt in prompts])
+        return super().generate(prompts, osl)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def session(model_dir: Path, tmp_path: Path) -> Watched:
+    watched = Watched(open_graph(write_graph(model_dir, tmp_path, context=32)))
+    watched.asked = []
+    return watched
+
+
+def test_ragged_waves_run_on_a_real_session(session: Watched) -> None:
+    workload = load(requests=6, isl_distribution={"min": 2}, warm_ups=2)
+    samples = measure_speed(workload, {"engine": session}, vocab_size=VOCAB_SIZE, repeats=3, seed=0)
+    prompts = [list(prompt) for prompt in workload.request_prompts(VOCAB_SIZE, 0)]
+    waves = [prompts[0:2], prompts[2:4], prompts[4:6]]
+    assert session.asked == waves * 5
+    entry = summarize(workload, samples)
+    assert len(entry["samples"]) == 3
+    read = sum(len(prompt) for prompt in prompts)
+    assert entry["mean_isl"] == pytest.approx(read / 6, abs=1e-3)
+    ratio = entry["total_tokens_per_s"] / entry["output_tokens_per_s"]
+    assert ratio == pytest.approx((read + 24) / 24, rel=1e-3)
+    assert entry["load"] == workload.load
+    assert entry["isl"] == 8
+    assert json.loads(json.dumps(entry)) == entry
+
+
+def test_waves_of_equal_prompts_run_on_the_baseline_too(model_dir: Path, session: Watched) -> None:
+    from pipeline.hf import load_model
+
+    baseline = TransformersSession(load_model(model_dir, "float32"))
+    workload = load(requests=4)
+    samples = measure_speed(
+        workload, {"engine": session, "transformers": baseline},
+        vocab_size=VOCAB_SIZE, repeats=1, seed=0,
+    )  # fmt: skip
+    assert {run.output_tokens for runs in samples.values() for run in runs} == {16}
+    assert "mean_isl" not in summarize(PLAIN, {"engine": samples["engine"]})

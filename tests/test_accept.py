@@ -1,0 +1,130 @@
+"""Acceptance of a package that was built before; only the card is pretended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import accept as module
+from pipeline.accept import AcceptRequest, accept
+from pipeline.cache import digest_folder
+from pipeline.config.targets import target_of_card
+from pipeline.errors import CorruptError, ExitCode, IncompatibleError, UntrustedError
+from pipeline.registry.stores.folder import FolderStore
+from pipeline.registry.stores.store import Place
+from tests.tiny import tiny_model
+from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
+
+L4 = "NVIDIA-L4"
+KEYS = tuple(override for override in CHECKPOINT if not override.startswith("compiler="))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    place = make_workplace(tmp_path_factory.mktemp("built") / "place")
+    done = place.build(*CHECKPOINT)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def place(built: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    copied = built.copy(tmp_path / "place")
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(copied.cache))
+    monkeypatch.setattr(module, "this_card", lambda: target_of_card(L4))
+    (tmp_path / "run").mkdir()
+    return copied
+
+
+def request(place: Workplace, target: str = "tiny:candidate", **changes: object) -> AcceptRequest:
+    given: dict[str, object] = {
+        "target": target,
+        "registry": str(place.artifacts),
+        "overrides": (*KEYS, "acceptance.sample_tokens=4"),
+        "config_dir": place.recipes,
+        "environ": place.env,
+        **changes,
+    }
+    return AcceptRequest(**given)  # type: ignore[arg-type]
+
+
+def package_of(place: Workplace) -> Path:
+    (package,) = place.packages()
+    return package
+
+
+def results(place: Workplace) -> dict[str, dict[str, object]]:
+    """Name of the statement -> its report."""
+    folder = package_of(place)
+    found = folder.with_name(f"{folder.name}.statements").glob("*/report.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def test_result_for_another_card_is_added_and_the_package_is_not_touched(
+    place: Workplace, tmp_path: Path
+) -> None:
+    before, said = digest_folder(package_of(place)), results(place)
+    outcome = accept(request(place), tmp_path / "run")
+    assert outcome.exit_code is ExitCode.OK
+    assert outcome.verdict == "checked"
+    assert digest_folder(package_of(place)) == before
+    (added,) = set(results(place)) - set(said)
+    assert results(place)[added]["card"] == L4
+    folder = package_of(place)
+    store = FolderStore(path=place.artifacts)
+    where = Place(name="tiny", variant=folder.parent.name, version=folder.name)
+    assert set(store.read_statement(where, added)) == {
+        "report.json", "report.html", "junit.xml", "test-result.dsse.json",
+    }  # fmt: skip
+
+
+def test_same_question_asked_again_is_another_statement(place: Workplace, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert accept(request(place), tmp_path / "run").exit_code is ExitCode.OK
+    assert sum(report["card"] == L4 for report in results(place).values()) == 2
+
+
+def test_missed_limit_is_exit_3_and_is_on_record(place: Workplace, tmp_path: Path) -> None:
+    strict = (*KEYS, "acceptance.max_mean_kl_nats=1e-9")
+    outcome = accept(request(place, overrides=strict), tmp_path / "run")
+    assert outcome.exit_code is ExitCode.NOT_ACCEPTED
+    assert outcome.verdict == "regression"
+    assert "mean KL" in outcome.message
+    assert [r["verdict"] for r in results(place).values() if r["card"] == L4] == ["regression"]
+
+
+def test_folder_is_measured_and_nothing_is_written_beside_it(
+    place: Workplace, tmp_path: Path
+) -> None:
+    said = results(place)
+    outcome = accept(request(place, str(package_of(place))), tmp_path / "run")
+    assert outcome.verdict == "checked"
+    assert results(place) == said
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_unsigned_package_is_refused_before_anything_runs(place: Workplace, tmp_path: Path) -> None:
+    folder = package_of(place)
+    shutil.rmtree(folder.with_name(f"{folder.name}.statements"))
+    with pytest.raises(UntrustedError, match="not signed"):
+        accept(request(place, str(folder)), tmp_path / "run")
+
+
+def test_other_weights_than_the_package_was_made_from_are_refused(
+    place: Workplace, tmp_path: Path
+) -> None:
+    other = tiny_model(tmp_path / "other", seed=1)
+    keys = (*KEYS, f"source.path={other}", "name=tiny")
+    with pytest.raises(CorruptError, match="was made from"):
+        accept(request(place, overrides=keys), tmp_path / "run")
+
+
+def test_without_a_card_it_is_exit_6_and_says_what_it_needs(
+    built: Workplace, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(IncompatibleError, match="NVML"):
+        accept(request(built), tmp_path / "run")
