@@ -97,13 +97,12 @@ def _run(request: Request, work: Work) -> ExitCode:
         )
     except RecipeError as error:
         loaded = Loaded(jobs=(), faults=error.faults)
-    registry = _registry_dir(loaded)
     try:
-        run_dir = open_run(registry)
+        run_dir = open_run(_registry_dir(loaded))
     except OSError as error:
         return _nowhere_to_write(loaded, error)
     if loaded.faults or not request.multirun:
-        return _run_single(request, loaded, run_dir, registry, work)
+        return _run_single(request, loaded, run_dir, work)
     return _run_jobs(request, loaded.jobs, run_dir, work)
 
 
@@ -115,6 +114,16 @@ def _registry_dir(loaded: Loaded) -> Path:
         if isinstance(path, str) and path and "://" not in path:
             return Path(path)
     return DEFAULT_REGISTRY
+
+
+def _registry_url(loaded: Loaded) -> str:
+    """What `--registry` takes to find the packages of a job."""
+    for job in loaded.jobs:
+        registry = job.config.get("registry")
+        store = registry.get("store") if isinstance(registry, dict) else None
+        if isinstance(store, dict) and isinstance(url := store.get("url"), str):
+            return url
+    return str(_registry_dir(loaded))
 
 
 def _nowhere_to_write(loaded: Loaded, error: OSError) -> ExitCode:
@@ -134,9 +143,7 @@ def _all_faults(loaded: Loaded) -> list[Fault]:
     return list(dict.fromkeys(faults))
 
 
-def _run_single(
-    request: Request, loaded: Loaded, run_dir: Path, registry: Path, work: Work
-) -> ExitCode:
+def _run_single(request: Request, loaded: Loaded, run_dir: Path, work: Work) -> ExitCode:
     """One job, or a command line that is wrong for all jobs."""
     if loaded.faults:
         outcome = refused(_all_faults(loaded))
@@ -146,7 +153,7 @@ def _run_single(
     if outcome.verdict is None:
         show_error(outcome.message)
     else:
-        lines = closing_lines(outcome, _generate_command(outcome, registry))
+        lines = closing_lines(outcome, _generate_command(outcome, _registry_url(loaded)))
         stdout().print(f"{outcome.message}\n{lines}", markup=False, soft_wrap=True)
     return outcome.exit_code
 
@@ -209,7 +216,7 @@ def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
     return replace(outcome, seconds=time.perf_counter() - started)
 
 
-def _generate_command(outcome: Outcome, registry: Path) -> str:
+def _generate_command(outcome: Outcome, registry: str) -> str:
     """The command line that talks to the package, as it works in this shell."""
     script = Path(sys.executable).parent / "enginesmith"
     if shutil.which("enginesmith"):
@@ -220,8 +227,8 @@ def _generate_command(outcome: Outcome, registry: Path) -> str:
     else:
         command = [sys.executable, "-m", "pipeline.cli"]
     command += ["generate", str(outcome.reference)]
-    if registry != DEFAULT_REGISTRY:
-        command += ["--registry", str(registry)]
+    if registry != str(DEFAULT_REGISTRY):
+        command += ["--registry", registry]
     return shlex.join(command) + ' "Why is the sky blue?"'
 
 

@@ -1,21 +1,25 @@
-"""The pipeline: recipe, plan, fetch, quantize, convert, compile, package, accept, publish."""
+"""The pipeline: recipe, plan, fetch, quantize, convert, compile, package, accept, sign, publish."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.acceptance import Acceptance, Subject
+from pipeline.acceptance.acceptance import Acceptance
+from pipeline.acceptance.measure import Subject
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.cache import StageCache, cache_root, locked
 from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import CorruptError, ExitCode, RecipeError
+from pipeline.errors import CorruptError, ExitCode, RecipeError, UntrustedError
 from pipeline.hardware import Target
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
 from pipeline.machine import require_builder, require_room
@@ -24,12 +28,15 @@ from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.registry.backend import Registry
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
-from pipeline.registry.policy import require_publishable
+from pipeline.registry.policy import require_enterable, require_publishable
 from pipeline.registry.reference import reference_of
+from pipeline.registry.signing.machine import Signatory, signatory_for
+from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.runners.session import Runner
 from pipeline.settings import STRICT
 from pipeline.shapes import ModelShape, shape_faults
 from pipeline.stages import (
+    PASSING,
     Engine,
     EngineCompiler,
     Package,
@@ -83,23 +90,27 @@ class BuildOptions:
         rebuild: Build although a package with the same build key is published.
         config: The resolved recipe as plain values; parts of it shape keys and the manifest.
         cache_dir: Stage cache; None for the user's.
+        environ: Names the key to sign with and whom to believe.
     """
 
     rebuild: bool
     config: Mapping[str, Any]
     cache_dir: Path | None = None
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
 def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
-    """Build, check and publish one recipe.
+    """Build, check, sign and publish one recipe.
 
     Raises:
         PipelineError: Anything but a missed target, which is an outcome.
     """
-    started = time.perf_counter()
+    started, begun = time.perf_counter(), datetime.now(UTC)
     plan = plan_of(recipe)
     refuse(plan)
     require_publishable(recipe.source.terms, public=recipe.registry.public)
+    own_folder = recipe.registry.local
+    signatory = signatory_for(options.environ, run_dir.name, own_folder=own_folder)
     recipe.registry.check_writable()
     recipe.compiler.check_machine(recipe.target)
     require_builder(recipe.compiler.format)
@@ -108,23 +119,25 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
     # The second of two runs waits here, and then takes what the first one published.
     with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
-        published = None if options.rebuild else find_published(recipe, key)
+        published = None if options.rebuild else find_published(recipe, key, signatory)
         if published and (known := known_acceptance(recipe, published, options.config)):
-            return finished(published, *known, started=started, taken=True)
+            enter_channel(recipe, published)  # unless the earlier run was stopped before it did
+            return finished(published.package, *known, started=started, taken=True)
 
         require_room(plan, cache.root)
         checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
         with recipe.registry.staging() as staging:
-            package = published or seal(
-                staging, engine, weights, label(recipe, engine, key, options)
-            )
+            if published:
+                package = published.package
+            else:
+                package = seal(staging, engine, weights, label(recipe, engine, key, options))
             subject = Subject(
                 engine=engine,
                 package_digest=package.digest,
-                checkpoint=checkpoint,
-                shape=recipe.shape,
-                target=recipe.target,
+                weights=weights,
+                checkpoint_dir=checkpoint.dir,
+                plan=plan,
                 runner=recipe.runner,
             )
             report, verdict = recipe.acceptance.measure(subject, cache)
@@ -138,13 +151,19 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
             )
             if not verdict.passed:
                 return missed(package, verdict, files[REPORT_FILE], started=started)
-            reference = reference_of(package) if published else recipe.registry.publish(package)
-        statement = statement_name(acceptance_key(recipe, package, options.config))
-        written = recipe.registry.add_statement(reference, statement, dict(files))
-        recipe.registry.set_channel(reference, CHANNEL, recipe.target.card)
-        package = read_back(recipe, key, package)
+            if not published:
+                signed = signatory.build_statements(package, begun)
+                recipe.registry.publish(package, signed)
+        name = signatory.statement_name(acceptance_name(recipe, package, options.config))
+        data = files[REPORT_FILE].read_bytes()
+        statement = {**files, REPORT_FILE: data, **signatory.sign_report(data)}
+        written = recipe.registry.add_statement(reference_of(package), name, statement)
+        verified = read_back(recipe, key, package, signatory)
+        enter_channel(recipe, verified)
         taken = published is not None
-        return finished(package, verdict.name, written / REPORT_FILE, started=started, taken=taken)
+        return finished(
+            verified.package, verdict.name, written / REPORT_FILE, started=started, taken=taken
+        )
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -181,7 +200,9 @@ def fetch(recipe: Recipe) -> Weights:
     Raises:
         RecipeError: Another model, or text that cannot judge it.
     """
-    recipe.acceptance.check_inputs(recipe.shape, recipe.compiler.limits.max_seq_len)
+    recipe.acceptance.check_inputs(
+        recipe.shape, recipe.compiler.limits.max_seq_len, recipe.runner.device
+    )
     weights = recipe.source.fetch()
     if faults := shape_faults(recipe.shape, UnifiedCheckpoint(weights.dir).config_json):
         raise RecipeError(faults)
@@ -189,29 +210,55 @@ def fetch(recipe: Recipe) -> Weights:
     return weights
 
 
-def find_published(recipe: Recipe, key: str) -> Package | None:
-    """A published package of this build, verified."""
-    found = recipe.registry.find(recipe.name, recipe.compiler.variant(recipe.target), key)
-    if found is not None:
-        log.info("Already published: %s, every byte verified", reference_of(found))
-    return found
+def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verification | None:
+    """The newest published package of this build whose bytes and signatures hold here.
+
+    One that does not is never signed afterwards: what it is made of, nobody here has seen.
+    """
+    registry = recipe.registry
+    for package in registry.find(recipe.name, recipe.compiler.variant(recipe.target), key):
+        reference = reference_of(package)
+        try:
+            statements = registry.statements_dir(reference)
+            verified = verify_signatures(package, statements, signatory.trust)
+        except (UntrustedError, CorruptError) as error:
+            log.warning("%s is not taken, and is built beside it: %s", reference, error)
+        else:
+            log.info("Already published: %s, every byte and its signature verified", reference)
+            return verified
+    return None
 
 
-def acceptance_key(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
+def acceptance_name(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
     """Names the question that acceptance asks about a package."""
     asked = {name: config[name] for name in ("acceptance", "runner", "target")}
-    return recipe.acceptance.key(asked, recipe.runner, package.digest)
+    return statement_name(recipe.acceptance.key(asked, recipe.runner, package.digest))
 
 
 def known_acceptance(
-    recipe: Recipe, package: Package, config: Mapping[str, Any]
+    recipe: Recipe, published: Verification, config: Mapping[str, Any]
 ) -> tuple[VerdictName, Path] | None:
-    """Verdict and report of an earlier run of exactly this acceptance, if it passed."""
-    name = statement_name(acceptance_key(recipe, package, config))
-    for statement in recipe.registry.entry(str(reference_of(package))).statements:
-        if statement.name == name and statement.passed and statement.verdict is not None:
-            return statement.verdict, statement.dir / REPORT_FILE
+    """Verdict and report of an earlier run of exactly this acceptance, if it passed.
+
+    Signed ones only: what a report says by itself, anybody could have written.
+    """
+    name = acceptance_name(recipe, published.package, config)
+    for found in published.verdicts:
+        if found.statement.startswith(f"{name}-") and found.verdict in PASSING:
+            folder = recipe.registry.statements_dir(reference_of(published.package))
+            return found.verdict, folder / found.statement / REPORT_FILE
     return None
+
+
+def enter_channel(recipe: Recipe, verified: Verification) -> None:
+    """Let `candidate` of the card point to a package.
+
+    Raises:
+        UntrustedError: It has no signed verdict for the card.
+        NotAcceptedError: Its newest signed verdict for the card does not pass.
+    """
+    require_enterable(verified, CHANNEL, recipe.target.card)
+    recipe.registry.set_channel(reference_of(verified.package), CHANNEL, recipe.target.card)
 
 
 def label(recipe: Recipe, engine: Engine, key: str, options: BuildOptions) -> Label:
@@ -228,14 +275,14 @@ def label(recipe: Recipe, engine: Engine, key: str, options: BuildOptions) -> La
     )
 
 
-def read_back(recipe: Recipe, key: str, package: Package) -> Package:
-    """The package as a consumer finds it, every byte verified.
+def read_back(recipe: Recipe, key: str, package: Package, signatory: Signatory) -> Verification:
+    """The package as a consumer finds it: every byte, its signature and its verdicts verified.
 
     Raises:
         CorruptError: What was published is not what was sealed.
     """
-    found = recipe.registry.find(recipe.name, str(package.manifest["variant"]), key)
-    if found is None or found.digest != package.digest:
+    found = find_published(recipe, key, signatory)
+    if found is None or found.package.digest != package.digest:
         raise CorruptError(
             f"{recipe.name} was published, but its package does not read back with digest "
             f"{package.digest}; check the disk, then run the same command with --rebuild"

@@ -6,12 +6,13 @@ Each command imports what it needs: `--help` and the registry client start witho
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from pipeline import __version__
-from pipeline.commands import building, packages
+from pipeline.commands import building, copy, lifecycle, measuring, packages, pull, race
 from pipeline.errors import ExitCode
 
 app = typer.Typer(
@@ -38,18 +39,28 @@ def _options(
     pass
 
 
-for _name, _command in {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "build": building.build,
     "plan": building.plan,
     "new": building.new,
     "rehearse": building.rehearse,
     "export-trtllm": building.export_trtllm,
+    "accept": measuring.accept,
+    "race": race.race,
     "list": packages.list_packages,
     "show": packages.show,
     "verify": packages.verify,
+    "pull": pull.pull,
+    "copy": copy.copy,
     "generate": packages.generate,
     "keygen": packages.keygen,
-}.items():
+    "promote": lifecycle.promote,
+    "rollback": lifecycle.rollback,
+    "yank": lifecycle.yank,
+    "gc": lifecycle.gc,
+    "channels": lifecycle.channels,
+}
+for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 

@@ -100,6 +100,12 @@ class ToolError(PipelineError):
         super().__init__("\n".join(lines))
 
 
+class NotAcceptedError(PipelineError):
+    """A package has no test result that is good enough for where it is to go."""
+
+    exit_code = ExitCode.NOT_ACCEPTED
+
+
 class CorruptError(PipelineError):
     """Bytes are not what they claim to be: a truncated shard, a wrong digest, a broken package."""
 

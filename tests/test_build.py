@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.registry.signing.model_signature import available
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 CARD = "NVIDIA-GeForce-RTX-4090"
@@ -40,7 +41,8 @@ def unpublished(built: Workplace, tmp_path: Path) -> Workplace:
 
 
 def statements(place: Workplace) -> list[Path]:
-    return sorted(place.artifacts.glob("*/*/*.statements/*"))
+    """What acceptance said; the signatures of builds lie beside it."""
+    return sorted(place.artifacts.glob("*/*/*.statements/test-*"))
 
 
 def started(log: str) -> set[str]:
@@ -57,6 +59,9 @@ def test_build_leaves_one_sealed_package_its_statement_and_its_pointer(built: Wo
         if path.is_file() and not path.relative_to(built.artifacts).parts[0].startswith(".")
     }
     engine = f"tiny/{VARIANT}/{name}/engine"
+    (build,) = package.parent.glob("*.statements/build-*")
+    models = [path.name for path in package.parent.glob("*.statements/model-*")]
+    assert len(models) == available()
     assert below == {
         f"tiny/{VARIANT}/{name}/manifest.json",
         *(
@@ -74,6 +79,10 @@ def test_build_leaves_one_sealed_package_its_statement_and_its_pointer(built: Wo
         f"tiny/{VARIANT}/{name}.statements/{statement.name}/report.json",
         f"tiny/{VARIANT}/{name}.statements/{statement.name}/junit.xml",
         f"tiny/{VARIANT}/{name}.statements/{statement.name}/report.html",
+        f"tiny/{VARIANT}/{name}.statements/{statement.name}/test-result.dsse.json",
+        f"tiny/{VARIANT}/{name}.statements/{build.name}/manifest.dsse.json",
+        f"tiny/{VARIANT}/{name}.statements/{build.name}/provenance.dsse.json",
+        *(f"tiny/{VARIANT}/{name}.statements/{model}/model.sig" for model in models),
         f"tiny/{VARIANT}/channels/candidate.{CARD}.json",
     }
     assert built.leftovers() == []

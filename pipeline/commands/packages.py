@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def list_packages(registry: Registry = ARTIFACTS, as_json: Json = False) -> None:
     """List the published packages."""
-    from pipeline.registry.folder import FolderRegistry
     from pipeline.registry.render import render_list
+    from pipeline.registry.stores.opening import open_registry
     from pipeline.screen import stdout
 
-    entries = FolderRegistry(path=Path(registry)).entries()
+    entries = open_registry(registry).entries()
     if as_json:
         print(json.dumps([_summary(entry) for entry in entries], indent=1))
     elif entries:
@@ -31,18 +31,30 @@ def list_packages(registry: Registry = ARTIFACTS, as_json: Json = False) -> None
         print(f"{registry} has no packages; make one with: enginesmith build RECIPE")
 
 
-def show(reference: Reference, registry: Registry = ARTIFACTS, as_json: Json = False) -> None:
-    """Show one package: what it is for, what was measured, its digest."""
-    from pipeline.registry.folder import FolderRegistry
+def show(
+    reference: Reference,
+    registry: Registry = ARTIFACTS,
+    policy: Policy = None,
+    as_json: Json = False,
+) -> None:
+    """Show one package: what it is for, what was measured, its digest, who signed it."""
     from pipeline.registry.render import render_show
+    from pipeline.registry.signing.machine import machine_trust
+    from pipeline.registry.signing.summary import Signatures, signatures_of
+    from pipeline.registry.stores.opening import open_registry
     from pipeline.screen import stdout
 
-    entry = FolderRegistry(path=Path(registry)).entry(reference)
+    opened = open_registry(registry)
+    entry = opened.entry(reference)
+    trust = machine_trust(os.environ, own_folder=opened.local, policy=policy)
+    signatures = Signatures(reason="damaged, so no signature says anything")
+    if entry.reference:
+        signatures = signatures_of(entry, opened.statements_dir(entry.reference), trust)
     if as_json:
-        manifest = entry.package.manifest if entry.package else None
-        print(json.dumps({**_summary(entry), "manifest": manifest}, indent=1))
+        answer = {**_summary(entry), "signatures": signatures.to_json(), "manifest": entry.manifest}
+        print(json.dumps(answer, indent=1))
     else:
-        stdout().print(render_show(entry))
+        stdout().print(render_show(entry, signatures))
     raise typer.Exit(ExitCode.CORRUPT if entry.fault else ExitCode.OK)
 
 
@@ -73,7 +85,7 @@ def verify(
     from pipeline.registry.signing import command
 
     request = command.Request(
-        target=target, registry=Path(registry), policy=policy, allow_unsigned=allow_unsigned
+        target=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
     )
     try:
         done = command.run_verify(request, os.environ)
@@ -91,7 +103,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
     """One published version for programs; later versions only add."""
     return {
         "reference": f"{entry.name}/{entry.variant}:{entry.version}",
-        "digest": entry.package.digest if entry.package else None,
+        "digest": entry.digest,
         "size_bytes": entry.size_bytes,
         "verdict": entry.verdict,
         "channels": [
@@ -115,9 +127,9 @@ def generate(
     registry: Registry = ARTIFACTS,
 ) -> None:
     """Stream a chat answer from a package."""
-    from pipeline.registry.folder import FolderRegistry
+    from pipeline.registry.stores.opening import open_registry
     from pipeline.runners.generate import stream
 
-    for piece in stream(FolderRegistry(path=Path(registry)), reference, prompt, max_tokens):
+    for piece in stream(open_registry(registry), reference, prompt, max_tokens):
         print(piece, end="", flush=True)
     print()

@@ -6,6 +6,27 @@
     statements.py  what was said about a package, and the channels that point to it
     backend.py     the Protocol that every registry implements
     folder.py      a registry in a folder
+    client/        pull: select, verify, fetch, lay out
+
+    from pipeline.registry import pull      # what `enginesmith pull` does
 
 Nothing here imports torch or any other builder's library.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.registry.client.pull import pull
+
+__all__ = ["pull"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the client when it is asked for: most importers of this package do not pull."""
+    if name == "pull":
+        from pipeline.registry.client.pull import pull
+
+        return pull
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 from pipeline.registry.statements import Pointer, Statement
 from pipeline.stages import Package, Reference, VerdictName
+
+NOTHING: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})
+"""No statements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +24,10 @@ class Entry:
         name: Recipe.
         variant: Format, precision, shape and SM or card.
         version: Immutable version.
-        made_s: When it was sealed, Unix time.
-        package: None if it is damaged.
+        made_s: When it was published, Unix time; 0 if nothing tells.
+        where: Its folder or URL, for people.
+        manifest: None if it is damaged.
+        digest: Of its manifest; None if it is damaged.
         fault: Why it is damaged; empty if it is not.
         statements: What was said about exactly these bytes, newest first.
         channels: Those that point to it.
@@ -31,7 +37,9 @@ class Entry:
     variant: str
     version: str
     made_s: float
-    package: Package | None
+    where: str
+    manifest: Mapping[str, Any] | None
+    digest: str | None
     fault: str
     statements: tuple[Statement, ...]
     channels: tuple[Pointer, ...]
@@ -39,7 +47,16 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         """Size of all engine files; 0 if the manifest cannot be read."""
-        return sum(file["size"] for file in self.package.manifest["files"]) if self.package else 0
+        return sum(file["size"] for file in self.manifest["files"]) if self.manifest else 0
+
+    @property
+    def reference(self) -> Reference | None:
+        """The full reference; None if it is damaged."""
+        if self.digest is None:
+            return None
+        return Reference(
+            name=self.name, variant=self.variant, version=self.version, digest=self.digest
+        )
 
     @property
     def verdict(self) -> VerdictName | None:
@@ -57,6 +74,11 @@ class Registry(Protocol):
         """Whether everybody can read what is published here."""
         ...
 
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder of this machine: only there a local key counts."""
+        ...
+
     def check_writable(self) -> None:
         """Find out, before any work, whether packages can be published here; leaves no trace.
 
@@ -65,10 +87,10 @@ class Registry(Protocol):
         """
         ...
 
-    def find(self, name: str, variant: str, build_key: str) -> Package | None:
-        """A published package of this build, every byte verified; the newest rebuild first.
+    def find(self, name: str, variant: str, build_key: str) -> Iterator[Package]:
+        """The published packages of this build, every byte verified; the newest rebuild first.
 
-        A damaged one is named in a warning and not taken.
+        A damaged one is named in a warning and left out. Signatures are the caller's to check.
         """
         ...
 
@@ -80,8 +102,16 @@ class Registry(Protocol):
         """A private, empty folder to seal a package in; gone after the block."""
         ...
 
-    def publish(self, package: Package) -> Reference:
+    def publish(
+        self, package: Package, statements: Mapping[str, Mapping[str, bytes]] = NOTHING
+    ) -> Reference:
         """Make a sealed package visible, whole and for ever; the same digest again is a success.
+
+        Args:
+            package: From `seal`, in a folder from `staging`.
+            statements: Name -> its files; such as the signatures. They are there before the
+                package shows. One whose name is taken stays as it is, and a package that is
+                published already gets none.
 
         Raises:
             ConflictError: Its version holds other bytes; nothing was overwritten.
@@ -111,11 +141,12 @@ class Registry(Protocol):
         """
         ...
 
-    def set_channel(self, reference: Reference, channel: str, card: str) -> Path:
-        """Let a channel point to a package, for one card.
+    def statements_dir(self, reference: Reference) -> Path:
+        """A folder of this machine with everything that was said about a package, by now."""
+        ...
 
-        Returns:
-            The pointer file.
+    def set_channel(self, reference: Reference, channel: str, card: str) -> None:
+        """Let a channel point to a package, for one card.
 
         Raises:
             UntrustedError: `stable` was asked: it needs a signed test result.

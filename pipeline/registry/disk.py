@@ -20,16 +20,19 @@ from pipeline.errors import AccessError, CorruptError, PipelineError, TransientE
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BUSY = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ESTALE}
+# What link(2) says on a file system without hard links.
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 # What rename(2) says when the target is a folder with something in it, or not a folder.
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 @contextlib.contextmanager
-def disk_errors(doing: str) -> Iterator[None]:
+def disk_errors(doing: str, setting: str = "registry.path=") -> Iterator[None]:
     """Turn an `OSError` of the block into an error that says what to do.
 
     Args:
         doing: What was being done, for the message: `publish to artifacts`.
+        setting: What names another folder.
 
     Raises:
         TransientError: Disk full, over quota, or too many files open.
@@ -47,7 +50,7 @@ def disk_errors(doing: str) -> Iterator[None]:
             )
         if error.errno in _FORBIDDEN:
             raise AccessError(
-                f"{fault}; change its owner or mode, or choose another folder with registry.path="
+                f"{fault}; change its owner or mode, or choose another folder with {setting}"
             ) from error
         if error.errno in _BUSY:
             raise TransientError(f"{fault}; run the same command again") from error
@@ -136,6 +139,28 @@ def move_into_place(private: Path, target: Path) -> bool:
         if error.errno in _TAKEN or (error.errno == errno.ENOENT and target.is_dir()):
             return False
         raise
+    _sync(target.parent)
+    return True
+
+
+def link_new(private: Path, target: Path) -> bool:
+    """Make a settled file visible as `target`, in one step; False if the name is taken.
+
+    `private` stays. Where the file system has no hard links, a reader may see a part for a moment.
+    """
+    make_folders(target.parent)
+    try:
+        os.link(private, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            write_new(target, private.read_bytes())
+        except FileExistsError:
+            return False
+        _sync(target)
     _sync(target.parent)
     return True
 

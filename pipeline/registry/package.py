@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.cache import RECORD
@@ -69,12 +70,16 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     return Package(dir=staging_dir, manifest=manifest, digest=digest_bytes(data))
 
 
-def verify(package_dir: Path, *, deep: bool = True) -> Package:
+def verify(
+    package_dir: Path, *, deep: bool = True, beside: Callable[[str], bool] = lambda path: False
+) -> Package:
     """Check that a folder is a whole, unchanged package.
 
     Args:
         package_dir: The folder.
         deep: Read every file and compare its SHA-256; otherwise only names and sizes are compared.
+        beside: Whether a path may be there although no manifest lists it; such a file must be a
+            plain one. A package in a registry has none.
 
     Raises:
         CorruptError: Anything is missing, too much, or different; names it.
@@ -88,7 +93,7 @@ def verify(package_dir: Path, *, deep: bool = True) -> Package:
             for file in manifest["files"]
         }
         folders = {folder for path in wanted for folder in folders_of(path)}
-        found = _walk(package_dir, folders)
+        found = _walk(package_dir, lambda path: path in folders or beside(path))
         for path, status in sorted(found.items()):
             if status.st_nlink != 1:
                 raise CorruptError(
@@ -98,13 +103,13 @@ def verify(package_dir: Path, *, deep: bool = True) -> Package:
         found.pop(MANIFEST, None)
         if missing := wanted.keys() - found.keys():
             raise CorruptError(f"{package_dir}: {min(missing)!r} is missing")
-        if extra := found.keys() - wanted.keys():
+        if extra := {path for path in found.keys() - wanted.keys() if not beside(path)}:
             raise CorruptError(f"{package_dir}: {min(extra)!r} is not in its manifest")
-        for path, status in sorted(found.items()):
-            if status.st_size != wanted[path].size_bytes:
+        for path, file in sorted(wanted.items()):
+            if found[path].st_size != file.size_bytes:
                 raise CorruptError(
-                    f"{package_dir}: {path!r} has {status.st_size} bytes, "
-                    f"its manifest says {wanted[path].size_bytes}"
+                    f"{package_dir}: {path!r} has {found[path].st_size} bytes, "
+                    f"its manifest says {file.size_bytes}"
                 )
         if deep:
             for file in wanted.values():
@@ -112,12 +117,14 @@ def verify(package_dir: Path, *, deep: bool = True) -> Package:
     return Package(dir=package_dir, manifest=manifest, digest=digest)
 
 
-def _walk(folder: Path, folders: set[str] | None = None) -> dict[str, os.stat_result]:
+def _walk(
+    folder: Path, may_be_folder: Callable[[str], bool] = lambda path: True
+) -> dict[str, os.stat_result]:
     """Every file below `folder`, by relative POSIX path; all but files and folders is damage.
 
     Args:
         folder: Where to look.
-        folders: The folders that may be there; None for any.
+        may_be_folder: Whether a folder may be there.
     """
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise CorruptError(f"{folder} is not a folder")
@@ -130,7 +137,7 @@ def _walk(folder: Path, folders: set[str] | None = None) -> dict[str, os.stat_re
                 path = f"{prefix}{entry.name}"
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(status.st_mode):
-                    if folders is not None and path not in folders:
+                    if not may_be_folder(path):
                         raise CorruptError(f"{folder}: folder {path!r} is not in its manifest")
                     pending.append(f"{path}/")
                 elif fault := file_fault(status.st_mode):

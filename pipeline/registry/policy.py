@@ -1,13 +1,16 @@
-"""Who may publish what where: the rules of licences, gates and rehearsals, as one pure function."""
+"""Who may publish what where, and what may enter a channel: pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Fault, RecipeError
-from pipeline.stages import Licence
+from pipeline.errors import Fault, NotAcceptedError, RecipeError, UntrustedError
+from pipeline.stages import PASSING, Licence
+
+if TYPE_CHECKING:
+    from pipeline.registry.signing.verification import Verification
 
 _MARK = ".rehearsal"
 """Top-level file of a registry that is removed after one rehearsal."""
@@ -75,6 +78,49 @@ def require_no_rehearsal(manifest: Mapping[str, Any], registry_dir: Path) -> Non
         throwaway=(registry_dir / _MARK).exists(),
         random_weights=manifest["source"].get("weights") == "random",
     )
+
+
+def require_manifest_publishable(manifest: Mapping[str, Any], *, public: bool) -> None:
+    """Stop a sealed package that may not go where it is about to go.
+
+    Raises:
+        RecipeError: Its licence does not allow it, or it is a rehearsal.
+    """
+    licence = manifest["licence"]
+    require_publishable(
+        Licence(spdx=licence["spdx"], redistribution=licence.get("redistribution", "forbidden")),
+        public=public,
+        random_weights=manifest["source"].get("weights") == "random",
+    )
+
+
+def require_enterable(verification: Verification, channel: str, card: str) -> None:
+    """Stop a package at the door of a channel that it has not earned for this card.
+
+    What counts is the newest verdict for the card that a trusted key signed: `stable` takes
+    `accepted`, every other channel `checked` and `compiled` too.
+
+    Raises:
+        UntrustedError: The package is unsigned, or has no signed verdict for this card.
+        NotAcceptedError: The verdict does not suffice.
+    """
+    reference = "/".join(str(verification.package.manifest[part]) for part in ("name", "variant"))
+    what = (
+        f"{reference}:{verification.package.manifest['version']} may not enter {channel} of {card}"
+    )
+    if verification.signer is None:
+        raise UntrustedError(f"{what}: nobody signed it; build it again with a key")
+    found = verification.verdict(card)
+    if found is None:
+        raise UntrustedError(
+            f"{what}: it has no signed test result for this card; run enginesmith accept there"
+        )
+    wanted = {"accepted"} if channel == "stable" else PASSING
+    if found.verdict not in wanted:
+        raise NotAcceptedError(
+            f"{what}: its newest signed verdict is {found.verdict}, and it needs "
+            f"{' or '.join(sorted(wanted))}"
+        )
 
 
 def mark_throwaway(registry_dir: Path) -> None:

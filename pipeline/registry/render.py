@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from pipeline.registry.signing.summary import Signatures
+
 _STYLES = {"accepted": "green", "checked": "green", "compiled": "cyan", "damaged": "bold red"}
 
 
@@ -28,7 +30,7 @@ def render_list(entries: Sequence[Entry]) -> Table:
         verdict = "damaged" if entry.fault else entry.verdict or "no statement"
         table.add_row(
             _text(f"{entry.name}/{entry.variant}:{entry.version}"),
-            _text(_size(entry.size_bytes) if entry.package else "?"),
+            _text(_size(entry.size_bytes) if entry.manifest else "?"),
             _text(verdict, _STYLES.get(verdict, "yellow")),
             _text(_channels(entry.channels)),
             _text(_time(entry.made_s)),
@@ -36,18 +38,18 @@ def render_list(entries: Sequence[Entry]) -> Table:
     return table
 
 
-def render_show(entry: Entry) -> Group:
-    """All that is known of one version: facts, files, statements, findings."""
+def render_show(entry: Entry, signatures: Signatures) -> Group:
+    """All that is known of one version: facts, signatures, files, statements, findings."""
     from rich.console import Group
 
     parts: list[Table | Text] = [_text(f"{entry.name}/{entry.variant}:{entry.version}", "bold")]
-    if entry.package is None:
+    if entry.manifest is None:
         parts.append(_text(f"damaged: {entry.fault}", _STYLES["damaged"]))
     else:
-        manifest = entry.package.manifest
+        manifest = entry.manifest
         facts = {
-            "digest": f"sha256:{entry.package.digest}",
-            "folder": str(entry.package.dir),
+            "digest": f"sha256:{entry.digest}",
+            "place": entry.where,
             "format": manifest["format"],
             "size": _size(entry.size_bytes),
             "fits": _fits(manifest["match"]),
@@ -57,7 +59,7 @@ def render_show(entry: Entry) -> Group:
             "licence": manifest["licence"]["spdx"],
             "build key": manifest["build_key"],
             "tools": _pairs(manifest["build"]["tools"]),
-            "signature": "unsigned",
+            "signature": str(signatures),
         }
         parts += [_facts(facts), _files(manifest["files"])]
     parts.append(
@@ -70,7 +72,7 @@ def render_show(entry: Entry) -> Group:
         )
     )
     if entry.statements:
-        parts.append(_statements(entry.statements))
+        parts.append(_statements(entry.statements, signatures.verdicts))
     return Group(*parts)
 
 
@@ -97,11 +99,11 @@ def _files(files: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _statements(statements: Sequence[Statement]) -> Table:
+def _statements(statements: Sequence[Statement], signers: Mapping[str, str]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("statement", "verdict", "card", "made", "findings"):
+    for column in ("statement", "verdict", "card", "signed by", "made", "findings"):
         table.add_column(column, overflow="fold")
     for found in statements:
         findings = [f"{finding.kind}: {finding.message}" for finding in found.findings]
@@ -110,6 +112,7 @@ def _statements(statements: Sequence[Statement]) -> Table:
             _text(found.name),
             _text(verdict, _STYLES.get(verdict, "yellow")),
             _text(found.card),
+            _text(signers.get(found.name, "nobody trusted") if found.verdict else ""),
             _text(_time(found.made_s)),
             _text("\n".join([found.fault] if found.fault else findings)),
         )
@@ -142,7 +145,7 @@ def _channels(pointers: Sequence[Pointer]) -> str:
 
 
 def _time(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s)) if unix_s else ""
 
 
 def _size(size_bytes: int) -> str:

@@ -34,6 +34,21 @@ def private_folder(area: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def abandoned(area: Path, min_age_s: float) -> list[Path]:
+    """What is left in `area` by runs that are over, at least so old, sorted.
+
+    Of another machine's run nobody here can know; after a day it counts as over.
+    """
+    if not area.is_dir():
+        return []
+    found = []
+    for folder in sorted(area.iterdir()):
+        with contextlib.suppress(OSError):
+            if _abandoned(folder) and time.time() - folder.stat().st_mtime >= min_age_s:
+                found.append(folder)
+    return found
+
+
 def _sweep(area: Path) -> None:
     """Remove what dead runs left behind."""
     for folder in area.iterdir():

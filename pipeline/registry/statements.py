@@ -8,7 +8,6 @@ statement about other bytes counts for nothing. A channel is a pointer per card;
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from pipeline.errors import CorruptError, RecipeError
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.reference import check_digest, check_part
 from pipeline.stages import PASSING, Finding, Reference, VerdictName
-
-log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 _MAX_REPORT_BYTES = 16 << 20
@@ -72,10 +69,14 @@ class Pointer:
     reference: Reference
     seq: int
 
+    @property
+    def file(self) -> str:
+        """Its file's name."""
+        return f"{self.channel}.{self.card}.json"
+
     def path(self, root: Path) -> Path:
-        """Where it lies in a registry."""
-        folder = root / self.reference.name / self.reference.variant / "channels"
-        return folder / f"{self.channel}.{self.card}.json"
+        """Where it lies in a folder registry."""
+        return root / self.reference.name / self.reference.variant / "channels" / self.file
 
     def to_bytes(self) -> bytes:
         """The file's content, readable for people."""
@@ -143,13 +144,22 @@ def report_digest(data: bytes) -> str:
     return digest
 
 
-def read_pointer(path: Path) -> Pointer:
+def parse_pointer(data: bytes, name: str, variant: str, file: str, origin: str) -> Pointer:
     """Read one channel file.
+
+    Args:
+        data: Its content.
+        name: The recipe below which it lies.
+        variant: The same.
+        file: Its name.
+        origin: Where it is, for messages.
 
     Raises:
         CorruptError: It is not one, or lies under another name than it says.
     """
-    value = _read_object(path, _MAX_POINTER_BYTES)
+    if len(data) > _MAX_POINTER_BYTES:
+        raise CorruptError(f"{origin} is longer than a channel; remove it")
+    value = _parse_object(data, origin)
     try:
         reference = Reference(
             name=check_part("name", value["name"]),
@@ -165,21 +175,10 @@ def read_pointer(path: Path) -> Pointer:
         )
         whole = value["schema"] == 1 and type(pointer.seq) is int and pointer.seq > 0
     except (KeyError, TypeError, AttributeError, RecipeError) as error:
-        raise CorruptError(f"{path} is not a channel: {error}; remove it") from error
-    if not whole or path != pointer.path(path.parents[3]):
-        raise CorruptError(f"{path} is not the channel that its path says; remove it")
+        raise CorruptError(f"{origin} is not a channel: {error}; remove it") from error
+    if not whole or (name, variant, file) != (reference.name, reference.variant, pointer.file):
+        raise CorruptError(f"{origin} is not the channel that its path says; remove it")
     return pointer
-
-
-def read_pointers(variant_dir: Path) -> list[Pointer]:
-    """All channels of one variant, by channel and card; damaged ones are reported and left out."""
-    pointers = []
-    for path in sorted((variant_dir / "channels").glob("[!.]*.json")):
-        try:
-            pointers.append(read_pointer(path))
-        except CorruptError as error:
-            log.warning("%s", error)
-    return pointers
 
 
 def _read_object(path: Path, limit_bytes: int) -> dict[str, Any]:

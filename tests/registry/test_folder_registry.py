@@ -169,19 +169,19 @@ def test_find_takes_the_newest_rebuild_that_is_whole(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry, key = bench.registry, "b" * 64
-    assert registry.find("tiny", "sm89-trtrtx-fp8-b8", key) is None
+    assert list(registry.find("tiny", "sm89-trtrtx-fp8-b8", key)) == []
     first = bench.publish()
     second = bench.publish(bench.engine(plan=b"again"), _rebuilt(bench))
     third = bench.publish(bench.engine(plan=b"and again"), _rebuilt(bench))
     assert (second.version, third.version) == (f"{first.version}.r2", f"{first.version}.r3")
     found = registry.find("tiny", "sm89-trtrtx-fp8-b8", key)
-    assert found.digest == third.digest
+    assert [package.digest for package in found] == [third.digest, second.digest, first.digest]
 
     plan = registry.location(third) / "engine" / "model.plan"
     plan.chmod(0o644)
     plan.write_bytes(b"AND AGAIN")
     with caplog.at_level(logging.WARNING):
-        found = registry.find("tiny", "sm89-trtrtx-fp8-b8", key)
+        found = next(registry.find("tiny", "sm89-trtrtx-fp8-b8", key))
     assert found.digest == second.digest
     assert "'engine/model.plan' has SHA-256" in caplog.text
     assert "To put the damaged one aside: mv " in caplog.text
@@ -198,7 +198,7 @@ def test_find_ignores_other_builds_and_their_damage(
     other = bench.publish(label=bench.label(build_key="c" * 64))
     (bench.registry.location(other) / "manifest.json").unlink()
     with caplog.at_level(logging.WARNING):
-        assert bench.registry.find("tiny", "sm89-trtrtx-fp8-b8", "b" * 64) is None
+        assert not list(bench.registry.find("tiny", "sm89-trtrtx-fp8-b8", "b" * 64))
     assert caplog.text == ""
 
 
@@ -210,13 +210,14 @@ def test_damaged_package_keeps_its_version_and_the_build_gets_the_next(
     manifest.chmod(0o644)
     manifest.write_text("{}")
     with caplog.at_level(logging.WARNING):
-        assert bench.registry.find("tiny", "sm89-trtrtx-fp8-b8", "b" * 64) is None
+        assert not list(bench.registry.find("tiny", "sm89-trtrtx-fp8-b8", "b" * 64))
     assert "manifest.json has schema None" in caplog.text
     with pytest.raises(ConflictError, match="taken by a damaged package"):
         bench.publish()
     second = bench.publish(label=_rebuilt(bench))
     assert second.version == f"{first.version}.r2"
-    assert bench.registry.find("tiny", "sm89-trtrtx-fp8-b8", "b" * 64).digest == second.digest
+    (found,) = bench.registry.find("tiny", "sm89-trtrtx-fp8-b8", "b" * 64)
+    assert found.digest == second.digest
     assert manifest.read_text() == "{}"
 
 
@@ -320,5 +321,5 @@ def test_damaged_package_is_listed_with_its_fault(bench: Bench) -> None:
     assert entries.keys() == {whole.version, damaged.version}
     assert entries[whole.version].verdict == "checked"
     assert entries[whole.version].size_bytes == 402
-    assert entries[damaged.version].package is None
+    assert entries[damaged.version].manifest is None
     assert "'engine/model.plan' is missing" in entries[damaged.version].fault

@@ -60,7 +60,7 @@ def test_statement_about_another_package_is_refused(bench: Bench) -> None:
     with pytest.raises(CorruptError, match="speaks of another package"):
         bench.registry.add_statement(one, "test", {"report.json": bench.report(other)})
     gone = Reference(name="tiny", variant="v", version="3.0", digest=one.digest)
-    with pytest.raises(NotFoundError, match="does not exist"):
+    with pytest.raises(NotFoundError, match="publish it first"):
         bench.registry.add_statement(gone, "test", {"report.json": bench.report(gone)})
     forged = Reference(name=one.name, variant=one.variant, version=one.version, digest="0" * 64)
     with pytest.raises(ConflictError):

@@ -57,10 +57,10 @@ def test_every_recipe_is_rehearsed_in_every_format(recipe: str, tmp_path: Path) 
     entries = FolderRegistry(path=tmp_path / "kept" / "registry").entries()
     assert len(entries) == 2
     for entry in entries:
-        assert entry.package is not None
-        assert entry.package.manifest["source"]["weights"] == "random"
+        assert entry.manifest is not None
+        assert entry.manifest["source"]["weights"] == "random"
         with pytest.raises(RecipeError, match="random"):
-            FolderRegistry(path=tmp_path / "mine").publish(verify(entry.package.dir))
+            FolderRegistry(path=tmp_path / "mine").publish(verify(Path(entry.where)))
     assert not list(tmp_path.glob("mine/*/*"))
 
 

@@ -7,24 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ExitCode, PipelineError, RecipeError
-from pipeline.registry.folder import FolderRegistry
+from pipeline.errors import ExitCode, PipelineError
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.package import verify
 from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
-from pipeline.registry.signing.keys import (
-    KEY_PATH,
-    choose_key,
-    config_root,
-    generate_key,
-    load_key,
-    write_key_pair,
-)
-from pipeline.registry.signing.trust import OwnKey, TrustPolicy, load_policy, trust_for
+from pipeline.registry.signing.keys import KEY_PATH, config_root, generate_key, write_key_pair
+from pipeline.registry.signing.machine import machine_trust
 from pipeline.registry.signing.verification import Verification, verify_signatures
-
-POLICY_PATH = "ENGINESMITH_POLICY"
-"""Environment variable: path of the trust policy."""
+from pipeline.registry.stores.opening import open_registry
 
 
 def keygen(out: Path | None, environ: Mapping[str, str]) -> list[str]:
@@ -56,13 +46,13 @@ class Request:
 
     Attributes:
         target: A reference, or the folder of a package.
-        registry: Where references are looked up.
+        registry: URL or folder where references are looked up.
         policy: File; None for the environment's, then the configuration folder's.
         allow_unsigned: Take a package without any signature.
     """
 
     target: str
-    registry: Path
+    registry: str
     policy: Path | None = None
     allow_unsigned: bool = False
 
@@ -76,37 +66,16 @@ def run_verify(request: Request, environ: Mapping[str, str]) -> Verification:
         NotFoundError: No such package.
         RecipeError: Not a reference, or the policy cannot be read.
     """
-    policy = _policy(request.policy, environ)
-    own = _own_key(environ) if policy is None else None
-    # Both a folder registry and a folder are on this machine; other registries will not be.
-    trusted = trust_for(policy, own, own_folder=True)
     if folder := _folder(request.target):
+        trusted = machine_trust(environ, own_folder=True, policy=request.policy)
         package = verify(folder)
+        beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
     else:
-        package = FolderRegistry(path=request.registry).resolve(request.target)
-    beside = package.dir.with_name(f"{package.dir.name}{STATEMENTS_SUFFIX}")
+        registry = open_registry(request.registry)
+        trusted = machine_trust(environ, own_folder=registry.local, policy=request.policy)
+        package = registry.resolve(request.target)
+        beside = registry.statements_dir(reference_of(package))
     return verify_signatures(package, beside, trusted, allow_unsigned=request.allow_unsigned)
-
-
-def _policy(path: Path | None, environ: Mapping[str, str]) -> TrustPolicy | None:
-    if path is not None:
-        return load_policy(path)
-    if named := environ.get(POLICY_PATH):
-        return load_policy(Path(named))
-    usual = config_root(environ) / "policy.yaml"
-    return load_policy(usual) if usual.is_symlink() or usual.exists() else None
-
-
-def _own_key(environ: Mapping[str, str]) -> OwnKey | None:
-    """What this machine signs with, if it has anything; makes nothing."""
-    try:
-        choice = choose_key(environ)
-    except RecipeError:
-        return None  # CI without a key signs nothing
-    local = choice.kind == "local"
-    if local and choice.path is not None and not choice.path.exists():
-        return None
-    return OwnKey(key=load_key(choice, environ, make=False).public, local=local)
 
 
 def _folder(target: str) -> Path | None:

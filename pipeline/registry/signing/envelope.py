@@ -59,13 +59,24 @@ class Envelope:
 
 
 def sign_envelope(payload: bytes, payload_type: str, key: SigningKey) -> bytes:
-    """Sign bytes; ECDSA takes a random number, so twice the same is not the same bytes."""
-    from securesystemslib.dsse import Envelope as DsseEnvelope
-    from securesystemslib.signer import CryptoSigner, SSlibKey
+    """Sign bytes.
 
-    public = SSlibKey.from_crypto(key.private.public_key(), keyid=key.public.keyid)
+    The nonce is derived from key and content (RFC 6979), so that signing the same again gives the
+    same bytes; where the OpenSSL below is older than 3.2, it is random, and both verify.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from securesystemslib.dsse import Envelope as DsseEnvelope
+    from securesystemslib.signer import Signature
+
     envelope = DsseEnvelope(payload, payload_type, {})
-    envelope.sign(CryptoSigner(key.private, public))
+    try:
+        signature = key.private.sign(envelope.pae(), ECDSA(SHA256(), deterministic_signing=True))
+    except UnsupportedAlgorithm:
+        signature = key.private.sign(envelope.pae(), ECDSA(SHA256()))
+    keyid = key.public.keyid
+    envelope.signatures[keyid] = Signature(keyid, signature.hex())
     return rfc8785.dumps(envelope.to_dict())
 
 

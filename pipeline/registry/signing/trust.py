@@ -1,16 +1,21 @@
-"""The trust policy: who may sign builds, who may sign verdicts, and what is revoked.
+"""The trust policy: who may sign builds, verdicts and moves of channels, and what is revoked.
 
     schema: 1
     keys:
     - name: ci                     # for people
       public_key_file: ci.pub      # beside the policy; or public_key: with the PEM itself
-      may_sign: [builds, verdicts]
+      may_sign: [builds, verdicts, channels]
     revoked_keys: []               # key ids
     revoked_digests: []            # packages
     builder_ids: []                # if there are any, provenance by one of them is a must
 
 What a policy names counts, and nothing else. Without a policy, what this machine signs with is
 believed (`trust_for`).
+
+`channels` covers moves of channels and yanks. A policy that gives it to no key, such as one from
+before there was this right, lets every key with another right move channels: that cannot make a
+reader believe a package or a verdict, which are signed by themselves. Give it to one key, and only
+those that have it count.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from pipeline.registry.signing.envelope import Envelope
 from pipeline.registry.signing.keys import PublicKey, parse_public_key, read_public_key
 from pipeline.settings import STRICT, Listed
 
-Role = Literal["builds", "verdicts"]
+Role = Literal["builds", "verdicts", "channels"]
 _MAX_POLICY_BYTES = 1 << 20
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -45,7 +50,8 @@ class TrustedKey:
     Attributes:
         name: For people.
         public_key: PEM.
-        may_sign: `builds`: packages and their provenance. `verdicts`: test results.
+        may_sign: `builds`: packages and their provenance. `verdicts`: test results. `channels`:
+            moves of channels, and yanks.
     """
 
     name: str
@@ -117,6 +123,16 @@ class TrustPolicy:
         """Whether a key of this policy may sign; not if it is revoked."""
         return self._judge(key.key.keyid, role)[0] is not None
 
+    def require_may(self, key: PublicKey, role: Role) -> None:
+        """Stop before something is signed that readers with this policy would refuse.
+
+        Raises:
+            UntrustedError: This key may not.
+        """
+        found, reason = self._judge(key.keyid, role)
+        if found is None:
+            raise UntrustedError(f"{reason}; sign with another key, or change the policy")
+
     def _judge(self, keyid: str, role: Role) -> tuple[TrustedKey | None, str]:
         """The key that may sign, or why it may not."""
         key = next((key for key in self.keys if key.key.keyid == keyid), None)
@@ -128,9 +144,14 @@ class TrustPolicy:
                 None,
                 f"key {name} is not trusted here; if you know whose it is, name it in a policy",
             )
-        if role not in key.may_sign:
+        if role not in self._rights(key):
             return None, f"key {name} may not sign {role}, only {', '.join(key.may_sign)}"
         return key, ""
+
+    def _rights(self, key: TrustedKey) -> tuple[Role, ...]:
+        """What a key may sign; see the module for `channels`."""
+        shared = key.may_sign and not any("channels" in other.may_sign for other in self.keys)
+        return (*key.may_sign, "channels") if shared else key.may_sign
 
 
 @plain_dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Check the signatures of a package, and what was said about it, against a policy.
 
 Statements are append-only and anybody who may write there can add one. So a foreign signature
-beside a good one is ignored and reported; it is fatal where no good one is. Bytes that changed
-after a trusted key signed them are always fatal.
+beside a good one is ignored and reported; it is fatal where no good one is. So is a trusted
+signature of other bytes under the same reference: a run that was killed leaves one, and its
+successor's stands beside it. A report that changed after it was signed is always fatal.
 
 What this cannot see: that a statement was removed. Whoever may delete there can take away the
 newest verdict and leave an older one.
@@ -47,7 +48,7 @@ from pipeline.registry.signing.signer import (
 )
 from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
 from pipeline.registry.statements import REPORT, Statement, read_statements
-from pipeline.stages import Package
+from pipeline.stages import Package, VerdictName
 
 _MAX_REPORT_BYTES = 16 << 20
 ModelSignature = Literal["verified", "absent", "not checked"]
@@ -66,7 +67,7 @@ class SignedVerdict:
     """
 
     card: str
-    verdict: str
+    verdict: VerdictName
     statement: str
     signer: TrustedKey
 
@@ -93,7 +94,7 @@ class Verification:
     ignored: tuple[str, ...] = field(default=())
 
     def verdict(self, card: str) -> SignedVerdict | None:
-        """The newest signed verdict for a card."""
+        """The newest signed verdict for a card; None if there is none."""
         return next((found for found in self.verdicts if found.card == card), None)
 
 
@@ -249,20 +250,22 @@ class _Check:
     def _first(self, name: str, check: Callable[[Path], _Found]) -> _Found | None:
         """The first file of this name that holds; None if there is no such file.
 
+        Beside one that holds, others may be of a run that was killed before its package showed.
+
         Raises:
             UntrustedError: There are some, and none holds.
-            CorruptError: One changed after a trusted key signed it.
+            CorruptError: The same, and a trusted key signed other bytes.
         """
         good: _Found | None = None
-        faults: list[UntrustedError] = []
+        faults: list[UntrustedError | CorruptError] = []
         for path in self._files(name):
             try:
                 found = check(path)
                 good = found if good is None else good
-            except UntrustedError as error:
+            except (UntrustedError, CorruptError) as error:
                 faults.append(error)
         if good is None and faults:
-            raise faults[0]
+            raise next((one for one in faults if isinstance(one, CorruptError)), faults[0])
         self.ignored.extend(map(str, faults))
         return good
 

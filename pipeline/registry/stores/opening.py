@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import Fault, RecipeError
 
 if TYPE_CHECKING:
+    from pipeline.registry.backend import Registry
     from pipeline.registry.stores.store import WritableStore
 
 
@@ -44,6 +45,21 @@ def open_store(url: str) -> WritableStore:
             )
         ]
     )
+
+
+def open_registry(url: str) -> Registry:
+    """The registry that a URL names; nothing is read yet.
+
+    Raises:
+        RecipeError: As in `open_store`.
+    """
+    if folder := folder_of(url):
+        from pipeline.registry.folder import FolderRegistry
+
+        return FolderRegistry(path=folder)
+    from pipeline.registry.stored import StoredRegistry
+
+    return StoredRegistry(store=open_store(url))
 
 
 def folder_of(url: str) -> Path | None:

@@ -14,7 +14,7 @@ import pytest
 from pipeline.registry.signing.attestations import BuildRun
 from pipeline.registry.signing.command import Request, run_verify
 from pipeline.registry.signing.keys import SigningKey, generate_key
-from pipeline.registry.signing.signer import add_build_signature, sign_report
+from pipeline.registry.signing.signer import build_statements, sign_report
 from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.stages import Reference
@@ -60,10 +60,12 @@ class Signed:
         return path
 
     def sign(self, reference: Reference, key: SigningKey | None = None) -> Path:
+        """Sign what is published already; the folder with the envelopes."""
         package = self.bench.registry.resolve(f"{reference.name}@sha256:{reference.digest}")
-        return add_build_signature(
-            self.bench.registry, reference, package, key or self.builder, RUN
-        )
+        statements = build_statements(package, key or self.builder, RUN)
+        for name, files in statements.items():
+            self.bench.registry.add_statement(reference, name, files)
+        return self.statements(reference) / next(iter(statements))
 
     def accept(
         self, reference: Reference, key: SigningKey | None = None, name: str = "test-1"
@@ -97,7 +99,7 @@ class Signed:
         """All of it, as the command does."""
         request = Request(
             target=str(self.bench.registry.location(reference)),
-            registry=self.bench.registry.path,
+            registry=str(self.bench.registry.path),
             policy=self.write_policy(),
         )
         return run_verify(request, {"ENGINESMITH_CONFIG": str(self.home)})

@@ -77,7 +77,9 @@ def _refusal(signed: Signed, reference: Reference, by_name: bool) -> PipelineErr
             signed.verify(reference)
         return caught.value
     request = Request(
-        target=str(reference), registry=signed.bench.registry.path, policy=signed.write_policy()
+        target=str(reference),
+        registry=str(signed.bench.registry.path),
+        policy=signed.write_policy(),
     )
     with pytest.raises(PipelineError) as caught:
         run_verify(request, {})

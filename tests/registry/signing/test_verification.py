@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, CorruptError, UntrustedError
+from pipeline.errors import CorruptError, UntrustedError
+from pipeline.registry.disk import move_into_place
 from pipeline.registry.signing.attestations import provenance_statement, statement_bytes
 from pipeline.registry.signing.envelope import STATEMENT_TYPE, sign_envelope
 from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.model_signature import available
-from pipeline.registry.signing.signer import add_build_signature, sign_report
+from pipeline.registry.signing.signer import build_statements, sign_package, sign_report
 from pipeline.registry.signing.trust import TrustPolicy
+from pipeline.stages import Reference
 from tests.registry.signing.conftest import RUN, Signed, trusted
 
 CARD = "NVIDIA-GeForce-RTX-4090"
@@ -24,6 +26,72 @@ with_models = pytest.mark.skipif(not available(), reason="the extra `sign` is no
 def _rewrite(path: Path, data: bytes) -> None:
     path.chmod(0o644)
     path.write_bytes(data)
+
+
+def _publish(signed: Signed, plan: bytes, *, stop: bool = False) -> Reference:
+    """Publish with signatures, as a build does; `stop` dies before the package shows."""
+    registry = signed.bench.registry
+    with registry.staging() as staging:
+        package = signed.bench.seal(staging, signed.bench.engine(plan))
+        statements = build_statements(package, signed.builder, RUN)
+        reference: Reference = registry.publish(package, statements)
+    if stop:
+        shutil.rmtree(registry.location(reference))
+    return reference
+
+
+def test_signatures_are_there_when_the_package_shows(
+    signed: Signed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def watched(private: Path, target: Path) -> bool:
+        beside = target.with_name(f"{target.name}.statements")
+        if target.parent.name != beside.name and not target.parent.name.endswith(".statements"):
+            seen.append(sorted(path.name.partition("-")[0] for path in beside.iterdir()))
+        return move_into_place(private, target)
+
+    monkeypatch.setattr("pipeline.registry.stores.folder.move_into_place", watched)
+    assert signed.check(_publish(signed, b"plan")).signer is not None
+    assert seen == [["build", *(["model"] if available() else [])]]
+
+
+def test_signatures_of_a_killed_run_with_other_bytes_do_not_stand_in_the_way(
+    signed: Signed,
+) -> None:
+    killed = _publish(signed, b"other", stop=True)
+    reference = _publish(signed, b"plan")
+    assert (killed.version, killed.digest) != (reference.version, reference.digest)
+    done = signed.check(reference)
+    assert done.signer is not None
+    assert done.signer.name == "builder"
+    assert any("is not the one that builder signed" in reason for reason in done.ignored)
+
+
+def test_signatures_of_a_killed_run_with_the_same_bytes_are_taken(signed: Signed) -> None:
+    first = _publish(signed, b"plan", stop=True)
+    before = {path: path.read_bytes() for path in signed.statements(first).glob("*/*")}
+    reference = _publish(signed, b"plan")
+    assert {path: path.read_bytes() for path in signed.statements(first).glob("*/*")} == before
+    assert signed.check(reference).ignored == ()
+
+
+def test_what_lies_under_a_signatures_name_is_not_believed(signed: Signed) -> None:
+    with signed.bench.registry.staging() as staging:
+        package = signed.bench.seal(staging)
+        statements = build_statements(package, signed.builder, RUN)
+        forged = {name: dict.fromkeys(files, b"{}") for name, files in statements.items()}
+        reference = signed.bench.registry.publish(package, forged)
+    with pytest.raises(UntrustedError, match="not a DSSE envelope"):
+        signed.check(reference)
+
+
+def test_package_that_is_published_already_gets_no_signature(signed: Signed) -> None:
+    reference = signed.bench.publish()
+    with signed.bench.registry.staging() as staging:
+        package = signed.bench.seal(staging)
+        signed.bench.registry.publish(package, build_statements(package, signed.builder, RUN))
+    assert not signed.statements(reference).exists()
 
 
 def _build(signed: Signed, reference: Any) -> Path:
@@ -58,14 +126,10 @@ def test_signing_changes_nothing_in_the_package(signed: Signed) -> None:
         assert path.is_dir() or private not in path.read_bytes()
 
 
-def test_signing_again_adds_nothing(signed: Signed) -> None:
-    reference = signed.bench.publish()
-    first = signed.sign(reference)
-    names = sorted(path.name for path in signed.statements(reference).iterdir())
-    before = (first / "manifest.dsse.json").read_bytes()
-    assert signed.sign(reference) == first
-    assert (first / "manifest.dsse.json").read_bytes() == before
-    assert sorted(path.name for path in signed.statements(reference).iterdir()) == names
+def test_envelopes_of_the_same_build_have_the_same_bytes(signed: Signed) -> None:
+    package = signed.bench.registry.resolve(str(signed.bench.publish()))
+    first, again = (sign_package(package, signed.builder, RUN) for _ in range(2))
+    assert first == again
 
 
 def test_second_signer_signs_beside_the_first(signed: Signed) -> None:
@@ -80,14 +144,6 @@ def test_second_signer_signs_beside_the_first(signed: Signed) -> None:
     assert done.signer is not None
     assert done.signer.name == "second"
     assert len(done.ignored) >= 3  # the builder's envelopes, the judge's verdict
-
-
-def test_something_else_under_the_statements_name_is_a_conflict(signed: Signed) -> None:
-    reference = signed.bench.publish()
-    name = f"build-{signed.builder.public.keyid[:12]}"
-    signed.bench.registry.add_statement(reference, name, {"manifest.dsse.json": b"{}"})
-    with pytest.raises(ConflictError):
-        signed.sign(reference)
 
 
 def test_unsigned_package_needs_the_explicit_flag(signed: Signed) -> None:
@@ -292,7 +348,7 @@ def test_package_that_is_not_its_digest_is_not_signed(signed: Signed) -> None:
     package = signed.bench.registry.resolve(str(reference))
     forged = replace(package, manifest={**package.manifest, "version": "9.9"})
     with pytest.raises(CorruptError, match="digest"):
-        add_build_signature(signed.bench.registry, reference, forged, signed.builder, RUN)
+        sign_package(forged, signed.builder, RUN)
     assert not signed.statements(reference).exists()
 
 

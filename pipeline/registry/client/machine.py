@@ -1,0 +1,259 @@
+"""Facts of the machine that will run the engine.
+
+An init container has no GPU and not the server's runtime. So what a flag says is believed, and
+recorded as given; `--gpu auto` asks NVML; what neither tells stays unknown and is reported, not
+assumed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.config.targets import known_targets
+from pipeline.errors import Fault, IncompatibleError, RecipeError
+from pipeline.registry.reference import check_part
+
+Origin = Literal["given", "probed", "known of the card"]
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
+_SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>[A-Za-z]*)")
+_SM = re.compile(r"sm_?(?P<number>[0-9]{2,3})")
+_VERSION = re.compile(r"[0-9]+(?:\.[0-9]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What will load the engine; `version` is empty if only its name was given."""
+
+    name: str
+    version: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}" if self.version else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a machine; None is unknown.
+
+    Attributes:
+        sm: Compute capability x 10.
+        card: As NVML calls it, spaces as dashes.
+        vram_bytes: Free device memory if it was probed; else what was given, or the card's own.
+        driver: Of NVIDIA, such as `580.65.06`.
+        cuda: Newest CUDA that the driver serves, such as `13.0`.
+        runtime: What will load the engine.
+        origins: Fact -> where it comes from; has every fact that is known.
+    """
+
+    sm: int | None = None
+    card: str | None = None
+    vram_bytes: int | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    runtime: Runtime | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every fact, with its origin; null is unknown."""
+        facts = {
+            "sm": self.sm,
+            "card": self.card,
+            "vram_bytes": self.vram_bytes,
+            "driver": self.driver,
+            "cuda": self.cuda,
+            "runtime": str(self.runtime) if self.runtime else None,
+        }
+        return {
+            name: None if value is None else {"value": value, "origin": self.origins[name]}
+            for name, value in facts.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What the user says of the machine, as typed.
+
+    Attributes:
+        gpu: `auto`, `none`, a card's id or name, or `sm89`.
+        runtime: `vllm==0.29` or `vllm`.
+        vram: `24GiB`.
+        driver: `580.65.06`.
+    """
+
+    gpu: str = "auto"
+    runtime: str | None = None
+    vram: str | None = None
+    driver: str | None = None
+
+
+def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
+    """What is known of the machine; flags come before what NVML says.
+
+    Raises:
+        RecipeError: A flag cannot be read, or the machine has several kinds of cards.
+        IncompatibleError: `auto`, and there is no GPU to ask.
+    """
+    given: dict[str, Any] = {
+        "runtime": parse_runtime(flags.runtime) if flags.runtime else None,
+        "vram_bytes": parse_size(flags.vram) if flags.vram else None,
+        "driver": _check_version("--driver", flags.driver) if flags.driver else None,
+    }
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for origin, found in (("given", given), *_gpu_facts(flags.gpu, environ)):
+        for name, value in found.items():
+            if value is not None and name not in values:
+                values[name], origins[name] = value, origin
+    return Facts(**values, origins=origins)
+
+
+def _gpu_facts(gpu: str, environ: Mapping[str, str]) -> Iterator[tuple[Origin, Mapping[str, Any]]]:
+    """What `--gpu` tells, the most certain first."""
+    if gpu == "auto":
+        yield "probed", probe(environ)
+    elif match := _SM.fullmatch(gpu):
+        yield "given", {"sm": int(match["number"])}
+    elif gpu != "none":
+        card = gpu.replace(" ", "-")
+        targets = known_targets()
+        target = next((one for one in targets if card.lower() in {one.id, one.card.lower()}), None)
+        if target is not None:
+            yield "given", {"card": target.card}
+            yield "known of the card", {"sm": target.sm, "vram_bytes": target.memory_bytes}
+        elif not card.lower().startswith(("nvidia-", "tesla-", "quadro-", "grid-")):
+            # A typing error must not pass for a card that has no statements.
+            known = ", ".join(one.id for one in targets)
+            raise _fault(
+                "--gpu",
+                f"{gpu!r} is not a card; write auto, none, sm89, what NVML calls it "
+                f"(NVIDIA-GeForce-RTX-4090), or one of {known}",
+            )
+        else:
+            yield "given", {"card": check_part("card", card)}
+
+
+def probe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Ask NVML about the cards that CUDA would see.
+
+    The engine runs on one card. Of several of one kind the one with the most free memory counts.
+
+    Raises:
+        IncompatibleError: No NVML, no card, or one that is split by MIG.
+        RecipeError: Several kinds of cards.
+    """
+    advice = "say what the engine will run on with --gpu rtx4090 (or --gpu none: not checked)"
+    try:
+        import pynvml as nvml
+    except ImportError:
+        raise IncompatibleError(
+            f"--gpu auto needs nvidia-ml-py (pip install nvidia-ml-py); or {advice}"
+        ) from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise IncompatibleError(f"no NVIDIA GPU here ({error}); {advice}") from None
+    try:
+        return _ask(nvml, environ.get("CUDA_VISIBLE_DEVICES"), advice)
+    except nvml.NVMLError as error:
+        raise IncompatibleError(f"NVML does not answer ({error}); {advice}") from None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _ask(nvml: Any, visible: str | None, advice: str) -> dict[str, Any]:
+    devices = list(_devices(nvml, visible))
+    if not devices:
+        raise IncompatibleError(f"no NVIDIA GPU is visible here; {advice}")
+    cards = sorted({nvml.nvmlDeviceGetName(device).replace(" ", "-") for device in devices})
+    if len(cards) > 1:
+        raise _fault("--gpu", f"this machine has {', '.join(cards)}; say which with --gpu")
+    if any(_split(nvml, device) for device in devices):
+        raise IncompatibleError(
+            f"{cards[0]} is split by MIG, and a part is not the card; {advice}, and --vram"
+        )
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(devices[0])
+    cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
+    return {
+        "sm": 10 * major + minor,
+        "card": cards[0],
+        "vram_bytes": max(int(nvml.nvmlDeviceGetMemoryInfo(device).free) for device in devices),
+        "driver": nvml.nvmlSystemGetDriverVersion(),
+        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+    }
+
+
+def _devices(nvml: Any, visible: str | None) -> Iterator[Any]:
+    """Handles of the cards that `CUDA_VISIBLE_DEVICES` leaves; all if it is not set.
+
+    The list ends at the first entry that names no card (CUDA C++ Programming Guide, environment
+    variables).
+    """
+    count = nvml.nvmlDeviceGetCount()
+    wanted = [str(index) for index in range(count)] if visible is None else visible.split(",")
+    for entry in map(str.strip, wanted):
+        try:
+            if entry.isdigit():
+                yield nvml.nvmlDeviceGetHandleByIndex(int(entry))
+            else:
+                yield nvml.nvmlDeviceGetHandleByUUID(entry)
+        except nvml.NVMLError:
+            return
+
+
+def _split(nvml: Any, device: Any) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(device)[0])
+    except nvml.NVMLError:  # a card that cannot be split
+        return False
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `24GiB`, `24 GB`, `512MiB` or a plain number.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or match["unit"] not in _UNITS:
+        raise _fault("--vram", f"{text!r} is not a size; write 24GiB or 24GB")
+    return int(float(match["number"]) * _UNITS[match["unit"]])
+
+
+def parse_runtime(text: str) -> Runtime:
+    """`vllm==0.29`, or `vllm` alone.
+
+    Raises:
+        RecipeError: It is neither.
+    """
+    name, _, version = text.partition("==")
+    name = name.strip().lower().replace("_", "-")
+    if not re.fullmatch(r"[a-z0-9]+(?:-[a-z0-9]+)*", name) or (
+        "==" in text and not version.strip()[:1].isdigit()
+    ):
+        raise _fault("--runtime", f"{text!r} is not a runtime; write vllm==0.29 or vllm")
+    return Runtime(name=name, version=version.strip())
+
+
+def version_key(text: str) -> tuple[int, ...] | None:
+    """Numbers of a version without closing zeros: `0.29` is `0.29.0`; None if it has others."""
+    if not _VERSION.fullmatch(text):
+        return None
+    numbers = [int(number) for number in text.split(".")]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _check_version(flag: str, text: str) -> str:
+    if version_key(text) is None:
+        raise _fault(flag, f"{text!r} is not a version; write it like 580.65.06")
+    return text
+
+
+def _fault(path: str, message: str) -> RecipeError:
+    return RecipeError([Fault(path, message)])

@@ -1,0 +1,223 @@
+"""One file while it lands in pieces, and the journal of the pieces that have.
+
+The SHA-256 of a file can only be taken in order, while its pieces land in any. So whoever lands the
+piece that the hash waits for takes it along, reading the bytes back from the page cache: they are
+hashed as they lie in the file, no thread of its own is needed, and nobody runs so far ahead that
+the disk would have to be read again (`WINDOW_BYTES`).
+
+The journal has a line per landed piece with its CRC-32. After a kill each piece is read again and
+compared, so that only a damaged one is fetched again; whether the file is right, its SHA-256 alone
+decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.errors import CorruptError
+from pipeline.registry.disk import read_bounded
+from pipeline.stages import FileDigest
+
+WINDOW_BYTES = 1 << 30
+"""How far the newest piece may be ahead of the hash: what the page cache of a machine that serves
+models holds."""
+_CHUNK_BYTES = 1 << 20
+_JOURNAL = "journal"
+_MAX_JOURNAL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """Which pieces of a package have landed in a folder.
+
+    Attributes:
+        folder: Where the files are.
+        digest: Of the package.
+        piece_bytes: Size of a piece; a journal of another size is worth nothing.
+    """
+
+    folder: Path
+    digest: str
+    piece_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return self.folder / _JOURNAL
+
+    @property
+    def _head(self) -> str:
+        return f"1 {self.digest} {self.piece_bytes}"
+
+    def read(self) -> dict[tuple[int, int], int] | None:
+        """(number of the file, number of the piece) -> CRC-32; None if there is no journal of this.
+
+        A line that a crash tore off counts for nothing.
+        """
+        try:
+            text = read_bounded(self.path, _MAX_JOURNAL_BYTES).decode("ascii", "replace")
+        except CorruptError:
+            return None
+        head, *lines = text.split("\n")
+        if head != self._head:
+            return None
+        landed: dict[tuple[int, int], int] = {}
+        for line in lines[:-1]:
+            try:
+                file, piece, crc = line.split(" ")
+                landed[int(file), int(piece)] = int(crc, 16)
+            except ValueError:
+                continue
+        return landed
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[JournalWriter]:
+        """Append to it; begun anew if it is not about this."""
+        fresh = self.read() is None
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        descriptor = os.open(self.path, flags | (os.O_TRUNC if fresh else 0), 0o600)
+        try:
+            # An empty line closes one that was torn off.
+            os.write(descriptor, (f"{self._head}\n" if fresh else "\n").encode())
+            yield JournalWriter(descriptor=descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JournalWriter:
+    """The open journal."""
+
+    descriptor: int
+
+    def landed(self, file: int, piece: int, crc: int) -> None:
+        """Note a piece whose bytes were written; one write, so that lines stay whole."""
+        os.write(self.descriptor, f"{file} {piece} {crc:08x}\n".encode())
+
+
+@dataclass(kw_only=True)
+class LandingFile:
+    """A file whose pieces land.
+
+    Attributes:
+        number: In the manifest.
+        file: What it must become.
+        path: Where it lands.
+        piece_bytes: Size of all pieces but the last.
+        again: It was wrong once, and is fetched for the second and last time.
+    """
+
+    number: int
+    file: FileDigest
+    path: Path
+    piece_bytes: int
+    again: bool = False
+    _descriptor: int | None = None
+    _there: set[int] = field(default_factory=set)
+    _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _hashed: int = 0
+    _busy: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def pieces(self) -> int:
+        """How many there are; an empty file has one, which is empty."""
+        return max(1, -(-self.file.size_bytes // self.piece_bytes))
+
+    @property
+    def hashed(self) -> int:
+        """Pieces that the hash has taken in."""
+        return self._hashed
+
+    @property
+    def sha256(self) -> str:
+        """Of the pieces that the hash has taken in, hex."""
+        return self._hash.hexdigest()
+
+    def span(self, piece: int) -> tuple[int, int]:
+        """First byte of a piece, and the first byte after it."""
+        start = piece * self.piece_bytes
+        return start, min(start + self.piece_bytes, self.file.size_bytes)
+
+    def open(self) -> int:
+        """Its descriptor; made with its full size, so that pieces can be written anywhere."""
+        with self._lock:
+            if self._descriptor is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._descriptor = os.open(self.path, flags, 0o644)
+                os.ftruncate(self._descriptor, self.file.size_bytes)
+            return self._descriptor
+
+    def close(self, *, sync: bool = False) -> None:
+        """Close it; with `sync` its bytes are on the disk then."""
+        with self._lock:
+            if self._descriptor is not None:
+                if sync:
+                    os.fsync(self._descriptor)
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def begin_again(self) -> None:
+        """Forget all pieces; nobody may be at work on the file."""
+        self.again = True
+        self._there.clear()
+        self._hash, self._hashed = hashlib.sha256(), 0
+
+    def crc(self, piece: int) -> int:
+        """CRC-32 of a piece as it lies in the file."""
+        crc = 0
+        for view in self._chunks(piece):
+            crc = zlib.crc32(view, crc)
+        return crc
+
+    def take(self, piece: int, on_hashed: Callable[[], None]) -> bool:
+        """A piece has landed; hash as far as pieces are there.
+
+        Args:
+            piece: Its number.
+            on_hashed: Called after each piece that was hashed.
+
+        Returns:
+            True once per file: for the caller whose call ended the hash.
+        """
+        with self._lock:
+            self._there.add(piece)
+            if self._busy:
+                return False
+            self._busy = True
+        try:
+            while True:
+                with self._lock:
+                    if self._hashed not in self._there:
+                        self._busy = False
+                        return False
+                for view in self._chunks(self._hashed):
+                    self._hash.update(view)
+                with self._lock:
+                    self._hashed += 1
+                    ended = self._hashed == self.pieces
+                    self._busy = not ended
+                on_hashed()
+                if ended:
+                    return True
+        except BaseException:
+            self._busy = False
+            raise
+
+    def _chunks(self, piece: int) -> Iterator[memoryview]:
+        """The bytes of a piece as they lie in the file; each chunk lives until the next."""
+        descriptor, buffer = self.open(), memoryview(bytearray(_CHUNK_BYTES))
+        at, end = self.span(piece)
+        while at < end:
+            count = os.preadv(descriptor, [buffer[: end - at]], at)
+            if not count:
+                raise CorruptError(f"{self.path} was shortened while it was fetched; pull again")
+            yield buffer[:count]
+            at += count

@@ -1,0 +1,149 @@
+"""An `oci://` URL, and the repository and tags that a package has below it.
+
+    oci://HOST[:PORT]/PREFIX
+
+    <prefix>/<name>                          repository of a recipe
+    :<variant>_<version>                     image of one version
+    :<variant>_channels                      the variant's channel pointers and log of moves
+    :<variant>_<channel>.<card>              image that a channel means, for clusters that mount it
+    :sha256-<hex>                            statements about an image, where the registry has no
+                                             referrers API (distribution-spec 1.1)
+
+Neither a variant nor a version has a `_`; a version starts with a digit and a channel with a
+letter, so each tag means one thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from pipeline.errors import Fault, RecipeError
+from pipeline.registry.reference import check_part
+
+MAX_TAG = 128
+"""Characters (distribution-spec 1.1, "Pulling manifests")."""
+_MAX_REPOSITORY = 255
+"""Characters, host included (distribution-spec 1.1, "Pulling manifests")."""
+_REPOSITORY = re.compile(
+    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+)
+_LONGEST_NAME = 64  # pipeline.registry.reference
+_HUB, _HUB_API = "docker.io", "registry-1.docker.io"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a registry answers, and what of it is ours.
+
+    Attributes:
+        host: As the user wrote it, with its port: the key of Docker's `config.json`.
+        api: Start of every URL, such as `https://host`.
+        prefix: Path of the repositories; may be empty.
+    """
+
+    host: str
+    api: str
+    prefix: str
+
+    def repository(self, name: str) -> str:
+        """The repository of a recipe."""
+        check_part("name", name)
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def name_of(self, repository: str) -> str | None:
+        """The recipe that a repository is of; None if it is not ours."""
+        start = f"{self.prefix}/" if self.prefix else ""
+        if not repository.startswith(start):
+            return None
+        try:
+            return check_part("name", repository[len(start) :])
+        except RecipeError:
+            return None
+
+
+def parse_address(url: str, plain_http: bool | None) -> Address:
+    """Read `oci://HOST[:PORT]/PREFIX`.
+
+    Args:
+        url: What the user typed.
+        plain_http: Speak HTTP without TLS; None for only where the host is this machine.
+
+    Raises:
+        RecipeError: It is not such a URL; says why.
+    """
+    parts = urlsplit(url)
+    try:
+        host, port, has_user = parts.hostname, parts.port, "@" in parts.netloc
+    except ValueError as error:
+        raise _fault(f"{url!r} is not an OCI registry: {error}") from error
+    if has_user:
+        raise _fault(
+            "an oci:// URL has no user and no password: set ENGINESMITH_OCI_USERNAME and "
+            "ENGINESMITH_OCI_PASSWORD, or use `docker login`"
+        )
+    if parts.scheme != "oci" or not host or parts.query or parts.fragment:
+        raise _fault(f"{url!r} is not an OCI registry; write oci://HOST[:PORT]/REPOSITORY")
+    prefix = parts.path.strip("/")
+    if prefix and not _REPOSITORY.fullmatch(prefix):
+        raise _fault(
+            f"{prefix!r} is no OCI repository: lowercase letters and digits, joined by dots, "
+            "dashes, underscores or slashes"
+        )
+    shown = f"[{host}]" if ":" in host else host
+    netloc = shown if port is None else f"{shown}:{port}"
+    if len(f"{netloc}/{prefix}/") + _LONGEST_NAME > _MAX_REPOSITORY:
+        raise _fault(f"{url!r} is too long: host and repository have {_MAX_REPOSITORY} characters")
+    scheme = "http" if (is_loopback(host) if plain_http is None else plain_http) else "https"
+    return Address(
+        host=netloc,
+        api=f"{scheme}://{_HUB_API if netloc == _HUB else netloc}",
+        prefix=prefix,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def version_tag(variant: str, version: str) -> str:
+    """The tag of a version's image; at most 128 characters by the grammar of references."""
+    return f"{check_part('variant', variant)}_{check_part('version', version)}"
+
+
+def parse_version_tag(tag: str) -> tuple[str, str] | None:
+    """Variant and version of an image's tag; None if it is something else."""
+    variant, _, version = tag.partition("_")
+    try:
+        return check_part("variant", variant), check_part("version", version)
+    except RecipeError:
+        return None
+
+
+def channels_tag(variant: str) -> str:
+    """The tag of a variant's channels."""
+    return f"{check_part('variant', variant)}_channels"
+
+
+def channel_tag(variant: str, channel: str, card: str) -> str:
+    """The tag of the image that a channel means: `<variant>_<channel>.<card>`.
+
+    Where that has more than 128 characters, the first 16 digits of the card's SHA-256 stand for
+    the card.
+    """
+    start = f"{check_part('variant', variant)}_{check_part('channel', channel)}."
+    tag = start + check_part("card", card)
+    return tag if len(tag) <= MAX_TAG else start + hashlib.sha256(card.encode()).hexdigest()[:16]
+
+
+def _fault(message: str) -> RecipeError:
+    return RecipeError([Fault("registry", message)])

@@ -1,0 +1,184 @@
+"""Who we are to a registry: credentials, Basic, and Bearer tokens (distribution-spec 1.1, "Auth").
+
+Credentials come from ENGINESMITH_OCI_USERNAME and ENGINESMITH_OCI_PASSWORD, else from `auths` in
+Docker's `config.json` ($DOCKER_CONFIG, else ~/.docker). Credential helpers are not called.
+
+Nothing here is ever logged or put into a message.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+from pipeline.errors import AccessError, CorruptError
+from pipeline.registry.stores.oci.documents import parse_object
+
+USERNAME, PASSWORD = "ENGINESMITH_OCI_USERNAME", "ENGINESMITH_OCI_PASSWORD"
+_SET_THEM = f"set {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
+_HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
+_DEFAULT_LIFE_S = 60.0
+"""Of a token that names none (docs.docker.com, "Token authentication specification")."""
+_MARGIN_S = 10.0
+"""A token is renewed so long before it ends: the request may take a moment to arrive."""
+_PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """A user of a registry."""
+
+    username: str
+    password: str = field(repr=False)
+
+    def header(self) -> str:
+        """Value of `Authorization`."""
+        return f"Basic {base64.b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
+
+
+def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | None:
+    """Whom to be at a registry; None for nobody.
+
+    Args:
+        host: With its port, as the user wrote it.
+        environ: The environment.
+
+    Raises:
+        AccessError: Docker's `config.json` cannot be read.
+    """
+    if environ.get(USERNAME) and environ.get(PASSWORD):
+        return Credentials(username=environ[USERNAME], password=environ[PASSWORD])
+    folder = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME", "~")).expanduser() / ".docker"
+    path = Path(folder, "config.json")
+    try:
+        auths = json.loads(path.read_bytes()).get("auths") or {}
+        keys = (host, f"https://{host}", *([_HUB_KEY] if host == _HUB else []))
+        found: dict[str, str] = next((auths[key] for key in keys if key in auths), {})
+        if not found.get("auth"):
+            return None
+        username, _, password = base64.b64decode(found["auth"]).decode().partition(":")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, TypeError, binascii.Error):
+        # The cause might quote the file.
+        raise AccessError(f"{path} cannot be read as Docker's configuration; {_SET_THEM}") from None
+    return Credentials(username=username, password=password) if password else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Challenge:
+    """`WWW-Authenticate: Bearer realm="...",service="...",scope="..."`."""
+
+    realm: str
+    service: str
+    scope: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Token:
+    header: str = field(repr=False)
+    ends_s: float
+
+
+FetchToken = Callable[[str, Mapping[str, str]], tuple[int, bytes]]
+"""GET of a URL with headers -> status and body."""
+
+
+@dataclass(kw_only=True)
+class Authorizer:
+    """Keeps the tokens of one registry; several threads may use it.
+
+    Attributes:
+        api: Start of the registry's URLs.
+        credentials: Whom to be; None for nobody.
+        fetch: How to ask for a token.
+    """
+
+    api: str
+    credentials: Credentials | None
+    fetch: FetchToken
+    _tokens: dict[str, _Token] = field(default_factory=dict, repr=False)
+    _challenges: dict[str, _Challenge] = field(default_factory=dict)
+    _basic: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def header(self, scope: str) -> str | None:
+        """Value of `Authorization` for a request, as far as is known what the registry wants."""
+        with self._lock:
+            if self._basic and self.credentials:
+                return self.credentials.header()
+            token = self._tokens.get(scope)
+            if token and time.monotonic() >= token.ends_s:
+                token = self._tokens[scope] = self._token(self._challenges[scope])
+            return token.header if token else None
+
+    def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
+        """Get what a 401 asks for. False if there is nothing more to offer.
+
+        Args:
+            scope: What the request needs, such as `repository:a/b:pull`.
+            challenge: The reply's `WWW-Authenticate`.
+            sent: The `Authorization` that was refused.
+
+        Raises:
+            AccessError: No token for us.
+        """
+        kind, _, rest = challenge.partition(" ")
+        with self._lock:
+            if kind.lower() == "basic":
+                self._basic = self.credentials is not None
+                return self.credentials is not None and sent != self.credentials.header()
+            if kind.lower() != "bearer":
+                return False
+            token = self._tokens.get(scope)
+            if token and token.header != sent:
+                return True  # another thread has just got a new one
+            found = dict(_PARAMETER.findall(rest))
+            self._challenges[scope] = _Challenge(
+                realm=found.get("realm", ""),
+                service=found.get("service", ""),
+                scope=found.get("scope") or scope,
+            )
+            self._tokens[scope] = self._token(self._challenges[scope])
+            return True
+
+    def _token(self, challenge: _Challenge) -> _Token:
+        realm = urlsplit(challenge.realm)
+        if realm.scheme != "https" and not (
+            realm.scheme == "http" and self.api.startswith("http:")
+        ):
+            raise AccessError(
+                f"{self.api} sends us for a token to {challenge.realm[:80]!r}, which is not https; "
+                "credentials were not sent there"
+            )
+        query = {"service": challenge.service, "scope": challenge.scope}
+        url = f"{challenge.realm}{'&' if realm.query else '?'}{urlencode(query)}"
+        headers = {"Authorization": self.credentials.header()} if self.credentials else {}
+        began_s = time.monotonic()
+        status, body = self.fetch(url, headers)
+        who = repr(self.credentials.username) if self.credentials else "anonymous"
+        if status != 200:
+            raise AccessError(
+                f"{self.api} refused {who} a token for {challenge.scope} ({status}); {_SET_THEM}"
+            )
+        value = parse_object(body, f"the token of {realm.hostname}")
+        token = value.get("token") or value.get("access_token")
+        life_s = value.get("expires_in") or _DEFAULT_LIFE_S
+        if not isinstance(token, str) or not token.isprintable() or not token.isascii():
+            raise CorruptError(f"{realm.hostname} answered without a token; try again later")
+        if isinstance(life_s, bool) or not isinstance(life_s, int | float):
+            life_s = _DEFAULT_LIFE_S
+        return _Token(header=f"Bearer {token}", ends_s=began_s + max(life_s - _MARGIN_S, 1.0))
+
+    def refused(self, doing: str) -> AccessError:
+        """The error for a request that is not allowed, whatever we offer."""
+        who = f"as {self.credentials.username!r}" if self.credentials else "without credentials"
+        return AccessError(f"{self.api} does not let us {doing} {who}; {_SET_THEM}")

@@ -1,0 +1,154 @@
+"""What botocore raises, as errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import AccessError, NotFoundError, PipelineError, TransientError
+
+CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
+
+# Amazon S3 API Reference, "Error responses".
+_SKEWED = {"RequestTimeTooSkewed"}
+_EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
+_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "NotSignedUp"}
+_ELSEWHERE = {
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+}
+_BUSY = {
+    "SlowDown",
+    "ServiceUnavailable",
+    "InternalError",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "OperationAborted",
+    "BadDigest",  # the bytes were damaged on their way
+    "IncompleteBody",
+    "XAmzContentSHA256Mismatch",
+}
+_MISSING = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "404"}
+
+
+def code_of(error: Exception) -> str:
+    """The code of a botocore `ClientError`, such as `NoSuchKey`."""
+    response: Any = getattr(error, "response", {})
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: Exception) -> int:
+    """Its HTTP status; 0 if it has none."""
+    response: Any = getattr(error, "response", {})
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def missing(error: Exception) -> bool:
+    """Whether the object, not the bucket, is not there; a HEAD tells its status only."""
+    return code_of(error) in _MISSING or (status_of(error) == 404 and not code_of(error))
+
+
+def taken(error: Exception) -> bool:
+    """Whether a condition (`If-Match`, `If-None-Match`) did not hold."""
+    return status_of(error) == 412 or code_of(error) == "PreconditionFailed"
+
+
+def raced(error: Exception) -> bool:
+    """Whether another writer was at the same key in the same moment; do it again."""
+    return status_of(error) == 409 and code_of(error) in {"", "409", "ConditionalRequestConflict"}
+
+
+@contextlib.contextmanager
+def s3_errors(doing: str, bucket: str) -> Iterator[None]:
+    """Turn an exception of botocore into one of ours.
+
+    Args:
+        doing: What was being done, for the message: `publish to s3://...`.
+        bucket: The bucket's name.
+
+    Raises:
+        AccessError: No credentials, wrong ones, or not enough of them.
+        NotFoundError: No such bucket or object.
+        TransientError: The server is busy or cannot be reached; botocore tried several times.
+        PipelineError: Anything else that a server says.
+    """
+    from botocore import exceptions as botocore
+    from urllib3.exceptions import HTTPError
+
+    fault = f"cannot {doing}"
+    try:
+        yield
+    except botocore.ClientError as error:
+        raise _explained(error, fault, bucket) from error
+    except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
+        raise AccessError(f"{fault}: there are no credentials; set {CREDENTIALS}") from error
+    except (
+        botocore.CredentialRetrievalError,
+        botocore.TokenRetrievalError,
+        botocore.MetadataRetrievalError,
+        botocore.SSOError,
+        botocore.ProfileNotFound,
+        botocore.ConfigNotFound,
+        botocore.ConfigParseError,
+    ) as error:
+        raise AccessError(
+            f"{fault}: no credentials could be had ({_short(error)}); log in again, or set "
+            f"{CREDENTIALS}"
+        ) from error
+    except botocore.SSLError as error:
+        raise PipelineError(
+            f"{fault}: the server's certificate is not trusted ({_short(error)}); name the file of "
+            "your authority in AWS_CA_BUNDLE"
+        ) from error
+    except (
+        botocore.ConnectionError,
+        botocore.HTTPClientError,
+        botocore.IncompleteReadError,
+        HTTPError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
+        raise TransientError(
+            f"{fault}: {_short(error)}; check the endpoint and the network, and try again"
+        ) from error
+    except botocore.BotoCoreError as error:
+        raise PipelineError(
+            f"{fault}: {_short(error)}; check the URL, the region and the endpoint"
+        ) from error
+
+
+def _explained(error: Exception, fault: str, bucket: str) -> PipelineError:
+    code, status = code_of(error), status_of(error)
+    said = f"{fault}: {_short(error)}"
+    if code == "NoSuchBucket":
+        return NotFoundError(f"{fault}: there is no bucket {bucket}; check the URL and endpoint")
+    if code in _SKEWED:
+        return AccessError(f"{said}; this machine's clock is wrong: set it, for example with NTP")
+    if code in _EXPIRED:
+        return AccessError(f"{said}; the credentials have expired: log in again")
+    if code in _WRONG_KEYS:
+        return AccessError(f"{said}; check {CREDENTIALS}")
+    if code in _ELSEWHERE or status == 301:
+        return PipelineError(f"{said}; set AWS_REGION to the region of bucket {bucket}")
+    if status in {401, 403}:
+        return AccessError(
+            f"{said}; ask for permission on bucket {bucket}, or use other credentials: "
+            f"{CREDENTIALS}"
+        )
+    if code in _BUSY or status == 429 or status >= 500:
+        return TransientError(f"{said}; try again later")
+    if status == 404 or missing(error):
+        return NotFoundError(f"{said}; check the reference")
+    if taken(error) or raced(error):
+        return TransientError(f"{said}; somebody else wrote there: run the same command again")
+    return PipelineError(f"{said}; check that the endpoint speaks S3")
+
+
+def _short(error: BaseException) -> str:
+    """What the other side said, fit for one line of a terminal."""
+    return re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]

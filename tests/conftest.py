@@ -1,0 +1,27 @@
+"""What no test may take from the machine that it runs on: its keys and its trust policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_OF_THE_MACHINE = (
+    "CI",  # with it every build would want a key from the environment
+    "ENGINESMITH_POLICY",
+    "ENGINESMITH_SIGNING_KEY",
+    "ENGINESMITH_SIGNING_KEY_PEM",
+    "GITHUB_ACTIONS",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A configuration folder of the tests' own, also for the processes that they start."""
+    folder = tmp_path_factory.mktemp("configuration")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ENGINESMITH_CONFIG", str(folder))
+        for name in _OF_THE_MACHINE:
+            patched.delenv(name, raising=False)
+        yield folder

@@ -1,0 +1,142 @@
+"""A store whose bytes suffer on their way."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pipeline.errors import TransientError
+from pipeline.registry.stores.store import Place, Store, StoredStatement
+from pipeline.stages import FileDigest
+
+_Result = TypeVar("_Result")
+Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]
+"""(chunks of the real store, file, offset) -> what the client gets."""
+
+
+@dataclass(kw_only=True)
+class FaultyStore:
+    """`Store` around another one.
+
+    Attributes:
+        store: The real one.
+        faults: Taken one by one, one for each opened file; afterwards all is well.
+        always: Applied to each opened file after them.
+        local: Whether it says to be a folder of this machine.
+        opened: (path, offset) of each opened file.
+        small_faults: How many of the next small requests fail.
+    """
+
+    store: Store
+    faults: list[Fault] = field(default_factory=list)
+    always: Fault | None = None
+    local: bool = True
+    small_faults: int = 0
+    opened: list[tuple[str, int]] = field(default_factory=list)
+    sent_bytes: int = 0
+    _lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def public(self) -> bool:
+        return self.store.public
+
+    def names(self) -> list[str]:
+        return self._small(self.store.names)
+
+    def variants(self, name: str) -> list[str]:
+        return self._small(lambda: self.store.variants(name))
+
+    def versions(self, name: str, variant: str) -> list[str]:
+        return self._small(lambda: self.store.versions(name, variant))
+
+    def read_manifest(self, place: Place) -> bytes:
+        return self._small(lambda: self.store.read_manifest(place))
+
+    @contextlib.contextmanager
+    def open_file(
+        self, place: Place, file: FileDigest, offset: int = 0
+    ) -> Iterator[Iterator[bytes]]:
+        with self._lock:
+            self.opened.append((file.path, offset))
+            fault = self.faults.pop(0) if self.faults else self.always
+        with self.store.open_file(place, file, offset) as chunks:
+            yield self._counted(chunks if fault is None else fault(chunks, file, offset))
+
+    def statements(self, place: Place) -> list[StoredStatement]:
+        return self._small(lambda: self.store.statements(place))
+
+    def read_statement(self, place: Place, name: str) -> dict[str, bytes]:
+        return self._small(lambda: self.store.read_statement(place, name))
+
+    def channels(self, name: str, variant: str) -> dict[str, bytes]:
+        return self._small(lambda: self.store.channels(name, variant))
+
+    def moves(self, name: str, variant: str) -> dict[str, bytes]:
+        return self._small(lambda: self.store.moves(name, variant))
+
+    def _small(self, call: Callable[[], _Result]) -> _Result:
+        if self.small_faults:
+            self.small_faults -= 1
+            raise TransientError("503")
+        return call()
+
+    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            with self._lock:
+                self.sent_bytes += len(chunk)
+            yield chunk
+
+
+def small(chunks: Iterator[bytes], size_bytes: int = 1000) -> Iterator[bytes]:
+    """The same bytes in small chunks."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), size_bytes):
+            yield chunk[start : start + size_bytes]
+
+
+def reset_after(count: int) -> Fault:
+    """The connection breaks after some bytes."""
+
+    def fault(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+        for chunk in small(chunks, count):
+            yield chunk
+            raise TransientError("connection reset by peer")
+        raise TransientError("connection reset by peer")
+
+    return fault
+
+
+def short_after(count: int) -> Fault:
+    """The answer ends early, without an error."""
+
+    def fault(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+        if count:
+            yield from [chunk for _, chunk in zip(range(1), small(chunks, count), strict=False)]
+
+    return fault
+
+
+def refused(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+    """No byte at all."""
+    raise TransientError("stalled for 60 s")
+    yield b""
+
+
+def flipped(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+    """One bit of the first chunk is wrong."""
+    for number, chunk in enumerate(small(chunks)):
+        yield bytes([chunk[0] ^ 1]) + chunk[1:] if number == 0 else chunk
+
+
+def too_long(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+    """Many bytes follow the last one."""
+    yield from chunks
+    for _ in range(1000):
+        yield b"x" * 1000

@@ -1,0 +1,287 @@
+"""Which package fits which machine; without any store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from pipeline.errors import (
+    CorruptError,
+    IncompatibleError,
+    PipelineError,
+    RecipeError,
+    UntrustedError,
+)
+from pipeline.registry.client.machine import Facts, Runtime
+from pipeline.registry.client.resolve import Offer
+from pipeline.registry.client.select import Candidate, Chosen, Refused, Rules, best, judge
+from pipeline.registry.reference import parse_reference
+from pipeline.registry.signing.verification import SignedVerdict, Verification
+from pipeline.registry.stores.store import Place
+from pipeline.stages import Package
+
+ADA, L4, H100 = "NVIDIA-GeForce-RTX-4090", "NVIDIA-L4", "NVIDIA-H100-80GB-HBM3"
+SMS = {ADA: 89, L4: 89, H100: 90}
+MACHINE = Facts(
+    sm=89,
+    card=ADA,
+    vram_bytes=24 << 30,
+    driver="580.65.06",
+    cuda="13.0",
+    runtime=Runtime(name="vllm", version="0.29"),
+)
+
+
+def candidate(
+    variant: str = "sm89-trtrtx-fp8-b8",
+    *,
+    verdicts: dict[str, str] | None = None,
+    pointed: tuple[str, ...] = (),
+    digest: str = "",
+    format: str = "trtrtx",
+    batch: int = 8,
+    **match: Any,
+) -> Candidate:
+    manifest = {
+        "variant": variant,
+        "format": format,
+        "match": {
+            "sm": [89],
+            "cards": [],
+            "min_vram_bytes": 1 << 30,
+            "runtime": {"name": "vllm", "version": "0.29.0"},
+            "cuda": None,
+            "driver_min": None,
+            **match,
+        },
+        "limits": {"max_batch_size": batch, "max_seq_len": 1024},
+    }
+    package = Package(dir=Path(variant), manifest=manifest, digest=digest or variant)
+    signed = tuple(
+        SignedVerdict(card=card, verdict=cast(Any, verdict), statement="s", signer=cast(Any, None))
+        for card, verdict in (verdicts if verdicts is not None else {ADA: "accepted"}).items()
+    )
+    return Candidate(
+        offer=Offer(place=Place(name="phi3", variant=variant, version="1"), cards=pointed),
+        package=package,
+        data=b"",
+        verification=Verification(
+            package=package,
+            signer=None,
+            model_signature="absent",
+            builder_id=None,
+            verdicts=signed,
+        ),
+        statements_dir=Path(),
+    )
+
+
+def choose(
+    *candidates: Candidate, facts: Facts = MACHINE, refused: tuple[Refused, ...] = (), **rules: Any
+) -> Chosen:
+    held = Rules(sm_of_card=SMS, **rules)
+    judged = [judge(one, facts, held) for one in candidates]
+    return best(judged, refused, parse_reference("phi3"), facts)
+
+
+def facts(**changes: Any) -> Facts:
+    return Facts(**{**vars(MACHINE), **changes})
+
+
+@pytest.mark.parametrize(
+    ("match", "known", "reason"),
+    [
+        ({"sm": [90]}, {}, "compiled for SM 90, this machine has SM 89"),
+        ({"sm": [90, 100]}, {}, "SM 90 or SM 100"),
+        ({"cards": [L4]}, {}, f"tuned for {L4}, this machine has {ADA}"),
+        ({"min_vram_bytes": (24 << 30) + 1}, {}, "needs 24.0 GiB"),
+        ({"min_vram_bytes": 1 << 30}, {"vram_bytes": (1 << 30) - 1}, "there are 1.0 GiB"),
+        ({"driver_min": "580.65.07"}, {}, "driver 580.65.07 or newer"),
+        ({"driver_min": "590.1"}, {}, "driver 590.1 or newer"),
+        ({"cuda": "13.1"}, {}, "cuda 13.1 or newer"),
+        ({"runtime": {"name": "sglang", "version": "0.29.0"}}, {}, "needs sglang"),
+        ({"runtime": {"name": "vllm", "version": "0.29.1"}}, {}, "needs vllm 0.29.1"),
+        ({"runtime": {"name": "vllm", "version": "0.2.9"}}, {}, "needs vllm 0.2.9"),
+    ],
+)
+def test_each_mismatch_rejects_with_its_reason(
+    match: dict[str, Any], known: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(IncompatibleError, match=reason.replace(".", r"\.")):
+        choose(candidate(**match), facts=facts(**known))
+
+
+@pytest.mark.parametrize(
+    ("match", "known"),
+    [
+        ({"sm": []}, {"sm": 90, "card": ADA}),
+        ({"sm": [89, 90]}, {}),
+        ({"cards": [L4, ADA]}, {}),
+        ({"min_vram_bytes": 24 << 30}, {}),
+        ({"driver_min": "580.65.06"}, {}),
+        ({"driver_min": "580.9"}, {}),
+        ({"cuda": "13.0"}, {}),
+        ({"cuda": "12.9"}, {}),
+        ({"runtime": {"name": "vLLM", "version": "0.29"}}, {}),
+        (
+            {"runtime": {"name": "tensorrt_llm", "version": "1.2.1rc5"}},
+            {"runtime": Runtime(name="tensorrt-llm", version="1.2.1rc5")},
+        ),
+    ],
+)
+def test_what_fits_to_the_edge_fits(match: dict[str, Any], known: dict[str, Any]) -> None:
+    assert choose(candidate(**match), facts=facts(**known)).judged.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("match", "fact", "reported"),
+    [
+        ({"sm": [89]}, "sm", "the SM"),
+        ({"driver_min": "580"}, "driver", "the driver"),
+        ({"cuda": "13.0"}, "cuda", "the cuda"),
+        ({}, "vram_bytes", "the device memory"),
+        ({}, "runtime", "the runtime: it needs vllm 0.29.0"),
+    ],
+)
+def test_an_unknown_fact_is_reported_and_rejects_nothing(
+    match: dict[str, Any], fact: str, reported: str
+) -> None:
+    chosen = choose(candidate(**match), facts=facts(**{fact: None}))
+    assert len(chosen.judged.unknown) == 1
+    assert chosen.judged.unknown[0].startswith(reported)
+
+
+def test_a_runtime_without_a_version_leaves_the_version_unknown() -> None:
+    chosen = choose(candidate(), facts=facts(runtime=Runtime(name="vllm")))
+    assert chosen.judged.unknown == ("the runtime: it needs vllm 0.29.0",)
+
+
+def test_the_format_that_was_asked_for_is_the_only_one() -> None:
+    other = candidate("any-checkpoint-fp8", format="checkpoint", sm=[])
+    chosen = choose(candidate(), other, format="checkpoint")
+    assert chosen.judged.candidate is other
+    assert chosen.rejected == (
+        "phi3/sm89-trtrtx-fp8-b8:1: its format is trtrtx, wanted checkpoint",
+    )
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        (
+            candidate("any-checkpoint", format="checkpoint", sm=[]),
+            candidate("sm89-x", verdicts={ADA: "checked"}),
+        ),
+        (candidate("z", verdicts={ADA: "checked"}), candidate("a", verdicts={ADA: "compiled"})),
+        (candidate("z"), candidate("a", sm=[])),
+        (candidate("z", format="trtllm"), candidate("a", format="trtrtx")),
+        (candidate("z", batch=64), candidate("a", batch=8)),
+    ],
+    ids=["proof", "weaker proof", "portable last", "format", "room"],
+)
+def test_the_better_of_two_is_taken_and_the_other_one_named(
+    better: Candidate, worse: Candidate
+) -> None:
+    for pair in ((better, worse), (worse, better)):
+        chosen = choose(*pair)
+        assert chosen.judged.candidate is better
+        assert chosen.rejected == (f"{worse.what}: it fits, {better.what} is preferred",)
+
+
+def test_an_engine_tuned_for_the_card_comes_before_a_portable_one() -> None:
+    tuned = candidate("z")
+    tuned.package.manifest["match"]["cards"] = [ADA]
+    assert choose(candidate("a"), tuned).judged.candidate is tuned
+
+
+def test_with_accept_unproven_a_proven_one_still_comes_first() -> None:
+    unproven = candidate("a", verdicts={}, format="trtllm")
+    proven = candidate("z", verdicts={ADA: "compiled"})
+    assert choose(unproven, proven, accept_unproven=True).judged.candidate is proven
+    assert choose(unproven, accept_unproven=True).judged.proof.kind == "unproven"
+
+
+def test_nothing_fits_names_every_reason_with_the_nearest_miss_first() -> None:
+    far = candidate("far", sm=[100], min_vram_bytes=80 << 30, verdicts={})
+    near = candidate("near", min_vram_bytes=25 << 30)
+    with pytest.raises(IncompatibleError) as caught:
+        choose(far, near)
+    text = str(caught.value)
+    assert text.index("phi3/near") < text.index("phi3/far")
+    assert "SM 100" in text
+    assert "25.0 GiB" in text
+    assert "--accept-unproven" not in text  # would not help the nearest one
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "kind"),
+    [
+        ({ADA: "accepted"}, "proven"),
+        ({ADA: "checked"}, "proven"),
+        ({L4: "accepted"}, "unproven"),
+        ({ADA: "rejected", L4: "accepted"}, "unproven"),
+        ({ADA: "inconclusive"}, "unproven"),
+        ({}, "unproven"),
+    ],
+)
+def test_only_a_passing_verdict_on_this_very_card_proves(
+    verdicts: dict[str, str], kind: str
+) -> None:
+    chosen = choose(candidate(verdicts=verdicts), accept_unproven=True)
+    assert chosen.judged.proof.kind == kind
+    if kind == "unproven":
+        with pytest.raises(IncompatibleError, match="--accept-unproven"):
+            choose(candidate(verdicts=verdicts))
+
+
+def test_a_checkpoint_for_any_card_needs_a_verdict_on_this_one_too() -> None:
+    anywhere = candidate(
+        "any-checkpoint-fp8", format="checkpoint", sm=[], verdicts={H100: "accepted"}
+    )
+    with pytest.raises(IncompatibleError, match=H100):
+        choose(anywhere)
+
+
+def test_without_a_card_the_sm_tells_which_verdicts_may_be_about_it() -> None:
+    blind = facts(card=None)
+    chosen = choose(candidate(verdicts={L4: "accepted"}), facts=blind)
+    assert chosen.judged.proof.kind == "unknown"
+    assert L4 in chosen.judged.unknown[0]
+    with pytest.raises(IncompatibleError, match="a card of SM 89"):
+        choose(candidate(verdicts={H100: "accepted"}), facts=blind)
+
+
+def test_where_nothing_is_known_of_the_gpu_nobody_guesses_between_variants() -> None:
+    nothing = facts(sm=None, card=None, vram_bytes=None)
+    assert choose(candidate("a"), facts=nothing).judged.proof.kind == "unknown"
+    with pytest.raises(RecipeError, match=r"phi3/a:1, phi3/b:1"):
+        choose(candidate("a"), candidate("b"), facts=nothing)
+
+
+def test_one_channel_that_means_two_packages_for_unknown_cards_is_not_guessed() -> None:
+    blind = facts(card=None)
+    first = candidate("a", digest="1" * 64, pointed=(ADA,))
+    second = candidate("a", digest="2" * 64, pointed=(L4,))
+    with pytest.raises(RecipeError, match=f"{ADA}.*{L4}"):
+        choose(first, second, facts=blind)
+
+
+def test_a_channel_counts_for_the_card_that_it_names() -> None:
+    with pytest.raises(IncompatibleError, match="points to it for NVIDIA-L4 only"):
+        choose(candidate(pointed=(L4,)))
+
+
+@pytest.mark.parametrize("error", [UntrustedError("nobody signed"), CorruptError("bit flip")])
+def test_what_cannot_be_believed_is_rejected_and_alone_it_is_the_error(
+    error: PipelineError,
+) -> None:
+    bad = Refused(what="phi3/bad:1", error=error)
+    assert choose(candidate(), refused=(bad,)).rejected == (f"phi3/bad:1: {error}",)
+    with pytest.raises(type(error), match=str(error)):
+        choose(refused=(bad,))
+    with pytest.raises(type(error)):
+        choose(refused=(bad, bad))
+    with pytest.raises(IncompatibleError, match=str(error)):
+        choose(candidate(sm=[90]), refused=(bad,))

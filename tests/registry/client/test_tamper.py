@@ -1,0 +1,181 @@
+"""Every file of a package, changed in every way: refused with the right code, nothing left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import CorruptError, ExitCode, PipelineError, UntrustedError
+from pipeline.registry.client.layout import verify_layout
+from pipeline.registry.client.verify_only import verify_only
+from pipeline.registry.stores.store import Place
+from tests.registry.client.conftest import PIECE_BYTES, Shop, noise
+
+_FILES = {"config.json": b"{}", "model.plan": noise(3 * PIECE_BYTES + 1), "rank1/model.plan": b"1"}
+_PATHS = ["manifest.json", *(f"engine/{path}" for path in _FILES)]
+
+
+def bit_flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    _write(path, bytes(data))
+
+
+def truncate(path: Path) -> None:
+    _write(path, path.read_bytes()[:-1])
+
+
+def grow(path: Path) -> None:
+    _write(path, path.read_bytes() + b"\n")
+
+
+def swap(path: Path) -> None:
+    """Right size, another file's bytes where there is another one."""
+    others = [one for one in sorted(path.parent.iterdir()) if one.is_file() and one != path]
+    data = others[0].read_bytes() if others else b"2"
+    size = path.stat().st_size
+    _write(path, (data * (size // len(data) + 1))[:size])
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def symlink(path: Path) -> None:
+    kept = path.with_name(f".kept-{path.name}")
+    path.rename(kept)
+    path.symlink_to(kept)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def extra(path: Path) -> None:
+    path.with_name(f"extra-{path.name}").write_text("nobody listed me")
+
+
+def extra_git(path: Path) -> None:
+    folder = path.parent / ".git"
+    folder.mkdir()
+    (folder / "config").write_text("nobody listed me")
+
+
+def hard_link(path: Path) -> None:
+    os.link(path, _outside(path))
+
+
+def _outside(path: Path) -> Path:
+    root = path
+    while root.name not in {"registry", "models"}:
+        root = root.parent
+    return root.parent / f"link-{path.name}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+_CHANGES = [bit_flip, truncate, grow, swap, missing, symlink, fifo]
+Change = Callable[[Path], None]
+
+
+@pytest.mark.parametrize("path", _PATHS)
+@pytest.mark.parametrize("change", _CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_file_in_the_store_is_refused_and_nothing_is_left(
+    shop: Shop, path: str, change: Change
+) -> None:
+    reference = shop.publish(shop.engine(files=_FILES))
+    change(shop.store.location(Place.of(reference)) / path)  # type: ignore[attr-defined]
+    with pytest.raises(PipelineError) as caught:
+        shop.pull()
+    assert caught.value.exit_code is ExitCode.CORRUPT
+    assert shop.left() == []
+
+
+@pytest.mark.parametrize("change", [extra, extra_git, hard_link], ids=lambda one: one.__name__)
+def test_what_the_manifest_does_not_list_in_the_store_does_not_travel(
+    shop: Shop, change: Change
+) -> None:
+    """A pull asks for the listed files only, and each is copied: neither reaches the goal."""
+    reference = shop.publish(shop.engine(files=_FILES))
+    change(shop.store.location(Place.of(reference)) / "engine" / "config.json")  # type: ignore[attr-defined]
+    shop.pull()
+    assert verify_layout(shop.to).digest == reference.digest
+
+
+_SIGNATURES = ["manifest.dsse.json", "provenance.dsse.json", "test-result.dsse.json", "report.json"]
+
+
+@pytest.mark.parametrize("name", _SIGNATURES)
+@pytest.mark.parametrize("change", [bit_flip, truncate, missing, symlink], ids=lambda c: c.__name__)
+def test_a_changed_signature_or_verdict_in_the_store_is_refused(
+    shop: Shop, name: str, change: Change
+) -> None:
+    reference = shop.publish(shop.engine(files=_FILES))
+    (path,) = shop.store.statements_dir(Place.of(reference)).glob(f"*/{name}")  # type: ignore[attr-defined]
+    change(path)
+    if (name, change) == ("provenance.dsse.json", missing):
+        shop.pull()  # only a policy with builder_ids asks for provenance
+        return
+    with pytest.raises(PipelineError) as caught:
+        shop.pull()
+    assert caught.value.exit_code in {
+        ExitCode.CORRUPT,
+        ExitCode.UNTRUSTED,
+        ExitCode.INCOMPATIBLE,  # without its verdict the package is unproven
+    }
+    assert shop.left() == []
+
+
+def test_the_signature_of_another_package_proves_nothing(shop: Shop) -> None:
+    first = shop.publish(shop.engine(files=_FILES))
+    second = shop.publish(shop.engine(files={"model.plan": b"2"}), version="2.0", verdict=None)
+    folder = shop.store.statements_dir  # type: ignore[attr-defined]
+    shutil.rmtree(folder(Place.of(second)))
+    shutil.copytree(folder(Place.of(first)), folder(Place.of(second)))
+    with pytest.raises(UntrustedError):
+        shop.pull(f"tiny:{second.version}")
+    assert shop.left() == []
+
+
+_IN_FOLDER = [*_CHANGES, extra, extra_git, hard_link]
+
+
+@pytest.mark.parametrize("path", _PATHS)
+@pytest.mark.parametrize("change", _IN_FOLDER, ids=lambda change: change.__name__)
+def test_a_change_in_a_filled_folder_is_refused_by_verify_only(
+    shop: Shop, path: str, change: Change
+) -> None:
+    shop.publish(shop.engine(files=_FILES))
+    shop.pull()
+    request = shop.request(registry="")
+    assert verify_only(shop.to, request).came == "verified"
+    change(shop.to / path)
+    with pytest.raises(CorruptError):
+        verify_only(shop.to, request)
+
+
+@pytest.mark.parametrize("path", _PATHS)
+@pytest.mark.parametrize("change", _IN_FOLDER, ids=lambda change: change.__name__)
+def test_damage_in_the_cache_is_quarantined_and_fetched_again(
+    shop: Shop, path: str, change: Change, tmp_path: Path
+) -> None:
+    reference = shop.publish(shop.engine(files=_FILES))
+    shop.pull(through_cache=True)
+    entry = tmp_path / "cache" / "packages" / reference.digest
+    if change is hard_link:
+        os.link(entry / path, tmp_path / "link")
+    else:
+        change(entry / path)
+    again = shop.pull(through_cache=True, to=shop.home / "second")
+    assert again.digest == reference.digest
+    assert verify_layout(shop.home / "second").digest == reference.digest
+    # Whoever takes the package from the cache itself gets a whole one.
+    assert shop.pull(to=None, through_cache=True).dir == entry

@@ -1,0 +1,144 @@
+"""URLs, tags, credentials: no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import AccessError, RecipeError
+from pipeline.registry.stores.oci import OciStore
+from pipeline.registry.stores.oci.address import (
+    channel_tag,
+    channels_tag,
+    parse_address,
+    parse_version_tag,
+    version_tag,
+)
+from pipeline.registry.stores.oci.auth import Authorizer, Credentials, find_credentials
+
+
+@pytest.mark.parametrize(
+    ("url", "api", "repository"),
+    [
+        ("oci://ghcr.io/us/engines", "https://ghcr.io", "us/engines/phi3"),
+        ("oci://registry.lan:5000/engines/", "https://registry.lan:5000", "engines/phi3"),
+        ("oci://localhost:5000/a__b/c-d.e", "http://localhost:5000", "a__b/c-d.e/phi3"),
+        ("oci://127.0.0.1/a", "http://127.0.0.1", "a/phi3"),
+        ("oci://[::1]:5000/a", "http://[::1]:5000", "a/phi3"),
+        ("oci://localhost:5000", "http://localhost:5000", "phi3"),
+        ("oci://docker.io/us", "https://registry-1.docker.io", "us/phi3"),
+    ],
+)
+def test_a_url_names_a_registry_and_its_repositories(url: str, api: str, repository: str) -> None:
+    address = parse_address(url, None)
+    assert (address.api, address.repository("phi3")) == (api, repository)
+    assert address.name_of(repository) == "phi3"
+    assert (address.name_of(f"x{repository}") is None) == bool(address.prefix)
+    assert address.name_of(f"{repository}/deeper") is None
+
+
+def test_plain_http_is_for_this_machine_unless_asked() -> None:
+    assert parse_address("oci://registry.lan/a", True).api == "http://registry.lan"
+    assert parse_address("oci://localhost/a", False).api == "https://localhost"
+    assert parse_address("oci://localhost.evil.example/a", None).api.startswith("https:")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "oci://",
+        "oci:///a",
+        "https://ghcr.io/a",
+        "oci://ghcr.io/Upper",
+        "oci://ghcr.io/a//b",
+        "oci://ghcr.io/../a",
+        "oci://ghcr.io/a:tag",
+        "oci://ghcr.io/a?x=1",
+        "oci://ghcr.io/a#b",
+        "oci://ghcr.io:port/a",
+        "oci://ghcr.io/" + "a" * 250,
+    ],
+)
+def test_what_is_no_such_url_is_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(RecipeError):
+        OciStore(url=url)
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(RecipeError, match="ENGINESMITH_OCI_PASSWORD") as caught:
+        OciStore(url="oci://user:s3cret@ghcr.io/a")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_settings_are_strict() -> None:
+    with pytest.raises(ValidationError):
+        OciStore(url="oci://ghcr.io/a", plain_http="yes")  # type: ignore[arg-type]
+
+
+LONG = "a" * 64
+
+
+def test_every_tag_fits_and_means_one_thing() -> None:
+    version = "1" + "a" * 62
+    tags = [
+        version_tag(LONG, version),
+        channels_tag(LONG),
+        channel_tag(LONG, "c" * 32, "C" * 64),
+        channel_tag(LONG, "c" * 32, "D" * 64),
+        channel_tag("any", "channels", "L4"),
+        channels_tag("any"),
+    ]
+    assert max(map(len, tags)) == 128
+    assert len(set(tags)) == len(tags)
+    assert [parse_version_tag(tag) for tag in tags] == [(LONG, version), *[None] * 5]
+    assert channel_tag("any", "stable", "NVIDIA-L4") == "any_stable.NVIDIA-L4"
+
+
+def test_credentials_come_from_the_environment_before_docker(tmp_path: Path) -> None:
+    auth = base64.b64encode(b"bob:pass:word").decode()
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"auths": {"h:1": {"auth": auth}, "https://index.docker.io/v1/": {"auth": auth}}}
+        )
+    )
+    environ = {"DOCKER_CONFIG": str(tmp_path)}
+    expected = Credentials(username="bob", password="pass:word")
+    assert find_credentials("h:1", environ) == expected
+    assert find_credentials("docker.io", environ) == expected
+    assert find_credentials("h", environ) is None
+    assert find_credentials("h", {"HOME": str(tmp_path / "nobody")}) is None
+    environ |= {"ENGINESMITH_OCI_USERNAME": "eve", "ENGINESMITH_OCI_PASSWORD": "x"}
+    assert find_credentials("h:1", environ) == Credentials(username="eve", password="x")
+    assert "pass:word" not in repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("api", "realm"),
+    [
+        ("https://ghcr.io", "http://ghcr.io/token"),
+        ("http://localhost", "ftp://localhost/token"),
+        ("https://ghcr.io", ""),
+    ],
+)
+def test_a_password_goes_to_no_realm_without_tls(api: str, realm: str) -> None:
+    def fetch(url: str, headers: object) -> tuple[int, bytes]:
+        pytest.fail(f"{url} was asked")
+
+    credentials = Credentials(username="bob", password="s3cret")
+    authorizer = Authorizer(api=api, credentials=credentials, fetch=fetch)
+    with pytest.raises(AccessError, match="https"):
+        authorizer.answer("repository:a:pull", f'Bearer realm="{realm}",service="x"', None)
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"token": 3}', b'{"token": "a\\nb"}', b"[]", b"x"])
+def test_an_answer_without_a_token_is_refused(body: bytes) -> None:
+    authorizer = Authorizer(
+        api="https://ghcr.io", credentials=None, fetch=lambda url, headers: (200, body)
+    )
+    with pytest.raises(Exception, match="token"):
+        authorizer.answer("s", 'Bearer realm="https://ghcr.io/token",service="x"', None)
+    assert authorizer.header("s") is None

@@ -1,0 +1,209 @@
+"""Layers, config and headers: pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import CorruptError
+from pipeline.registry.stores.oci.documents import MANIFEST_TYPE, Descriptor, Document
+from pipeline.registry.stores.oci.image import (
+    LAYER_TYPE,
+    MANIFEST_OFFSET,
+    MAX_LARGE_LAYERS,
+    Layer,
+    image_config,
+    layer_descriptor,
+    make_image,
+    parse_image,
+    plan_layer,
+    plan_layers,
+    signature_layer,
+)
+from pipeline.registry.stores.oci.tar import END, file_header, folder_header, padding_bytes
+from pipeline.registry.stores.store import Place
+from pipeline.stages import FileDigest
+
+PLACE = Place(name="tiny", variant="any-checkpoint-fp8", version="1.0-0123456789ab")
+MANIFEST = b'{"a":1}'
+LARGE = 1 << 20  # in tests; see conftest
+
+
+def file(path: str, size_bytes: int = 3) -> FileDigest:
+    return FileDigest(path=path, size_bytes=size_bytes, sha256="0" * 64)
+
+
+def tar_of(layer: Layer, contents: dict[str, bytes]) -> bytes:
+    parts = []
+    for member in layer.members:
+        data = contents[member.file.path]
+        parts += [member.header, data, bytes(padding_bytes(len(data)))]
+    return b"".join(parts) + END
+
+
+component = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=60).map(
+    lambda text: text.lower()
+)
+contents = st.dictionaries(
+    st.lists(component, min_size=1, max_size=4).map(lambda parts: "engine/d/" + "/".join(parts)),
+    st.binary(max_size=1500),
+    max_size=6,
+).filter(lambda found: not any(b.startswith(f"{a}/") for a in found for b in found))
+
+
+@given(contents)
+def test_a_tar_reader_finds_every_file_where_the_plan_says(found: dict[str, bytes]) -> None:
+    files = [file(path, len(data)) for path, data in sorted(found.items())]
+    (layer,) = plan_layers(MANIFEST, files)
+    everything = {"manifest.json": MANIFEST, **found}
+    data = tar_of(layer, everything)
+    assert len(data) == layer.size_bytes
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        read = {one.name: one for one in tar}
+    members = {f"models/{member.file.path}": member for member in layer.members}
+    assert {name for name, one in read.items() if one.isreg()} == set(members)
+    for name, one in read.items():
+        assert (one.uid, one.gid, one.mtime) == (0, 0, 0)
+        assert one.mode == (0o755 if one.isdir() else 0o444)
+        if one.isreg():
+            assert (one.offset_data, one.size) == (members[name].offset, len(everything[name[7:]]))
+    folders = [name for name, one in read.items() if one.isdir()]
+    assert folders[0] == "models"
+    assert len(folders) == len(set(folders))
+
+
+def test_the_manifest_lies_where_one_ranged_request_finds_it() -> None:
+    layer = plan_layers(MANIFEST, [file("engine/a")])[0]
+    data = tar_of(layer, {"manifest.json": MANIFEST, "engine/a": b"abc"})
+    assert data[MANIFEST_OFFSET : MANIFEST_OFFSET + len(MANIFEST)] == MANIFEST
+
+
+def test_equal_files_make_equal_layers_whatever_the_rest_of_the_package() -> None:
+    # A published image never changes its digest: this is the layer of such a file, for ever.
+    data = tar_of(
+        plan_layer([file("engine/tokenizer/a.json")]), {"engine/tokenizer/a.json": b"abc"}
+    )
+    digest = hashlib.sha256(data).hexdigest()
+    assert digest == "2f121ff0e20ba908e5a50dad2f267f0aad1fa7c2d171ab58eeecee198d0d75e8"
+
+
+@pytest.mark.parametrize("size_bytes", [8**11 - 1, 8**11, 40 << 30])
+def test_a_size_beyond_ustar_is_read_back(size_bytes: int) -> None:
+    header = file_header("models/engine/rank0.engine", size_bytes)
+    with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+        one = tar.next()
+    assert one is not None
+    assert (one.size, one.offset_data) == (size_bytes, len(header))
+    assert len(header) == (512 if size_bytes < 8**11 else 3 * 512)
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 255, 980])
+def test_a_path_of_any_length_is_read_back(length: int) -> None:
+    path = "/".join(["p" * 50] * 20)[:length].rstrip("/")
+    data = folder_header(path) + file_header(f"{path}/a", 0) + END
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames() == [path, f"{path}/a"]
+
+
+def test_each_large_file_has_a_layer_until_there_are_too_many() -> None:
+    small = [file(f"engine/{n}.json", 10) for n in range(3)]
+    large = [file(f"engine/{n:03}.bin", LARGE) for n in range(3)]
+    layers = plan_layers(MANIFEST, [*small, *large, file("engine/z", LARGE - 1)])
+    assert [[member.file.path for member in layer.members] for layer in layers] == [
+        ["manifest.json", *(one.path for one in small), "engine/z"],
+        *([one.path] for one in large),
+    ]
+    many = [file(f"engine/{n:03}.bin", LARGE) for n in range(2 * MAX_LARGE_LAYERS + 1)]
+    layers = plan_layers(MANIFEST, many)
+    assert len(layers) <= MAX_LARGE_LAYERS + 1
+    assert [m.file for layer in layers[1:] for m in layer.members] == many
+
+
+def test_progress_counts_the_bytes_of_the_packages_files_only() -> None:
+    layer = plan_layers(MANIFEST, [file("engine/a", 600), file("engine/b", 10)])[0]
+    first, second = layer.members[1].offset, layer.members[2].offset
+    counts = [layer.content_before(p) for p in (0, first, first + 5, second, layer.size_bytes)]
+    assert counts == [0, 0, 5, 600, 610]
+
+
+def test_the_signature_lies_beside_the_engine() -> None:
+    with tarfile.open(fileobj=io.BytesIO(signature_layer(b"bundle"))) as tar:
+        assert tar.getnames() == ["models", "models/engine", "models/engine/model.sig"]
+        extracted = tar.extractfile("models/engine/model.sig")
+        assert extracted is not None
+        assert extracted.read() == b"bundle"
+
+
+def test_the_image_is_valid_and_says_what_it_holds() -> None:
+    layers = [layer_descriptor(f"sha256:{digit * 64}", 1024) for digit in "ab"]
+    config = image_config(layers)
+    value = json.loads(config)
+    assert value["rootfs"] == {"type": "layers", "diff_ids": [one.digest for one in layers]}
+    assert len(value["history"]) == len(layers)
+    document = make_image(PLACE, MANIFEST, config, layers)
+    manifest = json.loads(document.data)
+    assert manifest["schemaVersion"] == 2
+    assert manifest["mediaType"] == MANIFEST_TYPE
+    assert manifest["config"]["mediaType"] == "application/vnd.oci.image.config.v1+json"
+    assert manifest["config"]["digest"] == f"sha256:{hashlib.sha256(config).hexdigest()}"
+    assert {one["mediaType"] for one in manifest["layers"]} == {LAYER_TYPE}
+    image = parse_image(document, "here")
+    assert (image.place, image.layers) == (PLACE, tuple(layers))
+    assert image.package_digest == hashlib.sha256(MANIFEST).hexdigest()
+    assert image.manifest_bytes == len(MANIFEST)
+    assert make_image(PLACE, MANIFEST, config, layers) == document
+
+
+def broken(**changes: object) -> Document:
+    layers = [layer_descriptor(f"sha256:{'a' * 64}", 1024)]
+    document = make_image(PLACE, MANIFEST, image_config(layers), layers)
+    value = {**json.loads(document.data), **changes}
+    return dataclasses.replace(document, data=json.dumps(value).encode())
+
+
+DESCRIPTOR = {"mediaType": "a/b", "digest": f"sha256:{'a' * 64}", "size": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"artifactType": "application/other"},
+        {"artifactType": 3},
+        {"layers": []},
+        {"layers": None},
+        {"layers": [{**DESCRIPTOR, "size": -1}]},
+        {"layers": [{**DESCRIPTOR, "size": True}]},
+        {"layers": [{**DESCRIPTOR, "size": 2**63}]},
+        {"layers": [{**DESCRIPTOR, "digest": "sha256:../../etc/passwd"}]},
+        {"layers": [{**DESCRIPTOR, "digest": f"md5:{'a' * 32}"}]},
+        {"layers": [{**DESCRIPTOR, "annotations": {"a": 3}}]},
+        {"layers": [{**DESCRIPTOR, "data": "!"}]},
+        {"config": None},
+        {"annotations": {}},
+        {"annotations": None},
+        {"annotations": []},
+    ],
+)
+def test_a_damaged_image_manifest_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(CorruptError, match="here"):
+        parse_image(broken(**changes), "here")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "4194305", "1e3", "", "9" * 5000])
+def test_a_manifest_of_an_impossible_size_is_refused(size: str) -> None:
+    notes = json.loads(broken().data)["annotations"]
+    notes["io.enginesmith.package.manifest-bytes"] = size
+    with pytest.raises(CorruptError):
+        parse_image(broken(annotations=notes), "here")
+
+
+def test_a_descriptor_keeps_bytes_that_travel_with_it() -> None:
+    value = Descriptor(media_type="a/b", digest="d", size_bytes=1, data=b"x").to_json()
+    assert value == {"mediaType": "a/b", "digest": "d", "size": 1, "data": "eA=="}

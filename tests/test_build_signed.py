@@ -1,0 +1,189 @@
+"""Who signs what `enginesmith build` publishes, and which published packages it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.registry.signing.keys import generate_key, write_key_pair
+from pipeline.registry.signing.model_signature import available
+from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
+
+CARD = "NVIDIA-GeForce-RTX-4090"
+QUICK = (*CHECKPOINT, "acceptance.chat=null")
+"""The smallest package, judged by the fewest questions."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A place after one good build; tests only read it."""
+    place = make_workplace(tmp_path_factory.mktemp("signed") / "place")
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def place(built: Workplace, tmp_path: Path) -> Workplace:
+    """The same place, to work in."""
+    return built.copy(tmp_path / "place")
+
+
+def _statements(package: Path) -> dict[str, Path]:
+    """Statement name up to its first dash -> folder."""
+    folder = package.with_name(f"{package.name}.statements")
+    return {path.name.partition("-")[0]: path for path in folder.iterdir()}
+
+
+def _names(place: Workplace) -> list[str]:
+    return [package.name for package in place.packages()]
+
+
+def test_plain_build_is_signed_by_this_machines_key_and_verifies(built: Workplace) -> None:
+    (package,) = built.packages()
+    statements = _statements(package)
+    assert set(statements) == {"build", "test", *(["model"] if available() else [])}
+    assert (statements["test"] / "test-result.dsse.json").exists()
+    done = built.run("verify", built.verdict()["reference"], "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["signer"]["name"] == "this machine's local key"
+    assert answer["builder_id"] == "https://enginesmith.dev/builder/local/v1"
+    assert [(one["card"], one["verdict"]) for one in answer["verdicts"]] == [(CARD, "checked")]
+    assert answer["ignored"] == []
+
+
+def test_first_build_says_that_it_makes_a_key_and_the_second_does_not(
+    place: Workplace, tmp_path: Path
+) -> None:
+    config = {"ENGINESMITH_CONFIG": str(tmp_path / "config")}
+    shutil.rmtree(place.artifacts)
+    first = place.build(*QUICK, **config)
+    assert first.returncode == 0, first.stderr
+    assert f"Made a key for this machine's own packages: {tmp_path}/config/local.key" in (
+        first.stderr
+    )
+    assert (tmp_path / "config" / "local.key").stat().st_mode & 0o777 == 0o600
+    second = place.build(*QUICK, **config)
+    assert second.returncode == 0, second.stderr
+    assert "Made a key" not in second.stderr
+    private = (tmp_path / "config" / "local.key").read_text().splitlines()[1]
+    for path in place.artifacts.rglob("*"):
+        assert path.is_dir() or private.encode() not in path.read_bytes()
+
+
+def test_ci_without_a_key_is_refused_before_any_work(place: Workplace, tmp_path: Path) -> None:
+    shutil.rmtree(place.artifacts)
+    shutil.rmtree(place.cache)
+    done = place.build(*QUICK, CI="true", ENGINESMITH_CONFIG=str(tmp_path / "config"))
+    assert done.returncode == 2
+    assert "ENGINESMITH_SIGNING_KEY" in done.stderr
+    assert "enginesmith keygen" in done.stderr
+    assert not (tmp_path / "config").exists()
+    assert not place.cache.exists()
+    assert place.packages() == []
+
+
+def test_ci_signs_with_the_key_that_it_is_given_and_names_its_workflow(
+    place: Workplace, tmp_path: Path
+) -> None:
+    key = generate_key()
+    write_key_pair(key, tmp_path / "ci.key")
+    shutil.rmtree(place.artifacts)
+    environ = {
+        "CI": "true",
+        "ENGINESMITH_SIGNING_KEY": str(tmp_path / "ci.key"),
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_SERVER_URL": "https://github.com",
+        "GITHUB_REPOSITORY": "someone/engines",
+        "GITHUB_WORKFLOW_REF": "someone/engines/.github/workflows/engine.yml@refs/heads/main",
+        "GITHUB_RUN_ID": "17",
+        "GITHUB_RUN_ATTEMPT": "2",
+    }
+    done = place.build(*QUICK, **environ)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(
+        place.run("verify", place.verdict()["reference"], "--json", **environ).stdout
+    )
+    assert answer["signer"]["keyid"] == key.public.keyid
+    assert answer["builder_id"] == (
+        "https://github.com/someone/engines/.github/workflows/engine.yml@refs/heads/main"
+    )
+
+
+@pytest.mark.parametrize("whose", ["nobody's", "another machine's"])
+def test_package_that_no_trusted_key_signed_is_not_taken_and_never_signed(
+    place: Workplace, tmp_path: Path, whose: str
+) -> None:
+    (package,) = place.packages()
+    statements = package.with_name(f"{package.name}.statements")
+    environ = {}
+    if whose == "nobody's":
+        for name in ("build-*", "model-*"):
+            for folder in statements.glob(name):
+                shutil.rmtree(folder)
+    else:
+        environ["ENGINESMITH_CONFIG"] = str(tmp_path / "config")
+    before = sorted(path.name for path in statements.iterdir())
+    done = place.build(*QUICK, **environ)
+    assert done.returncode == 0, done.stderr
+    assert f"{package.name} is not taken, and is built beside it: " in done.stderr
+    assert ("is not signed" if whose == "nobody's" else "not trusted here") in done.stderr
+    assert _names(place) == [package.name, f"{package.name}.r2"]
+    assert sorted(path.name for path in statements.iterdir()) == before
+    assert place.verdict()["reference"].endswith(".r2")
+    again = place.build(*QUICK, **environ)
+    assert again.returncode == 0, again.stderr
+    assert place.verdict()["taken"] is True
+    assert place.verdict()["reference"].endswith(".r2")
+
+
+def test_verdict_that_nobody_signed_is_not_believed(place: Workplace) -> None:
+    (package,) = place.packages()
+    folder = _statements(package)["test"]
+    (folder / "test-result.dsse.json").unlink()
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "its verdict is not signed" in done.stderr
+    assert place.verdict()["taken"] is False
+
+
+def test_run_that_was_stopped_after_publishing_is_completed_by_the_next(place: Workplace) -> None:
+    (package,) = place.packages()
+    shutil.rmtree(_statements(package)["test"])
+    shutil.rmtree(package.parent / "channels")
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    assert _names(place) == [package.name]
+    assert place.run("verify", "tiny:candidate").returncode == 0
+
+
+def test_run_that_was_stopped_before_the_channel_is_completed_by_the_next(
+    place: Workplace,
+) -> None:
+    (package,) = place.packages()
+    shutil.rmtree(package.parent / "channels")
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    assert place.verdict()["taken"] is True
+    assert place.run("verify", "tiny:candidate").returncode == 0
+
+
+def test_policy_that_does_not_believe_this_machine_stops_the_build_before_any_work(
+    place: Workplace, tmp_path: Path
+) -> None:
+    write_key_pair(generate_key(), tmp_path / "other.key")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "schema: 1\n"
+        "keys:\n"
+        "- {name: other, public_key_file: other.key.pub, may_sign: [builds, verdicts]}\n"
+    )
+    shutil.rmtree(place.cache)
+    done = place.build(*QUICK, ENGINESMITH_POLICY=str(policy))
+    assert done.returncode == 5, done.stderr
+    assert "policy" in done.stderr
+    assert not place.cache.exists()
