@@ -1,0 +1,119 @@
+"""The whole line on a CUDA device: real weights judged and refused; the race on a full shape.
+
+`$ENGINESMITH_TEST_WEIGHTS` names a folder with SmolLM2's weights, for machines whose Transformers
+cannot convert the embedded GGUF (5.17 cannot).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.accept import AcceptRequest as Request
+from pipeline.accept import composed, engine_of, same_weights, this_card
+from pipeline.acceptance.measure import Subject
+from pipeline.build import plan_of
+from pipeline.cache import StageCache
+from pipeline.registry.package import verify
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("acceptance.windows=4", "acceptance.max_perplexity_increase=0.03")
+
+
+def own_weights() -> tuple[str, ...]:
+    folder = os.environ.get("ENGINESMITH_TEST_WEIGHTS")
+    if folder is None:
+        return ()
+    return ("source=local", f"source.path={folder}", "source.licence=Apache-2.0", "name=smollm2")
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "ENGINESMITH_CACHE": str(cwd / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=570,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with SmolLM2's checkpoint package, accepted on this card."""
+    place = tmp_path_factory.mktemp("line")
+    target = this_card().id
+    keys = ("compiler=checkpoint", "runner=vllm", f"target={target}", *own_weights(), *QUICK)
+    done = run("build", "smollm2", *keys, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def package_of(place: Path) -> Path:
+    (manifest,) = (place / "artifacts").glob("*/*/*/manifest.json")
+    return manifest.parent
+
+
+def test_real_weights_are_accepted_for_this_card(built: Path) -> None:
+    verdict = json.loads((built / "artifacts/.runs/latest/verdict.json").read_text())
+    report = json.loads(Path(verdict["report"]).read_text())
+    assert verdict["verdict"] == "accepted"
+    assert report["conditions"]["card"] == report["card"] == this_card().card
+    assert report["chat"]["stopped"]["source"] >= 5
+    assert report["speed"][0]["peak_memory_bytes"] > 0
+    assert report["physics"]["bandwidth_bytes_per_s"] > 0
+
+
+def test_one_layer_with_a_wrong_scale_is_a_regression(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(built / "cache"))
+    package = verify(package_of(built))
+    folder = tmp_path / "engine"
+    shutil.copytree(package.engine_dir, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    scale = next(n for n in sorted(tensors) if n.endswith("mlp.gate_proj.weight_scale"))
+    for name in (scale, scale.replace("gate_proj", "up_proj")):  # they share it
+        tensors[name] *= 4
+    save_file(tensors, weights, metadata={"format": "pt"})
+    request = Request(target=str(package.dir), registry="artifacts", overrides=(
+        *own_weights(), *QUICK, "acceptance.targets=[]", "acceptance.chat=null"))  # fmt: skip
+    recipe: Any = composed(request, package, this_card()).value
+    engine = engine_of(package)
+    subject = Subject(
+        engine=dataclasses.replace(engine, dir=folder),
+        package_digest=package.digest,
+        weights=same_weights(recipe, package, engine),
+        checkpoint_dir=None,
+        plan=plan_of(recipe),
+        runner=recipe.runner,
+    )
+    _, verdict = recipe.acceptance.measure(subject, StageCache(root=built / "cache"))
+    assert verdict.name == "regression"
+
+
+def test_full_shape_races_against_bfloat16(tmp_path: Path) -> None:
+    done = run(
+        *("race", "phi3", "--random-weights", "--only", "vllm-bf16", "--workloads", "b1"),
+        *("--rounds", "2", "--out", str(tmp_path / "race")),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    race = json.loads((tmp_path / "race/race.json").read_text())
+    assert race["verdict"] == "measured"
