@@ -14,8 +14,8 @@ import pytest
 
 from tests.tiny_recipe import Workplace, make_workplace
 
-STAGES = ("quantize", "convert", "network-check", "compile", "source-logits")
-"""In order; the last is the first thing that acceptance does."""
+STAGES = ("quantize", "convert", "network-check", "compile", "source-logits", "source-chat")
+"""In order; the last two are the first things that acceptance does."""
 
 
 @pytest.fixture(scope="module")
