@@ -33,8 +33,8 @@ from pipeline.machine import require_builder
 from pipeline.outcome import Outcome
 from pipeline.plan import refuse
 from pipeline.registry.backend import Registry
-from pipeline.registry.package import verify
-from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
+from pipeline.registry.reference import reference_of
+from pipeline.registry.signing.command import open_folder
 from pipeline.registry.signing.machine import Signatory, machine_trust, signatory_for
 from pipeline.registry.signing.verification import verify_signatures
 from pipeline.registry.stores.opening import open_registry
@@ -166,10 +166,9 @@ def verified(request: AcceptRequest, registry: Registry, folder: Path | None) ->
         request.environ, own_folder=folder is not None or registry.local, policy=request.policy
     )
     if folder is not None:
-        package = verify(folder)
-        statements = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
+        package, statements = open_folder(folder, trust)
     else:
-        package = registry.resolve(request.target)
+        package = registry.resolve(request.target, policy=trust)
         statements = registry.statements_dir(reference_of(package))
     verify_signatures(package, statements, trust, allow_unsigned=request.allow_unsigned)
     return package

@@ -26,11 +26,14 @@ from pipeline.machine import require_builder, require_room
 from pipeline.outcome import Outcome
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.registry.backend import Registry
+from pipeline.registry.lifecycle.promote import enter_channel as move_into
+from pipeline.registry.lifecycle.records import Author, actor_of
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
-from pipeline.registry.policy import require_enterable, require_publishable
+from pipeline.registry.policy import require_publishable
 from pipeline.registry.reference import reference_of
 from pipeline.registry.signing.machine import Signatory, signatory_for
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.runners.session import Runner
 from pipeline.settings import STRICT
@@ -111,6 +114,8 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     require_publishable(recipe.source.terms, public=recipe.registry.public)
     own_folder = recipe.registry.local
     signatory = signatory_for(options.environ, run_dir.name, own_folder=own_folder)
+    signatory.trust.require_may(signatory.key.public, "channels")
+    author = Author(key=signatory.key, actor=actor_of(options.environ))
     recipe.registry.check_writable()
     recipe.compiler.check_machine(recipe.target)
     require_builder(recipe.compiler.format)
@@ -121,7 +126,9 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
         published = None if options.rebuild else find_published(recipe, key, signatory)
         if published and (known := known_acceptance(recipe, published, options.config)):
-            enter_channel(recipe, published)  # unless the earlier run was stopped before it did
+            enter_channel(
+                recipe, published, author, signatory.trust
+            )  # unless the earlier run was stopped before it did
             return finished(published.package, *known, started=started, taken=True)
 
         require_room(plan, cache.root)
@@ -159,7 +166,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         statement = {**files, REPORT_FILE: data, **signatory.sign_report(data)}
         written = recipe.registry.add_statement(reference_of(package), name, statement)
         verified = read_back(recipe, key, package, signatory)
-        enter_channel(recipe, verified)
+        enter_channel(recipe, verified, author, signatory.trust)
         taken = published is not None
         return finished(
             verified.package, verdict.name, written / REPORT_FILE, started=started, taken=taken
@@ -250,15 +257,29 @@ def known_acceptance(
     return None
 
 
-def enter_channel(recipe: Recipe, verified: Verification) -> None:
-    """Let `candidate` of the card point to a package.
+def enter_channel(
+    recipe: Recipe, verified: Verification, author: Author, trust: TrustPolicy
+) -> None:
+    """Let `candidate` of the card point to a package, by a signed move.
+
+    A log that this machine cannot believe, since its key is another one by now, begins afresh in a
+    folder of its own; in any other registry a person has to look at it.
 
     Raises:
-        UntrustedError: It has no signed verdict for the card.
+        UntrustedError: It has no signed verdict for the card, it is yanked, or the log of the
+            channel cannot be believed.
         NotAcceptedError: Its newest signed verdict for the card does not pass.
+        ConflictError: Somebody else moved the channel at the same time.
     """
-    require_enterable(verified, CHANNEL, recipe.target.card)
-    recipe.registry.set_channel(reference_of(verified.package), CHANNEL, recipe.target.card)
+    move_into(
+        recipe.registry.store,
+        reference_of(verified.package),
+        channel=CHANNEL,
+        card=recipe.target.card,
+        author=author,
+        policy=trust,
+        restart=recipe.registry.local,
+    )
 
 
 def label(recipe: Recipe, engine: Engine, key: str, options: BuildOptions) -> Label:

@@ -84,6 +84,7 @@ def test_build_leaves_one_sealed_package_its_statement_and_its_pointer(built: Wo
         f"tiny/{VARIANT}/{name}.statements/{build.name}/provenance.dsse.json",
         *(f"tiny/{VARIANT}/{name}.statements/{model}/model.sig" for model in models),
         f"tiny/{VARIANT}/channels/candidate.{CARD}.json",
+        f"tiny/{VARIANT}/channels/log/candidate.{CARD}.000001.dsse.json",
     }
     assert built.leftovers() == []
 

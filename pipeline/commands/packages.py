@@ -45,8 +45,8 @@ def show(
     from pipeline.screen import stdout
 
     opened = open_registry(registry)
-    entry = opened.entry(reference)
     trust = machine_trust(os.environ, own_folder=opened.local, policy=policy)
+    entry = opened.entry(reference, policy=trust)
     signatures = Signatures(reason="damaged, so no signature says anything")
     if entry.reference:
         signatures = signatures_of(entry, opened.statements_dir(entry.reference), trust)
@@ -115,6 +115,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
         ],
         "made_s": entry.made_s,
         "fault": entry.fault or None,
+        "yanked": entry.yanked or None,
     }
 
 

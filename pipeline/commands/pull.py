@@ -70,6 +70,12 @@ def pull(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Take a package that nobody signed; recorded.")
     ] = False,
+    allow_yanked: Annotated[
+        bool,
+        typer.Option(
+            "--allow-yanked", help="Take a yanked package, named by its digest; recorded."
+        ),
+    ] = False,
     policy: Policy = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="From the cache alone: no network, no credentials.")
@@ -109,6 +115,7 @@ def pull(
         channel=channel,
         accept_unproven=accept_unproven,
         allow_unsigned=allow_unsigned,
+        allow_yanked=allow_yanked,
         policy=policy,
         offline=offline,
         through_cache=cache,

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import Pointer, Statement
+from pipeline.registry.stores.store import WritableStore
 from pipeline.stages import Package, Reference, VerdictName
 
 NOTHING: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})
@@ -29,6 +31,7 @@ class Entry:
         manifest: None if it is damaged.
         digest: Of its manifest; None if it is damaged.
         fault: Why it is damaged; empty if it is not.
+        yanked: By whom, when and why, by a signed yank that counts here; empty if it is not.
         statements: What was said about exactly these bytes, newest first.
         channels: Those that point to it.
     """
@@ -41,6 +44,7 @@ class Entry:
     manifest: Mapping[str, Any] | None
     digest: str | None
     fault: str
+    yanked: str = ""
     statements: tuple[Statement, ...]
     channels: tuple[Pointer, ...]
 
@@ -68,6 +72,11 @@ class Entry:
 @runtime_checkable
 class Registry(Protocol):
     """Keeps immutable packages, statements about them, and channels that point to them."""
+
+    @property
+    def store(self) -> WritableStore:
+        """Where the packages lie; channels move there by `pipeline.registry.lifecycle`."""
+        ...
 
     @property
     def public(self) -> bool:
@@ -145,39 +154,34 @@ class Registry(Protocol):
         """A folder of this machine with everything that was said about a package, by now."""
         ...
 
-    def set_channel(self, reference: Reference, channel: str, card: str) -> None:
-        """Let a channel point to a package, for one card.
-
-        Raises:
-            UntrustedError: `stable` was asked: it needs a signed test result.
-            PipelineError: The newest statement for that card is not a passing one.
-            NotFoundError: No such package.
-        """
-        ...
-
-    def resolve(self, text: str, card: str | None = None) -> Package:
+    def resolve(
+        self, text: str, card: str | None = None, policy: TrustPolicy | None = None
+    ) -> Package:
         """The package that a reference names, every byte verified.
 
         Args:
             text: What the user typed.
             card: Looks only at this card's channels; None for all cards.
+            policy: Whose moves of channels count; None for this machine's.
 
         Raises:
             RecipeError: Not a reference, or it names several packages; lists them.
             NotFoundError: It names none; says what there is.
             CorruptError: The package is damaged.
+            UntrustedError: It names a channel whose log cannot be believed.
         """
         ...
 
-    def entry(self, text: str, card: str | None = None) -> Entry:
+    def entry(self, text: str, card: str | None = None, policy: TrustPolicy | None = None) -> Entry:
         """What is known of the package that a reference names, damaged or not.
 
         Raises:
             RecipeError: As in `resolve`.
             NotFoundError: As in `resolve`.
+            UntrustedError: As in `resolve`.
         """
         ...
 
-    def entries(self) -> list[Entry]:
+    def entries(self, policy: TrustPolicy | None = None) -> list[Entry]:
         """All published versions; damaged ones carry their fault. Sizes are checked, not bytes."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 from pipeline.errors import ConflictError, CorruptError, NotFoundError
 from pipeline.registry.backend import Entry
+from pipeline.registry.lifecycle.pointers import pointers
+from pipeline.registry.lifecycle.yank import read_yank_in, told
 from pipeline.registry.lookup import Choice, Shelf, choose, no_such_name
 from pipeline.registry.manifest import MANIFEST, digest_bytes, parse_manifest
 from pipeline.registry.reference import (
@@ -20,11 +23,11 @@ from pipeline.registry.reference import (
     rebuild_of,
     reference_of,
 )
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import (
     REPORT,
     Pointer,
     Statement,
-    parse_pointer,
     report_digest,
 )
 from pipeline.registry.stores.store import Place, Store
@@ -106,9 +109,11 @@ def find_builds(holder: Holder, name: str, variant: str, build_key: str) -> Iter
                 log.warning("%s; it is not taken. %s", error, holder.advice(place))
 
 
-def resolve(holder: Holder, text: str, card: str | None) -> Package:
+def resolve(
+    holder: Holder, text: str, card: str | None, policy: TrustPolicy | None = None
+) -> Package:
     """As `Registry.resolve`."""
-    place, digest = find_place(holder.store, text, card)
+    place, digest = find_place(holder.store, text, card, policy)
     package = holder.package(place)
     if digest not in {None, package.digest}:
         raise CorruptError(
@@ -118,36 +123,57 @@ def resolve(holder: Holder, text: str, card: str | None) -> Package:
     return package
 
 
-def entry(holder: Holder, text: str, card: str | None) -> Entry:
+def entry(holder: Holder, text: str, card: str | None, policy: TrustPolicy | None = None) -> Entry:
     """As `Registry.entry`."""
-    place, _ = find_place(holder.store, text, card)
-    return _entry(holder, place, pointers(holder.store, place.name, place.variant), deep=True)
+    trust = trust_of(holder.store, policy)
+    place, _ = find_place(holder.store, text, card, trust)
+    channels = pointers(holder.store, trust, place.name, place.variant)
+    return _entry(holder, place, channels, trust, deep=True)
 
 
-def entries(holder: Holder) -> list[Entry]:
+def entries(holder: Holder, policy: TrustPolicy | None = None) -> list[Entry]:
     """As `Registry.entries`."""
+    trust = trust_of(holder.store, policy)
     found = []
     for name in holder.store.names():
         for variant in holder.store.variants(name):
-            channels = pointers(holder.store, name, variant)
+            channels = pointers(holder.store, trust, name, variant)
             places = (
                 Place(name=name, variant=variant, version=version)
                 for version in holder.store.versions(name, variant)
             )
-            of_variant = [_entry(holder, place, channels, deep=False) for place in places]
+            of_variant = [_entry(holder, place, channels, trust, deep=False) for place in places]
             found += sorted(of_variant, key=lambda one: (-one.made_s, one.version))
     return found
 
 
-def find_place(store: Store, text: str, card: str | None) -> tuple[Place, str | None]:
+def trust_of(store: Store, policy: TrustPolicy | None) -> TrustPolicy:
+    """Whose moves of channels, and whose yanks, count: this machine's policy if none is given."""
+    if policy is not None:
+        return policy
+    from pipeline.registry.signing.machine import machine_trust
+
+    return machine_trust(os.environ, own_folder=store.local)
+
+
+def find_place(
+    store: Store, text: str, card: str | None, policy: TrustPolicy | None = None
+) -> tuple[Place, str | None]:
     """The published version that a reference means, and the digest that it must have.
 
+    Args:
+        store: Where to look.
+        text: What the user typed.
+        card: Only channels of this card; None for all.
+        policy: Whose moves of channels count; None for this machine's.
+
     Raises:
+        UntrustedError: It names a channel whose log cannot be believed.
         RecipeError: Not a reference, or it names several packages; lists them.
         NotFoundError: It names none; says what there is.
     """
     wanted = parse_reference(text)
-    choice = _choose(store, wanted, card)
+    choice = _choose(store, wanted, card, policy)
     place = Place(name=wanted.name, variant=choice.variant, version=choice.version)
     return place, choice.digest
 
@@ -175,18 +201,6 @@ def require_place(package: Package, place: Place) -> None:
     reference = reference_of(package)
     if Place.of(reference) != place:
         raise CorruptError(f"{place} holds {reference}, not what its path says; move it back")
-
-
-def pointers(store: Store, name: str, variant: str) -> list[Pointer]:
-    """All channels of one variant, by channel and card; damaged ones are reported and left out."""
-    found = []
-    for file, data in sorted(store.channels(name, variant).items()):
-        try:
-            origin = f"{store.url}/{name}/{variant}/channels/{file}"
-            found.append(parse_pointer(data, name, variant, file, origin))
-        except CorruptError as error:
-            log.warning("%s", error)
-    return found
 
 
 def statement_bytes(
@@ -226,7 +240,9 @@ def require_published(store: Store, reference: Reference) -> None:
         raise ConflictError(f"{store.url}: {place} has digest {digest}, not {reference.digest}")
 
 
-def _choose(store: Store, wanted: ParsedReference, card: str | None) -> Choice:
+def _choose(
+    store: Store, wanted: ParsedReference, card: str | None, policy: TrustPolicy | None
+) -> Choice:
     versions = {
         variant: held
         for variant in store.variants(wanted.name)
@@ -236,7 +252,12 @@ def _choose(store: Store, wanted: ParsedReference, card: str | None) -> Choice:
         raise no_such_name(wanted.name, store.names(), store.url)
     if wanted.digest is not None:
         return _with_digest(store, wanted, versions)
-    channels = [one for variant in versions for one in pointers(store, wanted.name, variant)]
+    channels = []
+    if wanted.channel is not None:
+        trust = trust_of(store, policy)
+        for variant in versions:
+            if wanted.variant in {None, variant}:
+                channels += pointers(store, trust, wanted.name, variant, wanted.channel)
     choice = choose(wanted, Shelf(name=wanted.name, versions=versions, pointers=channels), card)
     if choice.version not in versions[choice.variant]:
         raise NotFoundError(
@@ -260,7 +281,9 @@ def _with_digest(
     )
 
 
-def _entry(holder: Holder, place: Place, channels: Sequence[Pointer], *, deep: bool) -> Entry:
+def _entry(
+    holder: Holder, place: Place, channels: Sequence[Pointer], trust: TrustPolicy, *, deep: bool
+) -> Entry:
     facts, fault = None, ""
     try:
         facts = holder.facts(place, deep=deep)
@@ -268,6 +291,7 @@ def _entry(holder: Holder, place: Place, channels: Sequence[Pointer], *, deep: b
         fault = str(error)
     digest = facts.digest if facts else None
     said = holder.statements(place)
+    yank = read_yank_in((found.dir for found in said), digest, trust) if digest else None
     return Entry(
         name=place.name,
         variant=place.variant,
@@ -277,6 +301,7 @@ def _entry(holder: Holder, place: Place, channels: Sequence[Pointer], *, deep: b
         manifest=facts.manifest if facts else None,
         digest=digest,
         fault=fault,
+        yanked=told(yank) if yank else "",
         statements=tuple(found for found in said if found.digest in {"", digest}),
         channels=tuple(found for found in channels if found.reference.version == place.version),
     )

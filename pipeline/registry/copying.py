@@ -123,7 +123,7 @@ def run_copy(
     own_folder = source.local and store.local
     policy = machine_trust(environ, own_folder=own_folder, policy=request.policy)
     store.check_writable()
-    package = source.resolve(request.reference)
+    package = source.resolve(request.reference, policy=policy)
     reference = reference_of(package)
     folder = source.statements_dir(reference)
     verified = verify_signatures(package, folder, policy, allow_unsigned=request.allow_unsigned)

@@ -27,12 +27,12 @@ _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 @contextlib.contextmanager
-def disk_errors(doing: str, setting: str = "registry.path=") -> Iterator[None]:
+def disk_errors(doing: str, setting: str = "") -> Iterator[None]:
     """Turn an `OSError` of the block into an error that says what to do.
 
     Args:
         doing: What was being done, for the message: `publish to artifacts`.
-        setting: What names another folder.
+        setting: What names another folder; empty if the caller's user knows.
 
     Raises:
         TransientError: Disk full, over quota, or too many files open.
@@ -49,9 +49,8 @@ def disk_errors(doing: str, setting: str = "registry.path=") -> Iterator[None]:
                 error
             )
         if error.errno in _FORBIDDEN:
-            raise AccessError(
-                f"{fault}; change its owner or mode, or choose another folder with {setting}"
-            ) from error
+            other = f"choose another folder{f' with {setting}' if setting else ''}"
+            raise AccessError(f"{fault}; change its owner or mode, or {other}") from error
         if error.errno in _BUSY:
             raise TransientError(f"{fault}; run the same command again") from error
         raise PipelineError(f"{fault}; check the disk") from error

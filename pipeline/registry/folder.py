@@ -1,7 +1,5 @@
 """A registry in a folder; how the tree looks, `pipeline.registry.stores.folder` tells.
 
-Only channels take a lock, since only they move.
-
 **Damage.** A published package that no longer verifies keeps its version: other people may hold the
 good bytes under that name, and a rebuild would not have the same ones. So `find` warns and does not
 take it, `next_version` gives the build the next free `.rN`, and nothing here deletes or moves it.
@@ -17,16 +15,15 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.cache import locked
-from pipeline.errors import CorruptError, PipelineError, UntrustedError
+from pipeline.errors import CorruptError
 from pipeline.registry import catalogue
 from pipeline.registry.backend import NOTHING, Entry
-from pipeline.registry.disk import disk_errors, read_bounded
-from pipeline.registry.manifest import MAX_MANIFEST_BYTES
+from pipeline.registry.disk import disk_errors
 from pipeline.registry.package import verify
 from pipeline.registry.policy import require_no_rehearsal
 from pipeline.registry.reference import check_part, numbered, rebuild_of, reference_of
-from pipeline.registry.statements import Pointer, Statement, parse_pointer, read_statements
+from pipeline.registry.signing.trust import TrustPolicy
+from pipeline.registry.statements import Statement, read_statements
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.store import Place
 from pipeline.settings import STRICT, PathField
@@ -99,43 +96,19 @@ class FolderRegistry:
     def statements_dir(self, reference: Reference) -> Path:
         return self.store.statements_dir(Place.of(reference))
 
-    def set_channel(self, reference: Reference, channel: str, card: str) -> None:
-        check_part("channel", channel)
-        check_part("card", card)
-        if channel == "stable":
-            raise UntrustedError(
-                "stable takes only packages with a signed test result; use candidate"
-            )
-        catalogue.require_published(self.store, reference)
-        self._check_passed(reference, card)
-        lock = self.path / ".locks" / f"{reference.name}--{reference.variant}.lock"
-        with disk_errors(f"set {channel} of {reference}"), locked(lock):
-            pointer = Pointer(channel=channel, card=card, reference=reference, seq=1)
-            path = pointer.path(self.path)
-            if path.exists():
-                data = read_bounded(path, MAX_MANIFEST_BYTES)
-                current = parse_pointer(
-                    data, reference.name, reference.variant, path.name, str(path)
-                )
-                if current.reference == reference:
-                    return
-                pointer = Pointer(
-                    channel=channel, card=card, reference=reference, seq=current.seq + 1
-                )
-            self.store.put_channel(reference.name, reference.variant, path.name, pointer.to_bytes())
-        log.info("%s of %s is now %s", channel, card, reference)
-
-    def resolve(self, text: str, card: str | None = None) -> Package:
+    def resolve(
+        self, text: str, card: str | None = None, policy: TrustPolicy | None = None
+    ) -> Package:
         with disk_errors(f"read {self.path}"):
-            return catalogue.resolve(self, text, card)
+            return catalogue.resolve(self, text, card, policy)
 
-    def entry(self, text: str, card: str | None = None) -> Entry:
+    def entry(self, text: str, card: str | None = None, policy: TrustPolicy | None = None) -> Entry:
         with disk_errors(f"read {self.path}"):
-            return catalogue.entry(self, text, card)
+            return catalogue.entry(self, text, card, policy)
 
-    def entries(self) -> list[Entry]:
+    def entries(self, policy: TrustPolicy | None = None) -> list[Entry]:
         with disk_errors(f"read {self.path}"):
-            return catalogue.entries(self)
+            return catalogue.entries(self, policy)
 
     def package(self, place: Place) -> Package:
         """See `pipeline.registry.catalogue.Holder`, like what follows."""
@@ -165,17 +138,3 @@ class FolderRegistry:
         except CorruptError as error:
             raise CorruptError(f"{folder}: {error}") from None
         return package
-
-    def _check_passed(self, reference: Reference, card: str) -> None:
-        """Raise unless the newest statement about this package on this card passed."""
-        said = [
-            found
-            for found in self.statements(Place.of(reference))
-            if found.digest == reference.digest and found.card == card and found.verdict
-        ]
-        if not said or not said[0].passed:
-            verdict = f"its newest verdict is {said[0].verdict}" if said else "it has no statement"
-            raise PipelineError(
-                f"{reference} may not enter a channel of {card}: {verdict}; "
-                "it needs accepted, checked or compiled"
-            )

@@ -10,7 +10,7 @@ from pipeline.errors import Fault, NotAcceptedError, RecipeError, UntrustedError
 from pipeline.stages import PASSING, Licence
 
 if TYPE_CHECKING:
-    from pipeline.registry.signing.verification import Verification
+    from pipeline.registry.signing.verification import SignedVerdict, Verification
 
 _MARK = ".rehearsal"
 """Top-level file of a registry that is removed after one rehearsal."""
@@ -94,11 +94,14 @@ def require_manifest_publishable(manifest: Mapping[str, Any], *, public: bool) -
     )
 
 
-def require_enterable(verification: Verification, channel: str, card: str) -> None:
+def require_enterable(verification: Verification, channel: str, card: str) -> SignedVerdict:
     """Stop a package at the door of a channel that it has not earned for this card.
 
     What counts is the newest verdict for the card that a trusted key signed: `stable` takes
     `accepted`, every other channel `checked` and `compiled` too.
+
+    Returns:
+        That verdict.
 
     Raises:
         UntrustedError: The package is unsigned, or has no signed verdict for this card.
@@ -121,6 +124,7 @@ def require_enterable(verification: Verification, channel: str, card: str) -> No
             f"{what}: its newest signed verdict is {found.verdict}, and it needs "
             f"{' or '.join(sorted(wanted))}"
         )
+    return found
 
 
 def mark_throwaway(registry_dir: Path) -> None:

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
     from pipeline.registry.signing.summary import Signatures
 
-_STYLES = {"accepted": "green", "checked": "green", "compiled": "cyan", "damaged": "bold red"}
+_STYLES = {
+    "accepted": "green",
+    "checked": "green",
+    "compiled": "cyan",
+    "damaged": "bold red",
+    "yanked": "bold red",
+}
 
 
 def render_list(entries: Sequence[Entry]) -> Table:
@@ -27,7 +33,8 @@ def render_list(entries: Sequence[Entry]) -> Table:
     for column in ("reference", "size", "verdict", "channels", "made"):
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for entry in entries:
-        verdict = "damaged" if entry.fault else entry.verdict or "no statement"
+        standing = "yanked" if entry.yanked else entry.verdict or "no statement"
+        verdict = "damaged" if entry.fault else standing
         table.add_row(
             _text(f"{entry.name}/{entry.variant}:{entry.version}"),
             _text(_size(entry.size_bytes) if entry.manifest else "?"),
@@ -66,6 +73,7 @@ def render_show(entry: Entry, signatures: Signatures) -> Group:
         _facts(
             {
                 "verdict": entry.verdict or "no statement",
+                **({"yanked": entry.yanked} if entry.yanked else {}),
                 "channels": _channels(entry.channels) or "none",
                 "made": _time(entry.made_s),
             }

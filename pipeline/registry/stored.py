@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from pipeline.cache import cache_root, locked
-from pipeline.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.errors import CorruptError, NotFoundError
 from pipeline.registry import catalogue
 from pipeline.registry.backend import NOTHING, Entry
 from pipeline.registry.client.cache import PackageCache
@@ -39,8 +39,9 @@ from pipeline.registry.reference import (
     rebuild_of,
     reference_of,
 )
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.staging import private_folder
-from pipeline.registry.statements import Pointer, Statement, read_statements
+from pipeline.registry.statements import Statement, read_statements
 from pipeline.registry.stores.store import Place, Store, WritableStore
 from pipeline.settings import STRICT, PathField
 from pipeline.stages import Package, Reference
@@ -122,31 +123,16 @@ class StoredRegistry:
     def statements_dir(self, reference: Reference) -> Path:
         return self._statements_dir(Place.of(reference))
 
-    def set_channel(self, reference: Reference, channel: str, card: str) -> None:
-        check_part("channel", channel)
-        check_part("card", card)
-        if channel == "stable":
-            raise UntrustedError(
-                "stable takes only packages with a signed test result; use candidate"
-            )
-        catalogue.require_published(self.store, reference)
-        held = catalogue.pointers(self.store, reference.name, reference.variant)
-        current = next((one for one in held if (one.channel, one.card) == (channel, card)), None)
-        if current is not None and current.reference == reference:
-            return
-        seq = current.seq + 1 if current else 1
-        pointer = Pointer(channel=channel, card=card, reference=reference, seq=seq)
-        self.store.put_channel(reference.name, reference.variant, pointer.file, pointer.to_bytes())
-        log.info("%s of %s is now %s", channel, card, reference)
+    def resolve(
+        self, text: str, card: str | None = None, policy: TrustPolicy | None = None
+    ) -> Package:
+        return catalogue.resolve(self, text, card, policy)
 
-    def resolve(self, text: str, card: str | None = None) -> Package:
-        return catalogue.resolve(self, text, card)
+    def entry(self, text: str, card: str | None = None, policy: TrustPolicy | None = None) -> Entry:
+        return catalogue.entry(self, text, card, policy)
 
-    def entry(self, text: str, card: str | None = None) -> Entry:
-        return catalogue.entry(self, text, card)
-
-    def entries(self) -> list[Entry]:
-        return catalogue.entries(self)
+    def entries(self, policy: TrustPolicy | None = None) -> list[Entry]:
+        return catalogue.entries(self, policy)
 
     def package(self, place: Place) -> Package:
         """See `pipeline.registry.catalogue.Holder`, like what follows."""

@@ -44,15 +44,19 @@ def stream(registry: Registry, reference: str, prompt: str, max_tokens: int) -> 
 
 
 def open_package(package: Package) -> AbstractContextManager[Session]:
-    """Load what can run here, and say what that is."""
+    """Load what can run here, and say what that is: the engine itself where its card is."""
     from pipeline.runners.onnxruntime import open_graph
     from pipeline.runners.transformers import open_checkpoint
 
     engine_format = package.manifest["format"]
     if engine_format == "checkpoint":
+        if session := _open_vllm(package):
+            return session
         log.warning("Simulating the FP8 checkpoint in float32 on this CPU")
         return open_checkpoint(package.engine_dir, package.manifest["limits"]["max_seq_len"])
     if engine_format == "trtrtx":
+        if session := _open_trtrtx(package):
+            return session
         graph = twin_of(package) / CPU_GRAPH
         log.warning("Not the TensorRT-RTX engine: its CPU twin, the same graph on ONNX Runtime")
         return open_graph(graph)
@@ -61,14 +65,41 @@ def open_package(package: Package) -> AbstractContextManager[Session]:
 
 def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
     """The engine itself, on a machine with its card and TensorRT-LLM or the build image."""
+    from pipeline.runners.trtllm.runner import TrtLlmRunner
+
+    runner = TrtLlmRunner(**_settings("trtllm"))
+    return runner.open_folder(package.engine_dir, package.manifest["match"]["sm"][0])
+
+
+def _open_vllm(package: Package) -> AbstractContextManager[Session] | None:
+    """The checkpoint in vLLM; None on a machine without vLLM or without a card for FP8."""
+    from pipeline.runners.vllm.runner import VllmRunner
+
+    runner = VllmRunner(**_settings("vllm"))
+    if runner.why_not_here() is not None:
+        return None
+    return runner.open_folder(package.engine_dir, tuple(package.manifest["serve"]["args"]))
+
+
+def _open_trtrtx(package: Package) -> AbstractContextManager[Session] | None:
+    """The engine in TensorRT-RTX; None on a machine without that or without the card."""
+    from pipeline.runners.trtrtx.runner import TrtRtxRunner
+
+    runner = TrtRtxRunner(**_settings("tensorrt_rtx"))
+    match = package.manifest["match"]
+    if runner.why_not_here(tuple(match["sm"]), match["runtime"]["version"]) is not None:
+        return None
+    return runner.open_folder(package.engine_dir, package.digest)
+
+
+def _settings(runner: str) -> dict[str, Any]:
+    """A runner's settings as they ship."""
     import yaml
 
     from pipeline.config.folders import data_dir
-    from pipeline.runners.trtllm.runner import TrtLlmRunner
 
-    settings = yaml.safe_load((data_dir("conf") / "runner" / "trtllm.yaml").read_text())
-    runner = TrtLlmRunner(**{name: settings[name] for name in settings if name != "_target_"})
-    return runner.open_folder(package.engine_dir, package.manifest["match"]["sm"][0])
+    settings = yaml.safe_load((data_dir("conf") / "runner" / f"{runner}.yaml").read_text())
+    return {name: value for name, value in settings.items() if name != "_target_"}
 
 
 def twin_of(package: Package) -> Path:

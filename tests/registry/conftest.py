@@ -7,15 +7,22 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.lifecycle.promote import Moved, enter_channel
+from pipeline.registry.lifecycle.records import Author
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
+from pipeline.registry.signing.attestations import BuildRun
+from pipeline.registry.signing.keys import SigningKey, generate_key
+from pipeline.registry.signing.signer import build_statements, sign_report
+from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
 from pipeline.stages import (
     Engine,
     Finding,
@@ -30,6 +37,13 @@ from pipeline.stages import (
 )
 
 CARD = "NVIDIA-GeForce-RTX-4090"
+RUN = BuildRun(
+    builder_id="https://example.com/builder",
+    builder_version="0",
+    invocation_id="1",
+    started=datetime(2026, 1, 1, tzinfo=UTC),
+    finished=datetime(2026, 1, 1, tzinfo=UTC),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +53,14 @@ class Bench:
     dir: Path
     registry: FolderRegistry
     card: str = CARD
+    key: SigningKey = field(default_factory=generate_key, repr=False)
+
+    @property
+    def policy(self) -> TrustPolicy:
+        """Believes the bench's key in everything."""
+        pem = self.key.public.pem.decode()
+        roles: tuple[Role, ...] = ("builds", "verdicts", "channels")
+        return TrustPolicy(keys=(TrustedKey(name="bench", public_key=pem, may_sign=roles),))
 
     def engine(self, plan: bytes = b"plan" * 100, variant: str = "sm89-trtrtx-fp8-b8") -> Engine:
         folder = self.dir / f"engine-{variant}-{hash(plan)}"
@@ -106,6 +128,42 @@ class Bench:
     ) -> Path:
         files = {"report.json": self.report(reference, verdict)}
         return self.registry.add_statement(reference, name, files)
+
+    def sign(self, reference: Reference) -> None:
+        """Sign a published package, unless it is signed."""
+        if any(self.registry.statements_dir(reference).glob("build-*")):
+            return
+        package = self.registry.resolve(str(reference))
+        for name, files in build_statements(package, self.key, RUN).items():
+            self.registry.add_statement(reference, name, files)
+
+    def approve(
+        self,
+        reference: Reference,
+        verdict: VerdictName = "checked",
+        name: str = "test-1",
+        card: str = CARD,
+    ) -> Path:
+        """Sign a published package and a verdict."""
+        self.sign(reference)
+        report = self.report(reference, verdict, card)
+        files = {"report.json": report, **sign_report(report, self.key)}
+        return self.registry.add_statement(reference, name, files)
+
+    def enter(self, reference: Reference, channel: str = "candidate", card: str = CARD) -> Moved:
+        """Move a channel to a package, as a build does."""
+        return enter_channel(
+            self.registry.store,
+            reference,
+            channel=channel,
+            card=card,
+            author=Author(key=self.key, actor="ada"),
+            policy=self.policy,
+        )
+
+    def resolve(self, text: str, card: str | None = None) -> Package:
+        """As somebody who believes the bench's key."""
+        return self.registry.resolve(text, card, self.policy)
 
 
 @pytest.fixture

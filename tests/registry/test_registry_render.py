@@ -24,11 +24,11 @@ def _shown(renderable: Any, width: int = 200) -> str:
 
 def test_list_has_a_line_for_each_version(bench: Bench) -> None:
     whole = bench.publish()
-    bench.accept(whole)
-    bench.registry.set_channel(whole, "candidate", bench.card)
+    bench.approve(whole)
+    bench.enter(whole)
     damaged = bench.publish(label=bench.label("2.0"))
     (bench.registry.location(damaged) / "manifest.json").unlink()
-    lines = _shown(render_list(bench.registry.entries())).splitlines()
+    lines = _shown(render_list(bench.registry.entries(bench.policy))).splitlines()
     (line,) = [line for line in lines if str(whole) in line]
     assert "402 B" in line
     assert "checked" in line

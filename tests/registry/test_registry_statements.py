@@ -11,8 +11,8 @@ from pipeline.errors import (
     ConflictError,
     CorruptError,
     NotFoundError,
-    PipelineError,
     RecipeError,
+    UntrustedError,
 )
 from pipeline.stages import Reference
 
@@ -87,8 +87,9 @@ def test_statement_about_replaced_bytes_counts_for_nothing(bench: Bench) -> None
     again = bench.publish(bench.engine(plan=b"other"))
     (entry,) = bench.registry.entries()
     assert entry.verdict is None
-    with pytest.raises(PipelineError, match="no statement"):
-        bench.registry.set_channel(again, "candidate", bench.card)
+    bench.sign(again)
+    with pytest.raises(UntrustedError, match="verdict is not signed"):
+        bench.enter(again)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pipeline.registry.client.resolve import Offer
 from pipeline.registry.client.retry import Retry, insistently
 from pipeline.registry.client.select import Candidate
 from pipeline.registry.disk import write_new
+from pipeline.registry.lifecycle.yank import read_yank_in, require_not_yanked
 from pipeline.registry.manifest import digest_bytes, parse_manifest
 from pipeline.registry.reference import check_part
 from pipeline.registry.signing.signer import MANIFEST_ENVELOPE
@@ -37,12 +38,14 @@ class Belief:
     Attributes:
         policy: Who may sign what.
         allow_unsigned: Take what nobody signed.
+        allow_yanked: Take what was yanked; only for a package that is named by its digest.
         signature_wait_s: How long to wait for the signature of a package that has none yet:
             copies of registries may bring it later.
     """
 
     policy: TrustPolicy
     allow_unsigned: bool = False
+    allow_yanked: bool = False
     signature_wait_s: float = 0.0
 
 
@@ -60,7 +63,7 @@ def examine(
 
     Raises:
         CorruptError: The manifest is damaged, or not the one that was pointed to.
-        UntrustedError: Not signed by somebody who may, or revoked.
+        UntrustedError: Not signed by somebody who may, revoked, or yanked.
         NotFoundError: It is gone.
     """
     place = offer.place
@@ -79,12 +82,15 @@ def examine(
     package = Package(dir=Path(str(place)), manifest=manifest, digest=digest)
     fetch_statements(store, place, statements_dir, retry)
     verification = _believed(store, package, belief, retry, statements_dir)
+    yank = read_yank_in(statements_dir.iterdir(), digest, belief.policy)
+    require_not_yanked(yank, allowed=belief.allow_yanked)
     return Candidate(
         offer=offer,
         package=package,
         data=data,
         verification=verification,
         statements_dir=statements_dir,
+        yank=yank,
     )
 
 

@@ -67,6 +67,7 @@ class PullRequest:
         channel: In place of `stable` where the reference names none.
         accept_unproven: Take a package without a passing verdict on this card.
         allow_unsigned: Take a package that nobody signed.
+        allow_yanked: Take a package that was yanked; the reference must name its digest.
         policy: File; None for the environment's, then the configuration folder's.
         offline: From the cache alone.
         through_cache: Keep a copy in the cache; None for: unless the registry is a local folder.
@@ -83,6 +84,7 @@ class PullRequest:
     channel: str | None = None
     accept_unproven: bool = False
     allow_unsigned: bool = False
+    allow_yanked: bool = False
     policy: Path | None = None
     offline: bool = False
     through_cache: bool | None = None
@@ -104,6 +106,7 @@ def pull(
     channel: str | None = None,
     accept_unproven: bool = False,
     allow_unsigned: bool = False,
+    allow_yanked: bool = False,
     policy: str | Path | None = None,
     offline: bool = False,
     cache: bool | None = None,
@@ -123,6 +126,7 @@ def pull(
         channel: In place of `stable` where the reference names none.
         accept_unproven: Take a package without a passing verdict on this card.
         allow_unsigned: Take a package that nobody signed.
+        allow_yanked: Take a package that was yanked; the reference must name its digest.
         policy: File that says who may sign.
         offline: From the cache alone: no network, no credentials.
         cache: Keep a copy in the cache; None for: unless the registry is a local folder.
@@ -144,6 +148,7 @@ def pull(
             channel=channel,
             accept_unproven=accept_unproven,
             allow_unsigned=allow_unsigned,
+            allow_yanked=allow_yanked,
             policy=None if policy is None else Path(policy),
             offline=offline,
             through_cache=cache,
@@ -159,7 +164,7 @@ def run(request: PullRequest) -> Pulled:
         RecipeError: The reference, a flag or the registry's URL cannot be read.
         NotFoundError: There is no such package.
         CorruptError: Bytes are not what they must be.
-        UntrustedError: Not signed by anybody who may.
+        UntrustedError: Not signed by anybody who may, revoked, or yanked.
         IncompatibleError: Nothing fits this machine, or was tried on this card.
         ConflictError: Something else is where the package is to be.
         TransientError: The connection broke too often, or the disk is full.
@@ -186,7 +191,11 @@ def wanted_of(request: PullRequest) -> ParsedReference:
             fault = f"{text} says itself which version; leave one of the two out"
             raise RecipeError([Fault("--channel", fault)])
         text = f"{text}:{request.channel}"
-    return parse_reference(text)
+    wanted = parse_reference(text)
+    if request.allow_yanked and wanted.digest is None:
+        fault = f"name the package by its digest: {wanted.name}@sha256:..., not {text}"
+        raise RecipeError([Fault("--allow-yanked", fault)])
+    return wanted
 
 
 def _require_no_channel(wanted: ParsedReference, cache: PackageCache) -> None:
@@ -212,6 +221,7 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     belief = Belief(
         policy=machine_trust(request.environ, own_folder=store.local, policy=request.policy),
         allow_unsigned=request.allow_unsigned,
+        allow_yanked=request.allow_yanked,
         signature_wait_s=0.0 if request.offline else _SIGNATURE_WAIT_S,
     )
     with scratch_folder(request.to) as scratch:
@@ -269,7 +279,9 @@ def choose(
     rules = rules_of(request)
     judged: list[Judged] = []
     refused: list[Refused] = []
-    for number, offer in enumerate(insistently(lambda: offers(store, wanted), retry)):
+    for number, offer in enumerate(
+        insistently(lambda: offers(store, wanted, belief.policy), retry)
+    ):
         try:
             candidate = examine(store, offer, belief, retry, scratch / str(number))
             judged.append(judge(candidate, facts, rules))

@@ -13,6 +13,7 @@ from pipeline import __version__
 from pipeline.errors import ExitCode
 from pipeline.registry.client.machine import Facts
 from pipeline.registry.client.select import Chosen
+from pipeline.registry.lifecycle.yank import told
 from pipeline.registry.signing.verification import ModelSignature
 
 Came = Literal["registry", "cache", "present", "verified"]
@@ -42,6 +43,7 @@ class Pulled:
         unknown: What must be so for the engine to run, and nobody knows.
         rejected: Other versions that the reference could mean, with the reason.
         ignored: Statements that do not count, with the reason.
+        yanked: By whom and why, where it was taken all the same, as was explicitly allowed.
         seconds: Wall clock.
     """
 
@@ -64,6 +66,7 @@ class Pulled:
     rejected: tuple[str, ...]
     ignored: tuple[str, ...]
     seconds: float
+    yanked: str = ""
 
     @property
     def engine_dir(self) -> Path:
@@ -115,6 +118,7 @@ class Pulled:
             "facts": self.facts.to_json(),
             "unknown": list(self.unknown),
             "ignored": list(self.ignored),
+            "yanked_accepted": self.yanked or None,
         }
 
     def lines(self) -> list[str]:
@@ -134,6 +138,7 @@ class Pulled:
             f"bytes     {megabytes}, every byte verified; {how}",
             f"signed    {signed or 'UNSIGNED, accepted because of --allow-unsigned'}",
             f"verdict   {self._verdict_line()}",
+            *([f"yanked    YANKED {self.yanked}; --allow-yanked"] if self.yanked else []),
             f"runtime   {needs['name']} {needs['version']}",
             f"engine    {self.engine_dir}",
             *(f"unknown   {text}" for text in self.unknown),
@@ -184,4 +189,5 @@ def pulled(
         rejected=chosen.rejected,
         ignored=verification.ignored,
         seconds=seconds,
+        yanked=told(candidate.yank) if candidate.yank else "",
     )

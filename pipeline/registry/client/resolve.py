@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
 from pipeline.errors import CorruptError, NotFoundError
+from pipeline.registry.lifecycle.pointers import pointers
 from pipeline.registry.lookup import Shelf, choose, no_such_name
 from pipeline.registry.manifest import digest_bytes
 from pipeline.registry.reference import ParsedReference
-from pipeline.registry.statements import Pointer, parse_pointer
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store
 from pipeline.stages import Reference
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +33,34 @@ class Offer:
     cards: tuple[str, ...] = ()
 
 
-def offers(store: Store, wanted: ParsedReference) -> list[Offer]:
+def offers(store: Store, wanted: ParsedReference, policy: TrustPolicy) -> list[Offer]:
     """Everything that a reference may mean, for any machine.
+
+    Args:
+        store: Where to look.
+        wanted: The reference.
+        policy: Whose moves of channels count.
 
     Raises:
         NotFoundError: Nothing; says what there is.
+        UntrustedError: It names a channel whose log cannot be believed.
     """
     variants = store.variants(wanted.name)
     if not variants:
         raise no_such_name(wanted.name, store.names(), store.url)
     asked = [variant for variant in variants if wanted.variant in {None, variant}]
-    found = [offer for variant in asked for offer in _offers_of(store, wanted, variant)]
+    found = [offer for variant in asked for offer in _offers_of(store, wanted, variant, policy)]
     if not found:
-        _raise_nothing(store, wanted, variants)
+        _raise_nothing(store, wanted, variants, policy)
     return found
 
 
-def _offers_of(store: Store, wanted: ParsedReference, variant: str) -> Iterator[Offer]:
+def _offers_of(
+    store: Store, wanted: ParsedReference, variant: str, policy: TrustPolicy
+) -> Iterator[Offer]:
     if wanted.channel is not None:
         cards: dict[Reference, list[str]] = {}
-        for pointer in pointers(store, wanted.name, variant):
+        for pointer in pointers(store, policy, wanted.name, variant, wanted.channel):
             if pointer.channel == wanted.channel:
                 cards.setdefault(pointer.reference, []).append(pointer.card)
         for reference, held in cards.items():
@@ -80,22 +86,9 @@ def _digest_at(store: Store, place: Place) -> str | None:
         return None
 
 
-def pointers(store: Store, name: str, variant: str) -> list[Pointer]:
-    """Where the channels of a variant point, for every card; the only place that reads channels.
-
-    A damaged one is reported and left out.
-    """
-    found = []
-    for file, data in sorted(store.channels(name, variant).items()):
-        try:
-            origin = f"{store.url} {name}/{variant} {file}"
-            found.append(parse_pointer(data, name, variant, file, origin))
-        except CorruptError as error:
-            log.warning("%s", error)
-    return found
-
-
-def _raise_nothing(store: Store, wanted: ParsedReference, variants: list[str]) -> NoReturn:
+def _raise_nothing(
+    store: Store, wanted: ParsedReference, variants: list[str], policy: TrustPolicy
+) -> NoReturn:
     """Say what there is instead."""
     if wanted.digest is None:
         choose(
@@ -103,7 +96,11 @@ def _raise_nothing(store: Store, wanted: ParsedReference, variants: list[str]) -
             Shelf(
                 name=wanted.name,
                 versions={one: store.versions(wanted.name, one) for one in variants},
-                pointers=[found for one in variants for found in pointers(store, wanted.name, one)],
+                pointers=[
+                    found
+                    for one in variants
+                    for found in pointers(store, policy, wanted.name, one, wanted.channel)
+                ],
             ),
         )
     raise NotFoundError(f"{store.url} has no {wanted}; see what it has with enginesmith list")

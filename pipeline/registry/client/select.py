@@ -32,6 +32,7 @@ from pipeline.errors import (
 from pipeline.hardware import GIB
 from pipeline.registry.client.machine import Facts, version_key
 from pipeline.registry.client.resolve import Offer
+from pipeline.registry.lifecycle.records import Yank
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.signing.verification import Verification
 from pipeline.stages import PASSING, Format, Package
@@ -50,6 +51,7 @@ class Candidate:
         data: The bytes of the manifest.
         verification: Who signed it, and the signed verdicts.
         statements_dir: The statements, as they lie in the store.
+        yank: That of a package which is taken all the same, as was explicitly allowed.
     """
 
     offer: Offer
@@ -57,6 +59,7 @@ class Candidate:
     data: bytes
     verification: Verification
     statements_dir: Path
+    yank: Yank | None = None
 
     @property
     def what(self) -> str:

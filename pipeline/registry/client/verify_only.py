@@ -14,6 +14,7 @@ from pipeline.registry.client.pull import PullRequest, rules_of, scratch_folder
 from pipeline.registry.client.receipt import Pulled, pulled
 from pipeline.registry.client.resolve import Offer
 from pipeline.registry.client.select import Candidate, best, judge
+from pipeline.registry.lifecycle.yank import read_yank_in, require_not_yanked
 from pipeline.registry.manifest import manifest_bytes
 from pipeline.registry.reference import STATEMENTS_SUFFIX, ParsedReference, reference_of
 from pipeline.registry.signing.machine import machine_trust
@@ -47,12 +48,16 @@ def verify_only(folder: Path, request: PullRequest) -> Pulled:
         )
         if check_model_signature(folder, package, policy):
             verification = replace(verification, model_signature="verified")
+        there = statements.iterdir() if statements.is_dir() else ()
+        yank = read_yank_in(there, package.digest, policy)
+        require_not_yanked(yank, allowed=request.allow_yanked)
         candidate = Candidate(
             offer=offer,
             package=package,
             data=manifest_bytes(package.manifest),
             verification=verification,
             statements_dir=statements,
+            yank=yank,
         )
     judged = judge(candidate, facts, rules_of(request))
     wanted = ParsedReference(

@@ -2,6 +2,7 @@
 
     records.py   what is signed here: a move of a channel, a yank; read and written strictly
     channels.py  the log of moves: verified, and appended to by compare-and-swap
+    pointers.py  where the channels point, for those who look packages up
     evidence.py  is what lies at a place signed, and good enough for a channel?
     lookup.py    a reference -> the one version that it means here
     promote.py   promote and rollback

@@ -94,7 +94,9 @@ def manifest_at(store: Store, place: Place) -> tuple[dict[str, Any], str]:
 def require_admissible(
     store: Store, reference: Reference, policy: TrustPolicy, *, channel: str, card: str | None
 ) -> SignedVerdict:
-    """The signed test result that lets a package into a channel (see `require_enterable`).
+    """The signed test result that lets a package into a channel.
+
+    Reads what `pipeline.registry.policy.require_enterable` judges.
 
     Args:
         store: Where it lies.
@@ -114,11 +116,7 @@ def require_admissible(
     found = examine(store, reference, policy)
     require_not_yanked(read_yank_of(store, reference, policy))
     card = card or _only_card(found, reference)
-    require_enterable(found, channel, card)
-    verdict = found.verdict(card)
-    if verdict is None:
-        raise UntrustedError(f"{reference} has no signed test result for {card}")
-    return verdict
+    return require_enterable(found, channel, card)
 
 
 def _only_card(found: Verification, reference: Reference) -> str:

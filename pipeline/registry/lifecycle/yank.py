@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from pipeline.errors import ConflictError, Fault, RecipeError, UntrustedError
+from pipeline.registry.disk import read_bounded
 from pipeline.registry.lifecycle.records import Author, Yank, now, read_yank, sign_record
+from pipeline.registry.signing.envelope import MAX_ENVELOPE_BYTES
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store, WritableStore
 from pipeline.stages import Reference
@@ -56,6 +59,25 @@ def read_yank_of(store: Store, reference: Reference, policy: TrustPolicy) -> Yan
     return yanked(_read(store, Place.of(reference)), reference.digest, policy)
 
 
+def read_yank_in(folders: Iterable[Path], digest: str, policy: TrustPolicy) -> Yank | None:
+    """Whether a package is yanked now, by statements that lie in folders of this machine.
+
+    Args:
+        folders: One per statement, by its name; those that are no yanks are left out.
+        digest: The package's.
+        policy: Whose yanks count.
+    """
+    held: dict[str, dict[str, bytes]] = {}
+    for folder in folders:
+        path = folder / YANK_ENVELOPE
+        if is_yank(folder.name):
+            there = path.is_file() and not path.is_symlink()
+            held[folder.name] = (
+                {YANK_ENVELOPE: read_bounded(path, MAX_ENVELOPE_BYTES)} if there else {}
+            )
+    return yanked(held, digest, policy)
+
+
 def require_not_yanked(yank: Yank | None, *, allowed: bool = False) -> None:
     """Refuse a yanked package.
 
@@ -68,14 +90,18 @@ def require_not_yanked(yank: Yank | None, *, allowed: bool = False) -> None:
     """
     if yank is None:
         return
-    why = f": {yank.reason}" if yank.reason else ""
     if not allowed:
         raise UntrustedError(
-            f"{yank.reference} was yanked by {yank.actor} at {yank.at}{why}; use another version, "
+            f"{yank.reference} was yanked {told(yank)}; use another version, "
             f"or name it as {yank.reference.name}@sha256:{yank.reference.digest} with "
             "--allow-yanked"
         )
-    log.warning("%s was yanked by %s%s; taken because of --allow-yanked", *_who(yank), why)
+    log.warning("%s was yanked %s; taken because of --allow-yanked", yank.reference, told(yank))
+
+
+def told(yank: Yank) -> str:
+    """By whom, when and why, for people."""
+    return f"by {yank.actor} at {yank.at}" + (f": {yank.reason}" if yank.reason else "")
 
 
 def yank_package(
@@ -166,7 +192,3 @@ def _read(store: Store, place: Place) -> dict[str, dict[str, bytes]]:
 def _seq(name: str) -> int:
     match = _NAME.fullmatch(name)
     return int(match["seq"]) if match else 0
-
-
-def _who(yank: Yank) -> tuple[str, str]:
-    return str(yank.reference), yank.actor

@@ -13,8 +13,10 @@ from pipeline.registry.package import verify
 from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
 from pipeline.registry.signing.keys import KEY_PATH, config_root, generate_key, write_key_pair
 from pipeline.registry.signing.machine import machine_trust
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.registry.stores.opening import open_registry
+from pipeline.stages import Package
 
 
 def keygen(out: Path | None, environ: Mapping[str, str]) -> list[str]:
@@ -68,14 +70,33 @@ def run_verify(request: Request, environ: Mapping[str, str]) -> Verification:
     """
     if folder := _folder(request.target):
         trusted = machine_trust(environ, own_folder=True, policy=request.policy)
-        package = verify(folder)
-        beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
+        package, beside = open_folder(folder, trusted)
     else:
         registry = open_registry(request.registry)
         trusted = machine_trust(environ, own_folder=registry.local, policy=request.policy)
-        package = registry.resolve(request.target)
+        package = registry.resolve(request.target, policy=trusted)
         beside = registry.statements_dir(reference_of(package))
     return verify_signatures(package, beside, trusted, allow_unsigned=request.allow_unsigned)
+
+
+def open_folder(folder: Path, policy: TrustPolicy) -> tuple[Package, Path]:
+    """A package in a folder, every byte verified, and where the statements about it are.
+
+    The folder is that of a folder registry, with `<folder>.statements` beside it, or what a pull
+    left, with `statements/`, `engine/model.sig` and `pull.json` in it.
+
+    Raises:
+        CorruptError: It is damaged, or holds something else.
+        UntrustedError: `engine/model.sig` is by nobody who may sign builds.
+    """
+    beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
+    if beside.is_dir():
+        return verify(folder), beside
+    from pipeline.registry.client.layout import STATEMENTS, check_model_signature, verify_layout
+
+    package = verify_layout(folder)
+    check_model_signature(folder, package, policy)
+    return package, folder / STATEMENTS
 
 
 def _folder(target: str) -> Path | None:

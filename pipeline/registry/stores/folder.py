@@ -134,7 +134,7 @@ class FolderStore:
         return self._small_files(self._variant(name, variant) / "channels" / "log")
 
     def check_writable(self) -> None:
-        with disk_errors(f"publish to {self.path}"):
+        with disk_errors(f"publish to {self.path}", "registry.path="):
             existing = self.path
             while not existing.exists() and existing != existing.parent:
                 existing = existing.parent

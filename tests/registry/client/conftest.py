@@ -19,9 +19,12 @@ from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import PullRequest, pull_from
 from pipeline.registry.client.receipt import Pulled
 from pipeline.registry.client.retry import Retry
+from pipeline.registry.lifecycle.channels import move_channel
+from pipeline.registry.lifecycle.records import Author
+from pipeline.registry.lifecycle.yank import yank_package
 from pipeline.registry.signing.keys import SigningKey, generate_key
 from pipeline.registry.signing.signer import build_statements, sign_report
-from pipeline.registry.statements import Pointer
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store, WritableStore
 from pipeline.stages import Engine, Reference, VerdictName
 from tests.registry.backends import Backends, running_backends
@@ -118,10 +121,33 @@ class Shop:
         files = {"report.json": report, **sign_report(report, key or self.key)}
         self.store.put_statement(Place.of(reference), name or f"test-{card}", files)
 
-    def point(self, reference: Reference, card: str = CARD, channel: str = "stable") -> None:
-        """Let a channel point to a package."""
-        pointer = Pointer(channel=channel, card=card, reference=reference, seq=1)
-        self.store.put_channel(reference.name, reference.variant, pointer.file, pointer.to_bytes())
+    def point(
+        self,
+        reference: Reference,
+        card: str = CARD,
+        channel: str = "stable",
+        *,
+        key: SigningKey | None = None,
+    ) -> None:
+        """Let a channel point to a package, by a signed move."""
+        mover = key or self.key
+        move_channel(
+            self.store,
+            reference,
+            channel=channel,
+            card=card,
+            key=mover,
+            actor="ada",
+            policy=TrustPolicy(keys=(trusted(mover, "channels"),)),
+        )
+
+    def yank(
+        self, reference: Reference, *, key: SigningKey | None = None, undo: bool = False
+    ) -> None:
+        """Yank a package, or undo that."""
+        author = Author(key=key or self.key, actor="ada", reason="crashes")
+        policy = TrustPolicy(keys=(trusted(author.key, "channels"),))
+        yank_package(self.store, reference, author, policy, undo=undo)
 
     def policy(self, **more: Any) -> Path:
         """The machine's trust policy, as a file."""

@@ -21,7 +21,9 @@ from pipeline.errors import (
 from pipeline.registry import pull
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.client.pull import run
+from pipeline.registry.client.verify_only import verify_only
 from pipeline.registry.signing.keys import generate_key, write_key_pair
+from pipeline.registry.statements import Pointer
 from tests.registry.backends import backends
 from tests.registry.client.conftest import CARD, OTHER_CARD, Shop, engine_files
 from tests.registry.client.faulty_store import FaultyStore
@@ -168,6 +170,60 @@ def test_a_revoked_package_is_refused_before_a_byte_moves(shop: Shop) -> None:
     with pytest.raises(UntrustedError, match="revoked"):
         shop.pull(store=store, policy=shop.policy(revoked_digests=[reference.digest]))
     assert store.opened == []
+    assert shop.left() == []
+
+
+def test_a_yanked_package_is_refused_unless_named_by_digest_with_the_flag(shop: Shop) -> None:
+    reference = shop.publish()
+    by_digest = f"tiny@sha256:{reference.digest}"
+    shop.yank(reference)
+    store = FaultyStore(store=shop.store)
+    for text in ("tiny", f"tiny:{reference.version}", by_digest):
+        with pytest.raises(UntrustedError, match=r"was yanked by ada .*crashes.*--allow-yanked"):
+            shop.pull(text, store=store)
+    assert store.opened == []
+    assert shop.left() == []
+    with pytest.raises(RecipeError, match="--allow-yanked"):
+        shop.pull("tiny", allow_yanked=True)
+    pulled = shop.pull(by_digest, allow_yanked=True)
+    assert pulled.digest == reference.digest
+    told = json.loads((shop.to / "pull.json").read_text())
+    assert told["yanked_accepted"].endswith(": crashes")
+    assert any("YANKED by ada" in line for line in pulled.lines())
+    with pytest.raises(UntrustedError, match="was yanked"):
+        verify_only(shop.to, shop.request())
+    assert verify_only(shop.to, shop.request(by_digest, allow_yanked=True)).yanked
+
+
+def test_a_yank_that_is_undone_or_by_a_stranger_stops_nobody(shop: Shop) -> None:
+    reference = shop.publish()
+    shop.yank(reference, key=generate_key())
+    assert shop.pull(to=shop.home / "1").yanked == ""
+    shop.yank(reference)
+    with pytest.raises(UntrustedError):
+        shop.pull(to=shop.home / "2")
+    shop.yank(reference, undo=True)
+    assert shop.pull(to=shop.home / "3").digest == reference.digest
+
+
+def test_an_unsigned_pointer_is_not_followed(shop: Shop) -> None:
+    reference = shop.publish(verdict=None)
+    shop.judge(reference)
+    pointer = Pointer(channel="stable", card=CARD, reference=reference, seq=1)
+    shop.store.put_channel("tiny", reference.variant, pointer.file, pointer.to_bytes())
+    with pytest.raises(NotFoundError):
+        shop.pull()
+    assert shop.left() == []
+    shop.point(reference)
+    assert shop.pull().digest == reference.digest
+
+
+def test_a_channel_that_somebody_else_moved_is_refused(shop: Shop) -> None:
+    reference = shop.publish(verdict=None)
+    shop.judge(reference)
+    shop.point(reference, key=generate_key())
+    with pytest.raises(UntrustedError, match="not trusted here"):
+        shop.pull()
     assert shop.left() == []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ExitCode
+from pipeline.registry import pull
 from pipeline.registry.signing.keys import choose_key, load_key, read_public_key
 from pipeline.registry.signing.model_signature import available
 from tests.registry.signing.conftest import Signed
@@ -53,6 +54,31 @@ def test_keygen_makes_one_key_and_replaces_none(signed: Signed, environ: dict[st
     assert (signed.home / "ci.key").read_bytes() == before
     assert _run(environ, signed.home, "keygen").returncode == 0
     assert (signed.home / "config" / "signing.key").exists()
+
+
+def test_verify_understands_a_pulled_folder_and_refuses_a_changed_one(
+    signed: Signed, environ: dict[str, str]
+) -> None:
+    reference = signed.publish()
+    policy = str(signed.write_policy())
+    pulled = pull(
+        f"tiny@sha256:{reference.digest}",
+        to=signed.home / "models" / "tiny",
+        registry=str(signed.bench.registry.path),
+        gpu="none",
+        policy=policy,
+    )
+    assert (pulled.dir / "engine" / "model.sig").exists() == available()
+    arguments = ("verify", str(pulled.dir), "--policy", policy)
+    done = _run(environ, signed.home, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"sha256:{reference.digest}" in done.stdout
+    assert "signed by builder" in done.stdout
+    pulled.dir.chmod(0o755)
+    (pulled.dir / "other.txt").write_text("more")
+    assert _run(environ, signed.home, *arguments).returncode == ExitCode.CORRUPT
+    (pulled.dir / "other.txt").unlink()
+    assert _run(environ, signed.home, "verify", str(pulled.dir)).returncode == ExitCode.UNTRUSTED
 
 
 def test_verify_prints_what_was_checked(signed: Signed, environ: dict[str, str]) -> None:
