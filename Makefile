@@ -51,7 +51,8 @@ test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the bui
 	$(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-soak: $(READY) ## the whole kill matrix of publish and pull on every registry; an hour
-	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill tests/registry $(ARGS)
+	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill \
+	    tests/registry/client/test_kills.py tests/registry/client/test_concurrent.py $(ARGS)
 
 bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 GB, side by side
 	$(RUN) -m tests.benchmarks.registry $(ARGS)

@@ -231,7 +231,7 @@ def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verificati
         except (UntrustedError, CorruptError) as error:
             log.warning("%s is not taken, and is built beside it: %s", reference, error)
         else:
-            log.info("Already published: %s, every byte and its signature verified", reference)
+            log.info("Verified %s: every byte, and who signed it", reference)
             return verified
     return None
 

