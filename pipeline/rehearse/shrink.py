@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.workload import Workload
 from pipeline.plan.linears import linear_modules, select
 from pipeline.shapes import ModelShape
@@ -89,6 +88,6 @@ def small_acceptance(acceptance: Any, text: Any) -> Any:
         max_mean_kl_nats=1000.0,
         min_top1_agreement=0.0,
         sample_tokens=8,
-        chat=ChatSettings(prompts=20, max_new_tokens=8, min_source_stops=0),
+        chat=None,  # random weights end no answer; minutes on a large vocabulary
         repeats=1,
     )
