@@ -94,7 +94,10 @@ class Measured:
 
 
 def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Measured:
-    """Quality of an engine's twin or simulation, and speed beside Transformers on the same CPU."""
+    """Quality of an engine's twin or simulation, and speed beside Transformers on the same CPU.
+
+    No sustained run: it is there for a card that throttles and a runtime that leaks its memory.
+    """
     with _source(asked, subject, cache, on_card=False) as source:
         answers = _Answers.of(asked, subject, source)
         with subject.runner.open(subject.engine) as session:
@@ -104,8 +107,7 @@ def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Me
                 return replace(found, not_run=(why,) if asked.cpu_workloads else ())
             contenders: dict[str, Session] = {"engine": session, "transformers": source.session}
             speed = tuple(_timed(asked, subject, load, contenders) for load in asked.cpu_workloads)
-            found = _with_speed(asked, found, speed)
-            return _with_sustained(asked, subject, found, session, asked.cpu_workloads)
+            return _with_speed(asked, found, speed)
 
 
 def measure_on_card(
@@ -275,7 +277,7 @@ def _timed(
         vocab_size=subject.plan.request.shape.vocab_size,
         repeats=asked.repeats,
         seed=asked.seed,
-        tokenizer=load_tokenizer(subject.engine.dir),
+        tokenizer=load_tokenizer(subject.engine.dir) if workload.prompts_file else None,
     )
     entry = summarize(workload, samples)
     beside = entry.get("transformers")

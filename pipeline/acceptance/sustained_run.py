@@ -27,6 +27,8 @@ _INTERVAL_S = 0.5
 class SustainedRun:
     """How long, and what it may lose; see `SustainedLimits` for where the defaults come from.
 
+    Only a card is put under sustained load, not the CPU that stands in for one.
+
     Attributes:
         minutes: Length; 0 for none.
         workload: Name of the target that is repeated; empty for the one with the largest batch.

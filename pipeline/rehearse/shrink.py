@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from pipeline.acceptance.chat_probe import ChatSettings
+from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
 from pipeline.plan.linears import linear_modules, select
 from pipeline.shapes import ModelShape
@@ -88,6 +90,7 @@ def small_acceptance(acceptance: Any, text: Any) -> Any:
         max_mean_kl_nats=1000.0,
         min_top1_agreement=0.0,
         sample_tokens=8,
-        chat=None,  # random weights end no answer; minutes on a large vocabulary
+        chat=ChatSettings(prompts=20, max_new_tokens=8, min_source_stops=0),
+        sustained=SustainedRun(),
         repeats=1,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.acceptance import acceptance as acceptance_module
@@ -68,6 +69,24 @@ class CardRunner:
             with contextlib.suppress(AttributeError):
                 session._model.model.norm.weight.data[:] = float("nan")
             yield session
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuRunner(CardRunner):
+    """Runs a simulation as if it were the engine, on the CPU."""
+
+    @property
+    def device(self) -> Device:
+        return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A tiny model gains nothing from more, and beside other tests they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +271,11 @@ def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
     second, _ = measure(checkpoint, tmp_path, question)
     assert second.quality["source_perplexity"] == first.quality["source_perplexity"]
     assert second.chat["answers"] == first.chat["answers"]
+
+
+def test_a_cpu_is_not_put_under_sustained_load(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    question = asked(cpu_workloads=(LOAD,), targets=(), sustained=SustainedRun(minutes=60.0))
+    report, verdict = measure(checkpoint, tmp_path, question, runner=CpuRunner())
+    assert verdict.name == "checked", verdict.findings
+    assert [entry["workload"] for entry in report.speed] == ["b2"]
+    assert report.sustained == {}
