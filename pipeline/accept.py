@@ -14,31 +14,26 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from pipeline.acceptance.card import card_name
 from pipeline.acceptance.conditions import read_conditions
 from pipeline.acceptance.measure import Subject
 from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.build import Recipe, plan_of
+from pipeline.build import Recipe, acceptance_name, fetch, plan_of, signed_result
 from pipeline.cache import StageCache, cache_root
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.targets import target_of_card
-from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import CorruptError, ExitCode, IncompatibleError, RecipeError
-from pipeline.hardware import Target
-from pipeline.identity import statement_name
+from pipeline.hardware import Target, card_name
 from pipeline.machine import require_builder
 from pipeline.outcome import Outcome
 from pipeline.plan import refuse
 from pipeline.registry.backend import Registry
 from pipeline.registry.reference import reference_of
-from pipeline.registry.signing.command import open_folder
+from pipeline.registry.signing.command import named_folder, open_folder
 from pipeline.registry.signing.machine import Signatory, machine_trust, signatory_for
 from pipeline.registry.signing.verification import verify_signatures
 from pipeline.registry.stores.opening import open_registry
-from pipeline.shapes import shape_faults
 from pipeline.stages import Engine, Format, Limits, Package, Verdict, Weights
 
 log = logging.getLogger(__name__)
@@ -88,7 +83,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     """
     started = time.perf_counter()
     target = this_card()
-    folder = folder_of_package(request.target)
+    folder = named_folder(request.target)
     registry = open_registry(request.registry)
     adds = folder is None and (request.publish or registry.local)
     signatory = None
@@ -103,7 +98,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     if reason := recipe.runner.why_not(engine):
         raise IncompatibleError(reason)
     require_builder(engine.format)
-    weights = same_weights(recipe, package, engine)
+    weights = same_weights(recipe, package)
     cache = StageCache(root=cache_root())
     report, verdict = recipe.acceptance.measure(
         Subject(
@@ -126,7 +121,9 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     )
     where = files[REPORT_FILE]
     if signatory is not None:
-        where = add_result(registry, package, signatory, files, asked(recipe, package, job.config))
+        where = add_result(
+            registry, package, signatory, files, acceptance_name(recipe, package, job.config)
+        )
     else:
         log.warning("No statement was added: use --publish with a reference in a registry")
     return outcome_of(package, verdict, where, seconds=time.perf_counter() - started)
@@ -144,20 +141,13 @@ def this_card() -> Target:
             "accept measures a package on this machine's GPU, and NVML shows this process none; "
             "run it on a machine with the card (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
         )
-    card = card_name(found)
+    card = card_name(found.gpu)
     if (target := target_of_card(card)) is None:
         raise IncompatibleError(
             f"nothing is known of {card}: its ceilings need conf/target/<id>.yaml with its "
             "bandwidth and tensor peaks; copy that of a similar card"
         )
     return target
-
-
-def folder_of_package(target: str) -> Path | None:
-    """The folder that was named; None for a reference."""
-    path = Path(target).expanduser()
-    named = target.startswith((".", "/", "~")) or (path / "manifest.json").exists()
-    return path.resolve() if named else None
 
 
 def verified(request: AcceptRequest, registry: Registry, folder: Path | None) -> Package:
@@ -218,18 +208,14 @@ def engine_of(package: Package) -> Engine:
     )
 
 
-def same_weights(recipe: Recipe, package: Package, engine: Engine) -> Weights:
+def same_weights(recipe: Recipe, package: Package) -> Weights:
     """The source that the package was made from, fetched again to be compared with.
 
     Raises:
         RecipeError: The recipe cannot judge this package: another model, other text, no room.
         CorruptError: The recipe's source is not the package's.
     """
-    recipe.acceptance.check_inputs(recipe.shape, engine.limits.max_seq_len, recipe.runner.device)
-    recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
-    weights = recipe.source.fetch()
-    if faults := shape_faults(recipe.shape, UnifiedCheckpoint(weights.dir).config_json):
-        raise RecipeError(faults)
+    weights = fetch(recipe)
     wanted = package.manifest["source"]["digest"]
     if weights.digest != wanted:
         raise CorruptError(
@@ -238,12 +224,6 @@ def same_weights(recipe: Recipe, package: Package, engine: Engine) -> Weights:
             f"{weights.digest[:12]}; name the recipe that it was built with: --recipe"
         )
     return weights
-
-
-def asked(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
-    """Name of the statement that answers this question about this package."""
-    sections = {name: config[name] for name in ("acceptance", "runner", "target")}
-    return statement_name(recipe.acceptance.key(sections, recipe.runner, package.digest))
 
 
 def add_result(
@@ -259,18 +239,12 @@ def add_result(
     statement.
     """
     reference = reference_of(package)
-    data = files[REPORT_FILE].read_bytes()
-    statement: dict[str, bytes | Path] = {
-        **files,
-        REPORT_FILE: data,
-        **signatory.sign_report(data),
-    }
     taken = {found.name for found in registry.entry(str(reference)).statements}
     base = signatory.statement_name(name)
     number = 1
     while (free := base if number == 1 else f"{base}-{number}") in taken:
         number += 1
-    return registry.add_statement(reference, free, statement) / REPORT_FILE
+    return registry.add_statement(reference, free, signed_result(files, signatory)) / REPORT_FILE
 
 
 def outcome_of(package: Package, verdict: Verdict, report: Path, *, seconds: float) -> Outcome:

@@ -162,9 +162,8 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
                 signed = signatory.build_statements(package, begun)
                 recipe.registry.publish(package, signed)
         name = signatory.statement_name(acceptance_name(recipe, package, options.config))
-        data = files[REPORT_FILE].read_bytes()
-        statement = {**files, REPORT_FILE: data, **signatory.sign_report(data)}
-        written = recipe.registry.add_statement(reference_of(package), name, statement)
+        result = signed_result(files, signatory)
+        written = recipe.registry.add_statement(reference_of(package), name, result)
         verified = read_back(recipe, key, package, signatory)
         enter_channel(recipe, verified, author, signatory.trust)
         taken = published is not None
@@ -240,6 +239,12 @@ def acceptance_name(recipe: Recipe, package: Package, config: Mapping[str, Any])
     """Names the question that acceptance asks about a package."""
     asked = {name: config[name] for name in ("acceptance", "runner", "target")}
     return statement_name(recipe.acceptance.key(asked, recipe.runner, package.digest))
+
+
+def signed_result(files: Mapping[str, Path], signatory: Signatory) -> dict[str, bytes | Path]:
+    """The files of a report with the signature over exactly its bytes."""
+    data = files[REPORT_FILE].read_bytes()
+    return {**files, REPORT_FILE: data, **signatory.sign_report(data)}
 
 
 def known_acceptance(

@@ -41,3 +41,8 @@ class Target:
     def memory_bytes(self) -> int:
         """Device memory in bytes."""
         return int(self.memory_gib * GIB)
+
+
+def card_name(gpu: str) -> str:
+    """A card as targets spell it, of what NVML calls it: spaces as dashes."""
+    return gpu.replace(" ", "-")

@@ -14,6 +14,7 @@ from pipeline.acceptance.conditions import (
     read_conditions,
 )
 from pipeline.errors import IncompatibleError
+from pipeline.hardware import card_name
 from pipeline.stages import Finding
 
 _SETTLE_S = 15.0
@@ -35,16 +36,11 @@ class HeldCard:
     @property
     def card(self) -> str:
         """As recipes call it: NVML's name, spaces as dashes."""
-        return card_name(self.before)
+        return card_name(self.before.gpu)
 
     def findings(self) -> tuple[Finding, ...]:
         """What the conditions say about the measurement."""
         return () if self.after is None else condition_findings(self.before, self.after)
-
-
-def card_name(conditions: Conditions) -> str:
-    """NVML's name, spaces as dashes: `NVIDIA-GeForce-RTX-4090`."""
-    return conditions.gpu.replace(" ", "-")
 
 
 @contextlib.contextmanager

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CorruptError
-from pipeline.registry.manifest import Label
-from pipeline.registry.package import seal
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.oci import OciStore
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Engine, FileDigest, Licence, Limits, Package, Weights
+from pipeline.stages import FileDigest, Package
+from tests.benchmarks.sealing import seal_folder
 from tests.services.docker_registry import running_server
 
 _REPEATS = 3
@@ -111,26 +110,9 @@ def _package(folder: Path, size_bytes: int) -> Package:
                 stream.write(os.urandom(min(_BLOCK_BYTES, size_bytes // 2 - start)))
     for name in ("config.json", "tokenizer.json"):
         (engine_dir / name).write_text("{}")
-    engine = Engine(
-        dir=engine_dir,
-        digest="e" * 64,
-        format="checkpoint",
-        variant="any-checkpoint-fp8",
-        runtime=("vllm", "0.29"),
-        sms=(),
-        limits=Limits(
-            max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
-        ),
-        min_vram_bytes=1 << 30,
-        tools={},
-    )
-    weights = Weights(
-        dir=folder, origin="random", commit=None, files=(), licence=Licence(spdx="CC0-1.0")
-    )
     staging = folder / "package"
     staging.mkdir()
-    label = Label(name="bench", version="1.0-bbbbbbbbbbbb", build_key="b" * 64, config={})
-    package = seal(staging, engine, weights, label)
+    package = seal_folder(engine_dir, staging)
     shutil.rmtree(engine_dir)
     return package
 

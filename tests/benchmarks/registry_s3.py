@@ -28,12 +28,12 @@ from pathlib import Path
 from pipeline.errors import CorruptError
 from pipeline.registry.client.download import PACKAGE, PIECE_BYTES, Transfer, download, files_of
 from pipeline.registry.client.owned import Owned
-from pipeline.registry.manifest import Label
-from pipeline.registry.package import seal, verify
+from pipeline.registry.package import verify
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.s3 import S3Store
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Engine, Licence, Limits, Package, Weights
+from pipeline.stages import Package
+from tests.benchmarks.sealing import seal_folder
 from tests.services.seaweed import BUCKET, running_server
 
 _REPEATS = 5
@@ -164,24 +164,7 @@ def _package(folder: Path, size_bytes: int) -> Package:
         for start in range(0, size_bytes, _BLOCK_BYTES):
             stream.write(os.urandom(min(_BLOCK_BYTES, size_bytes - start)))
     (engine_dir / "config.json").write_text("{}")
-    engine = Engine(
-        dir=engine_dir,
-        digest="e" * 64,
-        format="checkpoint",
-        variant="any-checkpoint-fp8",
-        runtime=("vllm", "0.29"),
-        sms=(),
-        limits=Limits(
-            max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
-        ),
-        min_vram_bytes=1 << 30,
-        tools={},
-    )
-    weights = Weights(
-        dir=folder, origin="random", commit=None, files=(), licence=Licence(spdx="CC0-1.0")
-    )
-    label = Label(name="bench", version="1.0-bbbbbbbbbbbb", build_key="b" * 64, config={})
-    package = seal(staging, engine, weights, label)
+    package = seal_folder(engine_dir, staging)
     shutil.rmtree(engine_dir)
     return package
 

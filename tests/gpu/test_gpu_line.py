@@ -99,7 +99,7 @@ def test_one_layer_with_a_wrong_scale_is_a_regression(
     subject = Subject(
         engine=dataclasses.replace(engine, dir=folder),
         package_digest=package.digest,
-        weights=same_weights(recipe, package, engine),
+        weights=same_weights(recipe, package),
         checkpoint_dir=None,
         plan=plan_of(recipe),
         runner=recipe.runner,

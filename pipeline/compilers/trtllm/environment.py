@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.compilers.trtllm import probe
-from pipeline.compilers.trtllm.place import Place, Shared, card_name
+from pipeline.compilers.trtllm.place import Place, Shared
 from pipeline.compilers.trtllm.release import NAME, VERSION
 from pipeline.errors import IncompatibleError
+from pipeline.hardware import card_name
 from pipeline.stages import digest_of
 
 _TIMEOUT_S = 300.0
@@ -83,7 +84,7 @@ def probe_environment(place: Place, log_path: Path) -> Environment:
         tensorrt_llm=versions[NAME],
         tensorrt=versions["tensorrt"],
         cuda=versions["cuda"],
-        card=card_name(place.gpu),
+        card=card_name(place.gpu.name),
         sm=place.gpu.sm or 0,
         driver=place.gpu.driver,
         image=place.image_digest(),

@@ -23,7 +23,7 @@ from pipeline.containers.container import NVIDIA_ULIMITS, Bind, Container, run_c
 from pipeline.containers.gpu import Gpu, find_gpu, probe_gpus
 from pipeline.containers.preflight import image_digest, preflight
 from pipeline.errors import IncompatibleError
-from pipeline.hardware import Target
+from pipeline.hardware import Target, card_name
 from pipeline.process import run_tool
 
 Where = Literal["auto", "local", "docker"]
@@ -260,19 +260,15 @@ def find_card(target: Target) -> Gpu:
     """
     gpus = probe_gpus()
     for gpu in gpus:
-        if gpu.sm == target.sm and card_name(gpu) == target.card:
+        if gpu.sm == target.sm and card_name(gpu.name) == target.card:
             return gpu
     found = find_gpu(target.sm)
     raise IncompatibleError(
-        f"the target {target.id} is {target.card}, this machine has {card_name(found)}: the same "
+        f"the target {target.id} is {target.card}, this machine has "
+        f"{card_name(found.name)}: the same "
         f"sm_{target.sm}, but TensorRT chooses kernels by timing them, so an engine is built on "
         "the card that it is for; build there, or choose the target that is here (target=NAME)"
     )
-
-
-def card_name(gpu: Gpu) -> str:
-    """A card as targets spell it: `NVIDIA-GeForce-RTX-4090`."""
-    return gpu.name.replace(" ", "-")
 
 
 def _in_pod_without_docker() -> bool:

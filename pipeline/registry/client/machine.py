@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pipeline.config.targets import known_targets
 from pipeline.errors import Fault, IncompatibleError, RecipeError
+from pipeline.hardware import card_name
 from pipeline.registry.reference import check_part
 
 Origin = Literal["given", "probed", "known of the card"]
@@ -119,7 +120,7 @@ def _gpu_facts(gpu: str, environ: Mapping[str, str]) -> Iterator[tuple[Origin, M
     elif match := _SM.fullmatch(gpu):
         yield "given", {"sm": int(match["number"])}
     elif gpu != "none":
-        card = gpu.replace(" ", "-")
+        card = card_name(gpu)
         targets = known_targets()
         target = next((one for one in targets if card.lower() in {one.id, one.card.lower()}), None)
         if target is not None:
@@ -169,7 +170,7 @@ def _ask(nvml: Any, visible: str | None, advice: str) -> dict[str, Any]:
     devices = list(_devices(nvml, visible))
     if not devices:
         raise IncompatibleError(f"no NVIDIA GPU is visible here; {advice}")
-    cards = sorted({nvml.nvmlDeviceGetName(device).replace(" ", "-") for device in devices})
+    cards = sorted({card_name(nvml.nvmlDeviceGetName(device)) for device in devices})
     if len(cards) > 1:
         raise _fault("--gpu", f"this machine has {', '.join(cards)}; say which with --gpu")
     if any(_split(nvml, device) for device in devices):

@@ -68,7 +68,7 @@ def run_verify(request: Request, environ: Mapping[str, str]) -> Verification:
         NotFoundError: No such package.
         RecipeError: Not a reference, or the policy cannot be read.
     """
-    if folder := _folder(request.target):
+    if folder := named_folder(request.target):
         trusted = machine_trust(environ, own_folder=True, policy=request.policy)
         package, beside = open_folder(folder, trusted)
     else:
@@ -99,7 +99,7 @@ def open_folder(folder: Path, policy: TrustPolicy) -> tuple[Package, Path]:
     return package, folder / STATEMENTS
 
 
-def _folder(target: str) -> Path | None:
+def named_folder(target: str) -> Path | None:
     """The folder that was named; None for a reference.
 
     A reference has no leading dot or slash, and never names a folder with a manifest by accident.

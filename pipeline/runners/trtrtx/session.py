@@ -19,7 +19,7 @@ from pipeline.errors import (
     RecipeError,
 )
 from pipeline.runners.session import Generation
-from pipeline.runners.vllm.process import Child, Program, running_child
+from pipeline.runners.vllm.process import Child, Program, running_child, stream_tokens
 from pipeline.runners.vllm.session import Timeouts
 
 if TYPE_CHECKING:
@@ -84,28 +84,7 @@ class RtxSession:
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
-        self._child.send(
-            {
-                "kind": "stream",
-                "prompt": list(prompt),
-                "max_new_tokens": max_new_tokens,
-                "stop": sorted(eos_token_ids),
-            }
-        )
-        ended = False
-        try:
-            while (message := self._receive())["kind"] == "token":
-                yield int(message["token"])
-            ended = True
-        except PipelineError:
-            ended = True
-            raise
-        finally:
-            if not ended:  # the caller wants no more: the next answer must not be this stream's
-                self._child.send({"kind": "cancel"})
-                with contextlib.suppress(PipelineError):
-                    while self._receive()["kind"] == "token":
-                        pass
+        return stream_tokens(self._child, self._receive, prompt, max_new_tokens, eos_token_ids)
 
     def _receive(self) -> dict[str, Any]:
         return _receive(self._child, self._answer_s, _ANSWER)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,3 +201,43 @@ def running_child(
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+def stream_tokens(
+    child: Child,
+    receive: Callable[[], dict[str, Any]],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    eos_token_ids: frozenset[int],
+) -> Iterator[int]:
+    """`Session.stream` of a program that speaks as `child.py`.
+
+    Args:
+        child: The program.
+        receive: Gives its next message, or raises.
+        prompt: Token ids.
+        max_new_tokens: The answer ends after so many.
+        eos_token_ids: It ends at these, which are not yielded.
+    """
+    child.send(
+        {
+            "kind": "stream",
+            "prompt": list(prompt),
+            "max_new_tokens": max_new_tokens,
+            "stop": sorted(eos_token_ids),
+        }
+    )
+    ended = False
+    try:
+        while (message := receive())["kind"] == "token":
+            yield int(message["token"])
+        ended = True
+    except PipelineError:
+        ended = True
+        raise
+    finally:
+        if not ended:  # the caller wants no more: the next answer must not be this stream's
+            child.send({"kind": "cancel"})
+            with contextlib.suppress(PipelineError):
+                while receive()["kind"] == "token":
+                    pass

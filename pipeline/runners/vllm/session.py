@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptError, PipelineError
-from pipeline.runners.vllm.process import Child, running_child
+from pipeline.runners.vllm.process import Child, running_child, stream_tokens
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
 
 if TYPE_CHECKING:
@@ -109,28 +109,7 @@ class VllmSession:
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
-        self._child.send(
-            {
-                "kind": "stream",
-                "prompt": list(prompt),
-                "max_new_tokens": max_new_tokens,
-                "stop": sorted(eos_token_ids),
-            }
-        )
-        ended = False
-        try:
-            while (message := self._receive())["kind"] == "token":
-                yield int(message["token"])
-            ended = True
-        except PipelineError:
-            ended = True
-            raise
-        finally:
-            if not ended:  # the caller wants no more: the next answer must not be this stream's
-                self._child.send({"kind": "cancel"})
-                with contextlib.suppress(PipelineError):
-                    while self._receive()["kind"] == "token":
-                        pass
+        return stream_tokens(self._child, self._receive, prompt, max_new_tokens, eos_token_ids)
 
     def _receive(self) -> dict[str, Any]:
         return self._child.receive(self._answer_s, _ANSWER)

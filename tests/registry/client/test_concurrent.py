@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import logging
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ from pipeline.registry.client.layout import verify_layout
 from tests.registry.backends import Backends, backends
 from tests.registry.client.conftest import PIECE_BYTES, Shop, engine_files, noise
 from tests.registry.client.faulty_store import FaultyStore
+from tests.registry.client.kills import killed_after, points
 
 InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
 ShopOf = Callable[[str], Shop]
@@ -131,29 +130,6 @@ def _pull_slowly(shop: Shop, through_cache: bool) -> None:
     shop.pull(store=store, through_cache=through_cache)
 
 
-def _killed_after(work: Callable[[], None], seconds: float) -> bool:
-    """Run in a child that is killed; whether the kill came before the end."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            logging.disable()
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def _points(few: int) -> int:
-    """How many kills: few by default, as many as `make test-soak` asks for else."""
-    return int(os.environ.get("ENGINESMITH_SOAK_POINTS", few))
-
-
 @pytest.mark.parametrize("through_cache", [True, False])
 def test_a_kill_at_any_moment_shows_nothing_half_and_the_rerun_completes(
     shop: Shop, through_cache: bool, tmp_path: Path
@@ -166,11 +142,11 @@ def test_a_kill_at_any_moment_shows_nothing_half_and_the_rerun_completes(
     whole_s = time.monotonic() - started
     dice = random.Random(7)
     killed = 0
-    for _ in range(_points(8)):
+    for _ in range(points(8)):
         shutil.rmtree(shop.to.parent)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         for _ in range(dice.randint(1, 3)):
-            killed += _killed_after(
+            killed += killed_after(
                 partial(_pull_slowly, shop, through_cache), dice.uniform(0.0, 1.1) * whole_s
             )
             if shop.to.exists():
@@ -206,7 +182,7 @@ def test_a_killed_command_resumes_with_the_pieces_that_landed(
     command += ["--jobs", "2"]
     dice = random.Random(11)
     fetched: list[int] = []
-    for _ in range(_points(3)):
+    for _ in range(points(3)):
         shutil.rmtree(shop.to.parent, ignore_errors=True)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         child = subprocess.Popen(
@@ -221,7 +197,7 @@ def test_a_killed_command_resumes_with_the_pieces_that_landed(
         assert (shop.to / "engine" / "model.plan").read_bytes() == data + b"end"
         assert shop.left() == ["tiny"]
         fetched.append(told["fetched_bytes"])
-    assert len(fetched) == _points(3)
+    assert len(fetched) == points(3)
 
 
 _COMMAND = """

@@ -111,8 +111,6 @@ def test_a_stream_that_is_left_early_is_ended_there(
 ) -> None:
     monkeypatch.setenv("FAKE_RTX", "slow")
     with opened(plan) as session:
-        stream = session.stream(PROMPT, CONTEXT, frozenset())
-        next(stream)
         received: list[dict[str, Any]] = []
         receive = session._receive
 
@@ -121,6 +119,8 @@ def test_a_stream_that_is_left_early_is_ended_there(
             return received[-1]
 
         monkeypatch.setattr(session, "_receive", recorded)
+        stream = session.stream(PROMPT, CONTEXT, frozenset())
+        next(stream)
         stream.close()  # type: ignore[attr-defined]
     assert received[-1] == {"kind": "result"}
     assert len(received) < 20  # of the 38 that were left
