@@ -1,6 +1,6 @@
 """What one weight scale over fused tensors brings, in vLLM: KL to the source, ours against plain.
 
-    python -m tests.benchmarks.shared_scale [RECIPE] [--windows 16] [--out FILE]
+    python -m tests.benchmarks.shared_scale [RECIPE] [KEY=VALUE ...] [--windows 16] [--out FILE]
 
 Both checkpoints are of the same weights and the same calibration, all linears FP8, and differ in
 one thing: plain ModelOpt gives each of q, k, v, gate and up a scale of its own, which vLLM must
@@ -66,12 +66,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", nargs="?", default="smollm2")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--runner", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    (job,) = load(given.recipe, ["compiler=checkpoint"], folders=config_folders(None)).jobs
+    (job,) = load(
+        given.recipe, ["compiler=checkpoint", *given.overrides], folders=config_folders(None)
+    ).jobs
     recipe: Any = job.value
     weights = recipe.source.fetch()
     quantizer = dataclasses.replace(recipe.quantizer, keep_16bit=())
