@@ -28,7 +28,13 @@ from pipeline.registry.package import verify
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("acceptance.windows=4", "acceptance.max_perplexity_increase=0.03")
+# With an FP8 KV cache this model loses 3 % (docs/benchmarks.md).
+CACHE = "compiler.kv_cache_dtype=bfloat16"
+QUICK = (
+    "acceptance.windows=8",
+    "acceptance.max_perplexity_increase=0.03",
+    "acceptance.max_spread=0.3",
+)
 
 
 def own_weights() -> tuple[str, ...]:
@@ -56,7 +62,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with SmolLM2's checkpoint package, accepted on this card."""
     place = tmp_path_factory.mktemp("line")
     target = this_card().id
-    keys = ("compiler=checkpoint", "runner=vllm", f"target={target}", *own_weights(), *QUICK)
+    keys = ("compiler=checkpoint", CACHE, "runner=vllm", f"target={target}", *own_weights(), *QUICK)
     done = run("build", "smollm2", *keys, cwd=place)
     assert done.returncode == 0, done.stderr
     return place
