@@ -88,7 +88,9 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     adds = folder is None and (request.publish or registry.local)
     signatory = None
     if adds:
-        signatory = signatory_for(request.environ, run_dir.name, own_folder=registry.local)
+        signatory = signatory_for(
+            request.environ, run_dir.name, own_folder=registry.local, builds=False
+        )
     package = verified(request, registry, folder)
     job = composed(request, package, target)
     recipe: Recipe = job.value

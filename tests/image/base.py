@@ -1,8 +1,9 @@
-"""A stand-in for TensorRT-LLM's release image: Debian with Python, and packages in name only.
+"""Stand-ins for base images, since no registry can be reached: Debian with Python, made here.
 
-Like the real one it has a patched Python with `dist-packages`, pip, make and no venv package. The
-packages that need a GPU or gigabytes are metadata: pip sees the image's versions and must leave
-them. What the light core imports is real, PyYAML in Debian's older version included.
+The one for TensorRT-LLM's release image has packages in name only. Like the real one it has a
+patched Python with `dist-packages`, pip, make and no venv package. The packages that need a GPU or
+gigabytes are metadata: pip sees the image's versions and must leave them. What the light core
+imports is real, PyYAML in Debian's older version included.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ from tests.image.wheels import write_wheel
 if TYPE_CHECKING:
     from docker import DockerClient
 
+DEBIAN = "stand-in/debian:bookworm"
 BASE = "stand-in/release:1.2.1"
 INSTALL = "apt-get install -y --no-install-recommends debootstrap"
 SUITE = "bookworm"
@@ -54,8 +57,8 @@ NAMES_ONLY = {
 are the recorded ones, the others are merely older than our lock's or equal."""
 
 
-def make_base(client: DockerClient, folder: Path) -> str:
-    """Put the stand-in into an engine; its name."""
+def make_debian(client: DockerClient, folder: Path) -> str:
+    """Put Debian with Python and pip into an engine; its name."""
     if shutil.which("debootstrap") is None:
         pytest.fail(f"debootstrap not installed: {INSTALL}")
     root = folder / "root"
@@ -67,22 +70,32 @@ def make_base(client: DockerClient, folder: Path) -> str:
         check=False,
     )
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
-    site = root / "usr/local/lib/python3.11/dist-packages"
-    for name, version in NAMES_ONLY.items():
-        shutil.unpack_archive(write_wheel(folder / "names", name, version), site, "zip")
     archive = folder / "root.tar"
     subprocess.run(
         ["tar", "--directory", str(root), "--create", "--file", archive, "."], check=True
     )
     shutil.rmtree(root)
-    repository, _, tag = BASE.partition(":")
+    repository, _, tag = DEBIAN.partition(":")
     client.api.import_image_from_file(str(archive), repository=repository, tag=tag)
     archive.unlink()
+    return DEBIAN
+
+
+def make_release(client: DockerClient, debian: str, folder: Path) -> str:
+    """Put the stand-in for the release image into an engine that has Debian; its name."""
+    context = folder / "release"
+    for name, version in NAMES_ONLY.items():
+        wheel = write_wheel(folder / "names", name, version)
+        shutil.unpack_archive(wheel, context / "site", "zip")
+    (context / "Dockerfile").write_text(
+        f"FROM {debian}\nCOPY site /usr/local/lib/python3.11/dist-packages\n"
+    )
+    client.images.build(path=str(context), tag=BASE, rm=True)
     return BASE
 
 
 def download_wheels(lock: Path, folder: Path) -> None:
-    """The wheels that a build without network needs: what the base lacks, and setuptools."""
+    """Wheels for Dockerfile.build without network: what the base lacks, and setuptools."""
     assert sys.version_info[:2] == (3, 11), "wheels for the stand-in are made with its own Python"
     pins = pinned(lock.read_text())
     base = {**NAMES_ONLY, "pyyaml": "6.0"}
@@ -91,4 +104,21 @@ def download_wheels(lock: Path, folder: Path) -> None:
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
         + [f"{name}=={version}" for name, version in wanted.items()],
         check=True,
+    )
+
+
+def download_client_wheels(project: Path, lock: Path, folder: Path) -> None:
+    """Wheels for Dockerfile.client without network: the light install, and what builds it.
+
+    Args:
+        project: pyproject.toml.
+        lock: Pins them.
+        folder: Made.
+    """
+    assert sys.version_info[:2] == (3, 11), "wheels for the stand-in are made with its own Python"
+    asked = tomllib.loads(project.read_text())
+    wanted = [*asked["project"]["dependencies"], *asked["build-system"]["requires"], "nvidia-ml-py"]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet"]
+    subprocess.run(
+        [*pip, "--wheel-dir", str(folder), "--constraint", str(lock), *wanted], check=True
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline.containers.image_install import changed
-from tests.image.base import BASE, NAMES_ONLY, download_wheels, make_base
+from tests.image.base import BASE, NAMES_ONLY, download_wheels, make_release
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -47,15 +47,6 @@ def work() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def client(dockerd: str) -> Iterator[DockerClient]:
-    import docker
-
-    client = docker.DockerClient(dockerd, timeout=300)
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
 def context(work: Path) -> Path:
     """A checkout's files and the wheels, for a build without network."""
     folder = work / "context"
@@ -71,8 +62,8 @@ def context(work: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(client: DockerClient, work: Path) -> str:
-    return make_base(client, work)
+def base(client: DockerClient, debian: str, work: Path) -> str:
+    return make_release(client, debian, work)
 
 
 @dataclass(frozen=True)

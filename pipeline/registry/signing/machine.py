@@ -69,13 +69,16 @@ class Signatory:
         return f"{name}-{self.key.public.keyid[:12]}"
 
 
-def signatory_for(environ: Mapping[str, str], run: str, *, own_folder: bool) -> Signatory:
+def signatory_for(
+    environ: Mapping[str, str], run: str, *, own_folder: bool, builds: bool = True
+) -> Signatory:
     """Choose and load what signs; the first build of a machine makes a local key, and says so.
 
     Args:
         environ: Names the key and the policy; in CI also the workflow.
         run: Names the run in this machine's records.
         own_folder: The packages go into a folder of this machine.
+        builds: Packages are signed, too; else verdicts alone, which a key of their own may do.
 
     Raises:
         RecipeError: No key is given where one must be, or it cannot be used.
@@ -93,7 +96,7 @@ def signatory_for(environ: Mapping[str, str], run: str, *, own_folder: bool) -> 
     own = OwnKey(key=key.public, local=choice.kind == "local")
     builder_id, invocation_id = builder(environ, run)
     trust = trust_for(machine_policy(environ), own, own_folder=own_folder)
-    require_believed(trust, key, builder_id)
+    require_believed(trust, key, builder_id if builds else None)
     return Signatory(key=key, trust=trust, builder_id=builder_id, invocation_id=invocation_id)
 
 
@@ -110,15 +113,21 @@ def _loaded(choice: KeyChoice, environ: Mapping[str, str]) -> SigningKey:
     return key
 
 
-def require_believed(trust: TrustPolicy, key: SigningKey, builder_id: str) -> None:
-    """Stop a build, before any work, whose package this machine would not take.
+def require_believed(trust: TrustPolicy, key: SigningKey, builder_id: str | None) -> None:
+    """Stop a run, before any work, whose package or verdict this machine would not take.
+
+    Args:
+        trust: Whom this machine believes.
+        key: What signs.
+        builder_id: What builds; None where nothing is built.
 
     Raises:
         UntrustedError: The policy does not let this key sign, or this builder build.
     """
-    trust.require_may(key.public, "builds")
+    if builder_id is not None:
+        trust.require_may(key.public, "builds")
     trust.require_may(key.public, "verdicts")
-    if trust.builder_ids and builder_id not in trust.builder_ids:
+    if builder_id is not None and trust.builder_ids and builder_id not in trust.builder_ids:
         raise UntrustedError(
             f"this builder is {builder_id}, and the policy believes {', '.join(trust.builder_ids)} "
             "only; add it to the policy's builder_ids"

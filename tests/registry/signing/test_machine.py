@@ -75,6 +75,19 @@ def test_key_that_may_not_sign_both_is_refused_at_once(tmp_path: Path, rights: l
         signatory_for(_policy(tmp_path / "less", may_sign=rights), "run", own_folder=True)
 
 
+def test_key_for_verdicts_alone_signs_them_where_nothing_is_built(tmp_path: Path) -> None:
+    environ = _policy(tmp_path, may_sign=["verdicts"])
+    path = Path(environ["ENGINESMITH_POLICY"])
+    policy = {**json.loads(path.read_text()), "builder_ids": [builder(_GITHUB, "run")[0]]}
+    path.write_text(json.dumps(policy))
+    assert signatory_for(environ, "run", own_folder=False, builds=False)
+    (tmp_path / "less").mkdir()
+    with pytest.raises(UntrustedError, match="may not sign verdicts"):
+        signatory_for(
+            _policy(tmp_path / "less", may_sign=["builds"]), "run", own_folder=False, builds=False
+        )
+
+
 def test_builder_that_the_policy_does_not_name_is_refused_at_once(tmp_path: Path) -> None:
     environ = _policy(tmp_path)
     path = Path(environ["ENGINESMITH_POLICY"])

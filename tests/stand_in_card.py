@@ -1,0 +1,124 @@
+"""A machine with a card, as far as one without has it: what NVML says, and what runs an engine.
+
+NVML is a module of that name on the path of the processes that are to see the card. The runner
+computes on the CPU and says that it was the card. All else is the real code.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.runners.session import Device, Session
+from pipeline.runners.transformers import open_checkpoint
+from pipeline.settings import STRICT
+from pipeline.stages import Engine
+
+_NVML = '''\
+"""Answers of a driver with one idle card; what is not here this driver does not tell."""
+
+from types import SimpleNamespace
+
+NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 1, 0
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvmlInit():
+    pass
+
+
+def nvmlShutdown():
+    pass
+
+
+def nvmlDeviceGetCount():
+    return 1
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    if index:
+        raise NVMLError("Invalid Argument")
+    return "card"
+
+
+def nvmlDeviceGetHandleByUUID(uuid):
+    raise NVMLError("Not Found")
+
+
+def nvmlDeviceGetName(handle):
+    return {name!r}
+
+
+def nvmlDeviceGetUUID(handle):
+    return "GPU-stand-in"
+
+
+def nvmlDeviceGetCudaComputeCapability(handle):
+    return {capability}
+
+
+def nvmlDeviceGetMigMode(handle):
+    raise NVMLError("Not Supported")
+
+
+def nvmlDeviceGetMemoryInfo(handle):
+    return SimpleNamespace(free=20 << 30, used=1 << 30, total=24 << 30)
+
+
+def nvmlSystemGetDriverVersion():
+    return "580.65.06"
+
+
+def nvmlSystemGetCudaDriverVersion_v2():
+    return 13000
+
+
+def nvmlDeviceGetComputeRunningProcesses(handle):
+    return []
+'''
+_OPTION = f"_target_: {__name__}.CardRunner\n"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CardRunner:
+    """Runs a checkpoint as a simulation and says that it was on the card."""
+
+    @property
+    def name(self) -> str:
+        return "vllm"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
+
+    def why_not(self, engine: Engine) -> str | None:
+        return None
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        return open_checkpoint(engine.dir, engine.limits.max_seq_len)
+
+
+def put_card(folder: Path, name: str, capability: tuple[int, int]) -> Path:
+    """Write the module that stands for NVML; the folder goes first on PYTHONPATH.
+
+    Args:
+        folder: Made.
+        name: As NVML calls the card.
+        capability: Its compute capability.
+    """
+    folder.mkdir()
+    (folder / "pynvml.py").write_text(_NVML.format(name=name, capability=capability))
+    return folder
+
+
+def put_runner(recipes: Path) -> str:
+    """Write the option that chooses the runner; the override that does."""
+    (recipes / "runner").mkdir()
+    (recipes / "runner" / "on_card.yaml").write_text(_OPTION)
+    return "runner=on_card"
