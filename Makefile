@@ -40,9 +40,8 @@ rehearse: $(READY) ## the whole line of a recipe on a tiny random model, in ever
 test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
 	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu and not services" $(ARGS)
 
-test-all: $(READY) check test-image-pins ## all tests: the main job on real weights, real compilers
-	$(RUN) -m pytest -q -n 2 -m "not slow and not gpu and not services" $(ARGS)
-	$(RUN) -m pytest -q -m "(slow or services) and not gpu" \
+test-all: check test test-image-pins ## all tests: the main job on real weights, real compilers
+	$(RUN) -m pytest -q -n 2 --dist loadgroup -m "(slow or services) and not gpu" \
 	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages

@@ -1,4 +1,4 @@
-"""What no test may take from the machine that it runs on: its keys and its trust policy."""
+"""What no test may take from the machine that it runs on, and which tests must not run at once."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ def _own_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         for name in _OF_THE_MACHINE:
             patched.delenv(name, raising=False)
         yield folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for `--dist loadgroup`: all that starts servers together, the rest by its file.
+
+    Two Docker engines at once, or one build of the main job in each of two workers, take longer
+    than one after the other.
+    """
+    for item in items:
+        served = item.get_closest_marker("services") is not None
+        group = "services" if served else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
