@@ -108,3 +108,25 @@ def test_tokens_are_those_of_tokenizer_json(tmp_path: Path, name: str) -> None:
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == stated.encode(TEXT).ids
     assert tokenizer.decode(stated.encode(TEXT).ids) == TEXT
     assert tokenizer.eos_token_id == 2
+
+
+@pytest.mark.parametrize("model_type", ["llama", "of_a_stranger"])
+def test_code_in_a_model_folder_never_runs(tmp_path: Path, model_type: str) -> None:
+    folder = tiny_architecture("llama", tmp_path / "model")
+    marker = tmp_path / "it ran"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    for name, own in (
+        ("config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.T", None]}),
+    ):
+        config = json.loads((folder / name).read_text())
+        if name == "config.json":
+            config["model_type"] = model_type
+        (folder / name).write_text(json.dumps({**config, "auto_map": own}))
+    if model_type == "llama":  # one that Transformers has itself
+        load_model(folder, "float32")
+        load_tokenizer(folder)
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code|model_type"):
+            load_model(folder, "float32")
+    assert not marker.exists()
