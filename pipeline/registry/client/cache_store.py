@@ -16,6 +16,7 @@ from pipeline.registry.stores.store import Place, StoredStatement
 from pipeline.stages import FileDigest
 
 _MAX_STATEMENT_BYTES = 64 << 20
+_CHUNK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,11 @@ class CacheStore:
 
     @contextlib.contextmanager
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
         with (self.cache.entry(self._digest(place)) / file.path).open("rb") as stream:
             stream.seek(offset)
-            yield iter(lambda: stream.read(1 << 20), b"")
+            yield iter(lambda: stream.read(_CHUNK_BYTES), b"")
 
     def statements(self, place: Place) -> list[StoredStatement]:
         folder = self.cache.statements(self._digest(place))

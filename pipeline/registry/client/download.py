@@ -208,7 +208,9 @@ class _Download:
         if crc is not None and file.crc(piece) == crc:
             self._report(end - start, fetched=0)
         else:
-            self.journal.landed(file.number, piece, self._fetch(file, piece))
+            crc = self._fetch(file, piece)
+            file.flush(piece)
+            self.journal.landed(file.number, piece, crc)
         if file.take(piece, self._hashed):
             self._finish(file)
 
@@ -287,10 +289,11 @@ class _Download:
 
         Raises:
             CorruptError: The file goes on where it must end, or is not there.
+            NotFoundError: The whole version is not there any more.
         """
         last = end == file.file.size_bytes
         try:
-            with self.store.open_file(self.place, file.file, at) as chunks:
+            with self.store.open_file(self.place, file.file, at, None if last else end) as chunks:
                 for chunk in chunks:
                     if self._stop.is_set():
                         raise _StoppedError
@@ -306,11 +309,24 @@ class _Download:
                         )
                     if at == end and not last:
                         return
-        except NotFoundError as error:
+        except (CorruptError, NotFoundError) as error:
+            self._require_version(error)
+            if isinstance(error, CorruptError):
+                raise
             raise CorruptError(f"{self.place} has no {file.file.path}: {error}") from error
         except TransientError:
             if at < end:  # else it broke after the last byte, and the digest decides
                 raise
+
+    def _require_version(self, cause: Exception) -> None:
+        """A file may be missing since the whole version went: pullers have no lease on it."""
+        try:
+            self.store.read_manifest(self.place)
+        except NotFoundError:
+            raise NotFoundError(
+                f"{self.place} was removed from {self.store.url} while it was fetched; pull again "
+                "for what the channel points to now"
+            ) from cause
 
     @staticmethod
     def _write(descriptor: int, chunk: memoryview, at: int) -> None:

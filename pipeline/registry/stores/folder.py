@@ -52,7 +52,9 @@ from pipeline.registry.stores.store import Place, StoredStatement
 from pipeline.settings import STRICT, PathField
 from pipeline.stages import FileDigest, Package
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 256 << 10
+"""1 GiB in writes of 256 KiB took 0.13, 0.17 and 0.33 s, of 1 MiB 0.10, 0.18 and 1.43 s, of 16 MiB
+0.8 to 2.0 s (ext4, Linux 6.18, one run each, measured 2026-11-25; why is not known)."""
 _MAX_STATEMENT_BYTES = 64 << 20
 _MAX_POINTER_BYTES = 64 << 10
 
@@ -97,7 +99,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
         path = self.location(place) / file.path
         with disk_errors(f"read {path}"), open_regular(path) as stream:

@@ -94,11 +94,18 @@ class Store(Protocol):
         ...
 
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
         """The bytes of one file of a package from `offset` on, in chunks of the store's choice.
 
         Nothing is promised of them: there may be too few, too many or wrong ones.
+
+        Args:
+            place: The version.
+            file: Which, as its manifest lists it.
+            offset: First byte.
+            end: First byte that the caller will not read, so that nothing is sent in vain; None
+                for all that there is, be it more than the manifest says.
 
         Raises:
             NotFoundError: No such file.

@@ -36,6 +36,7 @@ class FaultyStore:
     local: bool = True
     small_faults: int = 0
     opened: list[tuple[str, int]] = field(default_factory=list)
+    ends: list[int | None] = field(default_factory=list)
     sent_bytes: int = 0
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -61,12 +62,13 @@ class FaultyStore:
 
     @contextlib.contextmanager
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
         with self._lock:
             self.opened.append((file.path, offset))
+            self.ends.append(end)
             fault = self.faults.pop(0) if self.faults else self.always
-        with self.store.open_file(place, file, offset) as chunks:
+        with self.store.open_file(place, file, offset, end) as chunks:
             yield self._counted(chunks if fault is None else fault(chunks, file, offset))
 
     def statements(self, place: Place) -> list[StoredStatement]:

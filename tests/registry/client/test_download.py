@@ -40,6 +40,17 @@ def test_a_broken_answer_is_resumed_from_the_byte_that_it_reached(
     assert [offset for _, offset in store.opened][:3] == [0, reached, 2 * reached]
 
 
+def test_a_piece_asks_for_no_byte_of_the_next_and_the_last_for_all_that_there_is(
+    shop: Shop,
+) -> None:
+    shop.publish(shop.engine(files={"model.plan": noise(2 * PIECE_BYTES + 1)}))
+    store = FaultyStore(store=shop.store)
+    shop.pull(store=store, jobs=1)
+    asked = zip(store.opened, store.ends, strict=True)
+    large = [(start, end) for (path, start), end in asked if path.endswith("model.plan")]
+    assert large == [(0, PIECE_BYTES), (PIECE_BYTES, 2 * PIECE_BYTES), (2 * PIECE_BYTES, None)]
+
+
 def test_retries_end_and_what_has_landed_is_kept_for_the_next_run(shop: Shop) -> None:
     shop.publish()
     good = 3
@@ -74,7 +85,7 @@ def test_small_requests_are_tried_again_too(shop: Shop) -> None:
 def test_a_byte_that_was_hurt_on_its_way_is_fetched_once_more(shop: Shop) -> None:
     reference = shop.publish()
     store = FaultyStore(store=shop.store, faults=[flipped])
-    pulled = shop.pull(store=store)
+    pulled = shop.pull(store=store, jobs=1)  # in order, so that it is not the empty file's
     assert verify_layout(shop.to).digest == reference.digest
     assert pulled.fetched_bytes > pulled.size_bytes
 

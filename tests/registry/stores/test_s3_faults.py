@@ -298,6 +298,18 @@ def test_readers_of_whole_ranges_share_connections_and_make_no_other_request(
     assert memory.connections == connections
 
 
+def test_a_reader_that_says_where_it_ends_gets_no_more_and_leaves_the_connection(
+    store: S3Store, memory: MemoryS3, package: Package, published: FileDigest
+) -> None:
+    requests, connections = len(memory.requests), memory.connections
+    for start in (0, 1 << 20):
+        with store.open_file(place_of(package), published, start, start + (1 << 20)) as chunks:
+            assert sum(len(chunk) for chunk in chunks) == 1 << 20
+    asked = [headers.get("Range") for headers in memory.headers[requests:]]
+    assert asked == ["bytes=0-1048575", "bytes=1048576-2097151"]
+    assert memory.connections == connections
+
+
 def test_checksums_go_along_and_a_server_that_refuses_them_gets_none(
     store: S3Store, memory: MemoryS3, package: Package
 ) -> None:

@@ -27,7 +27,7 @@ from pipeline.registry.stores.oci.documents import (
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 256 << 10
 _MAX_SKIP_BYTES = 64 << 20
 """What is read and thrown away where a server ignores `Range`."""
 _MAX_PAGES = 10_000

@@ -110,7 +110,7 @@ class OciStore:
 
     @contextlib.contextmanager
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
         image, layers = self._planned(place)
         for layer, descriptor in zip(layers, image.layers, strict=False):
@@ -121,7 +121,7 @@ class OciStore:
                             f"{place} has a layer of {descriptor.size_bytes} bytes where its "
                             f"manifest makes {layer.size_bytes}; publish it again"
                         )
-                    with self._open_member(place, descriptor.digest, member, offset) as chunks:
+                    with self._open_member(place, descriptor.digest, member, offset, end) as chunks:
                         yield chunks
                     return
         raise NotFoundError(f"{place} has no file {file.path}")
@@ -263,14 +263,16 @@ class OciStore:
 
     @contextlib.contextmanager
     def _open_member(
-        self, place: Place, digest: str, member: Member, offset: int
+        self, place: Place, digest: str, member: Member, offset: int, end: int | None
     ) -> Iterator[Iterator[bytes]]:
-        start, end = member.offset + offset, member.offset + member.file.size_bytes
-        if start >= end:
+        start = member.offset + offset
+        size_bytes = member.file.size_bytes
+        stop = member.offset + (size_bytes if end is None else min(end, size_bytes))
+        if start >= stop:
             yield iter(())
             return
         try:
-            with self._repository(place.name).open_blob(digest, start, end) as chunks:
+            with self._repository(place.name).open_blob(digest, start, stop) as chunks:
                 yield chunks
         except NotFoundError:
             self._plans.pop(place, None)  # perhaps deleted and published again

@@ -1,9 +1,8 @@
 """A file of a package, in ranges, each of the very same object.
 
 The first range tells the object's ETag; all later ones, of this reader or another, ask for that one
-(`If-Match`), so bytes of two objects are never taken for one file. A range is as large as the pull
-client's pieces: at the end of one the connection is left to the next reader, and nothing was asked
-for in vain; whoever stops elsewhere costs a connection.
+(`If-Match`), so bytes of two objects are never taken for one file. Whoever says where it ends gets
+no byte more, and leaves the connection to the next reader; whoever stops elsewhere costs one.
 """
 
 from __future__ import annotations
@@ -24,15 +23,24 @@ to 2.2 s, with 1 MiB 3.3 s (loopback, 2 cores, medians, measured 2026-11-25; why
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
-def read_from(bucket: Bucket, key: str, offset: int) -> Generator[bytes, None, None]:
+def read_from(
+    bucket: Bucket, key: str, offset: int, end: int | None = None
+) -> Generator[bytes, None, None]:
     """The bytes of an object from `offset` on, in chunks of 256 KiB at most.
+
+    Args:
+        bucket: Where it is.
+        key: Its name.
+        offset: First byte.
+        end: No byte from here on is asked for; None for all.
 
     Raises:
         TransientError: The object is another one than that of an earlier range.
     """
     at, total = offset, offset + 1
-    while at < total:
-        response = _range(bucket, key, at)
+    while at < total and (end is None or at < end):
+        upto = at + RANGE_BYTES if end is None else min(end, at + RANGE_BYTES)
+        response = _range(bucket, key, at, upto)
         if response is None:
             return
         with contextlib.closing(response["Body"]) as body:
@@ -47,13 +55,13 @@ def read_from(bucket: Bucket, key: str, offset: int) -> Generator[bytes, None, N
                 skip = 0
 
 
-def _range(bucket: Bucket, key: str, at: int) -> Any:
+def _range(bucket: Bucket, key: str, at: int, end: int) -> Any:
     """The response to one range; None if the object ends before it."""
     from botocore.exceptions import ClientError
 
     known = bucket.etags.get(key)
     condition = {} if known is None else {"IfMatch": known}
-    asked = f"bytes={at}-{at + RANGE_BYTES - 1}"
+    asked = f"bytes={at}-{end - 1}"
     try:
         response = bucket.call("get_object", key, Range=asked, **condition)
     except ClientError as error:

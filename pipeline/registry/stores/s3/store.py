@@ -95,12 +95,12 @@ class S3Store:
 
     @contextlib.contextmanager
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
         """See the Protocol. Costs no request of its own; any number of threads may read at once."""
         bucket = self._bucket()
         key = f"{bucket.address.version(place)}/{file.path}"
-        chunks = reading.read_from(bucket, key, offset)
+        chunks = reading.read_from(bucket, key, offset, end)
         with contextlib.closing(chunks), bucket.errors(f"read {file.path} of {place} in"):
             yield chunks
 
