@@ -32,7 +32,7 @@ from pipeline.registry.signing.model_signature import (
     MAX_SIGNATURE_BYTES,
     MODEL_SIGNATURE,
     available,
-    check_engine_signature,
+    believed_engine_signature,
 )
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import read_statements
@@ -203,12 +203,10 @@ def model_signature(candidate: Candidate, policy: TrustPolicy) -> bytes | None:
 
 
 def _signed(data: bytes, package: Package, policy: TrustPolicy) -> bool:
-    """Whether a key that may sign builds made this model signature."""
-    for key in policy.keys:
-        if policy.may(key, "builds"):
-            with contextlib.suppress(UntrustedError):
-                check_engine_signature(data, package.manifest, key.key, MODEL_SIGNATURE)
-                return True
+    """Whether somebody who may sign builds made this model signature."""
+    with contextlib.suppress(UntrustedError):
+        believed_engine_signature(data, package.manifest, policy, MODEL_SIGNATURE)
+        return True
     return False
 
 

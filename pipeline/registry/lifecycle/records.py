@@ -195,10 +195,17 @@ def read_move(data: bytes, policy: TrustPolicy, origin: str) -> Move:
 def read_yank(data: bytes, policy: TrustPolicy, origin: str) -> Yank:
     """A yank whose signature holds.
 
+    A yank forbids, so it outlasts the certificate that signed it; what undoes one does not.
+
     Raises:
         UntrustedError: It is no yank, or nobody who may signed it.
     """
-    value, signer = _open(data, YANK_TYPE, policy, origin)
+    try:
+        value, signer = _open(data, YANK_TYPE, policy, origin)
+    except UntrustedError:
+        value, signer = _open(data, YANK_TYPE, policy, origin, expired_too=True)
+        if value.get("yanked") is not True:
+            raise
     try:
         yank = Yank(
             reference=_reference(value),
@@ -232,7 +239,7 @@ def actor_of(environ: Mapping[str, str]) -> str:
 
 
 def _open(
-    data: bytes, payload_type: str, policy: TrustPolicy, origin: str
+    data: bytes, payload_type: str, policy: TrustPolicy, origin: str, *, expired_too: bool = False
 ) -> tuple[dict[str, Any], str]:
     """The signed value, and who signed it."""
     envelope = parse_envelope(data, origin)
@@ -240,7 +247,7 @@ def _open(
         raise UntrustedError(
             f"{origin} holds a {envelope.payload_type[:80]!r}, wanted {payload_type}"
         )
-    signer = policy.signer(envelope, "channels", origin)
+    signer = policy.signer(envelope, "channels", origin, expired_too=expired_too)
     try:
         value = json.loads(envelope.payload)
         if not isinstance(value, dict) or rfc8785.dumps(value) != envelope.payload:

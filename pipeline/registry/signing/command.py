@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ExitCode, PipelineError
+from pipeline.answer import Answer
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.package import verify
 from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
 from pipeline.registry.signing.keys import KEY_PATH, config_root, generate_key, write_key_pair
 from pipeline.registry.signing.machine import machine_trust
-from pipeline.registry.signing.trust import TrustPolicy
+from pipeline.registry.signing.trust import TrustPolicy, signer_json, told
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.registry.stores.opening import open_registry
 from pipeline.stages import Package
 
 
-def keygen(out: Path | None, environ: Mapping[str, str]) -> list[str]:
+def keygen(out: Path | None, environ: Mapping[str, str]) -> Answer:
     """Make a key pair.
 
     Args:
@@ -27,7 +27,7 @@ def keygen(out: Path | None, environ: Mapping[str, str]) -> list[str]:
         environ: The environment.
 
     Returns:
-        Lines that say where it is and how to use it.
+        Where it is and how to use it.
 
     Raises:
         ConflictError: There is a key already.
@@ -35,11 +35,18 @@ def keygen(out: Path | None, environ: Mapping[str, str]) -> list[str]:
     path = out if out is not None else config_root(environ) / "signing.key"
     key = generate_key()
     public = write_key_pair(key, path)
-    return [
-        f"private key {path} (mode 0600; sign with {KEY_PATH}={path})",
-        f"public key  {public} (for the trust policies of those who verify)",
-        f"key id      {key.public.keyid}",
-    ]
+    return Answer(
+        value={
+            "private_key": str(path.absolute()),
+            "public_key": str(public.absolute()),
+            "keyid": key.public.keyid,
+        },
+        shown=[
+            f"private key {path} (mode 0600; sign with {KEY_PATH}={path})",
+            f"public key  {public} (for the trust policies of those who verify)",
+            f"key id      {key.public.keyid}",
+        ],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +121,7 @@ def report_lines(done: Verification) -> list[str]:
     """What was checked, for people."""
     size_bytes = sum(file["size"] for file in done.package.manifest["files"])
     signature = (
-        f"signed by {done.signer.name} (key {done.signer.key.keyid[:12]})"
+        f"signed by {told(done.signer)}"
         if done.signer
         else "UNSIGNED, accepted because of --allow-unsigned"
     )
@@ -124,7 +131,7 @@ def report_lines(done: Verification) -> list[str]:
         "not checked": "not checked: pip install 'enginesmith[sign]'",
     }[done.model_signature]
     verdicts = [
-        f"verdict     {found.verdict} on {found.card}, signed by {found.signer.name}"
+        f"verdict     {found.verdict} on {found.card}, signed by {told(found.signer)}"
         for found in done.verdicts
     ]
     return [
@@ -142,14 +149,10 @@ def report_lines(done: Verification) -> list[str]:
 def report_json(done: Verification, request: Request) -> dict[str, Any]:
     """The same for programs; later versions only add."""
     return {
-        "schema": 1,
-        "exit_code": int(ExitCode.OK),
         "reference": str(reference_of(done.package)),
         "digest": done.package.digest,
         "package_dir": str(done.package.dir),
-        "signer": {"name": done.signer.name, "keyid": done.signer.key.keyid}
-        if done.signer
-        else None,
+        "signer": signer_json(done.signer) if done.signer else None,
         "allow_unsigned": request.allow_unsigned,
         "model_signature": done.model_signature,
         "builder_id": done.builder_id,
@@ -158,14 +161,9 @@ def report_json(done: Verification, request: Request) -> dict[str, Any]:
                 "card": found.card,
                 "verdict": found.verdict,
                 "statement": found.statement,
-                "signer": {"name": found.signer.name, "keyid": found.signer.key.keyid},
+                "signer": signer_json(found.signer),
             }
             for found in done.verdicts
         ],
         "ignored": list(done.ignored),
     }
-
-
-def failure_json(error: PipelineError) -> dict[str, Any]:
-    """A refusal for programs."""
-    return {"schema": 1, "exit_code": int(error.exit_code), "message": str(error)}

@@ -5,12 +5,18 @@
     envelope.verifies(public_key)
 
 The signature covers the type too, so that a signed manifest never passes for a signed verdict.
+
+A signer's certificates travel as `cert` of the entry in `signatures`, PEM, as those of in-toto's
+layouts do: DSSE readers look at `keyid` and `sig` only, the envelope stays one file, and wherever
+it is copied the certificates go along. The signature does not cover them and need not: they must
+be for the key that signed, and lead to an authority of the reader's.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import rfc8785
@@ -27,6 +33,7 @@ STATEMENT_TYPE = "application/vnd.in-toto+json"
 """Payload type of an in-toto statement (in-toto attestation spec 1.0, "Envelope")."""
 MAX_ENVELOPE_BYTES = 8 << 20
 """A manifest of at most 4 MiB in base64, and room for signatures."""
+_CERT = "cert"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +44,15 @@ class Envelope:
         payload: What is signed.
         payload_type: What it is.
         keyids: Who says to have signed it.
+        certificates: Key id -> the PEM that came with its signature; not read yet, and only those
+            that brought some.
     """
 
     payload: bytes
     payload_type: str
     keyids: tuple[str, ...]
     parsed: DsseEnvelope
+    certificates: Mapping[str, bytes] = field(default_factory=dict)
 
     def verifies(self, key: PublicKey) -> bool:
         """Whether this key signed exactly this payload as exactly this type."""
@@ -76,7 +86,8 @@ def sign_envelope(payload: bytes, payload_type: str, key: SigningKey) -> bytes:
     except UnsupportedAlgorithm:
         signature = key.private.sign(envelope.pae(), ECDSA(SHA256()))
     keyid = key.public.keyid
-    envelope.signatures[keyid] = Signature(keyid, signature.hex())
+    more = {_CERT: key.certificates.decode()} if key.certificates else {}
+    envelope.signatures[keyid] = Signature(keyid, signature.hex(), more)
     return rfc8785.dumps(envelope.to_dict())
 
 
@@ -104,4 +115,9 @@ def parse_envelope(data: bytes, origin: str) -> Envelope:
         payload_type=parsed.payload_type,
         keyids=tuple(parsed.signatures),
         parsed=parsed,
+        certificates={
+            keyid: cert.encode()
+            for keyid, one in parsed.signatures.items()
+            if isinstance(cert := one.unrecognized_fields.get(_CERT), str)
+        },
     )

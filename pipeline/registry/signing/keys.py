@@ -35,6 +35,8 @@ KEY_PATH = "ENGINESMITH_SIGNING_KEY"
 """Environment variable: path of a private key."""
 KEY_TEXT = "ENGINESMITH_SIGNING_KEY_PEM"
 """Environment variable: the private key itself, for systems that hand out secrets like this."""
+CERTIFICATE_PATH = "ENGINESMITH_SIGNING_CERTIFICATE"
+"""Environment variable: path of the key's certificate in PEM, then those of intermediates."""
 _MAX_KEY_BYTES = 16 << 10  # a P-256 key in PEM has some 240
 
 
@@ -45,29 +47,51 @@ class PublicKey:
     Attributes:
         pem: SubjectPublicKeyInfo in PEM.
         keyid: SHA-256 (64 hex digits) of the same in DER.
+        certificates: PEM of the certificate that names its holder, then of intermediate ones; empty
+            without. Says what a signer shows, and nothing of which key this is.
     """
 
     pem: bytes
     keyid: str
+    certificates: bytes = field(default=b"", compare=False, repr=False)
 
     @classmethod
-    def of(cls, key: ec.EllipticCurvePublicKey) -> PublicKey:
+    def of(cls, key: ec.EllipticCurvePublicKey, certificates: bytes = b"") -> PublicKey:
         """From the library's object."""
         der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        return cls(pem=pem, keyid=hashlib.sha256(der).hexdigest())
+        keyid = hashlib.sha256(der).hexdigest()
+        return cls(pem=pem, keyid=keyid, certificates=certificates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigningKey:
-    """A key pair; its repr shows the public half only."""
+    """A key pair; its repr shows the public half only.
+
+    Attributes:
+        private: The half that signs.
+        certificates: As in `PublicKey`; travel with every signature.
+    """
 
     private: ec.EllipticCurvePrivateKey = field(repr=False)
+    certificates: bytes = field(default=b"", repr=False)
 
     @property
     def public(self) -> PublicKey:
         """The half that verifies."""
-        return PublicKey.of(self.private.public_key())
+        return PublicKey.of(self.private.public_key(), self.certificates)
+
+    @property
+    def label(self) -> str:
+        """What names of statements carry: the key's id and, with a certificate, that one's, too.
+
+        A certificate that was renewed makes another envelope, which must not take the old one's
+        name.
+        """
+        keyid = self.public.keyid[:12]
+        if not self.certificates:
+            return keyid
+        return f"{keyid}-{hashlib.sha256(self.certificates).hexdigest()[:12]}"
 
     def private_pem(self) -> bytes:
         """PKCS 8 in PEM, not encrypted: for a file of mode 0600, and for nothing else."""
@@ -225,18 +249,30 @@ def choose_key(environ: Mapping[str, str], path: Path | None = None) -> KeyChoic
     return KeyChoice(kind="local", path=local_key_path(environ))
 
 
-def load_key(choice: KeyChoice, environ: Mapping[str, str], *, make: bool = True) -> SigningKey:
-    """Read the chosen key; a local one is made when there is none.
+def load_key(
+    choice: KeyChoice, environ: Mapping[str, str], *, make: bool = True, certified: bool = True
+) -> SigningKey:
+    """Read the chosen key and its certificate; a local key is made when there is none.
 
     Args:
         choice: From `choose_key`.
         environ: The same environment.
         make: Make a missing local key.
+        certified: It will sign, so read the certificate that the environment names, too.
 
     Raises:
-        RecipeError: It is missing, or no usable key.
+        RecipeError: It is missing, or no usable key; or its certificate may not sign now.
         AccessError: Somebody else may read this machine's local key.
     """
+    key = _load_bare(choice, environ, make=make)
+    if not certified:
+        return key
+    from pipeline.registry.signing.certificate import with_certificate
+
+    return with_certificate(key, environ, local=choice.kind == "local")
+
+
+def _load_bare(choice: KeyChoice, environ: Mapping[str, str], *, make: bool) -> SigningKey:
     if choice.path is None:
         return parse_private_key(environ[KEY_TEXT].encode(), KEY_TEXT)
     if choice.kind == "local" and make and not os.path.lexists(choice.path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.errors import Fault, RecipeError, UntrustedError
 from pipeline.registry.signing.attestations import BuildRun
+from pipeline.registry.signing.certificate import require_may_still_sign
 from pipeline.registry.signing.keys import (
     KEY_PATH,
     KeyChoice,
@@ -20,8 +21,9 @@ from pipeline.registry.signing.keys import (
     config_root,
     load_key,
 )
+from pipeline.registry.signing.policy_file import load_policy
 from pipeline.registry.signing.signer import build_statements, sign_report
-from pipeline.registry.signing.trust import OwnKey, TrustPolicy, load_policy, trust_for
+from pipeline.registry.signing.trust import OwnKey, TrustPolicy, trust_for
 from pipeline.stages import Package
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,12 @@ class Signatory:
     invocation_id: str
 
     def build_statements(self, package: Package, started: datetime) -> dict[str, dict[str, bytes]]:
-        """Sign a package that was just sealed; see `signer.build_statements`."""
+        """Sign a package that was just sealed; see `signer.build_statements`.
+
+        Raises:
+            UntrustedError: The certificate ended during the build.
+        """
+        require_may_still_sign(self.key)
         run = BuildRun(
             builder_id=self.builder_id,
             builder_version=__version__,
@@ -61,12 +68,17 @@ class Signatory:
         return build_statements(package, self.key, run)
 
     def sign_report(self, report: bytes) -> dict[str, bytes]:
-        """Sign a verdict; see `signer.sign_report`."""
+        """Sign a verdict; see `signer.sign_report`.
+
+        Raises:
+            UntrustedError: The certificate ended during the measurement.
+        """
+        require_may_still_sign(self.key)
         return sign_report(report, self.key)
 
     def statement_name(self, name: str) -> str:
         """The name of a statement by this signer, which no other signer's takes."""
-        return f"{name}-{self.key.public.keyid[:12]}"
+        return f"{name}-{self.key.label}"
 
 
 def signatory_for(
@@ -194,4 +206,4 @@ def _own_key(environ: Mapping[str, str]) -> OwnKey | None:
     local = choice.kind == "local"
     if local and choice.path is not None and not choice.path.exists():
         return None
-    return OwnKey(key=load_key(choice, environ, make=False).public, local=local)
+    return OwnKey(key=load_key(choice, environ, make=False, certified=False).public, local=local)

@@ -3,6 +3,10 @@
 The stock tool verifies it wherever that folder is:
 
     model_signing verify key engine --public_key KEY.pub --signature engine/model.sig
+    model_signing verify certificate engine --certificate_chain CA.pem --signature engine/model.sig
+
+the second where the signer has a certificate. That tool takes any leaf of the authority, and looks
+at its dates as of the day it begins; we take the names that the policy has, and look at today.
 
 We hand the library the digests of the manifest, which sealing or verifying a package has just
 computed from every byte, instead of letting it read everything again. That also means that nothing
@@ -14,8 +18,11 @@ Needs the extra `sign`: `model-signing` brings some twenty packages and takes 0.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +32,14 @@ from typing import Any
 
 from pipeline.errors import IncompatibleError, UntrustedError
 from pipeline.registry.manifest import ENGINE
+from pipeline.registry.signing.certificate import (
+    CertificateError,
+    parse_chain,
+    pem_of,
+    split_chain,
+)
 from pipeline.registry.signing.keys import PublicKey, SigningKey
+from pipeline.registry.signing.trust import Signer, TrustPolicy
 
 MODEL_SIGNATURE = "model.sig"
 MAX_SIGNATURE_BYTES = 16 << 20
@@ -55,11 +69,65 @@ def sign_engine(manifest: Mapping[str, Any], key: SigningKey) -> bytes:
     _require()
     from model_signing.signing import Config
 
-    with tempfile.TemporaryDirectory() as folder, _as_file(key.private_pem()) as private:
-        bundle = Path(folder, MODEL_SIGNATURE)
-        signer = Config().use_elliptic_key_signer(private_key=private)
+    with contextlib.ExitStack() as files:
+        bundle = Path(files.enter_context(tempfile.TemporaryDirectory()), MODEL_SIGNATURE)
+        private = files.enter_context(_as_file(key.private_pem()))
+        intermediates = b""
+        if key.certificates:
+            leaf, intermediates = split_chain(key.certificates)
+            signer = Config().use_certificate_signer(
+                private_key=private,
+                signing_certificate=files.enter_context(_as_file(leaf)),
+                # The library wants one more in any case; the leaf's second copy is taken out below.
+                certificate_chain=[files.enter_context(_as_file(intermediates or leaf))],
+            )
+        else:
+            signer = Config().use_elliptic_key_signer(private_key=private)
         signer.set_hashing_config(_known_digests(manifest)).sign(ENGINE, bundle)
-        return bundle.read_bytes()
+        data = bundle.read_bytes()
+        return data if not key.certificates or intermediates else _leaf_alone(data)
+
+
+def believed_engine_signature(
+    data: bytes, manifest: Mapping[str, Any], policy: TrustPolicy, origin: str
+) -> Signer:
+    """Check that somebody who may sign builds signed exactly these files of `engine/`.
+
+    Args:
+        data: `model.sig`.
+        manifest: Of a package whose bytes were verified.
+        policy: Whom to believe.
+        origin: Where `data` comes from, for messages.
+
+    Returns:
+        Who did.
+
+    Raises:
+        UntrustedError: Nobody who may, or `data` is no such signature.
+        IncompatibleError: The extra `sign` is not installed.
+    """
+    fault = UntrustedError(
+        f"{origin} shows no certificate, and the policy names no key that may sign builds"
+    )
+    for key in policy.keys:
+        if policy.may(key, "builds"):
+            try:
+                check_engine_signature(data, manifest, key.key, origin)
+            except UntrustedError as error:
+                fault = error
+            else:
+                return key
+    if shown := _shown(data):
+        try:
+            chain = parse_chain(shown)
+        except CertificateError as error:
+            raise UntrustedError(f"{origin}: its certificate {error}") from error
+        found, reason = policy.judge(chain.key.keyid, shown, "builds")
+        if found is None:
+            raise UntrustedError(f"{origin}: {reason}")
+        check_engine_signature(data, manifest, found.key, origin)
+        return found
+    raise fault
 
 
 def check_engine_signature(
@@ -83,7 +151,7 @@ def check_engine_signature(
 
     with tempfile.TemporaryDirectory() as folder, _as_file(key.pem) as public:
         bundle = Path(folder, MODEL_SIGNATURE)
-        bundle.write_bytes(data)
+        bundle.write_bytes(_for_key(data, key))
         verifier = Config().use_elliptic_key_verifier(public_key=public)
         verifier.set_hashing_config(_known_digests(manifest))
         try:
@@ -97,6 +165,34 @@ def check_engine_signature(
                 f"{origin} is not a model signature of these files by key {key.keyid[:12]}: "
                 f"{reason}; pull or sign the package again"
             ) from error
+
+
+def _leaf_alone(data: bytes) -> bytes:
+    bundle = json.loads(data)
+    del bundle["verificationMaterial"]["x509CertificateChain"]["certificates"][1:]
+    return json.dumps(bundle).encode()
+
+
+def _shown(data: bytes) -> bytes:
+    """The certificates in a bundle, PEM, leaf first; empty if there are none to be read."""
+    try:
+        chain = json.loads(data)["verificationMaterial"]["x509CertificateChain"]["certificates"]
+        return b"".join(pem_of(base64.b64decode(one["rawBytes"])) for one in chain)
+    except _UNREADABLE:
+        return b""
+
+
+def _for_key(data: bytes, key: PublicKey) -> bytes:
+    """The bundle as the library's check by one key wants it, also where it names a certificate.
+
+    Who holds the key was decided before; the bundle's word for it counts for nothing.
+    """
+    if not _shown(data):
+        return data
+    bundle = json.loads(data)
+    hint = hashlib.sha256(key.pem).hexdigest()  # the library's own, over the PEM
+    bundle["verificationMaterial"] = {"publicKey": {"hint": hint}, "tlogEntries": []}
+    return json.dumps(bundle).encode()
 
 
 def _require() -> None:

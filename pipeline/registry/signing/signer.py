@@ -98,7 +98,7 @@ def build_statements(
     Raises:
         CorruptError: As in `sign_package`.
     """
-    name = f"{key.public.keyid[:12]}-{package.digest[:12]}"
+    name = f"{key.label}-{package.digest[:12]}"
     statements = {f"build-{name}": sign_package(package, key, run)}
     if available():
         statements[f"model-{name}"] = {MODEL_SIGNATURE: sign_engine(package.manifest, key)}

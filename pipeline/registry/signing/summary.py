@@ -19,21 +19,24 @@ class Signatures:
     """What `enginesmith verify` would say of the signatures.
 
     Attributes:
-        signer: Name of the trusted key that signed the build; None if there is none.
-        keyid: Its id.
+        signer: Name of the trusted signer of the build; None if there is none.
+        keyid: Id of the signer's key.
+        identity: The name in the signer's certificate; None for a key that the policy names.
         reason: Why nobody is believed; empty if somebody is.
-        verdicts: Statement -> name of the trusted key that signed its verdict.
+        verdicts: Statement -> name of the trusted signer of its verdict.
     """
 
     signer: str | None = None
     keyid: str | None = None
+    identity: str | None = None
     reason: str = ""
     verdicts: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.signer is None:
             return self.reason
-        return f"signed by {self.signer} (key {str(self.keyid)[:12]}), trusted here"
+        by = f"{self.identity}, " if self.identity else ""
+        return f"signed by {self.signer} ({by}key {str(self.keyid)[:12]}), trusted here"
 
     def to_json(self) -> dict[str, Any]:
         """For programs; later versions only add."""
@@ -41,6 +44,7 @@ class Signatures:
             "trusted": self.signer is not None,
             "signer": self.signer,
             "keyid": self.keyid,
+            "identity": self.identity,
             "reason": self.reason or None,
             "verdicts": dict(self.verdicts),
         }
@@ -66,5 +70,6 @@ def signatures_of(entry: Entry, statements_dir: Path, policy: TrustPolicy) -> Si
     return Signatures(
         signer=done.signer.name,
         keyid=done.signer.key.keyid,
+        identity=done.signer.identity,
         verdicts={found.statement: found.signer.name for found in done.verdicts},
     )

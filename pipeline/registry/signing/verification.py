@@ -39,14 +39,14 @@ from pipeline.registry.signing.model_signature import (
     MAX_SIGNATURE_BYTES,
     MODEL_SIGNATURE,
     available,
-    check_engine_signature,
+    believed_engine_signature,
 )
 from pipeline.registry.signing.signer import (
     MANIFEST_ENVELOPE,
     PROVENANCE_ENVELOPE,
     TEST_RESULT_ENVELOPE,
 )
-from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
+from pipeline.registry.signing.trust import Role, Signer, TrustPolicy
 from pipeline.registry.statements import REPORT, Statement, read_statements
 from pipeline.stages import Package, VerdictName
 
@@ -69,7 +69,7 @@ class SignedVerdict:
     card: str
     verdict: VerdictName
     statement: str
-    signer: TrustedKey
+    signer: Signer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Verification:
     """
 
     package: Package
-    signer: TrustedKey | None
+    signer: Signer | None
     model_signature: ModelSignature
     builder_id: str | None
     verdicts: tuple[SignedVerdict, ...] = ()
@@ -138,7 +138,7 @@ class _Check:
     statements: Sequence[Statement]
     ignored: list[str] = field(default_factory=list)
 
-    def build_signer(self, allow_unsigned: bool) -> TrustedKey | None:
+    def build_signer(self, allow_unsigned: bool) -> Signer | None:
         """Who signed the bytes of the manifest."""
         found = self._first(MANIFEST_ENVELOPE, self._manifest_signer)
         if found is None and not allow_unsigned:
@@ -148,7 +148,7 @@ class _Check:
             )
         return found
 
-    def _manifest_signer(self, path: Path) -> TrustedKey:
+    def _manifest_signer(self, path: Path) -> Signer:
         envelope, signer = self._open(path, MANIFEST_TYPE, "builds")
         if digest_bytes(envelope.payload) == self.package.digest:
             return signer
@@ -168,16 +168,8 @@ class _Check:
 
     def _check_model_signature(self, path: Path) -> ModelSignature:
         data = _read(path, MAX_SIGNATURE_BYTES)
-        keys = [key for key in self.policy.keys if self.policy.may(key, "builds")]
-        fault = UntrustedError(f"{path}: no key is trusted to sign builds")
-        for key in keys:
-            try:
-                check_engine_signature(data, self.package.manifest, key.key, str(path))
-            except UntrustedError as error:
-                fault = error
-            else:
-                return "verified"
-        raise fault
+        believed_engine_signature(data, self.package.manifest, self.policy, str(path))
+        return "verified"
 
     def builder_id(self) -> str | None:
         """The builder that signed provenance names."""
@@ -274,7 +266,7 @@ class _Check:
             statement.dir / name for statement in self.statements if _there(statement.dir / name)
         )
 
-    def _open(self, path: Path, payload_type: str, role: Role) -> tuple[Envelope, TrustedKey]:
+    def _open(self, path: Path, payload_type: str, role: Role) -> tuple[Envelope, Signer]:
         """A signed file, and who signed it."""
         envelope = parse_envelope(_read(path, MAX_ENVELOPE_BYTES), str(path))
         if envelope.payload_type != payload_type:
@@ -285,7 +277,7 @@ class _Check:
 
     def _predicate(
         self, path: Path, predicate_type: str, role: Role
-    ) -> tuple[dict[str, Any], TrustedKey]:
+    ) -> tuple[dict[str, Any], Signer]:
         envelope, signer = self._open(path, STATEMENT_TYPE, role)
         digest = self.package.digest
         return parse_statement(envelope.payload, predicate_type, digest, str(path)), signer

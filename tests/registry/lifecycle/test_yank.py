@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConflictError, NotFoundError, RecipeError, UntrustedError
-from pipeline.registry.lifecycle.records import Yank, sign_record
+from pipeline.registry.lifecycle.records import Yank, now, sign_record
 from pipeline.registry.lifecycle.yank import (
     YANK_ENVELOPE,
     read_yank_of,
@@ -21,6 +21,7 @@ from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place
 from pipeline.stages import Reference
+from tests.registry.signing.certificates import authority
 
 World = Any
 
@@ -104,6 +105,21 @@ def test_strangers_can_neither_yank_nor_undo(world: World) -> None:
             world.policy,
         )
     assert "yank-000006" not in {one.name for one in world.store.statements(place)}
+
+
+def test_a_yank_outlasts_its_certificate_and_what_undoes_one_does_not(world: World) -> None:
+    reference, ca = world.publish(), authority()
+    policy = replace(world.policy, identities=(ca.trusted("channels"),))
+    place, expired = Place.of(reference), ca.signer(days=(-5, -1))
+    yank = Yank(reference=reference, seq=1, yanked=True, actor="ada", reason="crashes", at=now())
+    world.store.put_statement(place, "yank-000001", {YANK_ENVELOPE: sign_record(yank, expired)})
+    assert read_yank_of(world.store, reference, policy) == yank
+    for signer in (expired, authority().signer(days=(-5, -1))):
+        undo = sign_record(replace(yank, seq=2, yanked=False), signer)
+        world.store.put_statement(
+            place, f"yank-{2 + (signer is expired):06d}", {YANK_ENVELOPE: undo}
+        )
+        assert read_yank_of(world.store, reference, policy) == yank
 
 
 @pytest.mark.parametrize("where", ["later", "other package"])

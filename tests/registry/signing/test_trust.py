@@ -10,11 +10,11 @@ import yaml
 from pipeline.errors import RecipeError, UntrustedError
 from pipeline.registry.signing.envelope import MANIFEST_TYPE, parse_envelope, sign_envelope
 from pipeline.registry.signing.keys import generate_key, write_key_pair
+from pipeline.registry.signing.policy_file import load_policy
 from pipeline.registry.signing.trust import (
     OwnKey,
     TrustedKey,
     TrustPolicy,
-    load_policy,
     trust_for,
 )
 
