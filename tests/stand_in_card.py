@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.runners.session import Device, Session
+from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.transformers import open_checkpoint
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
@@ -96,6 +96,10 @@ class CardRunner:
     @property
     def device(self) -> Device:
         return "cuda"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES
 
     def why_not(self, engine: Engine) -> str | None:
         return None

@@ -18,16 +18,12 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.chat_probe import ChatSettings
+from pipeline.acceptance.comparison import available_bytes
 from pipeline.acceptance.cut import compare_cut
 from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.judge import QualityLimits, judge
-from pipeline.acceptance.measure import (
-    Measured,
-    Subject,
-    available_bytes,
-    measure_on_card,
-    measure_on_cpu,
-)
+from pipeline.acceptance.measure import measure_on_card, measure_on_cpu
+from pipeline.acceptance.subject import SIMULATIONS, Measured, Subject
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
 from pipeline.cache import StageCache, source_digest
@@ -50,19 +46,24 @@ _CODE = (
             "chat_judge",
             "chat_probe",
             "chat_prompts",
+            "comparison",
             "conditions",
             "cut",
             "harness",
             "harness_model",
             "judge",
+            "lengths",
             "measure",
             "physics",
             "prompts_file",
             "quality",
+            "reference",
             "sampler",
+            "slope",
             "source",
             "speed",
             "speed_sample",
+            "subject",
             "sustained",
             "sustained_run",
             "workload",
@@ -95,6 +96,8 @@ class Acceptance:
         max_perplexity_increase: 0.01 allows one percent over the source.
         max_mean_kl_nats: Allowed mean KL divergence, source to engine.
         min_top1_agreement: Required share of equal most likely tokens.
+        max_reference_noise: Allowed mean KL divergence of the engine to its own FP8 checkpoint, as
+            a multiple of the checkpoint's distance from itself, its sums rounded otherwise.
         sample_prompt: Answered greedily and shown.
         sample_tokens: Longest sample.
         repeats: Timed runs of each workload, after one warm-up.
@@ -121,6 +124,7 @@ class Acceptance:
     time_limit_s: PositiveFloat
     seed: NonNegativeInt
     max_spread: PositiveFloat = 0.5
+    max_reference_noise: PositiveFloat = 2.0
     chat: ChatSettings | None = None
     sustained: SustainedRun = SustainedRun()
     lm_eval: HarnessSettings | None = None
@@ -145,13 +149,17 @@ class Acceptance:
             max_perplexity_increase=self.max_perplexity_increase,
             max_mean_kl_nats=self.max_mean_kl_nats,
             min_top1_agreement=self.min_top1_agreement,
+            max_reference_noise=self.max_reference_noise,
         )
 
     def judged_positions(self, shape: ModelShape) -> int:
-        """Positions whose source log-probabilities are kept; 0 where time rules the model out."""
+        """Positions whose log-probabilities are kept; 0 where time rules the model out.
+
+        Each twice: of the source and of the FP8 checkpoint.
+        """
         if self.too_much(shape, 1 << 62, speed=False):
             return 0
-        return self.windows * (self.window_tokens - 1)
+        return 2 * self.windows * (self.window_tokens - 1)
 
     def key(self, config: Mapping[str, Any], runner: Runner, package_digest: str) -> str:
         """Names a measurement: the same key, the same question about the same bytes.
@@ -233,9 +241,11 @@ class Acceptance:
                 checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.twin_dir)
         else:
             measured = measure_on_cpu(self, subject, cache)
-        on_target = held is not None and held.card == target.card
+        there = held is not None and held.card == target.card
+        on_target = there and runner.name not in SIMULATIONS
         if not on_target:
-            not_run.insert(0, f"{target.card}: no such card here; speed and numerics on it")
+            why = "only a simulation ran on it" if there else "no such card here"
+            not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")
         if held is None and engine.limits.kv_cache_dtype == "fp8":
             not_run.insert(1, "FP8 KV cache: what runs here keeps the cache in float32")
         report = Report(
@@ -266,7 +276,8 @@ class Acceptance:
         need = _RAM_BYTES_PER_PARAM * shape.params
         if need > free_bytes:
             return f"needs about {need / 1e9:.1f} GB RAM, {free_bytes / 1e9:.1f} GB are free"
-        tokens = 2 * self.windows * self.window_tokens
+        # Of source, checkpoint and engine; the noise floor is within the roughness of the rate.
+        tokens = 3 * self.windows * self.window_tokens
         if speed:
             tokens += 2 * sum(
                 (self.repeats + load.warm_ups) * load.total_requests * load.osl

@@ -21,11 +21,19 @@ class QualityLimits:
         max_perplexity_increase: 0.01 allows one percent.
         max_mean_kl_nats: Mean KL divergence, source to engine.
         min_top1_agreement: Share of positions with the same most likely token.
+        max_reference_noise: Mean KL divergence of the engine to its own checkpoint, as a multiple
+            of the checkpoint's distance from itself.
     """
 
     max_perplexity_increase: float
     max_mean_kl_nats: float
     min_top1_agreement: float
+    max_reference_noise: float = 2.0
+
+
+SMALL_KL_NATS = 0.001
+"""Nobody can tell models apart that are nearer: the noise floor of a model without outliers can be
+zero, and another runtime is never that near."""
 
 
 def judge(
@@ -102,4 +110,19 @@ def _quality_findings(quality: Mapping[str, Any], limits: QualityLimits) -> Iter
         yield Finding(
             kind="regression",
             message=f"top-1 agreement {top1:.2%}, {limits.min_top1_agreement:.2%} required",
+        )
+    if (reference := quality.get("fp8_reference")) and reference["judged"]:
+        yield from _reference_findings(reference, limits)
+
+
+def _reference_findings(reference: Mapping[str, Any], limits: QualityLimits) -> Iterator[Finding]:
+    """Whether the engine computes its own checkpoint, as far as two runtimes can agree on one."""
+    kl, floor = (reference[key]["mean_kl_nats"]["value"] for key in ("engine", "noise_floor"))
+    allowed = max(limits.max_reference_noise * floor, SMALL_KL_NATS)
+    if kl > allowed:
+        yield Finding(
+            kind="regression",
+            message=f"mean KL {kl:.4f} nats to its own FP8 checkpoint, {allowed:.4f} allowed "
+            f"({limits.max_reference_noise:g} x the checkpoint's distance from itself): the "
+            "runtime computes something else than the checkpoint says",
         )

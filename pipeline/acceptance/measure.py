@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.acceptance.bandwidth import measure_bandwidth
 from pipeline.acceptance.card import HeldCard
-from pipeline.acceptance.chat_judge import chat_findings
-from pipeline.acceptance.chat_probe import Answer, ChatProbe
-from pipeline.acceptance.harness import harness_findings, run_harness
+from pipeline.acceptance.comparison import Comparison, available_bytes
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, ceiling_share, judge_physics
-from pipeline.acceptance.quality import SourceFigures, engine_figures, summarize_quality
 from pipeline.acceptance.source import Source
-from pipeline.acceptance.speed import measure_speed, spread_findings, summarize
+from pipeline.acceptance.speed import measure_speed, rate_findings, spread_findings, summarize
+from pipeline.acceptance.subject import SIMULATIONS, Measured, Subject
 from pipeline.acceptance.sustained import judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import run_sustained
 from pipeline.acceptance.workload import Workload
@@ -29,68 +28,14 @@ from pipeline.cache import StageCache
 from pipeline.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
-from pipeline.runners.session import BenchRunner, Runner, Session, SourceRunner
-from pipeline.stages import Engine, Finding, Weights
-from pipeline.text.windows import pack_windows
+from pipeline.runners.session import BenchRunner, Session, SourceRunner
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pipeline.acceptance.acceptance import Acceptance
 
 log = logging.getLogger(__name__)
 
-SIMULATIONS = frozenset({"transformers"})
-"""Runners that simulate the engine: their answers tell about it, their speed does not."""
 PHYSICS = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=72_000_000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is measured.
-
-    Attributes:
-        engine: The engine.
-        package_digest: The sealed package that holds it.
-        weights: The source model that it is compared with.
-        checkpoint_dir: The unified checkpoint that it was made from; None where only the package
-            is at hand.
-        plan: What follows from its recipe: shape, card, ceilings.
-        runner: What executes it here.
-    """
-
-    engine: Engine
-    package_digest: str
-    weights: Weights
-    checkpoint_dir: Path | None
-    plan: Plan
-    runner: Runner
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a run gave, as parts of the report.
-
-    Attributes:
-        quality: Perplexities, KL, agreement, the sample.
-        speed: One entry per workload.
-        chat: The chat probe.
-        lm_eval: Task -> metric -> value.
-        sustained: The sustained run.
-        physics: Shares of the card's ceilings.
-        findings: What the parts that judge themselves found.
-        not_run: What was left out, and why.
-    """
-
-    quality: Mapping[str, Any]
-    speed: tuple[Mapping[str, Any], ...] = ()
-    chat: Mapping[str, Any] = field(default_factory=dict)
-    lm_eval: Mapping[str, Any] = field(default_factory=dict)
-    sustained: Mapping[str, Any] = field(default_factory=dict)
-    physics: Mapping[str, Any] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-    not_run: tuple[str, ...] = ()
 
 
 def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Measured:
@@ -99,12 +44,14 @@ def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Me
     No sustained run: it is there for a card that throttles and a runtime that leaks its memory.
     """
     with _source(asked, subject, cache, on_card=False) as source:
-        answers = _Answers.of(asked, subject, source)
+        answers = Comparison.of(asked, subject, source, cache)
         with subject.runner.open(subject.engine) as session:
             found = answers.compare(session)
             if subject.runner.name in SIMULATIONS:
                 why = f"speed: runner {subject.runner.name} only simulates the engine"
-                return replace(found, not_run=(why,) if asked.cpu_workloads else ())
+                return replace(
+                    found, not_run=(*found.not_run, *([why] if asked.cpu_workloads else []))
+                )
             contenders: dict[str, Session] = {"engine": session, "transformers": source.session}
             speed = tuple(_timed(asked, subject, load, contenders) for load in asked.cpu_workloads)
             return _with_speed(asked, found, speed)
@@ -114,21 +61,28 @@ def measure_on_card(
     asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard
 ) -> Measured:
     """Quality, chat, speed and sustained load on a card; each model in a process of its own."""
-    on_target = held.card == subject.plan.request.target.card
+    # What only simulates the engine says nothing of its speed, on its own card either.
+    simulated = subject.runner.name in SIMULATIONS
+    on_target = held.card == subject.plan.request.target.card and not simulated
     workloads = demanded(asked, subject.plan) if on_target else undemanded(asked)
     bandwidth = measure_bandwidth()
     if bandwidth is not None:
         log.info("The card copies %.0f GB/s", bandwidth / 1e9)
     with _source(asked, subject, cache, on_card=True) as source:
-        answers = _Answers.of(asked, subject, source)
+        answers = Comparison.of(asked, subject, source, cache)
     with subject.runner.open(subject.engine) as session:
         found = answers.compare(session)
-        if not isinstance(subject.runner, BenchRunner):
+        if simulated:
+            why = f"speed: runner {subject.runner.name} only simulates the engine"
+            found = replace(found, not_run=(*found.not_run, why))
+        elif not isinstance(subject.runner, BenchRunner):
             speed = tuple(_timed(asked, subject, load, {"engine": session}) for load in workloads)
             found = _with_speed(asked, found, speed)
         found = _with_sustained(asked, subject, found, session, workloads)
     if isinstance(subject.runner, BenchRunner):
         found = _with_speed(asked, found, tuple(_benched(asked, subject, workloads)))
+    rates_kept = rate_findings(found.speed, demanded=on_target)
+    found = replace(found, findings=(*found.findings, *rates_kept))
     if not on_target:
         return found
     request = subject.plan.request
@@ -137,9 +91,10 @@ def measure_on_card(
         MeasuredRate(
             name=entry["workload"],
             batch=entry["batch"],
-            isl=round(entry.get("mean_isl", entry["isl"])),
-            osl=entry["osl"],
+            isl=entry.get("mean_isl", entry["isl"]),
+            osl=entry.get("mean_osl", entry["osl"]),
             output_tokens_per_s=entry["output_tokens_per_s"],
+            open_loop="request_rate" in entry,
         )
         for entry in found.speed
     ]
@@ -183,91 +138,6 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
     return Source(weights, cache, lambda: open_source(weights.dir), "transformers-float32")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Answers:
-    """What the source says, ready for the comparison."""
-
-    asked: Acceptance
-    subject: Subject
-    windows: NDArray[np.int64]
-    source: SourceFigures
-    chat: ChatProbe | None
-    source_chat: tuple[Answer, ...]
-    source_tasks: Mapping[str, Any] | None
-
-    @classmethod
-    def of(cls, asked: Acceptance, subject: Subject, source: Source) -> _Answers:
-        tokenizer = load_tokenizer(subject.engine.dir)
-        windows = pack_windows(
-            asked.text.documents(),
-            tokenizer,
-            seq_len=asked.window_tokens,
-            count=asked.windows,
-            seed=None,
-        )
-        chat = None
-        if asked.chat is not None:
-            chat = ChatProbe.prepare(
-                load_tokenizer(subject.weights.dir),
-                tokenizer,
-                asked.chat,
-                context=subject.engine.limits.max_seq_len,
-            )
-        return cls(
-            asked=asked,
-            subject=subject,
-            windows=windows,
-            source=source.figures(windows),
-            chat=chat,
-            source_chat=source.chat(chat) if chat else (),
-            source_tasks=_tasks(asked, subject, source.session) if asked.lm_eval else None,
-        )
-
-    def compare(self, session: Session) -> Measured:
-        """The engine against the source."""
-        asked = self.asked
-        tokenizer = load_tokenizer(self.subject.engine.dir)
-        figures = engine_figures(lambda tokens: session.logits(tokens), self.windows, self.source)
-        quality = summarize_quality(self.source.nll, figures, asked.seed)
-        quality["sample"] = _sample(session, tokenizer, asked.sample_prompt, asked.sample_tokens)
-        log.info("Sample: %s", quality["sample"]["answer"].replace("\n", " "))
-        found = Measured(quality=quality)
-        if self.chat is not None:
-            log.info("The engine answers %d chat prompts", len(self.chat.asked))
-            chat = self.chat.ask_engine(session, self.source_chat)
-            found = replace(found, chat=chat, findings=chat_findings(chat))
-        if asked.lm_eval is None or self.source_tasks is None:
-            return found
-        tasks = _tasks(asked, self.subject, session)
-        worse = harness_findings(self.source_tasks, tasks, asked.lm_eval.max_drop)
-        return replace(
-            found,
-            lm_eval={"source": self.source_tasks, "engine": tasks},
-            findings=(*found.findings, *worse),
-        )
-
-
-def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, Any]:
-    """Results of the lm-eval harness for one session."""
-    assert asked.lm_eval is not None
-    log.info("lm-eval: %s", ", ".join(asked.lm_eval.tasks))
-    return run_harness(
-        session,
-        load_tokenizer(subject.engine.dir),
-        asked.lm_eval,
-        context=subject.engine.limits.max_seq_len,
-        seed=asked.seed,
-    )
-
-
-def _sample(session: Session, tokenizer: Any, prompt: str, max_tokens: int) -> dict[str, str]:
-    """The prompt and its greedy answer."""
-    from pipeline.runners.chat import chat_prompt, eos_ids
-
-    tokens = list(session.stream(chat_prompt(tokenizer, prompt), max_tokens, eos_ids(tokenizer)))
-    return {"prompt": prompt, "answer": tokenizer.decode(tokens)}
-
-
 def _timed(
     asked: Acceptance, subject: Subject, workload: Workload, contenders: Mapping[str, Session]
 ) -> dict[str, Any]:
@@ -277,7 +147,8 @@ def _timed(
         vocab_size=subject.plan.request.shape.vocab_size,
         repeats=asked.repeats,
         seed=asked.seed,
-        tokenizer=load_tokenizer(subject.engine.dir) if workload.prompts_file else None,
+        tokenizer=_tokenizer(subject, workload),
+        eos_token_ids=_ends(subject, workload),
     )
     entry = summarize(workload, samples)
     beside = entry.get("transformers")
@@ -288,6 +159,20 @@ def _timed(
         f", Transformers {beside['output_tokens_per_s']:.1f}" if beside else "",
     )
     return entry
+
+
+def _tokenizer(subject: Subject, workload: Workload) -> Any | None:
+    """The tokenizer, for a workload whose prompts may be text."""
+    return load_tokenizer(subject.engine.dir) if workload.prompts_file else None
+
+
+def _ends(subject: Subject, workload: Workload) -> frozenset[int]:
+    """End-of-sequence ids of the model, for a workload whose answers end at them."""
+    from pipeline.runners.chat import eos_ids
+
+    if workload.ignore_eos:
+        return frozenset()
+    return eos_ids(load_tokenizer(subject.engine.dir))
 
 
 def _benched(
@@ -305,13 +190,6 @@ def _benched(
             seed=asked.seed,
             log_path=folder / f"{workload.name}.log",
         )
-
-
-def available_bytes() -> int:
-    """Memory that is free on this machine."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _with_speed(
@@ -332,17 +210,22 @@ def _with_sustained(
     workload = asked.sustained.chosen(workloads) if asked.sustained.minutes else None
     if workload is None:
         return found
-    log.info("Sustained run: %s for %.1f minutes", workload.name, asked.sustained.minutes)
-    samples = run_sustained(
+    asked_run, limits = asked.sustained, asked.sustained.limits
+    log.info("Sustained run: %s for %.1f minutes", workload.name, asked_run.minutes)
+    run = partial(
+        run_sustained,
         session,
         workload,
-        asked.sustained,
+        asked_run,
         vocab_size=subject.plan.request.shape.vocab_size,
         seed=asked.seed,
+        tokenizer=_tokenizer(subject, workload),
+        eos_token_ids=_ends(subject, workload),
     )
-    limits = asked.sustained.limits
+    samples = run()
+    cleared = run(clear=True) if asked_run.clear_cache else None
     return replace(
         found,
-        sustained=sustained_json(samples, limits, workload.name),
+        sustained=sustained_json(samples, limits, workload.name, cleared),
         findings=(*found.findings, *judge_sustained(samples, limits)),
     )

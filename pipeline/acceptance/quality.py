@@ -7,7 +7,7 @@ log-probabilities are computed once and kept: an engine is always compared with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +53,16 @@ def read_source_figures(folder: Path) -> SourceFigures:
     )
 
 
-def write_source_figures(session: Session, windows: NDArray[np.int64], out: Path) -> None:
-    """Run the source model over the windows [W, N]."""
+def write_source_figures(
+    session: Session, windows: NDArray[np.int64], out: Path, what: str = "Source model"
+) -> None:
+    """Run a model that others are compared with over the windows [W, N]; `what` for progress."""
     import numpy as np
 
     logprobs = None
     nll: list[NDArray[np.float32]] = []
     top1: list[NDArray[np.int32]] = []
-    with progress("Source model", len(windows), "windows") as done:
+    with progress(what, len(windows), "windows") as done:
         for index, window in enumerate(windows):
             values = log_softmax(session.logits(window.tolist())[:-1])
             if logprobs is None:
@@ -100,9 +102,22 @@ def engine_figures(
     Raises:
         CorruptError: A logit is not finite.
     """
+    return figures_against(logits_of, windows, (source,))[0]
+
+
+def figures_against(
+    logits_of: Callable[[list[int]], NDArray[np.float32]],
+    windows: NDArray[np.int64],
+    sources: Sequence[SourceFigures],
+) -> tuple[EngineFigures, ...]:
+    """As `engine_figures`, against several models, of which each has these windows first.
+
+    Raises:
+        CorruptError: A logit is not finite.
+    """
     import numpy as np
 
-    nll, kl, agrees = [], [], []
+    found: list[list[_Window]] = [[] for _ in sources]
     with progress("Engine", len(windows), "windows") as done:
         for index, window in enumerate(windows):
             raw = logits_of(window.tolist())[:-1]
@@ -112,12 +127,44 @@ def engine_figures(
                     "judged: check the calibration's outliers and quantizer.keep_16bit"
                 )
             values = log_softmax(raw)
-            reference = source.logprobs[index].astype(np.float32)
-            nll.append(next_token_nll(values, window))
-            kl.append((np.exp(reference) * (reference - values)).sum(axis=-1))
-            agrees.append(values.argmax(axis=-1) == source.top1[index])
+            nll, top1 = next_token_nll(values, window), values.argmax(axis=-1)
+            for rows, source in zip(found, sources, strict=True):
+                kl = divergence(source.logprobs[index], values)
+                rows.append((nll, kl, top1 == source.top1[index]))
             done(1)
-    return EngineFigures(nll=np.stack(nll), kl=np.stack(kl), agrees=np.stack(agrees))
+    return tuple(
+        EngineFigures(
+            nll=np.stack([nll for nll, _, _ in rows]),
+            kl=np.stack([kl for _, kl, _ in rows]),
+            agrees=np.stack([agrees for _, _, agrees in rows]),
+        )
+        for rows in found
+    )
+
+
+_Window = tuple["NDArray[np.float32]", "NDArray[np.float32]", "NDArray[np.bool_]"]
+"""Negative log-likelihoods, divergences and agreements of one window."""
+
+
+def divergence(logprobs: NDArray[np.float16], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """KL(first || second) of every position [N - 1], nats, of log-probabilities [N - 1, V]."""
+    import numpy as np
+
+    first = logprobs.astype(np.float32)
+    result: NDArray[np.float32] = (np.exp(first) * (first - others)).sum(axis=-1)
+    return result
+
+
+def between(source: SourceFigures, other: SourceFigures) -> EngineFigures:
+    """Compare two models whose figures are kept."""
+    import numpy as np
+
+    pairs = zip(source.logprobs, other.logprobs, strict=True)
+    return EngineFigures(
+        nll=other.nll,
+        kl=np.stack([divergence(one, two.astype(np.float32)) for one, two in pairs]),
+        agrees=other.top1 == source.top1,
+    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -153,6 +200,13 @@ def summarize_quality(
         "perplexity_change": _interval(
             engine_means - source_means, lambda mean: math.exp(mean) - 1.0, seed
         ),
+        **agreement(engine, seed),
+    }
+
+
+def agreement(engine: EngineFigures, seed: int) -> dict[str, Any]:
+    """How far one model is from another, with 95 % bootstrap intervals over windows."""
+    return {
         "mean_kl_nats": _interval(engine.kl.mean(axis=1), float, seed),
         "top1_agreement": _interval(engine.agrees.mean(axis=1), float, seed),
     }

@@ -9,13 +9,21 @@ from typing import Any
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
 from pipeline.acceptance.workload import Workload
-from pipeline.runners.session import Session
+from pipeline.runners.session import Demands, Generation, Session
 from pipeline.runners.vllm.timing import latency_percentiles
 from pipeline.stages import Finding
 
-__all__ = ["SpeedSample", "measure_speed", "spread_findings", "summarize"]
+__all__ = [
+    "SpeedSample",
+    "generated",
+    "measure_speed",
+    "rate_findings",
+    "spread_findings",
+    "summarize",
+]
 
 ENGINE, BASELINE = "engine", "transformers"
+Waves = Sequence[tuple[list[list[int]], Demands | None]]
 
 
 def measure_speed(
@@ -26,6 +34,7 @@ def measure_speed(
     repeats: int,
     seed: int,
     tokenizer: Any | None = None,
+    eos_token_ids: frozenset[int] = frozenset(),
 ) -> dict[str, list[SpeedSample]]:
     """Time every contender on the same prompts; they alternate, so that drift hits all alike.
 
@@ -39,16 +48,14 @@ def measure_speed(
         repeats: Timed runs of each.
         seed: Of synthetic prompts, where the workload has none of its own.
         tokenizer: For a workload whose file of prompts has text.
+        eos_token_ids: Of the model, for a workload whose answers end at them.
 
     Raises:
         PipelineError: A run gave too few tokens, or times that no run can have.
         RecipeError: The workload's file of prompts does not fit.
     """
     prompts = workload.request_prompts(vocab_size, seed, tokenizer)
-    waves = [
-        [list(prompt) for prompt in prompts[start : start + workload.batch]]
-        for start in range(0, len(prompts), workload.batch)
-    ]
+    waves = workload.waves(prompts, seed, eos_token_ids)
     samples: dict[str, list[SpeedSample]] = {name: [] for name in contenders}
     for run in range(workload.warm_ups + repeats):
         timed = run >= workload.warm_ups
@@ -59,18 +66,31 @@ def measure_speed(
     return samples
 
 
-def _timed(
-    session: Session, waves: Sequence[Sequence[Sequence[int]]], osl: int, *, sampled: bool
-) -> SpeedSample:
+def _timed(session: Session, waves: Waves, osl: int, *, sampled: bool) -> SpeedSample:
     """One run; a warm-up is held to its number of tokens too."""
     device = None
     if sampled:
         with device_samples() as readings:
-            made = [session.generate(wave, osl) for wave in waves]
+            made = [generated(session, *wave, osl) for wave in waves]
         device = DeviceUse.of(readings)
     else:
-        made = [session.generate(wave, osl) for wave in waves]
-    return SpeedSample.of_waves(made, prompts=waves, osl=osl, device=device)
+        made = [generated(session, *wave, osl) for wave in waves]
+    return SpeedSample.of_waves(
+        made,
+        prompts=[prompts for prompts, _ in waves],
+        osl=osl,
+        demands=[demands for _, demands in waves],
+        device=device,
+    )
+
+
+def generated(
+    session: Session, prompts: list[list[int]], demands: Demands | None, osl: int
+) -> Generation:
+    """One call of a session: `demands` as `Workload.waves` gives them."""
+    if demands is None:
+        return session.generate(prompts, osl)
+    return session.generate(prompts, osl, demands)
 
 
 def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) -> dict[str, Any]:
@@ -101,6 +121,15 @@ def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) 
         read = runs[0].prompt_tokens
         if read is not None:  # `isl` is the longest prompt, a ceiling needs their mean
             entry["mean_isl"] = round(read / workload.total_requests, 3)
+        if not workload.lengths_are_known_and_equal:
+            made = sum(run.output_tokens or 0 for run in runs)
+            entry["mean_osl"] = round(made / len(runs) / workload.total_requests, 3)
+    if workload.request_rate is not None:
+        achieved = [run.achieved_request_rate for run in runs]
+        entry["request_rate"] = {
+            "asked": workload.request_rate,
+            "achieved": round(statistics.median(rate for rate in achieved if rate is not None), 3),
+        }
     if BASELINE in samples:
         baseline = {**_medians(samples[BASELINE]), **_rates(samples[BASELINE])}
         ratio = engine["output_tokens_per_s"] / baseline["output_tokens_per_s"]
@@ -127,6 +156,35 @@ def _rates(runs: Sequence[SpeedSample]) -> dict[str, Any]:
         "samples": [round(rate, 2) for rate in rates],
         "spread": round(spread, 6) if len(rates) > 1 else None,
     }
+
+
+MIN_ACHIEVED_SHARE = 0.95
+"""Of the asked request rate. Below it the queue grows by more than one request in twenty that come,
+and every latency is that of the run's length."""
+
+
+def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> tuple[Finding, ...]:
+    """Workloads whose requests came faster than they were answered.
+
+    Args:
+        speed: Entries of `summarize`.
+        demanded: Whether the engine is judged by its speed here, as on the card that it is for.
+
+    Returns:
+        `rejected` for each of them, or a note where nothing is demanded.
+    """
+    found = []
+    for entry in speed:
+        if (rate := entry.get("request_rate")) is None:
+            continue
+        if not rate["achieved"] >= MIN_ACHIEVED_SHARE * rate["asked"]:
+            message = (
+                f"{entry['workload']}: {rate['asked']:g} requests arrive a second, "
+                f"{rate['achieved']:g} are answered: the queue grows, and the latencies are those "
+                "of a queue; lower request_rate, raise batch, or take a larger card"
+            )
+            found.append(Finding(kind="rejected" if demanded else "note", message=message))
+    return tuple(found)
 
 
 def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> tuple[Finding, ...]:

@@ -2,8 +2,7 @@
 
 Both figures are robust, because one slow second or one late allocation is neither throttling nor a
 leak. Throughput is compared between the medians of a first and a last window; memory by the median
-of the slopes between all pairs of samples (Theil-Sen; it bears up to 29 % of stray samples: Sen,
-"Estimates of the regression coefficient based on Kendall's tau", JASA 63, 1968).
+of the slopes between all pairs of samples (`pipeline.acceptance.slope`).
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.acceptance.slope import theil_sen_slope
 from pipeline.errors import CorruptError
 from pipeline.stages import Finding
-
-_SLOPE_POINTS = 240
-"""Memory samples that the slope looks at: 28,680 pairs, some hundredths of a second. A longer run
-is thinned evenly, first and last sample kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,20 +173,58 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple
 
 
 def sustained_json(
-    samples: Sequence[Sample], limits: SustainedLimits, workload: str
+    samples: Sequence[Sample],
+    limits: SustainedLimits,
+    workload: str,
+    cleared: Sequence[Sample] | None = None,
 ) -> Mapping[str, Any]:
     """The report's `sustained`: workload, limits, figures (null for too little of a run), samples.
+
+    Args:
+        samples: Of the run that is judged.
+        limits: What it is judged by.
+        workload: Its name.
+        cleared: Of the second run, the allocator's cache freed after each batch; None without one.
 
     Raises:
         CorruptError: As `sustained_figures`.
     """
     figures = sustained_figures(samples, limits)
-    return {
+    document: dict[str, Any] = {
         "workload": workload,
         "limits": limits.to_json(),
         "figures": None if isinstance(figures, str) else figures.to_json(),
         "samples": [sample.to_json() for sample in samples],
     }
+    if cleared is not None:
+        other = sustained_figures(cleared, limits)
+        document["cache_cleared"] = {
+            "figures": None if isinstance(other, str) else other.to_json(),
+            "effect": _effect(samples, cleared, limits),
+            "samples": [sample.to_json() for sample in cleared],
+        }
+    return document
+
+
+def _effect(
+    samples: Sequence[Sample], cleared: Sequence[Sample], limits: SustainedLimits
+) -> dict[str, float | None]:
+    """What clearing changed, medians after the warm-up: with it against without it.
+
+    `throughput_change` is a share, negative where clearing costs; `memory_change_bytes` is null
+    where memory was not read throughout. Both are null without samples after the warm-up.
+    """
+    changes: dict[str, float | None] = {"throughput_change": None, "memory_change_bytes": None}
+    kept = [[s for s in run if s.t_s >= limits.warm_up_s] for run in (samples, cleared)]
+    if not all(kept):
+        return changes
+    before, after = (statistics.median(s.output_tokens_per_s for s in run) for run in kept)
+    if before > 0:
+        changes["throughput_change"] = after / before - 1
+    memory = [[s.memory_bytes for s in run if s.memory_bytes is not None] for run in kept]
+    if all(len(known) == len(run) for known, run in zip(memory, kept, strict=True)):
+        changes["memory_change_bytes"] = statistics.median(memory[1]) - statistics.median(memory[0])
+    return changes
 
 
 def _require_sound(samples: Sequence[Sample]) -> None:
@@ -212,12 +246,4 @@ def _memory_growth(judged: Sequence[Sample], duration_s: float) -> float | None:
     points = [(s.t_s, s.memory_bytes) for s in judged if s.memory_bytes is not None]
     if len(points) < len(judged):
         return None
-    if len(points) > _SLOPE_POINTS:
-        step = (len(points) - 1) / (_SLOPE_POINTS - 1)
-        points = [points[round(index * step)] for index in range(_SLOPE_POINTS)]
-    slopes = [
-        (later - earlier) / (t_later - t_earlier)
-        for index, (t_earlier, earlier) in enumerate(points)
-        for t_later, later in points[index + 1 :]
-    ]
-    return statistics.median(slopes) * duration_s
+    return theil_sen_slope(points) * duration_s

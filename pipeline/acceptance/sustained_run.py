@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +11,13 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.sampler import Samples, device_samples
+from pipeline.acceptance.speed import SpeedSample, generated
 from pipeline.acceptance.sustained import Sample, SustainedLimits
 from pipeline.acceptance.workload import Workload
+from pipeline.errors import Fault, RecipeError
 from pipeline.progress import progress
-from pipeline.runners.session import Session
+from pipeline.runners.session import CacheClearing, Session
 from pipeline.settings import STRICT
-
-log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
 
@@ -34,8 +33,10 @@ class SustainedRun:
         workload: Name of the target that is repeated; empty for the one with the largest batch.
         max_throughput_drop: Allowed loss of throughput, first against last window.
         max_memory_growth_mib: Allowed growth of device memory, MiB.
-        clear_cache: Free the allocator's cache between batches, where the runner can: a leak that
-            this hides is one of the allocator's. Changes nothing that is computed.
+        clear_cache: Run a second time as long, the allocator's cache freed after each batch, and
+            report both: what that costs in throughput, and whether it ends a growth of memory,
+            which then is the allocator's and no leak. The first run is the one that is judged.
+            Changes nothing that is computed. For a runner that can: see its abilities.
     """
 
     minutes: NonNegativeFloat = 0.0
@@ -76,19 +77,41 @@ def run_sustained(
     *,
     vocab_size: int,
     seed: int,
+    tokenizer: Any | None = None,
+    eos_token_ids: frozenset[int] = frozenset(),
+    clear: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Sample]:
     """Repeat a workload until the time is over; one sample for each batch.
 
-    A batch is never cut short, so the run is longer than asked by less than one batch.
+    A batch is never cut short, so the run is longer than asked by less than one batch. Of a
+    workload in waves the first is repeated; where requests arrive at a rate, all of a run.
+
+    Args:
+        session: What runs.
+        workload: What is repeated.
+        asked: How long.
+        vocab_size: As in `measure_speed`, like the next three.
+        seed: Of synthetic prompts.
+        tokenizer: For a file of prompts with text.
+        eos_token_ids: Of the model.
+        clear: Free the allocator's cache after each batch; its time counts.
+        clock: Seconds of a monotonic clock.
+
+    Raises:
+        PipelineError: The first batch gave too few tokens, or times that no run can have.
+        RecipeError: The session has no cache that can be cleared.
     """
-    prompts = [list(one) for one in workload.request_prompts(vocab_size, seed)][: workload.batch]
-    clear = getattr(session, "clear_cache", None) if asked.clear_cache else None
-    if asked.clear_cache and clear is None:
-        log.warning("acceptance.sustained.clear_cache: this runner has no cache that we can clear")
+    if clear and not isinstance(session, CacheClearing):
+        message = "this runner has no cache that can be cleared from here; set it to false"
+        raise RecipeError([Fault("acceptance.sustained.clear_cache", message)])
+    prompts, demands = workload.waves(
+        workload.request_prompts(vocab_size, seed, tokenizer), seed, eos_token_ids
+    )[0]
     seconds = 60.0 * asked.minutes
     taken: list[tuple[float, float]] = []
-    session.generate(prompts, workload.osl)  # compiles, allocates
+    made = generated(session, prompts, demands, workload.osl)  # compiles, allocates
+    SpeedSample.of_waves([made], prompts=[prompts], osl=workload.osl, demands=[demands])
     with (
         device_samples(_INTERVAL_S) as readings,
         progress("Sustained run", int(seconds), "s") as done,
@@ -96,11 +119,11 @@ def run_sustained(
         started = clock()
         told = 0
         while (now := clock() - started) < seconds:
-            session.generate(prompts, workload.osl)
-            if clear is not None:
-                clear()
+            made = generated(session, prompts, demands, workload.osl)
+            if clear and isinstance(session, CacheClearing):
+                session.clear_cache()
             ended = clock() - started
-            taken.append((ended, workload.batch * workload.osl / (ended - now)))
+            taken.append((ended, made.output_tokens / (ended - now)))
             done(min(int(ended), int(seconds)) - told)
             told = min(int(ended), int(seconds))
     return [_sample(started, at_s, rate, readings) for at_s, rate in taken]

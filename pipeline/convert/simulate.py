@@ -96,11 +96,17 @@ def _wrap(linear: Any, scale: float | None, accumulate: Accumulation) -> None:
 
     dtype = torch.float64 if accumulate == "float64" else torch.float32
     flipped = [-1] if accumulate == "float32-reversed" else []
-    weight = linear.weight.data.to(dtype).flip(flipped).contiguous()
+    # Another sum needs a copy; else the module's own weight, which moves with it to a device.
+    other = None
+    if accumulate != "float32":
+        other = linear.weight.data.to(dtype).flip(flipped).contiguous()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         rounded = x if scale is None else fake_quantize(x, scale)
-        product = torch.nn.functional.linear(rounded.to(dtype).flip(flipped), weight)
+        if other is None:
+            product = torch.nn.functional.linear(rounded, linear.weight)
+        else:
+            product = torch.nn.functional.linear(rounded.to(dtype).flip(flipped), other)
         return product.to(x.dtype) if linear.bias is None else product.to(x.dtype) + linear.bias
 
     linear.forward = forward

@@ -72,12 +72,12 @@ class Roofline:
         """Ceiling of prompt tokens per second; lm_head sees only the last token of a prompt."""
         return 1 / self.layer_s_per_token
 
-    def ttft_floor_ms(self, isl: int) -> float:
+    def ttft_floor_ms(self, isl: float) -> float:
         """Least time to the first token of one prompt that has the card for itself."""
         compute_s = isl * self.layer_s_per_token + self.lm_head_s_per_token
         return 1e3 * max(compute_s, self._memory_s(1, 0))
 
-    def mean_context(self, isl: int, osl: int) -> float:
+    def mean_context(self, isl: float, osl: float) -> float:
         """Tokens of cache that a decode step reads for one sequence, averaged over the output.
 
         The step that makes output token `t + 1` (`t` from 1) reads `isl + t` of them: the first

@@ -89,6 +89,7 @@ def make_plan(request: PlanRequest) -> Plan:
             *fit_faults(request, fit),
             *target_faults,
             *known_faults,
+            *request.faults,
         ),
         notes=(*fit_notes(request, fit), *target_notes, *known_notes),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.errors import Fault
 from pipeline.hardware import Target
 from pipeline.shapes import ModelShape
 from pipeline.stages import Format, Limits
@@ -26,6 +27,8 @@ class PlannedWorkload:
             workload that is measured without a target.
         min_share_of_ceiling: The same as a share of this workload's ceiling, above 0 and at most 1;
             None where the target is a rate or there is none.
+        mean_isl: Mean prompt length where prompts differ, tokens; None where all have `isl`.
+        mean_osl: Mean output length where outputs differ, tokens; None where all have `osl`.
         path: Config path of this workload, for faults; by default `acceptance.targets[<index>]`.
     """
 
@@ -35,6 +38,8 @@ class PlannedWorkload:
     osl: int
     min_output_tokens_per_s: float | None = None
     min_share_of_ceiling: float | None = None
+    mean_isl: float | None = None
+    mean_osl: float | None = None
     path: str = ""
 
 
@@ -56,8 +61,10 @@ class PlanRequest:
             empty version where it is not known.
         facts: Further conditions of the known-bad table: `cuda` (version), `speculation`
             (such as `mtp`), `weight_scales` (`tensor` or `block`; by default `tensor`).
-        judged_positions: Tokens of held-out text whose predictions acceptance compares with the
-            source's, which it keeps; 0 where the whole model is not run.
+        judged_positions: Tokens of held-out text whose predictions acceptance keeps, of the source
+            and of the checkpoint together; 0 where the whole model is not run.
+        faults: What is wrong with the recipe beyond sizes, such as a workload that its runner does
+            not execute.
     """
 
     name: str
@@ -71,6 +78,7 @@ class PlanRequest:
     runtime: tuple[str, str]
     facts: Mapping[str, str] = field(default_factory=dict)
     judged_positions: int = 0
+    faults: tuple[Fault, ...] = ()
 
     def workload_path(self, index: int) -> str:
         """Config path of one workload."""

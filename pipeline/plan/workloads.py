@@ -52,8 +52,14 @@ class WorkloadPlan:
 def plan_workload(
     workload: PlannedWorkload, request: PlanRequest, roofline: Roofline, fit: Fit
 ) -> WorkloadPlan:
-    """Ceilings of one workload."""
-    context = roofline.mean_context(workload.isl, workload.osl)
+    """Ceilings of one workload.
+
+    Where lengths differ, those of the mean request: answers that vary make the mean context of a
+    token longer than that, which only lowers what is reached.
+    """
+    isl = workload.isl if workload.mean_isl is None else workload.mean_isl
+    osl = workload.osl if workload.mean_osl is None else workload.mean_osl
+    context = roofline.mean_context(isl, osl)
     ceiling = roofline.decode_tokens_per_s(workload.batch, context)
     share = workload.min_share_of_ceiling
     target = workload.min_output_tokens_per_s if share is None else share * ceiling
@@ -78,6 +84,6 @@ def plan_workload(
             else roofline.reachable_batch(target, context, lambda batch: fit.holds(batch, held))
         ),
         prefill_tokens_per_s=roofline.prefill_tokens_per_s(),
-        ttft_floor_ms=roofline.ttft_floor_ms(workload.isl),
+        ttft_floor_ms=roofline.ttft_floor_ms(isl),
         kv_bytes=workload.batch * total * fit.kv_bytes_per_token,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import Fault, RecipeError
+from pipeline.runners.session import UNUSED_TOKEN, Demands
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +107,64 @@ def greedy_steps(
             return
         logits = decoder.step(tokens[:, None], lengths, index)[:, 0]
         lengths += 1
+
+
+class Rows:
+    """Which rows of a batch still go on, and how far each came.
+
+    The batch is static: a row that has ended is computed on until the last one ends, and its
+    further tokens count for nothing.
+    """
+
+    def __init__(self, rows: int, osl: int, demands: Demands | None) -> None:
+        """Nothing has come yet.
+
+        Args:
+            rows: How many.
+            osl: Output tokens of each, where `demands` does not say it.
+            demands: Of the batch; None for `osl` tokens of each row.
+
+        Raises:
+            RecipeError: The requests arrive one by one; a batch has to start together.
+        """
+        import numpy as np
+
+        if demands is not None and demands.arrivals_s:
+            message = "this runner decodes static batches, requests cannot arrive while one runs"
+            raise RecipeError([Fault("", f"{message}; leave request_rate out, or use runner=vllm")])
+        limits = (osl,) * rows if demands is None else demands.osl_each
+        self._limits = np.array(limits, np.int64)
+        self._eos = np.array(sorted(demands.eos_token_ids) if demands else [], np.int64)
+        self._ended = np.zeros(rows, bool)
+        self._lengths = np.zeros(rows, np.int64)
+        self._differ = demands is not None
+
+    def take(self, tokens: NDArray[np.int64]) -> bool:
+        """Count the next token of each row [rows]; whether all have ended by now."""
+        import numpy as np
+
+        self._lengths += ~self._ended
+        self._ended |= (self._lengths >= self._limits) | np.isin(tokens, self._eos)
+        return bool(self._ended.all())
+
+    @property
+    def ended(self) -> NDArray[np.bool_]:
+        """Rows that have ended [rows]."""
+        return self._ended
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Tokens of each row, as `Generation.lengths`; None where nothing lets them differ."""
+        return tuple(int(length) for length in self._lengths) if self._differ else None
+
+    def cut(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens [rows, steps] with `UNUSED_TOKEN` behind the end of each row."""
+        import numpy as np
+
+        if not self._differ:
+            return tokens
+        behind = np.arange(tokens.shape[1]) >= self._lengths[:, None]
+        return np.where(behind, UNUSED_TOKEN, tokens)
 
 
 def generate_greedy(

@@ -19,8 +19,8 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.convert.stage import CPU_GRAPH
 from pipeline.errors import CorruptError, IncompatibleError
-from pipeline.runners.decode import greedy_steps, prefill, stream_greedy
-from pipeline.runners.session import Device, Generation, Session
+from pipeline.runners.decode import Rows, greedy_steps, prefill, stream_greedy
+from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
 
@@ -144,16 +144,27 @@ class OnnxRuntimeSession:
         logits: NDArray[np.float32] = self._decoder_for(1).step(ids, start, every)[0]
         return logits
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         import numpy as np
 
         decoder = self._decoder_for(len(prompts))
+        rows, made = Rows(len(prompts), osl, demands), []
         started = time.perf_counter()
         state = prefill(decoder, prompts)
         first = time.perf_counter()
-        tokens = np.stack(list(greedy_steps(decoder, state, osl)), axis=1)
+        for tokens in greedy_steps(decoder, state, osl):
+            made.append(tokens)
+            if rows.take(tokens):
+                break
         ended = time.perf_counter()
-        return Generation(tokens=tokens, ttft_s=first - started, total_s=ended - started)
+        return Generation(
+            tokens=rows.cut(np.stack(made, axis=1)),
+            ttft_s=first - started,
+            total_s=ended - started,
+            lengths=rows.lengths,
+        )
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
@@ -199,6 +210,10 @@ class OnnxRuntimeRunner:
     @property
     def device(self) -> Device:
         return "cpu"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.twin_dir is None:

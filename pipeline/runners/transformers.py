@@ -1,4 +1,4 @@
-"""Executes a model with Transformers on a CPU: the source, and the simulated FP8 checkpoint.
+"""Executes a model with Transformers: the source, and the simulated FP8 checkpoint.
 
 The slow baseline that an engine is compared with, and the reference for its quality.
 """
@@ -9,15 +9,20 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
+from pipeline.acceptance.conditions import read_conditions
 from pipeline.convert.simulate import load_simulation
 from pipeline.errors import IncompatibleError
 from pipeline.hf import load_model, quiet
-from pipeline.runners.session import Device, Generation, Session
+from pipeline.runners.decode import Rows
+from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
+from pipeline.runners.vllm.session import Timeouts
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
 
@@ -27,32 +32,54 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+EQUAL_PROMPTS: frozenset[Ability] = BATCHES - {"isl_distribution", "prompts_file"}
+"""What `TransformersSession` executes, also as the baseline beside an engine."""
+
+
+def clear_torch_cache() -> None:
+    """Give back what PyTorch's CUDA allocator keeps of freed memory; on a CPU it keeps none."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class TransformersSession:
     """`pipeline.runners.session.Session` on a Transformers model in float32."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: Device = "cpu") -> None:
+        """Take a model that is on `device` already."""
         self._model = model
+        self._device = device
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         import torch
 
         with torch.inference_mode():
-            output = self._model(torch.tensor([list(tokens)]), use_cache=False)
-        result: NDArray[np.float32] = output.logits[0].float().numpy()
+            output = self._model(self._ids([tokens]), use_cache=False)
+        result: NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         return result
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         """As the Protocol says; prompts must be equally long, so that no padding is timed."""
         import torch
         from transformers import StoppingCriteriaList
 
-        ids = torch.tensor([list(prompt) for prompt in prompts])
+        ids = self._ids(prompts)
+        rows = Rows(len(prompts), osl, demands)
         token_times: list[float] = []
 
         def note_time(tokens: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-            """A stopping criterion that never stops; called after each token of the batch."""
+            """A stopping criterion, called after each token of the batch: who has ended."""
+            newest = tokens[:, -1].cpu().numpy()  # waits for the card
             token_times.append(time.perf_counter())
-            return torch.zeros(len(tokens), dtype=torch.bool)
+            rows.take(newest)
+            return torch.from_numpy(rows.ended.copy()).to(tokens.device)
 
         started = time.perf_counter()
         with quiet(), torch.inference_mode():
@@ -65,19 +92,25 @@ class TransformersSession:
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([note_time]),
             )
+            tokens = made[:, ids.shape[1] :].cpu().numpy()
         ended = time.perf_counter()
         return Generation(
-            tokens=made[:, ids.shape[1] :].numpy(),
+            tokens=rows.cut(tokens),
             ttft_s=token_times[0] - started,
             total_s=ended - started,
+            lengths=rows.lengths,
         )
+
+    def clear_cache(self) -> None:
+        """Give freed memory back: Python's unreachable objects, then the CUDA allocator's cache."""
+        clear_torch_cache()
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
         import torch
 
-        ids = torch.tensor([list(prompt)])
+        ids = self._ids([prompt])
         cache = None
         with torch.inference_mode():
             for _ in range(max_new_tokens):
@@ -87,7 +120,13 @@ class TransformersSession:
                 if token in eos_token_ids:
                     return
                 yield token
-                ids = torch.tensor([[token]])
+                ids = self._ids([[token]])
+
+    def _ids(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        import torch
+
+        ids = torch.tensor([list(prompt) for prompt in prompts])
+        return ids if self._device == "cpu" else ids.to(self._device)
 
 
 @contextlib.contextmanager
@@ -104,22 +143,63 @@ def open_checkpoint(checkpoint_dir: Path, context: int) -> Iterator[Transformers
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TransformersRunner:
-    """Runs a checkpoint engine as a float32 simulation of its FP8 linears."""
+    """Runs a checkpoint engine as a float32 simulation of its FP8 linears.
+
+    It tells about the engine's answers, on a card too; its speed is not the engine's. So what it
+    runs is `checked` at best, wherever it runs.
+
+    Attributes:
+        device: `cpu`, or `cuda` for a process of its own on this machine's card, whose memory ends
+            with it: there a sustained run measures what PyTorch's allocator does. Not run on a
+            card yet.
+        load_timeout_s: Longest time for loading there.
+        answer_timeout_s: Longest time for one answer there, or the next token of a stream.
+    """
+
+    device: Device = "cpu"
+    load_timeout_s: PositiveFloat = 900.0
+    answer_timeout_s: PositiveFloat = 600.0
 
     @property
     def name(self) -> str:
         return "transformers"
 
     @property
-    def device(self) -> Device:
-        return "cpu"
+    def abilities(self) -> frozenset[Ability]:
+        return EQUAL_PROMPTS | {"clear_cache"}
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "checkpoint":
             return f"runner=transformers simulates checkpoint engines, not {engine.format}"
-        return None
+        return _no_cuda() if self.device == "cuda" else None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if reason := self.why_not(engine):
             raise IncompatibleError(reason)
-        return open_checkpoint(engine.dir, engine.limits.max_seq_len)
+        context = engine.limits.max_seq_len
+        if self.device == "cpu":
+            return open_checkpoint(engine.dir, context)
+        from pipeline.runners.transformers_process import open_process
+
+        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        return open_process(engine.dir, context, self.device, timeouts)
+
+
+def _no_cuda() -> str | None:
+    """Why nothing runs on a card here, without importing PyTorch; None when it can."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = ""
+    if not torch or torch.endswith("+cpu"):
+        return (
+            f"runner.device=cuda needs PyTorch built for CUDA, got {torch or 'none'}: install one "
+            "as https://pytorch.org/get-started says, or leave runner.device out"
+        )
+    if read_conditions() is None:
+        return (
+            "runner.device=cuda needs a CUDA device, and NVML shows this process none; see "
+            "nvidia-smi, CUDA_VISIBLE_DEVICES and that nvidia-ml-py is installed, or leave "
+            "runner.device out"
+        )
+    return None

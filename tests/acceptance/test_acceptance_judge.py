@@ -151,3 +151,23 @@ def test_junit_has_a_case_for_each_workload_quality_and_what_was_not_run() -> No
     assert failures["quality"][0].startswith("regression: mean KL 1.0000")
     assert failures["the card"] == []
     assert suite.find("testcase[@name='the card']/skipped") is not None
+
+
+def with_reference(kl: float, floor: float, *, judged: bool = True) -> Report:
+    reference = {
+        "engine": {"mean_kl_nats": {"value": kl}},
+        "noise_floor": {"mean_kl_nats": {"value": floor}},
+        "judged": judged,
+    }
+    return report(figures={**quality(), "fp8_reference": reference})
+
+
+def test_engine_may_be_as_far_from_its_checkpoint_as_twice_the_noise() -> None:
+    assert verdict_of(with_reference(0.01, 0.005)) == "checked"
+    assert verdict_of(with_reference(above(0.01), 0.005)) == "regression"
+    assert verdict_of(with_reference(above(0.01), 0.005, judged=False)) == "checked"
+
+
+def test_without_noise_a_divergence_that_nobody_can_tell_is_allowed() -> None:
+    assert verdict_of(with_reference(0.001, 0.0)) == "checked"
+    assert verdict_of(with_reference(above(0.001), 0.0)) == "regression"

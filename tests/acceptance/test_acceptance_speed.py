@@ -15,7 +15,7 @@ from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.speed import SpeedSample, measure_speed, summarize
 from pipeline.acceptance.workload import Workload
 from pipeline.errors import RecipeError
-from pipeline.runners.session import Generation
+from pipeline.runners.session import Demands, Generation
 from pipeline.shapes import ModelShape
 from pipeline.text.topics import PydocTopics
 
@@ -41,7 +41,9 @@ class Scripted:
     turns: list[str]
     prompts: list[Sequence[Sequence[int]]] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         assert osl == LOAD.osl
         self.turns.append(self.name)
         self.prompts.append(prompts)
@@ -109,7 +111,7 @@ def test_model_beyond_memory_or_time_is_not_run() -> None:
     need = 12 * SHAPE.params
     assert judge.too_much(SHAPE, need) is None
     assert "GB RAM" in str(judge.too_much(SHAPE, need - 1))
-    tokens = 2 * 4 * 64 + 2 * 4 * 2 * 4
+    tokens = 3 * 4 * 64 + 2 * 4 * 2 * 4
     seconds = 2.0 * SHAPE.params * tokens / 1e11
     assert acceptance(time_limit_s=seconds).too_much(SHAPE, need) is None
     assert "time_limit_s" in str(acceptance(time_limit_s=seconds * 0.999).too_much(SHAPE, need))

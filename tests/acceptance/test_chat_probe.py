@@ -29,7 +29,7 @@ from pipeline.acceptance.chat_probe import (
 from pipeline.acceptance.chat_prompts import CONVERSATIONS
 from pipeline.hf import load_tokenizer
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import Generation, Session
+from pipeline.runners.session import Demands, Generation, Session
 from pipeline.runners.transformers import open_source
 from tests.convert.decoders import open_graph, write_graph
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -110,7 +110,9 @@ class Wrapped:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         raise NotImplementedError
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         raise NotImplementedError
 
 

@@ -23,7 +23,7 @@ from pipeline.acceptance.harness import (
 from pipeline.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
 from pipeline.hf import load_tokenizer
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import Generation, Session
+from pipeline.runners.session import Demands, Generation, Session
 from pipeline.runners.transformers import open_source
 from tests.convert.decoders import open_graph, write_graph
 from tests.tiny import tiny_model
@@ -127,7 +127,9 @@ class NotFinite:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         return np.full((len(tokens), 320), np.nan, np.float32)
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         raise NotImplementedError
 
     def stream(

@@ -22,14 +22,14 @@ from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.card import HeldCard
 from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.conditions import ComputeProcess, Conditions
-from pipeline.acceptance.measure import Subject
+from pipeline.acceptance.subject import Subject
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
 from pipeline.cache import StageCache
 from pipeline.compilers.checkpoint import CheckpointCompiler
 from pipeline.errors import CorruptError
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
-from pipeline.runners.session import Device, Session
+from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
 from pipeline.stages import Checkpoint, Engine, Report, Verdict
 from tests.quantize.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
@@ -57,6 +57,10 @@ class CardRunner:
     def device(self) -> Device:
         return "cuda"
 
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES
+
     def why_not(self, engine: Engine) -> str | None:
         return None
 
@@ -78,6 +82,18 @@ class CpuRunner(CardRunner):
     @property
     def device(self) -> Device:
         return "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongRunner(CpuRunner):
+    """A runtime that computes something else than the checkpoint says."""
+
+    @contextlib.contextmanager
+    def _broken(self, engine: Engine) -> Iterator[Session]:
+        with open_checkpoint(engine.dir, 128) as session:
+            with contextlib.suppress(AttributeError):
+                session._model.model.layers[0].input_layernorm.weight.data *= 3
+            yield session
 
 
 @pytest.fixture(autouse=True)
@@ -279,3 +295,52 @@ def test_a_cpu_is_not_put_under_sustained_load(checkpoint: Checkpoint, tmp_path:
     assert verdict.name == "checked", verdict.findings
     assert [entry["workload"] for entry in report.speed] == ["b2"]
     assert report.sustained == {}
+
+
+def test_engine_source_and_checkpoint_stand_beside_each_other(
+    checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    report, verdict = measure(checkpoint, tmp_path, asked(), runner=CpuRunner())
+    reference = report.quality["fp8_reference"]
+    assert verdict.name == "checked"
+    assert reference["judged"] is True
+    for key in ("perplexity_change", "top1_agreement"):  # this engine is the simulation
+        assert reference[key] == report.quality[key]
+    assert reference["mean_kl_nats"]["value"] == pytest.approx(
+        report.quality["mean_kl_nats"]["value"], abs=1e-4
+    )
+    assert abs(reference["engine"]["mean_kl_nats"]["value"]) < 1e-4
+    assert reference["noise_floor"]["windows"] == 4
+    again, _ = measure(checkpoint, tmp_path, asked(), runner=CpuRunner())
+    assert again.quality["fp8_reference"] == reference
+    assert [line for line in caplog.messages if line.startswith("reference-logits: done")][1:] == []
+
+
+def test_runtime_that_computes_something_else_than_its_checkpoint_is_a_regression(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    question = asked(max_mean_kl_nats=1000.0)
+    _, verdict = measure(checkpoint, tmp_path, question, runner=WrongRunner(broken=True))
+    assert verdict.name == "regression"
+    assert "its own FP8 checkpoint" in verdict.findings[0].message
+
+
+def test_reference_on_a_card_is_told_and_not_judged(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    report, _ = measure(checkpoint, tmp_path, asked())
+    assert report.quality["fp8_reference"]["judged"] is False
+
+
+def test_engine_without_a_checkpoint_at_hand_says_so(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    question = asked()
+    given = subject(checkpoint, tmp_path, question)
+    engine = dataclasses.replace(given.engine, format="trtrtx")
+    report, _ = measure(
+        checkpoint, tmp_path, question, engine=engine, checkpoint_dir=None, runner=CpuRunner()
+    )
+    assert "fp8_reference" not in report.quality
+    assert "FP8 reference: the package of a compiled engine has no checkpoint" in report.not_run

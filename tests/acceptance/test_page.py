@@ -247,6 +247,26 @@ def test_demand_of_a_workload_is_met_missed_or_not_measured(
     assert page.row("Speed", "b1").endswith(word)
 
 
+def with_reference(*, judged: bool) -> dict[str, Any]:
+    quality = report()["quality"]
+    pair = {"mean_kl_nats": interval(0.0123), "top1_agreement": interval(0.95)}
+    quality["fp8_reference"] = {
+        "perplexity": interval(11.4), "perplexity_change": interval(0.004), **pair,
+        "engine": {**pair, "mean_kl_nats": interval(0.0077)},
+        "noise_floor": {**pair, "windows": 8}, "judged": judged,
+    }  # fmt: skip
+    return report(quality=quality)
+
+
+def test_the_checkpoint_stands_beside_source_and_engine() -> None:
+    judged = Page(render_page(with_reference(judged=True), limits=LIMITS))
+    assert "0.0077" in judged.row("Quality", "engine against the checkpoint")
+    assert "2 times that is allowed" in judged.text
+    told = Page(render_page(with_reference(judged=False), limits=LIMITS)).text
+    assert "is not judged here" in told
+    assert "The checkpoint itself" not in Page(render_page(report(), limits=LIMITS)).text
+
+
 def test_quality_has_intervals_and_limits() -> None:
     page = Page(render_page(report(), limits=LIMITS))
     assert page.row("Quality", "change of perplexity") == (

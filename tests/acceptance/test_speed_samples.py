@@ -18,7 +18,7 @@ from pipeline.acceptance.sampler import Reading, Samples
 from pipeline.acceptance.speed import SpeedSample, measure_speed, spread_findings, summarize
 from pipeline.acceptance.workload import Workload
 from pipeline.errors import PipelineError
-from pipeline.runners.session import Generation
+from pipeline.runners.session import Demands, Generation
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
@@ -38,7 +38,9 @@ class Answers:
     generations: list[Generation]
     asked: list[tuple[int, int]] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         self.asked.append((len(prompts), osl))
         return self.generations.pop(0)
 

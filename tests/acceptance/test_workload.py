@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.speed import measure_speed, summarize
-from pipeline.acceptance.workload import PromptLengths, Workload
+from pipeline.acceptance.workload import Workload
 from pipeline.errors import Fault, RecipeError
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import Generation
+from pipeline.runners.session import Demands, Generation
 from pipeline.runners.transformers import TransformersSession
 from pipeline.stages import digest_of
 from tests.convert.decoders import open_graph, write_graph
@@ -82,21 +83,21 @@ def test_every_part_of_the_load_is_in_the_digest(tmp_path: Path) -> None:
 
 
 def test_lengths_are_drawn_between_their_bounds_and_repeat_with_the_seed() -> None:
-    for lengths in (PromptLengths(min=3), PromptLengths(min=3, mean=6.0, stdev=50.0)):
-        drawn = lengths.draw(9, 2000, 5)
+    for lengths in (Lengths(min=3), Lengths(min=3, mean=6.0, stdev=50.0)):
+        drawn = lengths.draw(9, 2000, (5, 1))
         assert set(drawn) == set(range(3, 10))
-        assert drawn == lengths.draw(9, 2000, 5) != lengths.draw(9, 2000, 6)
+        assert drawn == lengths.draw(9, 2000, (5, 1)) != lengths.draw(9, 2000, (6, 1))
 
 
 def test_normal_lengths_have_their_mean_and_deviation() -> None:
-    drawn = PromptLengths(min=1, mean=500.0, stdev=40.0).draw(1000, 5000, 0)
+    drawn = Lengths(min=1, mean=500.0, stdev=40.0).draw(1000, 5000, (0, 1))
     # Three standard errors: 40 / sqrt(5000) = 0.57, and 40 / sqrt(2 x 5000) = 0.4.
     assert np.mean(drawn) == pytest.approx(500, abs=1.7)
     assert np.std(drawn) == pytest.approx(40, abs=1.2)
 
 
 def test_cut_off_lengths_do_not_pile_up_at_the_ends() -> None:
-    drawn = PromptLengths(min=1, mean=4.0, stdev=100.0).draw(7, 7000, 0)
+    drawn = Lengths(min=1, mean=4.0, stdev=100.0).draw(7, 7000, (0, 1))
     counts = np.bincount(drawn)[1:]
     assert counts.shape == (7,)
     # Nearly uniform, 1000 each; four standard deviations of a count: 4 x sqrt(7000 x 6) / 7 = 117.
@@ -104,9 +105,9 @@ def test_cut_off_lengths_do_not_pile_up_at_the_ends() -> None:
 
 
 def test_mean_at_the_edge_of_a_narrow_range_is_still_drawn() -> None:
-    assert set(PromptLengths(min=7, mean=8.0, stdev=0.01).draw(8, 50, 0)) == {8}
+    assert set(Lengths(min=7, mean=8.0, stdev=0.01).draw(8, 50, (0, 1))) == {8}
     # So wide that the inverse of the distribution is off by more than the range.
-    assert set(PromptLengths(min=7, mean=7.0, stdev=1e14).draw(8, 500, 0)) == {7, 8}
+    assert set(Lengths(min=7, mean=7.0, stdev=1e14).draw(8, 500, (0, 1))) == {7, 8}
 
 
 def test_ragged_prompts_are_as_long_as_drawn_and_in_the_vocabulary() -> None:
@@ -114,7 +115,7 @@ def test_ragged_prompts_are_as_long_as_drawn_and_in_the_vocabulary() -> None:
     prompts = workload.request_prompts(11, 4)
     assert len(prompts) == 6
     assert workload.isl_distribution is not None
-    assert [len(prompt) for prompt in prompts] == workload.isl_distribution.draw(8, 6, 4)
+    assert [len(prompt) for prompt in prompts] == workload.isl_distribution.draw(8, 6, (4, 1))
     assert max(max(prompt) for prompt in prompts) < 11
 
 
@@ -204,8 +205,19 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
         ({"isl_distribution": {"min": 1, "mean": 2.0}}, "mean and stdev go together"),
         ({"isl_distribution": {"min": 1, "max": 4}}, "max"),
         ({"isl_distribution": {"min": 1}, "prompts_file": "x"}, "keep one of them"),
-        ({"request_rate": 2.0}, "request_rate"),
-        ({"ignore_eos": False}, "ignore_eos"),
+        ({"osl_distribution": {"min": 5}}, r"osl_distribution must have min \(5\) .* osl \(4\)"),
+        ({"ignore_eos": "no"}, "ignore_eos"),
+        ({"request_rate": 0.0, "requests": 4}, "greater than 0"),
+        ({"request_rate": 2.0}, "request_rate needs requests"),
+        ({"request_rate": 2.0, "requests": 1}, "request_rate needs requests"),
+        (
+            {"request_rate": 2.0, "requests": 4, "min_share_of_ceiling": 0.5},
+            "with request_rate use min_output_tokens_per_s",
+        ),
+        (
+            {"request_rate": 2.0, "requests": 4, "min_output_tokens_per_s": 8.1},
+            "brings 8 output tokens per second at most, min_output_tokens_per_s is 8.1",
+        ),
         ({"osl": {"min": 1}}, "osl"),
     ],
 )
@@ -242,9 +254,11 @@ class Watched(OnnxRuntimeSession):
 
     asked: list[list[list[int]]]
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         self.asked.append([list(prompt) for prompt in prompts])
-        return super().generate(prompts, osl)
+        return super().generate(prompts, osl, demands)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 from pipeline.acceptance.conditions import Conditions, condition_findings, read_conditions
 from pipeline.acceptance.quality import log_softmax
 from pipeline.acceptance.sampler import device_samples
+from pipeline.acceptance.speed_sample import achieved_rate
+from pipeline.acceptance.workload import Workload
 from pipeline.cache import StageCache
 from pipeline.compilers.checkpoint import CheckpointCompiler
 from pipeline.convert.simulate import load_simulation
 from pipeline.quantize.calibration import Calibration
 from pipeline.quantize.modelopt_fp8 import ModelOptFp8
 from pipeline.rehearse.random_model import write_random_model
+from pipeline.runners.session import CacheClearing, Demands
+from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession
 from pipeline.runners.vllm.timing import latency_percentiles
@@ -182,6 +186,56 @@ def test_every_request_gets_its_tokens_and_its_times(run: Run) -> None:
     assert 0 < generation.ttft_s < generation.total_s
     assert (samples.peak_memory_bytes or 0) > (run.before.memory_used_bytes or 0)
     assert (samples.mean_power_w or 0) > 0
+
+
+def test_each_request_ends_at_its_own_length_or_at_an_end_of_sequence_id(run: Run) -> None:
+    prompts = windows()
+    alone = run.session.generate(prompts[:1], 12).tokens[0].tolist()
+    each = (3, 12, 1, 7)
+    made = run.session.generate(prompts, 12, Demands(osl_each=each))
+    assert made.output_lengths == each
+    ends = frozenset({alone[4]})
+    demands = Demands(osl_each=(12,), eos_token_ids=ends)
+    ended = run.session.generate(prompts[:1], 12, demands)
+    assert ended.tokens[0].tolist() == alone[: alone.index(alone[4]) + 1]
+    assert run.session.generate(prompts[:1], 12).output_lengths == (12,)
+
+
+def test_requests_that_arrive_are_timed_from_their_arrival(run: Run) -> None:
+    """Slow arrivals are kept up with; all at once, one at a time, they wait for each other."""
+    prompts = windows() * 4
+    load = Workload(name="r", batch=8, isl=96, osl=16, request_rate=8.0, requests=16)
+    arrivals = load.arrivals_s(0)
+    slow = run.session.generate(prompts, 16, Demands(osl_each=(16,) * 16, arrivals_s=arrivals))
+    assert slow.output_lengths == (16,) * 16
+    assert [request.arrival_s for request in slow.requests] == list(arrivals)
+    assert slow.total_s > arrivals[-1]
+    rate = achieved_rate(slow.requests)
+    print(f"asked 8.0, achieved {rate}", latency_percentiles(slow.requests))
+    assert rate is not None
+    assert rate > 0.9 * 8.0
+    one_by_one = Demands(osl_each=(16,) * 16, arrivals_s=(0.0,) * 16, max_concurrency=1)
+    queued = run.session.generate(prompts, 16, one_by_one)
+    ttft = [request.ttft_ms for request in queued.requests]
+    assert ttft == sorted(ttft)
+    assert ttft[-1] > 10 * ttft[0]
+
+
+def test_simulation_on_the_card_answers_as_on_the_cpu_and_its_cache_can_be_cleared(
+    run: Run,
+) -> None:
+    runner = TransformersRunner(device="cuda", load_timeout_s=240.0, answer_timeout_s=120.0)
+    assert runner.why_not(run.engine) is None
+    with runner.open(run.engine) as session:
+        got = [session.logits(tokens) for tokens in windows()]
+        kl, top1 = kl_and_top1(simulated(run.engine.dir), got)
+        print(f"simulation on the card: KL {kl:.6f} top-1 {top1:.4f}")
+        assert kl <= MAX_KL_NATS["bfloat16"]
+        assert top1 >= MIN_TOP1["bfloat16"]
+        before = session.generate(windows(), 16).tokens.tolist()
+        assert isinstance(session, CacheClearing)
+        session.clear_cache()
+        assert session.generate(windows(), 16).tokens.tolist() == before
 
 
 def test_the_first_reading_of_another_process_makes_a_measurement_inconclusive(run: Run) -> None:

@@ -82,7 +82,7 @@ def test_cpu_has_no_ceiling_to_take_a_share_of() -> None:
 def test_disk_counts_the_log_probabilities_that_acceptance_keeps(ask: Ask) -> None:
     request = ask("smollm2")
     positions = acceptance().judged_positions(request.shape)
-    assert positions == 36 * 255
+    assert positions == 2 * 36 * 255
     before = make_plan(request).build
     after = make_plan(replace(request, judged_positions=positions)).build
     # float16 over the vocabulary, a float32 likelihood and an int32 token (acceptance/quality.py).
@@ -94,4 +94,4 @@ def test_disk_counts_the_log_probabilities_that_acceptance_keeps(ask: Ask) -> No
 def test_model_too_slow_for_this_cpu_keeps_none(ask: Ask) -> None:
     shape = ask("llama3.1").shape
     assert acceptance().judged_positions(shape) == 0
-    assert acceptance(time_limit_s=1e9).judged_positions(shape) == 36 * 255
+    assert acceptance(time_limit_s=1e9).judged_positions(shape) == 2 * 36 * 255

@@ -20,6 +20,7 @@ from pipeline.acceptance.page.markup import (
     with_small,
 )
 from pipeline.acceptance.page.sections import NOTHING, mark
+from pipeline.acceptance.speed import MIN_ACHIEVED_SHARE
 
 Entry = Mapping[str, Any]
 
@@ -59,7 +60,26 @@ def speed(report: Entry) -> Html:
     if not _on_card(report):
         lead += f" It says nothing about the speed on {report['card']}."
     chart = _throughput_charts(entries, {}) if not _on_card(report) else NOTHING
-    return section("Speed", table(headings, rows), _costs(entries), chart, lead=lead)
+    parts = (table(headings, rows), _request_rates(entries), _costs(entries), chart)
+    return section("Speed", *parts, lead=lead)
+
+
+def _request_rates(entries: Sequence[Entry]) -> Html:
+    """What arrived against what was answered, where requests arrive at a rate."""
+    open_loop = [entry for entry in entries if entry.get("request_rate")]
+    if not open_loop:
+        return NOTHING
+    rows = []
+    for entry in open_loop:
+        asked, achieved = (float(entry["request_rate"][key]) for key in ("asked", "achieved"))
+        kept = mark(achieved >= MIN_ACHIEVED_SHARE * asked)
+        rows.append((_workload(entry["workload"], entry), number(asked), number(achieved), kept))
+    told = (
+        "Requests a second. They arrive whether or not the others have been answered, and times "
+        f"count from the arrival; {MIN_ACHIEVED_SHARE:.0%} must be kept up with."
+    )
+    headings = ("workload", "arrive", "answered", "result")
+    return Html(tag("h3", "Request rate") + tag("p", told, class_="small") + table(headings, rows))
 
 
 def _costs(entries: Sequence[Entry]) -> Html:
@@ -168,6 +188,7 @@ def sustained(report: Entry) -> Html:
         }
     else:
         told["judged"] = "no: too short a run, or too few samples"
+    told |= _cache_cleared(run.get("cache_cleared"))
     plots: list[Html] = []
     if samples and charts.installed():
         minutes = [sample["t_s"] / 60 for sample in samples]
@@ -197,6 +218,23 @@ def sustained(report: Entry) -> Html:
     return section("Sustained run", facts(told), chart, lead=lead)
 
 
+def _cache_cleared(run: Entry | None) -> dict[str, object]:
+    """What freeing the allocator's cache after each batch changed in a second run."""
+    if not run:
+        return {}
+    effect, figures = run["effect"], run.get("figures") or {}
+    rate, memory = effect["throughput_change"], effect["memory_change_bytes"]
+    growth = figures.get("memory_growth_bytes")
+    return {
+        "cache freed after each batch": "a second run as long",
+        "its throughput": DASH if rate is None else f"{rate:+.1%}".replace("-", "\u2212"),
+        "its memory": DASH
+        if memory is None
+        else f"{memory / 2**20:+.1f} MiB".replace("-", "\u2212"),
+        "its memory growth": DASH if growth is None else f"{growth / 2**20:.1f} MiB",
+    }
+
+
 def _complete(samples: Sequence[Entry], key: str) -> bool:
     return all(sample.get(key) is not None for sample in samples)
 
@@ -217,6 +255,8 @@ def _throughput_charts(entries: Sequence[Entry], planned: Mapping[str, Entry]) -
     """One plot for each pair of prompt and output length that has at least two batches."""
     if not charts.installed():
         return NOTHING
+    # What arrives at a rate is not faster with a larger batch.
+    entries = [entry for entry in entries if not entry.get("request_rate")]
     everything = [*entries, *planned.values()]
     lengths = sorted({(load["isl"], load["osl"]) for load in everything})
     plots = []
@@ -287,8 +327,15 @@ def _required(entry: Entry) -> tuple[object, Html]:
 
 def _workload(name: str, load: Entry) -> Html:
     """A workload with its sizes below the name."""
-    sizes = f"batch {load['batch']} \u00b7 {load['isl']}\u00a0+\u00a0{load['osl']}\u00a0tokens"
-    return with_small(name, sizes)
+    rate = load.get("request_rate")
+    count = f"batch {load['batch']}"
+    if rate:
+        count = f"{rate['asked']:g}\u00a0requests/s, {load['batch']} at once"
+    lengths = f"{load['isl']}\u00a0+\u00a0{load['osl']}\u00a0tokens"
+    isl, osl = (load.get(f"mean_{key}", load[key]) for key in ("isl", "osl"))
+    if (isl, osl) != (load["isl"], load["osl"]):
+        lengths += f" at most, {isl:.0f}\u00a0+\u00a0{osl:.0f} in the mean"
+    return with_small(name, f"{count} \u00b7 {lengths}")
 
 
 def _spread(samples: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from pipeline.acceptance.page.markup import (
     spoken,
     table,
     tag,
+    with_small,
 )
 
 NOTHING = Html("")
@@ -199,7 +200,43 @@ def quality(report: Mapping[str, Any], limits: QualityLimits | None) -> Html:
         f"{shown(figures.get('tokens'))} tokens of held-out text in {figures.get('windows')} "
         "windows; the calibration has not seen them."
     )
-    return section("Quality", table(headings, cells), lead=lead)
+    reference = _reference(figures, limits)
+    return section("Quality", table(headings, cells), reference, lead=lead)
+
+
+def _reference(figures: Mapping[str, Any], limits: QualityLimits | None) -> Html:
+    """Source, checkpoint and engine: what FP8 costs, and what the runtime adds."""
+    found = figures.get("fp8_reference")
+    if not found:
+        return NOTHING
+    forms = (("perplexity_change", "+.2%"), ("mean_kl_nats", ".4g"), ("top1_agreement", ".2%"))
+    pairs = (
+        ("FP8 checkpoint against the source", found),
+        ("engine against the source", figures),
+        ("engine against the checkpoint", found["engine"]),
+        ("checkpoint against itself, summed otherwise", found["noise_floor"]),
+    )
+    rows = [
+        (name, *(
+            with_small(
+                format(entry[key]["value"], form),
+                f"{entry[key]['low']:{form}} to {entry[key]['high']:{form}}",
+            ) if key in entry else DASH
+            for key, form in forms
+        ))
+        for name, entry in pairs
+    ]  # fmt: skip
+    told = (
+        "The checkpoint is simulated in float32. Two right runtimes of one FP8 checkpoint differ "
+        "as much as it differs from itself when its sums are rounded otherwise"
+    )
+    if found["judged"] and limits:
+        told += f"; {limits.max_reference_noise:g} times that is allowed."
+    else:
+        told += ". A card computes in 16 bit, which that does not have, so this is not judged here."
+    headings = ("", "perplexity", "mean KL, nats", "same most likely token")
+    title = tag("h3", "The checkpoint itself")
+    return Html(title + tag("p", told, class_="small") + table(headings, rows))
 
 
 def mark(kept: bool | None) -> Html:

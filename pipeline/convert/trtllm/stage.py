@@ -30,6 +30,7 @@ CODE = (
     "pipeline.convert.trtllm",
     "pipeline.convert.decoder_config",
     "pipeline.convert.rope",
+    "pipeline.convert.safetensors_header",
     "pipeline.convert.unified",
     "pipeline.shapes",
 )

@@ -6,7 +6,6 @@ through a memory map in pieces. Resident at a time: at most one source tensor.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pipeline.convert.safetensors_header import Described, safetensors_header
 from pipeline.convert.trtllm.plan import FP8, Piece, PlannedTensor, TensorPlan
 from pipeline.convert.trtllm.requantize import added_error, requantization_table
 from pipeline.convert.unified import UnifiedCheckpoint
@@ -28,8 +28,6 @@ _TAGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", FP8: "F8_E4M3"}
 """NumPy (ml_dtypes) name -> safetensors dtype tag."""
 _CHUNK_BYTES = 1 << 20
 """Counting codes takes eight times as much: NumPy counts in 64-bit integers."""
-_HEADER_ALIGNMENT_BYTES = 8
-"""safetensors pads its header with spaces to this size, so that data is aligned."""
 
 
 def write_tensors(
@@ -64,20 +62,10 @@ def write_tensors(
 
 
 def _header(plan: TensorPlan) -> bytes:
-    """Length, then JSON with dtype, shape and byte range of every tensor."""
-    fields: dict[str, Any] = {}
-    offset = 0
-    for tensor in plan.tensors:
-        end = offset + tensor.size_bytes
-        fields[tensor.name] = {
-            "dtype": _TAGS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT_BYTES)
-    return struct.pack("<Q", len(text)) + text
+    return safetensors_header(
+        Described(tensor.name, _TAGS[tensor.dtype], tensor.shape, tensor.size_bytes)
+        for tensor in plan.tensors
+    )
 
 
 def _write_tensor(

@@ -16,7 +16,7 @@ from pipeline.compilers.trtllm.place import Place, Where, choose_place
 from pipeline.compilers.trtllm.release import NAME, VERSION
 from pipeline.containers.gpu import find_gpu
 from pipeline.errors import IncompatibleError, PipelineError
-from pipeline.runners.session import Device, Session
+from pipeline.runners.session import Ability, Device, Session
 from pipeline.runners.trtllm.bench import BenchSettings, attention_window, measure
 from pipeline.runners.trtllm.session import SessionSettings, open_session
 from pipeline.settings import STRICT
@@ -50,6 +50,15 @@ class TrtLlmRunner:
     @property
     def device(self) -> Device:
         return "cuda"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """None: `trtllm-bench` has no option for arrivals and one end-of-sequence id at most.
+
+        Its dataset has output tokens of each request, but the release sets them on one object that
+        requests which wait share, so lengths that differ are not known to be kept.
+        """
+        return frozenset()
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "trtllm":

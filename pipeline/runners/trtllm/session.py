@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.compilers.trtllm.place import Place, Shared
-from pipeline.errors import PipelineError
-from pipeline.runners.session import Generation
+from pipeline.errors import Fault, PipelineError, RecipeError
+from pipeline.runners.session import Demands, Generation
 from pipeline.runners.trtllm import child
 
 if TYPE_CHECKING:
@@ -65,8 +65,14 @@ class TrtLlmSession:
         path.unlink()
         return values
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         import numpy as np
+
+        if demands is not None:
+            message = "runner=trtllm executes batches of equal requests only"
+            raise RecipeError([Fault("", message)])
 
         request = {"kind": "generate", "prompts": [list(p) for p in prompts], "osl": osl}
         answer = self._receive(self._send(request))

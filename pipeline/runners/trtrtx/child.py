@@ -13,12 +13,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptError, PipelineError
-from pipeline.runners.decode import greedy_steps, prefill, stream_greedy
+from pipeline.runners.decode import Rows, greedy_steps, prefill, stream_greedy
+from pipeline.runners.session import Demands
 from pipeline.runners.trtrtx.decoder import RtxDecoder
 from pipeline.runners.trtrtx.device import CudaDevice, StreamDevice
 from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine
@@ -54,22 +55,28 @@ class RtxModel:
         logits = np.concatenate(rows)
         return logits.shape, logits.astype("<f4").tobytes()
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> dict[str, Any]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Time one batch. Every step ends with the card's work done and the logits here."""
         import numpy as np
 
-        decoder, tokens = self._decoder_for(len(prompts)), []
+        decoder, made = self._decoder_for(len(prompts)), []
+        rows = Rows(len(prompts), osl, Demands.of(demands))
         started = time.perf_counter()
         state = prefill(decoder, prompts)
         first = time.perf_counter()
-        for made in greedy_steps(decoder, state, osl):
-            _demand_finite(np.take_along_axis(decoder.newest[:, 0], made[:, None], axis=-1))
-            tokens.append(made)
+        for tokens in greedy_steps(decoder, state, osl):
+            _demand_finite(np.take_along_axis(decoder.newest[:, 0], tokens[:, None], axis=-1))
+            made.append(tokens)
+            if rows.take(tokens):
+                break
         ended = time.perf_counter()
         return {
-            "tokens": np.stack(tokens, axis=1).tolist(),
+            "tokens": rows.cut(np.stack(made, axis=1)).tolist(),
             "ttft_s": first - started,
             "total_s": ended - started,
+            "lengths": rows.lengths,
         }
 
     def stream(

@@ -14,7 +14,7 @@ from pipeline.acceptance.conditions import read_conditions
 from pipeline.cache import cache_root
 from pipeline.compilers.trtrtx import PLAN_FILE
 from pipeline.errors import IncompatibleError
-from pipeline.runners.session import Device, Session
+from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.trtrtx.engine import KernelSpecialization
 from pipeline.runners.trtrtx.session import RtxSession, engine_program, open_session
 from pipeline.runners.vllm.session import Timeouts
@@ -54,6 +54,10 @@ class TrtRtxRunner:
     @property
     def device(self) -> Device:
         return "cuda"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "trtrtx":

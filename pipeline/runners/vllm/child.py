@@ -5,10 +5,13 @@
 Requests come as JSON lines:
 
     {"kind": "logits", "tokens": [...]}
-    {"kind": "generate", "prompts": [[...], ...], "osl": n}
+    {"kind": "generate", "prompts": [[...], ...], "osl": n, "demands": {...}}
     {"kind": "stream", "prompt": [...], "max_new_tokens": n, "stop": [...]}
+    {"kind": "clear_cache"} frees what an allocator keeps, of a model that has such
     {"kind": "cancel"}      ends a stream early; without one it is ignored
     {"kind": "end"}         ends the process
+
+`demands` may be left out; it has the keys of `pipeline.runners.session.Demands.to_json`.
 
 Answers go to what was standard output when it started, as JSON lines: one `ready` when the model
 is loaded; `token` for each token of a stream; then `result` or `error`, one for each request. A
@@ -29,7 +32,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
 Request = dict[str, Any]
@@ -43,8 +47,10 @@ class Model(Protocol):
         """Shape and raw float32 of every position's log-probabilities."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> dict[str, Any]:
-        """Keys `tokens`, `total_s`, `requests`."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Keys `tokens`, `total_s`, and of each program its own; `demands` may be empty."""
         ...
 
     def stream(
@@ -71,6 +77,7 @@ class VllmModel:
             EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
         )
         self._streams = 0
+        self._served = 0
 
     def logits(self, tokens: Sequence[int]) -> tuple[tuple[int, int], bytes]:
         """Log-probabilities [tokens, vocab], which are the logits up to a constant per position.
@@ -96,18 +103,69 @@ class VllmModel:
         matrix = np.stack(rows)
         return matrix.shape, matrix.astype("<f4").tobytes()
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> dict[str, Any]:
-        """Time one batch; all prompts are handed over at once."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Time requests: all of a batch are handed over at once, others as they arrive."""
         batch = [_prompt(prompt) for prompt in prompts]
-        params = self._params(osl)
+        # Ids are given one by one: without its tokenizer vLLM would know of one at most.
+        ends = {"stop_token_ids": demands["eos"]} if demands.get("eos") else {}
+        each = demands.get("osl_each") or [osl] * len(batch)
+        params = [self._params(limit, **ends) for limit in each]
         started = time.perf_counter()
-        outputs = self._llm.generate(batch, params, use_tqdm=False)
+        if demands.get("arrivals_s"):
+            arrivals, at_once = demands["arrivals_s"], demands["max_concurrency"]
+            outputs = self._serve(batch, params, arrivals, at_once or len(batch))
+        else:
+            outputs = self._llm.generate(batch, params, use_tqdm=False)
         total_s = time.perf_counter() - started
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "total_s": total_s,
             "requests": [_metrics(output.metrics) for output in outputs],
         }
+
+    def _serve(
+        self, batch: Sequence[Any], params: Sequence[Any], arrivals_s: Sequence[float], at_once: int
+    ) -> list[Any]:
+        """Hand each request to the engine when it arrives; their outputs in the same order.
+
+        A request is handed over between two steps of the engine, so up to one step late, and later
+        where `at_once` run already. vLLM is told when it arrived: its time to the first token
+        counts from there. Arrivals are of the wall clock, as vLLM's own.
+        """
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        for one in params:
+            one.output_kind = RequestOutputKind.FINAL_ONLY
+        self._served += 1
+        waiting = deque(range(len(batch)))
+        names: dict[str, tuple[int, str]] = {}  # those that run: their place, and vLLM's own name
+        outputs: dict[int, Any] = {}
+        began = time.time()
+        try:
+            while waiting or names:
+                while (
+                    waiting
+                    and len(names) < at_once
+                    and time.time() >= began + arrivals_s[waiting[0]]
+                ):
+                    place = waiting.popleft()
+                    name = f"serve-{self._served}-{place}"
+                    arrived = began + arrivals_s[place]
+                    own = engine.add_request(name, batch[place], params[place], arrived)
+                    names[name] = (place, own)
+                if not names:
+                    time.sleep(max(began + arrivals_s[waiting[0]] - time.time(), 0.0))
+                    continue
+                for output in engine.step():
+                    if output.finished:
+                        outputs[names.pop(output.request_id)[0]] = output
+        finally:
+            if names:  # something failed: what is left would run into the next request
+                engine.abort_request([own for _, own in names.values()], internal=True)
+        return [outputs[place] for place in range(len(batch))]
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int]
@@ -206,7 +264,12 @@ def _answer(channel: Channel, model: Model, request: Request) -> tuple[dict[str,
         shape, data = model.logits(request["tokens"])
         return {"kind": "result", "shape": list(shape), "size_bytes": len(data)}, data
     if request["kind"] == "generate":
-        return {"kind": "result", **model.generate(request["prompts"], request["osl"])}, b""
+        made = model.generate(request["prompts"], request["osl"], request.get("demands") or {})
+        return {"kind": "result", **made}, b""
+    if request["kind"] == "clear_cache":
+        clearing: Any = model  # the caller asks models only that have one
+        clearing.clear_cache()
+        return {"kind": "result"}, b""
     tokens = model.stream(request["prompt"], request["max_new_tokens"], request["stop"])
     for token in tokens:
         channel.send({"kind": "token", "token": token})

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError, ToolError
 from pipeline.process import last_lines
+from pipeline.runners.session import Demands
 from pipeline.runners.vllm import child
 
 _SLICE_S = 0.2
@@ -201,6 +202,20 @@ def running_child(
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+def generate_request(
+    prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None
+) -> dict[str, Any]:
+    """`Session.generate` as a program reads it that speaks as `child.py`."""
+    request: dict[str, Any] = {
+        "kind": "generate",
+        "prompts": [list(prompt) for prompt in prompts],
+        "osl": osl,
+    }
+    if demands is not None:
+        request["demands"] = demands.to_json()
+    return request
 
 
 def stream_tokens(

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.conditions import read_conditions
 from pipeline.errors import IncompatibleError
-from pipeline.runners.session import Device, Session
+from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.vllm.session import (
     Timeouts,
     VllmSession,
@@ -52,6 +52,10 @@ class VllmRunner:
     @property
     def device(self) -> Device:
         return "cuda"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES | {"request_rate"}
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "checkpoint":

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptError, PipelineError
-from pipeline.runners.vllm.process import Child, running_child, stream_tokens
+from pipeline.runners.session import UNUSED_TOKEN, Demands
+from pipeline.runners.vllm.process import Child, generate_request, running_child, stream_tokens
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ class VllmSession:
             )
         return values
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> VllmGeneration:
-        """As the Protocol says; prompts may differ in length.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> VllmGeneration:
+        """As the Protocol says; prompts may differ in length, and requests may arrive one by one.
 
         Raises:
             CorruptError: vLLM saw logits that are not a number; it looks only where its variable
@@ -78,15 +81,12 @@ class VllmSession:
         """
         import numpy as np
 
-        request = {"kind": "generate", "prompts": [list(p) for p in prompts], "osl": osl}
-        self._child.send(request)
-        answer = self._receive()
-        lengths = sorted({len(row) for row in answer["tokens"]})
-        if lengths != [osl] or len(answer["tokens"]) != len(prompts):
-            raise self._short(
-                f"{len(prompts)} requests of {osl} tokens each",
-                f"{len(answer['tokens'])} of {' or '.join(map(str, lengths))}",
-            )
+        self._child.send(generate_request(prompts, osl, demands))
+        # The last request cannot be answered before it arrives.
+        arriving_s = max(demands.arrivals_s, default=0.0) if demands else 0.0
+        answer = self._child.receive(self._answer_s + arriving_s, _ANSWER)
+        made: list[list[int]] = answer["tokens"]
+        self._require_asked(made, len(prompts), osl, demands)
         metrics = answer["requests"]
         if None in metrics:
             raise PipelineError(
@@ -98,12 +98,39 @@ class VllmSession:
                 "vLLM saw logits that are not a number while it generated; the checkpoint cannot "
                 f"be judged; see {self._child.log_path}"
             )
-        requests = tuple(RequestTiming.of(found) for found in metrics)
+        arrivals = demands.arrivals_s if demands else ()
+        requests = tuple(
+            RequestTiming.of(found, arrivals[place] if arrivals else None)
+            for place, found in enumerate(metrics)
+        )
+        lengths = tuple(len(row) for row in made)
+        tokens = np.full((len(made), max(lengths)), UNUSED_TOKEN, np.int64)
+        for row, answered in zip(tokens, made, strict=True):
+            row[: len(answered)] = answered
         return VllmGeneration(
-            tokens=np.array(answer["tokens"], np.int64),
+            tokens=tokens,
             ttft_s=max(request.ttft_ms for request in requests) / 1e3,
             total_s=float(answer["total_s"]),
+            lengths=None if demands is None else lengths,
             requests=requests,
+        )
+
+    def _require_asked(
+        self, made: list[list[int]], count: int, osl: int, demands: Demands | None
+    ) -> None:
+        """Refuse answers that are neither as long as asked nor ended by end-of-sequence."""
+        each = demands.osl_each if demands else (osl,) * count
+        eos = demands.eos_token_ids if demands else frozenset[int]()
+        lengths = sorted({len(row) for row in made})
+        if len(made) == count and all(
+            len(row) == limit or (0 < len(row) < limit and row[-1] in eos)
+            for row, limit in zip(made, each, strict=True)
+        ):
+            return
+        asked = f"{osl} tokens each" if min(each) == osl else f"{min(each)} to {osl} tokens"
+        raise self._short(
+            f"{count} requests of {asked}",
+            f"{len(made)} of {' or '.join(map(str, lengths))}",
         )
 
     def stream(

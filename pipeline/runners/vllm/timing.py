@@ -28,14 +28,17 @@ class RequestTiming:
         itl_ms: (last_token_ts - first_token_ts) / (tokens - 1), in milliseconds: the mean gap
             between the tokens of this request; None if it has one token. vLLM's benchmark calls
             it TPOT.
+        arrival_s: When it arrived, seconds after the first; None where all started together. The
+            times above count from there, so that a request's waiting in a queue is in them.
     """
 
     ttft_ms: float
     request_latency_ms: float
     itl_ms: float | None
+    arrival_s: float | None = None
 
     @staticmethod
-    def of(metrics: Mapping[str, Any]) -> RequestTiming:
+    def of(metrics: Mapping[str, Any], arrival_s: float | None = None) -> RequestTiming:
         """From the fields of a `RequestStateStats`."""
         ttft_ms = 1e3 * float(metrics["first_token_latency"])
         decode_ms = 1e3 * (float(metrics["last_token_ts"]) - float(metrics["first_token_ts"]))
@@ -44,6 +47,7 @@ class RequestTiming:
             ttft_ms=ttft_ms,
             request_latency_ms=ttft_ms + decode_ms,
             itl_ms=decode_ms / gaps if gaps > 0 else None,
+            arrival_s=arrival_s,
         )
 
 
@@ -62,13 +66,12 @@ class VllmGeneration(Generation):
 
     @property
     def output_tokens_per_s(self) -> float:
-        """Batch x osl / total_s: new tokens of the whole batch per second, prefill included."""
-        return float(self.tokens.size) / self.total_s
+        """New tokens of all requests / total_s: prefill included."""
+        return self.output_tokens / self.total_s
 
     def total_tokens_per_s(self, isl: int) -> float:
-        """Batch x (isl + osl) / total_s: prompt tokens count too."""
-        batch, osl = self.tokens.shape
-        return float(batch * (isl + osl)) / self.total_s
+        """(Batch x isl + new tokens) / total_s: prompt tokens count too."""
+        return (len(self.tokens) * isl + self.output_tokens) / self.total_s
 
 
 def latency_percentiles(requests: Sequence[RequestTiming]) -> dict[str, dict[str, float]]:

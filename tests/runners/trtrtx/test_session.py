@@ -24,6 +24,7 @@ from pipeline.errors import (
     ToolError,
 )
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.session import Demands
 from pipeline.runners.trtrtx.runner import TrtRtxRunner
 from pipeline.runners.trtrtx.session import RtxSession, open_session
 from pipeline.runners.vllm.process import Program
@@ -104,6 +105,24 @@ def test_a_session_answers_as_the_twin_and_leaves_only_its_kernels(
     assert list(machine.iterdir()) == []
     (kernels,) = (machine.parent / "cache" / "rtx-kernels").iterdir()
     assert b"(5, 1)" in kernels.read_bytes()
+
+
+def test_each_row_ends_at_its_own_length_or_at_an_end_of_sequence_id(
+    session: RtxSession, graph: OnnxRuntimeGraph
+) -> None:
+    twin = OnnxRuntimeSession(graph)
+    stop = int(twin.generate(RAGGED, 8).tokens[0, 2])
+    for demands in (
+        Demands(osl_each=(3, 1, 5, 2, 4)),
+        Demands(osl_each=(8,) * len(RAGGED), eos_token_ids=frozenset({stop})),
+    ):
+        made, wanted = (one.generate(RAGGED, 8, demands) for one in (session, twin))
+        assert made.lengths == wanted.lengths
+        assert min(made.output_lengths) < max(made.output_lengths)
+        np.testing.assert_array_equal(made.tokens, wanted.tokens)
+    arriving = Demands(osl_each=(2,) * len(RAGGED), arrivals_s=(0.1,) * len(RAGGED))
+    with pytest.raises(RecipeError, match="use runner=vllm"):
+        session.generate(RAGGED, 2, arriving)
 
 
 def test_a_stream_that_is_left_early_is_ended_there(

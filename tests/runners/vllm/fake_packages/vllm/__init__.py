@@ -1,7 +1,8 @@
 """Stands in for vLLM 0.24 in tests: what `child.py` calls, with arithmetic for a model.
 
 `$FAKE_VLLM` makes it misbehave: see `_misbehave` and the places that ask for it. `$FAKE_VLLM_SEEN`
-is a file that gets the arguments of every engine, one JSON line each.
+is a file that gets the arguments of every engine, one JSON line each; `$FAKE_VLLM_STEP_S` is how
+long a step of it takes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm.sampling_params import RequestOutputKind
+
 VOCAB = 320
 BEHAVIOUR = os.environ.get("FAKE_VLLM", "")
+STEP_S = float(os.environ.get("FAKE_VLLM_STEP_S", "0.002"))
 
 
 def next_token(prompt: list[int]) -> int:
@@ -69,7 +74,7 @@ class SamplingParams:
     logprobs: int | None = None
     flat_logprobs: bool = False
     stop_token_ids: list[int] = field(default_factory=list)
-    output_kind: str = "cumulative"
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
 
 @dataclass
@@ -113,9 +118,13 @@ class RequestOutput:
     finished: bool = True
     metrics: Stats | None = None
     prompt_logprobs: FlatLogprobs | None = None
+    request_id: str = ""
 
 
-def _misbehave(where: str) -> None:
+def _misbehave(where: str, number: int = 2) -> None:
+    """At the third request, where several come."""
+    if number != 2:
+        return
     print("vLLM prints to standard output", where)
     fault, _, place = BEHAVIOUR.partition("-")
     if place != where:
@@ -130,38 +139,81 @@ def _misbehave(where: str) -> None:
         raise ValueError("longer than the context")
 
 
+@dataclass
+class Running:
+    """A request that the engine holds: with vLLM's own name, its tokens and its times."""
+
+    external: str
+    tokens: list[int]
+    params: SamplingParams
+    stats: Stats
+    arrived: float
+    made: int = 0
+
+
 class Engine:
-    """Streams one token a step."""
+    """Makes one token of each request a step, of the first `max_num_seqs` at once."""
 
-    def __init__(self) -> None:
-        self.active: tuple[list[int], SamplingParams] | None = None
-        self.sent = 0
+    def __init__(self, args: EngineArgs) -> None:
+        self.args = args
+        self.running: dict[str, Running] = {}
+        self.added = 0
 
-    def add_request(self, name: str, prompt: dict[str, Any], params: SamplingParams) -> str:
-        assert self.active is None, "a request is still running"
-        assert params.output_kind == "delta"
-        self.active, self.sent = (list(prompt["prompt_token_ids"]), params), 0
-        return f"{name}-internal"
+    def add_request(
+        self,
+        request_id: str,
+        prompt: dict[str, Any],
+        params: SamplingParams,
+        arrival_time: float | None = None,
+    ) -> str:
+        if params.output_kind is RequestOutputKind.DELTA:
+            assert not self.running, "a request is still running"
+        else:
+            assert params.output_kind is RequestOutputKind.FINAL_ONLY
+            _misbehave("serve", self.added)
+        self.added += 1
+        tokens = list(prompt["prompt_token_ids"])
+        arrived = time.time() if arrival_time is None else arrival_time
+        assert arrived <= time.time(), "it has not arrived yet"
+        stats = Stats(num_generation_tokens=0)
+        name = f"{request_id}-internal"
+        assert name not in self.running
+        self.running[name] = Running(request_id, tokens, params, stats, arrived)
+        return name
 
     def step(self) -> list[RequestOutput]:
-        assert self.active is not None
-        if self.sent == 2:
-            _misbehave("stream")
-        time.sleep(0.002)
-        if self.sent > 2000:
-            os._exit(18)  # a stream that its caller has left goes on
-        tokens, params = self.active
-        tokens.append(next_token(tokens))
-        self.sent += 1
-        ended = self.sent == params.max_tokens or tokens[-1] in params.stop_token_ids
-        if ended:
-            self.active = None
-        return [RequestOutput(outputs=[Completion([tokens[-1]])], finished=ended)]
+        assert self.running
+        time.sleep(STEP_S)
+        outputs = []
+        for name, one in list(self.running.items())[: self.args.max_num_seqs or None]:
+            if one.params.output_kind is RequestOutputKind.DELTA:
+                if one.made == 2:
+                    _misbehave("stream")
+                if one.made > 2000:
+                    os._exit(18)  # a stream that its caller has left goes on
+            one.tokens.append(next_token(one.tokens))
+            one.made += 1
+            if one.made == 1:
+                one.stats.first_token_latency = time.time() - one.arrived
+                one.stats.first_token_ts = time.monotonic()
+            one.stats.last_token_ts = time.monotonic()
+            one.stats.num_generation_tokens = one.made
+            ended = one.made == one.params.max_tokens or one.tokens[-1] in one.params.stop_token_ids
+            if ended:
+                del self.running[name]
+            final = one.params.output_kind is RequestOutputKind.FINAL_ONLY
+            if final and not ended:
+                continue
+            new = one.tokens[-one.made :] if final else one.tokens[-1:]
+            output = RequestOutput(outputs=[Completion(new)], finished=ended)
+            output.request_id, output.metrics = one.external, one.stats
+            outputs.append(output)
+        return outputs
 
-    def abort_request(self, names: list[str], internal: bool) -> None:
+    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         assert internal
-        assert all(name.endswith("-internal") for name in names)
-        self.active = None
+        for name in request_ids:
+            del self.running[name]
 
 
 class LLM:
@@ -179,24 +231,34 @@ class LLM:
         engine.start()
         engine.join(5)
         assert engine.exitcode == 0, "the engine's process did not come up"
-        self.args, self.llm_engine = engine_args, Engine()
+        self.args, self.llm_engine = engine_args, Engine(engine_args)
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
         return cls(engine_args)
 
     def generate(
-        self, prompts: list[dict[str, Any]], params: SamplingParams, use_tqdm: bool
+        self,
+        prompts: list[dict[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
         _misbehave("generate")
-        assert params.temperature == 0.0
-        assert params.ignore_eos
-        return [self._one(list(prompt["prompt_token_ids"]), params) for prompt in prompts]
+        assert not self.llm_engine.running, "a request is still running"
+        given = sampling_params
+        each = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        assert all(params.temperature == 0.0 and params.ignore_eos for params in each)
+        return [
+            self._one(list(prompt["prompt_token_ids"]), params)
+            for prompt, params in zip(prompts, each, strict=True)
+        ]
 
     def _one(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
         tokens = list(prompt)
         for _ in range(params.max_tokens - (BEHAVIOUR == "short")):
             tokens.append(next_token(tokens))
+            if tokens[-1] in params.stop_token_ids:
+                break
         new = tokens[len(prompt) :]
         output = RequestOutput(outputs=[Completion(new)])
         if not self.args.disable_log_stats:

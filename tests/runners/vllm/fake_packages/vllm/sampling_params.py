@@ -1,2 +1,7 @@
-class RequestOutputKind:
-    DELTA = "delta"
+from enum import Enum
+
+
+class RequestOutputKind(Enum):
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2

@@ -1,0 +1,155 @@
+"""An engine's answers beside those of its source and of its checkpoint, on the same questions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.acceptance.chat_judge import chat_findings
+from pipeline.acceptance.chat_probe import Answer, ChatProbe
+from pipeline.acceptance.harness import harness_findings, run_harness
+from pipeline.acceptance.quality import SourceFigures, figures_against, summarize_quality
+from pipeline.acceptance.reference import Reference, reference_of
+from pipeline.acceptance.source import Source
+from pipeline.acceptance.subject import SIMULATIONS, Measured, Subject
+from pipeline.cache import StageCache
+from pipeline.hf import load_tokenizer
+from pipeline.runners.session import Session
+from pipeline.text.windows import pack_windows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.acceptance.acceptance import Acceptance
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the source says, ready for the comparison."""
+
+    asked: Acceptance
+    subject: Subject
+    windows: NDArray[np.int64]
+    source: SourceFigures
+    chat: ChatProbe | None
+    source_chat: tuple[Answer, ...]
+    source_tasks: Mapping[str, Any] | None
+    reference: Reference | str
+    """Or why there is none."""
+
+    @classmethod
+    def of(
+        cls, asked: Acceptance, subject: Subject, source: Source, cache: StageCache
+    ) -> Comparison:
+        tokenizer = load_tokenizer(subject.engine.dir)
+        windows = pack_windows(
+            asked.text.documents(),
+            tokenizer,
+            seq_len=asked.window_tokens,
+            count=asked.windows,
+            seed=None,
+        )
+        chat = None
+        if asked.chat is not None:
+            chat = ChatProbe.prepare(
+                load_tokenizer(subject.weights.dir),
+                tokenizer,
+                asked.chat,
+                context=subject.engine.limits.max_seq_len,
+            )
+        return cls(
+            asked=asked,
+            subject=subject,
+            windows=windows,
+            source=source.figures(windows),
+            chat=chat,
+            source_chat=source.chat(chat) if chat else (),
+            source_tasks=_tasks(asked, subject, source.session) if asked.lm_eval else None,
+            reference=_reference(asked, subject, windows, cache),
+        )
+
+    def compare(self, session: Session) -> Measured:
+        """The engine against the source."""
+        asked = self.asked
+        tokenizer = load_tokenizer(self.subject.engine.dir)
+        beside = [] if isinstance(self.reference, str) else [self.reference]
+        figures, *others = figures_against(
+            lambda tokens: session.logits(tokens),
+            self.windows,
+            [self.source, *(one.figures for one in beside)],
+        )
+        quality = summarize_quality(self.source.nll, figures, asked.seed)
+        for one, against in zip(beside, others, strict=True):
+            quality["fp8_reference"] = {
+                **one.to_json(self.source, against, asked.seed),
+                # A card computes in 16 bit, with an FP8 KV cache even; the floor has neither.
+                "judged": self.subject.runner.device == "cpu",
+            }
+        quality["sample"] = _sample(session, tokenizer, asked.sample_prompt, asked.sample_tokens)
+        log.info("Sample: %s", quality["sample"]["answer"].replace("\n", " "))
+        why = self.reference if isinstance(self.reference, str) else ""
+        found = Measured(quality=quality, not_run=(f"FP8 reference: {why}",) if why else ())
+        if self.chat is not None:
+            log.info("The engine answers %d chat prompts", len(self.chat.asked))
+            chat = self.chat.ask_engine(session, self.source_chat)
+            found = replace(found, chat=chat, findings=chat_findings(chat))
+        if asked.lm_eval is None or self.source_tasks is None:
+            return found
+        tasks = _tasks(asked, self.subject, session)
+        worse = harness_findings(self.source_tasks, tasks, asked.lm_eval.max_drop)
+        return replace(
+            found,
+            lm_eval={"source": self.source_tasks, "engine": tasks},
+            findings=(*found.findings, *worse),
+        )
+
+
+def _reference(
+    asked: Acceptance, subject: Subject, windows: NDArray[np.int64], cache: StageCache
+) -> Reference | str:
+    """What the checkpoint itself says; or why nobody asks it, empty where that says nothing new."""
+    engine = subject.engine
+    if subject.runner.name in SIMULATIONS:
+        return ""  # it is the reference
+    folder = engine.dir if engine.format == "checkpoint" else subject.checkpoint_dir
+    if folder is None:
+        return "the package of a compiled engine has no checkpoint"
+    reason = asked.too_much(subject.plan.request.shape, available_bytes(), speed=False)
+    if reason:
+        return f"its simulation {reason}"
+    # A checkpoint package is named by its own digest: it holds an lm_head that its source may not.
+    digest = subject.package_digest if engine.format == "checkpoint" else folder.name
+    return reference_of(folder, digest, windows, engine.limits.max_seq_len, cache)
+
+
+def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, Any]:
+    """Results of the lm-eval harness for one session."""
+    assert asked.lm_eval is not None
+    log.info("lm-eval: %s", ", ".join(asked.lm_eval.tasks))
+    return run_harness(
+        session,
+        load_tokenizer(subject.engine.dir),
+        asked.lm_eval,
+        context=subject.engine.limits.max_seq_len,
+        seed=asked.seed,
+    )
+
+
+def _sample(session: Session, tokenizer: Any, prompt: str, max_tokens: int) -> dict[str, str]:
+    """The prompt and its greedy answer."""
+    from pipeline.runners.chat import chat_prompt, eos_ids
+
+    tokens = list(session.stream(chat_prompt(tokenizer, prompt), max_tokens, eos_ids(tokenizer)))
+    return {"prompt": prompt, "answer": tokenizer.decode(tokens)}
+
+
+def available_bytes() -> int:
+    """Memory that is free on this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

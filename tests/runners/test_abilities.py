@@ -1,0 +1,129 @@
+"""What a runner does not execute is known from the recipe alone, with the next step."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.acceptance.lengths import Lengths
+from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.acceptance.workload import Workload
+from pipeline.build import plan_of
+from pipeline.config import load as config
+from pipeline.config.folders import config_folders
+from pipeline.errors import Fault, RecipeError
+from pipeline.plan import Plan, refuse
+from pipeline.runners.abilities import ability_faults, needed, why_not_workload
+from pipeline.runners.onnxruntime import OnnxRuntimeRunner
+from pipeline.runners.session import Ability, Runner
+from pipeline.runners.transformers import TransformersRunner
+from pipeline.runners.trtllm.runner import TrtLlmRunner
+from pipeline.runners.trtrtx.runner import TrtRtxRunner
+from pipeline.runners.vllm.runner import VllmRunner
+from tests.acceptance.test_acceptance_speed import acceptance
+
+PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)
+LOADS: dict[Ability, Workload] = {
+    "requests": dataclasses.replace(PLAIN, requests=4),
+    "isl_distribution": dataclasses.replace(PLAIN, isl_distribution=Lengths(min=1)),
+    "prompts_file": dataclasses.replace(PLAIN, prompts_file=Path("prompts.jsonl")),
+    "osl_distribution": dataclasses.replace(PLAIN, osl_distribution=Lengths(min=1)),
+    "ignore_eos": dataclasses.replace(PLAIN, ignore_eos=False),
+    "request_rate": dataclasses.replace(PLAIN, request_rate=1.0, requests=5),
+}
+VLLM = VllmRunner(
+    gpu_memory_utilization=0.5, arguments=(), load_timeout_s=1.0, answer_timeout_s=1.0
+)
+RTX = TrtRtxRunner(
+    kernel_specialization="eager", runtime_cache=True, load_timeout_s=1.0, answer_timeout_s=1.0
+)
+TRTLLM = TrtLlmRunner(
+    where="local", image="x", kv_cache_fraction=0.9, bench_rounds=1, bench_warmup=0, timeout_s=1.0
+)
+EVERYTHING = set(LOADS)
+
+
+@pytest.mark.parametrize(
+    ("runner", "executed"),
+    [
+        (VLLM, EVERYTHING),
+        (RTX, EVERYTHING - {"request_rate"}),
+        (OnnxRuntimeRunner(), EVERYTHING - {"request_rate"}),
+        (
+            TransformersRunner(),
+            EVERYTHING - {"request_rate", "isl_distribution", "prompts_file"},
+        ),
+        (TRTLLM, set()),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_each_runner_says_what_it_executes(runner: Runner, executed: set[Ability]) -> None:
+    assert why_not_workload(runner.name, runner.abilities, PLAIN) == ()
+    for ability, load in LOADS.items():
+        assert needed(load) == (ability,)
+        told = why_not_workload(runner.name, runner.abilities, load)
+        assert bool(told) == (ability not in executed)
+        assert all(ability in why and "runner=vllm" in why for why in told)
+
+
+def faults(runner: Runner, **changes: Any) -> tuple[Fault, ...]:
+    return ability_faults(acceptance(**changes), runner)
+
+
+def test_only_what_would_run_here_is_asked() -> None:
+    rate = dataclasses.replace(LOADS["request_rate"], name="rate")
+    assert faults(VLLM, targets=(rate,), cpu_workloads=()) == ()
+    (fault,) = faults(RTX, targets=(PLAIN, rate), cpu_workloads=())
+    assert fault.path == "acceptance.targets[1]"
+    # A CPU stands in for a card: it measures the other list.
+    assert faults(OnnxRuntimeRunner(), targets=(rate,), cpu_workloads=()) == ()
+    (fault,) = faults(OnnxRuntimeRunner(), targets=(), cpu_workloads=(rate,))
+    assert fault.path == "acceptance.cpu_workloads[0]"
+    assert "request_rate (runner=vllm does)" in fault.message
+
+
+def test_cache_that_cannot_be_cleared_is_a_fault_of_the_recipe() -> None:
+    asked = SustainedRun(minutes=1.0, clear_cache=True)
+    assert faults(TransformersRunner(), sustained=asked) == ()
+    for runner in (VLLM, RTX, TRTLLM, OnnxRuntimeRunner()):
+        (fault,) = faults(runner, cpu_workloads=(), sustained=asked)
+        assert fault.path == "acceptance.sustained.clear_cache"
+        assert "runner=transformers does" in fault.message
+        assert faults(runner, cpu_workloads=(), sustained=SustainedRun(minutes=1.0)) == ()
+
+
+def composed(*overrides: str) -> Plan:
+    loaded = config.load("smollm2", overrides, folders=config_folders(None))
+    assert [fault for job in loaded.jobs for fault in job.faults] == []
+    return plan_of(loaded.jobs[0].value)
+
+
+def test_recipe_whose_runner_cannot_execute_it_is_refused_by_its_plan() -> None:
+    rate = (
+        "acceptance.targets=[{name: r4, batch: 4, isl: 64, osl: 64, request_rate: 4.0,"
+        " requests: 100, osl_distribution: {min: 16}, ignore_eos: false}]"
+    )
+    card = ("compiler=checkpoint", "target=h100")
+    (planned,) = composed(*card, "runner=vllm", rate).workloads
+    assert planned.osl == 64  # what memory must hold
+    refuse(composed(*card, "runner=vllm", rate))
+    refuse(composed(*card, "runner=transformers", rate))  # a CPU does not run the targets
+    with pytest.raises(RecipeError, match=r"acceptance\.targets\[0\].*request_rate \(runner=vllm"):
+        refuse(composed("compiler=trtrtx", "runner=tensorrt_rtx", rate))
+    cleared = "acceptance.sustained.clear_cache=true"
+    with pytest.raises(RecipeError, match=r"acceptance\.sustained\.clear_cache"):
+        refuse(composed(*card, "runner=vllm", cleared))
+
+
+def test_ceiling_is_of_the_mean_lengths() -> None:
+    card = ("compiler=checkpoint", "target=h100", "runner=vllm")
+    fixed, drawn, mean = (
+        composed(*card, f"acceptance.targets=[{{name: b, batch: 8, isl: 256, osl: {osl}}}]")
+        .workloads[0]
+        .ceiling
+        for osl in ("256", "256, osl_distribution: {min: 1}, requests: 4000", "128")
+    )
+    assert fixed < drawn == pytest.approx(mean, rel=1e-3)
