@@ -22,13 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.answer import Answer, failure, tell
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, Loaded, load
-from pipeline.errors import ExitCode, Fault, RecipeError
+from pipeline.errors import ExitCode, RecipeError
 from pipeline.outcome import (
     Outcome,
+    answer_of,
     append_github_output,
-    closing_lines,
     failure_of,
     jobs_table,
     open_run,
@@ -36,7 +37,7 @@ from pipeline.outcome import (
     worst,
     write_verdict,
 )
-from pipeline.screen import file_logging, screen_logging, show_error, stdout
+from pipeline.screen import file_logging, screen_logging, show_error
 
 log = logging.getLogger("pipeline.run")
 
@@ -77,7 +78,14 @@ def build_job(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
 
 
 def run(request: Request, work: Work = build_job) -> ExitCode:
-    """Check all jobs, run the good ones, and tell the outcome everywhere.
+    """As `answer`; tells people, too."""
+    done = answer(request, work)
+    tell(done)
+    return done.exit_code
+
+
+def answer(request: Request, work: Work = build_job) -> Answer:
+    """Check all jobs, run the good ones, and record the outcome.
 
     A job that fails or misses its target does not stop the others; Ctrl-C and SIGTERM do.
     """
@@ -85,11 +93,10 @@ def run(request: Request, work: Work = build_job) -> ExitCode:
         with _terminable(), screen_logging():
             return _run(request, work)
     except KeyboardInterrupt as error:
-        show_error(failure_of(error).message)
-        return ExitCode.INTERRUPTED
+        return failure(error)
 
 
-def _run(request: Request, work: Work) -> ExitCode:
+def _run(request: Request, work: Work) -> Answer:
     try:
         folders = config_folders(request.config_dir)
         loaded = load(
@@ -126,39 +133,30 @@ def _registry_url(loaded: Loaded) -> str:
     return str(_registry_dir(loaded))
 
 
-def _nowhere_to_write(loaded: Loaded, error: OSError) -> ExitCode:
+def _nowhere_to_write(loaded: Loaded, error: OSError) -> Answer:
     """Report that there can be no run folder; faults in the recipe count more."""
-    faults = _all_faults(loaded)
+    faults = loaded.all_faults
     outcome = refused(faults) if faults else failure_of(error)
     if not faults and outcome.exit_code is ExitCode.FAILED:
         message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
         outcome = replace(outcome, message=message)
-    show_error(outcome.message)
-    append_github_output(outcome.to_json("", ()))
-    return outcome.exit_code
+    document = outcome.to_json("", ())
+    append_github_output(document)
+    return answer_of(outcome, document)
 
 
-def _all_faults(loaded: Loaded) -> list[Fault]:
-    faults = [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]
-    return list(dict.fromkeys(faults))
-
-
-def _run_single(request: Request, loaded: Loaded, run_dir: Path, work: Work) -> ExitCode:
+def _run_single(request: Request, loaded: Loaded, run_dir: Path, work: Work) -> Answer:
     """One job, or a command line that is wrong for all jobs."""
     if loaded.faults:
-        outcome = refused(_all_faults(loaded))
+        outcome = refused(loaded.all_faults)
     else:
         outcome = _attempt(loaded.jobs[0], run_dir, request, work)
-    _record(run_dir, outcome.to_json(request.recipes, request.overrides))
-    if outcome.verdict is None:
-        show_error(outcome.message)
-    else:
-        lines = closing_lines(outcome, _generate_command(outcome, _registry_url(loaded)))
-        stdout().print(f"{outcome.message}\n{lines}", markup=False, soft_wrap=True)
-    return outcome.exit_code
+    document = outcome.to_json(request.recipes, request.overrides)
+    _record(run_dir, document)
+    return answer_of(outcome, document, _generate_command(outcome, _registry_url(loaded)))
 
 
-def _run_jobs(request: Request, jobs: Sequence[Job], run_dir: Path, work: Work) -> ExitCode:
+def _run_jobs(request: Request, jobs: Sequence[Job], run_dir: Path, work: Work) -> Answer:
     """Every job in turn, each in a folder of its own; a table at the end."""
     for job in jobs:
         if job.faults:
@@ -188,8 +186,7 @@ def _run_jobs(request: Request, jobs: Sequence[Job], run_dir: Path, work: Work) 
     document = whole.to_json(request.recipes, request.overrides)
     document["jobs"] = [outcome.to_json(recipe, swept) for recipe, swept, outcome in rows]
     _record(run_dir, document)
-    stdout().print(jobs_table(rows))
-    return code
+    return Answer(value=document, shown=[jobs_table(rows)], exit_code=code, message=whole.message)
 
 
 def _record(run_dir: Path, document: Mapping[str, Any]) -> None:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.acceptance.conditions import read_conditions
-from pipeline.acceptance.measure import Subject
-from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.build import Recipe, acceptance_name, fetch, plan_of, signed_result
+from pipeline.acceptance.report import REPORT_FILE
+from pipeline.acceptance.subject import Subject
+from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, signed_result
 from pipeline.cache import StageCache, cache_root
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.targets import target_of_card
-from pipeline.errors import CorruptError, ExitCode, IncompatibleError, RecipeError
+from pipeline.errors import CorruptError, ExitCode, IncompatibleError
 from pipeline.hardware import Target, card_name
 from pipeline.machine import require_builder
 from pipeline.outcome import Outcome
@@ -102,25 +102,15 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     require_builder(engine.format)
     weights = same_weights(recipe, package)
     cache = StageCache(root=cache_root())
-    report, verdict = recipe.acceptance.measure(
-        Subject(
-            engine=engine,
-            package_digest=package.digest,
-            weights=weights,
-            checkpoint_dir=engine.dir if engine.format == "checkpoint" else None,
-            plan=plan,
-            runner=recipe.runner,
-        ),
-        cache,
+    subject = Subject(
+        engine=engine,
+        package_digest=package.digest,
+        weights=weights,
+        checkpoint_dir=engine.dir if engine.format == "checkpoint" else None,
+        plan=plan,
+        runner=recipe.runner,
     )
-    files = write_report(
-        report,
-        verdict,
-        run_dir,
-        manifest=package.manifest,
-        plan=plan.to_json(),
-        limits=recipe.acceptance.limits,
-    )
+    verdict, files = judged(recipe, subject, package, cache, run_dir)
     where = files[REPORT_FILE]
     if signatory is not None:
         where = add_result(
@@ -182,14 +172,11 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
     }
     given = {override.split("=")[0] for override in request.overrides}
     overrides = [f"{key}={value}" for key, value in implied.items() if key not in given]
-    loaded = load(
+    return load(
         request.recipe or package.manifest["name"],
         [*overrides, *request.overrides],
         folders=config_folders(request.config_dir),
-    )
-    if faults := [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]:
-        raise RecipeError(faults)
-    return loaded.jobs[0]
+    ).one_job()
 
 
 def engine_of(package: Package) -> Engine:

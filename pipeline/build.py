@@ -15,8 +15,8 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.acceptance import Acceptance
-from pipeline.acceptance.measure import Subject
 from pipeline.acceptance.report import REPORT_FILE, write_report
+from pipeline.acceptance.subject import Subject
 from pipeline.cache import StageCache, cache_root, locked
 from pipeline.convert.unified import UnifiedCheckpoint
 from pipeline.errors import CorruptError, ExitCode, RecipeError, UntrustedError
@@ -28,6 +28,7 @@ from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.registry.backend import Registry
 from pipeline.registry.lifecycle.promote import enter_channel as move_into
 from pipeline.registry.lifecycle.records import Author, actor_of
+from pipeline.registry.lifecycle.yank import read_yank_of, require_build_not_yanked, told
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
 from pipeline.registry.policy import require_publishable
@@ -35,6 +36,7 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.signing.machine import Signatory, signatory_for
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
+from pipeline.runners.abilities import ability_faults
 from pipeline.runners.session import Runner
 from pipeline.settings import STRICT
 from pipeline.shapes import ModelShape, shape_faults
@@ -122,6 +124,14 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     cache = StageCache(root=options.cache_dir or cache_root())
     weights = fetch(recipe)
     key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
+    if not options.rebuild:
+        require_build_not_yanked(
+            recipe.registry.store,
+            recipe.name,
+            recipe.compiler.variant(recipe.target),
+            version_of(recipe.version, key),
+            signatory.trust,
+        )
     # The second of two runs waits here, and then takes what the first one published.
     with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
         published = None if options.rebuild else find_published(recipe, key, signatory)
@@ -147,15 +157,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
                 plan=plan,
                 runner=recipe.runner,
             )
-            report, verdict = recipe.acceptance.measure(subject, cache)
-            files = write_report(
-                report,
-                verdict,
-                run_dir,
-                manifest=package.manifest,
-                plan=plan.to_json(),
-                limits=recipe.acceptance.limits,
-            )
+            verdict, files = judged(recipe, subject, package, cache, run_dir)
             if not verdict.passed:
                 return missed(package, verdict, files[REPORT_FILE], started=started)
             if not published:
@@ -191,11 +193,14 @@ def plan_of(recipe: Recipe) -> Plan:
                     osl=workload.osl,
                     min_output_tokens_per_s=workload.min_output_tokens_per_s,
                     min_share_of_ceiling=workload.min_share_of_ceiling,
+                    mean_isl=workload.mean_isl(recipe.acceptance.seed),
+                    mean_osl=workload.mean_osl(recipe.acceptance.seed),
                 )
                 for workload in recipe.acceptance.targets
             ),
             runtime=recipe.compiler.pinned_runtime,
             judged_positions=recipe.acceptance.judged_positions(recipe.shape),
+            faults=ability_faults(recipe.acceptance, recipe.runner),
         )
     )
 
@@ -219,7 +224,8 @@ def fetch(recipe: Recipe) -> Weights:
 def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verification | None:
     """The newest published package of this build whose bytes and signatures hold here.
 
-    One that does not is never signed afterwards: what it is made of, nobody here has seen.
+    Yanked ones are passed over. One whose signatures do not hold is never signed afterwards: what
+    it is made of, nobody here has seen.
     """
     registry = recipe.registry
     for package in registry.find(recipe.name, recipe.compiler.variant(recipe.target), key):
@@ -229,10 +235,29 @@ def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verificati
             verified = verify_signatures(package, statements, signatory.trust)
         except (UntrustedError, CorruptError) as error:
             log.warning("%s is not taken, and is built beside it: %s", reference, error)
+            continue
+        if yank := read_yank_of(registry.store, reference, signatory.trust):
+            log.warning("%s is not taken: it was yanked %s", reference, told(yank))
         else:
             log.info("Verified %s: every byte, and who signed it", reference)
             return verified
     return None
+
+
+def judged(
+    recipe: Recipe, subject: Subject, package: Package, cache: StageCache, run_dir: Path
+) -> tuple[Verdict, dict[str, Path]]:
+    """Put the question; the verdict, and the files of the report in `run_dir` by their names."""
+    report, verdict = recipe.acceptance.measure(subject, cache)
+    files = write_report(
+        report,
+        verdict,
+        run_dir,
+        manifest=package.manifest,
+        plan=subject.plan.to_json(),
+        limits=recipe.acceptance.limits,
+    )
+    return verdict, files
 
 
 def acceptance_name(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:

@@ -5,15 +5,17 @@ Each command imports what it needs: `--help` and the registry client start witho
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipeline import __version__
+from pipeline.answer import failure
 from pipeline.commands import building, copy, lifecycle, measuring, packages, pull, race
-from pipeline.errors import ExitCode
+from pipeline.errors import ExitCode, Fault, RecipeError
 
 app = typer.Typer(
     help="From a Hugging Face model to a checked, published FP8 inference engine.",
@@ -64,10 +66,19 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]  # Typer exports no name for it
+
+
 def main() -> int:
     """Run a command; the only place where its exceptions become a message and an exit code."""
     try:
-        app(prog_name="enginesmith")
+        return app(prog_name="enginesmith", standalone_mode=False) or ExitCode.OK
+    except _UsageError as error:
+        if "--json" in sys.argv[1:]:
+            faults = [Fault("", error.format_message())]
+            print(json.dumps(failure(RecipeError(faults)).to_json()))
+        error.show()
+        return ExitCode.USAGE
     except Exception as error:
         from pipeline.outcome import failure_of
         from pipeline.screen import show_error
@@ -75,7 +86,6 @@ def main() -> int:
         outcome = failure_of(error)
         show_error(outcome.message)
         return outcome.exit_code
-    return ExitCode.OK
 
 
 if __name__ == "__main__":

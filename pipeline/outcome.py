@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.answer import Answer
 from pipeline.errors import ExitCode, Fault, PipelineError, RecipeError
 
 if TYPE_CHECKING:
@@ -220,6 +221,18 @@ def closing_lines(outcome: Outcome, generate: str) -> str:
         "try": generate if outcome.reference else None,
     }
     return "\n".join(f"{name:<8} {value}" for name, value in rows.items() if value)
+
+
+def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "") -> Answer:
+    """What a command answers after one job.
+
+    Args:
+        outcome: Of the job.
+        document: Its `verdict.json`.
+        generate: The command that talks to the package; empty if there is nothing to say of it.
+    """
+    lines = [outcome.message, closing_lines(outcome, generate)] if outcome.verdict else []
+    return Answer(value=document, shown=lines, exit_code=outcome.exit_code, message=outcome.message)
 
 
 def megabytes(size_bytes: int | None) -> str:

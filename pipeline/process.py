@@ -2,7 +2,8 @@
 
 The command is a list, never a shell string. Its standard output and error go to one log file as
 they come, so that what a tool wrote before it died is kept; a line now and then says that it is
-still at work. On Ctrl-C, a timeout or any other exception the whole process group is killed.
+still at work. On Ctrl-C, a timeout or any other exception the whole process group is killed. When
+this process itself is killed, the kernel kills the program (`pipeline.launch`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline import launch
 from pipeline.errors import ToolError
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.05
 _GRACE_S = 3.0
 _LAST_LINES = 30
+_LAUNCH = (sys.executable, "-I", "-S", launch.__file__)
 
 
 def run_tool(
@@ -46,7 +50,7 @@ def run_tool(
         heartbeat_s: How often a line says that it still runs.
 
     Raises:
-        ToolError: It exited non-zero, was killed by a signal, or ran out of time.
+        ToolError: It could not start, exited non-zero, was killed by a signal, or ran out of time.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log.debug("%s: %s", stage, command)
@@ -54,7 +58,7 @@ def run_tool(
         stream.write(f"$ {list(command)!r}\n".encode())
         stream.flush()
         process = subprocess.Popen(
-            list(command),
+            [*_LAUNCH, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -229,7 +229,7 @@ def test_two_builds_at_once_end_with_one_package(built: Workplace, tmp_path: Pat
 
 def test_list_and_show_tell_what_was_published(built: Workplace) -> None:
     (package,) = built.packages()
-    (listed,) = json.loads(built.run("list", "--json").stdout)
+    (listed,) = json.loads(built.run("list", "--json").stdout)["packages"]
     assert listed["reference"] == f"tiny/{VARIANT}:{package.name}"
     assert listed["verdict"] == "checked"
     assert listed["channels"] == [{"channel": "candidate", "card": CARD}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -187,3 +188,40 @@ def test_policy_that_does_not_believe_this_machine_stops_the_build_before_any_wo
     assert done.returncode == 5, done.stderr
     assert "policy" in done.stderr
     assert not place.cache.exists()
+
+
+def test_yanked_build_is_refused_before_any_work_and_says_why(place: Workplace) -> None:
+    reference = place.verdict()["reference"]
+    shutil.rmtree(place.cache / "stages")  # so that work would show
+    yank = ("yank", reference, "--reason", "crashes at batch 2")
+    assert place.run(*yank, ENGINESMITH_ACTOR="ada").returncode == 0
+    done = place.build(*QUICK)
+    assert done.returncode == 5, done.stderr
+    said = place.verdict()["message"]
+    assert f"{reference} was yanked by ada at " in said
+    assert ": crashes at batch 2; " in said
+    assert not (place.cache / "stages").exists()
+    (undo,) = [words for words in said.split("`") if words.startswith("enginesmith yank ")]
+    assert place.run(*shlex.split(undo)[1:]).returncode == 0
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    assert place.verdict()["reference"] == reference
+
+
+def test_rebuild_beside_a_yanked_package_is_built_and_taken(place: Workplace) -> None:
+    reference = place.verdict()["reference"]
+    assert place.run("yank", reference, "--reason", "crashes").returncode == 0
+    done = place.build(*QUICK, "--rebuild")
+    assert done.returncode == 0, done.stderr
+    assert place.verdict()["reference"] == f"{reference}.r2"
+    assert place.build(*QUICK).returncode == 0
+    assert (place.verdict()["reference"], place.verdict()["taken"]) == (f"{reference}.r2", True)
+    assert place.run("yank", f"{reference}.r2", "--reason", "slow").returncode == 0
+    done = place.build(*QUICK)
+    assert done.returncode == 5
+    assert f"{reference}.r2 was yanked" in done.stderr
+    # The newest is yanked, an older one is not any more: that one is taken.
+    assert place.run("yank", reference, "--undo").returncode == 0
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    assert (place.verdict()["reference"], place.verdict()["taken"]) == (reference, True)

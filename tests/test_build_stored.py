@@ -49,7 +49,8 @@ def test_build_publishes_to_a_server_and_the_next_machine_takes_it(
     assert other.verdict()["taken"] is True
     assert other.verdict()["digest"] == place.verdict()["digest"]
 
-    (listed,) = json.loads(other.run("list", "--registry", url, "--json", **environ).stdout)
+    told = other.run("list", "--registry", url, "--json", **environ)
+    (listed,) = json.loads(told.stdout)["packages"]
     assert listed["reference"] == reference
     shown = other.run("show", reference, "--registry", url, **environ)
     assert "this machine's signing key" in shown.stdout, shown.stderr

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.__main__ import Request
+from pipeline.answer import Answer
 from pipeline.errors import ExitCode, NotFoundError
 from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.manifest import Label
@@ -105,11 +106,11 @@ def test_wrong_usage_exits_2(arguments: list[str], message: str) -> None:
 def test_build_is_the_same_request_as_hydras_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Request] = []
 
-    def run(request: Request) -> ExitCode:
+    def answer(request: Request) -> Answer:
         seen.append(request)
-        return ExitCode.NOT_ACCEPTED
+        return Answer(exit_code=ExitCode.NOT_ACCEPTED)
 
-    monkeypatch.setattr("pipeline.__main__.run", run)
+    monkeypatch.setattr("pipeline.__main__.answer", answer)
     done = invoke("build", "smollm2,phi3", "a.b=1,2", "-m", "~c", "--config-dir", "x")
     assert done.exit_code == 3
     assert seen == [
@@ -143,12 +144,12 @@ def test_plan_of_a_bad_recipe_tells_people_and_programs() -> None:
 
 def test_list_of_nothing_says_how_to_make_something() -> None:
     assert "enginesmith build RECIPE" in invoke("list").output
-    assert json.loads(invoke("list", "--json").output) == []
+    assert json.loads(invoke("list", "--json").output)["packages"] == []
 
 
 def test_list_and_show_name_the_package(published: str) -> None:
     assert published in invoke("list").output
-    (entry,) = json.loads(invoke("list", "--json").output)
+    (entry,) = json.loads(invoke("list", "--json").output)["packages"]
     assert entry["reference"] == published
     assert entry["verdict"] is None
     assert entry["digest"] in invoke("show", "tiny:1.0-bbbbbbbbbbbb").output

@@ -127,6 +127,6 @@ def test_code_in_a_model_folder_never_runs(tmp_path: Path, model_type: str) -> N
         load_model(folder, "float32")
         load_tokenizer(folder)
     else:
-        with pytest.raises(ValueError, match="trust_remote_code|model_type"):
+        with pytest.raises(ValueError, match=r"trust_remote_code|model_type"):
             load_model(folder, "float32")
     assert not marker.exists()

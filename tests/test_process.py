@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import launch
 from pipeline.errors import ToolError
 from pipeline.process import last_lines, run_tool
 
+ROOT = Path(__file__).parent.parent
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -109,8 +111,7 @@ from pathlib import Path
 from pipeline.process import run_tool
 run_tool({python(PARENT, str(pid_file))!r}, stage="s", log_path=Path({str(tmp_path / "log")!r}))
 """
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(python(caller), cwd=root, stderr=subprocess.PIPE)
+    process = subprocess.Popen(python(caller), cwd=ROOT, stderr=subprocess.PIPE)
     assert wait_for(lambda: pid_file.exists() and pid_file.read_text())
     grandchild = int(pid_file.read_text())
     assert alive(grandchild)
@@ -118,6 +119,44 @@ run_tool({python(PARENT, str(pid_file))!r}, stage="s", log_path=Path({str(tmp_pa
     _, stderr = process.communicate(timeout=10)
     assert b"KeyboardInterrupt" in stderr
     assert wait_for(lambda: not alive(grandchild))
+
+
+def test_sigkill_of_the_caller_ends_the_tool(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    caller = f"""
+from pathlib import Path
+from pipeline.process import run_tool
+run_tool({python(code, str(pid_file))!r}, stage="s", log_path=Path({str(tmp_path / "log")!r}))
+"""
+    process = subprocess.Popen(python(caller), cwd=ROOT)
+    assert wait_for(lambda: pid_file.exists() and pid_file.read_text())
+    tool = int(pid_file.read_text())
+    assert alive(tool)
+    process.kill()
+    process.wait(timeout=10)
+    assert wait_for(lambda: not alive(tool), seconds=5)
+
+
+def test_tool_of_a_caller_that_is_gone_already_does_not_start(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mark = tmp_path / "mark"
+    command = [sys.executable, "-I", "-S", launch.__file__, str(gone.pid), "touch", str(mark)]
+    assert subprocess.run(command, check=False).returncode == 128 + signal.SIGKILL
+    assert not mark.exists()
+
+
+def test_tool_starts_with_the_signals_of_a_shell(tmp_path: Path) -> None:
+    # Bit n-1 of SigIgn is signal n; Python itself ignores SIGPIPE.
+    run_tool(["grep", "SigIgn", "/proc/self/status"], stage="s", log_path=tmp_path / "log")
+    ignored = int(last_lines(tmp_path / "log")[-1].split()[1], 16)
+    assert not ignored & (1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1))
+
+
+def test_missing_program_is_a_failed_tool(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="cannot start nosuch-program: No such file"):
+        run_tool(["nosuch-program"], stage="s", log_path=tmp_path / "log")
 
 
 def test_a_line_now_and_then_says_that_it_still_runs(

@@ -19,7 +19,6 @@ Overrides = Annotated[
 ConfigDir = Annotated[
     Path | None, typer.Option(help="Folder with recipes of your own; ./recipes is searched too.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 Registry = Annotated[
     str,
     typer.Option(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.arguments import ConfigDir, Json, Overrides, Recipe
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import ConfigDir, Overrides, Recipe
 from pipeline.errors import ExitCode
 
 
+@answering
 def build(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -23,9 +25,9 @@ def build(
         bool, typer.Option("--rebuild", help="Build again what is already published.")
     ] = False,
     config_dir: ConfigDir = None,
-) -> None:
+) -> Answer:
     """Build, check and publish the engine of a recipe."""
-    from pipeline.__main__ import Request, run
+    from pipeline.__main__ import Request, answer
 
     request = Request(
         recipes=recipe,
@@ -34,41 +36,35 @@ def build(
         rebuild=rebuild,
         config_dir=config_dir,
     )
-    raise typer.Exit(run(request))
+    return answer(request)
 
 
+@answering
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    as_json: Json = False,
     config_dir: ConfigDir = None,
-) -> None:
+) -> Answer:
     """Show size, fit and speed ceilings of a recipe, without downloading anything."""
-    from dataclasses import asdict
-
     from pipeline.config.folders import config_folders
     from pipeline.config.load import load
-    from pipeline.errors import RecipeError
 
-    loaded = load(recipe, overrides or (), folders=config_folders(config_dir))
-    faults = [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]
-    if faults:
-        if as_json:
-            print(json.dumps({"schema": 1, "faults": [asdict(fault) for fault in faults]}))
-        raise RecipeError(faults)
-
+    job = load(recipe, overrides or (), folders=config_folders(config_dir)).one_job()
     from pipeline.build import plan_of
+    from pipeline.outcome import refused
     from pipeline.plan import render
-    from pipeline.screen import stdout
 
-    made = plan_of(loaded.jobs[0].value)
-    if as_json:
-        print(json.dumps(made.to_json(), indent=1))
-    else:
-        stdout().print(render(made))
-    raise typer.Exit(ExitCode.USAGE if made.faults else ExitCode.OK)
+    made = plan_of(job.value)
+    return Answer(
+        value=made.to_json(),
+        shown=[render(made)],
+        exit_code=ExitCode.USAGE if made.faults else ExitCode.OK,
+        message=refused(made.faults).message,
+        faults=made.faults,
+    )
 
 
+@answering
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the recipe.", show_default=False)],
     origin: Annotated[
@@ -84,12 +80,12 @@ def new(
     config_dir: Annotated[
         Path | None, typer.Option(help="Where to write; by default ./recipes, else here.")
     ] = None,
-) -> None:
+) -> Answer:
     """Write a recipe for a model: pinned commit, the largest shape that fits the card."""
     from pipeline.new.command import new_recipe, report
 
     made = new_recipe(name, origin=origin, revision=revision, target=target, config_dir=config_dir)
-    print("\n".join(report(made, config_dir)))
+    return Answer(value=made.to_json(), shown=report(made, config_dir))
 
 
 class _CacheDtype(StrEnum):
@@ -103,6 +99,7 @@ class _Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+@answering
 def export_trtllm(
     checkpoint_dir: Annotated[
         Path,
@@ -126,7 +123,7 @@ def export_trtllm(
     ] = None,
     tp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
     pp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
-) -> None:
+) -> Answer:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
     from pipeline import export_trtllm as export
     from pipeline.screen import screen_logging
@@ -146,9 +143,12 @@ def export_trtllm(
             tp_size=tp_size,
             pp_size=pp_size,
         )
-    print(export.build_line(out_dir, record.kv_cache_dtype, sizes))
+    command = export.build_line(out_dir, record.kv_cache_dtype, sizes)
+    value = {**record.to_json(), "checkpoint_dir": str(out_dir.absolute()), "command": command}
+    return Answer(value=value, shown=[command])
 
 
+@answering
 def rehearse(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -158,19 +158,15 @@ def rehearse(
     keep: Annotated[
         Path | None, typer.Option(help="Keep what is made, in this new or empty folder.")
     ] = None,
-    as_json: Json = False,
     config_dir: ConfigDir = None,
-) -> None:
+) -> Answer:
     """Run a recipe's whole line on random weights, in every format; nothing is downloaded."""
     from pipeline.rehearse.command import run_rehearsal
 
-    raise typer.Exit(
-        run_rehearsal(
-            recipe,
-            tuple(overrides or ()),
-            full_size=full_size,
-            keep=keep,
-            as_json=as_json,
-            config_dir=config_dir,
-        )
+    return run_rehearsal(
+        recipe,
+        tuple(overrides or ()),
+        full_size=full_size,
+        keep=keep,
+        config_dir=config_dir,
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.arguments import Json, Policy, Reference
-from pipeline.errors import PipelineError
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import Policy, Reference
 
 
+@answering
 def copy(
     reference: Reference,
     source: Annotated[
@@ -24,11 +25,9 @@ def copy(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Copy a package that nobody signed.")
     ] = False,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Copy a package, its signatures and its test results to another registry, byte for byte."""
     from pipeline.registry.copying import CopyRequest, run_copy
-    from pipeline.registry.signing.command import failure_json
     from pipeline.screen import screen_logging
 
     request = CopyRequest(
@@ -38,13 +37,6 @@ def copy(
         policy=policy,
         allow_unsigned=allow_unsigned,
     )
-    try:
-        with screen_logging():
-            done = run_copy(request, os.environ)
-    except PipelineError as error:
-        if as_json:
-            print(json.dumps(failure_json(error)))
-        raise
-    print(
-        json.dumps(done.to_json(request), indent=1) if as_json else "\n".join(done.lines(request))
-    )
+    with screen_logging():
+        done = run_copy(request, os.environ)
+    return Answer(value=done.to_json(request), shown=done.lines(request))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline.commands.arguments import ARTIFACTS, Json, Policy, Reference, Registry
-
-if TYPE_CHECKING:
-    from pipeline.registry.lifecycle.command import Answer
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
 
 _Channel = Annotated[str, typer.Option(metavar="NAME", help="stable, candidate, or your own.")]
 _Card = Annotated[
@@ -27,6 +24,7 @@ _Reason = Annotated[str, typer.Option(metavar="TEXT", help="Recorded, for people
 _Name = Annotated[str, typer.Argument(metavar="NAME[/VARIANT]", show_default=False)]
 
 
+@answering
 def promote(
     reference: Reference,
     channel: _Channel = "stable",
@@ -40,24 +38,25 @@ def promote(
     ] = False,
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Move a channel to a package with a signed test result that is good enough for it."""
     from pipeline.registry.lifecycle import command
+    from pipeline.registry.lifecycle import promote as moves
 
-    def act() -> Answer:
-        return command.run_promote(
-            command.open_desk(registry, policy, os.environ),
-            reference,
-            channel=channel,
-            card=card,
-            reason=reason,
-            restart=restart_log,
-        )
+    desk = command.open_desk(registry, policy, os.environ)
+    done = moves.promote(
+        desk.store,
+        reference,
+        channel=channel,
+        card=card,
+        author=desk.author(reason),
+        policy=desk.policy,
+        restart=restart_log,
+    )
+    return command.moved(done)
 
-    _finish(_asked(act, as_json), as_json)
 
-
+@answering
 def rollback(
     name: _Name,
     channel: _Channel = "stable",
@@ -73,42 +72,40 @@ def rollback(
     reason: _Reason = "",
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Move a channel back to where it pointed before."""
     from pipeline.registry.lifecycle import command
+    from pipeline.registry.lifecycle import promote as moves
 
-    def act() -> Answer:
-        return command.run_rollback(
-            command.open_desk(registry, policy, os.environ),
-            name,
-            channel=channel,
-            card=card,
-            to=to,
-            reason=reason,
-        )
+    desk = command.open_desk(registry, policy, os.environ)
+    done = moves.rollback(
+        desk.store,
+        name,
+        channel=channel,
+        card=card,
+        author=desk.author(reason),
+        policy=desk.policy,
+        to=to,
+    )
+    return command.moved(done)
 
-    _finish(_asked(act, as_json), as_json)
 
-
+@answering
 def yank(
     reference: Reference,
     reason: _Reason = "",
     undo: Annotated[bool, typer.Option("--undo", help="Make it usable again.")] = False,
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Stop a package from being pulled, but by its digest and with --allow-yanked."""
     from pipeline.registry.lifecycle import command
 
-    def act() -> Answer:
-        desk = command.open_desk(registry, policy, os.environ)
-        return command.run_yank(desk, reference, reason=reason, undo=undo)
-
-    _finish(_asked(act, as_json), as_json)
+    desk = command.open_desk(registry, policy, os.environ)
+    return command.run_yank(desk, reference, reason=reason, undo=undo)
 
 
+@answering
 def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Remove; without it this only shows.")
@@ -127,30 +124,22 @@ def gc(
     ] = False,
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Show which versions nothing needs any more, and remove them with --delete."""
     from pipeline.registry.lifecycle import command
 
-    def act() -> Answer:
-        answer, done = command.run_gc(
-            command.open_desk(registry, policy, os.environ),
-            delete=delete,
-            keep_days=keep_days,
-            history=history,
-            keep=keep or (),
-            damaged=damaged,
-        )
-        if not as_json and done.fates:
-            from pipeline.registry.lifecycle.render import render_fates
-            from pipeline.screen import stdout
-
-            stdout().print(render_fates(done.fates))
-        return answer
-
-    _finish(_asked(act, as_json), as_json)
+    desk = command.open_desk(registry, policy, os.environ)
+    return command.run_gc(
+        desk,
+        delete=delete,
+        keep_days=keep_days,
+        history=history,
+        keep=keep or (),
+        damaged=damaged,
+    )
 
 
+@answering
 def channels(
     name: Annotated[
         str | None,
@@ -159,43 +148,9 @@ def channels(
     history: Annotated[bool, typer.Option("--history", help="All moves, newest first.")] = False,
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Show where the channels point, by their signed logs."""
     from pipeline.registry.lifecycle import command
 
-    def act() -> Answer:
-        desk = command.open_desk(registry, policy, os.environ)
-        answer, shown = command.run_channels(desk, name)
-        if not as_json and shown:
-            from pipeline.registry.lifecycle.render import render_channels
-            from pipeline.screen import stdout
-
-            stdout().print(render_channels(shown, history=history))
-        notes = [f"{one.channel} of {one.card}: {one.note}" for one in shown if one.note]
-        return command.Answer(
-            lines=[*answer.lines, *notes], value=answer.value, exit_code=answer.exit_code
-        )
-
-    _finish(_asked(act, as_json), as_json)
-
-
-def _asked(act: Callable[[], Answer], as_json: bool) -> Answer:
-    """What a command answers; a refusal is told to programs, too."""
-    from pipeline.errors import PipelineError
-    from pipeline.registry.signing.command import failure_json
-
-    try:
-        return act()
-    except PipelineError as error:
-        if as_json:
-            print(json.dumps(failure_json(error)))
-        raise
-
-
-def _finish(answer: Answer, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer.to_json(), indent=1))
-    else:
-        print("\n".join(answer.lines))
-    raise typer.Exit(answer.exit_code)
+    desk = command.open_desk(registry, policy, os.environ)
+    return command.run_channels(desk, name, history=history)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.commands.arguments import (
-    ARTIFACTS,
-    ConfigDir,
-    Json,
-    Overrides,
-    Policy,
-    Registry,
-)
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import ARTIFACTS, ConfigDir, Overrides, Policy, Registry
 
 
+@answering
 def accept(
     target: Annotated[
         str, typer.Argument(metavar="REF|DIR", help="A package.", show_default=False)
@@ -37,15 +32,14 @@ def accept(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Take a package that nobody signed.")
     ] = False,
-    as_json: Json = False,
     config_dir: ConfigDir = None,
-) -> None:
+) -> Answer:
     """Measure a package on this machine's GPU, and sign what came of it."""
     from pipeline.accept import AcceptRequest
     from pipeline.accept import accept as run
-    from pipeline.outcome import closing_lines, failure_of, open_run, write_verdict
+    from pipeline.outcome import answer_of, failure_of, open_run, write_verdict
     from pipeline.registry.stores.opening import folder_of
-    from pipeline.screen import file_logging, screen_logging, show_error, stdout
+    from pipeline.screen import file_logging, screen_logging
 
     request = AcceptRequest(
         target=target,
@@ -66,12 +60,4 @@ def accept(
             outcome = failure_of(error)
     document = outcome.to_json(target, request.overrides)
     write_verdict(run_dir, document)
-    if as_json:
-        print(json.dumps(document))
-    elif outcome.verdict is None:
-        show_error(outcome.message)
-    else:
-        stdout().print(
-            f"{outcome.message}\n{closing_lines(outcome, '')}", markup=False, soft_wrap=True
-        )
-    raise typer.Exit(outcome.exit_code)
+    return answer_of(outcome, document)

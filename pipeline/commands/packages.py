@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.arguments import ARTIFACTS, Json, Policy, Reference, Registry
-from pipeline.errors import ExitCode, PipelineError
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
+from pipeline.errors import ExitCode
 
 if TYPE_CHECKING:
     from pipeline.registry.backend import Entry
 
 
-def list_packages(registry: Registry = ARTIFACTS, as_json: Json = False) -> None:
+@answering
+def list_packages(registry: Registry = ARTIFACTS) -> Answer:
     """List the published packages."""
     from pipeline.registry.render import render_list
     from pipeline.registry.stores.opening import open_registry
-    from pipeline.screen import stdout
 
     entries = open_registry(registry).entries()
-    if as_json:
-        print(json.dumps([_summary(entry) for entry in entries], indent=1))
-    elif entries:
-        stdout().print(render_list(entries))
-    else:
-        print(f"{registry} has no packages; make one with: enginesmith build RECIPE")
+    nothing = f"{registry} has no packages; make one with: enginesmith build RECIPE"
+    return Answer(
+        value={"packages": [_summary(entry) for entry in entries]},
+        shown=[render_list(entries) if entries else nothing],
+    )
 
 
+@answering
 def show(
     reference: Reference,
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Show one package: what it is for, what was measured, its digest, who signed it."""
     from pipeline.registry.render import render_show
     from pipeline.registry.signing.machine import machine_trust
     from pipeline.registry.signing.summary import Signatures, signatures_of
     from pipeline.registry.stores.opening import open_registry
-    from pipeline.screen import stdout
 
     opened = open_registry(registry)
     trust = machine_trust(os.environ, own_folder=opened.local, policy=policy)
@@ -50,26 +49,32 @@ def show(
     signatures = Signatures(reason="damaged, so no signature says anything")
     if entry.reference:
         signatures = signatures_of(entry, opened.statements_dir(entry.reference), trust)
-    if as_json:
-        answer = {**_summary(entry), "signatures": signatures.to_json(), "manifest": entry.manifest}
-        print(json.dumps(answer, indent=1))
-    else:
-        stdout().print(render_show(entry, signatures))
-    raise typer.Exit(ExitCode.CORRUPT if entry.fault else ExitCode.OK)
+    return Answer(
+        value={
+            **_summary(entry),
+            "signatures": signatures.to_json(),
+            "manifest": entry.manifest,
+        },
+        shown=[render_show(entry, signatures)],
+        exit_code=ExitCode.CORRUPT if entry.fault else ExitCode.OK,
+        message=entry.fault,
+    )
 
 
+@answering
 def keygen(
     out: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="By default signing.key in ~/.config/enginesmith."),
     ] = None,
-) -> None:
+) -> Answer:
     """Make a key pair to sign packages with."""
     from pipeline.registry.signing import command
 
-    print("\n".join(command.keygen(out, os.environ)))
+    return command.keygen(out, os.environ)
 
 
+@answering
 def verify(
     target: Annotated[
         str, typer.Argument(metavar="REF|DIR", help="A package.", show_default=False)
@@ -79,24 +84,15 @@ def verify(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Take a package that nobody signed.")
     ] = False,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Verify every byte of a package, its signatures, and who made them."""
     from pipeline.registry.signing import command
 
     request = command.Request(
         target=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
     )
-    try:
-        done = command.run_verify(request, os.environ)
-    except PipelineError as error:
-        if as_json:
-            print(json.dumps(command.failure_json(error)))
-        raise
-    if as_json:
-        print(json.dumps(command.report_json(done, request), indent=1))
-    else:
-        print("\n".join(command.report_lines(done)))
+    done = command.run_verify(request, os.environ)
+    return Answer(value=command.report_json(done, request), shown=command.report_lines(done))
 
 
 def _summary(entry: Entry) -> dict[str, Any]:
@@ -119,6 +115,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
     }
 
 
+@answering
 def generate(
     reference: Reference,
     prompt: Annotated[
@@ -126,11 +123,15 @@ def generate(
     ],
     max_tokens: Annotated[int, typer.Option(min=1, help="End the answer after this many.")] = 256,
     registry: Registry = ARTIFACTS,
-) -> None:
+    as_json: bool = False,
+) -> Answer:
     """Stream a chat answer from a package."""
     from pipeline.registry.stores.opening import open_registry
     from pipeline.runners.generate import stream
 
+    text = ""
     for piece in stream(open_registry(registry), reference, prompt, max_tokens):
-        print(piece, end="", flush=True)
-    print()
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    return Answer(value={"reference": reference, "prompt": prompt, "text": text}, shown=[""])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline.commands.arguments import ARTIFACTS, Json, Policy
-
-if TYPE_CHECKING:
-    from pipeline.registry.client.receipt import Pulled
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import ARTIFACTS, Policy
 
 
 class _Format(StrEnum):
@@ -20,6 +19,7 @@ class _Format(StrEnum):
     TRTLLM = "trtllm"
 
 
+@answering
 def pull(
     reference: Annotated[
         str | None,
@@ -97,12 +97,10 @@ def pull(
     jobs: Annotated[
         int | None, typer.Option(min=1, max=64, help="Pieces that are fetched at once.")
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Fetch the engine that fits a machine: signatures first, every byte verified."""
     from pipeline.errors import Fault, RecipeError
     from pipeline.registry.client import pull as client
-    from pipeline.registry.client.command import shown
     from pipeline.registry.client.machine import Flags
     from pipeline.screen import screen_logging
 
@@ -121,18 +119,16 @@ def pull(
         through_cache=cache,
         jobs=jobs,
     )
-
-    def work() -> Pulled:
+    with screen_logging():
         if verify_only is not None:
             if reference is not None or to is not None:
                 fault = "verifies a folder in its place; leave out REF and --to"
                 raise RecipeError([Fault("--verify-only", fault)])
             from pipeline.registry.client.verify_only import verify_only as verify
 
-            return verify(verify_only, request)
-        if reference is None or to is None:
+            done = verify(verify_only, request)
+        elif reference is None or to is None:
             raise RecipeError([Fault("", "say what and where: enginesmith pull REF --to DIR")])
-        return client.run(request)
-
-    with screen_logging():
-        print(shown(work, as_json=as_json))
+        else:
+            done = client.run(request)
+    return Answer(value=done.to_json(), shown=done.lines())

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.arguments import ConfigDir, Json, Overrides, Recipe
+from pipeline.answer import Answer
+from pipeline.commands.answering import answering
+from pipeline.commands.arguments import ConfigDir, Overrides, Recipe
 
 
+@answering
 def race(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -50,9 +53,8 @@ def race(
         float | None,
         typer.Option(min=1, help="Start no round that would end later; go on with --resume."),
     ] = None,
-    as_json: Json = False,
     config_dir: ConfigDir = None,
-) -> None:
+) -> Answer:
     """Race a recipe's FP8 artifact against vLLM and Transformers on this machine's GPU."""
     from pipeline.race.command import run_race_command
     from pipeline.race.request import Request
@@ -69,10 +71,9 @@ def race(
         resume=resume,
         out=out,
         time_limit_s=time_limit_s,
-        as_json=as_json,
         config_dir=config_dir,
     )
-    raise typer.Exit(run_race_command(request))
+    return run_race_command(request)
 
 
 def _listed(value: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from pipeline.config.compose import compose_combination
 from pipeline.config.construct import construct
 from pipeline.config.folders import ConfigFolders
 from pipeline.config.sweep import Combination, combinations
-from pipeline.errors import Fault
+from pipeline.errors import Fault, RecipeError
 
 _SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
 """Keys of the source that say nothing about which weights it brings."""
@@ -41,6 +41,21 @@ class Loaded:
 
     jobs: tuple[Job, ...]
     faults: tuple[Fault, ...]
+
+    @property
+    def all_faults(self) -> tuple[Fault, ...]:
+        """Those of the command line and of every job, each once."""
+        return tuple(dict.fromkeys([*self.faults, *(f for job in self.jobs for f in job.faults)]))
+
+    def one_job(self) -> Job:
+        """The job of a command line without sweeps.
+
+        Raises:
+            RecipeError: With all faults.
+        """
+        if self.all_faults:
+            raise RecipeError(self.all_faults)
+        return self.jobs[0]
 
 
 def load(

@@ -46,6 +46,19 @@ class NewRecipe:
     left_out: Mapping[str, str]
     source: Mapping[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        """For programs; later versions only add."""
+        return {
+            "recipe": self.files[-1].stem,
+            "files": [str((self.folder / path).absolute()) for path in self.files],
+            "compilers": {
+                name: {**fitted.settings, "context": fitted.context}
+                for name, fitted in self.sizes.items()
+            },
+            "left_out": dict(self.left_out),
+            "source": dict(self.source),
+        }
+
 
 def new_recipe(
     name: str, *, origin: str, revision: str | None, target: str, config_dir: Path | None
@@ -180,11 +193,7 @@ def _loaded(name: str, compiler: str, folders: ConfigFolders) -> Recipe:
     Raises:
         RecipeError: It has faults.
     """
-    loaded = load(name, [f"compiler={compiler}"], folders=folders)
-    (job,) = loaded.jobs
-    if faults := (*loaded.faults, *job.faults):
-        raise RecipeError(faults)
-    recipe: Recipe = job.value
+    recipe: Recipe = load(name, [f"compiler={compiler}"], folders=folders).one_job().value
     return recipe
 
 

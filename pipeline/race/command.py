@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pipeline.acceptance.workload import Workload
+from pipeline.answer import Answer
 from pipeline.errors import ExitCode, IncompatibleError
 from pipeline.race.request import TRTLLM, Request, compose, runner_of, workloads_of
 from pipeline.race.transformers_contender import TRANSFORMERS
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 _TOOLS = ("vllm", "torch", "transformers", "nvidia-modelopt", "flashinfer-python", "triton")
 
 
-def run_race_command(request: Request) -> ExitCode:
-    """Race, as far as the time allows; the exit code.
+def run_race_command(request: Request) -> Answer:
+    """Race, as far as the time allows.
 
     Returns:
-        OK when all asked pairs are complete; FAILED when one failed; TRANSIENT when time ran out,
-        so that the same command with `--resume` goes on; NOT_ACCEPTED when all was measured and is
-        worth nothing, as with a stranger's process on the card.
+        The report. It exits as OK when all asked pairs are complete; FAILED when one failed;
+        TRANSIENT when time ran out, so that the same command with `--resume` goes on; NOT_ACCEPTED
+        when all was measured and is worth nothing, as with a stranger's process on the card.
 
     Raises:
         RecipeError: The recipe or the command line is wrong.
@@ -199,11 +199,11 @@ def conclude(
     workloads: Sequence[Workload],
     question: Mapping[str, Any],
     journal: Journal,
-) -> ExitCode:
-    """Write and show the report; the exit code of this command."""
+) -> Answer:
+    """Write the report; the answer of this command."""
     from pipeline.race.page import write_report
     from pipeline.race.report import Context, report_of
-    from pipeline.race.table import show
+    from pipeline.race.table import said, shown
 
     context = Context(
         target=recipe.target.id,
@@ -214,11 +214,12 @@ def conclude(
     )
     report = report_of(question, journal.events, context)
     files = write_report(report, journal.folder)
-    if request.as_json:
-        print(json.dumps(report, indent=1))
-    else:
-        show(report, files)
-    return exit_code(report, request.peers)
+    return Answer(
+        value=report,
+        shown=shown(report, files),
+        exit_code=exit_code(report, request.peers),
+        message="\n".join(said(report)),
+    )
 
 
 def exit_code(report: Mapping[str, Any], asked: Sequence[str]) -> ExitCode:

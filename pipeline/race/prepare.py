@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cache import StageCache, atomic_folder, locked
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.launch import end_with_parent
 from pipeline.rehearse.random_model import write_random_model
 from pipeline.rehearse.random_source import RandomSource
 from pipeline.rehearse.shrink import small_quantizer
@@ -80,7 +82,10 @@ def prepare(recipe: Recipe, cache_dir: Path, log_dir: Path) -> Prepared:
         PreparationError: A stage failed.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    # A worker whose parent was killed would wait for more to do, for ever.
+    with ProcessPoolExecutor(
+        1, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         try:
             made = pool.submit(_prepare_here, recipe, cache_dir, log_dir).result()
         except BrokenProcessPool as error:

@@ -40,7 +40,6 @@ class Request:
         resume: Continue the race in `out`.
         out: Folder of the race; None for `artifacts/.runs/race-<recipe>`.
         time_limit_s: Stop before the round that would end later than this.
-        as_json: Print the report.
         config_dir: Folder with the user's recipes.
     """
 
@@ -55,7 +54,6 @@ class Request:
     resume: bool = False
     out: Path | None = None
     time_limit_s: float | None = None
-    as_json: bool = False
     config_dir: Path | None = None
 
     @property
@@ -94,9 +92,7 @@ def compose(request: Request) -> Recipe:
         raise RecipeError([Fault("compiler", fault)])
     overrides = [*request.overrides, "compiler=checkpoint"]
     loaded = load(request.recipe, overrides, folders=config_folders(request.config_dir))
-    if faults := [*loaded.faults, *(fault for job in loaded.jobs for fault in job.faults)]:
-        raise RecipeError(faults)
-    recipe: Recipe = loaded.jobs[0].value
+    recipe: Recipe = loaded.one_job().value
     return recipe
 
 

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.screen import stdout
-
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 
-def show(report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    """Print the report; `files`: what was written, by name."""
-    screen = stdout()
-    screen.print(rates_table(report))
-    screen.print(ratio_table(report))
+def shown(report: Mapping[str, Any], files: Mapping[str, Path]) -> list[RenderableType]:
+    """The report for people; `files`: what was written, by name."""
+    lines = said(report) + [f"{name:<8} {path}" for name, path in files.items()]
+    return [rates_table(report), ratio_table(report), *lines]
+
+
+def said(report: Mapping[str, Any]) -> list[str]:
+    """The verdict, what speaks against it, and what goes on."""
     lines = [f"{report['verdict']}: {report['statement']}"]
     lines += [f"{finding['kind']}: {finding['message']}" for finding in report["findings"]]
     for pair in report["pairs"]:
@@ -28,8 +30,7 @@ def show(report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     lines += [f"{name} did not run: {why}" for name, why in report["not_raced"].items()]
     if report["next_command"]:
         lines.append(f"to go on: {report['next_command']}")
-    lines += [f"{name:<8} {path}" for name, path in files.items()]
-    screen.print("\n".join(lines), markup=False, soft_wrap=True)
+    return lines
 
 
 def rates_table(report: Mapping[str, Any]) -> Table:

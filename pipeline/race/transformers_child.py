@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ class TransformersModel:
         self._model = load_model(folder, "float32" if device == "cpu" else "bfloat16").to(device)
         self._model.generation_config.eos_token_id = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> dict[str, Any]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if demands:
+            raise NotImplementedError("a race asks for batches of equal requests")
         import torch
         from transformers import StoppingCriteriaList
 

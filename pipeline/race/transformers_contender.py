@@ -15,8 +15,8 @@ import pipeline
 from pipeline.acceptance.workload import Workload
 from pipeline.race.contenders import Pace
 from pipeline.race.vllm_contenders import weight_bytes
-from pipeline.runners.session import Device, Generation, Session
-from pipeline.runners.vllm.process import Child, Program, running_child
+from pipeline.runners.session import Demands, Device, Generation, Session
+from pipeline.runners.vllm.process import Child, Program, generate_request, running_child
 from pipeline.runners.vllm.session import Timeouts
 from pipeline.shapes import ModelShape
 
@@ -89,7 +89,9 @@ class _ProcessSession:
         self._child = child
         self._answer_s = timeouts.answer_s
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
         """As the Protocol says; prompts must be equally long, so that no padding is timed.
 
         Raises:
@@ -98,8 +100,7 @@ class _ProcessSession:
         """
         import numpy as np
 
-        request = {"kind": "generate", "prompts": [list(p) for p in prompts], "osl": osl}
-        self._child.send(request)
+        self._child.send(generate_request(prompts, osl, demands))
         answer = self._child.receive(self._answer_s, "runner.answer_timeout_s")
         return Generation(
             tokens=np.array(answer["tokens"], np.int64),

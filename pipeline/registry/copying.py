@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConflictError, ExitCode, Fault, RecipeError
+from pipeline.errors import ConflictError, Fault, RecipeError
 from pipeline.registry.client.progress import byte_progress
 from pipeline.registry.policy import require_manifest_publishable
 from pipeline.registry.reference import reference_of
@@ -83,8 +83,6 @@ class Copied:
     def to_json(self, request: CopyRequest) -> dict[str, Any]:
         """For programs; later versions only add."""
         return {
-            "schema": 1,
-            "exit_code": int(ExitCode.OK),
             "reference": str(self.reference),
             "digest": self.reference.digest,
             "from": request.source,

@@ -138,7 +138,7 @@ def report_digest(data: bytes) -> str:
     Raises:
         CorruptError: It names none.
     """
-    digest = _parse_object(data, REPORT).get("digest")
+    digest = parse_object(data, REPORT).get("digest")
     if not isinstance(digest, str):
         raise CorruptError(f"{REPORT} has digest {digest!r}, wanted that of a package")
     return digest
@@ -159,7 +159,7 @@ def parse_pointer(data: bytes, name: str, variant: str, file: str, origin: str) 
     """
     if len(data) > _MAX_POINTER_BYTES:
         raise CorruptError(f"{origin} is longer than a channel; remove it")
-    value = _parse_object(data, origin)
+    value = parse_object(data, origin)
     try:
         reference = Reference(
             name=check_part("name", value["name"]),
@@ -182,10 +182,15 @@ def parse_pointer(data: bytes, name: str, variant: str, file: str, origin: str) 
 
 
 def _read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
-    return _parse_object(read_bounded(path, limit_bytes), str(path))
+    return parse_object(read_bounded(path, limit_bytes), str(path))
 
 
-def _parse_object(data: bytes, origin: str) -> dict[str, Any]:
+def parse_object(data: bytes, origin: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CorruptError: It is none.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

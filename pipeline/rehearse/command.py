@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.answer import Answer
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
-from pipeline.errors import ConflictError, ExitCode, RecipeError
+from pipeline.errors import ConflictError, ExitCode
 from pipeline.outcome import worst
-from pipeline.screen import screen_logging, stdout
+from pipeline.screen import screen_logging
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,17 +30,15 @@ def run_rehearsal(
     *,
     full_size: bool,
     keep: Path | None,
-    as_json: bool,
     config_dir: Path | None,
-) -> ExitCode:
-    """Rehearse a recipe; the worst exit code of its formats.
+) -> Answer:
+    """Rehearse a recipe; exits with the worst exit code of its formats.
 
     Args:
         recipe: Its name.
         overrides: In Hydra's grammar; one that chooses a compiler rehearses that one only.
         full_size: Keep the real shape.
         keep: Folder for what is made; None throws it away.
-        as_json: Print one JSON document instead of a table.
         config_dir: Folder with the user's recipes.
 
     Raises:
@@ -55,26 +53,20 @@ def run_rehearsal(
         done = rehearse(composed, folder, full_size=full_size)
     seconds = time.perf_counter() - started
     code = worst(result.exit_code for result in done)
-    if as_json:
-        document = {
-            "schema": 1,
-            "recipe": recipe,
-            "exit_code": int(code),
-            "seconds": round(seconds, 2),
-            "formats": [result.to_json() for result in done],
-        }
-        print(json.dumps(document, indent=1))
-        return code
-    stdout().print(_table(done))
-    for result in done:
-        if result.state != "good":
-            stdout().print(f"{result.format}: {result.detail}", markup=False, soft_wrap=True)
+    details = [f"{result.format}: {result.detail}" for result in done if result.state != "good"]
     size = "full size" if full_size else "a tiny model of the same architecture"
     verdict = "good" if code is ExitCode.OK else "failed"
-    print(f"Rehearsal of {recipe} {verdict}: random weights, {size}; {seconds:.0f} s")
-    if keep is not None:
-        print(f"Kept in {keep}")
-    return code
+    said = f"Rehearsal of {recipe} {verdict}: random weights, {size}; {seconds:.0f} s"
+    return Answer(
+        value={
+            "recipe": recipe,
+            "seconds": round(seconds, 2),
+            "formats": [result.to_json() for result in done],
+        },
+        shown=[_table(done), *details, said, *([f"Kept in {keep}"] if keep is not None else [])],
+        exit_code=code,
+        message="\n".join([said, *details]),
+    )
 
 
 def compose(
@@ -88,16 +80,13 @@ def compose(
     Raises:
         RecipeError: The recipe itself is wrong, or there is none.
     """
-    own = load(recipe, overrides, folders=folders)
-    if faults := [*own.faults, *(fault for job in own.jobs for fault in job.faults)]:
-        raise RecipeError(faults)
-    job = own.jobs[0]
+    job = load(recipe, overrides, folders=folders).one_job()
     composed = {job.value.compiler.format: (job.value, job.config)}
     if any(override.split("=")[0] == "compiler" for override in overrides):
         return composed
     for name in folders.options("compiler"):
         other = load(recipe, [*overrides, f"compiler={name}"], folders=folders)
-        if name not in composed and not other.faults and not other.jobs[0].faults:
+        if name not in composed and not other.all_faults:
             composed[name] = (other.jobs[0].value, other.jobs[0].config)
     return composed
 

@@ -7,12 +7,12 @@ tensor by tensor, so that a model of full size needs no memory to speak of.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.convert.safetensors_header import Described, safetensors_header
 from pipeline.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -167,10 +167,7 @@ def _tensors(shape: ModelShape) -> Iterator[_Tensor]:
 
 
 def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
-    """Write safetensors of about 2 GiB each, and their index.
-
-    Source of the format: the safetensors README, "Format".
-    """
+    """Write safetensors of about 2 GiB each, and their index."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -181,19 +178,9 @@ def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
         shards[-1].append(tensor)
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in shard:
-            begin, end = end, end + tensor.size_bytes
-            header[tensor.name] = {
-                "dtype": "BF16",
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        described = (Described(one.name, "BF16", one.shape, one.size_bytes) for one in shard)
         with (folder / name).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.write(safetensors_header(described, {"format": "pt"}))
             for tensor in shard:
                 for values in _values(tensor, rng):
                     stream.write(values.tobytes())

@@ -88,6 +88,7 @@ def small_acceptance(acceptance: Any, text: Any) -> Any:
         window_tokens=CONTEXT,
         max_perplexity_increase=1000.0,
         max_mean_kl_nats=1000.0,
+        max_reference_noise=1000.0,
         min_top1_agreement=0.0,
         sample_tokens=8,
         chat=ChatSettings(prompts=20, max_new_tokens=8, min_source_stops=0),

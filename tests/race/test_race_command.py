@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline.acceptance import card
 from pipeline.acceptance.conditions import Conditions, conditions_of
+from pipeline.answer import tell
 from pipeline.commands.race import race
 from pipeline.errors import (
     ConflictError,
@@ -87,15 +88,23 @@ def request(place: Workplace, **more: Any) -> Request:
     return Request(**asked)
 
 
+def raced(asked: Request) -> ExitCode:
+    """Race, tell people, and the exit code."""
+    answer = run_race_command(asked)
+    tell(answer)
+    return answer.exit_code
+
+
 def report(folder: str = "race") -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((Path(folder) / "race.json").read_text())
     return loaded
 
 
+@pytest.mark.slow
 def test_a_race_is_run_reported_and_continued(
     place: Workplace, h100: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_race_command(request(place)) is ExitCode.OK
+    assert raced(request(place)) is ExitCode.OK
     found = report()
     assert found["verdict"] == "measured"
     assert [pair["state"] for pair in found["pairs"]] == ["complete"] * 2
@@ -120,13 +129,13 @@ def test_a_race_is_run_reported_and_continued(
     with pytest.raises(ConflictError, match="continue it with --resume"):
         run_race_command(request(place))
     before = (Path("race") / JOURNAL).read_bytes()
-    assert run_race_command(request(place, resume=True)) is ExitCode.OK
+    assert raced(request(place, resume=True)) is ExitCode.OK
     assert len(h100.seen.read_text().splitlines()) == 3  # nothing was loaded
     assert (Path("race") / JOURNAL).read_bytes().startswith(before)
 
     # The device of this peer is not there; the figures of the others stay.
     asked = request(place, resume=True, only=("transformers", "vllm-fp8-kv8"))
-    assert run_race_command(asked) is ExitCode.FAILED
+    assert raced(asked) is ExitCode.FAILED
     found = report()
     states = {pair["peer"]: pair["state"] for pair in found["pairs"]}
     assert states == {
@@ -145,7 +154,7 @@ def test_a_strangers_process_is_inconclusive_and_says_so(
 ) -> None:
     h100.processes = [SimpleNamespace(pid=77, usedGpuMemory=None)]
     asked = request(place, only=("vllm-bf16",), rounds=1)
-    assert run_race_command(asked) is ExitCode.NOT_ACCEPTED
+    assert raced(asked) is ExitCode.NOT_ACCEPTED
     shown = capsys.readouterr()
     assert "this race is inconclusive" in shown.err
     assert "inconclusive: before the measurement other compute processes" in shown.out
@@ -155,7 +164,7 @@ def test_the_time_limit_leaves_a_command_that_goes_on(
     place: Workplace, h100: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = request(place, time_limit_s=1.0, only=("vllm-fp8",))
-    assert run_race_command(asked) is ExitCode.TRANSIENT
+    assert raced(asked) is ExitCode.TRANSIENT
     assert "missing rounds: b1 3, b2 3" in capsys.readouterr().out
     words = shlex.split(report()["next_command"])
     assert words[:2] == ["enginesmith", "race"]
@@ -165,6 +174,8 @@ def test_the_time_limit_leaves_a_command_that_goes_on(
     assert CliRunner().invoke(app, unlimited).exit_code == 0
     assert report()["verdict"] == "measured"
     assert report()["next_command"] is None
+    told = CliRunner().invoke(app, [*unlimited, "--json"])  # nothing is left to do
+    assert json.loads(told.stdout) == {"schema": 1, "exit_code": 0, **report()}
 
 
 def test_without_vllm_or_a_card_it_ends_at_once_and_leaves_nothing(place: Workplace) -> None:

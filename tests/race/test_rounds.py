@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.race.contenders import OURS, Contender
 from pipeline.race.journal import JOURNAL
 from pipeline.race.rounds import CLOSE_S, Clock
-from pipeline.runners.session import Generation, Session
+from pipeline.runners.session import Demands, Generation, Session
 from tests.convert.decoders import write_graph
 from tests.race.cpu_race import (
     LOADS,
@@ -50,8 +50,10 @@ class Wrapped:
     def __init__(self, inner: Session, change: Callable[[Generation], Generation]) -> None:
         self._inner, self._change = inner, change
 
-    def generate(self, prompts: Sequence[Sequence[int]], osl: int) -> Generation:
-        return self._change(self._inner.generate(prompts, osl))
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+    ) -> Generation:
+        return self._change(self._inner.generate(prompts, osl, demands))
 
     def logits(self, tokens: Sequence[int]) -> Any:
         raise NotImplementedError
@@ -237,6 +239,7 @@ def test_what_is_complete_is_not_loaded_again(ours: CpuContender, tmp_path: Path
     assert kinds(tmp_path / "race")[-2:] == ["command", "end"]
 
 
+@pytest.mark.slow
 def test_a_killed_race_loses_one_round_at_most_and_leaves_no_process(
     ours: CpuContender, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def _kill_at_step(number: int) -> None:
     io.open = open_file  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_step_leaves_nothing_half_visible(
     bench: Bench, in_children: InChildren
 ) -> None:

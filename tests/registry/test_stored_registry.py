@@ -214,9 +214,9 @@ class _Lossy(FolderStore):
 
     @contextlib.contextmanager
     def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
-        with super().open_file(place, file, offset) as chunks:
+        with super().open_file(place, file, offset, end) as chunks:
             yield (chunk.replace(b"plan", b"nalp") for chunk in chunks)
 
 

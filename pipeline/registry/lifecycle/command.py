@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.answer import Answer
 from pipeline.errors import ExitCode, Fault, RecipeError
 from pipeline.registry.lifecycle import gc
 from pipeline.registry.lifecycle.channels import Log, read_logs, stale_pointers
 from pipeline.registry.lifecycle.lookup import find, variants_of
-from pipeline.registry.lifecycle.promote import Moved, promote, rollback
+from pipeline.registry.lifecycle.promote import Moved
 from pipeline.registry.lifecycle.records import Author, Move, actor_of
 from pipeline.registry.lifecycle.yank import yank_package
 from pipeline.registry.reference import parse_reference
@@ -21,8 +22,6 @@ from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.stores.store import Place, WritableStore
 from pipeline.stages import Reference
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,58 +71,8 @@ def open_desk(registry: str, policy: Path | None, environ: Mapping[str, str]) ->
     return Desk(store=store, policy=trust, environ=environ)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a command found or did.
-
-    Attributes:
-        lines: For people.
-        value: The same for programs; later versions only add.
-        exit_code: Of the command.
-    """
-
-    lines: Sequence[str]
-    value: Mapping[str, Any]
-    exit_code: ExitCode = ExitCode.OK
-
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {"schema": SCHEMA, "exit_code": int(self.exit_code), **self.value}
-
-
-def run_promote(
-    desk: Desk, text: str, *, channel: str, card: str | None, reason: str, restart: bool
-) -> Answer:
-    """As `promote.promote`."""
-    done = promote(
-        desk.store,
-        text,
-        channel=channel,
-        card=card,
-        author=desk.author(reason),
-        policy=desk.policy,
-        restart=restart,
-    )
-    return _moved(done)
-
-
-def run_rollback(
-    desk: Desk, text: str, *, channel: str, card: str | None, to: str | None, reason: str
-) -> Answer:
-    """As `promote.rollback`."""
-    done = rollback(
-        desk.store,
-        text,
-        channel=channel,
-        card=card,
-        author=desk.author(reason),
-        policy=desk.policy,
-        to=to,
-    )
-    return _moved(done)
-
-
-def _moved(done: Moved) -> Answer:
+def moved(done: Moved) -> Answer:
+    """What `promote` and `rollback` answer."""
     move = done.move
     was = f"it was {done.before}" if done.before else "it was nowhere"
     lines = [
@@ -139,7 +88,7 @@ def _moved(done: Moved) -> Answer:
         "before": str(done.before) if done.before else None,
         "verdict": done.verdict.verdict,
     }
-    return Answer(lines=lines, value=value)
+    return Answer(value=value, shown=lines)
 
 
 def run_yank(desk: Desk, text: str, *, reason: str, undo: bool) -> Answer:
@@ -169,7 +118,7 @@ def run_yank(desk: Desk, text: str, *, reason: str, undo: bool) -> Answer:
         "at": yank.at,
         "channels": [{"channel": channel, "card": card} for channel, card in pointing],
     }
-    return Answer(lines=lines, value=value)
+    return Answer(value=value, shown=lines)
 
 
 def _pointing(desk: Desk, reference: Reference) -> list[tuple[str, str]]:
@@ -190,12 +139,10 @@ def run_gc(
     history: int,
     keep: Sequence[str],
     damaged: bool,
-) -> tuple[Answer, gc.Collected]:
-    """As `gc.collect`; exits as untrusted if a channel log cannot be believed.
+) -> Answer:
+    """As `gc.collect`; exits as untrusted if a channel log cannot be believed."""
+    from pipeline.registry.lifecycle.render import render_fates
 
-    Returns:
-        The answer, whose lines are what to say below the table, and what goes into the table.
-    """
     pins = frozenset(Place.of(find(desk.store, desk.policy, text)) for text in keep)
     rules = gc.Rules(keep_days=keep_days, history=history, pins=pins, damaged=damaged)
     done = gc.collect(desk.store, desk.policy, rules, delete=delete)
@@ -221,10 +168,14 @@ def run_gc(
         "removed": [str(place) for place in done.removed],
         "freed_bytes": done.freed_bytes,
         "leftovers": list(done.leftovers),
-        "faults": list(done.faults),
     }
-    exit_code = ExitCode.UNTRUSTED if done.faults else ExitCode.OK
-    return Answer(lines=lines, value=value, exit_code=exit_code), done
+    return Answer(
+        value=value,
+        shown=[*([render_fates(done.fates)] if done.fates else []), *lines],
+        exit_code=ExitCode.UNTRUSTED if done.faults else ExitCode.OK,
+        message="\n".join(done.faults),
+        faults=[Fault("", fault) for fault in done.faults],
+    )
 
 
 def _fate_json(fate: gc.Fate) -> dict[str, Any]:
@@ -257,18 +208,27 @@ class Shown:
     note: str
 
 
-def run_channels(desk: Desk, text: str | None) -> tuple[Answer, list[Shown]]:
+def run_channels(desk: Desk, text: str | None, *, history: bool) -> Answer:
     """Where the channels point, and their moves; exits as untrusted if one cannot be believed.
 
     Args:
         desk: Where.
         text: `NAME` or `NAME/VARIANT`; None for all.
+        history: Show people all moves, not only the newest.
     """
+    from pipeline.registry.lifecycle.render import render_channels
+
     shown = [
         one for name, variant in _asked(desk, text) for one in _channels_of(desk, name, variant)
     ]
-    bad = [one for one in shown if one.log is not None and one.log.fault is not None]
-    lines = [] if shown else [f"{desk.store.url} has no channels{f' of {text}' if text else ''}"]
+    faults = [
+        Fault(f"{one.where} {one.channel} {one.card}", str(one.log.fault))
+        for one in shown
+        if one.log is not None and one.log.fault is not None
+    ]
+    nothing = f"{desk.store.url} has no channels{f' of {text}' if text else ''}"
+    table = [render_channels(shown, history=history)] if shown else [nothing]
+    notes = [f"{one.channel} of {one.card}: {one.note}" for one in shown if one.note]
     value = {
         "channels": [
             {
@@ -282,8 +242,13 @@ def run_channels(desk: Desk, text: str | None) -> tuple[Answer, list[Shown]]:
             for one in shown
         ]
     }
-    exit_code = ExitCode.UNTRUSTED if bad else ExitCode.OK
-    return Answer(lines=lines, value=value, exit_code=exit_code), shown
+    return Answer(
+        value=value,
+        shown=[*table, *notes],
+        exit_code=ExitCode.UNTRUSTED if faults else ExitCode.OK,
+        message="\n".join(str(fault) for fault in faults),
+        faults=faults,
+    )
 
 
 def _asked(desk: Desk, text: str | None) -> Iterator[tuple[str, str]]:

@@ -17,9 +17,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.errors import ConflictError, Fault, RecipeError, UntrustedError
+from pipeline.errors import ConflictError, Fault, NotFoundError, RecipeError, UntrustedError
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.lifecycle.records import Author, Yank, now, read_yank, sign_record
+from pipeline.registry.manifest import digest_bytes
+from pipeline.registry.reference import rebuild_of
 from pipeline.registry.signing.envelope import MAX_ENVELOPE_BYTES
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store, WritableStore
@@ -97,6 +99,44 @@ def require_not_yanked(yank: Yank | None, *, allowed: bool = False) -> None:
             "--allow-yanked"
         )
     log.warning("%s was yanked %s; taken because of --allow-yanked", yank.reference, told(yank))
+
+
+def require_build_not_yanked(
+    store: Store, name: str, variant: str, version: str, policy: TrustPolicy
+) -> None:
+    """Refuse to build what was yanked; reads manifests and yanks, no other bytes.
+
+    A rebuild that was not yanked stands for all.
+
+    Args:
+        store: Where it would be published.
+        name: Of the package.
+        variant: Of the package.
+        version: Its first one, without the number of a rebuild.
+        policy: Whose yanks count.
+
+    Raises:
+        UntrustedError: All packages of this build were yanked; says which one, by whom and why.
+    """
+    yank: Yank | None = None
+    versions = [one for one in store.versions(name, variant) if rebuild_of(one)[1] == version]
+    for found in sorted(versions, key=rebuild_of):
+        place = Place(name=name, variant=variant, version=found)
+        try:
+            digest = digest_bytes(store.read_manifest(place))
+        except NotFoundError:
+            continue  # removed meanwhile
+        reference = Reference(name=name, variant=variant, version=found, digest=digest)
+        yank = read_yank_of(store, reference, policy)
+        if yank is None:
+            return
+    if yank is not None:
+        raise UntrustedError(
+            f"{yank.reference} was yanked {told(yank)}; this recipe would build the same again, so "
+            "nothing is built. Change the recipe and its version (version=...), take the yank back "
+            f"with `enginesmith yank {yank.reference} --undo --registry {store.url}`, or build it "
+            "once more beside the yanked one with --rebuild"
+        )
 
 
 def told(yank: Yank) -> str:

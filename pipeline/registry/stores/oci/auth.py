@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 from pipeline.errors import AccessError, CorruptError
-from pipeline.registry.stores.oci.documents import parse_object
+from pipeline.registry.statements import parse_object
 
 USERNAME, PASSWORD = "ENGINESMITH_OCI_USERNAME", "ENGINESMITH_OCI_PASSWORD"
 _SET_THEM = f"set {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from pipeline.errors import CorruptError, NotFoundError, TransientError
+from pipeline.registry.statements import parse_object
 from pipeline.registry.stores.oci.documents import (
     INDEX_TYPE,
     MANIFEST_TYPE,
@@ -23,7 +24,6 @@ from pipeline.registry.stores.oci.documents import (
     describe,
     digest_of,
     parse_index,
-    parse_object,
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport
 

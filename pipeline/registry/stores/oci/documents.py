@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import rfc8785
 
 from pipeline.errors import CorruptError
+from pipeline.registry.statements import parse_object
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -181,21 +181,6 @@ def parse_index(data: bytes, origin: str) -> tuple[Descriptor, ...]:
         return tuple(_descriptor(entry) for entry in value["manifests"] or ())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(f"{origin} is not an OCI index: {error!r}") from error
-
-
-def parse_object(data: bytes, origin: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CorruptError: It is none.
-    """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{origin} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptError(f"{origin} is not a JSON object")
-    return value
 
 
 def digest_of(data: bytes) -> str:
