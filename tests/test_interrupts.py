@@ -14,6 +14,8 @@ import pytest
 
 from tests.tiny_recipe import Workplace, make_workplace
 
+pytestmark = pytest.mark.slow
+
 STAGES = (
     "quantize", "convert", "network-check", "compile",
     "source-logits", "source-chat", "reference-logits",

@@ -95,7 +95,7 @@ class Workplace:
             **inherited,
             "ENGINESMITH_CACHE": str(self.cache),
             "HOME": str(self.root),
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "200",
         }

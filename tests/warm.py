@@ -60,7 +60,7 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.warm"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

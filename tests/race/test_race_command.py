@@ -32,6 +32,8 @@ from pipeline.runners.vllm import runner as vllm_runner
 from tests.acceptance.test_conditions import nvml
 from tests.tiny_recipe import Workplace, make_workplace
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = Path(__file__).parents[1] / "runners" / "vllm" / "fake_packages"
 TINY = ("~compiler.opt_batch_size", "~compiler.max_prefill_batch_size")
 
@@ -100,7 +102,6 @@ def report(folder: str = "race") -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.slow
 def test_a_race_is_run_reported_and_continued(
     place: Workplace, h100: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
