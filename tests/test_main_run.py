@@ -17,7 +17,7 @@ import pytest
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.__main__ import Request, main, run
+from pipeline.__main__ import Request, run
 from pipeline.config.load import Job
 from pipeline.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
 from pipeline.outcome import Outcome, failure_of, open_run
@@ -304,7 +304,7 @@ def test_signalled_process_exits_130_with_its_verdict(workdir: Path, number: int
 
 
 def github_values(text: str) -> dict[str, str]:
-    """Read as the GitHub runner does: `key=value` lines and `key<<MARK` blocks."""
+    """`key=value` lines and `key<<MARK` blocks, as the GitHub runner reads them."""
     values: dict[str, str] = {}
     lines = iter(text.splitlines())
     for line in lines:
@@ -380,27 +380,6 @@ def test_full_registry_disk_is_transient(
     monkeypatch.setattr("pipeline.__main__.open_run", full)
     assert run(request("toy"), never) == 9
     assert "disk full at packages" in capsys.readouterr().err
-
-
-def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Request] = []
-
-    def run(request: Request) -> ExitCode:
-        seen.append(request)
-        return ExitCode.OK
-
-    monkeypatch.setattr("pipeline.__main__.run", run)
-    main(["--config-dir", "own", "--config-name", "toy", "size=1,2", "-m", "~x", "+y=3"])
-    main(["-cn", "toy", "--rebuild"])
-    assert seen == [
-        Request(
-            recipes="toy",
-            overrides=("size=1,2", "~x", "+y=3"),
-            multirun=True,
-            config_dir=Path("own"),
-        ),
-        Request(recipes="toy", rebuild=True),
-    ]
 
 
 def test_logging_is_as_before_when_the_run_is_over() -> None:

@@ -21,7 +21,7 @@ from pipeline.acceptance.workload import Workload
 from pipeline.plan.ceilings import Roofline
 from pipeline.runners.session import Demands
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
-from tests.acceptance.test_page import Page, on_card
+from tests.acceptance.report_pages import Page, on_card
 
 LOAD = Workload(name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200)
 

@@ -18,7 +18,7 @@ from pipeline.hf import load_model
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import CacheClearing, Demands, Generation
 from pipeline.runners.transformers import TransformersSession
-from tests.acceptance.test_page import Page, on_card
+from tests.acceptance.report_pages import Page, on_card
 from tests.convert.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model
 

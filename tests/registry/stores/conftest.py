@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.registry.client.download import files_of
 from pipeline.registry.stores.s3 import S3Store
+from pipeline.stages import FileDigest, Package
+from tests.registry.stores.s3_packages import SIGNATURES, sealed
 from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3
 from tests.services.seaweed import SeaweedServer, session_server
 
@@ -65,3 +70,16 @@ def any_store(request: pytest.FixtureRequest) -> S3Store:
         return found
     make: MakeStore = request.getfixturevalue("s3")
     return make(part_bytes=5 << 20)
+
+
+@pytest.fixture
+def package(bench: Any, tmp_path: Path) -> Package:
+    """A sealed package with a file of several parts."""
+    return sealed(bench, tmp_path / "package")
+
+
+@pytest.fixture
+def published(store: S3Store, package: Package) -> FileDigest:
+    """The large file of a published package."""
+    store.put_package(package, SIGNATURES)
+    return max(files_of(package.manifest), key=lambda file: file.size_bytes)

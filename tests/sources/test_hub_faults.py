@@ -1,0 +1,198 @@
+"""What a hub refuses, breaks or sends wrong, and what the source says then."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    RecipeError,
+    TransientError,
+)
+from pipeline.sources.hub import HubSource
+from tests.sources.hub_server import COMMIT, REPO, HubServer
+from tests.sources.tiny_model import SHARDS
+
+WANTED = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md",
+    "model.safetensors.index.json", *SHARDS,
+}  # fmt: skip
+SOURCE = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT")
+FETCH = (
+    "from pipeline.sources.hub import HubSource;"
+    f"HubSource(repo_id={REPO!r}, revision={COMMIT!r}, licence='MIT').fetch();"
+    "import sys; print('huggingface_hub' in sys.modules)"
+)
+
+
+def partial_files(cache: Path) -> Path:
+    return cache / "weights/hub/acme--tiny" / f"{COMMIT}.partial" / "files"
+
+
+def run_fetch(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", FETCH],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_too_many_bytes_are_refused(hub: HubServer) -> None:
+    hub.sent[SHARDS[1]] = hub.files[SHARDS[1]] + b"more"
+
+    with pytest.raises(CorruptError, match=SHARDS[1]):
+        SOURCE.fetch()
+
+
+def test_intact_download_of_a_broken_safetensors_file_is_refused(hub: HubServer) -> None:
+    hub.files[SHARDS[1]] = hub.files[SHARDS[1]][:-3]
+
+    with pytest.raises(CorruptError, match=f"{SHARDS[1]}: truncated"):
+        SOURCE.fetch()
+
+
+def test_gated_recipe_without_token_asks_for_one_before_any_request(hub: HubServer) -> None:
+    gated = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT", gated=True)
+
+    with pytest.raises(AccessError, match="HF_TOKEN is not set") as caught:
+        gated.fetch()
+
+    assert caught.value.exit_code == 1
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("token", "step"),
+    [(None, "then set HF_TOKEN"), ("hf_other", "the token in HF_TOKEN has no access")],
+)
+def test_gated_repository_is_explained(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str | None, step: str
+) -> None:
+    hub.gated = True
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    with pytest.raises(AccessError, match=step) as caught:
+        SOURCE.fetch()
+
+    assert f"{hub.endpoint}/{REPO}" in str(caught.value)
+
+
+def test_refused_token_is_explained(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.always = 401
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+
+    with pytest.raises(AccessError, match="does not take the token"):
+        SOURCE.fetch()
+
+
+def test_unknown_repository_is_not_found(hub: HubServer) -> None:
+    other = HubSource(repo_id="acme/typo", revision=COMMIT, licence="MIT")
+
+    with pytest.raises(NotFoundError, match="no model acme/typo") as caught:
+        other.fetch()
+
+    assert caught.value.exit_code == 7
+
+
+def test_unknown_commit_is_not_found(hub: HubServer) -> None:
+    other = HubSource(repo_id=REPO, revision="f" * 40, licence="MIT")
+
+    with pytest.raises(NotFoundError, match=f"no revision {'f' * 40}"):
+        other.fetch()
+
+
+def test_pickles_only_is_a_recipe_fault(hub: HubServer) -> None:
+    del hub.files["model.safetensors.index.json"]
+
+    with pytest.raises(RecipeError, match=r"pytorch_model\.bin.*safetensors are required"):
+        SOURCE.fetch()
+
+    assert not [request for request in hub.requests if "/resolve/" in request.path]
+
+
+def test_rate_limit_that_passes_is_waited_for(hub: HubServer, naps: list[float]) -> None:
+    hub.statuses = [429, 503]
+
+    SOURCE.fetch()
+
+    assert naps == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "wait_s"),
+    [
+        ("Retry-After", "7", 7.0),
+        ("RateLimit", '"api";r=0;t=55', 56.0),
+        ("RateLimit", '"api";r=12;t=55', 1.0),
+        ("Retry-After", "86400", 300.0),
+    ],
+)
+def test_wait_that_the_hub_asks_for_is_kept_up_to_its_window(
+    hub: HubServer, naps: list[float], header: str, value: str, wait_s: float
+) -> None:
+    hub.statuses, hub.retry = [429], {header: value}
+
+    SOURCE.fetch()
+
+    assert naps == [wait_s]
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_lasting_fault_of_the_hub_is_transient(
+    hub: HubServer, naps: list[float], status: int
+) -> None:
+    hub.always = status
+
+    with pytest.raises(TransientError, match=f"HTTP {status}.*5 times in a row") as caught:
+        SOURCE.fetch()
+
+    assert caught.value.exit_code == 9
+    assert naps == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_no_network_is_transient(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1:9"):
+        SOURCE.fetch()
+
+
+def test_offline_mode_of_the_library_is_explained(hub: HubServer) -> None:
+    done = run_fetch({"HF_HUB_OFFLINE": "1"})  # read when the library is imported
+
+    assert "AccessError: HF_HUB_OFFLINE is set" in done.stderr
+
+
+def test_download_larger_than_the_disk_is_not_started(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+
+    with pytest.raises(TransientError, match=r"disk full.*ENGINESMITH_CACHE"):
+        SOURCE.fetch()
+
+    assert not hub.cdn_requests(SHARDS[0])
+
+
+def test_disk_that_fills_up_is_transient(hub: HubServer, cache: Path) -> None:
+    partial_files(cache).mkdir(parents=True)
+    (partial_files(cache) / f"{SHARDS[0]}.part").symlink_to("/dev/full")
+
+    with pytest.raises(TransientError, match="disk full"):
+        SOURCE.fetch()
