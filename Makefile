@@ -5,8 +5,6 @@
 
 MODEL ?= smollm2
 ARGS ?=
-# Of the tests. Tiny models gain nothing from more threads, and beside each other they wait for them.
-WORKERS ?= 2
 BASE ?=
 IMAGE ?= enginesmith-build:1.2.1
 CLIENT_IMAGE ?= enginesmith-client
@@ -43,8 +41,9 @@ plan: $(READY) ## show size, fit and ceilings of a recipe, downloading nothing
 rehearse: $(READY) ## the whole line of a recipe on a tiny random model, in every format
 	@$(RUN) -m pipeline.cli rehearse $(MODEL) $(ARGS)
 
+# Tiny models gain nothing from more threads, and beside each other they wait for them.
 test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) -m "not slow and not gpu and not services" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow and not gpu and not services" $(ARGS)
 
 test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
 	$(RUN) -m pytest -q -n 2 --dist loadgroup -m "(slow or services) and not gpu" \

@@ -49,9 +49,7 @@ def require_room(plan: Plan, cache_dir: Path) -> None:
             f"disk full: building needs about {needed_bytes / 1e9:.1f} GB below "
             f"{existing}, {free_bytes / 1e9:.1f} GB are free; free some, or set ENGINESMITH_CACHE"
         )
-    import psutil
-
-    memory_bytes = psutil.virtual_memory().available
+    memory_bytes = available_bytes()
     ram_bytes = max(plan.build.quantize_ram_min_bytes, plan.build.compile_ram_bytes)
     if memory_bytes < ram_bytes:
         log.warning(
@@ -59,3 +57,10 @@ def require_room(plan: Plan, cache_dir: Path) -> None:
             ram_bytes / 1e9,
             memory_bytes / 1e9,
         )
+
+
+def available_bytes() -> int:
+    """Memory that is free on this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

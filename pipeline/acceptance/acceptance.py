@@ -18,16 +18,16 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.comparison import available_bytes
 from pipeline.acceptance.cut import compare_cut
 from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.judge import QualityLimits, judge
 from pipeline.acceptance.measure import measure_on_card, measure_on_cpu
-from pipeline.acceptance.subject import SIMULATIONS, Measured, Subject
+from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
 from pipeline.cache import StageCache, source_digest
 from pipeline.errors import Fault, RecipeError
+from pipeline.machine import available_bytes
 from pipeline.runners.session import Device, Runner
 from pipeline.settings import STRICT, Listed
 from pipeline.shapes import ModelShape
@@ -242,7 +242,7 @@ class Acceptance:
         else:
             measured = measure_on_cpu(self, subject, cache)
         there = held is not None and held.card == target.card
-        on_target = there and runner.name not in SIMULATIONS
+        on_target = there and not subject.simulated
         if not on_target:
             why = "only a simulation ran on it" if there else "no such card here"
             not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")

@@ -13,9 +13,10 @@ from pipeline.acceptance.harness import harness_findings, run_harness
 from pipeline.acceptance.quality import SourceFigures, figures_against, summarize_quality
 from pipeline.acceptance.reference import Reference, reference_of
 from pipeline.acceptance.source import Source
-from pipeline.acceptance.subject import SIMULATIONS, Measured, Subject
+from pipeline.acceptance.subject import Measured, Subject
 from pipeline.cache import StageCache
 from pipeline.hf import load_tokenizer
+from pipeline.machine import available_bytes
 from pipeline.runners.session import Session
 from pipeline.text.windows import pack_windows
 
@@ -39,8 +40,9 @@ class Comparison:
     chat: ChatProbe | None
     source_chat: tuple[Answer, ...]
     source_tasks: Mapping[str, Any] | None
-    reference: Reference | str
-    """Or why there is none."""
+    reference: Reference | None
+    no_reference: str
+    """Why there is none; empty where it would say nothing new."""
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class Comparison:
                 asked.chat,
                 context=subject.engine.limits.max_seq_len,
             )
+        reference, no_reference = _reference(asked, subject, windows, cache)
         return cls(
             asked=asked,
             subject=subject,
@@ -70,30 +73,27 @@ class Comparison:
             chat=chat,
             source_chat=source.chat(chat) if chat else (),
             source_tasks=_tasks(asked, subject, source.session) if asked.lm_eval else None,
-            reference=_reference(asked, subject, windows, cache),
+            reference=reference,
+            no_reference=no_reference,
         )
 
     def compare(self, session: Session) -> Measured:
         """The engine against the source."""
         asked = self.asked
         tokenizer = load_tokenizer(self.subject.engine.dir)
-        beside = [] if isinstance(self.reference, str) else [self.reference]
-        figures, *others = figures_against(
-            lambda tokens: session.logits(tokens),
-            self.windows,
-            [self.source, *(one.figures for one in beside)],
-        )
-        quality = summarize_quality(self.source.nll, figures, asked.seed)
-        for one, against in zip(beside, others, strict=True):
+        beside = [self.source, *([self.reference.figures] if self.reference else [])]
+        figures = figures_against(session.logits, self.windows, beside)
+        quality = summarize_quality(self.source.nll, figures[0], asked.seed)
+        if self.reference:
             quality["fp8_reference"] = {
-                **one.to_json(self.source, against, asked.seed),
+                **self.reference.to_json(self.source, figures[1], asked.seed),
                 # A card computes in 16 bit, with an FP8 KV cache even; the floor has neither.
                 "judged": self.subject.runner.device == "cpu",
             }
         quality["sample"] = _sample(session, tokenizer, asked.sample_prompt, asked.sample_tokens)
         log.info("Sample: %s", quality["sample"]["answer"].replace("\n", " "))
-        why = self.reference if isinstance(self.reference, str) else ""
-        found = Measured(quality=quality, not_run=(f"FP8 reference: {why}",) if why else ())
+        not_run = (f"FP8 reference: {self.no_reference}",) if self.no_reference else ()
+        found = Measured(quality=quality, not_run=not_run)
         if self.chat is not None:
             log.info("The engine answers %d chat prompts", len(self.chat.asked))
             chat = self.chat.ask_engine(session, self.source_chat)
@@ -111,20 +111,20 @@ class Comparison:
 
 def _reference(
     asked: Acceptance, subject: Subject, windows: NDArray[np.int64], cache: StageCache
-) -> Reference | str:
-    """What the checkpoint itself says; or why nobody asks it, empty where that says nothing new."""
+) -> tuple[Reference | None, str]:
+    """What the checkpoint itself says; else why nobody asks it."""
     engine = subject.engine
-    if subject.runner.name in SIMULATIONS:
-        return ""  # it is the reference
+    if subject.simulated:
+        return None, ""  # it is the reference
     folder = engine.dir if engine.format == "checkpoint" else subject.checkpoint_dir
     if folder is None:
-        return "the package of a compiled engine has no checkpoint"
+        return None, "the package of a compiled engine has no checkpoint"
     reason = asked.too_much(subject.plan.request.shape, available_bytes(), speed=False)
     if reason:
-        return f"its simulation {reason}"
+        return None, f"its simulation {reason}"
     # A checkpoint package is named by its own digest: it holds an lm_head that its source may not.
     digest = subject.package_digest if engine.format == "checkpoint" else folder.name
-    return reference_of(folder, digest, windows, engine.limits.max_seq_len, cache)
+    return reference_of(folder, digest, windows, engine.limits.max_seq_len, cache), ""
 
 
 def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, Any]:
@@ -146,10 +146,3 @@ def _sample(session: Session, tokenizer: Any, prompt: str, max_tokens: int) -> d
 
     tokens = list(session.stream(chat_prompt(tokenizer, prompt), max_tokens, eos_ids(tokenizer)))
     return {"prompt": prompt, "answer": tokenizer.decode(tokens)}
-
-
-def available_bytes() -> int:
-    """Memory that is free on this machine."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)

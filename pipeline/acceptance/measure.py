@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.acceptance.bandwidth import measure_bandwidth
 from pipeline.acceptance.card import HeldCard
-from pipeline.acceptance.comparison import Comparison, available_bytes
+from pipeline.acceptance.comparison import Comparison
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, ceiling_share, judge_physics
 from pipeline.acceptance.source import Source
 from pipeline.acceptance.speed import measure_speed, rate_findings, spread_findings, summarize
-from pipeline.acceptance.subject import SIMULATIONS, Measured, Subject
+from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained import judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import run_sustained
 from pipeline.acceptance.workload import Workload
 from pipeline.cache import StageCache
 from pipeline.hf import load_tokenizer
+from pipeline.machine import available_bytes
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
 from pipeline.runners.session import BenchRunner, Session, SourceRunner
@@ -47,11 +48,8 @@ def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Me
         answers = Comparison.of(asked, subject, source, cache)
         with subject.runner.open(subject.engine) as session:
             found = answers.compare(session)
-            if subject.runner.name in SIMULATIONS:
-                why = f"speed: runner {subject.runner.name} only simulates the engine"
-                return replace(
-                    found, not_run=(*found.not_run, *([why] if asked.cpu_workloads else []))
-                )
+            if subject.simulated:
+                return _without_speed(found, subject) if asked.cpu_workloads else found
             contenders: dict[str, Session] = {"engine": session, "transformers": source.session}
             speed = tuple(_timed(asked, subject, load, contenders) for load in asked.cpu_workloads)
             return _with_speed(asked, found, speed)
@@ -61,9 +59,7 @@ def measure_on_card(
     asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard
 ) -> Measured:
     """Quality, chat, speed and sustained load on a card; each model in a process of its own."""
-    # What only simulates the engine says nothing of its speed, on its own card either.
-    simulated = subject.runner.name in SIMULATIONS
-    on_target = held.card == subject.plan.request.target.card and not simulated
+    on_target = held.card == subject.plan.request.target.card and not subject.simulated
     workloads = demanded(asked, subject.plan) if on_target else undemanded(asked)
     bandwidth = measure_bandwidth()
     if bandwidth is not None:
@@ -72,9 +68,8 @@ def measure_on_card(
         answers = Comparison.of(asked, subject, source, cache)
     with subject.runner.open(subject.engine) as session:
         found = answers.compare(session)
-        if simulated:
-            why = f"speed: runner {subject.runner.name} only simulates the engine"
-            found = replace(found, not_run=(*found.not_run, why))
+        if subject.simulated:
+            found = _without_speed(found, subject)
         elif not isinstance(subject.runner, BenchRunner):
             speed = tuple(_timed(asked, subject, load, {"engine": session}) for load in workloads)
             found = _with_speed(asked, found, speed)
@@ -190,6 +185,10 @@ def _benched(
             seed=asked.seed,
             log_path=folder / f"{workload.name}.log",
         )
+
+
+def _without_speed(found: Measured, subject: Subject) -> Measured:
+    return replace(found, not_run=(*found.not_run, subject.speed_not_run))
 
 
 def _with_speed(

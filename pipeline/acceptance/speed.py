@@ -9,13 +9,12 @@ from typing import Any
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
 from pipeline.acceptance.workload import Workload
-from pipeline.runners.session import Demands, Generation, Session
+from pipeline.runners.session import Demands, Session
 from pipeline.runners.vllm.timing import latency_percentiles
 from pipeline.stages import Finding
 
 __all__ = [
     "SpeedSample",
-    "generated",
     "measure_speed",
     "rate_findings",
     "spread_findings",
@@ -71,10 +70,10 @@ def _timed(session: Session, waves: Waves, osl: int, *, sampled: bool) -> SpeedS
     device = None
     if sampled:
         with device_samples() as readings:
-            made = [generated(session, *wave, osl) for wave in waves]
+            made = [session.generate(prompts, osl, demands) for prompts, demands in waves]
         device = DeviceUse.of(readings)
     else:
-        made = [generated(session, *wave, osl) for wave in waves]
+        made = [session.generate(prompts, osl, demands) for prompts, demands in waves]
     return SpeedSample.of_waves(
         made,
         prompts=[prompts for prompts, _ in waves],
@@ -82,15 +81,6 @@ def _timed(session: Session, waves: Waves, osl: int, *, sampled: bool) -> SpeedS
         demands=[demands for _, demands in waves],
         device=device,
     )
-
-
-def generated(
-    session: Session, prompts: list[list[int]], demands: Demands | None, osl: int
-) -> Generation:
-    """One call of a session: `demands` as `Workload.waves` gives them."""
-    if demands is None:
-        return session.generate(prompts, osl)
-    return session.generate(prompts, osl, demands)
 
 
 def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pipeline.plan import Plan
 from pipeline.runners.session import Runner
 from pipeline.stages import Engine, Finding, Weights
 
-SIMULATIONS = frozenset({"transformers"})
+_SIMULATIONS = frozenset({"transformers"})
 """Runners that simulate the engine: their answers tell about it, their speed does not."""
 
 
@@ -35,6 +35,16 @@ class Subject:
     checkpoint_dir: Path | None
     plan: Plan
     runner: Runner
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the runner only simulates the engine, on its own card too."""
+        return self.runner.name in _SIMULATIONS
+
+    @property
+    def speed_not_run(self) -> str:
+        """For `not_run`, where it is simulated."""
+        return f"speed: runner {self.runner.name} only simulates the engine"
 
 
 @dataclass(frozen=True, kw_only=True)

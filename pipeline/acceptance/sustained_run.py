@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.sampler import Samples, device_samples
-from pipeline.acceptance.speed import SpeedSample, generated
+from pipeline.acceptance.speed import SpeedSample
 from pipeline.acceptance.sustained import Sample, SustainedLimits
 from pipeline.acceptance.workload import Workload
 from pipeline.errors import Fault, RecipeError
@@ -110,7 +110,7 @@ def run_sustained(
     )[0]
     seconds = 60.0 * asked.minutes
     taken: list[tuple[float, float]] = []
-    made = generated(session, prompts, demands, workload.osl)  # compiles, allocates
+    made = session.generate(prompts, workload.osl, demands)  # compiles, allocates
     SpeedSample.of_waves([made], prompts=[prompts], osl=workload.osl, demands=[demands])
     with (
         device_samples(_INTERVAL_S) as readings,
@@ -119,7 +119,7 @@ def run_sustained(
         started = clock()
         told = 0
         while (now := clock() - started) < seconds:
-            made = generated(session, prompts, demands, workload.osl)
+            made = session.generate(prompts, workload.osl, demands)
             if clear and isinstance(session, CacheClearing):
                 session.clear_cache()
             ended = clock() - started

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pipeline
 from pipeline.acceptance.workload import Workload
 from pipeline.race.contenders import Pace
 from pipeline.race.vllm_contenders import weight_bytes
+from pipeline.runners.child_session import module_program
 from pipeline.runners.session import Demands, Device, Generation, Session
-from pipeline.runners.vllm.process import Child, Program, generate_request, running_child
+from pipeline.runners.vllm.process import Child, generate_request, running_child
 from pipeline.runners.vllm.session import Timeouts
 from pipeline.shapes import ModelShape
 
@@ -121,14 +119,7 @@ class _ProcessSession:
 def _open(
     arguments: Sequence[str], timeouts: Timeouts, log_path: Path
 ) -> Iterator[_ProcessSession]:
-    # -P keeps the current folder off its path, so it is told where this package is.
-    home = str(Path(pipeline.__file__).parents[1])
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    program = Program(
-        name="Transformers",
-        command=(sys.executable, "-P", "-m", "pipeline.race.transformers_child"),
-        env={"PYTHONPATH": os.pathsep.join(paths)},
-    )
+    program = module_program("Transformers", "pipeline.race.transformers_child")
     with running_child(arguments, program=program, log_path=log_path) as child:
         child.receive(timeouts.load_s, "runner.load_timeout_s")
         yield _ProcessSession(child, timeouts)

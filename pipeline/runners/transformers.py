@@ -9,7 +9,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from pipeline.errors import IncompatibleError
 from pipeline.hf import load_model, quiet
 from pipeline.runners.decode import Rows
 from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
+from pipeline.runners.torch_build import torch_without_cuda
 from pipeline.runners.vllm.session import Timeouts
 from pipeline.settings import STRICT
 from pipeline.stages import Engine
@@ -187,13 +187,9 @@ class TransformersRunner:
 
 def _no_cuda() -> str | None:
     """Why nothing runs on a card here, without importing PyTorch; None when it can."""
-    try:
-        torch = version("torch")
-    except PackageNotFoundError:
-        torch = ""
-    if not torch or torch.endswith("+cpu"):
+    if torch := torch_without_cuda():
         return (
-            f"runner.device=cuda needs PyTorch built for CUDA, got {torch or 'none'}: install one "
+            f"runner.device=cuda needs PyTorch built for CUDA, got {torch}: install one "
             "as https://pytorch.org/get-started says, or leave runner.device out"
         )
     if read_conditions() is None:

@@ -96,11 +96,11 @@ def test_runner_on_a_card_says_what_it_lacks(
     assert isinstance(runner, Runner)
     assert (runner.device, TransformersRunner().device) == ("cuda", "cpu")
     assert TransformersRunner().why_not(engine) is None
-    module = "pipeline.runners.transformers"
-    monkeypatch.setattr(f"{module}.version", lambda name: "2.13.0+cpu")
+    torch_version = "pipeline.runners.torch_build.version"
+    monkeypatch.setattr(torch_version, lambda name: "2.13.0+cpu")
     assert "needs PyTorch built for CUDA, got 2.13.0+cpu" in str(runner.why_not(engine))
-    monkeypatch.setattr(f"{module}.version", lambda name: "2.13.0+cu130")
-    monkeypatch.setattr(f"{module}.read_conditions", lambda: None)
+    monkeypatch.setattr(torch_version, lambda name: "2.13.0+cu130")
+    monkeypatch.setattr("pipeline.runners.transformers.read_conditions", lambda: None)
     assert "NVML shows this process none" in str(runner.why_not(engine))
     with pytest.raises(IncompatibleError, match=r"runner\.device=cuda needs a CUDA device"):
         runner.open(engine)

@@ -230,10 +230,10 @@ def _reference(figures: Mapping[str, Any], limits: QualityLimits | None) -> Html
         "The checkpoint is simulated in float32. Two right runtimes of one FP8 checkpoint differ "
         "as much as it differs from itself when its sums are rounded otherwise"
     )
-    if found["judged"] and limits:
-        told += f"; {limits.max_reference_noise:g} times that is allowed."
-    else:
+    if not found["judged"]:
         told += ". A card computes in 16 bit, which that does not have, so this is not judged here."
+    else:
+        told += f"; {limits.max_reference_noise:g} times that is allowed." if limits else "."
     headings = ("", "perplexity", "mean KL, nats", "same most likely token")
     title = tag("h3", "The checkpoint itself")
     return Html(title + tag("p", told, class_="small") + table(headings, rows))

@@ -122,7 +122,7 @@ def require_issued(chain: Chain, authority: x509.Certificate, now: datetime) -> 
     """
     begin, end = chain.leaf.not_valid_before_utc, chain.leaf.not_valid_after_utc
     verified = _verify(chain, authority, min(max(now, begin), end))
-    return [_any_key(certificate) for certificate in verified]
+    return [PublicKey.of(certificate.public_key()) for certificate in verified]
 
 
 def require_current(leaf: x509.Certificate, now: datetime) -> None:
@@ -244,18 +244,6 @@ def _leaf_key(leaf: x509.Certificate) -> PublicKey:
         kind = getattr(getattr(key, "curve", None), "name", type(key).__name__)
         raise CertificateError(f"of {subject(leaf)} has a key of kind {kind}, wanted ECDSA P-256")
     return PublicKey.of(key)
-
-
-def _any_key(certificate: x509.Certificate) -> PublicKey:
-    """The key of an authority may be of another kind; its id is made the same way."""
-    import hashlib
-
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    key = certificate.public_key()
-    der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return PublicKey(pem=pem, keyid=hashlib.sha256(der).hexdigest())
 
 
 def _require_signer(leaf: x509.Certificate) -> None:

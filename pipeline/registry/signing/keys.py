@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,6 +30,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from pipeline.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
 from pipeline.registry.disk import disk_errors, make_folders, read_bounded
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
 KEY_PATH = "ENGINESMITH_SIGNING_KEY"
 """Environment variable: path of a private key."""
@@ -56,8 +59,8 @@ class PublicKey:
     certificates: bytes = field(default=b"", compare=False, repr=False)
 
     @classmethod
-    def of(cls, key: ec.EllipticCurvePublicKey, certificates: bytes = b"") -> PublicKey:
-        """From the library's object."""
+    def of(cls, key: CertificatePublicKeyTypes, certificates: bytes = b"") -> PublicKey:
+        """From the library's object; an authority's key may be of any kind."""
         der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         keyid = hashlib.sha256(der).hexdigest()

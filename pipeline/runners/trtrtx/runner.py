@@ -15,6 +15,7 @@ from pipeline.cache import cache_root
 from pipeline.compilers.trtrtx import PLAN_FILE
 from pipeline.errors import IncompatibleError
 from pipeline.runners.session import BATCHES, Ability, Device, Session
+from pipeline.runners.torch_build import torch_without_cuda
 from pipeline.runners.trtrtx.engine import KernelSpecialization
 from pipeline.runners.trtrtx.session import RtxSession, engine_program, open_session
 from pipeline.runners.vllm.session import Timeouts
@@ -120,13 +121,9 @@ def _missing_package(wanted: str) -> str | None:
             f"needs {_PACKAGE} {wanted}, which compiled the engine; got {installed or 'another'}: "
             f"pip install {_PACKAGE}=={wanted}"
         )
-    try:
-        torch = version("torch")
-    except PackageNotFoundError:
-        torch = ""
-    if not torch or torch.endswith("+cpu"):
+    if torch := torch_without_cuda():
         return (
-            f"needs PyTorch built for CUDA, for the card's memory; got {torch or 'none'}: install "
+            f"needs PyTorch built for CUDA, for the card's memory; got {torch}: install "
             "one as https://pytorch.org/get-started says"
         )
     return None

@@ -44,6 +44,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return versions[name]
 
     monkeypatch.setattr(module, "version", version)
+    monkeypatch.setattr("pipeline.runners.torch_build.version", version)
     return versions
 
 
