@@ -29,9 +29,10 @@ from pipeline.cache import StageCache
 from pipeline.compilers.checkpoint import CheckpointCompiler
 from pipeline.errors import CorruptError
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
-from pipeline.runners.session import BATCHES, Ability, Device, Session
+from pipeline.runners.session import Device, Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
 from pipeline.stages import Checkpoint, Engine, Report, Verdict
+from tests import stand_in_card
 from tests.quantize.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
 
 QUIET = Conditions(
@@ -44,28 +45,13 @@ LOAD = Workload(name="b2", batch=2, isl=8, osl=3, min_output_tokens_per_s=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
-class CardRunner:
-    """Runs a simulation and says that it was a card."""
+class CardRunner(stand_in_card.CardRunner):
+    """The stand-in, which may also compute what no engine does."""
 
     broken: bool = False
 
-    @property
-    def name(self) -> str:
-        return "vllm"
-
-    @property
-    def device(self) -> Device:
-        return "cuda"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return BATCHES
-
-    def why_not(self, engine: Engine) -> str | None:
-        return None
-
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        return self._broken(engine) if self.broken else open_checkpoint(engine.dir, 128)
+        return self._broken(engine) if self.broken else super().open(engine)
 
     @contextlib.contextmanager
     def _broken(self, engine: Engine) -> Iterator[Session]:

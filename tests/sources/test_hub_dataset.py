@@ -32,13 +32,6 @@ def text(file: str, column: str = "response") -> HubText:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     files = {JSONL: LINES.encode(), "data/plain.txt": b"one document\n", PARQUET: b"PAR1" * 75_000}
     with HubServer(files=files, kind="dataset") as server:

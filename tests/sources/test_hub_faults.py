@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,35 +15,9 @@ from pipeline.errors import (
     TransientError,
 )
 from pipeline.sources.hub import HubSource
+from tests.sources.hub_fetch import SOURCE, partial_files, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, HubServer
 from tests.sources.tiny_model import SHARDS
-
-WANTED = {
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md",
-    "model.safetensors.index.json", *SHARDS,
-}  # fmt: skip
-SOURCE = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT")
-FETCH = (
-    "from pipeline.sources.hub import HubSource;"
-    f"HubSource(repo_id={REPO!r}, revision={COMMIT!r}, licence='MIT').fetch();"
-    "import sys; print('huggingface_hub' in sys.modules)"
-)
-
-
-def partial_files(cache: Path) -> Path:
-    return cache / "weights/hub/acme--tiny" / f"{COMMIT}.partial" / "files"
-
-
-def run_fetch(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", FETCH],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
 
 
 def test_too_many_bytes_are_refused(hub: HubServer) -> None:

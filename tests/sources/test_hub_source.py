@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pipeline.errors import (
     PipelineError,
 )
 from pipeline.sources.hub import HubSource
+from tests.sources.hub_fetch import FETCH, SOURCE, partial_files, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
 from tests.sources.tiny_model import SHARDS, safetensors
 
@@ -27,16 +27,6 @@ WANTED = {
     "chat_template.jinja", "LICENSE", "NOTICE.txt", "USE_POLICY.md",
     "model.safetensors.index.json", *SHARDS,
 }  # fmt: skip
-SOURCE = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT")
-FETCH = (
-    "from pipeline.sources.hub import HubSource;"
-    f"HubSource(repo_id={REPO!r}, revision={COMMIT!r}, licence='MIT').fetch();"
-    "import sys; print('huggingface_hub' in sys.modules)"
-)
-
-
-def partial_files(cache: Path) -> Path:
-    return cache / "weights/hub/acme--tiny" / f"{COMMIT}.partial" / "files"
 
 
 def test_server_satisfies_the_library(hub: HubServer, tmp_path: Path) -> None:
@@ -111,17 +101,6 @@ def test_second_fetch_needs_no_network_no_token_and_no_library(hub: HubServer, c
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
-
-
-def run_fetch(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", FETCH],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "no record", "broken header"])

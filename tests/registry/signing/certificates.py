@@ -14,11 +14,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pipeline.registry.signing.keys import SigningKey, generate_key
-from pipeline.registry.signing.trust import Role, TrustedIdentity
+from pipeline.registry.signing.trust import Role, TrustedIdentity, TrustPolicy
 
 URI = "https://ci.example/team/engines"
 IDENTITY = f"URI:{URI}"
 CODE_SIGNING = ExtendedKeyUsageOID.CODE_SIGNING
+MAIL = x509.RFC822Name("ci@example.org")
 NAMES: tuple[x509.GeneralName, ...] = (x509.UniformResourceIdentifier(URI),)
 
 
@@ -128,6 +129,11 @@ def authority(
         path_length=path_length,
     )
     return Authority(key=key, certificate=made)
+
+
+def policy_of(ca: Authority, *roles: Role, **more: Any) -> TrustPolicy:
+    """Whom the authority certifies may sign these, by default builds and verdicts."""
+    return TrustPolicy(identities=(ca.trusted(*(roles or ("builds", "verdicts"))),), **more)
 
 
 def self_signed(**more: Any) -> SigningKey:

@@ -28,6 +28,19 @@ RUN = BuildRun(
 )
 
 
+LIGHT_INSTALL = """\
+import sys
+for name in ("model_signing", "OpenSSL", "sigstore", "google", "torch", "certifi"):
+    sys.modules[name] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "model_signing" else find(name)
+from pipeline.cli import app
+app()
+"""
+"""`enginesmith` where the extra `sign` and all that is heavy is missing."""
+
+
 def trusted(key: SigningKey, *roles: Role, name: str = "ci") -> TrustedKey:
     return TrustedKey(name=name, public_key=key.public.pem.decode(), may_sign=roles)
 

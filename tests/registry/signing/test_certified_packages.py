@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from cryptography import x509
 
 from pipeline.errors import ExitCode, RecipeError, UntrustedError
 from pipeline.registry import pull
@@ -31,24 +31,22 @@ from pipeline.registry.signing.model_signature import (
 )
 from pipeline.registry.signing.signer import build_statements
 from pipeline.registry.signing.summary import signatures_of
-from pipeline.registry.signing.trust import Role, TrustPolicy
+from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.stages import Reference
 from tests.registry.signing.certificates import (
     IDENTITY,
+    MAIL,
     Authority,
     authority,
+    policy_of,
     self_signed,
 )
-from tests.registry.signing.conftest import RUN, Signed, trusted
+from tests.registry.signing.conftest import LIGHT_INSTALL, RUN, Signed, trusted
 
 ROOT = Path(__file__).parents[3]
 CA = authority()
-MAIL = x509.RFC822Name("ci@example.org")
+_policy = functools.partial(policy_of, CA)
 needs_extra = pytest.mark.skipif(not available(), reason="the extra `sign` is not installed")
-
-
-def _policy(*roles: Role, **more: Any) -> TrustPolicy:
-    return TrustPolicy(identities=(CA.trusted(*(roles or ("builds", "verdicts"))),), **more)
 
 
 @needs_extra
@@ -269,18 +267,8 @@ def test_stock_tool_verifies_a_pulled_engine_by_the_authority(
 
 def test_light_install_verifies_certificates(signed: Signed) -> None:
     folder = str(signed.bench.registry.location(_publish(signed, CA.signer())))
-    script = (
-        "import sys\n"
-        "for name in ('model_signing', 'OpenSSL', 'sigstore', 'google', 'torch', 'certifi'):\n"
-        "    sys.modules[name] = None\n"
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'model_signing' else find(name)\n"
-        "from pipeline.cli import app\n"
-        "app()\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script, "verify", folder, "--policy", _write_policy(signed)],
+        [sys.executable, "-c", LIGHT_INSTALL, "verify", folder, "--policy", _write_policy(signed)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "ENGINESMITH_CONFIG": str(signed.home)},
         capture_output=True,
         text=True,

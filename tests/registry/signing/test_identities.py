@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -33,20 +34,18 @@ from pipeline.registry.signing.trust import Role, TrustPolicy
 from pipeline.stages import Reference
 from tests.registry.signing.certificates import (
     IDENTITY,
+    MAIL,
     URI,
     Authority,
     authority,
+    policy_of,
     self_signed,
 )
 from tests.registry.signing.conftest import trusted
 
 ROOT = Path(__file__).parents[3]
 CA = authority()
-MAIL = x509.RFC822Name("ci@example.org")
-
-
-def _policy(*roles: Role, **more: Any) -> TrustPolicy:
-    return TrustPolicy(identities=(CA.trusted(*(roles or ("builds", "verdicts"))),), **more)
+_policy = functools.partial(policy_of, CA)
 
 
 def _sign(key: Any, policy: TrustPolicy, role: Role = "builds") -> Any:

@@ -14,7 +14,7 @@ from pipeline.errors import ExitCode
 from pipeline.registry import pull
 from pipeline.registry.signing.keys import choose_key, load_key, read_public_key
 from pipeline.registry.signing.model_signature import available
-from tests.registry.signing.conftest import Signed
+from tests.registry.signing.conftest import LIGHT_INSTALL, Signed
 
 ROOT = Path(__file__).parents[3]
 
@@ -164,19 +164,10 @@ def test_local_key_is_believed_without_a_policy_and_not_beside_one(
 
 def test_light_install_verifies_without_the_extra(signed: Signed, environ: dict[str, str]) -> None:
     reference = signed.publish()
-    script = (
-        "import sys\n"
-        "for name in ('model_signing', 'OpenSSL', 'sigstore', 'google', 'torch'):\n"
-        "    sys.modules[name] = None\n"
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'model_signing' else find(name)\n"
-        "from pipeline.cli import app\n"
-        "app()\n"
-    )
     done = subprocess.run(
         [
-            sys.executable, "-c", script, "verify", str(signed.bench.registry.location(reference)),
+            sys.executable, "-c", LIGHT_INSTALL,
+            "verify", str(signed.bench.registry.location(reference)),
             "--policy", str(signed.write_policy()),
         ],
         env=environ,
