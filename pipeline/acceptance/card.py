@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pipeline.acceptance.conditions import (
     Conditions,
     condition_findings,
+    disturbance,
     gpu_lock,
     read_conditions,
 )
@@ -18,7 +19,8 @@ from pipeline.hardware import card_name
 from pipeline.stages import Finding
 
 _SETTLE_S = 15.0
-"""A process that has ended may still be in NVML's list for a moment; seen on an H100: below 2 s."""
+"""A process that has ended may still be in NVML's list for a moment, and its work in the
+utilization; seen on an H100: below 2 s."""
 
 
 @dataclass
@@ -60,12 +62,12 @@ def held_card() -> Iterator[HeldCard]:
 
 
 def _settled() -> Conditions:
-    """The card's state, once processes that have just ended are gone from NVML's list."""
+    """The card's state, once processes that have just ended are gone from what NVML shows."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         found = read_conditions()
         if found is None:
             raise IncompatibleError("the CUDA device is gone; see nvidia-smi and dmesg")
-        if not found.other_compute_processes or time.monotonic() > deadline:
+        if disturbance(found) is None or time.monotonic() > deadline:
             return found
         time.sleep(0.2)

@@ -10,6 +10,7 @@ has them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ _SLOWED = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
 )
 """Heat or a failing supply. The power cap is no fault: under full load a card sits at it."""
+_MAX_IDLE_UTILIZATION_PERCENT = 5
+"""A desktop on the card draws now and then; work of another process is far above that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,10 @@ class Conditions:
         throttle_reasons: Why the clocks are not higher now, names of `THROTTLE_REASONS`.
         ecc_enabled: Whether the memory corrects errors.
         ecc_uncorrected: Errors since the driver was loaded that were not corrected.
-        other_compute_processes: Those on the card that are not this process.
+        utilization_percent: Share of the last sampling period, 1/6 to 1 s, in which a kernel of
+            anybody's ran.
+        other_compute_processes: Those on the card that are not this process; None where they are
+            hidden, as a container's PID namespace hides them: then only the utilization shows them.
     """
 
     gpu: str
@@ -91,16 +97,18 @@ class Conditions:
     throttle_reasons: tuple[str, ...] | None
     ecc_enabled: bool | None
     ecc_uncorrected: int | None
-    other_compute_processes: tuple[ComputeProcess, ...]
+    utilization_percent: int | None
+    other_compute_processes: tuple[ComputeProcess, ...] | None
 
     def to_json(self) -> dict[str, Any]:
         """For the report."""
-        processes = [vars(process).copy() for process in self.other_compute_processes]
-        reasons = None if self.throttle_reasons is None else list(self.throttle_reasons)
+        processes, reasons = self.other_compute_processes, self.throttle_reasons
         return {
             **vars(self),
-            "throttle_reasons": reasons,
-            "other_compute_processes": processes,
+            "throttle_reasons": None if reasons is None else list(reasons),
+            "other_compute_processes": None
+            if processes is None
+            else [vars(process).copy() for process in processes],
         }
 
 
@@ -113,10 +121,27 @@ def throttle_reason_names(mask: int) -> tuple[str, ...]:
 def condition_findings(before: Conditions, after: Conditions) -> tuple[Finding, ...]:
     """What the conditions around a measurement say about it.
 
-    Another compute process, another card or new memory errors make it inconclusive: its figures
-    are not those of this engine on this card. The rest is told beside the result.
+    Another compute process, its work, another card or new memory errors make it inconclusive: its
+    figures are not those of this engine on this card. The rest is told beside the result.
     """
     return tuple(_findings(before, after))
+
+
+def disturbance(idle: Conditions) -> str | None:
+    """Who else uses the card; None if nobody does, as far as NVML shows.
+
+    Args:
+        idle: The card while nothing of ours runs on it.
+    """
+    if idle.other_compute_processes:
+        pids = ", ".join(str(process.pid) for process in idle.other_compute_processes)
+        return f"other compute processes were on {idle.gpu} (pid {pids})"
+    if (idle.utilization_percent or 0) > _MAX_IDLE_UTILIZATION_PERCENT:
+        return (
+            f"{idle.gpu} was {idle.utilization_percent}% busy with work that is not ours, of "
+            "processes that this container hides or of the display"
+        )
+    return None
 
 
 def _findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
@@ -127,12 +152,10 @@ def _findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
         )
         return
     for when, moment in (("before", before), ("after", after)):
-        if moment.other_compute_processes:
-            pids = ", ".join(str(process.pid) for process in moment.other_compute_processes)
+        if found := disturbance(moment):
             yield Finding(
                 kind="inconclusive",
-                message=f"{when} the measurement other compute processes were on {moment.gpu} "
-                f"(pid {pids}); end them and measure again",
+                message=f"{when} the measurement {found}; end them and measure again",
             )
     errors = (after.ecc_uncorrected or 0) - (before.ecc_uncorrected or 0)
     if errors > 0:
@@ -187,6 +210,8 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
     if mask is None:
         mask = ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     ecc = ask("nvmlDeviceGetEccMode", handle)
+    utilization = ask("nvmlDeviceGetUtilizationRates", handle)
+    listed = ask("nvmlDeviceGetComputeRunningProcesses", handle)
     return Conditions(
         gpu=nvml.nvmlDeviceGetName(handle),
         uuid=nvml.nvmlDeviceGetUUID(handle),
@@ -208,10 +233,13 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
             nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
             nvml.NVML_VOLATILE_ECC,
         ),
-        other_compute_processes=strangers(
+        utilization_percent=None if utilization is None else int(utilization.gpu),
+        other_compute_processes=None
+        if listed is None
+        else strangers(
             [
                 ComputeProcess(pid=int(process.pid), memory_bytes=process.usedGpuMemory)
-                for process in ask("nvmlDeviceGetComputeRunningProcesses", handle) or ()
+                for process in listed
             ],
             os.getpid(),
             ours_is_there=_holds_context(),
@@ -221,11 +249,12 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
 
 def strangers(
     processes: Sequence[ComputeProcess], own_pid: int, *, ours_is_there: bool
-) -> tuple[ComputeProcess, ...]:
-    """The processes that are not this one.
+) -> tuple[ComputeProcess, ...] | None:
+    """The processes that are not this one; None if NVML hides processes here.
 
     In a container NVML gives the host's numbers, and this process does not know its own there. If
-    it holds a CUDA context, exactly one of the list is it, whichever: one is left out.
+    it holds a CUDA context, exactly one of the list is it, whichever: one is left out. A list in
+    which not even this process stands hides the others too.
 
     Args:
         processes: On the card.
@@ -234,14 +263,22 @@ def strangers(
     """
     others = tuple(process for process in processes if process.pid != own_pid)
     if ours_is_there and len(others) == len(processes):
-        return others[1:]
+        return others[1:] if others else None
     return others
 
 
 def _holds_context() -> bool:
-    """Whether this process has used CUDA; asked without importing PyTorch for it."""
+    """Whether this process has a CUDA context on its first device; never makes one.
+
+    PyTorch may be initialised and have none yet, so the driver is asked.
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_initialized())
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    driver = ctypes.CDLL("libcuda.so.1")
+    failed = driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
+    return not failed and bool(active.value)
 
 
 def _milli(value: int | None) -> float | None:

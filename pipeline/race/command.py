@@ -50,6 +50,7 @@ def run_race_command(request: Request) -> Answer:
     if reason := runner.why_not_here(recipe.compiler.pinned_runtime):
         raise IncompatibleError(f"a race runs in vLLM on a GPU: {reason}")
     from pipeline.acceptance.card import held_card
+    from pipeline.acceptance.conditions import disturbance
     from pipeline.build import plan_of
     from pipeline.cache import cache_root
     from pipeline.machine import require_builder, require_room
@@ -65,8 +66,8 @@ def run_race_command(request: Request) -> Answer:
         recipe = on_random_weights(recipe, cache_root())
     with screen_logging():
         with held_card() as held:
-            if held.before.other_compute_processes:
-                log.warning("Other processes are on %s: this race is inconclusive", held.before.gpu)
+            if found := disturbance(held.before):
+                log.warning("Before the race %s: it is inconclusive", found)
             prepared = prepare(recipe, cache_root(), request.folder.parent)
             question = question_of(request, recipe, prepared, workloads, held.card)
             journal = open_journal(request.folder, question, resume=request.resume)

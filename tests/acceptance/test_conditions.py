@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.acceptance import conditions as conditions_module
 from pipeline.acceptance.conditions import (
     THROTTLE_REASONS,
     ComputeProcess,
@@ -49,6 +50,7 @@ def nvml(**other: Any) -> Any:
         "DeviceGetClockInfo": 1980,
         "DeviceGetTemperature": 40,
         "DeviceGetTotalEccErrors": 0,
+        "DeviceGetUtilizationRates": SimpleNamespace(gpu=3, memory=1),
         "DeviceGetComputeRunningProcesses": [
             SimpleNamespace(pid=os.getpid(), usedGpuMemory=1),
             SimpleNamespace(pid=77, usedGpuMemory=None),
@@ -95,12 +97,19 @@ def test_values_of_nvml_get_units_and_names() -> None:
     assert (found.power_limit_w, found.power_limit_default_w) == (650.0, 700.0)
     assert found.throttle_reasons == ("sw_power_cap", "hw_thermal_slowdown")
     assert found.ecc_enabled is True
+    assert found.utilization_percent == 3
     assert found.other_compute_processes == (ComputeProcess(pid=77, memory_bytes=None),)
     assert json.loads(json.dumps(found.to_json()))["other_compute_processes"][0]["pid"] == 77
 
 
 def test_what_a_card_does_not_tell_is_none_and_no_fault() -> None:
-    untold = ("EccMode", "TotalEccErrors", "EnforcedPowerLimit", "CurrentClocksEventReasons")
+    untold = (
+        "EccMode",
+        "TotalEccErrors",
+        "EnforcedPowerLimit",
+        "CurrentClocksEventReasons",
+        "UtilizationRates",
+    )
     found = conditions_of(nvml(**{f"DeviceGet{name}": NvmlError() for name in untold}), 0)
     assert found.ecc_enabled is None
     assert found.ecc_uncorrected is None
@@ -267,6 +276,29 @@ def test_own_context_under_a_number_of_the_host_is_no_stranger() -> None:
     ours, theirs = (ComputeProcess(pid=pid, memory_bytes=1) for pid in (5001, 5002))
     assert strangers([ours], 17, ours_is_there=True) == ()
     assert strangers([ours], 17, ours_is_there=False) == (ours,)
-    assert len(strangers([ours, theirs], 17, ours_is_there=True)) == 1
+    assert len(strangers([ours, theirs], 17, ours_is_there=True) or ()) == 1
     assert strangers([ours, theirs], 5001, ours_is_there=True) == (theirs,)
-    assert strangers([], 17, ours_is_there=True) == ()
+    assert strangers([], 17, ours_is_there=False) == ()
+
+
+def test_a_container_that_lists_not_even_this_process_hides_the_others_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert strangers([], 17, ours_is_there=True) is None
+    monkeypatch.setattr(conditions_module, "_holds_context", lambda: True)
+    hidden = conditions_of(nvml(DeviceGetComputeRunningProcesses=[]), 0)
+    assert hidden.other_compute_processes is None
+    assert hidden.to_json()["other_compute_processes"] is None
+    assert "inconclusive" not in kinds(hidden, hidden)
+
+
+@pytest.mark.parametrize("percent", [0, 5, None])
+def test_a_desktop_that_draws_now_and_then_is_no_work(percent: int | None) -> None:
+    assert kinds(QUIET, dataclasses.replace(QUIET, utilization_percent=percent)) == []
+
+
+def test_work_of_a_process_that_is_hidden_makes_a_measurement_inconclusive() -> None:
+    busy = dataclasses.replace(QUIET, other_compute_processes=None, utilization_percent=6)
+    (finding,) = condition_findings(QUIET, busy)
+    assert finding.kind == "inconclusive"
+    assert "after the measurement NVIDIA H100 was 6% busy" in finding.message

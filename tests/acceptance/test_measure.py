@@ -39,7 +39,8 @@ QUIET = Conditions(
     gpu="NVIDIA Ada", uuid="GPU-1", sm=89, driver="580.1", cuda_driver="13.0",
     memory_total_bytes=24 << 30, memory_used_bytes=1 << 20, power_limit_w=300.0,
     power_limit_default_w=300.0, sm_clock_mhz=2500, memory_clock_mhz=10000, temperature_c=40,
-    throttle_reasons=(), ecc_enabled=False, ecc_uncorrected=0, other_compute_processes=(),
+    throttle_reasons=(), ecc_enabled=False, ecc_uncorrected=0, utilization_percent=0,
+    other_compute_processes=(),
 )  # fmt: skip
 LOAD = Workload(name="b2", batch=2, isl=8, osl=3, min_output_tokens_per_s=0.1)
 
