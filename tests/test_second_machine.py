@@ -83,7 +83,7 @@ def contents(store: WritableStore, place: Place) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
 
-@pytest.mark.parametrize("backend", backends[:2])
+@pytest.mark.parametrize("backend", backends)
 def test_package_is_accepted_on_a_second_machine_after_it_was_published(
     backend: str, servers: Backends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
