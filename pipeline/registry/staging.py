@@ -1,7 +1,8 @@
 """Private folders on the registry's own file system, where packages take shape.
 
 A folder's name says who works in it: `<machine>-<pid>-<random>`. What a killed run left behind is
-removed by the next run: at once if its process is known to be gone, else after a day.
+removed by the next run: at once if its process is known to be gone, else after a day, by the clock
+of the file system: machines that share it may disagree about the time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,44 +25,49 @@ def private_folder(area: Path) -> Iterator[Path]:
     It is removed on any exception, Ctrl-C included.
     """
     area.mkdir(parents=True, exist_ok=True)
-    _sweep(area)
     folder = area / f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         folder.mkdir()
+        _sweep(area, now_s=folder.stat().st_mtime)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def abandoned(area: Path, min_age_s: float) -> list[Path]:
-    """What is left in `area` by runs that are over, at least so old, sorted.
+def abandoned(area: Path, newest_s: float, now_s: float) -> list[Path]:
+    """What is left in `area` by runs that are over, sorted.
 
     Of another machine's run nobody here can know; after a day it counts as over.
+
+    Args:
+        area: Where private folders lie.
+        newest_s: Unix time; what changed later is left out.
+        now_s: Unix time by the file system's clock.
     """
     if not area.is_dir():
         return []
     found = []
     for folder in sorted(area.iterdir()):
         with contextlib.suppress(OSError):
-            if _abandoned(folder) and time.time() - folder.stat().st_mtime >= min_age_s:
+            if _abandoned(folder, now_s) and folder.stat().st_mtime <= newest_s:
                 found.append(folder)
     return found
 
 
-def _sweep(area: Path) -> None:
+def _sweep(area: Path, now_s: float) -> None:
     """Remove what dead runs left behind."""
     for folder in area.iterdir():
         with contextlib.suppress(OSError):
-            if _abandoned(folder):
+            if _abandoned(folder, now_s):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _abandoned(folder: Path) -> bool:
+def _abandoned(folder: Path, now_s: float) -> bool:
     machine, _, rest = folder.name.partition("-")
     pid = rest.partition("-")[0]
     if machine == _machine() and pid.isdecimal():
         return not _alive(int(pid))
-    return time.time() - folder.stat().st_mtime > _LEFTOVER_AGE_S
+    return now_s - folder.stat().st_mtime > _LEFTOVER_AGE_S
 
 
 def _alive(pid: int) -> bool:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -120,6 +119,7 @@ def collect(
         AccessError: Not readable, or not writable.
         TransientError: The connection broke; what is gone is gone, and the rest is as it was.
     """
+    now_s = store.now_s()
     fates: list[Fate] = []
     faults: list[str] = []
     removed: list[Place] = []
@@ -131,10 +131,10 @@ def collect(
             for version in store.versions(name, variant):
                 place = Place(name=name, variant=variant, version=version)
                 with contextlib.suppress(NotFoundError):  # somebody else removed it
-                    fate = _judge(store, place, roots, rules)
+                    fate = _judge(store, place, roots, rules, now_s)
                     if fate.remove and delete:
                         again = _roots(store, policy, name, variant, rules)
-                        fate = _judge(store, place, again, rules)
+                        fate = _judge(store, place, again, rules, now_s)
                     fates.append(fate)
                     if fate.remove and delete:
                         freed_bytes += store.delete_version(place)
@@ -188,7 +188,7 @@ def pointed_to(data: bytes) -> str:
         return ""
 
 
-def _judge(store: Store, place: Place, roots: _Roots, rules: Rules) -> Fate:
+def _judge(store: Store, place: Place, roots: _Roots, rules: Rules, now_s: float) -> Fate:
     size_bytes, damage = None, ""
     try:
         manifest, _ = manifest_at(store, place)
@@ -196,7 +196,7 @@ def _judge(store: Store, place: Place, roots: _Roots, rules: Rules) -> Fate:
     except CorruptError as error:
         damage = str(error)
     told = [stored.made_s for stored in store.statements(place)]
-    age_s = time.time() - max(told) if told else None
+    age_s = now_s - max(told) if told else None
     keep = _reason_to_keep(place, roots, rules, age_s, damage)
     days = "" if age_s is None else f"; the last word about it is {age_s / DAY_S:.0f} days old"
     return Fate(

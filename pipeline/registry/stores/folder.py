@@ -223,10 +223,18 @@ class FolderStore:
                     folder.rename(away / folder.name)
         return freed
 
+    def now_s(self) -> float:
+        try:
+            with tempfile.NamedTemporaryFile(prefix=".clock-", dir=self.path) as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:  # read-only: nothing can be removed by this date
+            return time.time()
+
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         with disk_errors(f"clean {self.path}"):
-            found = [(path, "left by a run") for path in abandoned(self._staging, min_age_s)]
-            newest_s = time.time() - min_age_s
+            now_s = self.now_s()
+            newest_s = now_s - min_age_s
+            found = [(path, "left by a run") for path in abandoned(self._staging, newest_s, now_s)]
             for path in self.path.glob(f"[!.]*/*/*{STATEMENTS_SUFFIX}"):
                 version = path.with_name(path.name.removesuffix(STATEMENTS_SUFFIX))
                 if not _taken(version) and path.stat().st_mtime <= newest_s:

@@ -199,6 +199,14 @@ class WritableStore(Store, Protocol):
         """Remove a version with its statements; invisible at once. Returns the bytes freed."""
         ...
 
+    def now_s(self) -> float:
+        """Unix time by the clock that dates `statements` here, so that ages are right everywhere.
+
+        It is the server's or the file system's; this machine's where statements carry their
+        writers' own dates.
+        """
+        ...
+
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         """What interrupted runs left behind and no reader sees, at least so old; in words.
 

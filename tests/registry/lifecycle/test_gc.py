@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.registry.lifecycle import evidence, gc
-from pipeline.registry.lifecycle.gc import Collected, Rules, collect
+from pipeline.registry.lifecycle.gc import DAY_S, Collected, Rules, collect
 from pipeline.registry.stores.store import Place
 from pipeline.stages import Reference
 from tests.registry.lifecycle.conftest import CARD, VARIANT
@@ -92,6 +93,23 @@ def test_grace_holds_whatever_is_asked(world: World) -> None:
     _old(world, "1.0", days=0.9)
     _old(world, "2.0", days=1.1)
     assert _going(_gc(world, keep_days=0, history=1, damaged=True)) == ["2.0"]
+
+
+@pytest.mark.parametrize("ahead_days", [-400, 400])
+def test_ages_are_by_the_clock_of_the_file_system(
+    world: World, monkeypatch: pytest.MonkeyPatch, ahead_days: float
+) -> None:
+    _old(world, "1.0", days=31)
+    _old(world, "2.0", days=29)
+    leftover = Path(world.store.url) / ".staging" / "another-machine"
+    leftover.mkdir(parents=True)
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real + ahead_days * DAY_S)
+    done = _gc(world, delete=True)
+    assert _going(done) == ["1.0"]
+    assert done.leftovers == ()
+    world.publish("3.0")  # sweeps what dead runs left
+    assert leftover.is_dir()
 
 
 def test_a_new_word_about_an_old_version_keeps_it(world: World) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,8 +71,9 @@ def test_promote_roll_back_yank_and_collect(
     assert not [
         fate for fate in gc.collect(anywhere.store, anywhere.policy, rules).fates if fate.remove
     ]
-    later = SimpleNamespace(time=lambda: time.time() + 90 * gc.DAY_S)
-    monkeypatch.setattr("pipeline.registry.lifecycle.gc.time", later)
+    now_s = anywhere.store.now_s()
+    assert abs(now_s - time.time()) < 60
+    monkeypatch.setattr(type(anywhere.store), "now_s", lambda _: now_s + 90 * gc.DAY_S)
     done = gc.collect(anywhere.store, anywhere.policy, rules, delete=True)
     assert done.removed == (Place.of(never),)
     assert done.freed_bytes > 0

@@ -11,6 +11,7 @@ does when asked: it loses replies, breaks off, stalls, and says 409.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import re
 import socket
@@ -72,6 +73,11 @@ class MemoryS3(ThreadingHTTPServer):
         """Let the next requests whose key or query holds `path` meet a fault."""
         self._faults += [(method, path, fault)] * times
 
+    def heal(self) -> None:
+        """Let no further request fail."""
+        with self.lock:
+            self._faults.clear()
+
     def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for number, (wanted, part, fault) in enumerate(self._faults):
@@ -93,10 +99,12 @@ class Handler(BaseHTTPRequestHandler):
     stall_s = 0.0
     ignores_range = False
     ignores_checks = False
+    gzips = False  # an object as a proxy on the way compresses it
     etag: str | None = None
 
     def setup(self) -> None:
         super().setup()
+        self.spoilt: set[str] = set()
         self.server.connections += 1
 
     def log_message(self, format: str, *args: object) -> None:
@@ -118,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, what))
             self.server.headers.append(dict(self.headers.items()))
+        while self.spoilt:  # of the last request on this connection
+            delattr(self, self.spoilt.pop())
         fault = self.server.fault_for(self.command, what)
         if fault is not None and fault(self):
             return
@@ -205,6 +215,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self._refusal(416, "InvalidRange")
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             data, status = data[start : end + 1], 206
+        if self.gzips:
+            data = gzip.compress(data)
+            headers["Content-Encoding"] = "gzip"
         return self._reply(status, headers, data)
 
     def _list(self) -> Callable[[], None]:
@@ -356,11 +369,12 @@ def reset(handler: Handler) -> bool:
 
 
 def spoil(**settings: object) -> Fault:
-    """Set attributes of the handler, then go on."""
+    """Set attributes of the handler for this request, then go on."""
 
     def fault(handler: Handler) -> bool:
         for name, value in settings.items():
             setattr(handler, name, value)
+            handler.spoilt.add(name)
         return False
 
     return fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from pipeline.errors import (
     CorruptError,
     TransientError,
 )
-from pipeline.registry.client.download import files_of
+from pipeline.registry.client.download import PACKAGE, Transfer, download, files_of
+from pipeline.registry.client.owned import Owned
+from pipeline.registry.client.retry import Retry
 from pipeline.registry.stores.s3 import S3Store, connection, reading
 from pipeline.stages import FileDigest, Package
 from tests.registry.stores.s3_packages import (
@@ -37,6 +40,36 @@ def test_server_that_ignores_ranges_still_gives_the_right_bytes(
     for offset in (0, 1, 3 << 20, len(expected) - 1):
         memory.fail("GET", "model.plan", spoil(ignores_range=True))
         assert read_file(store, place_of(package), published, offset) == expected[offset:]
+
+
+def test_a_body_that_was_compressed_on_its_way_is_never_taken_for_the_file(
+    store: S3Store, memory: MemoryS3, package: Package, published: FileDigest, tmp_path: Path
+) -> None:
+    """Nobody asked for it, so nobody undoes it; the digest of the file gives it away."""
+    owned = Owned(dir=tmp_path / "pulled", adopted=False)
+    (owned.dir / PACKAGE / "engine").mkdir(parents=True)
+    quick = Transfer(retry=Retry(tries=3, tries_of_piece=8, first_s=0.001, longest_s=0.01))
+
+    def fetch() -> int:
+        return download(
+            store,
+            place_of(package),
+            files_of(package.manifest),
+            owned,
+            package.digest,
+            quick,
+            lambda count: None,
+        )
+
+    memory.fail("GET", "model.plan", spoil(gzips=True), times=100)
+    with pytest.raises((CorruptError, TransientError)):
+        fetch()
+    memory.heal()
+    fetch()
+    for file in files_of(package.manifest):
+        assert (owned.dir / PACKAGE / file.path).read_bytes() == (
+            package.dir / file.path
+        ).read_bytes()
 
 
 def _replace(server: MemoryS3) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -207,6 +208,10 @@ class OciStore:
         return delete_referrers(repository, image.document.digest) + sum(
             layer.size_bytes for layer in image.layers
         )
+
+    def now_s(self) -> float:
+        """This machine's clock: referrers carry their writers' own dates."""
+        return time.time()
 
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         """None: uploads that broke off expire in the registry, and nobody can list them."""

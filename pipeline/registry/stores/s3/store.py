@@ -174,6 +174,10 @@ class S3Store:
         with self._asking("remove from") as bucket:
             return removal.delete_version(bucket, place)
 
+    def now_s(self) -> float:
+        with self._asking("read the clock of") as bucket:
+            return bucket.now_s()
+
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         with self._asking("clean") as bucket:
             return removal.leftovers(bucket, min_age_s, delete=delete)
