@@ -5,9 +5,10 @@ piece that the hash waits for takes it along, reading the bytes back from the pa
 hashed as they lie in the file, no thread of its own is needed, and nobody runs so far ahead that
 the disk would have to be read again (`WINDOW_BYTES`).
 
-The journal has a line per landed piece with its CRC-32. After a kill each piece is read again and
-compared, so that only a damaged one is fetched again; whether the file is right, its SHA-256 alone
-decides.
+The journal has a line per hashed piece: the SHA-256 of the file up to its end, which costs
+nothing, since the hash stands there anyway. After a kill the pieces are read again, as the hash
+needs them; where it differs from the journal, that piece is damaged, and it alone is fetched again.
+Whether the file is right, its SHA-256 decides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import functools
 import hashlib
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +28,9 @@ from pipeline.errors import CorruptError
 from pipeline.registry.disk import read_bounded
 from pipeline.stages import FileDigest
 
-WINDOW_BYTES = 1 << 30
+WINDOW_BYTES = 512 << 20
 """How far the newest piece may be ahead of the hash: what the page cache of a machine that serves
-models holds."""
+models holds, and what a kill can cost where the disk and the network are faster than the hash."""
 _CHUNK_BYTES = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux, <linux/fs.h>
 _JOURNAL = "journal"
@@ -57,10 +57,10 @@ class Journal:
 
     @property
     def _head(self) -> str:
-        return f"1 {self.digest} {self.piece_bytes}"
+        return f"2 {self.digest} {self.piece_bytes}"
 
-    def read(self) -> dict[tuple[int, int], int] | None:
-        """(number of the file, number of the piece) -> CRC-32; None if there is no journal of this.
+    def read(self) -> dict[int, dict[int, str]] | None:
+        """Number of a file -> that of a piece -> SHA-256 up to its end; None if it is of others.
 
         A line that a crash tore off counts for nothing.
         """
@@ -71,11 +71,11 @@ class Journal:
         head, *lines = text.split("\n")
         if head != self._head:
             return None
-        landed: dict[tuple[int, int], int] = {}
+        landed: dict[int, dict[int, str]] = {}
         for line in lines[:-1]:
             try:
-                file, piece, crc = line.split(" ")
-                landed[int(file), int(piece)] = int(crc, 16)
+                file, piece, sha256 = line.split(" ")
+                landed.setdefault(int(file), {})[int(piece)] = sha256
             except ValueError:
                 continue
         return landed
@@ -100,9 +100,9 @@ class JournalWriter:
 
     descriptor: int
 
-    def landed(self, file: int, piece: int, crc: int) -> None:
-        """Note a piece whose bytes were written; one write, so that lines stay whole."""
-        os.write(self.descriptor, f"{file} {piece} {crc:08x}\n".encode())
+    def landed(self, file: int, piece: int, sha256: str) -> None:
+        """Note a piece that was written and hashed; one write, so that lines stay whole."""
+        os.write(self.descriptor, f"{file} {piece} {sha256}\n".encode())
 
 
 @dataclass(kw_only=True)
@@ -114,6 +114,7 @@ class LandingFile:
         file: What it must become.
         path: Where it lands.
         piece_bytes: Size of all pieces but the last.
+        kept: Piece that an earlier run left -> SHA-256 of the file up to its end; unproven.
         again: It was wrong once, and is fetched for the second and last time.
     """
 
@@ -121,6 +122,7 @@ class LandingFile:
     file: FileDigest
     path: Path
     piece_bytes: int
+    kept: dict[int, str] = field(default_factory=dict)
     again: bool = False
     _descriptor: int | None = None
     _there: set[int] = field(default_factory=set)
@@ -148,6 +150,11 @@ class LandingFile:
         """First byte of a piece, and the first byte after it."""
         start = piece * self.piece_bytes
         return start, min(start + self.piece_bytes, self.file.size_bytes)
+
+    def piece_size(self, piece: int) -> int:
+        """Bytes of a piece."""
+        start, end = self.span(piece)
+        return end - start
 
     def open(self) -> int:
         """Its descriptor; made with its full size, so that pieces can be written anywhere."""
@@ -178,22 +185,19 @@ class LandingFile:
     def begin_again(self) -> None:
         """Forget all pieces; nobody may be at work on the file."""
         self.again = True
+        self.kept.clear()
         self._there.clear()
         self._hash, self._hashed = hashlib.sha256(), 0
 
-    def crc(self, piece: int) -> int:
-        """CRC-32 of a piece as it lies in the file."""
-        crc = 0
-        for view in self._chunks(piece):
-            crc = zlib.crc32(view, crc)
-        return crc
-
-    def take(self, piece: int, on_hashed: Callable[[], None]) -> bool:
+    def take(
+        self, piece: int, refetch: Callable[[int], None], on_hashed: Callable[[int], None]
+    ) -> bool:
         """A piece has landed; hash as far as pieces are there.
 
         Args:
             piece: Its number.
-            on_hashed: Called after each piece that was hashed.
+            refetch: Called for a piece of an earlier run that is damaged; lands it.
+            on_hashed: Called with each piece that was hashed; `sha256` is up to its end then.
 
         Returns:
             True once per file: for the caller whose call ended the hash.
@@ -209,18 +213,27 @@ class LandingFile:
                     if self._hashed not in self._there:
                         self._busy = False
                         return False
-                for view in self._chunks(self._hashed):
-                    self._hash.update(view)
+                self._hash_next(refetch)
                 with self._lock:
                     self._hashed += 1
                     ended = self._hashed == self.pieces
                     self._busy = not ended
-                on_hashed()
+                on_hashed(self._hashed - 1)
                 if ended:
                     return True
         except BaseException:
             self._busy = False
             raise
+
+    def _hash_next(self, refetch: Callable[[int], None]) -> None:
+        before = self._hash.copy()
+        for view in self._chunks(self._hashed):
+            self._hash.update(view)
+        if self.kept.pop(self._hashed, self.sha256) != self.sha256:
+            refetch(self._hashed)
+            self._hash = before
+            for view in self._chunks(self._hashed):
+                self._hash.update(view)
 
     def _chunks(self, piece: int) -> Iterator[memoryview]:
         """The bytes of a piece as they lie in the file; each chunk lives until the next."""

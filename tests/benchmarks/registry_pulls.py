@@ -1,0 +1,97 @@
+"""One pull per process: `registry.py` measures it from start to exit, and here the call alone.
+
+    python -m tests.benchmarks.registry_pulls NAME REGISTRY PACKAGE_DIR OUT
+
+The call begins when its side's modules are imported, and nothing else is: clients and connections
+are made within. Prints its seconds and the peak of the process's memory in MiB.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+POLICY = "policy.json"
+"""Beside the package."""
+
+
+def ours(url: str, package_dir: Path, out: Path) -> None:
+    """All of `enginesmith pull`, without its cache."""
+    from pipeline.registry import pull
+
+    manifest = json.loads((package_dir / "manifest.json").read_bytes())
+    pull(
+        f"{manifest['name']}:{manifest['version']}",
+        out / "ours",
+        registry=url,
+        gpu="none",
+        policy=package_dir.parent / POLICY,
+        accept_unproven=True,
+        cache=False,
+    )
+
+
+def ours_unforced(url: str, package_dir: Path, out: Path) -> None:
+    """`ours`, with nothing forced to the disk; for comparison only."""
+    from pipeline.registry.client import pieces
+
+    os.fsync = lambda fd: None
+    pieces._sync_file_range = lambda: None  # type: ignore[assignment]
+    ours(url, package_dir, out)
+
+
+def boto3(url: str, package_dir: Path, out: Path) -> None:
+    """`download_file` with its defaults."""
+    import boto3
+
+    bucket, prefix = url.removeprefix("s3://").split("/")
+    boto3.client("s3").download_file(bucket, f"{prefix}/theirs", str(out / "theirs"))
+
+
+def oras(url: str, package_dir: Path, out: Path) -> None:
+    """What `registry_oci` has pushed."""
+    # Not a dependency, so no checker finds it.
+    client: Any = importlib.import_module("oras.client").OrasClient(insecure=True)
+    target = f"{url.removeprefix('oci://')}/theirs:engine"
+    client.pull(target=target, outdir=str(out), allowed_media_type=[])
+
+
+PULLS = {pull.__name__: pull for pull in (ours, ours_unforced, boto3, oras)}
+
+
+def modules(name: str, url: str) -> Iterator[str]:
+    """What a pull imports sooner or later, and has to have before it is timed."""
+    if not name.startswith("ours"):
+        yield {"boto3": "boto3", "oras": "oras.client"}[name]
+        return
+    yield "pipeline.registry.client.pull"
+    yield from ["boto3", "pipeline.registry.stores.s3"] if url.startswith("s3:") else []
+    yield from ["pipeline.registry.stores.oci"] if url.startswith("oci:") else []
+    if importlib.util.find_spec("model_signing"):  # the extra `sign`
+        yield "model_signing.verifying"
+
+
+def main() -> None:
+    """Pull once."""
+    logging.disable()
+    name, url, package_dir, out = sys.argv[1:]
+    for module in modules(name, url):
+        importlib.import_module(module)
+    began = time.perf_counter()
+    PULLS[name](url, Path(package_dir), Path(out))
+    took_s = time.perf_counter() - began
+    status = Path("/proc/self/status").read_text()  # getrusage knows the parent's peak, too
+    peak_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    print(took_s, int(peak_kib) / 1024)
+
+
+if __name__ == "__main__":
+    main()
