@@ -13,8 +13,8 @@ from pipeline.shapes import ModelShape
 
 CONTEXT = 128
 """Longest request of the small engine, tokens; beyond its model's window, if that has one."""
-LAYERS = 4
-"""Enough that a recipe which keeps its first layers in 16 bits still has FP8 ones."""
+LAYERS = 5
+"""Enough that a recipe which keeps its first four layers in 16 bits still has FP8 ones."""
 _MIN_HEADS = 4
 _MIN_HEAD_DIM = 16
 """TensorRT-RTX 1.7.1 has no attention kernel for fewer query heads or smaller heads."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from pipeline.config.folders import config_folders, data_dir
@@ -13,6 +15,8 @@ MAX_LINES = 25
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
 SHAPES = sorted(path.stem for path in data_dir("recipes").glob("shapes/*.yaml"))
 COMPILERS = sorted(path.stem for path in data_dir("conf").glob("compiler/*.yaml"))
+VLLM_ONLY = ("smollm2-vllm", "trtllm")
+"""`trtllm-bench` sends whole batches, and this recipe counts requests."""
 OPTIONS = sorted((path.parent.name, path.stem) for path in data_dir("conf").glob("*/*.yaml"))
 
 
@@ -42,8 +46,10 @@ def test_recipe_becomes_objects(recipe: str) -> None:
     assert job.value.name == recipe
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "compiler"),
+    [pair for pair in itertools.product(RECIPES, COMPILERS) if pair != VLLM_ONLY],
+)
 def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -> None:
     from pipeline.build import plan_of
 
@@ -54,6 +60,14 @@ def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -
     assert plan.faults == ()
     assert [note for note in plan.notes if note.severity == "warning"] == []
     assert plan.fit.full_length_sequences >= 1
+
+
+def test_recipe_for_vllm_is_refused_for_what_cannot_serve_its_requests() -> None:
+    from pipeline.build import plan_of
+
+    recipe, compiler = VLLM_ONLY
+    (fault,) = plan_of(loaded(recipe, f"compiler={compiler}").value).faults
+    assert "runner trtllm does not execute requests" in str(fault)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -76,7 +76,7 @@ def test_nothing_is_left_behind_and_nothing_is_published(tmp_path: Path) -> None
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_offers_all_three_formats_its_own_first(recipe: str) -> None:
     composed = compose(recipe, (), config_folders(None))
-    own = "trtrtx" if recipe == "smollm2" else "trtllm"
+    own = {"smollm2": "trtrtx", "smollm2-vllm": "checkpoint"}.get(recipe, "trtllm")
     assert next(iter(composed)) == own
     assert set(composed) == {"trtrtx", "trtllm", "checkpoint"}
     for name, (value, _) in composed.items():
