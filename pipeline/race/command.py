@@ -67,7 +67,7 @@ def run_race_command(request: Request) -> Answer:
     with screen_logging():
         with held_card() as held:
             if found := disturbance(held.before):
-                log.warning("Before the race %s: it is inconclusive", found)
+                log.warning("Before the race %s: this race is inconclusive", found)
             prepared = prepare(recipe, cache_root(), request.folder.parent)
             question = question_of(request, recipe, prepared, workloads, held.card)
             journal = open_journal(request.folder, question, resume=request.resume)
