@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipeline.registry.disk import file_system_now_s
 
 _LEFTOVER_AGE_S = 24 * 3600.0
 """Longer than any packaging: filling a folder takes minutes."""
@@ -25,10 +28,11 @@ def private_folder(area: Path) -> Iterator[Path]:
     It is removed on any exception, Ctrl-C included.
     """
     area.mkdir(parents=True, exist_ok=True)
+    for leftover in abandoned(area, math.inf, file_system_now_s(area)):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = area / f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         folder.mkdir()
-        _sweep(area, now_s=folder.stat().st_mtime)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,14 +56,6 @@ def abandoned(area: Path, newest_s: float, now_s: float) -> list[Path]:
             if _abandoned(folder, now_s) and folder.stat().st_mtime <= newest_s:
                 found.append(folder)
     return found
-
-
-def _sweep(area: Path, now_s: float) -> None:
-    """Remove what dead runs left behind."""
-    for folder in area.iterdir():
-        with contextlib.suppress(OSError):
-            if _abandoned(folder, now_s):
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _abandoned(folder: Path, now_s: float) -> bool:

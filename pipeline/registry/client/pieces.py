@@ -232,8 +232,7 @@ class LandingFile:
         if self.kept.pop(self._hashed, self.sha256) != self.sha256:
             refetch(self._hashed)
             self._hash = before
-            for view in self._chunks(self._hashed):
-                self._hash.update(view)
+            self._hash_next(refetch)  # nothing is kept of it any more, so this ends
 
     def _chunks(self, piece: int) -> Iterator[memoryview]:
         """The bytes of a piece as they lie in the file; each chunk lives until the next."""

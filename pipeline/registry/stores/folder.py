@@ -31,6 +31,7 @@ from pipeline.errors import (
 )
 from pipeline.registry.disk import (
     disk_errors,
+    file_system_now_s,
     link_new,
     move_into_place,
     open_regular,
@@ -225,8 +226,7 @@ class FolderStore:
 
     def now_s(self) -> float:
         try:
-            with tempfile.NamedTemporaryFile(prefix=".clock-", dir=self.path) as file:
-                return os.fstat(file.fileno()).st_mtime
+            return file_system_now_s(self.path)
         except OSError:  # read-only: nothing can be removed by this date
             return time.time()
 
