@@ -47,7 +47,7 @@ from pipeline.registry.signing.signer import build_statements
 from pipeline.registry.signing.trust import TrustedKey
 from pipeline.registry.stores.opening import open_store
 from tests.benchmarks import registry_oci, registry_s3
-from tests.benchmarks.registry_pulls import POLICY
+from tests.benchmarks.registry_pulls import POLICY, oras_target
 from tests.services import docker_registry, seaweed
 
 _KEY = "key.pem"
@@ -139,7 +139,7 @@ def copy_and_sum(url: str, package_dir: Path, out: Path) -> float:
 def oras_push(url: str, package_dir: Path, out: Path) -> float:
     """The files of the package, by `oras`."""
     package = verify(package_dir, deep=False)
-    return _timed(lambda: registry_oci._oras_push(_oras_target(url), package))
+    return _timed(lambda: registry_oci._oras_push(oras_target(url), package))
 
 
 S3 = (
@@ -226,15 +226,11 @@ class Bench:
 
 def _processes(ours: Sequence[Took], other: Sequence[Took]) -> str:
     """Seconds of both sides' whole processes and their ratio, as two cells."""
-    seconds = [
-        statistics.median(run.process_s for run in runs if run.process_s is not None)
-        if all(run.process_s is not None for run in runs)
-        else None
-        for runs in (ours, other)
-    ]
-    if seconds[0] is None or seconds[1] is None:
+    timed = [[run.process_s for run in runs if run.process_s is not None] for runs in (ours, other)]
+    if not all(timed):
         return " | "
-    return f"{seconds[0]:.2f} / {seconds[1]:.2f} | {seconds[1] / seconds[0]:.2f}"
+    process, its_process = map(statistics.median, timed)
+    return f"{process:.2f} / {its_process:.2f} | {its_process / process:.2f}"
 
 
 def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
@@ -286,10 +282,6 @@ def _empty_registry(folder: Path) -> Iterator[str]:
     with docker_registry.running_server(where) as registry:
         yield f"{registry.url}/engines"
     shutil.rmtree(where)
-
-
-def _oras_target(url: str) -> str:
-    return f"{url.removeprefix('oci://')}/theirs:engine"
 
 
 def _make_trust(folder: Path) -> None:

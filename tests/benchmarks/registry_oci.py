@@ -10,7 +10,6 @@ cache warm. `oras` verifies no digest when it pulls (tried 2026-11-24), ours has
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -23,13 +22,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import CorruptError
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.oci import OciStore
 from pipeline.registry.stores.store import Place
 from pipeline.stages import FileDigest, Package
+from tests.benchmarks.registry_pulls import oras_client, oras_pull
 from tests.benchmarks.sealing import seal_folder
 from tests.services.docker_registry import running_server
 
@@ -64,7 +63,7 @@ def bench(folder: Path, size_bytes: int) -> dict[str, float]:
                 ours_pull.append(_timed(pull, store, place, package, out))
                 shutil.rmtree(out)
                 out.mkdir()
-                theirs_pull.append(_timed(_oras_pull, target, out))
+                theirs_pull.append(_timed(oras_pull, target, out))
                 shutil.rmtree(out)
         shutil.rmtree(folder / "registry")
     figures = {
@@ -117,19 +116,10 @@ def _package(folder: Path, size_bytes: int) -> Package:
     return package
 
 
-def _oras() -> Any:
-    # Not a dependency, so no checker finds it.
-    return importlib.import_module("oras.client").OrasClient(insecure=True)
-
-
 def _oras_push(target: str, package: Package) -> None:
     paths = [str(package.dir / one["path"]) for one in package.manifest["files"]]
     # Not chunked, it reads a whole file into memory.
-    _oras().push(target=target, files=paths, disable_path_validation=True, do_chunked=True)
-
-
-def _oras_pull(target: str, out: Path) -> None:
-    _oras().pull(target=target, outdir=str(out), allowed_media_type=[])
+    oras_client().push(target=target, files=paths, disable_path_validation=True, do_chunked=True)
 
 
 def _timed(call: Callable[..., object], *arguments: object) -> float:

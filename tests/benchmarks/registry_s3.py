@@ -33,6 +33,7 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.s3 import S3Store
 from pipeline.registry.stores.store import Place
 from pipeline.stages import Package
+from tests.benchmarks.registry_pulls import peak_mib
 from tests.benchmarks.sealing import seal_folder
 from tests.services.seaweed import BUCKET, running_server
 
@@ -151,9 +152,7 @@ def _alone(job: _Job, url: str, package_dir: Path, out: Path) -> tuple[float, fl
 
 def _measured(job: _Job, url: str, package_dir: Path, out: Path) -> tuple[float, float]:
     elapsed_s = job(url, package_dir, out)
-    status = Path("/proc/self/status").read_text()  # getrusage knows the parent's peak, too
-    peak_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return elapsed_s, int(peak_kib) / 1024
+    return elapsed_s, peak_mib()
 
 
 def _package(folder: Path, size_bytes: int) -> Package:

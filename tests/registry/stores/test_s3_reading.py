@@ -14,9 +14,9 @@ from pipeline.errors import (
 )
 from pipeline.registry.client.download import PACKAGE, Transfer, download, files_of
 from pipeline.registry.client.owned import Owned
-from pipeline.registry.client.retry import Retry
 from pipeline.registry.stores.s3 import S3Store, connection, reading
 from pipeline.stages import FileDigest, Package
+from tests.registry.client.conftest import QUICK
 from tests.registry.stores.s3_packages import (
     SIGNATURES,
     assert_whole,
@@ -48,7 +48,6 @@ def test_a_body_that_was_compressed_on_its_way_is_never_taken_for_the_file(
     """Nobody asked for it, so nobody undoes it; the digest of the file gives it away."""
     owned = Owned(dir=tmp_path / "pulled", adopted=False)
     (owned.dir / PACKAGE / "engine").mkdir(parents=True)
-    quick = Transfer(retry=Retry(tries=3, tries_of_piece=8, first_s=0.001, longest_s=0.01))
 
     def fetch() -> int:
         return download(
@@ -57,7 +56,7 @@ def test_a_body_that_was_compressed_on_its_way_is_never_taken_for_the_file(
             files_of(package.manifest),
             owned,
             package.digest,
-            quick,
+            Transfer(retry=QUICK),
             lambda count: None,
         )
 
