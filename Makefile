@@ -51,7 +51,7 @@ test-all: check test test-image-pins test-eval ## all tests: the main job on rea
 
 test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages
 	$(RUN_PINNED) -m pytest -q -n 2 -m "not slow and not gpu and not services" \
-	    tests/test_hf.py tests/quantize tests/convert tests/rehearse $(ARGS)
+	    tests/model/test_hf.py tests/quant tests/formats/decoder tests/rehearse $(ARGS)
 	$(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the extra `eval`

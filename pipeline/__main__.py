@@ -22,11 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.answer import Answer, failure, tell
-from pipeline.config.folders import config_folders
-from pipeline.config.load import Job, Loaded, load
-from pipeline.errors import ExitCode, RecipeError
-from pipeline.outcome import (
+from pipeline.commands.answer import Answer, failure, tell
+from pipeline.commands.outcome import (
     Outcome,
     answer_of,
     append_github_output,
@@ -37,7 +34,10 @@ from pipeline.outcome import (
     worst,
     write_verdict,
 )
-from pipeline.screen import file_logging, screen_logging, show_error
+from pipeline.commands.screen import file_logging, screen_logging, show_error
+from pipeline.config.folders import config_folders
+from pipeline.config.load import Job, Loaded, load
+from pipeline.core.errors import ExitCode, RecipeError
 
 log = logging.getLogger("pipeline.run")
 

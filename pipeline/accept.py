@@ -19,14 +19,15 @@ from pipeline.acceptance.conditions import read_conditions
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
 from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, signed_result
-from pipeline.cache import StageCache, cache_root
+from pipeline.commands.outcome import Outcome
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.targets import target_of_card
-from pipeline.errors import CorruptError, ExitCode, IncompatibleError
-from pipeline.hardware import Target, card_name
+from pipeline.core.cache import StageCache, cache_root
+from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
+from pipeline.core.hardware import Target, card_name
+from pipeline.core.values import Engine, Format, Limits, Package, Verdict, Weights
 from pipeline.machine import require_builder
-from pipeline.outcome import Outcome
 from pipeline.plan import refuse
 from pipeline.registry.backend import Registry
 from pipeline.registry.reference import reference_of
@@ -34,7 +35,6 @@ from pipeline.registry.signing.command import named_folder, open_folder
 from pipeline.registry.signing.machine import Signatory, machine_trust, signatory_for
 from pipeline.registry.signing.verification import verify_signatures
 from pipeline.registry.stores.opening import open_registry
-from pipeline.stages import Engine, Format, Limits, Package, Verdict, Weights
 
 log = logging.getLogger(__name__)
 

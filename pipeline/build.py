@@ -17,14 +17,27 @@ from pydantic.dataclasses import dataclass
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
-from pipeline.cache import StageCache, cache_root, locked
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import CorruptError, ExitCode, RecipeError, UntrustedError
-from pipeline.hardware import Target
+from pipeline.commands.outcome import Outcome
+from pipeline.core.cache import StageCache, cache_root, locked
+from pipeline.core.errors import CorruptError, ExitCode, RecipeError, UntrustedError
+from pipeline.core.hardware import Target
+from pipeline.core.settings import STRICT
+from pipeline.core.values import (
+    PASSING,
+    Engine,
+    EngineCompiler,
+    Package,
+    Quantizer,
+    Verdict,
+    VerdictName,
+    Weights,
+    WeightSource,
+)
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
 from pipeline.machine import require_builder, require_room
-from pipeline.outcome import Outcome
+from pipeline.model.shapes import ModelShape, shape_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.registry.backend import Registry
 from pipeline.registry.lifecycle.promote import enter_channel as move_into
 from pipeline.registry.lifecycle.records import Author, actor_of
@@ -38,19 +51,6 @@ from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.runners.abilities import ability_faults
 from pipeline.runners.session import Runner
-from pipeline.settings import STRICT
-from pipeline.shapes import ModelShape, shape_faults
-from pipeline.stages import (
-    PASSING,
-    Engine,
-    EngineCompiler,
-    Package,
-    Quantizer,
-    Verdict,
-    VerdictName,
-    Weights,
-    WeightSource,
-)
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.answer import failure
 from pipeline.commands import building, copy, lifecycle, measuring, packages, pull, race
-from pipeline.errors import ExitCode, Fault, RecipeError
+from pipeline.commands.answer import failure
+from pipeline.core.errors import ExitCode, Fault, RecipeError
 
 app = typer.Typer(
     help="From a Hugging Face model to a checked, published FP8 inference engine.",
@@ -80,8 +80,8 @@ def main() -> int:
         error.show()
         return ExitCode.USAGE
     except Exception as error:
-        from pipeline.outcome import failure_of
-        from pipeline.screen import show_error
+        from pipeline.commands.outcome import failure_of
+        from pipeline.commands.screen import show_error
 
         outcome = failure_of(error)
         show_error(outcome.message)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.hardware import Target
-from pipeline.stages import EngineCompiler, Quantizer, Weights, digest_of
+from pipeline.core.hardware import Target
+from pipeline.core.values import EngineCompiler, Quantizer, Weights, digest_of
 
 KEY_DIGITS = 12
 """Hex digits of a key in names: 48 bits tell apart all builds that one team will ever make."""

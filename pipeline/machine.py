@@ -7,9 +7,9 @@ import logging
 import shutil
 from pathlib import Path
 
-from pipeline.errors import IncompatibleError, TransientError
+from pipeline.core.errors import IncompatibleError, TransientError
+from pipeline.core.values import Format
 from pipeline.plan import Plan
-from pipeline.stages import Format
 
 log = logging.getLogger(__name__)
 

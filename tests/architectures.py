@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.hf import quiet
+from pipeline.model.hf import quiet
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 WINDOW: Final = 24

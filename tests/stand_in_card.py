@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine
 from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.transformers import open_checkpoint
-from pipeline.settings import STRICT
-from pipeline.stages import Engine
 
 _NVML = '''\
 """Answers of a driver with one idle card; what is not here this driver does not tell."""

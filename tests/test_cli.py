@@ -11,12 +11,12 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.__main__ import Request
-from pipeline.answer import Answer
-from pipeline.errors import ExitCode, NotFoundError
+from pipeline.commands.answer import Answer
+from pipeline.core.errors import ExitCode, NotFoundError
+from pipeline.core.values import Engine, Licence, Limits, Weights
 from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
-from pipeline.stages import Engine, Licence, Limits, Weights
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 import pipeline
 from pipeline.config.folders import ConfigFolders, config_folders, data_dir
 from pipeline.config.load import Job, Loaded, load
-from pipeline.errors import RecipeError
-from pipeline.settings import STRICT, Listed, PathField
+from pipeline.core.errors import RecipeError
+from pipeline.core.settings import STRICT, Listed, PathField
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -371,7 +371,7 @@ def test_folder_with_quotes_and_spaces_is_searched(
 def test_installed_package_brings_its_own_recipes(tmp_path: Path) -> None:
     site = tmp_path / "site-packages"
     code = Path(pipeline.__file__).parent
-    shutil.copytree(code, site / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(code, site / "pipeline", ignore=shutil.ignore_patterns("__pycache__", "_data"))
     for folder in ("pipeline/_data/conf", "pipeline/_data/recipes", "recipes", "conf"):
         (site / folder).mkdir(parents=True)
     (site / "pipeline/_data/recipes/inside.yaml").touch()

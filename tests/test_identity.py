@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.compilers.checkpoint import CheckpointCompiler
+from pipeline.core.values import FileDigest, Licence, Weights
+from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
-from pipeline.stages import FileDigest, Licence, Weights
-from tests.quantize.tiny_quantized import ADA, tiny_quantizer
+from tests.quant.tiny_quantized import ADA, tiny_quantizer
 
 WEIGHTS = Weights(
     dir=Path("/somewhere"),

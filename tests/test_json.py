@@ -42,7 +42,7 @@ DONE: dict[str, tuple[str, ...]] = {
     "verify": ("tiny:candidate",),
     "yank": ("tiny:candidate", "--reason", "crashes"),
 }
-"""Of each command a call that succeeds here; a race does in tests/race."""
+"""Of each command a call that succeeds here; a race does in tests/acceptance/race."""
 
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "accept": (7, ("nosuch",)),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline.errors import ExitCode, IncompatibleError, TransientError
+from pipeline.core.errors import ExitCode, IncompatibleError, TransientError
 from pipeline.machine import require_builder, require_room
 from pipeline.plan import Plan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import Request, main
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
 
 
 def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ExitCode
-from pipeline.outcome import WORST_FIRST, Outcome, closing_lines, open_run, worst, write_verdict
+from pipeline.commands.outcome import (
+    WORST_FIRST,
+    Outcome,
+    closing_lines,
+    open_run,
+    worst,
+    write_verdict,
+)
+from pipeline.core.errors import ExitCode
 
 
 def test_every_exit_code_has_a_rank() -> None:

@@ -18,10 +18,10 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.__main__ import Request, run
+from pipeline.commands.outcome import Outcome, failure_of, open_run
 from pipeline.config.load import Job
-from pipeline.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.outcome import Outcome, failure_of, open_run
-from pipeline.settings import STRICT
+from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
+from pipeline.core.settings import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.screen import file_logging, screen_logging, show_error
+from pipeline.commands.screen import file_logging, screen_logging, show_error
 
 
 def test_screen_shows_our_progress_and_everybodys_warnings(

@@ -15,10 +15,10 @@ import yaml
 from pipeline.build import Recipe, plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.errors import ConflictError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, RecipeError
+from pipeline.model.shapes import shape_faults
 from pipeline.new.command import COMPILERS, NewRecipe, new_recipe, report
 from pipeline.new.place import place
-from pipeline.shapes import shape_faults
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.tiny_recipe import ROOT
 

@@ -14,7 +14,13 @@ import pytest
 from pipeline.build import Recipe, plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.errors import AccessError, CorruptError, NotFoundError, RecipeError, TransientError
+from pipeline.core.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    RecipeError,
+    TransientError,
+)
 from pipeline.new.command import NewRecipe, new_recipe, report
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer

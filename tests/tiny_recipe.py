@@ -43,7 +43,7 @@ acceptance:
 """
 SHAPE = """\
 # The tiny random Llama of the tests.
-_target_: pipeline.shapes.ModelShape
+_target_: pipeline.model.shapes.ModelShape
 architecture: LlamaForCausalLM
 hidden_size: 64
 intermediate_size: 128

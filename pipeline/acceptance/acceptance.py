@@ -25,14 +25,14 @@ from pipeline.acceptance.measure import measure_on_card, measure_on_cpu
 from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
-from pipeline.cache import StageCache, source_digest
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.settings import STRICT, Listed
+from pipeline.core.values import Report, Verdict, digest_of
 from pipeline.machine import available_bytes
+from pipeline.model.shapes import ModelShape
 from pipeline.runners.session import Device, Runner
-from pipeline.settings import STRICT, Listed
-from pipeline.shapes import ModelShape
-from pipeline.stages import Report, Verdict, digest_of
-from pipeline.text.corpus import TextCorpus, require_disjoint, text_digest
+from pipeline.sources.text.corpus import TextCorpus, require_disjoint, text_digest
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ _CODE = (
         )
     ),
     "pipeline.runners",
-    "pipeline.text.windows",
+    "pipeline.sources.text.windows",
 )
 """What a figure or a verdict depends on; how the report looks is not among it."""
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")

@@ -216,7 +216,7 @@ def measure_bandwidth(device: str = "cuda") -> float | None:
 
 
 def _median(answer: dict[str, Any], device: str) -> float | None:
-    from pipeline.errors import PipelineError
+    from pipeline.core.errors import PipelineError
 
     rates = answer[_KEY]
     if rates is None:
@@ -235,8 +235,8 @@ def _answer_of_child(device: str) -> dict[str, Any]:
     import tempfile
     from pathlib import Path
 
-    from pipeline.errors import PipelineError
-    from pipeline.process import last_lines, run_tool
+    from pipeline.core.errors import PipelineError
+    from pipeline.core.process import last_lines, run_tool
 
     folder = Path(tempfile.mkdtemp(prefix="enginesmith-bandwidth-"))
     log_path = folder / "probe.log"

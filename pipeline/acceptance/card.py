@@ -14,9 +14,9 @@ from pipeline.acceptance.conditions import (
     gpu_lock,
     read_conditions,
 )
-from pipeline.errors import IncompatibleError
-from pipeline.hardware import card_name
-from pipeline.stages import Finding
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.hardware import card_name
+from pipeline.core.values import Finding
 
 _SETTLE_S = 15.0
 """A process that has ended may still be in NVML's list for a moment, and its work in the

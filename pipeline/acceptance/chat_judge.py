@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.stages import Finding
+from pipeline.core.values import Finding
 
 LEVEL = 0.05
 """A healthy engine is called worse in no more than one of twenty probes; the usual level."""

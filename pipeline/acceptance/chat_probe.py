@@ -26,9 +26,9 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, chat_findings, paired
 from pipeline.acceptance.chat_prompts import CONVERSATIONS, Conversation
+from pipeline.core.settings import STRICT
 from pipeline.runners.chat import eos_ids
 from pipeline.runners.session import Session
-from pipeline.settings import STRICT
 
 __all__ = ["ChatProbe", "ChatSettings", "chat_findings", "probe"]
 

@@ -14,11 +14,11 @@ from pipeline.acceptance.quality import SourceFigures, figures_against, summariz
 from pipeline.acceptance.reference import Reference, reference_of
 from pipeline.acceptance.source import Source
 from pipeline.acceptance.subject import Measured, Subject
-from pipeline.cache import StageCache
-from pipeline.hf import load_tokenizer
+from pipeline.core.cache import StageCache
 from pipeline.machine import available_bytes
+from pipeline.model.hf import load_tokenizer
 from pipeline.runners.session import Session
-from pipeline.text.windows import pack_windows
+from pipeline.sources.text.windows import pack_windows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cache import cache_root, locked
-from pipeline.stages import Finding
+from pipeline.core.cache import cache_root, locked
+from pipeline.core.values import Finding
 
 THROTTLE_REASONS = {
     0x001: "gpu_idle",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.convert.stage import CPU_CUT, cut_layers
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.formats.trtrtx.stage import CPU_CUT, cut_layers
+from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:
-    from pipeline.convert.simulate import Accumulation
+    from pipeline.quant.simulate import Accumulation
 
 MAX_MEDIAN_DIFFERENCE = 1e-3
 """Largest median over positions of the largest logit difference, where the noise is below it. Two
@@ -35,7 +35,7 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     """
     import numpy as np
 
-    from pipeline.convert.simulate import load_simulation
+    from pipeline.quant.simulate import load_simulation
     from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
     from pipeline.runners.transformers import TransformersSession
 

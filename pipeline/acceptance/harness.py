@@ -19,10 +19,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.quality import BOOTSTRAP_DRAWS
-from pipeline.errors import Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.settings import STRICT, Listed, PathField
+from pipeline.core.values import Finding
 from pipeline.runners.session import Session
-from pipeline.settings import STRICT, Listed, PathField
-from pipeline.stages import Finding
 
 _NO_FORK = "DISABLE_MULTIPROC"
 """Read by lm_eval.api.metrics.bootstrap_stderr, 0.4.13."""
@@ -100,7 +100,7 @@ def run_harness(
     import lm_eval
 
     from pipeline.acceptance.harness_model import SessionModel
-    from pipeline.hf import quiet
+    from pipeline.model.hf import quiet
 
     model = SessionModel(session, tokenizer, context)
     library = logging.getLogger("lm_eval")

@@ -10,8 +10,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pipeline.acceptance.chat_probe import end_ids
 from pipeline.acceptance.quality import log_softmax
-from pipeline.errors import CorruptError, PipelineError
-from pipeline.progress import progress
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.progress import progress
 from pipeline.runners.session import Session
 
 if TYPE_CHECKING:

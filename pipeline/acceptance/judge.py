@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.stages import Finding, Report, Verdict, VerdictName
+from pipeline.core.values import Finding, Report, Verdict, VerdictName
 
 _SEVERITY: tuple[VerdictName, ...] = ("anomalous", "regression", "rejected", "inconclusive")
 """The worst finding names the verdict: a measuring fault makes every other figure worthless, a

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pipeline.core.values import Finding
 from pipeline.plan.ceilings import Roofline
-from pipeline.stages import Finding
 
 
 @dataclass(frozen=True, kw_only=True)

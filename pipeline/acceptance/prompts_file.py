@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 
 _KEYS = ("prompt", "token_ids")
 

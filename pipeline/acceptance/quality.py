@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CorruptError
-from pipeline.progress import progress
+from pipeline.core.errors import CorruptError
+from pipeline.core.progress import progress
 from pipeline.runners.session import Session
 
 if TYPE_CHECKING:

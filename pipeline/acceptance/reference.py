@@ -2,7 +2,7 @@
 
 An engine differs from its source by FP8, which is in the checkpoint, and by what a runtime makes of
 the checkpoint. The reference tells the two apart: the checkpoint simulated in float32 PyTorch
-(`pipeline.convert.simulate`), which has the first difference and not the second.
+(`pipeline.quant.simulate`), which has the first difference and not the second.
 
 Two right runtimes of one FP8 checkpoint never agree token by token: sums in another order move a
 value over the edge of an FP8 code, and all later layers differ. So the engine is held against the
@@ -27,7 +27,7 @@ from pipeline.acceptance.quality import (
     summarize_quality,
     write_source_figures,
 )
-from pipeline.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache, source_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +92,7 @@ def reference_of(
             "code": source_digest(
                 "pipeline.acceptance.quality",
                 "pipeline.acceptance.reference",
-                "pipeline.convert.simulate",
+                "pipeline.quant.simulate",
                 "pipeline.runners",
             ),
         },
@@ -111,7 +111,7 @@ def reference_of(
 def _write(checkpoint_dir: Path, windows: NDArray[np.int64], context: int, out: Path) -> None:
     import numpy as np
 
-    from pipeline.convert.simulate import load_simulation
+    from pipeline.quant.simulate import load_simulation
     from pipeline.runners.transformers import TransformersSession
 
     # One at a time: each takes 4 bytes a parameter.

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.page import render_page
-from pipeline.stages import Report, Verdict
+from pipeline.core.values import Report, Verdict
 
 REPORT_FILE = "report.json"
 JUNIT_FILE = "junit.xml"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.acceptance.chat_probe import Answer, ChatProbe
 from pipeline.acceptance.quality import SourceFigures, read_source_figures, write_source_figures
-from pipeline.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.values import Weights
 from pipeline.runners.session import Session
-from pipeline.stages import Weights
 
 if TYPE_CHECKING:
     import numpy as np

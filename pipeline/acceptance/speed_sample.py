@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.acceptance.sampler import Samples
 from pipeline.acceptance.slope import theil_sen_slope
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
 

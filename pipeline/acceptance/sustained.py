@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.acceptance.slope import theil_sen_slope
-from pipeline.errors import CorruptError
-from pipeline.stages import Finding
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import Finding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from pipeline.acceptance.sampler import Samples, device_samples
 from pipeline.acceptance.speed import SpeedSample
 from pipeline.acceptance.sustained import Sample, SustainedLimits
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import Fault, RecipeError
-from pipeline.progress import progress
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.progress import progress
+from pipeline.core.settings import STRICT
 from pipeline.runners.session import CacheClearing, Session
-from pipeline.settings import STRICT
 
 _INTERVAL_S = 0.5
 

@@ -16,10 +16,10 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.lengths import ITEM, Count, Lengths, Rate
 from pipeline.acceptance.prompts_file import file_sha256, read_prompts, tokenized
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.settings import PathField
+from pipeline.core.values import digest_of
 from pipeline.runners.session import Demands
-from pipeline.settings import PathField
-from pipeline.stages import digest_of
 
 if TYPE_CHECKING:
     import numpy as np

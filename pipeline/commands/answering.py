@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer, failure, tell
+from pipeline.commands.answer import Answer, failure, tell
 
 _NAME = "as_json"
 _JSON = inspect.Parameter(

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ConfigDir, Overrides, Recipe
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
 
 
 @answering
@@ -51,7 +51,7 @@ def plan(
 
     job = load(recipe, overrides or (), folders=config_folders(config_dir)).one_job()
     from pipeline.build import plan_of
-    from pipeline.outcome import refused
+    from pipeline.commands.outcome import refused
     from pipeline.plan import render
 
     made = plan_of(job.value)
@@ -125,8 +125,8 @@ def export_trtllm(
     pp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
 ) -> Answer:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
-    from pipeline import export_trtllm as export
-    from pipeline.screen import screen_logging
+    from pipeline.commands.screen import screen_logging
+    from pipeline.formats.trtllm import export
 
     sizes = export.build_sizes(
         checkpoint_dir,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import Policy, Reference
 
@@ -27,8 +27,8 @@ def copy(
     ] = False,
 ) -> Answer:
     """Copy a package, its signatures and its test results to another registry, byte for byte."""
+    from pipeline.commands.screen import screen_logging
     from pipeline.registry.copying import CopyRequest, run_copy
-    from pipeline.screen import screen_logging
 
     request = CopyRequest(
         reference=reference,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, ConfigDir, Overrides, Policy, Registry
 
@@ -37,9 +37,9 @@ def accept(
     """Measure a package on this machine's GPU, and sign what came of it."""
     from pipeline.accept import AcceptRequest
     from pipeline.accept import accept as run
-    from pipeline.outcome import answer_of, failure_of, open_run, write_verdict
+    from pipeline.commands.outcome import answer_of, failure_of, open_run, write_verdict
+    from pipeline.commands.screen import file_logging, screen_logging
     from pipeline.registry.stores.opening import folder_of
-    from pipeline.screen import file_logging, screen_logging
 
     request = AcceptRequest(
         target=target,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
 
 if TYPE_CHECKING:
     from pipeline.registry.backend import Entry

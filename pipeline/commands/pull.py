@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, Policy
 
@@ -99,10 +99,10 @@ def pull(
     ] = None,
 ) -> Answer:
     """Fetch the engine that fits a machine: signatures first, every byte verified."""
-    from pipeline.errors import Fault, RecipeError
+    from pipeline.commands.screen import screen_logging
+    from pipeline.core.errors import Fault, RecipeError
     from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
-    from pipeline.screen import screen_logging
 
     request = client.PullRequest(
         reference=reference or "",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ConfigDir, Overrides, Recipe
 
@@ -56,8 +56,8 @@ def race(
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Race a recipe's FP8 artifact against vLLM and Transformers on this machine's GPU."""
-    from pipeline.race.command import run_race_command
-    from pipeline.race.request import Request
+    from pipeline.acceptance.race.command import run_race_command
+    from pipeline.acceptance.race.request import Request
 
     request = Request(
         recipe=recipe,
@@ -86,7 +86,7 @@ def _batch(name: str) -> int:
     Raises:
         RecipeError: It is written otherwise.
     """
-    from pipeline.errors import Fault, RecipeError
+    from pipeline.core.errors import Fault, RecipeError
 
     if not re.fullmatch(r"b[1-9][0-9]{0,4}", name):
         fault = f"{name!r} is no workload; write b and the batch, such as b1,b8,b64"

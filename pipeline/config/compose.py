@@ -26,7 +26,7 @@ from pipeline.config.closest import closest, suggestion
 from pipeline.config.construct import fields_of, settings_class
 from pipeline.config.folders import ConfigFolders
 from pipeline.config.sweep import Combination
-from pipeline.errors import Fault
+from pipeline.core.errors import Fault
 
 _COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError

@@ -20,7 +20,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from pydantic import ValidationError
 
 from pipeline.config.closest import closest, suggestion
-from pipeline.errors import Fault
+from pipeline.core.errors import Fault
 
 _WANTED = {
     "bool_type": "true or false",

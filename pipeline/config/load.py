@@ -10,7 +10,7 @@ from pipeline.config.compose import compose_combination
 from pipeline.config.construct import construct
 from pipeline.config.folders import ConfigFolders
 from pipeline.config.sweep import Combination, combinations
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 
 _SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
 """Keys of the source that say nothing about which weights it brings."""

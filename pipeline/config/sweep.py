@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from pipeline.config.folders import ConfigFolders
-from pipeline.errors import Fault
+from pipeline.core.errors import Fault
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.folders import data_dir
-from pipeline.hardware import Target
+from pipeline.core.hardware import Target
 
 
 def target_of_card(card: str) -> Target | None:

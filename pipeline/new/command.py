@@ -14,14 +14,14 @@ from pipeline.build import Recipe, plan_of
 from pipeline.config.closest import suggestion
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
-from pipeline.errors import ConflictError, Fault, RecipeError
+from pipeline.core.errors import ConflictError, Fault, RecipeError
+from pipeline.core.values import Format
+from pipeline.model.shapes import ModelShape
 from pipeline.new.fitting import Fitted, largest, model_shape, smallest, targets
 from pipeline.new.origin import Origin, read_origin
 from pipeline.new.place import place
 from pipeline.new.text import recipe_text, shape_text, sizes_text
 from pipeline.registry.reference import check_part
-from pipeline.shapes import ModelShape
-from pipeline.stages import Format
 
 COMPILERS: tuple[Format, ...] = ("trtllm", "trtrtx", "checkpoint")
 """Options that a new recipe has sizes for, each called like its format; the first that fits is the

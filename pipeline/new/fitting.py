@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from pipeline.acceptance.workload import Workload
 from pipeline.build import Recipe, plan_of
-from pipeline.errors import CorruptError, Fault, RecipeError
+from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.values import Format
+from pipeline.model.shapes import Architecture, ModelShape, shape_of_config
 from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.shapes import Architecture, ModelShape, shape_of_config
-from pipeline.stages import Format
 
 START_CONTEXT, FLOOR_CONTEXT = 4096, 512
 """Contexts that are tried, in tokens: what our own recipes have, and what a short chat needs."""
@@ -47,7 +47,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
             converters do not understand.
         CorruptError: It is no model's configuration.
     """
-    from pipeline.convert.decoder_config import DecoderConfig
+    from pipeline.model.decoder_config import DecoderConfig
 
     name = (config.get("architectures") or [None])[0]
     if name not in get_args(Architecture):

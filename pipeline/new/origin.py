@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import Fault, NotFoundError, RecipeError
+from pipeline.core.errors import Fault, NotFoundError, RecipeError
 from pipeline.sources.files import CONFIG, check_listing, read_json_object
 from pipeline.sources.hub import is_repo_id
 from pipeline.sources.hub_client import HubClient

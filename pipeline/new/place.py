@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.errors import ConflictError
+from pipeline.core.errors import ConflictError
 
 
 def place(texts: Mapping[Path, str], folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.acceptance.workload import Workload
-from pipeline.shapes import ModelShape
+from pipeline.model.shapes import ModelShape
 
 
 def recipe_text(

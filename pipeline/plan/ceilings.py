@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.hardware import Target
+from pipeline.core.hardware import Target
+from pipeline.model.shapes import ModelShape
 from pipeline.plan.sizes import Sizes
-from pipeline.shapes import ModelShape
 
 REACHABLE_SHARE = 0.65
 """Share of the ceiling that is held to be reachable. TensorRT-LLM with Mistral-7B INT4 AWQ on an

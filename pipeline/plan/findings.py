@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.errors import Fault
+from pipeline.core.errors import Fault
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.plan.fit import PAGED_SHARE, Fit
 from pipeline.plan.known_bad import matching_rows

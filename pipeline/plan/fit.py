@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.hardware import GIB
+from pipeline.core.hardware import GIB
+from pipeline.core.values import Limits
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import Sizes
-from pipeline.stages import Limits
 
 PAGED_SHARE = 0.9
 """Share of device memory that a paged runtime gives to weights, workspace and cache: vLLM's

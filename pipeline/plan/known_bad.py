@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.settings import STRICT, Listed
+from pipeline.core.values import Format
 from pipeline.plan.request import PlanRequest, Quantization
-from pipeline.settings import STRICT, Listed
-from pipeline.stages import Format
 
 Severity = Literal["error", "warning", "note"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from pipeline.errors import Fault
-from pipeline.shapes import ModelShape
+from pipeline.core.errors import Fault
+from pipeline.model.shapes import ModelShape
 
 _FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.plan.ceilings import REACHABLE_SHARE, roofline
 from pipeline.plan.findings import (
     Note,

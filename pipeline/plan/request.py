@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.errors import Fault
-from pipeline.hardware import Target
-from pipeline.shapes import ModelShape
-from pipeline.stages import Format, Limits
+from pipeline.core.errors import Fault
+from pipeline.core.hardware import Target
+from pipeline.core.values import Format, Limits
+from pipeline.model.shapes import ModelShape
 
 Quantization = Literal["fp8", "none"]
 

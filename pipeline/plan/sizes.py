@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.hardware import GIB
+from pipeline.core.hardware import GIB
+from pipeline.core.values import Format
 from pipeline.plan.linears import linear_modules, select
 from pipeline.plan.request import PlanRequest
-from pipeline.stages import Format
 
 KV_BYTES_PER_ELEMENT = {"fp8": 1, "bfloat16": 2, "float16": 2}
 """Allowed `kv_cache_dtype` -> bytes of one element."""

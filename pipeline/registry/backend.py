@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+from pipeline.core.values import Package, Reference, VerdictName
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import Pointer, Statement
 from pipeline.registry.stores.store import WritableStore
-from pipeline.stages import Package, Reference, VerdictName
 
 NOTHING: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})
 """No statements."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import ConflictError, CorruptError, NotFoundError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError
+from pipeline.core.values import Package, Reference
 from pipeline.registry.backend import Entry
 from pipeline.registry.lifecycle.pointers import pointers
 from pipeline.registry.lifecycle.yank import read_yank_in, told
@@ -31,7 +32,6 @@ from pipeline.registry.statements import (
     report_digest,
 )
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import Package, Reference
 
 log = logging.getLogger(__name__)
 

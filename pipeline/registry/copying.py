@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConflictError, Fault, RecipeError
+from pipeline.core.errors import ConflictError, Fault, RecipeError
+from pipeline.core.values import Reference
 from pipeline.registry.client.progress import byte_progress
 from pipeline.registry.policy import require_manifest_publishable
 from pipeline.registry.reference import reference_of
@@ -24,7 +25,6 @@ from pipeline.registry.statements import REPORT
 from pipeline.registry.stored import require_readable
 from pipeline.registry.stores.opening import open_registry, open_store
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Reference
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import AccessError, CorruptError, PipelineError, TransientError
+from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -15,7 +15,9 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.core.settings import STRICT, PathField
+from pipeline.core.values import Package, Reference
 from pipeline.registry import catalogue
 from pipeline.registry.backend import NOTHING, Entry
 from pipeline.registry.disk import disk_errors
@@ -26,8 +28,6 @@ from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import Statement, read_statements
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.store import Place
-from pipeline.settings import STRICT, PathField
-from pipeline.stages import Package, Reference
 
 log = logging.getLogger(__name__)
 

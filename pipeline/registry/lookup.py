@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import Fault, NotFoundError, RecipeError
+from pipeline.core.errors import Fault, NotFoundError, RecipeError
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.statements import Pointer
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import rfc8785
 
-from pipeline.errors import CorruptError, RecipeError
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.values import Engine, FileDigest, Licence, Weights
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.reference import check_part
-from pipeline.stages import Engine, FileDigest, Licence, Weights
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

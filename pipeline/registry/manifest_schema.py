@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Format, Redistribution
 from pipeline.registry.paths import paths_fault
 from pipeline.registry.reference import check_part
-from pipeline.settings import STRICT
-from pipeline.stages import Format, Redistribution
 
 # The largest integer that every JSON reader keeps exact (RFC 8785, section 3.2.2.3): 2^53 - 1.
 Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
@@ -54,7 +54,7 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LimitsEntry:
-    """`pipeline.stages.Limits`."""
+    """`pipeline.core.values.Limits`."""
 
     max_batch_size: Count
     max_seq_len: Count

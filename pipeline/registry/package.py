@@ -15,8 +15,9 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.cache import RECORD
-from pipeline.errors import CorruptError
+from pipeline.core.cache import RECORD
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import Engine, FileDigest, Package, Weights
 from pipeline.registry.disk import disk_errors, file_fault, open_regular, write_new
 from pipeline.registry.manifest import (
     ENGINE,
@@ -29,7 +30,6 @@ from pipeline.registry.manifest import (
     read_manifest,
 )
 from pipeline.registry.paths import folders_of
-from pipeline.stages import Engine, FileDigest, Package, Weights
 
 _CHUNK_BYTES = 1 << 20
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Fault, NotAcceptedError, RecipeError, UntrustedError
-from pipeline.stages import PASSING, Licence
+from pipeline.core.errors import Fault, NotAcceptedError, RecipeError, UntrustedError
+from pipeline.core.values import PASSING, Licence
 
 if TYPE_CHECKING:
     from pipeline.registry.signing.verification import SignedVerdict, Verification

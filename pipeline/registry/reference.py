@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import Fault, RecipeError
-from pipeline.stages import Package, Reference
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.values import Package, Reference
 
 DEFAULT_CHANNEL = "stable"
 STATEMENTS_SUFFIX = ".statements"

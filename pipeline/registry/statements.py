@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from pipeline.errors import CorruptError, RecipeError
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.values import PASSING, Finding, Reference, VerdictName
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.reference import check_digest, check_part
-from pipeline.stages import PASSING, Finding, Reference, VerdictName
 
 REPORT = "report.json"
 _MAX_REPORT_BYTES = 16 << 20

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.cache import cache_root, locked
-from pipeline.errors import CorruptError, NotFoundError
+from pipeline.core.cache import cache_root, locked
+from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.settings import STRICT, PathField
+from pipeline.core.values import Package, Reference
 from pipeline.registry import catalogue
 from pipeline.registry.backend import NOTHING, Entry
 from pipeline.registry.client.cache import PackageCache
@@ -43,8 +45,6 @@ from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.staging import private_folder
 from pipeline.registry.statements import Statement, read_statements
 from pipeline.registry.stores.store import Place, Store, WritableStore
-from pipeline.settings import STRICT, PathField
-from pipeline.stages import Package, Reference
 
 log = logging.getLogger(__name__)
 

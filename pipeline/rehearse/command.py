@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
+from pipeline.commands.outcome import worst
+from pipeline.commands.screen import screen_logging
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
-from pipeline.errors import ConflictError, ExitCode
-from pipeline.outcome import worst
-from pipeline.screen import screen_logging
+from pipeline.core.errors import ConflictError, ExitCode
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache import digest_folder
-from pipeline.rehearse.random_model import write_random_model
-from pipeline.shapes import ModelShape
-from pipeline.stages import Licence, Weights
+from pipeline.core.cache import digest_folder
+from pipeline.core.values import Licence, Weights
+from pipeline.model.random_model import write_random_model
+from pipeline.model.shapes import ModelShape
 
 _TERMS = Licence(spdx="CC0-1.0", files=("LICENSE",), redistribution="allowed")
 

@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.build import BuildOptions, Recipe, build
-from pipeline.cache import StageCache
-from pipeline.compilers.trtllm.compiler import TrtLlmCompiler
-from pipeline.convert.trtllm.stage import convert_trtllm
-from pipeline.errors import ExitCode, IncompatibleError, PipelineError
-from pipeline.outcome import failure_of
-from pipeline.registry.folder import FolderRegistry
-from pipeline.registry.policy import mark_throwaway
-from pipeline.rehearse.random_source import RandomSource
-from pipeline.rehearse.shrink import (
+from pipeline.commands.outcome import failure_of
+from pipeline.core.cache import StageCache
+from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
+from pipeline.formats.trtllm.compiler import TrtLlmCompiler
+from pipeline.formats.trtllm.convert.stage import convert_trtllm
+from pipeline.model.shrink import (
     small_acceptance,
     small_quantizer,
     small_settings,
     small_shape,
 )
-from pipeline.text.topics import PydocTopics
+from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.policy import mark_throwaway
+from pipeline.rehearse.random_source import RandomSource
+from pipeline.sources.text.topics import PydocTopics
 
 log = logging.getLogger(__name__)
 

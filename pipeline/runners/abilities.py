@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from pipeline.errors import Fault
+from pipeline.core.errors import Fault
 from pipeline.runners.session import Ability, Runner
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipeline
-from pipeline.errors import (
+from pipeline.core.errors import (
     CorruptError,
     Fault,
     IncompatibleError,

@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import cache_root
-from pipeline.convert.stage import CPU_GRAPH
-from pipeline.errors import IncompatibleError
-from pipeline.hf import load_tokenizer
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.values import Package
+from pipeline.formats.trtrtx.stage import CPU_GRAPH
 from pipeline.machine import require_builder
+from pipeline.model.hf import load_tokenizer
 from pipeline.registry.backend import Registry
 from pipeline.registry.reference import reference_of
 from pipeline.runners.chat import chat_prompt, eos_ids
 from pipeline.runners.session import Session
-from pipeline.stages import Package
 
 log = logging.getLogger(__name__)
 

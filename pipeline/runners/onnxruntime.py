@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.convert.stage import CPU_GRAPH
-from pipeline.errors import CorruptError, IncompatibleError
+from pipeline.core.errors import CorruptError, IncompatibleError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine
+from pipeline.formats.trtrtx.stage import CPU_GRAPH
 from pipeline.runners.decode import Rows, greedy_steps, prefill, stream_greedy
 from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
-from pipeline.settings import STRICT
-from pipeline.stages import Engine
 
 if TYPE_CHECKING:
     import numpy as np

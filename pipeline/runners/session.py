@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from pipeline.stages import Engine
+from pipeline.core.values import Engine
 
 if TYPE_CHECKING:
     import numpy as np

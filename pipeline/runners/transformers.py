@@ -16,15 +16,15 @@ from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.conditions import read_conditions
-from pipeline.convert.simulate import load_simulation
-from pipeline.errors import IncompatibleError
-from pipeline.hf import load_model, quiet
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine
+from pipeline.model.hf import load_model, quiet
+from pipeline.quant.simulate import load_simulation
 from pipeline.runners.decode import Rows
 from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
 from pipeline.runners.torch_build import torch_without_cuda
 from pipeline.runners.vllm.session import Timeouts
-from pipeline.settings import STRICT
-from pipeline.stages import Engine
 
 if TYPE_CHECKING:
     import numpy as np

@@ -56,7 +56,7 @@ class SimulationModel:
     """`pipeline.runners.vllm.child.Model` on a simulation."""
 
     def __init__(self, checkpoint_dir: Path, context: int, device: Device) -> None:
-        from pipeline.convert.simulate import load_simulation
+        from pipeline.quant.simulate import load_simulation
         from pipeline.runners.transformers import TransformersSession
 
         model = load_simulation(checkpoint_dir, context=context).to(device)

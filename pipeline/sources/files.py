@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, Fault, NotFoundError, RecipeError
+from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

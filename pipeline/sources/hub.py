@@ -15,9 +15,10 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.cache import locked
-from pipeline.errors import AccessError
-from pipeline.settings import STRICT
+from pipeline.core.cache import locked
+from pipeline.core.errors import AccessError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
 from pipeline.sources import store
 from pipeline.sources.files import (
     check_listing,
@@ -28,7 +29,6 @@ from pipeline.sources.files import (
 )
 from pipeline.sources.progress import shown
 from pipeline.sources.terms import check_notice
-from pipeline.stages import FileDigest, Licence, Redistribution, Weights
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from pipeline.cache import sha256_file
-from pipeline.errors import (
+from pipeline.core.cache import sha256_file
+from pipeline.core.errors import (
     AccessError,
     CorruptError,
     IncompatibleError,
@@ -33,7 +33,7 @@ from pipeline.errors import (
     PipelineError,
     TransientError,
 )
-from pipeline.stages import FileDigest
+from pipeline.core.values import FileDigest
 
 log = logging.getLogger(__name__)
 

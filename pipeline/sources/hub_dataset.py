@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.cache import locked
-from pipeline.errors import NotFoundError
+from pipeline.core.cache import locked
+from pipeline.core.errors import NotFoundError
 from pipeline.sources import store
 from pipeline.sources.progress import shown
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.cache import sha256_file
-from pipeline.errors import NotFoundError
-from pipeline.settings import STRICT, PathField
+from pipeline.core.cache import sha256_file
+from pipeline.core.errors import NotFoundError
+from pipeline.core.settings import STRICT, PathField
+from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
 from pipeline.sources.files import (
     check_listing,
     check_weights,
@@ -24,7 +25,6 @@ from pipeline.sources.files import (
 from pipeline.sources.progress import shown
 from pipeline.sources.store import disk_faults_explained
 from pipeline.sources.terms import check_notice
-from pipeline.stages import FileDigest, Licence, Redistribution, Weights
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

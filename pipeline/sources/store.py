@@ -18,10 +18,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.cache import cache_root
-from pipeline.errors import AccessError, CorruptError, TransientError
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import AccessError, CorruptError, TransientError
+from pipeline.core.values import FileDigest
 from pipeline.sources.files import check_weights
-from pipeline.stages import FileDigest
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from pipeline.stages import Redistribution
+from pipeline.core.values import Redistribution
 
 
 @dataclass(frozen=True, kw_only=True)

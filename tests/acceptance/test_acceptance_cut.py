@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.acceptance.cut import compare_cut
-from pipeline.convert.stage import GraphSettings, write_graphs
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.formats.trtrtx.stage import GraphSettings, write_graphs
 from tests.architectures import tiny_fp8_architecture
 
 SETTINGS = GraphSettings(context=64, activation="bfloat16")

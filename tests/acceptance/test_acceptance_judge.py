@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.acceptance.judge import QualityLimits, judge
 from pipeline.acceptance.report import junit
-from pipeline.stages import Report
+from pipeline.core.values import Report
 
 LIMITS = QualityLimits(max_perplexity_increase=0.01, max_mean_kl_nats=0.06, min_top1_agreement=0.85)
 

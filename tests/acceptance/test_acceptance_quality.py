@@ -16,7 +16,7 @@ from pipeline.acceptance.quality import (
     next_token_nll,
     summarize_quality,
 )
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
 
 WINDOWS = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 2, 2]], np.int64)
 VOCAB = 4

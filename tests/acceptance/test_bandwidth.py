@@ -25,7 +25,7 @@ from pipeline.acceptance.bandwidth import (
     probe,
 )
 from pipeline.acceptance.conditions import read_conditions
-from pipeline.errors import PipelineError, ToolError
+from pipeline.core.errors import PipelineError, ToolError
 
 
 @pytest.fixture(autouse=True)

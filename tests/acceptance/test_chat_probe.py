@@ -27,11 +27,11 @@ from pipeline.acceptance.chat_probe import (
     probe,
 )
 from pipeline.acceptance.chat_prompts import CONVERSATIONS
-from pipeline.hf import load_tokenizer
+from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import Demands, Generation, Session
 from pipeline.runners.transformers import open_source
-from tests.convert.decoders import open_graph, write_graph
+from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CONTEXT = 512

@@ -20,12 +20,12 @@ from pipeline.acceptance.harness import (
     harness_findings,
     run_harness,
 )
-from pipeline.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
-from pipeline.hf import load_tokenizer
+from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
+from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import Demands, Generation, Session
 from pipeline.runners.transformers import open_source
-from tests.convert.decoders import open_graph, write_graph
+from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -170,7 +170,7 @@ def test_figures_are_those_of_the_librarys_own_model(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from pipeline.hf import load_model
+    from pipeline.model.hf import load_model
 
     tokenizer = load_tokenizer(model_dir)
     own = HFLM(
@@ -206,7 +206,7 @@ def test_likelihoods_and_answers_are_those_of_the_librarys_own_model(
     from lm_eval.models.huggingface import HFLM
 
     from pipeline.acceptance.harness_model import SessionModel
-    from pipeline.hf import load_model
+    from pipeline.model.hf import load_model
 
     tokenizer = load_tokenizer(model_dir)
     ours = SessionModel(engine, tokenizer, 24)

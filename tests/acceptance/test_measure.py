@@ -25,15 +25,15 @@ from pipeline.acceptance.conditions import ComputeProcess, Conditions
 from pipeline.acceptance.subject import Subject
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
-from pipeline.cache import StageCache
-from pipeline.compilers.checkpoint import CheckpointCompiler
-from pipeline.errors import CorruptError
+from pipeline.core.cache import StageCache
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import Checkpoint, Engine, Report, Verdict
+from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.runners.session import Device, Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
-from pipeline.stages import Checkpoint, Engine, Report, Verdict
 from tests import stand_in_card
-from tests.quantize.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
+from tests.quant.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
 
 QUIET = Conditions(
     gpu="NVIDIA Ada", uuid="GPU-1", sm=89, driver="580.1", cuda_driver="13.0",

@@ -16,10 +16,10 @@ from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.report import write_report
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.acceptance.workload import Workload
-from pipeline.hf import load_tokenizer
+from pipeline.core.values import Checkpoint
+from pipeline.model.hf import load_tokenizer
 from pipeline.runners.chat import eos_ids
 from pipeline.runners.session import BATCHES, Ability
-from pipeline.stages import Checkpoint
 from tests.acceptance.test_measure import (
     LOAD,
     CardRunner,

@@ -13,12 +13,12 @@ from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.speed import measure_speed, summarize
 from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import PipelineError, RecipeError
-from pipeline.hf import load_model
+from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.model.hf import load_model
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import UNUSED_TOKEN, Demands, Generation, Session
 from pipeline.runners.transformers import TransformersSession
-from tests.convert.decoders import open_graph, write_graph
+from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 PROMPTS = [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]]

@@ -15,7 +15,7 @@ from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.page import render_page
 from pipeline.acceptance.page.charts import installed
 from pipeline.acceptance.report import write_report
-from pipeline.stages import Finding, Report, Verdict, VerdictName
+from pipeline.core.values import Finding, Report, Verdict, VerdictName
 from tests.acceptance.report_pages import (
     LIMITS,
     MANIFEST,

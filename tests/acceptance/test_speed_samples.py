@@ -17,7 +17,7 @@ from pipeline.acceptance import speed
 from pipeline.acceptance.sampler import Reading, Samples
 from pipeline.acceptance.speed import SpeedSample, measure_speed, spread_findings, summarize
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
 

@@ -16,7 +16,7 @@ from pipeline.acceptance.sustained import (
     sustained_figures,
     sustained_json,
 )
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
 
 MIB = 2**20
 LIMITS = SustainedLimits(

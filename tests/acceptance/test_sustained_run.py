@@ -13,13 +13,13 @@ from pipeline.acceptance.page import render_page
 from pipeline.acceptance.sustained import Sample, SustainedLimits, judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import SustainedRun, run_sustained
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import PipelineError, RecipeError
-from pipeline.hf import load_model
+from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.model.hf import load_model
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import CacheClearing, Demands, Generation
 from pipeline.runners.transformers import TransformersSession
 from tests.acceptance.report_pages import Page, on_card
-from tests.convert.decoders import open_graph, write_graph
+from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 ASKED = SustainedRun(minutes=0.1)

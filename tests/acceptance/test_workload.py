@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.speed import measure_speed, summarize
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.values import digest_of
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.transformers import TransformersSession
-from pipeline.stages import digest_of
-from tests.convert.decoders import open_graph, write_graph
+from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 PLAIN = Workload(name="b2", batch=2, isl=8, osl=4)
@@ -291,7 +291,7 @@ def test_ragged_waves_run_on_a_real_session(session: Watched) -> None:
 
 
 def test_waves_of_equal_prompts_run_on_the_baseline_too(model_dir: Path, session: Watched) -> None:
-    from pipeline.hf import load_model
+    from pipeline.model.hf import load_model
 
     baseline = TransformersSession(load_model(model_dir, "float32"))
     workload = load(requests=4)

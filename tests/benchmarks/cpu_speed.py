@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.convert.graph_writer import write_weights
-from pipeline.convert.onnx_graph import build_decoder, save_graph
-from pipeline.convert.unified import UnifiedCheckpoint
+from pipeline.formats.trtrtx.graph_writer import write_weights
+from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
 from pipeline.runners.session import Session
 from pipeline.runners.transformers import open_source

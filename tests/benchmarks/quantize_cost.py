@@ -24,18 +24,18 @@ from typing import Any
 
 import yaml
 
-from pipeline import cache
 from pipeline.config.folders import data_dir
-from pipeline.hf import load_model, load_tokenizer, quiet
-from pipeline.quantize import modelopt_fp8
-from pipeline.quantize.calibration import Calibration
-from pipeline.quantize.device import free_vram_bytes
-from pipeline.quantize.modelopt_fp8 import ModelOptFp8
+from pipeline.core import cache
+from pipeline.core.values import Weights
+from pipeline.model.hf import load_model, load_tokenizer, quiet
+from pipeline.model.shapes import ModelShape
+from pipeline.quant import modelopt_fp8
+from pipeline.quant.calibration import Calibration
+from pipeline.quant.device import free_vram_bytes
+from pipeline.quant.modelopt_fp8 import ModelOptFp8
 from pipeline.rehearse.random_source import RandomSource
-from pipeline.shapes import ModelShape
-from pipeline.stages import Weights
-from pipeline.text.topics import PydocTopics
-from pipeline.text.windows import pack_windows
+from pipeline.sources.text.topics import PydocTopics
+from pipeline.sources.text.windows import pack_windows
 
 REPEATS = 2
 APART = (

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.build import Recipe
-from pipeline.cache import StageCache, digest_folder
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.convert.decoder_config import DecoderConfig
-from pipeline.rehearse.random_model import config_of_shape
-from pipeline.stages import Checkpoint, Licence, Weights, digest_of
+from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.values import Checkpoint, Licence, Weights, digest_of
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.random_model import config_of_shape
 
 if TYPE_CHECKING:
     import numpy as np

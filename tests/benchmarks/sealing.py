@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.core.values import Engine, Licence, Limits, Package, Weights
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
-from pipeline.stages import Engine, Licence, Limits, Package, Weights
 
 
 def seal_folder(engine_dir: Path, staging: Path) -> Package:

@@ -27,14 +27,14 @@ from pipeline.acceptance.quality import (
     summarize_quality,
     write_source_figures,
 )
-from pipeline.cache import StageCache
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.hf import load_tokenizer
-from pipeline.quantize import export, modelopt_fp8
+from pipeline.core.cache import StageCache
+from pipeline.model.hf import load_tokenizer
+from pipeline.quant import export, modelopt_fp8
 from pipeline.runners.transformers import open_source
 from pipeline.runners.vllm.runner import VllmRunner
-from pipeline.text.windows import pack_windows
+from pipeline.sources.text.windows import pack_windows
 
 RUNNER = VllmRunner(
     gpu_memory_utilization=0.5,

@@ -12,7 +12,7 @@ from pipeline.__main__ import Request, run
 from pipeline.build import Recipe, plan_of
 from pipeline.config.folders import config_folders, data_dir
 from pipeline.config.load import load
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.registry.policy import publish_faults
 from pipeline.sources.hub import HubSource

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import StageCache
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.quantize.device import DeviceChoice
-from pipeline.stages import Checkpoint, Weights
+from pipeline.core.cache import StageCache
+from pipeline.core.values import Checkpoint, Weights
+from pipeline.quant.device import DeviceChoice
+from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, tiny_architecture
-from tests.quantize.tiny_quantized import local_weights, shape_of, tiny_quantizer
-from tests.quantize.unified_contract import expected_form, form_of
+from tests.quant.tiny_quantized import local_weights, shape_of, tiny_quantizer
+from tests.quant.unified_contract import expected_form, form_of
 
 pytestmark = pytest.mark.gpu
 

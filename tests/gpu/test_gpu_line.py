@@ -22,7 +22,7 @@ from pipeline.accept import AcceptRequest as Request
 from pipeline.accept import composed, engine_of, same_weights, this_card
 from pipeline.acceptance.subject import Subject
 from pipeline.build import plan_of
-from pipeline.cache import StageCache
+from pipeline.core.cache import StageCache
 from pipeline.registry.package import verify
 
 pytestmark = pytest.mark.gpu

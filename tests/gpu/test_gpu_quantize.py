@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import StageCache, digest_folder
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.quantize.calibration import Calibration
-from pipeline.quantize.device import DeviceChoice
-from pipeline.quantize.modelopt_fp8 import ModelOptFp8
-from pipeline.shapes import ModelShape, shape_of_config
-from pipeline.stages import Checkpoint, Licence, Weights
-from pipeline.text.topics import PydocTopics
+from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.values import Checkpoint, Licence, Weights
+from pipeline.model.shapes import ModelShape, shape_of_config
+from pipeline.quant.calibration import Calibration
+from pipeline.quant.device import DeviceChoice
+from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.sources.text.topics import PydocTopics
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.gpu

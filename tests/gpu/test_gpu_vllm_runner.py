@@ -17,20 +17,20 @@ from pipeline.acceptance.quality import log_softmax
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import achieved_rate
 from pipeline.acceptance.workload import Workload
-from pipeline.cache import StageCache
-from pipeline.compilers.checkpoint import CheckpointCompiler
-from pipeline.convert.simulate import load_simulation
-from pipeline.quantize.calibration import Calibration
-from pipeline.quantize.modelopt_fp8 import ModelOptFp8
-from pipeline.rehearse.random_model import write_random_model
+from pipeline.core.cache import StageCache
+from pipeline.core.values import Engine
+from pipeline.formats.checkpoint.compiler import CheckpointCompiler
+from pipeline.model.random_model import write_random_model
+from pipeline.model.shapes import ModelShape
+from pipeline.quant.calibration import Calibration
+from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.simulate import load_simulation
 from pipeline.runners.session import CacheClearing, Demands
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession
 from pipeline.runners.vllm.timing import latency_percentiles
-from pipeline.shapes import ModelShape
-from pipeline.stages import Engine
-from tests.quantize.tiny_quantized import ADA, RepeatedText, local_weights, shape_of
+from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights, shape_of
 from tests.tiny import TEXT
 
 pytestmark = pytest.mark.gpu

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
+from pipeline.core.values import Reference
 from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Reference
 from tests.image.client_image import (
     FOREIGN_USER,
     LOCKED,

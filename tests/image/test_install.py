@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.containers.image_install import as_requirements, changed, installed, lacking, pinned
+from pipeline.core.containers.image_install import (
+    as_requirements,
+    changed,
+    installed,
+    lacking,
+    pinned,
+)
 from tests.image.wheels import write_wheel
 
-INSTALLER = Path("pipeline/containers/image_install.py").resolve()
+INSTALLER = Path("pipeline/core/containers/image_install.py").resolve()
 
 
 def test_lock_is_read_by_canonical_name() -> None:

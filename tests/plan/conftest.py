@@ -8,10 +8,10 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pipeline.hardware import Target
+from pipeline.core.hardware import Target
+from pipeline.core.values import Limits
+from pipeline.model.shapes import ModelShape
 from pipeline.plan import PlanRequest
-from pipeline.shapes import ModelShape
-from pipeline.stages import Limits
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.plan import PlannedWorkload, PlanRequest, WorkloadPlan, make_plan, refuse
 from pipeline.plan.ceilings import Roofline
 

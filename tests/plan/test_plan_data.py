@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.hardware import GIB, Target
-from pipeline.shapes import ModelShape
+from pipeline.core.hardware import GIB, Target
+from pipeline.model.shapes import ModelShape
 
 ROOT = Path(__file__).parents[2]
 TARGETS = sorted(path.stem for path in (ROOT / "conf" / "target").glob("*.yaml"))

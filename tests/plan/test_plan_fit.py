@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.errors import Fault
-from pipeline.hardware import GIB, Target
+from pipeline.core.errors import Fault
+from pipeline.core.hardware import GIB, Target
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.plan.sizes import gib
 

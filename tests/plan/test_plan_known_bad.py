@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.model.shapes import ModelShape
 from pipeline.plan import PlanRequest, make_plan
 from pipeline.plan.known_bad import known_bad_table, matching_rows, parse_table
-from pipeline.shapes import ModelShape
 
 Ask = Callable[..., PlanRequest]
 RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "float16"}

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from pipeline.model.shapes import ModelShape
 from pipeline.plan import keep_16bit_faults, linear_modules, select
-from pipeline.shapes import ModelShape
 
 
 @pytest.mark.parametrize("name", ["smollm2", "phi3", "mistral", "qwen2.5", "llama3.1"])

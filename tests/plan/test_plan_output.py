@@ -88,7 +88,7 @@ def test_plan_takes_less_than_50_ms(ask: Ask) -> None:
 def test_import_is_quick_and_light() -> None:
     # CPU time, best of three: the machine may be busy. Pydantic and the contracts come first.
     code = (
-        "import sys, time, pydantic.dataclasses, pipeline.hardware\n"
+        "import sys, time, pydantic.dataclasses, pipeline.core.hardware\n"
         "started = time.process_time()\n"
         "import pipeline.plan\n"
         "print(time.process_time() - started)\n"

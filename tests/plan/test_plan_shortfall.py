@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.errors import Fault
-from pipeline.hardware import GIB
+from pipeline.core.errors import Fault
+from pipeline.core.hardware import GIB
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.plan.fit import PAGED_SHARE
 

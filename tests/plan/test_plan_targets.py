@@ -12,7 +12,7 @@ from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.workload import Workload
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.text.topics import PydocTopics
+from pipeline.sources.text.topics import PydocTopics
 
 Ask = Callable[..., PlanRequest]
 B64 = PlannedWorkload(name="b64", batch=64, isl=128, osl=256)

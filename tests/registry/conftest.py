@@ -13,17 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import PipelineError
-from pipeline.registry.folder import FolderRegistry
-from pipeline.registry.lifecycle.promote import Moved, enter_channel
-from pipeline.registry.lifecycle.records import Author
-from pipeline.registry.manifest import Label
-from pipeline.registry.package import seal
-from pipeline.registry.signing.attestations import BuildRun
-from pipeline.registry.signing.keys import SigningKey, generate_key
-from pipeline.registry.signing.signer import build_statements, sign_report
-from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
-from pipeline.stages import (
+from pipeline.core.errors import PipelineError
+from pipeline.core.values import (
     Engine,
     Finding,
     Licence,
@@ -35,6 +26,15 @@ from pipeline.stages import (
     VerdictName,
     Weights,
 )
+from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.lifecycle.promote import Moved, enter_channel
+from pipeline.registry.lifecycle.records import Author
+from pipeline.registry.manifest import Label
+from pipeline.registry.package import seal
+from pipeline.registry.signing.attestations import BuildRun
+from pipeline.registry.signing.keys import SigningKey, generate_key
+from pipeline.registry.signing.signer import build_statements, sign_report
+from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
 
 CARD = "NVIDIA-GeForce-RTX-4090"
 RUN = BuildRun(

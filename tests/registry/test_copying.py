@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, CorruptError, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, CorruptError, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.copying import CopyRequest, run_copy
 from pipeline.registry.signing.machine import signatory_for
 from pipeline.registry.signing.signer import sign_report
@@ -21,7 +22,6 @@ from pipeline.registry.signing.verification import verify_signatures
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.opening import open_registry
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Reference
 from tests.registry.backends import Backends, backends, running_backends
 from tests.registry.signing.conftest import Signed
 

@@ -15,7 +15,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     ConflictError,
     CorruptError,

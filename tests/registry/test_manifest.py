@@ -11,7 +11,8 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import CorruptError, RecipeError
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.values import Engine, FileDigest, Licence, Limits, Weights
 from pipeline.registry.manifest import (
     MAX_MANIFEST_BYTES,
     Label,
@@ -21,7 +22,6 @@ from pipeline.registry.manifest import (
     parse_manifest,
     read_manifest,
 )
-from pipeline.stages import Engine, FileDigest, Licence, Limits, Weights
 
 _GOLDEN = Path(__file__).parent / "golden" / "manifest.json"
 _GOLDEN_DIGEST = "3ce38fd6fee467a07fb653452bfa7bbd22dcbb64709756c6af37aa0255141599"

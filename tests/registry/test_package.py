@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cache import RECORD
-from pipeline.errors import CorruptError, TransientError
+from pipeline.core.cache import RECORD
+from pipeline.core.errors import CorruptError, TransientError
 from pipeline.registry.package import seal, verify
 
 Bench = Any

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
+from pipeline.core.values import Licence
 from pipeline.registry.backend import Registry
 from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.package import seal, verify
 from pipeline.registry.policy import publish_faults, require_publishable
-from pipeline.stages import Licence
 from tests.registry.conftest import Bench
 
 LLAMA = "LicenseRef-Llama-3.1-Community"

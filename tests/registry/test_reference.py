@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.registry.reference import ParsedReference, check_part, parse_reference
 
 _names = st.from_regex(r"[a-z0-9]{1,8}([.-][a-z0-9]{1,8}){0,3}", fullmatch=True)

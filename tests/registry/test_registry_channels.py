@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     CorruptError,
     NotAcceptedError,
     NotFoundError,
     RecipeError,
     UntrustedError,
 )
+from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.lifecycle.records import Author
 from pipeline.registry.lifecycle.yank import yank_package
 from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.stages import Reference, VerdictName
 
 Bench = Any
 _OTHER_CARD = "NVIDIA-L4"

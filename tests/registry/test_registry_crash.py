@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, TransientError
+from pipeline.core.errors import ConflictError, TransientError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.channels import read_channels, read_log
 from pipeline.registry.package import verify
 from pipeline.registry.reference import reference_of
 from pipeline.registry.signing.signer import build_statements, sign_report
-from pipeline.stages import Reference
 from tests.registry.signing.conftest import RUN
 
 Bench = Any

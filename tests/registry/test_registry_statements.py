@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     ConflictError,
     CorruptError,
     NotFoundError,
     RecipeError,
     UntrustedError,
 )
-from pipeline.stages import Reference
+from pipeline.core.values import Reference
 
 Bench = Any
 

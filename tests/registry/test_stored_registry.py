@@ -13,12 +13,13 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     ConflictError,
     CorruptError,
     NotFoundError,
     RecipeError,
 )
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.backend import Registry
 from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.package import verify
@@ -30,7 +31,6 @@ from pipeline.registry.stored import StoredRegistry
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.opening import open_registry
 from pipeline.registry.stores.store import Place
-from pipeline.stages import FileDigest, Package
 from tests.registry.backends import Backends, backends, running_backends
 from tests.registry.signing.conftest import RUN, trusted
 

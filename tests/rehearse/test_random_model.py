@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.hf import load_model, load_tokenizer
-from pipeline.rehearse.random_model import config_of_shape, write_random_model
-from pipeline.rehearse.shrink import CONTEXT, small_shape
-from pipeline.shapes import ModelShape, shape_faults
-from pipeline.text.topics import PydocTopics
+from pipeline.model.hf import load_model, load_tokenizer
+from pipeline.model.random_model import config_of_shape, write_random_model
+from pipeline.model.shapes import ModelShape, shape_faults
+from pipeline.model.shrink import CONTEXT, small_shape
+from pipeline.sources.text.topics import PydocTopics
 
 ROOT = Path(__file__).parents[2]
 SHAPES = sorted(path.stem for path in (ROOT / "recipes" / "shapes").glob("*.yaml"))

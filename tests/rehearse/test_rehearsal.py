@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.folders import config_folders
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.package import verify
 from pipeline.rehearse.command import compose

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.hf import load_tokenizer
+from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph
-from tests.convert.decoders import open_graph, write_graph
+from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model
 
 

@@ -14,7 +14,7 @@ from pipeline.acceptance.workload import Workload
 from pipeline.build import plan_of
 from pipeline.config import load as config
 from pipeline.config.folders import config_folders
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.plan import Plan, refuse
 from pipeline.runners.abilities import ability_faults, needed, why_not_workload
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.runners.decode import generate_greedy, prefill, stream_greedy
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
-from tests.convert.decoders import random_prompt
+from tests.formats.decoder.decoders import random_prompt
 
 PROMPT = random_prompt(10, seed=3)
 

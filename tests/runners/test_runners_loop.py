@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.convert.graph_writer import write_weights
-from pipeline.convert.onnx_graph import build_decoder, save_graph
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import RecipeError
-from pipeline.hf import load_tokenizer
+from pipeline.core.errors import RecipeError
+from pipeline.formats.trtrtx.graph_writer import write_weights
+from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
+from pipeline.model.hf import load_tokenizer
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.chat import chat_prompt, eos_ids
 from pipeline.runners.decode import prefill, stream_greedy
 from pipeline.runners.generate import decode_pieces

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import StageCache
-from pipeline.compilers.checkpoint import CheckpointCompiler
-from pipeline.errors import IncompatibleError, PipelineError, ToolError
+from pipeline.core.cache import StageCache
+from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
+from pipeline.core.values import Checkpoint, Engine
+from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.runners.session import CacheClearing, Demands, Runner
 from pipeline.runners.transformers import TransformersRunner, TransformersSession, open_checkpoint
 from pipeline.runners.transformers_process import TransformersProcessSession, open_process
 from pipeline.runners.vllm.session import Timeouts
-from pipeline.stages import Checkpoint, Engine
-from tests.quantize.tiny_quantized import ADA, tiny_checkpoint
+from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 
 TIMES = Timeouts(load_s=120.0, answer_s=60.0)
 PROMPTS = [[5, 6, 7, 8], [9, 8, 7, 6]]

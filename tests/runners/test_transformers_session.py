@@ -11,7 +11,7 @@ import pytest
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
 from pipeline.runners.session import Session
 from pipeline.runners.transformers import TransformersSession, open_source
-from tests.convert.decoders import random_prompt
+from tests.formats.decoder.decoders import random_prompt
 
 PROMPT = random_prompt(10, seed=3)
 NO_END: frozenset[int] = frozenset()

@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 import pipeline
-from pipeline.errors import CorruptError, IncompatibleError, NotFoundError
+from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError
+from pipeline.core.values import Weights
 from pipeline.sources.embedded import EmbeddedSource
-from pipeline.stages import Weights
 
 GGUF = b"GGUF" + bytes(2000)
 CONF = Path(pipeline.__file__).parent.parent / "conf" / "source" / "embedded.yaml"

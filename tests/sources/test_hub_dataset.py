@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     CorruptError,
     IncompatibleError,
     NotFoundError,
     TransientError,
 )
-from pipeline.text.files import HubText
+from pipeline.sources.text.files import HubText
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
 
 JSONL = "answers.jsonl"

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import AccessError, CorruptError, NotFoundError, PipelineError, RecipeError
+from pipeline.core.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    PipelineError,
+    RecipeError,
+)
 from pipeline.sources.files import check_safetensors
 from pipeline.sources.local import LocalSource
 from tests.sources.tiny_model import BROKEN_SAFETENSORS, SHARDS, safetensors, tiny_repository

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
 from pipeline.registry.client.layout import copy_statements
 from pipeline.registry.disk import move_into_place, settle
 from pipeline.registry.reference import STATEMENTS_SUFFIX, check_digest

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
+from pipeline.core.values import FileDigest
 from pipeline.registry.client.cache import PackageCache
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from pipeline.registry.reference import check_digest, check_part
 from pipeline.registry.stores.store import Place, StoredStatement
-from pipeline.stages import FileDigest
 
 _MAX_STATEMENT_BYTES = 64 << 20
 _CHUNK_BYTES = 256 << 10

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import ConflictError, CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
 from pipeline.registry.client.cache import PackageCache
 from pipeline.registry.client.download import (
     PACKAGE,

@@ -16,13 +16,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import CorruptError, NotFoundError, TransientError
+from pipeline.core.values import FileDigest
 from pipeline.registry.client.owned import Owned
 from pipeline.registry.client.pieces import WINDOW_BYTES, Journal, JournalWriter, LandingFile
 from pipeline.registry.client.retry import Retry
 from pipeline.registry.disk import disk_errors
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import FileDigest
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.errors import CorruptError, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.errors import CorruptError, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.values import Package
 from pipeline.registry.client.resolve import Offer
 from pipeline.registry.client.retry import Retry, insistently
 from pipeline.registry.client.select import Candidate
@@ -22,7 +23,6 @@ from pipeline.registry.signing.signer import MANIFEST_ENVELOPE
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import Package
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import ConflictError, CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.client.select import Candidate
 from pipeline.registry.disk import open_regular, read_bounded, settle
 from pipeline.registry.manifest import ENGINE, MANIFEST, digest_bytes, read_manifest
@@ -36,7 +37,6 @@ from pipeline.registry.signing.model_signature import (
 )
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import read_statements
-from pipeline.stages import FileDigest, Package
 
 STATEMENTS = "statements"
 RECEIPT = "pull.json"

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import FileDigest
 from pipeline.registry.disk import read_bounded
-from pipeline.stages import FileDigest
 
 WINDOW_BYTES = 512 << 20
 """How far the newest piece may be ahead of the hash: what the page cache of a machine that serves

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cache import cache_root
 from pipeline.config.targets import known_targets
-from pipeline.errors import CorruptError, Fault, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.values import Format
 from pipeline.registry.client.cache import PackageCache
 from pipeline.registry.client.cache_store import CacheStore
 from pipeline.registry.client.deliver import Delivery, Goal
@@ -40,7 +41,6 @@ from pipeline.registry.client.select import Chosen, Judged, Refused, Rules, best
 from pipeline.registry.disk import disk_errors
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.signing.machine import machine_trust
-from pipeline.stages import Format
 
 if TYPE_CHECKING:
     from pipeline.registry.stores.store import Store
@@ -138,7 +138,7 @@ def pull(
         Where it is and what was believed.
 
     Raises:
-        PipelineError: See `pipeline.errors`: each kind of failure is a class of its own.
+        PipelineError: See `pipeline.core.errors`: each kind of failure is a class of its own.
     """
     return run(
         PullRequest(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import __version__
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
 from pipeline.registry.client.machine import Facts
 from pipeline.registry.client.select import Chosen
 from pipeline.registry.lifecycle.yank import told

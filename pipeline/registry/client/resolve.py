@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pipeline.errors import CorruptError, NotFoundError
+from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.pointers import pointers
 from pipeline.registry.lookup import Shelf, choose, no_such_name
 from pipeline.registry.manifest import digest_bytes
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import Reference
 
 
 @dataclass(frozen=True, kw_only=True)

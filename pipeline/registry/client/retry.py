@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.errors import TransientError
+from pipeline.core.errors import TransientError
 
 log = logging.getLogger(__name__)
 

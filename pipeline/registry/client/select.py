@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     CorruptError,
     Fault,
     IncompatibleError,
@@ -29,13 +29,13 @@ from pipeline.errors import (
     RecipeError,
     UntrustedError,
 )
-from pipeline.hardware import GIB
+from pipeline.core.hardware import GIB
+from pipeline.core.values import PASSING, Format, Package
 from pipeline.registry.client.machine import Facts, version_key
 from pipeline.registry.client.resolve import Offer
 from pipeline.registry.lifecycle.records import Yank
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.signing.verification import Verification
-from pipeline.stages import PASSING, Format, Package
 
 _PROOFS = ("accepted", "checked", "compiled")
 _FORMATS: tuple[Format, ...] = ("trtllm", "trtrtx", "checkpoint")

@@ -20,13 +20,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import ConflictError, PipelineError, TransientError, UntrustedError
+from pipeline.core.errors import ConflictError, PipelineError, TransientError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.records import Author, Move, now, read_move, sign_record
 from pipeline.registry.reference import check_part
 from pipeline.registry.signing.keys import SigningKey
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Store, WritableStore
-from pipeline.stages import Reference
 
 log = logging.getLogger(__name__)
 

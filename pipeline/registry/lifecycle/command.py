@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.answer import Answer
-from pipeline.errors import ExitCode, Fault, RecipeError
+from pipeline.commands.answer import Answer
+from pipeline.core.errors import ExitCode, Fault, RecipeError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle import gc
 from pipeline.registry.lifecycle.channels import Log, read_logs, stale_pointers
 from pipeline.registry.lifecycle.lookup import find, variants_of
@@ -21,7 +22,6 @@ from pipeline.registry.signing.machine import machine_trust
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.values import Package, Reference
 from pipeline.registry.lifecycle.yank import read_yank_of, require_not_yanked
 from pipeline.registry.manifest import digest_bytes, parse_manifest
 from pipeline.registry.policy import require_enterable
@@ -32,7 +33,6 @@ from pipeline.registry.signing.verification import (
 )
 from pipeline.registry.statements import REPORT
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import Package, Reference
 
 _READ = {
     MANIFEST_ENVELOPE,

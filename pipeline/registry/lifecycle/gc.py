@@ -26,13 +26,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.channels import Log, read_logs
 from pipeline.registry.lifecycle.evidence import manifest_at
 from pipeline.registry.reference import check_part
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store, WritableStore
-from pipeline.stages import Reference
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from pipeline.errors import CorruptError, NotFoundError
+from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.channels import read_channels
 from pipeline.registry.lookup import Shelf, choose, no_such_name
 from pipeline.registry.manifest import digest_bytes
@@ -13,7 +14,6 @@ from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import Pointer
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import Reference
 
 
 def find(store: Store, policy: TrustPolicy, text: str, card: str | None = None) -> Reference:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipeline.errors import Fault, NotFoundError, RecipeError
+from pipeline.core.errors import Fault, NotFoundError, RecipeError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.channels import (
     Log,
     move_channel,
@@ -18,7 +19,6 @@ from pipeline.registry.reference import ParsedReference, check_part, parse_refer
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import SignedVerdict
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ from typing import Any
 
 import rfc8785
 
-from pipeline.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.reference import check_digest, check_part
 from pipeline.registry.signing.envelope import parse_envelope, sign_envelope
 from pipeline.registry.signing.keys import SigningKey
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.statements import Pointer
-from pipeline.stages import Reference
 
 SCHEMA = 1
 MOVE_TYPE = "application/vnd.enginesmith.move.v1+json"

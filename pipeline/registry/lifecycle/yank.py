@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pipeline.errors import ConflictError, Fault, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.lifecycle.records import Author, Yank, now, read_yank, sign_record
 from pipeline.registry.manifest import digest_bytes
@@ -25,7 +26,6 @@ from pipeline.registry.reference import rebuild_of
 from pipeline.registry.signing.envelope import MAX_ENVELOPE_BYTES
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store, WritableStore
-from pipeline.stages import Reference
 
 log = logging.getLogger(__name__)
 

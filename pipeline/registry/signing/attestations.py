@@ -17,9 +17,9 @@ from typing import Any
 
 import rfc8785
 
-from pipeline.errors import UntrustedError
+from pipeline.core.errors import UntrustedError
+from pipeline.core.values import PASSING, Package, VerdictName
 from pipeline.registry.manifest import MANIFEST
-from pipeline.stages import PASSING, Package, VerdictName
 
 _STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.errors import CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.signing.keys import CERTIFICATE_PATH, KEY_PATH, PublicKey, SigningKey
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.answer import Answer
+from pipeline.commands.answer import Answer
+from pipeline.core.values import Package
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.package import verify
 from pipeline.registry.reference import STATEMENTS_SUFFIX, reference_of
@@ -16,7 +17,6 @@ from pipeline.registry.signing.machine import machine_trust
 from pipeline.registry.signing.trust import TrustPolicy, signer_json, told
 from pipeline.registry.signing.verification import Verification, verify_signatures
 from pipeline.registry.stores.opening import open_registry
-from pipeline.stages import Package
 
 
 def keygen(out: Path | None, environ: Mapping[str, str]) -> Answer:

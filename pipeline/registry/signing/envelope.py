@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import rfc8785
 
-from pipeline.errors import UntrustedError
+from pipeline.core.errors import UntrustedError
 from pipeline.registry.signing.keys import PublicKey, SigningKey
 
 if TYPE_CHECKING:

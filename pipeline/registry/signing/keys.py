@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from pipeline.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
+from pipeline.core.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
 from pipeline.registry.disk import disk_errors, make_folders, read_bounded
 
 if TYPE_CHECKING:

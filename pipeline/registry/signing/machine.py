@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.values import Package
 from pipeline.registry.signing.attestations import BuildRun
 from pipeline.registry.signing.certificate import require_may_still_sign
 from pipeline.registry.signing.keys import (
@@ -24,7 +25,6 @@ from pipeline.registry.signing.keys import (
 from pipeline.registry.signing.policy_file import load_policy
 from pipeline.registry.signing.signer import build_statements, sign_report
 from pipeline.registry.signing.trust import OwnKey, TrustPolicy, trust_for
-from pipeline.stages import Package
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import IncompatibleError, UntrustedError
+from pipeline.core.errors import IncompatibleError, UntrustedError
 from pipeline.registry.manifest import ENGINE
 from pipeline.registry.signing.certificate import (
     CertificateError,

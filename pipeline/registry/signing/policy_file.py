@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import CorruptError, Fault, RecipeError
+from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.signing.certificate import MAX_CHAIN_BYTES
 from pipeline.registry.signing.keys import read_public_key

@@ -12,7 +12,8 @@ import json
 import logging
 from typing import cast, get_args
 
-from pipeline.errors import CorruptError, RecipeError
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.values import Package, VerdictName
 from pipeline.registry.manifest import digest_bytes, manifest_bytes
 from pipeline.registry.reference import check_digest
 from pipeline.registry.signing.attestations import (
@@ -24,7 +25,6 @@ from pipeline.registry.signing.attestations import (
 from pipeline.registry.signing.envelope import MANIFEST_TYPE, STATEMENT_TYPE, sign_envelope
 from pipeline.registry.signing.keys import SigningKey
 from pipeline.registry.signing.model_signature import MODEL_SIGNATURE, available, sign_engine
-from pipeline.stages import Package, VerdictName
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, UntrustedError
+from pipeline.core.errors import CorruptError, UntrustedError
+from pipeline.core.values import Package
 from pipeline.registry.backend import Entry
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import verify_signatures
-from pipeline.stages import Package
 
 
 @dataclass(frozen=True, kw_only=True)

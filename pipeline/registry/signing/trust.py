@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.errors import UntrustedError
+from pipeline.core.errors import UntrustedError
+from pipeline.core.settings import STRICT, Listed
 from pipeline.registry.signing.certificate import (
     CertificateError,
     Chain,
@@ -47,7 +48,6 @@ from pipeline.registry.signing.certificate import (
 )
 from pipeline.registry.signing.envelope import Envelope
 from pipeline.registry.signing.keys import PublicKey, parse_public_key
-from pipeline.settings import STRICT, Listed
 
 if TYPE_CHECKING:
     from cryptography import x509

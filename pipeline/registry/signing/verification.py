@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.errors import CorruptError, UntrustedError
+from pipeline.core.errors import CorruptError, UntrustedError
+from pipeline.core.values import Package, VerdictName
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.manifest import digest_bytes
 from pipeline.registry.signing.attestations import (
@@ -48,7 +49,6 @@ from pipeline.registry.signing.signer import (
 )
 from pipeline.registry.signing.trust import Role, Signer, TrustPolicy
 from pipeline.registry.statements import REPORT, Statement, read_statements
-from pipeline.stages import Package, VerdictName
 
 _MAX_REPORT_BYTES = 16 << 20
 ModelSignature = Literal["verified", "absent", "not checked"]

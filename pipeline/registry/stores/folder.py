@@ -22,13 +22,15 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     ConflictError,
     CorruptError,
     NotFoundError,
     RecipeError,
 )
+from pipeline.core.settings import STRICT, PathField
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.disk import (
     disk_errors,
     file_system_now_s,
@@ -50,8 +52,6 @@ from pipeline.registry.package import verify
 from pipeline.registry.reference import STATEMENTS_SUFFIX, Part, check_part, reference_of
 from pipeline.registry.staging import abandoned, private_folder
 from pipeline.registry.stores.store import Place, StoredStatement
-from pipeline.settings import STRICT, PathField
-from pipeline.stages import FileDigest, Package
 
 _CHUNK_BYTES = 256 << 10
 """1 GiB in writes of 256 KiB took 0.13, 0.17 and 0.33 s, of 1 MiB 0.10, 0.18 and 1.43 s, of 16 MiB

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 
 if TYPE_CHECKING:
     from pipeline.registry.backend import Registry

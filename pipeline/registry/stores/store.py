@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from pipeline.stages import FileDigest, Package, Reference
+from pipeline.core.values import FileDigest, Package, Reference
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -10,10 +10,11 @@ from typing import Any
 
 from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.acceptance.workload import Workload
-from pipeline.compilers.trtllm.place import Place, Shared
-from pipeline.compilers.trtllm.release import BENCH_PROGRAM, VERSION
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import Fault, PipelineError, RecipeError
+from pipeline.core.errors import Fault, PipelineError, RecipeError
+from pipeline.core.values import Engine
+from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.release import BENCH_PROGRAM, VERSION
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.trtllm.bench_command import (
     BenchPaths,
     bench_command,
@@ -22,7 +23,6 @@ from pipeline.runners.trtllm.bench_command import (
     write_model_dir,
 )
 from pipeline.runners.trtllm.bench_report import percentiles, read_report
-from pipeline.stages import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def measure(
 def attention_window(engine: Engine) -> int | None:
     """The sliding window that the runtime must be told; None where the context stays inside it.
 
-    TensorRT-LLM's engines do not hold it (pipeline.convert.trtllm.stage).
+    TensorRT-LLM's engines do not hold it (pipeline.formats.trtllm.convert.stage).
     """
     window: int | None = engine.checks.get("conversion", {}).get("attention_window")
     return window if window is not None and engine.limits.max_seq_len > window else None

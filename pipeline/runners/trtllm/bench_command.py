@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.acceptance.workload import Workload
-from pipeline.compilers.trtllm.release import BENCH_PROGRAM
-from pipeline.quantize.export import copy_companions
+from pipeline.formats.trtllm.release import BENCH_PROGRAM
+from pipeline.quant.export import copy_companions
 
 Mode = Literal["throughput", "latency"]
 

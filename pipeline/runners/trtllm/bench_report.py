@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline.acceptance.speed import SpeedSample
 from pipeline.acceptance.workload import Workload
-from pipeline.compilers.trtllm.release import VERSION
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
+from pipeline.formats.trtllm.release import VERSION
 
 _FIGURES = {
     "output_tokens_per_s": "performance.system_output_throughput_tok_s",

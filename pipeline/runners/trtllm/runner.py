@@ -12,15 +12,15 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.workload import Workload
-from pipeline.compilers.trtllm.place import Place, Where, choose_place
-from pipeline.compilers.trtllm.release import NAME, VERSION
-from pipeline.containers.gpu import find_gpu
-from pipeline.errors import IncompatibleError, PipelineError
+from pipeline.core.containers.gpu import find_gpu
+from pipeline.core.errors import IncompatibleError, PipelineError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine
+from pipeline.formats.trtllm.place import Place, Where, choose_place
+from pipeline.formats.trtllm.release import NAME, VERSION
 from pipeline.runners.session import Ability, Device, Session
 from pipeline.runners.trtllm.bench import BenchSettings, attention_window, measure
 from pipeline.runners.trtllm.session import SessionSettings, open_session
-from pipeline.settings import STRICT
-from pipeline.stages import Engine
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

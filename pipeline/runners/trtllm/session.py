@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.compilers.trtllm.place import Place, Shared
-from pipeline.errors import Fault, PipelineError, RecipeError
+from pipeline.core.errors import Fault, PipelineError, RecipeError
+from pipeline.formats.trtllm.place import Place, Shared
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.trtllm import child
 

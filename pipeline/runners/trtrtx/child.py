@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CorruptError, PipelineError
+from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.runners.decode import Rows, greedy_steps, prefill, stream_greedy
 from pipeline.runners.session import Demands
 from pipeline.runners.trtrtx.decoder import RtxDecoder

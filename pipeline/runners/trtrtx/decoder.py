@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.runners.trtrtx.device import Buffer
 from pipeline.runners.trtrtx.engine import RtxEngine, StepContext
 

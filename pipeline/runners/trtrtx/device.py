@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.errors import IncompatibleError
+from pipeline.core.errors import IncompatibleError
 
 if TYPE_CHECKING:
     import numpy as np

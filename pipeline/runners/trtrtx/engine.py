@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.runners.trtrtx.device import StreamDevice
 from pipeline.runners.trtrtx.signature import StepProfile, read_signature
 

@@ -11,16 +11,16 @@ from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.conditions import read_conditions
-from pipeline.cache import cache_root
-from pipeline.compilers.trtrtx import PLAN_FILE
-from pipeline.errors import IncompatibleError
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine
+from pipeline.formats.trtrtx.compiler import PLAN_FILE
 from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.torch_build import torch_without_cuda
 from pipeline.runners.trtrtx.engine import KernelSpecialization
 from pipeline.runners.trtrtx.session import RtxSession, engine_program, open_session
 from pipeline.runners.vllm.session import Timeouts
-from pipeline.settings import STRICT
-from pipeline.stages import Engine
 
 _PACKAGE = "tensorrt-rtx-cu13"
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
 
 _ID_INPUTS = {"input_ids": 2, "write_indices": 1, "logits_index": 2}
-"""Inputs of int64 and their number of dimensions, as `pipeline.convert.onnx_graph` writes them."""
+"""Inputs of int64 and their number of dimensions, as the decoder graph declares them."""
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 """Names of `tensorrt_rtx.DataType` -> NumPy's words."""
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError, ToolError
-from pipeline.process import last_lines
+from pipeline.core.errors import PipelineError, ToolError
+from pipeline.core.process import last_lines
 from pipeline.runners.session import Demands
 from pipeline.runners.vllm import child
 

@@ -12,7 +12,9 @@ from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.conditions import read_conditions
-from pipeline.errors import IncompatibleError
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.settings import STRICT, Listed
+from pipeline.core.values import Engine
 from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.vllm.session import (
     Timeouts,
@@ -20,8 +22,6 @@ from pipeline.runners.vllm.session import (
     engine_arguments,
     open_session,
 )
-from pipeline.settings import STRICT, Listed
-from pipeline.stages import Engine
 
 FP8_SM = 89
 """vLLM's least compute capability x 10 for a ModelOpt FP8 checkpoint: `get_min_capability` in

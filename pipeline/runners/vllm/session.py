@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CorruptError, PipelineError
+from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.runners.session import UNUSED_TOKEN, Demands
 from pipeline.runners.vllm.process import Child, generate_request, running_child, stream_tokens
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import Engine, Reference, VerdictName
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import PullRequest, pull_from
@@ -26,7 +27,6 @@ from pipeline.registry.signing.keys import SigningKey, generate_key
 from pipeline.registry.signing.signer import build_statements, sign_report
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place, Store, WritableStore
-from pipeline.stages import Engine, Reference, VerdictName
 from tests.registry.backends import Backends, running_backends
 from tests.registry.signing.conftest import RUN, trusted
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pipeline.errors import TransientError
+from pipeline.core.errors import TransientError
+from pipeline.core.values import FileDigest
 from pipeline.registry.stores.store import Place, Store, StoredStatement
-from pipeline.stages import FileDigest
 
 _Result = TypeVar("_Result")
 Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]

@@ -27,7 +27,7 @@ ROOT = Path(pipeline.__file__).parents[1]
 _COMMAND = """
 import sys, typer
 from pipeline.commands.pull import pull
-from pipeline.outcome import failure_of
+from pipeline.commands.outcome import failure_of
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(pull)
 try:

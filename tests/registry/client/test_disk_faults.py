@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.registry.client.layout import verify_layout
 from tests.registry.client.conftest import Shop
 

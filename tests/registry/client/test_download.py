@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import AccessError, CorruptError, TransientError
+from pipeline.core.errors import AccessError, CorruptError, TransientError
 from pipeline.registry.client.layout import verify_layout
 from tests.registry.client.conftest import PIECE_BYTES, QUICK, Shop, noise
 from tests.registry.client.faulty_store import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import NotFoundError
+from pipeline.core.errors import NotFoundError
 from pipeline.registry.stores.store import Place
 from tests.registry.client.conftest import Shop
 

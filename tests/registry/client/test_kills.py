@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import Package
 from pipeline.registry.client.download import files_of
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.reference import reference_of
@@ -19,7 +20,6 @@ from pipeline.registry.signing.signer import build_statements
 from pipeline.registry.stores.oci import image
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import Package
 from tests.registry.backends import backends
 from tests.registry.client.conftest import PIECE_BYTES, Shop, engine_files, noise
 from tests.registry.client.faulty_store import FaultyStore

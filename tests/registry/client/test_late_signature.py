@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipeline.errors import UntrustedError
+from pipeline.core.errors import UntrustedError
 from pipeline.registry.client import pull
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.package import verify

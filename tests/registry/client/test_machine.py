@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import IncompatibleError, RecipeError
+from pipeline.core.errors import IncompatibleError, RecipeError
 from pipeline.registry.client.machine import (
     Flags,
     Runtime,

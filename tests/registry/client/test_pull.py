@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     ConflictError,
     CorruptError,
     IncompatibleError,

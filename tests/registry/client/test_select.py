@@ -7,20 +7,20 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     CorruptError,
     IncompatibleError,
     PipelineError,
     RecipeError,
     UntrustedError,
 )
+from pipeline.core.values import Package
 from pipeline.registry.client.machine import Facts, Runtime
 from pipeline.registry.client.resolve import Offer
 from pipeline.registry.client.select import Candidate, Chosen, Refused, Rules, best, judge
 from pipeline.registry.reference import parse_reference
 from pipeline.registry.signing.verification import SignedVerdict, Verification
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Package
 
 ADA, L4, H100 = "NVIDIA-GeForce-RTX-4090", "NVIDIA-L4", "NVIDIA-H100-80GB-HBM3"
 SMS = {ADA: 89, L4: 89, H100: 90}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import CorruptError, ExitCode, PipelineError, UntrustedError
+from pipeline.core.errors import CorruptError, ExitCode, PipelineError, UntrustedError
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.client.verify_only import verify_only
 from pipeline.registry.stores.store import Place

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ExitCode, PipelineError
+from pipeline.core.errors import ExitCode, PipelineError
+from pipeline.core.values import Reference
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.stores.oci import image, tagged, transport
 from pipeline.registry.stores.oci.documents import Document
 from pipeline.registry.stores.oci.referrers import list_referrers
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Reference
 from tests.registry.backends import Backends
 from tests.registry.client.conftest import PIECE_BYTES, Shop, engine_files, noise
 from tests.services.seaweed import BUCKET

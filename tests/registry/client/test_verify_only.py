@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import CorruptError, IncompatibleError, UntrustedError
+from pipeline.core.errors import CorruptError, IncompatibleError, UntrustedError
 from pipeline.registry.client.verify_only import verify_only
 from pipeline.registry.signing.keys import generate_key
 from tests.registry.client.conftest import Shop

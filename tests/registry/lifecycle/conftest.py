@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.lifecycle.channels import move_channel
 from pipeline.registry.lifecycle.promote import Moved, promote, rollback
 from pipeline.registry.lifecycle.records import Author, Move
@@ -19,7 +20,6 @@ from pipeline.registry.signing.signer import sign_package, sign_report
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Reference, VerdictName
 from tests.registry.signing.conftest import RUN, trusted
 
 CARD = "NVIDIA-GeForce-RTX-4090"

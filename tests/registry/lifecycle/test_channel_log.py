@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import rfc8785
 
-from pipeline.errors import ConflictError, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.channels import (
     read_channel,
     read_channels,
@@ -28,7 +29,6 @@ from pipeline.registry.lifecycle.records import (
 from pipeline.registry.signing.envelope import sign_envelope
 from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.stages import Reference
 from tests.registry.lifecycle.conftest import CARD, OTHER_CARD, VARIANT
 from tests.registry.signing.conftest import trusted
 

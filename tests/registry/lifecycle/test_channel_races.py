@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, ExitCode, TransientError
+from pipeline.core.errors import ConflictError, ExitCode, TransientError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.channels import read_channel, read_log, stale_pointers
-from pipeline.stages import Reference
 from tests.registry.lifecycle.conftest import CARD, VARIANT
 
 World = Any

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle import evidence, gc
 from pipeline.registry.lifecycle.gc import DAY_S, Collected, Rules, collect
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Reference
 from tests.registry.lifecycle.conftest import CARD, VARIANT
 
 World = Any

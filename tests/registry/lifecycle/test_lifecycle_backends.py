@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, NotFoundError, TransientError, UntrustedError
+from pipeline.core.errors import ConflictError, NotFoundError, TransientError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle import gc
 from pipeline.registry.lifecycle.channels import read_channels, read_log, stale_pointers
 from pipeline.registry.lifecycle.yank import read_yank_of, yank_package
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Reference
 from tests.registry.backends import Backends, backends, running_backends
 from tests.registry.lifecycle.conftest import CARD, VARIANT, World
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pipeline.commands import lifecycle
-from pipeline.errors import ExitCode, PipelineError, RecipeError, UntrustedError
+from pipeline.core.errors import ExitCode, PipelineError, RecipeError, UntrustedError
 from pipeline.registry.lifecycle.command import open_desk
 from pipeline.registry.signing.keys import generate_key, write_key_pair
 from tests.registry.lifecycle.conftest import CARD, OTHER_CARD, VARIANT

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     ConflictError,
     CorruptError,
     NotAcceptedError,
@@ -16,13 +16,13 @@ from pipeline.errors import (
     RecipeError,
     UntrustedError,
 )
+from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.lifecycle import channels, evidence
 from pipeline.registry.lifecycle.channels import read_channel
 from pipeline.registry.lifecycle.yank import yank_package
 from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Reference, VerdictName
 from tests.registry.lifecycle.conftest import CARD, OTHER_CARD, VARIANT
 
 World = Any

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.records import Yank, now, sign_record
 from pipeline.registry.lifecycle.yank import (
     YANK_ENVELOPE,
@@ -20,7 +21,6 @@ from pipeline.registry.lifecycle.yank import (
 from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.stores.store import Place
-from pipeline.stages import Reference
 from tests.registry.signing.certificates import authority
 
 World = Any

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import Reference
 from pipeline.registry.signing.attestations import BuildRun
 from pipeline.registry.signing.command import Request, run_verify
 from pipeline.registry.signing.keys import SigningKey, generate_key
 from pipeline.registry.signing.signer import build_statements, sign_report
 from pipeline.registry.signing.trust import Role, TrustedKey, TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
-from pipeline.stages import Reference
 
 RUN = BuildRun(
     builder_id="https://ci.example/build",

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UntrustedError
+from pipeline.core.errors import UntrustedError
+from pipeline.core.values import VerdictName
 from pipeline.registry.signing.attestations import (
     PROVENANCE,
     TEST_RESULT,
@@ -16,7 +17,6 @@ from pipeline.registry.signing.attestations import (
     result_statement,
     statement_bytes,
 )
-from pipeline.stages import VerdictName
 from tests.registry.signing.conftest import RUN
 
 Bench = Any

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from pipeline.errors import ExitCode, RecipeError, UntrustedError
+from pipeline.core.errors import ExitCode, RecipeError, UntrustedError
 from pipeline.registry.signing.certificate import (
     MAX_CHAIN_BYTES,
     CertificateError,

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.errors import ExitCode, RecipeError, UntrustedError
+from pipeline.core.errors import ExitCode, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry import pull
 from pipeline.registry.signing.keys import (
     CERTIFICATE_PATH,
@@ -32,7 +33,6 @@ from pipeline.registry.signing.model_signature import (
 from pipeline.registry.signing.signer import build_statements
 from pipeline.registry.signing.summary import signatures_of
 from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.stages import Reference
 from tests.registry.signing.certificates import (
     IDENTITY,
     MAIL,

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from pipeline.errors import ExitCode, NotAcceptedError, UntrustedError
+from pipeline.core.errors import ExitCode, NotAcceptedError, UntrustedError
+from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.policy import require_enterable
 from pipeline.registry.signing.signer import sign_report
-from pipeline.stages import Reference, VerdictName
 from tests.registry.signing.conftest import Signed
 
 CARD = "NVIDIA-GeForce-RTX-4090"

@@ -17,7 +17,8 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from pipeline.errors import ExitCode, RecipeError, UntrustedError
+from pipeline.core.errors import ExitCode, RecipeError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.lifecycle.records import Move, read_move, sign_record
 from pipeline.registry.signing.envelope import MANIFEST_TYPE, parse_envelope, sign_envelope
 from pipeline.registry.signing.keys import (
@@ -31,7 +32,6 @@ from pipeline.registry.signing.keys import (
 )
 from pipeline.registry.signing.policy_file import load_policy
 from pipeline.registry.signing.trust import Role, TrustPolicy
-from pipeline.stages import Reference
 from tests.registry.signing.certificates import (
     IDENTITY,
     MAIL,

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from pipeline.errors import AccessError, ConflictError, RecipeError
+from pipeline.core.errors import AccessError, ConflictError, RecipeError
 from pipeline.registry.signing.keys import (
     KEY_PATH,
     KEY_TEXT,

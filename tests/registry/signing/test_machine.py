@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RecipeError, UntrustedError
+from pipeline.core.errors import RecipeError, UntrustedError
 from pipeline.registry.signing.keys import generate_key, write_key_pair
 from pipeline.registry.signing.machine import (
     LOCAL_BUILDER,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UntrustedError
+from pipeline.core.errors import UntrustedError
 from pipeline.registry.signing.keys import generate_key, write_key_pair
 from pipeline.registry.signing.model_signature import (
     available,

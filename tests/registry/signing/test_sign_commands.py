@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
 from pipeline.registry import pull
 from pipeline.registry.signing.keys import choose_key, load_key, read_public_key
 from pipeline.registry.signing.model_signature import available

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import CorruptError, ExitCode, PipelineError
+from pipeline.core.errors import CorruptError, ExitCode, PipelineError
+from pipeline.core.values import Reference
 from pipeline.registry.signing.command import Request, run_verify
-from pipeline.stages import Reference
 from tests.registry.signing.conftest import Signed
 
 FILES = ("manifest.json", "engine/model.plan", "engine/tokenizer/tokenizer.json")

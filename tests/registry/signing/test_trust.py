@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.errors import RecipeError, UntrustedError
+from pipeline.core.errors import RecipeError, UntrustedError
 from pipeline.registry.signing.envelope import MANIFEST_TYPE, parse_envelope, sign_envelope
 from pipeline.registry.signing.keys import generate_key, write_key_pair
 from pipeline.registry.signing.policy_file import load_policy

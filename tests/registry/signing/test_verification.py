@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import CorruptError, UntrustedError
+from pipeline.core.errors import CorruptError, UntrustedError
+from pipeline.core.values import Reference
 from pipeline.registry.disk import move_into_place
 from pipeline.registry.signing.attestations import provenance_statement, statement_bytes
 from pipeline.registry.signing.envelope import STATEMENT_TYPE, sign_envelope
@@ -16,7 +17,6 @@ from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.model_signature import available
 from pipeline.registry.signing.signer import build_statements, sign_package, sign_report
 from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.stages import Reference
 from tests.registry.signing.conftest import RUN, Signed, trusted
 
 CARD = "NVIDIA-GeForce-RTX-4090"

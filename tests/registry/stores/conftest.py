@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.client.download import files_of
 from pipeline.registry.stores.s3 import S3Store
-from pipeline.stages import FileDigest, Package
 from tests.registry.stores.s3_packages import SIGNATURES, sealed
 from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3
 from tests.services.seaweed import SeaweedServer, session_server

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.client.download import files_of
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.s3 import S3Store
 from pipeline.registry.stores.s3.claim import DEAD_S
 from pipeline.registry.stores.store import Place
-from pipeline.stages import FileDigest, Package
 
 Bench = Any
 

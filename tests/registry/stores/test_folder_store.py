@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConflictError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.values import Package, Reference
 from pipeline.registry.package import verify
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.store import Place, WritableStore
-from pipeline.stages import Package, Reference
 
 Bench = Any
 InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     ConflictError,
     TransientError,
 )
+from pipeline.core.values import Package
 from pipeline.registry.stores.s3 import S3Store, connection
 from pipeline.registry.stores.s3.crc32 import combined
-from pipeline.stages import Package
 from tests.registry.stores.s3_packages import (
     SIGNATURES,
     age_everything,

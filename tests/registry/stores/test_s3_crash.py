@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import Package
 from pipeline.registry.stores.s3 import S3Store
-from pipeline.stages import Package
 from tests.registry.stores.s3_packages import (
     PART_BYTES,
     SIGNATURES,

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     ConflictError,
     PipelineError,
     TransientError,
 )
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.stores.s3 import S3Store, connection
-from pipeline.stages import FileDigest, Package
 from tests.registry.stores.s3_packages import (
     SIGNATURES,
     assert_whole,

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     CorruptError,
     TransientError,
 )
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.client.download import PACKAGE, Transfer, download, files_of
 from pipeline.registry.client.owned import Owned
 from pipeline.registry.stores.s3 import S3Store, connection, reading
-from pipeline.stages import FileDigest, Package
 from tests.registry.client.conftest import QUICK
 from tests.registry.stores.s3_packages import (
     SIGNATURES,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import pipeline
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     ConflictError,
     CorruptError,

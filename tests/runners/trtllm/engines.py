@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import StageCache
-from pipeline.stages import Checkpoint, Engine
-from tests.compilers.trtllm.fakes import card_machine, write_script
-from tests.compilers.trtllm.settings import compiler
-from tests.quantize.tiny_quantized import ADA
+from pipeline.core.cache import StageCache
+from pipeline.core.values import Checkpoint, Engine
+from tests.formats.trtllm.fakes import card_machine, write_script
+from tests.formats.trtllm.settings import compiler
+from tests.quant.tiny_quantized import ADA
 
 HERE = Path(__file__).parent
 PACKAGES = HERE / "fake_packages"

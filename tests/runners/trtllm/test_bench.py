@@ -12,7 +12,8 @@ import pytest
 from pipeline.acceptance.judge import QualityLimits, judge
 from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import PipelineError, RecipeError, ToolError
+from pipeline.core.errors import PipelineError, RecipeError, ToolError
+from pipeline.core.values import Checkpoint, Engine, Report
 from pipeline.runners.trtllm.bench_command import (
     BenchPaths,
     bench_command,
@@ -22,8 +23,7 @@ from pipeline.runners.trtllm.bench_command import (
 )
 from pipeline.runners.trtllm.bench_report import percentiles, read_report
 from pipeline.runners.trtllm.runner import TrtLlmRunner
-from pipeline.stages import Checkpoint, Engine, Report
-from tests.quantize.tiny_quantized import tiny_checkpoint
+from tests.quant.tiny_quantized import tiny_checkpoint
 from tests.runners.trtllm.engines import built_engine, runner_machine
 
 OPTIONS: dict[str, Any] = json.loads(

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import IncompatibleError, PipelineError, ToolError
+from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
+from pipeline.core.values import Checkpoint, Engine
 from pipeline.runners.trtllm import child
 from pipeline.runners.trtllm.runner import TrtLlmRunner
-from pipeline.stages import Checkpoint, Engine
-from tests.quantize.tiny_quantized import tiny_checkpoint
+from tests.quant.tiny_quantized import tiny_checkpoint
 from tests.runners.trtllm.engines import PACKAGES, built_engine, runner_machine
 
 VOCAB = 320

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.cache import StageCache
-from pipeline.errors import PipelineError
+from pipeline.core.cache import StageCache
+from pipeline.core.errors import PipelineError
+from pipeline.core.values import Engine
 from pipeline.runners.trtllm.runner import TrtLlmRunner
-from pipeline.stages import Engine
-from tests.compilers.trtllm.fakes import fake_nvidia_smi, write_script
-from tests.compilers.trtllm.python_image import IMAGE, build_python_image
-from tests.compilers.trtllm.settings import compiler
-from tests.quantize.tiny_quantized import ADA, tiny_checkpoint
+from tests.formats.trtllm.fakes import fake_nvidia_smi, write_script
+from tests.formats.trtllm.python_image import IMAGE, build_python_image
+from tests.formats.trtllm.settings import compiler
+from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 from tests.runners.trtllm.engines import PACKAGES
 from tests.services.dockerd import running_dockerd
 

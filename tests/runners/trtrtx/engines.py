@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.compilers.trtrtx import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
 
 PACKAGES = Path(__file__).parent / "fake_packages"
 CHILD = Path(__file__).parent / "host_child.py"

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import tensorrt_rtx as trt
 
-from pipeline.convert.graph_writer import WEIGHTS_FILE, write_weights
-from pipeline.convert.onnx_graph import ActivationDtype, build_decoder, save_graph
-from pipeline.convert.unified import UnifiedCheckpoint
-from pipeline.errors import IncompatibleError
+from pipeline.core.errors import IncompatibleError
+from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
+from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder, save_graph
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.trtrtx import engine as engine_module
 from pipeline.runners.trtrtx import signature as signature_module
 from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
 from pipeline.runners.decode import generate_greedy, prefill
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
 from pipeline.runners.trtrtx.child import RtxModel
 from pipeline.runners.trtrtx.decoder import RtxDecoder, row_groups
 from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine
-from tests.convert.decoders import random_prompt, write_graph
+from tests.formats.decoder.decoders import random_prompt, write_graph
 from tests.runners.trtrtx.engines import (
     CONTEXT,
     MAX_BATCH,

@@ -12,11 +12,11 @@ import yaml
 
 from pipeline.acceptance.conditions import conditions_of
 from pipeline.config.folders import data_dir
-from pipeline.errors import IncompatibleError
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import Runner
 from pipeline.runners.trtrtx import runner as module
 from pipeline.runners.trtrtx.runner import TrtRtxRunner
-from pipeline.stages import Engine, Limits
 from tests.acceptance.test_conditions import nvml
 
 SETTINGS = yaml.safe_load((data_dir("conf") / "runner" / "tensorrt_rtx.yaml").read_text())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     CorruptError,
     IncompatibleError,
     PipelineError,
@@ -29,7 +29,7 @@ from pipeline.runners.trtrtx.runner import TrtRtxRunner
 from pipeline.runners.trtrtx.session import RtxSession, open_session
 from pipeline.runners.vllm.process import Program
 from pipeline.runners.vllm.session import Timeouts
-from tests.convert.decoders import random_prompt, write_graph
+from tests.formats.decoder.decoders import random_prompt, write_graph
 from tests.runners.trtrtx.engines import CHILD, CONTEXT, MAX_BATCH, PACKAGES, write_plan
 
 ROOT = Path(__file__).parents[3]

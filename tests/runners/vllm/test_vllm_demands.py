@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.acceptance.speed import measure_speed, summarize
 from pipeline.acceptance.workload import Workload
-from pipeline.errors import PipelineError, ToolError
+from pipeline.core.errors import PipelineError, ToolError
 from pipeline.runners.session import UNUSED_TOKEN, Demands
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession

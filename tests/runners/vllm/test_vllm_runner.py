@@ -9,12 +9,12 @@ import pytest
 
 from pipeline.acceptance.conditions import conditions_of
 from pipeline.config.folders import data_dir
-from pipeline.errors import IncompatibleError
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import Runner
 from pipeline.runners.vllm import runner as module
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import engine_arguments
-from pipeline.stages import Engine, Limits
 from tests.acceptance.test_conditions import nvml
 
 RUNNER = VllmRunner(

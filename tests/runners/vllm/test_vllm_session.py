@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline.acceptance.speed import SpeedSample
-from pipeline.errors import CorruptError, PipelineError, ToolError
+from pipeline.core.errors import CorruptError, PipelineError, ToolError
 from pipeline.runners.vllm import child
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession, engine_arguments

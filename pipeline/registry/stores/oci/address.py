@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.registry.reference import check_part
 
 MAX_TAG = 128

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
-from pipeline.errors import AccessError, CorruptError
+from pipeline.core.errors import AccessError, CorruptError
 from pipeline.registry.statements import parse_object
 
 USERNAME, PASSWORD = "ENGINESMITH_OCI_USERNAME", "ENGINESMITH_OCI_PASSWORD"

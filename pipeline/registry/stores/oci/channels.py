@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
-from pipeline.errors import ConflictError, CorruptError, RecipeError
+from pipeline.core.errors import ConflictError, CorruptError, RecipeError
 from pipeline.registry.reference import check_part
 from pipeline.registry.stores.oci.address import channels_tag
 from pipeline.registry.stores.oci.distribution import Repository

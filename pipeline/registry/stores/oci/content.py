@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import FileDigest
 from pipeline.registry.disk import disk_errors, open_regular
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.stores.oci.image import Layer
 from pipeline.registry.stores.oci.tar import END, padding_bytes
-from pipeline.stages import FileDigest
 
 _CHUNK_BYTES = 1 << 20
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.errors import CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import CorruptError, NotFoundError, TransientError
 from pipeline.registry.statements import parse_object
 from pipeline.registry.stores.oci.documents import (
     INDEX_TYPE,

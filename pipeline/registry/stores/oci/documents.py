@@ -12,7 +12,7 @@ from typing import Any
 
 import rfc8785
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
 from pipeline.registry.statements import parse_object
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"

@@ -20,7 +20,8 @@ from typing import Any
 
 import rfc8785
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import FileDigest
 from pipeline.registry.manifest import ENGINE, MANIFEST, MAX_MANIFEST_BYTES, digest_bytes
 from pipeline.registry.paths import folders_of
 from pipeline.registry.stores.oci.documents import (
@@ -35,7 +36,6 @@ from pipeline.registry.stores.oci.documents import (
 from pipeline.registry.stores.oci.tar import BLOCK_BYTES, END, file_header, folder_header
 from pipeline.registry.stores.oci.tar import padding_bytes as tar_padding
 from pipeline.registry.stores.store import Place
-from pipeline.stages import FileDigest
 
 ARTIFACT_TYPE = "application/vnd.enginesmith.package.v1"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from pipeline.errors import ConflictError, CorruptError
+from pipeline.core.errors import ConflictError, CorruptError
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import MANIFEST, digest_bytes, manifest_bytes
 from pipeline.registry.stores.oci.address import version_tag
 from pipeline.registry.stores.oci.content import layer_content
@@ -30,7 +31,6 @@ from pipeline.registry.stores.oci.referrers import put_referrers
 from pipeline.registry.stores.oci.tagged import settle
 from pipeline.registry.stores.oci.upload import upload_stream
 from pipeline.registry.stores.store import Place
-from pipeline.stages import FileDigest, Package
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import rfc8785
 
-from pipeline.cache import cache_root
+from pipeline.core.cache import cache_root
 from pipeline.registry.stores.oci.documents import check_digest
 from pipeline.registry.stores.oci.image import Layer
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.errors import ConflictError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, RecipeError
 from pipeline.registry.reference import check_part
 from pipeline.registry.stores.oci.distribution import Repository
 from pipeline.registry.stores.oci.documents import (

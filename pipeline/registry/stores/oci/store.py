@@ -22,7 +22,9 @@ from functools import cached_property
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.errors import AccessError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import MANIFEST, parse_manifest
 from pipeline.registry.reference import check_part
 from pipeline.registry.stores.oci.address import (
@@ -51,8 +53,6 @@ from pipeline.registry.stores.oci.referrers import (
 )
 from pipeline.registry.stores.oci.transport import Request, Transport
 from pipeline.registry.stores.store import Place, StoredStatement
-from pipeline.settings import STRICT
-from pipeline.stages import FileDigest, Package
 
 log = logging.getLogger(__name__)
 

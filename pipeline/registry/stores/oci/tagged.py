@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 
-from pipeline.errors import TransientError
+from pipeline.core.errors import TransientError
 from pipeline.registry.stores.oci.distribution import Repository
 from pipeline.registry.stores.oci.documents import Document
 

@@ -19,7 +19,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, SSLError
 from urllib3.response import BaseHTTPResponse
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     CorruptError,
     NotFoundError,

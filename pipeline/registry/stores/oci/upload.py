@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import CorruptError, NotFoundError, PipelineError
+from pipeline.core.errors import CorruptError, NotFoundError, PipelineError
 from pipeline.registry.stores.oci.distribution import Repository
 from pipeline.registry.stores.oci.documents import Descriptor
 from pipeline.registry.stores.oci.transport import ATTEMPTS, Request, RetryableError, pause

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pipeline.errors import Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.reference import STATEMENTS_SUFFIX, check_part
 from pipeline.registry.stores.store import Place

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pipeline.errors import CorruptError, TransientError
+from pipeline.core.errors import CorruptError, TransientError
 from pipeline.registry.stores.s3.address import Address
 from pipeline.registry.stores.s3.faults import code_of, missing, raced, s3_errors, status_of, taken
 

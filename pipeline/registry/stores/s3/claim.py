@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from pipeline.errors import ConflictError, CorruptError, TransientError
+from pipeline.core.errors import ConflictError, CorruptError, TransientError
 from pipeline.registry.stores.s3.bucket import Bucket, Content
 from pipeline.registry.stores.store import Place
 

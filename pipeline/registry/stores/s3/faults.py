@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.errors import AccessError, NotFoundError, PipelineError, TransientError
+from pipeline.core.errors import AccessError, NotFoundError, PipelineError, TransientError
 
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 

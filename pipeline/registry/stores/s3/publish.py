@@ -18,7 +18,8 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
-from pipeline.errors import ConflictError, CorruptError, PipelineError, TransientError
+from pipeline.core.errors import ConflictError, CorruptError, PipelineError, TransientError
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -31,7 +32,6 @@ from pipeline.registry.stores.s3.claim import Claim
 from pipeline.registry.stores.s3.statements import put_statement
 from pipeline.registry.stores.s3.upload import Uploader, uploader
 from pipeline.registry.stores.store import Place
-from pipeline.stages import FileDigest, Package
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Generator
 from typing import Any
 
-from pipeline.errors import TransientError
+from pipeline.core.errors import TransientError
 from pipeline.registry.stores.s3.bucket import Bucket
 from pipeline.registry.stores.s3.faults import code_of, status_of, taken
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.errors import PipelineError, RecipeError
+from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.registry.manifest import MAX_MANIFEST_BYTES
 from pipeline.registry.reference import STATEMENTS_SUFFIX, check_part
 from pipeline.registry.stores.s3.bucket import Bucket, Found

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.errors import ConflictError, CorruptError, NotFoundError, RecipeError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, RecipeError
 from pipeline.registry.reference import check_part
 from pipeline.registry.stores.s3.bucket import Bucket, Found
 from pipeline.registry.stores.store import Place, StoredStatement

@@ -13,13 +13,15 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     ConflictError,
     CorruptError,
     NotFoundError,
     RecipeError,
 )
+from pipeline.core.settings import STRICT
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from pipeline.registry.reference import Part, check_part
 from pipeline.registry.stores.s3 import publish, reading, removal, statements
@@ -27,8 +29,6 @@ from pipeline.registry.stores.s3.address import check_endpoint, parse_address
 from pipeline.registry.stores.s3.bucket import Bucket
 from pipeline.registry.stores.s3.connection import Checksums, Connection
 from pipeline.registry.stores.store import Place, StoredStatement
-from pipeline.settings import STRICT
-from pipeline.stages import FileDigest, Package
 
 log = logging.getLogger(__name__)
 

@@ -28,13 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, PipelineError, TransientError
+from pipeline.core.errors import CorruptError, PipelineError, TransientError
+from pipeline.core.values import FileDigest
 from pipeline.registry.disk import open_regular
 from pipeline.registry.stores.s3.bucket import Bucket, Found
 from pipeline.registry.stores.s3.claim import Claim
 from pipeline.registry.stores.s3.crc32 import combined
 from pipeline.registry.stores.s3.faults import code_of, missing, taken
-from pipeline.stages import FileDigest
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.values import FileDigest, Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.oci import OciStore, image, tagged, transport
 from pipeline.registry.stores.store import Place, Store
-from pipeline.stages import FileDigest, Package
 from tests.registry.stores.oci.server import FakeRegistry, fake_registry
 from tests.services.docker_registry import RunningRegistry, running_server
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import AccessError, RecipeError
+from pipeline.core.errors import AccessError, RecipeError
 from pipeline.registry.stores.oci import OciStore
 from pipeline.registry.stores.oci.address import (
     channel_tag,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
 )
 from pipeline.registry.stores.oci import upload

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     ConflictError,
     CorruptError,
     NotFoundError,

@@ -10,7 +10,7 @@ from email.utils import formatdate
 
 import pytest
 
-from pipeline.errors import (
+from pipeline.core.errors import (
     AccessError,
     CorruptError,
     NotFoundError,

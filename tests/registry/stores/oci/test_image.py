@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import CorruptError
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import FileDigest
 from pipeline.registry.stores.oci.documents import MANIFEST_TYPE, Descriptor, Document
 from pipeline.registry.stores.oci.image import (
     LAYER_TYPE,
@@ -29,7 +30,6 @@ from pipeline.registry.stores.oci.image import (
 )
 from pipeline.registry.stores.oci.tar import END, file_header, folder_header, padding_bytes
 from pipeline.registry.stores.store import Place
-from pipeline.stages import FileDigest
 
 PLACE = Place(name="tiny", variant="any-checkpoint-fp8", version="1.0-0123456789ab")
 MANIFEST = b'{"a":1}'

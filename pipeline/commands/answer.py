@@ -1,0 +1,73 @@
+"""What a command answers: lines and tables for people, or one JSON object for programs.
+
+The object is the same for every command, and stands alone on stdout, in one line:
+
+    {"schema": 1, "exit_code": 0, ...}                                  what the command found
+    {"schema": 1, "exit_code": 7, "message": "...", "faults": [], ...}  why it did not, what to do
+
+`exit_code` is that of the process. `faults` are those of a recipe, of the command line or of a
+registry, each with `path` and `message`. What a command found nevertheless stands beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import ExitCode, Fault
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a command found or did.
+
+    Attributes:
+        value: For programs, beside `schema` and `exit_code`; later versions only add.
+        shown: The same for people: lines, and what rich renders.
+        exit_code: Of the command.
+        message: With a bad exit code: what is wrong, and the next step.
+        faults: With a bad exit code: one by one, as far as they can be told apart.
+    """
+
+    value: Mapping[str, Any] = field(default_factory=dict)
+    shown: Sequence[RenderableType] = ()
+    exit_code: ExitCode = ExitCode.OK
+    message: str = ""
+    faults: Sequence[Fault] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that the module describes."""
+        faults = [asdict(fault) for fault in self.faults]
+        why = {"message": self.message, "faults": faults} if self.exit_code else {}
+        return {"schema": SCHEMA, "exit_code": int(self.exit_code), **why, **self.value}
+
+
+def failure(error: BaseException) -> Answer:
+    """The answer of a command that ended with an exception."""
+    from pipeline.commands.outcome import failure_of
+
+    outcome = failure_of(error)
+    return Answer(exit_code=outcome.exit_code, message=outcome.message, faults=outcome.faults)
+
+
+def tell(answer: Answer, *, as_json: bool = False) -> None:
+    """Print an answer; what is wrong goes to stderr, too, unless people see it on stdout."""
+    from pipeline.commands.screen import show_error, stdout
+
+    if as_json:
+        print(json.dumps(answer.to_json()), flush=True)
+    else:
+        for part in answer.shown:
+            if isinstance(part, str):
+                print(part)
+            else:
+                stdout().print(part)
+    if answer.exit_code and (as_json or not answer.shown):
+        show_error(answer.message)

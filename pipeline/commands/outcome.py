@@ -1,0 +1,266 @@
+"""What a run ends with, and where that is told: verdict.json, `$GITHUB_OUTPUT`, the screen.
+
+Every run, also one that was refused, leaves `<registry>/.runs/<time>-<pid>/verdict.json`; the link
+`latest` beside it points to the newest run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.commands.answer import Answer
+from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.core.values import VerdictName
+
+log = logging.getLogger(__name__)
+
+WORST_FIRST = (
+    ExitCode.INTERRUPTED,
+    ExitCode.FAILED,
+    ExitCode.UNTRUSTED,
+    ExitCode.CORRUPT,
+    ExitCode.CONFLICT,
+    ExitCode.USAGE,
+    ExitCode.NOT_FOUND,
+    ExitCode.INCOMPATIBLE,
+    ExitCode.TRANSIENT,
+    ExitCode.NOT_ACCEPTED,
+    ExitCode.OK,
+)
+"""The exit code of several jobs is the first of these that one of them has.
+
+First what calls for a person: somebody stopped it, a tool or we ourselves failed, bytes are not
+what they should be. Then what another command line cures, then what trying again cures, then a
+missed target, which is a result.
+"""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The end of one job.
+
+    Attributes:
+        exit_code: What the shell sees.
+        message: What happened, for people: one line, or one per fault.
+        verdict: The judge's word, if it came to that.
+        reference: `name/variant:version` of what was published or taken.
+        digest: SHA-256 (hex) of the package, without a prefix.
+        report: `report.json`, also of what was rejected.
+        package_dir: The published folder.
+        size_bytes: All files of the package.
+        seconds: Wall clock.
+        taken: Nothing was built: a package with this build key was published before.
+        faults: What is wrong in the recipe.
+    """
+
+    exit_code: ExitCode
+    message: str
+    verdict: VerdictName | None = None
+    reference: str | None = None
+    digest: str | None = None
+    report: Path | None = None
+    package_dir: Path | None = None
+    size_bytes: int | None = None
+    seconds: float = 0.0
+    taken: bool = False
+    faults: tuple[Fault, ...] = ()
+
+    def to_json(self, recipe: str, overrides: Iterable[str]) -> dict[str, Any]:
+        """`verdict.json` of one job; later versions only add."""
+        return {
+            "schema": 1,
+            "recipe": recipe,
+            "overrides": list(overrides),
+            "exit_code": int(self.exit_code),
+            "verdict": self.verdict,
+            "reference": self.reference,
+            "digest": self.digest,
+            "report": str(self.report.absolute()) if self.report else None,
+            "message": self.message,
+            "faults": [asdict(fault) for fault in self.faults],
+            "package_dir": str(self.package_dir.absolute()) if self.package_dir else None,
+            "size_bytes": self.size_bytes,
+            "seconds": round(self.seconds, 3),
+            "taken": self.taken,
+        }
+
+
+def refused(faults: Sequence[Fault]) -> Outcome:
+    """The outcome of a recipe with faults."""
+    lines = [str(fault) for fault in faults]
+    if len(lines) > 1:
+        lines = [f"{len(lines)} faults, nothing is built:", *(f"  {line}" for line in lines)]
+    return Outcome(exit_code=ExitCode.USAGE, message="\n".join(lines), faults=tuple(faults))
+
+
+def failure_of(error: BaseException) -> Outcome:
+    """The outcome of a job that ended with an exception.
+
+    What we raise on purpose, a full disk and missing permissions have a message and a code of their
+    own. Anything else is a bug: its traceback becomes the message.
+    """
+    if isinstance(error, RecipeError):
+        return refused(error.faults)
+    if isinstance(error, PipelineError):
+        return Outcome(exit_code=error.exit_code, message=str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Outcome(exit_code=ExitCode.INTERRUPTED, message="stopped before it was done")
+    if isinstance(error, OSError):
+        where = error.filename or "the file system"
+        if error.errno in _FULL:
+            message = f"disk full at {where}; free some space and run the same command again"
+            return Outcome(exit_code=ExitCode.TRANSIENT, message=message)
+        if error.errno in _FORBIDDEN:
+            message = f"cannot write or read {where}: {error.strerror}; change its owner or mode"
+            return Outcome(exit_code=ExitCode.FAILED, message=message)
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    return Outcome(exit_code=ExitCode.FAILED, message=f"this is a bug in enginesmith\n{trace}")
+
+
+def worst(codes: Iterable[ExitCode]) -> ExitCode:
+    """The exit code of several jobs; see `WORST_FIRST`."""
+    return min(codes, key=WORST_FIRST.index, default=ExitCode.OK)
+
+
+def open_run(registry_dir: Path) -> Path:
+    """Make the folder of this run and let `latest` point to it.
+
+    Raises:
+        OSError: The registry cannot be written; nothing is left.
+    """
+    runs = registry_dir / ".runs"
+    made = [folder for folder in (runs, *runs.parents) if not folder.exists()]
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        # Microseconds, since containers that share a folder may share a process id as well.
+        time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        run_dir = runs / f"{time}Z-{os.getpid()}"
+        run_dir.mkdir()
+    except OSError:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    link = runs / f".latest-{run_dir.name}"
+    try:
+        link.symlink_to(run_dir.name)
+        link.replace(runs / "latest")
+    except OSError as error:  # some network file systems have no links
+        log.debug("%s does not point to this run: %s", runs / "latest", error)
+    return run_dir
+
+
+def write_verdict(run_dir: Path, document: Mapping[str, Any]) -> None:
+    """Write `verdict.json` in one step; a full disk is only told, since the run is over."""
+    private = run_dir / ".verdict.json"
+    try:
+        private.write_text(json.dumps(document, indent=1) + "\n")
+        private.replace(run_dir / "verdict.json")
+    except OSError as error:
+        log.warning("Cannot write %s: %s", run_dir / "verdict.json", error)
+
+
+def append_github_output(document: Mapping[str, Any]) -> None:
+    """Append the verdict to the file that `$GITHUB_OUTPUT` names, if it is set."""
+    path = os.environ.get("GITHUB_OUTPUT")
+    if not path:
+        return
+    keys = ["exit_code", "verdict", "reference", "digest", "report", "message"]
+    values = {key: document.get(key) for key in keys}
+    if "jobs" in document:
+        values["jobs"] = json.dumps(document["jobs"])
+    text = "".join(_github_line(key, value) for key, value in values.items())
+    try:
+        with Path(path).open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        log.warning("Cannot write $GITHUB_OUTPUT: %s", error)
+
+
+def _github_line(key: str, value: Any) -> str:
+    text = "" if value is None else str(value)
+    if "\n" not in text and "\r" not in text:
+        return f"{key}={text}\n"
+    # A random end mark, so that no tool's output can end the value and set other keys.
+    mark = f"end-{secrets.token_hex(16)}"
+    return f"{key}<<{mark}\n{text}\n{mark}\n"
+
+
+def closing_lines(outcome: Outcome, generate: str) -> str:
+    """The last lines on the screen of a job that built, or took, a package.
+
+    Args:
+        outcome: Of a job that reached a verdict.
+        generate: The command that talks to the package.
+    """
+    rows = {
+        "verdict": outcome.verdict,
+        "size": megabytes(outcome.size_bytes),
+        "digest": f"sha256:{outcome.digest}" if outcome.digest else None,
+        "package": outcome.reference,
+        "path": outcome.package_dir,
+        "report": outcome.report,
+        "try": generate if outcome.reference else None,
+    }
+    return "\n".join(f"{name:<8} {value}" for name, value in rows.items() if value)
+
+
+def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "") -> Answer:
+    """What a command answers after one job.
+
+    Args:
+        outcome: Of the job.
+        document: Its `verdict.json`.
+        generate: The command that talks to the package; empty if there is nothing to say of it.
+    """
+    lines = [outcome.message, closing_lines(outcome, generate)] if outcome.verdict else []
+    return Answer(value=document, shown=lines, exit_code=outcome.exit_code, message=outcome.message)
+
+
+def megabytes(size_bytes: int | None) -> str:
+    """Such as `142.3 MB` (10^6 bytes); empty for None."""
+    return "" if size_bytes is None else f"{size_bytes / 1e6:.1f} MB"
+
+
+def jobs_table(rows: Sequence[tuple[str, Sequence[str], Outcome]]) -> Table:
+    """One line per job: recipe, the overrides that tell it from the others, and its outcome."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("recipe", "overrides", "verdict"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("digest", no_wrap=True)
+    table.add_column("exit", justify="right", no_wrap=True)
+    for recipe, overrides, outcome in rows:
+        style = "" if outcome.exit_code is ExitCode.OK else "red"
+        verdict = outcome.verdict or outcome.exit_code.name.lower().replace("_", " ")
+        table.add_row(
+            recipe,
+            " ".join(overrides),
+            verdict + (" (taken)" if outcome.taken else ""),
+            megabytes(outcome.size_bytes),
+            (outcome.digest or "")[:12],
+            str(int(outcome.exit_code)),
+            style=style,
+        )
+    return table

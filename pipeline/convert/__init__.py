@@ -1,1 +1,0 @@
-"""From the unified FP8 checkpoint to what a compiler reads."""

@@ -1,0 +1,178 @@
+"""Whether this machine can run the build image: asked before anything is pulled or started."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import shutil
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.containers.engine import connect
+from pipeline.core.containers.gpu import Gpu
+from pipeline.core.errors import IncompatibleError, TransientError
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from docker.models.images import Image
+
+log = logging.getLogger(__name__)
+
+NO_GPU_RUNTIME = (
+    "Docker cannot give a container the GPU here: install the NVIDIA Container Toolkit "
+    "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/), then run "
+    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+)
+_GPU_HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")
+"""`docker run --gpus` needs one of them on the engine's PATH, not the `nvidia` runtime (Moby, pull
+request 50228): an engine that does not list the runtime may still do."""
+
+
+def preflight(image: str, *, cuda: str, image_bytes: int, gpu: Gpu) -> None:
+    """Make every check, those first that having the image would not cure.
+
+    Args:
+        image: Name of the image, with tag or digest.
+        cuda: CUDA release in the image, such as `13.1`.
+        image_bytes: Space that the unpacked image takes; asked for only while it is not here.
+        gpu: The card that the container is for.
+
+    Raises:
+        IncompatibleError: Something is missing, too old or remote.
+        AccessError: The user may not use Docker.
+        TransientError: Too little disk space for the image.
+    """
+    if is_wsl(platform.release()):
+        log.info("This is WSL2: the driver is Windows', and .wslconfig limits the memory")
+    with connect() as client:
+        require_gpu_runtime(client.info())
+        require_driver(gpu, cuda)
+        if find_image(client, image) is None:
+            require_room(Path(client.info()["DockerRootDir"]), image, image_bytes)
+        require_image(client, image)
+
+
+def is_wsl(kernel_release: str) -> bool:
+    """Whether this is the kernel of the Windows Subsystem for Linux."""
+    return "microsoft" in kernel_release.lower()
+
+
+def require_gpu_runtime(info: dict[str, Any]) -> None:
+    """Demand that Docker can hand out GPUs, by what the engine says of itself.
+
+    Raises:
+        IncompatibleError: It has no NVIDIA runtime and no NVIDIA CDI device, and we see no hook.
+    """
+    devices = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or ()]
+    if not (
+        "nvidia" in (info.get("Runtimes") or {})
+        or any(device.startswith("nvidia.com/gpu") for device in devices)
+        or any(shutil.which(hook) for hook in _GPU_HOOKS)
+    ):
+        raise IncompatibleError(NO_GPU_RUNTIME)
+
+
+def find_image(client: DockerClient, image: str) -> Image | None:
+    """The image, if the engine holds it; nothing is ever pulled in passing."""
+    import docker
+
+    try:
+        return client.images.get(image)
+    except docker.errors.ImageNotFound:
+        return None
+
+
+def require_image(client: DockerClient, image: str) -> Image:
+    """Demand that the engine holds this image.
+
+    Raises:
+        IncompatibleError: It does not; says how to get it.
+    """
+    if (found := find_image(client, image)) is not None:
+        return found
+    registry = image.split("/")[0] if "/" in image else ""
+    way_on = f"docker pull {image}" if "." in registry or ":" in registry else "make image"
+    raise IncompatibleError(f"the image {image} is not on this machine; get it: {way_on}")
+
+
+def require_room(data_root: Path, image: str, image_bytes: int) -> None:
+    """Demand disk space for an image where Docker keeps its data.
+
+    Raises:
+        TransientError: Too little is free.
+    """
+    try:
+        free_bytes = shutil.disk_usage(data_root).free
+    except OSError as error:  # an engine in a virtual machine has a disk that we do not see
+        log.info("Cannot see how much space Docker has for images: %s", error)
+        return
+    if free_bytes < image_bytes:
+        raise TransientError(
+            f"disk full: {image} needs about {image_bytes / 1e9:.1f} GB in {data_root}, "
+            f"{free_bytes / 1e9:.1f} GB are free; free some (docker system prune), or move "
+            "Docker's data-root to a larger disk"
+        )
+
+
+def require_driver(gpu: Gpu, cuda: str) -> None:
+    """Demand a driver that runs this CUDA release; warn if it is older than the release.
+
+    Raises:
+        IncompatibleError: See `driver_fault`.
+    """
+    if fault := driver_fault(gpu.driver, cuda):
+        raise IncompatibleError(f"{gpu.name}: {fault}")
+    shipped = _drivers()["shipped"].get(cuda, "")
+    if _version(gpu.driver) < _version(shipped):
+        log.warning(
+            "Driver %s is older than that of CUDA %s (%s): what needs the newer one does not work",
+            gpu.driver,
+            cuda,
+            shipped,
+        )
+
+
+def driver_fault(driver: str, cuda: str) -> str:
+    """Why this NVIDIA driver (such as `580.65.06`) cannot run this CUDA release; empty if it can.
+
+    Raises:
+        ValueError: `driver_minimum.yaml` does not know the release's major version.
+    """
+    table = _drivers()["compatible"]
+    if (minimum := table.get(cuda.split(".")[0])) is None:
+        raise ValueError(f"CUDA {cuda} is not in driver_minimum.yaml; it knows {sorted(table)}")
+    if _version(driver) >= _version(minimum):
+        return ""
+    return (
+        f"driver {driver} is too old for CUDA {cuda}, which needs {minimum} or newer; install a "
+        "newer driver, or use an image with an older CUDA"
+    )
+
+
+def image_digest(image: str) -> str:
+    """What a manifest records of an image: `repository@sha256:…`, for one built here its id.
+
+    Raises:
+        IncompatibleError: The image is not here, or see `connect`.
+        AccessError: See `connect`.
+    """
+    with connect() as client:
+        found = require_image(client, image)
+        return str(next(iter(found.attrs["RepoDigests"] or ()), found.id))
+
+
+@cache
+def _drivers() -> dict[str, dict[str, str]]:
+    import yaml
+
+    text = files("pipeline.core.containers").joinpath("driver_minimum.yaml").read_text("utf-8")
+    table: dict[str, dict[str, str]] = yaml.safe_load(text)
+    return table
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """`580.65.06` -> (580, 65, 6)."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))

@@ -1,0 +1,378 @@
+"""The frozen values that stages hand to each other, and the Protocols that produce them.
+
+    Weights -> Checkpoint -> Engine -> Package -> Report -> Verdict -> Reference
+
+Each stage takes the value before it and returns the next one; mypy proves the order. Every folder
+that a value names is complete and never changes again: it became visible by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import rfc8785
+
+if TYPE_CHECKING:
+    from pipeline.core.cache import StageCache
+    from pipeline.core.hardware import Target
+    from pipeline.model.shapes import ModelShape
+
+Format = Literal["trtrtx", "trtllm", "checkpoint"]
+Redistribution = Literal["allowed", "with-notice", "forbidden"]
+"""What a licence says about passing the weights on, quantized or not."""
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of the RFC 8785 canonical JSON of `value`: equal values, equal digests."""
+    return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """One file of a folder: POSIX path relative to that folder, size and SHA-256 (hex)."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size_bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licence:
+    """Terms of the weights.
+
+    Attributes:
+        spdx: SPDX identifier, or `LicenseRef-...` for terms that have none.
+        files: The files in `Weights.dir` that state them.
+        redistribution: Whether a package may go where everybody can read it.
+        notice: Text that must travel with the weights; empty for none.
+        gated: The weights are given only to who accepted the terms.
+        acknowledged: Licence that the recipe says has been read and accepted, or None.
+        read_at: Where a person can read the terms.
+    """
+
+    spdx: str
+    files: tuple[str, ...] = ()
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
+    gated: bool = False
+    acknowledged: str | None = None
+    read_at: str = "their source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A Hugging Face folder: `config.json`, safetensors, tokenizer, licence files.
+
+    Attributes:
+        dir: The folder, in the weight cache.
+        origin: Where the bytes come from, for people and for the manifest, such as
+            `hub:microsoft/Phi-3-mini-4k-instruct`.
+        commit: Hub commit (40 hex digits), or None where there is none.
+        files: Digest of every file in `dir`; together they identify the weights.
+        licence: Terms.
+        note: What a reader must know about these weights, such as that they were 4-bit once.
+        random: They are random numbers, for a rehearsal; such a package is published nowhere.
+    """
+
+    dir: Path
+    origin: str
+    commit: str | None
+    files: tuple[FileDigest, ...]
+    licence: Licence
+    note: str = ""
+    random: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Identity of the bytes, wherever they lie."""
+        return digest_of([file.to_json() for file in self.files])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A ModelOpt unified FP8 checkpoint with tokenizer and `calibration.json`.
+
+    Attributes:
+        dir: The folder.
+        digest: Identity of its bytes.
+        weights: What it was made from.
+        fp8_linears: Hugging Face module names of the linears stored as FP8.
+        kept_16bit: Module names of linears left in bfloat16 (lm_head not among them).
+        calibration: The calibration record: text digest, token count, amax per layer.
+    """
+
+    dir: Path
+    digest: str
+    weights: Weights
+    fp8_linears: tuple[str, ...]
+    kept_16bit: tuple[str, ...]
+    calibration: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the engine was built for. `max_seq_len` counts prompt + output tokens of one request."""
+
+    max_batch_size: int
+    max_seq_len: int
+    max_num_tokens: int
+    kv_cache_dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "max_batch_size": self.max_batch_size,
+            "max_seq_len": self.max_seq_len,
+            "max_num_tokens": self.max_num_tokens,
+            "kv_cache_dtype": self.kv_cache_dtype,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What a runtime loads: the future `engine/` folder of a package, self-contained.
+
+    Attributes:
+        dir: The folder.
+        digest: Identity of its bytes.
+        format: Which runtime family reads it.
+        variant: Middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`.
+        runtime: Name and exact version of the runtime that it needs.
+        sms: Compute capabilities it runs on (89 = Ada); empty for any.
+        limits: What it was built for.
+        min_vram_bytes: Device memory that it needs at its limits.
+        serve_args: Arguments for the runtime's server, if it has one.
+        twin_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
+        twin_key: Key of that folder in the stage cache; lets a package find its twin again.
+        tools: Name -> version of everything that shaped the bytes.
+        checks: What was proven about it without running it, for the report.
+    """
+
+    dir: Path
+    digest: str
+    format: Format
+    variant: str
+    runtime: tuple[str, str]
+    sms: tuple[int, ...]
+    limits: Limits
+    min_vram_bytes: int
+    serve_args: tuple[str, ...] = ()
+    twin_dir: Path | None = None
+    twin_key: str | None = None
+    tools: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A sealed folder: `manifest.json` and `engine/`.
+
+    Attributes:
+        dir: The folder; in the registry, or in its private staging area before it is published.
+        manifest: Parsed `manifest.json`.
+        digest: SHA-256 of the bytes of `manifest.json`.
+    """
+
+    dir: Path
+    manifest: Mapping[str, Any]
+    digest: str
+
+    @property
+    def engine_dir(self) -> Path:
+        return self.dir / "engine"
+
+
+VerdictName = Literal[
+    "accepted", "checked", "compiled", "rejected", "regression", "anomalous", "inconclusive"
+]
+PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that acceptance noticed.
+
+    Attributes:
+        kind: What it counts as: a failing verdict name, or `note`.
+        message: Measured, required, and what to do.
+    """
+
+    kind: Literal["rejected", "regression", "anomalous", "inconclusive", "note"]
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "message": self.message}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The judge's word, with its reasons."""
+
+    name: VerdictName
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.name in PASSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What acceptance measured; `to_json` is `report.json`, schema 1.
+
+    Attributes:
+        digest: The package that it speaks of.
+        card: Card that the engine is for, such as `NVIDIA-GeForce-RTX-4090`.
+        conditions: Where and with what it was measured.
+        speed: One entry per workload.
+        quality: Perplexities, KL, agreement, with intervals.
+        not_run: What was not run here, and why.
+        checks: What was proven about the engine without running it.
+        chat: The chat probe (pipeline.acceptance.chat_probe); empty if it was not asked.
+        lm_eval: Task -> metric -> value, of the lm-eval harness; empty if it was not asked.
+        sustained: The sustained run (pipeline.acceptance.sustained); empty without one.
+        physics: Bandwidth of the card, and each workload's share of its ceiling; empty without the
+            card.
+    """
+
+    digest: str
+    card: str
+    conditions: Mapping[str, Any]
+    speed: Sequence[Mapping[str, Any]]
+    quality: Mapping[str, Any]
+    not_run: Sequence[str]
+    checks: Mapping[str, Any]
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    lm_eval: Mapping[str, Any] = field(default_factory=dict)
+    sustained: Mapping[str, Any] = field(default_factory=dict)
+    physics: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self, verdict: Verdict) -> dict[str, Any]:
+        """As `report.json`; what was not asked has no key."""
+        asked = {
+            name: dict(part)
+            for name in ("chat", "lm_eval", "sustained", "physics")
+            if (part := getattr(self, name))
+        }
+        return {
+            "schema": 1,
+            "digest": self.digest,
+            "card": self.card,
+            "conditions": dict(self.conditions),
+            "speed": [dict(entry) for entry in self.speed],
+            "quality": dict(self.quality),
+            **asked,
+            "checks": dict(self.checks),
+            "not_run": list(self.not_run),
+            "verdict": verdict.name,
+            "findings": [finding.to_json() for finding in verdict.findings],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where a published package is: `name/variant:version` and its digest."""
+
+    name: str
+    variant: str
+    version: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.variant}:{self.version}"
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """Brings a Hugging Face folder into the weight cache."""
+
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence; known before anything is fetched."""
+        ...
+
+    def fetch(self) -> Weights:
+        """Download or convert, unless the cache holds it; verified, atomic.
+
+        Raises:
+            NotFoundError: No such repository, commit, folder or package.
+            AccessError: Gated or private.
+            CorruptError: Bytes are not what they claim to be.
+            TransientError: Network or disk; trying again may work.
+        """
+        ...
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Turns weights into the unified FP8 checkpoint."""
+
+    @property
+    def keep_16bit(self) -> tuple[str, ...]:
+        """Patterns (fnmatch) of linears that stay 16-bit."""
+        ...
+
+    def calibration_documents(self) -> tuple[str, ...]:
+        """The text that calibration reads."""
+        ...
+
+    def inputs(self, weights: Weights) -> Mapping[str, Any]:
+        """Everything that shapes the checkpoint's bytes, as JSON values."""
+        ...
+
+    def quantize(self, weights: Weights, shape: ModelShape, cache: StageCache) -> Checkpoint:
+        """Make the checkpoint, or take it from the cache."""
+        ...
+
+
+@runtime_checkable
+class EngineCompiler(Protocol):
+    """Turns a checkpoint into something a runtime loads."""
+
+    @property
+    def format(self) -> Format:
+        """Which runtime family reads the result."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """Batch and context sizes that it builds for."""
+        ...
+
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        """Name and version of what will run the engine; an empty version where it is not known."""
+        ...
+
+    def variant(self, target: Target) -> str:
+        """Middle part of the reference, such as `sm89-trtrtx-fp8-b64-s1024`."""
+        ...
+
+    def check_machine(self, target: Target) -> None:
+        """Find out in seconds, before any download, whether this machine can compile.
+
+        Raises:
+            IncompatibleError: It cannot; names the ways on.
+        """
+        ...
+
+    def inputs(self, target: Target) -> Mapping[str, Any]:
+        """Everything but the checkpoint that shapes the engine's bytes, as JSON values."""
+        ...
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        """Convert and compile, or take it from the cache.
+
+        Raises:
+            ToolError: The compiler failed; its log is in `log_dir`.
+            PipelineError: It succeeded, but not with what was asked.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""What an engine format is: one folder each."""

@@ -1,0 +1,1 @@
+"""The unified checkpoint itself, for vLLM and SGLang."""

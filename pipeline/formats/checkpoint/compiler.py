@@ -1,0 +1,154 @@
+"""The checkpoint itself as the engine: what vLLM, SGLang and TensorRT-LLM >= 1.3 load directly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.cache import StageCache, digest_folder, source_digest
+from pipeline.core.hardware import Target
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.quant.unified import UnifiedCheckpoint
+
+_NOT_SERVED = frozenset({"calibration.json", "stage.json"})
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointCompiler:
+    """Packs the unified FP8 checkpoint for a runtime that compiles nothing ahead of time.
+
+    Attributes:
+        max_batch_size: Requests that the server is told to run at once.
+        max_seq_len: Prompt + output tokens of one request.
+        max_num_tokens: Tokens that the server schedules in one iteration.
+        kv_cache_dtype: `fp8` uses the checkpoint's calibrated scales.
+        runtime: Name and version that the package is meant for.
+    """
+
+    max_batch_size: PositiveInt
+    max_seq_len: PositiveInt
+    max_num_tokens: PositiveInt
+    kv_cache_dtype: Literal["bfloat16", "fp8"]
+    runtime: str
+    runtime_version: str
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
+                f"({self.max_batch_size}); increase compiler.max_num_tokens"
+            )
+
+    @property
+    def format(self) -> Format:
+        return "checkpoint"
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=self.max_num_tokens,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        return self.runtime, self.runtime_version
+
+    def variant(self, target: Target) -> str:
+        return "any-checkpoint-fp8" + ("-kv8" if self.kv_cache_dtype == "fp8" else "")
+
+    def check_machine(self, target: Target) -> None:
+        """Any machine will do."""
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        return {
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "code": source_digest("pipeline.formats.checkpoint.compiler"),
+        }
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        result = cache.run(
+            "pack",
+            {"checkpoint": checkpoint.digest, **self.inputs(target)},
+            lambda out: self._produce(checkpoint.dir, out / "engine"),
+        )
+        engine_dir = result.dir / "engine"
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        token_bytes = config.kv_bytes_per_token(1 if self.kv_cache_dtype == "fp8" else 2)
+        weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
+        return Engine(
+            dir=engine_dir,
+            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
+            format="checkpoint",
+            variant=self.variant(target),
+            runtime=(self.runtime, self.runtime_version),
+            sms=(),
+            limits=self.limits,
+            min_vram_bytes=weight_bytes + token_bytes * self.max_seq_len,
+            serve_args=(
+                "--max-model-len",
+                str(self.max_seq_len),
+                "--max-num-seqs",
+                str(self.max_batch_size),
+                "--max-num-batched-tokens",
+                str(self.max_num_tokens),
+                *(("--kv-cache-dtype", "fp8") if self.kv_cache_dtype == "fp8" else ()),
+            ),
+            tools=dict(checkpoint.calibration["tools"]),
+            checks={"fp8_linears": len(checkpoint.fp8_linears)},
+        )
+
+    def _produce(self, checkpoint_dir: Path, engine_dir: Path) -> None:
+        """Copy the checkpoint; an FP8 cache is declared where runtimes look for it."""
+        engine_dir.mkdir()
+        for path in sorted(checkpoint_dir.iterdir()):
+            if path.is_file() and path.name not in _NOT_SERVED:
+                shutil.copyfile(path, engine_dir / path.name)
+        _untie(engine_dir)
+        if self.kv_cache_dtype == "fp8":
+            declared = engine_dir / "hf_quant_config.json"
+            content = json.loads(declared.read_text())
+            content["quantization"]["kv_cache_quant_algo"] = "FP8"
+            declared.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _untie(engine_dir: Path) -> None:
+    """Store lm_head beside a tied embedding.
+
+    vLLM 0.24 gives an lm_head that is excluded from a ModelOpt checkpoint's quantization a method
+    without `tie_weights`, so that every tied model fails to load (NotImplementedError in
+    `base_config.py`, seen on an H100, 2026-11-24). The copy costs vocab x hidden x 2 bytes.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = engine_dir / "config.json"
+    config = json.loads(path.read_text())
+    if not config.get("tie_word_embeddings", False):
+        return
+    embedding = "model.embed_tokens.weight"
+    for shard in sorted(engine_dir.glob("*.safetensors")):
+        tensors = load_file(shard)
+        if embedding in tensors:
+            tensors["lm_head.weight"] = tensors[embedding].clone()
+            save_file(tensors, shard, metadata={"format": "pt"})
+            _add_to_index(engine_dir, shard.name)
+    config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _add_to_index(engine_dir: Path, shard: str) -> None:
+    """Name lm_head's shard where the checkpoint has an index."""
+    for path in engine_dir.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text())
+        index["weight_map"]["lm_head.weight"] = shard
+        path.write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,314 @@
+"""TensorRT-LLM: builds the engine with `trtllm-build`, on the card that it is for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.cache import StageCache, StageResult, digest_folder, source_digest
+from pipeline.core.errors import Fault, IncompatibleError, RecipeError, ToolError
+from pipeline.core.hardware import GIB, Target
+from pipeline.core.process import last_lines
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.formats.trtllm.command import (
+    CHECKPOINT,
+    ENGINE,
+    TIMING_CACHE_FILE,
+    TIMING_IN,
+    TIMING_OUT,
+    BuildPaths,
+    BuildSizes,
+    build_command,
+    example_command,
+)
+from pipeline.formats.trtllm.convert.config import Dtype
+from pipeline.formats.trtllm.convert.stage import KvCacheDtype, TrtLlmSettings, convert_trtllm
+from pipeline.formats.trtllm.environment import Environment, probe_environment
+from pipeline.formats.trtllm.hints import explain_log
+from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
+from pipeline.formats.trtllm.plugins import Plugins
+from pipeline.formats.trtllm.read_back import ENGINE_FILE, Wanted, forget_paths, read_back
+from pipeline.formats.trtllm.release import NAME, VERSION
+from pipeline.formats.trtllm.timing_cache import TimingCache
+from pipeline.quant.export import copy_companions
+from pipeline.quant.unified import UnifiedCheckpoint
+
+_CODE = ("pipeline.formats.trtllm",)
+
+WAYS_ON = """\
+three ways on:
+  ARGS="compiler=trtrtx"      a TensorRT-RTX engine, built without a GPU
+  ARGS="compiler=checkpoint"  the FP8 checkpoint itself, for vLLM, SGLang and TensorRT-LLM >= 1.3
+  make image                  the build image, on a machine with the card; then the same command"""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtLlmCompiler:
+    """Compiler for one card: TensorRT times kernels on it.
+
+    Attributes:
+        max_batch_size: Requests at once.
+        max_seq_len: Prompt + output tokens of one request.
+        max_num_tokens: Tokens of one iteration; a longer prompt is prefilled in chunks.
+        opt_num_tokens: Token count that kernels are chosen for; None with several profiles.
+        kv_cache_dtype: Type of the paged cache: `fp8` uses the checkpoint's calibrated scales,
+            `bfloat16` means the 16-bit type that `dtype` names.
+        dtype: 16-bit type of activations and of what is not FP8.
+        where: `auto` runs on this machine if `trtllm-build` is on the PATH, else in a container.
+        image: The build image.
+        timeout_s: After so many seconds the build is stopped.
+        memory_gib: Limit of the container's memory; None for none.
+        plugins: Kernel choices.
+    """
+
+    max_batch_size: PositiveInt
+    max_seq_len: PositiveInt
+    max_num_tokens: PositiveInt
+    opt_num_tokens: PositiveInt | None
+    kv_cache_dtype: KvCacheDtype
+    dtype: Dtype
+    where: Where
+    image: str
+    timeout_s: PositiveFloat
+    memory_gib: PositiveFloat | None
+    plugins: Plugins
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
+                f"({self.max_batch_size}); increase compiler.max_num_tokens"
+            )
+        # The next three TensorRT-LLM would only warn of, and build something else:
+        # check_max_num_tokens in _common.py.
+        most = self.max_batch_size * self.max_seq_len
+        if self.max_num_tokens > most:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be <= max_batch_size x max_seq_len "
+                f"({most}); decrease compiler.max_num_tokens"
+            )
+        if self.max_num_tokens < self.plugins.tokens_per_block:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be >= plugins.tokens_per_block "
+                f"({self.plugins.tokens_per_block}); increase compiler.max_num_tokens"
+            )
+        if self.opt_num_tokens is not None and self.opt_num_tokens > self.max_num_tokens:
+            raise ValueError(
+                f"opt_num_tokens ({self.opt_num_tokens}) must be <= max_num_tokens "
+                f"({self.max_num_tokens})"
+            )
+        if self.opt_num_tokens is not None and self.plugins.multiple_profiles:
+            raise ValueError(
+                f"opt_num_tokens ({self.opt_num_tokens}) does not go with "
+                "plugins.multiple_profiles, which has an optimum for each range; set one of the "
+                "two to null or false"
+            )
+        if fault := self.plugins.attention_fault(self.kv_cache_dtype):
+            raise ValueError(f"plugins.{fault}")
+
+    @property
+    def format(self) -> Format:
+        return "trtllm"
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=self.max_num_tokens,
+            kv_cache_dtype="fp8" if self.kv_cache_dtype == "fp8" else self.dtype,
+        )
+
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        return NAME, VERSION
+
+    @property
+    def sizes(self) -> BuildSizes:
+        """The size flags."""
+        return BuildSizes(
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=self.max_num_tokens,
+            opt_num_tokens=self.opt_num_tokens,
+        )
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The build, with relative paths: what a rehearsal shows and an export prints."""
+        return example_command(self.sizes, self.plugins, self.kv_cache_dtype)
+
+    def variant(self, target: Target) -> str:
+        suffix = "-kv8" if self.kv_cache_dtype == "fp8" else ""
+        return f"{target.id}-trtllm-fp8-b{self.max_batch_size}-s{self.max_seq_len}{suffix}"
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        return {
+            "command": list(self.command),
+            "convert": self.conversion.inputs(),
+            "card": target.card,
+            "sm": target.sm,
+            "tools": {NAME: VERSION},
+            "code": source_digest(*_CODE),
+        }
+
+    def check_machine(self, target: Target) -> None:
+        """Find out in seconds, before any download, whether this machine can build at all.
+
+        Raises:
+            RecipeError: A kernel choice that the target has no use for.
+            IncompatibleError: It cannot; names the ways on.
+            AccessError: The user may not use Docker.
+            TransientError: Too little disk space for the image.
+        """
+        self._place(target)
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        place = self._place(target)
+        environment = probe_environment(place, log_dir / "probe.log")
+        converted = convert_trtllm(checkpoint.dir, checkpoint.digest, self.conversion, cache)
+        result = cache.run(
+            "compile",
+            {
+                "checkpoint": converted.digest,
+                "environment": environment.shaping,
+                **self.inputs(target),
+            },
+            lambda out: self._produce(
+                checkpoint.dir,
+                converted.dir,
+                out,
+                place,
+                TimingCache(cache.root, environment),
+                log_dir / "compile.log",
+            ),
+        )
+        return self._engine(checkpoint, target, converted, result)
+
+    @property
+    def conversion(self) -> TrtLlmSettings:
+        """How the unified checkpoint becomes TensorRT-LLM's."""
+        return TrtLlmSettings(kv_cache_dtype=self.kv_cache_dtype, dtype=self.dtype)
+
+    def _place(self, target: Target) -> Place:
+        if fault := self.plugins.sm_fault(target.sm):
+            raise RecipeError([Fault("compiler.plugins", fault)])
+        try:
+            return choose_place(
+                self.where,
+                image=self.image,
+                card=lambda: find_card(target),
+                memory_bytes=None if self.memory_gib is None else int(self.memory_gib * GIB),
+            )
+        except IncompatibleError as error:
+            raise IncompatibleError(
+                f"compiler=trtllm cannot build here: {error}\n{WAYS_ON}"
+            ) from error
+
+    def _produce(
+        self,
+        unified_dir: Path,
+        converted_dir: Path,
+        out: Path,
+        place: Place,
+        timing: TimingCache,
+        log_path: Path,
+    ) -> None:
+        folders = {
+            name: Shared(name=name, source=out / name, read_only=name == TIMING_IN)
+            for name in (ENGINE, TIMING_IN, TIMING_OUT)
+        }
+        for folder in folders.values():
+            folder.source.mkdir()
+        folders[CHECKPOINT] = Shared(name=CHECKPOINT, source=converted_dir)
+        lent = timing.lend(out / TIMING_IN)
+        paths = BuildPaths(
+            checkpoint_dir=place.path(folders[CHECKPOINT]),
+            engine_dir=place.path(folders[ENGINE]),
+            timing_cache_in=f"{place.path(folders[TIMING_IN])}/{lent.name}" if lent else None,
+            timing_cache_out=f"{place.path(folders[TIMING_OUT])}/{TIMING_CACHE_FILE}",
+        )
+        command = build_command(self.sizes, self.plugins, self.kv_cache_dtype, paths)
+        _run_explained(place, command, tuple(folders.values()), log_path, self.timeout_s)
+        engine_dir = out / ENGINE
+        wanted = Wanted(
+            sizes=self.sizes,
+            plugins=self.plugins,
+            kv_cache_dtype=self.kv_cache_dtype,
+            checkpoint=json.loads((converted_dir / "config.json").read_text()),
+        )
+        effective = read_back(engine_dir, wanted)
+        forget_paths(engine_dir)
+        copy_companions(unified_dir, engine_dir)
+        timing.keep(out / TIMING_OUT)
+        shutil.rmtree(out / TIMING_IN)
+        shutil.rmtree(out / TIMING_OUT)
+        checks = {
+            "effective": effective,
+            "environment": asdict(timing.environment),
+            "command": list(self.command),
+        }
+        (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
+
+    def _engine(
+        self, checkpoint: Checkpoint, target: Target, converted: StageResult, result: StageResult
+    ) -> Engine:
+        engine_dir = result.dir / ENGINE
+        checks = result.read_json("checks.json")
+        built_with = Environment(**checks["environment"])
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        token_bytes = config.kv_bytes_per_token(1 if self.kv_cache_dtype == "fp8" else 2)
+        return Engine(
+            dir=engine_dir,
+            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
+            format="trtllm",
+            variant=self.variant(target),
+            runtime=(NAME, built_with.tensorrt_llm),
+            sms=(target.sm,),
+            limits=self.limits,
+            # As for every paged runtime: what one request of full length needs, at least.
+            min_vram_bytes=(engine_dir / ENGINE_FILE).stat().st_size
+            + token_bytes * self.max_seq_len,
+            serve_args=(
+                *("--backend", "tensorrt"),
+                *("--max_batch_size", str(self.max_batch_size)),
+                *("--max_num_tokens", str(self.max_num_tokens)),
+            ),
+            tools={**checkpoint.calibration["tools"], **built_with.tools},
+            checks={"trtllm_build": checks, "conversion": converted.read_json("conversion.json")},
+        )
+
+
+def _run_explained(
+    place: Place,
+    command: tuple[str, ...],
+    shared: tuple[Shared, ...],
+    log_path: Path,
+    timeout_s: float,
+) -> None:
+    """Run the build; a failure with a known cause says what to change."""
+    started = time.monotonic()
+    try:
+        place.run(command, shared, stage="compile", log_path=log_path, timeout_s=timeout_s)
+    except ToolError as error:
+        timed_out = time.monotonic() - started >= timeout_s  # its own message says so
+        if not timed_out and (hint := explain_log(error.log_path, error.returncode)):
+            raise ToolError(
+                stage=error.stage,
+                command=error.command,
+                returncode=error.returncode,
+                log_path=error.log_path,
+                last_lines=last_lines(error.log_path),
+                hint=hint,
+            ) from error
+        raise

@@ -1,0 +1,229 @@
+"""The `config.json` of a TensorRT-LLM 1.2 checkpoint.
+
+TensorRT-LLM gives most keys a default and says nothing when one is missing, so a checkpoint without
+`rotary_base` builds and runs, with the wrong rotary embedding. Hence every key whose default could
+be wrong for some model is written, also where the default happens to be right.
+
+Sources, all of NVIDIA/TensorRT-LLM. Where the public index of file versions tells no commit, its
+index number is given: `models/modeling_utils.py` (b35ac1b6), `models/llama/config.py` (89fd9b74)
+and `model.py` (#663997685), `models/qwen/config.py` (373970a8) and `model.py` (#984454274),
+`models/phi3/config.py` (1e6a4f97) and `model.py` (c4dc529f), `layers/attention.py` (#1178835378),
+`mapping.py` (b35ac1b6, which is 1.2.0rc2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.rope import Llama3Scaling, LongRopeScaling
+
+Dtype = Literal["bfloat16", "float16"]
+"""Type of activations and of every tensor that is not FP8."""
+
+_QWEN_SEQ_LENGTH = 8192
+"""`seq_length` scales attention only where `use_logn_attn` is on; the layer reads it regardless.
+The value is the one that TensorRT-LLM's own conversion falls back to (`models/qwen/config.py`)."""
+
+
+def trtllm_config(
+    config: DecoderConfig,
+    *,
+    dtype: Dtype,
+    kv_fp8: bool,
+    exclude: Sequence[str],
+    tp_size: int = 1,
+    pp_size: int = 1,
+) -> dict[str, Any]:
+    """Everything that TensorRT-LLM needs to know about the model, beside its weights.
+
+    Args:
+        config: The decoder.
+        dtype: Type of activations and of tensors that are not FP8.
+        kv_fp8: The KV cache is FP8; the weights must hold its scales.
+        exclude: TensorRT-LLM's names of the linears that are not FP8, lm_head among them.
+        tp_size: Tensor parallelism; only 1 is built.
+        pp_size: Pipeline parallelism; only 1 is built.
+
+    Raises:
+        RecipeError: TensorRT-LLM's class for this architecture would silently ignore something
+            that this model needs, or more than one GPU was asked for.
+    """
+    faults = [*_parallel_faults(tp_size, pp_size), *_faults(config)]
+    if faults:
+        raise RecipeError(faults)
+    return {
+        "architecture": config.architecture,
+        "dtype": dtype,
+        "logits_dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_size": config.head_dim,
+        "qk_layernorm": False,
+        # Phi-3 has one fused matrix, whose activation splits its output: the second half gates.
+        "hidden_act": "swiglu" if config.fused else "silu",
+        "norm_epsilon": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        **_rope(config),
+        **_family(config),
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1},
+        # An unknown key in here is an error, not a warning.
+        "quantization": {
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": "FP8" if kv_fp8 else None,
+            "exclude_modules": list(exclude),
+        },
+    }
+
+
+def _rope(config: DecoderConfig) -> dict[str, Any]:
+    """Rotary settings; `rotary_scaling` is null for the plain embedding.
+
+    TensorRT-LLM has no type `default` (ValueError). It takes the type of a scaling from `type`,
+    else from `rope_type`; both are written, since older readers know one of them only.
+
+    LongRoPE goes through keys of its own, which change the layers; `position_embedding_type`
+    changes the tables. One without the other is an assertion at best.
+    """
+    rope = config.rope
+    keys: dict[str, Any] = {
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": rope.theta,
+        "rotary_pct": _rotary_pct(config),
+        "rotary_embedding_dim": rope.rotary_dim,
+        "rotary_scaling": None,
+    }
+    scaling = rope.scaling
+    if isinstance(scaling, Llama3Scaling):
+        keys["rotary_scaling"] = {
+            "type": "llama3",
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    elif isinstance(scaling, LongRopeScaling):
+        keys |= {
+            "position_embedding_type": "long_rope",
+            "longrope_scaling_short_factors": list(scaling.short_factors),
+            "longrope_scaling_long_factors": list(scaling.long_factors),
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return keys
+
+
+def _rotary_pct(config: DecoderConfig) -> float:
+    """The share of each head that is rotated, such that TensorRT-LLM computes our size from it.
+
+    It takes `int(head_size * rotary_pct)`, which falls short by one where the quotient was rounded
+    down.
+    """
+    share = config.rope.rotary_dim / config.head_dim
+    if int(config.head_dim * share) < config.rope.rotary_dim:
+        share = math.nextafter(share, math.inf)
+    return share
+
+
+def _family(config: DecoderConfig) -> dict[str, Any]:
+    """Keys that one config class has and others do not.
+
+    Mistral is built by the Llama class. Phi-3's layer has no biases to switch.
+    """
+    match config.architecture:
+        case "LlamaForCausalLM" | "MistralForCausalLM":
+            return {"attn_bias": False, "mlp_bias": False}
+        case "Qwen2ForCausalLM":
+            return {
+                "attn_bias": config.attention_bias,
+                "mlp_bias": False,
+                "qwen_type": "qwen2",
+                "seq_length": _QWEN_SEQ_LENGTH,
+                "use_logn_attn": False,
+            }
+        case "Phi3ForCausalLM":
+            return {}
+
+
+def _parallel_faults(tp_size: int, pp_size: int) -> list[Fault]:
+    return [
+        Fault(
+            name,
+            f"is {size}; the converter writes checkpoints for one GPU, so it must be 1. For a "
+            "model that needs more, use compiler=checkpoint with vLLM or TensorRT-LLM >= 1.3",
+        )
+        for name, size in (("tp_size", tp_size), ("pp_size", pp_size))
+        if size != 1
+    ]
+
+
+def _faults(config: DecoderConfig) -> list[Fault]:
+    """What TensorRT-LLM's class would ignore without a word (see the sources above)."""
+    return _phi3_faults(config) if config.fused else _plain_faults(config)
+
+
+def _plain_faults(config: DecoderConfig) -> list[Fault]:
+    """The Llama and Qwen layers rotate whole heads and know no LongRoPE."""
+    faults = []
+    if config.rope.rotary_dim != config.head_dim:
+        faults.append(
+            _fault(
+                "partial_rotary_factor",
+                f"rotates {config.rope.rotary_dim} of {config.head_dim} elements; TensorRT-LLM's "
+                f"{config.architecture} rotates all",
+            )
+        )
+    if isinstance(config.rope.scaling, LongRopeScaling):
+        faults.append(
+            _fault("rope_type", f"is longrope, which its {config.architecture} does not have")
+        )
+    return faults
+
+
+def _phi3_faults(config: DecoderConfig) -> list[Fault]:
+    """The Phi-3 layer ignores `head_size` and `rotary_scaling`, and computes its own LongRoPE gain.
+
+    The gain is sqrt(1 + ln(f) / ln(original)), f = max_position_embeddings / original
+    (`create_sinusoidal_positions_long_rope_for_attention_plugin` in `functional.py`); the keys
+    `longrope_short_mscale` and `longrope_long_mscale` are read for Phi-3-small and PhiMoE only.
+    """
+    faults = []
+    if config.head_dim * config.num_heads != config.hidden_size:
+        faults.append(
+            _fault(
+                "head_dim",
+                f"is {config.head_dim}; TensorRT-LLM's Phi3ForCausalLM takes hidden_size / "
+                f"num_attention_heads = {config.hidden_size / config.num_heads:g} instead",
+            )
+        )
+    scaling = config.rope.scaling
+    if isinstance(scaling, Llama3Scaling):
+        faults.append(_fault("rope_type", "is llama3, which its Phi3ForCausalLM ignores"))
+    elif isinstance(scaling, LongRopeScaling):
+        original = scaling.original_max_position_embeddings
+        ratio = config.max_position_embeddings / original
+        gain = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        if not math.isclose(gain, scaling.attention_factor, rel_tol=1e-6):
+            faults.append(
+                _fault(
+                    "attention_factor",
+                    f"is {scaling.attention_factor:g}; TensorRT-LLM computes {gain:g} from "
+                    f"max_position_embeddings and cannot be told another",
+                )
+            )
+    return faults
+
+
+def _fault(key: str, message: str) -> Fault:
+    return Fault(
+        f"config.json: {key}", f"{message}; use compiler=checkpoint or compiler=trtrtx for it"
+    )

@@ -1,0 +1,287 @@
+"""Plans `rank0.safetensors`: which source goes where, and with which scale.
+
+Nothing is read but headers and scales. TensorRT-LLM has one matrix for q, k and v, so they share a
+scale by layout; and `trtllm-build` fuses gate and up (`use_fused_mlp`, on by default), rounding to
+the larger scale where theirs differ. The converter does that itself, for both, so that what was
+checked is what runs, and says what it cost. Our own checkpoints share scales already: exact bytes.
+
+`trtllm-build` casts both scales of an FP8 linear to the 16-bit dtype (with `gemm_plugin` fp8, that
+of the activations only). The checkpoint keeps float32; ours are bfloat16 values anyway.
+
+Sources in NVIDIA/TensorRT-LLM (see config.py on the numbers): `models/modeling_utils.py`
+(b35ac1b6: names, `fuse_gate_mlp`, `share_embedding`), `models/model_weights_loader.py`
+(#503652548: which Hugging Face tensor is which), `models/phi3/convert.py` (89fd9b74: halves),
+`quantization/layers.py` (#790827869: FP8 linears), `quantization/quantize.py` (#235018984).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.formats.trtllm.convert.config import Dtype
+from pipeline.formats.trtllm.convert.linears import Linear, layer_linears
+from pipeline.formats.trtllm.convert.plan import FP8, Piece, PlannedTensor, TensorPlan
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.quant.unified import UnifiedCheckpoint
+
+KV_SCALE_FLOOR = 1.0
+"""Smallest scale of an FP8 KV cache that is written.
+
+With FP8 weights and an FP8 cache `trtllm-build` selects FP8 context attention, which rounds query,
+key and value with this one scale: the first product is multiplied with its square (C++ sources of
+the 1.2 line, index numbers 190937516, 2653699903 and 634291217). The query was not calibrated, so a
+scale below 1 could clip it. ModelOpt's own TensorRT-LLM exporter has the same floor
+(`get_kv_cache_scaling_factor`, 0.47.0). E4M3 keeps its precision down to 2^-6, so a scale that is
+larger than need be costs little."""
+
+_FLOATS = frozenset({"bfloat16", "float16", "float32"})
+_MAX_LISTED = 8
+
+
+def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -> TensorPlan:
+    """Map every tensor of a unified FP8 checkpoint.
+
+    Args:
+        checkpoint: From any exporter of ModelOpt's unified format, per-tensor static FP8.
+        dtype: Type of what is not FP8.
+        kv_fp8: Write the scales of an FP8 KV cache.
+
+    Raises:
+        CorruptError: Lists the tensors that are missing, have another shape than `config.json`
+            implies, are not known, or hold a scale that is no positive number.
+        RecipeError: The checkpoint is whole but cannot be expressed: no FP8 in it, half of a fused
+            group FP8, another kind of quantization, no KV scales although they were asked for.
+    """
+    planner = _Planner(checkpoint, dtype)
+    config = checkpoint.config
+    planner.plain("transformer.vocab_embedding.weight", "model.embed_tokens.weight",
+                  (config.vocab_size, config.hidden_size))  # fmt: skip
+    for layer in range(config.num_layers):
+        source, target = f"model.layers.{layer}", f"transformer.layers.{layer}"
+        norm = (config.hidden_size,)
+        planner.plain(f"{target}.input_layernorm.weight", f"{source}.input_layernorm.weight", norm)
+        for linear in layer_linears(config, layer):
+            planner.linear(linear)
+        planner.kv_scale(layer, wanted=kv_fp8)
+        planner.plain(f"{target}.post_layernorm.weight",
+                      f"{source}.post_attention_layernorm.weight", norm)  # fmt: skip
+    planner.plain("transformer.ln_f.weight", "model.norm.weight", (config.hidden_size,))
+    planner.head(config)
+    return planner.finish()
+
+
+class _Planner:
+    """Collects tensors and faults; `finish` raises the faults or returns the plan."""
+
+    def __init__(self, checkpoint: UnifiedCheckpoint, dtype: Dtype) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._tensors: list[PlannedTensor] = []
+        self._used: set[str] = set()
+        self._corrupt: list[str] = []
+        self._unfit: list[Fault] = []
+        self._fp8: list[str] = []
+        self._excluded = ["lm_head"]
+        self._requantized: list[str] = []
+        self._merged_inputs: list[str] = []
+        self._without_kv_scales: list[str] = []
+
+    def plain(self, target: str, source: str, shape: tuple[int, ...]) -> None:
+        """One 16-bit tensor."""
+        if self._take(source, shape, _FLOATS):
+            self._add(target, self._dtype, shape, [Piece(tensor=source)])
+
+    def head(self, config: DecoderConfig) -> None:
+        """lm_head, also where it is the embedding.
+
+        TensorRT-LLM accepts a file without it and then uses the embedding, also for a model that is
+        not tied: wrong, and no message. With it always there, its absence is always a fault. The
+        builder finds equal tables and keeps one.
+        """
+        shape = (config.vocab_size, config.hidden_size)
+        if config.tied:
+            self.plain("lm_head.weight", "model.embed_tokens.weight", shape)
+        elif self._checkpoint.is_fp8("lm_head"):
+            self._used |= {f"lm_head.{name}" for name in ("weight", "weight_scale", "input_scale")}
+            self._unfit.append(Fault("lm_head", "is FP8; it is converted as 16-bit only"))
+        else:
+            self.plain("lm_head.weight", "lm_head.weight", shape)
+
+    def linear(self, linear: Linear) -> None:
+        """Weight, scales and bias of one of TensorRT-LLM's linears."""
+        fp8 = {self._checkpoint.is_fp8(module) for module in linear.sharing}
+        if len(fp8) > 1:
+            kept = [module for module in linear.sharing if not self._checkpoint.is_fp8(module)]
+            self._unfit.append(
+                Fault(
+                    linear.target,
+                    f"mixes precisions: {', '.join(kept)} is not FP8, but is fused with what is; "
+                    "keep all of a group in 16 bits or none (quantizer.keep_16bit)",
+                )
+            )
+        allowed = {FP8} if fp8 == {True} else _FLOATS
+        whole = [
+            self._take(f"{module}.weight", (rows, linear.columns), allowed)
+            for module, rows in linear.parts
+        ]
+        scales = self._scales(linear) if fp8 == {True} else {}
+        if all(whole) and len(fp8) == 1:
+            self._weight(linear, scales)
+        if linear.bias:
+            taken = [self._take(f"{m}.bias", (rows,), _FLOATS) for m, rows in linear.parts]
+            if all(taken):
+                pieces = [Piece(tensor=f"{module}.bias") for module, _ in linear.parts]
+                shape = (sum(rows for _, rows in linear.parts),)
+                self._add(f"{linear.target}.bias", self._dtype, shape, pieces)
+
+    def _weight(self, linear: Linear, scales: Mapping[str, float]) -> None:
+        """The matrix; `scales` is empty for a 16-bit one."""
+        pieces = [
+            Piece(tensor=f"{module}.weight", rows=rows) for module, rows in linear.ordered_rows()
+        ]
+        shape = (sum(rows for _, rows in linear.parts), linear.columns)
+        if not scales:
+            self._excluded.append(linear.target)
+            self._add(f"{linear.target}.weight", self._dtype, shape, pieces)
+            return
+        self._fp8.append(linear.target)
+        shared = max(scales[f"{module}.weight_scale"] for module in linear.sharing)
+        scaled = []
+        for piece in pieces:
+            old = scales[f"{piece.tensor}_scale"]
+            if old != shared:
+                self._requantized.append(piece.tensor.removesuffix(".weight"))
+            scaled.append(dataclasses.replace(piece, old_scale=old, new_scale=shared))
+        self._add(f"{linear.target}.weight", FP8, shape, scaled)
+        self._scalar(f"{linear.target}.weights_scaling_factor", shared)
+        inputs = {scales[f"{module}.input_scale"] for module in linear.sharing}
+        if len(inputs) > 1:
+            self._merged_inputs.append(linear.target)
+        self._scalar(f"{linear.target}.activation_scaling_factor", max(inputs))
+
+    def _scales(self, linear: Linear) -> dict[str, float]:
+        """Weight and input scales of the modules that share; 1.0 stands in for a faulty one."""
+        return {
+            name: self._scale(name)
+            for module in linear.sharing
+            for name in (f"{module}.weight_scale", f"{module}.input_scale")
+        }
+
+    def _scale(self, name: str) -> float:
+        """One positive number; a fault, and 1.0, where it is something else."""
+        self._used.add(name)
+        entry = self._checkpoint.tensors.get(name)
+        if entry is None:
+            self._corrupt.append(f"{name} is missing; static per-tensor FP8 needs it")
+            return 1.0
+        if math.prod(entry.shape) != 1:
+            self._unfit.append(
+                Fault(name, f"has shape {entry.shape}; only one scale for a tensor is converted")
+            )
+            return 1.0
+        value = float(self._checkpoint.scalar(name))
+        if not 0 < value < math.inf:
+            self._corrupt.append(f"{name} is {value}, no positive number")
+            return 1.0
+        return value
+
+    def kv_scale(self, layer: int, *, wanted: bool) -> None:
+        """One scale for keys and values: the larger one, and no less than `KV_SCALE_FLOOR`.
+
+        TensorRT-LLM's loader takes the maximum as well. The separate `k_cache_scaling_factor` and
+        `v_cache_scaling_factor` would override ours, so they are not written.
+        """
+        attention = f"model.layers.{layer}.self_attn"
+        names = {f"{attention}.{part}_proj.{part}_scale" for part in ("k", "v")}
+        found = names & self._checkpoint.tensors.keys()
+        self._used |= names
+        if not wanted:
+            return
+        if len(found) == 1:
+            self._corrupt.append(f"{(names - found).pop()} is missing; {found.pop()} is there")
+        elif not found:
+            self._without_kv_scales.append(attention)
+        else:
+            value = max(KV_SCALE_FLOOR, *(self._scale(name) for name in sorted(names)))
+            self._scalar(f"transformer.layers.{layer}.attention.kv_cache_scaling_factor", value)
+
+    def finish(self) -> TensorPlan:
+        """The plan.
+
+        Raises:
+            CorruptError: Something is wrong with the checkpoint.
+            RecipeError: It cannot be expressed.
+        """
+        self._raise_corrupt(self._corrupt)
+        if not self._fp8 and not self._unfit:
+            self._unfit.append(
+                Fault(
+                    str(self._checkpoint.dir),
+                    "holds no FP8 linear; quantize the model first (enginesmith build, or "
+                    "ModelOpt's export_hf_checkpoint)",
+                )
+            )
+        elif self._without_kv_scales:
+            self._unfit.append(
+                Fault(
+                    self._without_kv_scales[0],
+                    f"has no k_scale and v_scale for an FP8 KV cache, like "
+                    f"{len(self._without_kv_scales)} layers in all; use kv_cache_dtype=bfloat16 or "
+                    "calibrate the cache (ModelOpt's FP8_KV_CFG)",
+                )
+            )
+        if self._unfit:
+            raise RecipeError(self._unfit[:_MAX_LISTED])
+        architecture = self._checkpoint.config.architecture
+        self._raise_corrupt(
+            [
+                f"{name} is no tensor of {architecture}, and no scale of one"
+                for name in sorted(self._checkpoint.tensors.keys() - self._used)
+            ]
+        )
+        return TensorPlan(
+            tensors=tuple(self._tensors),
+            fp8=tuple(self._fp8),
+            excluded=tuple(self._excluded),
+            requantized=tuple(self._requantized),
+            merged_inputs=tuple(self._merged_inputs),
+        )
+
+    def _raise_corrupt(self, faults: Sequence[str]) -> None:
+        if faults:
+            raise CorruptError(
+                f"{self._checkpoint.dir} cannot be converted:\n{_listed(faults)}\n"
+                "make the checkpoint again"
+            )
+
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: frozenset[str] | set[str]) -> bool:
+        """Mark a source tensor as used; False, with a fault, if it is not as it must be."""
+        self._used.add(name)
+        entry = self._checkpoint.tensors.get(name)
+        if entry is None:
+            self._corrupt.append(f"{name} is missing")
+        elif entry.shape != shape:
+            self._corrupt.append(f"{name} has shape {entry.shape}, config.json implies {shape}")
+        elif entry.dtype not in dtypes:
+            wanted = " or ".join(sorted(dtypes))
+            self._unfit.append(Fault(name, f"has dtype {entry.dtype}; {wanted} is converted"))
+        else:
+            return True
+        return False
+
+    def _add(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
+        self._tensors.append(
+            PlannedTensor(name=name, dtype=dtype, shape=shape, pieces=tuple(pieces))
+        )
+
+    def _scalar(self, name: str, value: float) -> None:
+        self._tensors.append(PlannedTensor(name=name, dtype="float32", shape=(1,), value=value))
+
+
+def _listed(faults: Sequence[str]) -> str:
+    more = len(faults) - _MAX_LISTED
+    lines = [f"    {fault}" for fault in faults[:_MAX_LISTED]]
+    return "\n".join([*lines, *([f"    and {more} more"] if more > 0 else [])])

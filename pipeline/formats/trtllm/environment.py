@@ -1,0 +1,109 @@
+"""What an engine is built with: versions, card, driver and image, asked for before the build."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.hardware import card_name
+from pipeline.core.values import digest_of
+from pipeline.formats.trtllm import probe
+from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.release import NAME, VERSION
+
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What shapes an engine beside its inputs.
+
+    Attributes:
+        tensorrt_llm: Version.
+        tensorrt: Version; an engine loads in no other.
+        cuda: CUDA release of the installed PyTorch; empty if unknown.
+        card: The card that kernels are timed on, such as `NVIDIA-GeForce-RTX-4090`.
+        sm: Its compute capability x 10.
+        driver: Version of the NVIDIA driver.
+        image: Digest of the image; empty on this machine.
+    """
+
+    tensorrt_llm: str
+    tensorrt: str
+    cuda: str
+    card: str
+    sm: int
+    driver: str
+    image: str
+
+    @property
+    def shaping(self) -> dict[str, str | int]:
+        """The part that shapes the engine's bytes: all but the driver."""
+        return {name: value for name, value in asdict(self).items() if name != "driver"}
+
+    @property
+    def key(self) -> str:
+        """SHA-256 (hex) of that part."""
+        return digest_of(self.shaping)
+
+    @property
+    def tools(self) -> Mapping[str, str]:
+        """Name -> version, for the manifest; unknown ones are left out."""
+        named = {
+            NAME: self.tensorrt_llm,
+            "tensorrt": self.tensorrt,
+            "cuda": self.cuda,
+            "build-image": self.image,
+        }
+        return {name: value for name, value in named.items() if value}
+
+
+def probe_environment(place: Place, log_path: Path) -> Environment:
+    """Ask the place for its versions.
+
+    Raises:
+        IncompatibleError: It has no TensorRT-LLM, or another release.
+        ToolError: The probe did not run.
+    """
+    with tempfile.TemporaryDirectory(prefix="enginesmith-probe-") as folder:
+        script = Shared(name="probe.py", source=Path(probe.__file__))
+        answers = Shared(name="answers", source=Path(folder), read_only=False)
+        place.run(
+            [place.python, place.path(script), f"{place.path(answers)}/versions.json"],
+            [script, answers],
+            stage="probe",
+            log_path=log_path,
+            timeout_s=_TIMEOUT_S,
+        )
+        versions = json.loads((Path(folder) / "versions.json").read_text())
+    environment = Environment(
+        tensorrt_llm=versions[NAME],
+        tensorrt=versions["tensorrt"],
+        cuda=versions["cuda"],
+        card=card_name(place.gpu.name),
+        sm=place.gpu.sm or 0,
+        driver=place.gpu.driver,
+        image=place.image_digest(),
+    )
+    require_release(environment)
+    return environment
+
+
+def require_release(environment: Environment) -> None:
+    """Demand the release whose flags and formats this package knows.
+
+    Raises:
+        IncompatibleError: It is another one, or TensorRT is missing.
+    """
+    where = f"the image {environment.image}" if environment.image else "this machine"
+    if environment.tensorrt_llm != VERSION or not environment.tensorrt:
+        found = environment.tensorrt_llm or "none"
+        raise IncompatibleError(
+            f"compiler=trtllm needs TensorRT-LLM {VERSION} with its TensorRT; {where} has "
+            f"TensorRT-LLM {found} and TensorRT {environment.tensorrt or 'none'}; use the build "
+            "image (make image)"
+        )

@@ -1,0 +1,278 @@
+"""Where TensorRT-LLM's programs run: on this machine, or in a container of the build image.
+
+    place = choose_place("auto", image=image, card=lambda: find_card(target))
+    place.run([..., place.path(engine)], [checkpoint, engine], stage="compile", log_path=log)
+
+Both run the same command; only the paths in it differ. Nothing reaches the network: a container has
+none, and on this machine the Hub's clients are told to stay offline.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pipeline.core.containers.container import NVIDIA_ULIMITS, Bind, Container, run_container
+from pipeline.core.containers.gpu import Gpu, find_gpu, probe_gpus
+from pipeline.core.containers.preflight import image_digest, preflight
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.hardware import Target, card_name
+from pipeline.core.process import run_tool
+from pipeline.formats.trtllm.release import BUILD_PROGRAM, CUDA, IMAGE_BYTES, SHM_BYTES, VERSION
+
+Where = Literal["auto", "local", "docker"]
+
+_MOUNTS = "/mnt"
+_DOCKER_SOCKET = "/var/run/docker.sock"
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A file or folder that a program sees.
+
+    Attributes:
+        name: Tells it from the others of the same run; its place in a container.
+        source: Where it is on this machine.
+        read_only: Whether a container may only read it.
+    """
+
+    name: str
+    source: Path
+    read_only: bool = True
+
+
+class Place(Protocol):
+    """Runs TensorRT-LLM's programs."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """The one card that they see."""
+        ...
+
+    @property
+    def python(self) -> str:
+        """The interpreter that has TensorRT-LLM."""
+        ...
+
+    def image_digest(self) -> str:
+        """Identity of the image; empty where there is none."""
+        ...
+
+    def path(self, shared: Shared) -> str:
+        """Where a program finds it."""
+        ...
+
+    def run(
+        self,
+        command: Sequence[str],
+        shared: Sequence[Shared],
+        *,
+        stage: str,
+        log_path: Path,
+        timeout_s: float,
+        heartbeat_s: float = 15.0,
+    ) -> None:
+        """Run a program to its end; its output is appended to `log_path`.
+
+        Args:
+            command: Program and arguments, with paths from `path`.
+            shared: All that it sees of this machine's files.
+            stage: Names the work in messages.
+            log_path: Gets the command line and the output.
+            timeout_s: After so long it is stopped.
+            heartbeat_s: How often a line says that it still runs.
+
+        Raises:
+            ToolError: It failed, ran out of memory or ran out of time.
+            IncompatibleError: The container could not be started here.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlace:
+    """This machine, which is usually the inside of the build image.
+
+    Attributes:
+        gpu: The card.
+        program: Path of `trtllm-build`.
+    """
+
+    gpu: Gpu
+    program: Path
+
+    @property
+    def python(self) -> str:
+        """The interpreter that pip wrote into the program's first line, else our own."""
+        with self.program.open("rb") as stream:
+            first = stream.readline(4096).decode("utf-8", errors="replace")
+        words = first.removeprefix("#!").split() if first.startswith("#!") else []
+        known = words and "python" in Path(words[0]).name and Path(words[0]).is_file()
+        return words[0] if known else sys.executable
+
+    def image_digest(self) -> str:
+        return ""
+
+    def path(self, shared: Shared) -> str:
+        return str(shared.source)
+
+    def run(
+        self,
+        command: Sequence[str],
+        shared: Sequence[Shared],
+        *,
+        stage: str,
+        log_path: Path,
+        timeout_s: float,
+        heartbeat_s: float = 15.0,
+    ) -> None:
+        # Whoever runs in an image under a foreign uid has a HOME that cannot be written.
+        with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
+            run_tool(
+                command,
+                stage=stage,
+                log_path=log_path,
+                env={**_OFFLINE, "HOME": home, "CUDA_VISIBLE_DEVICES": self.gpu.uuid},
+                timeout_s=timeout_s,
+                heartbeat_s=heartbeat_s,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerPlace:
+    """A container of the build image.
+
+    Attributes:
+        gpu: The card that the container sees.
+        image: Name with tag or digest.
+        memory_bytes: Limit of its memory; None for none.
+    """
+
+    gpu: Gpu
+    image: str
+    memory_bytes: int | None
+
+    @property
+    def python(self) -> str:
+        return "python3"
+
+    def image_digest(self) -> str:
+        return image_digest(self.image)
+
+    def path(self, shared: Shared) -> str:
+        return f"{_MOUNTS}/{shared.name}"
+
+    def run(
+        self,
+        command: Sequence[str],
+        shared: Sequence[Shared],
+        *,
+        stage: str,
+        log_path: Path,
+        timeout_s: float,
+        heartbeat_s: float = 15.0,
+    ) -> None:
+        container = Container(
+            image=self.image,
+            command=tuple(command),
+            binds=tuple(
+                Bind(source=item.source, target=self.path(item), read_only=item.read_only)
+                for item in shared
+            ),
+            env={**_OFFLINE, "CUDA_VISIBLE_DEVICES": self.gpu.uuid},
+            memory_bytes=self.memory_bytes,
+            shm_bytes=SHM_BYTES,
+            ulimits=NVIDIA_ULIMITS,
+            gpus=True,
+        )
+        run_container(
+            container,
+            stage=stage,
+            log_path=log_path,
+            timeout_s=timeout_s,
+            heartbeat_s=heartbeat_s,
+        )
+
+
+def choose_place(
+    where: Where,
+    *,
+    image: str,
+    card: Callable[[], Gpu],
+    memory_bytes: int | None = None,
+    section: str = "compiler",
+) -> LocalPlace | ContainerPlace:
+    """Choose where to run, and make every check that needs no download and starts nothing.
+
+    `auto` takes this machine when `trtllm-build` is on the PATH, else Docker; but inside a pod
+    without a Docker socket it never tries Docker.
+
+    Args:
+        where: The recipe's wish.
+        image: The build image.
+        card: Finds the card that is needed, or raises IncompatibleError.
+        memory_bytes: Limit of a container's memory; None for none.
+        section: Section of the recipe that holds the wish, for messages.
+
+    Raises:
+        IncompatibleError: No program, card, driver, engine or image for it.
+        AccessError: The user may not use Docker.
+        TransientError: Too little disk space for the image.
+    """
+    program = shutil.which(BUILD_PROGRAM)
+    if where != "docker" and program:
+        return LocalPlace(gpu=card(), program=Path(program))
+    if where == "local":
+        raise IncompatibleError(
+            f"{BUILD_PROGRAM} is not on the PATH: run inside the build image, or install "
+            f"tensorrt-llm {VERSION} in this environment, or set {section}.where=docker"
+        )
+    if where == "auto" and _in_pod_without_docker():
+        raise IncompatibleError(
+            f"{BUILD_PROGRAM} is not on the PATH, and a pod without a Docker socket has no other "
+            f"way: let the pod itself use the build image ({image})"
+        )
+    try:
+        gpu = card()
+        preflight(image, cuda=CUDA, image_bytes=IMAGE_BYTES, gpu=gpu)
+    except IncompatibleError as error:
+        if where == "docker":
+            raise
+        raise IncompatibleError(f"{BUILD_PROGRAM} is not on the PATH, and {error}") from error
+    return ContainerPlace(gpu=gpu, image=image, memory_bytes=memory_bytes)
+
+
+def find_card(target: Target) -> Gpu:
+    """The target's own card in this machine.
+
+    Another card of the same SM will not do: kernels are chosen by timing, and the package says
+    which card it was tuned for.
+
+    Raises:
+        IncompatibleError: It is not here; says what is.
+    """
+    gpus = probe_gpus()
+    for gpu in gpus:
+        if gpu.sm == target.sm and card_name(gpu.name) == target.card:
+            return gpu
+    found = find_gpu(target.sm)
+    raise IncompatibleError(
+        f"the target {target.id} is {target.card}, this machine has "
+        f"{card_name(found.name)}: the same "
+        f"sm_{target.sm}, but TensorRT chooses kernels by timing them, so an engine is built on "
+        "the card that it is for; build there, or choose the target that is here (target=NAME)"
+    )
+
+
+def _in_pod_without_docker() -> bool:
+    if "KUBERNETES_SERVICE_HOST" not in os.environ:
+        return False
+    host = os.environ.get("DOCKER_HOST") or _DOCKER_SOCKET
+    return not Path(host.removeprefix("unix://")).exists()

@@ -1,0 +1,179 @@
+"""Holds what `trtllm-build` wrote against what it was asked for.
+
+It changes values that do not go together and only warns (attention rules and size checks of
+`builder.py`, `check_max_num_tokens` in `_common.py`); the effective ones stand in the engine's
+`config.json`: `version`, `pretrained_config` (the checkpoint's config as it was understood) and
+`build_config` with its `plugin_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import PipelineError
+from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, BuildSizes
+from pipeline.formats.trtllm.plugins import Plugins
+from pipeline.formats.trtllm.release import VERSION
+
+ENGINE_FILE = "rank0.engine"
+CONFIG_FILE = "config.json"
+
+_MODEL_KEYS = (
+    "architecture",
+    "dtype",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "norm_epsilon",
+    "attn_bias",
+    "mlp_bias",
+    "rotary_base",
+    "rotary_pct",
+    "rotary_scaling",
+)
+"""Keys of a checkpoint's config that must come out as they went in; most of them have a silent
+default (`PretrainedConfig` and its subclasses, models/*/config.py)."""
+
+_TIMING_KEYS = ("input_timing_cache", "output_timing_cache")
+
+
+class _Missing:
+    """Stands for a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What was asked for.
+
+    Attributes:
+        sizes: Sizes of the engine.
+        plugins: Kernel choices.
+        kv_cache_dtype: `fp8` or `bfloat16`.
+        checkpoint: Parsed `config.json` of the TensorRT-LLM checkpoint.
+    """
+
+    sizes: BuildSizes
+    plugins: Plugins
+    kv_cache_dtype: str
+    checkpoint: Mapping[str, Any]
+
+
+def read_back(engine_dir: Path, wanted: Wanted) -> dict[str, Any]:
+    """Check a finished engine folder.
+
+    Returns:
+        The effective values, by dotted path, for the report.
+
+    Raises:
+        PipelineError: A file is missing, or values differ; names each with both of them.
+    """
+    engine = engine_dir / ENGINE_FILE
+    if not engine.is_file() or engine.stat().st_size == 0:
+        raise PipelineError(f"trtllm-build ended well, but wrote no {ENGINE_FILE}; see its log")
+    try:
+        config = json.loads((engine_dir / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"trtllm-build wrote no readable {CONFIG_FILE}: {error}") from error
+    effective: dict[str, Any] = {}
+    differences = []
+    for path, value in _expected(wanted):
+        found = _at(config, path)
+        effective[path] = found
+        if not _same(found, value):
+            differences.append(f"  {path}: asked {_shown(value)}, got {_shown(found)}")
+    if differences:
+        raise PipelineError(
+            "\n".join(
+                [
+                    "trtllm-build built another engine than it was asked for; it only warns of "
+                    "values that it changes (see its log):",
+                    *differences,
+                    "change the recipe so that it asks for what goes together",
+                ]
+            )
+        )
+    return effective
+
+
+def forget_paths(engine_dir: Path) -> None:
+    """Name the timing cache in the engine's config without the folders of this machine.
+
+    The runtime does not read these keys, and TensorRT-LLM itself leaves out others that say nothing
+    about the engine (`EngineConfig.to_dict`).
+    """
+    path = engine_dir / CONFIG_FILE
+    config = json.loads(path.read_text())
+    build = config["build_config"]
+    for key in _TIMING_KEYS:
+        if build.get(key) is not None:
+            build[key] = TIMING_CACHE_FILE
+    path.write_text(json.dumps(config, indent=4) + "\n")
+
+
+def _expected(wanted: Wanted) -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that must be so."""
+    sizes, checkpoint = wanted.sizes, wanted.checkpoint
+    yield "version", VERSION
+    for key in _MODEL_KEYS:
+        if key in checkpoint:
+            yield f"pretrained_config.{key}", checkpoint[key]
+    quantization = "pretrained_config.quantization"
+    yield f"{quantization}.quant_algo", "FP8"
+    yield (
+        f"{quantization}.kv_cache_quant_algo",
+        "FP8" if wanted.kv_cache_dtype == "fp8" else None,
+    )
+    yield "build_config.max_batch_size", sizes.max_batch_size
+    yield "build_config.max_seq_len", sizes.max_seq_len
+    yield "build_config.max_num_tokens", sizes.max_num_tokens
+    if sizes.opt_num_tokens is not None:
+        yield "build_config.opt_num_tokens", sizes.opt_num_tokens
+    yield "build_config.max_beam_width", 1
+    yield "build_config.kv_cache_type", "PAGED"
+    yield "build_config.strongly_typed", True
+    for name, value in wanted.plugins.effective(wanted.kv_cache_dtype).items():
+        yield f"build_config.plugin_config.{name}", value
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return _MISSING
+        node = node[part]
+    return node
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Equal values; numbers by value (10000 is 10000.0), but never a number for a boolean.
+
+    Words whatever their case: enums are written by name or by value, depending on the version.
+    """
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return found is wanted
+    if isinstance(found, str) and isinstance(wanted, str):
+        return found.casefold() == wanted.casefold()
+    if isinstance(found, int | float) and isinstance(wanted, int | float):
+        return math.isclose(found, wanted, rel_tol=1e-9)
+    return bool(found == wanted)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, _Missing) else json.dumps(value)

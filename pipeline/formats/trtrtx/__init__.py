@@ -1,0 +1,1 @@
+"""TensorRT-RTX engines, compiled from an ONNX decoder graph without a GPU."""

@@ -1,0 +1,263 @@
+"""TensorRT-RTX: compiles the decoder graph ahead of time for one SM, with no GPU.
+
+Nobody is there to run the engine, so three proofs stand in for it: the guard and the network check
+(the compiler was handed the graph that we wrote), and the plan's own text (FP8 asked is FP8
+delivered). Any of them failing fails the build.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.cache import StageCache, digest_folder, source_digest
+from pipeline.core.errors import Fault, IncompatibleError, RecipeError
+from pipeline.core.hardware import Target
+from pipeline.core.process import run_tool
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.formats.trtrtx.child import CompileJob, Profile
+from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
+from pipeline.formats.trtrtx.plan_text import prove_fp8
+from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.linears import node_names
+from pipeline.quant.export import copy_companions
+from pipeline.quant.unified import UnifiedCheckpoint
+
+_PACKAGE = "tensorrt-rtx-cu13"
+PLAN_FILE = "model.engine"
+_CODE = (
+    "pipeline.formats.trtrtx.compiler",
+    "pipeline.formats.trtrtx.child",
+    "pipeline.formats.trtrtx.plan_text",
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtRtxCompiler:
+    """Compiler for one SM with two profiles: decode (one token per row) and prefill.
+
+    Attributes:
+        max_batch_size: Rows of the static KV cache.
+        opt_batch_size: Decode batch that kernels are chosen for.
+        max_prefill_batch_size: Rows of one prefill step.
+        max_seq_len: Static cache length: prompt + output tokens of one request.
+        activation_dtype: 16-bit type of activations and of what is not FP8.
+        kv_cache_dtype: Type of the static cache; TensorRT-RTX updates it in the activations' type.
+    """
+
+    max_batch_size: PositiveInt
+    opt_batch_size: PositiveInt
+    max_prefill_batch_size: PositiveInt
+    max_seq_len: PositiveInt
+    activation_dtype: Literal["bfloat16", "float16"]
+    kv_cache_dtype: Literal["bfloat16", "float16", "fp8"]
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_dtype != self.activation_dtype:
+            raise ValueError(
+                f"kv_cache_dtype ({self.kv_cache_dtype}) must be activation_dtype "
+                f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in the type of the "
+                "activations; for an FP8 cache use compiler=trtllm or compiler=checkpoint"
+            )
+        if not self.opt_batch_size <= self.max_batch_size:
+            raise ValueError(
+                f"opt_batch_size ({self.opt_batch_size}) must be <= max_batch_size "
+                f"({self.max_batch_size})"
+            )
+        if not self.max_prefill_batch_size <= self.max_batch_size:
+            raise ValueError(
+                f"max_prefill_batch_size ({self.max_prefill_batch_size}) must be <= "
+                f"max_batch_size ({self.max_batch_size})"
+            )
+
+    @property
+    def format(self) -> Format:
+        return "trtrtx"
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=max(self.max_batch_size, self.max_prefill_batch_size * self.max_seq_len),
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        try:
+            return "tensorrt-rtx", version(_PACKAGE)
+        except PackageNotFoundError:  # a plan needs no compiler
+            return "tensorrt-rtx", ""
+
+    @property
+    def profiles(self) -> tuple[Profile, Profile]:
+        """Decode first: a runtime starts with profile 0."""
+        batch, prefill, context = (
+            self.max_batch_size,
+            self.max_prefill_batch_size,
+            self.max_seq_len,
+        )
+        return (
+            Profile(batch=(1, self.opt_batch_size, batch), sequence=(1, 1, 1), logits=(1, 1, 1)),
+            Profile(
+                batch=(1, 1, prefill),
+                sequence=(1, max(1, context // 2), context),
+                logits=(1, 1, 1),
+            ),
+        )
+
+    def variant(self, target: Target) -> str:
+        return f"sm{target.sm}-trtrtx-fp8-b{self.max_batch_size}-s{self.max_seq_len}"
+
+    def check_machine(self, target: Target) -> None:
+        """Any machine will do."""
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        return {"graph": self._graph.inputs(), **self._compile_inputs(target)}
+
+    def _compile_inputs(self, target: Target) -> dict[str, Any]:
+        """What shapes the engine beside its graph and its checkpoint."""
+        profiles = [dataclasses.asdict(profile) for profile in self.profiles]
+        return {
+            "sm": target.sm,
+            "profiles": json.loads(json.dumps(profiles)),
+            "tools": {_PACKAGE: compiler_version()},
+            "code": source_digest(*_CODE),
+        }
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        _check_attention_shape(config)
+        graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
+        network = check_network_once(
+            checkpoint.dir,
+            graphs.dir,
+            context=self.max_seq_len,
+            dtype=self.activation_dtype,
+            cache=cache,
+            log_path=log_dir / "network-check.log",
+        )
+        result = cache.run(
+            "compile",
+            {
+                "checkpoint": checkpoint.digest,
+                "graph": graph_digest(graphs, RTX_GRAPH),
+                **self._compile_inputs(target),
+            },
+            lambda out: self._produce(checkpoint, graphs.dir, target, out, log_dir),
+        )
+        plan_bytes = (result.dir / "engine" / PLAN_FILE).stat().st_size
+        return Engine(
+            dir=result.dir / "engine",
+            digest=digest_of([f.to_json() for f in digest_folder(result.dir / "engine")]),
+            format="trtrtx",
+            variant=self.variant(target),
+            runtime=("tensorrt-rtx", compiler_version()),
+            sms=(target.sm,),
+            limits=self.limits,
+            min_vram_bytes=plan_bytes + self._cache_bytes(config),
+            twin_dir=graphs.dir,
+            twin_key=graphs.key,
+            tools={**checkpoint_tools(checkpoint), _PACKAGE: compiler_version()},
+            checks={**result.read_json("checks.json"), "network": network},
+        )
+
+    @property
+    def _graph(self) -> GraphSettings:
+        return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
+
+    def _cache_bytes(self, config: DecoderConfig) -> int:
+        """Static KV cache at the limits, two bytes an element."""
+        return config.kv_bytes_per_token(2) * self.max_batch_size * self.max_seq_len
+
+    def _produce(
+        self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
+    ) -> None:
+        engine_dir = out / "engine"
+        engine_dir.mkdir()
+        plan = engine_dir / PLAN_FILE
+        job_file = out / "job.json"
+        config = UnifiedCheckpoint(checkpoint.dir).config
+        CompileJob(
+            graph=str(graphs / RTX_GRAPH),
+            interface=interface_of(
+                config,
+                num_layers=config.num_layers,
+                context=self.max_seq_len,
+                dtype=self.activation_dtype,
+            ),
+            plan=str(plan),
+            sm=target.sm,
+            profiles=self.profiles,
+        ).write(job_file)
+        run_tool(
+            [sys.executable, "-m", "pipeline.formats.trtrtx.child", str(job_file)],
+            stage="compile",
+            log_path=log_dir / "compile.log",
+        )
+        job_file.unlink()
+        with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as text:
+            proof = prove_fp8(
+                text,
+                sm=target.sm,
+                profiles=len(self.profiles),
+                fp8_linears=node_names(config, checkpoint.fp8_linears),
+                kept_16bit=node_names(config, checkpoint.kept_16bit),
+            )
+        shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")
+        copy_companions(checkpoint.dir, engine_dir)
+        (out / "checks.json").write_text(json.dumps({"fp8_plan": proof}, indent=1) + "\n")
+
+
+def _check_attention_shape(config: DecoderConfig) -> None:
+    """Refuse what TensorRT-RTX 1.7.1 has no attention kernel for.
+
+    It wants four query heads or more, of 16 elements or more in steps of eight (tried for sm_89 in
+    bfloat16, 2026-11-25: 1 to 3 heads and sizes 8 and 20 fail, 4 to 32 heads and sizes 16 to 256
+    build). No published model that we know is smaller.
+    """
+    if config.num_heads < 4 or config.head_dim < 16 or config.head_dim % 8:
+        raise RecipeError(
+            [
+                Fault(
+                    "compiler",
+                    f"TensorRT-RTX has no attention kernel for {config.num_heads} heads of "
+                    f"{config.head_dim}; wanted are four heads or more, of 16 elements or more in "
+                    "steps of eight: use compiler=checkpoint",
+                )
+            ]
+        )
+
+
+def compiler_version() -> str:
+    """Version of the installed TensorRT-RTX.
+
+    Raises:
+        IncompatibleError: It is not installed.
+    """
+    try:
+        return version(_PACKAGE)
+    except PackageNotFoundError as error:
+        raise IncompatibleError(
+            f"compiler=trtrtx needs {_PACKAGE}: pip install 'enginesmith[build]'"
+        ) from error
+
+
+def checkpoint_tools(checkpoint: Checkpoint) -> dict[str, str]:
+    """Versions that shaped the checkpoint, as its record tells them."""
+    tools: dict[str, str] = dict(checkpoint.calibration["tools"])
+    return tools

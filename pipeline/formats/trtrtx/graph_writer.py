@@ -1,0 +1,146 @@
+"""Writes an ONNX graph node by node; weights stay in one external file shared by several graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import CorruptError
+from pipeline.quant.unified import UnifiedCheckpoint
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+WEIGHTS_FILE = "weights.bin"
+_ALIGNMENT_BYTES = 4096
+"""Lets a loader memory-map each tensor (ONNX's external-data guidance: page size)."""
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """Byte range of one tensor in the external file."""
+
+    offset: int
+    size_bytes: int
+
+
+def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, WeightSlot]:
+    """Copy every tensor of the model, byte for byte, into one file with aligned offsets.
+
+    Scales are not copied: they are scalars, which graphs hold inline.
+
+    Raises:
+        RecipeError: The config asks for something that the converters do not have.
+        CorruptError: A tensor is missing, left over or malformed.
+    """
+    checkpoint.check_tensors()
+    wanted = checkpoint.config.tensor_shapes()
+    slots: dict[str, WeightSlot] = {}
+    with path.open("wb") as stream:
+        for name, entry in checkpoint.tensors.items():
+            if name not in wanted:
+                continue
+            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT_BYTES))
+            slots[name] = WeightSlot(stream.tell(), entry.size_bytes)
+            checkpoint.read(name).tofile(stream)
+    return slots
+
+
+@dataclass
+class GraphWriter:
+    """Collects nodes and initializers; every method returns the name of the value that it made.
+
+    Attributes:
+        checkpoint: Where weights and scales are read from.
+        slots: Where the external file holds each weight.
+        dtype: ONNX element type of activations.
+    """
+
+    checkpoint: UnifiedCheckpoint
+    slots: dict[str, WeightSlot]
+    dtype: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+    _made: dict[str, str] = field(default_factory=dict)
+
+    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Append a node with one output; the node is named like its output."""
+        import onnx
+
+        self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """A small tensor held inside the graph file."""
+        import onnx
+
+        if name not in self._made:
+            self._made[name] = name
+            self.initializers.append(onnx.numpy_helper.from_array(values, name))
+        return name
+
+    def weight(
+        self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
+    ) -> str:
+        """A tensor of the checkpoint in the external file, with the checkpoint's dtype.
+
+        Args:
+            name: Of the initializer.
+            stored: Of the tensor, where it differs.
+            rows: First row and the one after the last, for a part of the tensor; None for all.
+
+        Raises:
+            CorruptError: There is no such tensor, or it has fewer rows.
+        """
+        import ml_dtypes
+        import onnx
+
+        if name in self._made:
+            return name
+        entry = self.checkpoint.entry(stored or name)
+        slot = self.slots[entry.name]
+        first, end = rows or (0, entry.shape[0])
+        if not 0 <= first < end <= entry.shape[0]:
+            raise CorruptError(
+                f"{entry.file}: tensor {entry.name} has the shape {entry.shape}; config.json says "
+                f"that rows {first} to {end - 1} are {name}; make the checkpoint again"
+            )
+        row_bytes = slot.size_bytes // entry.shape[0]
+        tensor = onnx.TensorProto(
+            name=name,
+            data_type={
+                "bfloat16": onnx.TensorProto.BFLOAT16,
+                "float16": onnx.TensorProto.FLOAT16,
+                "float32": onnx.TensorProto.FLOAT,
+                ml_dtypes.float8_e4m3fn.__name__: onnx.TensorProto.FLOAT8E4M3FN,
+            }[entry.dtype],
+            dims=(end - first, *entry.shape[1:]),
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", WEIGHTS_FILE),
+            ("offset", str(slot.offset + first * row_bytes)),
+            ("length", str((end - first) * row_bytes)),
+        ):
+            tensor.external_data.add(key=key, value=value)
+        self.initializers.append(tensor)
+        self._made[name] = name
+        return name
+
+    def weight_as_activation(
+        self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
+    ) -> str:
+        """A weight cast to the activations' dtype; no cast where it has that dtype already."""
+        source = self.weight(name, stored, rows)
+        cast = f"{name}.cast"
+        if self.initializer_type(name) == self.dtype:
+            return source
+        if cast not in self._made:
+            self._made[cast] = self.op("Cast", [source], cast, to=self.dtype)
+        return cast
+
+    def initializer_type(self, name: str) -> int:
+        """ONNX element type of an initializer."""
+        return next(int(tensor.data_type) for tensor in self.initializers if tensor.name == name)

@@ -1,0 +1,105 @@
+"""The network check as a cached stage: once per architecture, TensorRT-RTX version and graph code.
+
+It runs on a cut of the model: its embedding, two layers, final norm and lm_head with their real
+weights. What the parser makes of a layer does not depend on the numbers in it, so the key
+holds the model's configuration and which linears are FP8, not the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.process import run_tool
+from pipeline.formats.trtrtx.network_check.interface import DecoderInterface
+from pipeline.formats.trtrtx.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.quant.unified import UnifiedCheckpoint
+
+_RESULT = "result.json"
+_CODE = ("pipeline.formats.trtrtx.network_check", "pipeline.formats.trtrtx.stage", *GRAPH_CODE)
+_TOOLS = ("tensorrt-rtx-cu13", "onnxruntime", "onnx")
+
+
+def interface_of(
+    config: DecoderConfig, *, num_layers: int, context: int, dtype: Literal["bfloat16", "float16"]
+) -> DecoderInterface:
+    """What the decoder graph of a model takes and gives."""
+    return DecoderInterface(
+        num_hidden_layers=num_layers,
+        num_key_value_heads=config.num_kv_heads,
+        context=context,
+        head_dim=config.head_dim,
+        rotary_dim=config.rope.rotary_dim,
+        vocab_size=config.vocab_size,
+        dtype=dtype,
+    )
+
+
+def check_network_once(
+    checkpoint_dir: Path,
+    graphs_dir: Path,
+    *,
+    context: int,
+    dtype: Literal["bfloat16", "float16"],
+    cache: StageCache,
+    log_path: Path,
+) -> dict[str, Any]:
+    """Check the cut of a converted model, unless one like it has passed before.
+
+    Args:
+        checkpoint_dir: Unified checkpoint.
+        graphs_dir: Folder of the convert stage.
+        context: Cache length of the whole graph, tokens.
+        dtype: Activations of the graph for RTX.
+        cache: Where a passed check is remembered; a failed one is not.
+        log_path: Gets what the checking process prints.
+
+    Returns:
+        Differences and layer counts, for the report.
+
+    Raises:
+        ToolError: The parsed network is not the graph that we wrote; its message says where.
+    """
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    layers = cut_layers(checkpoint)
+    interface = interface_of(
+        checkpoint.config,
+        num_layers=len(layers),
+        context=cut_context(checkpoint.config, context),
+        dtype=dtype,
+    )
+    in_cut = tuple(f"model.layers.{layer}." for layer in layers)
+    inputs = {
+        "config": dataclasses.asdict(checkpoint.config),
+        "interface": dataclasses.asdict(interface),
+        "fp8_linears": sorted(n for n in checkpoint.fp8_linears if n.startswith(in_cut)),
+        "tools": {name: version(name) for name in _TOOLS},
+        "code": source_digest(*_CODE),
+    }
+
+    def produce(out: Path) -> None:
+        from pipeline.formats.trtrtx.network_check.child import child_arguments
+
+        arguments = out / "arguments.json"
+        job = child_arguments(graphs_dir / RTX_CUT, graphs_dir / CPU_CUT, interface)
+        arguments.write_text(json.dumps(job))
+        run_tool(
+            [
+                sys.executable,
+                "-m",
+                "pipeline.formats.trtrtx.network_check.child",
+                str(arguments),
+                str(out / _RESULT),
+            ],
+            stage="network-check",
+            log_path=log_path,
+        )
+
+    result: dict[str, Any] = cache.run("network-check", inputs, produce).read_json(_RESULT)
+    return result

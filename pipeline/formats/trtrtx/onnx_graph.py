@@ -1,0 +1,304 @@
+"""The decoder as an ONNX opset-24 graph, for TensorRT-RTX and for ONNX Runtime.
+
+One builder; the activations' dtype is a parameter: bfloat16 or float16 for RTX, float32 for ONNX
+Runtime on a CPU. Node names are the Hugging Face module names, so that what a compiler prints can
+be mapped back.
+
+Inputs: `input_ids` [batch, sequence], `write_indices` [batch] (tokens already in the cache),
+`logits_index` [batch, logits] (positions inside this step whose logits are wanted), all int64, and
+`past_key.{l}`, `past_value.{l}` [batch, kv_heads, context, head_dim]. Outputs: `logits` float32
+[batch, logits, vocab] and `present_*`, of the same shape as `past_*` and meant to be the same
+memory. Batches of unequal prompts are padded on the right: a pad key lies behind its row's end, no
+real query attends to it, and the next step overwrites it.
+
+Four choices are forced by TensorRT-RTX 1.7.1 (measured 2026-11-24 and -25): the context length is
+static, since its cache update demands it; the mask is computed in the graph, since its parser
+silently drops `nonpad_kv_seqlen` and turns `is_causal` into the wrong alignment; q/k/v and gate/up
+are separate nodes, since it fuses them itself; and of the attention scale only a power of four is
+left to it, since it rounds that scale's root to 16 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.formats.trtrtx.graph_writer import GraphWriter, WeightSlot
+from pipeline.model.linears import Linear, gate_up, query_key_value, write_linears
+from pipeline.model.rope import rope_tables
+from pipeline.quant.unified import UnifiedCheckpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+ActivationDtype = Literal["float32", "bfloat16", "float16"]
+
+OPSET = 24
+"""The first with RMSNormalization's and RotaryEmbedding's companions TensorScatter and Swish."""
+IR_VERSION = 11
+
+
+def cache_names(kind: Literal["past", "present"], num_layers: int) -> list[str]:
+    """Names of the cache tensors, keys and values of layer 0 first."""
+    return [f"{kind}_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
+
+def build_decoder(
+    checkpoint: UnifiedCheckpoint,
+    slots: Mapping[str, WeightSlot],
+    *,
+    context: int,
+    activation: ActivationDtype,
+    layers: tuple[int, ...] | None = None,
+) -> onnx.ModelProto:
+    """Build the graph; weights stay in the external file that `slots` describes.
+
+    Args:
+        checkpoint: Unified FP8 checkpoint or plain weights; linears with scales become FP8.
+        slots: Result of `write_weights`.
+        context: Static cache length, tokens.
+        activation: Dtype of activations and cache.
+        layers: Build only these decoder layers, in this order (embedding, final norm and lm_head
+            stay); None for all. Cache tensors are numbered by position, modules keep their names.
+
+    Raises:
+        CorruptError: A scale is missing or malformed.
+    """
+    import onnx
+
+    config = checkpoint.config
+    built = tuple(range(config.num_layers)) if layers is None else layers
+    dtype = {
+        "float32": onnx.TensorProto.FLOAT,
+        "bfloat16": onnx.TensorProto.BFLOAT16,
+        "float16": onnx.TensorProto.FLOAT16,
+    }[activation]
+    writer = GraphWriter(checkpoint, dict(slots), dtype)
+    _Decoder(writer, config.num_heads, config.num_kv_heads, context).write(built)
+
+    integer, info = onnx.TensorProto.INT64, onnx.helper.make_tensor_value_info
+    cache = ["batch", config.num_kv_heads, context, config.head_dim]
+    graph = onnx.helper.make_graph(
+        writer.nodes,
+        "decoder",
+        [
+            info("input_ids", integer, ["batch", "sequence"]),
+            info("write_indices", integer, ["batch"]),
+            info("logits_index", integer, ["batch", "logits_count"]),
+            *(info(name, dtype, cache) for name in cache_names("past", len(built))),
+        ],
+        [
+            info("logits", onnx.TensorProto.FLOAT, ["batch", "logits_count", config.vocab_size]),
+            *(info(name, dtype, cache) for name in cache_names("present", len(built))),
+        ],
+        writer.initializers,
+    )
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    )
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write the graph file; its weights must lie beside it as `weights.bin`."""
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+class _Decoder:
+    """Writes the layers; B batch, S sequence, T context, D head_dim, H heads, K kv heads."""
+
+    def __init__(self, writer: GraphWriter, heads: int, kv_heads: int, context: int) -> None:
+        self._w = writer
+        self._heads = heads
+        self._kv_heads = kv_heads
+        self._context = context
+        self._config = writer.checkpoint.config
+
+    def write(self, layers: tuple[int, ...]) -> None:
+        """Embedding, the layers, final norm, lm_head on the wanted positions."""
+        w = self._w
+        embedding = w.weight_as_activation("model.embed_tokens.weight")
+        hidden = w.op("Gather", [embedding, "input_ids"], "model.embed_tokens")  # [B, S, hidden]
+        self._positions_and_mask()
+        for slot, layer in enumerate(layers):
+            hidden = self._layer(layer, slot, hidden)
+        # Only the wanted rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits.
+        hidden = w.op("GatherND", [hidden, self._logits_rows()], "logits_rows", batch_dims=1)
+        hidden = self._norm("model.norm", hidden)
+        head = "model.embed_tokens.weight" if self._config.tied else "lm_head.weight"
+        transposed = w.op("Transpose", [w.weight_as_activation(head)], "lm_head.t", perm=[1, 0])
+        logits = w.op("MatMul", [hidden, transposed], "lm_head")
+        self._cast_output(logits)
+
+    def _cast_output(self, logits: str) -> None:
+        """Logits leave as float32 whatever the activations are."""
+        import onnx
+
+        self._w.op("Cast", [logits], "logits", to=onnx.TensorProto.FLOAT)
+
+    def _logits_rows(self) -> str:
+        """`logits_index` [B, N] as GatherND indices [B, N, 1]."""
+        import numpy as np
+
+        last = self._w.constant("axis_last", np.array([-1], np.int64))
+        return self._w.op("Unsqueeze", ["logits_index", last], "logits_index.column")
+
+    def _positions_and_mask(self) -> None:
+        """`position_ids` [B, S] and the bool `attention_mask` [B, 1, S, T], shared by all layers.
+
+        A key is visible when its index is at most the query's position: causal per row, and pads
+        lie beyond it. With a sliding window it must also be one of the last `sliding_window`
+        positions, the query's own included; a window that no context of this graph exceeds hides
+        nothing and is left out.
+        """
+        import numpy as np
+
+        w = self._w
+        zero, one = (w.constant(f"int_{n}", np.array(n, np.int64)) for n in (0, 1))
+        first = w.constant("axis_first", np.array([0], np.int64))
+        shape = w.op("Shape", ["input_ids"], "input_ids.shape", start=1, end=2)
+        length = w.op("Squeeze", [shape, first], "sequence_length")
+        steps = w.op("Range", [zero, length, one], "steps")
+        last = w.constant("axis_last", np.array([-1], np.int64))
+        start = w.op("Unsqueeze", ["write_indices", last], "write_indices.column")
+        w.op("Add", [start, steps], "position_ids")
+        keys = w.constant("key_index", np.arange(self._context, dtype=np.int64))
+        axes = w.constant("mask_axes", np.array([1, 3], np.int64))
+        queries = w.op("Unsqueeze", ["position_ids", axes], "query_index")  # [B, 1, S, 1]
+        window = self._config.sliding_window
+        if window is None or window >= self._context:
+            w.op("LessOrEqual", [keys, queries], "attention_mask")
+        else:
+            width = w.constant("sliding_window", np.array(window, np.int64))
+            hidden = w.op("Sub", [queries, width], "last_hidden_key")
+            causal = w.op("LessOrEqual", [keys, queries], "causal_mask")
+            near = w.op("Greater", [keys, hidden], "window_mask")
+            w.op("And", [causal, near], "attention_mask")
+
+        cos, sin = rope_tables(self._config.rope, context=self._context)
+        for name, table in (("rope_cos", cos), ("rope_sin", sin)):
+            w.constant(name, table.astype(_numpy_dtype(w.dtype)))
+
+    def _layer(self, layer: int, slot: int, hidden: str) -> str:
+        """One decoder layer with its two residual additions; `slot` numbers its cache."""
+        w, prefix = self._w, f"model.layers.{layer}"
+        normed = self._norm(f"{prefix}.input_layernorm", hidden)
+        attended = self._attention(slot, f"{prefix}.self_attn", normed)
+        hidden = w.op("Add", [hidden, attended], f"{prefix}.attention_residual")
+        normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
+        return w.op("Add", [hidden, self._mlp(f"{prefix}.mlp", normed)], f"{prefix}.residual")
+
+    def _attention(self, slot: int, prefix: str, hidden: str) -> str:
+        """Grouped-query attention over the whole static cache, masked."""
+        w = self._w
+        query, key, value = write_linears(w, query_key_value(self._config, prefix), hidden)
+        query = self._rotate(f"{prefix}.q_rope", self._split_heads(query, self._heads))
+        query, scale = self._scale_query(prefix, query)
+        key = self._rotate(f"{prefix}.k_rope", self._split_heads(key, self._kv_heads))
+        value = self._split_heads(value, self._kv_heads)
+        cached = [
+            w.op(
+                "TensorScatter",
+                [f"past_{part}.{slot}", new, "write_indices"],
+                f"present_{part}.{slot}",
+                axis=2,
+                mode="linear",
+            )
+            for part, new in (("key", key), ("value", value))
+        ]
+        attended = w.op(  # [B, H, S, D]
+            "Attention", [query, *cached, "attention_mask"], f"{prefix}.attention", scale=scale
+        )
+        merged = self._merge_heads(prefix, attended)
+        return write_linears(w, [Linear(f"{prefix}.o_proj")], merged)[0]
+
+    def _scale_query(self, prefix: str, query: str) -> tuple[str, float]:
+        """The queries times a part of 1 / sqrt(D), and the rest, which the operator multiplies.
+
+        TensorRT-RTX 1.7.1 multiplies queries and keys by the rest's square root, rounded to the
+        activations' type: for D = 96 in bfloat16 the scores would be 0.5 % too large (the constant
+        stands in the plan's attention kernel). So the rest is a power of four, whose root is exact,
+        and the other part is multiplied in float32. With a rest of 1 it would copy the whole key
+        cache in every step (both read from plans, 2026-11-25).
+        """
+        import numpy as np
+        import onnx
+
+        w = self._w
+        scale = 1 / math.sqrt(self._config.head_dim)
+        rest = 4.0 ** math.floor(math.log(scale, 4) + 1e-9)
+        if math.isclose(rest, scale):
+            return query, rest
+        factor = w.constant("query_scale", np.array(scale / rest, np.float32))
+        if w.dtype == onnx.TensorProto.FLOAT:
+            return w.op("Mul", [query, factor], f"{prefix}.q_scaled"), rest
+        wide = w.op("Cast", [query], f"{prefix}.q_wide", to=onnx.TensorProto.FLOAT)
+        scaled = w.op("Mul", [wide, factor], f"{prefix}.q_scaled_wide")
+        return w.op("Cast", [scaled], f"{prefix}.q_scaled", to=w.dtype), rest
+
+    def _mlp(self, prefix: str, hidden: str) -> str:
+        """down(silu(gate(x)) * up(x))."""
+        w = self._w
+        gate, up = write_linears(w, gate_up(self._config, prefix), hidden)
+        sigmoid = w.op("Sigmoid", [gate], f"{prefix}.sigmoid")
+        silu = w.op("Mul", [gate, sigmoid], f"{prefix}.silu")
+        product = w.op("Mul", [silu, up], f"{prefix}.product")
+        return write_linears(w, [Linear(f"{prefix}.down_proj")], product)[0]
+
+    def _norm(self, module: str, x: str) -> str:
+        """RMS norm over the last axis, accumulated in float32."""
+        return self._w.op(
+            "RMSNormalization",
+            [x, self._w.weight_as_activation(f"{module}.weight")],
+            module,
+            axis=-1,
+            epsilon=self._config.rms_norm_eps,
+            stash_type=1,
+        )
+
+    def _split_heads(self, x: str, heads: int) -> str:
+        """[B, S, heads * D] -> [B, heads, S, D]."""
+        import numpy as np
+
+        target = np.array([0, 0, heads, self._config.head_dim], np.int64)
+        shape = self._w.constant(f"split_{heads}_heads", target)
+        reshaped = self._w.op("Reshape", [x, shape], f"{x}.heads")
+        return self._w.op("Transpose", [reshaped], f"{x}.by_head", perm=[0, 2, 1, 3])
+
+    def _merge_heads(self, prefix: str, x: str) -> str:
+        """[B, H, S, D] -> [B, S, H * D]."""
+        import numpy as np
+
+        target = np.array([0, 0, self._heads * self._config.head_dim], np.int64)
+        shape = self._w.constant("merge_heads", target)
+        transposed = self._w.op("Transpose", [x], f"{prefix}.by_token", perm=[0, 2, 1, 3])
+        return self._w.op("Reshape", [transposed, shape], f"{prefix}.merged")
+
+    def _rotate(self, name: str, x: str) -> str:
+        """Rotary embedding on [B, heads, S, D], half-split pairs.
+
+        Where only the leading `rotary_dim` elements turn, the operator is told so: ONNX Runtime
+        passes the rest on unchanged, and so does the kernel that TensorRT-RTX 1.7.1 writes, whose
+        CUDA source stands in the plan (read 2026-11-25).
+        """
+        rotary_dim = self._config.rope.rotary_dim
+        partial = (
+            {} if rotary_dim == self._config.head_dim else {"rotary_embedding_dim": rotary_dim}
+        )
+        return self._w.op(
+            "RotaryEmbedding",
+            [x, "rope_cos", "rope_sin", "position_ids"],
+            name,
+            interleaved=0,
+            **partial,
+        )
+
+
+def _numpy_dtype(onnx_type: int) -> np.dtype[Any]:
+    """NumPy (or ml_dtypes) dtype of an ONNX element type."""
+    import onnx
+
+    dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(onnx_type)
+    return dtype

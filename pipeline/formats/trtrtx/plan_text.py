@@ -1,0 +1,181 @@
+"""Reads a TensorRT-RTX plan: proves which GEMMs are FP8, without a GPU.
+
+An engine for another GPU can be neither loaded nor inspected here, but its bytes hold the compiled
+graph as text, in sections:
+
+    accelerators={sm89 } ... fully_connected={ name="A_U1+B_U2" output={..} input={"x" "w" ..} .. }
+    tensor={ .. name="x" .. type=fp8_e4m3 .. }
+
+Each optimization profile has a large section and, where a 16-bit GEMM is fused with what follows
+it, a small one for that GEMM. Profile n > 0 is told by `[profile n]` in the names of its GEMMs.
+
+The format is undocumented; it was read from plans of TensorRT-RTX 1.7.1 (2026-11-24), and every
+other version is refused. Whatever does not parse fails the build: an FP8 engine is proven to be
+one, or there is no engine.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core.errors import PipelineError
+
+KNOWN_VERSIONS = frozenset({(1, 7, 1)})
+_MAGIC = b"vtrt"
+_SIZE_BYTES = slice(16, 24)
+"""Size of the whole plan, little-endian: so in 15 plan files, 6.6 to 245 MB (2026-11-24)."""
+_VERSION_BYTES = slice(24, 28)
+FP8 = "fp8_e4m3"
+_ANY = ("*",)
+"""Target of sections that hold nothing specific to one SM, such as a single 16-bit GEMM."""
+
+Buffer = bytes | mmap.mmap
+
+_SECTION = re.compile(rb"accelerators=\{([^}]*)\}")
+_GEMM = re.compile(rb'fully_connected=\{ name="([^"]*)" output=\{[^}]*\} input=\{([^}]*)\}')
+_QUOTED = re.compile(rb'"([^"]*)"')
+_GEMM_START = re.compile(rb"fully_connected=\{")
+# A literal first keeps the search fast over gigabytes of weights; it finds `sub_tensor={` as well.
+_TENSOR = re.compile(rb"tensor=\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_NAME = re.compile(rb'\bname="([^"]*)"')
+_TYPE = re.compile(rb"\btype=(\w+)")
+_SUFFIXES = re.compile(r"(?: \[profile (\d+)\])?(?:_U\d+)?$")
+
+
+class PlanError(PipelineError):
+    """The plan is not what was asked for, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One matrix multiplication: profile, fused modules, types of its operands, targets."""
+
+    profile: int
+    modules: tuple[str, ...]
+    operand_types: tuple[str, str]
+    accelerators: tuple[str, ...]
+
+    @property
+    def is_fp8(self) -> bool:
+        """Both operands are FP8: the multiplication runs on FP8 tensor cores."""
+        return self.operand_types == (FP8, FP8)
+
+
+@dataclass(frozen=True)
+class PlanText:
+    """What the text of a plan says: every GEMM."""
+
+    gemms: tuple[Gemm, ...]
+
+
+def read_plan(plan: Buffer) -> PlanText:
+    """Parse the text of a plan.
+
+    Raises:
+        PlanError: It is no plan, of another version, or something in it does not parse.
+    """
+    if plan[:4] != _MAGIC or len(plan) < 64:
+        raise PlanError("this is no TensorRT-RTX plan: its header is missing")
+    version = tuple(plan[_VERSION_BYTES])
+    if version[:3] not in KNOWN_VERSIONS:
+        raise PlanError(
+            f"the plan is of TensorRT-RTX {'.'.join(map(str, version))}, whose text format is "
+            f"not known here; use {', '.join('.'.join(map(str, v)) for v in KNOWN_VERSIONS)}"
+        )
+    stated = int.from_bytes(plan[_SIZE_BYTES], "little")
+    if stated != len(plan):
+        raise PlanError(
+            f"the plan has {len(plan)} bytes, its header says {stated}; run the same command again"
+        )
+    starts = [(match.start(), match.group(1)) for match in _SECTION.finditer(plan)]
+    if not starts:
+        raise PlanError("the plan holds no readable section; its content cannot be proven")
+    ends = [start for start, _ in starts[1:]] + [len(plan)]
+    return PlanText(
+        tuple(
+            gemm
+            for (start, names), end in zip(starts, ends, strict=True)
+            for gemm in _gemms(plan, start, end, tuple(names.decode().split()))
+        ),
+    )
+
+
+def _gemms(plan: Buffer, start: int, end: int, accelerators: tuple[str, ...]) -> tuple[Gemm, ...]:
+    """The GEMMs of the section at `plan[start:end]`."""
+    matches = list(_GEMM.finditer(plan, start, end))
+    if len(matches) != sum(1 for _ in _GEMM_START.finditer(plan, start, end)):
+        raise PlanError("the plan holds GEMMs that cannot be read; its content cannot be proven")
+    types: dict[str, str] = {}
+    for match in _TENSOR.finditer(plan, start, end):
+        name, kind = _NAME.search(match.group(1)), _TYPE.search(match.group(1))
+        if name and kind:
+            types[name.group(1).decode()] = kind.group(1).decode()
+    return tuple(_gemm(match, types, accelerators) for match in matches)
+
+
+def _gemm(match: re.Match[bytes], types: dict[str, str], accelerators: tuple[str, ...]) -> Gemm:
+    parts = match.group(1).decode().split("+")
+    names = [_SUFFIXES.sub("", part) for part in parts]
+    profiles = {int(suffix.group(1) or 0) for part in parts if (suffix := _SUFFIXES.search(part))}
+    if len(profiles) != 1:
+        raise PlanError(f"GEMM {names} belongs to no single profile of the plan")
+    operands = [name.decode() for name in _QUOTED.findall(match.group(2))][:2]
+    found = [types.get(name) or types.get(name.removesuffix("^deref")) for name in operands]
+    if len(found) != 2 or None in found:
+        raise PlanError(f"the operand types of GEMM {names} cannot be read from the plan")
+    return Gemm(profiles.pop(), tuple(names), (str(found[0]), str(found[1])), accelerators)
+
+
+def prove_fp8(
+    plan: Buffer, *, sm: int, profiles: int, fp8_linears: Iterable[str], kept_16bit: Iterable[str]
+) -> dict[str, Any]:
+    """Prove that a plan computes exactly the wanted linears in FP8, in every profile.
+
+    Args:
+        plan: The serialized engine, or a memory map of it.
+        sm: Compute capability that it must be for, and no other.
+        profiles: Optimization profiles that it must hold.
+        fp8_linears: Modules that must each be in exactly one FP8 GEMM.
+        kept_16bit: Modules that may be in other GEMMs, beside lm_head.
+
+    Returns:
+        Counts for the report.
+
+    Raises:
+        PlanError: Anything differs; the module is named.
+    """
+    text = read_plan(plan)
+    for gemm in text.gemms:
+        if gemm.accelerators != (f"sm{sm}",) and (gemm.is_fp8 or gemm.accelerators != _ANY):
+            raise PlanError(
+                f"GEMM {gemm.modules} of the plan is for {gemm.accelerators}, sm{sm} was asked for"
+            )
+    found = {gemm.profile for gemm in text.gemms}
+    if found != set(range(profiles)):
+        raise PlanError(f"the plan has profiles {sorted(found)}, {profiles} were asked for")
+    wanted, allowed = set(fp8_linears), {*kept_16bit, "lm_head"}
+    for profile in range(profiles):
+        where = f"profile {profile} of the plan"
+        gemms = [gemm for gemm in text.gemms if gemm.profile == profile]
+        fp8 = Counter(name for gemm in gemms if gemm.is_fp8 for name in gemm.modules)
+        other = {name for gemm in gemms if not gemm.is_fp8 for name in gemm.modules}
+        if missing := sorted(wanted - set(fp8)):
+            raise PlanError(
+                f"{where} does not compute {len(missing)} linears in FP8, first {missing[0]}; "
+                "FP8 was asked for"
+            )
+        if surplus := sorted({n for n, c in fp8.items() if c > 1 or n not in wanted}):
+            raise PlanError(f"{where} has unexpected FP8 GEMMs, first {surplus[0]}")
+        if strange := sorted(other - allowed):
+            raise PlanError(f"{where} has unexpected 16-bit GEMMs, first {strange[0]}")
+    return {
+        "profiles": profiles,
+        "fp8_gemms": sum(gemm.is_fp8 for gemm in text.gemms),
+        "other_gemms": sum(not gemm.is_fp8 for gemm in text.gemms),
+        "fp8_linears": len(wanted),
+    }

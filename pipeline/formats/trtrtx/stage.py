@@ -1,0 +1,126 @@
+"""The convert stage: one folder with the shared weights and every graph that later stages read."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.cache import RECORD, StageCache, StageResult, source_digest
+from pipeline.core.values import digest_of
+from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
+from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder, save_graph
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.quant.unified import UnifiedCheckpoint
+
+RTX_GRAPH = "rtx.onnx"
+"""What TensorRT-RTX compiles."""
+CPU_GRAPH = "cpu.onnx"
+"""The same graph in float32, for ONNX Runtime on a CPU."""
+RTX_CUT = "rtx-cut.onnx"
+CPU_CUT = "cpu-cut.onnx"
+"""Both with two layers only, for the network check."""
+CUT_LAYERS = 2
+_CUT_CONTEXT = 64
+"""Cache length of the cut, tokens: longer than the check's prompts, and fast to evaluate."""
+
+GRAPH_CODE = (
+    "pipeline.model.decoder_config",
+    "pipeline.formats.trtrtx.graph_writer",
+    "pipeline.model.linears",
+    "pipeline.formats.trtrtx.onnx_graph",
+    "pipeline.model.rope",
+    "pipeline.quant.unified",
+)
+"""The modules that shape the bytes of a graph; not those of other formats, nor this one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphSettings:
+    """What the graphs depend on beside the checkpoint.
+
+    Attributes:
+        context: Static cache length, tokens.
+        activation: Dtype of the graph for RTX.
+    """
+
+    context: int
+    activation: ActivationDtype
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything but the checkpoint that shapes the graphs' bytes."""
+        return {
+            **dataclasses.asdict(self),
+            "tools": {"onnx": version("onnx")},
+            "code": source_digest(*GRAPH_CODE),
+        }
+
+
+def convert(
+    checkpoint_dir: Path, checkpoint_digest: str, settings: GraphSettings, cache: StageCache
+) -> StageResult:
+    """Write the graphs of a checkpoint, or take them from the cache.
+
+    Raises:
+        RecipeError: The model has something that the graph does not support.
+        CorruptError: The checkpoint is damaged.
+    """
+    orchestration = source_digest("pipeline.formats.trtrtx.stage")
+    inputs = {"checkpoint": checkpoint_digest, "stage": orchestration, **settings.inputs()}
+    return cache.run("convert", inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
+
+
+def graph_digest(result: StageResult, graph: str) -> str:
+    """Digest of one graph of the folder and of the weights that it reads, and of nothing else."""
+    files = {file["path"]: file["sha256"] for file in result.read_json(RECORD)["files"]}
+    return digest_of({"graph": files[graph], "weights": files[WEIGHTS_FILE]})
+
+
+def cut_context(config: DecoderConfig, context: int) -> int:
+    """Cache length of the cut of a graph whose own is `context`, tokens.
+
+    Where that graph has a sliding window, the cut reaches beyond it, so that the cut has one too.
+    """
+    window = config.sliding_window
+    beyond = window if window is not None and window < context else 0
+    return min(context, beyond + _CUT_CONTEXT)
+
+
+def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
+    """The two neighbouring layers with the most FP8 linears, the first such pair.
+
+    Not simply the first two: a recipe may keep those in 16 bits, and then a check of the cut would
+    see no FP8 at all.
+    """
+    count = checkpoint.config.num_layers
+    width = min(CUT_LAYERS, count)
+
+    def fp8_linears(start: int) -> int:
+        prefixes = tuple(f"model.layers.{layer}." for layer in range(start, start + width))
+        return sum(name.startswith(prefixes) for name in checkpoint.fp8_linears)
+
+    best = max(range(count - width + 1), key=fp8_linears)
+    return tuple(range(best, best + width))
+
+
+def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -> None:
+    """Write weights, the two graphs and their cuts into `out_dir`."""
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    slots = write_weights(checkpoint, out_dir / WEIGHTS_FILE)
+    short = cut_context(checkpoint.config, settings.context)
+    cut = cut_layers(checkpoint)
+    for name, activation, context, layers in (
+        (RTX_GRAPH, settings.activation, settings.context, None),
+        (CPU_GRAPH, "float32", settings.context, None),
+        (RTX_CUT, settings.activation, short, cut),
+        (CPU_CUT, "float32", short, cut),
+    ):
+        graph = build_decoder(
+            checkpoint,
+            slots,
+            context=context,
+            activation=activation,
+            layers=layers,
+        )
+        save_graph(graph, out_dir / name)

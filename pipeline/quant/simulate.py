@@ -1,0 +1,157 @@
+"""The FP8 checkpoint in plain PyTorch: what every runtime should compute, up to rounding.
+
+Loads the Transformers model of a unified checkpoint and replaces each FP8 linear by one that
+rounds its input to E4M3 with the calibrated scale and multiplies with the dequantized codes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.model.hf import quiet
+from pipeline.model.rope import LongRopeScaling, Rope, rope_frequencies
+from pipeline.quant.unified import UnifiedCheckpoint
+
+if TYPE_CHECKING:
+    import torch
+
+Accumulation = Literal["float32", "float64", "float32-reversed"]
+"""How linears add up their products: the same sum, rounded differently."""
+
+
+def load_simulation(
+    checkpoint_dir: Path,
+    *,
+    layers: tuple[int, ...] | None = None,
+    accumulate: Accumulation = "float32",
+    context: int | None = None,
+) -> Any:
+    """A Transformers model in float32 that simulates the checkpoint.
+
+    Args:
+        checkpoint_dir: Unified FP8 checkpoint.
+        layers: Keep only these decoder layers, in this order; None for all.
+        context: Of the engine that is simulated, tokens: LongRoPE's factors are those that a graph
+            of this context has. None leaves the choice to Transformers, which chooses anew in each
+            forward pass, by the longest row.
+        accumulate: Another beside `float32` gives the noise floor, the disagreement that summation
+            order alone causes. `float32-reversed` adds from the last input to the first: two sums
+            in float32 both have rounding errors, as two runtimes have, and `float64` has none.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    config_json = json.loads((checkpoint_dir / "config.json").read_text())
+    config_json.pop("quantization_config", None)
+    kept = tuple(range(config_json["num_hidden_layers"])) if layers is None else layers
+    config_json["num_hidden_layers"] = len(kept)
+    if config_json.get("layer_types"):
+        config_json["layer_types"] = [config_json["layer_types"][layer] for layer in kept]
+    with quiet():
+        config = AutoConfig.for_model(config_json.pop("model_type"), **config_json)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.to_empty(device="cpu")
+    _restore_buffers(model)
+    state = {
+        _renumbered(name, kept): _dequantized(checkpoint, name)
+        for name in checkpoint.tensors
+        if not name.endswith("_scale") and _layer_of(name) in (-1, *kept)
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
+    model.tie_weights()
+    scales = {
+        _renumbered(name, kept): float(checkpoint.scalar(f"{name}.input_scale"))
+        for name in checkpoint.fp8_linears
+        if _layer_of(name) in kept
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
+            _wrap(module, scales.get(name), accumulate)
+    if context is not None:
+        _fix_longrope(model, checkpoint.config.rope, context)
+    return model.eval()
+
+
+def fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Round to E4M3 and back: divide, saturate at 448, round to nearest even, multiply.
+
+    Division, not multiplication with the reciprocal: that is what QuantizeLinear does, and a
+    last-bit difference flips codes.
+    """
+    import torch
+
+    codes = (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale
+
+
+def _wrap(linear: Any, scale: float | None, accumulate: Accumulation) -> None:
+    """Let a linear round its input before it multiplies, and sum as it is told."""
+    import torch
+
+    dtype = torch.float64 if accumulate == "float64" else torch.float32
+    flipped = [-1] if accumulate == "float32-reversed" else []
+    # Another sum needs a copy; else the module's own weight, which moves with it to a device.
+    other = None
+    if accumulate != "float32":
+        other = linear.weight.data.to(dtype).flip(flipped).contiguous()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rounded = x if scale is None else fake_quantize(x, scale)
+        if other is None:
+            product = torch.nn.functional.linear(rounded, linear.weight)
+        else:
+            product = torch.nn.functional.linear(rounded.to(dtype).flip(flipped), other)
+        return product.to(x.dtype) if linear.bias is None else product.to(x.dtype) + linear.bias
+
+    linear.forward = forward
+
+
+def _dequantized(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    values = checkpoint.read(name).astype(np.float32)
+    if checkpoint.tensors[name].dtype == "float8_e4m3fn":
+        values = values * checkpoint.scalar(f"{name}_scale")
+    return torch.from_numpy(values)
+
+
+def _restore_buffers(model: Any) -> None:
+    """Recompute what is no weight (the rotary frequencies), which the meta device lost."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(config=module.config, device="cpu")
+            module.inv_freq = fresh.inv_freq
+            module.original_inv_freq = fresh.original_inv_freq
+
+
+def _fix_longrope(model: Any, rope: Rope, context: int) -> None:
+    """Let LongRoPE use the factors of `context`, whatever the length of a row."""
+    import torch
+
+    if not isinstance(rope.scaling, LongRopeScaling):
+        return
+    frequencies = torch.from_numpy(rope_frequencies(rope, context=context)).float()
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = frequencies
+            # Transformers updates the frequencies of a module that says `longrope`.
+            module.rope_type = "default"
+
+
+def _layer_of(name: str) -> int:
+    """Layer number in a module or tensor name; -1 outside the layers."""
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+
+
+def _renumbered(name: str, kept: tuple[int, ...]) -> str:
+    """The name with its layer's position among the kept ones."""
+    layer = _layer_of(name)
+    return name.replace(f"layers.{layer}.", f"layers.{kept.index(layer)}.") if layer >= 0 else name

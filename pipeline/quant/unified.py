@@ -1,0 +1,220 @@
+"""Reads a Hugging Face folder without a model class: config, and tensors as NumPy views.
+
+Works on a unified FP8 checkpoint (`X.weight` float8_e4m3fn with `X.weight_scale` and
+`X.input_scale`) and on plain weights alike. Tensors are memory maps, so that converting streams a
+checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (through `ml_dtypes`).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import CorruptError
+from pipeline.model.decoder_config import DecoderConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I64": "int64",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""safetensors dtype tag -> NumPy (or ml_dtypes) name."""
+_WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, byte range in it, dtype name and shape."""
+
+    name: str
+    file: Path
+    offset: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UnifiedCheckpoint:
+    """An opened folder; nothing is read before it is asked for."""
+
+    dir: Path
+
+    @cached_property
+    def config_json(self) -> Mapping[str, Any]:
+        """`config.json` as it is."""
+        parsed: Mapping[str, Any] = json.loads((self.dir / "config.json").read_text())
+        return parsed
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        """The part of it that the graph needs."""
+        return DecoderConfig.from_json(self.config_json)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Every tensor of every shard, by name, in file order."""
+        files = sorted(self.dir.glob("*.safetensors"))
+        if not files:
+            raise CorruptError(f"{self.dir} holds no *.safetensors; make the checkpoint again")
+        return {entry.name: entry for file in files for entry in safetensors_entries(file)}
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies.
+
+        Raises:
+            CorruptError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise CorruptError(f"{self.dir}: tensor {name} is missing; make the checkpoint again")
+        return self.tensors[name]
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor as a read-only memory map of its own dtype and shape.
+
+        Raises:
+            CorruptError: There is no such tensor, or it is empty.
+        """
+        import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
+        import numpy as np
+
+        entry = self.entry(name)
+        dtype = np.dtype(entry.dtype)
+        count = int(np.prod(entry.shape, dtype=np.int64))
+        if count * dtype.itemsize != entry.size_bytes or count == 0:
+            raise CorruptError(
+                f"{entry.file}: tensor {name} has {entry.size_bytes} bytes, its shape "
+                f"{entry.shape} needs {count * dtype.itemsize}; make the checkpoint again"
+            )
+        raw = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.size_bytes,))
+        return raw.view(dtype).reshape(entry.shape)
+
+    def scalar(self, name: str) -> np.float32:
+        """A scale: a tensor with one element, as float32.
+
+        Raises:
+            CorruptError: There is no such tensor, or it has more elements.
+        """
+        import numpy as np
+
+        values = self.read(name).reshape(-1)
+        if len(values) != 1:
+            raise CorruptError(
+                f"{self.dir}: {name} has {len(values)} elements; wanted one scale per tensor "
+                "(ModelOpt's FP8_DEFAULT_CFG)"
+            )
+        return np.float32(values[0])
+
+    def check_tensors(self) -> None:
+        """Demand every tensor that the config implies, with its shape, and no other.
+
+        A tensor that nobody reads (a bias, a scale of another format) would be an engine that is
+        silently wrong, as a config key would.
+
+        Raises:
+            CorruptError: Lists what is missing, left over, of another shape or of a dtype that does
+                not belong there.
+        """
+        wanted = self.config.tensor_shapes()
+        linears = {name for name in wanted if name.startswith("model.layers.") and "_proj" in name}
+        faults = [f"tensor {name} is missing" for name in wanted if name not in self.tensors]
+        for name, entry in self.tensors.items():
+            if name not in wanted:
+                if not self._is_companion(name):
+                    faults.append(f"tensor {name} is not known to the converters")
+            elif entry.shape != wanted[name]:
+                faults.append(
+                    f"tensor {name} has the shape {entry.shape}, config.json implies {wanted[name]}"
+                )
+            elif entry.dtype not in _WEIGHT_DTYPES or (
+                entry.dtype == "float8_e4m3fn" and name not in linears
+            ):
+                faults.append(f"tensor {name} has the dtype {entry.dtype}, which is not built")
+        if faults:
+            more = f"\n    and {len(faults) - 8} more" if len(faults) > 8 else ""
+            listed = "".join(f"\n    {fault}" for fault in faults[:8])
+            raise CorruptError(
+                f"{self.dir} does not hold the model of its config.json; make the checkpoint "
+                f"again:{listed}{more}"
+            )
+
+    def _is_companion(self, name: str) -> bool:
+        """A tensor that the model's weights need or that changes nothing.
+
+        Scales of FP8 linears and of an FP8 KV cache; rotary frequencies, which old Llama files
+        hold and which follow from the config; an lm_head that the config ties to the embedding.
+        """
+        module, _, kind = name.rpartition(".")
+        if kind in ("weight_scale", "input_scale"):
+            return self.is_fp8(module)
+        if kind in ("k_scale", "v_scale"):
+            return ".self_attn" in module
+        return name.endswith(".rotary_emb.inv_freq") or (
+            name == "lm_head.weight" and self.config.tied
+        )
+
+    def is_fp8(self, module: str) -> bool:
+        """Whether the linear `module` is stored as FP8 with both of its scales."""
+        entry = self.tensors.get(f"{module}.weight")
+        return entry is not None and entry.dtype == "float8_e4m3fn"
+
+    @cached_property
+    def fp8_linears(self) -> tuple[str, ...]:
+        """Module names of all FP8 linears."""
+        return tuple(
+            name.removesuffix(".weight")
+            for name, entry in self.tensors.items()
+            if entry.dtype == "float8_e4m3fn"
+        )
+
+
+def safetensors_entries(file: Path) -> Iterator[TensorEntry]:
+    """Parse a safetensors header: 8 bytes length, JSON, then the data.
+
+    Source of the format: the safetensors README, "Format".
+    """
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length < file.stat().st_size:
+            raise CorruptError(f"{file} is not a safetensors file; make the checkpoint again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CorruptError(f"{file} has a broken safetensors header: {error}") from error
+    size_bytes = file.stat().st_size
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = fields["data_offsets"]
+        if 8 + length + end > size_bytes:
+            raise CorruptError(
+                f"{file} is truncated: {size_bytes} bytes, tensor {name} ends at "
+                f"{8 + length + end}; make the checkpoint again"
+            )
+        if fields["dtype"] not in _DTYPES:
+            raise CorruptError(f"{file}: tensor {name} has the unknown dtype {fields['dtype']}")
+        yield TensorEntry(
+            name=name,
+            file=file,
+            offset=8 + length + begin,
+            size_bytes=end - begin,
+            dtype=_DTYPES[fields["dtype"]],
+            shape=tuple(fields["shape"]),
+        )

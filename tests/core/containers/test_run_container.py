@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipeline.core.containers.container import NVIDIA_ULIMITS, Bind, Container, run_container
+from pipeline.core.containers.stale import OWNER_LABEL, owner_of
+from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
+from tests.core.containers.image import IMAGE, build_image
+from tests.core.containers.users import run_as
+from tests.services.dockerd import running_dockerd
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+pytestmark = [pytest.mark.services, pytest.mark.usefixtures("client")]
+
+MB = 1_000_000
+OTHER_UID = 12345
+
+
+def tool(folder: Path, behaviour: str = "build", **settings: Any) -> Container:
+    """The stand-in for trtllm-build, with a checkpoint and an output folder below `folder`."""
+    (folder / "checkpoint").mkdir()
+    (folder / "engine").mkdir()
+    (folder / "checkpoint" / "behaviour").write_text(f"{behaviour}\n")
+    return Container(
+        image=IMAGE,
+        command=("trtllm-build", "--checkpoint_dir", "/checkpoint", "--output_dir", "/engine"),
+        binds=(
+            Bind(source=folder / "checkpoint", target="/checkpoint", read_only=True),
+            Bind(source=folder / "engine", target="/engine"),
+        ),
+        **settings,
+    )
+
+
+def output_of(script: str, log_path: Path, **settings: Any) -> list[str]:
+    """What a shell script prints in a container."""
+    run_container(
+        Container(image=IMAGE, command=("sh", "-c", script), **settings),
+        stage="s",
+        log_path=log_path,
+    )
+    return log_path.read_text().splitlines()[1:]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def logged(log_path: Path, text: str) -> bool:
+    return log_path.exists() and text in log_path.read_text()
+
+
+class Running:
+    """`run_container` on a thread; `end()` waits for it and gives what it raised."""
+
+    def __init__(self, container: Container, log_path: Path, **settings: Any) -> None:
+        self.fault: BaseException | None = None
+        self._arguments = {"stage": "compile", "log_path": log_path, **settings}
+        self._container = container
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            run_container(self._container, **self._arguments)
+        except BaseException as error:
+            self.fault = error
+
+    def end(self) -> BaseException | None:
+        self.thread.join(timeout=30)
+        assert not self.thread.is_alive()
+        return self.fault
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another Python that runs the tool, once the tool is at work; see `tmp_path / "log"`."""
+    tool(tmp_path, "hang")
+    code = f"""
+from pathlib import Path
+from tests.core.containers.image import IMAGE
+from pipeline.core.containers.container import Bind, Container, run_container
+folder = Path({str(tmp_path)!r})
+run_container(
+    Container(
+        image=IMAGE,
+        command=("trtllm-build", "--checkpoint_dir", "/checkpoint"),
+        binds=(Bind(source=folder / "checkpoint", target="/checkpoint"),),
+    ),
+    stage="compile",
+    log_path=folder / "log",
+)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[3],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: logged(tmp_path / "log", "hanging"))
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_command_line_and_both_streams_are_in_the_log(tmp_path: Path) -> None:
+    run_container(tool(tmp_path), stage="compile", log_path=tmp_path / "logs" / "compile.log")
+    first, *rest = (tmp_path / "logs" / "compile.log").read_text().splitlines()
+    assert first.startswith("$ ['trtllm-build', ")
+    assert first.endswith(f" in {IMAGE}")
+    assert sorted(rest) == ["[I] Building", "[W] on stderr"]
+    assert (tmp_path / "engine" / "rank0.engine").read_text() == "plan\n"
+
+
+def test_log_grows_while_the_tool_runs(tmp_path: Path) -> None:
+    running = Running(tool(tmp_path, "steps"), tmp_path / "log")
+    wait_for(lambda: logged(tmp_path / "log", "step 1"))
+    assert running.thread.is_alive()
+    assert "step 2" not in (tmp_path / "log").read_text()
+    (tmp_path / "engine" / "go").touch()
+    assert running.end() is None
+    assert "step 2" in (tmp_path / "log").read_text()
+
+
+def test_every_line_of_a_talkative_tool_arrives(tmp_path: Path) -> None:
+    run_container(tool(tmp_path, "loud"), stage="compile", log_path=tmp_path / "log")
+    assert (tmp_path / "log").read_text().splitlines()[1:] == [
+        str(number) for number in range(1, 200001)
+    ]
+
+
+def test_a_line_now_and_then_says_what_was_printed_last(
+    tmp_path: Path, client: DockerClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        running = Running(tool(tmp_path, "progress"), tmp_path / "log", heartbeat_s=0.2)
+        wait_for(lambda: re.search(r"compile: still running after \d+ s: layer 2/3", caplog.text))
+    client.containers.list()[0].kill()
+    running.end()
+
+
+def test_failure_carries_exit_code_log_and_last_lines(tmp_path: Path) -> None:
+    with pytest.raises(ToolError) as caught:
+        run_container(tool(tmp_path, "fail"), stage="compile", log_path=tmp_path / "log")
+    assert caught.value.returncode == 3
+    assert str(caught.value).startswith(
+        f"compile: trtllm-build exited 3; its log is {tmp_path}/log"
+    )
+    assert str(caught.value).endswith("    [E] the cause")
+
+
+def test_missing_program_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=f"a program is missing in {IMAGE}") as caught:
+        run_container(
+            Container(image=IMAGE, command=("no-such-tool",)),
+            stage="compile",
+            log_path=tmp_path / "log",
+        )
+    assert caught.value.returncode == 127
+
+
+@pytest.mark.parametrize("behaviour", ["hang", "hang-deaf"])
+def test_timeout_stops_also_a_tool_that_ignores_sigterm(tmp_path: Path, behaviour: str) -> None:
+    with pytest.raises(ToolError, match="it was stopped after 2 s") as caught:
+        run_container(
+            tool(tmp_path, behaviour), stage="compile", log_path=tmp_path / "log", timeout_s=2.0
+        )
+    assert "    hanging" in str(caught.value)
+
+
+def test_what_a_finished_tool_left_running_holds_nobody_up(tmp_path: Path) -> None:
+    run_container(tool(tmp_path, "orphan"), stage="s", log_path=tmp_path / "log", timeout_s=20.0)
+
+
+@pytest.mark.parametrize(("behaviour", "returncode"), [("memory", 137), ("memory-child", 0)])
+def test_memory_limit_fails_the_run_whatever_the_exit_code(
+    tmp_path: Path, behaviour: str, returncode: int
+) -> None:
+    with pytest.raises(ToolError, match=r"killed at its memory limit of 0\.06 GB") as caught:
+        run_container(
+            tool(tmp_path, behaviour, memory_bytes=64 * MB),
+            stage="compile",
+            log_path=tmp_path / "log",
+        )
+    assert caught.value.returncode == returncode
+
+
+def test_a_kill_from_outside_is_told_from_the_memory_limit(
+    tmp_path: Path, client: DockerClient
+) -> None:
+    running = Running(tool(tmp_path, "hang"), tmp_path / "log")
+    wait_for(lambda: logged(tmp_path / "log", "hanging"))
+    client.containers.list()[0].kill()
+    assert "it was killed from outside" in str(running.end())
+
+
+def test_ctrl_c_removes_the_container(
+    tmp_path: Path, client: DockerClient, child: subprocess.Popen[str]
+) -> None:
+    assert len(client.containers.list()) == 1
+    child.send_signal(signal.SIGINT)
+    _, stderr = child.communicate(timeout=20)
+    assert "KeyboardInterrupt" in stderr
+    assert client.containers.list(all=True) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_run(
+    tmp_path: Path,
+    client: DockerClient,
+    child: subprocess.Popen[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    child.kill()
+    child.wait()
+    (left,) = client.containers.list()
+    output_of("true", tmp_path / "next.log")
+    assert client.containers.list(all=True) == []
+    assert f"Removing {left.name}" in caplog.text
+
+
+def test_container_of_a_living_process_is_left_alone(
+    tmp_path: Path, client: DockerClient, child: subprocess.Popen[str]
+) -> None:
+    (other,) = client.containers.list()
+    assert other.labels[OWNER_LABEL] == owner_of(child.pid)
+    output_of("true", tmp_path / "next.log")
+    assert [container.name for container in client.containers.list()] == [other.name]
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=20)
+
+
+def test_full_disk_below_the_log_ends_the_run(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            run_container(tool(tmp_path, "endless"), stage="compile", log_path=disk / "log")
+        assert caught.value.errno == errno.ENOSPC
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_engine_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import docker
+
+    with running_dockerd() as host:
+        monkeypatch.setenv("DOCKER_HOST", host)
+        own = docker.DockerClient(host)
+        build_image(own)
+        own.close()
+        running = Running(tool(tmp_path, "hang"), tmp_path / "log")
+        wait_for(lambda: logged(tmp_path / "log", "hanging"))
+        pid_file = Path(host.removeprefix("unix://")).with_name("dockerd.pid")
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        fault = running.end()
+    assert isinstance(fault, PipelineError)
+    assert "the Docker engine failed" in str(fault)
+
+
+def test_without_gpu_runtime_the_way_on_is_named_and_nothing_stays(tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match="nvidia-ctk runtime configure"):
+        run_container(tool(tmp_path, gpus=True), stage="compile", log_path=tmp_path / "log")
+
+
+def test_missing_bind_source_is_refused_and_not_made(tmp_path: Path) -> None:
+    source = tmp_path / "nowhere"
+    with pytest.raises(IncompatibleError, match=f"does not exist: {source}; if it exists here"):
+        output_of("true", tmp_path / "log", binds=(Bind(source=source, target="/x"),))
+    assert not source.exists()
+
+
+def test_missing_image_is_never_pulled(tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match=r"docker pull nvcr\.io/nvidia/no:1"):
+        run_container(
+            Container(image="nvcr.io/nvidia/no:1", command=("true",)),
+            stage="compile",
+            log_path=tmp_path / "log",
+        )
+
+
+def test_other_refusals_are_told_in_the_engines_words(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"s: Docker could not start .* memory limit"):
+        output_of("true", tmp_path / "log", memory_bytes=1)
+
+
+def test_read_only_bind_cannot_be_written(tmp_path: Path) -> None:
+    bind = Bind(source=tmp_path, target="/data", read_only=True)
+    script = "touch /data/new 2>/dev/null || echo refused"
+    assert output_of(script, tmp_path / "log", binds=(bind,)) == ["refused"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_there_is_no_network(tmp_path: Path, client: DockerClient) -> None:
+    lines = output_of("tail -n +2 /proc/net/route; ip -o link", tmp_path / "log")
+    assert all("LOOPBACK" in line or ",UP" not in line for line in lines)
+    running = Running(tool(tmp_path, "steps"), tmp_path / "log")
+    wait_for(lambda: logged(tmp_path / "log", "step 1"))
+    (container,) = client.containers.list()
+    assert container.attrs["HostConfig"]["NetworkMode"] == "none"
+    (tmp_path / "engine" / "go").touch()
+    assert running.end() is None
+
+
+def test_what_is_written_belongs_to_the_caller(shared: Path, client: DockerClient) -> None:
+    container = tool(shared)
+    (shared / "engine").chmod(0o777)
+    socket = Path(os.environ["DOCKER_HOST"].removeprefix("unix://"))
+    raised = run_as(
+        OTHER_UID,
+        [socket.stat().st_gid],
+        lambda: run_container(container, stage="compile", log_path=shared / "log"),
+    )
+    assert raised == ""
+    written = [path.stat() for path in (*(shared / "engine").rglob("*"), shared / "log")]
+    assert len(written) == 5
+    assert {(stat.st_uid, stat.st_gid) for stat in written} == {(OTHER_UID, OTHER_UID)}
+
+
+def test_home_is_private_writable_and_may_hold_programs(tmp_path: Path) -> None:
+    script = 'cp /bin/busybox "$HOME/echo" && "$HOME/echo" "$USER in $HOME"'
+    assert output_of(script, tmp_path / "log", user=f"{OTHER_UID}:{OTHER_UID}") == [
+        "enginesmith in /home/enginesmith"
+    ]
+
+
+def test_env_workdir_and_shared_memory_are_as_asked(tmp_path: Path) -> None:
+    lines = output_of(
+        'echo "$ADDED"; pwd; df -m /dev/shm | tail -n 1',
+        tmp_path / "log",
+        env={"ADDED": "yes"},
+        workdir="/tmp",
+        shm_bytes=200 << 20,
+    )
+    assert lines[:2] == ["yes", "/tmp"]
+    assert lines[2].split()[1] == "200"
+
+
+def test_ulimits_are_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stack = {"stack": NVIDIA_ULIMITS["stack"]}
+    assert output_of("ulimit -s", tmp_path / "log", ulimits=stack) == ["65536"]
+    assert caplog.text == ""
+
+
+def test_ulimits_beyond_the_engines_power_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # More than fs.nr_open: no capability allows that.
+    assert output_of("echo ran", tmp_path / "log", ulimits={"nofile": 2**31}) == ["ran"]
+    assert "goes on without the ulimits {'nofile': 2147483648}" in caplog.text

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.cache import RECORD, StageCache, atomic_folder, digest_folder, source_digest
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import sys, time
+from pathlib import Path
+from pipeline.core.cache import StageCache
+
+root, seconds = Path(sys.argv[1]), float(sys.argv[2])
+
+def produce(out):
+    (out / "result.txt").write_text("done")
+    with (root / "calls").open("a") as stream:
+        stream.write("x")
+    time.sleep(seconds)
+
+print(StageCache(root=root).run("s", {"a": 1}, produce).dir)
+"""
+
+
+def writing(text: str, calls: list[str]) -> Callable[[Path], None]:
+    def produce(out: Path) -> None:
+        calls.append(text)
+        (out / "result.txt").write_text(text)
+
+    return produce
+
+
+def start_child(root: Path, seconds: float) -> subprocess.Popen[str]:
+    root.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", CHILD, str(root), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_calls(root: Path) -> None:
+    end = time.monotonic() + 20
+    while not (root / "calls").exists():
+        assert time.monotonic() < end, "the child never started to produce"
+        time.sleep(0.02)
+
+
+def partials(root: Path) -> list[Path]:
+    return list(root.rglob(".partial-*"))
+
+
+def test_second_run_is_taken_from_the_cache(tmp_path: Path) -> None:
+    cache, calls = StageCache(root=tmp_path), list[str]()
+    first = cache.run("s", {"a": 1}, writing("one", calls))
+    second = cache.run("s", {"a": 1}, writing("two", calls))
+    assert calls == ["one"]
+    assert (first.cached, second.cached) == (False, True)
+    assert (first.dir, first.key, first.digest) == (second.dir, second.key, second.digest)
+    assert (second.dir / "result.txt").read_text() == "one"
+    assert partials(tmp_path) == []
+
+
+def test_key_changes_with_inputs_and_stage(tmp_path: Path) -> None:
+    cache, calls = StageCache(root=tmp_path), list[str]()
+    runs: list[tuple[str, dict[str, Any]]] = [
+        ("s", {"a": 1}),
+        ("s", {"a": 2}),
+        ("s", {"a": 1, "b": None}),
+        ("t", {"a": 1}),
+    ]
+    keys = {cache.run(stage, inputs, writing("x", calls)).key for stage, inputs in runs}
+    assert len(keys) == len(calls) == 4
+
+
+def test_key_ignores_the_order_of_inputs(tmp_path: Path) -> None:
+    cache, calls = StageCache(root=tmp_path), list[str]()
+    cache.run("s", {"a": 1, "b": 2}, writing("x", calls))
+    assert cache.run("s", {"b": 2, "a": 1}, writing("x", calls)).cached
+
+
+def test_outputs_digest_follows_content_and_not_mtimes(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    file = tmp_path / "below" / "file"
+    file.write_text("one")
+    before = digest_folder(tmp_path)
+    assert before[0].path == "below/file"
+    os.utime(file, (0, 0))
+    assert digest_folder(tmp_path) == before
+    file.write_text("two")
+    assert digest_folder(tmp_path) != before
+
+
+def test_touched_result_still_counts(tmp_path: Path) -> None:
+    cache, calls = StageCache(root=tmp_path), list[str]()
+    made = cache.run("s", {}, writing("one", calls))
+    os.utime(made.dir / "result.txt", (0, 0))
+    assert cache.run("s", {}, writing("two", calls)).cached
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no record", "half a record"])
+def test_damaged_result_is_made_again(tmp_path: Path, damage: str) -> None:
+    cache, calls = StageCache(root=tmp_path), list[str]()
+    made = cache.run("s", {}, writing("one", calls)).dir
+    if damage == "missing":
+        (made / "result.txt").unlink()
+    elif damage == "truncated":
+        (made / "result.txt").write_text("o")
+    elif damage == "no record":
+        (made / RECORD).unlink()
+    else:
+        (made / RECORD).write_text((made / RECORD).read_text()[:40])
+    again = cache.run("s", {}, writing("two", calls))
+    assert calls == ["one", "two"]
+    assert not again.cached
+    assert (again.dir / "result.txt").read_text() == "two"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exception_removes_the_private_folder_and_finishes_nothing(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    cache, calls = StageCache(root=tmp_path), list[str]()
+
+    def fail(out: Path) -> None:
+        (out / "half").write_text("x")
+        raise error
+
+    with pytest.raises(error):
+        cache.run("s", {}, fail)
+    assert list((tmp_path / "stages" / "s").iterdir()) == []
+    assert not cache.run("s", {}, writing("one", calls)).cached
+
+
+def test_killed_run_leaves_nothing_that_counts_as_finished(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    child = start_child(root, 60)
+    wait_for_calls(root)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=10)
+    (leftover,) = partials(root)
+    calls: list[str] = []
+    made = StageCache(root=root).run("s", {"a": 1}, writing("again", calls))
+    assert calls == ["again"]
+    assert (made.dir / "result.txt").read_text() == "again"
+    assert leftover.exists(), "a young folder may belong to a run at work"
+
+
+def test_leftovers_are_swept_when_they_are_a_day_old(tmp_path: Path) -> None:
+    for name, age_s in (("young", 23 * 3600.0), ("old", 25 * 3600.0)):
+        folder = tmp_path / f".partial-{name}"
+        folder.mkdir()
+        os.utime(folder, (time.time() - age_s,) * 2)
+    with atomic_folder(tmp_path / "target"):
+        pass
+    assert [path.name for path in partials(tmp_path)] == [".partial-young"]
+
+
+def test_of_two_processes_with_one_key_one_produces(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    first = start_child(root, 0.5)
+    wait_for_calls(root)
+    second = start_child(root, 0.5)
+    folders = {child.communicate(timeout=30)[0].strip() for child in (first, second)}
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert len(folders) == 1
+    assert (root / "calls").read_text() == "x"
+
+
+def test_without_a_working_lock_the_first_rename_wins(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as late:
+        (late / "who").write_text("late")
+        with atomic_folder(target) as early:
+            (early / "who").write_text("early")
+    assert (target / "who").read_text() == "early"
+    assert partials(tmp_path) == []
+
+
+def test_record_holds_inputs_and_every_file(tmp_path: Path) -> None:
+    made = StageCache(root=tmp_path).run("s", {"a": 1}, writing("one", []))
+    record = json.loads((made.dir / RECORD).read_text())
+    assert record["inputs"] == {"a": 1}
+    assert [file["path"] for file in record["files"]] == ["result.txt"]
+
+
+def test_source_digest_imports_nothing_of_the_module() -> None:
+    code = (
+        "import sys; from pipeline.core.cache import source_digest;"
+        "source_digest('pipeline.quant.simulate');"
+        "print([m for m in ('torch', 'pipeline.quant.simulate') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_source_digest_changes_with_a_file_and_not_with_its_mtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "digested_package"
+    (package / "below").mkdir(parents=True)
+    for file in ("__init__.py", "one.py", "below/__init__.py", "below/two.py", "data.yaml"):
+        (package / file).write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    whole, module = source_digest("digested_package"), source_digest("digested_package.one")
+    os.utime(package / "one.py", (0, 0))
+    assert source_digest("digested_package") == whole
+    (package / "below" / "two.py").write_text("x = 2\n")
+    changed = source_digest("digested_package")
+    assert changed != whole
+    assert source_digest("digested_package.one") == module
+    (package / "data.yaml").write_text("x: 2\n")
+    assert source_digest("digested_package") != changed
+    (package / "one.py").write_text("x = 2\n")
+    assert source_digest("digested_package.one") != module
+
+
+def test_source_digest_of_an_unknown_module_is_a_bug() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        source_digest("pipeline.no_such_module")

@@ -1,0 +1,150 @@
+"""FP8 checkpoints of every architecture: the graph agrees with the simulation, layer by layer.
+
+Layers are compared one at a time: behind an FP8 code that a last-bit difference flips, all later
+layers differ, in wide models at most positions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.values import Checkpoint, Licence, Weights
+from pipeline.quant.simulate import load_simulation
+from pipeline.quant.unified import UnifiedCheckpoint
+from tests.architectures import (
+    ARCHITECTURES,
+    ORIGINAL_CONTEXT,
+    tiny_architecture,
+    tiny_fp8_architecture,
+)
+from tests.formats.decoder.decoders import graph_logits, model_logits, random_prompt, write_graph
+from tests.quant.tiny_quantized import shape_of, tiny_quantizer
+
+CONTEXT = 128
+PROMPT = random_prompt(100)  # beyond every window and every original context
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """The tiny model as ModelOpt quantizes it."""
+    folder = tmp_path_factory.mktemp("fp8")
+    model_dir = tiny_architecture(request.param, folder / "model")
+    weights = Weights(
+        dir=model_dir,
+        origin="local:tiny",
+        commit=None,
+        files=digest_folder(model_dir),
+        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+    )
+    return tiny_quantizer().quantize(weights, shape_of(weights), StageCache(root=folder / "cache"))
+
+
+def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ...]) -> float:
+    """Median over positions of the largest logit difference."""
+    graph = write_graph(checkpoint_dir, graph_dir, context=CONTEXT, layers=layers)
+    simulation = load_simulation(checkpoint_dir, layers=layers, context=CONTEXT)
+    wanted = model_logits(simulation, PROMPT)
+    assert np.ptp(wanted) > 1.0
+    return float(np.median(np.abs(graph_logits(graph, PROMPT) - wanted).max(axis=-1)))
+
+
+def test_every_layer_agrees_with_the_simulation(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = UnifiedCheckpoint(checkpoint.dir).config
+    per_layer = 4 if config.fused else 7
+    assert len(checkpoint.fp8_linears) == per_layer * config.num_layers
+    for layer in range(config.num_layers):
+        assert median_distance(checkpoint.dir, tmp_path / str(layer), (layer,)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_foreign_checkpoint_whose_scales_differ_agrees_with_the_simulation(
+    name: str, tmp_path: Path
+) -> None:
+    """As plain ModelOpt writes it; one linear is kept in 16 bits, fused ones included."""
+    fused = name.startswith("phi")
+    kept = "model.layers.1.mlp." + ("gate_up_proj" if fused else "up_proj")
+    folder = tiny_fp8_architecture(name, tmp_path / "model", keep_16bit={kept})
+    assert kept not in UnifiedCheckpoint(folder).fp8_linears
+    for layer in (0, 1):
+        assert median_distance(folder, tmp_path / str(layer), (layer,)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi4-mini"])
+def test_parts_of_a_fused_linear_are_its_rows(name: str, tmp_path: Path) -> None:
+    import onnx
+    import torch
+    from safetensors.torch import load_file
+
+    folder = tiny_fp8_architecture(name, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    config = UnifiedCheckpoint(folder).config
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    model = onnx.load(write_graph(folder, tmp_path / "graph"))
+    found = {
+        tensor.name: np.frombuffer(tensor.raw_data, np.uint8).reshape(tuple(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN and tensor.dims
+    }
+    for layer in range(config.num_layers):
+        for module, sizes in (
+            ("self_attn.qkv_proj", {"q": query, "k": key, "v": key}),
+            ("mlp.gate_up_proj", dict.fromkeys(("gate", "up"), config.intermediate_size)),
+        ):
+            prefix, start = f"model.layers.{layer}.{module}", 0
+            codes = tensors[f"{prefix}.weight"].view(torch.uint8).numpy()
+            for part, size in sizes.items():
+                np.testing.assert_array_equal(
+                    found[f"{prefix}.{part}.weight"], codes[start : start + size]
+                )
+                start += size
+            assert start == len(codes)
+
+
+@pytest.fixture
+def longrope_dir(tmp_path: Path) -> Path:
+    return tiny_fp8_architecture("phi3-long", tmp_path / "longrope")
+
+
+def test_simulation_of_a_context_keeps_its_longrope_factors(longrope_dir: Path) -> None:
+    """Transformers chooses by the row; an engine of that context does not."""
+    short_row = random_prompt(20)
+    free = model_logits(load_simulation(longrope_dir), short_row)
+    within = model_logits(load_simulation(longrope_dir, context=ORIGINAL_CONTEXT), short_row)
+    beyond = model_logits(load_simulation(longrope_dir, context=ORIGINAL_CONTEXT + 1), short_row)
+    np.testing.assert_array_equal(within, free)
+    assert np.abs(beyond - free).max() > 0.05
+
+
+def test_graph_beyond_the_original_context_agrees_with_the_simulation_on_short_rows(
+    longrope_dir: Path, tmp_path: Path
+) -> None:
+    short_row = random_prompt(20)
+    graph = write_graph(longrope_dir, tmp_path / "graph", context=CONTEXT, layers=(0,))
+    simulation = load_simulation(longrope_dir, layers=(0,), context=CONTEXT)
+    distance = np.abs(graph_logits(graph, short_row) - model_logits(simulation, short_row))
+    assert np.median(distance.max(axis=-1)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "qwen2.5", "phi4-mini"])
+def test_simulation_reads_configs_as_transformers_4_spells_them(name: str, tmp_path: Path) -> None:
+    new = tiny_fp8_architecture(name, tmp_path / "model")
+    wanted = model_logits(load_simulation(new), PROMPT)
+    path = new / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    if "rope_parameters" in config:  # Transformers 5 wrote it
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        rope.pop("partial_rotary_factor", None)
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        if "original_max_position_embeddings" in config:
+            del rope["original_max_position_embeddings"]
+    path.write_text(json.dumps(config))
+    np.testing.assert_array_equal(model_logits(load_simulation(new), PROMPT), wanted)

@@ -1,0 +1,110 @@
+"""The convert stage: what its key covers, and the cut that stands in for the whole graph."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from pipeline.core.cache import RECORD, StageCache
+from pipeline.formats.trtrtx.stage import (
+    CPU_CUT,
+    CPU_GRAPH,
+    GRAPH_CODE,
+    RTX_CUT,
+    RTX_GRAPH,
+    GraphSettings,
+    convert,
+    cut_context,
+    graph_digest,
+)
+from pipeline.model.decoder_config import DecoderConfig
+from tests.architectures import WINDOW, tiny_fp8_architecture
+
+SETTINGS = GraphSettings(context=160, activation="bfloat16")
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of the converters that `module` imports, directly or not."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    found = {
+        node.module
+        for node in ast.walk(ast.parse(Path(spec.origin).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+    }
+    direct = {
+        name
+        for name in found
+        if name.startswith(
+            ("pipeline.formats.", "pipeline.model.", "pipeline.quant.", "pipeline.core.safetensors")
+        )
+    }
+    return direct.union(*(imports_of(name) for name in direct))
+
+
+def test_graph_code_is_what_builds_a_graph_and_nothing_else() -> None:
+    builder = "pipeline.formats.trtrtx.onnx_graph"
+    assert set(GRAPH_CODE) == {builder, *imports_of(builder)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_fp8_architecture("phi3", tmp_path_factory.mktemp("checkpoint"))
+
+
+def config_of(checkpoint_dir: Path, **changes: object) -> DecoderConfig:
+    text = json.loads((checkpoint_dir / "config.json").read_text())
+    return DecoderConfig.from_json(text | changes)
+
+
+@pytest.mark.parametrize(
+    ("window", "context", "wanted"),
+    [
+        (None, 4096, 64),
+        (None, 32, 32),
+        (2047, 4096, 2111),
+        (2047, 2048, 2048),
+        (2047, 2047, 64),  # nothing is ever hidden: that graph has no window
+        (262144, 4096, 64),
+    ],
+)
+def test_cut_reaches_beyond_a_window_that_the_graph_has(
+    checkpoint_dir: Path, window: int | None, context: int, wanted: int
+) -> None:
+    assert cut_context(config_of(checkpoint_dir, sliding_window=window), context) == wanted
+
+
+def test_cuts_have_the_window_of_the_whole_graph(checkpoint_dir: Path, tmp_path: Path) -> None:
+    graphs = convert(checkpoint_dir, "digest", SETTINGS, StageCache(root=tmp_path))
+    for name in (RTX_GRAPH, CPU_GRAPH, RTX_CUT, CPU_CUT):
+        graph = onnx.load(graphs.dir / name, load_external_data=False).graph
+        kinds = {node.output[0]: node.op_type for node in graph.node}
+        assert kinds["attention_mask"] == "And"
+        cache = next(tensor for tensor in graph.input if tensor.name == "past_key.0")
+        context = cache.type.tensor_type.shape.dim[2].dim_value
+        assert context == (WINDOW + 64 if "cut" in name else SETTINGS.context)
+
+
+def test_digest_of_a_graph_covers_it_and_its_weights_only(
+    checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    graphs = convert(checkpoint_dir, "digest", SETTINGS, StageCache(root=tmp_path))
+    before = graph_digest(graphs, RTX_GRAPH)
+    path = graphs.dir / RECORD
+    record = json.loads(path.read_text())
+    files = {file["path"]: file for file in record["files"]}
+    for name, counts in ((CPU_GRAPH, False), (RTX_CUT, False), (RTX_GRAPH, True)):
+        kept = files[name]["sha256"]
+        files[name]["sha256"] = "0" * 64
+        path.write_text(json.dumps(record))
+        assert (graph_digest(graphs, RTX_GRAPH) != before) is counts
+        files[name]["sha256"] = kept
+    files["weights.bin"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    assert graph_digest(graphs, RTX_GRAPH) != before

@@ -1,0 +1,207 @@
+"""FP8: the graph gives the simulation's codes, and its logits but for flipped codes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.core.values import Checkpoint
+from pipeline.quant.simulate import fake_quantize, load_simulation
+from pipeline.quant.unified import UnifiedCheckpoint
+from tests.formats.decoder.decoders import (
+    CONTEXT,
+    graph_logits,
+    model_logits,
+    random_prompt,
+    write_graph,
+)
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 1), (1, 2)], ids=str)
+def test_graph_of_one_or_two_layers_agrees_with_the_simulation(
+    fp8_checkpoint: Checkpoint, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    """Single positions may differ: where two right float32 sums differ in their last bit and lie
+    on both sides of a midpoint, they round to neighbouring E4M3 codes, 6 to 12 % apart."""
+    graph = write_graph(fp8_checkpoint.dir, tmp_path, layers=layers)
+    simulation = load_simulation(fp8_checkpoint.dir, layers=layers)
+    distances = []
+    for seed in range(3):
+        prompt = random_prompt(100, seed=seed)
+        wanted = model_logits(simulation, prompt)
+        distances.append(np.abs(graph_logits(graph, prompt) - wanted).max(axis=-1))
+    per_position = np.concatenate(distances)
+    assert np.median(per_position) < 1e-3
+    assert (per_position < 1e-3).mean() >= 0.9
+
+
+def test_fp8_is_seen_in_the_graph(fp8_graph: Path, plain_graph: Path) -> None:
+    prompt = random_prompt(50)
+    distance = np.abs(graph_logits(fp8_graph, prompt) - graph_logits(plain_graph, prompt))
+    assert np.median(distance.max(axis=-1)) > 0.01
+
+
+def e4m3_values() -> Any:
+    """All finite E4M3 values, ascending [253 with one zero]."""
+    import torch
+
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.unique(values[values.isfinite()])
+
+
+def awkward_inputs(scale: float) -> Any:
+    """Codes, midpoints and their neighbours, subnormals, saturating and random values."""
+    import torch
+
+    codes = e4m3_values()
+    midpoints = (codes[1:] + codes[:-1]) / 2
+    exact = torch.cat([codes, midpoints, torch.tensor([464.0, 448.0 + 1e-4, 1e-12, -1e-12])])
+    scaled = exact * scale
+    up, down = (torch.nextafter(scaled, torch.tensor(sign * torch.inf)) for sign in (1, -1))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(10_000, generator=generator) * 100 * scale
+    small = torch.randn(2_000, generator=generator) * 2.0**-7 * scale  # E4M3 subnormals
+    return torch.cat([scaled, up, down, noise, small, torch.tensor([1e5, -1e5, 0.0, -0.0])])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-9, 0.0123456789, 3.7e-5, 17.3])
+def test_onnxruntime_rounds_as_fake_quantize_does(scale: float) -> None:
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+            helper.make_node("Cast", ["codes"], ["code_values"], to=TensorProto.FLOAT),
+            helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["y"]),
+        ],
+        "round",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"])
+            for name in ("code_values", "y")
+        ],
+        [
+            helper.make_tensor("scale", TensorProto.FLOAT, [], [scale]),
+            helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = awkward_inputs(scale)
+    assert len(x) >= 10_000
+    codes, rounded = session.run(None, {"x": x.numpy()})
+    assert set(np.unique(codes)) <= set(e4m3_values().tolist())
+    assert np.abs(codes).max() == 448.0  # saturates: no NaN
+    np.testing.assert_array_equal(rounded, fake_quantize(x, scale).numpy())
+    # The codes themselves, not only their products with the scale.
+    np.testing.assert_array_equal(codes * np.float32(scale), fake_quantize(x, scale).numpy())
+
+
+def with_outputs(graph: Path, names: list[str], name: str) -> Path:
+    """The graph with inner values as further outputs, beside it."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    for value in names:
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None)
+        )
+    path = graph.with_name(f"{name}.onnx")
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_every_fp8_linear_has_the_checkpoints_weight_and_the_simulations_codes(
+    fp8_graph: Path, fp8_checkpoint: Checkpoint
+) -> None:
+    import onnx
+    import onnxruntime
+    import torch
+    from safetensors.torch import load_file
+
+    (shard,) = fp8_checkpoint.dir.glob("*.safetensors")
+    tensors = load_file(shard)
+    linears = UnifiedCheckpoint(fp8_checkpoint.dir).fp8_linears
+    assert set(linears) == set(fp8_checkpoint.fp8_linears)
+    assert len(linears) == 3 * 7 - 1
+    nodes = {
+        node.output[0]: node for node in onnx.load(fp8_graph, load_external_data=False).graph.node
+    }
+    quantized = {module: nodes[module].input[0] for module in linears}  # ends in .dq
+    sources = {  # what is rounded, two nodes before the product
+        module: nodes[nodes[dequantized].input[0]].input[0]
+        for module, dequantized in quantized.items()
+    }
+    wanted = [
+        *linears,
+        *(f"{module}.weight.dq" for module in linears),
+        *sorted({*quantized.values(), *sources.values()}),
+    ]
+    session = onnxruntime.InferenceSession(
+        str(with_outputs(fp8_graph, wanted, "inner")), providers=["CPUExecutionProvider"]
+    )
+    feed: dict[str, Any] = {
+        "input_ids": np.array([random_prompt(40)], np.int64),
+        "write_indices": np.zeros(1, np.int64),
+        "logits_index": np.zeros((1, 1), np.int64),
+    }
+    for value in session.get_inputs():
+        if value.name.startswith("past_"):
+            feed[value.name] = np.zeros((1, 2, CONTEXT, 16), np.float32)
+    found = dict(zip(wanted, session.run(wanted, feed), strict=True))
+    for module in linears:
+        weight = tensors[f"{module}.weight"].float() * tensors[f"{module}.weight_scale"].float()
+        np.testing.assert_array_equal(found[f"{module}.weight.dq"], weight.numpy(), err_msg=module)
+        scale = float(tensors[f"{module}.input_scale"])
+        rounded = fake_quantize(torch.from_numpy(found[sources[module]]), scale)
+        np.testing.assert_array_equal(found[quantized[module]], rounded.numpy(), err_msg=module)
+        product = torch.nn.functional.linear(rounded, weight).numpy()
+        np.testing.assert_allclose(found[module], product, rtol=1e-5, atol=1e-5, err_msg=module)
+
+
+def test_linears_with_one_input_and_one_scale_share_its_rounding(fp8_graph: Path) -> None:
+    import onnx
+
+    nodes = onnx.load(fp8_graph, load_external_data=False).graph.node
+    # qkv, o, gate and up, down; one down_proj is kept in 16 bits.
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) == 3 * 4 - 1
+
+
+def test_linears_with_one_input_and_different_scales_are_rounded_each_with_its_own(
+    fp8_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    changed = Path(shutil.copytree(fp8_checkpoint.dir, tmp_path / "changed"))
+    (shard,) = changed.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.layers.0.self_attn.k_proj.input_scale"] /= 4
+    save_file(tensors, shard)
+    prompt = random_prompt(60)
+    found = graph_logits(write_graph(changed, tmp_path / "graph", layers=(0,)), prompt)
+    wanted = model_logits(load_simulation(changed, layers=(0,)), prompt)
+    unchanged = model_logits(load_simulation(fp8_checkpoint.dir, layers=(0,)), prompt)
+    assert np.median(np.abs(found - wanted).max(axis=-1)) < 1e-3
+    assert np.median(np.abs(found - unchanged).max(axis=-1)) > 0.01
+
+
+def test_simulation_in_float64_differs_from_float32_by_rounding_only(
+    fp8_checkpoint: Checkpoint,
+) -> None:
+    prompt = random_prompt(60)
+    single = model_logits(load_simulation(fp8_checkpoint.dir), prompt)
+    double = model_logits(load_simulation(fp8_checkpoint.dir, accumulate="float64"), prompt)
+    distance = np.abs(single - double).max(axis=-1)
+    assert distance.max() > 0
+    assert np.median(distance) < 1e-2

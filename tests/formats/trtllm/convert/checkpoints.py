@@ -1,0 +1,100 @@
+"""Tiny checkpoints of every architecture, quantized by the real ModelOpt; edits of their files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.values import Licence, Weights
+from pipeline.formats.trtllm.convert.stage import TrtLlmSettings, convert_trtllm
+from tests.architectures import tiny_architecture
+from tests.quant.tiny_quantized import shape_of, tiny_quantizer
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+FP8_CACHE = TrtLlmSettings(kv_cache_dtype="fp8", dtype="bfloat16")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A unified checkpoint and what became of it."""
+
+    unified: Path
+    dir: Path
+    record: dict[str, Any]
+
+
+def unified_checkpoint(root: Path, name: str, *keep_16bit: str, **overrides: Any) -> Path:
+    """An FP8 checkpoint of `tiny_architecture(name)` as our own quantizer writes it."""
+    folder = tiny_architecture(name, root / "model", **overrides)
+    weights = Weights(
+        dir=folder,
+        origin="local:tiny",
+        commit=None,
+        files=digest_folder(folder),
+        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+    )
+    cache = StageCache(root=root / "cache")
+    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), cache).dir
+
+
+def modelopt_checkpoint(root: Path, name: str, *, kv_scales: bool, **overrides: Any) -> Path:
+    """What ModelOpt's `export_hf_checkpoint` writes by itself: scales differ in a fused group."""
+    import copy
+
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+
+    from pipeline.model.hf import load_model, quiet
+
+    model = load_model(tiny_architecture(name, root / "model", **overrides), "float32")
+    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    if kv_scales:
+        rules = copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+        if isinstance(config["quant_cfg"], list):
+            config["quant_cfg"] += rules
+        else:
+            config["quant_cfg"].update({k: v for k, v in rules.items() if k != "default"})
+    ids = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    with quiet(), torch.no_grad():
+        mtq.quantize(model, config, lambda quantized: quantized(ids))
+        export_hf_checkpoint(model, dtype=torch.float32, export_dir=str(root / "exported"))
+    return root / "exported"
+
+
+def convert(unified: Path, root: Path, settings: TrtLlmSettings = FP8_CACHE) -> Converted:
+    """Run the convert stage with a cache below `root`."""
+    result = convert_trtllm(unified, "0" * 64, settings, StageCache(root=root))
+    return Converted(unified, result.dir, result.read_json("conversion.json"))
+
+
+def edited(folder: Path, target: Path, edit: Callable[[Tensors], object]) -> Path:
+    """A copy of a folder with the tensors of its one safetensors file changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def reconfigured(
+    folder: Path, target: Path, edit: Callable[[dict[str, Any]], object], name: str = "config.json"
+) -> Path:
+    """A copy of a folder with a JSON file changed."""
+    shutil.copytree(folder, target)
+    content = json.loads((target / name).read_text())
+    edit(content)
+    (target / name).write_text(json.dumps(content))
+    return target

@@ -1,0 +1,99 @@
+"""A conversion streams: its memory follows the largest shard, not the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HIDDEN, INNER, LAYERS, VOCAB = 1024, 4096, 10, 4096
+ALLOWANCE_BYTES = 8 << 20
+"""What Python and NumPy take for themselves meanwhile."""
+
+_CHILD = """
+import json, sys
+from pathlib import Path
+import ml_dtypes, numpy
+from pipeline.formats.trtllm.convert.stage import TrtLlmSettings, write_checkpoint
+
+def peak_bytes():
+    # Not getrusage: a child's peak starts with its parent's there.
+    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+target.mkdir()
+before = peak_bytes()
+write_checkpoint(source, TrtLlmSettings(kv_cache_dtype=sys.argv[3], dtype=sys.argv[3]), target)
+print(json.dumps(peak_bytes() - before))
+"""
+
+
+def write_sharded(folder: Path) -> int:
+    """A Llama with a shard for each layer, scales that differ; returns the largest shard's size."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    random = np.random.default_rng(0)
+    square, wide, narrow = (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
+    linears: dict[str, tuple[int, int]] = {f"self_attn.{p}_proj": square for p in "qkvo"}
+    linears |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": narrow}
+    sizes = []
+    for layer in range(LAYERS + 1):
+        tensors: dict[str, Any] = {}
+        if layer == LAYERS:
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensors[name] = torch.ones((VOCAB, HIDDEN), dtype=torch.bfloat16)
+            tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+        else:
+            prefix = f"model.layers.{layer}"
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+            for number, (name, shape) in enumerate(linears.items()):
+                codes = torch.from_numpy(random.integers(0, 120, shape, np.uint8))
+                tensors[f"{prefix}.{name}.weight"] = codes.view(torch.float8_e4m3fn)
+                tensors[f"{prefix}.{name}.weight_scale"] = torch.tensor(0.01 + 0.001 * number)
+                tensors[f"{prefix}.{name}.input_scale"] = torch.tensor(0.02)
+        file = folder / f"model-{layer:05d}-of-{LAYERS + 1:05d}.safetensors"
+        save_file(tensors, file)
+        sizes.append(file.stat().st_size)
+    return max(sizes)
+
+
+def test_peak_memory_is_at_most_twice_the_largest_shard(tmp_path: Path) -> None:
+    largest = write_sharded(tmp_path / "sharded")
+    whole = sum(path.stat().st_size for path in (tmp_path / "sharded").glob("*.safetensors"))
+    bound = 2 * largest + ALLOWANCE_BYTES
+    assert whole > 3 * bound  # else the case shows nothing
+    for dtype in ("bfloat16", "float16"):  # copied, and cast
+        finished = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(tmp_path / "sharded"), str(tmp_path / dtype), dtype],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert int(finished.stdout) <= bound
+        written = (tmp_path / dtype / "rank0.safetensors").stat().st_size
+        assert written > 0.95 * whole

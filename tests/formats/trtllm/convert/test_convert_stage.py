@@ -1,0 +1,88 @@
+"""The stage: made once, and made again when something that shapes it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.cache import StageCache
+from pipeline.core.errors import ConflictError
+from pipeline.formats.trtllm import export
+from pipeline.formats.trtllm.convert.stage import (
+    CODE,
+    TrtLlmSettings,
+    convert_trtllm,
+    write_checkpoint,
+)
+from tests.formats.trtllm.convert.checkpoints import FP8_CACHE
+
+
+def test_finished_conversion_is_taken_from_the_cache(llama: Path, tmp_path: Path) -> None:
+    cache = StageCache(root=tmp_path)
+    first = convert_trtllm(llama, "a" * 64, FP8_CACHE, cache)
+    again = convert_trtllm(llama, "a" * 64, FP8_CACHE, cache)
+    assert (first.cached, again.cached) == (False, True)
+    assert again.dir == first.dir
+    assert {path.name for path in first.dir.iterdir()} == {
+        "config.json",
+        "rank0.safetensors",
+        "conversion.json",
+        "stage.json",
+    }
+
+
+def test_key_follows_checkpoint_and_settings(llama: Path, tmp_path: Path) -> None:
+    cache = StageCache(root=tmp_path)
+    keys = {
+        convert_trtllm(llama, digest, settings, cache).key
+        for digest, settings in (
+            ("a" * 64, FP8_CACHE),
+            ("b" * 64, FP8_CACHE),
+            ("a" * 64, TrtLlmSettings(kv_cache_dtype="bfloat16", dtype="bfloat16")),
+            ("a" * 64, TrtLlmSettings(kv_cache_dtype="fp8", dtype="float16")),
+        )
+    }
+    assert len(keys) == 4
+
+
+def test_two_conversions_are_equal_to_the_byte(llama: Path, tmp_path: Path) -> None:
+    one, two = (
+        convert_trtllm(llama, "a" * 64, FP8_CACHE, StageCache(root=tmp_path / name))
+        for name in ("one", "two")
+    )
+    assert one.digest == two.digest
+
+
+def test_key_covers_the_code_that_shapes_the_bytes() -> None:
+    import pipeline.formats.trtllm.convert.config
+    import pipeline.formats.trtllm.convert.tensors
+
+    used = {
+        value.__module__
+        for module in (
+            pipeline.formats.trtllm.convert.config,
+            pipeline.formats.trtllm.convert.tensors,
+        )
+        for value in vars(module).values()
+        if str(getattr(value, "__module__", "")).startswith("pipeline.formats")
+    }
+    assert all(name.startswith(CODE) for name in used)
+
+
+def test_folder_that_another_run_filled_meanwhile_is_a_conflict(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def late(*arguments: Any) -> Any:
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(export, "write_checkpoint", late)
+    with pytest.raises(ConflictError, match="was filled meanwhile"):
+        export.export_trtllm(llama, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["theirs"]

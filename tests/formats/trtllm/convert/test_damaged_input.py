@@ -1,0 +1,240 @@
+"""Checkpoints that are damaged or of another kind: each its own message and exit code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipeline.core.errors import CorruptError, ExitCode, RecipeError
+from pipeline.formats.trtllm.convert.plan import TensorPlan
+from pipeline.formats.trtllm.convert.tensors import plan_tensors
+from pipeline.formats.trtllm.convert.write import verify_written
+from pipeline.quant.unified import UnifiedCheckpoint
+from tests.architectures import tiny_architecture
+from tests.formats.trtllm.convert.checkpoints import convert, edited, reconfigured
+from tests.formats.trtllm.convert.conftest import Convert
+
+if TYPE_CHECKING:
+    from tests.formats.trtllm.convert.checkpoints import Tensors
+
+_LAYER = "model.layers.1"
+
+
+def _pop(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def _resize(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()})
+
+
+def _put(name: str, value: float) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensors[name] * 0 + value})
+
+
+def _repeat(name: str, times: int) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: tensors[name].reshape(1).repeat(times)})
+
+
+def _copy(name: str, copied: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({copied: tensors[name].clone()})
+
+
+@pytest.mark.parametrize(
+    ("edit", "shown"),
+    [
+        (_pop(f"{_LAYER}.mlp.up_proj.weight"), f"{_LAYER}.mlp.up_proj.weight is missing"),
+        (_pop(f"{_LAYER}.input_layernorm.weight"), f"{_LAYER}.input_layernorm.weight is missing"),
+        (_pop("model.norm.weight"), "model.norm.weight is missing"),
+        (_pop("model.embed_tokens.weight"), "model.embed_tokens.weight is missing"),
+        (_pop("lm_head.weight"), "lm_head.weight is missing"),
+        (
+            _pop(f"{_LAYER}.self_attn.q_proj.weight_scale"),
+            f"{_LAYER}.self_attn.q_proj.weight_scale is missing; static per-tensor FP8 needs it",
+        ),
+        (
+            _pop(f"{_LAYER}.mlp.down_proj.input_scale"),
+            f"{_LAYER}.mlp.down_proj.input_scale is missing",
+        ),
+        (
+            _resize(f"{_LAYER}.self_attn.v_proj.weight"),
+            f"{_LAYER}.self_attn.v_proj.weight has shape (31, 64), config.json implies (32, 64)",
+        ),
+        (
+            _resize("model.norm.weight"),
+            "model.norm.weight has shape (63,), config.json implies (64,)",
+        ),
+        (
+            _copy("model.norm.weight", f"{_LAYER}.self_attn.q_norm.weight"),
+            f"{_LAYER}.self_attn.q_norm.weight is no tensor of LlamaForCausalLM",
+        ),
+        (
+            _copy("model.norm.weight", f"{_LAYER}.self_attn.q_proj.bias"),
+            f"{_LAYER}.self_attn.q_proj.bias is no tensor of LlamaForCausalLM",
+        ),
+        (_put(f"{_LAYER}.mlp.down_proj.weight_scale", 0.0), "weight_scale is 0.0, no positive"),
+        (_put(f"{_LAYER}.mlp.down_proj.input_scale", float("inf")), "input_scale is inf"),
+        (_put(f"{_LAYER}.self_attn.k_proj.k_scale", float("nan")), "k_scale is nan"),
+    ],
+)
+def test_damaged_tensor_is_named(
+    llama: Path, tmp_path: Path, edit: Callable[[Tensors], object], shown: str
+) -> None:
+    broken = edited(llama, tmp_path / "broken", edit)
+    with pytest.raises(CorruptError, match=re.escape(shown)) as refused:
+        convert(broken, tmp_path / "converted")
+    assert refused.value.exit_code == ExitCode.CORRUPT
+    assert "make the checkpoint again" in str(refused.value)
+    assert not list((tmp_path / "converted" / "stages").rglob("*.safetensors"))
+
+
+def test_several_faults_are_listed_and_the_rest_counted(llama: Path, tmp_path: Path) -> None:
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            del tensors[name]
+
+    with pytest.raises(CorruptError, match=r"and \d+ more") as refused:
+        convert(edited(llama, tmp_path / "broken", edit), tmp_path / "converted")
+    assert str(refused.value).count("is missing") == 8
+
+
+def _half_fp8(tensors: Tensors) -> None:
+    name = f"{_LAYER}.self_attn.k_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].bfloat16()
+    for kind in ("weight_scale", "input_scale"):
+        del tensors[f"{name}.{kind}"]
+
+
+def _as_bytes(tensors: Tensors) -> None:
+    import torch
+
+    name = f"{_LAYER}.mlp.down_proj.weight"
+    tensors[name] = tensors[name].view(torch.uint8)
+
+
+def _fp8_head(tensors: Tensors) -> None:
+    import torch
+
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    for kind in ("weight_scale", "input_scale"):
+        tensors[f"lm_head.{kind}"] = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    ("edit", "shown"),
+    [
+        (_half_fp8, "transformer.layers.1.attention.qkv: mixes precisions: .*k_proj is not FP8"),
+        (_as_bytes, "down_proj.weight: has dtype uint8; .* is converted"),
+        (_fp8_head, "lm_head: is FP8; it is converted as 16-bit only"),
+        (
+            _repeat(f"{_LAYER}.mlp.down_proj.weight_scale", 64),
+            r"down_proj.weight_scale: has shape \(64,\); only one scale for a tensor",
+        ),
+    ],
+)
+def test_another_kind_of_quantization_is_refused(
+    llama: Path, tmp_path: Path, edit: Callable[[Tensors], object], shown: str
+) -> None:
+    other = edited(llama, tmp_path / "other", edit)
+    with pytest.raises(RecipeError, match=shown) as refused:
+        convert(other, tmp_path / "converted")
+    assert refused.value.exit_code == ExitCode.USAGE
+
+
+def test_model_without_fp8_is_refused(tmp_path: Path) -> None:
+    plain = tiny_architecture("phi3", tmp_path / "plain")
+    with pytest.raises(RecipeError, match="holds no FP8 linear; quantize the model first"):
+        convert(plain, tmp_path / "converted")
+
+
+def test_unknown_architecture_is_refused_with_the_supported_ones(
+    llama: Path, tmp_path: Path
+) -> None:
+    other = reconfigured(
+        llama, tmp_path / "other", lambda c: c.update(architectures=["GemmaForCausalLM"])
+    )
+    with pytest.raises(RecipeError) as refused:
+        convert(other, tmp_path / "converted")
+    assert refused.value.exit_code == ExitCode.USAGE
+    for name in ("Llama", "Mistral", "Qwen2", "Phi3"):
+        assert f"{name}ForCausalLM" in str(refused.value)
+
+
+def test_value_beyond_float16_is_refused(llama: Path, tmp_path: Path) -> None:
+    from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
+
+    loud = edited(llama, tmp_path / "loud", _put("model.norm.weight", 1e6))
+    settings = TrtLlmSettings(kv_cache_dtype="float16", dtype="float16")
+    with pytest.raises(RecipeError, match="beyond the range of float16; use bfloat16"):
+        convert(loud, tmp_path / "converted", settings)
+
+
+@pytest.fixture
+def plan(converted: Convert) -> TensorPlan:
+    return plan_tensors(
+        UnifiedCheckpoint(converted("llama").unified), dtype="bfloat16", kv_fp8=True
+    )
+
+
+_NAME = "transformer.layers.2.mlp.proj.weight"
+
+
+def _retype(tensors: Tensors) -> None:
+    import torch
+
+    tensors[_NAME] = tensors[_NAME].view(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "shown"),
+    [
+        (_pop(_NAME), f"tensor {_NAME} was not written"),
+        (_resize(_NAME), f"tensor {_NAME} has shape (63, 128), planned (64, 128)"),
+        (_retype, f"tensor {_NAME} is 8192 bytes of uint8, planned 8192 of float8_e4m3fn"),
+        (_copy(_NAME, "transformer.extra"), "tensor transformer.extra was not planned"),
+    ],
+)
+def test_written_file_that_is_not_the_planned_one_is_noticed(
+    converted: Convert,
+    tmp_path: Path,
+    plan: TensorPlan,
+    edit: Callable[[Tensors], object],
+    shown: str,
+) -> None:
+    verify_written(converted("llama").dir, plan)
+    damaged = edited(converted("llama").dir, tmp_path / "damaged", edit)
+    with pytest.raises(CorruptError, match=re.escape(shown)):
+        verify_written(damaged, plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"), [(-1, "is truncated"), (1, r"has \d+ bytes, planned \d+")]
+)
+def test_file_of_another_size_is_noticed(
+    converted: Convert, tmp_path: Path, plan: TensorPlan, change: int, shown: str
+) -> None:
+    damaged = reconfigured(converted("llama").dir, tmp_path / "damaged", lambda config: None)
+    file = damaged / "rank0.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
+    with pytest.raises(CorruptError, match=shown):
+        verify_written(damaged, plan)
+
+
+def test_header_is_read_by_the_safetensors_library_and_data_is_aligned(
+    converted: Convert, plan: TensorPlan
+) -> None:
+    from safetensors import safe_open
+
+    path = converted("llama").dir / "rank0.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    with safe_open(path, "np") as file:
+        found: dict[str, Any] = {
+            name: tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
+    assert found == {tensor.name: tensor.shape for tensor in plan.tensors}

@@ -1,0 +1,142 @@
+"""An FP8 KV cache has one scale for keys and values; Transformers gets a cache that rounds too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
+from pipeline.quant.simulate import fake_quantize
+from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited
+from tests.formats.trtllm.convert.comparison import prompts
+from tests.formats.trtllm.convert.conftest import Convert
+from tests.formats.trtllm.convert.reference import TrtLlmReference
+
+if TYPE_CHECKING:
+    import torch
+
+    from tests.formats.trtllm.convert.checkpoints import Tensors
+
+_K, _V = "self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"
+_BOUND = 1e-3
+"""Relative, root mean square. Equal up to float32 noise, 2e-6 (measured 2026-11-25); the wrong one
+of two scales gives 0.02."""
+
+
+def with_scales(unified: Path, target: Path, k: float, v: float) -> Path:
+    def edit(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.endswith((_K, _V)):
+                tensors[name] = tensors[name] * 0 + (k if name.endswith(_K) else v)
+
+    return edited(unified, target, edit)
+
+
+def written_scales(found: Converted) -> set[float]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(found.dir / "rank0.safetensors")
+    names = [name for name in tensors if "kv_cache" in name]
+    assert names == [
+        f"transformer.layers.{layer}.attention.kv_cache_scaling_factor" for layer in range(3)
+    ]
+    assert all(tensors[name].shape == (1,) for name in names)
+    return {round(float(tensors[name]), 4) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "written"), [(3.1, 1.7, 3.1), (1.7, 3.1, 3.1), (0.04, 0.01, 1.0), (0.04, 2.5, 2.5)]
+)
+def test_scale_is_the_larger_one_but_never_below_one(
+    llama: Path, tmp_path: Path, k: float, v: float, written: float
+) -> None:
+    found = convert(with_scales(llama, tmp_path / "unified", k, v), tmp_path / "converted")
+    assert written_scales(found) == {written}
+
+
+def rounding_logits(unified: Path, scale: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Transformers with a cache that rounds what it stores."""
+    import torch
+    from transformers import DynamicCache
+
+    from pipeline.quant.simulate import load_simulation
+
+    class RoundingCache(DynamicCache):  # type: ignore[misc]  # the library is untyped
+        def update(self, key: Any, value: Any, *rest: Any, **more: Any) -> Any:
+            rounded = (fake_quantize(key, scale), fake_quantize(value, scale))
+            return super().update(*rounded, *rest, **more)
+
+    model = load_simulation(unified)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(ids[None], past_key_values=RoundingCache()).logits[0]
+        return found
+
+    return logits
+
+
+@pytest.mark.parametrize(("k", "v"), [(3.1, 1.7), (1.7, 3.1)])
+def test_rounded_cache_gives_the_logits_of_transformers_and_the_smaller_scale_does_not(
+    llama: Path, tmp_path: Path, k: float, v: float
+) -> None:
+    unified = with_scales(llama, tmp_path / "unified", k, v)
+    found = convert(unified, tmp_path / "converted")
+    theirs = rounding_logits(unified, 3.1)
+
+    def difference(folder: Path) -> float:
+        ours = TrtLlmReference(folder, round_activations=False, round_cache=True)
+        ids = prompts()[1]
+        return float((ours(ids) - (wanted := theirs(ids))).pow(2).mean().sqrt() / wanted.std())
+
+    assert difference(found.dir) < _BOUND
+
+    def smaller(tensors: Tensors) -> None:
+        for name in tensors:
+            if "kv_cache" in name:
+                tensors[name] = tensors[name] * 0 + 1.7
+
+    assert difference(edited(found.dir, tmp_path / "damaged", smaller)) > 10 * _BOUND
+
+
+def test_16_bit_cache_has_no_scales(llama: Path, tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import load_file
+
+    settings = TrtLlmSettings(kv_cache_dtype="bfloat16", dtype="bfloat16")
+    found = convert(llama, tmp_path, settings)
+    assert not [name for name in load_file(found.dir / "rank0.safetensors") if "kv_cache" in name]
+    config = json.loads((found.dir / "config.json").read_text())
+    assert config["quantization"]["kv_cache_quant_algo"] is None
+
+
+def test_fused_model_has_its_cache_scales_too(converted: Convert) -> None:
+    assert written_scales(converted("phi3")) == {1.0}
+
+
+def test_fp8_cache_without_scales_is_refused(llama: Path, tmp_path: Path) -> None:
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith((_K, _V))]:
+            del tensors[name]
+
+    with pytest.raises(RecipeError, match=r"has no k_scale and v_scale .* kv_cache_dtype=bfloat16"):
+        convert(edited(llama, tmp_path / "unified", edit), tmp_path / "converted")
+
+
+def test_half_of_the_cache_scales_is_a_damaged_checkpoint(llama: Path, tmp_path: Path) -> None:
+    name = f"model.layers.1.{_V}"
+    unified = edited(llama, tmp_path / "unified", lambda tensors: tensors.pop(name))
+    with pytest.raises(CorruptError, match=f"{name} is missing"):
+        convert(unified, tmp_path / "converted")
+
+
+def test_cache_type_that_is_not_the_activations_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kv_cache_dtype \(float16\) must be fp8 or dtype"):
+        TrtLlmSettings(kv_cache_dtype="float16", dtype="bfloat16")

@@ -1,0 +1,161 @@
+"""config.json, value by value, and what TensorRT-LLM cannot express."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import ExitCode, RecipeError
+from pipeline.formats.trtllm.convert.config import trtllm_config
+from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope
+
+LLAMA = DecoderConfig(
+    architecture="LlamaForCausalLM",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    rms_norm_eps=1e-5,
+    rope=Rope(theta=500000.0, rotary_dim=128),
+    max_position_embeddings=131072,
+    sliding_window=None,
+    attention_bias=False,
+    tied=False,
+)
+LLAMA3 = Llama3Scaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+LONGROPE = LongRopeScaling(
+    short_factors=(1.0,) * 48,
+    long_factors=(2.0,) * 48,
+    original_max_position_embeddings=4096,
+    attention_factor=math.sqrt(1 + math.log(32) / math.log(4096)),
+)
+PHI3 = dataclasses.replace(
+    LLAMA,
+    architecture="Phi3ForCausalLM",
+    hidden_size=3072,
+    num_kv_heads=32,
+    head_dim=96,
+    rope=Rope(theta=10000.0, rotary_dim=96, scaling=LONGROPE),
+)
+
+
+def made(config: DecoderConfig, **settings: Any) -> dict[str, Any]:
+    return trtllm_config(
+        config, **{"dtype": "bfloat16", "kv_fp8": True, "exclude": ["lm_head"], **settings}
+    )
+
+
+def with_rope(config: DecoderConfig, **changes: Any) -> DecoderConfig:
+    return dataclasses.replace(config, rope=dataclasses.replace(config.rope, **changes))
+
+
+def test_llama3_config_key_by_key() -> None:
+    assert made(with_rope(LLAMA, scaling=LLAMA3)) == {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "bfloat16",
+        "logits_dtype": "float32",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_size": 128,
+        "qk_layernorm": False,
+        "hidden_act": "silu",
+        "norm_epsilon": 1e-5,
+        "max_position_embeddings": 131072,
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": 500000.0,
+        "rotary_pct": 1.0,
+        "rotary_embedding_dim": 128,
+        "rotary_scaling": {
+            "type": "llama3",
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "attn_bias": False,
+        "mlp_bias": False,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1},
+        "quantization": {
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": "FP8",
+            "exclude_modules": ["lm_head"],
+        },
+    }
+
+
+def test_plain_rope_has_a_null_scaling() -> None:
+    assert made(LLAMA)["rotary_scaling"] is None
+
+
+def test_phi3_gates_with_one_fused_matrix_and_names_longrope_in_both_places() -> None:
+    found = made(PHI3)
+    assert found["hidden_act"] == "swiglu"
+    assert found["position_embedding_type"] == "long_rope"
+    assert found["longrope_scaling_short_factors"] == [1.0] * 48
+    assert found["longrope_scaling_long_factors"] == [2.0] * 48
+    assert found["original_max_position_embeddings"] == 4096
+    assert found["rotary_scaling"] is None
+    assert not {"attn_bias", "mlp_bias"} & found.keys()
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 100, 128, 256])
+def test_rotary_pct_gives_the_rotated_size_for_every_share(head_dim: int) -> None:
+    for rotary_dim in range(2, head_dim + 1, 2):
+        config = dataclasses.replace(
+            PHI3,
+            hidden_size=32 * head_dim,
+            head_dim=head_dim,
+            rope=Rope(theta=10000.0, rotary_dim=rotary_dim),
+        )
+        assert int(head_dim * made(config)["rotary_pct"]) == rotary_dim
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "shown"),
+    [
+        (with_rope(LLAMA, rotary_dim=64), {}, "partial_rotary_factor: rotates 64 of 128"),
+        (
+            with_rope(LLAMA, scaling=dataclasses.replace(LONGROPE)),
+            {},
+            "rope_type: is longrope, which its LlamaForCausalLM does not have",
+        ),
+        (dataclasses.replace(PHI3, head_dim=128), {}, "head_dim: is 128; .* = 96 instead"),
+        (with_rope(PHI3, scaling=LLAMA3), {}, "rope_type: is llama3, which its Phi3"),
+        (
+            with_rope(PHI3, scaling=dataclasses.replace(LONGROPE, attention_factor=1.3)),
+            {},
+            "attention_factor: is 1.3; TensorRT-LLM computes 1.19024",
+        ),
+        (LLAMA, {"tp_size": 2}, "tp_size: is 2; the converter writes checkpoints for one GPU"),
+        (LLAMA, {"pp_size": 4}, "pp_size: is 4; the converter writes checkpoints for one GPU"),
+    ],
+)
+def test_what_tensorrt_llm_would_ignore_is_refused(
+    config: DecoderConfig, settings: dict[str, Any], shown: str
+) -> None:
+    with pytest.raises(RecipeError, match=shown) as refused:
+        made(config, **settings)
+    assert refused.value.exit_code == ExitCode.USAGE
+    assert "use compiler=checkpoint" in str(refused.value)
+
+
+def test_all_faults_are_told_together() -> None:
+    with pytest.raises(RecipeError) as refused:
+        made(with_rope(LLAMA, rotary_dim=64, scaling=LONGROPE), tp_size=2, pp_size=2)
+    assert len(refused.value.faults) == 4

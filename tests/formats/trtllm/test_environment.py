@@ -1,0 +1,135 @@
+"""What a build is done with, told by the interpreter that has TensorRT-LLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import IncompatibleError
+from pipeline.formats.trtllm import probe
+from pipeline.formats.trtllm.environment import Environment, probe_environment
+from pipeline.formats.trtllm.place import choose_place, find_card
+from pipeline.formats.trtllm.timing_cache import TimingCache
+from tests.formats.trtllm.fakes import card_machine, package_records
+from tests.quant.tiny_quantized import ADA
+
+KNOWN = Environment(
+    tensorrt_llm="1.2.1",
+    tensorrt="10.14.1.48",
+    cuda="13.1",
+    card="NVIDIA-Ada",
+    sm=89,
+    driver="590.44.01",
+    image="",
+)
+
+
+def probed(folder: Path) -> Environment:
+    place = choose_place("local", image="", card=lambda: find_card(ADA))
+    return probe_environment(place, folder / "probe.log")
+
+
+def test_versions_card_and_driver_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch)
+    found = probed(tmp_path)
+    assert (found.tensorrt_llm, found.tensorrt) == ("1.2.1", "10.14.1.48")
+    assert (found.card, found.sm, found.driver) == ("NVIDIA-Ada", 89, "590.44.01")
+    assert found.tools["tensorrt"] == "10.14.1.48"
+    assert "build-image" not in found.tools
+
+
+def test_other_release_is_refused_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch)
+    other = tmp_path / "other"
+    package_records(other, trtllm="1.3.0", tensorrt="10.15.1")
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    with pytest.raises(IncompatibleError, match=r"needs TensorRT-LLM 1\.2\.1 .* TensorRT-LLM 1\.3"):
+        probed(tmp_path)
+
+
+def test_program_without_its_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch)
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(IncompatibleError, match="this machine has TensorRT-LLM none and TensorRT"):
+        probed(tmp_path)
+
+
+def test_probe_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
+    """It runs in the image under another interpreter, with this project out of reach."""
+    out = tmp_path / "versions.json"
+    subprocess.run(
+        [sys.executable, "-I", "-S", probe.__file__, str(out)], check=True, cwd=tmp_path, env={}
+    )
+    assert set(json.loads(out.read_text())) == {"tensorrt-llm", "tensorrt", "cuda", "python"}
+
+
+def test_cuda_is_that_of_the_installed_pytorch_which_is_not_imported(tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')\n")
+    (package / "version.py").write_text("__version__ = '2.9.1'\ncuda = '13.1'\n")
+    out = tmp_path / "versions.json"
+    env = {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-S", probe.__file__, str(out)], check=True, env=env)
+    assert json.loads(out.read_text())["cuda"] == "13.1"
+
+
+def test_tensorrt_without_a_record_is_asked_itself(tmp_path: Path) -> None:
+    package = tmp_path / "tensorrt"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '10.14.1'\n")
+    out = tmp_path / "versions.json"
+    env = {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-S", probe.__file__, str(out)], check=True, env=env)
+    assert json.loads(out.read_text())["tensorrt"] == "10.14.1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tensorrt": "10.14.2"}, {"card": "NVIDIA-L40S"}, {"image": "sha256:1"}, {"cuda": "13.0"}],
+)
+def test_what_shapes_the_engine_changes_its_key(change: dict[str, str]) -> None:
+    assert dataclasses.replace(KNOWN, **change).key != KNOWN.key  # type: ignore[arg-type]
+    assert dataclasses.replace(KNOWN, driver="600.1").key == KNOWN.key
+
+
+def test_timing_cache_comes_back_for_the_same_environment_only(tmp_path: Path) -> None:
+    lent, written = tmp_path / "lent", tmp_path / "written"
+    lent.mkdir()
+    written.mkdir()
+    mine, other = (
+        TimingCache(tmp_path, environment)
+        for environment in (KNOWN, dataclasses.replace(KNOWN, card="NVIDIA-L40S"))
+    )
+    assert mine.lend(lent) is None
+    (written / "model.cache").write_bytes(b"timings")
+    mine.keep(written)
+    assert mine.lend(lent) == lent / "model.cache"
+    assert (lent / "model.cache").read_bytes() == b"timings"
+    assert other.lend(lent) is None
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_build_without_timings_leaves_the_known_ones(tmp_path: Path, content: bytes | None) -> None:
+    cache = TimingCache(tmp_path, KNOWN)
+    folder = tmp_path / "written"
+    folder.mkdir()
+    (folder / "model.cache").write_bytes(b"timings")
+    cache.keep(folder)
+    (folder / "model.cache").unlink()
+    if content is not None:
+        (folder / "model.cache").write_bytes(content)
+    cache.keep(folder)
+    assert cache.file.read_bytes() == b"timings"
+    assert [path.name for path in cache.file.parent.iterdir()] == ["model.cache"]

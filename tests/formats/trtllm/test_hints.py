@@ -1,0 +1,83 @@
+"""Known failures by the lines that real logs have; each snippet names where it was seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.formats.trtllm.hints import CAUSES, explain, explain_log
+
+SNIPPETS = {
+    # TensorRT-LLM issue 1677
+    "RuntimeError: Required but not provided tensors:{'transformer.layers.61.attention.qkv.per_"
+    "channel_scale'}": "lacks tensors",
+    # parameter.py and modeling_utils.py
+    "RuntimeError: Encounter error 'The value updated is not the same shape as the original. "
+    "Updated: (64, 32), original: (64, 64)' for parameter 'transformer.layers.0.mlp.fc.weight'": (
+        "transformer.layers.0.mlp.fc.weight of the TensorRT-LLM checkpoint has another shape"
+    ),
+    # commands/build.py
+    "AssertionError: Unsupported model architecture: Gemma4ForCausalLM": (
+        "does not know Gemma4ForCausalLM; use compiler=checkpoint"
+    ),
+    # llama_index issue 12318
+    "[TRT] [E] 6: The engine plan file is generated on an incompatible device, expecting compute "
+    "8.0 got compute 8.9, please rebuild.": "compute 8.9 and 8.0",
+    # TensorRT issue 574
+    "[TRT] [E] 6: The engine plan file is not compatible with this version of TensorRT, expecting "
+    "library version 10.14.1 got 10.11.0, please rebuild.": "versions 10.11.0 and 10.14.1",
+    # C++ runtime, as the facts quote it
+    "Assertion failed: Expected length (44) != real length (48). This is often caused by using "
+    "different TensorRT LLM version to build the engine and run the engine.": "plugins are of",
+    # TensorRT-LLM issue 346
+    "[TRT] [E] 2: [virtualMemoryBuffer.cpp::resizePhysical::140] Error Code 2: OutOfMemory (no "
+    "further information)": "lower compiler.max_num_tokens",
+    # PyTorch
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.": "nvidia-smi lists",
+    "RuntimeError: No CUDA GPUs are available": "it saw no GPU",
+    "CUDA error: CUDA driver version is insufficient for CUDA runtime version": "driver is too old",
+    "OSError: [Errno 28] No space left on device": "ENGINESMITH_CACHE",
+    # argparse
+    "trtllm-build: error: unrecognized arguments: --multiple_profiles": "another release",
+}
+
+
+@pytest.mark.parametrize("line", SNIPPETS)
+def test_known_cause_says_what_to_change(line: str) -> None:
+    log = f"[TRT-LLM] [I] Build TensorRT engine\n{line}\nmore output\n"
+    assert SNIPPETS[line] in explain(log, 1)
+
+
+def test_every_cause_has_a_snippet_and_a_source() -> None:
+    import re
+
+    for cause in CAUSES:
+        assert any(re.search(cause.pattern, line) for line in SNIPPETS), cause.pattern
+        assert cause.source
+
+
+def test_skipped_kernel_is_no_cause() -> None:
+    """Builds that end well print this (TensorRT-LLM issues 493 and 436)."""
+    log = (
+        "[TRT] [W] Tactic Device request: 66048MB Available: 32510MB. Device memory is insufficient"
+        " to use tactic.\n[TRT] [W] UNSUPPORTED_STATESkipping tactic 4 due to insufficient memory "
+        "on requested size of 66048 detected for tactic 0x000000000000001f.\n"
+        "[TRT] [W] Requested amount of GPU memory (33555480576 bytes) could not be allocated.\n"
+    )
+    assert explain(log, 1) == ""
+
+
+@pytest.mark.parametrize("returncode", [-9, 137])
+def test_killed_process_points_to_host_memory(returncode: int) -> None:
+    assert "compiler.memory_gib" in explain("loading\n", returncode)
+
+
+def test_unknown_failure_says_nothing() -> None:
+    assert explain("Traceback\nKeyError: 'x'\n", 1) == ""
+
+
+def test_cause_is_found_at_the_end_of_a_long_log(tmp_path: Path) -> None:
+    log = tmp_path / "compile.log"
+    log.write_bytes(b"\xff progress\n" * 200_000 + b"CUDA out of memory\n")
+    assert "ran out of memory" in explain_log(log, 1)

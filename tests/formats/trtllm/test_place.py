@@ -1,0 +1,199 @@
+"""Where TensorRT-LLM runs, and why it cannot: with real programs on a PATH of the test's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.containers.gpu import Gpu
+from pipeline.core.containers.preflight import require_driver
+from pipeline.core.errors import IncompatibleError
+from pipeline.formats.trtllm.place import (
+    ContainerPlace,
+    LocalPlace,
+    Where,
+    choose_place,
+    find_card,
+)
+from pipeline.formats.trtllm.release import CUDA
+from tests.formats.trtllm.fakes import (
+    GPU_UUID,
+    bare_machine,
+    card_machine,
+    fake_build_program,
+    fake_nvidia_smi,
+    write_script,
+)
+from tests.formats.trtllm.settings import compiler
+from tests.quant.tiny_quantized import ADA
+
+IMAGE = "enginesmith-build:1.2.1"
+
+
+def choose(where: Where = "auto") -> LocalPlace | ContainerPlace:
+    return choose_place(where, image=IMAGE, card=lambda: find_card(ADA))
+
+
+@pytest.mark.parametrize("where", ["auto", "local"])
+def test_program_on_the_path_is_taken(
+    where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = card_machine(tmp_path, monkeypatch)
+    place = choose(where)
+    assert isinstance(place, LocalPlace)
+    assert place.program == programs / "trtllm-build"
+    assert place.gpu.uuid == GPU_UUID
+    assert place.python == sys.executable
+
+
+def test_docker_is_tried_when_told_although_the_program_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    with pytest.raises(IncompatibleError, match="no Docker engine here"):
+        choose("docker")
+
+
+def test_docker_is_tried_when_the_program_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvidia_smi(bare_machine(tmp_path, monkeypatch))
+    with pytest.raises(
+        IncompatibleError, match="trtllm-build is not on the PATH, and no Docker engine here"
+    ):
+        choose()
+
+
+def test_local_without_the_program_names_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare_machine(tmp_path, monkeypatch)
+    with pytest.raises(IncompatibleError, match=r"install tensorrt-llm 1\.2\.1 .*where=docker"):
+        choose("local")
+
+
+def test_pod_without_a_socket_never_tries_docker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvidia_smi(bare_machine(tmp_path, monkeypatch))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    tried: list[str] = []
+    monkeypatch.setattr(
+        "pipeline.formats.trtllm.place.preflight", lambda image, **_: tried.append(image)
+    )
+    with pytest.raises(IncompatibleError, match="let the pod itself use the build image"):
+        choose()
+    assert tried == []
+    (tmp_path / "docker.sock").touch()
+    assert isinstance(choose(), ContainerPlace)
+    assert tried == [IMAGE]
+
+
+def test_machine_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_build_program(bare_machine(tmp_path, monkeypatch))
+    with pytest.raises(IncompatibleError, match="no NVIDIA GPU here"):
+        choose()
+
+
+def test_gpu_of_another_sm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card_machine(tmp_path, monkeypatch, name="NVIDIA A100-SXM4-80GB", capability="8.0")
+    with pytest.raises(IncompatibleError, match=r"sm_89.*found NVIDIA A100-SXM4-80GB \(sm_80\)"):
+        choose()
+
+
+def test_other_card_of_the_same_sm_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch, name="NVIDIA L40S")
+    with pytest.raises(IncompatibleError, match=r"is NVIDIA-Ada, this machine has NVIDIA-L40S"):
+        choose()
+
+
+def test_own_card_is_found_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = card_machine(tmp_path, monkeypatch)
+    write_script(
+        programs / "nvidia-smi",
+        "#!/bin/sh\n"
+        "echo '0, NVIDIA L40S, 8.9, 46068, 590.44.01, GPU-other'\n"
+        f"echo '1, NVIDIA Ada, 8.9, 24564, 590.44.01, {GPU_UUID}'\n",
+    )
+    assert choose().gpu.uuid == GPU_UUID
+
+
+def test_driver_too_old_for_the_image_is_refused() -> None:
+    old = Gpu(index=0, name="NVIDIA Ada", sm=89, memory_bytes=None, driver="535.1", uuid=GPU_UUID)
+    with pytest.raises(IncompatibleError, match=r"driver 535\.1 is too old for CUDA 13\.1"):
+        require_driver(old, CUDA)
+
+
+def test_program_runs_on_the_card_offline_with_a_home_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch)
+    monkeypatch.setenv("HOME", "/proc/none")
+    place = choose()
+    script = write_script(tmp_path / "told", '#!/bin/sh\necho home > "$HOME/file"\nenv\n')
+    log = tmp_path / "run.log"
+    place.run([str(script)], [], stage="told", log_path=log, timeout_s=30.0)
+    told = dict(line.split("=", 1) for line in log.read_text().splitlines() if "=" in line)
+    assert told["CUDA_VISIBLE_DEVICES"] == GPU_UUID
+    assert told["HF_HUB_OFFLINE"] == "1"
+    assert told["TRANSFORMERS_OFFLINE"] == "1"
+    assert told["HOME"] != "/proc/none"
+    assert not Path(told["HOME"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("first_line", "wanted"),
+    [
+        (f"#!{sys.executable} -s", sys.executable),
+        ("#!/bin/sh", sys.executable),
+        ("#!/not/there/python3", sys.executable),
+        ("\x7fELF", sys.executable),
+    ],
+)
+def test_interpreter_is_the_one_of_the_program(
+    first_line: str, wanted: str, tmp_path: Path
+) -> None:
+    program = write_script(tmp_path / "trtllm-build", f"{first_line}\n")
+    gpu = Gpu(index=0, name="x", sm=89, memory_bytes=None, driver="1", uuid=GPU_UUID)
+    assert LocalPlace(gpu=gpu, program=program).python == wanted
+
+
+def test_interpreter_of_another_environment_is_used(tmp_path: Path) -> None:
+    other = tmp_path / "python3"
+    other.symlink_to(sys.executable)
+    program = write_script(tmp_path / "trtllm-build", f"#!{other}\n")
+    gpu = Gpu(index=0, name="x", sm=89, memory_bytes=None, driver="1", uuid=GPU_UUID)
+    assert LocalPlace(gpu=gpu, program=program).python == str(other)
+
+
+def test_bare_machine_learns_three_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare_machine(tmp_path, monkeypatch)
+    with pytest.raises(IncompatibleError) as caught:
+        compiler().check_machine(ADA)
+    message = str(caught.value)
+    for part in (
+        "trtllm-build is not on the PATH",
+        "no NVIDIA GPU here",
+        'ARGS="compiler=trtrtx"',
+        'ARGS="compiler=checkpoint"',
+        "make image",
+    ):
+        assert part in message
+    assert caught.value.exit_code == 6
+
+
+def test_machine_with_the_card_and_the_program_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_machine(tmp_path, monkeypatch)
+    compiler().check_machine(ADA)
+    with pytest.raises(IncompatibleError, match="sm_120"):
+        compiler().check_machine(dataclasses.replace(ADA, sm=120))
+    assert os.environ["PATH"].startswith(str(tmp_path))

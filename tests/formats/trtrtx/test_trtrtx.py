@@ -1,0 +1,288 @@
+"""The real compiler on a tiny model, for a card that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.errors import ExitCode, ToolError
+from pipeline.core.values import Checkpoint, Engine
+from pipeline.formats.trtrtx import stage
+from pipeline.formats.trtrtx.child import CompileJob, Profile, compile_graph
+from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.network_check.stage import interface_of
+from pipeline.formats.trtrtx.plan_text import PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.stage import RTX_GRAPH
+from pipeline.quant.unified import UnifiedCheckpoint
+from tests.quant.tiny_quantized import ADA, tiny_checkpoint
+
+FIELDS: dict[str, Any] = {
+    "max_batch_size": 2,
+    "opt_batch_size": 1,
+    "max_prefill_batch_size": 1,
+    "max_seq_len": 64,
+    "activation_dtype": "bfloat16",
+    "kv_cache_dtype": "bfloat16",
+}
+COMPILER = TrtRtxCompiler(**FIELDS)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trtrtx")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root: Path) -> Checkpoint:
+    return tiny_checkpoint(root, "model.layers.0.mlp.down_proj")
+
+
+@pytest.fixture(scope="module")
+def engine(root: Path, checkpoint: Checkpoint) -> Engine:
+    return COMPILER.compile(checkpoint, ADA, StageCache(root=root / "cache"), root / "logs")
+
+
+def test_engine_folder_is_self_contained(engine: Engine, checkpoint: Checkpoint) -> None:
+    names = {path.name for path in engine.dir.iterdir()}
+    wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"}
+    assert names >= {PLAN_FILE, *wanted}
+    assert "job.json" not in names
+    for name in wanted:
+        assert (engine.dir / name).read_bytes() == (checkpoint.dir / name).read_bytes()
+
+
+def test_every_linear_is_proven_fp8_in_both_profiles(
+    engine: Engine, checkpoint: Checkpoint
+) -> None:
+    proof = engine.checks["fp8_plan"]
+    assert len(checkpoint.fp8_linears) == 3 * 7 - 1
+    assert (proof["profiles"], proof["fp8_linears"]) == (2, 20)
+    # qkv and gate_up are fused: four GEMMs a layer and profile, less the kept one.
+    assert proof["fp8_gemms"] == 2 * (3 * 4 - 1)
+    assert engine.checks["network"]["layer_kinds"]["KV_CACHE_UPDATE"] == 4
+
+
+def test_engine_says_what_it_is(engine: Engine) -> None:
+    assert engine.variant == "sm89-trtrtx-fp8-b2-s64"
+    assert engine.sms == (89,)
+    assert engine.limits.kv_cache_dtype == "bfloat16"
+    plan_bytes = (engine.dir / PLAN_FILE).stat().st_size
+    assert engine.min_vram_bytes == plan_bytes + 2 * 3 * (2 * 16) * 2 * 2 * 64
+    assert {"tensorrt-rtx-cu13", "nvidia-modelopt"} <= set(engine.tools)
+    assert engine.twin_dir is not None
+    assert (engine.twin_dir / "cpu.onnx").is_file()
+
+
+def test_second_time_comes_from_the_cache(
+    root: Path, engine: Engine, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_tool(*_: object, **__: object) -> None:
+        raise AssertionError("started a tool a second time")
+
+    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_tool", no_tool)
+    again = COMPILER.compile(checkpoint, ADA, StageCache(root=root / "cache"), root / "logs")
+    assert again == engine
+
+
+def test_new_cuts_are_checked_but_compile_nothing(
+    root: Path,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the convert stage writes beside the graph and its weights is no input of the engine."""
+
+    def no_tool(*_: object, **__: object) -> None:
+        raise AssertionError("compiled a second time")
+
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    cache = StageCache(root=tmp_path / "cache")
+    monkeypatch.setattr(
+        stage, "source_digest", lambda *modules: f"changed {source_digest(*modules)}"
+    )
+    monkeypatch.setattr(stage, "_CUT_CONTEXT", 32)
+    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_tool", no_tool)
+    again = COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
+    assert again.digest == engine.digest
+    assert again.twin_key != engine.twin_key
+    assert (tmp_path / "logs" / "network-check.log").is_file()
+
+
+def test_full_disk_under_the_plan_is_no_finished_engine(
+    root: Path, engine: Engine, checkpoint: Checkpoint
+) -> None:
+    """The library itself reports success when what it hands its pieces to fails."""
+    assert engine.twin_dir is not None
+    job = CompileJob(
+        graph=str(engine.twin_dir / RTX_GRAPH),
+        interface=interface_of(
+            UnifiedCheckpoint(checkpoint.dir).config,
+            num_layers=UnifiedCheckpoint(checkpoint.dir).config.num_layers,
+            context=COMPILER.max_seq_len,
+            dtype="bfloat16",
+        ),
+        plan="/dev/full",
+        sm=89,
+        profiles=COMPILER.profiles,
+    )
+    with pytest.raises(OSError, match="No space left"):
+        compile_graph(job)
+
+
+def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:
+    gemms = read_plan((engine.dir / PLAN_FILE).read_bytes()).gemms
+    other = {name for gemm in gemms if not gemm.is_fp8 for name in gemm.modules}
+    assert other == {*checkpoint.kept_16bit, "lm_head"}
+
+
+def test_kept_linear_that_is_not_declared_is_refused(
+    engine: Engine, checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(PlanError, match=f"16-bit GEMMs, first {checkpoint.kept_16bit[0]}"):
+        prove_fp8(
+            (engine.dir / PLAN_FILE).read_bytes(),
+            sm=89,
+            profiles=2,
+            fp8_linears=checkpoint.fp8_linears,
+            kept_16bit=(),
+        )
+
+
+def test_card_that_the_compiler_does_not_know_fails_with_its_log(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    hopper = dataclasses.replace(ADA, sm=90)  # TensorRT-RTX has no data-centre Hopper
+    with pytest.raises(ToolError, match="SM90") as caught:
+        COMPILER.compile(checkpoint, hopper, StageCache(root=tmp_path / "cache"), tmp_path)
+    assert "SM90" in caught.value.log_path.read_text()
+    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+
+
+def planted_graph(root: Path, engine: Engine, place: Path, graph: bytes) -> StageCache:
+    """A cache in which the compiler finds another graph than the converter wrote."""
+    assert engine.twin_dir is not None
+    shutil.copytree(root / "cache", place)
+    for finished in (place / "stages" / "compile").iterdir():
+        shutil.rmtree(finished)
+    converted = place / "stages" / "convert" / engine.twin_dir.name
+    (converted / RTX_GRAPH).write_bytes(graph)
+    record = json.loads((converted / "stage.json").read_text())
+    for file in record["files"]:
+        file["size"] = (converted / file["path"]).stat().st_size
+    (converted / "stage.json").write_text(json.dumps(record))
+    return StageCache(root=place)
+
+
+def without_activation_quantizers(graph: bytes) -> bytes:
+    """FP8 weights only: every linear's input as it was before it was rounded to FP8."""
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    rounded = {}
+    for node in list(model.graph.node):
+        if node.op_type == "QuantizeLinear":
+            rounded[node.output[0]] = node.input[0]
+    direct = {}
+    for node in list(model.graph.node):
+        if node.op_type == "DequantizeLinear" and node.input[0] in rounded:
+            direct[node.output[0]] = rounded[node.input[0]]
+            model.graph.node.remove(node)
+        elif node.op_type == "QuantizeLinear":
+            model.graph.node.remove(node)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = direct.get(name, name)
+    assert direct
+    return bytes(model.SerializeToString())
+
+
+def test_weight_only_fp8_graph_builds_no_engine(
+    root: Path,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    assert engine.twin_dir is not None
+    graph = without_activation_quantizers((engine.twin_dir / RTX_GRAPH).read_bytes())
+    cache = planted_graph(root, engine, tmp_path / "cache", graph)
+    with pytest.raises(PlanError, match=r"does not compute 20 linears in FP8, first model\."):
+        COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
+    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+
+
+def test_graph_that_does_not_parse_fails_with_the_log_and_leaves_nothing(
+    root: Path,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    cache = planted_graph(root, engine, tmp_path / "cache", b"no graph at all")
+    with pytest.raises(ToolError) as caught:
+        COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
+    assert caught.value.exit_code is ExitCode.FAILED
+    assert caught.value.returncode == 1
+    assert caught.value.log_path == tmp_path / "logs" / "compile.log"
+    assert "cannot parse" in str(caught.value)
+    assert "cannot parse" in caught.value.log_path.read_text()
+    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+
+
+def test_fp8_cache_is_a_recipe_fault() -> None:
+    with pytest.raises(ValueError, match=r"kv_cache_dtype \(fp8\) must be activation_dtype") as e:
+        TrtRtxCompiler(**{**FIELDS, "kv_cache_dtype": "fp8"})
+    assert "compiler=checkpoint" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opt_batch_size": 3}, r"opt_batch_size \(3\) must be <= max_batch_size \(2\)"),
+        (
+            {"max_prefill_batch_size": 3},
+            r"max_prefill_batch_size \(3\) must be <= max_batch_size \(2\)",
+        ),
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_batch_size": "2"}, "max_batch_size"),
+        ({"kv_cache_dtype": "float16"}, r"kv_cache_dtype \(float16\) must be"),
+        ({"activation_dtype": "float32"}, "activation_dtype"),
+        ({"max_bach_size": 1}, "max_bach_size"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_work(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrtRtxCompiler(**{**FIELDS, **change})
+
+
+def test_profiles_are_decode_then_prefill_at_the_limits() -> None:
+    decode, prefill = COMPILER.profiles
+    assert decode == Profile(batch=(1, 1, 2), sequence=(1, 1, 1), logits=(1, 1, 1))
+    assert prefill == Profile(batch=(1, 1, 1), sequence=(1, 32, 64), logits=(1, 1, 1))
+    assert decode.shapes("past_key.0", (-1, 2, 64, 16)) == [
+        (1, 2, 64, 16),
+        (1, 2, 64, 16),
+        (2, 2, 64, 16),
+    ]
+    assert prefill.shapes("input_ids", (-1, -1)) == [(1, 1), (1, 32), (1, 64)]
+
+
+def test_inputs_change_with_whatever_shapes_the_engine() -> None:
+    inputs = COMPILER.inputs(ADA)
+    assert COMPILER.inputs(dataclasses.replace(ADA, card="other", power_w=1)) == inputs
+    assert COMPILER.inputs(dataclasses.replace(ADA, sm=120)) != inputs
+    for change in (
+        {"max_batch_size": 3},
+        {"opt_batch_size": 2},
+        {"max_prefill_batch_size": 2},
+        {"max_seq_len": 65},
+        {"activation_dtype": "float16", "kv_cache_dtype": "float16"},
+    ):
+        assert TrtRtxCompiler(**{**FIELDS, **change}).inputs(ADA) != inputs

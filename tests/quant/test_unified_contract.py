@@ -1,0 +1,196 @@
+"""The same checkpoint from both dependency sets: form, scales, config, for every architecture."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.values import Checkpoint
+from pipeline.model.shapes import shape_of_config
+from pipeline.quant.calibration import FP8_E4M3_MAX
+from pipeline.quant.export import normalize_export
+from pipeline.quant.sharing import fused_groups
+from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.verify import verify_checkpoint
+from tests.architectures import ARCHITECTURES
+from tests.quant.unified_contract import (
+    GOLDEN,
+    architecture_checkpoint,
+    expected_form,
+    form_of,
+    scales_of,
+    source_sha256,
+)
+
+BF16_STEP = 2.0**-7
+"""Distance of neighbouring bfloat16 values, relative, at its largest: another CPU's last bits can
+round an activation scale up to the next one."""
+CACHE_SCALE_ERROR = 1e-4
+"""Cache scales are float32; what remains is the rounding of another CPU's float32 products."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("architectures")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def made(request: pytest.FixtureRequest, root: Path) -> Checkpoint:
+    """A tiny model's checkpoint; made once, then taken from the cache."""
+    return architecture_checkpoint(root, request.param)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return parsed
+
+
+def test_every_tensor_has_its_name_dtype_and_shape(made: Checkpoint) -> None:
+    assert form_of(made.dir) == expected_form(config_of(made.weights.dir))
+
+
+def test_scales_are_those_on_record(made: Checkpoint) -> None:
+    golden = json.loads(GOLDEN.read_text())[made.weights.dir.name]
+    assert golden["source"] == source_sha256(made), (
+        "the tiny model's weights are not those that the scales were recorded from; "
+        "run python -m tests.quant.unified_contract"
+    )
+    scales = scales_of(made.dir)
+    assert set(scales) == set(golden["scales"])
+    for name, value in golden["scales"].items():
+        if name.endswith(".weight_scale"):
+            assert scales[name] == value, name
+        elif name.endswith(".input_scale"):
+            assert scales[name] == pytest.approx(value, rel=BF16_STEP), name
+        else:
+            assert scales[name] == pytest.approx(value, rel=CACHE_SCALE_ERROR), name
+
+
+def test_cache_scales_are_the_calibrated_ranges(made: Checkpoint) -> None:
+    scales = scales_of(made.dir)
+    amax = made.calibration["amax"]
+    for number in range(3):
+        for part in "kv":
+            attention = f"model.layers.{number}.self_attn"
+            seen = amax[f"{attention}.{part}_bmm_quantizer"] / FP8_E4M3_MAX
+            assert scales[f"{attention}.{part}_proj.{part}_scale"] == pytest.approx(seen, rel=1e-6)
+            assert seen < 1, "ModelOpt 0.37's floor of 1 would not show here"
+
+
+def test_what_runtimes_fuse_shares_a_scale_or_is_one_matrix(made: Checkpoint) -> None:
+    scales = scales_of(made.dir)
+    fused_in_source = "model.layers.0.self_attn.qkv_proj" in made.fp8_linears
+    groups = fused_groups(made.fp8_linears)
+    assert len(groups) == (0 if fused_in_source else 2 * 3)
+    for names in groups.values():
+        assert len({scales[f"{name}.weight_scale"] for name in names}) == 1
+
+
+def test_checkpoint_has_the_sources_shape(made: Checkpoint) -> None:
+    source, checkpoint = config_of(made.weights.dir), config_of(made.dir)
+    assert shape_of_config(checkpoint) == shape_of_config(source)
+    quantization = checkpoint.pop("quantization_config")
+    assert quantization.pop("producer")["name"] == "modelopt"
+    assert quantization == {
+        "config_groups": {
+            "group_0": {
+                "input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+                "weights": {"dynamic": False, "num_bits": 8, "type": "float"},
+                "targets": ["Linear"],
+            }
+        },
+        "ignore": ["lm_head", "model.embed_tokens"],
+        "quant_algo": "FP8",
+        "quant_method": "modelopt",
+    }
+    assert checkpoint == source
+
+
+def test_declared_quantization_is_the_same_under_both_sets(made: Checkpoint) -> None:
+    declared = json.loads((made.dir / "hf_quant_config.json").read_text())
+    assert declared.pop("producer")["name"] == "modelopt"
+    assert declared == {
+        "quantization": {
+            "quant_algo": "FP8",
+            "kv_cache_quant_algo": None,
+            "exclude_modules": ["lm_head", "model.embed_tokens"],
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("phi3", ("mlp.gate_up_proj", "mlp.down_proj")),
+        ("phi4-mini", ("self_attn.qkv_proj",)),
+        ("qwen2.5", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("mistral", ("mlp.down_proj",)),
+    ],
+)
+def test_kept_linears_have_no_scales_and_stay_as_they_were(
+    root: Path, name: str, kept: tuple[str, ...]
+) -> None:
+    patterns = tuple(f"model.layers.1.{linear}" for linear in kept)
+    made = architecture_checkpoint(root, name, *patterns)
+    assert sorted(made.kept_16bit) == sorted(patterns)
+    form = expected_form(config_of(made.weights.dir))
+    for module in patterns:
+        form[f"{module}.weight"] = ("bfloat16", form[f"{module}.weight"][1])
+        del form[f"{module}.weight_scale"], form[f"{module}.input_scale"]
+    assert form_of(made.dir) == form
+    checkpoint, source = UnifiedCheckpoint(made.dir), UnifiedCheckpoint(made.weights.dir)
+    for module in patterns:
+        got, want = (opened.read(f"{module}.weight") for opened in (checkpoint, source))
+        assert got.tobytes() == want.tobytes()
+    assert set(config_of(made.dir)["quantization_config"]["ignore"]) > set(patterns)
+
+
+def test_pattern_for_split_linears_is_refused_where_they_are_fused(root: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        architecture_checkpoint(root, "phi3", "model.layers.*.self_attn.q_proj")
+    (fault,) = caught.value.faults
+    assert "matches no linear; names look like 'model.layers.0.self_attn." in fault.message
+
+
+def changed_copy(made: Checkpoint, folder: Path, name: str) -> Path:
+    """The checkpoint without one of its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    tensors = load_file(made.dir / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((made.dir / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("phi3", "model.layers.2.self_attn.k_proj.k_scale"),
+        ("phi3", "model.layers.1.mlp.gate_up_proj.input_scale"),
+        ("phi3", "lm_head.weight"),
+        ("qwen2.5-0.5b", "model.layers.0.self_attn.v_proj.bias"),
+        ("mistral", "model.layers.0.self_attn.v_proj.v_scale"),
+    ],
+)
+def test_missing_tensor_is_found_by_verification(
+    root: Path, tmp_path: Path, name: str, tensor: str
+) -> None:
+    made = architecture_checkpoint(root, name)
+    verify = partial(verify_checkpoint, weights_dir=made.weights.dir)
+    verify(made.dir, fp8_linears=set(made.fp8_linears))
+    folder = changed_copy(made, tmp_path / "copy", tensor)
+    with pytest.raises(CorruptError, match=f"{tensor} is missing"):
+        verify(folder, fp8_linears=set(made.fp8_linears))
+
+
+def test_cache_scale_that_was_not_calibrated_is_refused(root: Path, tmp_path: Path) -> None:
+    made = architecture_checkpoint(root, "phi3")
+    with pytest.raises(CorruptError, match=r"self_attn\.[kv]_proj\.[kv]_scale, which calibration"):
+        normalize_export(made.dir, made.weights.dir, tmp_path, kept_16bit=(), cache_scales={})

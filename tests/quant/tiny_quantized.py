@@ -1,0 +1,75 @@
+"""The tiny model, calibrated by the real ModelOpt: what quantizer and compiler tests start from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.hardware import Target
+from pipeline.core.values import Checkpoint, Licence, Weights
+from pipeline.model.shapes import ModelShape, shape_of_config
+from pipeline.quant.calibration import Calibration
+from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from tests.tiny import TEXT, tiny_model
+
+ADA = Target(
+    id="ada",
+    card="NVIDIA-Ada",
+    sm=89,
+    memory_gib=24.0,
+    bandwidth_gb_s=1000.0,
+    fp16_tflops=100.0,
+    fp8_tflops=200.0,
+    power_w=300,
+    source="test",
+)
+
+
+@dataclass(frozen=True)
+class RepeatedText:
+    """One document: the text that the tiny tokenizer was trained on, many times."""
+
+    repeats: int = 20
+
+    @property
+    def origin(self) -> str:
+        return "repeated"
+
+    def documents(self) -> tuple[str, ...]:
+        return (TEXT * self.repeats,)
+
+
+def tiny_weights(folder: Path, **overrides: Any) -> Weights:
+    """The tiny model as a source would hand it over."""
+    return local_weights(tiny_model(folder, **overrides))
+
+
+def local_weights(folder: Path) -> Weights:
+    """A folder of tests.tiny or tests.architectures as a source would hand it over."""
+    return Weights(
+        dir=folder,
+        origin="local:tiny",
+        commit=None,
+        files=digest_folder(folder),
+        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+    )
+
+
+def shape_of(weights: Weights) -> ModelShape:
+    return ModelShape(**shape_of_config(json.loads((weights.dir / "config.json").read_text())))
+
+
+def tiny_quantizer(*keep_16bit: str) -> ModelOptFp8:
+    """Two windows of 32 tokens, on the CPU."""
+    calibration = Calibration(text=RepeatedText(), calib_size=2, seq_len=32, batch_size=2, seed=1)
+    return ModelOptFp8(calibration=calibration, keep_16bit=keep_16bit, device="cpu")
+
+
+def tiny_checkpoint(root: Path, *keep_16bit: str) -> Checkpoint:
+    """A checkpoint below `root`, with its weights and cache."""
+    weights = tiny_weights(root / "model")
+    cache = StageCache(root=root / "cache")
+    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), cache)
