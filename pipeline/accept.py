@@ -22,10 +22,10 @@ from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, sign
 from pipeline.commands.outcome import Outcome
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
-from pipeline.config.targets import target_of_card
 from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
 from pipeline.core.hardware import Target, card_name
+from pipeline.core.targets import target_of_card
 from pipeline.core.values import Engine, Format, Limits, Package, Verdict, Weights
 from pipeline.machine import require_builder
 from pipeline.plan import refuse

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline import accept as module
 from pipeline.accept import AcceptRequest, accept
-from pipeline.config.targets import target_of_card
 from pipeline.core.cache import digest_folder
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError, UntrustedError
+from pipeline.core.targets import target_of_card
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.store import Place
 from tests.tiny import tiny_model

@@ -16,8 +16,9 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 import pipeline
-from pipeline.config.folders import ConfigFolders, config_folders, data_dir
+from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import Job, Loaded, load
+from pipeline.core.data import data_dir
 from pipeline.core.errors import RecipeError
 from pipeline.core.settings import STRICT, Listed, PathField
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.folders import ConfigFolders, config_folders, data_dir
+from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import Job, load
+from pipeline.core.data import data_dir
 
 RECIPE = """\
 defaults:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import accept as acceptance
 from pipeline import cli
-from pipeline.config.targets import target_of_card
+from pipeline.core.targets import target_of_card
 from pipeline.registry.folder import FolderRegistry
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 

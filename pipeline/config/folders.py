@@ -5,23 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from pipeline.core.data import data_dir
 from pipeline.core.errors import Fault, RecipeError
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def data_dir(name: Literal["conf", "recipes"]) -> Path:
-    """The folder of that name that belongs to this code.
-
-    In a checkout it lies beside `pipeline/`; an installed wheel carries it inside. The checkout is
-    recognized by its pyproject.toml: `site-packages/conf` may be anybody's.
-    """
-    checkout = _PACKAGE.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
-        return checkout / name
-    return _PACKAGE / "_data" / name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def _settings(runner: str) -> dict[str, Any]:
     """A runner's settings as they ship."""
     import yaml
 
-    from pipeline.config.folders import data_dir
+    from pipeline.core.data import data_dir
 
     settings = yaml.safe_load((data_dir("conf") / "runner" / f"{runner}.yaml").read_text())
     return {name: value for name, value in settings.items() if name != "_target_"}

@@ -24,8 +24,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.folders import data_dir
 from pipeline.core import cache
+from pipeline.core.data import data_dir
 from pipeline.core.values import Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.shapes import ModelShape

@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.__main__ import Request, run
 from pipeline.build import Recipe, plan_of
-from pipeline.config.folders import config_folders, data_dir
+from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.core.data import data_dir
 from pipeline.core.errors import ExitCode
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.registry.policy import publish_faults

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from pipeline.config.folders import config_folders, data_dir
+from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
+from pipeline.core.data import data_dir
 
 GROUPS = {"source", "target", "quantizer", "compiler", "runner", "acceptance", "registry"}
 MAX_LINES = 25

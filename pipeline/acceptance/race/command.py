@@ -250,7 +250,7 @@ def not_raced(asked: Sequence[str]) -> dict[str, str]:
 def roofline_on(recipe: Recipe, card: str) -> Any:
     """Our artifact's roofline on the card that was raced on; None for a card we do not know."""
     from pipeline.build import plan_of
-    from pipeline.config.targets import target_of_card
+    from pipeline.core.targets import target_of_card
     from pipeline.plan.ceilings import roofline
 
     target = recipe.target if recipe.target.card == card else target_of_card(card)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from pipeline.acceptance.race.transformers_contender import TRANSFORMERS
 from pipeline.acceptance.race.vllm_contenders import VLLM_PEERS
 from pipeline.acceptance.workload import Workload
-from pipeline.config.folders import config_folders, data_dir
+from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.core.data import data_dir
 from pipeline.core.errors import Fault, RecipeError
 
 if TYPE_CHECKING:

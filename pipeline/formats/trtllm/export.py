@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.folders import data_dir
 from pipeline.core.cache import atomic_folder
+from pipeline.core.data import data_dir
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.formats.trtllm.command import (
     TIMING_CACHE_FILE,

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.config.targets import known_targets
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import card_name
+from pipeline.core.targets import known_targets
 from pipeline.registry.reference import check_part
 
 Origin = Literal["given", "probed", "known of the card"]

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.targets import known_targets
 from pipeline.core.cache import cache_root
 from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.targets import known_targets
 from pipeline.core.values import Format
 from pipeline.registry.client.cache import PackageCache
 from pipeline.registry.client.cache_store import CacheStore

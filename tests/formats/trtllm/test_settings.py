@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from pipeline.config.construct import construct
-from pipeline.config.folders import data_dir
+from pipeline.core.data import data_dir
 from pipeline.core.errors import RecipeError
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from tests.formats.trtllm.fakes import bare_machine

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.acceptance.conditions import conditions_of
-from pipeline.config.folders import data_dir
+from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import Runner

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.acceptance.conditions import conditions_of
-from pipeline.config.folders import data_dir
+from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import Runner

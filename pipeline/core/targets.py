@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.folders import data_dir
+from pipeline.core.data import data_dir
 from pipeline.core.hardware import Target
 
 

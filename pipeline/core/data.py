@@ -1,0 +1,20 @@
+"""Where the data files lie that come with this code: `conf/` and `recipes/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def data_dir(name: Literal["conf", "recipes"]) -> Path:
+    """The folder of that name that belongs to this code.
+
+    In a checkout it lies beside `pipeline/`; an installed wheel carries it inside. The checkout is
+    recognized by its pyproject.toml: `site-packages/conf` may be anybody's.
+    """
+    checkout = _PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
+        return checkout / name
+    return _PACKAGE / "_data" / name
