@@ -1,0 +1,273 @@
+"""What every place that keeps packages can do, whatever its protocol.
+
+A store moves bytes and creates names exclusively; it verifies nothing and decides nothing. Above it
+lie trust (which statements and moves count), the client (which verifies every byte against its
+digest) and the channels. A folder and a bucket hold the same tree:
+
+    registry.json                                        identity of the registry
+    <name>/<variant>/<version>/manifest.json             last to come, first to go
+    <name>/<variant>/<version>/engine/...                files; never rewritten below a manifest
+    <name>/<variant>/<version>.statements/<statement>/   statement.dsse.json and its attachments
+    <name>/<variant>/<version>.lease                     while it is published, for gc
+    <name>/<variant>/channels/log/<sha256>.dsse.json     moves
+    <name>/<variant>/channels/<channel>.<card>.json      hint to the newest move, for people
+
+An OCI registry holds the package as an image, statements as its referrers, moves as artifacts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from pipeline.core.values import FileDigest, Package, Reference
+
+ENVELOPE = "statement.dsse.json"
+"""The file of a statement that is signed; it names the SHA-256 of every other file."""
+KINDS = ("yank", "signature", "provenance", "test")
+"""Kinds of statements; where there are too many, the first kinds are read first."""
+MAX_ENVELOPE_BYTES = 1 << 20
+"""Of a statement or a move; ours have some 2 KB, provenance with all its materials 40 KB."""
+MAX_ATTACHMENT_BYTES = 32 << 20
+"""Of one file beside an envelope; a report with its plots has 1 MB."""
+MAX_PER_KIND = 1000
+"""Statements of one kind and package that are read: half of them the oldest, half the newest by
+the store's dates, so that neither what comes before nor what comes after crowds a statement out."""
+MAX_MOVES = 20_000
+"""Moves of one variant that are read; the same halves."""
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that were sent or received, from any thread; for progress."""
+
+_STATEMENT_NAME = re.compile(rf"(?:{'|'.join(KINDS)})-[0-9a-f]{{16}}")
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Place:
+    """One published version.
+
+    Attributes:
+        name: Recipe.
+        variant: Format, precision, shape and SM or card.
+        version: Immutable version, derived from the manifest.
+    """
+
+    name: str
+    variant: str
+    version: str
+
+    @classmethod
+    def of(cls, reference: Reference) -> Place:
+        """Where a package with this reference lies."""
+        return cls(name=reference.name, variant=reference.variant, version=reference.version)
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.variant}:{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawStatement:
+    """A statement as it lies in a store, unverified.
+
+    Attributes:
+        name: `<kind>-<first 16 hex digits of SHA-256(payload)>`; a claim until it is compared.
+        files: File name -> content; `ENVELOPE` is always among them.
+    """
+
+    name: str
+    files: Mapping[str, bytes]
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`, as its name claims."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def envelope(self) -> bytes:
+        """What is signed."""
+        return self.files[ENVELOPE]
+
+
+def is_statement_name(text: str) -> bool:
+    """Whether a statement may have this name; what else lies among them is skipped."""
+    return _STATEMENT_NAME.fullmatch(text) is not None
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Reads. Every method may raise AccessError (refused) and TransientError (try again)."""
+
+    @property
+    def url(self) -> str:
+        """Names it in messages; no secrets."""
+        ...
+
+    @property
+    def public(self) -> bool:
+        """Whether everybody can read what is published here."""
+        ...
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder of this machine: only there a local key counts."""
+        ...
+
+    def identity(self) -> str | None:
+        """The registry's random identity, 32 hex digits; None if nothing was published yet.
+
+        Raises:
+            CorruptError: It is there and cannot be read as one.
+        """
+        ...
+
+    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
+        """All published versions, sorted; of one recipe, or of one variant of it."""
+        ...
+
+    def statement_names(
+        self, name: str | None = None, variant: str | None = None
+    ) -> dict[Place, tuple[str, ...]]:
+        """Names of the statements of every version of `places`, in a few requests for all of them.
+
+        The bytes below a name never change, so a reader may remember what it verified.
+        """
+        ...
+
+    def read_manifest(self, place: Place) -> bytes:
+        """The bytes of `manifest.json`.
+
+        Raises:
+            NotFoundError: No such version.
+            CorruptError: Longer than a manifest may be.
+        """
+        ...
+
+    def open_file(
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """The bytes of one file of a package from `offset` on, in chunks of the store's choice.
+
+        Nothing is promised of them: there may be too few, too many or wrong ones.
+
+        Args:
+            place: The version.
+            file: Which, as its manifest lists it.
+            offset: First byte.
+            end: First byte that the caller will not read, so that nothing is sent in vain; None
+                for all that there is.
+
+        Raises:
+            NotFoundError: No such file.
+            TransientError: The connection broke or is too slow; also while iterating.
+        """
+        ...
+
+    def read_statements(
+        self, place: Place, names: Collection[str] | None = None
+    ) -> list[RawStatement]:
+        """Statements about a version: their envelopes only, so that a thousand cost little.
+
+        What is too large, unreadable or beyond `MAX_PER_KIND` is skipped with one warning.
+
+        Args:
+            place: The version.
+            names: Only these; None for all.
+        """
+        ...
+
+    def read_statement(self, place: Place, name: str) -> RawStatement:
+        """One statement with all its attachments.
+
+        Raises:
+            NotFoundError: No such statement.
+            CorruptError: It is larger than a statement may be.
+        """
+        ...
+
+    def read_moves(self, name: str, variant: str) -> list[bytes]:
+        """The log of a variant's channels: envelopes in no order that means anything.
+
+        What is too large or beyond `MAX_MOVES` is skipped with one warning.
+        """
+        ...
+
+
+@runtime_checkable
+class WritableStore(Store, Protocol):
+    """Writes, too."""
+
+    def check_writable(self) -> None:
+        """Find out, before any work, whether packages can be published here; leaves no trace.
+
+        Raises:
+            AccessError: They cannot, or the store cannot create exclusively; says what to change.
+        """
+        ...
+
+    def create_identity(self) -> str:
+        """The registry's identity; made at random, exclusively, if it has none."""
+        ...
+
+    def put_package(
+        self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
+    ) -> bool:
+        """Make a sealed package visible, whole and for ever.
+
+        In this order: lease, statements, files, sizes and checksums asked back, manifest, lease
+        removed. After an interruption the same call completes what was begun, whole file by whole
+        file.
+
+        Args:
+            package: Its manifest says where it goes.
+            statements: Such as the signature: they are there before the package shows.
+            on_bytes: For progress.
+
+        Returns:
+            Whether it is new; False if it was there.
+
+        Raises:
+            CorruptError: A file is not what the manifest says, here or in the store.
+            ConflictError: Another manifest lies under this version.
+            TransientError: No space, or the connection broke.
+        """
+        ...
+
+    def put_statement(self, place: Place, statement: RawStatement) -> bool:
+        """Add a statement; whole or not at all to its readers. False if it was there.
+
+        Raises:
+            ConflictError: Other bytes are there under this name.
+            NotFoundError: No such version.
+        """
+        ...
+
+    def put_move(self, name: str, variant: str, data: bytes) -> bool:
+        """Append one move to the log of channels; False if it was there."""
+        ...
+
+    def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
+        """Write what people read about a channel, in place of what was there; proves nothing."""
+        ...
+
+    def delete_package(self, place: Place) -> int:
+        """Remove a version's manifest, so that it is gone for readers; bytes that this will free.
+
+        Its files stay for readers who are at it; `leftovers` removes them a day later.
+        """
+        ...
+
+    def now_s(self) -> float:
+        """Unix time by the clock that dates what is written here."""
+        ...
+
+    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
+        """What no reader sees, of interrupted or removed publications, in words.
+
+        Args:
+            min_age_s: What was touched since may be of a run that goes on.
+            delete: Remove it.
+        """
+        ...
