@@ -1,8 +1,7 @@
 """What the registry asks of a file system, made safe: exclusive, durable and explained.
 
-Folders become visible by `rename(2)`. It never replaces a folder that has something in it, on any
-POSIX file system, and what we publish is never empty; so it creates exclusively, without a lock,
-`renameat2` or hard links, which network file systems ignore or lack.
+A file is created exclusively by `link(2)`, which never replaces, on any POSIX file system; where
+there are no hard links, by O_EXCL.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
@@ -22,8 +21,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BUSY = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ESTALE}
 # What link(2) says on a file system without hard links.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-# What rename(2) says when the target is a folder with something in it, or not a folder.
-_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+_TRIES = 3
 
 
 @contextlib.contextmanager
@@ -117,29 +115,11 @@ def settle(folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make `folder` and its parents, each of them durable."""
+    """Make `folder` and its parents, each of them durable; never writable by everybody."""
     missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        path.mkdir(mode=0o775, exist_ok=True)  # less what the umask takes
         _sync(path.parent)
-
-
-def move_into_place(private: Path, target: Path) -> bool:
-    """Make a settled, non-empty folder visible as `target`, in one step.
-
-    False if `target` is taken; it is not touched then. An empty folder there counts as free.
-    """
-    make_folders(target.parent)
-    try:
-        # Not Path.rename: its documentation leaves open what happens to an existing target.
-        os.rename(private, target)  # noqa: PTH104
-    except OSError as error:
-        # ENOENT: a network file system repeated a request whose first answer was lost.
-        if error.errno in _TAKEN or (error.errno == errno.ENOENT and target.is_dir()):
-            return False
-        raise
-    _sync(target.parent)
-    return True
 
 
 def link_new(private: Path, target: Path) -> bool:
@@ -147,9 +127,8 @@ def link_new(private: Path, target: Path) -> bool:
 
     `private` stays. Where the file system has no hard links, a reader may see a part for a moment.
     """
-    make_folders(target.parent)
     try:
-        os.link(private, target)
+        _with_folder(target, lambda: os.link(private, target))
     except FileExistsError:
         return False
     except OSError as error:
@@ -166,10 +145,20 @@ def link_new(private: Path, target: Path) -> bool:
 
 def replace_file(private: Path, target: Path) -> None:
     """Make a file visible as `target`, in one step, in place of what was there."""
-    make_folders(target.parent)
     _sync(private)
-    private.replace(target)
+    _with_folder(target, lambda: private.replace(target))
     _sync(target.parent)
+
+
+def _with_folder(target: Path, place: Callable[[], object]) -> None:
+    """Put something below a folder that is made for it, or again if a clean-up just took it."""
+    for _ in range(_TRIES):
+        make_folders(target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            place()
+            return
+    make_folders(target.parent)
+    place()
 
 
 def _sync(path: Path) -> None:

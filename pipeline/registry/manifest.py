@@ -1,8 +1,9 @@
 """`manifest.json`: what a package is, and the size and SHA-256 of every file in it.
 
 Its bytes are RFC 8785 canonical JSON; their SHA-256 is the digest that names the package. It holds
-only what the build determines: no times, no measurements, no acceptance settings. So the same build
-output has the same digest whenever and wherever it is sealed.
+only what the build determines: no times, no measurements, no acceptance settings, and not its own
+version, which every reader derives. So the same build output has the same digest whenever and
+wherever it is sealed.
 
 Reading is strict, since a manifest decides what is loaded into a GPU: bounded, canonical bytes
 only, the known schema only, and paths that cannot leave the package.
@@ -22,13 +23,12 @@ import rfc8785
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.values import Engine, FileDigest, Licence, Weights
 from pipeline.registry.disk import read_bounded
-from pipeline.registry.reference import check_part
+from pipeline.registry.reference import check_part, derive_version
+from pipeline.registry.store import Place, Store
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ENGINE = "engine"
-RANDOM = "random"
-"""`source.weights` of a rehearsal's package."""
 NOTICE = "NOTICE"
 """File of the engine folder that carries the notice that a licence asks for."""
 MAX_MANIFEST_BYTES = 4 << 20
@@ -42,18 +42,22 @@ class Label:
 
     Attributes:
         name: The recipe.
-        version: `<recipe version>-<first 12 of build_key>`, perhaps `.r2`.
+        recipe_version: The recipe's own version, such as `1.0`.
         build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
         config: The resolved recipe less acceptance and registry; JSON values.
         cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
+        quantization: Precision of the quantized linears, such as `fp8`.
+        ledger: What was quantized and how far it is from the weights; JSON values.
         cuda: CUDA version that it needs, such as `13.0`; None for any.
         driver_min: Oldest driver, such as `580.65.06`; None for any.
     """
 
     name: str
-    version: str
+    recipe_version: str
     build_key: str
     config: Mapping[str, Any]
+    quantization: str
+    ledger: Mapping[str, Any]
     cards: Sequence[str] = ()
     cuda: str | None = None
     driver_min: str | None = None
@@ -79,15 +83,16 @@ def make_manifest(
     """
     check_part("name", label.name)
     check_part("variant", engine.variant)
-    check_part("version", label.version)
+    check_part("recipe_version", label.recipe_version)
     runtime_name, runtime_version = engine.runtime
     manifest = {
         "schema": SCHEMA,
         "name": label.name,
         "variant": engine.variant,
-        "version": label.version,
+        "recipe_version": label.recipe_version,
         "build_key": label.build_key,
         "format": engine.format,
+        "quantization": label.quantization,
         "files": [file.to_json() for file in sorted(files, key=lambda file: file.path)],
         "match": {
             "sm": list(engine.sms),
@@ -104,8 +109,9 @@ def make_manifest(
             "commit": weights.commit,
             "digest": weights.digest,
             "note": weights.note,
-            **({"weights": RANDOM} if weights.random else {}),
+            "random": weights.random,
         },
+        "ledger": dict(label.ledger),
         "build": {"tools": dict(engine.tools), "config": dict(label.config)},
         "licence": _licence_json(weights.licence),
     }
@@ -113,14 +119,14 @@ def make_manifest(
 
 
 def _licence_json(licence: Licence) -> dict[str, Any]:
-    """Terms for a manifest; what is not known is left out, as before there were such keys."""
+    """Terms for a manifest."""
     files = dict.fromkeys((*licence.files, *([NOTICE] if licence.notice else [])))
-    entry: dict[str, Any] = {"spdx": licence.spdx, "files": list(files)}
-    if licence.redistribution != "forbidden":
-        entry["redistribution"] = licence.redistribution
-    if licence.notice:
-        entry["notice"] = licence.notice
-    return entry
+    return {
+        "spdx": licence.spdx,
+        "files": list(files),
+        "redistribution": licence.redistribution,
+        "notice": licence.notice,
+    }
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
@@ -151,6 +157,37 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     return parse_manifest(data, str(path)), digest_bytes(data)
+
+
+def manifest_at(store: Store, place: Place) -> tuple[dict[str, Any], str]:
+    """The manifest of a published version, and its digest.
+
+    Raises:
+        NotFoundError: No such version.
+        CorruptError: It breaks any rule, or lies under another name, variant or version than it
+            states: then somebody put it there.
+    """
+    data = store.read_manifest(place)
+    manifest, digest = parse_manifest(data, f"{store.url}: manifest of {place}"), digest_bytes(data)
+    own = Place(
+        name=manifest["name"],
+        variant=manifest["variant"],
+        version=derive_version(manifest, digest),
+    )
+    if own != place:
+        raise CorruptError(
+            f"{store.url}: what lies under {place} is {own}; who may write there put it in the "
+            "wrong place, so remove it"
+        )
+    return manifest, digest
+
+
+def files_of(manifest: Mapping[str, Any]) -> list[FileDigest]:
+    """The files that a manifest lists, sorted by path."""
+    return [
+        FileDigest(path=file["path"], size_bytes=file["size"], sha256=file["sha256"])
+        for file in manifest["files"]
+    ]
 
 
 def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT
-from pipeline.core.values import Format, Redistribution
+from pipeline.core.values import Redistribution
 from pipeline.registry.paths import paths_fault
 from pipeline.registry.reference import check_part
 
@@ -77,7 +77,7 @@ class Source:
     commit: Text | None
     digest: Sha256
     note: str
-    weights: Literal["random"] | None = None
+    random: bool
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -90,12 +90,12 @@ class BuildEntry:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LicenceEntry:
-    """Terms of the weights; without `redistribution` it is not known to be allowed."""
+    """Terms of the weights."""
 
     spdx: Text
     files: list[Text]
-    redistribution: Redistribution = "forbidden"
-    notice: str = ""
+    redistribution: Redistribution
+    notice: str
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -105,21 +105,23 @@ class Manifest:
     schema: Literal[1]
     name: str
     variant: str
-    version: str
+    recipe_version: str
     build_key: Sha256
-    format: Format
+    format: Text
+    quantization: Text
     files: Annotated[list[FileEntry], Field(min_length=1)]
     match: Match
     limits: LimitsEntry
     serve: Serve
     source: Source
+    ledger: dict[str, Any]
     build: BuildEntry
     licence: LicenceEntry
 
     def __post_init__(self) -> None:
         check_part("name", self.name)
         check_part("variant", self.variant)
-        check_part("version", self.version)
+        check_part("recipe_version", self.recipe_version)
         paths = [file.path for file in self.files]
         if fault := paths_fault(paths):
             raise ValueError(f"files: {fault}")

@@ -25,6 +25,7 @@ from pipeline.registry.manifest import (
     NOTICE,
     Label,
     digest_bytes,
+    files_of,
     make_manifest,
     manifest_bytes,
     read_manifest,
@@ -42,7 +43,7 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     asks for is added to the engine folder's `NOTICE`.
 
     Args:
-        staging_dir: From `Registry.staging()`; becomes the package.
+        staging_dir: An empty folder; becomes the package.
         engine: What to package; its folder stays as it is.
         weights: What the engine was made from.
         label: Name, version and build.
@@ -86,12 +87,7 @@ def verify(
     """
     with disk_errors(f"verify {package_dir}"):
         manifest, digest = read_manifest(package_dir / MANIFEST)
-        wanted = {
-            file["path"]: FileDigest(
-                path=file["path"], size_bytes=file["size"], sha256=file["sha256"]
-            )
-            for file in manifest["files"]
-        }
+        wanted = {file.path: file for file in files_of(manifest)}
         folders = {folder for path in wanted for folder in folders_of(path)}
         found = _walk(package_dir, lambda path: path in folders or beside(path))
         for path, status in sorted(found.items()):

@@ -10,8 +10,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+from pipeline.registry.reference import is_device_name
+
 _MAX_COMPONENT_BYTES = 255
 """NAME_MAX of ext4, XFS, Btrfs, APFS and NTFS."""
+_FORBIDDEN = frozenset('\\:*?"<>|')
+"""What a file name may not have on Windows, besides control characters and slashes; a colon opens
+an alternate stream there (Microsoft, "Naming Files, Paths, and Namespaces")."""
 _MAX_PATH_BYTES = 1024
 """Leaves three quarters of Linux's PATH_MAX (4096) to where a package is unpacked; also the longest
 S3 key."""
@@ -27,8 +32,8 @@ def path_fault(path: str) -> str:
         return "is empty"
     if not path.isprintable():
         return "has a control or unprintable character"
-    if "\\" in path:
-        return "has a backslash"
+    if found := _FORBIDDEN.intersection(path):
+        return f"has the character {min(found)!r}"
     if path.startswith("/"):
         return "is absolute"
     if unicodedata.normalize("NFC", path) != path:
@@ -38,6 +43,8 @@ def path_fault(path: str) -> str:
     for component in path.split("/"):
         if component in {"", ".", ".."}:
             return f"has the component {component!r}"
+        if component[-1] in ". " or is_device_name(component):
+            return f"has the component {component!r}, which Windows takes for another file"
         if len(component.encode()) > _MAX_COMPONENT_BYTES:
             return f"has a component longer than {_MAX_COMPONENT_BYTES} bytes"
     return ""

@@ -1,40 +1,44 @@
 """References: how people and scripts name a package.
 
-    name[/variant]:version      smollm2/sm89-trtrtx-fp8-b64-s1024:1.0-0123456789ab
+    name[/variant]:version      smollm2/any-checkpoint-fp8:1.0-0123abcd-89ab45cd0123
     name[/variant]:channel      smollm2:candidate
     name[/variant]@sha256:hex   smollm2@sha256:9f86d0...
     name                        the same as name:stable
 
-A version starts with a digit and a channel with a letter, so neither is taken for the other. Every
-part is also a safe file name and fits an OCI repository name or tag.
+A version is `<recipe version>-<8 of build_key>-<12 of digest>`: it follows from the manifest, so it
+has one content. It starts with a digit and a channel with a letter, so neither is taken for the
+other. Every part is also a safe file name and fits an OCI repository name or tag.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import Package, Reference
 
 DEFAULT_CHANNEL = "stable"
-STATEMENTS_SUFFIX = ".statements"
-"""`<version>.statements/` lies beside `<version>/`; so no version may end like this."""
 
-Part = Literal["name", "variant", "version", "channel", "card", "statement"]
+Part = Literal["name", "variant", "recipe_version", "version", "channel", "card"]
 
-_REBUILD = re.compile(r"(?P<base>.+?)(?:\.r(?P<number>[1-9][0-9]*))?")
 _WORDS = "lowercase letters and digits, joined by single dots or dashes"
 # part -> grammar, longest allowed, the grammar in words. An OCI tag holds 128 characters
 # (distribution-spec 1.1, "Pulling manifests"): variant, a separator and version fit into one.
 _GRAMMAR: dict[Part, tuple[re.Pattern[str], int, str]] = {
     "name": (re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"), 64, _WORDS),
     "variant": (re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"), 64, _WORDS),
-    "version": (
+    "recipe_version": (
         re.compile(r"[0-9][a-z0-9]*(?:[.-][a-z0-9]+)*"),
-        63,
+        41,
         f"a digit first, then {_WORDS}",
+    ),
+    "version": (
+        re.compile(r"[0-9][a-z0-9]*(?:[.-][a-z0-9]+)*-[0-9a-f]{8}-[0-9a-f]{12}"),
+        63,
+        "<recipe version>-<8 hex digits of its build key>-<12 of its digest>",
     ),
     "channel": (
         re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*"),
@@ -46,12 +50,10 @@ _GRAMMAR: dict[Part, tuple[re.Pattern[str], int, str]] = {
         64,
         "what NVML calls the card, spaces as dashes, such as NVIDIA-GeForce-RTX-4090",
     ),
-    "statement": (
-        re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"),
-        128,
-        "letters and digits, joined by single dots, dashes or underscores",
-    ),
 }
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
+"""Device names of Windows, whatever follows the first dot (Microsoft, "Naming Files, Paths, and
+Namespaces")."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REFERENCE = re.compile(
     r"(?P<name>[^/:@]*)(?:/(?P<variant>[^/:@]*))?(?::(?P<tag>[^/:@]*)|@(?P<digest>[^/@]*))?"
@@ -119,12 +121,12 @@ def check_part(part: Part, text: str) -> str:
         RecipeError: It is not; says what is allowed, and what may have been meant.
     """
     pattern, longest, words = _GRAMMAR[part]
-    if part == "version" and text.endswith(STATEMENTS_SUFFIX):
-        raise _fault(f"{text!r} is not a version: {STATEMENTS_SUFFIX} is kept for statements")
+    if is_device_name(text):
+        raise _fault(f"{text[:longest]!r} is not a {words_of(part)}: Windows keeps it for a device")
     if len(text) <= longest and pattern.fullmatch(text):
         return text
     shown = text if len(text) <= longest else f"{text[:longest]}..."
-    message = f"{shown!r} is not a {part}: {words}; at most {longest} characters"
+    message = f"{shown!r} is not a {words_of(part)}: {words}; at most {longest} characters"
     lowered = text.lower().replace("_", "-")
     if lowered != text and len(text) <= longest and pattern.fullmatch(lowered):
         message += f"; did you mean {lowered}?"
@@ -142,28 +144,30 @@ def check_digest(text: str) -> str:
     return text
 
 
+def is_device_name(text: str) -> bool:
+    """Whether Windows takes a file name for a device."""
+    return _RESERVED.fullmatch(text) is not None
+
+
+def words_of(part: Part) -> str:
+    """How a message calls a part."""
+    return part.replace("_", " ")
+
+
+def derive_version(manifest: Mapping[str, Any], digest: str) -> str:
+    """The version of a package: what its manifest says, and the digest of the manifest."""
+    return f"{manifest['recipe_version']}-{manifest['build_key'][:8]}-{digest[:12]}"
+
+
 def reference_of(package: Package) -> Reference:
-    """The full reference of a package, as its manifest states it."""
+    """The full reference of a package."""
     return Reference(
         name=str(package.manifest["name"]),
         variant=str(package.manifest["variant"]),
-        version=str(package.manifest["version"]),
+        version=derive_version(package.manifest, package.digest),
         digest=package.digest,
     )
 
 
 def _fault(message: str) -> RecipeError:
     return RecipeError([Fault("", message)])
-
-
-def rebuild_of(version: str) -> tuple[int, str]:
-    """Number of the rebuild and the version that was rebuilt: `1.0-abc.r2` -> (2, `1.0-abc`)."""
-    match = _REBUILD.fullmatch(version)
-    if match is None:  # empty
-        return 1, version
-    return int(match["number"] or 1), match["base"]
-
-
-def numbered(base: str, number: int) -> str:
-    """The version of a rebuild; the first build has no number."""
-    return base if number == 1 else f"{base}.r{number}"

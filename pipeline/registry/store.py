@@ -43,6 +43,7 @@ OnBytes = Callable[[int], None]
 """Called with the number of bytes that were sent or received, from any thread; for progress."""
 
 _STATEMENT_NAME = re.compile(rf"(?:{'|'.join(KINDS)})-[0-9a-f]{{16}}")
+_ATTACHMENT_NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+){0,7}")
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -94,6 +95,11 @@ class RawStatement:
 def is_statement_name(text: str) -> bool:
     """Whether a statement may have this name; what else lies among them is skipped."""
     return _STATEMENT_NAME.fullmatch(text) is not None
+
+
+def is_attachment_name(text: str) -> bool:
+    """Whether a file beside an envelope may have this name, such as `report.json`."""
+    return text != ENVELOPE and _ATTACHMENT_NAME.fullmatch(text) is not None
 
 
 @runtime_checkable
@@ -216,9 +222,9 @@ class WritableStore(Store, Protocol):
     ) -> bool:
         """Make a sealed package visible, whole and for ever.
 
-        In this order: lease, statements, files, sizes and checksums asked back, manifest, lease
-        removed. After an interruption the same call completes what was begun, whole file by whole
-        file.
+        In this order: the registry's identity, if it has none; lease, statements, files, sizes and
+        checksums asked back, manifest, lease removed. After an interruption the same call completes
+        what was begun, whole file by whole file.
 
         Args:
             package: Its manifest says where it goes.

@@ -1,16 +1,13 @@
-"""A URL, as users type it after `--registry`, to what it names."""
+"""A URL, as users type it after `--registry`, to the store that it names."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from pipeline.core.cache import cache_root
 from pipeline.core.errors import Fault, RecipeError
-
-if TYPE_CHECKING:
-    from pipeline.registry.backend import Registry
-    from pipeline.registry.stores.store import WritableStore
+from pipeline.registry.store import Place, Store, WritableStore
 
 
 def open_store(url: str) -> WritableStore:
@@ -24,18 +21,18 @@ def open_store(url: str) -> WritableStore:
         RecipeError: It is none of them.
     """
     if folder := folder_of(url):
-        from pipeline.registry.stores.folder import FolderStore
+        from pipeline.registry.stores.folder import FolderRegistry
 
-        return FolderStore(path=folder)
+        return FolderRegistry(path=folder).store()
     scheme = urlsplit(url).scheme
     if scheme == "s3":
-        from pipeline.registry.stores.s3 import S3Store
+        from pipeline.registry.stores.s3 import S3Registry
 
-        return S3Store(url=url)
+        return S3Registry(url=url).store()
     if scheme == "oci":
-        from pipeline.registry.stores.oci import OciStore
+        from pipeline.registry.stores.oci import OciRegistry
 
-        return OciStore(url=url)
+        return OciRegistry(url=url).store()
     raise RecipeError(
         [
             Fault(
@@ -47,21 +44,6 @@ def open_store(url: str) -> WritableStore:
     )
 
 
-def open_registry(url: str) -> Registry:
-    """The registry that a URL names; nothing is read yet.
-
-    Raises:
-        RecipeError: As in `open_store`.
-    """
-    if folder := folder_of(url):
-        from pipeline.registry.folder import FolderRegistry
-
-        return FolderRegistry(path=folder)
-    from pipeline.registry.stored import StoredRegistry
-
-    return StoredRegistry(store=open_store(url))
-
-
 def folder_of(url: str) -> Path | None:
     """The folder that a URL names; None if it names something else."""
     if "://" not in url:
@@ -70,3 +52,21 @@ def folder_of(url: str) -> Path | None:
     if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
         return Path(unquote(parts.path))
     return None
+
+
+def package_dir(store: Store, place: Place) -> Path | None:
+    """The folder of a package that a runtime can load in place; None unless the store is local."""
+    if not store.local:
+        return None
+    from pipeline.registry.stores.layout import version_key
+
+    return Path(store.url) / version_key(place)
+
+
+def staging_area(store: Store) -> Path:
+    """Where to seal a package for a store: its own file system, so that files are moved there."""
+    if not store.local:
+        return cache_root() / "staging"
+    from pipeline.registry.stores.folder import STAGING
+
+    return Path(store.url) / STAGING

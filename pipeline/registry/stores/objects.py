@@ -1,0 +1,170 @@
+"""The few things that a tree of named objects can do: a folder's files, a bucket's objects.
+
+What a registry makes of them is written once, in `tree`, `publication` and `removal`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from pipeline.core.values import FileDigest
+from pipeline.registry.store import OnBytes
+
+log = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An object, unread.
+
+    Attributes:
+        key: Its key, relative to the registry.
+        size_bytes: Its size.
+        modified_s: When it was written, Unix time, by the store's clock.
+    """
+
+    key: str
+    size_bytes: int
+    modified_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """Something that an interrupted run left and that is no object.
+
+    Attributes:
+        what: In words.
+        remove: Removes it.
+    """
+
+    what: str
+    remove: Callable[[], None]
+
+
+class Objects(Protocol):
+    """Objects by key. Keys are relative to the registry; several threads may use it at once.
+
+    Every method may raise AccessError (refused) and TransientError (try again).
+    """
+
+    @property
+    def url(self) -> str:
+        """Names the place in messages; no secrets."""
+        ...
+
+    @property
+    def public(self) -> bool:
+        """Whether everybody can read it."""
+        ...
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        ...
+
+    def find(self, key: str) -> Found | None:
+        """What is known of one object; None if there is none."""
+        ...
+
+    def listed(self, prefix: str) -> Iterator[Found]:
+        """All objects whose key starts so; `prefix` is empty or ends in `/`."""
+        ...
+
+    def read(self, key: str, limit_bytes: int) -> bytes | None:
+        """A small object; None if there is none.
+
+        Raises:
+            CorruptError: It is longer than `limit_bytes`; not read then.
+        """
+        ...
+
+    def stream(
+        self, key: str, offset: int, end: int | None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """The bytes of an object from `offset` on; see `Store.open_file`."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a small object unless its key is taken; whether this call has created it."""
+        ...
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write a small object in place of what was there."""
+        ...
+
+    def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
+        """Write a file of a package, hashed on its way, in place of what was there.
+
+        Raises:
+            CorruptError: It is not what `file` says; nothing of it shows.
+        """
+        ...
+
+    def holds(self, key: str, source: Path, file: FileDigest) -> bool:
+        """Whether a key holds a file's bytes: by size and by a checksum of the whole object."""
+        ...
+
+    def arrived(self, key: str, source: Path, file: FileDigest) -> bool:
+        """The same of a file that `put_file` has just written: what the store says of it."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects, those that are there."""
+        ...
+
+    def now_s(self) -> float:
+        """Unix time by the clock that dates objects."""
+        ...
+
+    def unfinished(self, min_age_s: float) -> Iterator[Unfinished]:
+        """What interrupted runs left that is no object, at least so old."""
+        ...
+
+    def check_exclusive(self) -> None:
+        """Write, and see that a second creation of the same name fails; leaves no trace.
+
+        Raises:
+            AccessError: Not writable, or not exclusively.
+        """
+        ...
+
+
+def bounded(items: list[_Item], limit: int, what: str) -> list[_Item]:
+    """At most `limit` items: the first half and the last half, with a warning that says so.
+
+    Args:
+        items: Sorted by age where the store dates them, so that neither what comes before nor what
+            comes after can crowd an item out.
+        limit: How many may stay.
+        what: What they are, for the warning.
+    """
+    if len(items) <= limit:
+        return items
+    half = limit // 2
+    log.warning(
+        "%s: there are %d, only the %d oldest and newest are read; remove what is not yours",
+        what,
+        len(items),
+        2 * half,
+    )
+    return [*items[:half], *items[-half:]]
+
+
+def in_parallel(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = 16
+) -> Iterator[_Result]:
+    """`map`, by threads; after an error nothing more is begun."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="registry")
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
