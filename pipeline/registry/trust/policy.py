@@ -1,0 +1,264 @@
+"""The trust policy: who may sign builds, verdicts and moves of channels, and what is revoked.
+
+    schema: 1
+    keys:
+    - name: ci                     # for people
+      public_key_file: ci.key.pub  # beside the policy; or public_key: with the PEM itself
+      may_sign: [builds, verdicts, channels]
+    revoked_keys: []               # key ids
+    revoked_digests: []            # packages
+    builder_ids: []                # if there are any, provenance by one of them is required
+
+What a policy names counts, and nothing else. A key counts until it is revoked. Without a policy,
+what this machine signs with is trusted (`trust_for`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.settings import STRICT, Listed
+from pipeline.registry.disk import disk_errors, read_bounded
+from pipeline.registry.ownership import require_unshared
+from pipeline.registry.trust.envelope import Envelope
+from pipeline.registry.trust.keys import PublicKey, parse_public_key, read_public_key
+
+if TYPE_CHECKING:
+    import yaml
+
+Role = Literal["builds", "verdicts", "channels"]
+ROLES: tuple[Role, ...] = ("builds", "verdicts", "channels")
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_POLICY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrustedKey:
+    """One signer.
+
+    Attributes:
+        name: For people.
+        public_key: PEM.
+        may_sign: `builds`: packages and their provenance. `verdicts`: test results. `channels`:
+            moves of channels, and yanks.
+    """
+
+    name: str
+    public_key: str
+    may_sign: Listed[Role]
+
+    def __post_init__(self) -> None:
+        _ = self.key  # a policy with a broken key is refused as a whole
+
+    @cached_property
+    def key(self) -> PublicKey:
+        """The parsed key."""
+        return parse_public_key(self.public_key.encode(), f"key {self.name}")
+
+    def __str__(self) -> str:
+        return f"{self.name} (key {self.key.keyid[:12]})"
+
+    def to_json(self) -> dict[str, str]:
+        """For programs."""
+        return {"name": self.name, "keyid": self.key.keyid}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrustPolicy:
+    """Whose signatures count on this machine.
+
+    Attributes:
+        schema: Of the file.
+        keys: Signers.
+        revoked_keys: Ids of keys whose signatures count no more, whenever they were made.
+        revoked_digests: Packages that may not be used, whoever signed them.
+        builder_ids: SLSA builders that are trusted; empty for any, and provenance may be missing.
+    """
+
+    schema: Literal[1] = 1
+    keys: Listed[TrustedKey] = ()
+    revoked_keys: Listed[str] = ()
+    revoked_digests: Listed[str] = ()
+    builder_ids: Listed[str] = ()
+
+    def __post_init__(self) -> None:
+        for kind in ("revoked_keys", "revoked_digests"):
+            for value in getattr(self, kind):
+                # A revocation with a typing error would revoke nothing.
+                if not _HEX_DIGEST.fullmatch(value.removeprefix("sha256:")):
+                    raise ValueError(f"{kind}: {value!r} is not 64 lowercase hex digits")
+        ids = [key.key.keyid for key in self.keys]
+        if len(set(ids)) != len(ids):
+            raise ValueError("keys: one key is listed twice; give it all its rights in one entry")
+
+    def require_not_revoked(self, digest: str) -> None:
+        """Refuse a package that was revoked.
+
+        Raises:
+            UntrustedError: It was.
+        """
+        if digest in {value.removeprefix("sha256:") for value in self.revoked_digests}:
+            raise UntrustedError(f"package {digest[:12]} is revoked; use another version")
+
+    def signer(self, envelope: Envelope, role: Role) -> TrustedKey:
+        """The key that signed an envelope, if this policy lets it.
+
+        Args:
+            envelope: Not trusted yet.
+            role: What it holds.
+
+        Raises:
+            UntrustedError: No trusted key did; gives the reason for each signature.
+        """
+        reasons = []
+        for keyid in envelope.keyids:
+            key, reason = self._find(keyid, role)
+            if key is not None and envelope.verifies(key.key):
+                return key
+            reasons.append(reason or f"the signature by {keyid[:12]} does not match its content")
+        raise UntrustedError("; ".join(reasons) or "it has no signature")
+
+    def require_may(self, key: PublicKey, role: Role) -> None:
+        """Stop before something is signed that readers with this policy would refuse.
+
+        Raises:
+            UntrustedError: This key may not.
+        """
+        found, reason = self._find(key.keyid, role)
+        if found is None:
+            raise UntrustedError(f"{reason}; sign with another key, or change the policy")
+
+    def _find(self, keyid: str, role: Role) -> tuple[TrustedKey | None, str]:
+        """The key that may sign, or why it may not."""
+        key = next((key for key in self.keys if key.key.keyid == keyid), None)
+        name = f"{keyid[:12]} ({key.name})" if key else keyid[:12]
+        if keyid in {value.removeprefix("sha256:") for value in self.revoked_keys}:
+            return None, f"key {name} is revoked"
+        if key is None:
+            return (
+                None,
+                f"key {name} is not trusted here; if you know its owner, add it to the policy",
+            )
+        if role not in key.may_sign:
+            return None, f"key {name} may not sign {role}, only {', '.join(key.may_sign)}"
+        return key, ""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class OwnKey:
+    """What this machine signs with.
+
+    Attributes:
+        key: The public half.
+        local: It was made by the first build here, not given.
+    """
+
+    key: PublicKey
+    local: bool
+
+
+def trust_for(policy: TrustPolicy | None, own: OwnKey | None, *, own_folder: bool) -> TrustPolicy:
+    """Whom to trust; pure.
+
+    A policy decides alone. Without one, a key that was given to this machine to sign with is
+    trusted, since whoever holds it could sign anything here anyway. A local key counts for this
+    machine's own folder registry only, never for S3, OCI or another machine.
+
+    Args:
+        policy: From a file, or None.
+        own: What this machine signs with, or None.
+        own_folder: The package lies in a folder of this machine.
+    """
+    if policy is not None:
+        return policy
+    if own is None or (own.local and not own_folder):
+        return TrustPolicy()
+    name = "this machine's local key" if own.local else "this machine's signing key"
+    return TrustPolicy(
+        keys=(TrustedKey(name=name, public_key=own.key.pem.decode(), may_sign=ROLES),)
+    )
+
+
+def load_policy(path: Path) -> TrustPolicy:
+    """Read a policy in YAML or JSON.
+
+    Raises:
+        RecipeError: It is missing, or not a policy; names every fault.
+        AccessError: Another user may replace it.
+    """
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        with disk_errors(f"read {path}"):
+            data = read_bounded(path.resolve(), _MAX_POLICY_BYTES)
+            require_unshared(path)
+        value = yaml.load(data, _unique_keys_loader())
+        if not isinstance(value, dict) or "schema" not in value:
+            raise RecipeError(
+                [Fault(str(path), "is not a policy: wanted a mapping with schema: 1")]
+            )
+        if isinstance(keys := value.get("keys"), list):
+            value = {**value, "keys": [_with_key(entry, path.parent) for entry in keys]}
+        # As JSON: there pydantic makes objects of mappings although it is strict.
+        return TypeAdapter(TrustPolicy).validate_json(json.dumps(value, default=str))
+    except ValidationError as error:
+        raise RecipeError(
+            [
+                Fault(f"{path}: {'.'.join(map(str, fault['loc']))}".rstrip(": "), fault["msg"])
+                for fault in error.errors(include_url=False, include_input=False)
+            ]
+        ) from error
+    except (CorruptError, yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        # A YAML alias may make a mapping that holds itself, which JSON refuses.
+        raise RecipeError([Fault(str(path), f"is not a policy: {error}")]) from error
+
+
+def policy_text(names: Mapping[str, PublicKey]) -> str:
+    """A policy file that gives every right to each of these keys.
+
+    Args:
+        names: Name for people -> key.
+    """
+    import yaml
+
+    keys = [
+        {"name": name, "public_key": key.pem.decode(), "may_sign": list(ROLES)}
+        for name, key in names.items()
+    ]
+    value = {"schema": 1, "keys": keys, "revoked_keys": [], "revoked_digests": []}
+    return yaml.safe_dump(value, sort_keys=False)
+
+
+def _with_key(entry: Any, folder: Path) -> Any:
+    """An entry with the content of its `public_key_file`."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("public_key_file"), str):
+        return entry
+    rest = {key: value for key, value in entry.items() if key != "public_key_file"}
+    if "public_key" in rest:
+        return entry  # both: an unknown field, as the message will say
+    return {**rest, "public_key": read_public_key(folder / entry["public_key_file"]).pem.decode()}
+
+
+def _unique_keys_loader() -> type[yaml.SafeLoader]:
+    """YAML whose mappings have no key twice: the second `revoked_keys` would hide the first."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.YAMLError(f"key {key!r} is there twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader

@@ -1,0 +1,106 @@
+"""SLSA provenance v1 of a package (slsa.dev/spec/v1.0/provenance): from what, by whom, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+BUILD_TYPE = "https://enginesmith.dev/build/v1"
+"""Names the meaning of `externalParameters`: the recipe's name and its resolved configuration. An
+identifier, not a page."""
+LOCAL_BUILDER = "https://enginesmith.dev/builder/local/v1"
+"""SLSA builder id of a build that a person started on a machine of theirs; the key tells which. An
+identifier, not a page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRun:
+    """The run that made a package.
+
+    Attributes:
+        builder_id: URI of what ran it, such as a CI workflow; a policy may name those it trusts.
+        builder_version: Of this program.
+        invocation_id: Names the run in the builder's logs.
+        started: With time zone.
+        finished: With time zone.
+    """
+
+    builder_id: str
+    builder_version: str
+    invocation_id: str
+    started: datetime
+    finished: datetime
+
+
+def provenance_predicate(manifest: Mapping[str, Any], run: BuildRun) -> dict[str, Any]:
+    """The predicate of a package's provenance."""
+    source = manifest["source"]
+    weights: dict[str, Any] = {
+        "name": "weights",
+        "uri": source["origin"],
+        # Identity of all files of the weights, not of one: no digest in the sense of in-toto.
+        "annotations": {"enginesmith_files_digest": source["digest"]},
+    }
+    if source["commit"]:
+        weights["digest"] = {"gitCommit": source["commit"]}
+    return {
+        "buildDefinition": {
+            "buildType": BUILD_TYPE,
+            "externalParameters": {
+                "recipe": manifest["name"],
+                "config": dict(manifest["build"]["config"]),
+            },
+            "internalParameters": {
+                "build_key": manifest["build_key"],
+                "tools": dict(manifest["build"]["tools"]),
+            },
+            "resolvedDependencies": [weights],
+        },
+        "runDetails": {
+            "builder": {
+                "id": run.builder_id,
+                "version": {"enginesmith": run.builder_version},
+            },
+            "metadata": {
+                "invocationId": run.invocation_id,
+                "startedOn": _time(run.started),
+                "finishedOn": _time(run.finished),
+            },
+        },
+    }
+
+
+def builder_of(predicate: Mapping[str, Any]) -> str:
+    """The builder that provenance names; empty if it names none."""
+    try:
+        return str(predicate["runDetails"]["builder"]["id"])
+    except (KeyError, TypeError):
+        return ""
+
+
+def builder(environ: Mapping[str, str], run: str) -> tuple[str, str]:
+    """Builder and invocation id of a build; pure.
+
+    In GitHub Actions both come from its default environment variables: the workflow file at its
+    ref, and the attempt of the run.
+
+    Args:
+        environ: The environment.
+        run: Names the run in this machine's records.
+    """
+    server, repository = environ.get("GITHUB_SERVER_URL"), environ.get("GITHUB_REPOSITORY")
+    workflow, run_id = environ.get("GITHUB_WORKFLOW_REF"), environ.get("GITHUB_RUN_ID")
+    if environ.get("GITHUB_ACTIONS") == "true" and server and repository and workflow and run_id:
+        attempt = environ.get("GITHUB_RUN_ATTEMPT", "1")
+        invocation = f"{server}/{repository}/actions/runs/{run_id}/attempts/{attempt}"
+        return f"{server}/{workflow}", invocation
+    return LOCAL_BUILDER, run
+
+
+def _time(moment: datetime) -> str:
+    """RFC 3339 in UTC, whole seconds, as in-toto's Timestamp."""
+    if moment.tzinfo is None:
+        raise ValueError(f"{moment} has no time zone")
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

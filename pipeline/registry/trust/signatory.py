@@ -1,0 +1,255 @@
+"""What this machine signs with, and whom it trusts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.core.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.values import PASSING, Package, VerdictName
+from pipeline.registry.store import RawStatement
+from pipeline.registry.trust.keys import (
+    KEY_PATH,
+    KeyChoice,
+    SigningKey,
+    choose_key,
+    config_root,
+    load_key,
+)
+from pipeline.registry.trust.model_signature import MODEL_SIGNATURE, available, sign_engine
+from pipeline.registry.trust.policy import OwnKey, TrustPolicy, load_policy, trust_for
+from pipeline.registry.trust.provenance import BuildRun, builder, provenance_predicate
+from pipeline.registry.trust.statements import Author, actor_of, sign_statement
+
+log = logging.getLogger(__name__)
+
+POLICY_PATH = "ENGINESMITH_POLICY"
+"""Environment variable: path of the trust policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signatory:
+    """What signs the packages and test results of a run, and whom that run trusts.
+
+    Attributes:
+        key: Signs.
+        trust: Trusts this key, both for builds and for verdicts.
+        builder_id: As in `BuildRun`.
+        invocation_id: As in `BuildRun`.
+    """
+
+    key: SigningKey
+    trust: TrustPolicy
+    builder_id: str
+    invocation_id: str
+
+    def sign_build(self, package: Package, started: datetime) -> list[RawStatement]:
+        """Signature and provenance of a package that this process sealed.
+
+        Args:
+            package: Sealed.
+            started: When the build began, with time zone.
+        """
+        run = BuildRun(
+            builder_id=self.builder_id,
+            builder_version=__version__,
+            invocation_id=self.invocation_id,
+            started=started,
+            finished=datetime.now(UTC),
+        )
+        predicate = provenance_predicate(package.manifest, run)
+        return [
+            sign_package(package, self.key),
+            sign_statement("provenance", package.digest, {}, self.key, predicate=predicate),
+        ]
+
+    def sign_test(
+        self,
+        digest: str,
+        *,
+        card: str,
+        runtime: tuple[str, str],
+        verdict: VerdictName,
+        files: Mapping[str, bytes],
+    ) -> RawStatement:
+        """A test result; see `sign_test`."""
+        return sign_test(digest, self.key, card=card, runtime=runtime, verdict=verdict, files=files)
+
+
+def sign_package(package: Package, key: SigningKey) -> RawStatement:
+    """Vouch for a package that this process sealed or verified.
+
+    `model.sig` is left out, with a warning, where the extra `sign` is not installed.
+    """
+    if available():
+        files = {MODEL_SIGNATURE: sign_engine(package.manifest, key)}
+    else:
+        log.warning(
+            "The package gets no model.sig, which other people's tools verify; to have one, "
+            "install the extra: pip install '.[sign]'"
+        )
+        files = {}
+    return sign_statement("signature", package.digest, {}, key, files=files)
+
+
+def sign_test(
+    digest: str,
+    key: SigningKey,
+    *,
+    card: str,
+    runtime: tuple[str, str],
+    verdict: VerdictName,
+    files: Mapping[str, bytes],
+) -> RawStatement:
+    """Sign a test result: an in-toto test result with fields of ours.
+
+    Args:
+        digest: The package that was tested.
+        key: One that may sign verdicts.
+        card: The card that the verdict counts for.
+        runtime: Name and version of what ran the engine; as in the manifest if that was its own.
+        verdict: The judge's.
+        files: `report.json`, `report.html` and `junit.xml`, as they will be published.
+    """
+    fields = {
+        "card": card,
+        "runtime": {"name": runtime[0], "version": runtime[1]},
+        "verdict": verdict,
+    }
+    passed = verdict in PASSING
+    predicate: dict[str, Any] = {"result": "PASSED" if passed else "FAILED", "configuration": []}
+    return sign_statement("test", digest, fields, key, files=files, predicate=predicate)
+
+
+def signatory_for(
+    environ: Mapping[str, str], run: str, *, own_folder: bool, builds: bool = True
+) -> Signatory:
+    """Choose and load what signs; the first build of a machine makes a local key and logs that.
+
+    Args:
+        environ: Names the key and the policy; in CI also the workflow.
+        run: Names the run in this machine's records.
+        own_folder: The packages go into a folder of this machine.
+        builds: Packages are signed, too; else verdicts alone, which a key of their own may do.
+
+    Raises:
+        RecipeError: No key is given where one must be, or it cannot be used.
+        UntrustedError: This machine would not trust what it signs.
+        AccessError: Another user may read the local key, or none can be made.
+    """
+    choice = _choice(environ, own_folder=own_folder)
+    made = choice.kind == "local" and choice.path and not os.path.lexists(choice.path)
+    key = load_key(choice, environ)
+    if made:
+        log.info(
+            "Made a key for this machine's own packages: %s (mode 0600, key %s). It counts here "
+            "only; to sign for others, make one with enginesmith keygen",
+            choice.path,
+            key.public.keyid[:12],
+        )
+    own = OwnKey(key=key.public, local=choice.kind == "local")
+    builder_id, invocation_id = builder(environ, run)
+    trust = trust_for(machine_policy(environ), own, own_folder=own_folder)
+    require_trusted(trust, key, builder_id if builds else None)
+    return Signatory(key=key, trust=trust, builder_id=builder_id, invocation_id=invocation_id)
+
+
+def author_for(environ: Mapping[str, str], reason: str, *, own_folder: bool) -> Author:
+    """Who yanks a package or moves a channel; makes no key.
+
+    Args:
+        environ: Names the key and the person.
+        reason: Why, for people.
+        own_folder: The registry is a folder of this machine.
+
+    Raises:
+        RecipeError: There is no key, or it cannot be used; or the reason is not one line.
+    """
+    key = load_key(_choice(environ, own_folder=own_folder), environ, make=False)
+    return Author(key=key, actor=actor_of(environ), reason=reason)
+
+
+def _choice(environ: Mapping[str, str], *, own_folder: bool) -> KeyChoice:
+    choice = choose_key(environ)
+    if choice.kind == "local" and not own_folder:
+        fault = (
+            "no key is given to sign with, and this machine's local key counts for a folder of its "
+            "own only; make one with enginesmith keygen and set this variable to its path"
+        )
+        raise RecipeError([Fault(KEY_PATH, fault)])
+    return choice
+
+
+def require_trusted(trust: TrustPolicy, key: SigningKey, builder_id: str | None) -> None:
+    """Stop a run, before any work, whose package or test result this machine would not take.
+
+    Args:
+        trust: Whom this machine trusts.
+        key: What signs.
+        builder_id: What builds; None where nothing is built.
+
+    Raises:
+        UntrustedError: The policy does not let this key sign, or this builder build.
+    """
+    if builder_id is not None:
+        trust.require_may(key.public, "builds")
+    trust.require_may(key.public, "verdicts")
+    if builder_id is not None and trust.builder_ids and builder_id not in trust.builder_ids:
+        raise UntrustedError(
+            f"this builder is {builder_id}, and the policy trusts {', '.join(trust.builder_ids)} "
+            "only; add it to the policy's builder_ids"
+        )
+
+
+def machine_policy(environ: Mapping[str, str], path: Path | None = None) -> TrustPolicy | None:
+    """The trust policy of a machine; None if it has none.
+
+    Args:
+        environ: The environment.
+        path: From the command line; comes first, then the environment's, then `policy.yaml` in the
+            configuration folder.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    if path is not None:
+        return load_policy(path)
+    if named := environ.get(POLICY_PATH):
+        return load_policy(Path(named))
+    usual = config_root(environ) / "policy.yaml"
+    return load_policy(usual) if os.path.lexists(usual) else None
+
+
+def machine_trust(
+    environ: Mapping[str, str], *, own_folder: bool, policy: Path | None = None
+) -> TrustPolicy:
+    """Whom this machine trusts; makes no key.
+
+    Args:
+        environ: The environment.
+        own_folder: The package lies in a folder of this machine (`Store.local`).
+        policy: From the command line.
+
+    Raises:
+        RecipeError: The policy or the key cannot be read.
+    """
+    loaded = machine_policy(environ, policy)
+    own = _own_key(environ) if loaded is None else None
+    return trust_for(loaded, own, own_folder=own_folder)
+
+
+def _own_key(environ: Mapping[str, str]) -> OwnKey | None:
+    try:
+        choice = choose_key(environ)
+    except RecipeError:
+        return None  # CI without a key signs nothing
+    local = choice.kind == "local"
+    if local and choice.path is not None and not choice.path.exists():
+        return None
+    return OwnKey(key=load_key(choice, environ, make=False).public, local=local)

@@ -1,0 +1,299 @@
+"""What counts of all that was stated about a package: `verify_statements`.
+
+Statements are append-only, and whoever may write to a store can add some. So one that no trusted
+key signed, that is about another package, or that lies under a name that is not its own is skipped;
+it never stops a reader and is never counted. What is missing is the caller's to refuse
+(`Verification.require_usable`).
+
+What this cannot see: that a statement was removed. Whoever may delete in a store can take away the
+newest test result, or a yank, and leave older ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from pipeline.core.errors import UntrustedError
+from pipeline.core.values import PASSING, Package, VerdictName
+from pipeline.registry.store import ENVELOPE, RawStatement
+from pipeline.registry.trust.model_signature import MODEL_SIGNATURE
+from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
+from pipeline.registry.trust.provenance import builder_of
+from pipeline.registry.trust.statements import Statement, open_statement
+
+log = logging.getLogger(__name__)
+
+_NOT_RUN = frozenset({"checked", "compiled"})
+"""Verdicts about an engine that the card did not run: they neither prove it there nor disprove what
+ran there before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedVerdict:
+    """A test result by a trusted key.
+
+    Attributes:
+        card: The card that it counts for.
+        runtime: Name and version of what ran the engine.
+        verdict: Such as `accepted`.
+        signed_at: As in `Statement`.
+        statement: Name of the statement, which has the report.
+        signer: Of the policy.
+    """
+
+    card: str
+    runtime: tuple[str, str]
+    verdict: VerdictName
+    signed_at: str
+    statement: str
+    signer: TrustedKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yank:
+    """A package was yanked, or the yank was undone.
+
+    Attributes:
+        yanked: False if this undoes a yank.
+        actor: Who did it, for people.
+        reason: Why.
+        signed_at: As in `Statement`.
+        registry: Identity of the registry where it counts.
+        signer: Of the policy.
+    """
+
+    yanked: bool
+    actor: str
+    reason: str
+    signed_at: str
+    registry: str
+    signer: TrustedKey
+
+    def __str__(self) -> str:
+        because = f": {self.reason}" if self.reason else ""
+        return f"by {self.actor} at {self.signed_at[:19]}Z{because}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What trusted statements say of a package.
+
+    Attributes:
+        package: Manifest and digest.
+        signer: Who vouches for it; None if no trusted key does.
+        builder_id: What ran the build, from trusted provenance; empty without.
+        built_at: When that provenance was signed; empty without.
+        verdicts: Newest first.
+        yanks: Those that count in this registry, newest first, undone or not.
+        statements: All that count, newest first.
+        ignored: What does not count, with the reason.
+    """
+
+    package: Package
+    signer: TrustedKey | None = None
+    builder_id: str = ""
+    built_at: str = ""
+    verdicts: tuple[SignedVerdict, ...] = ()
+    yanks: tuple[Yank, ...] = ()
+    statements: tuple[Statement, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def yank(self) -> Yank | None:
+        """The yank that counts; None if there is none, or if it was undone."""
+        return self.yanks[0] if self.yanks and self.yanks[0].yanked else None
+
+    @property
+    def model_signature(self) -> Statement | None:
+        """The newest trusted signature that brings `model.sig`, and its SHA-256; None without."""
+        signed = (one for one in self.statements if one.kind == "signature")
+        return next((one for one in signed if MODEL_SIGNATURE in one.files), None)
+
+    def newest(self, card: str) -> SignedVerdict | None:
+        """The newest verdict for a card; None if there is none."""
+        return next((found for found in self.verdicts if found.card == card), None)
+
+    def run_on(self, card: str) -> SignedVerdict | None:
+        """The newest verdict of an engine that this card ran, with the package's own runtime."""
+        runtime = self.package.manifest["match"]["runtime"]
+        wanted = _runtime(runtime)
+        return next(
+            (
+                found
+                for found in self.verdicts
+                if found.card == card
+                and found.verdict not in _NOT_RUN
+                and (found.runtime[0].lower(), found.runtime[1]) == wanted
+            ),
+            None,
+        )
+
+    def proof(self, card: str) -> SignedVerdict | None:
+        """What proves the engine on a card: `accepted` there is the newest that was run there."""
+        found = self.run_on(card)
+        return found if found is not None and found.verdict == "accepted" else None
+
+    @property
+    def proven_cards(self) -> tuple[str, ...]:
+        """Every card that the engine is proven on, sorted."""
+        cards = sorted({found.card for found in self.verdicts})
+        return tuple(card for card in cards if self.proof(card))
+
+    def standing(self, card: str) -> SignedVerdict | None:
+        """The verdict that says most about a card now: its proof, else the newest one."""
+        return self.proof(card) or self.newest(card)
+
+
+def verify_statements(
+    package: Package,
+    raws: Sequence[RawStatement],
+    policy: TrustPolicy,
+    *,
+    registry: str | None,
+    origin: str,
+) -> Verification:
+    """Verify everything that was stated about a package.
+
+    Args:
+        package: Its manifest is what its digest says.
+        raws: As they lie in a store; envelopes suffice.
+        policy: Whom to trust.
+        registry: Identity of the registry; yanks of another one do not count. None where there is
+            none, as in a folder that was pulled: there every trusted yank counts.
+        origin: Where it all comes from, for the one warning about what is skipped.
+    """
+    statements: list[Statement] = []
+    verdicts: list[SignedVerdict] = []
+    yanks: list[Yank] = []
+    ignored: list[str] = []
+    for raw in raws:
+        try:
+            found = _open(raw, package, policy, registry)
+            if found.kind == "test":
+                verdicts.append(_verdict(found))
+            elif found.kind == "yank":
+                yanks.append(_yank(found))
+        except UntrustedError as error:
+            ignored.append(f"{raw.name}: {error}")
+        else:
+            statements.append(found)
+    if ignored:
+        more = f" (and {len(ignored) - 1} more)" if len(ignored) > 1 else ""
+        log.warning("%s: a statement does not count: %s%s", origin, ignored[0], more)
+    statements.sort(key=lambda one: (one.signed_at, one.id), reverse=True)
+    signature = next((one for one in statements if one.kind == "signature"), None)
+    provenance = next((one for one in statements if _provenance_counts(one, policy)), None)
+    return Verification(
+        package=package,
+        signer=signature.signer if signature else None,
+        builder_id=builder_of(provenance.predicate) if provenance else "",
+        built_at=provenance.signed_at if provenance else "",
+        verdicts=tuple(sorted(verdicts, key=lambda one: one.signed_at, reverse=True)),
+        # At one and the same time, the one that forbids comes first.
+        yanks=tuple(sorted(yanks, key=lambda one: (one.signed_at, one.yanked), reverse=True)),
+        statements=tuple(statements),
+        ignored=tuple(ignored),
+    )
+
+
+def require_usable(
+    found: Verification,
+    policy: TrustPolicy,
+    *,
+    origin: str,
+    allow_unsigned: bool = False,
+    allow_yanked: bool = False,
+) -> None:
+    """Refuse a package that may not be loaded, run or promoted.
+
+    Args:
+        found: Of the package.
+        policy: By which it was verified.
+        origin: The package, for messages.
+        allow_unsigned: Take it although no trusted key signed it.
+        allow_yanked: Take it although it was yanked.
+
+    Raises:
+        UntrustedError: Revoked, yanked, or not signed by a trusted key.
+    """
+    digest = found.package.digest
+    policy.require_not_revoked(digest)
+    if found.signer is None and not allow_unsigned:
+        why = next((one for one in found.ignored if one.startswith("signature-")), "")
+        raise UntrustedError(
+            f"{origin}: no trusted key signed it ({why or 'it has no signature'}); sign it with "
+            "enginesmith sign, add its key to the policy, or accept it with --allow-unsigned"
+        )
+    if policy.builder_ids and not found.builder_id:
+        raise UntrustedError(
+            f"{origin} has no trusted provenance by {' or '.join(policy.builder_ids)}, which the "
+            "policy requires; build it there, or change builder_ids"
+        )
+    if (yank := found.yank) is None:
+        return
+    if not allow_yanked:
+        name = str(found.package.manifest["name"])
+        raise UntrustedError(
+            f"{origin} was yanked {yank}; use another version, or take it all the same as "
+            f"{name}@sha256:{digest} with --allow-yanked"
+        )
+    log.warning("%s was yanked %s; taken because of --allow-yanked", origin, yank)
+
+
+def _open(
+    raw: RawStatement, package: Package, policy: TrustPolicy, registry: str | None
+) -> Statement:
+    found = open_statement(raw.files.get(ENVELOPE, b""), policy)
+    if found.name != raw.name:
+        raise UntrustedError(f"lies under a name that is not its own, {found.name}")
+    if found.digest != package.digest:
+        raise UntrustedError(f"is about another package, {found.digest[:12]}")
+    if found.kind == "yank" and registry not in {None, found.fields.get("registry")}:
+        raise UntrustedError("is a yank of another registry")
+    return found
+
+
+def _verdict(found: Statement) -> SignedVerdict:
+    runtime, verdict = found.fields.get("runtime"), found.fields.get("verdict")
+    if not isinstance(runtime, dict) or verdict not in get_args(VerdictName):
+        raise UntrustedError(f"is not a test result: verdict {verdict!r}")
+    return SignedVerdict(
+        card=found.part("card"),
+        runtime=(str(runtime.get("name")), str(runtime.get("version"))),
+        verdict=cast(VerdictName, verdict),
+        signed_at=found.signed_at,
+        statement=found.name,
+        signer=found.signer,
+    )
+
+
+def _yank(found: Statement) -> Yank:
+    yanked = found.fields.get("yanked")
+    if not isinstance(yanked, bool):
+        raise UntrustedError(f"is not a yank: yanked {yanked!r}")
+    return Yank(
+        yanked=yanked,
+        actor=found.text("actor"),
+        reason=found.text("reason"),
+        signed_at=found.signed_at,
+        registry=found.text("registry"),
+        signer=found.signer,
+    )
+
+
+def _provenance_counts(found: Statement, policy: TrustPolicy) -> bool:
+    if found.kind != "provenance":
+        return False
+    return not policy.builder_ids or builder_of(found.predicate) in policy.builder_ids
+
+
+def _runtime(value: Mapping[str, Any]) -> tuple[str, str]:
+    return str(value["name"]).lower(), str(value["version"])
+
+
+def passing(found: SignedVerdict | None) -> bool:
+    """Whether a verdict lets a package into `candidate`."""
+    return found is not None and found.verdict in PASSING
