@@ -1,0 +1,90 @@
+"""Small sealed packages and unsigned statements for the tests of stores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.core.values import Engine, Licence, Limits, Package, Weights
+from pipeline.registry.manifest import Label, files_of
+from pipeline.registry.package import seal
+from pipeline.registry.reference import reference_of
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
+
+VARIANT = "sm89-trtrtx-fp8-b8-s1024"
+
+
+def sealed_package(
+    folder: Path,
+    files: dict[str, bytes] | None = None,
+    *,
+    name: str = "tiny",
+    recipe_version: str = "1.0",
+    build_key: str = "b" * 64,
+    variant: str = VARIANT,
+) -> Package:
+    """A package in `folder`; equal arguments give equal digests."""
+    source = folder.with_name(f"{folder.name}-engine")
+    contents = files or {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
+    for path, data in contents.items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes(data)
+    folder.mkdir(parents=True)
+    engine = Engine(
+        dir=source,
+        digest="e" * 64,
+        format="trtrtx",
+        variant=variant,
+        runtime=("tensorrt-rtx", "1.7.1.116"),
+        sms=(89,),
+        limits=Limits(
+            max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
+        ),
+        min_vram_bytes=1 << 30,
+        tools={"tensorrt-rtx": "1.7.1.116"},
+    )
+    weights = Weights(
+        dir=folder,
+        origin="hub:someone/tiny",
+        commit="0" * 40,
+        files=(),
+        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+    )
+    label = Label(
+        name=name,
+        recipe_version=recipe_version,
+        build_key=build_key,
+        config={"quantizer": {"calib_size": 64}},
+        quantization="fp8",
+        ledger={},
+    )
+    return seal(folder, engine, weights, label)
+
+
+def place_of(package: Package) -> Place:
+    """Where a package is published."""
+    return Place.of(reference_of(package))
+
+
+def raw_statement(kind: str = "signature", text: str = "1", **files: bytes) -> RawStatement:
+    """A statement that nobody signed; `report_json=b""` makes the file `report.json`."""
+    name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    attachments = {file.replace("_", "."): data for file, data in files.items()}
+    return RawStatement(
+        name=name, files={ENVELOPE: f'{{"payload": "{text}"}}'.encode()} | attachments
+    )
+
+
+def read_back(store: Store, package: Package) -> dict[str, bytes]:
+    """Path -> bytes of every file of a published package, as a reader gets them."""
+    found = {}
+    for file in files_of(package.manifest):
+        with store.open_file(place_of(package), file) as chunks:
+            found[file.path] = b"".join(chunks)
+    return found
+
+
+def envelopes(statements: Iterable[RawStatement]) -> dict[str, bytes]:
+    """Name -> envelope."""
+    return {statement.name: statement.envelope for statement in statements}
