@@ -25,7 +25,7 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.values import Package, Reference
-from pipeline.registry.manifest import digest_bytes, parse_manifest
+from pipeline.registry.manifest import manifest_at, manifest_bytes
 from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
 from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.trust.channels import read_channels
@@ -123,18 +123,14 @@ def examine(store: Store, place: Place, terms: Terms, digest: str | None = None)
         UntrustedError: Revoked, yanked, or not signed by a trusted key.
         NotFoundError: No such version.
     """
-    data = store.read_manifest(place)
     origin = f"{store.url} {place}"
-    package = Package(
-        dir=Path(str(place)), manifest=parse_manifest(data, origin), digest=digest_bytes(data)
-    )
-    if digest not in {None, package.digest}:
+    manifest, own = manifest_at(store, place)
+    if digest not in {None, own}:
         raise CorruptError(
-            f"{origin} has digest {package.digest[:12]}, wanted {str(digest)[:12]}: it was changed "
-            "after it was published; publish it again"
+            f"{origin} has digest {own[:12]}, wanted {str(digest)[:12]}; publish it again"
         )
-    if (own := Place.of(reference_of(package))) != place:
-        raise CorruptError(f"{origin} holds {own}, not what its path says; publish it again")
+    package = Package(dir=Path(str(place)), manifest=manifest, digest=own)
+    data = manifest_bytes(manifest)  # what was read: only canonical bytes pass
     raws = store.read_statements(place)
     return _verified(package, data, raws, terms, store.identity(), origin)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import rfc8785
 
 from pipeline.core.errors import UntrustedError
+from pipeline.registry.store import MAX_ENVELOPE_BYTES
 from pipeline.registry.trust.keys import PublicKey, SigningKey
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 """Payload type of an in-toto statement (in-toto attestation spec 1.0, "Envelope"); the statement
 itself says of which kind it is, and the signature covers that."""
-MAX_ENVELOPE_BYTES = 1 << 20
-"""Provenance, the longest payload, repeats a recipe of some kilobytes."""
 _MAX_KEYIDS = 8
 """Signatures of one envelope that are looked at: ours have one."""
 

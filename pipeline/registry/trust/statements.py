@@ -37,7 +37,7 @@ import rfc8785
 from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import Part, check_digest, check_part
-from pipeline.registry.store import ENVELOPE, Place, RawStatement
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, is_attachment_name
 from pipeline.registry.trust.envelope import parse_envelope, sign_envelope
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
@@ -234,7 +234,8 @@ def open_statement(envelope: bytes, policy: TrustPolicy) -> Statement:
         if len(files) > _MAX_FILES:
             raise ValueError(f"{len(files)} files")
         for file, sha256 in files.items():
-            check_part("statement", file)
+            if not is_attachment_name(file):
+                raise ValueError(f"a file {file!r}")
             check_digest(sha256)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RecipeError) as error:
         raise UntrustedError(f"not a statement of ours: {str(error)[:200]!r}") from error

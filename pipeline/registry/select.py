@@ -1,0 +1,297 @@
+"""Which package is the best for a machine, and why each other one is not; pure.
+
+    found, refused = candidates(store, wanted, terms)
+    chosen = best(found, refused, wanted, facts, rules)
+
+A package is proven on a card if `accepted` is the newest verdict of its own runtime that ran on
+this card. A verdict from elsewhere, or of an engine that was only checked, proves nothing here and
+needs `--accept-unproven`. A fact that is unknown rejects nothing: it is reported with the choice.
+
+Among those that fit, the first of these differences decides: proven before unproven, and a verdict
+for the card before none; fewer unknown facts; tuned for the card before portable within its SM
+before portable; an engine before a checkpoint; room for more tokens (batch x sequence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.core.errors import (
+    CorruptError,
+    Fault,
+    IncompatibleError,
+    NotFoundError,
+    PipelineError,
+    RecipeError,
+    UntrustedError,
+)
+from pipeline.core.hardware import GIB
+from pipeline.core.values import PASSING, Format
+from pipeline.registry.client.machine import Facts, version_key
+from pipeline.registry.reference import ParsedReference
+from pipeline.registry.resolve import Refused, Resolved
+
+_PROOFS = ("accepted", "checked", "compiled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What else the user wants.
+
+    Attributes:
+        format: Only this one; None for any.
+        accept_unproven: Take a package that is not proven on this card.
+    """
+
+    format: Format | None = None
+    accept_unproven: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Whether the package ran on this card and passed.
+
+    Attributes:
+        kind: `unknown` if the card is unknown and it is proven on some card.
+        verdict: The one that says most about this card: `accepted` if it is proven.
+        cards: All cards that it is proven on.
+        why: What is missing; empty if it is proven.
+    """
+
+    kind: Literal["proven", "unproven", "unknown"]
+    verdict: str | None = None
+    cards: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The choice.
+
+    Attributes:
+        resolved: The package that is taken.
+        proof: Whether it is proven here.
+        unknown: What is not known of the machine and would have to be so.
+        rejected: Every other one with the reason, `name/variant:version: reason`.
+    """
+
+    resolved: Resolved
+    proof: Proof
+    unknown: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """A package, compared with a machine; `reasons` say why it is rejected."""
+
+    resolved: Resolved
+    proof: Proof
+    reasons: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Smaller is better; see the module."""
+        manifest = self.resolved.package.manifest
+        match, limits = manifest["match"], manifest["limits"]
+        verdict = self.proof.verdict
+        return (
+            self.proof.kind == "unproven",
+            _PROOFS.index(verdict) if verdict in _PROOFS else len(_PROOFS),
+            len(self.unknown),
+            0 if match["cards"] else 1 if match["sm"] else 2,
+            manifest["format"] == "checkpoint",
+            -limits["max_batch_size"] * limits["max_seq_len"],
+            manifest["variant"],
+        )
+
+    def __str__(self) -> str:
+        return f"{self.resolved.place}: {'; '.join(self.reasons)}"
+
+
+def best(
+    found: Sequence[Resolved],
+    refused: Sequence[Refused],
+    wanted: ParsedReference,
+    facts: Facts,
+    rules: Rules,
+) -> Chosen:
+    """The package to take.
+
+    Args:
+        found: Every version that the reference may mean and that may be used.
+        refused: Those that may not.
+        wanted: The reference.
+        facts: Of the machine.
+        rules: Of the user.
+
+    Raises:
+        IncompatibleError: None fits or is proven; gives the reason for each, the nearest first.
+        UntrustedError: None is trusted.
+        CorruptError: All are damaged.
+        RecipeError: What is known of the machine does not tell two versions apart.
+    """
+    fits = [_fit(one, facts, rules) for one in found]
+    fitting = sorted((one for one in fits if not one.reasons), key=lambda one: one.rank)
+    if not fitting:
+        raise _none(fits, refused, wanted)
+    first = fitting[0]
+    _require_one(first, fitting[1:], wanted, blind=facts.card is None and facts.sm is None)
+    rejected = [str(one) for one in fits if one.reasons]
+    rejected += [
+        f"{one.resolved.place}: it fits, {first.resolved.place} is preferred" for one in fitting[1:]
+    ]
+    rejected += [f"{one.what}: {one.error}" for one in refused]
+    return Chosen(
+        resolved=first.resolved,
+        proof=first.proof,
+        unknown=first.unknown,
+        rejected=tuple(rejected),
+    )
+
+
+def prove(found: Resolved, facts: Facts) -> Proof:
+    """Whether trusted verdicts say that the package ran on this card and passed."""
+    done = found.verification
+    cards = done.proven_cards
+    elsewhere = f"it is proven on {', '.join(cards)}" if cards else "it is proven on no card"
+    if facts.card is None:
+        if not cards:
+            return Proof(kind="unproven", why="no card is known to have run it and passed")
+        why = f"the card: {elsewhere}"
+        return Proof(kind="unknown", verdict="accepted", cards=cards, why=why)
+    verdict = done.standing(facts.card)
+    name = verdict.verdict if verdict else None
+    if done.proof(facts.card) is None:
+        why = f"never run on {facts.card} with a trusted result"
+        if name in {"checked", "compiled"}:
+            where = "checked on another device" if name == "checked" else "compiled"
+            why = f"{where}, never run on {facts.card}"
+        elif name is not None:
+            why = f"its newest trusted verdict on {facts.card} is {name}"
+        verdict_name = name if name in PASSING else None
+        return Proof(kind="unproven", verdict=verdict_name, cards=cards, why=f"{why}; {elsewhere}")
+    if found.cards and facts.card not in found.cards:
+        why = f"{found.channel} points to it for {', '.join(found.cards)} only"
+        return Proof(kind="unproven", verdict=name, cards=cards, why=why)
+    return Proof(kind="proven", verdict=name, cards=cards)
+
+
+def _fit(found: Resolved, facts: Facts, rules: Rules) -> _Fit:
+    checks = list(_checks(found.package.manifest, facts, rules))
+    proof = prove(found, facts)
+    reasons = [text for kind, text in checks if kind == "misfit"]
+    if proof.kind == "unproven" and not rules.accept_unproven:
+        reasons.append(proof.why)
+    unknown = [text for kind, text in checks if kind == "unknown"]
+    if proof.kind == "unknown":
+        unknown.append(proof.why)
+    return _Fit(resolved=found, proof=proof, reasons=tuple(reasons), unknown=tuple(unknown))
+
+
+_Check = tuple[Literal["misfit", "unknown"], str]
+
+
+def _checks(manifest: Mapping[str, Any], facts: Facts, rules: Rules) -> Iterator[_Check]:
+    match = manifest["match"]
+    if rules.format not in {None, manifest["format"]}:
+        yield "misfit", f"its format is {manifest['format']}, wanted {rules.format}"
+    if sms := match["sm"]:
+        needs = "it is compiled for " + " or ".join(f"SM {sm}" for sm in sms)
+        if facts.sm is None:
+            yield "unknown", f"the SM: {needs}"
+        elif facts.sm not in sms:
+            yield "misfit", f"{needs}, this machine has SM {facts.sm}"
+    if cards := match["cards"]:
+        needs = f"it is tuned for {', '.join(cards)}"
+        if facts.card is None:
+            yield "unknown", f"the card: {needs}"
+        elif facts.card not in cards:
+            yield "misfit", f"{needs}, this machine has {facts.card}"
+    if needed := match["min_vram_bytes"]:
+        needs = f"it needs {needed / GIB:.1f} GiB of device memory"
+        if facts.vram_bytes is None:
+            yield "unknown", f"the device memory: {needs}"
+        elif facts.vram_bytes < needed:
+            yield "misfit", f"{needs}, there are {facts.vram_bytes / GIB:.1f} GiB"
+    yield from _runtime(match["runtime"], facts)
+    for fact, least in (("driver", match["driver_min"]), ("cuda", match["cuda"])):
+        yield from _at_least(fact, least, facts.driver if fact == "driver" else facts.cuda)
+
+
+def _runtime(needed: Mapping[str, str], facts: Facts) -> Iterator[_Check]:
+    """An engine needs its runtime in exactly one version."""
+    name, version = needed["name"].lower().replace("_", "-"), needed["version"]
+    needs = f"it needs {name} {version}"
+    if facts.runtime is None or (facts.runtime.name == name and not facts.runtime.version):
+        yield "unknown", f"the runtime: {needs}"
+    elif facts.runtime.name != name or not _same_version(facts.runtime.version, version):
+        yield "misfit", f"{needs}, the runtime is {facts.runtime}"
+
+
+def _same_version(left: str, right: str) -> bool:
+    key = version_key(left)
+    return left == right or (key is not None and key == version_key(right))
+
+
+def _at_least(fact: str, least: str | None, found: str | None) -> Iterator[_Check]:
+    if least is None:
+        return
+    needs = f"it needs {fact} {least} or newer"
+    if found is None:
+        yield "unknown", f"the {fact}: {needs}"
+        return
+    has, wants = version_key(found), version_key(least)
+    if has is None or wants is None or has < wants:
+        yield "misfit", f"{needs}, this machine has {found}"
+
+
+def _require_one(
+    first: _Fit, rest: Sequence[_Fit], wanted: ParsedReference, *, blind: bool
+) -> None:
+    """Refuse to guess: two of one variant, or several where nothing is known of the GPU."""
+    rivals = [
+        one
+        for one in rest
+        if one.resolved.package.digest != first.resolved.package.digest
+        and (blind or one.rank == first.rank)
+    ]
+    if not rivals:
+        return
+    choices = ", ".join(
+        f"{one.resolved.place} ({', '.join(one.resolved.cards)})"
+        if one.resolved.cards
+        else str(one.resolved.place)
+        for one in (first, *rivals)
+    )
+    advice = "specify one" if not blind else "specify one, or the card with --gpu"
+    raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; {advice}")])
+
+
+def _none(
+    fits: Sequence[_Fit], refused: Sequence[Refused], wanted: ParsedReference
+) -> PipelineError:
+    """The error when nothing can be taken: that of the one version, or all reasons together."""
+    if not fits and len(refused) == 1:
+        return refused[0].error
+    near = sorted(fits, key=lambda one: (len(one.reasons), one.rank))
+    lines = [*map(str, near), *(f"{one.what}: {one.error}" for one in refused)]
+    listed = "\n  ".join(lines)
+    if not fits:
+        kinds: tuple[type[PipelineError], ...] = (UntrustedError, CorruptError, NotFoundError)
+        kind = next(one for one in kinds if any(isinstance(each.error, one) for each in refused))
+        return kind(f"nothing of {wanted} can be taken\n  {listed}")
+    unproven = near[0].reasons == (near[0].proof.why,)
+    advice = (
+        "to take it nevertheless: --accept-unproven"
+        if unproven
+        else "`enginesmith list` shows what there is"
+    )
+    if len(lines) == 1:
+        return IncompatibleError(f"{lines[0]}; {advice}")
+    return IncompatibleError(
+        f"nothing of {wanted} fits this machine, the nearest first; {advice}\n  {listed}"
+    )
