@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pipeline.registry.stores.s3 import S3Store
+    from pipeline.registry.store import WritableStore
 
 INSTALL = "pip install 'enginesmith[dev]'"
 
@@ -89,15 +89,16 @@ class SeaweedServer:
             config=Config(max_pool_connections=32),
         )
 
-    def store(self, prefix: str = "registry", **settings: Any) -> S3Store:
+    def store(self, prefix: str = "registry", **settings: Any) -> WritableStore:
         """A store that is empty; its credentials come from the environment: set `environ`.
 
         All stores share a bucket, since the server keeps seven volumes for each.
         """
-        from pipeline.registry.stores.s3 import S3Store
+        from pipeline.registry.stores.s3 import S3Registry
 
         settings.setdefault("endpoint_url", self.endpoint_url)
-        return S3Store(url=f"s3://{BUCKET}/{secrets.token_hex(6)}/{prefix}", **settings)
+        url = f"s3://{BUCKET}/{secrets.token_hex(6)}/{prefix}"
+        return S3Registry(url=url, **settings).store()
 
     def kill(self) -> None:
         """SIGKILL, at once."""

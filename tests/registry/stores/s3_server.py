@@ -10,6 +10,7 @@ does when asked: it loses replies, breaks off, stalls, and says 409.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +37,8 @@ class Stored:
     data: bytes
     metadata: dict[str, str]
     etag: str
+    whole: bool = True
+    """Its checksum is of the whole object, not of the checksums of its parts."""
     modified_s: float = field(default_factory=time.time)
 
 
@@ -42,6 +46,7 @@ class Stored:
 class Upload:
     key: str
     metadata: dict[str, str]
+    whole: bool
     parts: dict[int, bytes] = field(default_factory=dict)
     begun_s: float = field(default_factory=time.time)
 
@@ -61,6 +66,7 @@ class MemoryS3(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.connections = 0
         self.page = 1000
+        self.checksums = True
         self.lock = threading.RLock()
         self.closing = threading.Event()
         self._faults: list[tuple[str, str, Fault]] = []
@@ -156,7 +162,11 @@ class Handler(BaseHTTPRequestHandler):
                 return self._reply(204)
             case "POST" if "uploads" in self.query:
                 name = f"upload-{len(self.server.requests)}"
-                self.server.uploads[name] = Upload(key=self.key, metadata=self._metadata())
+                self.server.uploads[name] = Upload(
+                    key=self.key,
+                    metadata=self._metadata(),
+                    whole=self.headers.get("x-amz-checksum-type") == "FULL_OBJECT",
+                )
                 return self._xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
             case "POST":
                 return self._complete()
@@ -193,7 +203,9 @@ class Handler(BaseHTTPRequestHandler):
             data += upload.parts[number]
         del self.server.uploads[self.query["uploadId"]]
         etag = f'{_etag(data)[:-1]}-{len(numbers)}"'
-        self.server.objects[self.key] = Stored(data=data, metadata=upload.metadata, etag=etag)
+        self.server.objects[self.key] = Stored(
+            data=data, metadata=upload.metadata, etag=etag, whole=upload.whole
+        )
         return self._xml("CompleteMultipartUploadResult", f"<ETag>{escape(etag)}</ETag>")
 
     def _get(self) -> Callable[[], None]:
@@ -207,6 +219,10 @@ class Handler(BaseHTTPRequestHandler):
             "Last-Modified": self.date_time_string(int(stored.modified_s)),
             **{f"x-amz-meta-{key}": value for key, value in stored.metadata.items()},
         }
+        if self.headers.get("x-amz-checksum-mode") == "ENABLED" and self.server.checksums:
+            crc = base64.b64encode(zlib.crc32(stored.data).to_bytes(4, "big")).decode()
+            headers["x-amz-checksum-crc32"] = crc if stored.whole else f"{crc}-2"
+            headers["x-amz-checksum-type"] = "FULL_OBJECT" if stored.whole else "COMPOSITE"
         data, status = stored.data, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and not self.ignores_range:
@@ -233,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
             elif key > after:
                 keys.append(key)
         more = len(keys) > self.server.page
-        keys = keys[: self.server.page]
+        keys = keys[: min(self.server.page, int(self.query.get("max-keys", 1000)))]
         entries = [self._entry(key) for key in keys]
         entries += [
             f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"

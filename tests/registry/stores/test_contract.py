@@ -26,7 +26,7 @@ from tests.registry.packages import (
 )
 
 DAY_S = 24 * 3600.0
-Ager = Callable[[float], None]
+Ager = Callable[[float], None] | None
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_killed_publication_goes_on_by_whole_files_and_then_shows(
     package = sealed_package(tmp_path / "package", files)
     size_bytes = sum(map(len, files.values()))
 
-    class KilledError(BaseException):
+    class KilledError(Exception):
         pass
 
     sent: list[int] = []
@@ -243,12 +243,13 @@ def test_removing_hides_a_package_at_once_and_its_files_go_a_day_later(
 ) -> None:
     store.put_package(package, [raw_statement()], lambda _: None)
     place, file = place_of(package), files_of(package.manifest)[0]
-    age(2 * DAY_S)
+    if age is not None:
+        age(2 * DAY_S)
     assert store.delete_package(place) > 0
     assert store.places() == []
     assert store.leftovers(DAY_S, delete=True) == []
-    if store.url.startswith("oci:"):
-        return  # the server collects blobs that no manifest names, whenever it is told to
+    if age is None:  # of an OCI registry: its own collector takes blobs that no manifest names
+        return
     with store.open_file(place, file) as chunks:
         assert hashlib.sha256(b"".join(chunks)).hexdigest() == file.sha256
     age(2 * DAY_S)

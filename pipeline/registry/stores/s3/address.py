@@ -1,4 +1,4 @@
-"""An `s3://` URL, and the keys that a package has below it."""
+"""An `s3://` URL."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.registry.manifest import MANIFEST
-from pipeline.registry.reference import STATEMENTS_SUFFIX, check_part
-from pipeline.registry.stores.store import Place
 
 # Amazon S3 User Guide, "General purpose bucket naming rules"; access point ARNs are not taken.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -27,31 +24,6 @@ class Address:
 
     bucket: str
     root: str
-
-    def variant(self, name: str, variant: str) -> str:
-        """Start of the keys of a variant."""
-        return f"{self.root}{check_part('name', name)}/{check_part('variant', variant)}/"
-
-    def version(self, place: Place) -> str:
-        """The key of a version, as if it were a folder; no `/` at its end."""
-        variant = self.variant(place.name, place.variant)
-        return f"{variant}{check_part('version', place.version)}"
-
-    def manifest(self, place: Place) -> str:
-        """The key that makes a version visible."""
-        return f"{self.version(place)}/{MANIFEST}"
-
-    def claim(self, place: Place) -> str:
-        """The key of who may write a version."""
-        return f"{self.version(place)}.claim"
-
-    def statements(self, place: Place) -> str:
-        """Start of the keys of what is said about a version."""
-        return f"{self.version(place)}{STATEMENTS_SUFFIX}/"
-
-    def channels(self, name: str, variant: str) -> str:
-        """Start of the keys of channel pointers; the log of moves is below it."""
-        return f"{self.variant(name, variant)}channels/"
 
 
 def parse_address(url: str) -> Address:

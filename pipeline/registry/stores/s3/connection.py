@@ -1,4 +1,4 @@
-"""The boto3 client of a store: made when it is first needed, and once in each process."""
+"""The boto3 client of a registry: made when it is first needed, and once in each process."""
 
 from __future__ import annotations
 
@@ -7,86 +7,95 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.registry.stores.s3.address import parse_address
-from pipeline.registry.stores.s3.bucket import Bucket
+from pipeline.registry.stores.s3.address import Address
 from pipeline.registry.stores.s3.faults import s3_errors
+from pipeline.registry.stores.transfer import (
+    ATTEMPTS,
+    CONNECT_S,
+    CONNECTIONS,
+    SILENCE_S,
+    Deadline,
+)
 
 Checksums = Literal["when_supported", "when_required"]
-
-_CONNECT_S, _READ_S = 10, 60  # a server that is silent for so long has gone
-_ATTEMPTS = 5  # of each request, waiting 1, 2, 4, 8 s between them at most
-_CONNECTIONS = 32  # more than anybody opens: the pull client reads 16 pieces at once
 
 
 @dataclass(kw_only=True)
 class Connection:
-    """Where and how to connect; see `S3Store` for its attributes."""
+    """Where and how to connect; see `S3Registry` for its attributes."""
 
-    url: str
+    address: Address
     endpoint_url: str | None
     region: str | None
     checksums: Checksums | None
     public: bool
-    _bucket: Bucket | None = None
-    _pid: int = 0
+    _clients: dict[int, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def bucket(self) -> Bucket:
-        """The bucket, connected.
-
-        A fork gets a connection of its own: two processes that read one socket mix up replies.
-        """
-        if self._bucket is None or self._pid != os.getpid():
-            if self._pid != os.getpid():
+    def client(self) -> Any:
+        """The client of this process: two processes that read one socket mix up replies."""
+        pid = os.getpid()
+        if pid not in self._clients:
+            if self._clients:
                 self._lock = threading.Lock()  # the parent may have held it while it forked
             with self._lock:
-                if self._bucket is None or self._pid != os.getpid():
-                    self._bucket = self._connect()
-                    self._pid = os.getpid()
-        return self._bucket
+                if pid not in self._clients:
+                    self._clients[pid] = self._connect()
+        return self._clients[pid]
 
-    def _connect(self) -> Bucket:
+    def sends_checksums(self) -> bool:
+        """Whether the server compares what arrives, and tells a checksum of it afterwards."""
+        wanted: str = self.client().meta.config.request_checksum_calculation
+        return wanted.lower() != "when_required"
+
+    def _connect(self) -> Any:
         import boto3
-        import botocore.session
         from botocore import UNSIGNED
-
-        address = parse_address(self.url)
-        with s3_errors(f"connect to {self.url}", address.bucket):
-            core = botocore.session.get_session()
-            wanted = self.checksums or core.get_config_variable("request_checksum_calculation")
-            checksums = str(wanted).lower() != "when_required"
-            session = boto3.session.Session(botocore_session=core)
-            signs = not (self.public and session.get_credentials() is None)
-
-            def client(*, checksums: bool) -> Any:
-                # A payload is signed by its SHA-256, of each part once more. Where a checksum goes
-                # along, that and the SHA-256 in the manifest protect the bytes.
-                payload: dict[str, Any] = {"payload_signing_enabled": False} if checksums else {}
-                how = {"s3": payload} if signs else {"signature_version": UNSIGNED}
-                return self._client(session, **how)
-
-            return Bucket(
-                client=client(checksums=checksums),
-                address=address,
-                url=self.url,
-                checksums=checksums,
-                client_without_checksums=lambda: client(checksums=False),
-            )
-
-    def _client(self, session: Any, **extra: Any) -> Any:
         from botocore.config import Config
 
-        config = Config(
-            connect_timeout=_CONNECT_S,
-            read_timeout=_READ_S,
-            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-            max_pool_connections=_CONNECTIONS,
-            tcp_keepalive=True,
-            # We send and compare our own, computed in the one pass that reads a file.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            **extra,
-        )
-        return session.client(
-            "s3", endpoint_url=self.endpoint_url, region_name=self.region, config=config
-        )
+        with s3_errors(f"connect to s3://{self.address.bucket}", self.address.bucket):
+            session = boto3.session.Session()
+            signs = not (self.public and session.get_credentials() is None)
+            chosen = (
+                {} if self.checksums is None else {"request_checksum_calculation": self.checksums}
+            )
+            config = Config(
+                connect_timeout=CONNECT_S,
+                read_timeout=SILENCE_S,
+                retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                max_pool_connections=CONNECTIONS,
+                tcp_keepalive=True,
+                # Every byte is compared with the manifest's SHA-256.
+                response_checksum_validation="when_required",
+                **chosen,
+                **({} if signs else {"signature_version": UNSIGNED}),
+            )
+            client = session.client(
+                "s3", endpoint_url=self.endpoint_url, region_name=self.region, config=config
+            )
+            _set_deadlines(client)
+            return client
+
+
+def _set_deadlines(client: Any) -> None:
+    """Give a client connections whose replies are there in time.
+
+    botocore has no setting for its connection classes; urllib3's pool manager, which it keeps, has.
+    """
+    from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Plain(Deadline, AWSHTTPConnection):  # type: ignore[misc]  # botocore has no types
+        pass
+
+    class Secure(Deadline, AWSHTTPSConnection):  # type: ignore[misc]  # as above
+        pass
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    manager = client._endpoint.http_session._manager
+    manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}

@@ -78,6 +78,7 @@ def s3_errors(doing: str, bucket: str) -> Iterator[None]:
         PipelineError: Anything else that a server says.
     """
     from botocore import exceptions as botocore
+    from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
     fault = f"cannot {doing}"
@@ -115,6 +116,11 @@ def s3_errors(doing: str, bucket: str) -> Iterator[None]:
     ) as error:
         raise TransientError(
             f"{fault}: {_short(error)}; check the endpoint and the network, and try again"
+        ) from error
+    except ResponseParserError as error:
+        raise PipelineError(
+            f"{fault}: what answers is no S3 server; check the endpoint, and whether the network "
+            "wants you to log in"
         ) from error
     except botocore.BotoCoreError as error:
         raise PipelineError(

@@ -1,0 +1,171 @@
+"""One deadline and one floor for everything that goes over a network.
+
+A server that is silent, or that sends a byte now and then, would hold a command for ever: the
+timeout of a socket begins anew with every byte. So a body must come at `FLOOR_BYTES_PER_S` on
+average of each `WINDOW_S` that we waited for it, and the head of a reply must be there when the
+request could have been sent at that pace, plus `SILENCE_S`. A violation is a TransientError; who
+reads a large file goes on where it broke off.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from pipeline.core.errors import CorruptError, TransientError
+
+FLOOR_BYTES_PER_S = 16 << 10
+WINDOW_S = 30.0
+CONNECT_S = 10.0
+SILENCE_S = 20.0
+"""With four attempts, a server that does not answer costs 80 s."""
+ATTEMPTS = 4
+CHUNK_BYTES = 256 << 10
+"""1 GB in pieces of 64 MiB with 8 threads, SHA-256 included, took 1.4 s; with chunks of 512 KiB 1.2
+to 2.2 s, with 1 MiB 3.3 s (loopback, 2 cores, medians, measured 2026-11-25; why is not known)."""
+CONNECTIONS = 32
+"""More than one command opens: the pull client reads 16 pieces at once."""
+
+
+def at_pace(read: Callable[[int], bytes], what: str) -> Iterator[bytes]:
+    """The chunks of a body, as long as they come fast enough.
+
+    Args:
+        read: Gives what has arrived, at most so many bytes; empty at the end. It must not wait
+            until they are all there.
+        what: What is read, for the message.
+
+    Raises:
+        TransientError: Below `FLOOR_BYTES_PER_S`; only the time that we waited counts.
+    """
+    waited_s, received_bytes = 0.0, 0
+    while True:
+        began_s = time.monotonic()
+        data = read(CHUNK_BYTES)
+        waited_s += time.monotonic() - began_s
+        received_bytes += len(data)
+        if not data:
+            return
+        if waited_s >= WINDOW_S:
+            if received_bytes < waited_s * FLOOR_BYTES_PER_S:
+                raise TransientError(
+                    f"{what} comes at {received_bytes / waited_s / 1024:.1f} KiB/s, and at least "
+                    f"{FLOOR_BYTES_PER_S >> 10} are wanted; check the network, and try again"
+                )
+            waited_s, received_bytes = 0.0, 0
+        yield data
+
+
+def read_at_pace(read: Callable[[int], bytes], limit_bytes: int, what: str) -> bytes:
+    """A whole small body.
+
+    Raises:
+        CorruptError: It is longer than `limit_bytes`.
+        TransientError: As in `at_pace`.
+    """
+    data = bytearray()
+    for chunk in at_pace(read, what):
+        data += chunk
+        if len(data) > limit_bytes:
+            raise CorruptError(f"{what} is longer than {limit_bytes} bytes")
+    return bytes(data)
+
+
+class _Watchdog:
+    """Shuts down connections whose reply is late; one thread for all of a process."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[object, tuple[float, socket.socket]] = {}
+        self._lock = threading.Lock()
+        self._pid = 0
+
+    def watch(self, connection: object, sock: socket.socket, seconds: float) -> None:
+        with self._lock:
+            if self._pid != os.getpid():  # a forked child has none of its parent's threads
+                self._deadlines.clear()
+                threading.Thread(target=self._run, name="deadlines", daemon=True).start()
+                self._pid = os.getpid()
+            self._deadlines[connection] = time.monotonic() + seconds, sock
+
+    def release(self, connection: object) -> None:
+        with self._lock:
+            self._deadlines.pop(connection, None)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(1.0)
+            now_s = time.monotonic()
+            with self._lock:
+                late = [key for key, (end_s, _) in self._deadlines.items() if end_s < now_s]
+                for key in late:
+                    _, sock = self._deadlines.pop(key)
+                    try:
+                        sock.shutdown(socket.SHUT_RDWR)
+                    except OSError:  # closed meanwhile
+                        continue
+
+
+_WATCHDOG = _Watchdog()
+
+
+class Deadline:
+    """Mixed into a urllib3 connection: the head of a reply is there in time, or never."""
+
+    sock: socket.socket | None
+
+    def request(
+        self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
+    ) -> None:
+        """Send a request; see `urllib3.connection.HTTPConnection.request`."""
+        if self.sock is None:
+            self.connect()  # type: ignore[attr-defined]  # of the connection that this is mixed into
+        if self.sock is not None:
+            seconds = SILENCE_S + _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
+            _WATCHDOG.watch(self, self.sock, seconds)
+        try:
+            super().request(method, url, body=body, headers=headers, **more)  # type: ignore[misc]
+        except BaseException:
+            _WATCHDOG.release(self)
+            raise
+
+    def getresponse(self) -> Any:
+        """Wait for the head of the reply."""
+        try:
+            return super().getresponse()  # type: ignore[misc]  # as above
+        finally:
+            _WATCHDOG.release(self)
+
+
+class _Plain(Deadline, HTTPConnection):
+    pass
+
+
+class _Secure(Deadline, HTTPSConnection):
+    pass
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _SecurePool(HTTPSConnectionPool):
+    ConnectionCls = _Secure
+
+
+POOLS: dict[str, type[HTTPConnectionPool]] = {"http": _PlainPool, "https": _SecurePool}
+"""For `urllib3.PoolManager.pool_classes_by_scheme`."""
+
+
+def _size_bytes(body: Any, headers: Mapping[Any, Any]) -> int:
+    """How much a request sends, as far as that can be known."""
+    for key, value in headers.items():
+        if str(key).lower() == "content-length":
+            return int(value)
+    return len(body) if isinstance(body, bytes | bytearray) else 0
