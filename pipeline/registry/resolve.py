@@ -82,6 +82,9 @@ class Resolved:
         """The yank that counts; None if there is none."""
         return self.verification.yank
 
+    def __str__(self) -> str:
+        return _shown(self.place, self.cards)
+
     @property
     def reference(self) -> Reference:
         """The package, by its digest."""
@@ -106,7 +109,7 @@ class _Offer:
     cards: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.place} ({', '.join(self.cards)})" if self.cards else str(self.place)
+        return _shown(self.place, self.cards)
 
 
 def examine(store: Store, place: Place, terms: Terms, digest: str | None = None) -> Resolved:
@@ -342,6 +345,10 @@ def _channel_offers(
         )
         for reference, held in cards.items()
     ]
+
+
+def _shown(place: Place, cards: Sequence[str]) -> str:
+    return f"{place} ({', '.join(cards)})" if cards else str(place)
 
 
 def _no_such_name(store: Store, name: str) -> NotFoundError:

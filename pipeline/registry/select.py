@@ -9,7 +9,7 @@ needs `--accept-unproven`. A fact that is unknown rejects nothing: it is reporte
 
 Among those that fit, the first of these differences decides: proven before unproven, and a verdict
 for the card before none; fewer unknown facts; tuned for the card before portable within its SM
-before portable; an engine before a checkpoint; room for more tokens (batch x sequence).
+before portable; room for more tokens (batch x sequence).
 """
 
 from __future__ import annotations
@@ -103,7 +103,6 @@ class _Fit:
             _PROOFS.index(verdict) if verdict in _PROOFS else len(_PROOFS),
             len(self.unknown),
             0 if match["cards"] else 1 if match["sm"] else 2,
-            manifest["format"] == "checkpoint",
             -limits["max_batch_size"] * limits["max_seq_len"],
             manifest["variant"],
         )
@@ -166,14 +165,16 @@ def prove(found: Resolved, facts: Facts) -> Proof:
     verdict = done.standing(facts.card)
     name = verdict.verdict if verdict else None
     if done.proof(facts.card) is None:
-        why = f"never run on {facts.card} with a trusted result"
-        if name in {"checked", "compiled"}:
-            where = "checked on another device" if name == "checked" else "compiled"
-            why = f"{where}, never run on {facts.card}"
-        elif name is not None:
-            why = f"its newest trusted verdict on {facts.card} is {name}"
-        verdict_name = name if name in PASSING else None
-        return Proof(kind="unproven", verdict=verdict_name, cards=cards, why=f"{why}; {elsewhere}")
+        if verdict is None:
+            why = f"never run on {facts.card} with a trusted result"
+        elif name == "checked":
+            why = f"checked on another device, never run on {facts.card}"
+        elif name == "compiled":
+            why = f"compiled, never run on {facts.card}"
+        else:
+            why = f"{name} on {facts.card} with {' '.join(verdict.runtime)}"
+        passing = name if name in PASSING and name != "accepted" else None
+        return Proof(kind="unproven", verdict=passing, cards=cards, why=f"{why}; {elsewhere}")
     if found.cards and facts.card not in found.cards:
         why = f"{found.channel} points to it for {', '.join(found.cards)} only"
         return Proof(kind="unproven", verdict=name, cards=cards, why=why)
@@ -261,12 +262,7 @@ def _require_one(
     ]
     if not rivals:
         return
-    choices = ", ".join(
-        f"{one.resolved.place} ({', '.join(one.resolved.cards)})"
-        if one.resolved.cards
-        else str(one.resolved.place)
-        for one in (first, *rivals)
-    )
+    choices = ", ".join(str(one.resolved) for one in (first, *rivals))
     advice = "specify one" if not blind else "specify one, or the card with --gpu"
     raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; {advice}")])
 

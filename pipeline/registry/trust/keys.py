@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pipeline.core.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
-from pipeline.registry.disk import disk_errors, make_folders, read_bounded
+from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.ownership import require_unshared
 
 KEY_PATH = "ENGINESMITH_SIGNING_KEY"
@@ -147,7 +147,9 @@ def write_key_pair(key: SigningKey, path: Path) -> Path:
         if os.path.lexists(taken):
             raise ConflictError(f"{taken} exists; it stays as it is, so choose another with --out")
     with disk_errors(f"write {path}"):
-        make_folders(path.absolute().parent)
+        folder = path.absolute().parent
+        for missing in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
+            missing.mkdir(0o700, exist_ok=True)
         # The public half last: what is half done has the half that can be made again from.
         _write_exclusive(path, key.private_pem(), 0o600)
         _write_exclusive(public, key.public.pem, 0o644)

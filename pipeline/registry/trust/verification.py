@@ -12,12 +12,12 @@ newest test result, or a yank, and leave older ones.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from pipeline.core.errors import UntrustedError
-from pipeline.core.values import PASSING, Package, VerdictName
+from pipeline.core.values import Package, VerdictName
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.trust.model_signature import MODEL_SIGNATURE
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
@@ -119,14 +119,12 @@ class Verification:
     def run_on(self, card: str) -> SignedVerdict | None:
         """The newest verdict of an engine that this card ran, with the package's own runtime."""
         runtime = self.package.manifest["match"]["runtime"]
-        wanted = _runtime(runtime)
+        wanted = (runtime["name"], runtime["version"])
         return next(
             (
                 found
                 for found in self.verdicts
-                if found.card == card
-                and found.verdict not in _NOT_RUN
-                and (found.runtime[0].lower(), found.runtime[1]) == wanted
+                if found.card == card and found.verdict not in _NOT_RUN and found.runtime == wanted
             ),
             None,
         )
@@ -288,12 +286,3 @@ def _provenance_counts(found: Statement, policy: TrustPolicy) -> bool:
     if found.kind != "provenance":
         return False
     return not policy.builder_ids or builder_of(found.predicate) in policy.builder_ids
-
-
-def _runtime(value: Mapping[str, Any]) -> tuple[str, str]:
-    return str(value["name"]).lower(), str(value["version"])
-
-
-def passing(found: SignedVerdict | None) -> bool:
-    """Whether a verdict lets a package into `candidate`."""
-    return found is not None and found.verdict in PASSING

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pipeline.core.errors import AccessError, ConflictError, RecipeError
-from pipeline.registry.signing.keys import (
+from pipeline.registry.trust.keys import (
     KEY_PATH,
     KEY_TEXT,
     KeyChoice,
@@ -161,3 +161,19 @@ def test_missing_key_file_is_a_usage_fault(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"local\.key"):
         load_key(KeyChoice(kind="local", path=tmp_path / "local.key"), {}, make=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["ci.key", "ci.key.pub"])
+def test_a_key_that_others_may_replace_is_refused(tmp_path: Path, which: str) -> None:
+    write_key_pair(generate_key(), tmp_path / "ci.key")
+    (tmp_path / which).chmod(0o662)
+
+    def load() -> object:
+        if which.endswith(".pub"):
+            return read_public_key(tmp_path / which)
+        return load_key(KeyChoice(kind="file", path=tmp_path / which), {})
+
+    with pytest.raises(AccessError, match="chmod go-w"):
+        load()
+    (tmp_path / which).chmod(0o644)
+    load()

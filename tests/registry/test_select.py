@@ -16,14 +16,13 @@ from pipeline.core.errors import (
 )
 from pipeline.core.values import Package
 from pipeline.registry.client.machine import Facts, Runtime
-from pipeline.registry.client.resolve import Offer
-from pipeline.registry.client.select import Candidate, Chosen, Refused, Rules, best, judge
 from pipeline.registry.reference import parse_reference
-from pipeline.registry.signing.verification import SignedVerdict, Verification
-from pipeline.registry.stores.store import Place
+from pipeline.registry.resolve import Refused, Resolved
+from pipeline.registry.select import Chosen, Rules, best
+from pipeline.registry.store import Place
+from pipeline.registry.trust.verification import SignedVerdict, Verification
 
 ADA, L4, H100 = "NVIDIA-GeForce-RTX-4090", "NVIDIA-L4", "NVIDIA-H100-80GB-HBM3"
-SMS = {ADA: 89, L4: 89, H100: 90}
 MACHINE = Facts(
     sm=89,
     card=ADA,
@@ -43,8 +42,8 @@ def candidate(
     format: str = "trtrtx",
     batch: int = 8,
     **match: Any,
-) -> Candidate:
-    manifest = {
+) -> Resolved:
+    manifest: dict[str, Any] = {
         "variant": variant,
         "format": format,
         "match": {
@@ -60,30 +59,31 @@ def candidate(
     }
     package = Package(dir=Path(variant), manifest=manifest, digest=digest or variant)
     signed = tuple(
-        SignedVerdict(card=card, verdict=cast(Any, verdict), statement="s", signer=cast(Any, None))
+        SignedVerdict(
+            card=card,
+            runtime=(manifest["match"]["runtime"]["name"], manifest["match"]["runtime"]["version"]),
+            verdict=cast(Any, verdict),
+            signed_at="",
+            statement="s",
+            signer=cast(Any, None),
+        )
         for card, verdict in (verdicts if verdicts is not None else {ADA: "accepted"}).items()
     )
-    return Candidate(
-        offer=Offer(place=Place(name="phi3", variant=variant, version="1"), cards=pointed),
+    return Resolved(
+        place=Place(name="phi3", variant=variant, version="1"),
         package=package,
         data=b"",
-        verification=Verification(
-            package=package,
-            signer=None,
-            model_signature="absent",
-            builder_id=None,
-            verdicts=signed,
-        ),
-        statements_dir=Path(),
+        statements=(),
+        verification=Verification(package=package, verdicts=signed),
+        channel="stable",
+        cards=pointed,
     )
 
 
 def choose(
-    *candidates: Candidate, facts: Facts = MACHINE, refused: tuple[Refused, ...] = (), **rules: Any
+    *found: Resolved, facts: Facts = MACHINE, refused: tuple[Refused, ...] = (), **rules: Any
 ) -> Chosen:
-    held = Rules(sm_of_card=SMS, **rules)
-    judged = [judge(one, facts, held) for one in candidates]
-    return best(judged, refused, parse_reference("phi3"), facts)
+    return best(found, refused, parse_reference("phi3"), facts, Rules(**rules))
 
 
 def facts(**changes: Any) -> Facts:
@@ -132,7 +132,7 @@ def test_each_mismatch_rejects_with_its_reason(
     ],
 )
 def test_what_fits_to_the_edge_fits(match: dict[str, Any], known: dict[str, Any]) -> None:
-    assert choose(candidate(**match), facts=facts(**known)).judged.unknown == ()
+    assert choose(candidate(**match), facts=facts(**known)).unknown == ()
 
 
 @pytest.mark.parametrize(
@@ -149,19 +149,19 @@ def test_an_unknown_fact_is_reported_and_rejects_nothing(
     match: dict[str, Any], fact: str, reported: str
 ) -> None:
     chosen = choose(candidate(**match), facts=facts(**{fact: None}))
-    assert len(chosen.judged.unknown) == 1
-    assert chosen.judged.unknown[0].startswith(reported)
+    assert len(chosen.unknown) == 1
+    assert chosen.unknown[0].startswith(reported)
 
 
 def test_a_runtime_without_a_version_leaves_the_version_unknown() -> None:
     chosen = choose(candidate(), facts=facts(runtime=Runtime(name="vllm")))
-    assert chosen.judged.unknown == ("the runtime: it needs vllm 0.29.0",)
+    assert chosen.unknown == ("the runtime: it needs vllm 0.29.0",)
 
 
 def test_the_format_that_was_asked_for_is_the_only_one() -> None:
     other = candidate("any-checkpoint-fp8", format="checkpoint", sm=[])
     chosen = choose(candidate(), other, format="checkpoint")
-    assert chosen.judged.candidate is other
+    assert chosen.resolved is other
     assert chosen.rejected == (
         "phi3/sm89-trtrtx-fp8-b8:1: its format is trtrtx, wanted checkpoint",
     )
@@ -170,37 +170,33 @@ def test_the_format_that_was_asked_for_is_the_only_one() -> None:
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
-        (
-            candidate("any-checkpoint", format="checkpoint", sm=[]),
-            candidate("sm89-x", verdicts={ADA: "checked"}),
-        ),
+        (candidate("any", sm=[]), candidate("sm89-x", verdicts={ADA: "checked"})),
         (candidate("z", verdicts={ADA: "checked"}), candidate("a", verdicts={ADA: "compiled"})),
         (candidate("z"), candidate("a", sm=[])),
-        (candidate("z", format="trtllm"), candidate("a", format="trtrtx")),
         (candidate("z", batch=64), candidate("a", batch=8)),
     ],
-    ids=["proof", "weaker proof", "portable last", "format", "room"],
+    ids=["proof", "weaker proof", "portable last", "room"],
 )
 def test_the_better_of_two_is_taken_and_the_other_one_named(
-    better: Candidate, worse: Candidate
+    better: Resolved, worse: Resolved
 ) -> None:
     for pair in ((better, worse), (worse, better)):
-        chosen = choose(*pair)
-        assert chosen.judged.candidate is better
-        assert chosen.rejected == (f"{worse.what}: it fits, {better.what} is preferred",)
+        chosen = choose(*pair, accept_unproven=True)
+        assert chosen.resolved is better
+        assert chosen.rejected == (f"{worse.place}: it fits, {better.place} is preferred",)
 
 
 def test_an_engine_tuned_for_the_card_comes_before_a_portable_one() -> None:
     tuned = candidate("z")
     tuned.package.manifest["match"]["cards"] = [ADA]
-    assert choose(candidate("a"), tuned).judged.candidate is tuned
+    assert choose(candidate("a"), tuned).resolved is tuned
 
 
 def test_with_accept_unproven_a_proven_one_still_comes_first() -> None:
-    unproven = candidate("a", verdicts={}, format="trtllm")
-    proven = candidate("z", verdicts={ADA: "compiled"})
-    assert choose(unproven, proven, accept_unproven=True).judged.candidate is proven
-    assert choose(unproven, accept_unproven=True).judged.proof.kind == "unproven"
+    unproven = candidate("a", verdicts={})
+    proven = candidate("z")
+    assert choose(unproven, proven, accept_unproven=True).resolved is proven
+    assert choose(unproven, accept_unproven=True).proof.kind == "unproven"
 
 
 def test_nothing_fits_names_every_reason_with_the_nearest_miss_first() -> None:
@@ -219,18 +215,17 @@ def test_nothing_fits_names_every_reason_with_the_nearest_miss_first() -> None:
     ("verdicts", "kind"),
     [
         ({ADA: "accepted"}, "proven"),
-        ({ADA: "checked"}, "proven"),
+        ({ADA: "checked"}, "unproven"),
+        ({ADA: "compiled"}, "unproven"),
         ({L4: "accepted"}, "unproven"),
         ({ADA: "rejected", L4: "accepted"}, "unproven"),
         ({ADA: "inconclusive"}, "unproven"),
         ({}, "unproven"),
     ],
 )
-def test_only_a_passing_verdict_on_this_very_card_proves(
-    verdicts: dict[str, str], kind: str
-) -> None:
+def test_only_accepted_on_this_very_card_proves(verdicts: dict[str, str], kind: str) -> None:
     chosen = choose(candidate(verdicts=verdicts), accept_unproven=True)
-    assert chosen.judged.proof.kind == kind
+    assert chosen.proof.kind == kind
     if kind == "unproven":
         with pytest.raises(IncompatibleError, match="--accept-unproven"):
             choose(candidate(verdicts=verdicts))
@@ -244,18 +239,23 @@ def test_a_checkpoint_for_any_card_needs_a_verdict_on_this_one_too() -> None:
         choose(anywhere)
 
 
-def test_without_a_card_the_sm_tells_which_verdicts_may_be_about_it() -> None:
+def test_a_check_elsewhere_says_that_the_card_never_ran_it() -> None:
+    with pytest.raises(IncompatibleError, match=f"checked on another device, never run on {ADA}"):
+        choose(candidate(verdicts={ADA: "checked"}))
+
+
+def test_without_a_card_a_proof_on_some_card_is_reported_and_none_is_refused() -> None:
     blind = facts(card=None)
     chosen = choose(candidate(verdicts={L4: "accepted"}), facts=blind)
-    assert chosen.judged.proof.kind == "unknown"
-    assert L4 in chosen.judged.unknown[0]
-    with pytest.raises(IncompatibleError, match="a card of SM 89"):
-        choose(candidate(verdicts={H100: "accepted"}), facts=blind)
+    assert chosen.proof.kind == "unknown"
+    assert L4 in chosen.unknown[0]
+    with pytest.raises(IncompatibleError, match="--accept-unproven"):
+        choose(candidate(verdicts={L4: "checked"}), facts=blind)
 
 
-def test_where_nothing_is_known_of_the_gpu_nobody_guesses_between_variants() -> None:
+def test_where_nothing_is_known_of_the_gpu_variants_are_not_guessed() -> None:
     nothing = facts(sm=None, card=None, vram_bytes=None)
-    assert choose(candidate("a"), facts=nothing).judged.proof.kind == "unknown"
+    assert choose(candidate("a"), facts=nothing).proof.kind == "unknown"
     with pytest.raises(RecipeError, match=r"phi3/a:1, phi3/b:1"):
         choose(candidate("a"), candidate("b"), facts=nothing)
 
@@ -273,8 +273,8 @@ def test_a_channel_counts_for_the_card_that_it_names() -> None:
         choose(candidate(pointed=(L4,)))
 
 
-@pytest.mark.parametrize("error", [UntrustedError("nobody signed"), CorruptError("bit flip")])
-def test_what_cannot_be_believed_is_rejected_and_alone_it_is_the_error(
+@pytest.mark.parametrize("error", [UntrustedError("no signature"), CorruptError("bit flip")])
+def test_what_cannot_be_trusted_is_rejected_and_alone_it_is_the_error(
     error: PipelineError,
 ) -> None:
     bad = Refused(what="phi3/bad:1", error=error)

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.core.errors import RecipeError, UntrustedError
-from pipeline.registry.signing.envelope import MANIFEST_TYPE, parse_envelope, sign_envelope
-from pipeline.registry.signing.keys import generate_key, write_key_pair
-from pipeline.registry.signing.policy_file import load_policy
-from pipeline.registry.signing.trust import (
+from pipeline.core.errors import AccessError, RecipeError, UntrustedError
+from pipeline.registry.trust.envelope import parse_envelope, sign_envelope
+from pipeline.registry.trust.keys import generate_key, write_key_pair
+from pipeline.registry.trust.policy import (
+    ROLES,
     OwnKey,
     TrustedKey,
     TrustPolicy,
+    load_policy,
+    policy_text,
     trust_for,
 )
 
@@ -57,6 +59,8 @@ def test_policy_is_read_from_yaml_and_json(tmp_path: Path) -> None:
         (f"schema: 1\nrevoked_keys: [{'a' * 64}]\nrevoked_keys: []\n", "twice"),
         ("schema: [", "not a policy"),
         ("", "not a policy"),
+        ("schema: 1\nkeys: &all [*all]\n", "not a policy"),
+        ({"schema": 1, "identities": []}, "identities"),
         ("!!python/object/apply:os.getcwd []", "not a policy"),
     ],
 )
@@ -74,7 +78,7 @@ def test_local_key_counts_for_the_own_folder_only() -> None:
     local, given = OwnKey(key=KEY.public, local=True), OwnKey(key=KEY.public, local=False)
     policy = TrustPolicy(revoked_keys=(KEY.public.keyid,))
     (key,) = trust_for(None, local, own_folder=True).keys
-    assert (key.key, key.may_sign) == (KEY.public, ("builds", "verdicts"))
+    assert (key.key, key.may_sign) == (KEY.public, ROLES)
     assert trust_for(None, local, own_folder=False).keys == ()
     assert trust_for(None, given, own_folder=False).keys[0].key == KEY.public
     assert trust_for(None, None, own_folder=True).keys == ()
@@ -84,30 +88,31 @@ def test_local_key_counts_for_the_own_folder_only() -> None:
 
 def test_one_good_signature_of_several_is_enough() -> None:
     policy = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
-    ours = json.loads(sign_envelope(b"x", MANIFEST_TYPE, KEY))
-    other = json.loads(sign_envelope(b"x", MANIFEST_TYPE, generate_key()))
+    ours = json.loads(sign_envelope(b"x", KEY))
+    other = json.loads(sign_envelope(b"x", generate_key()))
     both = {**ours, "signatures": [*other["signatures"], *ours["signatures"]]}
-    envelope = parse_envelope(json.dumps(both).encode(), "both")
-    assert policy.signer(envelope, "builds", "both").name == "ci"
-    alone = parse_envelope(json.dumps(other).encode(), "other")
+    envelope = parse_envelope(json.dumps(both).encode())
+    assert policy.signer(envelope, "builds").name == "ci"
+    alone = parse_envelope(json.dumps(other).encode())
     with pytest.raises(UntrustedError, match="not trusted here"):
-        policy.signer(alone, "builds", "other")
+        policy.signer(alone, "builds")
 
 
 def test_signature_under_a_trusted_name_must_match() -> None:
     policy = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
-    forged = json.loads(sign_envelope(b"x", MANIFEST_TYPE, generate_key()))
+    forged = json.loads(sign_envelope(b"x", generate_key()))
     forged["signatures"][0]["keyid"] = KEY.public.keyid
-    envelope = parse_envelope(json.dumps(forged).encode(), "forged")
+    envelope = parse_envelope(json.dumps(forged).encode())
     with pytest.raises(UntrustedError, match="does not match"):
-        policy.signer(envelope, "builds", "forged")
+        policy.signer(envelope, "builds")
 
 
 def test_signature_covers_the_payload_type() -> None:
-    value = json.loads(sign_envelope(b"x", MANIFEST_TYPE, KEY))
-    value["payloadType"] = "application/vnd.in-toto+json"
-    assert not parse_envelope(json.dumps(value).encode(), "x").verifies(KEY.public)
-    assert parse_envelope(sign_envelope(b"x", MANIFEST_TYPE, KEY), "x").verifies(KEY.public)
+    value = json.loads(sign_envelope(b"x", KEY))
+    value["payloadType"] = "text/plain"
+    with pytest.raises(UntrustedError, match="payloadType"):
+        parse_envelope(json.dumps(value).encode())
+    assert parse_envelope(sign_envelope(b"x", KEY)).verifies(KEY.public)
 
 
 @pytest.mark.parametrize(
@@ -127,4 +132,19 @@ def test_signature_covers_the_payload_type() -> None:
 )
 def test_what_is_no_envelope_is_untrusted(data: bytes) -> None:
     with pytest.raises(UntrustedError, match="not a DSSE envelope"):
-        parse_envelope(data, "file")
+        parse_envelope(data)
+
+
+def test_a_policy_that_others_may_replace_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, {"schema": 1})
+    for place, bad, good in ((path, 0o666, 0o644), (tmp_path, 0o777, 0o700)):
+        place.chmod(bad)
+        with pytest.raises(AccessError, match="chmod go-w"):
+            load_policy(path)
+        place.chmod(good)
+    load_policy(path)
+
+
+def test_a_written_policy_gives_its_keys_every_right(tmp_path: Path) -> None:
+    (key,) = load_policy(_write(tmp_path, policy_text({"ci": KEY.public}))).keys
+    assert (key.name, key.key, key.may_sign) == ("ci", KEY.public, ROLES)

@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import RecipeError, UntrustedError
-from pipeline.registry.signing.keys import generate_key, write_key_pair
-from pipeline.registry.signing.machine import (
-    LOCAL_BUILDER,
-    builder,
-    machine_trust,
-    signatory_for,
-)
+from pipeline.registry.trust.keys import generate_key, write_key_pair
+from pipeline.registry.trust.provenance import LOCAL_BUILDER, builder
+from pipeline.registry.trust.signatory import machine_trust, signatory_for
 
 _GITHUB = {
     "GITHUB_ACTIONS": "true",
@@ -27,7 +23,7 @@ _GITHUB = {
 
 
 def _policy(tmp_path: Path, **more: object) -> dict[str, str]:
-    """A key, a policy that believes it, and the environment that names both."""
+    """A key, a policy that trusts it, and the environment that names both."""
     write_key_pair(generate_key(), tmp_path / "ci.key")
     key = {"name": "ci", "public_key_file": "ci.key.pub", "may_sign": ["builds", "verdicts"]}
     path = tmp_path / "policy.json"
@@ -39,7 +35,9 @@ def _policy(tmp_path: Path, **more: object) -> dict[str, str]:
     }
 
 
-def test_local_key_is_made_once_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_local_key_is_made_once_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     environ = {"ENGINESMITH_CONFIG": str(tmp_path)}
     with caplog.at_level(logging.INFO):
         first = signatory_for(environ, "run", own_folder=True)

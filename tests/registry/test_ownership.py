@@ -1,0 +1,67 @@
+"""Which files another user of this machine could replace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AccessError
+from pipeline.registry.ownership import require_unshared
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir(mode=0o700)
+    path = tmp_path / "folder" / "file"
+    path.write_text("x")
+    path.chmod(0o644)
+    return path
+
+
+def test_a_file_of_ours_below_folders_of_ours_is_taken(file: Path) -> None:
+    require_unshared(file)
+    require_unshared(file.parent)
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
+    file.chmod(mode)
+    with pytest.raises(AccessError, match=f"chmod go-w {file}"):
+        require_unshared(file)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_may_rename_in_is_refused(file: Path, mode: int) -> None:
+    file.parent.chmod(mode)
+    with pytest.raises(AccessError, match=f"chmod go-w {file.parent}"):
+        require_unshared(file)
+
+
+def test_a_sticky_folder_is_fine_above_what_is_ours_and_not_itself(file: Path) -> None:
+    file.parent.chmod(0o1777)
+    require_unshared(file)
+    with pytest.raises(AccessError):
+        require_unshared(file.parent)
+
+
+def test_a_link_counts_where_it_lies_and_where_it_leads(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "link").symlink_to(file)
+    require_unshared(tmp_path / "open" / "link")
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(AccessError, match="open"):
+        require_unshared(tmp_path / "open" / "link")
+    (tmp_path / "link").symlink_to(file)
+    file.chmod(0o666)
+    with pytest.raises(AccessError, match="go-w"):
+        require_unshared(tmp_path / "link")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, so needs root")
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_what_belongs_to_another_user_is_refused(file: Path, which: str) -> None:
+    os.chown(file if which == "file" else file.parent, 12345, 12345)
+    with pytest.raises(AccessError, match="user 12345"):
+        require_unshared(file)

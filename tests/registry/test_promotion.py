@@ -1,0 +1,246 @@
+"""Promote, roll back and yank: what is signed, for whom it counts, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import (
+    NotAcceptedError,
+    NotFoundError,
+    RecipeError,
+    UntrustedError,
+)
+from pipeline.core.values import Package
+from pipeline.registry.promotion import Moved, channels_of, promote, rollback, yank_package
+from pipeline.registry.reference import reference_of
+from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.statements import Author
+from tests.registry.packages import VARIANT, place_of
+from tests.registry.trust.conftest import CARD, OTHER_CARD, RUNTIME, Team, team
+
+__all__ = ["team"]
+
+
+def enter(team: Team, text: str, channel: str = "stable", card: str | None = None) -> Moved:
+    return promote(
+        team.store, text, channel=channel, card=card, author=team.author, policy=team.policy
+    )
+
+
+def back(team: Team, text: str = "tiny", **more: Any) -> Moved:
+    given = {"channel": "stable", "card": None, "author": team.author, "policy": team.policy}
+    return rollback(team.store, text, **{**given, **more})
+
+
+def name(package: Package) -> str:
+    return str(reference_of(package))
+
+
+def in_stable(team: Team, *plans: bytes) -> list[Package]:
+    packages = [team.publish(plan, "accepted") for plan in plans]
+    for package in packages:
+        enter(team, name(package))
+    return packages
+
+
+def pointed(team: Team) -> str:
+    ((_, _, channel),) = channels_of(team.store, team.policy, "tiny", "stable")
+    return channel.newest.reference.digest
+
+
+@pytest.mark.parametrize(
+    ("channel", "verdict", "enters"),
+    [
+        ("stable", "accepted", True),
+        ("stable", "checked", False),
+        ("stable", "compiled", False),
+        ("candidate", "accepted", True),
+        ("candidate", "checked", True),
+        ("candidate", "compiled", True),
+        ("nightly", "compiled", True),
+        *((channel, verdict, False) for channel in ("candidate", "stable") for verdict in (
+            "rejected", "regression", "anomalous", "inconclusive"
+        )),
+    ],
+)  # fmt: skip
+def test_a_channel_takes_what_its_verdict_allows(
+    team: Team, channel: str, verdict: str, enters: bool
+) -> None:
+    package = team.publish(verdict=verdict)
+    if enters:
+        done = enter(team, name(package), channel)
+        assert (done.changed, done.before, done.verdict.verdict) == (True, None, verdict)
+        assert not enter(team, name(package), channel).changed
+    else:
+        with pytest.raises(NotAcceptedError, match=f"is {verdict}, by"):
+            enter(team, name(package), channel)
+
+
+def test_the_newest_verdict_of_the_card_decides(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    enter(team, name(package))
+    team.test(package, "regression")
+    with pytest.raises(NotAcceptedError, match="regression"):
+        enter(team, name(package), "candidate")
+    team.test(package, "accepted")
+    enter(team, name(package), "candidate")
+
+
+def test_a_later_check_on_another_device_takes_no_proof_away(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    team.test(package, "checked", runtime=("onnxruntime", "1.22"))
+    assert enter(team, name(package)).verdict.verdict == "accepted"
+
+
+def test_accepted_with_another_runtime_does_not_open_stable(team: Team) -> None:
+    package = team.publish()
+    team.test(package, "accepted", runtime=(RUNTIME[0], "0.1"))
+    with pytest.raises(NotAcceptedError, match=r"accepted, by tensorrt-rtx 0\.1"):
+        enter(team, name(package))
+
+
+@pytest.mark.parametrize("fault", ["none", "stranger's", "another card's"])
+def test_without_a_trusted_result_for_the_card_nothing_enters(team: Team, fault: str) -> None:
+    package = team.publish()
+    if fault == "stranger's":
+        team.test(package, "accepted", key=generate_key())
+    if fault == "another card's":
+        team.test(package, "accepted", card=OTHER_CARD)
+    with pytest.raises(UntrustedError, match="no trusted test result"):
+        enter(team, name(package), card=CARD)
+
+
+def test_of_several_cards_one_must_be_named(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    team.test(package, "accepted", card=OTHER_CARD)
+    with pytest.raises(RecipeError, match=f"{CARD}, {OTHER_CARD}"):
+        enter(team, name(package))
+    assert enter(team, name(package), card=OTHER_CARD).move.card == OTHER_CARD
+
+
+def test_a_yanked_or_unsigned_package_enters_no_channel(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    yank_package(team.store, name(package), team.author, team.policy)
+    with pytest.raises(UntrustedError, match="yanked"):
+        enter(team, name(package))
+    unsigned = team.seal(b"unsigned")
+    team.store.put_package(unsigned, [], lambda _: None)
+    team.test(unsigned, "accepted")
+    with pytest.raises(UntrustedError, match="no trusted key"):
+        enter(team, name(unsigned))
+
+
+def test_a_rollback_is_a_move_to_the_package_before_and_a_second_one_comes_back(
+    team: Team,
+) -> None:
+    one, two = in_stable(team, b"one", b"two")
+    assert back(team).move.reference == reference_of(one)
+    assert pointed(team) == one.digest
+    back(team)
+    assert pointed(team) == two.digest
+
+
+def test_a_rollback_goes_further_back_to_what_was_there_and_nowhere_else(team: Team) -> None:
+    one, _, _ = in_stable(team, b"one", b"two", b"three")
+    other = team.publish(b"four", "accepted")
+    assert back(team, to=name(one)).move.reference == reference_of(one)
+    with pytest.raises(RecipeError, match="was never in stable"):
+        back(team, to=name(other))
+
+
+def test_a_rollback_takes_only_what_is_still_good_enough(team: Team) -> None:
+    one, two = in_stable(team, b"one", b"two")
+    yank_package(team.store, name(one), team.author, team.policy)
+    with pytest.raises(UntrustedError, match="yanked"):
+        back(team)
+    assert pointed(team) == two.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "error", "reason"),
+    [
+        ("tiny", {}, NotFoundError, "nothing to roll back to"),
+        ("tiny", {"card": OTHER_CARD}, NotFoundError, f"no stable for {OTHER_CARD}"),
+        ("tiny", {"channel": "nightly"}, NotFoundError, "no nightly"),
+        ("other", {}, NotFoundError, "no other"),
+        ("tiny:stable", {}, RecipeError, "NAME or NAME/VARIANT"),
+    ],
+)
+def test_a_rollback_that_cannot_be_meant_is_refused(
+    team: Team, text: str, more: Any, error: type[Exception], reason: str
+) -> None:
+    in_stable(team, b"one")
+    with pytest.raises(error, match=reason):
+        back(team, text, **more)
+
+
+def test_a_rollback_of_one_of_two_cards_needs_its_name(team: Team) -> None:
+    (one,) = in_stable(team, b"one")
+    team.test(one, "accepted", card=OTHER_CARD)
+    enter(team, name(one), card=OTHER_CARD)
+    with pytest.raises(RecipeError, match=f"{VARIANT} --card {CARD}.*--card {OTHER_CARD}"):
+        back(team)
+
+
+def test_yanking_twice_is_doing_nothing_and_a_yank_needs_a_reason(team: Team) -> None:
+    package = team.publish()
+    silent = Author(key=team.releaser, actor="ada")
+    with pytest.raises(RecipeError, match="--reason"):
+        yank_package(team.store, name(package), silent, team.policy)
+    with pytest.raises(RecipeError, match="is not yanked"):
+        yank_package(team.store, name(package), silent, team.policy, undo=True)
+    done, changed = yank_package(team.store, name(package), team.author, team.policy)
+    assert changed
+    assert done.yank is not None
+    assert done.yank.reason == "it is slow"
+    assert not yank_package(team.store, name(package), team.author, team.policy)[1]
+    done, changed = yank_package(team.store, name(package), silent, team.policy, undo=True)
+    assert (done.yank, changed) == (None, True)
+
+
+def test_a_strangers_yank_does_not_stop_an_honest_one(team: Team) -> None:
+    package = team.publish()
+    stranger = Author(key=generate_key(), actor="eve", reason="spite")
+    own = replace(
+        team.policy,
+        keys=(
+            *team.policy.keys,
+            replace(
+                team.policy.keys[2],
+                name="stranger",
+                public_key=stranger.key.public.pem.decode(),
+            ),
+        ),
+    )
+    yank_package(team.store, name(package), stranger, own)
+    yank_package(team.store, name(package), stranger, own, undo=True)
+    assert team.examine(package).yank is None
+    assert yank_package(team.store, name(package), team.author, team.policy)[1]
+    with pytest.raises(UntrustedError, match="yanked by ada"):
+        team.examine(package)
+
+
+def test_what_is_revoked_or_unsigned_may_still_be_yanked(team: Team) -> None:
+    package = team.seal()
+    team.store.put_package(package, [], lambda _: None)
+    policy = replace(team.policy, revoked_digests=(package.digest,))
+    done, changed = yank_package(team.store, name(package), team.author, policy)
+    assert changed
+    assert done.place == place_of(package)
+
+
+def test_a_key_that_may_not_speak_for_channels_neither_yanks_nor_promotes(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    eve = Author(key=team.builder, actor="eve", reason="spite")
+    with pytest.raises(UntrustedError, match="may not sign channels"):
+        yank_package(team.store, name(package), eve, team.policy)
+    with pytest.raises(UntrustedError, match="may not sign channels"):
+        promote(team.store, name(package), channel="x", card=None, author=eve, policy=team.policy)
+    assert {raw.kind for raw in team.store.read_statements(place_of(package))} == {
+        "signature",
+        "provenance",
+        "test",
+    }

@@ -1,0 +1,203 @@
+"""From a text to one verified package, on a registry in a folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import (
+    CorruptError,
+    NotFoundError,
+    RecipeError,
+    UntrustedError,
+)
+from pipeline.core.values import Package
+from pipeline.registry.promotion import enter_channel, yank_package
+from pipeline.registry.reference import parse_reference, reference_of
+from pipeline.registry.resolve import (
+    Resolved,
+    Terms,
+    candidates,
+    examine,
+    examine_folder,
+    published_build,
+    resolve,
+)
+from pipeline.registry.trust.policy import TrustPolicy
+from tests.registry.packages import VARIANT, place_of
+from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
+
+__all__ = ["team"]
+
+
+def find(team: Team, text: str, card: str | None = None, **more: bool) -> Resolved:
+    return resolve(team.store, text, Terms(policy=team.policy, **more), card)
+
+
+def enter(team: Team, package: Package, channel: str = "candidate", card: str = CARD) -> None:
+    enter_channel(
+        team.store,
+        team.examine(package),
+        channel=channel,
+        card=card,
+        author=team.author,
+        policy=team.policy,
+    )
+
+
+def yank(team: Team, package: Package, *, undo: bool = False) -> None:
+    text = str(reference_of(package))
+    yank_package(team.store, text, team.author, team.policy, undo=undo)
+
+
+def test_a_package_is_found_by_version_digest_and_channel(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    team.publish(b"another")
+    enter(team, package)
+    enter(team, package, "stable")
+    version = reference_of(package).version
+    for text in (
+        f"tiny:{version}",
+        f"tiny/{VARIANT}:{version}",
+        f"tiny@sha256:{package.digest}",
+        "tiny:candidate",
+        f"tiny/{VARIANT}:stable",
+        "tiny",
+    ):
+        found = find(team, text)
+        assert found.package.digest == package.digest
+        assert found.reference == reference_of(package)
+        assert found.verification.proof(CARD) is not None
+        assert found.cards == (() if version in text or "@" in text else (CARD,))
+    assert {raw.kind for raw in find(team, "tiny").statements} == {
+        "signature",
+        "provenance",
+        "test",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("tinny", "did you mean tiny"),
+        ("tiny/other:1.0-bbbbbbbb-000000000000", f"it has {VARIANT}"),
+        ("tiny:9.9-bbbbbbbb-000000000000", "there is tiny/"),
+        ("tiny:stable", "no trusted move makes tiny:stable point anywhere"),
+        (f"tiny@sha256:{'0' * 64}", "there is no tiny@sha256"),
+    ],
+)
+def test_what_is_not_there_is_answered_with_what_is(team: Team, text: str, reason: str) -> None:
+    team.publish()
+    with pytest.raises(NotFoundError, match=reason):
+        find(team, text)
+
+
+def test_an_empty_registry_says_so(team: Team) -> None:
+    with pytest.raises(NotFoundError, match="it is empty"):
+        find(team, "tiny")
+
+
+def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Team) -> None:
+    one, two = team.publish(b"one", "accepted"), team.publish(b"two")
+    team.test(two, "accepted", OTHER_CARD)
+    enter(team, one)
+    enter(team, two, card=OTHER_CARD)
+    with pytest.raises(RecipeError, match=rf"ambiguous: .*\({CARD}\).*\({OTHER_CARD}\)"):
+        find(team, "tiny:candidate")
+    assert find(team, "tiny:candidate", OTHER_CARD).package.digest == two.digest
+    with pytest.raises(NotFoundError, match="for NVIDIA-H100"):
+        find(team, "tiny:candidate", "NVIDIA-H100")
+    found, refused = candidates(
+        team.store, parse_reference("tiny:candidate"), Terms(policy=team.policy)
+    )
+    assert [one.cards for one in found] == [(CARD,), (OTHER_CARD,)]
+    assert refused == []
+
+
+def test_a_yanked_package_is_refused_until_the_yank_is_undone(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    enter(team, package)
+    yank(team, package)
+    for text in ("tiny:candidate", str(reference_of(package)), f"tiny@sha256:{package.digest}"):
+        with pytest.raises(UntrustedError, match="yanked by ada"):
+            find(team, text)
+        assert find(team, text, allow_yanked=True).yank is not None
+    yank(team, package, undo=True)
+    assert find(team, "tiny:candidate").yank is None
+
+
+def test_a_package_of_another_signer_is_refused_and_named(team: Team) -> None:
+    package = team.publish()
+    with pytest.raises(UntrustedError, match="not trusted here"):
+        team.examine(package, TrustPolicy())
+    found, refused = candidates(
+        team.store,
+        parse_reference(str(reference_of(package))),
+        Terms(policy=TrustPolicy()),
+    )
+    assert found == []
+    assert [one.what for one in refused] == [str(place_of(package))]
+    assert isinstance(refused[0].error, UntrustedError)
+
+
+def test_a_manifest_in_the_place_of_another_version_is_corrupt(team: Team, tmp_path: Path) -> None:
+    package, other = team.publish(), team.publish(b"another")
+    root = tmp_path / "artifacts" / "tiny" / VARIANT
+    target = root / place_of(package).version / "manifest.json"
+    target.chmod(0o644)
+    shutil.copyfile(root / place_of(other).version / "manifest.json", target)
+    with pytest.raises(CorruptError):
+        team.examine(package)
+
+
+def test_a_channel_never_leads_to_another_digest_than_it_was_moved_to(team: Team) -> None:
+    package = team.publish()
+    with pytest.raises(CorruptError, match="wanted 000000000000"):
+        examine(team.store, place_of(package), Terms(policy=team.policy), "0" * 64)
+
+
+def test_a_folder_of_no_registry_is_verified_by_the_statements_beside_it(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    yank(team, package)
+    raws = team.store.read_statements(place_of(package))
+    terms = Terms(policy=team.policy, allow_yanked=True)
+    data = team.store.read_manifest(place_of(package))
+    assert examine_folder(package, data, raws, terms).yank is not None
+    with pytest.raises(UntrustedError, match="yanked"):
+        examine_folder(package, data, raws, Terms(policy=team.policy))
+
+
+def published(team: Team) -> Resolved | None:
+    terms = Terms(policy=team.policy)
+    return published_build(team.store, "tiny", VARIANT, "b" * 64, terms, CARD)
+
+
+def test_of_one_build_key_the_channels_package_stands_for_all_else_the_latest(team: Team) -> None:
+    assert published(team) is None
+    first, second = team.publish(b"one", "checked"), team.publish(b"two")
+    team.publish(b"other build", build_key="b" * 8 + "c" * 56)
+    found = published(team)
+    assert found is not None
+    assert found.package.digest == second.digest
+    enter(team, first)
+    found = published(team)
+    assert found is not None
+    assert found.package.digest == first.digest
+
+
+def test_a_build_whose_packages_are_all_yanked_is_refused(team: Team) -> None:
+    first, second = team.publish(b"one"), team.publish(b"two")
+    yank(team, second)
+    found = published(team)
+    assert found is not None
+    assert found.package.digest == first.digest
+    yank(team, first)
+    with pytest.raises(UntrustedError, match=r"--undo --registry .* --rebuild"):
+        published(team)
+
+
+def test_an_unsigned_package_of_the_same_build_key_stands_for_nothing(team: Team) -> None:
+    team.store.put_package(team.seal(), [], lambda _: None)
+    assert published(team) is None

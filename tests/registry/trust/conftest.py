@@ -1,0 +1,117 @@
+"""A registry in a folder, three keys with one right each, and what they sign."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.values import Package, VerdictName
+from pipeline.registry.resolve import Resolved, Terms, examine
+from pipeline.registry.store import RawStatement, WritableStore
+from pipeline.registry.stores.opening import open_store
+from pipeline.registry.trust.keys import SigningKey, generate_key
+from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.signatory import Signatory, sign_test
+from pipeline.registry.trust.statements import Author
+from tests.registry.packages import place_of, sealed_package
+
+CARD = "NVIDIA-GeForce-RTX-4090"
+OTHER_CARD = "NVIDIA-L4"
+RUNTIME = ("tensorrt-rtx", "1.7.1.116")
+BUILDER = "https://ci.example/build"
+STARTED = datetime(2026, 11, 25, 9, 0, tzinfo=UTC)
+
+
+def trusted(key: SigningKey, *roles: Role, name: str = "ci") -> TrustedKey:
+    return TrustedKey(name=name, public_key=key.public.pem.decode(), may_sign=roles)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """A store, and the keys of those who build, test and release.
+
+    Attributes:
+        dir: For packages that are sealed.
+        store: A registry in a folder.
+        builder: May sign builds alone.
+        tester: May sign verdicts alone.
+        releaser: May sign channels alone.
+    """
+
+    dir: Path
+    store: WritableStore
+    builder: SigningKey = field(default_factory=generate_key)
+    tester: SigningKey = field(default_factory=generate_key)
+    releaser: SigningKey = field(default_factory=generate_key)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def policy(self) -> TrustPolicy:
+        return TrustPolicy(
+            keys=(
+                trusted(self.builder, "builds", name="builder"),
+                trusted(self.tester, "verdicts", name="tester"),
+                trusted(self.releaser, "channels", name="releaser"),
+            )
+        )
+
+    @property
+    def author(self) -> Author:
+        return Author(key=self.releaser, actor="ada", reason="it is slow")
+
+    def seal(self, plan: bytes = b"plan", **more: str) -> Package:
+        """A package that is published nowhere."""
+        folder = self.dir / f"package-{next(self._numbers)}"
+        return sealed_package(folder, {"model.plan": plan}, **more)
+
+    def statements(self, package: Package) -> list[RawStatement]:
+        """What the builder signs about a package: signature and provenance."""
+        signatory = Signatory(
+            key=self.builder, trust=self.policy, builder_id=BUILDER, invocation_id="run-1"
+        )
+        return signatory.sign_build(package, STARTED)
+
+    def publish(self, plan: bytes = b"plan", verdict: str = "", **more: str) -> Package:
+        """A signed package; with a verdict on `CARD` if one is given."""
+        package = self.seal(plan, **more)
+        self.store.put_package(package, self.statements(package), lambda _: None)
+        if verdict:
+            self.test(package, verdict)
+        return package
+
+    def test(
+        self,
+        package: Package,
+        verdict: str,
+        card: str = CARD,
+        runtime: tuple[str, str] = RUNTIME,
+        key: SigningKey | None = None,
+    ) -> RawStatement:
+        """Publish a test result."""
+        name: VerdictName = verdict  # type: ignore[assignment]  # a bad one is a test of its own
+        raw = sign_test(
+            package.digest,
+            key or self.tester,
+            card=card,
+            runtime=runtime,
+            verdict=name,
+            files={"report.json": b"{}", "report.html": b"<p>"},
+        )
+        self.store.put_statement(place_of(package), raw)
+        return raw
+
+    def examine(self, package: Package, policy: TrustPolicy | None = None) -> Resolved:
+        """As a reader sees it."""
+        return examine(self.store, place_of(package), Terms(policy=policy or self.policy))
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> Team:
+    (tmp_path / "work").mkdir()
+    store = open_store(str(tmp_path / "artifacts"))
+    return Team(dir=tmp_path / "work", store=store)

@@ -1,0 +1,258 @@
+"""Chains of moves: order comes from signatures, and rubbish in a log stops no channel."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AccessError, ConflictError, UntrustedError
+from pipeline.core.values import Reference
+from pipeline.registry.reference import reference_of
+from pipeline.registry.store import ENVELOPE
+from pipeline.registry.trust.channels import Move, move_channel, read_channel, read_channels
+from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.trust.statements import Author, place_fields, sign_statement
+from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, trusted
+
+InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
+
+
+@pytest.fixture
+def packages(team: Team) -> list[Reference]:
+    return [reference_of(team.publish(plan)) for plan in (b"one", b"two", b"three")]
+
+
+def move(team: Team, reference: Reference, card: str = CARD, **more: Any) -> Move:
+    given = {"channel": "stable", "author": team.author, "policy": team.policy, **more}
+    return move_channel(team.store, reference, card=card, **given)
+
+
+def stable(team: Team, policy: TrustPolicy | None = None, card: str = CARD) -> Reference | None:
+    reference = reference_of(team.publish(b"one"))
+    of = (reference.name, reference.variant, "stable", card)
+    found = read_channel(team.store, policy or team.policy, *of)
+    return found.newest.reference if found else None
+
+
+def signed_move(team: Team, reference: Reference, **fields: Any) -> bytes:
+    """A move that did not go through `move_channel`."""
+    key = fields.pop("key", team.releaser)
+    after = fields.pop("after", "")
+    given = {
+        "registry": team.store.identity(),
+        **place_fields(reference),
+        "channel": "stable",
+        "card": CARD,
+        "predecessor": None,
+        "actor": "eve",
+        "reason": "",
+        **fields,
+    }
+    return sign_statement("move", reference.digest, given, key, after=after).files[ENVELOPE]
+
+
+def put(team: Team, reference: Reference, data: bytes) -> None:
+    team.store.put_move(reference.name, reference.variant, data)
+
+
+def test_a_channel_points_where_the_last_move_says(team: Team, packages: list[Reference]) -> None:
+    moves = [move(team, reference) for reference in packages]
+    assert stable(team) == packages[-1]
+    (channel,) = read_channels(team.store, team.policy, packages[0].name, packages[0].variant)
+    assert channel.moves == tuple(moves)
+    assert [one.predecessor for one in moves] == [None, moves[0].id, moves[1].id]
+    assert stable(team, card=OTHER_CARD) is None
+
+
+def test_moving_to_where_a_channel_points_writes_nothing(
+    team: Team, packages: list[Reference]
+) -> None:
+    first = move(team, packages[0])
+    assert move(team, packages[0]) == first
+    assert len(team.store.read_moves(packages[0].name, packages[0].variant)) == 1
+
+
+def test_each_card_has_a_channel_of_its_own(team: Team, packages: list[Reference]) -> None:
+    move(team, packages[0])
+    move(team, packages[1], card=OTHER_CARD)
+    assert (stable(team), stable(team, card=OTHER_CARD)) == (packages[0], packages[1])
+
+
+def test_a_key_without_the_right_moves_nothing(team: Team, packages: list[Reference]) -> None:
+    author = Author(key=team.builder, actor="eve")
+    with pytest.raises(UntrustedError, match="may not sign channels"):
+        move(team, packages[0], author=author)
+    assert team.store.read_moves(packages[0].name, packages[0].variant) == []
+
+
+def test_rubbish_in_a_log_changes_nothing_and_stops_no_move(
+    team: Team, packages: list[Reference], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two, three = packages
+    first = move(team, one)
+    yank = sign_statement("yank", two.digest, {"registry": "x"}, team.releaser)
+    rubbish = [
+        b"",
+        b"x" * 70_000,
+        signed_move(team, two, predecessor=first.id, key=generate_key()),
+        signed_move(team, two, predecessor=first.id, key=team.builder),
+        signed_move(team, two, predecessor=first.id, registry="f" * 32),  # staging's own move
+        signed_move(team, two, predecessor=first.id, registry=None),
+        signed_move(team, two, predecessor=first.id, variant="another"),
+        signed_move(team, two, predecessor=first.id, channel="../x"),
+        signed_move(team, two, predecessor=7),
+        yank.files[ENVELOPE],
+    ]
+    for data in rubbish:
+        put(team, one, data)
+    caplog.clear()
+    assert stable(team) == one
+    assert len(caplog.records) == 1
+    assert move(team, three).predecessor == first.id
+    assert stable(team) == three
+
+
+def test_of_two_successors_the_earlier_signed_counts_and_what_follows_the_other_does_not(
+    team: Team, packages: list[Reference]
+) -> None:
+    one, two, three = packages
+    first = move(team, one)
+    early = signed_move(team, two, predecessor=first.id)
+    late = signed_move(team, three, predecessor=first.id)
+    put(team, one, late)
+    loser = read_channel(team.store, team.policy, one.name, one.variant, "stable", CARD)
+    assert loser is not None
+    put(team, one, signed_move(team, one, predecessor=loser.newest.id))
+    put(team, one, early)
+    assert stable(team) == two
+
+
+def test_an_author_whose_move_was_overtaken_is_told_to_look(
+    team: Team, packages: list[Reference]
+) -> None:
+    one, two, three = packages
+    first = move(team, one)
+    rival = signed_move(team, two, predecessor=first.id)
+
+    class Slow:
+        """The store; a rival's move, signed before ours, shows only after ours was written."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(team.store, name)
+
+        def put_move(self, name: str, variant: str, data: bytes) -> bool:
+            written = team.store.put_move(name, variant, data)
+            team.store.put_move(name, variant, rival)
+            return written
+
+    with pytest.raises(ConflictError, match="eve moved stable"):
+        move_channel(
+            Slow(),  # type: ignore[arg-type]  # the store but for one method
+            three,
+            channel="stable",
+            card=CARD,
+            author=team.author,
+            policy=team.policy,
+        )
+    assert stable(team) == two
+
+
+def test_a_decision_about_an_older_state_is_refused(team: Team, packages: list[Reference]) -> None:
+    one, two, three = packages
+    seen = move(team, one)
+    move(team, two)
+    with pytest.raises(ConflictError, match="look at it"):
+        move(team, three, seen=seen)
+    assert stable(team) == two
+
+
+def test_the_order_in_a_store_says_nothing(team: Team, packages: list[Reference]) -> None:
+    for reference in [*packages, *packages[:2]]:
+        move(team, reference)
+    name, variant = packages[0].name, packages[0].variant
+    data = team.store.read_moves(name, variant)
+    wanted = read_channels(team.store, team.policy, name, variant)
+
+    class Shuffled:
+        url = "here"
+        identity = team.store.identity
+
+        def read_moves(self, name: str, variant: str) -> list[bytes]:
+            return random.Random(7).sample(data * 2, 2 * len(data))
+
+    shuffled: Any = Shuffled()
+    assert read_channels(shuffled, team.policy, name, variant) == wanted
+
+
+def test_a_revoked_key_takes_its_moves_out_and_stops_no_channel(
+    team: Team, packages: list[Reference]
+) -> None:
+    one, two, three = packages
+    second = generate_key()
+    policy = replace(
+        team.policy, keys=(*team.policy.keys, trusted(second, "channels", name="second"))
+    )
+    move(team, one)
+    move(team, two, author=Author(key=second, actor="bob"), policy=policy)
+    revoked = replace(policy, revoked_keys=(second.public.keyid,))
+    assert (stable(team, policy), stable(team, revoked)) == (two, one)
+    move(team, three, policy=policy)
+    assert stable(team, revoked) == three
+
+
+def test_a_clock_that_is_behind_moves_a_channel_all_the_same(
+    team: Team, packages: list[Reference]
+) -> None:
+    put(team, packages[0], signed_move(team, packages[0], after="2199-01-01T00:00:00.000000Z"))
+    move(team, packages[1])
+    move(team, packages[2])
+    assert stable(team) == packages[2]
+
+
+def test_people_find_the_newest_move_beside_the_log(
+    team: Team, packages: list[Reference], tmp_path: Path
+) -> None:
+    newest = move(team, packages[0])
+    (hint,) = tmp_path.glob("artifacts/**/channels/stable.*.json")
+    assert json.loads(hint.read_text())["move"] == newest.id
+
+
+def test_a_hint_that_cannot_be_written_undoes_no_move(
+    team: Team, packages: list[Reference], caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoHints:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(team.store, name)
+
+        def put_hint(self, *args: Any) -> None:
+            raise AccessError("read-only")
+
+    store: Any = NoHints()
+    move_channel(
+        store, packages[0], channel="stable", card=CARD, author=team.author, policy=team.policy
+    )
+    assert stable(team) == packages[0]
+    assert "its hint was not" in caplog.text
+
+
+def test_simultaneous_authors_leave_one_chain_and_each_knows_how_it_ended(
+    team: Team, packages: list[Reference], in_children: InChildren
+) -> None:
+    move(team, packages[0])
+    targets = packages[1:] * 4
+    codes = in_children([lambda target=target: move(team, target) for target in targets])
+    assert set(codes) <= {0, 8}
+    assert 0 in codes
+    (channel,) = read_channels(team.store, team.policy, packages[0].name, packages[0].variant)
+    assert channel.newest.reference in packages[1:]
+    before: Move | None = None
+    for one in channel.moves:
+        assert one.predecessor == (before.id if before else None)
+        before = one

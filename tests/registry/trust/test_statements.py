@@ -1,0 +1,220 @@
+"""Statements: their names follow from their bytes, and every change of a byte is seen."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+import rfc8785
+
+from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
+from pipeline.registry.store import ENVELOPE
+from pipeline.registry.trust.envelope import sign_envelope
+from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.provenance import BuildRun, provenance_predicate
+from pipeline.registry.trust.statements import (
+    Author,
+    actor_of,
+    now_text,
+    open_statement,
+    sign_statement,
+    verified_files,
+)
+from tests.registry.trust.conftest import STARTED, Team
+
+DIGEST = "d" * 64
+
+
+def payload_of(envelope: bytes) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(base64.b64decode(json.loads(envelope)["payload"]))
+    return value
+
+
+def test_a_statement_reads_back_and_is_named_by_its_payload(team: Team) -> None:
+    files = {"report.json": b"{}"}
+    fields = {"card": "L4", "verdict": "accepted"}
+    raw = sign_statement("test", DIGEST, fields, team.tester, files=files)
+    found = open_statement(raw.envelope, team.policy)
+    assert (found.kind, found.digest, found.signer.name) == ("test", DIGEST, "tester")
+    assert found.name == raw.name
+    assert found.part("card") == "L4"
+    assert verified_files(found, raw) == files
+    again = sign_statement("test", DIGEST, fields, team.tester, files=files)
+    assert again.name != raw.name  # signed at another time
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("signature", "tester"),
+        ("provenance", "releaser"),
+        ("test", "builder"),
+        ("yank", "builder"),
+        ("move", "tester"),
+    ],
+)
+def test_every_kind_needs_the_right_of_its_own(team: Team, kind: Any, wrong: str) -> None:
+    raw = sign_statement(kind, DIGEST, {}, getattr(team, wrong))
+    with pytest.raises(UntrustedError, match="may not sign"):
+        open_statement(raw.envelope, team.policy)
+
+
+def test_every_changed_byte_of_an_envelope_is_seen(team: Team) -> None:
+    envelope = sign_statement("test", DIGEST, {"card": "L4"}, team.tester).envelope
+    wanted = open_statement(envelope, team.policy)
+    for at in range(len(envelope)):
+        changed = bytearray(envelope)
+        changed[at] ^= 1
+        try:
+            found = open_statement(bytes(changed), team.policy)
+        except UntrustedError:
+            continue
+        assert found == wanted  # a byte that no reader looks at, such as a letter's case in hex
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_type": "https://in-toto.io/Statement/v0.1"},
+        {"predicateType": "https://slsa.dev/provenance/v1"},
+        {"subject": []},
+        {"subject": [{"digest": {"sha256": "x"}}]},
+        {"subject": [{"digest": {"sha256": DIGEST}}, {"digest": {"sha256": "e" * 64}}]},
+        {"predicate": {}},
+        {"predicate": []},
+    ],
+)
+def test_what_is_signed_in_another_form_is_no_statement(team: Team, change: Any) -> None:
+    value = payload_of(sign_statement("test", DIGEST, {}, team.tester).envelope)
+    envelope = sign_envelope(rfc8785.dumps({**value, **change}), team.tester)
+    with pytest.raises(UntrustedError, match="not a statement of ours"):
+        open_statement(envelope, team.policy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"kind": "rumour"},
+        {"kind": ["test"]},
+        {"signed_at": "2026-11-25T09:00:00Z"},
+        {"signed_at": "2026-13-25T09:00:00.000000Z"},
+        {"signed_at": 1},
+        {"files": {"../x": "a" * 64}},
+        {"files": {"report.json": "short"}},
+        {"files": {f"f{number}": "a" * 64 for number in range(17)}},
+        {"files": ["report.json"]},
+    ],
+)
+def test_our_own_fields_are_read_strictly(team: Team, change: Any) -> None:
+    value = payload_of(sign_statement("test", DIGEST, {}, team.tester).envelope)
+    value["predicate"]["enginesmith_statement"].update(change)
+    envelope = sign_envelope(rfc8785.dumps(value), team.tester)
+    with pytest.raises(UntrustedError, match="not a statement of ours"):
+        open_statement(envelope, team.policy)
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"predicate": 1}'])
+def test_a_signed_payload_that_is_no_json_object_is_no_statement(
+    team: Team, payload: bytes
+) -> None:
+    with pytest.raises(UntrustedError):
+        open_statement(sign_envelope(payload, team.tester), team.policy)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[31mred", "x" * 501])
+def test_text_that_is_not_one_printable_line_is_neither_signed_nor_shown(
+    team: Team, text: str
+) -> None:
+    with pytest.raises(RecipeError, match="reason"):
+        Author(key=team.releaser, actor="ada", reason=text)
+    raw = sign_statement("yank", DIGEST, {"reason": text, "card": text}, team.releaser)
+    found = open_statement(raw.envelope, team.policy)
+    with pytest.raises(UntrustedError, match="reason"):
+        found.text("reason")
+    with pytest.raises(UntrustedError, match="card"):
+        found.part("card")
+
+
+@pytest.mark.parametrize("data", [None, b"ACCEPTED"])
+def test_a_file_that_is_not_what_was_signed_is_not_given_out(
+    team: Team, data: bytes | None
+) -> None:
+    raw = sign_statement("test", DIGEST, {}, team.tester, files={"report.html": b"rejected"})
+    found = open_statement(raw.envelope, team.policy)
+    files = {ENVELOPE: raw.envelope, **({"report.html": data} if data else {})}
+    with pytest.raises(CorruptError, match=r"report\.html"):
+        verified_files(found, replace(raw, files=files))
+
+
+def test_a_file_that_is_not_signed_is_left_out(team: Team) -> None:
+    raw = sign_statement("test", DIGEST, {}, team.tester, files={"report.json": b"{}"})
+    more = replace(raw, files={**raw.files, "report.html": b"<script>"})
+    found = open_statement(raw.envelope, team.policy)
+    assert verified_files(found, more) == {"report.json": b"{}"}
+
+
+def test_a_clock_that_is_behind_still_signs_later_than_what_it_follows() -> None:
+    ahead = "2199-01-01T00:00:00.999999Z"
+    assert now_text(ahead) == "2199-01-01T00:00:01.000000Z"
+    assert now_text() < ahead
+
+
+def test_the_actor_is_the_ci_systems_user_before_the_login_name() -> None:
+    assert actor_of({"GITHUB_ACTOR": "octo", "ENGINESMITH_ACTOR": "ada"}) == "ada"
+    assert actor_of({"GITLAB_USER_LOGIN": "tanuki"}) == "tanuki"
+    assert actor_of({})
+
+
+def test_provenance_is_what_slsa_wants(team: Team) -> None:
+    package = team.seal()
+    raw = team.statements(package)[-1]
+    value = payload_of(raw.envelope)
+    assert value["subject"] == [{"name": "manifest.json", "digest": {"sha256": package.digest}}]
+    assert value["predicateType"] == "https://slsa.dev/provenance/v1"
+    (weights,) = value["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert weights["digest"] == {"gitCommit": "0" * 40}
+    run = value["predicate"]["runDetails"]
+    assert run["builder"]["id"] == "https://ci.example/build"
+    assert run["metadata"]["startedOn"] == "2026-11-25T09:00:00Z"
+
+
+def test_the_reference_library_of_in_toto_reads_what_is_signed(team: Team) -> None:
+    pytest.importorskip("in_toto_attestation", reason="comes with the extra `sign`")
+    from google.protobuf import json_format
+    from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+    from in_toto_attestation.v1 import statement_pb2
+    from in_toto_attestation.v1.statement import Statement
+
+    package = team.publish()
+    raws = [*team.statements(package), team.test(package, "accepted")]
+    for raw in raws:
+        value = payload_of(raw.envelope)
+        message = json_format.Parse(json.dumps(value), statement_pb2.Statement())
+        Statement.copy_from_pb(message).validate()
+        if raw.kind == "provenance":
+            predicate = value["predicate"]
+            del predicate["enginesmith_statement"]
+            json_format.Parse(json.dumps(predicate), provenance_pb2.Provenance())
+
+
+def test_a_time_without_zone_is_a_bug(team: Team) -> None:
+    run = BuildRun(
+        builder_id="b",
+        builder_version="0",
+        invocation_id="1",
+        started=datetime(2026, 1, 1),
+        finished=STARTED,
+    )
+    with pytest.raises(ValueError, match="time zone"):
+        provenance_predicate(team.seal().manifest, run)
+
+
+def test_keys_of_strangers_sign_nothing_that_counts(team: Team) -> None:
+    raw = sign_statement("test", DIGEST, {}, generate_key())
+    with pytest.raises(UntrustedError, match="not trusted here"):
+        open_statement(raw.envelope, team.policy)

@@ -1,0 +1,249 @@
+"""Which statements about a package count, and what a store that adds junk cannot do."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import UntrustedError
+from pipeline.core.values import Package
+from pipeline.registry.reference import reference_of
+from pipeline.registry.store import ENVELOPE, RawStatement
+from pipeline.registry.trust.keys import SigningKey, generate_key
+from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.trust.signatory import sign_package, sign_test
+from pipeline.registry.trust.statements import place_fields, sign_statement
+from pipeline.registry.trust.verification import (
+    Verification,
+    require_usable,
+    verify_statements,
+)
+from tests.registry.trust.conftest import (
+    BUILDER,
+    CARD,
+    OTHER_CARD,
+    RUNTIME,
+    Team,
+    trusted,
+)
+
+REGISTRY = "1" * 32
+OTHER_RUNTIME = (RUNTIME[0], "1.0")
+
+
+@pytest.fixture
+def package(team: Team) -> Package:
+    return team.seal()
+
+
+def verify(team: Team, package: Package, *raws: RawStatement, **more: Any) -> Verification:
+    chosen = {"policy": team.policy, "registry": REGISTRY, "origin": "here", **more}
+    return verify_statements(package, raws, **chosen)
+
+
+def result(
+    key: SigningKey,
+    package: Package,
+    verdict: Any,
+    card: str = CARD,
+    runtime: tuple[str, str] = RUNTIME,
+) -> RawStatement:
+    return sign_test(package.digest, key, card=card, runtime=runtime, verdict=verdict, files={})
+
+
+def yank(
+    key: SigningKey,
+    package: Package,
+    *,
+    yanked: bool = True,
+    registry: str = REGISTRY,
+    after: str = "",
+) -> RawStatement:
+    fields = {
+        "registry": registry,
+        **place_fields(reference_of(package)),
+        "yanked": yanked,
+        "actor": "ada",
+        "reason": "slow",
+    }
+    return sign_statement("yank", package.digest, fields, key, after=after)
+
+
+def test_trusted_statements_tell_who_built_and_tested_a_package(
+    team: Team, package: Package
+) -> None:
+    raws = [*team.statements(package), result(team.tester, package, "accepted")]
+    done = verify(team, package, *raws)
+    assert done.signer is not None
+    assert (done.signer.name, done.builder_id, done.ignored) == ("builder", BUILDER, ())
+    (verdict,) = done.verdicts
+    assert (verdict.card, verdict.verdict, verdict.signer.name) == (CARD, "accepted", "tester")
+    assert {one.name for one in done.statements} == {raw.name for raw in raws}
+    require_usable(done, team.policy, origin="here")
+
+
+def junk(team: Team, package: Package, other: Package) -> list[RawStatement]:
+    """What an attacker who may add to a store, and knows every signed byte, can put there."""
+    good = result(team.tester, package, "accepted")
+    stranger = generate_key()
+    return [
+        RawStatement(name="test-" + "0" * 16, files={ENVELOPE: b"rubbish"}),
+        RawStatement(name="test-" + "0" * 16, files={}),
+        replace(good, name="test-" + "0" * 16),  # a copy under a new name
+        replace(good, name=good.name.replace("test", "yank")),
+        result(stranger, package, "accepted"),
+        result(team.builder, package, "accepted"),  # trusted, but not for verdicts
+        result(team.tester, other, "accepted"),
+        sign_package(package, stranger),
+        yank(stranger, package),
+        yank(team.releaser, package, registry="2" * 32),
+        yank(team.releaser, other),
+    ]
+
+
+def test_junk_changes_nothing_and_is_warned_of_once(
+    team: Team, package: Package, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [*team.statements(package), result(team.tester, package, "regression")]
+    added = junk(team, package, team.seal(b"other"))
+    honest = verify(team, package, *good)
+    with caplog.at_level(logging.WARNING):
+        done = verify(team, package, *added, *good)
+    assert len(done.ignored) == len(added)
+    assert replace(done, ignored=()) == honest
+    assert len(caplog.records) == 1
+
+
+def test_junk_alone_makes_no_package_trusted(team: Team, package: Package) -> None:
+    done = verify(team, package, *junk(team, package, team.seal(b"other")))
+    assert (done.signer, done.verdicts, done.yanks) == (None, (), ())
+    with pytest.raises(UntrustedError, match="no trusted key"):
+        require_usable(done, team.policy, origin="here")
+
+
+def test_the_latest_signed_time_counts_whatever_the_order_in_the_store(
+    team: Team, package: Package
+) -> None:
+    old = result(team.tester, package, "accepted")
+    new = result(team.tester, package, "regression")
+    for raws in ((old, new), (new, old)):
+        done = verify(team, package, *raws)
+        newest = done.newest(CARD)
+        assert newest is not None
+        assert newest.verdict == "regression"
+        assert done.proof(CARD) is None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "proven"),
+    [
+        ([("accepted", RUNTIME)], True),
+        ([("checked", RUNTIME)], False),
+        ([("compiled", RUNTIME)], False),
+        ([("accepted", OTHER_RUNTIME)], False),
+        ([("accepted", RUNTIME), ("checked", ("onnxruntime", "1.22"))], True),
+        ([("accepted", RUNTIME), ("compiled", RUNTIME)], True),
+        ([("accepted", RUNTIME), ("rejected", RUNTIME)], False),
+        ([("accepted", RUNTIME), ("regression", OTHER_RUNTIME)], True),
+        ([("rejected", RUNTIME), ("accepted", RUNTIME)], True),
+        ([("accepted", RUNTIME), ("inconclusive", RUNTIME)], False),
+        ([], False),
+    ],
+)
+def test_only_accepted_on_the_card_with_the_packages_own_runtime_proves(
+    team: Team, package: Package, verdicts: Any, proven: bool
+) -> None:
+    raws = [result(team.tester, package, verdict, runtime=runtime) for verdict, runtime in verdicts]
+    done = verify(team, package, *raws)
+    assert (done.proof(CARD) is not None) is proven
+    assert done.proven_cards == ((CARD,) if proven else ())
+    assert done.proof(OTHER_CARD) is None
+
+
+@pytest.mark.parametrize("registry", [REGISTRY, None])
+def test_the_latest_yank_counts_and_may_be_undone(
+    team: Team, package: Package, registry: str | None
+) -> None:
+    signed = team.statements(package)
+    first = yank(team.releaser, package)
+    undone = yank(team.releaser, package, yanked=False)
+    again = yank(team.releaser, package)
+    done = verify(team, package, *signed, first, registry=registry)
+    assert done.yank is not None
+    with pytest.raises(UntrustedError, match=r"yanked by ada at .*: slow.*--allow-yanked"):
+        require_usable(done, team.policy, origin="here")
+    require_usable(done, team.policy, origin="here", allow_yanked=True)
+    assert verify(team, package, undone, first, registry=registry).yank is None
+    assert verify(team, package, again, undone, first, registry=registry).yank is not None
+
+
+def test_revoking_a_key_or_a_package_refuses_what_was_signed_before(
+    team: Team, package: Package
+) -> None:
+    raws = team.statements(package)
+    by_key = replace(team.policy, revoked_keys=(team.builder.public.keyid,))
+    with pytest.raises(UntrustedError, match="is revoked"):
+        require_usable(verify(team, package, *raws, policy=by_key), by_key, origin="here")
+    by_digest = replace(team.policy, revoked_digests=(f"sha256:{package.digest}",))
+    done = verify(team, package, *raws, policy=by_digest)
+    with pytest.raises(UntrustedError, match="is revoked"):
+        require_usable(done, by_digest, origin="here", allow_unsigned=True, allow_yanked=True)
+
+
+def test_one_trusted_signer_of_several_is_enough(team: Team, package: Package) -> None:
+    second = generate_key()
+    policy = TrustPolicy(keys=(trusted(second, "builds", name="second"),))
+    raws = [*team.statements(package), sign_package(package, second)]
+    done = verify(team, package, *raws, policy=policy)
+    assert done.signer is not None
+    assert done.signer.name == "second"
+
+
+def test_an_unsigned_package_needs_the_explicit_flag(team: Team, package: Package) -> None:
+    done = verify(team, package)
+    with pytest.raises(UntrustedError, match="--allow-unsigned"):
+        require_usable(done, team.policy, origin="here")
+    require_usable(done, team.policy, origin="here", allow_unsigned=True)
+
+
+def test_a_policy_that_names_builders_requires_provenance_by_one_of_them(
+    team: Team, package: Package
+) -> None:
+    signature, provenance = team.statements(package)
+    good = replace(team.policy, builder_ids=("https://else.example", BUILDER))
+    done = verify(team, package, signature, provenance, policy=good)
+    require_usable(done, good, origin="here")
+    bad = replace(team.policy, builder_ids=("https://else.example",))
+    for policy, raws in ((good, [signature]), (bad, [signature, provenance])):
+        done = verify(team, package, *raws, policy=policy)
+        with pytest.raises(UntrustedError, match="builder_ids"):
+            require_usable(done, policy, origin="here")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verdict": "wonderful"},
+        {"verdict": ["accepted"]},
+        {"runtime": "vllm"},
+        {"card": "../../etc"},
+        {"card": None},
+    ],
+)
+def test_a_trusted_test_result_of_another_form_does_not_count(
+    team: Team, package: Package, change: Any
+) -> None:
+    fields = {"card": CARD, "runtime": {"name": "x", "version": "1"}, "verdict": "accepted"}
+    raw = sign_statement("test", package.digest, {**fields, **change}, team.tester)
+    done = verify(team, package, raw)
+    assert done.verdicts == done.statements == ()
+    assert len(done.ignored) == 1
+
+
+def test_a_yank_that_does_not_say_whether_does_not_count(team: Team, package: Package) -> None:
+    fields = {"registry": REGISTRY, "yanked": "yes", "actor": "ada", "reason": ""}
+    raw = sign_statement("yank", package.digest, fields, team.releaser)
+    assert verify(team, package, raw).yanks == ()
