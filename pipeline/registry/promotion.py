@@ -187,11 +187,10 @@ def rollback(
     card: str | None,
     author: Author,
     policy: TrustPolicy,
-    to: str | None = None,
 ) -> Moved:
     """Move a channel to where it pointed before: a new move, like any other.
 
-    A second rollback brings back what the first one left; `to` goes further back.
+    A second rollback brings back what the first one left; `promote` goes further back.
 
     Args:
         store: Where the channel is.
@@ -200,31 +199,22 @@ def rollback(
         card: Whose; None for the only one that has this channel.
         author: Signs the move.
         policy: Whom to trust.
-        to: Reference of a package that was in this channel before; None for the previous one.
 
     Raises:
         NotFoundError: No such channel, or nothing was there before.
-        RecipeError: Several are meant, or `to` was never in this channel.
+        RecipeError: Several are meant.
         PipelineError: As in `enter_channel`: what was good enough once must still be.
     """
     policy.require_may(author.key.public, "channels")
-    variant, held = _find_channel(store, text, channel, card, policy)
+    held = _find_channel(store, text, channel, card, policy)
     newest = held.newest
     earlier = [move.reference for move in held.moves if move.reference != newest.reference]
-    terms = Terms(policy=policy)
-    if to is not None:
-        found = resolve(store, str(replace(parse_reference(to), variant=variant)), terms)
-        if found.reference not in {move.reference for move in held.moves}:
-            was = ", ".join(dict.fromkeys(map(str, earlier))) or "nothing else"
-            fault = f"{found.place} was never in {channel} of {held.card}, which had {was}"
-            raise RecipeError([Fault("--to", f"{fault}; promote it instead")])
-    elif earlier:
-        found = examine(store, Place.of(earlier[-1]), terms, earlier[-1].digest)
-    else:
+    if not earlier:
         raise NotFoundError(
             f"{channel} of {text} for {held.card} never pointed anywhere but to "
             f"{newest.reference}, so there is nothing to roll back to"
         )
+    found = examine(store, Place.of(earlier[-1]), Terms(policy=policy), earlier[-1].digest)
     return enter_channel(
         store,
         found,
@@ -266,23 +256,24 @@ def channels_of(
 
 def _find_channel(
     store: Store, text: str, channel: str, card: str | None, policy: TrustPolicy
-) -> tuple[str, Channel]:
-    """The one channel that is meant, with its variant."""
+) -> Channel:
+    """The one channel that is meant."""
     check_part("channel", channel)
-    found = [
-        (f"{name}/{variant}", variant, held)
+    found = {
+        f"{name}/{variant} --card {held.card}": held
         for name, variant, held in channels_of(store, policy, text, channel)
         if card in {None, held.card}
-    ]
+    }
     if len(found) > 1:
-        which = ", ".join(f"{what} --card {held.card}" for what, _, held in found)
-        raise RecipeError([Fault("", f"{channel} of {text} is ambiguous: {which}; specify one")])
+        raise RecipeError(
+            [Fault("", f"{channel} of {text} is ambiguous: {', '.join(found)}; specify one")]
+        )
     if not found:
         raise NotFoundError(
             f"{text} has no {channel}{f' for {card}' if card else ''} that a trusted move made; "
             "`enginesmith channels` shows those that there are"
         )
-    return found[0][1:]
+    return next(iter(found.values()))
 
 
 def yank_package(

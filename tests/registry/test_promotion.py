@@ -143,14 +143,6 @@ def test_a_rollback_is_a_move_to_the_package_before_and_a_second_one_comes_back(
     assert pointed(team) == two.digest
 
 
-def test_a_rollback_goes_further_back_to_what_was_there_and_nowhere_else(team: Team) -> None:
-    one, _, _ = in_stable(team, b"one", b"two", b"three")
-    other = team.publish(b"four", "accepted")
-    assert back(team, to=name(one)).move.reference == reference_of(one)
-    with pytest.raises(RecipeError, match="was never in stable"):
-        back(team, to=name(other))
-
-
 def test_a_rollback_takes_only_what_is_still_good_enough(team: Team) -> None:
     one, two = in_stable(team, b"one", b"two")
     yank_package(team.store, name(one), team.author, team.policy)

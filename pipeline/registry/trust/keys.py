@@ -158,19 +158,15 @@ def write_key_pair(key: SigningKey, path: Path) -> Path:
 
 def _write_exclusive(path: Path, data: bytes, mode: int) -> None:
     """Write a whole file, durable, under a name that was free; `link` decides who comes first."""
-    descriptor, private = tempfile.mkstemp(prefix=".key-", dir=path.absolute().parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(descriptor, mode)
-            stream.write(data)
-            stream.flush()
-            os.fsync(descriptor)
-        os.link(private, path)
-    except FileExistsError:
-        raise ConflictError(f"{path} exists; it stays as it is, so choose another") from None
-    finally:
-        with contextlib.suppress(OSError):
-            Path(private).unlink()
+    with tempfile.NamedTemporaryFile(prefix=".key-", dir=path.absolute().parent) as stream:
+        os.fchmod(stream.fileno(), mode)
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+        try:
+            os.link(stream.name, path)
+        except FileExistsError:
+            raise ConflictError(f"{path} exists; it stays as it is, so choose another") from None
 
 
 def config_root(environ: Mapping[str, str]) -> Path:

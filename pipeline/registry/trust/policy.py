@@ -3,14 +3,16 @@
     schema: 1
     keys:
     - name: ci                     # for people
-      public_key_file: ci.key.pub  # beside the policy; or public_key: with the PEM itself
+      public_key: |
+        -----BEGIN PUBLIC KEY-----
+        ...
       may_sign: [builds, verdicts, channels]
     revoked_keys: []               # key ids
     revoked_digests: []            # packages
     builder_ids: []                # if there are any, provenance by one of them is required
 
 What a policy names counts, and nothing else. A key counts until it is revoked. Without a policy,
-what this machine signs with is trusted (`trust_for`).
+a machine trusts the key that it signs with (`own_trust`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ from pipeline.core.settings import STRICT, Listed
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.ownership import require_unshared
 from pipeline.registry.trust.envelope import Envelope
-from pipeline.registry.trust.keys import PublicKey, parse_public_key, read_public_key
+from pipeline.registry.trust.keys import PublicKey, parse_public_key
 
 if TYPE_CHECKING:
     import yaml
@@ -153,39 +154,11 @@ class TrustPolicy:
         return key, ""
 
 
-@plain_dataclass(frozen=True, kw_only=True)
-class OwnKey:
-    """What this machine signs with.
-
-    Attributes:
-        key: The public half.
-        local: It was made by the first build here, not given.
-    """
-
-    key: PublicKey
-    local: bool
-
-
-def trust_for(policy: TrustPolicy | None, own: OwnKey | None, *, own_folder: bool) -> TrustPolicy:
-    """Whom to trust; pure.
-
-    A policy decides alone. Without one, a key that was given to this machine to sign with is
-    trusted, since whoever holds it could sign anything here anyway. A local key counts for this
-    machine's own folder registry only, never for S3, OCI or another machine.
-
-    Args:
-        policy: From a file, or None.
-        own: What this machine signs with, or None.
-        own_folder: The package lies in a folder of this machine.
-    """
-    if policy is not None:
-        return policy
-    if own is None or (own.local and not own_folder):
-        return TrustPolicy()
-    name = "this machine's local key" if own.local else "this machine's signing key"
-    return TrustPolicy(
-        keys=(TrustedKey(name=name, public_key=own.key.pem.decode(), may_sign=ROLES),)
-    )
+def own_trust(key: PublicKey) -> TrustPolicy:
+    """What a machine without a policy trusts: the key that it signs with, in everything."""
+    pem = key.pem.decode()
+    own = TrustedKey(name="this machine's own key", public_key=pem, may_sign=ROLES)
+    return TrustPolicy(keys=(own,))
 
 
 def load_policy(path: Path) -> TrustPolicy:
@@ -207,8 +180,6 @@ def load_policy(path: Path) -> TrustPolicy:
             raise RecipeError(
                 [Fault(str(path), "is not a policy: wanted a mapping with schema: 1")]
             )
-        if isinstance(keys := value.get("keys"), list):
-            value = {**value, "keys": [_with_key(entry, path.parent) for entry in keys]}
         # As JSON: there pydantic makes objects of mappings although it is strict.
         return TypeAdapter(TrustPolicy).validate_json(json.dumps(value, default=str))
     except ValidationError as error:
@@ -237,16 +208,6 @@ def policy_text(names: Mapping[str, PublicKey]) -> str:
     ]
     value = {"schema": 1, "keys": keys, "revoked_keys": [], "revoked_digests": []}
     return yaml.safe_dump(value, sort_keys=False)
-
-
-def _with_key(entry: Any, folder: Path) -> Any:
-    """An entry with the content of its `public_key_file`."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("public_key_file"), str):
-        return entry
-    rest = {key: value for key, value in entry.items() if key != "public_key_file"}
-    if "public_key" in rest:
-        return entry  # both: an unknown field, as the message will say
-    return {**rest, "public_key": read_public_key(folder / entry["public_key_file"]).pem.decode()}
 
 
 def _unique_keys_loader() -> type[yaml.SafeLoader]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+from pipeline import __version__
 
 BUILD_TYPE = "https://enginesmith.dev/build/v1"
 """Names the meaning of `externalParameters`: the recipe's name and its resolved configuration. An
@@ -15,27 +16,23 @@ LOCAL_BUILDER = "https://enginesmith.dev/builder/local/v1"
 identifier, not a page."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildRun:
-    """The run that made a package.
+def provenance_predicate(
+    manifest: Mapping[str, Any],
+    *,
+    builder_id: str,
+    invocation_id: str,
+    started: datetime,
+    finished: datetime,
+) -> dict[str, Any]:
+    """The predicate of a package's provenance.
 
-    Attributes:
-        builder_id: URI of what ran it, such as a CI workflow; a policy may name those it trusts.
-        builder_version: Of this program.
+    Args:
+        manifest: Of the package.
+        builder_id: URI of what ran the build, such as a CI workflow; policies may name it.
         invocation_id: Names the run in the builder's logs.
         started: With time zone.
         finished: With time zone.
     """
-
-    builder_id: str
-    builder_version: str
-    invocation_id: str
-    started: datetime
-    finished: datetime
-
-
-def provenance_predicate(manifest: Mapping[str, Any], run: BuildRun) -> dict[str, Any]:
-    """The predicate of a package's provenance."""
     source = manifest["source"]
     weights: dict[str, Any] = {
         "name": "weights",
@@ -59,14 +56,11 @@ def provenance_predicate(manifest: Mapping[str, Any], run: BuildRun) -> dict[str
             "resolvedDependencies": [weights],
         },
         "runDetails": {
-            "builder": {
-                "id": run.builder_id,
-                "version": {"enginesmith": run.builder_version},
-            },
+            "builder": {"id": builder_id, "version": {"enginesmith": __version__}},
             "metadata": {
-                "invocationId": run.invocation_id,
-                "startedOn": _time(run.started),
-                "finishedOn": _time(run.finished),
+                "invocationId": invocation_id,
+                "startedOn": _time(started),
+                "finishedOn": _time(finished),
             },
         },
     }

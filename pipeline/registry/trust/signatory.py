@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
 from pipeline.core.errors import Fault, RecipeError, UntrustedError
 from pipeline.core.values import PASSING, Package, VerdictName
 from pipeline.registry.store import RawStatement
@@ -23,8 +22,8 @@ from pipeline.registry.trust.keys import (
     load_key,
 )
 from pipeline.registry.trust.model_signature import MODEL_SIGNATURE, available, sign_engine
-from pipeline.registry.trust.policy import OwnKey, TrustPolicy, load_policy, trust_for
-from pipeline.registry.trust.provenance import BuildRun, builder, provenance_predicate
+from pipeline.registry.trust.policy import TrustPolicy, load_policy, own_trust
+from pipeline.registry.trust.provenance import builder, provenance_predicate
 from pipeline.registry.trust.statements import Author, actor_of, sign_statement
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,8 @@ class Signatory:
     Attributes:
         key: Signs.
         trust: Trusts this key, both for builds and for verdicts.
-        builder_id: As in `BuildRun`.
-        invocation_id: As in `BuildRun`.
+        builder_id: URI of what ran the build; see `pipeline.registry.trust.provenance.builder`.
+        invocation_id: Names the run in the builder's logs.
     """
 
     key: SigningKey
@@ -56,30 +55,17 @@ class Signatory:
             package: Sealed.
             started: When the build began, with time zone.
         """
-        run = BuildRun(
+        predicate = provenance_predicate(
+            package.manifest,
             builder_id=self.builder_id,
-            builder_version=__version__,
             invocation_id=self.invocation_id,
             started=started,
             finished=datetime.now(UTC),
         )
-        predicate = provenance_predicate(package.manifest, run)
         return [
             sign_package(package, self.key),
             sign_statement("provenance", package.digest, {}, self.key, predicate=predicate),
         ]
-
-    def sign_test(
-        self,
-        digest: str,
-        *,
-        card: str,
-        runtime: tuple[str, str],
-        verdict: VerdictName,
-        files: Mapping[str, bytes],
-    ) -> RawStatement:
-        """A test result; see `sign_test`."""
-        return sign_test(digest, self.key, card=card, runtime=runtime, verdict=verdict, files=files)
 
 
 def sign_package(package: Package, key: SigningKey) -> RawStatement:
@@ -153,9 +139,8 @@ def signatory_for(
             choice.path,
             key.public.keyid[:12],
         )
-    own = OwnKey(key=key.public, local=choice.kind == "local")
     builder_id, invocation_id = builder(environ, run)
-    trust = trust_for(machine_policy(environ), own, own_folder=own_folder)
+    trust = machine_policy(environ) or own_trust(key.public)
     require_trusted(trust, key, builder_id if builds else None)
     return Signatory(key=key, trust=trust, builder_id=builder_id, invocation_id=invocation_id)
 
@@ -231,6 +216,10 @@ def machine_trust(
 ) -> TrustPolicy:
     """Whom this machine trusts; makes no key.
 
+    A policy decides alone. Without one, a key that was given to this machine to sign with is
+    trusted, since whoever holds it could sign anything here anyway. A local key counts for this
+    machine's own folder registry only, never for S3, OCI or another machine.
+
     Args:
         environ: The environment.
         own_folder: The package lies in a folder of this machine (`Store.local`).
@@ -239,17 +228,13 @@ def machine_trust(
     Raises:
         RecipeError: The policy or the key cannot be read.
     """
-    loaded = machine_policy(environ, policy)
-    own = _own_key(environ) if loaded is None else None
-    return trust_for(loaded, own, own_folder=own_folder)
-
-
-def _own_key(environ: Mapping[str, str]) -> OwnKey | None:
+    if (loaded := machine_policy(environ, policy)) is not None:
+        return loaded
     try:
         choice = choose_key(environ)
     except RecipeError:
-        return None  # CI without a key signs nothing
-    local = choice.kind == "local"
-    if local and choice.path is not None and not choice.path.exists():
-        return None
-    return OwnKey(key=load_key(choice, environ, make=False).public, local=local)
+        return TrustPolicy()  # CI without a key signs nothing
+    local = choice.kind == "local" and choice.path is not None
+    if local and not (own_folder and os.path.lexists(str(choice.path))):
+        return TrustPolicy()
+    return own_trust(load_key(choice, environ, make=False).public)

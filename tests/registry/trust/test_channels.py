@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ def test_of_two_successors_the_earlier_signed_counts_and_what_follows_the_other_
     assert stable(team) == two
 
 
-def test_an_author_whose_move_was_overtaken_is_told_to_look(
+def test_an_author_whose_move_was_overtaken_gets_a_conflict(
     team: Team, packages: list[Reference]
 ) -> None:
     one, two, three = packages
@@ -152,9 +153,10 @@ def test_an_author_whose_move_was_overtaken_is_told_to_look(
             team.store.put_move(name, variant, rival)
             return written
 
+    store: Any = Slow()
     with pytest.raises(ConflictError, match="eve moved stable"):
         move_channel(
-            Slow(),  # type: ignore[arg-type]  # the store but for one method
+            store,
             three,
             channel="stable",
             card=CARD,
@@ -247,7 +249,7 @@ def test_simultaneous_authors_leave_one_chain_and_each_knows_how_it_ended(
 ) -> None:
     move(team, packages[0])
     targets = packages[1:] * 4
-    codes = in_children([lambda target=target: move(team, target) for target in targets])
+    codes = in_children([functools.partial(move, team, target) for target in targets])
     assert set(codes) <= {0, 8}
     assert 0 in codes
     (channel,) = read_channels(team.store, team.policy, packages[0].name, packages[0].variant)

@@ -9,15 +9,13 @@ import yaml
 
 from pipeline.core.errors import AccessError, RecipeError, UntrustedError
 from pipeline.registry.trust.envelope import parse_envelope, sign_envelope
-from pipeline.registry.trust.keys import generate_key, write_key_pair
+from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.policy import (
     ROLES,
-    OwnKey,
     TrustedKey,
     TrustPolicy,
     load_policy,
     policy_text,
-    trust_for,
 )
 
 KEY = generate_key()
@@ -31,11 +29,9 @@ def _write(folder: Path, value: Any) -> Path:
 
 
 def test_policy_is_read_from_yaml_and_json(tmp_path: Path) -> None:
-    write_key_pair(KEY, tmp_path / "ci.key")
-    by_file = {"name": "ci", "public_key_file": "ci.key.pub", "may_sign": ["builds"]}
     inline = {"name": "ci", "public_key": PEM, "may_sign": ["builds"]}
     wanted = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
-    assert load_policy(_write(tmp_path, {"schema": 1, "keys": [by_file]})) == wanted
+    assert load_policy(_write(tmp_path, {"schema": 1, "keys": [inline]})) == wanted
     assert load_policy(_write(tmp_path, json.dumps({"schema": 1, "keys": [inline]}))) == wanted
     assert wanted.keys[0].key == KEY.public
 
@@ -51,7 +47,6 @@ def test_policy_is_read_from_yaml_and_json(tmp_path: Path) -> None:
         ({"schema": 1, "keys": [{"name": "x", "public_key": "no", "may_sign": []}]}, "PEM"),
         ({"schema": 1, "keys": [{"name": "x", "public_key": PEM, "may_sign": ["all"]}]}, "builds"),
         ({"schema": 1, "keys": [{"name": "x", "public_key": PEM}]}, "may_sign"),
-        ({"schema": 1, "keys": [{"name": "x", "public_key_file": "gone.pub"}]}, r"gone\.pub"),
         (
             {"schema": 1, "keys": [{"name": n, "public_key": PEM, "may_sign": []} for n in "xy"]},
             "twice",
@@ -72,18 +67,6 @@ def test_policy_with_a_fault_is_refused_whole(tmp_path: Path, value: Any, reason
 def test_missing_policy_is_a_usage_fault(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="missing"):
         load_policy(tmp_path / "none.yaml")
-
-
-def test_local_key_counts_for_the_own_folder_only() -> None:
-    local, given = OwnKey(key=KEY.public, local=True), OwnKey(key=KEY.public, local=False)
-    policy = TrustPolicy(revoked_keys=(KEY.public.keyid,))
-    (key,) = trust_for(None, local, own_folder=True).keys
-    assert (key.key, key.may_sign) == (KEY.public, ROLES)
-    assert trust_for(None, local, own_folder=False).keys == ()
-    assert trust_for(None, given, own_folder=False).keys[0].key == KEY.public
-    assert trust_for(None, None, own_folder=True).keys == ()
-    # A policy decides alone.
-    assert trust_for(policy, local, own_folder=True) is policy
 
 
 def test_one_good_signature_of_several_is_enough() -> None:

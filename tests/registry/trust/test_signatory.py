@@ -24,8 +24,8 @@ _GITHUB = {
 
 def _policy(tmp_path: Path, **more: object) -> dict[str, str]:
     """A key, a policy that trusts it, and the environment that names both."""
-    write_key_pair(generate_key(), tmp_path / "ci.key")
-    key = {"name": "ci", "public_key_file": "ci.key.pub", "may_sign": ["builds", "verdicts"]}
+    public = write_key_pair(generate_key(), tmp_path / "ci.key").read_text()
+    key = {"name": "ci", "public_key": public, "may_sign": ["builds", "verdicts"]}
     path = tmp_path / "policy.json"
     path.write_text(json.dumps({"schema": 1, "keys": [{**key, **more}]}))
     return {
@@ -103,3 +103,17 @@ def test_builder_is_the_workflow_in_github_actions_and_else_a_local_machine() ->
         "https://github.com/someone/engines/.github/workflows/engine.yml@refs/heads/main",
         "https://github.com/someone/engines/actions/runs/17/attempts/2",
     )
+
+
+def test_a_policy_decides_alone(tmp_path: Path) -> None:
+    environ = _policy(tmp_path)
+    (key,) = machine_trust(environ, own_folder=True).keys
+    assert key.name == "ci"
+    other = tmp_path / "other.json"
+    other.write_text('{"schema": 1}')
+    assert machine_trust(environ, own_folder=True, policy=other).keys == ()
+
+
+def test_ci_without_a_key_has_no_trusted_keys(tmp_path: Path) -> None:
+    environ = {"ENGINESMITH_CONFIG": str(tmp_path), "CI": "true"}
+    assert machine_trust(environ, own_folder=True).keys == ()

@@ -15,7 +15,7 @@ from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.envelope import sign_envelope
 from pipeline.registry.trust.keys import generate_key
-from pipeline.registry.trust.provenance import BuildRun, provenance_predicate
+from pipeline.registry.trust.provenance import provenance_predicate
 from pipeline.registry.trust.statements import (
     Author,
     actor_of,
@@ -203,15 +203,14 @@ def test_the_reference_library_of_in_toto_reads_what_is_signed(team: Team) -> No
 
 
 def test_a_time_without_zone_is_a_bug(team: Team) -> None:
-    run = BuildRun(
-        builder_id="b",
-        builder_version="0",
-        invocation_id="1",
-        started=datetime(2026, 1, 1),
-        finished=STARTED,
-    )
     with pytest.raises(ValueError, match="time zone"):
-        provenance_predicate(team.seal().manifest, run)
+        provenance_predicate(
+            team.seal().manifest,
+            builder_id="b",
+            invocation_id="1",
+            started=datetime(2026, 1, 1),
+            finished=STARTED,
+        )
 
 
 def test_keys_of_strangers_sign_nothing_that_counts(team: Team) -> None:

@@ -239,7 +239,7 @@ def test_a_trusted_test_result_of_another_form_does_not_count(
     fields = {"card": CARD, "runtime": {"name": "x", "version": "1"}, "verdict": "accepted"}
     raw = sign_statement("test", package.digest, {**fields, **change}, team.tester)
     done = verify(team, package, raw)
-    assert done.verdicts == done.statements == ()
+    assert (done.verdicts, done.statements) == ((), ())
     assert len(done.ignored) == 1
 
 
