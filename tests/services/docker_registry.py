@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.stores.oci import OciStore
+from pipeline.registry.stores.oci import OciRegistry, OciStore
 
 INSTALL = "apt-get install -y --no-install-recommends docker-registry"
 
@@ -45,7 +45,7 @@ class RunningRegistry:
         return f"oci://{self.host}"
 
     def store(self, prefix: str = "engines", **more: Any) -> OciStore:
-        return OciStore(url=f"{self.url}/{prefix}", **more)
+        return OciRegistry(url=f"{self.url}/{prefix}", **more).store()
 
     def start(self) -> None:
         with (self.folder / "registry.log").open("ab") as stream:

@@ -14,10 +14,19 @@ import pytest
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.s3 import S3Registry
+from tests.registry.stores.oci.server import FakeRegistry, fake_registry
 from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3
+from tests.services.docker_registry import RunningRegistry, running_server
 from tests.services.seaweed import SeaweedServer, session_server
 
-STORES = ["folder", "memory_s3", pytest.param("seaweed", marks=pytest.mark.services)]
+STORES = [
+    "folder",
+    "memory_s3",
+    "memory_oci",
+    "memory_oci_without_referrers",
+    pytest.param("seaweed", marks=pytest.mark.services),
+    pytest.param("docker_registry", marks=pytest.mark.services),
+]
 
 
 @pytest.fixture(params=STORES)
@@ -72,6 +81,41 @@ def seaweed_store(seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> Wr
     for name, value in seaweed.environ.items():
         monkeypatch.setenv(name, value)
     return seaweed.store(part_bytes=5 << 20)
+
+
+@pytest.fixture
+def memory_oci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeRegistry]:
+    """A registry in memory, with the referrers API; no credentials, and short waits."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker-config"))
+    for name in ("HOST", "USERNAME", "PASSWORD"):
+        monkeypatch.delenv(f"ENGINESMITH_OCI_{name}", raising=False)
+    monkeypatch.setattr("pipeline.registry.stores.oci.store.SETTLE_S", 0.5)
+    monkeypatch.setattr("pipeline.registry.stores.oci.transport.BACKOFF_S", 0.02)
+    with fake_registry() as running:
+        yield running
+
+
+@pytest.fixture
+def memory_oci_store(memory_oci: FakeRegistry) -> WritableStore:
+    return memory_oci.store()
+
+
+@pytest.fixture
+def memory_oci_without_referrers_store(memory_oci: FakeRegistry) -> WritableStore:
+    memory_oci.native = False
+    return memory_oci.store()
+
+
+@pytest.fixture(scope="session")
+def docker_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
+    """A real OCI registry; starts once."""
+    with running_server(tmp_path_factory.mktemp("docker-registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def docker_registry_store(docker_registry: RunningRegistry) -> WritableStore:
+    return docker_registry.store(f"engines-{os.urandom(4).hex()}")
 
 
 @pytest.fixture

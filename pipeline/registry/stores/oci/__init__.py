@@ -7,16 +7,51 @@ documents.py     descriptors, manifests, indexes
 auth.py          credentials and tokens
 transport.py     HTTP: retries, redirects, errors
 distribution.py  the API of one repository
-upload.py        a large blob, streamed
 content.py       a layer's bytes, read from a package
-record.py        digests of layers that were uploaded
-tagged.py        change what a tag names, and notice who else did
-referrers.py     statements
-channels.py      channel pointers and the log of moves
-publish.py       the order in which a package becomes visible
+upload.py        a large blob, streamed
 store.py         all of it as a store
 """
 
-from pipeline.registry.stores.oci.store import OciStore
+from __future__ import annotations
 
-__all__ = ["OciStore"]
+import os
+from typing import Literal
+
+import pydantic.dataclasses
+
+from pipeline.core.settings import STRICT
+from pipeline.registry.stores.oci.address import parse_address
+from pipeline.registry.stores.oci.auth import find_credentials
+from pipeline.registry.stores.oci.store import OciStore
+from pipeline.registry.stores.oci.transport import Transport
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class OciRegistry:
+    """A registry that speaks the OCI distribution API, as a recipe names it.
+
+    Attributes:
+        kind: Says that it is one.
+        url: `oci://HOST[:PORT]/PREFIX`; the repository of a recipe is `PREFIX/<name>`.
+        plain_http: Speak HTTP without TLS; None for only where the host is this machine.
+            Credentials never go to another machine in clear.
+        public: Whether everybody can read it.
+    """
+
+    kind: Literal["oci"] = "oci"
+    url: str
+    plain_http: bool | None = None
+    public: bool = False
+
+    def __post_init__(self) -> None:
+        parse_address(self.url, self.plain_http)
+
+    def store(self) -> OciStore:
+        """The registry; nothing is asked yet."""
+        address = parse_address(self.url, self.plain_http)
+        return OciStore(
+            url=self.url,
+            public=self.public,
+            address=address,
+            transport=Transport(address.api, find_credentials(address.host, os.environ)),
+        )

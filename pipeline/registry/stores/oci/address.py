@@ -4,13 +4,14 @@
 
     <prefix>/<name>                          repository of a recipe
     :<variant>_<version>                     image of one version
-    :<variant>_channels                      the variant's channel pointers and log of moves
+    :<statement>_<place>                     statement; <place>: 32 hex digits for variant, version
+    :<variant>_move-<hex>                    move, named by 40 hex digits of its SHA-256
     :<variant>_<channel>.<card>              image that a channel means, for clusters that mount it
-    :sha256-<hex>                            statements about an image, where the registry has no
-                                             referrers API (distribution-spec 1.1)
+    <prefix>/registry:identity               identity of the registry
 
-Neither a variant nor a version has a `_`; a version starts with a digit and a channel with a
-letter, so each tag means one thing.
+Each statement and each move has a tag of its own, so writers never meet; tags have no exclusive
+creation, but a name that follows from the content needs none. Neither a variant nor a version has a
+`_`, and no channel has a dot, so each tag means one thing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.registry.reference import check_part
+from pipeline.registry.store import Place, is_statement_name
 
 MAX_TAG = 128
 """Characters (distribution-spec 1.1, "Pulling manifests")."""
@@ -115,23 +117,43 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def version_tag(variant: str, version: str) -> str:
+def version_tag(place: Place) -> str:
     """The tag of a version's image; at most 128 characters by the grammar of references."""
-    return f"{check_part('variant', variant)}_{check_part('version', version)}"
+    return f"{check_part('variant', place.variant)}_{check_part('version', place.version)}"
 
 
-def parse_version_tag(tag: str) -> tuple[str, str] | None:
-    """Variant and version of an image's tag; None if it is something else."""
+def parse_version_tag(name: str, tag: str) -> Place | None:
+    """The version of a recipe that an image's tag is of; None if the tag is something else."""
     variant, _, version = tag.partition("_")
     try:
-        return check_part("variant", variant), check_part("version", version)
+        return Place(
+            name=name,
+            variant=check_part("variant", variant),
+            version=check_part("version", version),
+        )
     except RecipeError:
         return None
 
 
-def channels_tag(variant: str) -> str:
-    """The tag of a variant's channels."""
-    return f"{check_part('variant', variant)}_channels"
+def statement_tag(place: Place, statement: str) -> str:
+    """The tag of a statement about a version."""
+    return f"{statement}_{hashlib.sha256(version_tag(place).encode()).hexdigest()[:32]}"
+
+
+def parse_statement_tag(tag: str) -> tuple[str, str] | None:
+    """Name of a statement, and the end of the tags of all statements about its version."""
+    statement, _, place = tag.partition("_")
+    return (statement, place) if is_statement_name(statement) else None
+
+
+def move_tag(variant: str, data: bytes) -> str:
+    """The tag of a move."""
+    return f"{move_start(variant)}{hashlib.sha256(data).hexdigest()[:40]}"
+
+
+def move_start(variant: str) -> str:
+    """What the tags of all moves of a variant start with."""
+    return f"{check_part('variant', variant)}_move-"
 
 
 def channel_tag(variant: str, channel: str, card: str) -> str:

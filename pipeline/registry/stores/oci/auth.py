@@ -1,9 +1,11 @@
 """Who we are to a registry: credentials, Basic, and Bearer tokens (distribution-spec 1.1, "Auth").
 
-Credentials come from ENGINESMITH_OCI_USERNAME and ENGINESMITH_OCI_PASSWORD, else from `auths` in
-Docker's `config.json` ($DOCKER_CONFIG, else ~/.docker). Credential helpers are not called.
+Credentials come from ENGINESMITH_OCI_USERNAME and ENGINESMITH_OCI_PASSWORD for the registry that
+ENGINESMITH_OCI_HOST names, else from `auths` in Docker's `config.json` ($DOCKER_CONFIG, else
+~/.docker), which names hosts, too. Credential helpers are not called.
 
-Nothing here is ever logged or put into a message.
+They go to the host that they are for, and to its token service: the same host, or one of the same
+domain. They go in clear to this machine only. Nothing here is ever logged or put into a message.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 from pipeline.core.errors import AccessError, CorruptError
-from pipeline.registry.statements import parse_object
+from pipeline.registry.stores.oci.address import is_loopback
+from pipeline.registry.stores.oci.documents import parse_object
 
-USERNAME, PASSWORD = "ENGINESMITH_OCI_USERNAME", "ENGINESMITH_OCI_PASSWORD"
-_SET_THEM = f"set {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
+HOST, USERNAME, PASSWORD = (f"ENGINESMITH_OCI_{part}" for part in ("HOST", "USERNAME", "PASSWORD"))
+_SET_THEM = (
+    f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
+)
 _HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
 _DEFAULT_LIFE_S = 60.0
 """Of a token that names none (docs.docker.com, "Token authentication specification")."""
@@ -54,7 +59,7 @@ def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | Non
     Raises:
         AccessError: Docker's `config.json` cannot be read.
     """
-    if environ.get(USERNAME) and environ.get(PASSWORD):
+    if environ.get(HOST) == host and environ.get(USERNAME) and environ.get(PASSWORD):
         return Credentials(username=environ[USERNAME], password=environ[PASSWORD])
     folder = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME", "~")).expanduser() / ".docker"
     path = Path(folder, "config.json")
@@ -133,6 +138,11 @@ class Authorizer:
         """
         kind, _, rest = challenge.partition(" ")
         with self._lock:
+            if self.credentials is not None and not keeps_secrets(self.api):
+                raise AccessError(
+                    f"{self.api} wants credentials, which would go there in clear; use a registry "
+                    "with TLS"
+                )
             if kind.lower() == "basic":
                 self._basic = self.credentials is not None
                 return self.credentials is not None and sent != self.credentials.header()
@@ -152,12 +162,10 @@ class Authorizer:
 
     def _token(self, challenge: _Challenge) -> _Token:
         realm = urlsplit(challenge.realm)
-        if realm.scheme != "https" and not (
-            realm.scheme == "http" and self.api.startswith("http:")
-        ):
+        if not _is_token_service(self.api, challenge.realm):
             raise AccessError(
-                f"{self.api} sends us for a token to {challenge.realm[:80]!r}, which is not https; "
-                "credentials were not sent there"
+                f"{self.api} sends us for a token to {challenge.realm[:80]!r}, which is not of its "
+                "own domain or not https; credentials were not sent there"
             )
         query = {"service": challenge.service, "scope": challenge.scope}
         url = f"{challenge.realm}{'&' if realm.query else '?'}{urlencode(query)}"
@@ -182,3 +190,19 @@ class Authorizer:
         """The error for a request that is not allowed, whatever we offer."""
         who = f"as {self.credentials.username!r}" if self.credentials else "without credentials"
         return AccessError(f"{self.api} does not let us {doing} {who}; {_SET_THEM}")
+
+
+def keeps_secrets(url: str) -> bool:
+    """Whether nobody on the way can read what is sent to a URL."""
+    parts = urlsplit(url)
+    return parts.scheme == "https" or is_loopback(parts.hostname or "")
+
+
+def _is_token_service(api: str, realm: str) -> bool:
+    """Whether a registry's credentials may go to a token service."""
+    ours, theirs = urlsplit(api).hostname or "", urlsplit(realm).hostname or ""
+    if urlsplit(realm).scheme not in {"http", "https"} or not keeps_secrets(realm):
+        return False
+    domain = ".".join(ours.split(".")[-2:])
+    named = "." in domain and not ours.replace(".", "").isdecimal()  # an address has no domain
+    return theirs == ours or (named and (theirs == domain or theirs.endswith(f".{domain}")))

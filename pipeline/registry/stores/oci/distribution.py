@@ -7,14 +7,15 @@ are streamed unchecked; whoever reads them knows what they must be.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.core.errors import CorruptError, NotFoundError, TransientError
-from pipeline.registry.statements import parse_object
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.registry.stores.oci.documents import (
     INDEX_TYPE,
     MANIFEST_TYPE,
@@ -24,14 +25,16 @@ from pipeline.registry.stores.oci.documents import (
     describe,
     digest_of,
     parse_index,
+    parse_object,
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport
 
-_CHUNK_BYTES = 256 << 10
 _MAX_SKIP_BYTES = 64 << 20
 """What is read and thrown away where a server ignores `Range`."""
-_MAX_PAGES = 10_000
+_MAX_PAGES = 3_000
+"""Three million names; a server that lists more is not a registry, or never ends."""
 _PAGE = 1000
+_TRIES = 4
 _LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 _ACCEPT = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
@@ -78,18 +81,23 @@ class Repository:
             )
         return document
 
-    def put_manifest(self, reference: str, document: Document) -> Reply:
-        """Write a manifest or index under a tag or its digest; what the tag named is replaced."""
-        return self.transport.ask(
-            self._request(
-                "PUT",
-                f"manifests/{reference}",
-                f"write {self}:{reference}",
-                (200, 201, 202),
-                headers={"Content-Type": document.media_type},
-                body=document.data,
-            )
+    def put_manifest(self, reference: str, document: Document) -> None:
+        """Write a manifest under a tag or its digest; what the tag named is replaced."""
+        request = self._request(
+            "PUT",
+            f"manifests/{reference}",
+            f"write {self}:{reference}",
+            (200, 201, 202),
+            headers={"Content-Type": document.media_type},
+            body=document.data,
         )
+        for attempt in range(1, _TRIES):
+            try:
+                self.transport.ask(request)
+                return
+            except TransientError:  # a blob that was uploaded is not seen yet
+                time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
+        self.transport.ask(request)
 
     def delete_manifest(self, digest: str) -> bool:
         """Remove a manifest and its tags. False if it is not there.
@@ -145,13 +153,13 @@ class Repository:
             (200, 206, 416),
             headers={"Range": f"bytes={start}-{end - 1}"},
         )
-        with self.transport.open(request, _CHUNK_BYTES) as (reply, chunks):
+        with self.transport.open(request) as (reply, chunks):
             if reply.status == 416:
                 raise CorruptError(f"{self}: blob {digest} is shorter than {start} bytes")
             skip = start if reply.status == 200 else 0
             if reply.status == 206:
-                said = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
-                if said is None or int(said[1]) != start:
+                stated = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
+                if stated is None or int(stated[1]) != start:
                     raise TransientError(f"{self}: blob {digest} came in another range; try again")
             if skip > _MAX_SKIP_BYTES:
                 raise TransientError(
@@ -200,8 +208,8 @@ class Repository:
             doing=f"cancel an upload to {self}",
             expect=(200, 202, 204, 404, 405, 416),
         )
-        with contextlib.suppress(TransientError, NotFoundError):
-            self.transport.ask_once(request)
+        with contextlib.suppress(TransientError, NotFoundError, AccessError):
+            self.transport.ask(request)
 
     def tags(self) -> list[str]:
         """All tags; empty if there is no such repository."""
@@ -241,15 +249,21 @@ class Repository:
         return found
 
     def location(self, reply: Reply) -> str:
-        """Where an upload goes on.
+        """Where an upload goes on: at the registry itself, never another host.
 
         Raises:
-            CorruptError: The reply does not say.
+            AccessError: The reply does not say, or names another host.
         """
         target = reply.headers.get("Location")
         if not target:
-            raise CorruptError(f"{self} does not say where an upload goes; is it an OCI registry?")
-        return urljoin(reply.url, target)
+            raise AccessError(f"{self} does not say where an upload goes; is it an OCI registry?")
+        url = urljoin(reply.url, target)
+        if not self.transport.is_own(url):
+            host = urlsplit(url).netloc
+            raise AccessError(
+                f"{self} sends an upload to another host ({host!r}); nothing was sent"
+            )
+        return url
 
     def scope(self, *, write: bool, delete: bool = False) -> str:
         """What a token must allow."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +15,6 @@ from typing import Any
 import rfc8785
 
 from pipeline.core.errors import CorruptError
-from pipeline.registry.statements import parse_object
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -52,6 +53,10 @@ class Descriptor:
     def title(self) -> str:
         """The file name that it has in an artifact; empty if it has none."""
         return self.annotations.get(TITLE, "")
+
+    def carrying(self, data: bytes) -> Descriptor:
+        """The same, with the bytes in it."""
+        return dataclasses.replace(self, data=data)
 
     def to_json(self) -> dict[str, Any]:
         """As image-spec 1.1 writes it."""
@@ -140,16 +145,6 @@ def describe(data: bytes, media_type: str, **annotations: str) -> Descriptor:
     )
 
 
-def index_document(manifests: tuple[Descriptor, ...]) -> Document:
-    """A list of manifests."""
-    value: dict[str, Any] = {
-        "schemaVersion": 2,
-        "mediaType": INDEX_TYPE,
-        "manifests": [manifest.to_json() for manifest in manifests],
-    }
-    return Document(media_type=INDEX_TYPE, data=rfc8785.dumps(value))
-
-
 def parse_manifest(document: Document, origin: str) -> Manifest:
     """Read a manifest.
 
@@ -181,6 +176,21 @@ def parse_index(data: bytes, origin: str) -> tuple[Descriptor, ...]:
         return tuple(_descriptor(entry) for entry in value["manifests"] or ())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(f"{origin} is not an OCI index: {error!r}") from error
+
+
+def parse_object(data: bytes, origin: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CorruptError: It is none.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{origin} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{origin} is not a JSON object")
+    return value
 
 
 def digest_of(data: bytes) -> str:

@@ -1,120 +1,411 @@
-"""An OCI registry as a store: versions are images, statements referrers, channels tags.
-
-    oci://HOST[:PORT]/PREFIX       what lies where below it, `address` tells
-    image.py                       what an image of a package looks like
+"""An OCI registry as a store: versions are images, statements their referrers, each with a tag.
 
 A version is there as soon as its tag is, and not before: layers, config, the image manifest under
-its digest, the statements, then the tag. Tags have no compare-and-set: two publishers of different
-bytes who both found the tag free within a few milliseconds overwrite each other; each reads back
-after a moment, and the one whose image is gone is told so. What a client pulled in between carries
-a valid signature; its digest is not the one that the version has in the end.
+its digest, statements, sizes asked back, then the tag. Blobs have the name of their digest, so what
+is there is right. Tags have no exclusive creation, but a name that follows from its content needs
+none: who may push may overwrite, and readers find that out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from pydantic.dataclasses import dataclass
-
-from pipeline.core.errors import AccessError, CorruptError, NotFoundError, RecipeError
-from pipeline.core.settings import STRICT
+from pipeline.core.errors import (
+    AccessError,
+    ConflictError,
+    CorruptError,
+    NotFoundError,
+    RecipeError,
+    TransientError,
+)
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.manifest import MANIFEST, parse_manifest
-from pipeline.registry.reference import check_part
+from pipeline.registry.manifest import MANIFEST, files_of, parse_manifest
+from pipeline.registry.reference import check_part, reference_of
+from pipeline.registry.store import (
+    ENVELOPE,
+    KINDS,
+    MAX_ATTACHMENT_BYTES,
+    MAX_ENVELOPE_BYTES,
+    MAX_MOVES,
+    MAX_PER_KIND,
+    OnBytes,
+    Place,
+    RawStatement,
+    is_attachment_name,
+    is_statement_name,
+)
+from pipeline.registry.stores.layout import new_identity, parse_identity
+from pipeline.registry.stores.objects import bounded, in_parallel
+from pipeline.registry.stores.oci import documents
 from pipeline.registry.stores.oci.address import (
     Address,
     channel_tag,
-    parse_address,
+    move_start,
+    move_tag,
+    parse_statement_tag,
     parse_version_tag,
+    statement_tag,
     version_tag,
 )
-from pipeline.registry.stores.oci.auth import find_credentials
-from pipeline.registry.stores.oci.channels import put_channel_file, read_channels
+from pipeline.registry.stores.oci.content import LayerReader, digest_layer
 from pipeline.registry.stores.oci.distribution import Repository
+from pipeline.registry.stores.oci.documents import Descriptor, Document, Manifest
 from pipeline.registry.stores.oci.image import (
+    CONFIG_TYPE,
     Image,
     Layer,
-    Member,
+    image_config,
+    make_image,
     parse_image,
     plan_layers,
 )
-from pipeline.registry.stores.oci.publish import publish, read_package_manifest
-from pipeline.registry.stores.oci.referrers import (
-    delete_referrers,
-    list_referrers,
-    put_referrer,
-    read_referrer,
-)
 from pipeline.registry.stores.oci.transport import Request, Transport
-from pipeline.registry.stores.store import Place, StoredStatement
+from pipeline.registry.stores.oci.upload import upload
+from pipeline.registry.stores.publication import check_statement, sealed_manifest
 
 log = logging.getLogger(__name__)
 
-_PROBE = "writable-check"
+STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
+MOVE_TYPE = "application/vnd.enginesmith.move.v1"
+IDENTITY_TYPE = "application/vnd.enginesmith.registry.v1"
+NAME = "io.enginesmith.statement.name"
+_FILE_TYPE = "application/octet-stream"
+_IDENTITY, _IDENTITY_REPOSITORY, _PROBE = "identity", "registry", "writable-check"
+_FILE = "content.json"
+_MAX_INLINE_BYTES = 256 << 10
+"""Envelopes up to here travel inside the manifest, too (`data` of their descriptors, image-spec
+1.1), so that reading one is one request."""
+SETTLE_S = 1.0
+"""After it, what others began to write under a tag that they saw free has arrived."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True)
 class OciStore:
-    """`pipeline.registry.stores.store.WritableStore`, in an OCI registry.
+    """`pipeline.registry.store.WritableStore`, in an OCI registry.
 
     Attributes:
-        url: `oci://HOST[:PORT]/PREFIX`; the repository of a recipe is `PREFIX/<name>`.
-        plain_http: Speak HTTP without TLS; None for only where the host is this machine.
+        url: For messages.
         public: Whether everybody can read it.
-        timeout_s: A reply that is silent for so long has stalled.
+        address: What of the registry is ours.
+        transport: The way there.
     """
 
     url: str
-    plain_http: bool | None = None
-    public: bool = False
-    timeout_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        parse_address(self.url, self.plain_http)
+    public: bool
+    address: Address
+    transport: Transport
+    _images: dict[Place, Image] = field(default_factory=dict)
+    """Of versions that were read: a version never changes, and a pull asks for many pieces."""
 
     @property
     def local(self) -> bool:
         return False
 
-    def names(self) -> list[str]:
-        repository = Repository(transport=self._transport, name="")
-        request = Request(
-            method="GET",
-            url=f"{self._address.api}/v2/",
-            scope="registry:catalog:*",
-            doing=f"list the repositories of {self._address.host}",
-            expect=(200,),
-        )
-        try:
-            found = repository.pages(request, "_catalog", "repositories")
-        except (NotFoundError, AccessError) as error:
-            raise AccessError(
-                f"{error}. Many registries do not list what they have: name the package"
-            ) from error
-        names = {name for one in found if (name := self._address.name_of(one))}
-        return sorted(name for name in names if self.variants(name))
+    def identity(self) -> str | None:
+        repository = self._repository(_IDENTITY_REPOSITORY)
+        document = repository.manifest(_IDENTITY)
+        if document is None:
+            return None
+        origin = f"{repository}:{_IDENTITY}"
+        return parse_identity(_content(repository, document, IDENTITY_TYPE, origin), origin)
 
-    def variants(self, name: str) -> list[str]:
-        return sorted({variant for variant, _ in self._tagged(name)})
+    def create_identity(self) -> str:
+        if (there := self.identity()) is not None:
+            return there
+        repository = self._repository(_IDENTITY_REPOSITORY)
+        document = _artifact(repository, IDENTITY_TYPE, {_FILE: new_identity()})
+        if (there := self.identity()) is not None:
+            return there
+        repository.put_manifest(_IDENTITY, document)
+        time.sleep(SETTLE_S)
+        made = self.identity()
+        if made is None:
+            raise TransientError(f"{repository} lost its identity while it was made; try again")
+        return made
 
-    def versions(self, name: str, variant: str) -> list[str]:
-        return sorted(version for held, version in self._tagged(name) if held == variant)
+    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
+        return sorted(self._tagged(name, variant))
+
+    def statement_names(
+        self, name: str | None = None, variant: str | None = None
+    ) -> dict[Place, tuple[str, ...]]:
+        tagged = self._tagged(name, variant)
+        listed = in_parallel(self._referrers, tagged)
+        return {
+            place: tuple(names if native is None else native)
+            for (place, names), native in zip(tagged.items(), listed, strict=True)
+        }
 
     def read_manifest(self, place: Place) -> bytes:
-        return self._open(place)[1]
+        return self._image(place).manifest
 
     @contextlib.contextmanager
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
-        image, layers = self._planned(place)
-        for layer, descriptor in zip(layers, image.layers, strict=False):
+        digest, start = self._find(place, file)
+        stop = file.size_bytes if end is None else min(end, file.size_bytes)
+        if offset >= stop:
+            yield iter(())
+            return
+        blob = self._repository(place.name).open_blob(digest, start + offset, start + stop)
+        with blob as chunks:
+            yield chunks
+
+    def read_statements(
+        self, place: Place, names: Collection[str] | None = None
+    ) -> list[RawStatement]:
+        found = self._listed_statements(place, names)
+        kept: list[str] = []
+        for kind in KINDS:
+            of_kind = sorted(name for name in found if name.startswith(f"{kind}-"))
+            kept += bounded(of_kind, MAX_PER_KIND, f"{self.url}: {kind} statements of {place}")
+        repository = self._repository(place.name)
+
+        def read(name: str) -> RawStatement | None:
+            try:
+                files = _files(repository, repository.manifest(found[name]), STATEMENT_TYPE, name)
+                data = repository.blob(files[ENVELOPE], MAX_ENVELOPE_BYTES)
+            except (CorruptError, NotFoundError, KeyError):
+                return None
+            return RawStatement(name=name, files={ENVELOPE: data})
+
+        statements = [one for one in in_parallel(read, kept) if one is not None]
+        if len(statements) < len(kept):
+            count = len(kept) - len(statements)
+            log.warning("%s: %d statements of %s cannot be read; skipped", self.url, count, place)
+        return statements
+
+    def read_statement(self, place: Place, name: str) -> RawStatement:
+        found = self._listed_statements(place, {name})
+        repository = self._repository(place.name)
+        document = repository.manifest(found[name]) if name in found else None
+        if document is None:
+            raise NotFoundError(f"{self.url}: {place} has no statement {name}")
+        files = _files(repository, document, STATEMENT_TYPE, f"{repository}: {name} of {place}")
+        if ENVELOPE not in files:
+            raise CorruptError(f"{self.url}: statement {name} of {place} has no {ENVELOPE}")
+        return RawStatement(
+            name=name,
+            files={
+                file: repository.blob(
+                    blob, MAX_ENVELOPE_BYTES if file == ENVELOPE else MAX_ATTACHMENT_BYTES
+                )
+                for file, blob in files.items()
+                if file == ENVELOPE or is_attachment_name(file)
+            },
+        )
+
+    def read_moves(self, name: str, variant: str) -> list[bytes]:
+        repository = self._repository(name)
+        what = f"{self.url}: moves of {name}/{variant}"
+        tags = [tag for tag in repository.tags() if tag.startswith(move_start(variant))]
+
+        def read(tag: str) -> bytes | None:
+            try:
+                return _content(repository, repository.manifest(tag), MOVE_TYPE, tag)
+            except (CorruptError, NotFoundError):
+                return None
+
+        found = list(in_parallel(read, bounded(sorted(tags), MAX_MOVES, what)))
+        moves = [data for data in found if data is not None]
+        if len(moves) < len(found):
+            log.warning("%s: %d cannot be read; skipped", what, len(found) - len(moves))
+        return moves
+
+    def check_writable(self) -> None:
+        repository = self._repository(_PROBE)
+        try:
+            repository.cancel_upload(repository.begin_upload())
+        except NotFoundError:  # it wants repositories made beforehand
+            log.info(
+                "%s takes no new repositories; publishing tells whether it takes ours", self.url
+            )
+
+    def put_package(
+        self,
+        package: Package,
+        statements: Sequence[RawStatement],
+        on_bytes: OnBytes = lambda _: None,
+    ) -> bool:
+        place = Place.of(reference_of(package))
+        manifest = sealed_manifest(package)
+        if self._published(place, manifest):
+            return False
+        self.create_identity()
+        repository = self._repository(place.name)
+        layers = plan_layers(manifest, files_of(package.manifest))
+        blobs = [
+            self._put_layer(repository, layer, package, manifest, on_bytes) for layer in layers
+        ]
+        config = image_config(blobs)
+        blobs.append(repository.put_blob(config, CONFIG_TYPE))
+        image = make_image(place, manifest, config, blobs[:-1])
+        repository.put_manifest(image.digest, image)
+        for statement in statements:
+            self._put_statement(place, image, statement)
+        for blob in blobs:
+            if not repository.has_blob(blob):
+                raise CorruptError(
+                    f"{repository} does not have {blob.digest}, which it took; nothing shows yet: "
+                    "look after the registry, then run the same command again"
+                )
+        repository.put_manifest(version_tag(place), image)
+        if not self._published(place, manifest):
+            raise TransientError(f"{place} was removed while it was published; publish it again")
+        return True
+
+    def put_statement(self, place: Place, statement: RawStatement) -> bool:
+        try:
+            image = self._image(place).document
+        except NotFoundError as error:
+            raise NotFoundError(f"{self.url} has no {place}; publish it first") from error
+        return self._put_statement(place, image, statement)
+
+    def put_move(self, name: str, variant: str, data: bytes) -> bool:
+        repository, tag = self._repository(name), move_tag(variant, data)
+        document = _artifact(repository, MOVE_TYPE, {_FILE: data})
+        there = repository.manifest(tag)
+        if there is None or there.digest != document.digest:
+            repository.put_manifest(tag, document)
+            return True
+        return False
+
+    def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
+        """See the Protocol: a tag for those who mount the image that a channel means."""
+        try:
+            version = check_part("version", json.loads(data)["version"])
+            place = Place(name=name, variant=variant, version=version)
+            image = self._image(place).document
+        except (ValueError, KeyError, TypeError, RecipeError, NotFoundError) as error:
+            log.warning("%s of %s gets no image tag: %s", channel, variant, error)
+            return
+        self._repository(name).put_manifest(channel_tag(variant, channel, card), image)
+
+    def delete_package(self, place: Place) -> int:
+        """See the Protocol; the registry's own collector frees the layers, which no tag names."""
+        try:
+            image = self._image(place)
+        except NotFoundError:
+            return 0
+        repository = self._repository(place.name)
+        found = self._listed_statements(place, None)
+        repository.delete_manifest(image.document.digest)
+        self._images.pop(place, None)
+        for reference in found.values():
+            if (document := repository.manifest(reference)) is not None:
+                repository.delete_manifest(document.digest)
+        return sum(layer.size_bytes for layer in image.layers)
+
+    def now_s(self) -> float:
+        """This machine's clock: a registry dates nothing."""
+        return time.time()
+
+    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
+        """None: uploads that broke off expire in the registry, and nothing lists them."""
+        return []
+
+    def _repository(self, name: str) -> Repository:
+        return Repository(transport=self.transport, name=self.address.repository(name))
+
+    def _names(self) -> list[str]:
+        request = Request(
+            method="GET",
+            url=f"{self.transport.api}/v2/",
+            scope="registry:catalog:*",
+            doing=f"list the repositories of {self.address.host}",
+            expect=(200,),
+        )
+        try:
+            root = Repository(transport=self.transport, name="")
+            found = root.pages(request, "_catalog", "repositories")
+        except (NotFoundError, AccessError) as error:
+            raise AccessError(
+                f"{error}. Many registries do not list what they have: name the package"
+            ) from error
+        return [name for one in found if (name := self.address.name_of(one))]
+
+    def _tagged(self, name: str | None, variant: str | None) -> dict[Place, list[str]]:
+        """Places by the tags of recipes, with the statements that have a tag."""
+        names = self._names() if name is None else [check_part("name", name)]
+        found: dict[Place, list[str]] = {}
+        tags_of = in_parallel(lambda one: self._repository(one).tags(), names)
+        for one, tags in zip(names, tags_of, strict=True):
+            statements: dict[str, list[str]] = {}
+            for tag in tags:
+                if (statement := parse_statement_tag(tag)) is not None:
+                    statements.setdefault(statement[1], []).append(statement[0])
+            for tag in tags:
+                place = parse_version_tag(one, tag)
+                if place is not None and variant in {None, place.variant}:
+                    about = statement_tag(place, "").removeprefix("_")
+                    found[place] = statements.get(about, [])
+        return found
+
+    def _referrers(self, place: Place) -> dict[str, str] | None:
+        """Statement -> digest, as the registry itself lists them; None if it has no such list.
+
+        Who may push can move a tag, but not take an entry from this list.
+        """
+        try:
+            subject = self._image(place).document.digest
+        except (CorruptError, NotFoundError):  # its reader hears of it
+            return {}
+        listed = self._repository(place.name).referrers(subject)
+        if listed is None:
+            return None
+        return {
+            name: one.digest
+            for one in listed
+            if one.artifact_type in {"", STATEMENT_TYPE}
+            and is_statement_name(name := one.annotations.get(NAME, ""))
+        }
+
+    def _listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
+        """Statement -> digest or tag."""
+        found = self._referrers(place)
+        if found is None:
+            known = names
+            if known is None:
+                known = self._tagged(place.name, place.variant).get(place, [])
+            found = {name: statement_tag(place, name) for name in known}
+        return {name: where for name, where in found.items() if names is None or name in names}
+
+    def _image(self, place: Place) -> Image:
+        if place not in self._images:
+            repository, tag = self._repository(place.name), version_tag(place)
+            document = repository.manifest(tag)
+            if document is None:
+                raise NotFoundError(f"{self.url} has no {place}")
+            self._images[place] = parse_image(document, f"{repository}:{tag}")
+        return self._images[place]
+
+    def _published(self, place: Place, manifest: bytes) -> bool:
+        """Whether exactly this manifest has the version's tag."""
+        self._images.pop(place, None)
+        try:
+            there = self._image(place).manifest
+        except NotFoundError:
+            return False
+        except CorruptError:
+            there = b""
+        if there != manifest:
+            raise ConflictError(
+                f"{self.url}: another manifest lies under {place}, whose name follows from its "
+                "own; who may write there put it in the wrong place: remove it, and publish again"
+            )
+        return True
+
+    def _find(self, place: Place, file: FileDigest) -> tuple[str, int]:
+        """The layer that has a file, and where in the layer its bytes begin."""
+        image = self._image(place)
+        for layer, descriptor in zip(_planned(image.manifest), image.layers, strict=False):
             for member in layer.members:
                 if member.file.path == file.path:
                     if layer.size_bytes != descriptor.size_bytes:
@@ -122,163 +413,98 @@ class OciStore:
                             f"{place} has a layer of {descriptor.size_bytes} bytes where its "
                             f"manifest makes {layer.size_bytes}; publish it again"
                         )
-                    with self._open_member(place, descriptor.digest, member, offset, end) as chunks:
-                        yield chunks
-                    return
+                    return descriptor.digest, member.offset
         raise NotFoundError(f"{place} has no file {file.path}")
 
-    def statements(self, place: Place) -> list[StoredStatement]:
-        image = self._image(place)
-        if image is None:
-            return []
-        return [
-            StoredStatement(
-                name=one.name,
-                made_s=one.made_s,
-                sizes={name: blob.size_bytes for name, blob in one.files.items()},
-            )
-            for one in list_referrers(self._repository(place.name), image.document.digest)
-        ]
-
-    def read_statement(self, place: Place, name: str) -> dict[str, bytes]:
-        check_part("statement", name)
-        repository = self._repository(place.name)
-        digest = self._require(place).document.digest
-        for one in list_referrers(repository, digest):
-            if one.name == name:
-                return read_referrer(repository, one)
-        raise NotFoundError(f"{place} has no statement {name}")
-
-    def channels(self, name: str, variant: str) -> dict[str, bytes]:
-        return read_channels(self._repository(name), variant, "channel")
-
-    def moves(self, name: str, variant: str) -> dict[str, bytes]:
-        return read_channels(self._repository(name), variant, "move")
-
-    def check_writable(self) -> None:
-        name = f"{self._address.prefix}/{_PROBE}".lstrip("/")
-        repository = Repository(transport=self._transport, name=name)
-        try:
-            repository.cancel_upload(repository.begin_upload())
-        except (
-            NotFoundError
-        ):  # it wants repositories made beforehand: then it tells when we publish
-            log.info("%s does not take new repositories; not known whether it takes ours", self.url)
-
-    def put_package(
+    def _put_layer(
         self,
+        repository: Repository,
+        layer: Layer,
         package: Package,
-        statements: Mapping[str, Mapping[str, bytes]],
-        on_bytes: Callable[[int], None],
-    ) -> bool:
-        place = Place(
-            name=package.manifest["name"],
-            variant=package.manifest["variant"],
-            version=package.manifest["version"],
+        manifest: bytes,
+        on_bytes: OnBytes,
+    ) -> Descriptor:
+        """Upload a layer, unless it is there; counts the bytes of its files."""
+        blob = digest_layer(layer, package.dir, manifest)
+        total = sum(one.file.size_bytes for one in layer.members if one.file.path != MANIFEST)
+        counted = 0
+
+        def on_position(position: int) -> None:
+            nonlocal counted
+            reached = total * position // blob.size_bytes
+            if reached > counted:  # after a fault it starts further back
+                on_bytes(reached - counted)
+                counted = reached
+
+        if not repository.has_blob(blob):
+            with contextlib.closing(LayerReader(layer, package.dir, manifest)) as reader:
+                upload(repository, blob, reader, on_position)
+        on_position(blob.size_bytes)
+        return blob
+
+    def _put_statement(self, place: Place, image: Document, statement: RawStatement) -> bool:
+        check_statement(statement)
+        repository, tag = self._repository(place.name), statement_tag(place, statement.name)
+        files = {ENVELOPE: statement.envelope, **statement.files}
+        document = _artifact(
+            repository,
+            STATEMENT_TYPE,
+            files,
+            {NAME: statement.name},
+            image.descriptor(),
         )
-        self._plans.pop(place, None)
-        return publish(self._repository(place.name), place, package, statements, on_bytes)
+        there = repository.manifest(tag)
+        if there is None:
+            repository.put_manifest(tag, document)
+            return True
+        if there.digest != document.digest:
+            raise ConflictError(
+                f"{repository}: something else has the tag {tag}, and statements are only ever "
+                "added; sign this one again, which gives it another name"
+            )
+        return False
 
-    def put_statement(self, place: Place, name: str, files: Mapping[str, bytes]) -> bool:
-        subject = self._require(place).document.descriptor()
-        return put_referrer(self._repository(place.name), subject, name, files)
 
-    def put_move(self, name: str, variant: str, file: str, data: bytes) -> None:
-        put_channel_file(self._repository(name), variant, "move", file, data)
+@functools.lru_cache(maxsize=64)
+def _planned(manifest: bytes) -> tuple[Layer, ...]:
+    return plan_layers(manifest, files_of(parse_manifest(manifest, MANIFEST)))
 
-    def put_channel(self, name: str, variant: str, file: str, data: bytes) -> None:
-        repository = self._repository(name)
-        put_channel_file(repository, variant, "channel", file, data)
-        channel, _, card = file.removesuffix(".json").partition(".")
-        try:
-            version = check_part("version", json.loads(data)["version"])
-            tag = channel_tag(variant, channel, card)
-        except (ValueError, KeyError, TypeError, RecipeError) as error:
-            log.warning("%s of %s gets no image tag: %s", file, variant, error)
-            return
-        # For those who mount the image by a tag; our own clients read the artifact.
-        image = self._require(Place(name=name, variant=variant, version=version))
-        repository.put_manifest(tag, image.document)
 
-    def delete_version(self, place: Place) -> int:
-        image = self._require(place)
-        repository = self._repository(place.name)
-        repository.delete_manifest(image.document.digest)
-        self._plans.pop(place, None)
-        return delete_referrers(repository, image.document.digest) + sum(
-            layer.size_bytes for layer in image.layers
-        )
+def _artifact(
+    repository: Repository,
+    artifact_type: str,
+    files: dict[str, bytes],
+    annotations: dict[str, str] | None = None,
+    subject: Descriptor | None = None,
+) -> Document:
+    """Upload the blobs of an artifact; its manifest, the same for the same files."""
+    repository.put_blob(documents.EMPTY, documents.EMPTY_TYPE)
+    layers = []
+    for file, data in sorted(files.items()):
+        blob = repository.put_blob(data, _FILE_TYPE, **{documents.TITLE: file})
+        inline = file in {ENVELOPE, _FILE} and len(data) <= _MAX_INLINE_BYTES
+        layers.append(blob.carrying(data) if inline else blob)
+    made: Manifest = documents.artifact(artifact_type, tuple(layers), annotations or {}, subject)
+    return made.document()
 
-    def now_s(self) -> float:
-        """This machine's clock: referrers carry their writers' own dates."""
-        return time.time()
 
-    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
-        """None: uploads that broke off expire in the registry, and nobody can list them."""
-        return []
+def _files(
+    repository: Repository, document: Document | None, artifact_type: str, origin: str
+) -> dict[str, Descriptor]:
+    """File name -> blob of an artifact."""
+    if document is None:
+        raise NotFoundError(f"{repository}: {origin} is listed and not there")
+    manifest = documents.parse_manifest(document, origin)
+    if manifest.artifact_type != artifact_type:
+        raise CorruptError(f"{origin} is of type {manifest.artifact_type!r}; remove that tag")
+    return {blob.title: blob for blob in manifest.layers}
 
-    @cached_property
-    def _address(self) -> Address:
-        return parse_address(self.url, self.plain_http)
 
-    @cached_property
-    def _transport(self) -> Transport:
-        credentials = find_credentials(self._address.host, os.environ)
-        return Transport(self._address.api, credentials, self.timeout_s)
-
-    @cached_property
-    def _plans(self) -> dict[Place, tuple[Image, tuple[Layer, ...]]]:
-        """Of versions that were read: a version never changes, and a pull asks for many pieces."""
-        return {}
-
-    def _repository(self, name: str) -> Repository:
-        return Repository(transport=self._transport, name=self._address.repository(name))
-
-    def _tagged(self, name: str) -> list[tuple[str, str]]:
-        tags = self._repository(name).tags()
-        return [found for tag in tags if (found := parse_version_tag(tag))]
-
-    def _image(self, place: Place) -> Image | None:
-        tag = version_tag(place.variant, place.version)
-        repository = self._repository(place.name)
-        document = repository.manifest(tag)
-        return None if document is None else parse_image(document, f"{repository}:{tag}")
-
-    def _require(self, place: Place) -> Image:
-        image = self._image(place)
-        if image is None:
-            raise NotFoundError(f"{self.url} has no {place}")
-        return image
-
-    def _open(self, place: Place) -> tuple[Image, bytes]:
-        image = self._require(place)
-        data = read_package_manifest(self._repository(place.name), image)
-        return image, data
-
-    def _planned(self, place: Place) -> tuple[Image, tuple[Layer, ...]]:
-        if place not in self._plans:
-            image, data = self._open(place)
-            manifest = parse_manifest(data, f"{MANIFEST} of {place}")
-            files = [
-                FileDigest(path=one["path"], size_bytes=one["size"], sha256=one["sha256"])
-                for one in manifest["files"]
-            ]
-            self._plans[place] = image, plan_layers(data, files)
-        return self._plans[place]
-
-    @contextlib.contextmanager
-    def _open_member(
-        self, place: Place, digest: str, member: Member, offset: int, end: int | None
-    ) -> Iterator[Iterator[bytes]]:
-        start = member.offset + offset
-        size_bytes = member.file.size_bytes
-        stop = member.offset + (size_bytes if end is None else min(end, size_bytes))
-        if start >= stop:
-            yield iter(())
-            return
-        try:
-            with self._repository(place.name).open_blob(digest, start, stop) as chunks:
-                yield chunks
-        except NotFoundError:
-            self._plans.pop(place, None)  # perhaps deleted and published again
-            raise
+def _content(
+    repository: Repository, document: Document | None, artifact_type: str, origin: str
+) -> bytes:
+    """What an artifact with one file holds."""
+    files = _files(repository, document, artifact_type, origin)
+    if _FILE not in files:
+        raise CorruptError(f"{origin} has no {_FILE}; remove that tag")
+    return repository.blob(files[_FILE], MAX_ENVELOPE_BYTES)

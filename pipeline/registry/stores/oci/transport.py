@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import logging
 import os
-import random
-import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, SSLError
+from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.response import BaseHTTPResponse
 
 from pipeline.core.errors import (
@@ -27,35 +23,26 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.registry.stores.oci.address import is_loopback
-from pipeline.registry.stores.oci.auth import Authorizer, Credentials
+from pipeline.registry.stores.oci.auth import Authorizer, Credentials, keeps_secrets
+from pipeline.registry.stores.transfer import (
+    ATTEMPTS,
+    CHUNK_BYTES,
+    CONNECT_S,
+    CONNECTIONS,
+    POOLS,
+    SILENCE_S,
+    at_pace,
+    read_at_pace,
+)
 
-log = logging.getLogger(__name__)
-
-ATTEMPTS = 5
 BACKOFF_S = 0.5
-"""Before the second attempt; doubled for each further one, then shortened at random."""
-_MAX_WAIT_S = 60.0
+"""Before the third attempt; doubled for each further one, and lengthened at random."""
+_MAX_WAIT_S = 20
 """Longest wait that a `Retry-After` gets."""
 _MAX_REDIRECTS = 5
 _MAX_ERROR_BYTES = 64 << 10
 _MAX_TOKEN_BYTES = 1 << 20
-_CONNECT_S = 10.0
-_CONNECTIONS = 32
-
-_Result = TypeVar("_Result")
-Body = bytes | Iterable[bytes]
-
-
-class RetryableError(TransientError):
-    """A fault that another attempt may not have.
-
-    Attributes:
-        retry_after_s: How long the server wants us to wait; None if it did not say.
-    """
-
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(f"{message}; run the same command again")
-        self.retry_after_s = retry_after_s
+_BUSY = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +56,7 @@ class Request:
         doing: For messages: `read a/b:tag`.
         expect: Statuses that are answers; all others raise.
         headers: Besides ours.
-        body: Bytes, or chunks that can be read once.
+        body: Bytes, or a file that can be rewound.
     """
 
     method: str
@@ -78,7 +65,7 @@ class Request:
     doing: str
     expect: tuple[int, ...]
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: Body = b""
+    body: bytes | io.RawIOBase = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +84,11 @@ class Transport:
     Args:
         api: Start of the registry's URLs.
         credentials: Whom to be; None for nobody.
-        timeout_s: A reply that is silent for so long has stalled.
     """
 
-    def __init__(self, api: str, credentials: Credentials | None, timeout_s: float) -> None:
+    def __init__(self, api: str, credentials: Credentials | None) -> None:
         self.api = api
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
-        self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=timeout_s)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
     def ask(self, request: Request, limit_bytes: int = _MAX_ERROR_BYTES) -> Reply:
@@ -116,121 +101,123 @@ class Transport:
             TransientError: Still no answer after `ATTEMPTS`.
             PipelineError: Any other refusal.
         """
-        return retrying(lambda: self.ask_once(request, limit_bytes))
-
-    def ask_once(self, request: Request, limit_bytes: int = _MAX_ERROR_BYTES) -> Reply:
-        """`ask`, without a second attempt; for a body that can be read once."""
-        response = self._respond(request)
-        try:
-            with _connection_errors(request):
-                body = response.read(limit_bytes + 1, decode_content=False)
-            if len(body) > limit_bytes:
-                raise CorruptError(f"{_shown(request.url)} is longer than {limit_bytes} bytes")
-            if response.length_remaining:
-                raise RetryableError(f"{_shown(request.url)} ended early")
-        finally:
-            _discard(response)
-        return Reply(status=response.status, headers=response.headers, body=body, url=request.url)
+        for _ in range(ATTEMPTS - 1):  # a reply that breaks off is like one that does not come
+            with contextlib.suppress(_BrokenError):
+                return self._ask(request, limit_bytes)
+        return self._ask(request, limit_bytes)
 
     @contextlib.contextmanager
-    def open(self, request: Request, chunk_bytes: int) -> Iterator[tuple[Reply, Iterator[bytes]]]:
+    def open(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
         """Ask, again after a passing fault, and leave the body to the caller, in chunks.
 
         Yields:
             The reply without its body, and the chunks. A fault of the connection while they are
             read is a TransientError.
         """
-        response = retrying(lambda: self._respond(request))
+        response = self._respond(request)
         reply = Reply(status=response.status, headers=response.headers, body=b"", url=request.url)
-
-        def chunks() -> Iterator[bytes]:
-            stream = response.stream(chunk_bytes, decode_content=False)
-            while True:
-                with _connection_errors(request):  # not around the yield: the caller's are his
-                    chunk = next(stream, None)
-                if chunk is None:
-                    return
-                yield chunk
-
         try:
-            yield reply, chunks()
+            yield reply, at_pace(_reader(response, request.url), _shown(request.url))
         finally:
             _discard(response)
 
+    def is_own(self, url: str) -> bool:
+        """Whether a URL is of the registry itself."""
+        return _origin(url) == _origin(self.api)
+
+    def _ask(self, request: Request, limit_bytes: int) -> Reply:
+        response = self._respond(request)
+        try:
+            read = _reader(response, request.url)
+            body = read_at_pace(read, limit_bytes, _shown(request.url))
+        finally:
+            _discard(response)
+        return Reply(status=response.status, headers=response.headers, body=body, url=request.url)
+
     def _respond(self, request: Request) -> BaseHTTPResponse:
         """Send, with authorization; the body of an expected reply is not read yet."""
-        with _connection_errors(request):
-            response, url, sent = self._send(request)
-            # Only the registry itself may ask who we are, not where it redirects to.
-            if response.status == 401 and _origin(url) == _origin(self.api):
-                _discard(response)
-                challenge = response.headers.get("WWW-Authenticate", "")
-                if not self._auth.answer(request.scope, challenge, sent):
-                    raise self._auth.refused(request.doing)
-                if not isinstance(request.body, bytes):
-                    raise RetryableError(f"{_shown(request.url)} wanted a new token")
-                response, _, _ = self._send(request)
-            try:
-                if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise RetryableError(
-                        f"{_shown(request.url)} is compressed on the way, which was refused"
-                    )
-                if response.status not in request.expect:
-                    raise self._fault(request, response)
-            except BaseException:
-                _discard(response)
-                raise
-            return response
+        response, url, sent = self._send(request)
+        # Only the registry itself may ask who we are, not where it redirects to.
+        if response.status == 401 and self.is_own(url):
+            _discard(response)
+            challenge = response.headers.get("WWW-Authenticate", "")
+            if not self._auth.answer(request.scope, challenge, sent):
+                raise self._auth.refused(request.doing)
+            response, _, _ = self._send(request)
+        try:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise TransientError(
+                    f"{_shown(request.url)} is compressed on the way, which was refused; is a "
+                    "proxy in the way?"
+                )
+            if response.status not in request.expect:
+                raise self._fault(request, response)
+        except BaseException:
+            _discard(response)
+            raise
+        return response
 
     def _send(self, request: Request) -> tuple[BaseHTTPResponse, str, str | None]:
         """Send, follow redirects of reads; also gives the last URL and `Authorization`."""
         url = request.url
         for _ in range(_MAX_REDIRECTS + 1):
             headers = {"Accept-Encoding": "identity", **request.headers}
-            sent = self._auth.header(request.scope) if _origin(url) == _origin(self.api) else None
+            sent = self._auth.header(request.scope) if self.is_own(url) else None
             if sent:  # never to another host: it gets a link of its own
                 headers["Authorization"] = sent
-            response = self._pool(url).urlopen(
-                request.method,
-                url,
-                body=request.body or None,
-                headers=headers,
-                retries=False,
-                redirect=False,
-                timeout=self._timeout,
-                preload_content=False,
-                decode_content=False,
-            )
+            if isinstance(request.body, io.RawIOBase):
+                request.body.seek(0)
+            response = self._open(request.method, url, headers, request.body or None)
             target = response.get_redirect_location()
             if not target or request.method not in {"GET", "HEAD"}:
                 return response, url, sent
             _discard(response)
-            url = self._redirected(url, target)
-        raise RetryableError(f"{_shown(request.url)} redirects more than {_MAX_REDIRECTS} times")
+            found = urljoin(url, target)
+            if not keeps_secrets(found) and not url.startswith("http:"):
+                raise AccessError(f"{_shown(url)} redirects to {_shown(found)}, which is not https")
+            url = found
+        raise TransientError(f"{_shown(request.url)} redirects more than {_MAX_REDIRECTS} times")
 
-    def _redirected(self, url: str, target: str) -> str:
-        found = urljoin(url, target)
-        scheme = urlsplit(found).scheme
-        if scheme != "https" and not (scheme == "http" and url.startswith("http:")):
-            raise AccessError(f"{_shown(url)} redirects to {_shown(found)}, which is not https")
-        return found
+    def _open(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | io.RawIOBase | None
+    ) -> BaseHTTPResponse:
+        retries = urllib3.Retry(
+            total=ATTEMPTS - 1,
+            allowed_methods=None,  # all: names follow from bytes, so nothing is made twice
+            status_forcelist=_BUSY,
+            raise_on_status=False,
+            backoff_factor=BACKOFF_S,
+            backoff_jitter=BACKOFF_S,
+            retry_after_max=_MAX_WAIT_S,
+        )
+        with _connection_errors(url):
+            return self._pool(url).urlopen(
+                method,
+                url,
+                body=body,
+                headers=headers,
+                retries=retries,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+            )
 
     def _fault(self, request: Request, response: BaseHTTPResponse) -> PipelineError:
         """What an unexpected status means."""
         status = response.status
-        said = _said(response)
-        message = f"cannot {request.doing}: {_shown(request.url)} answered {status}{said}"
+        stated = _stated(response)
+        message = f"cannot {request.doing}: {_shown(request.url)} answered {status}{stated}"
         if status in {401, 403}:
             return self._auth.refused(request.doing)
-        if status in {408, 429} or status >= 500:
-            return RetryableError(message, _retry_after_s(response.headers.get("Retry-After", "")))
-        if status == 404:
-            return NotFoundError(message)
-        if "MANIFEST_BLOB_UNKNOWN" in said:
+        if status in _BUSY or status >= 500:
+            return TransientError(f"{message}; try again later")
+        if "MANIFEST_BLOB_UNKNOWN" in stated:
             # docker-registry 2.8 does not see a blob while another client uploads the same one
             # (tried 2026-11-25); others take a moment to see what was uploaded.
-            return RetryableError(message)
-        if "DIGEST_INVALID" in said:
+            return TransientError(f"{message}; run the same command again")
+        if status == 404:
+            return NotFoundError(message)
+        if "DIGEST_INVALID" in stated:
             return CorruptError(f"{message}; what arrived is not what was sent, or a file changed")
         if status == 405:
             what = "deleting (storage.delete.enabled of docker-registry)"
@@ -239,23 +226,14 @@ class Transport:
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        with _connection_errors(Request(method="GET", url=url, scope="", doing="", expect=())):
-            response = self._pool(url).urlopen(
-                "GET",
-                url,
-                headers={"Accept-Encoding": "identity", **headers},
-                retries=False,
-                redirect=False,
-                timeout=self._timeout,
-                preload_content=False,
-            )
-            try:
-                if response.status == 429 or response.status >= 500:
-                    wait = _retry_after_s(response.headers.get("Retry-After", ""))
-                    raise RetryableError(f"{_shown(url)} answered {response.status}", wait)
-                return response.status, response.read(_MAX_TOKEN_BYTES)
-            finally:
-                _discard(response)
+        response = self._open("GET", url, {"Accept-Encoding": "identity", **headers}, None)
+        try:
+            if response.status in _BUSY:
+                raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
+            read = _reader(response, url)
+            return response.status, read_at_pace(read, _MAX_TOKEN_BYTES, _shown(url))
+        finally:
+            _discard(response)
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """Connections for a URL, through the proxy that the environment names for it."""
@@ -266,50 +244,47 @@ class Transport:
             proxy = ""
         key = (os.getpid(), proxy)
         if key not in self._pools:
-            self._pools[key] = (
-                urllib3.ProxyManager(proxy, maxsize=_CONNECTIONS)
-                if proxy
-                else urllib3.PoolManager(maxsize=_CONNECTIONS)
-            )
+            timeout = urllib3.Timeout(connect=CONNECT_S, read=SILENCE_S)
+            pools = urllib3.ProxyManager(proxy) if proxy else urllib3.PoolManager()
+            pools.connection_pool_kw |= {
+                "maxsize": CONNECTIONS,
+                "blocksize": CHUNK_BYTES,
+                "timeout": timeout,
+            }
+            self._pools[key] = pools
+            pools.pool_classes_by_scheme = POOLS
         return self._pools[key]
 
 
-def retrying(call: Callable[[], _Result]) -> _Result:
-    """Call until there is no `RetryableError`, at most `ATTEMPTS` times."""
-    for attempt in range(1, ATTEMPTS):
-        try:
-            return call()
-        except RetryableError as error:
-            pause(attempt, error)
-    return call()
-
-
-def pause(attempt: int, error: RetryableError) -> None:
-    """Wait before another attempt.
-
-    Args:
-        attempt: How many failed.
-        error: How the last one did.
-    """
-    wait_s = BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-    if error.retry_after_s is not None:
-        wait_s = min(max(error.retry_after_s, wait_s), _MAX_WAIT_S)
-    log.info("Attempt %d of %d failed, next in %.1f s: %s", attempt, ATTEMPTS, wait_s, error)
-    time.sleep(wait_s)
+class _BrokenError(TransientError):
+    """The connection broke; another attempt may not."""
 
 
 @contextlib.contextmanager
-def _connection_errors(request: Request) -> Iterator[None]:
-    """Turn a fault of the connection into a `RetryableError`."""
+def _connection_errors(url: str) -> Iterator[None]:
+    """Turn a fault of the connection into an error that says what to do."""
     try:
         yield
-    except SSLError as error:
-        raise AccessError(
-            f"{_shown(request.url)} has no TLS certificate that this machine trusts ({error}); "
-            "set SSL_CERT_FILE, or plain_http for a registry that speaks HTTP"
-        ) from error
     except (HTTPError, OSError) as error:
-        raise RetryableError(f"the connection to {_shown(request.url)} broke: {error}") from error
+        cause = error.reason if isinstance(error, MaxRetryError) else error
+        if isinstance(cause, SSLError):
+            raise AccessError(
+                f"{_shown(url)} has no TLS certificate that this machine trusts ({cause}); "
+                "set SSL_CERT_FILE, or plain_http for a registry that speaks HTTP"
+            ) from error
+        raise _BrokenError(
+            f"the connection to {_shown(url)} broke: {cause}; check the network, and try again"
+        ) from error
+
+
+def _reader(response: BaseHTTPResponse, url: str) -> Callable[[int], bytes]:
+    """Reads what has arrived of a body."""
+
+    def read(count: int) -> bytes:
+        with _connection_errors(url):
+            return response.read1(count, decode_content=False)
+
+    return read
 
 
 def _discard(response: BaseHTTPResponse) -> None:
@@ -327,26 +302,21 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 def _shown(url: str) -> str:
-    """A URL for a message: its query may hold a signature."""
+    """A URL for a message: its query may hold a signature, and a server may have chosen it."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}"[:300]
+    return _printable(f"{parts.scheme}://{parts.netloc}{parts.path}"[:300])
 
 
-def _said(response: BaseHTTPResponse) -> str:
+def _stated(response: BaseHTTPResponse) -> str:
     """What the registry says of an error, made printable; empty if nothing."""
-    with contextlib.suppress(HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError):
-        body = response.read(_MAX_ERROR_BYTES, decode_content=False)
+    with contextlib.suppress(
+        PipelineError, HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError
+    ):
+        body = read_at_pace(_reader(response, ""), _MAX_ERROR_BYTES, "an error")
         texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]
-        text = "; ".join(texts)[:300]
-        return ": " + "".join(letter if letter.isprintable() else "?" for letter in text)
+        return ": " + _printable("; ".join(texts)[:300])
     return ""
 
 
-def _retry_after_s(text: str) -> float | None:
-    """Seconds of a `Retry-After`, a number or a date; None if it is neither."""
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

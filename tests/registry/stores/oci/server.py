@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipeline.registry.stores.oci import OciStore
+from pipeline.registry.stores.oci import OciRegistry, OciStore
 
 USER, PASSWORD = "builder", "s3cret"
 Fault = Callable[["Handler"], bool]
@@ -40,7 +40,7 @@ class FakeRegistry:
     """The state of one server; see the module."""
 
     host: str = ""
-    native: bool = True
+    native: bool = True  # has the referrers API
     auth: str = ""  # "", "bearer" or "basic"
     life_s: int = 300  # of a token
     page: int = 1000  # longest list in one reply
@@ -54,7 +54,7 @@ class FakeRegistry:
     tokens: set[str] = field(default_factory=set)
 
     def store(self, prefix: str = "engines", **more: Any) -> OciStore:
-        return OciStore(url=f"oci://{self.host}/{prefix}", **more)
+        return OciRegistry(url=f"oci://{self.host}/{prefix}", **more).store()
 
     def paths(self, method: str) -> list[str]:
         return [one.path for one in self.seen if one.method == method]
@@ -67,6 +67,7 @@ class FakeRegistry:
             if where == repository and reference.startswith("sha256:") and about == subject:
                 found.append({"mediaType": kind, "digest": reference, "size": len(data)})
                 found[-1]["artifactType"] = value.get("artifactType", "")
+                found[-1]["annotations"] = value.get("annotations", {})
         return found
 
 
