@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.commands import building, copy, lifecycle, measuring, packages, pull, race
+from pipeline.commands import building, copy, keys, lifecycle, measuring, packages, pull, race
 from pipeline.commands.answer import failure
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 
@@ -55,7 +55,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "pull": pull.pull,
     "copy": copy.copy,
     "generate": packages.generate,
-    "keygen": packages.keygen,
+    "keygen": keys.keygen,
+    "policy": keys.policy,
+    "sign": keys.sign,
     "promote": lifecycle.promote,
     "rollback": lifecycle.rollback,
     "yank": lifecycle.yank,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
+
+if TYPE_CHECKING:
+    from pipeline.registry.promotion import Moved
+    from pipeline.registry.store import WritableStore
+    from pipeline.registry.trust.channels import Move
+    from pipeline.registry.trust.policy import TrustPolicy
+    from pipeline.registry.trust.statements import Author
 
 _Channel = Annotated[str, typer.Option(metavar="NAME", help="stable, candidate, or your own.")]
 _Card = Annotated[
@@ -30,30 +38,17 @@ def promote(
     channel: _Channel = "stable",
     card: _Card = None,
     reason: _Reason = "",
-    restart_log: Annotated[
-        bool,
-        typer.Option(
-            "--restart-log", help="Give up a log of moves that cannot be believed any more."
-        ),
-    ] = False,
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Move a channel to a package with a signed test result that is good enough for it."""
-    from pipeline.registry.lifecycle import command
-    from pipeline.registry.lifecycle import promote as moves
+    """Move a channel to a package whose trusted test result is good enough for it."""
+    from pipeline.registry import promotion
 
-    desk = command.open_desk(registry, policy, os.environ)
-    done = moves.promote(
-        desk.store,
-        reference,
-        channel=channel,
-        card=card,
-        author=desk.author(reason),
-        policy=desk.policy,
-        restart=restart_log,
+    store, trust, author = _open_to_sign(registry, policy, reason)
+    done = promotion.promote(
+        store, reference, channel=channel, card=card, author=author, policy=trust
     )
-    return command.moved(done)
+    return _moved(done)
 
 
 @answering
@@ -61,33 +56,16 @@ def rollback(
     name: _Name,
     channel: _Channel = "stable",
     card: _Card = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REF",
-            help="A package that was in this channel; by default the one before.",
-            show_default=False,
-        ),
-    ] = None,
     reason: _Reason = "",
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Move a channel back to where it pointed before."""
-    from pipeline.registry.lifecycle import command
-    from pipeline.registry.lifecycle import promote as moves
+    """Move a channel back to the package before; promote goes further back."""
+    from pipeline.registry import promotion
 
-    desk = command.open_desk(registry, policy, os.environ)
-    done = moves.rollback(
-        desk.store,
-        name,
-        channel=channel,
-        card=card,
-        author=desk.author(reason),
-        policy=desk.policy,
-        to=to,
-    )
-    return command.moved(done)
+    store, trust, author = _open_to_sign(registry, policy, reason)
+    done = promotion.rollback(store, name, channel=channel, card=card, author=author, policy=trust)
+    return _moved(done)
 
 
 @answering
@@ -99,10 +77,36 @@ def yank(
     policy: Policy = None,
 ) -> Answer:
     """Stop a package from being pulled, but by its digest and with --allow-yanked."""
-    from pipeline.registry.lifecycle import command
+    from pipeline.registry.promotion import channels_of, yank_package
 
-    desk = command.open_desk(registry, policy, os.environ)
-    return command.run_yank(desk, reference, reason=reason, undo=undo)
+    store, trust, author = _open_to_sign(registry, policy, reason)
+    found, changed = yank_package(store, reference, author, trust, undo=undo)
+    what = f"{found.reference.name}/{found.reference.variant}"
+    pointing = [
+        channel
+        for _, _, channel in channels_of(store, trust, what)
+        if channel.newest.reference == found.reference and not undo
+    ]
+    state = f"yanked {found.yank}" if found.yank else "not yanked any more"
+    lines = [
+        f"{found.place} is {state}{'' if changed else ', as it was'}",
+        f"digest  sha256:{found.package.digest}",
+    ]
+    lines += [
+        f"warning {one.name} of {one.card} points to it, so pulls of that channel fail now; "
+        f"enginesmith rollback {what} --channel {one.name} --card {one.card} --registry {registry}"
+        for one in pointing
+    ]
+    value = {
+        "reference": str(found.reference),
+        "digest": found.package.digest,
+        "yanked": found.yank is not None,
+        "changed": changed,
+        "actor": author.actor,
+        "reason": author.reason,
+        "channels": [{"channel": one.name, "card": one.card} for one in pointing],
+    }
+    return Answer(value=value, shown=lines)
 
 
 @answering
@@ -149,8 +153,78 @@ def channels(
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Show where the channels point, by their signed logs."""
-    from pipeline.registry.lifecycle import command
+    """Show where the channels point, by their signed moves."""
+    from pipeline.commands.tables import make_table, printable
+    from pipeline.registry.promotion import channels_of
 
-    desk = command.open_desk(registry, policy, os.environ)
-    return command.run_channels(desk, name, history=history)
+    store, trust = _open(registry, policy)
+    found = channels_of(store, trust, name)
+    table = make_table(("channel", "card", "package", "by", "at", "why"))
+    for _, _, channel in found:
+        for move in reversed(channel.moves if history else channel.moves[-1:]):
+            by = f"{move.actor} ({move.signer.name})"
+            row = (channel.name, channel.card, str(move.reference), by, move.signed_at[:19])
+            table.add_row(*map(printable, (*row, move.reason)))
+    nothing = f"{store.url} has no channels{f' of {name}' if name else ''}"
+    value = {
+        "channels": [
+            {
+                "name": name,
+                "variant": variant,
+                "channel": channel.name,
+                "card": channel.card,
+                "moves": [_move_json(move) for move in channel.moves],
+            }
+            for name, variant, channel in found
+        ]
+    }
+    return Answer(value=value, shown=[table if found else nothing])
+
+
+def _open(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolicy]:
+    from pipeline.registry.stores.opening import open_store
+    from pipeline.registry.trust.signatory import machine_trust
+
+    store = open_store(registry)
+    return store, machine_trust(os.environ, own_folder=store.local, policy=policy)
+
+
+def _open_to_sign(
+    registry: str, policy: Path | None, reason: str
+) -> tuple[WritableStore, TrustPolicy, Author]:
+    from pipeline.registry.trust.signatory import author_for
+
+    store, trust = _open(registry, policy)
+    return store, trust, author_for(os.environ, reason, own_folder=store.local)
+
+
+def _moved(done: Moved) -> Answer:
+    move = done.move
+    was = f"it was {done.before}" if done.before else "it was nowhere"
+    lines = [
+        f"{move.channel} of {move.card} is {move.reference} "
+        f"({was if done.changed else 'it was so already'})",
+        f"digest  sha256:{move.reference.digest}",
+        f"because {done.verdict.verdict} on {done.verdict.card}, signed by {done.verdict.signer}",
+    ]
+    value = {
+        **_move_json(move),
+        "changed": done.changed,
+        "before": str(done.before) if done.before else None,
+        "verdict": done.verdict.verdict,
+    }
+    return Answer(value=value, shown=lines)
+
+
+def _move_json(move: Move) -> dict[str, Any]:
+    """A move, for programs."""
+    return {
+        "reference": str(move.reference),
+        "digest": move.reference.digest,
+        "channel": move.channel,
+        "card": move.card,
+        "actor": move.actor,
+        "reason": move.reason,
+        "signed_at": move.signed_at,
+        "signer": move.signer.name,
+    }

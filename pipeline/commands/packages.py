@@ -1,9 +1,8 @@
-"""Commands that look at packages: list, show, keygen, verify, generate."""
+"""Commands that look at packages: list, show, verify, generate."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,19 +58,6 @@ def show(
         exit_code=ExitCode.CORRUPT if entry.fault else ExitCode.OK,
         message=entry.fault,
     )
-
-
-@answering
-def keygen(
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="By default signing.key in ~/.config/enginesmith."),
-    ] = None,
-) -> Answer:
-    """Make a key pair to sign packages with."""
-    from pipeline.registry.signing import command
-
-    return command.keygen(out, os.environ)
 
 
 @answering

@@ -1,4 +1,4 @@
-"""Promote a package into a channel, roll a channel back, yank a package: each is signed.
+"""Promote a package into a channel, roll a channel back, yank a package, sign it with another key.
 
 `stable` takes packages that are proven on the card, every other channel also those whose newest
 verdict for the card is `checked` or `compiled`. A yanked version stays where it is; readers refuse
@@ -28,8 +28,16 @@ from pipeline.registry.trust.channels import (
     read_channel,
     read_channels,
 )
+from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.statements import Author, place_fields, sign_statement
+from pipeline.registry.trust.signatory import sign_package
+from pipeline.registry.trust.statements import (
+    Author,
+    place_fields,
+    sign_again,
+    sign_statement,
+    verified_files,
+)
 from pipeline.registry.trust.verification import SignedVerdict, Verification, Yank
 
 _STABLE = "stable"
@@ -335,3 +343,32 @@ def yank_package(
 def _latest(found: Resolved) -> Yank | None:
     yanks = found.verification.yanks
     return yanks[0] if yanks else None
+
+
+def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustPolicy) -> Resolved:
+    """Sign a package with another key, and its provenance and test results, as far as trusted here.
+
+    So what one machine built and tested for itself counts for others, who trust this key.
+
+    Args:
+        store: Where it lies.
+        text: Its reference.
+        key: Vouches for all of it.
+        policy: Whom this machine trusts.
+
+    Returns:
+        The package, as it was before.
+
+    Raises:
+        PipelineError: As in `resolve`.
+        CorruptError: A report is not what was signed.
+    """
+    found = resolve(store, text, Terms(policy=policy))
+    signed = [sign_package(found.package, key)]
+    for one in reversed(found.verification.statements):  # oldest first, as they were signed
+        if one.kind in {"provenance", "test"}:
+            raw = store.read_statement(found.place, one.name)
+            signed.append(sign_again(one, key, verified_files(one, raw)))
+    for statement in signed:
+        store.put_statement(found.place, statement)
+    return found

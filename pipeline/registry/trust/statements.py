@@ -251,6 +251,20 @@ def open_statement(envelope: bytes, policy: TrustPolicy) -> Statement:
     )
 
 
+def sign_again(one: Statement, key: SigningKey, files: Mapping[str, bytes]) -> RawStatement:
+    """The same statement by another key, signed now.
+
+    Args:
+        one: Trusted.
+        key: Signs.
+        files: Its files, from `verified_files`.
+    """
+    ours = {"schema", "kind", "signed_at", "files"}
+    fields = {name: value for name, value in one.fields.items() if name not in ours}
+    predicate = {name: value for name, value in one.predicate.items() if name != _OURS}
+    return sign_statement(one.kind, one.digest, fields, key, files=files, predicate=predicate)
+
+
 def verified_files(statement: Statement, raw: RawStatement) -> dict[str, bytes]:
     """The files of a statement that are what was signed.
 

@@ -1,0 +1,178 @@
+"""promote, rollback, yank and channels, as the command line has them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from pipeline.commands import lifecycle
+from pipeline.core.errors import ExitCode, PipelineError, RecipeError
+from pipeline.core.values import Reference
+from pipeline.registry.reference import reference_of
+from pipeline.registry.trust.policy import policy_text
+from tests.registry.packages import VARIANT
+from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
+
+__all__ = ["team"]
+
+_APP = typer.Typer()
+for _command in ("promote", "rollback", "yank", "channels"):
+    _APP.command(_command)(getattr(lifecycle, _command))
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The command line of the one who releases."""
+
+    team: Team
+    home: Path
+
+    def run(self, *words: str, **environ: str | None) -> Result:
+        """A command in an environment with the releaser's key and the team's policy."""
+        unset = {name: None for name in os.environ if name.startswith(("ENGINESMITH_", "GITHUB_"))}
+        given = {
+            "ENGINESMITH_CONFIG": str(self.home),
+            "ENGINESMITH_ACTOR": "ada",
+            "ENGINESMITH_SIGNING_KEY_PEM": self.team.releaser.private_pem().decode(),
+            "ENGINESMITH_POLICY": str(self.home / "policy.json"),
+        }
+        env = {**unset, "CI": None, **given, **environ}
+        return CliRunner().invoke(_APP, [*words, "--registry", self.team.store.url], env=env)
+
+    def ask(self, *words: str, code: int = ExitCode.OK) -> dict[str, Any]:
+        """The JSON of a command; its exit code is in it, and is the process's too."""
+        result = self.run(*words, "--json")
+        value: dict[str, Any] = json.loads(result.stdout)
+        assert (value["schema"], value["exit_code"]) == (1, code), value
+        if isinstance(result.exception, PipelineError):
+            assert result.exception.exit_code == code
+        else:
+            assert result.exit_code == code
+        return value
+
+    def publish(self, plan: bytes = b"plan", verdict: str = "accepted") -> Reference:
+        return reference_of(self.team.publish(plan, verdict))
+
+
+@pytest.fixture
+def terminal(team: Team, tmp_path: Path) -> Terminal:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    entries = [
+        {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
+        for key in team.policy.keys
+    ]
+    (home / "policy.json").write_text(json.dumps({"schema": 1, "keys": entries}))
+    return Terminal(team=team, home=home)
+
+
+def test_promote_shows_where_the_channel_was_and_is(terminal: Terminal) -> None:
+    first, second = terminal.publish(b"one"), terminal.publish(b"two")
+    shown = terminal.run("promote", str(first), "--reason", "ready").stdout.splitlines()
+    assert shown[0] == f"stable of {CARD} is {first} (it was nowhere)"
+    assert shown[2].startswith(f"because accepted on {CARD}, signed by tester (key ")
+    value = terminal.ask("promote", str(second), "--card", CARD)
+    assert value == {
+        "schema": 1,
+        "exit_code": 0,
+        "reference": str(second),
+        "digest": second.digest,
+        "channel": "stable",
+        "card": CARD,
+        "actor": "ada",
+        "reason": "",
+        "signed_at": value["signed_at"],
+        "signer": "releaser",
+        "changed": True,
+        "before": str(first),
+        "verdict": "accepted",
+    }
+    assert not terminal.ask("promote", str(second))["changed"]
+    assert "it was so already" in terminal.run("promote", str(second)).stdout
+
+
+def test_rollback_goes_back(terminal: Terminal) -> None:
+    first, second = terminal.publish(b"one"), terminal.publish(b"two")
+    terminal.ask("promote", str(first))
+    terminal.ask("promote", str(second))
+    value = terminal.ask("rollback", "tiny", "--reason", "too slow")
+    assert (value["reference"], value["reason"]) == (str(first), "too slow")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("promote", "tiny:candidate"), ExitCode.NOT_FOUND),
+        (("promote", "CHECKED"), ExitCode.NOT_ACCEPTED),
+        (("promote", "CHECKED", "--card", OTHER_CARD), ExitCode.UNTRUSTED),
+        (("promote", "CHECKED", "--channel", "Not A Channel"), ExitCode.USAGE),
+        (("promote", "CHECKED", "--reason", "two\nlines"), ExitCode.USAGE),
+        (("rollback", "tiny"), ExitCode.NOT_FOUND),
+        (("yank", "CHECKED"), ExitCode.USAGE),
+        (("yank", "other", "--reason", "x"), ExitCode.NOT_FOUND),
+        (("channels", "other"), ExitCode.NOT_FOUND),
+        (("channels", "tiny:stable"), ExitCode.USAGE),
+    ],
+)
+def test_each_refusal_has_its_exit_code(
+    terminal: Terminal, words: tuple[str, ...], code: int
+) -> None:
+    checked = terminal.publish(verdict="checked")
+    value = terminal.ask(
+        *(str(checked) if word == "CHECKED" else word for word in words), code=code
+    )
+    assert value["message"]
+
+
+def test_yank_names_the_channels_that_point_to_the_package(terminal: Terminal) -> None:
+    reference = terminal.publish()
+    terminal.ask("promote", str(reference))
+    shown = terminal.run("yank", str(reference), "--reason", "wrong answers").stdout
+    assert "is yanked by ada at " in shown
+    assert "wrong answers" in shown
+    advice = f"enginesmith rollback tiny/{VARIANT} --channel stable --card {CARD}"
+    assert f"{advice} --registry {terminal.team.store.url}" in shown
+    value = terminal.ask("yank", str(reference), "--reason", "again")
+    assert (value["yanked"], value["changed"]) == (True, False)
+    assert value["channels"] == [{"channel": "stable", "card": CARD}]
+    value = terminal.ask("yank", str(reference), "--undo")
+    assert (value["yanked"], value["changed"], value["channels"]) == (False, True, [])
+
+
+def test_channels_show_the_newest_move_or_all(terminal: Terminal) -> None:
+    assert "has no channels" in terminal.run("channels").stdout
+    first, second = terminal.publish(b"one"), terminal.publish(b"two")
+    terminal.ask("promote", str(first), "--reason", "first one")
+    terminal.ask("promote", str(second))
+    shown = terminal.run("channels").stdout
+    assert second.version[-6:] in shown.replace("\n", "")
+    assert "first one" not in shown
+    assert "first one" in " ".join(terminal.run("channels", "tiny", "--history").stdout.split())
+    (channel,) = terminal.ask("channels", f"tiny/{VARIANT}")["channels"]
+    assert (channel["name"], channel["variant"], channel["channel"]) == ("tiny", VARIANT, "stable")
+    assert [move["reference"] for move in channel["moves"]] == [str(first), str(second)]
+
+
+def test_without_a_key_nothing_is_signed(terminal: Terminal) -> None:
+    reference = terminal.publish()
+    result = terminal.run("promote", str(reference), ENGINESMITH_SIGNING_KEY_PEM=None, CI="true")
+    assert isinstance(result.exception, RecipeError)
+
+
+def test_without_a_policy_the_given_key_alone_is_trusted(terminal: Terminal) -> None:
+    reference = terminal.publish()
+    result = terminal.run("promote", str(reference), ENGINESMITH_POLICY=None)
+    assert isinstance(result.exception, PipelineError)
+    assert result.exception.exit_code == ExitCode.UNTRUSTED
+    releaser = {"ci": terminal.team.releaser.public}
+    (terminal.home / "policy.yaml").write_text(policy_text(releaser))
+    result = terminal.run("promote", str(reference), ENGINESMITH_POLICY=None)
+    assert isinstance(result.exception, PipelineError)
+    assert "not trusted here" in str(result.exception)
