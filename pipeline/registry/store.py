@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from pipeline.core.values import FileDigest, Package, Reference
@@ -38,6 +39,9 @@ MAX_PER_KIND = 1000
 the store's dates, so that neither what comes before nor what comes after crowds a statement out."""
 MAX_MOVES = 20_000
 """Moves of one variant that are read; the same halves."""
+
+NONE_KNOWN: Mapping[str, bytes] = MappingProxyType({})
+"""No moves."""
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were sent or received, from any thread; for progress."""
@@ -193,10 +197,17 @@ class Store(Protocol):
         """
         ...
 
-    def read_moves(self, name: str, variant: str) -> list[bytes]:
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
         """The log of a variant's channels: envelopes in no order that means anything.
 
         What is too large or beyond `MAX_MOVES` is skipped with one warning.
+
+        Args:
+            name: Recipe.
+            variant: Of it.
+            known: SHA-256 (hex) -> envelopes that the reader has; they are not sent again.
         """
         ...
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, NotFoundError
@@ -26,6 +26,7 @@ from pipeline.registry.store import (
     MAX_ENVELOPE_BYTES,
     MAX_MOVES,
     MAX_PER_KIND,
+    NONE_KNOWN,
     OnBytes,
     Place,
     RawStatement,
@@ -160,7 +161,9 @@ class TreeStore:
                 files[file] = data
         return RawStatement(name=name, files=files)
 
-    def read_moves(self, name: str, variant: str) -> list[bytes]:
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
         prefix = moves_key(name, variant)
         found = [
             one
@@ -170,7 +173,12 @@ class TreeStore:
         what = f"moves of {name}/{variant}"
         found.sort(key=lambda one: (one.modified_s, one.key))
         kept = bounded(found, MAX_MOVES, f"{self.url}: {what}")
-        return [data for _, data in self._read_all(kept, what)]
+        held = {f"{prefix}{digest}.dsse.json": data for digest, data in known.items()}
+        new = [one for one in kept if one.key not in held]
+        return [
+            *(held[one.key] for one in kept if one.key in held),
+            *(data for _, data in self._read_all(new, what)),
+        ]
 
     def check_writable(self) -> None:
         self.objects.check_exclusive()

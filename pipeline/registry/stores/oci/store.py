@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.core.errors import (
@@ -34,6 +34,7 @@ from pipeline.registry.store import (
     MAX_ENVELOPE_BYTES,
     MAX_MOVES,
     MAX_PER_KIND,
+    NONE_KNOWN,
     OnBytes,
     Place,
     RawStatement,
@@ -202,12 +203,17 @@ class OciStore:
             },
         )
 
-    def read_moves(self, name: str, variant: str) -> list[bytes]:
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
         repository = self._repository(name)
         what = f"{self.url}: moves of {name}/{variant}"
         tags = [tag for tag in repository.tags() if tag.startswith(move_start(variant))]
+        held = {move_tag(variant, data): data for data in known.values()}
 
         def read(tag: str) -> bytes | None:
+            if tag in held:
+                return held[tag]
             try:
                 return _content(repository, repository.manifest(tag), MOVE_TYPE, tag)
             except (CorruptError, NotFoundError):

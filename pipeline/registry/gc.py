@@ -1,0 +1,182 @@
+"""Remove versions that nothing needs any more.
+
+    collect(store, policy, Rules(keep_days=30))                  # only looks
+    collect(store, policy, Rules(keep_days=30), delete=True)
+
+A version stays if any of these holds:
+
+- a channel points to it, or did before its last change (`history` packages of each channel);
+- a trusted key signed something about it in the last `keep_days`: published, tested or yanked it;
+- `pins` name it;
+- no trusted key signed anything about it: then nothing tells how old it is;
+- it is damaged: a person should look at it first (`damaged` lets it go, unless a channel needs it).
+
+Each version is looked at again right before it is removed. That takes the manifest only; a later
+collection takes the files, a day after that at the earliest, so that a reader who is at it goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.registry.resolve import Terms, examine
+from pipeline.registry.store import Place, Store, WritableStore
+from pipeline.registry.stores.objects import in_parallel
+from pipeline.registry.trust.channels import read_channels
+from pipeline.registry.trust.policy import TrustPolicy
+
+log = logging.getLogger(__name__)
+
+DAY_S = 24 * 3600.0
+GRACE_S = DAY_S
+"""Longer than any publication, from the first statement to the move of the channel: uploading an
+engine takes minutes, and accepting one takes hours at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What stays.
+
+    Attributes:
+        keep_days: Versions about which something was signed since; in days, a day at least.
+        history: Packages of each channel: 1 is the one that it points to, 2 also the one before.
+        pins: Versions that stay whatever else is so.
+        damaged: Damaged ones may go.
+    """
+
+    keep_days: float = 30.0
+    history: int = 2
+    pins: frozenset[Place] = frozenset()
+    damaged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fate:
+    """What is to become of one version.
+
+    Attributes:
+        place: The version.
+        remove: Whether it goes.
+        why: In words.
+        size_bytes: Of its files; None if its manifest was not read or cannot be.
+    """
+
+    place: Place
+    remove: bool
+    why: str
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What was found, and done.
+
+    Attributes:
+        fates: Of every version, sorted by place.
+        leftovers: Of interrupted publications and earlier removals, in words.
+        removed: Versions that are gone now.
+        freed_bytes: What their files have; a later collection frees it.
+    """
+
+    fates: tuple[Fate, ...]
+    leftovers: tuple[str, ...]
+    removed: tuple[Place, ...] = ()
+    freed_bytes: int = 0
+
+
+def collect(
+    store: WritableStore, policy: TrustPolicy, rules: Rules, *, delete: bool = False
+) -> Collected:
+    """Decide about every version, and remove those that may go if `delete` says so.
+
+    Args:
+        store: Where they lie.
+        policy: Whose statements and moves count.
+        rules: What stays.
+        delete: False only looks.
+
+    Raises:
+        AccessError: Not readable, or not writable.
+        TransientError: The connection broke; what is gone is gone, and the rest is as it was.
+    """
+    leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
+    places = store.places()
+    variants = dict.fromkeys((place.name, place.variant) for place in places)
+    needed: dict[Place, str] = {}
+    for name, variant in variants:
+        needed |= _needed(store, policy, name, variant, rules.history)
+    decide = functools.partial(_decide, store, policy, rules, store.now_s())
+    found = in_parallel(lambda place: decide(place, needed), places)
+    fates = [fate for fate in found if fate is not None]
+    removed: list[Place] = []
+    freed_bytes = 0
+    for number, fate in enumerate(fates):
+        if not (fate.remove and delete):
+            continue
+        place = fate.place
+        again = decide(place, _needed(store, policy, place.name, place.variant, rules.history))
+        if again is not None:
+            fates[number] = again
+            if again.remove:
+                freed_bytes += store.delete_package(place)
+                removed.append(place)
+                log.info("Removed %s: %s", place, again.why)
+    return Collected(
+        fates=tuple(fates),
+        leftovers=tuple(leftovers),
+        removed=tuple(removed),
+        freed_bytes=freed_bytes,
+    )
+
+
+def _needed(
+    store: Store, policy: TrustPolicy, name: str, variant: str, history: int
+) -> dict[Place, str]:
+    """Versions of one variant that channels need, and why."""
+    needed: dict[Place, str] = {}
+    for channel in read_channels(store, policy, name, variant):
+        packages = dict.fromkeys(move.reference for move in reversed(channel.moves))
+        for number, reference in enumerate(list(packages)[:history]):
+            when = "points to it" if number == 0 else "pointed to it before"
+            reason = f"{channel.name} of {channel.card} {when}"
+            if number == 0 or Place.of(reference) not in needed:
+                needed[Place.of(reference)] = reason
+    return needed
+
+
+def _decide(
+    store: Store,
+    policy: TrustPolicy,
+    rules: Rules,
+    now_s: float,
+    place: Place,
+    needed: Mapping[Place, str],
+) -> Fate | None:
+    """The fate of a version; None if it is gone."""
+    if place in needed or place in rules.pins:
+        return Fate(place=place, remove=False, why=needed.get(place, "--keep names it"))
+    try:
+        terms = Terms(policy=policy, allow_unsigned=True, allow_yanked=True)
+        found = examine(store, place, terms)
+    except NotFoundError:
+        return None
+    except (CorruptError, UntrustedError) as error:
+        why = str(error) if rules.damaged else f"look at it, or pass --damaged: {error}"
+        return Fate(place=place, remove=rules.damaged, why=why)
+    size_bytes = sum(file["size"] for file in found.package.manifest["files"])
+    statements = found.verification.statements
+    if not statements:
+        why = "no trusted key signed anything about it, so nothing tells how old it is"
+        return Fate(place=place, remove=False, why=why, size_bytes=size_bytes)
+    signed_s = datetime.fromisoformat(statements[0].signed_at).timestamp()
+    days = max(now_s - signed_s, 0.0) / DAY_S
+    remove = days * DAY_S > max(rules.keep_days * DAY_S, GRACE_S)
+    why = f"no channel needs it, and the last statement about it is {days:.0f} days old"
+    if not remove:
+        why = f"something was signed about it {days:.1f} days ago"
+    return Fate(place=place, remove=remove, why=why, size_bytes=size_bytes)
