@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pipeline.registry.stores.store import Place
 
 from pipeline import accept as module
 from pipeline.accept import AcceptRequest, accept
@@ -14,7 +15,6 @@ from pipeline.core.cache import digest_folder
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError, UntrustedError
 from pipeline.core.targets import target_of_card
 from pipeline.registry.stores.folder import FolderStore
-from pipeline.registry.stores.store import Place
 from tests.tiny import tiny_model
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 

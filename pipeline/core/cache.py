@@ -12,6 +12,7 @@ file system may ignore it), each works in a folder of its own and the first rena
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -35,6 +36,7 @@ RECORD = "stage.json"
 """Beside the outputs: inputs, digest of every file, seconds. Written last."""
 
 _CHUNK_BYTES = 1 << 20
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _LEFTOVER_AGE_S = 24 * 3600.0
 
 
@@ -98,6 +100,9 @@ def locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             log.info("Another run is making %s; waiting for it", path.stem)
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks: the first rename wins
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
 
 

@@ -1,25 +1,24 @@
-"""One progress bar for a long loop: a live bar on a terminal, a line now and then elsewhere."""
+"""One progress bar for what takes long: a live bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 log = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 15.0
+_BYTES = "bytes"
+
+
+def byte_progress(
+    description: str, total_bytes: int
+) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """`progress` of bytes, with their rate; the function may be called with fewer than none."""
+    return progress(description, total_bytes, _BYTES)
 
 
 @contextlib.contextmanager
@@ -31,20 +30,34 @@ def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int]
         total: How many units there are.
         unit: Name of a unit, plural.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield _line_reporter(description, total, unit)
         return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    counted = (
+        (DownloadColumn(), TransferSpeedColumn())
+        if unit == _BYTES
+        else (MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
+        *counted,
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 
@@ -58,9 +71,13 @@ def _line_reporter(description: str, total: int, unit: str) -> Callable[[int], N
         nonlocal done, last
         done += count
         now = time.monotonic()
-        if now - last >= _LINE_EVERY_S and done:
-            last = now
-            left = (now - started) / done * (total - done)
-            log.info("%s: %d of %d %s, about %.0f s left", description, done, total, unit, left)
+        if now - last < _LINE_EVERY_S or done <= 0:
+            return
+        last = now
+        rate = done / (now - started)
+        amount = f"{done} of {total} {unit}"
+        if unit == _BYTES:
+            amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
+        log.info("%s: %s, about %.0f s left", description, amount, max(0, total - done) / rate)
 
     return report

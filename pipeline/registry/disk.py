@@ -110,8 +110,8 @@ def settle(folder: Path) -> None:
         for name in names:
             path = Path(root, name)
             path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
-            _sync(path)
-        _sync(Path(root))
+            sync(path)
+        sync(Path(root))
 
 
 def make_folders(folder: Path) -> None:
@@ -119,7 +119,7 @@ def make_folders(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
     for path in reversed(missing):
         path.mkdir(mode=0o775, exist_ok=True)  # less what the umask takes
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def link_new(private: Path, target: Path) -> bool:
@@ -138,16 +138,16 @@ def link_new(private: Path, target: Path) -> bool:
             write_new(target, private.read_bytes())
         except FileExistsError:
             return False
-        _sync(target)
-    _sync(target.parent)
+        sync(target)
+    sync(target.parent)
     return True
 
 
 def replace_file(private: Path, target: Path) -> None:
     """Make a file visible as `target`, in one step, in place of what was there."""
-    _sync(private)
+    sync(private)
     _with_folder(target, lambda: private.replace(target))
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _with_folder(target: Path, place: Callable[[], object]) -> None:
@@ -161,7 +161,8 @@ def _with_folder(target: Path, place: Callable[[], object]) -> None:
     place()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -23,11 +23,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.registry.stores.store import Place
+
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.oci import OciStore
-from pipeline.registry.stores.store import Place
 from tests.benchmarks.registry_pulls import oras_client, oras_pull
 from tests.benchmarks.sealing import seal_folder
 from tests.services.docker_registry import running_server

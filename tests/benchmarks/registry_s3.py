@@ -25,14 +25,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.registry.client.owned import Owned
+from pipeline.registry.stores.store import Place
+
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import Package
 from pipeline.registry.client.download import PACKAGE, PIECE_BYTES, Transfer, download, files_of
-from pipeline.registry.client.owned import Owned
 from pipeline.registry.package import verify
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.s3 import S3Store
-from pipeline.registry.stores.store import Place
 from tests.benchmarks.registry_pulls import peak_mib
 from tests.benchmarks.sealing import seal_folder
 from tests.services.seaweed import BUCKET, running_server

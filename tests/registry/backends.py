@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.registry.stores.store import WritableStore
 
 from pipeline.registry.stores.folder import FolderStore
-from pipeline.registry.stores.store import WritableStore
 
 backends = [
     "folder",

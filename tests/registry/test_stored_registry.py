@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pipeline.registry.stores.store import Place
 
 from pipeline.core.errors import (
     ConflictError,
@@ -30,7 +31,6 @@ from pipeline.registry.signing.verification import verify_signatures
 from pipeline.registry.stored import StoredRegistry
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.opening import open_registry
-from pipeline.registry.stores.store import Place
 from tests.registry.backends import Backends, backends, running_backends
 from tests.registry.signing.conftest import RUN, trusted
 

@@ -1,68 +1,57 @@
 """Bring a chosen package to where it is wanted: straight, or through the cache.
 
 Nothing shows before all of it is there, verified and on the disk; then one rename shows it all.
-What a broken pull leaves is a private folder beside the goal: the next pull goes on from it after
-a lost connection, Ctrl-C or a kill. After a full disk or wrong bytes it is removed at once.
+What a broken pull leaves is a work folder beside the goal: the next pull goes on from it after a
+lost connection, Ctrl-C or a kill. After a full disk or wrong bytes it is removed at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
-from pipeline.registry.client.cache import PackageCache
-from pipeline.registry.client.download import (
-    PACKAGE,
-    Transfer,
-    download,
-    files_of,
-    landed_bytes,
+from pipeline.core.progress import byte_progress
+from pipeline.core.values import FileDigest, Package
+from pipeline.registry.client.cache import SETTING, PackageCache
+from pipeline.registry.client.download import PACKAGE, Record, Transfer, download
+from pipeline.registry.client.layout import (
+    copy_files,
+    finish,
+    is_pulled,
+    move_into_place,
+    require_free,
+    settle_read_only,
 )
-from pipeline.registry.client.layout import copy_package, finish, present, require_free
-from pipeline.registry.client.owned import Owned, owned_folder, remove_stale
-from pipeline.registry.client.progress import byte_progress
-from pipeline.registry.client.receipt import Came
-from pipeline.registry.client.select import Candidate
-from pipeline.registry.disk import disk_errors, make_folders, move_into_place
-from pipeline.registry.manifest import MANIFEST
+from pipeline.registry.disk import disk_errors, make_folders
+from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.package import verify
-from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.registry.stores.store import Store
+from pipeline.registry.resolve import Resolved
+from pipeline.registry.store import ENVELOPE, RawStatement, Store
+from pipeline.registry.trust.statements import verified_files
+from pipeline.registry.workfolder import WorkFolder, work_folder
 
+log = logging.getLogger(__name__)
+
+Origin = Literal["registry", "cache", "present"]
+"""`registry`: fetched now. `cache`: fetched before. `present`: it was at the goal already."""
 _NAME_CHARS = 40
-"""Of the goal's name in that of a private folder, which must fit NAME_MAX (255)."""
-_COPY_JOBS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """Where a package is to be.
-
-    Attributes:
-        to: The folder that is made; None to leave it in the cache alone.
-        cache: Shared by all pulls of this machine.
-        through_cache: Keep a copy there.
-        offline: Take it from there or fail.
-    """
-
-    to: Path | None
-    cache: PackageCache
-    through_cache: bool
-    offline: bool = False
+"""Of the goal's name in that of a work folder, which must fit NAME_MAX (255)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivered:
-    """Where it is, and what it took."""
+    """Where a package is, and what it took."""
 
     dir: Path
-    came: Came
+    origin: Origin
     fetched_bytes: int
 
 
@@ -72,24 +61,37 @@ class Delivery:
 
     Attributes:
         store: Where it lies.
-        candidate: Its verified manifest and statements.
-        policy: Whose model signature is put at `engine/model.sig`.
+        resolved: What is fetched.
+        cache: Shared by all pulls of this machine.
         transfer: How bytes are fetched.
-        receipt: Content of `pull.json`, for how the package came.
+        offline: Take it from the cache or fail.
+        shared_parent: The user trusts who else may rename beside the goal.
     """
 
     store: Store
-    candidate: Candidate
-    policy: TrustPolicy
+    resolved: Resolved
+    cache: PackageCache
     transfer: Transfer
-    receipt: Callable[[Came], bytes]
+    offline: bool = False
+    shared_parent: bool = False
 
     @property
-    def digest(self) -> str:
-        return self.candidate.package.digest
+    def _digest(self) -> str:
+        return self.resolved.package.digest
 
-    def deliver(self, goal: Goal) -> Delivered:
-        """Fetch, verify, show.
+    @property
+    def _files(self) -> list[FileDigest]:
+        return files_of(self.resolved.package.manifest)
+
+    def to_folder(
+        self, to: Path, receipt: Callable[[Origin], bytes], *, through_cache: bool
+    ) -> Delivered:
+        """Fetch, verify, show at `to`.
+
+        Args:
+            to: Folder that is made.
+            receipt: Content of `pull.json`, for how the package came.
+            through_cache: Keep a copy in the cache.
 
         Raises:
             ConflictError: Something else is at the goal.
@@ -97,133 +99,147 @@ class Delivery:
             TransientError: The connection broke, or no space.
             NotFoundError: Offline, and it is not in the cache.
         """
-        if goal.to is None:
-            return self._cached(goal, lambda entry, fresh: self._verified(entry, fresh))
-        to = goal.to.absolute()
-        with disk_errors(f"write {to}"):
-            if present(to, self.digest):
-                with contextlib.suppress(OSError), owned_folder(to.parent, _beside(to)):
+        to = to.absolute()
+        with disk_errors(f"write {to}", "--to"):
+            if is_pulled(to, self._digest):
+                with contextlib.suppress(OSError), self._beside(to, keep=None):
                     pass  # what a run left that was killed after its last step is removed
-                return Delivered(dir=to, came="present", fetched_bytes=0)
+                return Delivered(dir=to, origin="present", fetched_bytes=0)
             require_free(to)
             make_folders(to.parent)
-            if not goal.through_cache and not goal.cache.entry(self.digest).is_dir():
-                return self._straight(to)
-            return self._cached(goal, lambda entry, fresh: self._copy(entry, to, check=not fresh))
+            if not through_cache and not self.cache.entry(self._digest).is_dir():
+                with self._beside(to, keep=_can_go_on) as work:
+                    fetched = self._fetch(work, needed_again=0)
+                    return self._show(work, to, receipt, "registry", fetched)
+            return self._through_cache(to, receipt)
 
-    def _straight(self, to: Path) -> Delivered:
-        """From the store to beside the goal, then there."""
-        with owned_folder(to.parent, _beside(to), keep=_can_go_on) as owned:
-            fetched = self._fetch(owned, to.parent, twice=None)
-            package = owned.dir / PACKAGE
-            finish(package, self.candidate, self.policy, self.receipt("registry"))
-            return self._show(package, to, "registry", fetched)
+    def to_cache(self, *, also: Path | None = None) -> tuple[Package, int]:
+        """Have the package in the cache, every byte verified now; and how many were fetched.
 
-    def _show(self, package: Path, to: Path, came: Came, fetched: int) -> Delivered:
-        if move_into_place(package, to):
-            return Delivered(dir=to, came=came, fetched_bytes=fetched)
-        if present(to, self.digest):  # another process pulled the same
-            return Delivered(dir=to, came="present", fetched_bytes=fetched)
-        raise ConflictError(f"{to} was filled by somebody else meanwhile; choose another with --to")
+        Args:
+            also: Another place on a disk that gets a copy, for the room that is needed.
 
-    def _cached(self, goal: Goal, use: Callable[[Path, bool], Delivered | None]) -> Delivered:
-        """Through the cache: a damaged entry is fetched again, once."""
-        cache = goal.cache
-        for last in (False, True):
-            fetched, fresh = self._ensure(goal)
-            try:
-                done = use(cache.entry(self.digest), fresh)
-            except CorruptError as error:
-                if last or fresh:
-                    raise
-                cache.quarantine(self.digest, error)
-            except FileNotFoundError:  # another process found it damaged at the same time
-                if last:
-                    raise
-            else:
-                came: Came = "registry" if fetched else "cache"
-                return done or Delivered(
-                    dir=(goal.to or cache.entry(self.digest)).absolute(),
-                    came=came,
-                    fetched_bytes=fetched,
+        Raises:
+            PipelineError: As in `to_folder`.
+        """
+        entry, fetched = self.cache.entry(self._digest), 0
+        with self.cache.locked(self._digest), disk_errors(f"write {self.cache.dir}", SETTING):
+            self.cache.keep_statements(self._digest, self._statements())
+            if entry.is_dir():
+                try:
+                    if verify(entry).digest == self._digest:
+                        return self._package_at(entry), 0
+                    raise CorruptError(f"{entry} holds another package than its name says")
+                except CorruptError as error:
+                    self.cache.drop(self._digest, error)
+            if self.offline:
+                raise NotFoundError(
+                    f"{self.resolved.place} is not in {self.cache.dir}, or was damaged there; pull "
+                    "it without --offline"
                 )
-        raise AssertionError("the loop returns or raises")
+            prefix = f".pull-{self._digest[:12]}-"
+            total = sum(file.size_bytes for file in self._files)
+            again = total if also is not None and _one_disk(self.cache.dir, also) else 0
+            with work_folder(self.cache.dir, prefix, _can_go_on, setting=SETTING) as work:
+                fetched = self._fetch(work, needed_again=again)
+                (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
+                settle_read_only(work.dir / PACKAGE)
+                self.cache.keep(work.dir / PACKAGE, self._digest)
+        return self._package_at(entry), fetched
 
-    def _ensure(self, goal: Goal) -> tuple[int, bool]:
-        """Have the package in the cache; bytes fetched, and whether they were verified just now."""
-        cache = goal.cache
-        with disk_errors(f"write {cache.dir}"):
-            if goal.offline:
-                if not cache.entry(self.digest).is_dir():
-                    raise NotFoundError(
-                        f"{self.candidate.what} is not in {cache.dir}, or was damaged there; pull "
-                        "it without --offline"
-                    )
-                return 0, False
-            cache.dir.mkdir(parents=True, exist_ok=True)
-            cache.keep_statements(self.digest, self.candidate.statements_dir)
-            with cache.lock(self.digest):
-                if cache.entry(self.digest).is_dir():
-                    return 0, False
-                prefix = f".pull-{self.digest[:12]}-"
-                with owned_folder(cache.dir, prefix, keep=_can_go_on) as owned:
-                    fetched = self._fetch(owned, cache.dir, twice=goal.to)
-                    package = owned.dir / PACKAGE
-                    (package / MANIFEST).write_bytes(self.candidate.data)
-                    cache.keep(package, self.digest)
-                remove_stale(cache.dir, ".pull-")
-        return fetched, True
+    def _statements(self) -> list[RawStatement]:
+        """The trusted statements, the one with the model signature whole."""
+        statements, signed = list(self.resolved.statements), self.resolved.verification
+        for index, raw in enumerate(statements):
+            if signed.model_signature is None or raw.name != signed.model_signature.name:
+                continue
+            try:
+                whole = self.store.read_statement(self.resolved.place, raw.name)
+                files = verified_files(signed.model_signature, whole)
+            except (CorruptError, NotFoundError) as error:
+                log.warning("%s comes without model.sig: %s", self.resolved.place, error)
+            else:
+                statements[index] = RawStatement(
+                    name=raw.name, files={ENVELOPE: raw.envelope, **files}
+                )
+        return statements
 
-    def _verified(self, entry: Path, fresh: bool) -> None:
-        if not fresh and verify(entry).digest != self.digest:
-            raise CorruptError(f"{entry} holds another package than its name says")
+    def _package_at(self, folder: Path) -> Package:
+        package = self.resolved.package
+        return Package(dir=folder, manifest=package.manifest, digest=package.digest)
 
-    def _copy(self, entry: Path, to: Path, *, check: bool) -> Delivered | None:
+    def _through_cache(self, to: Path, receipt: Callable[[Origin], bytes]) -> Delivered:
         """From the cache to beside the goal, then there."""
-        files = files_of(self.candidate.package.manifest)
-        _require_room(to.parent, sum(file.size_bytes for file in files))
-        with owned_folder(to.parent, _beside(to)) as owned:
-            package = owned.dir / PACKAGE
-            copy_package(files, entry, package, check=check, jobs=_COPY_JOBS)
-            finish(package, self.candidate, self.policy, self.receipt("cache"))
-            shown = self._show(package, to, "cache", 0)
-            return shown if shown.came == "present" else None
+        package, fetched = self.to_cache(also=to.parent)
+        origin: Origin = "registry" if fetched else "cache"
+        _require_room(to.parent, sum(file.size_bytes for file in self._files))
+        with self._beside(to, keep=None) as work:
+            # The entry was verified a moment ago, and only we can write to it.
+            copy_files(self._files, package.dir, work.dir / PACKAGE, check=False)
+            return self._show(work, to, receipt, origin, fetched)
 
-    def _fetch(self, owned: Owned, where: Path, *, twice: Path | None) -> int:
+    def _show(
+        self,
+        work: WorkFolder,
+        to: Path,
+        receipt: Callable[[Origin], bytes],
+        origin: Origin,
+        fetched: int,
+    ) -> Delivered:
+        package = work.dir / PACKAGE
+        finish(package, self.resolved, self._statements(), receipt(origin))
+        if move_into_place(package, to):
+            return Delivered(dir=to, origin=origin, fetched_bytes=fetched)
+        if is_pulled(to, self._digest):  # another process pulled the same
+            return Delivered(dir=to, origin="present", fetched_bytes=fetched)
+        raise ConflictError(f"{to} was filled by another process; choose another with --to")
+
+    def _beside(
+        self, to: Path, keep: Callable[[BaseException], bool] | None
+    ) -> contextlib.AbstractContextManager[WorkFolder]:
+        """A work folder beside the goal."""
+        prefix = f".{to.name[:_NAME_CHARS]}.pulling-"
+        return work_folder(
+            to.parent, prefix, keep, setting="--to", shared_parent=self.shared_parent
+        )
+
+    def _fetch(self, work: WorkFolder, *, needed_again: int) -> int:
         """Fetch what is not there yet.
 
         Args:
-            owned: Gets the files.
-            where: On the same file system.
-            twice: The goal that gets a second copy, if there is one.
+            work: Gets the files.
+            needed_again: Bytes that this disk must hold a second time.
         """
-        files = files_of(self.candidate.package.manifest)
+        files, package = self._files, work.dir / PACKAGE
         total = sum(file.size_bytes for file in files)
-        if owned.adopted:
-            self._drop_foreign(owned)
-        left = total - landed_bytes(files, owned, self.digest, self.transfer)
-        copy = total if twice is not None and _one_disk(where, twice.absolute().parent) else 0
-        _require_room(where, left + copy)
-        (owned.dir / PACKAGE).mkdir(exist_ok=True)
-        with byte_progress(f"Pulling {self.candidate.what}", total) as on_bytes:
-            place = self.candidate.offer.place
-            return download(self.store, place, files, owned, self.digest, self.transfer, on_bytes)
-
-    def _drop_foreign(self, owned: Owned) -> None:
-        """Keep of a dead process's folder only what the manifest lists."""
-        package = owned.dir / PACKAGE
-        listed = {file["path"] for file in self.candidate.package.manifest["files"]}
-        for path in sorted(package.rglob("*"), reverse=True):  # what is in a folder before it
-            if path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(OSError):  # not empty
-                    path.rmdir()
-            elif path.is_symlink() or path.relative_to(package).as_posix() not in listed:
-                path.unlink()
+        if work.adopted:
+            _drop_foreign(package, {file.path for file in files})
+        landed = _landed_bytes(files, work.dir, self._digest, self.transfer.chunk_bytes)
+        _require_room(work.dir, total - landed + needed_again)
+        package.mkdir(mode=0o755, exist_ok=True)
+        place = self.resolved.place
+        with byte_progress(f"Pulling {place}", total) as on_bytes:
+            return download(self.store, place, files, work, self._digest, self.transfer, on_bytes)
 
 
-def _beside(to: Path) -> str:
-    """How the names of private folders for a goal begin."""
-    return f".{to.name[:_NAME_CHARS]}.pulling-"
+def _drop_foreign(package: Path, listed: set[str]) -> None:
+    """Keep of a dead process's folder only what the manifest lists."""
+    for path in sorted(package.rglob("*"), reverse=True):  # what is in a folder before it
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+        elif path.is_symlink() or path.relative_to(package).as_posix() not in listed:
+            path.unlink()
+
+
+def _landed_bytes(files: list[FileDigest], folder: Path, digest: str, chunk_bytes: int) -> int:
+    """Bytes that an earlier run left in a work folder."""
+    record = Record(folder=folder, digest=digest, chunk_bytes=chunk_bytes)
+    return sum(
+        max(0, min(chunk_bytes, files[file].size_bytes - chunk * chunk_bytes))
+        for file, chunk in record.read()
+        if 0 <= file < len(files) and chunk >= 0
+    )
 
 
 def _can_go_on(error: BaseException) -> bool:
@@ -243,6 +259,4 @@ def _require_room(folder: Path, needed_bytes: int) -> None:
 
 
 def _one_disk(left: Path, right: Path) -> bool:
-    while not right.exists():
-        right = right.parent
     return left.stat().st_dev == right.stat().st_dev

@@ -3,13 +3,13 @@
     DIR/manifest.json
     DIR/engine/...               what `vllm serve DIR/engine` or `trtllm-serve DIR/engine` reads
     DIR/engine/model.sig         OpenSSF model signature, where other people's verifiers look
-    DIR/statements/<name>/...    signatures and verdicts, to verify the folder without the registry
+    DIR/statements/<name>/...    trusted statements, to verify the folder without the registry
     DIR/pull.json                what was pulled, from where, and what was believed
 
 The last three are not part of the package: its digest does not cover them, and `verify_layout`
 allows them and nothing else. Files are copies, never hard links: another name could change them.
 Where the file system can share blocks between copies (Btrfs, XFS), the copy from the cache takes no
-space.
+space. Everything is read-only: `chmod -R u+w DIR` before you remove it.
 """
 
 from __future__ import annotations
@@ -25,33 +25,41 @@ from pathlib import Path
 
 from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.client.select import Candidate
-from pipeline.registry.disk import open_regular, read_bounded, settle
-from pipeline.registry.manifest import ENGINE, MANIFEST, digest_bytes, read_manifest
+from pipeline.registry.disk import make_folders, open_regular, read_bounded, sync
+from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest
+from pipeline.registry.ownership import writable_by_others
 from pipeline.registry.package import verify
-from pipeline.registry.signing.model_signature import (
-    MAX_SIGNATURE_BYTES,
-    MODEL_SIGNATURE,
-    available,
-    believed_engine_signature,
+from pipeline.registry.resolve import Resolved
+from pipeline.registry.store import (
+    ENVELOPE,
+    MAX_ATTACHMENT_BYTES,
+    RawStatement,
+    is_attachment_name,
+    is_statement_name,
 )
-from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.registry.statements import read_statements
+from pipeline.registry.trust.model_signature import MODEL_SIGNATURE
 
 STATEMENTS = "statements"
 RECEIPT = "pull.json"
 SIGNATURE = f"{ENGINE}/{MODEL_SIGNATURE}"
+STATEMENTS_SUFFIX = ".statements"
+"""`<version>.statements` lies beside the folder of a version in a folder registry."""
+_MAX_STATEMENTS = 4000
+"""As many as a store's bound lets through (`pipeline.registry.store`)."""
+_COPY_JOBS = 4
 _COPY_BYTES = 64 << 20
+# What rename(2) says when the target is a folder with something in it, or not a folder.
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
-def verify_layout(folder: Path, *, deep: bool = True) -> Package:
+def verify_layout(folder: Path) -> Package:
     """Check that a folder is a whole package, with what a pull puts beside it and nothing else.
 
     Raises:
         CorruptError: Anything is missing, too much, or different; names it.
     """
-    return verify(folder, deep=deep, beside=_is_beside)
+    return verify(folder, beside=_is_beside)
 
 
 def _is_beside(path: str) -> bool:
@@ -78,23 +86,28 @@ def require_free(to: Path) -> None:
         raise RecipeError([Fault("--to", fault)])
 
 
-def present(to: Path, digest: str) -> bool:
-    """Whether `to` already is this package, every byte verified.
+def is_pulled(to: Path, digest: str) -> bool:
+    """Whether `to` already is this package, ours, every byte verified.
 
     Raises:
-        CorruptError: It says to be, and is not.
+        CorruptError: It claims to be, and is not.
+        ConflictError: Another user may change it.
     """
     if to.is_symlink() or not (to / MANIFEST).is_file():
         return False
     try:
-        found = read_manifest(to / MANIFEST)[1]
+        if read_manifest(to / MANIFEST)[1] != digest:
+            return False
     except CorruptError:
         return False
-    return found == digest and verify_layout(to).digest == digest
+    for path in (to, *to.rglob("*")):
+        if reason := writable_by_others(path.lstat()):
+            raise ConflictError(f"{path} {reason}; remove {to}, or choose another with --to")
+    return verify_layout(to).digest == digest
 
 
-def copy_package(
-    files: Sequence[FileDigest], source: Path, target: Path, *, check: bool, jobs: int
+def copy_files(
+    files: Sequence[FileDigest], source: Path, target: Path, *, check: bool = True
 ) -> None:
     """Copy the files of a package.
 
@@ -103,7 +116,6 @@ def copy_package(
         source: A whole package.
         target: Gets them.
         check: Verify what was copied; false where this process has just verified the source.
-        jobs: Files at once.
 
     Raises:
         CorruptError: A file is not what the manifest says.
@@ -120,7 +132,7 @@ def copy_package(
                 f"{source / file.path} has SHA-256 {found}, its manifest says {file.sha256}"
             )
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
+    with ThreadPoolExecutor(max_workers=_COPY_JOBS) as pool:
         list(pool.map(copy, files))
 
 
@@ -137,88 +149,116 @@ def _copy_file(source: Path, target: Path) -> None:
             shutil.copyfileobj(reader, writer, 1 << 20)
 
 
-def copy_statements(source: Path, target: Path, *, replace: bool = False) -> None:
-    """Copy statements with their times, which order verdicts.
+def finish(
+    folder: Path, resolved: Resolved, statements: Sequence[RawStatement], receipt: bytes
+) -> None:
+    """Add to the fetched files all else that a pull leaves; settled and read-only.
 
     Args:
-        source: `<name>/<file>`.
-        target: Exists.
-        replace: Bytes that are other ones there are replaced; else what is there stays.
+        folder: Has the files of the package.
+        resolved: The package.
+        statements: Trusted ones; files beside an envelope are what was signed.
+        receipt: Content of `pull.json`.
     """
-    for folder in sorted(source.iterdir()):
-        goal = target / folder.name
-        if goal.exists() and (not replace or _same_files(folder, goal)):
+    (folder / MANIFEST).write_bytes(resolved.data)
+    (folder / STATEMENTS).mkdir()
+    write_statements(folder / STATEMENTS, statements)
+    listed = {file["path"] for file in resolved.package.manifest["files"]}
+    for statement in statements:
+        if (signature := statement.files.get(MODEL_SIGNATURE)) and SIGNATURE not in listed:
+            (folder / SIGNATURE).write_bytes(signature)
+            break
+    (folder / RECEIPT).write_bytes(receipt)
+    settle_read_only(folder)
+
+
+def check_model_signature(folder: Path, resolved: Resolved) -> None:
+    """Demand that `engine/model.sig` of a folder, if there is one, is the one that was signed.
+
+    Raises:
+        UntrustedError: It is another one.
+    """
+    path, signed = folder / SIGNATURE, resolved.verification.model_signature
+    if not path.exists() or signed is None:
+        return
+    found = hashlib.sha256(read_bounded(path, MAX_ATTACHMENT_BYTES)).hexdigest()
+    if found != signed.files[MODEL_SIGNATURE]:
+        raise UntrustedError(
+            f"{path} has SHA-256 {found[:12]}, the trusted signature names "
+            f"{signed.files[MODEL_SIGNATURE][:12]}; pull the package again"
+        )
+
+
+def settle_read_only(folder: Path) -> None:
+    """Make all in a folder read-only for everyone, and force it to the disk.
+
+    The folder itself stays writable for its owner: a rename to another parent needs that.
+    """
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            Path(root, name).chmod(0o444)
+            sync(Path(root, name))
+        sync(Path(root))
+        Path(root).chmod(0o755 if Path(root) == folder else 0o555)
+
+
+def move_into_place(private: Path, target: Path) -> bool:
+    """Make a settled, non-empty folder visible as `target`, in one step, and read-only.
+
+    By `rename(2)`: it never replaces a folder that has something in it, on any POSIX file system.
+
+    Returns:
+        False if `target` is taken; it is not touched then. An empty folder there counts as free.
+    """
+    make_folders(target.parent)
+    try:
+        # Not Path.rename: its documentation leaves open what happens to an existing target.
+        os.rename(private, target)  # noqa: PTH104
+    except OSError as error:
+        # ENOENT: a network file system repeated a request whose first answer was lost.
+        if error.errno in _TAKEN or (error.errno == errno.ENOENT and target.is_dir()):
+            return False
+        raise
+    target.chmod(0o555)
+    sync(target.parent)
+    return True
+
+
+def write_statements(folder: Path, statements: Sequence[RawStatement]) -> None:
+    """Write statements as `<name>/<file>`; one that is there stays, since names follow from bytes.
+
+    Args:
+        folder: Exists.
+        statements: Trusted ones.
+    """
+    for statement in statements:
+        if not is_statement_name(statement.name):
             continue
-        private = target / f".{folder.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        target = folder / statement.name
+        private = folder / f".{statement.name}-{os.urandom(8).hex()}"
+        if target.exists():
+            continue
+        private.mkdir(mode=0o755)
         try:
-            shutil.copytree(folder, private)  # copies times, too
-            settle(private)
-            made_s = folder.stat().st_mtime
-            os.utime(private, (made_s, made_s))
-            shutil.rmtree(goal, ignore_errors=True)
+            for name, data in statement.files.items():
+                if name == ENVELOPE or is_attachment_name(name):
+                    (private / name).write_bytes(data)
             with contextlib.suppress(OSError):  # another process has put the same there
-                private.rename(goal)
+                private.rename(target)
         finally:
             shutil.rmtree(private, ignore_errors=True)
 
 
-def _same_files(left: Path, right: Path) -> bool:
-    def contents(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    try:
-        return contents(left) == contents(right)
-    except OSError:
-        return False
-
-
-def finish(folder: Path, candidate: Candidate, policy: TrustPolicy, receipt: bytes) -> None:
-    """Add to the fetched files all else that a pull leaves, and force everything to the disk."""
-    (folder / MANIFEST).write_bytes(candidate.data)
-    if digest_bytes(candidate.data) != candidate.package.digest:
-        raise CorruptError(f"the manifest of {candidate.what} changed in memory; pull again")
-    (folder / STATEMENTS).mkdir(exist_ok=True)
-    copy_statements(candidate.statements_dir, folder / STATEMENTS)
-    listed = {file["path"] for file in candidate.package.manifest["files"]}
-    signature = model_signature(candidate, policy)
-    if signature is not None and SIGNATURE not in listed:
-        (folder / SIGNATURE).write_bytes(signature)
-    (folder / RECEIPT).write_bytes(receipt)
-    settle(folder)
-
-
-def model_signature(candidate: Candidate, policy: TrustPolicy) -> bytes | None:
-    """The model signature by somebody who may sign; without the extra `sign`, the signer's own."""
-    signer = candidate.verification.signer
-    ours = f"model-{signer.key.keyid[:12]}" if signer else "model-"
-    found = [
-        (one.name, read_bounded(one.dir / MODEL_SIGNATURE, MAX_SIGNATURE_BYTES))
-        for one in read_statements(candidate.statements_dir)
-        if (one.dir / MODEL_SIGNATURE).is_file()
-    ]
-    for name, data in found:
-        if name.startswith(ours) if not available() else _signed(data, candidate.package, policy):
-            return data
-    return None
-
-
-def _signed(data: bytes, package: Package, policy: TrustPolicy) -> bool:
-    """Whether somebody who may sign builds made this model signature."""
-    with contextlib.suppress(UntrustedError):
-        believed_engine_signature(data, package.manifest, policy, MODEL_SIGNATURE)
-        return True
-    return False
-
-
-def check_model_signature(folder: Path, package: Package, policy: TrustPolicy) -> bool:
-    """Check `engine/model.sig` of a folder; False if there is none, or nothing to check it with.
-
-    Raises:
-        UntrustedError: No key that may sign builds made it.
-    """
-    path = folder / SIGNATURE
-    if not path.exists() or not available():
-        return False
-    if not _signed(read_bounded(path, MAX_SIGNATURE_BYTES), package, policy):
-        raise UntrustedError(f"{path} is not a model signature by a key that may sign builds")
-    return True
+def read_statements(folder: Path) -> list[RawStatement]:
+    """The statements in a folder, unverified; what has no statement's name or form is left out."""
+    found: list[RawStatement] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if len(found) == _MAX_STATEMENTS:
+            break
+        with contextlib.suppress(CorruptError, OSError):
+            if is_statement_name(path.name) and path.is_dir() and not path.is_symlink():
+                files = {
+                    one.name: read_bounded(one, MAX_ATTACHMENT_BYTES) for one in path.iterdir()
+                }
+                found.append(RawStatement(name=path.name, files=files))
+    return found

@@ -5,7 +5,7 @@
     pulled = pull("phi3", to="/models/phi3", registry="s3://bucket/engines", gpu="rtx4090")
     print(pulled.engine_dir, pulled.digest)
 
-Resolve once; read manifests and signatures; hold them against trust policy and machine; choose.
+Resolve once; read manifests and statements; hold them against trust policy and machine; choose.
 Only then the first large byte moves. A registry in a folder of this machine is copied straight to
 where the package goes; any other goes through the cache, so that the next pull of the same digest
 moves nothing.
@@ -13,43 +13,31 @@ moves nothing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.core.cache import cache_root
-from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError, UntrustedError
-from pipeline.core.targets import known_targets
-from pipeline.core.values import Format
-from pipeline.registry.client.cache import PackageCache
-from pipeline.registry.client.cache_store import CacheStore
-from pipeline.registry.client.deliver import Delivery, Goal
+from pipeline.core.errors import Fault, NotFoundError, RecipeError
+from pipeline.core.values import Format, Package
+from pipeline.registry.client.cache import CacheStore, PackageCache
+from pipeline.registry.client.deliver import Delivery
 from pipeline.registry.client.download import Transfer
-from pipeline.registry.client.examine import Belief, examine
-from pipeline.registry.client.machine import Facts, Flags, facts_of
-from pipeline.registry.client.owned import owned_folder
-from pipeline.registry.client.receipt import Came, Pulled, pulled
-from pipeline.registry.client.resolve import offers
-from pipeline.registry.client.retry import insistently
-from pipeline.registry.client.select import Chosen, Judged, Refused, Rules, best, judge
-from pipeline.registry.disk import disk_errors
+from pipeline.registry.client.machine import Flags, facts_of
+from pipeline.registry.client.receipt import Pulled, describe
+from pipeline.registry.package import verify
 from pipeline.registry.reference import ParsedReference, parse_reference
-from pipeline.registry.signing.machine import machine_trust
-
-if TYPE_CHECKING:
-    from pipeline.registry.stores.store import Store
+from pipeline.registry.resolve import Resolved, Terms, candidates
+from pipeline.registry.select import Rules, best
+from pipeline.registry.store import Store
+from pipeline.registry.stores.opening import open_store, package_dir
+from pipeline.registry.trust.signatory import machine_trust
 
 log = logging.getLogger(__name__)
 
-_SIGNATURE_WAIT_S = 10.0
-"""How long a package may be ahead of its signature, where registries are copied (ours come with
-theirs)."""
 _LOCAL_JOBS = 2
 _REMOTE_JOBS = min(8, 2 * (os.cpu_count() or 1))
 """A connection of a distant store is slow, so that several pay; but more threads than cores cost
@@ -67,15 +55,16 @@ class PullRequest:
         flags: What the user says of the machine.
         format: Only this one; None for any.
         channel: In place of `stable` where the reference names none.
-        accept_unproven: Take a package without a passing verdict on this card.
-        allow_unsigned: Take a package that nobody signed.
+        accept_unproven: Take a package that was not accepted on this card.
+        allow_unsigned: Take a package without a signature.
         allow_yanked: Take a package that was yanked; the reference must name its digest.
+        allow_shared_parent: Write below a folder that other users may rename in.
         policy: File; None for the environment's, then the configuration folder's.
         offline: From the cache alone.
         through_cache: Keep a copy in the cache; None for: unless the registry is a local folder.
-        jobs: Pieces at once; None for 2 of a local folder, else 2 per core, 8 at most.
+        jobs: Chunks at once; None for 2 of a local folder, else 2 per core, 8 at most.
         environ: The environment.
-        transfer: Sizes of pieces and retries; its `jobs` do not count.
+        transfer: Sizes of chunks and retries; its `jobs` do not count.
     """
 
     reference: str
@@ -87,12 +76,30 @@ class PullRequest:
     accept_unproven: bool = False
     allow_unsigned: bool = False
     allow_yanked: bool = False
+    allow_shared_parent: bool = False
     policy: Path | None = None
     offline: bool = False
     through_cache: bool | None = None
     jobs: int | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     transfer: Transfer = field(default_factory=Transfer)
+
+    @property
+    def rules(self) -> Rules:
+        """What the user wants beside what the machine demands."""
+        return Rules(format=self.format, accept_unproven=self.accept_unproven)
+
+    def terms(self, *, local: bool) -> Terms:
+        """Whom this pull trusts, and what it takes all the same.
+
+        Args:
+            local: The package lies in a folder of this machine, for which a local key counts.
+        """
+        return Terms(
+            policy=machine_trust(self.environ, own_folder=local, policy=self.policy),
+            allow_unsigned=self.allow_unsigned,
+            allow_yanked=self.allow_yanked,
+        )
 
 
 def pull(
@@ -102,19 +109,10 @@ def pull(
     registry: str = "artifacts",
     gpu: str = "auto",
     runtime: str | None = None,
-    vram: str | None = None,
-    driver: str | None = None,
-    format: Format | None = None,
-    channel: str | None = None,
-    accept_unproven: bool = False,
-    allow_unsigned: bool = False,
-    allow_yanked: bool = False,
     policy: str | Path | None = None,
-    offline: bool = False,
-    cache: bool | None = None,
-    jobs: int | None = None,
+    accept_unproven: bool = False,
 ) -> Pulled:
-    """Pull a package, as `enginesmith pull` does.
+    """Pull a package, as `enginesmith pull` does; `run` takes all its options.
 
     Args:
         reference: `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`.
@@ -122,17 +120,8 @@ def pull(
         registry: A folder, `file:///PATH`, `s3://BUCKET/PREFIX` or `oci://HOST/REPOSITORY`.
         gpu: `auto` asks NVML; a card's id or name, `sm89`, or `none`.
         runtime: What will load it: `vllm==0.29`.
-        vram: Device memory: `24GiB`.
-        driver: NVIDIA driver: `580.65.06`.
-        format: Only this one.
-        channel: In place of `stable` where the reference names none.
-        accept_unproven: Take a package without a passing verdict on this card.
-        allow_unsigned: Take a package that nobody signed.
-        allow_yanked: Take a package that was yanked; the reference must name its digest.
-        policy: File that says who may sign.
-        offline: From the cache alone: no network, no credentials.
-        cache: Keep a copy in the cache; None for: unless the registry is a local folder.
-        jobs: Pieces at once.
+        policy: File with the trusted keys.
+        accept_unproven: Take a package that was not accepted on this card.
 
     Returns:
         Where it is and what was believed.
@@ -140,23 +129,15 @@ def pull(
     Raises:
         PipelineError: See `pipeline.core.errors`: each kind of failure is a class of its own.
     """
-    return run(
-        PullRequest(
-            reference=reference,
-            to=None if to is None else Path(to),
-            registry=registry,
-            flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
-            format=format,
-            channel=channel,
-            accept_unproven=accept_unproven,
-            allow_unsigned=allow_unsigned,
-            allow_yanked=allow_yanked,
-            policy=None if policy is None else Path(policy),
-            offline=offline,
-            through_cache=cache,
-            jobs=jobs,
-        )
+    request = PullRequest(
+        reference=reference,
+        to=None if to is None else Path(to),
+        registry=registry,
+        flags=Flags(gpu=gpu, runtime=runtime),
+        policy=None if policy is None else Path(policy),
+        accept_unproven=accept_unproven,
     )
+    return run(request)
 
 
 def run(request: PullRequest) -> Pulled:
@@ -166,31 +147,35 @@ def run(request: PullRequest) -> Pulled:
         RecipeError: The reference, a flag or the registry's URL cannot be read.
         NotFoundError: There is no such package.
         CorruptError: Bytes are not what they must be.
-        UntrustedError: Not signed by anybody who may, revoked, or yanked.
-        IncompatibleError: Nothing fits this machine, or was tried on this card.
+        UntrustedError: Not signed by a trusted key, revoked, or yanked.
+        IncompatibleError: Nothing fits this machine, or was accepted on this card.
         ConflictError: Something else is where the package is to be.
-        TransientError: The connection broke too often, or the disk is full.
+        AccessError: Another user could replace what is written.
+        TransientError: The connection broke too often or is too slow, or the disk is full.
     """
     wanted = wanted_of(request)
-    if request.offline:
-        cache = PackageCache(root=cache_root())
-        _require_no_channel(wanted, cache)
-        return pull_from(CacheStore(cache=cache, only=wanted.digest), request)
-    from pipeline.registry.stores.opening import open_store
-
-    return pull_from(open_store(request.registry), request)
+    if not request.offline:
+        return pull_from(open_store(request.registry), request)
+    store = CacheStore(cache=PackageCache(root=cache_root()))
+    if wanted.channel is not None:
+        held = ", ".join(map(str, store.places(wanted.name)))
+        raise NotFoundError(
+            f"{wanted}: offline there are no channels; name a version or a digest. The cache has "
+            f"{held or f'no {wanted.name}'}"
+        )
+    return pull_from(store, request)
 
 
 def wanted_of(request: PullRequest) -> ParsedReference:
     """The reference, with the channel of `--channel` if it names none itself.
 
     Raises:
-        RecipeError: It is none, or names one itself.
+        RecipeError: It is none, or names a version or channel itself.
     """
     text = request.reference
     if request.channel is not None:
         if ":" in text or "@" in text:
-            fault = f"{text} says itself which version; leave one of the two out"
+            fault = f"{text} already names a version; leave one of the two out"
             raise RecipeError([Fault("--channel", fault)])
         text = f"{text}:{request.channel}"
     wanted = parse_reference(text)
@@ -200,117 +185,52 @@ def wanted_of(request: PullRequest) -> ParsedReference:
     return wanted
 
 
-def _require_no_channel(wanted: ParsedReference, cache: PackageCache) -> None:
-    """Offline, nobody can say where a channel points."""
-    if wanted.channel is not None:
-        store = CacheStore(cache=cache)
-        held = [
-            f"{wanted.name}/{variant}:{version}"
-            for variant in store.variants(wanted.name)
-            for version in store.versions(wanted.name, variant)
-        ]
-        raise NotFoundError(
-            f"{wanted}: offline there are no channels; name a version or a digest. The cache has "
-            f"{', '.join(held) or f'no {wanted.name}'}"
-        )
-
-
 def pull_from(store: Store, request: PullRequest) -> Pulled:
     """Pull from an open store."""
     started_s = time.monotonic()
     wanted = wanted_of(request)
     facts = facts_of(request.flags, request.environ)
-    belief = Belief(
-        policy=machine_trust(request.environ, own_folder=store.local, policy=request.policy),
-        allow_unsigned=request.allow_unsigned,
-        allow_yanked=request.allow_yanked,
-        signature_wait_s=0.0 if request.offline else _SIGNATURE_WAIT_S,
-    )
-    with scratch_folder(request.to) as scratch:
-        chosen = choose(store, wanted, facts, belief, request, scratch)
-
-        def told(came: Came) -> Pulled:
-            return pulled(
-                chosen, dir=request.to or Path(), registry=store.url, came=came, facts=facts
-            )
-
-        for reason in chosen.rejected:
-            log.info("Rejected %s", reason)
+    found, refused = candidates(store, wanted, request.terms(local=store.local))
+    chosen = best(found, refused, wanted, facts, request.rules)
+    for reason in chosen.rejected:
+        log.info("Rejected %s", reason)
+    pulled = describe(chosen, dir=request.to or Path(), registry=store.url, facts=facts)
+    delivery = delivery_of(store, chosen.resolved, request)
+    if request.to is None:
+        package, fetched_bytes = delivery.to_cache()
+        pulled = replace(pulled, dir=package.dir, origin="registry" if fetched_bytes else "cache")
+    else:
         through_cache = request.through_cache
-        done = Delivery(
-            store=store,
-            candidate=chosen.judged.candidate,
-            policy=belief.policy,
-            transfer=_transfer(request, store),
-            receipt=lambda came: told(came).receipt(),
-        ).deliver(
-            Goal(
-                to=request.to,
-                cache=PackageCache(root=cache_root()),
-                through_cache=not store.local if through_cache is None else through_cache,
-                offline=request.offline,
-            )
+        done = delivery.to_folder(
+            request.to,
+            lambda origin: replace(pulled, origin=origin).receipt(),
+            through_cache=not store.local if through_cache is None else through_cache,
         )
-    return replace(
-        told(done.came),
-        dir=done.dir,
-        fetched_bytes=done.fetched_bytes,
-        seconds=time.monotonic() - started_s,
+        fetched_bytes = done.fetched_bytes
+        pulled = replace(pulled, dir=done.dir, origin=done.origin)
+    return replace(pulled, fetched_bytes=fetched_bytes, seconds=time.monotonic() - started_s)
+
+
+def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
+    """How a request brings a package here."""
+    jobs = request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS)
+    return Delivery(
+        store=store,
+        resolved=resolved,
+        cache=PackageCache(root=cache_root()),
+        transfer=replace(request.transfer, jobs=jobs),
+        offline=request.offline,
+        shared_parent=request.allow_shared_parent,
     )
 
 
-def _transfer(request: PullRequest, store: Store) -> Transfer:
-    jobs = request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS)
-    return replace(request.transfer, jobs=jobs)
-
-
-def choose(
-    store: Store,
-    wanted: ParsedReference,
-    facts: Facts,
-    belief: Belief,
-    request: PullRequest,
-    scratch: Path,
-) -> Chosen:
-    """Look at all that a reference may mean, and take the best; no large byte moves.
+def fetch(store: Store, resolved: Resolved) -> Package:
+    """A resolved package in a folder of this machine, every byte verified, ready to be loaded.
 
     Raises:
-        PipelineError: As in `run`.
+        CorruptError: Its bytes are not what its manifest says.
+        TransientError: The connection broke too often, or the disk is full.
     """
-    retry = request.transfer.retry
-    rules = rules_of(request)
-    judged: list[Judged] = []
-    refused: list[Refused] = []
-    for number, offer in enumerate(
-        insistently(lambda: offers(store, wanted, belief.policy), retry)
-    ):
-        try:
-            candidate = examine(store, offer, belief, retry, scratch / str(number))
-            judged.append(judge(candidate, facts, rules))
-        except (CorruptError, UntrustedError, NotFoundError) as error:
-            refused.append(Refused(what=str(offer.place), error=error))
-    return best(judged, refused, wanted, facts)
-
-
-@contextlib.contextmanager
-def scratch_folder(to: Path | None) -> Iterator[Path]:
-    """A private folder for small files: in the system's, else beside the goal (read-only root)."""
-    try:
-        parent = Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        parent = (to or cache_root()).absolute().parent
-    with contextlib.ExitStack() as stack:
-        with disk_errors(f"write {parent}"):
-            parent.mkdir(parents=True, exist_ok=True)
-            name = f".enginesmith-pull-{os.getuid()}-"
-            owned = stack.enter_context(owned_folder(parent, name))
-        yield owned.dir
-
-
-def rules_of(request: PullRequest) -> Rules:
-    """What else the user wants."""
-    return Rules(
-        format=request.format,
-        accept_unproven=request.accept_unproven,
-        sm_of_card={target.card: target.sm for target in known_targets()},
-    )
+    if folder := package_dir(store, resolved.place):
+        return verify(folder)
+    return delivery_of(store, resolved, PullRequest(reference="")).to_cache()[0]

@@ -1,40 +1,44 @@
-"""Signed packages in stores of every kind, and a machine to pull them to."""
+"""Signed packages in a store, and a machine that pulls them."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.values import Engine, Reference, VerdictName
+from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import PullRequest, pull_from
 from pipeline.registry.client.receipt import Pulled
-from pipeline.registry.client.retry import Retry
-from pipeline.registry.lifecycle.channels import move_channel
-from pipeline.registry.lifecycle.records import Author
-from pipeline.registry.lifecycle.yank import yank_package
-from pipeline.registry.signing.keys import SigningKey, generate_key
-from pipeline.registry.signing.signer import build_statements, sign_report
-from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.registry.stores.store import Place, Store, WritableStore
-from tests.registry.backends import Backends, running_backends
-from tests.registry.signing.conftest import RUN, trusted
+from pipeline.registry.client.verify import VerifyRequest, verify
+from pipeline.registry.promotion import yank_package
+from pipeline.registry.reference import reference_of
+from pipeline.registry.store import Place, Store, WritableStore
+from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.trust.channels import move_channel
+from pipeline.registry.trust.keys import SigningKey, generate_key
+from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.signatory import sign_package, sign_test
+from pipeline.registry.trust.statements import Author
+from tests.registry.packages import VARIANT, sealed_package
 
 CARD = "NVIDIA-GeForce-RTX-4090"
 OTHER_CARD = "NVIDIA-L4"
-VARIANT = "sm89-trtrtx-fp8-b8"
-PIECE_BYTES = 4096
-QUICK = Retry(tries=3, tries_of_piece=8, first_s=0.001, longest_s=0.01)
+RUNTIME = ("tensorrt-rtx", "1.7.1.116")
+CHUNK_BYTES = 4096
+QUICK = Transfer(chunk_bytes=CHUNK_BYTES, tries=3, first_wait_s=0.001)
+FILES: Mapping[str, bytes] = {
+    "config.json": b"{}",
+    "empty": b"",
+}
 
 
 def noise(size_bytes: int, seed: int = 0) -> bytes:
@@ -44,18 +48,23 @@ def noise(size_bytes: int, seed: int = 0) -> bytes:
     return b"".join(parts)[:size_bytes]
 
 
+def trusting(key: SigningKey, *roles: Role) -> TrustPolicy:
+    """A policy that trusts one key."""
+    pem = key.public.pem.decode()
+    may: tuple[Role, ...] = roles or ("builds", "verdicts", "channels")
+    return TrustPolicy(keys=(TrustedKey(name="release", public_key=pem, may_sign=may),))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shop:
     """A store with signed packages, and a machine that pulls from it.
 
     Attributes:
-        bench: Makes engines.
         store: Where they are published.
         home: Of the machine: its policy, and folders to pull to.
-        key: Signs builds and verdicts.
+        key: Signs builds, verdicts and moves.
     """
 
-    bench: Any
     store: WritableStore
     home: Path
     key: SigningKey = field(default_factory=generate_key)
@@ -64,26 +73,10 @@ class Shop:
     def to(self) -> Path:
         return self.home / "models" / "tiny"
 
-    def engine(self, variant: str = VARIANT, files: Mapping[str, bytes] | None = None) -> Engine:
-        folder = self.home / f"engine-{variant}-{os.urandom(4).hex()}"
-        contents = files or {
-            "model.plan": noise(5 * PIECE_BYTES + 17),
-            "config.json": b"{}",
-            "empty": b"",
-            "tokenizer/tokenizer.json": noise(PIECE_BYTES, seed=1),
-        }
-        for path, data in contents.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
-        made: Engine = self.bench.engine(variant=variant)
-        return replace(made, dir=folder)
-
     def publish(
         self,
-        engine: Engine | None = None,
+        files: Mapping[str, bytes] | None = None,
         *,
-        version: str = "1.0",
-        name: str = "tiny",
         signed: bool = True,
         verdict: VerdictName | None = "accepted",
         card: str = CARD,
@@ -91,17 +84,19 @@ class Shop:
         **label: Any,
     ) -> Reference:
         """Publish a package, with a verdict and a channel for a card unless `verdict` is None."""
-        engine = engine or self.engine()
+        contents = dict(files or {})
+        if files is None:
+            contents = {
+                "model.plan": noise(5 * CHUNK_BYTES + 17),
+                "tokenizer/tokenizer.json": noise(CHUNK_BYTES, seed=1),
+                **FILES,
+            }
         folder = self.home / f"sealed-{os.urandom(4).hex()}"
-        folder.mkdir(parents=True)
-        made = dataclasses.replace(self.bench.label(version, name=name), **label)
-        package = self.bench.seal(folder, engine, made)
-        statements = build_statements(package, self.key, RUN) if signed else {}
+        package = sealed_package(folder, contents, **label)
+        statements = [sign_package(package, self.key)] if signed else []
         self.store.put_package(package, statements, lambda count: None)
         shutil.rmtree(folder)
-        reference = Reference(
-            name=name, variant=engine.variant, version=made.version, digest=package.digest
-        )
+        reference = reference_of(package)
         if verdict is not None:
             self.judge(reference, verdict, card)
             self.point(reference, card, channel)
@@ -113,13 +108,21 @@ class Shop:
         verdict: VerdictName = "accepted",
         card: str = CARD,
         *,
-        name: str = "",
         key: SigningKey | None = None,
-    ) -> None:
-        """Add a signed verdict."""
-        report = self.bench.report(reference, verdict, card)
-        files = {"report.json": report, **sign_report(report, key or self.key)}
-        self.store.put_statement(Place.of(reference), name or f"test-{card}", files)
+        runtime: tuple[str, str] = RUNTIME,
+    ) -> str:
+        """Add a signed verdict; its name."""
+        report = json.dumps({"digest": reference.digest, "verdict": verdict}).encode()
+        raw = sign_test(
+            reference.digest,
+            key or self.key,
+            card=card,
+            runtime=runtime,
+            verdict=verdict,
+            files={"report.json": report},
+        )
+        self.store.put_statement(Place.of(reference), raw)
+        return raw.name
 
     def point(
         self,
@@ -130,15 +133,10 @@ class Shop:
         key: SigningKey | None = None,
     ) -> None:
         """Let a channel point to a package, by a signed move."""
-        mover = key or self.key
+        author = Author(key=key or self.key, actor="ada")
+        policy = trusting(author.key)
         move_channel(
-            self.store,
-            reference,
-            channel=channel,
-            card=card,
-            key=mover,
-            actor="ada",
-            policy=TrustPolicy(keys=(trusted(mover, "channels"),)),
+            self.store, reference, channel=channel, card=card, author=author, policy=policy
         )
 
     def yank(
@@ -146,27 +144,22 @@ class Shop:
     ) -> None:
         """Yank a package, or undo that."""
         author = Author(key=key or self.key, actor="ada", reason="crashes")
-        policy = TrustPolicy(keys=(trusted(author.key, "channels"),))
-        yank_package(self.store, reference, author, policy, undo=undo)
+        text = f"{reference.name}@sha256:{reference.digest}"
+        yank_package(self.store, text, author, trusting(author.key), undo=undo)
 
     def policy(self, **more: Any) -> Path:
         """The machine's trust policy, as a file."""
-        key = trusted(self.key, "builds", "verdicts", "channels", name="release")
-        keys = [{**dataclasses.asdict(key), "may_sign": list(key.may_sign)}]
+        (key,) = trusting(self.key).keys
+        listed = {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
         path = self.home / "policy.json"
         private = self.home / f"policy-{os.getpid()}"  # many processes may pull at once
-        private.write_text(json.dumps({"schema": 1, "keys": keys, **more}))
+        private.write_text(json.dumps({"schema": 1, "keys": [listed], **more}))
         return private.replace(path)
 
     def request(self, reference: str = "tiny", **more: Any) -> PullRequest:
-        """A pull for a 4090 that is not there, in small pieces and without patience."""
+        """A pull for a 4090 that is not there, in small chunks and without patience."""
         flags = Flags(**{"gpu": "rtx4090", **more.pop("flags", {})})
-        defaults: dict[str, Any] = {
-            "to": self.to,
-            "environ": {},
-            "transfer": Transfer(piece_bytes=PIECE_BYTES, retry=QUICK),
-            "jobs": 3,
-        }
+        defaults: dict[str, Any] = {"to": self.to, "environ": {}, "transfer": QUICK, "jobs": 3}
         if "policy" not in more:
             more["policy"] = self.policy()
         return PullRequest(reference=reference, flags=flags, **{**defaults, **more})
@@ -174,46 +167,40 @@ class Shop:
     def pull(self, reference: str = "tiny", store: Store | None = None, **more: Any) -> Pulled:
         return pull_from(store or self.store, self.request(reference, **more))
 
+    def verify(self, target: Path | str, **more: Any) -> Pulled:
+        """For a 4090 unless `flags` say otherwise."""
+        flags = Flags(**{"gpu": "rtx4090", **more.pop("flags", {})})
+        wanted = VerifyRequest(
+            target=str(target), flags=flags, policy=self.policy(), environ={}, **more
+        )
+        return verify(wanted)
+
     def left(self) -> list[str]:
         """What is in the folder that holds the goal."""
         parent = self.to.parent
         return sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
 
 
-@pytest.fixture(scope="session")
-def running() -> Iterator[Backends]:
-    with running_backends() as started:
-        yield started
-
-
 @pytest.fixture
-def shop_of(
-    running: Backends, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Shop]:
-    """A shop on a backend."""
-
-    def make(backend: str = "folder") -> Shop:
-        home = tmp_path / "home"
-        home.mkdir(exist_ok=True)
-        monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
-        for name, value in running.environ(backend).items():
-            monkeypatch.setenv(name, value)
-        return Shop(bench=bench, store=running.store(backend, tmp_path / "registry"), home=home)
-
-    return make
-
-
-@pytest.fixture
-def shop(shop_of: Callable[[str], Shop]) -> Shop:
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     """A shop in a folder."""
-    return shop_of("folder")
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    return Shop(store=FolderRegistry(path=tmp_path / "registry").store(), home=home)
+
+
+ShopOf = Callable[[str], Shop]
 
 
 def engine_files(folder: Path) -> dict[str, bytes]:
-    """Everything below `engine/`."""
+    """Everything below `engine/`, less the model signature."""
     root = folder / "engine"
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "model.sig"
     }
+
+
+__all__ = ["CARD", "CHUNK_BYTES", "OTHER_CARD", "QUICK", "VARIANT", "Shop", "engine_files"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.core.errors import TransientError
 from pipeline.core.values import FileDigest
-from pipeline.registry.stores.store import Place, Store, StoredStatement
+from pipeline.registry.store import Place, RawStatement, Store
 
-_Result = TypeVar("_Result")
 Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]
 """(chunks of the real store, file, offset) -> what the client gets."""
 
@@ -26,18 +25,16 @@ class FaultyStore:
         faults: Taken one by one, one for each opened file; afterwards all is well.
         always: Applied to each opened file after them.
         local: Whether it says to be a folder of this machine.
-        opened: (path, offset) of each opened file.
-        small_faults: How many of the next small requests fail.
+        opened: (path, offset, end) of each opened file.
     """
 
     store: Store
     faults: list[Fault] = field(default_factory=list)
     always: Fault | None = None
     local: bool = True
-    small_faults: int = 0
-    opened: list[tuple[str, int]] = field(default_factory=list)
-    ends: list[int | None] = field(default_factory=list)
+    opened: list[tuple[str, int, int | None]] = field(default_factory=list)
     sent_bytes: int = 0
+    small_requests: int = 0
     _lock: Any = field(default_factory=threading.Lock)
 
     @property
@@ -48,46 +45,47 @@ class FaultyStore:
     def public(self) -> bool:
         return self.store.public
 
-    def names(self) -> list[str]:
-        return self._small(self.store.names)
+    def identity(self) -> str | None:
+        return self.store.identity()
 
-    def variants(self, name: str) -> list[str]:
-        return self._small(lambda: self.store.variants(name))
+    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
+        return self.store.places(name, variant)
 
-    def versions(self, name: str, variant: str) -> list[str]:
-        return self._small(lambda: self.store.versions(name, variant))
+    def statement_names(
+        self, name: str | None = None, variant: str | None = None
+    ) -> dict[Place, tuple[str, ...]]:
+        return self.store.statement_names(name, variant)
 
     def read_manifest(self, place: Place) -> bytes:
-        return self._small(lambda: self.store.read_manifest(place))
+        self._count()
+        return self.store.read_manifest(place)
 
     @contextlib.contextmanager
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
         with self._lock:
-            self.opened.append((file.path, offset))
-            self.ends.append(end)
+            self.opened.append((file.path, offset, end))
             fault = self.faults.pop(0) if self.faults else self.always
         with self.store.open_file(place, file, offset, end) as chunks:
             yield self._counted(chunks if fault is None else fault(chunks, file, offset))
 
-    def statements(self, place: Place) -> list[StoredStatement]:
-        return self._small(lambda: self.store.statements(place))
+    def read_statements(
+        self, place: Place, names: Collection[str] | None = None
+    ) -> list[RawStatement]:
+        self._count()
+        return self.store.read_statements(place, names)
 
-    def read_statement(self, place: Place, name: str) -> dict[str, bytes]:
-        return self._small(lambda: self.store.read_statement(place, name))
+    def read_statement(self, place: Place, name: str) -> RawStatement:
+        self._count()
+        return self.store.read_statement(place, name)
 
-    def channels(self, name: str, variant: str) -> dict[str, bytes]:
-        return self._small(lambda: self.store.channels(name, variant))
+    def read_moves(self, name: str, variant: str) -> list[bytes]:
+        return self.store.read_moves(name, variant)
 
-    def moves(self, name: str, variant: str) -> dict[str, bytes]:
-        return self._small(lambda: self.store.moves(name, variant))
-
-    def _small(self, call: Callable[[], _Result]) -> _Result:
-        if self.small_faults:
-            self.small_faults -= 1
-            raise TransientError("503")
-        return call()
+    def _count(self) -> None:
+        with self._lock:
+            self.small_requests += 1
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -101,6 +99,11 @@ def small(chunks: Iterator[bytes], size_bytes: int = 1000) -> Iterator[bytes]:
     for chunk in chunks:
         for start in range(0, len(chunk), size_bytes):
             yield chunk[start : start + size_bytes]
+
+
+def good(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+    """No fault."""
+    return chunks
 
 
 def reset_after(count: int) -> Fault:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AccessError, CorruptError, TransientError
+from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
+from pipeline.core.values import FileDigest
 from pipeline.registry.client.layout import verify_layout
-from tests.registry.client.conftest import PIECE_BYTES, QUICK, Shop, noise
+from tests.registry.client.conftest import CHUNK_BYTES, QUICK, Shop, noise
 from tests.registry.client.faulty_store import (
     Fault,
     FaultyStore,
     flipped,
+    good,
     refused,
     reset_after,
     short_after,
@@ -32,57 +37,62 @@ from tests.registry.client.faulty_store import (
 def test_a_broken_answer_is_resumed_from_the_byte_that_it_reached(
     shop: Shop, fault: Fault, reached: int
 ) -> None:
-    reference = shop.publish(shop.engine(files={"model.plan": noise(3 * PIECE_BYTES)}))
+    reference = shop.publish({"model.plan": noise(3 * CHUNK_BYTES)})
     store = FaultyStore(store=shop.store, faults=[fault, fault])
     pulled = shop.pull(store=store, jobs=1)
     assert verify_layout(shop.to).digest == reference.digest
     assert pulled.fetched_bytes == pulled.size_bytes
-    assert [offset for _, offset in store.opened][:3] == [0, reached, 2 * reached]
+    assert [offset for _, offset, _ in store.opened][:3] == [0, reached, 2 * reached]
 
 
-def test_a_piece_asks_for_no_byte_of_the_next_and_the_last_for_all_that_there_is(
+def test_a_chunk_asks_for_no_byte_of_the_next_and_the_last_for_all_that_there_is(
     shop: Shop,
 ) -> None:
-    shop.publish(shop.engine(files={"model.plan": noise(2 * PIECE_BYTES + 1)}))
+    shop.publish({"model.plan": noise(2 * CHUNK_BYTES + 1)})
     store = FaultyStore(store=shop.store)
     shop.pull(store=store, jobs=1)
-    asked = zip(store.opened, store.ends, strict=True)
-    large = [(start, end) for (path, start), end in asked if path.endswith("model.plan")]
-    assert large == [(0, PIECE_BYTES), (PIECE_BYTES, 2 * PIECE_BYTES), (2 * PIECE_BYTES, None)]
+    assert [(start, end) for path, start, end in store.opened if path.endswith("model.plan")] == [
+        (0, CHUNK_BYTES),
+        (CHUNK_BYTES, 2 * CHUNK_BYTES),
+        (2 * CHUNK_BYTES, None),
+    ]
 
 
 def test_retries_end_and_what_has_landed_is_kept_for_the_next_run(shop: Shop) -> None:
     shop.publish()
-    good = 3
-    store = FaultyStore(
-        store=shop.store, faults=[lambda chunks, file, offset: chunks] * good, always=refused
-    )
+    store = FaultyStore(store=shop.store, faults=[good] * 3, always=refused)
     with pytest.raises(TransientError, match="stalled"):
         shop.pull(store=store, jobs=1)
-    assert len(store.opened) == good + QUICK.tries
+    assert len(store.opened) == 3 + QUICK.tries
     assert not shop.to.exists()
     again = shop.pull(store=FaultyStore(store=shop.store), jobs=1)
-    assert again.size_bytes - 3 * PIECE_BYTES <= again.fetched_bytes < again.size_bytes
+    assert again.size_bytes - 3 * CHUNK_BYTES <= again.fetched_bytes < again.size_bytes
     assert shop.left() == ["tiny"]
 
 
-def test_an_endless_row_of_tiny_progress_ends_too(shop: Shop) -> None:
+def _dripping(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
+    for chunk in chunks:
+        for at in range(len(chunk)):
+            time.sleep(0.01)
+            yield chunk[at : at + 1]
+
+
+@pytest.mark.parametrize("fault", [_dripping, reset_after(1)], ids=["drip", "reset at each byte"])
+def test_a_store_below_the_floor_is_given_up_and_what_has_landed_is_kept(
+    shop: Shop, fault: Fault
+) -> None:
     shop.publish()
-    store = FaultyStore(store=shop.store, always=reset_after(1))
-    with pytest.raises(TransientError, match="reset"):
-        shop.pull(store=store, jobs=1)
-    assert len(store.opened) <= 4 * QUICK.tries_of_piece
+    store = FaultyStore(store=shop.store, always=fault)
+    slow = replace(QUICK, first_wait_s=0.01, floor_bytes_s=10_000, floor_s=1.0)
+    started_s = time.monotonic()
+    with pytest.raises(TransientError, match="are the least"):
+        shop.pull(store=store, jobs=2, transfer=slow)
+    assert time.monotonic() - started_s < 10.0
+    assert not shop.to.exists()
+    assert shop.pull().fetched_bytes <= shop.pull().size_bytes
 
 
-def test_small_requests_are_tried_again_too(shop: Shop) -> None:
-    reference = shop.publish()
-    store = FaultyStore(store=shop.store, small_faults=2)
-    assert shop.pull(store=store).digest == reference.digest
-    with pytest.raises(TransientError):
-        shop.pull(store=FaultyStore(store=shop.store, small_faults=3), to=shop.home / "b")
-
-
-def test_a_byte_that_was_hurt_on_its_way_is_fetched_once_more(shop: Shop) -> None:
+def test_a_byte_that_was_damaged_on_its_way_is_fetched_once_more(shop: Shop) -> None:
     reference = shop.publish()
     store = FaultyStore(store=shop.store, faults=[flipped])
     pulled = shop.pull(store=store, jobs=1)  # in order, so that it is not the empty file's
@@ -128,30 +138,32 @@ def test_access_that_is_refused_is_not_tried_again(shop: Shop) -> None:
     assert shop.left() == []
 
 
+_DISK_CALLS = ["pwrite", "fsync", "rename", "chmod"]
+
+
+@pytest.mark.parametrize("call", _DISK_CALLS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_a_fault_of_our_disk_is_clean_and_leaves_nothing(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, code: int
+def test_a_fault_of_our_disk_is_clean_and_a_rerun_completes(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
-    shop.publish()
-    real, calls = os.pwrite, 0
+    reference = shop.publish()
 
-    def pwrite(*arguments: Any) -> int:
-        nonlocal calls
-        calls += 1
-        if calls > 3:
-            raise OSError(code, os.strerror(code))
-        return real(*arguments)
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
     store = FaultyStore(store=shop.store)
-    wanted = TransientError if code in {errno.ENOSPC, errno.EDQUOT} else Exception
-    with pytest.raises(wanted, match=os.strerror(code)):
-        shop.pull(store=store, jobs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with pytest.raises(PipelineError, match=os.strerror(code)) as caught:
+            shop.pull(store=store, jobs=1)
+    assert isinstance(caught.value, TransientError) == (code in {errno.ENOSPC, errno.EDQUOT})
     assert shop.left() == []
-    assert len(store.opened) <= 5  # our disk's fault is not the store's: no retry
+    assert len(store.opened) <= 10  # our disk's fault is not the store's: no retry
+    assert shop.pull().digest == reference.digest
+    assert shop.left() == ["tiny"]
 
 
-def test_a_full_disk_leaves_the_old_copy_in_the_cache_intact(
+def test_a_full_disk_leaves_the_copy_in_the_cache_intact(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = shop.publish()
@@ -166,70 +178,72 @@ def test_a_full_disk_leaves_the_old_copy_in_the_cache_intact(
             shop.pull(through_cache=True, to=shop.home / "second")
     assert not (shop.home / "second").exists()
     again = shop.pull(through_cache=True, to=shop.home / "second")
-    assert (again.came, again.digest) == ("cache", reference.digest)
+    assert (again.origin, again.digest) == ("cache", reference.digest)
 
 
-def test_a_dead_runs_pieces_are_verified_before_they_are_kept(shop: Shop) -> None:
-    engine = shop.engine(files={"model.plan": noise(6 * PIECE_BYTES)})
-    reference = shop.publish(engine)
-    good = [lambda chunks, file, offset: chunks] * 4
+def _interrupted(shop: Shop) -> Path:
+    """The work folder of a pull that ended after 4 of 6 chunks."""
+    shop.publish({"model.plan": noise(6 * CHUNK_BYTES)})
+    store = FaultyStore(store=shop.store, faults=[good] * 4, always=refused)
     with pytest.raises(TransientError):
-        shop.pull(store=FaultyStore(store=shop.store, faults=[*good], always=refused), jobs=1)
-    (partial,) = shop.to.parent.glob(".tiny.pulling-*")
-    plan = partial / "package" / "engine" / "model.plan"
+        shop.pull(store=store, jobs=1)
+    (work,) = shop.to.parent.glob(".tiny.pulling-*")
+    return work
+
+
+def test_a_dead_runs_chunks_are_hashed_and_a_damaged_one_is_fetched_again(shop: Shop) -> None:
+    work = _interrupted(shop)
+    plan = work / "package" / "engine" / "model.plan"
     data = bytearray(plan.read_bytes())
-    data[PIECE_BYTES + 5] ^= 1
+    data[CHUNK_BYTES + 5] ^= 1
     plan.write_bytes(data)
-    (partial / "package" / "engine" / "evil").write_text("not of the package")
-    store = FaultyStore(store=shop.store)
-    pulled = shop.pull(store=store, jobs=1)
-    assert pulled.fetched_bytes == 3 * PIECE_BYTES  # the damaged one and the two that were missing
-    assert verify_layout(shop.to).digest == reference.digest
-
-
-def test_a_torn_journal_costs_a_piece_and_no_more(shop: Shop) -> None:
-    engine = shop.engine(files={"model.plan": noise(6 * PIECE_BYTES)})
-    reference = shop.publish(engine)
-    good = [lambda chunks, file, offset: chunks] * 4
-    with pytest.raises(TransientError):
-        shop.pull(store=FaultyStore(store=shop.store, faults=[*good], always=refused), jobs=1)
-    (partial,) = shop.to.parent.glob(".tiny.pulling-*")
-    journal = partial / "journal"
-    journal.write_bytes(journal.read_bytes()[:-5])
+    (work / "package" / "engine" / "evil").write_text("not of the package")
+    (work / "package" / "link").symlink_to("/etc/hostname")
     pulled = shop.pull(jobs=1)
-    assert pulled.fetched_bytes == 3 * PIECE_BYTES
-    assert verify_layout(shop.to).digest == reference.digest
+    assert pulled.fetched_bytes == 8 * CHUNK_BYTES  # the missing ones, then the whole file
+    assert verify_layout(shop.to).digest == pulled.digest
 
 
-def test_the_journal_of_other_bytes_is_worth_nothing(shop: Shop) -> None:
-    engine = shop.engine(files={"model.plan": noise(6 * PIECE_BYTES)})
-    shop.publish(engine)
-    good = [lambda chunks, file, offset: chunks] * 4
-    with pytest.raises(TransientError):
-        shop.pull(store=FaultyStore(store=shop.store, faults=[*good], always=refused), jobs=1)
-    (partial,) = shop.to.parent.glob(".tiny.pulling-*")
-    journal = partial / "journal"
-    journal.write_text(journal.read_text().replace(" 4096", " 8192", 1))
+def _torn(text: str) -> str:
+    return text[:-5]
+
+
+def _garbled(text: str) -> str:
+    head, rest = text.split("\n", 1)
+    return f'{head}\n[99, 1]\n[0, -3]\n["a", 1]\n7\n{{}}\n\x00\n{rest}'
+
+
+def _of_other_chunks(text: str) -> str:
+    return text.replace(" 4096", " 8192", 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "missing"),
+    [(_torn, 3), (_garbled, 2), (_of_other_chunks, 6), (lambda text: "", 6)],
+    ids=["torn", "garbled", "of other chunks", "empty"],
+)
+def test_a_damaged_record_costs_what_it_does_not_name_and_no_more(
+    shop: Shop, damage: Any, missing: int
+) -> None:
+    record = _interrupted(shop) / "landed.jsonl"
+    record.write_text(damage(record.read_text()))
     pulled = shop.pull(jobs=1)
-    assert pulled.fetched_bytes == pulled.size_bytes
+    assert pulled.fetched_bytes == missing * CHUNK_BYTES
+    assert verify_layout(shop.to).digest == pulled.digest
 
 
-def test_pieces_that_lie_in_any_order_give_the_right_hash(shop: Shop) -> None:
-    engine = shop.engine(files={f"shard-{n}": noise(37 * PIECE_BYTES + n, n) for n in range(3)})
-    reference = shop.publish(engine)
+def test_chunks_that_land_in_any_order_give_the_right_hash(shop: Shop) -> None:
+    reference = shop.publish({f"shard-{n}": noise(37 * CHUNK_BYTES + n, n) for n in range(3)})
     for jobs in (1, 2, 16):
         to = shop.home / f"jobs-{jobs}"
         assert shop.pull(jobs=jobs, to=to).digest == reference.digest
         assert verify_layout(to).digest == reference.digest
 
 
-def test_many_small_files_do_not_use_up_file_descriptors(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_small_files_do_not_use_up_file_descriptors(shop: Shop) -> None:
     import resource
 
-    files = {f"f{number:04}": b"%d" % number for number in range(400)}
-    reference = shop.publish(shop.engine(files=files))
+    reference = shop.publish({f"f{number:04}": b"%d" % number for number in range(400)})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
     try:
@@ -245,20 +259,10 @@ def test_ctrl_c_keeps_what_has_landed(shop: Shop, monkeypatch: pytest.MonkeyPatc
     def interrupted(self: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.registry.client.owned.Owned.touch", interrupted)
-    slow = FaultyStore(store=shop.store, always=_slow)
+    monkeypatch.setattr("pipeline.registry.workfolder.WorkFolder.touch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        shop.pull(store=slow, jobs=1)
+        shop.pull(store=FaultyStore(store=shop.store, always=_dripping), jobs=1)
     monkeypatch.undo()
     assert not shop.to.exists()
     assert len(list(shop.to.parent.glob(".tiny.pulling-*"))) == 1
     shutil.rmtree(shop.to.parent)
-
-
-def _slow(chunks: Any, file: Any, offset: int) -> Any:
-    import time
-
-    for chunk in chunks:
-        for start in range(0, len(chunk), 256):
-            time.sleep(0.05)
-            yield chunk[start : start + 256]

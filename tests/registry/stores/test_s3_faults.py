@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.registry.stores.s3_packages import (
+    SIGNATURES,
+    assert_whole,
+    keys,
+    place_of,
+)
 
 from pipeline.core.errors import (
     AccessError,
@@ -14,12 +20,6 @@ from pipeline.core.errors import (
 )
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.stores.s3 import S3Store, connection
-from tests.registry.stores.s3_packages import (
-    SIGNATURES,
-    assert_whole,
-    keys,
-    place_of,
-)
 from tests.registry.stores.s3_server import (
     BUCKET,
     Fault,

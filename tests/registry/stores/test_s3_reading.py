@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.registry.client.owned import Owned
+from tests.registry.stores.s3_packages import (
+    SIGNATURES,
+    assert_whole,
+    place_of,
+    read_file,
+)
 
 from pipeline.core.errors import (
     CorruptError,
@@ -14,15 +21,8 @@ from pipeline.core.errors import (
 )
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.client.download import PACKAGE, Transfer, download, files_of
-from pipeline.registry.client.owned import Owned
 from pipeline.registry.stores.s3 import S3Store, connection, reading
 from tests.registry.client.conftest import QUICK
-from tests.registry.stores.s3_packages import (
-    SIGNATURES,
-    assert_whole,
-    place_of,
-    read_file,
-)
 from tests.registry.stores.s3_server import (
     Handler,
     MemoryS3,

@@ -11,6 +11,7 @@ import tarfile
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline.registry.stores.store import Place
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
@@ -29,7 +30,6 @@ from pipeline.registry.stores.oci.image import (
     signature_layer,
 )
 from pipeline.registry.stores.oci.tar import END, file_header, folder_header, padding_bytes
-from pipeline.registry.stores.store import Place
 
 PLACE = Place(name="tiny", variant="any-checkpoint-fp8", version="1.0-0123456789ab")
 MANIFEST = b'{"a":1}'

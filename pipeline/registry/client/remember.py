@@ -1,0 +1,141 @@
+"""A store that remembers what never changes: manifests, statements and moves.
+
+Below a published manifest nothing is written again, and statements and moves have names that follow
+from their bytes. So the second `list` of a registry asks only what there is, and reads what is new.
+What is remembered is verified like what was just read.
+
+    $ENGINESMITH_CACHE/registries/<16 hex of SHA-256(URL)>/<name>/<variant>/<version>.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CorruptError
+from pipeline.core.values import FileDigest
+from pipeline.registry.disk import read_bounded
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
+
+_MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RememberingStore:
+    """`Store` over another one, for readers of many versions.
+
+    Attributes:
+        store: The other one.
+        root: The cache of everything.
+    """
+
+    store: Store
+    root: Path
+    _names: dict[Place, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def public(self) -> bool:
+        return self.store.public
+
+    @property
+    def local(self) -> bool:
+        return self.store.local
+
+    @cached_property
+    def _identity(self) -> str | None:
+        return self.store.identity()
+
+    def identity(self) -> str | None:
+        return self._identity
+
+    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
+        return self.store.places(name, variant)
+
+    def statement_names(
+        self, name: str | None = None, variant: str | None = None
+    ) -> dict[Place, tuple[str, ...]]:
+        found = self.store.statement_names(name, variant)
+        self._names.update(found)
+        return found
+
+    def read_manifest(self, place: Place) -> bytes:
+        kept = self._read(place).get("manifest")
+        if isinstance(kept, str):
+            return kept.encode()
+        data = self.store.read_manifest(place)
+        self._keep(place, manifest=data)
+        return data
+
+    def open_file(
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        return self.store.open_file(place, file, offset, end)
+
+    def read_statements(
+        self, place: Place, names: Collection[str] | None = None
+    ) -> list[RawStatement]:
+        if names is None and place not in self._names:
+            return self.store.read_statements(place)
+        wanted = self._names[place] if names is None else names
+        kept = self._statements(place)
+        if missing := [name for name in wanted if name not in kept]:
+            read = self.store.read_statements(place, missing)
+            kept |= {one.name: one.envelope for one in read}
+            self._keep(place, statements=kept)
+        return [
+            RawStatement(name=name, files={ENVELOPE: kept[name]}) for name in wanted if name in kept
+        ]
+
+    def read_statement(self, place: Place, name: str) -> RawStatement:
+        return self.store.read_statement(place, name)
+
+    def read_moves(self, name: str, variant: str) -> list[bytes]:
+        return self.store.read_moves(name, variant)
+
+    def _path(self, place: Place) -> Path:
+        registry = hashlib.sha256(self.store.url.encode()).hexdigest()[:16]
+        folder = self.root / "registries" / registry / place.name / place.variant
+        return folder / f"{place.version}.json"
+
+    def _read(self, place: Place) -> dict[str, Any]:
+        with contextlib.suppress(CorruptError, ValueError, OSError):
+            value = json.loads(read_bounded(self._path(place), _MAX_FILE_BYTES))
+            if isinstance(value, dict):
+                return value
+        return {}
+
+    def _statements(self, place: Place) -> dict[str, bytes]:
+        kept = self._read(place).get("statements")
+        pairs = kept.items() if isinstance(kept, dict) else ()
+        return {name: text.encode() for name, text in pairs if isinstance(text, str)}
+
+    def _keep(
+        self,
+        place: Place,
+        *,
+        manifest: bytes | None = None,
+        statements: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Remember; what is no text, or cannot be written, is read again the next time."""
+        value, path = self._read(place), self._path(place)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if manifest is not None:
+                value["manifest"] = manifest.decode()
+            if statements is not None:
+                value["statements"] = {name: data.decode() for name, data in statements.items()}
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
+            private.write_text(json.dumps(value))
+            private.replace(path)

@@ -1,0 +1,100 @@
+"""What a registry has: every version with what was verified about it.
+
+entries(store, terms)               # list: all of them, remembered where that may be
+entry(store, "phi3:stable", terms)  # show: one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.registry.client.remember import RememberingStore
+from pipeline.registry.resolve import Resolved, Terms, examine, resolve
+from pipeline.registry.store import Place, Store
+from pipeline.registry.trust.channels import read_channels
+
+_JOBS = 16
+"""Manifests read at once: each is one small request that mostly waits."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Pointer:
+    """A channel that points to a version, by its trusted log."""
+
+    channel: str
+    card: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One published version.
+
+    Attributes:
+        place: Where it lies.
+        resolved: What was verified; None if it cannot be used.
+        fault: Why it cannot: damaged, untrusted or revoked; empty if it can. A yanked one can be
+            shown, and is marked by `resolved.yank`.
+        corrupt: The fault is damage.
+        pointers: Channels that point to it.
+    """
+
+    place: Place
+    resolved: Resolved | None = None
+    fault: str = ""
+    corrupt: bool = False
+    pointers: tuple[Pointer, ...] = ()
+
+
+def entries(store: Store, terms: Terms) -> list[Entry]:
+    """Every published version, by its place.
+
+    Args:
+        store: Where to look.
+        terms: Whose statements count; yanked versions are listed, too.
+    """
+    remembering = RememberingStore(store=store, root=cache_root())
+    shown = replace(terms, allow_yanked=True)
+    places = sorted(remembering.statement_names())
+    pointers = _pointers(remembering, places, terms)
+
+    def look(place: Place) -> Entry | None:
+        try:
+            found = examine(remembering, place, shown)
+        except NotFoundError:
+            return None  # removed meanwhile
+        except (CorruptError, UntrustedError) as error:
+            corrupt = isinstance(error, CorruptError)
+            return Entry(place=place, fault=str(error), corrupt=corrupt)
+        held = pointers.get((place, found.package.digest), ())
+        return Entry(place=place, resolved=found, pointers=tuple(sorted(held)))
+
+    with ThreadPoolExecutor(max_workers=_JOBS) as pool:
+        return [one for one in pool.map(look, places) if one is not None]
+
+
+def entry(store: Store, text: str, terms: Terms) -> Entry:
+    """The one version that a reference means.
+
+    Raises:
+        PipelineError: As in `resolve`; a yanked version is shown.
+    """
+    found = resolve(store, text, replace(terms, allow_yanked=True))
+    held = _pointers(store, [found.place], terms).get((found.place, found.package.digest), ())
+    return Entry(place=found.place, resolved=found, pointers=tuple(sorted(held)))
+
+
+def _pointers(
+    store: Store, places: Iterable[Place], terms: Terms
+) -> dict[tuple[Place, str], list[Pointer]]:
+    """Place and digest -> channels that point there."""
+    pointers: dict[tuple[Place, str], list[Pointer]] = {}
+    for name, variant in dict.fromkeys((place.name, place.variant) for place in places):
+        for channel in read_channels(store, terms.policy, name, variant):
+            reference = channel.newest.reference
+            pointer = Pointer(channel=channel.name, card=channel.card)
+            pointers.setdefault((Place.of(reference), reference.digest), []).append(pointer)
+    return pointers
