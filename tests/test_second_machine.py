@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.registry.signing.keys import generate_key, write_key_pair
 from pipeline.registry.stores.store import Place, WritableStore
 
 from pipeline.core.values import FileDigest
-from pipeline.registry.signing.keys import generate_key, write_key_pair
 from tests.registry.backends import Backends, backends, running_backends
 from tests.stand_in_card import put_card, put_runner
 from tests.tiny import tiny_model

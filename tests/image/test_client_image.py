@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.stores.store import Place
 
 from pipeline.core.errors import ExitCode
 from pipeline.core.values import Reference
-from pipeline.registry.signing.keys import generate_key
 from tests.image.client_image import (
     FOREIGN_USER,
     LOCKED,

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pipeline.registry.backend import Registry
+from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.signing.keys import generate_key
+from pipeline.registry.signing.signer import build_statements, sign_report
+from pipeline.registry.signing.trust import TrustPolicy
+from pipeline.registry.signing.verification import verify_signatures
+from pipeline.registry.stored import StoredRegistry
 from pipeline.registry.stores.store import Place
+from tests.registry.signing.conftest import RUN, trusted
 
 from pipeline.core.errors import (
     ConflictError,
@@ -21,18 +29,10 @@ from pipeline.core.errors import (
     RecipeError,
 )
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.backend import Registry
-from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.package import verify
-from pipeline.registry.signing.keys import generate_key
-from pipeline.registry.signing.signer import build_statements, sign_report
-from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.registry.signing.verification import verify_signatures
-from pipeline.registry.stored import StoredRegistry
 from pipeline.registry.stores.folder import FolderStore
 from pipeline.registry.stores.opening import open_registry
 from tests.registry.backends import Backends, backends, running_backends
-from tests.registry.signing.conftest import RUN, trusted
 
 Bench = Any
 CARD = "NVIDIA-GeForce-RTX-4090"
