@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
 from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, signed_result
@@ -25,6 +24,7 @@ from pipeline.config.load import Job, load
 from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
 from pipeline.core.hardware import Target, card_name
+from pipeline.core.nvml import read_conditions
 from pipeline.core.targets import target_of_card
 from pipeline.core.values import Engine, Format, Limits, Package, Verdict, Weights
 from pipeline.machine import require_builder

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from pipeline.acceptance.abilities import ability_faults
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
@@ -49,7 +50,6 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.signing.machine import Signatory, signatory_for
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
-from pipeline.runners.abilities import ability_faults
 from pipeline.runners.session import Runner
 
 log = logging.getLogger(__name__)

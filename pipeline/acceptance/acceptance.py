@@ -24,7 +24,6 @@ from pipeline.acceptance.judge import QualityLimits, judge
 from pipeline.acceptance.measure import measure_on_card, measure_on_cpu
 from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache, source_digest
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
@@ -32,6 +31,7 @@ from pipeline.core.values import Report, Verdict, digest_of
 from pipeline.machine import available_bytes
 from pipeline.model.shapes import ModelShape
 from pipeline.runners.session import Device, Runner
+from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus, require_disjoint, text_digest
 
 log = logging.getLogger(__name__)
@@ -47,15 +47,12 @@ _CODE = (
             "chat_probe",
             "chat_prompts",
             "comparison",
-            "conditions",
             "cut",
             "harness",
             "harness_model",
             "judge",
-            "lengths",
             "measure",
             "physics",
-            "prompts_file",
             "quality",
             "reference",
             "sampler",
@@ -66,9 +63,9 @@ _CODE = (
             "subject",
             "sustained",
             "sustained_run",
-            "workload",
         )
     ),
+    "pipeline.core.nvml",
     "pipeline.runners",
     "pipeline.sources.text.windows",
 )

@@ -23,13 +23,13 @@ from pipeline.acceptance.speed import measure_speed, rate_findings, spread_findi
 from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained import judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import run_sustained
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
 from pipeline.runners.session import BenchRunner, Session, SourceRunner
+from pipeline.runners.workload import Workload
 
 if TYPE_CHECKING:
     from pipeline.acceptance.acceptance import Acceptance

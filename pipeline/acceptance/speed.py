@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
-from pipeline.acceptance.workload import Workload
 from pipeline.core.values import Finding
 from pipeline.runners.session import Demands, Session
 from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.runners.workload import Workload
 
 __all__ = [
     "SpeedSample",

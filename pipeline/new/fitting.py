@@ -8,12 +8,12 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from pipeline.acceptance.workload import Workload
 from pipeline.build import Recipe, plan_of
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.values import Format
 from pipeline.model.shapes import Architecture, ModelShape, shape_of_config
 from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.runners.workload import Workload
 
 START_CONTEXT, FLOOR_CONTEXT = 4096, 512
 """Contexts that are tried, in tokens: what our own recipes have, and what a short chat needs."""

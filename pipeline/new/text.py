@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.acceptance.workload import Workload
 from pipeline.model.shapes import ModelShape
+from pipeline.runners.workload import Workload
 
 
 def recipe_text(

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.speed import SpeedSample, measure_speed, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import RecipeError
 from pipeline.model.shapes import ModelShape
 from pipeline.runners.session import Demands, Generation
+from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4, min_output_tokens_per_s=1.0)

@@ -21,17 +21,17 @@ from pipeline.acceptance import acceptance as acceptance_module
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.card import HeldCard
 from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.conditions import ComputeProcess, Conditions
 from pipeline.acceptance.subject import Subject
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError
+from pipeline.core.nvml import ComputeProcess, Conditions
 from pipeline.core.values import Checkpoint, Engine, Report, Verdict
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.runners.session import Device, Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
+from pipeline.runners.workload import Workload
 from tests import stand_in_card
 from tests.quant.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.page import render_page
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, judge_physics
 from pipeline.acceptance.slope import theil_sen_slope
 from pipeline.acceptance.speed import measure_speed, rate_findings, summarize
 from pipeline.acceptance.speed_sample import achieved_rate
-from pipeline.acceptance.workload import Workload
 from pipeline.plan.ceilings import Roofline
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import Demands
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.workload import Workload
 from tests.acceptance.report_pages import Page, on_card
 
 LOAD = Workload(name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pipeline.acceptance import speed
 from pipeline.acceptance.sampler import Reading, Samples
 from pipeline.acceptance.speed import SpeedSample, measure_speed, spread_findings, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.workload import Workload
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
 PROMPTS = [[1, 2, 3, 4, 5]] * 2

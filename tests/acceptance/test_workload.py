@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.speed import measure_speed, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import digest_of
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.transformers import TransformersSession
+from pipeline.runners.workload import Workload
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.acceptance.conditions import Conditions, condition_findings, read_conditions
+from pipeline.acceptance.card import condition_findings
 from pipeline.acceptance.quality import log_softmax
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import achieved_rate
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache
+from pipeline.core.nvml import Conditions, read_conditions
 from pipeline.core.values import Engine
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.model.random_model import write_random_model
@@ -30,6 +30,7 @@ from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession
 from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights, shape_of
 from tests.tiny import TEXT
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.acceptance.acceptance import Acceptance
-from pipeline.acceptance.workload import Workload
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 
 Ask = Callable[..., PlanRequest]

@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.lengths import Lengths
+from pipeline.acceptance.abilities import ability_faults
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
 from pipeline.build import plan_of
 from pipeline.config import load as config
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.plan import Plan, refuse
-from pipeline.runners.abilities import ability_faults, needed, why_not_workload
+from pipeline.runners.abilities import needed, why_not_workload
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner
 from pipeline.runners.session import Ability, Runner
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.trtllm.runner import TrtLlmRunner
 from pipeline.runners.trtrtx.runner import TrtRtxRunner
 from pipeline.runners.vllm.runner import VllmRunner
+from pipeline.runners.workload import Workload
 from tests.acceptance.test_acceptance_speed import acceptance
 
 PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)

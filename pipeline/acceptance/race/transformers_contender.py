@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.acceptance.race.contenders import Pace
 from pipeline.acceptance.race.vllm_contenders import weight_bytes
-from pipeline.acceptance.workload import Workload
 from pipeline.model.shapes import ModelShape
 from pipeline.runners.child_session import module_program
 from pipeline.runners.session import Demands, Device, Generation, Session
 from pipeline.runners.vllm.process import Child, generate_request, running_child
 from pipeline.runners.vllm.session import Timeouts
+from pipeline.runners.workload import Workload
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.acceptance.race.contenders import OURS, Pace
-from pipeline.acceptance.workload import Workload
 from pipeline.core.values import Engine
 from pipeline.model.shapes import ModelShape
 from pipeline.runners.session import Session
 from pipeline.runners.vllm.session import Timeouts, engine_arguments, open_session
+from pipeline.runners.workload import Workload
 
 MEMORY_SHARE = "0.05"
 """Not the memory that vLLM takes, only what its first check demands: see above."""

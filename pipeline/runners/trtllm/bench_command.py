@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.acceptance.workload import Workload
 from pipeline.formats.trtllm.release import BENCH_PROGRAM
 from pipeline.quant.export import copy_companions
+from pipeline.runners.workload import Workload
 
 Mode = Literal["throughput", "latency"]
 

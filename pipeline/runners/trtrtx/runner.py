@@ -10,9 +10,9 @@ from pathlib import Path
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.core.cache import cache_root
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.trtrtx.compiler import PLAN_FILE

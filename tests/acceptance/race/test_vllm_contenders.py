@@ -18,11 +18,11 @@ from pipeline.acceptance.race.vllm_contenders import (
     shared_arguments,
     vllm_peer,
 )
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import ToolError
 from pipeline.core.values import Engine, Limits
 from pipeline.model.shapes import ModelShape
 from pipeline.runners.vllm.session import Timeouts
+from pipeline.runners.workload import Workload
 
 PACKAGES = Path(__file__).parents[2] / "runners" / "vllm" / "fake_packages"
 TIMES = Timeouts(load_s=30.0, answer_s=30.0)

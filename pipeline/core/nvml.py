@@ -1,4 +1,4 @@
-"""The state of the card beside every figure that was measured on it, by NVML; none on a CPU.
+"""The state of this process's first CUDA device, by NVML; none on a CPU.
 
 Take one before the first CUDA context of a measurement and one after the last: then every compute
 process that NVML shows is this one, if it calibrated on the card, or somebody else's.
@@ -14,12 +14,8 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-
-from pipeline.core.cache import cache_root, locked
-from pipeline.core.values import Finding
 
 THROTTLE_REASONS = {
     0x001: "gpu_idle",
@@ -35,12 +31,6 @@ THROTTLE_REASONS = {
     0x400: "reliability",
 }
 """nvmlClocksEventReason*, formerly nvmlClocksThrottleReason*."""
-_SLOWED = frozenset(
-    {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
-)
-"""Heat or a failing supply. The power cap is no fault: under full load a card sits at it."""
-_MAX_IDLE_UTILIZATION_PERCENT = 5
-"""A desktop on the card draws now and then; work of another process is far above that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,67 +106,6 @@ def throttle_reason_names(mask: int) -> tuple[str, ...]:
     """Names of the bits of NVML's mask, lowest first; a bit that is not known by its number."""
     bits = (1 << index for index in range(mask.bit_length()) if mask >> index & 1)
     return tuple(THROTTLE_REASONS.get(bit, f"unknown_{bit:#x}") for bit in bits)
-
-
-def condition_findings(before: Conditions, after: Conditions) -> tuple[Finding, ...]:
-    """What the conditions around a measurement say about it.
-
-    Another compute process, its work, another card or new memory errors make it inconclusive: its
-    figures are not those of this engine on this card. The rest is told beside the result.
-    """
-    return tuple(_findings(before, after))
-
-
-def disturbance(idle: Conditions) -> str | None:
-    """Who else uses the card; None if nobody does, as far as NVML shows.
-
-    Args:
-        idle: The card while nothing of ours runs on it.
-    """
-    if idle.other_compute_processes:
-        pids = ", ".join(str(process.pid) for process in idle.other_compute_processes)
-        return f"other compute processes were on {idle.gpu} (pid {pids})"
-    if (idle.utilization_percent or 0) > _MAX_IDLE_UTILIZATION_PERCENT:
-        return (
-            f"{idle.gpu} was {idle.utilization_percent}% busy with work that is not ours, of "
-            "processes that this container hides or of the display"
-        )
-    return None
-
-
-def _findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
-    if before.uuid != after.uuid:
-        yield Finding(
-            kind="inconclusive",
-            message=f"the card changed from {before.uuid} to {after.uuid}; measure again on one",
-        )
-        return
-    for when, moment in (("before", before), ("after", after)):
-        if found := disturbance(moment):
-            yield Finding(
-                kind="inconclusive",
-                message=f"{when} the measurement {found}; end them and measure again",
-            )
-    errors = (after.ecc_uncorrected or 0) - (before.ecc_uncorrected or 0)
-    if errors > 0:
-        yield Finding(
-            kind="inconclusive",
-            message=f"{errors} memory errors that ECC could not correct during the measurement; "
-            f"see nvidia-smi -q -d ECC, have {after.gpu} checked",
-        )
-    reasons = {*(before.throttle_reasons or ()), *(after.throttle_reasons or ())}
-    if slowed := sorted(reasons & _SLOWED):
-        yield Finding(
-            kind="note",
-            message=f"the card slowed itself down ({', '.join(slowed)}; {before.temperature_c} C "
-            f"before, {after.temperature_c} C after); see to its cooling and supply",
-        )
-    limit, own = after.power_limit_w, after.power_limit_default_w
-    if limit is not None and own is not None and limit < own:
-        yield Finding(
-            kind="note",
-            message=f"the power limit is {limit:.0f} W, the card's own is {own:.0f} W",
-        )
 
 
 def read_conditions() -> Conditions | None:
@@ -321,8 +250,3 @@ def _visible(nvml: Any, visible: str | None) -> tuple[Any, Any] | None:
         return nvml, find(key)
     except nvml.NVMLError:
         return None
-
-
-def gpu_lock(uuid: str) -> AbstractContextManager[None]:
-    """Hold the card for one measurement of this user; waits for another one."""
-    return locked(cache_root() / "locks" / f"gpu-{uuid}.lock")

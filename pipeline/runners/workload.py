@@ -14,11 +14,11 @@ from annotated_types import Ge, Gt, Le
 from pydantic import Strict
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.lengths import ITEM, Count, Lengths, Rate
-from pipeline.acceptance.prompts_file import file_sha256, read_prompts, tokenized
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import PathField
 from pipeline.core.values import digest_of
+from pipeline.runners.lengths import ITEM, Count, Lengths, Rate
+from pipeline.runners.prompts_file import file_sha256, read_prompts, tokenized
 from pipeline.runners.session import Demands
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Workload:
         ignore_eos: Whether every request generates all its output tokens. If not, an answer ends
             at any end-of-sequence id of the model, which counts as a token; for prompts that mean
             something, since synthetic ones end anywhere or nowhere.
-        prompts_file: JSON lines (`pipeline.acceptance.prompts_file`), of which the first `requests`
+        prompts_file: JSON lines (`pipeline.runners.prompts_file`), of which the first `requests`
             are taken; None for synthetic token ids.
         seed: Of synthetic prompts, drawn lengths and arrivals; None for the acceptance's.
         warm_ups: Runs that are discarded before the timed ones.
