@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pipeline.core.hardware import Target
     from pipeline.model.shapes import ModelShape
 
-Format = Literal["trtrtx", "trtllm", "checkpoint"]
+Format = str
+"""Name of an engine format: a folder of pipeline/formats that has a `spec`."""
 Redistribution = Literal["allowed", "with-notice", "forbidden"]
 """What a licence says about passing the weights on, quantized or not."""
 
@@ -103,7 +104,7 @@ class Checkpoint:
         dir: The folder.
         digest: Identity of its bytes.
         weights: What it was made from.
-        fp8_linears: Hugging Face module names of the linears stored as FP8.
+        quantized_linears: Hugging Face module names of the linears stored as FP8.
         kept_16bit: Module names of linears left in bfloat16 (lm_head not among them).
         calibration: The calibration record: text digest, token count, amax per layer.
     """
@@ -111,7 +112,7 @@ class Checkpoint:
     dir: Path
     digest: str
     weights: Weights
-    fp8_linears: tuple[str, ...]
+    quantized_linears: tuple[str, ...]
     kept_16bit: tuple[str, ...]
     calibration: Mapping[str, Any]
 

@@ -84,7 +84,7 @@ def write_linears(w: GraphWriter, linears: Sequence[Linear], x: str) -> list[str
     quantized: dict[float, str] = {}
     outputs = []
     for linear in linears:
-        if w.checkpoint.is_fp8(linear.module):
+        if w.checkpoint.is_quantized(linear.module):
             scale = float(w.checkpoint.scalar(f"{linear.module}.input_scale"))
             if scale not in quantized:
                 quantized[scale] = _quantize(w, linear.module, x, scale)

@@ -112,14 +112,13 @@ class Roofline:
 
 def roofline(shape: ModelShape, sizes: Sizes, target: Target) -> Roofline:
     """The roofline of a model on a card; FP8 on a card without it counts at the 16-bit peak."""
-    fp16_flops = target.fp16_tflops * 1e12
-    fp8_flops = (target.fp8_tflops or target.fp16_tflops) * 1e12
+    fp16_flops, fp8_flops = target.flops("fp16"), target.flops("fp8")
     return Roofline(
         bandwidth_bytes_per_s=target.bandwidth_gb_s * 1e9,
         step_weight_bytes=sizes.step_weight_bytes,
         kv_bytes_per_token=sizes.kv_bytes_per_token,
         sliding_window=shape.sliding_window,
         layer_s_per_token=2
-        * (sizes.fp8_params / fp8_flops + sizes.linear_16bit_params / fp16_flops),
+        * (sizes.quantized_params / fp8_flops + sizes.linear_16bit_params / fp16_flops),
         lm_head_s_per_token=2 * shape.embedding_params / fp16_flops,
     )

@@ -53,7 +53,7 @@ def _sizes(plan: Plan) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     table.add_row(
-        "parameters", f"{sizes.params / 1e9:.3f} B, {sizes.fp8_params / 1e9:.3f} B of it FP8"
+        "parameters", f"{sizes.params / 1e9:.3f} B, {sizes.quantized_params / 1e9:.3f} B of it FP8"
     )
     if sizes.kept_16bit:
         table.add_row(

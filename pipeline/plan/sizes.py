@@ -44,7 +44,7 @@ class Sizes:
 
     Attributes:
         params: All parameters, a tied embedding counted once.
-        fp8_params: Weights stored and multiplied as FP8.
+        quantized_params: Weights stored and multiplied as FP8.
         linear_16bit_params: Weights of the layers' linears that are 16-bit.
         kept_16bit: How many linears `keep_16bit` picks; 0 without FP8.
         kept_16bit_extra_bytes: What keeping them costs against FP8.
@@ -58,7 +58,7 @@ class Sizes:
     """
 
     params: int
-    fp8_params: int
+    quantized_params: int
     linear_16bit_params: int
     kept_16bit: int
     kept_16bit_extra_bytes: int
@@ -80,17 +80,17 @@ def sizes_of(request: PlanRequest) -> Sizes:
     fp8 = request.quantization == "fp8"
     kept = select(request.keep_16bit, modules) if fp8 else ()
     kept_params = sum(modules[name] for name in kept)
-    fp8_params = shape.linear_params - kept_params if fp8 else 0
-    linear_16bit_params = shape.linear_params - fp8_params
+    quantized_params = shape.linear_params - kept_params if fp8 else 0
+    linear_16bit_params = shape.linear_params - quantized_params
     scales = 2 * (len(modules) - len(kept)) + 2 * shape.num_hidden_layers if fp8 else 0
-    linear_bytes = fp8_params + 2 * linear_16bit_params + _SCALE_BYTES * scales
+    linear_bytes = quantized_params + 2 * linear_16bit_params + _SCALE_BYTES * scales
     tables = 1 if shape.tie_word_embeddings else 2
     weight_bytes = linear_bytes + 2 * (tables * shape.embedding_params + shape.other_params)
     # The static cache of TensorRT-RTX is 16-bit whatever was asked; asking for FP8 is a fault.
     kv_element = 2 if request.format == "trtrtx" else kv_element_bytes(request)
     return Sizes(
         params=shape.params,
-        fp8_params=fp8_params,
+        quantized_params=quantized_params,
         linear_16bit_params=linear_16bit_params,
         kept_16bit=len(kept),
         kept_16bit_extra_bytes=kept_params,

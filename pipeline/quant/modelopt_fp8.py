@@ -102,7 +102,7 @@ class ModelOptFp8:
             dir=result.dir,
             digest=result.digest,
             weights=weights,
-            fp8_linears=tuple(record["fp8_linears"]),
+            quantized_linears=tuple(record["quantized_linears"]),
             kept_16bit=tuple(record["kept_16bit"]),
             calibration=record,
         )
@@ -166,7 +166,7 @@ class ModelOptFp8:
             "amax": amax,
             "outliers": outliers,
             "shared_scale": {label: list(names) for label, names in sorted(groups.items())},
-            "fp8_linears": fp8,
+            "quantized_linears": fp8,
             "kept_16bit": sorted(kept),
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")

@@ -67,7 +67,7 @@ def load_simulation(
     model.tie_weights()
     scales = {
         _renumbered(name, kept): float(checkpoint.scalar(f"{name}.input_scale"))
-        for name in checkpoint.fp8_linears
+        for name in checkpoint.quantized_linears
         if _layer_of(name) in kept
     }
     for name, module in model.named_modules():

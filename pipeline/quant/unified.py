@@ -162,20 +162,20 @@ class UnifiedCheckpoint:
         """
         module, _, kind = name.rpartition(".")
         if kind in ("weight_scale", "input_scale"):
-            return self.is_fp8(module)
+            return self.is_quantized(module)
         if kind in ("k_scale", "v_scale"):
             return ".self_attn" in module
         return name.endswith(".rotary_emb.inv_freq") or (
             name == "lm_head.weight" and self.config.tied
         )
 
-    def is_fp8(self, module: str) -> bool:
+    def is_quantized(self, module: str) -> bool:
         """Whether the linear `module` is stored as FP8 with both of its scales."""
         entry = self.tensors.get(f"{module}.weight")
         return entry is not None and entry.dtype == "float8_e4m3fn"
 
     @cached_property
-    def fp8_linears(self) -> tuple[str, ...]:
+    def quantized_linears(self) -> tuple[str, ...]:
         """Module names of all FP8 linears."""
         return tuple(
             name.removesuffix(".weight")

@@ -52,7 +52,7 @@ def mixed(root: Path, made: Checkpoint) -> Checkpoint:
 
 def test_every_linear_is_fp8_with_its_scales(made: Checkpoint) -> None:
     checkpoint = UnifiedCheckpoint(made.dir)
-    assert sorted(made.fp8_linears) == sorted(checkpoint.fp8_linears) == sorted(LINEARS)
+    assert sorted(made.quantized_linears) == sorted(checkpoint.quantized_linears) == sorted(LINEARS)
     assert made.kept_16bit == ()
     scales = {f"{name}.{kind}_scale" for name in LINEARS for kind in ("weight", "input")}
     kv_scales = {
@@ -152,7 +152,7 @@ def test_second_time_comes_from_the_cache(
 def test_kept_linears_stay_as_they_were(mixed: Checkpoint) -> None:
     kept = [name for name in LINEARS if ".layers.0." in name or name.endswith("down_proj")]
     assert sorted(mixed.kept_16bit) == sorted(kept)
-    assert sorted(mixed.fp8_linears) == sorted(set(LINEARS) - set(kept))
+    assert sorted(mixed.quantized_linears) == sorted(set(LINEARS) - set(kept))
     checkpoint, source = UnifiedCheckpoint(mixed.dir), UnifiedCheckpoint(mixed.weights.dir)
     for name in kept:
         assert checkpoint.tensors[f"{name}.weight"].dtype == "bfloat16"

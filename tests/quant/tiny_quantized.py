@@ -21,8 +21,7 @@ ADA = Target(
     sm=89,
     memory_gib=24.0,
     bandwidth_gb_s=1000.0,
-    fp16_tflops=100.0,
-    fp8_tflops=200.0,
+    tflops={"fp16": 100.0, "fp8": 200.0},
     power_w=300,
     source="test",
 )

@@ -105,7 +105,7 @@ class CheckpointCompiler:
                 *(("--kv-cache-dtype", "fp8") if self.kv_cache_dtype == "fp8" else ()),
             ),
             tools=dict(checkpoint.calibration["tools"]),
-            checks={"fp8_linears": len(checkpoint.fp8_linears)},
+            checks={"quantized_linears": len(checkpoint.quantized_linears)},
         )
 
     def _produce(self, checkpoint_dir: Path, engine_dir: Path) -> None:

@@ -97,7 +97,7 @@ def export_trtllm(
     log.info(
         "%s: %d FP8 linears, %d in %s, KV cache %s",
         out_dir,
-        record.fp8_linears,
+        record.quantized_linears,
         len(record.kept_16bit),
         record.dtype,
         record.kv_cache_dtype,

@@ -215,7 +215,7 @@ class TrtRtxCompiler:
                 text,
                 sm=target.sm,
                 profiles=len(self.profiles),
-                fp8_linears=node_names(config, checkpoint.fp8_linears),
+                quantized_linears=node_names(config, checkpoint.quantized_linears),
                 kept_16bit=node_names(config, checkpoint.kept_16bit),
             )
         shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")

@@ -96,11 +96,11 @@ def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
     count = checkpoint.config.num_layers
     width = min(CUT_LAYERS, count)
 
-    def fp8_linears(start: int) -> int:
+    def quantized_linears(start: int) -> int:
         prefixes = tuple(f"model.layers.{layer}." for layer in range(start, start + width))
-        return sum(name.startswith(prefixes) for name in checkpoint.fp8_linears)
+        return sum(name.startswith(prefixes) for name in checkpoint.quantized_linears)
 
-    best = max(range(count - width + 1), key=fp8_linears)
+    best = max(range(count - width + 1), key=quantized_linears)
     return tuple(range(best, best + width))
 
 

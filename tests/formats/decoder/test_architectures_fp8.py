@@ -59,7 +59,7 @@ def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ..
 def test_every_layer_agrees_with_the_simulation(checkpoint: Checkpoint, tmp_path: Path) -> None:
     config = UnifiedCheckpoint(checkpoint.dir).config
     per_layer = 4 if config.fused else 7
-    assert len(checkpoint.fp8_linears) == per_layer * config.num_layers
+    assert len(checkpoint.quantized_linears) == per_layer * config.num_layers
     for layer in range(config.num_layers):
         assert median_distance(checkpoint.dir, tmp_path / str(layer), (layer,)) < 1e-3
 
@@ -72,7 +72,7 @@ def test_foreign_checkpoint_whose_scales_differ_agrees_with_the_simulation(
     fused = name.startswith("phi")
     kept = "model.layers.1.mlp." + ("gate_up_proj" if fused else "up_proj")
     folder = tiny_fp8_architecture(name, tmp_path / "model", keep_16bit={kept})
-    assert kept not in UnifiedCheckpoint(folder).fp8_linears
+    assert kept not in UnifiedCheckpoint(folder).quantized_linears
     for layer in (0, 1):
         assert median_distance(folder, tmp_path / str(layer), (layer,)) < 1e-3
 

@@ -61,8 +61,8 @@ def test_every_linear_is_proven_fp8_in_both_profiles(
     engine: Engine, checkpoint: Checkpoint
 ) -> None:
     proof = engine.checks["fp8_plan"]
-    assert len(checkpoint.fp8_linears) == 3 * 7 - 1
-    assert (proof["profiles"], proof["fp8_linears"]) == (2, 20)
+    assert len(checkpoint.quantized_linears) == 3 * 7 - 1
+    assert (proof["profiles"], proof["quantized_linears"]) == (2, 20)
     # qkv and gate_up are fused: four GEMMs a layer and profile, less the kept one.
     assert proof["fp8_gemms"] == 2 * (3 * 4 - 1)
     assert engine.checks["network"]["layer_kinds"]["KV_CACHE_UPDATE"] == 4
@@ -150,7 +150,7 @@ def test_kept_linear_that_is_not_declared_is_refused(
             (engine.dir / PLAN_FILE).read_bytes(),
             sm=89,
             profiles=2,
-            fp8_linears=checkpoint.fp8_linears,
+            quantized_linears=checkpoint.quantized_linears,
             kept_16bit=(),
         )
 

@@ -64,7 +64,7 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
     assert (kinds["ROTARY_EMBEDDING"], kinds["KV_CACHE_UPDATE"]) == (4, 4)  # the cut's two layers
 
     proof = engine.checks["fp8_plan"]
-    assert (proof["profiles"], proof["fp8_linears"]) == (2, 3 * 7)
+    assert (proof["profiles"], proof["quantized_linears"]) == (2, 3 * 7)
     # qkv, o, gate and up, down: stored fused or not, biased or not, RTX makes four of them.
     assert proof["fp8_gemms"] == 2 * 3 * 4
     plan = plan_of(engine)
@@ -76,7 +76,7 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
         if gemm.is_fp8
         for module in gemm.modules
     }
-    assert shown == set(checkpoint.fp8_linears)
+    assert shown == set(checkpoint.quantized_linears)
 
     cache_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * 2 * CONTEXT
     assert engine.min_vram_bytes == len(plan) + cache_bytes
@@ -93,7 +93,7 @@ def test_kept_part_of_a_fused_linear_is_a_16_bit_gemm(tmp_path: Path) -> None:
         "lm_head",
         *(f"{kept}.{part}" for part in ("q", "k", "v")),
     }
-    assert engine.checks["fp8_plan"]["fp8_linears"] == 3 * 7 - 3
+    assert engine.checks["fp8_plan"]["quantized_linears"] == 3 * 7 - 3
 
 
 def test_attention_kernel_multiplies_by_an_exact_power_of_two(tmp_path: Path) -> None:

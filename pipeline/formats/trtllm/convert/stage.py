@@ -74,7 +74,7 @@ class ConversionRecord:
         dtype: Type of activations and of tensors that are not FP8.
         kv_cache_dtype: `fp8`, or the 16-bit type.
         max_position_embeddings: Longest context of the model, tokens.
-        fp8_linears: How many of TensorRT-LLM's linears are FP8.
+        quantized_linears: How many of TensorRT-LLM's linears are FP8.
         kept_16bit: Names of those that are not (`exclude_modules`).
         requantized: Source module -> relative error that rounding to the scale of its group added:
             root of the summed squared changes over that of the squared values.
@@ -87,7 +87,7 @@ class ConversionRecord:
     dtype: Dtype
     kv_cache_dtype: str
     max_position_embeddings: int
-    fp8_linears: int
+    quantized_linears: int
     kept_16bit: tuple[str, ...]
     requantized: dict[str, float]
     merged_inputs: tuple[str, ...]
@@ -142,7 +142,7 @@ def write_checkpoint(
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
         max_position_embeddings=config.max_position_embeddings,
-        fp8_linears=len(plan.fp8),
+        quantized_linears=len(plan.fp8),
         kept_16bit=plan.excluded,
         requantized=errors,
         merged_inputs=plan.merged_inputs,

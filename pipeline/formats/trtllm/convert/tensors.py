@@ -104,7 +104,7 @@ class _Planner:
         shape = (config.vocab_size, config.hidden_size)
         if config.tied:
             self.plain("lm_head.weight", "model.embed_tokens.weight", shape)
-        elif self._checkpoint.is_fp8("lm_head"):
+        elif self._checkpoint.is_quantized("lm_head"):
             self._used |= {f"lm_head.{name}" for name in ("weight", "weight_scale", "input_scale")}
             self._unfit.append(Fault("lm_head", "is FP8; it is converted as 16-bit only"))
         else:
@@ -112,9 +112,11 @@ class _Planner:
 
     def linear(self, linear: Linear) -> None:
         """Weight, scales and bias of one of TensorRT-LLM's linears."""
-        fp8 = {self._checkpoint.is_fp8(module) for module in linear.sharing}
+        fp8 = {self._checkpoint.is_quantized(module) for module in linear.sharing}
         if len(fp8) > 1:
-            kept = [module for module in linear.sharing if not self._checkpoint.is_fp8(module)]
+            kept = [
+                module for module in linear.sharing if not self._checkpoint.is_quantized(module)
+            ]
             self._unfit.append(
                 Fault(
                     linear.target,

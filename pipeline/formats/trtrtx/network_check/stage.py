@@ -78,7 +78,9 @@ def check_network_once(
     inputs = {
         "config": dataclasses.asdict(checkpoint.config),
         "interface": dataclasses.asdict(interface),
-        "fp8_linears": sorted(n for n in checkpoint.fp8_linears if n.startswith(in_cut)),
+        "quantized_linears": sorted(
+            n for n in checkpoint.quantized_linears if n.startswith(in_cut)
+        ),
         "tools": {name: version(name) for name in _TOOLS},
         "code": source_digest(*_CODE),
     }
