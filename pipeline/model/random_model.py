@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.safetensors_header import Described, safetensors_header
+from pipeline.core.safetensors_files import INDEX, TensorSpec, safetensors_header
 from pipeline.model.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
         shards[-1].append(tensor)
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        described = (Described(one.name, "BF16", one.shape, one.size_bytes) for one in shard)
+        described = (TensorSpec(one.name, "bfloat16", one.shape) for one in shard)
         with (folder / name).open("wb") as stream:
             stream.write(safetensors_header(described, {"format": "pt"}))
             for tensor in shard:
@@ -190,7 +190,7 @@ def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
             tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
         },
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")
+    (folder / INDEX).write_text(json.dumps(index) + "\n")
 
 
 def _values(tensor: _Tensor, rng: np.random.Generator) -> Iterator[NDArray[Any]]:

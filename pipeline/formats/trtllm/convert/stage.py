@@ -30,7 +30,7 @@ CODE = (
     "pipeline.formats.trtllm.convert",
     "pipeline.model.decoder_config",
     "pipeline.model.rope",
-    "pipeline.core.safetensors_header",
+    "pipeline.core.safetensors_files",
     "pipeline.quant.unified",
     "pipeline.model.shapes",
 )

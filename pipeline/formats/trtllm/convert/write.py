@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.progress import progress
-from pipeline.core.safetensors_header import Described, safetensors_header
-from pipeline.formats.trtllm.convert.plan import FP8, Piece, PlannedTensor, TensorPlan
+from pipeline.core.safetensors_files import TensorSpec, safetensors_header
+from pipeline.formats.trtllm.convert.plan import Piece, PlannedTensor, TensorPlan
 from pipeline.formats.trtllm.convert.requantize import added_error, requantization_table
 from pipeline.quant.unified import UnifiedCheckpoint
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WEIGHTS_FILE = "rank0.safetensors"
-_TAGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", FP8: "F8_E4M3"}
-"""NumPy (ml_dtypes) name -> safetensors dtype tag."""
 _CHUNK_BYTES = 1 << 20
 """Counting codes takes eight times as much: NumPy counts in 64-bit integers."""
 
@@ -63,8 +61,7 @@ def write_tensors(
 
 def _header(plan: TensorPlan) -> bytes:
     return safetensors_header(
-        Described(tensor.name, _TAGS[tensor.dtype], tensor.shape, tensor.size_bytes)
-        for tensor in plan.tensors
+        TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors
     )
 
 
