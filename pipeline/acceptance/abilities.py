@@ -15,13 +15,11 @@ if TYPE_CHECKING:
 def ability_faults(acceptance: Acceptance, runner: Runner) -> tuple[Fault, ...]:
     """What acceptance asks of a runner that it does not execute.
 
-    Only what would run: the targets on a card, `cpu_workloads` on a CPU. What the baseline beside
-    it on a CPU lacks is in `Workload.faults`.
+    Only what would run: no speed is measured on a CPU.
     """
-    kind = "targets" if runner.device == "cuda" else "cpu_workloads"
     faults = []
-    for index, load in enumerate(getattr(acceptance, kind)):
-        path = f"acceptance.{kind}[{index}]"
+    for index, load in enumerate(acceptance.targets if runner.device == "cuda" else ()):
+        path = f"acceptance.targets[{index}]"
         faults += [
             Fault(path, why) for why in why_not_workload(runner.name, runner.abilities, load)
         ]

@@ -86,17 +86,15 @@ class Acceptance:
     Attributes:
         targets: Workloads with the rates that the target card must reach; the plan holds them
             against the card's ceiling, a run on the card measures them.
-        cpu_workloads: Workloads measured on this machine's CPU.
         text: Held-out text for quality; must not overlap with the calibration text.
         windows: How many windows of it.
+        reference_windows: The first of them, over which the checkpoint itself is simulated.
         window_tokens: Tokens of one window; each predicts one token less.
         max_perplexity_increase: 0.01 allows one percent over the source.
         max_mean_kl_nats: Allowed mean KL divergence, source to engine.
         min_top1_agreement: Required share of equal most likely tokens.
         max_reference_noise: Allowed mean KL divergence of the engine to its own FP8 checkpoint, as
             a multiple of the checkpoint's distance from itself, its sums rounded otherwise.
-        sample_prompt: Answered greedily and shown.
-        sample_tokens: Longest sample.
         repeats: Timed runs of each workload, after one warm-up.
         max_spread: Allowed spread of them, (largest - smallest) / median; beyond it nothing can be
             said of the rate, and the verdict is `inconclusive`.
@@ -108,15 +106,13 @@ class Acceptance:
     """
 
     targets: Listed[Workload]
-    cpu_workloads: Listed[Workload]
     text: TextCorpus
     windows: PositiveInt
+    reference_windows: PositiveInt
     window_tokens: PositiveInt
     max_perplexity_increase: NonNegativeFloat
     max_mean_kl_nats: PositiveFloat
     min_top1_agreement: NonNegativeFloat
-    sample_prompt: str
-    sample_tokens: PositiveInt
     repeats: PositiveInt
     time_limit_s: PositiveFloat
     seed: NonNegativeInt
@@ -129,15 +125,9 @@ class Acceptance:
     def __post_init__(self) -> None:
         if self.min_top1_agreement > 1.0:
             raise ValueError(f"min_top1_agreement ({self.min_top1_agreement}) must be <= 1")
-        names = [workload.name for workload in (*self.targets, *self.cpu_workloads)]
+        names = [workload.name for workload in self.targets]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"workload names must differ; {', '.join(repeated)} repeats")
-        for workload in self.cpu_workloads:
-            if workload.min_share_of_ceiling is not None:
-                raise ValueError(
-                    f"cpu_workloads: {workload.name} has min_share_of_ceiling, which is a share of "
-                    "the target card's ceiling; use min_output_tokens_per_s"
-                )
 
     @property
     def limits(self) -> QualityLimits:
@@ -150,13 +140,17 @@ class Acceptance:
         )
 
     def judged_positions(self, shape: ModelShape) -> int:
-        """Positions whose log-probabilities are kept; 0 where time rules the model out.
+        """Positions whose log-probabilities are kept, of the source and of the checkpoint.
 
-        Each twice: of the source and of the FP8 checkpoint.
+        0 where time rules the model out.
         """
-        if self.too_much(shape, 1 << 62, speed=False):
+        if self.too_much(shape, 1 << 62):
             return 0
-        return 2 * self.windows * (self.window_tokens - 1)
+        return (self.windows + self._simulated_windows) * (self.window_tokens - 1)
+
+    @property
+    def _simulated_windows(self) -> int:
+        return min(self.reference_windows, self.windows)
 
     def key(self, config: Mapping[str, Any], runner: Runner, package_digest: str) -> str:
         """Names a measurement: the same key, the same question about the same bytes.
@@ -173,30 +167,21 @@ class Acceptance:
                 "package": package_digest,
                 "text": text_digest(self.text.documents()),
                 # The config has only the paths of files with prompts.
-                "loads": [load.digest for load in (*self.targets, *self.cpu_workloads)],
+                "loads": [load.digest for load in self.targets],
                 "tools": _tools(),
                 "code": source_digest(*_CODE),
             }
         )
 
     def check_inputs(self, shape: ModelShape, max_seq_len: int, device: Device = "cpu") -> None:
-        """Find faults that need no model: workloads and windows that do not fit the engine.
+        """Find faults that need no model: prompts and windows that do not fit the engine.
 
         Raises:
             RecipeError: With all faults.
         """
-        faults = [
-            Fault(
-                f"acceptance.cpu_workloads[{index}]",
-                f"isl + osl ({load.isl + load.osl}) exceeds the engine's context ({max_seq_len})",
-            )
-            for index, load in enumerate(self.cpu_workloads)
-            if load.isl + load.osl > max_seq_len
-        ]
+        faults: list[Fault] = []
         for index, load in enumerate(self.targets):
             faults += load.faults(f"acceptance.targets[{index}]")
-        for index, load in enumerate(self.cpu_workloads):
-            faults += load.faults(f"acceptance.cpu_workloads[{index}]", equal_lengths=True)
         if self.lm_eval is not None:
             check_harness(self.lm_eval)
         # A server's logits come with one generated token, for which there must be room.
@@ -262,24 +247,18 @@ class Acceptance:
         ran = reason is None
         return report, judge(report, self.limits, ran=ran, on_target=on_target, more=findings)
 
-    def too_much(self, shape: ModelShape, free_bytes: int, *, speed: bool = True) -> str | None:
+    def too_much(self, shape: ModelShape, free_bytes: int) -> str | None:
         """Why the whole model does not run on this machine's CPU, by memory or time; else None.
 
         Args:
             shape: The model.
             free_bytes: Memory that it may take.
-            speed: The workloads run there as well.
         """
         need = _RAM_BYTES_PER_PARAM * shape.params
         if need > free_bytes:
             return f"needs about {need / 1e9:.1f} GB RAM, {free_bytes / 1e9:.1f} GB are free"
-        # Of source, checkpoint and engine; the noise floor is within the roughness of the rate.
-        tokens = 3 * self.windows * self.window_tokens
-        if speed:
-            tokens += 2 * sum(
-                (self.repeats + load.warm_ups) * load.total_requests * load.osl
-                for load in self.cpu_workloads
-            )
+        # Source and engine over all windows, the checkpoint twice over those of the reference.
+        tokens = 2 * (self.windows + self._simulated_windows) * self.window_tokens
         seconds = 2.0 * shape.params * tokens / _FLOPS_PER_S
         if seconds > self.time_limit_s:
             return (

@@ -40,19 +40,14 @@ PHYSICS = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=72_000_00
 
 
 def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Measured:
-    """Quality of an engine's twin or simulation, and speed beside Transformers on the same CPU.
+    """Quality of an engine's CPU graph or simulation.
 
-    No sustained run: it is there for a card that throttles and a runtime that leaks its memory.
+    No speed: how fast a CPU is says nothing about the engine (`enginesmith race --cpu`).
     """
     with _source(asked, subject, cache, on_card=False) as source:
         answers = Comparison.of(asked, subject, source, cache)
-        with subject.runner.open(subject.engine) as session:
-            found = answers.compare(session)
-            if subject.simulated:
-                return _without_speed(found, subject) if asked.cpu_workloads else found
-            contenders: dict[str, Session] = {"engine": session, "transformers": source.session}
-            speed = tuple(_timed(asked, subject, load, contenders) for load in asked.cpu_workloads)
-            return _with_speed(asked, found, speed)
+    with subject.runner.open(subject.engine) as session:
+        return answers.compare(session)
 
 
 def measure_on_card(
@@ -71,7 +66,7 @@ def measure_on_card(
         if subject.simulated:
             found = _without_speed(found, subject)
         elif not isinstance(subject.runner, BenchRunner):
-            speed = tuple(_timed(asked, subject, load, {"engine": session}) for load in workloads)
+            speed = tuple(_timed(asked, subject, load, session) for load in workloads)
             found = _with_speed(asked, found, speed)
         found = _with_sustained(asked, subject, found, session, workloads)
     if isinstance(subject.runner, BenchRunner):
@@ -123,7 +118,7 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
 
     weights, runner = subject.weights, subject.runner
     if on_card and isinstance(runner, SourceRunner):
-        reason = asked.too_much(subject.plan.request.shape, available_bytes(), speed=False)
+        reason = asked.too_much(subject.plan.request.shape, available_bytes())
         if reason:
             log.info("The source runs in bfloat16 on the card; in float32 on the CPU it %s", reason)
             context = subject.engine.limits.max_seq_len
@@ -134,11 +129,11 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
 
 
 def _timed(
-    asked: Acceptance, subject: Subject, workload: Workload, contenders: Mapping[str, Session]
+    asked: Acceptance, subject: Subject, workload: Workload, session: Session
 ) -> dict[str, Any]:
     samples = measure_speed(
         workload,
-        dict(contenders),
+        {"engine": session},
         vocab_size=subject.plan.request.shape.vocab_size,
         repeats=asked.repeats,
         seed=asked.seed,
@@ -146,13 +141,7 @@ def _timed(
         eos_token_ids=_ends(subject, workload),
     )
     entry = summarize(workload, samples)
-    beside = entry.get("transformers")
-    log.info(
-        "%s: %.1f tok/s%s",
-        workload.name,
-        entry["output_tokens_per_s"],
-        f", Transformers {beside['output_tokens_per_s']:.1f}" if beside else "",
-    )
+    log.info("%s: %.1f tok/s", workload.name, entry["output_tokens_per_s"])
     return entry
 
 

@@ -78,11 +78,9 @@ def small_quantizer(quantizer: Any, shape: ModelShape, text: Any) -> Any:
 
 def small_acceptance(acceptance: Any, text: Any) -> Any:
     """Acceptance that measures everything and demands nothing of random weights."""
-    workload = Workload(name="b1", batch=1, isl=16, osl=16, min_output_tokens_per_s=0.001)
     return dataclasses.replace(
         acceptance,
         targets=(),
-        cpu_workloads=(workload,),
         text=text,
         windows=4,
         window_tokens=CONTEXT,
@@ -90,8 +88,7 @@ def small_acceptance(acceptance: Any, text: Any) -> Any:
         max_mean_kl_nats=1000.0,
         max_reference_noise=1000.0,
         min_top1_agreement=0.0,
-        sample_tokens=8,
-        chat=ChatSettings(prompts=20, max_new_tokens=8, min_source_stops=0),
+        chat=ChatSettings(prompts=8, max_new_tokens=8, min_source_stops=0),
         sustained=SustainedRun(),
         repeats=1,
     )

@@ -25,10 +25,10 @@ _RTX_PROFILES = 2  # prefill and decode
 _QUANTIZE_BASE_BYTES = 3_200_000_000
 """Libraries, calibration activations and GGUF loading: what the model does not explain of the 3.9
 GB peak RSS of quantizing SmolLM2 on a CPU (ModelOpt 0.47; our measurement, 2026-11-24)."""
-_LOGPROB_BYTES = 2
-_PER_POSITION_BYTES = 8
-"""What acceptance keeps of the source for each position: float16 log-probabilities of the whole
-vocabulary, a float32 likelihood and an int32 token (pipeline.acceptance.quality)."""
+_KEPT_TOKENS = 4096
+_PER_POSITION_BYTES = 12
+"""What acceptance keeps of the source for each position: ids and float16 log-probabilities of so
+many tokens, and three numbers of 32 bit (pipeline.acceptance.quality)."""
 _RTX_MEMORY_PER_DATA_BYTE = 1.7
 """Peak anonymous memory of a TensorRT-RTX build over the bytes of the graph's weights: 12.6 GB for
 7.52 GB (Mistral-7B's shape), the plan streamed into its file. The graph's weights are mapped beside
@@ -144,8 +144,10 @@ def build_needs(request: PlanRequest, sizes: Sizes) -> BuildNeeds:
     if request.format != "checkpoint":
         disk |= {"converted": sizes.weight_bytes, "engine": sizes.engine_bytes}
     if request.judged_positions:
-        row = _LOGPROB_BYTES * request.shape.vocab_size + _PER_POSITION_BYTES
-        disk["source_logprobs"] = request.judged_positions * row
+        vocab_size = request.shape.vocab_size
+        pair_bytes = 2 + (2 if vocab_size <= 1 << 16 else 4)
+        row_bytes = min(_KEPT_TOKENS, vocab_size) * pair_bytes + _PER_POSITION_BYTES
+        disk["source_logprobs"] = request.judged_positions * row_bytes
     if request.format == "trtrtx":
         from_weights = int(_RTX_MEMORY_PER_DATA_BYTE * sizes.weight_bytes)
         compile_ram = max(_RTX_MEMORY_MIN_BYTES, from_weights)

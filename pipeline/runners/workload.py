@@ -48,9 +48,7 @@ class Workload:
             or `ignore_eos: false` make them differ.
         min_output_tokens_per_s: Wanted rate of the whole batch; None to measure only.
         min_share_of_ceiling: The same as a share of what the card allows at this workload, by the
-            plan: 0.65 stays right when the model or the card changes. For targets, not for a CPU.
-        min_ratio_to_transformers: Wanted rate over that of Transformers on the same machine; None
-            to report only. For CPU workloads.
+            plan: 0.65 stays right when the model or the card changes.
         requests: Requests of one run; None for one batch. Without `request_rate` a multiple of
             `batch`, in waves: the next batch starts when the last request of the one before has
             ended.
@@ -73,7 +71,6 @@ class Workload:
     osl: Count
     min_output_tokens_per_s: Rate | None = None
     min_share_of_ceiling: Share | None = None
-    min_ratio_to_transformers: Rate | None = None
     requests: Count | None = None
     request_rate: Rate | None = None
     isl_distribution: Lengths | None = None
@@ -304,23 +301,13 @@ class Workload:
     def _own(self, seed: int) -> int:
         return seed if self.seed is None else self.seed
 
-    def faults(
-        self, config_path: str, *, equal_lengths: bool = False, tokenizer: Any | None = None
-    ) -> tuple[Fault, ...]:
+    def faults(self, config_path: str, *, tokenizer: Any | None = None) -> tuple[Fault, ...]:
         """What is wrong with it that can be known without a model.
 
         Args:
             config_path: Of this workload, such as `acceptance.targets[0]`.
-            equal_lengths: Whether something that executes it takes equally long prompts only, as
-                Transformers does, the baseline of `cpu_workloads`.
             tokenizer: Where it is there already; without it the length of a text is not known.
         """
-        if equal_lengths and (self.prompts_file is not None or self.isl_distribution is not None):
-            message = (
-                "Transformers, the baseline on a CPU, times prompts of equal length only; leave "
-                "prompts_file and isl_distribution out, or make it one of acceptance.targets"
-            )
-            return (Fault(config_path, message),)
         if self.prompts_file is None:
             return ()
         try:

@@ -234,14 +234,6 @@ def test_runner_of_plain_batches_refuses_more(changes: dict[str, Any]) -> None:
         load(**changes).prompts(9, 0)
 
 
-def test_baseline_that_needs_equal_lengths_refuses_ragged_prompts() -> None:
-    ragged = load(isl_distribution={"min": 1})
-    (fault,) = ragged.faults("acceptance.cpu_workloads[0]", equal_lengths=True)
-    assert fault.path == "acceptance.cpu_workloads[0]"
-    assert ragged.faults("acceptance.targets[0]") == ()
-    assert load(requests=4).faults("acceptance.cpu_workloads[0]", equal_lengths=True) == ()
-
-
 def test_share_of_the_ceiling_keeps_the_load() -> None:
     share = load(requests=4, isl_distribution={"min": 1}, min_share_of_ceiling=0.5)
     assert share.with_rate(100.0) == dataclasses.replace(

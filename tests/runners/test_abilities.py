@@ -76,24 +76,21 @@ def faults(runner: Runner, **changes: Any) -> tuple[Fault, ...]:
 
 def test_only_what_would_run_here_is_asked() -> None:
     rate = dataclasses.replace(LOADS["request_rate"], name="rate")
-    assert faults(VLLM, targets=(rate,), cpu_workloads=()) == ()
-    (fault,) = faults(RTX, targets=(PLAIN, rate), cpu_workloads=())
+    assert faults(VLLM, targets=(rate,)) == ()
+    (fault,) = faults(RTX, targets=(PLAIN, rate))
     assert fault.path == "acceptance.targets[1]"
-    # A CPU stands in for a card: it measures the other list.
-    assert faults(OnnxRuntimeRunner(), targets=(rate,), cpu_workloads=()) == ()
-    (fault,) = faults(OnnxRuntimeRunner(), targets=(), cpu_workloads=(rate,))
-    assert fault.path == "acceptance.cpu_workloads[0]"
     assert "request_rate (runner=vllm does)" in fault.message
+    assert faults(OnnxRuntimeRunner(), targets=(rate,)) == ()  # no speed is measured on a CPU
 
 
 def test_cache_that_cannot_be_cleared_is_a_fault_of_the_recipe() -> None:
     asked = SustainedRun(minutes=1.0, clear_cache=True)
     assert faults(TransformersRunner(), sustained=asked) == ()
     for runner in (VLLM, RTX, TRTLLM, OnnxRuntimeRunner()):
-        (fault,) = faults(runner, cpu_workloads=(), sustained=asked)
+        (fault,) = faults(runner, sustained=asked)
         assert fault.path == "acceptance.sustained.clear_cache"
         assert "runner=transformers does" in fault.message
-        assert faults(runner, cpu_workloads=(), sustained=SustainedRun(minutes=1.0)) == ()
+        assert faults(runner, sustained=SustainedRun(minutes=1.0)) == ()
 
 
 def composed(*overrides: str) -> Plan:
