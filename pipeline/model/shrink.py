@@ -9,7 +9,6 @@ from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.model.shapes import ModelShape
 from pipeline.plan.linears import linear_modules, select
-from pipeline.runners.workload import Workload
 
 CONTEXT = 128
 """Longest request of the small engine, tokens; beyond its model's window, if that has one."""
