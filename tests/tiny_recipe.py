@@ -137,7 +137,7 @@ class Workplace:
     def leftovers(self) -> list[Path]:
         """Private folders that should not outlive a run."""
         staging = self.artifacts / ".staging"
-        private = [*self.root.rglob(".partial-*"), *self.root.rglob("*.tmp")]
+        private = [*self.root.rglob(".enginesmith-work-*"), *self.root.rglob("*.tmp")]
         return private + (list(staging.iterdir()) if staging.is_dir() else [])
 
     def copy(self, root: Path, *, packages: bool = True) -> Workplace:

@@ -27,7 +27,8 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import atomic_folder, digest_folder, locked, sha256_file, source_digest
+from pipeline.core.atomic_folder import atomic_folder
+from pipeline.core.cache import digest_folder, locked, sha256_file, source_digest
 from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
 from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.cache import StageCache, atomic_folder, locked
+from pipeline.core.atomic_folder import atomic_folder
+from pipeline.core.cache import StageCache, locked
 from pipeline.core.errors import ExitCode, PipelineError
 from pipeline.core.launch import end_with_parent
 from pipeline.core.values import Engine, Weights, digest_of

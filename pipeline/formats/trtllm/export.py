@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cache import atomic_folder
+from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.data import data_dir
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.formats.trtllm.command import (
