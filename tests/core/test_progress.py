@@ -1,4 +1,4 @@
-"""What a long fetch shows, on a terminal and elsewhere."""
+"""What long work shows, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pipeline.sources.progress import shown
+from pipeline.core.progress import BYTES, progress
 
 
 def test_terminal_gets_a_bar_with_rate_and_time_left(
@@ -18,7 +18,7 @@ def test_terminal_gets_a_bar_with_rate_and_time_left(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
 
-    with shown("Downloading x", 4_000_000, 1_000_000) as advance:
+    with progress("Downloading x", 4_000_000, BYTES, 1_000_000) as advance:
         advance(2_000_000)
 
     captured = capsys.readouterr()
@@ -32,7 +32,7 @@ def test_bar_stays_visible_while_stderr_is_redirected(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
 
-    with shown("Converting"), contextlib.redirect_stderr(io.StringIO()) as caught:
+    with progress("Converting", None, BYTES), contextlib.redirect_stderr(io.StringIO()) as caught:
         time.sleep(0.3)  # the bar redraws itself ten times a second
 
     assert "Converting" not in caught.getvalue()
@@ -46,7 +46,7 @@ def test_log_gets_a_line_now_and_then(
     now = iter([0.0, 10.0, 20.0, 21.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
 
-    with shown("Downloading x", 100_000_000, 10_000_000) as advance:
+    with progress("Downloading x", 100_000_000, BYTES, 10_000_000) as advance:
         for _ in range(3):
             advance(20_000_000)
 
