@@ -34,10 +34,12 @@ from pipeline.core.values import (
     Weights,
     WeightSource,
 )
+from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
 from pipeline.machine import require_builder, require_room
 from pipeline.model.shapes import ModelShape, shape_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
+from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.registry.backend import Registry
 from pipeline.registry.lifecycle.promote import enter_channel as move_into
@@ -68,7 +70,7 @@ class Recipe:
         shape: The model, as far as the plan needs it.
         source: Where the weights come from.
         target: The card that the engine is for.
-        quantizer: Makes the FP8 checkpoint.
+        quantizer: Makes the quantized checkpoint.
         compiler: Makes the engine.
         runner: What executes it here, for acceptance.
         acceptance: What it must show.
@@ -128,7 +130,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         require_build_not_yanked(
             recipe.registry.store,
             recipe.name,
-            recipe.compiler.variant(recipe.target),
+            variant_of(recipe),
             version_of(recipe.version, key),
             signatory.trust,
         )
@@ -181,8 +183,8 @@ def plan_of(recipe: Recipe) -> Plan:
             name=recipe.name,
             shape=recipe.shape,
             target=recipe.target,
-            format=recipe.compiler.format,
-            quantization="fp8",
+            format=format_spec(recipe.compiler.format),
+            precision=quant_spec(recipe.quantizer.precision),
             keep_16bit=recipe.quantizer.keep_16bit,
             limits=recipe.compiler.limits,
             workloads=tuple(
@@ -203,6 +205,13 @@ def plan_of(recipe: Recipe) -> Plan:
             faults=ability_faults(recipe.acceptance, recipe.runner),
         )
     )
+
+
+def variant_of(recipe: Recipe) -> str:
+    """Middle part of the reference."""
+    engine_format = format_spec(recipe.compiler.format)
+    precision = quant_spec(recipe.quantizer.precision)
+    return engine_format.variant(precision, recipe.compiler.limits, recipe.target)
 
 
 def fetch(recipe: Recipe) -> Weights:
@@ -228,7 +237,7 @@ def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verificati
     it is made of, nobody here has seen.
     """
     registry = recipe.registry
-    for package in registry.find(recipe.name, recipe.compiler.variant(recipe.target), key):
+    for package in registry.find(recipe.name, variant_of(recipe), key):
         reference = reference_of(package)
         try:
             statements = registry.statements_dir(reference)

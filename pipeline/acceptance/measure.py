@@ -76,7 +76,7 @@ def measure_on_card(
     if not on_target:
         return found
     request = subject.plan.request
-    line = roofline(request.shape, subject.plan.sizes, request.target)
+    line = roofline(request, subject.plan.sizes)
     rates = [
         MeasuredRate(
             name=entry["workload"],

@@ -98,13 +98,14 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A ModelOpt unified FP8 checkpoint with tokenizer and `calibration.json`.
+    """A ModelOpt unified checkpoint with tokenizer and `calibration.json`.
 
     Attributes:
         dir: The folder.
         digest: Identity of its bytes.
         weights: What it was made from.
-        quantized_linears: Hugging Face module names of the linears stored as FP8.
+        precision: Of its quantized linears: a name that `pipeline.quant.spec` knows.
+        quantized_linears: Hugging Face module names of the linears stored in that precision.
         kept_16bit: Module names of linears left in bfloat16 (lm_head not among them).
         calibration: The calibration record: text digest, token count, amax per layer.
     """
@@ -112,6 +113,7 @@ class Checkpoint:
     dir: Path
     digest: str
     weights: Weights
+    precision: str
     quantized_linears: tuple[str, ...]
     kept_16bit: tuple[str, ...]
     calibration: Mapping[str, Any]
@@ -312,7 +314,12 @@ class WeightSource(Protocol):
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """Turns weights into the unified FP8 checkpoint."""
+    """Turns weights into the unified checkpoint."""
+
+    @property
+    def precision(self) -> str:
+        """What it quantizes to: a name that `pipeline.quant.spec` knows."""
+        ...
 
     @property
     def keep_16bit(self) -> tuple[str, ...]:
@@ -349,10 +356,6 @@ class EngineCompiler(Protocol):
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         """Name and version of what will run the engine; an empty version where it is not known."""
-        ...
-
-    def variant(self, target: Target) -> str:
-        """Middle part of the reference, such as `sm89-trtrtx-fp8-b64-s1024`."""
         ...
 
     def check_machine(self, target: Target) -> None:

@@ -15,7 +15,7 @@ from pipeline.config.closest import suggestion
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import ConflictError, Fault, RecipeError
-from pipeline.core.values import Format
+from pipeline.formats.spec import format_specs
 from pipeline.model.shapes import ModelShape
 from pipeline.new.fitting import Fitted, largest, model_shape, smallest, targets
 from pipeline.new.origin import Origin, read_origin
@@ -23,9 +23,8 @@ from pipeline.new.place import place
 from pipeline.new.text import recipe_text, shape_text, sizes_text
 from pipeline.registry.reference import check_part
 
-COMPILERS: tuple[Format, ...] = ("trtllm", "trtrtx", "checkpoint")
-"""Options that a new recipe has sizes for, each called like its format; the first that fits is the
-recipe's own."""
+_BOUND_FIRST = ("card", "sm", None)
+"""A new recipe's own format is the first of these that fits: what is made for less is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +161,8 @@ def _fit(draft: _Draft, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict
     """
     sizes: dict[str, Fitted] = {}
     refused: dict[str, RecipeError] = {}
-    for compiler in COMPILERS:
+    formats = sorted(format_specs().values(), key=lambda spec: _BOUND_FIRST.index(spec.bound_to))
+    for compiler in (spec.name for spec in formats):
         if compiler not in folders.options("compiler"):
             continue
         texts = draft.texts({compiler: smallest(compiler, draft.shape)})

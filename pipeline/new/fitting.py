@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from pipeline.build import Recipe, plan_of
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.values import Format
+from pipeline.formats.spec import FormatSpec, format_spec
 from pipeline.model.shapes import Architecture, ModelShape, shape_of_config
 from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.runners.workload import Workload
 
 START_CONTEXT, FLOOR_CONTEXT = 4096, 512
@@ -88,20 +90,20 @@ def targets(batch: int, context: int) -> tuple[Workload, ...]:
 
 def smallest(engine_format: Format, shape: ModelShape) -> Fitted:
     """The last sizes that `largest` tries."""
-    return list(_candidates(engine_format, shape, "bfloat16"))[-1]
+    return list(_candidates(format_spec(engine_format), shape, "bfloat16"))[-1]
 
 
 def largest(recipe: Recipe) -> Fitted:
     """The largest sizes of the recipe's compiler that its plan has no fault with.
 
-    The KV cache is FP8 unless the known-bad table refuses that, or the compiler's cache is static.
+    The KV cache has the smallest type that the format holds and the known-bad table allows.
 
     Raises:
         RecipeError: Not even the smallest fit, or the plan refuses the model or card altogether.
     """
     faults: tuple[Fault, ...] = ()
-    engine_format = recipe.compiler.format
-    for kv_cache_dtype in ("bfloat16",) if engine_format == "trtrtx" else ("fp8", "bfloat16"):
+    engine_format = format_spec(recipe.compiler.format)
+    for kv_cache_dtype in _cache_dtypes(engine_format):
         for candidate in _candidates(engine_format, recipe.shape, kv_cache_dtype):
             tried = replace(
                 recipe,
@@ -121,14 +123,23 @@ def largest(recipe: Recipe) -> Fitted:
     raise RecipeError([Fault(fault.path, f"{last}: {fault.message}") for fault in faults])
 
 
+def _cache_dtypes(engine_format: FormatSpec) -> list[str]:
+    """One type of the cache for each size of an element, the smallest first."""
+    names = reversed(engine_format.kv_cache_dtypes)
+    by_size = {KV_CACHE_DTYPES[name].bytes_per_element: name for name in names}
+    return [by_size[size] for size in sorted(by_size)]
+
+
 def _no_full_length(candidate: Fitted) -> str:
     return f"not one sequence of {candidate.context} tokens fits beside the weights"
 
 
-def _candidates(engine_format: Format, shape: ModelShape, kv_cache_dtype: str) -> Iterator[Fitted]:
+def _candidates(
+    engine_format: FormatSpec, shape: ModelShape, kv_cache_dtype: str
+) -> Iterator[Fitted]:
     """Sizes by halves, the largest first."""
     contexts = _contexts(shape)
-    if engine_format == "trtrtx":
+    if engine_format.fit.static:
         sizes = [(batch, context) for batch in _STATIC_BATCHES for context in contexts]
         # The cache holds batch x context; of two equal products the larger batch is the faster.
         for batch, context in sorted(sizes, key=lambda size: (size[0] * size[1], size[0]))[::-1]:

@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.core.hardware import Target
-from pipeline.model.shapes import ModelShape
+from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import Sizes
 
 REACHABLE_SHARE = 0.65
@@ -110,15 +109,16 @@ class Roofline:
         return None
 
 
-def roofline(shape: ModelShape, sizes: Sizes, target: Target) -> Roofline:
-    """The roofline of a model on a card; FP8 on a card without it counts at the 16-bit peak."""
-    fp16_flops, fp8_flops = target.flops("fp16"), target.flops("fp8")
+def roofline(request: PlanRequest, sizes: Sizes) -> Roofline:
+    """The roofline of a model on a card; operands that it lacks count at the 16-bit peak."""
+    shape, target = request.shape, request.target
+    fp16_flops, quantized_flops = target.flops("fp16"), target.flops(request.precision.operands)
     return Roofline(
         bandwidth_bytes_per_s=target.bandwidth_gb_s * 1e9,
         step_weight_bytes=sizes.step_weight_bytes,
         kv_bytes_per_token=sizes.kv_bytes_per_token,
         sliding_window=shape.sliding_window,
         layer_s_per_token=2
-        * (sizes.quantized_params / fp8_flops + sizes.linear_16bit_params / fp16_flops),
+        * (sizes.quantized_params / quantized_flops + sizes.linear_16bit_params / fp16_flops),
         lm_head_s_per_token=2 * shape.embedding_params / fp16_flops,
     )

@@ -12,8 +12,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Format
-from pipeline.plan.request import PlanRequest, Quantization
+from pipeline.plan.request import PlanRequest
 
 Severity = Literal["error", "warning", "note"]
 
@@ -27,7 +26,7 @@ class When:
     Attributes:
         architecture: Any of these.
         format: Any of these.
-        quantization: Any of these.
+        precision: Any of these.
         kv_cache_dtype: Any of these.
         runtime: Name of the runtime, any of these.
         runtime_version_from: Version of the runtime, this or later; its pre-releases count.
@@ -43,8 +42,8 @@ class When:
     """
 
     architecture: Listed[str] | None = None
-    format: Listed[Format] | None = None
-    quantization: Listed[Quantization] | None = None
+    format: Listed[str] | None = None
+    precision: Listed[str] | None = None
     kv_cache_dtype: Listed[str] | None = None
     runtime: Listed[str] | None = None
     runtime_version_from: str | None = None
@@ -74,8 +73,8 @@ class When:
         shape, context = request.shape, request.limits.max_seq_len
         any_of: list[tuple[tuple[Any, ...] | None, Any]] = [
             (self.architecture, request.shape.architecture),
-            (self.format, request.format),
-            (self.quantization, request.quantization),
+            (self.format, request.format.name),
+            (self.precision, request.precision.name),
             (self.kv_cache_dtype, request.limits.kv_cache_dtype),
             (self.runtime, runtime),
             (self.sm, request.target.sm),

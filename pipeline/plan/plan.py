@@ -50,8 +50,8 @@ class Plan:
         return {
             "schema": 1,
             "name": request.name,
-            "format": request.format,
-            "quantization": request.quantization,
+            "format": request.format.name,
+            "quantization": request.precision.name,
             "keep_16bit": list(request.keep_16bit),
             "runtime": {"name": request.runtime[0], "version": request.runtime[1]},
             "target": asdict(request.target),
@@ -72,7 +72,7 @@ def make_plan(request: PlanRequest) -> Plan:
     """Plan a recipe: pure, no network, no GPU. Never refuses by itself: see `refuse`."""
     sizes = sizes_of(request)
     fit = fit_of(request, sizes)
-    line = roofline(request.shape, sizes, request.target)
+    line = roofline(request, sizes)
     workloads = tuple(plan_workload(workload, request, line, fit) for workload in request.workloads)
     target_faults, target_notes = target_findings(request, workloads)
     known_faults, known_notes = known_bad_findings(request)

@@ -36,6 +36,7 @@ from pipeline.quant.device import (
     place,
 )
 from pipeline.quant.export import normalize_export
+from pipeline.quant.fp8 import SPEC
 from pipeline.quant.sharing import fused_groups, share_scales
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.quant.verify import verify_checkpoint
@@ -66,6 +67,10 @@ class ModelOptFp8:
     calibration: Calibration
     keep_16bit: Listed[str] = ()
     device: DeviceChoice = "auto"
+
+    @property
+    def precision(self) -> str:
+        return SPEC.name
 
     def calibration_documents(self) -> tuple[str, ...]:
         return self.calibration.text.documents()
@@ -102,6 +107,7 @@ class ModelOptFp8:
             dir=result.dir,
             digest=result.digest,
             weights=weights,
+            precision=SPEC.name,
             quantized_linears=tuple(record["quantized_linears"]),
             kept_16bit=tuple(record["kept_16bit"]),
             calibration=record,

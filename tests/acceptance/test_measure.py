@@ -28,7 +28,9 @@ from pipeline.core.errors import CorruptError
 from pipeline.core.nvml import ComputeProcess, Conditions
 from pipeline.core.values import Checkpoint, Engine, Report, Verdict
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
+from pipeline.formats.spec import format_spec
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
+from pipeline.quant.spec import quant_spec
 from pipeline.runners.session import Device, Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
 from pipeline.runners.workload import Workload
@@ -117,8 +119,8 @@ def subject(checkpoint: Checkpoint, root: Path, question: Acceptance, **changes:
             name="tiny",
             shape=shape_of(checkpoint.weights),
             target=ADA,
-            format="checkpoint",
-            quantization="fp8",
+            format=format_spec("checkpoint"),
+            precision=quant_spec("fp8"),
             limits=compiler.limits,
             workloads=tuple(
                 PlannedWorkload(

@@ -80,6 +80,7 @@ def random_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint:
         dir=folder,
         digest=digest_of([file.to_json() for file in files]),
         weights=weights,
+        precision="fp8",
         quantized_linears=tuple(fp8),
         kept_16bit=(),
         calibration={"tools": {}},

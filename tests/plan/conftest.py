@@ -10,8 +10,10 @@ from omegaconf import OmegaConf
 
 from pipeline.core.hardware import Target
 from pipeline.core.values import Limits
+from pipeline.formats.spec import format_spec
 from pipeline.model.shapes import ModelShape
 from pipeline.plan import PlanRequest
+from pipeline.quant.spec import quant_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,11 +61,14 @@ def ask(shape_of: Callable[[str], ModelShape], target_of: Callable[[str], Target
             "shape": shape_of(shape) if isinstance(shape, str) else shape,
             "target": target_of(target),
             "format": "checkpoint",
-            "quantization": "fp8",
+            "precision": "fp8",
             "limits": limits,
             "runtime": ("vllm", "0.24.0"),
         }
-        return PlanRequest(**(asked | changes))
+        asked |= changes
+        asked["format"] = format_spec(asked["format"])
+        asked["precision"] = quant_spec(asked["precision"])
+        return PlanRequest(**asked)
 
     return request
 

@@ -74,7 +74,7 @@ def test_keep_16bit_doubles_the_bytes_of_what_it_picks(ask: Ask) -> None:
 
 
 def test_unquantized_weights_take_two_bytes_each(ask: Ask) -> None:
-    sizes = make_plan(ask("smollm2", quantization="none", kv_cache_dtype="bfloat16")).sizes
+    sizes = make_plan(ask("smollm2", precision="bf16", kv_cache_dtype="bfloat16")).sizes
     assert sizes.checkpoint_bytes == 2 * 134_515_008
     assert sizes.quantized_params == 0
 

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "fp8-below-sm89": (
         {"target": "a100"},
-        [{"target": "l4"}, {"quantization": "none"}],
+        [{"target": "l4"}, {"precision": "bf16"}],
     ),
     "block-fp8-on-ada-trtllm": (
         TRTLLM | BLOCK,
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"facts": {"cuda": "13.0"}},
             {"facts": {}},
             {"target": "h100"},
-            {"quantization": "none"},
+            {"precision": "bf16"},
         ],
     ),
     "trtllm-engines-are-gone": (
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         ],
     ),
     "rtx-not-for-datacenter": (RTX | {"target": "h200"}, [{"target": "rtx5090"}, TRTLLM]),
-    "rtx-on-a100": (RTX | {"target": "a100", "quantization": "none"}, [{"target": "l40s"}, TRTLLM]),
+    "rtx-on-a100": (RTX | {"target": "a100", "precision": "bf16"}, [{"target": "l40s"}, TRTLLM]),
     "rtx-fp8-kv-cache": (
         RTX | {"kv_cache_dtype": "fp8"},
         [{"kv_cache_dtype": "float16"}, TRTLLM],

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.core.errors import Fault
 from pipeline.core.hardware import GIB
+from pipeline.formats.spec import PAGED_SHARE
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
-from pipeline.plan.fit import PAGED_SHARE
 
 Ask = Callable[..., PlanRequest]
 RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "bfloat16"}

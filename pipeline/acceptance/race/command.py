@@ -256,7 +256,7 @@ def roofline_on(recipe: Recipe, card: str) -> Any:
     if target is None:
         return None
     plan = plan_of(dataclasses.replace(recipe, target=target))
-    return roofline(recipe.shape, plan.sizes, target)
+    return roofline(plan.request, plan.sizes)
 
 
 def tool_versions() -> dict[str, str]:

@@ -28,14 +28,14 @@ from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtrtx.child import CompileJob, Profile
 from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
 from pipeline.formats.trtrtx.plan_text import prove_fp8
+from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
 from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
 from pipeline.model.decoder_config import DecoderConfig
 from pipeline.model.linears import node_names
 from pipeline.quant.export import copy_companions
+from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
-_PACKAGE = "tensorrt-rtx-cu13"
-PLAN_FILE = "model.engine"
 _CODE = (
     "pipeline.formats.trtrtx.compiler",
     "pipeline.formats.trtrtx.child",
@@ -83,7 +83,7 @@ class TrtRtxCompiler:
 
     @property
     def format(self) -> Format:
-        return "trtrtx"
+        return SPEC.name
 
     @property
     def limits(self) -> Limits:
@@ -97,9 +97,9 @@ class TrtRtxCompiler:
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         try:
-            return "tensorrt-rtx", version(_PACKAGE)
+            return SPEC.runtime, version(PACKAGE)
         except PackageNotFoundError:  # a plan needs no compiler
-            return "tensorrt-rtx", ""
+            return SPEC.runtime, ""
 
     @property
     def profiles(self) -> tuple[Profile, Profile]:
@@ -118,9 +118,6 @@ class TrtRtxCompiler:
             ),
         )
 
-    def variant(self, target: Target) -> str:
-        return f"sm{target.sm}-trtrtx-fp8-b{self.max_batch_size}-s{self.max_seq_len}"
-
     def check_machine(self, target: Target) -> None:
         """Any machine will do."""
 
@@ -133,7 +130,7 @@ class TrtRtxCompiler:
         return {
             "sm": target.sm,
             "profiles": json.loads(json.dumps(profiles)),
-            "tools": {_PACKAGE: compiler_version()},
+            "tools": {PACKAGE: compiler_version()},
             "code": source_digest(*_CODE),
         }
 
@@ -164,15 +161,15 @@ class TrtRtxCompiler:
         return Engine(
             dir=result.dir / "engine",
             digest=digest_of([f.to_json() for f in digest_folder(result.dir / "engine")]),
-            format="trtrtx",
-            variant=self.variant(target),
-            runtime=("tensorrt-rtx", compiler_version()),
+            format=SPEC.name,
+            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
+            runtime=(SPEC.runtime, compiler_version()),
             sms=(target.sm,),
             limits=self.limits,
             min_vram_bytes=plan_bytes + self._cache_bytes(config),
             twin_dir=graphs.dir,
             twin_key=graphs.key,
-            tools={**checkpoint_tools(checkpoint), _PACKAGE: compiler_version()},
+            tools={**checkpoint_tools(checkpoint), PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
         )
 
@@ -250,10 +247,10 @@ def compiler_version() -> str:
         IncompatibleError: It is not installed.
     """
     try:
-        return version(_PACKAGE)
+        return version(PACKAGE)
     except PackageNotFoundError as error:
         raise IncompatibleError(
-            f"compiler=trtrtx needs {_PACKAGE}: pip install 'enginesmith[build]'"
+            f"compiler=trtrtx needs {PACKAGE}: pip install 'enginesmith[build]'"
         ) from error
 
 

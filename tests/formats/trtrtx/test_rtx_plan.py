@@ -10,8 +10,9 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Checkpoint
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import FP8, PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 
 LINEAR = "model.layers.1.self_attn.o_proj"

@@ -15,9 +15,10 @@ from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx import stage
 from pipeline.formats.trtrtx.child import CompileJob, Profile, compile_graph
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.network_check.stage import interface_of
 from pipeline.formats.trtrtx.plan_text import PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint

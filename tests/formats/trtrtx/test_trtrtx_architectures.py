@@ -11,8 +11,9 @@ import pytest
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import RecipeError
 from pipeline.core.values import Checkpoint, Engine, Licence, Weights
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import read_plan
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, WINDOW, tiny_architecture
 from tests.quant.tiny_quantized import ADA, shape_of, tiny_quantizer
