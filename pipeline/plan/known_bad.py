@@ -12,7 +12,9 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT, Listed
+from pipeline.formats.spec import format_specs
 from pipeline.plan.request import PlanRequest
+from pipeline.quant.spec import quant_specs
 
 Severity = Literal["error", "warning", "note"]
 
@@ -59,6 +61,9 @@ class When:
     def __post_init__(self) -> None:
         if all(condition is None for condition in asdict(self).values()):
             raise ValueError("a row without conditions would fire for every recipe")
+        for field, known in (("format", format_specs()), ("precision", quant_specs())):
+            if unknown := set(getattr(self, field) or ()) - set(known):
+                raise ValueError(f"{field}: {sorted(unknown)} is none of {sorted(known)}")
 
     def holds(self, request: PlanRequest) -> bool:
         """Whether every condition holds for this request.
