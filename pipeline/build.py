@@ -37,10 +37,9 @@ from pipeline.core.values import (
 from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
 from pipeline.machine import require_builder, require_room
-from pipeline.model.shapes import ModelShape, shape_faults
+from pipeline.model.read import Shape, load_config, spec_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.quant.spec import quant_spec
-from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.registry.backend import Registry
 from pipeline.registry.lifecycle.promote import enter_channel as move_into
 from pipeline.registry.lifecycle.records import Author, actor_of
@@ -79,7 +78,7 @@ class Recipe:
 
     name: str
     version: str
-    shape: ModelShape
+    shape: Shape
     source: WeightSource
     target: Target
     quantizer: Quantizer
@@ -224,7 +223,7 @@ def fetch(recipe: Recipe) -> Weights:
         recipe.shape, recipe.compiler.limits.max_seq_len, recipe.runner.device
     )
     weights = recipe.source.fetch()
-    if faults := shape_faults(recipe.shape, UnifiedCheckpoint(weights.dir).config_json):
+    if faults := spec_faults(recipe.shape, load_config(weights.dir)):
         raise RecipeError(faults)
     recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
     return weights
@@ -263,7 +262,6 @@ def judged(
         verdict,
         run_dir,
         manifest=package.manifest,
-        reference=str(reference_of(package)),
         plan=subject.plan.to_json(),
         limits=recipe.acceptance.limits,
     )

@@ -40,21 +40,18 @@ acceptance:
 """
 SHAPE = """\
 # The tiny random Llama of the tests.
-_target_: pipeline.model.shapes.ModelShape
-architecture: LlamaForCausalLM
+architectures: [LlamaForCausalLM]
+model_type: llama
 hidden_size: 64
 intermediate_size: 128
 num_hidden_layers: 3
 num_attention_heads: 4
 num_key_value_heads: 2
-head_dim: 16
 vocab_size: 320
 max_position_embeddings: 256
+rms_norm_eps: 1.0e-5
 rope_theta: 5000.0
-rope_type: default
 tie_word_embeddings: true
-attention_bias: false
-sliding_window: null
 """
 _HEAVY = ("accept", "build", "generate")  # they import PyTorch
 _TIMEOUT_S = 240.0

@@ -29,7 +29,7 @@ from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Report, Verdict, digest_of
 from pipeline.machine import available_bytes
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 from pipeline.runners.session import Device, Runner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus, require_disjoint, text_digest
@@ -139,7 +139,7 @@ class Acceptance:
             max_reference_noise=self.max_reference_noise,
         )
 
-    def judged_positions(self, shape: ModelShape) -> int:
+    def judged_positions(self, shape: ModelSpec) -> int:
         """Positions whose log-probabilities are kept, of the source and of the checkpoint.
 
         0 where time rules the model out.
@@ -173,7 +173,7 @@ class Acceptance:
             }
         )
 
-    def check_inputs(self, shape: ModelShape, max_seq_len: int, device: Device = "cpu") -> None:
+    def check_inputs(self, shape: ModelSpec, max_seq_len: int, device: Device = "cpu") -> None:
         """Find faults that need no model: prompts and windows that do not fit the engine.
 
         Raises:
@@ -247,7 +247,7 @@ class Acceptance:
         ran = reason is None
         return report, judge(report, self.limits, ran=ran, on_target=on_target, more=findings)
 
-    def too_much(self, shape: ModelShape, free_bytes: int) -> str | None:
+    def too_much(self, shape: ModelSpec, free_bytes: int) -> str | None:
         """Why the whole model does not run on this machine's CPU, by memory or time; else None.
 
         Args:

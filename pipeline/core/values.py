@@ -19,7 +19,7 @@ import rfc8785
 if TYPE_CHECKING:
     from pipeline.core.cache import StageCache
     from pipeline.core.hardware import Target
-    from pipeline.model.shapes import ModelShape
+    from pipeline.model.spec import ModelSpec
 
 Format = str
 """Name of an engine format: a folder of pipeline/formats that has a `spec`."""
@@ -334,7 +334,7 @@ class Quantizer(Protocol):
         """Everything that shapes the checkpoint's bytes, as JSON values."""
         ...
 
-    def quantize(self, weights: Weights, shape: ModelShape, cache: StageCache) -> Checkpoint:
+    def quantize(self, weights: Weights, shape: ModelSpec, cache: StageCache) -> Checkpoint:
         """Make the checkpoint, or take it from the cache."""
         ...
 

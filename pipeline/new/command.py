@@ -16,8 +16,9 @@ from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import ConflictError, Fault, RecipeError
 from pipeline.formats.spec import format_specs
-from pipeline.model.shapes import ModelShape
-from pipeline.new.fitting import Fitted, largest, model_shape, smallest, targets
+from pipeline.model.read import read_spec
+from pipeline.model.spec import ModelSpec
+from pipeline.new.fitting import Fitted, largest, smallest, targets
 from pipeline.new.origin import Origin, read_origin
 from pipeline.new.place import place
 from pipeline.new.text import recipe_text, shape_text, sizes_text
@@ -86,7 +87,10 @@ def new_recipe(
         message = f"there is no option {target!r}; {suggestion(target, known)}"
         raise RecipeError([Fault("--target", message)])
     found = read_origin(origin, revision)
-    draft = _Draft(name=name, target=target, origin=found, shape=model_shape(found.config))
+    if found.config.get("quantization_config"):
+        message = "these weights are quantized already; start from the 16-bit model"
+        raise RecipeError([Fault("config.json: quantization_config", message)])
+    draft = _Draft(name=name, target=target, origin=found, shape=read_spec(found.config))
     sizes, left_out = _fit(draft, folders)
     texts = draft.texts(sizes)
     with _staged(texts, folders) as staged:
@@ -110,7 +114,7 @@ class _Draft:
     name: str
     target: str
     origin: Origin
-    shape: ModelShape
+    shape: ModelSpec
 
     def texts(self, sizes: Mapping[str, Fitted]) -> dict[Path, str]:
         """Path -> content of every file, the recipe last: what makes the others count."""

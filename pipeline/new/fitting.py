@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
-
-from pydantic import ValidationError
+from typing import Any, cast
 
 from pipeline.build import Recipe, plan_of
-from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import Format
 from pipeline.formats.spec import FormatSpec, format_spec
-from pipeline.model.shapes import Architecture, ModelShape, shape_of_config
+from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.runners.workload import Workload
@@ -41,37 +39,6 @@ class Fitted:
     context: int
 
 
-def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a model that every step of the pipeline understands.
-
-    Raises:
-        RecipeError: Another architecture, which names the supported ones; or keys that the
-            converters do not understand.
-        CorruptError: It is no model's configuration.
-    """
-    from pipeline.model.decoder_config import DecoderConfig
-
-    name = (config.get("architectures") or [None])[0]
-    if name not in get_args(Architecture):
-        supported = ", ".join(get_args(Architecture))
-        message = f"is {name!r}, which no converter knows; supported are {supported}"
-        raise RecipeError([Fault("config.json: architectures", message)])
-    if config.get("quantization_config"):
-        message = "these weights are quantized already; start from the 16-bit model"
-        raise RecipeError([Fault("config.json: quantization_config", message)])
-    try:
-        DecoderConfig.from_json(config)
-        return ModelShape(**shape_of_config(config))
-    except ValidationError as error:
-        faults = [
-            Fault(".".join(map(str, ("config.json", *fault["loc"]))), fault["msg"])
-            for fault in error.errors()
-        ]
-        raise RecipeError(faults) from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise CorruptError(f"config.json is no model's configuration: {error!r}") from error
-
-
 def targets(batch: int, context: int) -> tuple[Workload, ...]:
     """Workloads of a new recipe: four requests at once, and the largest batch that fits."""
     isl = min(_ISL, max(context // 3, 1))
@@ -88,7 +55,7 @@ def targets(batch: int, context: int) -> tuple[Workload, ...]:
     )
 
 
-def smallest(engine_format: Format, shape: ModelShape) -> Fitted:
+def smallest(engine_format: Format, shape: ModelSpec) -> Fitted:
     """The last sizes that `largest` tries."""
     return list(_candidates(format_spec(engine_format), shape, "bfloat16"))[-1]
 
@@ -135,7 +102,7 @@ def _no_full_length(candidate: Fitted) -> str:
 
 
 def _candidates(
-    engine_format: FormatSpec, shape: ModelShape, kv_cache_dtype: str
+    engine_format: FormatSpec, shape: ModelSpec, kv_cache_dtype: str
 ) -> Iterator[Fitted]:
     """Sizes by halves, the largest first."""
     contexts = _contexts(shape)
@@ -166,14 +133,14 @@ def _candidates(
             )
 
 
-def _contexts(shape: ModelShape) -> list[int]:
+def _contexts(shape: ModelSpec) -> list[int]:
     """Contexts to try, longest first.
 
     Up to the sliding window every runtime attends to the same tokens, and up to LongRoPE's original
     context every one takes the same factors; so neither is passed where it is long enough.
     """
     start = min(START_CONTEXT, shape.max_position_embeddings)
-    for edge in (shape.sliding_window, shape.original_max_position_embeddings):
+    for edge in (shape.window, shape.short_rope_context):
         if edge is not None and edge >= FLOOR_CONTEXT:
             start = min(start, edge)
     halves = [start]

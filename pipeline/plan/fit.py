@@ -30,9 +30,7 @@ def workspace_bytes(request: PlanRequest) -> int:
     - The attention mask of one step, where the format has one.
     """
     shape, limits = request.shape, request.limits
-    query = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_key_value_heads * shape.head_dim
-    widest = 2 * shape.hidden_size + max(3 * shape.intermediate_size, 2 * query + 2 * key_value)
+    widest = max(layer.widest_features for layer in shape.layers)
     total = _CONTEXT_BYTES + 2 * 4 * limits.max_batch_size * shape.vocab_size
     total += 2 * limits.max_num_tokens * widest
     return total + request.format.fit.mask_bytes * limits.max_num_tokens * limits.max_seq_len

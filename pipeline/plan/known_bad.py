@@ -92,9 +92,8 @@ class When:
             self.cuda_below is None or (bool(cuda) and cuda < _version(self.cuda_below)),
             self.runtime_version_from is None
             or _version(runtime_version) >= _version(self.runtime_version_from),
-            self.beyond_sliding_window in {None, _beyond(shape.sliding_window, context)},
-            self.beyond_original_context
-            in {None, _beyond(shape.original_max_position_embeddings, context)},
+            self.beyond_sliding_window in {None, _beyond(shape.window, context)},
+            self.beyond_original_context in {None, _beyond(shape.short_rope_context, context)},
         ]
         return all(compared) and all(
             allowed is None or value in allowed for allowed, value in any_of

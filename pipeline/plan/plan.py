@@ -16,10 +16,10 @@ from pipeline.plan.findings import (
     target_findings,
 )
 from pipeline.plan.fit import Fit, fit_of
-from pipeline.plan.linears import keep_16bit_faults, linear_modules
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import BuildNeeds, Sizes, build_needs, sizes_of
 from pipeline.plan.workloads import WorkloadPlan, plan_workload
+from pipeline.quant.keep import keep_16bit_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Plan:
             "keep_16bit": list(request.keep_16bit),
             "runtime": {"name": request.runtime[0], "version": request.runtime[1]},
             "target": asdict(request.target),
-            "shape": asdict(request.shape),
+            "shape": dict(request.shape.config),
             "limits": request.limits.to_json(),
             "facts": dict(request.facts),
             "sizes": self.sizes.to_json(),
@@ -76,7 +76,7 @@ def make_plan(request: PlanRequest) -> Plan:
     workloads = tuple(plan_workload(workload, request, line, fit) for workload in request.workloads)
     target_faults, target_notes = target_findings(request, workloads)
     known_faults, known_notes = known_bad_findings(request)
-    kept_faults = keep_16bit_faults(request.keep_16bit, linear_modules(request.shape))
+    kept_faults = keep_16bit_faults(request.keep_16bit, request.shape)
     return Plan(
         request=request,
         sizes=sizes,

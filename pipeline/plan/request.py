@@ -9,7 +9,7 @@ from pipeline.core.errors import Fault
 from pipeline.core.hardware import Target
 from pipeline.core.values import Limits
 from pipeline.formats.spec import FormatSpec
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import QuantSpec
 
 
@@ -67,7 +67,7 @@ class PlanRequest:
     """
 
     name: str
-    shape: ModelShape
+    shape: ModelSpec
     target: Target
     format: FormatSpec
     precision: QuantSpec

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.hardware import GIB
-from pipeline.plan.linears import linear_modules, select
 from pipeline.plan.request import PlanRequest
+from pipeline.quant.keep import select
 from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype
 
 _QUANTIZE_BASE_BYTES = 3_200_000_000
@@ -60,20 +61,19 @@ class Sizes:
 def sizes_of(request: PlanRequest) -> Sizes:
     """Sizes of the model as the request quantizes it."""
     shape, precision = request.shape, request.precision
-    modules = linear_modules(shape)
+    modules = shape.modules
     quantizes = precision.quant_algo is not None
     kept = select(request.keep_16bit, modules) if quantizes else ()
-    kept_params = sum(modules[name] for name in kept)
+    kept_params = sum(math.prod(modules[name]) for name in kept)
     quantized_params = shape.linear_params - kept_params if quantizes else 0
     linear_16bit_params = shape.linear_params - quantized_params
     scale_bytes = precision.scale_bytes * (len(modules) - len(kept))
     if quantizes:
-        scale_bytes += _CACHE_SCALE_BYTES * shape.num_hidden_layers
+        scale_bytes += _CACHE_SCALE_BYTES * shape.num_layers
     linear_bytes = (
         int(precision.bytes_per_weight * quantized_params) + 2 * linear_16bit_params + scale_bytes
     )
-    tables = 1 if shape.tie_word_embeddings else 2
-    weight_bytes = linear_bytes + 2 * (tables * shape.embedding_params + shape.other_params)
+    weight_bytes = linear_bytes + 2 * (shape.params - shape.linear_params)
     kv_cache = KV_CACHE_DTYPES["bfloat16"]
     if request.limits.kv_cache_dtype in request.format.kv_cache_dtypes:
         kv_cache = KV_CACHE_DTYPES[request.limits.kv_cache_dtype]
@@ -86,9 +86,9 @@ def sizes_of(request: PlanRequest) -> Sizes:
         weight_bytes=weight_bytes,
         checkpoint_bytes=weight_bytes,
         engine_bytes=weight_bytes + request.format.fit.overhead_bytes,
-        step_weight_bytes=linear_bytes + 2 * (shape.embedding_params + shape.other_params),
+        step_weight_bytes=linear_bytes + 2 * (shape.params_read(0) - shape.linear_params),
         kv_cache=kv_cache,
-        kv_bytes_per_token=shape.kv_bytes_per_token(kv_cache.bytes_per_element),
+        kv_bytes_per_token=shape.kv_bytes(1, kv_cache.bytes_per_element),
     )
 
 

@@ -74,7 +74,7 @@ def load_simulation(
         if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
             _wrap(module, scales.get(name), accumulate)
     if context is not None:
-        _fix_longrope(model, checkpoint.config.rope, context)
+        _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()
 
 

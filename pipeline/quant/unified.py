@@ -7,7 +7,6 @@ checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (throu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.safetensors_files import TensorEntry, folder_tensors
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.read import load_config, read_spec
+from pipeline.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,13 +34,12 @@ class UnifiedCheckpoint:
     @cached_property
     def config_json(self) -> Mapping[str, Any]:
         """`config.json` as it is."""
-        parsed: Mapping[str, Any] = json.loads((self.dir / "config.json").read_text())
-        return parsed
+        return load_config(self.dir)
 
     @cached_property
-    def config(self) -> DecoderConfig:
-        """The part of it that the graph needs."""
-        return DecoderConfig.from_json(self.config_json)
+    def spec(self) -> ModelSpec:
+        """What it says about the model."""
+        return read_spec(self.config_json)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
@@ -103,8 +102,8 @@ class UnifiedCheckpoint:
             CorruptError: Lists what is missing, left over, of another shape or of a dtype that does
                 not belong there.
         """
-        wanted = self.config.tensor_shapes()
-        linears = {name for name in wanted if name.startswith("model.layers.") and "_proj" in name}
+        wanted = self.spec.tensors()
+        linears = {f"{module}.weight" for module in self.spec.modules}
         faults = [f"tensor {name} is missing" for name in wanted if name not in self.tensors]
         for name, entry in self.tensors.items():
             if name not in wanted:
@@ -138,7 +137,7 @@ class UnifiedCheckpoint:
         if kind in ("k_scale", "v_scale"):
             return ".self_attn" in module
         return name.endswith(".rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and self.config.tied
+            name == "lm_head.weight" and self.spec.tied
         )
 
     def is_quantized(self, module: str) -> bool:

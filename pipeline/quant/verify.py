@@ -50,7 +50,7 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, quantized_linears
     scales = {
         f"{module}.{kind}_scale" for module in quantized_linears for kind in ("weight", "input")
     }
-    scales |= _cache_scales(wanted)
+    scales |= set(source.spec.kv_scales())
     found = set(checkpoint.tensors)
     faults = [f"{name} is missing" for name in sorted((wanted | scales) - found)]
     faults += [f"{name} was not asked for" for name in sorted(found - wanted - scales)]
@@ -70,13 +70,6 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, quantized_linears
             f"the exported checkpoint is not a faithful copy of its source:\n{listed}"
             + (f"\n    and {more} more" if more > 0 else "")
         )
-
-
-def _cache_scales(tensors: set[str]) -> set[str]:
-    """The KV-cache scales of a model with these tensors: two for each attention."""
-    outputs = {name for name in tensors if name.endswith(".o_proj.weight")}
-    modules = {name.removesuffix(".o_proj.weight") for name in outputs}
-    return {f"{module}.{part}_proj.{part}_scale" for module in modules for part in "kv"}
 
 
 def _tensor_fault(

@@ -5,13 +5,12 @@ Weights are safetensors or nothing: a pickle (`*.bin`, `*.pth`) can run code whe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
-from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
+from pipeline.core.errors import Fault, NotFoundError, RecipeError
+from pipeline.core.json_files import read_json_object
 from pipeline.core.safetensors_files import (
     INDEX,
     SINGLE,
@@ -129,18 +128,3 @@ def check_weights(folder: Path, shards: Iterable[str]) -> None:
         tensors |= read_header(folder / shard)
     if SINGLE not in shards:
         check_index(folder, read_index(folder / INDEX), tensors)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        CorruptError: It is something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: not JSON: {error}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path}: a JSON {type(value).__name__}, wanted an object")
-    return value

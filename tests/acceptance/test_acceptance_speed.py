@@ -14,18 +14,13 @@ from numpy.typing import NDArray
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.speed import SpeedSample, measure_speed, summarize
 from pipeline.core.errors import RecipeError
-from pipeline.model.shapes import ModelShape
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
+from tests.specs import tiny_spec
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4, min_output_tokens_per_s=1.0)
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM", hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=320,
-    max_position_embeddings=256, rope_theta=5000.0, rope_type="default",
-    tie_word_embeddings=True, attention_bias=False, sliding_window=None,
-)  # fmt: skip
+SHAPE = tiny_spec()
 
 
 def generation(ttft_s: float, total_s: float) -> Generation:

@@ -75,7 +75,7 @@ def test_mean_context_is_the_mean_over_decode_steps(isl: int, osl: int, window: 
         bandwidth_bytes_per_s=1.0,
         step_weight_bytes=1,
         kv_bytes_per_token=1,
-        sliding_window=window,
+        windows=(window,),
         layer_s_per_token=1.0,
         lm_head_s_per_token=1.0,
     )

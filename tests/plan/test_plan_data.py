@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.hardware import GIB, Target
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 
 ROOT = Path(__file__).parents[2]
 TARGETS = sorted(path.stem for path in (ROOT / "conf" / "target").glob("*.yaml"))
@@ -67,6 +67,6 @@ def test_geforce_peaks_are_those_with_fp32_accumulation(
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shape_has_the_known_number_of_parameters(
-    name: str, shape_of: Callable[[str], ModelShape]
+    name: str, shape_of: Callable[[str], ModelSpec]
 ) -> None:
     assert shape_of(name).params == PARAMS[name]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.acceptance.page.markup import Html, escaped, tag
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -61,10 +63,6 @@ LOOKS: dict[str, dict[str, Any]] = {
 """How each kind of series is drawn."""
 
 
-Plot = tuple[str, str]
-"""Caption, and SVG that is markup."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Series:
     """Points of one colour: `look` is a key of `LOOKS`; `raw` holds single runs behind them."""
@@ -85,7 +83,7 @@ def installed() -> bool:
     return True
 
 
-def throughput_chart(series: Sequence[Series], caption: str) -> Plot:
+def throughput_chart(series: Sequence[Series], caption: str) -> Html:
     """Output tokens per second over batch, both axes logarithmic."""
 
     def draw(figure: Figure) -> None:
@@ -128,7 +126,7 @@ def _plain(value: float, _: int) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:g}"
 
 
-def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Plot:
+def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Html:
     """p50, p90 and p99 of each workload in milliseconds, as a line with three marks."""
 
     def draw(figure: Figure) -> None:
@@ -165,7 +163,7 @@ def time_chart(
     shaded: Sequence[tuple[float, float]] = (),
     levels: Sequence[float] = (),
     least_span: float = 1.0,
-) -> Plot:
+) -> Html:
     """One figure over time.
 
     Args:
@@ -198,10 +196,9 @@ def time_chart(
     return _svg(draw, caption, height=2.4)
 
 
-def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Plot:
+def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Html:
     """A figure of the page; `height` in inches, the width is 4.4."""
     import matplotlib as mpl
-    from markupsafe import Markup
     from matplotlib.figure import Figure
 
     # The salt names the ids inside the SVG: the same report gives the same page.
@@ -224,5 +221,6 @@ def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Plot
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
-    svg = Markup('<svg role="img" aria-label="{}" ').format(caption)
-    return caption, svg + Markup(text.removeprefix("<svg "))
+    label = escaped(caption)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return tag("figure", tag("figcaption", caption), Html(text))

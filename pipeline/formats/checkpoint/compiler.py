@@ -82,9 +82,8 @@ class CheckpointCompiler:
             lambda out: self._produce(checkpoint.dir, out / "engine"),
         )
         engine_dir = result.dir / "engine"
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        token_bytes = config.kv_bytes_per_token(
-            KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
+        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
+            self.max_seq_len, KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
         )
         weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
         return Engine(
@@ -95,7 +94,7 @@ class CheckpointCompiler:
             runtime=(self.runtime, self.runtime_version),
             sms=(),
             limits=self.limits,
-            min_vram_bytes=weight_bytes + token_bytes * self.max_seq_len,
+            min_vram_bytes=weight_bytes + cache_bytes,
             serve_args=SPEC.serve_args(self.limits),
             tools=dict(checkpoint.calibration["tools"]),
             checks={"quantized_linears": len(checkpoint.quantized_linears)},

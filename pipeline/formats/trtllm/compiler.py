@@ -264,9 +264,8 @@ class TrtLlmCompiler:
         engine_dir = result.dir / ENGINE
         checks = result.read_json("checks.json")
         built_with = Environment(**checks["environment"])
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        token_bytes = config.kv_bytes_per_token(
-            KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
+        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
+            self.max_seq_len, KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
         )
         return Engine(
             dir=engine_dir,
@@ -277,8 +276,7 @@ class TrtLlmCompiler:
             sms=(target.sm,),
             limits=self.limits,
             # As for every paged runtime: what one request of full length needs, at least.
-            min_vram_bytes=(engine_dir / ENGINE_FILE).stat().st_size
-            + token_bytes * self.max_seq_len,
+            min_vram_bytes=(engine_dir / ENGINE_FILE).stat().st_size + cache_bytes,
             serve_args=SPEC.serve_args(self.limits),
             tools={**checkpoint.calibration["tools"], **built_with.tools},
             checks={"trtllm_build": checks, "conversion": converted.read_json("conversion.json")},

@@ -26,12 +26,13 @@ from pipeline.core.process import run_tool
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtrtx.child import CompileJob, Profile
+from pipeline.formats.trtrtx.linears import node_names
 from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
+from pipeline.formats.trtrtx.onnx_graph import buildable_layer
 from pipeline.formats.trtrtx.plan_text import prove_fp8
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
 from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
-from pipeline.model.decoder_config import DecoderConfig
-from pipeline.model.linears import node_names
+from pipeline.model.spec import Attention, ModelSpec
 from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -137,8 +138,8 @@ class TrtRtxCompiler:
     def compile(
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
     ) -> Engine:
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        _check_attention_shape(config)
+        spec = UnifiedCheckpoint(checkpoint.dir).spec
+        _check_attention_shape(buildable_layer(spec).attention)
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
         network = check_network_once(
             checkpoint.dir,
@@ -166,7 +167,7 @@ class TrtRtxCompiler:
             runtime=(SPEC.runtime, compiler_version()),
             sms=(target.sm,),
             limits=self.limits,
-            min_vram_bytes=plan_bytes + self._cache_bytes(config),
+            min_vram_bytes=plan_bytes + self._cache_bytes(spec),
             twin_dir=graphs.dir,
             twin_key=graphs.key,
             tools={**checkpoint_tools(checkpoint), PACKAGE: compiler_version()},
@@ -177,9 +178,9 @@ class TrtRtxCompiler:
     def _graph(self) -> GraphSettings:
         return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
 
-    def _cache_bytes(self, config: DecoderConfig) -> int:
+    def _cache_bytes(self, spec: ModelSpec) -> int:
         """Static KV cache at the limits, two bytes an element."""
-        return config.kv_bytes_per_token(2) * self.max_batch_size * self.max_seq_len
+        return spec.kv_bytes(self.max_batch_size * self.max_seq_len, 2)
 
     def _produce(
         self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
@@ -188,12 +189,12 @@ class TrtRtxCompiler:
         engine_dir.mkdir()
         plan = engine_dir / PLAN_FILE
         job_file = out / "job.json"
-        config = UnifiedCheckpoint(checkpoint.dir).config
+        spec = UnifiedCheckpoint(checkpoint.dir).spec
         CompileJob(
             graph=str(graphs / RTX_GRAPH),
             interface=interface_of(
-                config,
-                num_layers=config.num_layers,
+                spec,
+                num_layers=spec.num_layers,
                 context=self.max_seq_len,
                 dtype=self.activation_dtype,
             ),
@@ -212,28 +213,28 @@ class TrtRtxCompiler:
                 text,
                 sm=target.sm,
                 profiles=len(self.profiles),
-                quantized_linears=node_names(config, checkpoint.quantized_linears),
-                kept_16bit=node_names(config, checkpoint.kept_16bit),
+                quantized_linears=node_names(spec, checkpoint.quantized_linears),
+                kept_16bit=node_names(spec, checkpoint.kept_16bit),
             )
         shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")
         copy_companions(checkpoint.dir, engine_dir)
         (out / "checks.json").write_text(json.dumps({"fp8_plan": proof}, indent=1) + "\n")
 
 
-def _check_attention_shape(config: DecoderConfig) -> None:
+def _check_attention_shape(attention: Attention) -> None:
     """Refuse what TensorRT-RTX 1.7.1 has no attention kernel for.
 
     It wants four query heads or more, of 16 elements or more in steps of eight (tried for sm_89 in
     bfloat16, 2026-11-25: 1 to 3 heads and sizes 8 and 20 fail, 4 to 32 heads and sizes 16 to 256
     build). No published model that we know is smaller.
     """
-    if config.num_heads < 4 or config.head_dim < 16 or config.head_dim % 8:
+    if attention.heads < 4 or attention.head_dim < 16 or attention.head_dim % 8:
         raise RecipeError(
             [
                 Fault(
                     "compiler",
-                    f"TensorRT-RTX has no attention kernel for {config.num_heads} heads of "
-                    f"{config.head_dim}; wanted are four heads or more, of 16 elements or more in "
+                    f"TensorRT-RTX has no attention kernel for {attention.heads} heads of "
+                    f"{attention.head_dim}; it wants four heads or more, of 16 elements or more in "
                     "steps of eight: use compiler=checkpoint",
                 )
             ]

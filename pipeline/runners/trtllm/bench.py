@@ -82,7 +82,7 @@ def measure(
         write_dataset(
             input_dir / "dataset.jsonl",
             workload,
-            vocab_size=UnifiedCheckpoint(checkpoint_dir).config.vocab_size,
+            vocab_size=UnifiedCheckpoint(checkpoint_dir).spec.vocab_size,
             seed=settings.seed,
             rounds=settings.rounds,
         )

@@ -19,7 +19,8 @@ from pipeline.formats.trtrtx.stage import (
     cut_context,
     graph_digest,
 )
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.read import read_spec
+from pipeline.model.spec import ModelSpec
 from tests.architectures import WINDOW, tiny_fp8_architecture
 
 SETTINGS = GraphSettings(context=160, activation="bfloat16")
@@ -30,9 +31,9 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_fp8_architecture("phi3", tmp_path_factory.mktemp("checkpoint"))
 
 
-def config_of(checkpoint_dir: Path, **changes: object) -> DecoderConfig:
+def config_of(checkpoint_dir: Path, **changes: object) -> ModelSpec:
     text = json.loads((checkpoint_dir / "config.json").read_text())
-    return DecoderConfig.from_json(text | changes)
+    return read_spec(text | changes)
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,7 @@ class TinyDecoder:
         self._slots: dict[str, WeightSlot] = write_weights(self.checkpoint, folder / WEIGHTS_FILE)
 
     def interface(self, dtype: Literal["bfloat16", "float16"] = "bfloat16") -> DecoderInterface:
-        return interface_of(
-            self.checkpoint.config, num_layers=2, context=self._context, dtype=dtype
-        )
+        return interface_of(self.checkpoint.spec, num_layers=2, context=self._context, dtype=dtype)
 
     def model(self, activation: ActivationDtype) -> onnx.ModelProto:
         """The decoder graph, to be changed by a test."""

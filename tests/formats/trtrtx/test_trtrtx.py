@@ -124,8 +124,8 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
     job = CompileJob(
         graph=str(engine.twin_dir / RTX_GRAPH),
         interface=interface_of(
-            UnifiedCheckpoint(checkpoint.dir).config,
-            num_layers=UnifiedCheckpoint(checkpoint.dir).config.num_layers,
+            UnifiedCheckpoint(checkpoint.dir).spec,
+            num_layers=UnifiedCheckpoint(checkpoint.dir).spec.num_layers,
             context=COMPILER.max_seq_len,
             dtype="bfloat16",
         ),

@@ -59,7 +59,7 @@ def plan_of(engine: Engine) -> bytes:
 def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> None:
     checkpoint = quantized(tmp_path, name)
     engine = compiled(tmp_path, checkpoint)
-    config = UnifiedCheckpoint(checkpoint.dir).config
+    config = UnifiedCheckpoint(checkpoint.dir).spec
     assert CONTEXT > WINDOW
     kinds = engine.checks["network"]["layer_kinds"]
     assert (kinds["ROTARY_EMBEDDING"], kinds["KV_CACHE_UPDATE"]) == (4, 4)  # the cut's two layers
@@ -79,7 +79,7 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
     }
     assert shown == set(checkpoint.quantized_linears)
 
-    cache_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * 2 * CONTEXT
+    cache_bytes = config.kv_bytes(2 * CONTEXT, 2)
     assert engine.min_vram_bytes == len(plan) + cache_bytes
     # The caches are updated in place: no kernel copies one.
     assert b'"present_key.0' in plan

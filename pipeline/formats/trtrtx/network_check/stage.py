@@ -18,7 +18,7 @@ from pipeline.core.cache import StageCache, source_digest
 from pipeline.core.process import run_tool
 from pipeline.formats.trtrtx.network_check.interface import DecoderInterface
 from pipeline.formats.trtrtx.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint
 
 _RESULT = "result.json"
@@ -27,16 +27,17 @@ _TOOLS = ("tensorrt-rtx-cu13", "onnxruntime", "onnx")
 
 
 def interface_of(
-    config: DecoderConfig, *, num_layers: int, context: int, dtype: Literal["bfloat16", "float16"]
+    spec: ModelSpec, *, num_layers: int, context: int, dtype: Literal["bfloat16", "float16"]
 ) -> DecoderInterface:
     """What the decoder graph of a model takes and gives."""
+    attention = spec.layers[0].attention
     return DecoderInterface(
         num_hidden_layers=num_layers,
-        num_key_value_heads=config.num_kv_heads,
+        num_key_value_heads=attention.kv_heads,
         context=context,
-        head_dim=config.head_dim,
-        rotary_dim=config.rope.rotary_dim,
-        vocab_size=config.vocab_size,
+        head_dim=attention.head_dim,
+        rotary_dim=spec.rope.rotary_dim,
+        vocab_size=spec.vocab_size,
         dtype=dtype,
     )
 
@@ -69,14 +70,14 @@ def check_network_once(
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)
     interface = interface_of(
-        checkpoint.config,
+        checkpoint.spec,
         num_layers=len(layers),
-        context=cut_context(checkpoint.config, context),
+        context=cut_context(checkpoint.spec, context),
         dtype=dtype,
     )
     in_cut = tuple(f"model.layers.{layer}." for layer in layers)
     inputs = {
-        "config": dataclasses.asdict(checkpoint.config),
+        "config": checkpoint.spec.to_json(),
         "interface": dataclasses.asdict(interface),
         "quantized_linears": sorted(
             n for n in checkpoint.quantized_linears if n.startswith(in_cut)

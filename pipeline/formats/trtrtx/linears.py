@@ -13,64 +13,47 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.formats.trtrtx.graph_writer import GraphWriter
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.spec import Layer, ModelSpec, layer_name
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One MatMul.
+class MatMul:
+    """One linear of one layer.
 
     Attributes:
         module: Hugging Face name of the module that stores its weight.
-        part: Which part of a fused module it is, such as `gate`; empty for a whole module.
+        name: Name of the node: the module's, and the role where the module holds several linears.
         rows: First row of the stored weight and the one after the last; None for all.
     """
 
     module: str
-    part: str = ""
-    rows: tuple[int, int] | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the node: the module's, and the part's where there are several."""
-        return f"{self.module}.{self.part}" if self.part else self.module
+    name: str
+    rows: tuple[int, int] | None
 
 
-def query_key_value(config: DecoderConfig, prefix: str) -> list[Linear]:
-    """The three projections of the attention module `prefix`."""
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if config.fused:
-        return _parts(f"{prefix}.qkv_proj", {"q": query, "k": key, "v": key})
-    return [Linear(f"{prefix}.{part}_proj") for part in ("q", "k", "v")]
+def matmuls(layer: Layer, number: int) -> dict[str, MatMul]:
+    """The linears of a layer by their role."""
+    made = {}
+    for linear in layer.linears:
+        module = f"{layer_name(number)}.{linear.module}"
+        if linear.rows == layer.modules[linear.module][0]:
+            made[linear.role] = MatMul(module, module, None)
+        else:
+            rows = (linear.first_row, linear.first_row + linear.rows)
+            made[linear.role] = MatMul(module, f"{module}.{linear.role}", rows)
+    return made
 
 
-def gate_up(config: DecoderConfig, prefix: str) -> list[Linear]:
-    """Both inner projections of the MLP `prefix`, gate first, as they are stored."""
-    size = config.intermediate_size
-    if config.fused:
-        return _parts(f"{prefix}.gate_up_proj", {"gate": size, "up": size})
-    return [Linear(f"{prefix}.{part}_proj") for part in ("gate", "up")]
-
-
-def _parts(module: str, sizes: dict[str, int]) -> list[Linear]:
-    linears, start = [], 0
-    for part, size in sizes.items():
-        linears.append(Linear(module, part, (start, start + size)))
-        start += size
-    return linears
-
-
-def node_names(config: DecoderConfig, modules: Iterable[str]) -> tuple[str, ...]:
+def node_names(spec: ModelSpec, modules: Iterable[str]) -> tuple[str, ...]:
     """Names of the MatMuls that compute these modules; the names that a compiled plan shows."""
-    names: list[str] = []
-    for module in modules:
-        prefix, _, kind = module.rpartition(".")
-        fused = {"qkv_proj": query_key_value, "gate_up_proj": gate_up}.get(kind)
-        names += [linear.name for linear in fused(config, prefix)] if fused else [module]
-    return tuple(names)
+    names: dict[str, list[str]] = {}
+    for number, layer in enumerate(spec.layers):
+        for matmul in matmuls(layer, number).values():
+            names.setdefault(matmul.module, []).append(matmul.name)
+    return tuple(name for module in modules for name in names[module])
 
 
-def write_linears(w: GraphWriter, linears: Sequence[Linear], x: str) -> list[str]:
+def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str]:
     """Linears that read the same input: quantized once when they share one input scale.
 
     Args:
@@ -99,12 +82,12 @@ def write_linears(w: GraphWriter, linears: Sequence[Linear], x: str) -> list[str
     return outputs
 
 
-def _stored(linear: Linear) -> tuple[str, tuple[int, int] | None]:
+def _stored(linear: MatMul) -> tuple[str, tuple[int, int] | None]:
     """Tensor and rows that hold the weight."""
     return f"{linear.module}.weight", linear.rows
 
 
-def _matmul(w: GraphWriter, linear: Linear, x: str, weight: str) -> str:
+def _matmul(w: GraphWriter, linear: MatMul, x: str, weight: str) -> str:
     """Multiply x [.., in] with weight [out, in] transposed; the node has the linear's name."""
     transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])
     return w.op("MatMul", [x, transposed], linear.name)
@@ -129,7 +112,7 @@ def _quantize(w: GraphWriter, module: str, x: str, scale: float) -> str:
     )
 
 
-def _fp8_weight(w: GraphWriter, linear: Linear) -> str:
+def _fp8_weight(w: GraphWriter, linear: MatMul) -> str:
     """The checkpoint's E4M3 codes, dequantized in the graph."""
     import numpy as np
 

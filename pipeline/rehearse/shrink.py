@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.model.shapes import ModelShape
-from pipeline.plan.linears import linear_modules, select
+from pipeline.model.read import read_spec
+from pipeline.model.spec import ModelSpec
+from pipeline.quant.keep import select
 
 CONTEXT = 128
 """Longest request of the small engine, tokens; beyond its model's window, if that has one."""
@@ -21,33 +23,53 @@ _VOCAB = 512
 _MAX_POSITION = 256
 
 
-def small_shape(shape: ModelShape) -> ModelShape:
-    """The shape with fewer layers and smaller sizes.
+def small_spec(spec: ModelSpec) -> ModelSpec:
+    """The spec with fewer layers and smaller sizes.
 
     Kept: architecture, ties, biases, rope kind and theta, the ratio of query to key heads, and
     whether the heads together are as wide as the residual stream. A sliding window stays shorter
     than the small engine's context, so that it matters.
     """
-    ratio = shape.num_attention_heads // shape.num_key_value_heads
-    key_value_heads = -(-_MIN_HEADS // ratio)
-    heads = ratio * key_value_heads
-    head_dim = max(_MIN_HEAD_DIM, shape.head_dim // 4)
-    square = shape.hidden_size == shape.num_attention_heads * shape.head_dim
+    attention = spec.layers[0].attention
+    ratio = attention.heads // attention.kv_heads
+    kv_heads = -(-_MIN_HEADS // ratio)
+    heads = ratio * kv_heads
+    head_dim = max(_MIN_HEAD_DIM, attention.head_dim // 4)
+    square = spec.hidden_size == attention.heads * attention.head_dim
     hidden = heads * head_dim if square else 2 * heads * head_dim
-    original = shape.original_max_position_embeddings
-    return dataclasses.replace(
-        shape,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=min(LAYERS, shape.num_hidden_layers),
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head_dim,
-        vocab_size=_VOCAB,
-        max_position_embeddings=_MAX_POSITION,
-        original_max_position_embeddings=None if original is None else _MAX_POSITION // 4,
-        sliding_window=None if shape.sliding_window is None else CONTEXT // 4,
-    )
+    layers = min(LAYERS, spec.num_layers)
+    small = {
+        **spec.config,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": _VOCAB,
+        "max_position_embeddings": _MAX_POSITION,
+    }
+    pairs = spec.rope.rotary_dim * head_dim // attention.head_dim // 2
+    for section in ("rope_scaling", "rope_parameters"):
+        if small.get(section):
+            small[section] = _small_rope(small[section], pairs)
+    small = _small_rope(small, pairs)
+    if spec.window is not None:
+        small["sliding_window"] = CONTEXT // 4
+    if "layer_types" in small:
+        small["layer_types"] = small["layer_types"][:layers]
+    return read_spec(small)
+
+
+def _small_rope(settings: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """Rope settings for a short context: the first factors of LongRoPE, one for each pair."""
+    small = dict(settings)
+    for name in ("short_factor", "long_factor"):
+        if name in small:
+            small[name] = small[name][:pairs]
+    if small.get("original_max_position_embeddings"):
+        small["original_max_position_embeddings"] = _MAX_POSITION // 4
+    return small
 
 
 def small_settings(settings: Any) -> Any:
@@ -63,15 +85,14 @@ def small_settings(settings: Any) -> Any:
     return dataclasses.replace(settings, **{k: v for k, v in sizes.items() if k in names})
 
 
-def small_quantizer(quantizer: Any, shape: ModelShape, text: Any) -> Any:
+def small_quantizer(quantizer: Any, spec: ModelSpec, text: Any) -> Any:
     """The quantizer with little text, without patterns for layers that the small model lacks."""
-    modules = linear_modules(shape)
     return dataclasses.replace(
         quantizer,
         calibration=dataclasses.replace(
             quantizer.calibration, text=text, calib_size=2, seq_len=CONTEXT, batch_size=2
         ),
-        keep_16bit=tuple(p for p in quantizer.keep_16bit if select([p], modules)),
+        keep_16bit=tuple(p for p in quantizer.keep_16bit if select([p], spec.modules)),
     )
 
 
