@@ -11,7 +11,6 @@ import dataclasses
 import json
 import mmap
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +21,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import StageCache, digest_folder, source_digest
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target
-from pipeline.core.process import run_tool
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
-from pipeline.formats.trtrtx.child import CompileJob, Profile
+from pipeline.formats.trtrtx.child import CompileJob, Profile, run_child
 from pipeline.formats.trtrtx.linears import node_names
 from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
 from pipeline.formats.trtrtx.onnx_graph import buildable_layer
@@ -188,26 +186,20 @@ class TrtRtxCompiler:
         engine_dir = out / "engine"
         engine_dir.mkdir()
         plan = engine_dir / PLAN_FILE
-        job_file = out / "job.json"
         spec = UnifiedCheckpoint(checkpoint.dir).spec
-        CompileJob(
-            graph=str(graphs / RTX_GRAPH),
+        job = CompileJob(
+            graph=graphs / RTX_GRAPH,
             interface=interface_of(
                 spec,
                 num_layers=spec.num_layers,
                 context=self.max_seq_len,
                 dtype=self.activation_dtype,
             ),
-            plan=str(plan),
+            plan=plan,
             sm=target.sm,
             profiles=self.profiles,
-        ).write(job_file)
-        run_tool(
-            [sys.executable, "-m", "pipeline.formats.trtrtx.child", str(job_file)],
-            stage="compile",
-            log_path=log_dir / "compile.log",
         )
-        job_file.unlink()
+        run_child(job, out, stage="compile", log_path=log_dir / "compile.log")
         with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as text:
             proof = prove_fp8(
                 text,

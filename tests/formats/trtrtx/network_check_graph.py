@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, WeightSlot, write_weights
-from pipeline.formats.trtrtx.network_check.interface import DecoderInterface
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
 from pipeline.formats.trtrtx.network_check.stage import interface_of
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder
 from pipeline.quant.unified import UnifiedCheckpoint

@@ -14,7 +14,7 @@ from pipeline.core.cache import StageCache, source_digest
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx import stage
-from pipeline.formats.trtrtx.child import CompileJob, Profile, compile_graph
+from pipeline.formats.trtrtx.child import CompileJob, Profile
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.network_check.stage import interface_of
 from pipeline.formats.trtrtx.plan_text import PlanError, prove_fp8, read_plan
@@ -122,19 +122,19 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
     """The library itself reports success when what it hands its pieces to fails."""
     assert engine.twin_dir is not None
     job = CompileJob(
-        graph=str(engine.twin_dir / RTX_GRAPH),
+        graph=engine.twin_dir / RTX_GRAPH,
         interface=interface_of(
             UnifiedCheckpoint(checkpoint.dir).spec,
             num_layers=UnifiedCheckpoint(checkpoint.dir).spec.num_layers,
             context=COMPILER.max_seq_len,
             dtype="bfloat16",
         ),
-        plan="/dev/full",
+        plan=Path("/dev/full"),
         sm=89,
         profiles=COMPILER.profiles,
     )
     with pytest.raises(OSError, match="No space left"):
-        compile_graph(job)
+        job.run()
 
 
 def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:

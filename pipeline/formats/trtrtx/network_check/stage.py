@@ -8,15 +8,13 @@ holds the model's configuration and which linears are FP8, not the weights.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.cache import StageCache, source_digest
-from pipeline.core.process import run_tool
-from pipeline.formats.trtrtx.network_check.interface import DecoderInterface
+from pipeline.formats.trtrtx.child import CheckJob, run_child
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
 from pipeline.formats.trtrtx.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -87,22 +85,13 @@ def check_network_once(
     }
 
     def produce(out: Path) -> None:
-        from pipeline.formats.trtrtx.network_check.child import child_arguments
-
-        arguments = out / "arguments.json"
-        job = child_arguments(graphs_dir / RTX_CUT, graphs_dir / CPU_CUT, interface)
-        arguments.write_text(json.dumps(job))
-        run_tool(
-            [
-                sys.executable,
-                "-m",
-                "pipeline.formats.trtrtx.network_check.child",
-                str(arguments),
-                str(out / _RESULT),
-            ],
-            stage="network-check",
-            log_path=log_path,
+        job = CheckJob(
+            graph=graphs_dir / RTX_CUT,
+            reference=graphs_dir / CPU_CUT,
+            interface=interface,
+            result=out / _RESULT,
         )
+        run_child(job, out, stage="network-check", log_path=log_path)
 
     result: dict[str, Any] = cache.run("network-check", inputs, produce).read_json(_RESULT)
     return result
