@@ -86,7 +86,7 @@ def test_second_time_comes_from_the_cache(
     def no_tool(*_: object, **__: object) -> None:
         raise AssertionError("started a tool a second time")
 
-    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_tool", no_tool)
+    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_child", no_tool)
     again = COMPILER.compile(checkpoint, ADA, StageCache(root=root / "cache"), root / "logs")
     assert again == engine
 
@@ -109,7 +109,7 @@ def test_new_cuts_are_checked_but_compile_nothing(
         stage, "source_digest", lambda *modules: f"changed {source_digest(*modules)}"
     )
     monkeypatch.setattr(stage, "_CUT_CONTEXT", 32)
-    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_tool", no_tool)
+    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_child", no_tool)
     again = COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
     assert again.digest == engine.digest
     assert again.twin_key != engine.twin_key
