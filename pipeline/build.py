@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.abilities import ability_faults
 from pipeline.acceptance.acceptance import Acceptance
+from pipeline.acceptance.measure import measure
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
 from pipeline.commands.outcome import Outcome
@@ -256,7 +257,7 @@ def judged(
     recipe: Recipe, subject: Subject, package: Package, cache: StageCache, run_dir: Path
 ) -> tuple[Verdict, dict[str, Path]]:
     """Put the question; the verdict, and the files of the report in `run_dir` by their names."""
-    report, verdict = recipe.acceptance.measure(subject, cache)
+    report, verdict = measure(recipe.acceptance, subject, cache)
     files = write_report(
         report,
         verdict,

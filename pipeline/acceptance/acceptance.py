@@ -1,14 +1,9 @@
-"""Acceptance: runs what can be run here, measures it, and says what was not run.
-
-The engine of a card that is not in this machine cannot run; the same graph on another runtime can.
-That is why the best verdict here is `checked`.
-"""
+"""What acceptance asks of an engine; `pipeline.acceptance.measure` asks it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,19 +11,14 @@ from typing import Any
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.cut import compare_cut
 from pipeline.acceptance.harness import HarnessSettings, check_harness
-from pipeline.acceptance.judge import QualityLimits, judge
-from pipeline.acceptance.measure import measure_on_card, measure_on_cpu
-from pipeline.acceptance.subject import Measured, Subject
+from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import source_digest
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Report, Verdict, digest_of
-from pipeline.machine import available_bytes
+from pipeline.core.values import digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.runners.session import Device, Runner
 from pipeline.runners.workload import Workload
@@ -168,7 +158,7 @@ class Acceptance:
                 "text": text_digest(self.text.documents()),
                 # The config has only the paths of files with prompts.
                 "loads": [load.digest for load in self.targets],
-                "tools": _tools(),
+                "tools": tool_versions(),
                 "code": source_digest(*_CODE),
             }
         )
@@ -202,51 +192,6 @@ class Acceptance:
         """
         require_disjoint(calibration, self.text.documents(), "acceptance.text")
 
-    def measure(self, subject: Subject, cache: StageCache) -> tuple[Report, Verdict]:
-        """Run what can be run here and judge it.
-
-        Raises:
-            CorruptError: Logits that are not finite.
-            RecipeError: The text is too short.
-        """
-        engine, runner, target = subject.engine, subject.runner, subject.plan.request.target
-        checks, not_run = dict(engine.checks), list[str]()
-        held, measured = None, Measured(quality={})
-        reason = runner.why_not(engine)
-        if reason is None and runner.device == "cuda":
-            with held_card() as held:
-                measured = measure_on_card(self, subject, cache, held)
-        elif reason := reason or self.too_much(subject.plan.request.shape, available_bytes()):
-            log.warning("Not running the whole model: %s", reason)
-            not_run.append(f"whole model: {reason}")
-            if engine.twin_dir is not None and subject.checkpoint_dir is not None:
-                checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.twin_dir)
-        else:
-            measured = measure_on_cpu(self, subject, cache)
-        there = held is not None and held.card == target.card
-        on_target = there and not subject.simulated
-        if not on_target:
-            why = "only a simulation ran on it" if there else "no such card here"
-            not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")
-        if held is None and engine.limits.kv_cache_dtype == "fp8":
-            not_run.insert(1, "FP8 KV cache: what runs here keeps the cache in float32")
-        report = Report(
-            digest=subject.package_digest,
-            card=target.card,
-            conditions=conditions_json(runner, self.text, held),
-            speed=measured.speed,
-            quality=measured.quality,
-            chat=measured.chat,
-            lm_eval=measured.lm_eval,
-            sustained=measured.sustained,
-            physics=measured.physics,
-            not_run=[*not_run, *measured.not_run],
-            checks=checks,
-        )
-        findings = (*measured.findings, *(held.findings() if held else ()))
-        ran = reason is None
-        return report, judge(report, self.limits, ran=ran, on_target=on_target, more=findings)
-
     def too_much(self, shape: ModelSpec, free_bytes: int) -> str | None:
         """Why the whole model does not run on this machine's CPU, by memory or time; else None.
 
@@ -268,28 +213,7 @@ class Acceptance:
         return None
 
 
-def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> dict[str, Any]:
-    """Where and with what it was measured."""
-    import os
-
-    told: dict[str, Any] = {
-        "device": "cpu" if held is None else held.before.gpu,
-        "machine": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "runner": runner.name,
-        "text": text.origin,
-        "tools": _tools(),
-    }
-    if held is not None and held.after is not None:
-        told |= {
-            "card": held.card,
-            "before": held.before.to_json(),
-            "after": held.after.to_json(),
-        }
-    return told
-
-
-def _tools() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     """Versions of what may execute something; what is not installed does not."""
     found = {}
     for name in _TOOLS:

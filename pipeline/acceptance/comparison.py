@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.chat_judge import chat_findings
 from pipeline.acceptance.chat_probe import Answer, ChatProbe
 from pipeline.acceptance.harness import harness_findings, run_harness
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.acceptance.acceptance import Acceptance
 
 log = logging.getLogger(__name__)
 

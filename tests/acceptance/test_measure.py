@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.acceptance import acceptance as acceptance_module
+from pipeline.acceptance import measure as measuring
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.card import HeldCard
 from pipeline.acceptance.chat_probe import ChatSettings
@@ -158,15 +158,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Conditions]:
         yield found
         found.after = states[1]
 
-    monkeypatch.setattr(acceptance_module, "held_card", held)
+    monkeypatch.setattr(measuring, "held_card", held)
     return states
 
 
 def measure(
     checkpoint: Checkpoint, root: Path, question: Acceptance, **changes: Any
 ) -> tuple[Report, Verdict]:
-    return question.measure(
-        subject(checkpoint, root, question, **changes), StageCache(root=root / "cache")
+    return measuring.measure(
+        question, subject(checkpoint, root, question, **changes), StageCache(root=root / "cache")
     )
 
 
