@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
 from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, signed_result
@@ -25,8 +24,10 @@ from pipeline.config.load import Job, load
 from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
 from pipeline.core.hardware import Target, card_name
+from pipeline.core.nvml import read_conditions
 from pipeline.core.targets import target_of_card
-from pipeline.core.values import Engine, Format, Limits, Package, Verdict, Weights
+from pipeline.core.values import Engine, Limits, Package, Verdict, Weights
+from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.plan import refuse
 from pipeline.registry.backend import Registry
@@ -37,13 +38,6 @@ from pipeline.registry.signing.verification import verify_signatures
 from pipeline.registry.stores.opening import open_registry
 
 log = logging.getLogger(__name__)
-
-RUNNERS: Mapping[Format, str] = {
-    "checkpoint": "vllm",
-    "trtrtx": "tensorrt_rtx",
-    "trtllm": "trtllm",
-}
-"""What executes each format on a card; options of conf/runner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +100,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
         engine=engine,
         package_digest=package.digest,
         weights=weights,
-        checkpoint_dir=engine.dir if engine.format == "checkpoint" else None,
+        checkpoint_dir=engine.dir if format_spec(engine.format).is_checkpoint else None,
         plan=plan,
         runner=recipe.runner,
     )
@@ -162,12 +156,12 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
     Raises:
         RecipeError: There is no such recipe, or it has faults.
     """
-    engine_format: Format = package.manifest["format"]
+    engine_format = format_spec(package.manifest["format"])
     limits = package.manifest["limits"]
     implied = {
-        "compiler": engine_format,
+        "compiler": engine_format.name,
         "target": target.id,
-        "runner": RUNNERS[engine_format],
+        "runner": engine_format.runner,
         **{f"compiler.{key}": limits[key] for key in ("max_batch_size", "max_seq_len")},
     }
     given = {override.split("=")[0] for override in request.overrides}

@@ -14,7 +14,9 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from pipeline.acceptance.abilities import ability_faults
 from pipeline.acceptance.acceptance import Acceptance
+from pipeline.acceptance.measure import measure
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
 from pipeline.commands.outcome import Outcome
@@ -33,11 +35,12 @@ from pipeline.core.values import (
     Weights,
     WeightSource,
 )
+from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
 from pipeline.machine import require_builder, require_room
-from pipeline.model.shapes import ModelShape, shape_faults
+from pipeline.model.read import Shape, load_config, spec_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.spec import quant_spec
 from pipeline.registry.backend import Registry
 from pipeline.registry.lifecycle.promote import enter_channel as move_into
 from pipeline.registry.lifecycle.records import Author, actor_of
@@ -49,7 +52,6 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.signing.machine import Signatory, signatory_for
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
-from pipeline.runners.abilities import ability_faults
 from pipeline.runners.session import Runner
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Recipe:
         shape: The model, as far as the plan needs it.
         source: Where the weights come from.
         target: The card that the engine is for.
-        quantizer: Makes the FP8 checkpoint.
+        quantizer: Makes the quantized checkpoint.
         compiler: Makes the engine.
         runner: What executes it here, for acceptance.
         acceptance: What it must show.
@@ -77,7 +79,7 @@ class Recipe:
 
     name: str
     version: str
-    shape: ModelShape
+    shape: Shape
     source: WeightSource
     target: Target
     quantizer: Quantizer
@@ -128,7 +130,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         require_build_not_yanked(
             recipe.registry.store,
             recipe.name,
-            recipe.compiler.variant(recipe.target),
+            variant_of(recipe),
             version_of(recipe.version, key),
             signatory.trust,
         )
@@ -181,8 +183,8 @@ def plan_of(recipe: Recipe) -> Plan:
             name=recipe.name,
             shape=recipe.shape,
             target=recipe.target,
-            format=recipe.compiler.format,
-            quantization="fp8",
+            format=format_spec(recipe.compiler.format),
+            precision=quant_spec(recipe.quantizer.precision),
             keep_16bit=recipe.quantizer.keep_16bit,
             limits=recipe.compiler.limits,
             workloads=tuple(
@@ -205,6 +207,13 @@ def plan_of(recipe: Recipe) -> Plan:
     )
 
 
+def variant_of(recipe: Recipe) -> str:
+    """Middle part of the reference."""
+    engine_format = format_spec(recipe.compiler.format)
+    precision = quant_spec(recipe.quantizer.precision)
+    return engine_format.variant(precision, recipe.compiler.limits, recipe.target)
+
+
 def fetch(recipe: Recipe) -> Weights:
     """The weights, once they are known to be the model that the recipe planned with.
 
@@ -215,7 +224,7 @@ def fetch(recipe: Recipe) -> Weights:
         recipe.shape, recipe.compiler.limits.max_seq_len, recipe.runner.device
     )
     weights = recipe.source.fetch()
-    if faults := shape_faults(recipe.shape, UnifiedCheckpoint(weights.dir).config_json):
+    if faults := spec_faults(recipe.shape, load_config(weights.dir)):
         raise RecipeError(faults)
     recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
     return weights
@@ -228,7 +237,7 @@ def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verificati
     it is made of, nobody here has seen.
     """
     registry = recipe.registry
-    for package in registry.find(recipe.name, recipe.compiler.variant(recipe.target), key):
+    for package in registry.find(recipe.name, variant_of(recipe), key):
         reference = reference_of(package)
         try:
             statements = registry.statements_dir(reference)
@@ -248,7 +257,7 @@ def judged(
     recipe: Recipe, subject: Subject, package: Package, cache: StageCache, run_dir: Path
 ) -> tuple[Verdict, dict[str, Path]]:
     """Put the question; the verdict, and the files of the report in `run_dir` by their names."""
-    report, verdict = recipe.acceptance.measure(subject, cache)
+    report, verdict = measure(recipe.acceptance, subject, cache)
     files = write_report(
         report,
         verdict,

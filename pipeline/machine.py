@@ -8,26 +8,21 @@ import shutil
 from pathlib import Path
 
 from pipeline.core.errors import IncompatibleError, TransientError
-from pipeline.core.values import Format
+from pipeline.formats.spec import format_spec
 from pipeline.plan import Plan
 
 log = logging.getLogger(__name__)
 
 _BUILDER = ("torch", "transformers", "modelopt", "safetensors", "numpy", "psutil")
-_PER_FORMAT: dict[Format, tuple[str, ...]] = {
-    "trtrtx": ("tensorrt_rtx", "onnx", "onnxruntime", "ml_dtypes"),
-    "checkpoint": ("ml_dtypes",),
-    "trtllm": ("ml_dtypes",),  # TensorRT-LLM itself is the compiler's to find: check_machine
-}
 
 
-def require_builder(engine_format: Format) -> None:
+def require_builder(engine_format: str) -> None:
     """Demand the packages that building this format imports.
 
     Raises:
         IncompatibleError: Some are not installed; names them and the command that installs them.
     """
-    wanted = (*_BUILDER, *_PER_FORMAT[engine_format])
+    wanted = (*_BUILDER, *format_spec(engine_format).packages)
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         raise IncompatibleError(
             f"building needs {', '.join(missing)}, not installed here: "

@@ -43,7 +43,7 @@ def request(place: Workplace, target: str = "tiny:candidate", **changes: object)
     given: dict[str, object] = {
         "target": target,
         "registry": str(place.artifacts),
-        "overrides": (*KEYS, "acceptance.sample_tokens=4"),
+        "overrides": (*KEYS, "acceptance.windows=3"),
         "config_dir": place.recipes,
         "environ": place.env,
         **changes,

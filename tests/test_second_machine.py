@@ -26,7 +26,7 @@ from tests.tiny_recipe import CHECKPOINT, ROOT, Workplace, make_workplace
 pytestmark = pytest.mark.slow
 
 CARD, OTHER_CARD = "NVIDIA-L4", "NVIDIA-GeForce-RTX-4090"
-PLAIN = ("acceptance.chat=null", "acceptance.sample_tokens=4")
+PLAIN = ("acceptance.chat=null", "acceptance.windows=3")
 ON_CARD = tuple(word for word in CHECKPOINT if not word.startswith(("compiler=", "runner=")))
 """For `accept`, which takes the format from the package."""
 

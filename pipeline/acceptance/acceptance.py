@@ -1,14 +1,9 @@
-"""Acceptance: runs what can be run here, measures it, and says what was not run.
-
-The engine of a card that is not in this machine cannot run; the same graph on another runtime can.
-That is why the best verdict here is `checked`.
-"""
+"""What acceptance asks of an engine; `pipeline.acceptance.measure` asks it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,22 +11,17 @@ from typing import Any
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.cut import compare_cut
 from pipeline.acceptance.harness import HarnessSettings, check_harness
-from pipeline.acceptance.judge import QualityLimits, judge
-from pipeline.acceptance.measure import measure_on_card, measure_on_cpu
-from pipeline.acceptance.subject import Measured, Subject
+from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import source_digest
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Report, Verdict, digest_of
-from pipeline.machine import available_bytes
-from pipeline.model.shapes import ModelShape
+from pipeline.core.values import digest_of
+from pipeline.model.spec import ModelSpec
 from pipeline.runners.session import Device, Runner
+from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus, require_disjoint, text_digest
 
 log = logging.getLogger(__name__)
@@ -47,15 +37,12 @@ _CODE = (
             "chat_probe",
             "chat_prompts",
             "comparison",
-            "conditions",
             "cut",
             "harness",
             "harness_model",
             "judge",
-            "lengths",
             "measure",
             "physics",
-            "prompts_file",
             "quality",
             "reference",
             "sampler",
@@ -66,9 +53,9 @@ _CODE = (
             "subject",
             "sustained",
             "sustained_run",
-            "workload",
         )
     ),
+    "pipeline.core.nvml",
     "pipeline.runners",
     "pipeline.sources.text.windows",
 )
@@ -89,17 +76,15 @@ class Acceptance:
     Attributes:
         targets: Workloads with the rates that the target card must reach; the plan holds them
             against the card's ceiling, a run on the card measures them.
-        cpu_workloads: Workloads measured on this machine's CPU.
         text: Held-out text for quality; must not overlap with the calibration text.
         windows: How many windows of it.
+        reference_windows: The first of them, over which the checkpoint itself is simulated.
         window_tokens: Tokens of one window; each predicts one token less.
         max_perplexity_increase: 0.01 allows one percent over the source.
         max_mean_kl_nats: Allowed mean KL divergence, source to engine.
         min_top1_agreement: Required share of equal most likely tokens.
         max_reference_noise: Allowed mean KL divergence of the engine to its own FP8 checkpoint, as
             a multiple of the checkpoint's distance from itself, its sums rounded otherwise.
-        sample_prompt: Answered greedily and shown.
-        sample_tokens: Longest sample.
         repeats: Timed runs of each workload, after one warm-up.
         max_spread: Allowed spread of them, (largest - smallest) / median; beyond it nothing can be
             said of the rate, and the verdict is `inconclusive`.
@@ -111,15 +96,13 @@ class Acceptance:
     """
 
     targets: Listed[Workload]
-    cpu_workloads: Listed[Workload]
     text: TextCorpus
     windows: PositiveInt
+    reference_windows: PositiveInt
     window_tokens: PositiveInt
     max_perplexity_increase: NonNegativeFloat
     max_mean_kl_nats: PositiveFloat
     min_top1_agreement: NonNegativeFloat
-    sample_prompt: str
-    sample_tokens: PositiveInt
     repeats: PositiveInt
     time_limit_s: PositiveFloat
     seed: NonNegativeInt
@@ -132,15 +115,9 @@ class Acceptance:
     def __post_init__(self) -> None:
         if self.min_top1_agreement > 1.0:
             raise ValueError(f"min_top1_agreement ({self.min_top1_agreement}) must be <= 1")
-        names = [workload.name for workload in (*self.targets, *self.cpu_workloads)]
+        names = [workload.name for workload in self.targets]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"workload names must differ; {', '.join(repeated)} repeats")
-        for workload in self.cpu_workloads:
-            if workload.min_share_of_ceiling is not None:
-                raise ValueError(
-                    f"cpu_workloads: {workload.name} has min_share_of_ceiling, which is a share of "
-                    "the target card's ceiling; use min_output_tokens_per_s"
-                )
 
     @property
     def limits(self) -> QualityLimits:
@@ -152,14 +129,18 @@ class Acceptance:
             max_reference_noise=self.max_reference_noise,
         )
 
-    def judged_positions(self, shape: ModelShape) -> int:
-        """Positions whose log-probabilities are kept; 0 where time rules the model out.
+    def judged_positions(self, shape: ModelSpec) -> int:
+        """Positions whose log-probabilities are kept, of the source and of the checkpoint.
 
-        Each twice: of the source and of the FP8 checkpoint.
+        0 where time rules the model out.
         """
-        if self.too_much(shape, 1 << 62, speed=False):
+        if self.too_much(shape, 1 << 62):
             return 0
-        return 2 * self.windows * (self.window_tokens - 1)
+        return (self.windows + self._simulated_windows) * (self.window_tokens - 1)
+
+    @property
+    def _simulated_windows(self) -> int:
+        return min(self.reference_windows, self.windows)
 
     def key(self, config: Mapping[str, Any], runner: Runner, package_digest: str) -> str:
         """Names a measurement: the same key, the same question about the same bytes.
@@ -176,30 +157,21 @@ class Acceptance:
                 "package": package_digest,
                 "text": text_digest(self.text.documents()),
                 # The config has only the paths of files with prompts.
-                "loads": [load.digest for load in (*self.targets, *self.cpu_workloads)],
-                "tools": _tools(),
+                "loads": [load.digest for load in self.targets],
+                "tools": tool_versions(),
                 "code": source_digest(*_CODE),
             }
         )
 
-    def check_inputs(self, shape: ModelShape, max_seq_len: int, device: Device = "cpu") -> None:
-        """Find faults that need no model: workloads and windows that do not fit the engine.
+    def check_inputs(self, shape: ModelSpec, max_seq_len: int, device: Device = "cpu") -> None:
+        """Find faults that need no model: prompts and windows that do not fit the engine.
 
         Raises:
             RecipeError: With all faults.
         """
-        faults = [
-            Fault(
-                f"acceptance.cpu_workloads[{index}]",
-                f"isl + osl ({load.isl + load.osl}) exceeds the engine's context ({max_seq_len})",
-            )
-            for index, load in enumerate(self.cpu_workloads)
-            if load.isl + load.osl > max_seq_len
-        ]
+        faults: list[Fault] = []
         for index, load in enumerate(self.targets):
             faults += load.faults(f"acceptance.targets[{index}]")
-        for index, load in enumerate(self.cpu_workloads):
-            faults += load.faults(f"acceptance.cpu_workloads[{index}]", equal_lengths=True)
         if self.lm_eval is not None:
             check_harness(self.lm_eval)
         # A server's logits come with one generated token, for which there must be room.
@@ -220,69 +192,18 @@ class Acceptance:
         """
         require_disjoint(calibration, self.text.documents(), "acceptance.text")
 
-    def measure(self, subject: Subject, cache: StageCache) -> tuple[Report, Verdict]:
-        """Run what can be run here and judge it.
-
-        Raises:
-            CorruptError: Logits that are not finite.
-            RecipeError: The text is too short.
-        """
-        engine, runner, target = subject.engine, subject.runner, subject.plan.request.target
-        checks, not_run = dict(engine.checks), list[str]()
-        held, measured = None, Measured(quality={})
-        reason = runner.why_not(engine)
-        if reason is None and runner.device == "cuda":
-            with held_card() as held:
-                measured = measure_on_card(self, subject, cache, held)
-        elif reason := reason or self.too_much(subject.plan.request.shape, available_bytes()):
-            log.warning("Not running the whole model: %s", reason)
-            not_run.append(f"whole model: {reason}")
-            if engine.twin_dir is not None and subject.checkpoint_dir is not None:
-                checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.twin_dir)
-        else:
-            measured = measure_on_cpu(self, subject, cache)
-        there = held is not None and held.card == target.card
-        on_target = there and not subject.simulated
-        if not on_target:
-            why = "only a simulation ran on it" if there else "no such card here"
-            not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")
-        if held is None and engine.limits.kv_cache_dtype == "fp8":
-            not_run.insert(1, "FP8 KV cache: what runs here keeps the cache in float32")
-        report = Report(
-            digest=subject.package_digest,
-            card=target.card,
-            conditions=conditions_json(runner, self.text, held),
-            speed=measured.speed,
-            quality=measured.quality,
-            chat=measured.chat,
-            lm_eval=measured.lm_eval,
-            sustained=measured.sustained,
-            physics=measured.physics,
-            not_run=[*not_run, *measured.not_run],
-            checks=checks,
-        )
-        findings = (*measured.findings, *(held.findings() if held else ()))
-        ran = reason is None
-        return report, judge(report, self.limits, ran=ran, on_target=on_target, more=findings)
-
-    def too_much(self, shape: ModelShape, free_bytes: int, *, speed: bool = True) -> str | None:
+    def too_much(self, shape: ModelSpec, free_bytes: int) -> str | None:
         """Why the whole model does not run on this machine's CPU, by memory or time; else None.
 
         Args:
             shape: The model.
             free_bytes: Memory that it may take.
-            speed: The workloads run there as well.
         """
         need = _RAM_BYTES_PER_PARAM * shape.params
         if need > free_bytes:
             return f"needs about {need / 1e9:.1f} GB RAM, {free_bytes / 1e9:.1f} GB are free"
-        # Of source, checkpoint and engine; the noise floor is within the roughness of the rate.
-        tokens = 3 * self.windows * self.window_tokens
-        if speed:
-            tokens += 2 * sum(
-                (self.repeats + load.warm_ups) * load.total_requests * load.osl
-                for load in self.cpu_workloads
-            )
+        # Source and engine over all windows, the checkpoint twice over those of the reference.
+        tokens = 2 * (self.windows + self._simulated_windows) * self.window_tokens
         seconds = 2.0 * shape.params * tokens / _FLOPS_PER_S
         if seconds > self.time_limit_s:
             return (
@@ -292,28 +213,7 @@ class Acceptance:
         return None
 
 
-def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> dict[str, Any]:
-    """Where and with what it was measured."""
-    import os
-
-    told: dict[str, Any] = {
-        "device": "cpu" if held is None else held.before.gpu,
-        "machine": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "runner": runner.name,
-        "text": text.origin,
-        "tools": _tools(),
-    }
-    if held is not None and held.after is not None:
-        told |= {
-            "card": held.card,
-            "before": held.before.to_json(),
-            "after": held.after.to_json(),
-        }
-    return told
-
-
-def _tools() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     """Versions of what may execute something; what is not installed does not."""
     found = {}
     for name in _TOOLS:

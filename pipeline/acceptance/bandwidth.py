@@ -206,7 +206,7 @@ def measure_bandwidth(device: str = "cuda") -> float | None:
         ToolError: The probe failed; the message has its last lines.
         PipelineError: It printed no rates, or such as no memory has.
     """
-    from pipeline.acceptance.conditions import nvml_device
+    from pipeline.core.nvml import nvml_device
 
     if device != "cpu":
         with nvml_device() as card:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from pipeline.acceptance.conditions import (
-    Conditions,
-    condition_findings,
-    disturbance,
-    gpu_lock,
-    read_conditions,
-)
+from pipeline.core.cache import cache_root, locked
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.hardware import card_name
+from pipeline.core.nvml import Conditions, read_conditions
 from pipeline.core.values import Finding
 
 _SETTLE_S = 15.0
 """A process that has ended may still be in NVML's list for a moment, and its work in the
 utilization; seen on an H100: below 2 s."""
+_SLOWED = frozenset(
+    {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
+)
+"""Heat or a failing supply. The power cap is no fault: under full load a card sits at it."""
+_MAX_IDLE_UTILIZATION_PERCENT = 5
+"""A desktop on the card draws now and then; work of another process is far above that."""
 
 
 @dataclass
@@ -71,3 +73,69 @@ def _settled() -> Conditions:
         if disturbance(found) is None or time.monotonic() > deadline:
             return found
         time.sleep(0.2)
+
+
+def condition_findings(before: Conditions, after: Conditions) -> tuple[Finding, ...]:
+    """What the conditions around a measurement say about it.
+
+    Another compute process, its work, another card or new memory errors make it inconclusive: its
+    figures are not those of this engine on this card. The rest is told beside the result.
+    """
+    return tuple(_findings(before, after))
+
+
+def disturbance(idle: Conditions) -> str | None:
+    """Who else uses the card; None if nobody does, as far as NVML shows.
+
+    Args:
+        idle: The card while nothing of ours runs on it.
+    """
+    if idle.other_compute_processes:
+        pids = ", ".join(str(process.pid) for process in idle.other_compute_processes)
+        return f"other compute processes were on {idle.gpu} (pid {pids})"
+    if (idle.utilization_percent or 0) > _MAX_IDLE_UTILIZATION_PERCENT:
+        return (
+            f"{idle.gpu} was {idle.utilization_percent}% busy with work that is not ours, of "
+            "processes that this container hides or of the display"
+        )
+    return None
+
+
+def _findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
+    if before.uuid != after.uuid:
+        yield Finding(
+            kind="inconclusive",
+            message=f"the card changed from {before.uuid} to {after.uuid}; measure again on one",
+        )
+        return
+    for when, moment in (("before", before), ("after", after)):
+        if found := disturbance(moment):
+            yield Finding(
+                kind="inconclusive",
+                message=f"{when} the measurement {found}; end them and measure again",
+            )
+    errors = (after.ecc_uncorrected or 0) - (before.ecc_uncorrected or 0)
+    if errors > 0:
+        yield Finding(
+            kind="inconclusive",
+            message=f"{errors} memory errors that ECC could not correct during the measurement; "
+            f"see nvidia-smi -q -d ECC, have {after.gpu} checked",
+        )
+    reasons = {*(before.throttle_reasons or ()), *(after.throttle_reasons or ())}
+    if slowed := sorted(reasons & _SLOWED):
+        yield Finding(
+            kind="note",
+            message=f"the card slowed itself down ({', '.join(slowed)}; {before.temperature_c} C "
+            f"before, {after.temperature_c} C after); see to its cooling and supply",
+        )
+    limit, own = after.power_limit_w, after.power_limit_default_w
+    if limit is not None and own is not None and limit < own:
+        yield Finding(
+            kind="note",
+            message=f"the power limit is {limit:.0f} W, the card's own is {own:.0f} W",
+        )
+
+
+def gpu_lock(uuid: str) -> AbstractContextManager[None]:
+    """Hold the card for one measurement of this user; waits for another one."""
+    return locked(cache_root() / "locks" / f"gpu-{uuid}.lock")

@@ -38,13 +38,13 @@ class ChatSettings:
     """How much the chat probe asks.
 
     Attributes:
-        prompts: How many conversations; 20 or more.
+        prompts: How many conversations; 8 or more, so that a loss can be told from chance.
         max_new_tokens: Bound of an answer. One that reaches it did not end.
         min_source_stops: How many answers the source must end itself; with fewer the probe is
             inconclusive. 0 for a model that was never trained to end one.
     """
 
-    prompts: Annotated[PositiveInt, Ge(20), Le(len(CONVERSATIONS))]
+    prompts: Annotated[PositiveInt, Ge(8), Le(len(CONVERSATIONS))]
     max_new_tokens: PositiveInt
     min_source_stops: NonNegativeInt = LEAST_STOPS
 

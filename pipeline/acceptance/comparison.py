@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.chat_judge import chat_findings
 from pipeline.acceptance.chat_probe import Answer, ChatProbe
 from pipeline.acceptance.harness import harness_findings, run_harness
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.acceptance.acceptance import Acceptance
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,13 @@ class Comparison:
                 asked.chat,
                 context=subject.engine.limits.max_seq_len,
             )
-        reference, no_reference = _reference(asked, subject, windows, cache)
+        figures = source.figures(windows)
+        reference, no_reference = _reference(asked, subject, windows, figures, cache)
         return cls(
             asked=asked,
             subject=subject,
             windows=windows,
-            source=source.figures(windows),
+            source=figures,
             chat=chat,
             source_chat=source.chat(chat) if chat else (),
             source_tasks=_tasks(asked, subject, source.session) if asked.lm_eval else None,
@@ -80,7 +81,6 @@ class Comparison:
     def compare(self, session: Session) -> Measured:
         """The engine against the source."""
         asked = self.asked
-        tokenizer = load_tokenizer(self.subject.engine.dir)
         beside = [self.source, *([self.reference.figures] if self.reference else [])]
         figures = figures_against(session.logits, self.windows, beside)
         quality = summarize_quality(self.source.nll, figures[0], asked.seed)
@@ -90,13 +90,13 @@ class Comparison:
                 # A card computes in 16 bit, with an FP8 KV cache even; the floor has neither.
                 "judged": self.subject.runner.device == "cpu",
             }
-        quality["sample"] = _sample(session, tokenizer, asked.sample_prompt, asked.sample_tokens)
-        log.info("Sample: %s", quality["sample"]["answer"].replace("\n", " "))
         not_run = (f"FP8 reference: {self.no_reference}",) if self.no_reference else ()
         found = Measured(quality=quality, not_run=not_run)
         if self.chat is not None:
             log.info("The engine answers %d chat prompts", len(self.chat.asked))
             chat = self.chat.ask_engine(session, self.source_chat)
+            for shown in chat.get("answers", ())[:1]:
+                log.info("%s: %s", shown["name"], shown["engine"]["text"].replace("\n", " "))
             found = replace(found, chat=chat, findings=chat_findings(chat))
         if asked.lm_eval is None or self.source_tasks is None:
             return found
@@ -110,21 +110,26 @@ class Comparison:
 
 
 def _reference(
-    asked: Acceptance, subject: Subject, windows: NDArray[np.int64], cache: StageCache
+    asked: Acceptance,
+    subject: Subject,
+    windows: NDArray[np.int64],
+    source: SourceFigures,
+    cache: StageCache,
 ) -> tuple[Reference | None, str]:
-    """What the checkpoint itself says; else why nobody asks it."""
+    """What the checkpoint itself says; else why it is not asked."""
     engine = subject.engine
     if subject.simulated:
         return None, ""  # it is the reference
     folder = engine.dir if engine.format == "checkpoint" else subject.checkpoint_dir
     if folder is None:
         return None, "the package of a compiled engine has no checkpoint"
-    reason = asked.too_much(subject.plan.request.shape, available_bytes(), speed=False)
+    reason = asked.too_much(subject.plan.request.shape, available_bytes())
     if reason:
         return None, f"its simulation {reason}"
     # A checkpoint package is named by its own digest: it holds an lm_head that its source may not.
     digest = subject.package_digest if engine.format == "checkpoint" else folder.name
-    return reference_of(folder, digest, windows, engine.limits.max_seq_len, cache), ""
+    few = windows[: asked.reference_windows]
+    return reference_of(folder, digest, few, source, engine.limits.max_seq_len, cache), ""
 
 
 def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, Any]:
@@ -138,11 +143,3 @@ def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, A
         context=subject.engine.limits.max_seq_len,
         seed=asked.seed,
     )
-
-
-def _sample(session: Session, tokenizer: Any, prompt: str, max_tokens: int) -> dict[str, str]:
-    """The prompt and its greedy answer."""
-    from pipeline.runners.chat import chat_prompt, eos_ids
-
-    tokens = list(session.stream(chat_prompt(tokenizer, prompt), max_tokens, eos_ids(tokenizer)))
-    return {"prompt": prompt, "answer": tokenizer.decode(tokens)}

@@ -39,9 +39,9 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
     from pipeline.runners.transformers import TransformersSession
 
-    config = UnifiedCheckpoint(checkpoint_dir).config
-    layers = cut_layers(UnifiedCheckpoint(checkpoint_dir))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS).tolist()
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    layers = cut_layers(checkpoint)
+    tokens = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, _TOKENS).tolist()
     simulated, again = (
         TransformersSession(
             load_simulation(checkpoint_dir, layers=layers, accumulate=accumulate)

@@ -73,12 +73,6 @@ def _speed_findings(speed: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         if wanted is not None and rate < wanted:
             message = f"{entry['workload']}: {rate:.1f} tok/s, {wanted:.1f} are required"
             yield Finding(kind="rejected", message=message)
-        ratio, least = entry.get("ratio_to_transformers"), entry["min_ratio_to_transformers"]
-        if least is not None and ratio is not None and ratio < least:
-            yield Finding(
-                kind="rejected",
-                message=f"{entry['workload']}: {ratio:.2f} x Transformers, {least:.2f} x required",
-            )
 
 
 def _quality_findings(quality: Mapping[str, Any], limits: QualityLimits) -> Iterator[Finding]:

@@ -7,52 +7,119 @@ same figures are taken and nothing is demanded of them: what Hopper reaches says
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.acceptance.acceptance import Acceptance, tool_versions
 from pipeline.acceptance.bandwidth import measure_bandwidth
-from pipeline.acceptance.card import HeldCard
+from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.comparison import Comparison
+from pipeline.acceptance.cut import compare_cut
+from pipeline.acceptance.judge import judge
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, ceiling_share, judge_physics
 from pipeline.acceptance.source import Source
 from pipeline.acceptance.speed import measure_speed, rate_findings, spread_findings, summarize
 from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained import judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import run_sustained
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache
+from pipeline.core.values import Report, Verdict
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
-from pipeline.runners.session import BenchRunner, Session, SourceRunner
-
-if TYPE_CHECKING:
-    from pipeline.acceptance.acceptance import Acceptance
+from pipeline.runners.session import BenchRunner, Runner, Session, SourceRunner
+from pipeline.runners.workload import Workload
+from pipeline.sources.text.corpus import TextCorpus
 
 log = logging.getLogger(__name__)
 
 PHYSICS = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=72_000_000)
 
 
-def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Measured:
-    """Quality of an engine's twin or simulation, and speed beside Transformers on the same CPU.
+def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tuple[Report, Verdict]:
+    """Run what can be run here and judge it.
 
-    No sustained run: it is there for a card that throttles and a runtime that leaks its memory.
+    The engine of a card that is not in this machine cannot run; the same graph on another runtime
+    can. That is why the best verdict without the card is `checked`.
+
+    Raises:
+        CorruptError: Logits that are not finite.
+        RecipeError: The text is too short.
+    """
+    engine, runner, target = subject.engine, subject.runner, subject.plan.request.target
+    checks, not_run = dict(engine.checks), list[str]()
+    held, measured = None, Measured(quality={})
+    reason = runner.why_not(engine)
+    if reason is None and runner.device == "cuda":
+        with held_card() as held:
+            measured = measure_on_card(acceptance, subject, cache, held)
+    elif reason := reason or acceptance.too_much(subject.plan.request.shape, available_bytes()):
+        log.warning("Not running the whole model: %s", reason)
+        not_run.append(f"whole model: {reason}")
+        if engine.twin_dir is not None and subject.checkpoint_dir is not None:
+            checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.twin_dir)
+    else:
+        measured = measure_on_cpu(acceptance, subject, cache)
+    there = held is not None and held.card == target.card
+    on_target = there and not subject.simulated
+    if not on_target:
+        why = "only a simulation ran on it" if there else "no such card here"
+        not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")
+    if held is None and engine.limits.kv_cache_dtype == "fp8":
+        not_run.insert(1, "FP8 KV cache: what runs here keeps the cache in float32")
+    report = Report(
+        digest=subject.package_digest,
+        card=target.card,
+        conditions=conditions_json(runner, acceptance.text, held),
+        speed=measured.speed,
+        quality=measured.quality,
+        chat=measured.chat,
+        lm_eval=measured.lm_eval,
+        sustained=measured.sustained,
+        physics=measured.physics,
+        not_run=[*not_run, *measured.not_run],
+        checks=checks,
+    )
+    findings = (*measured.findings, *(held.findings() if held else ()))
+    ran = reason is None
+    return report, judge(report, acceptance.limits, ran=ran, on_target=on_target, more=findings)
+
+
+def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    told: dict[str, Any] = {
+        "device": "cpu" if held is None else held.before.gpu,
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "runner": runner.name,
+        "text": text.origin,
+        "tools": tool_versions(),
+    }
+    if held is not None and held.after is not None:
+        told |= {
+            "card": held.card,
+            "before": held.before.to_json(),
+            "after": held.after.to_json(),
+        }
+    return told
+
+
+def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Measured:
+    """Quality of an engine's CPU graph or simulation.
+
+    No speed: how fast a CPU is says nothing about the engine (`enginesmith race --cpu`).
     """
     with _source(asked, subject, cache, on_card=False) as source:
         answers = Comparison.of(asked, subject, source, cache)
-        with subject.runner.open(subject.engine) as session:
-            found = answers.compare(session)
-            if subject.simulated:
-                return _without_speed(found, subject) if asked.cpu_workloads else found
-            contenders: dict[str, Session] = {"engine": session, "transformers": source.session}
-            speed = tuple(_timed(asked, subject, load, contenders) for load in asked.cpu_workloads)
-            return _with_speed(asked, found, speed)
+    with subject.runner.open(subject.engine) as session:
+        return answers.compare(session)
 
 
 def measure_on_card(
@@ -71,7 +138,7 @@ def measure_on_card(
         if subject.simulated:
             found = _without_speed(found, subject)
         elif not isinstance(subject.runner, BenchRunner):
-            speed = tuple(_timed(asked, subject, load, {"engine": session}) for load in workloads)
+            speed = tuple(_timed(asked, subject, load, session) for load in workloads)
             found = _with_speed(asked, found, speed)
         found = _with_sustained(asked, subject, found, session, workloads)
     if isinstance(subject.runner, BenchRunner):
@@ -81,7 +148,7 @@ def measure_on_card(
     if not on_target:
         return found
     request = subject.plan.request
-    line = roofline(request.shape, subject.plan.sizes, request.target)
+    line = roofline(request, subject.plan.sizes)
     rates = [
         MeasuredRate(
             name=entry["workload"],
@@ -123,7 +190,7 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
 
     weights, runner = subject.weights, subject.runner
     if on_card and isinstance(runner, SourceRunner):
-        reason = asked.too_much(subject.plan.request.shape, available_bytes(), speed=False)
+        reason = asked.too_much(subject.plan.request.shape, available_bytes())
         if reason:
             log.info("The source runs in bfloat16 on the card; in float32 on the CPU it %s", reason)
             context = subject.engine.limits.max_seq_len
@@ -134,11 +201,11 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
 
 
 def _timed(
-    asked: Acceptance, subject: Subject, workload: Workload, contenders: Mapping[str, Session]
+    asked: Acceptance, subject: Subject, workload: Workload, session: Session
 ) -> dict[str, Any]:
     samples = measure_speed(
         workload,
-        dict(contenders),
+        {"engine": session},
         vocab_size=subject.plan.request.shape.vocab_size,
         repeats=asked.repeats,
         seed=asked.seed,
@@ -146,13 +213,7 @@ def _timed(
         eos_token_ids=_ends(subject, workload),
     )
     entry = summarize(workload, samples)
-    beside = entry.get("transformers")
-    log.info(
-        "%s: %.1f tok/s%s",
-        workload.name,
-        entry["output_tokens_per_s"],
-        f", Transformers {beside['output_tokens_per_s']:.1f}" if beside else "",
-    )
+    log.info("%s: %.1f tok/s", workload.name, entry["output_tokens_per_s"])
     return entry
 
 

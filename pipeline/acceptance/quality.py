@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_LOGPROBS, _NLL, _TOP1 = "logprobs.npy", "nll.npy", "top1.npy"
+KEPT_TOKENS = 4096
+"""Most likely tokens of a position whose log-probabilities are kept; all others are one class. The
+KL of such classes is never above the whole one (log-sum inequality; Cover and Thomas, Elements of
+Information Theory, theorem 2.7.1), and 150 MB hold what took 900 MB for SmolLM2; how much is lost
+stands in docs/benchmarks.md."""
 BOOTSTRAP_DRAWS = 2000
 """Resamples behind each interval; 2000 fix the 95 % bounds to about a tenth of their width
 (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13: 1000 or more)."""
@@ -28,16 +32,22 @@ BOOTSTRAP_DRAWS = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFigures:
-    """What the source model says about every window of N tokens, W windows, V vocabulary.
+    """What a model that others are compared with says about W windows of N tokens.
+
+    K is `KEPT_TOKENS`, or the whole vocabulary where that is smaller.
 
     Attributes:
-        logprobs: float16 [W, N - 1, V] memory map. Rounding to float16 moves a log-probability of
-            -1 by 0.0005 and the KL by about its square.
+        ids: uint16 or int32 [W, N - 1, K], the most likely next tokens.
+        logprobs: float16 [W, N - 1, K], theirs. Rounding to float16 moves a log-probability of -1
+            by 0.0005 and the KL by about its square.
+        rest: float32 [W, N - 1], log-probability of all other tokens together; -inf without any.
         nll: float32 [W, N - 1], negative log-likelihood of the actual next token, not rounded.
         top1: int32 [W, N - 1], most likely next token.
     """
 
+    ids: NDArray[np.integer[Any]]
     logprobs: NDArray[np.float16]
+    rest: NDArray[np.float32]
     nll: NDArray[np.float32]
     top1: NDArray[np.int32]
 
@@ -46,125 +56,185 @@ def read_source_figures(folder: Path) -> SourceFigures:
     """What `write_source_figures` wrote."""
     import numpy as np
 
-    return SourceFigures(
-        logprobs=np.load(folder / _LOGPROBS, mmap_mode="r"),
-        nll=np.load(folder / _NLL),
-        top1=np.load(folder / _TOP1),
-    )
+    names = (field.name for field in fields(SourceFigures))
+    return SourceFigures(**{name: np.load(folder / f"{name}.npy") for name in names})
 
 
 def write_source_figures(
-    session: Session, windows: NDArray[np.int64], out: Path, what: str = "Source model"
-) -> None:
-    """Run a model that others are compared with over the windows [W, N]; `what` for progress."""
+    session: Session,
+    windows: NDArray[np.int64],
+    out: Path,
+    what: str = "Source",
+    *,
+    beside: SourceFigures | None = None,
+) -> EngineFigures | None:
+    """Run a model that others are compared with over the windows [W, N].
+
+    Args:
+        session: The model.
+        windows: Held-out text.
+        out: Folder to write into.
+        what: For progress.
+        beside: Another model, with which this one is compared on the way.
+
+    Returns:
+        The comparison; None without `beside`.
+    """
     import numpy as np
 
-    logprobs = None
-    nll: list[NDArray[np.float32]] = []
-    top1: list[NDArray[np.int32]] = []
+    rows = []
+    compared = _Comparing(beside) if beside else None
     with progress(what, len(windows), "windows") as done:
         for index, window in enumerate(windows):
             values = log_softmax(session.logits(window.tolist())[:-1])
-            if logprobs is None:
-                shape = (len(windows), *values.shape)
-                logprobs = np.lib.format.open_memmap(
-                    out / _LOGPROBS, mode="w+", dtype=np.float16, shape=shape
-                )
-            # Below float16's range a token has no probability to speak of; -inf would be NaN in KL.
-            logprobs[index] = np.maximum(values, -6e4)
-            nll.append(next_token_nll(values, window))
-            top1.append(values.argmax(axis=-1).astype(np.int32))
+            rows.append(_source_row(values, window))
+            if compared:
+                compared.add(index, values, window)
             done(1)
-    if logprobs is not None:
-        logprobs.flush()
-    np.save(out / _NLL, np.stack(nll))
-    np.save(out / _TOP1, np.stack(top1))
+    for name in rows[0]:
+        np.save(out / f"{name}.npy", np.stack([row[name] for row in rows]))
+    return compared.figures() if compared else None
+
+
+def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """One window of `SourceFigures`, of log-probabilities [N - 1, V]."""
+    import numpy as np
+    import torch
+
+    vocab_size = values.shape[-1]
+    best = torch.from_numpy(values).topk(min(KEPT_TOKENS, vocab_size), dim=-1)
+    ids = best.indices.numpy()
+    return {
+        "ids": ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.int32),
+        # Below float16's range a token has no probability to speak of; -inf would be NaN in KL.
+        "logprobs": np.maximum(best.values.numpy(), -6e4).astype(np.float16),
+        "rest": _rest(values, ids),
+        "nll": next_token_nll(values, window),
+        "top1": values.argmax(axis=-1).astype(np.int32),
+    }
+
+
+def _rest(values: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Log-probability [N - 1] of all tokens but `ids` together; -inf where they are all."""
+    import torch
+
+    others = torch.from_numpy(values).scatter(-1, torch.from_numpy(ids), -torch.inf)
+    result: NDArray[np.float32] = others.logsumexp(dim=-1).numpy()
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFigures:
-    """An engine against the source, one value per position: [W, N - 1] each."""
+    """An engine against another model, one value per position: [W, N - 1] each."""
 
     nll: NDArray[np.float32]
     kl: NDArray[np.float32]
     agrees: NDArray[np.bool_]
 
 
+def read_engine_figures(folder: Path, name: str) -> EngineFigures:
+    """What `write_engine_figures` wrote."""
+    import numpy as np
+
+    names = (field.name for field in fields(EngineFigures))
+    return EngineFigures(**{each: np.load(folder / f"{name}-{each}.npy") for each in names})
+
+
+def write_engine_figures(figures: EngineFigures, folder: Path, name: str) -> None:
+    """Keep them beside others in a folder, under a name of their own."""
+    import numpy as np
+
+    for each in fields(figures):
+        np.save(folder / f"{name}-{each.name}.npy", getattr(figures, each.name))
+
+
+class _Comparing:
+    """Compares one model with another, window by window."""
+
+    def __init__(self, other: SourceFigures) -> None:
+        self._other = other
+        self._rows: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]] = []
+
+    def add(self, index: int, values: NDArray[np.float32], window: NDArray[np.int64]) -> None:
+        """Log-probabilities [N - 1, V] of window `index`; left out where the other has none."""
+        if index < len(self._other.top1):
+            kl = divergence(self._other, index, values)
+            agrees = values.argmax(axis=-1) == self._other.top1[index]
+            self._rows.append((next_token_nll(values, window), kl, agrees))
+
+    def figures(self) -> EngineFigures:
+        import numpy as np
+
+        nll, kl, agrees = zip(*self._rows, strict=True)
+        return EngineFigures(nll=np.stack(nll), kl=np.stack(kl), agrees=np.stack(agrees))
+
+
+Logits = Callable[[list[int]], "NDArray[np.float32]"]
+"""Token ids of a window -> logits [N, V]."""
+
+
 def engine_figures(
-    logits_of: Callable[[list[int]], NDArray[np.float32]],
-    windows: NDArray[np.int64],
-    source: SourceFigures,
+    logits_of: Logits, windows: NDArray[np.int64], source: SourceFigures, what: str = "Engine"
 ) -> EngineFigures:
     """Run an engine over the windows and compare it with the source, position by position.
 
-    KL is sum over tokens of p_source x (log p_source - log p_engine), in nats.
+    KL is sum over tokens of p_source x (log p_source - log p_engine), in nats; see `KEPT_TOKENS`.
 
     Raises:
         CorruptError: A logit is not finite.
     """
-    return figures_against(logits_of, windows, (source,))[0]
+    return figures_against(logits_of, windows, (source,), what)[0]
 
 
 def figures_against(
-    logits_of: Callable[[list[int]], NDArray[np.float32]],
+    logits_of: Logits,
     windows: NDArray[np.int64],
     sources: Sequence[SourceFigures],
+    what: str = "Engine",
 ) -> tuple[EngineFigures, ...]:
-    """As `engine_figures`, against several models, of which each has these windows first.
+    """As `engine_figures`, against several models; one may know the first windows only.
 
     Raises:
         CorruptError: A logit is not finite.
     """
     import numpy as np
 
-    found: list[list[_Window]] = [[] for _ in sources]
-    with progress("Engine", len(windows), "windows") as done:
+    compared = [_Comparing(source) for source in sources]
+    with progress(what, len(windows), "windows") as done:
         for index, window in enumerate(windows):
             raw = logits_of(window.tolist())[:-1]
             if not np.isfinite(raw).all():
                 raise CorruptError(
-                    f"the engine gave logits that are not finite in window {index}; it cannot be "
-                    "judged: check the calibration's outliers and quantizer.keep_16bit"
+                    f"the engine gave logits that are not finite in window {index}; its quality "
+                    "cannot be measured: check the calibration's outliers and "
+                    "quantizer.keep_16bit"
                 )
             values = log_softmax(raw)
-            nll, top1 = next_token_nll(values, window), values.argmax(axis=-1)
-            for rows, source in zip(found, sources, strict=True):
-                kl = divergence(source.logprobs[index], values)
-                rows.append((nll, kl, top1 == source.top1[index]))
+            for each in compared:
+                each.add(index, values, window)
             done(1)
-    return tuple(
-        EngineFigures(
-            nll=np.stack([nll for nll, _, _ in rows]),
-            kl=np.stack([kl for _, kl, _ in rows]),
-            agrees=np.stack([agrees for _, _, agrees in rows]),
-        )
-        for rows in found
-    )
+    return tuple(each.figures() for each in compared)
 
 
-_Window = tuple["NDArray[np.float32]", "NDArray[np.float32]", "NDArray[np.bool_]"]
-"""Negative log-likelihoods, divergences and agreements of one window."""
+def divergence(
+    source: SourceFigures, index: int, values: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """KL(source || other) of every position [N - 1] of window `index`, nats.
 
-
-def divergence(logprobs: NDArray[np.float16], others: NDArray[np.float32]) -> NDArray[np.float32]:
-    """KL(first || second) of every position [N - 1], nats, of log-probabilities [N - 1, V]."""
+    Args:
+        source: Its `KEPT_TOKENS` most likely tokens, and one class for the others.
+        index: Of the window.
+        values: The other's log-probabilities [N - 1, V].
+    """
     import numpy as np
 
-    first = logprobs.astype(np.float32)
-    result: NDArray[np.float32] = (np.exp(first) * (first - others)).sum(axis=-1)
+    ids = source.ids[index].astype(np.int64)
+    first, second = source.logprobs[index].astype(np.float32), np.take_along_axis(values, ids, -1)
+    result: NDArray[np.float32] = (np.exp(first) * (first - second)).sum(axis=-1)
+    rest = source.rest[index]
+    if np.isfinite(rest).any():
+        result += np.exp(rest) * (rest - _rest(values, ids))
     return result
-
-
-def between(source: SourceFigures, other: SourceFigures) -> EngineFigures:
-    """Compare two models whose figures are kept."""
-    import numpy as np
-
-    pairs = zip(source.logprobs, other.logprobs, strict=True)
-    return EngineFigures(
-        nll=other.nll,
-        kl=np.stack([divergence(one, two.astype(np.float32)) for one, two in pairs]),
-        agrees=other.top1 == source.top1,
-    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -21,10 +21,11 @@ from pipeline.acceptance.quality import (
     EngineFigures,
     SourceFigures,
     agreement,
-    between,
     engine_figures,
+    read_engine_figures,
     read_source_figures,
     summarize_quality,
+    write_engine_figures,
     write_source_figures,
 )
 from pipeline.core.cache import StageCache, source_digest
@@ -33,10 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_NOISE_WINDOWS = 8
-"""Enough for a mean: the floor of SmolLM2 is 0.0048 nats with 95 % within a fifth of it
-(docs/benchmarks.md)."""
-_NLL, _KL, _AGREES = "noise-nll.npy", "noise-kl.npy", "noise-agrees.npy"
+_AGAINST_SOURCE, _NOISE = "source", "noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +42,13 @@ class Reference:
     """The checkpoint's own figures.
 
     Attributes:
-        figures: Of every window.
-        noise: The checkpoint, its sums rounded otherwise, against itself; of the first windows.
+        figures: Of the first windows.
+        against_source: The checkpoint against the source, on the same windows.
+        noise: The checkpoint, its sums rounded otherwise, against itself; on the same windows.
     """
 
     figures: SourceFigures
+    against_source: EngineFigures
     noise: EngineFigures
 
     def to_json(self, source: SourceFigures, engine: EngineFigures, seed: int) -> dict[str, Any]:
@@ -59,35 +59,42 @@ class Reference:
             engine: The engine against this reference.
             seed: Of the bootstrap.
         """
-        told = summarize_quality(source.nll, between(source, self.figures), seed)
+        few = len(self.against_source.kl)
+        own = summarize_quality(source.nll[:few], self.against_source, seed)
         return {
-            "perplexity": told["engine_perplexity"],
-            **{key: told[key] for key in ("perplexity_change", "mean_kl_nats", "top1_agreement")},
+            "windows": few,
+            "perplexity": own["engine_perplexity"],
+            **{key: own[key] for key in ("perplexity_change", "mean_kl_nats", "top1_agreement")},
             "engine": agreement(engine, seed),
-            "noise_floor": {"windows": len(self.noise.kl), **agreement(self.noise, seed)},
+            "noise_floor": agreement(self.noise, seed),
         }
 
 
 def reference_of(
-    checkpoint_dir: Path, digest: str, windows: NDArray[np.int64], context: int, cache: StageCache
+    checkpoint_dir: Path,
+    digest: str,
+    windows: NDArray[np.int64],
+    source: SourceFigures,
+    context: int,
+    cache: StageCache,
 ) -> Reference:
     """Simulate a checkpoint over the windows [W, N], or take what an earlier run kept.
 
     Args:
-        checkpoint_dir: Unified FP8 checkpoint.
+        checkpoint_dir: Unified checkpoint.
         digest: Names its bytes.
-        windows: Held-out text.
+        windows: Held-out text; no more windows than the source's figures.
+        source: The source's figures of these windows, and perhaps of more.
         context: Of the engine, tokens.
         cache: Where the figures are kept.
     """
-    import numpy as np
-
     result = cache.run(
         "reference-logits",
         {
             "checkpoint": digest,
             "context": context,
             "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
+            "source": hashlib.sha256(source.nll.tobytes()).hexdigest(),
             "tools": {name: version(name) for name in ("torch", "transformers")},
             "code": source_digest(
                 "pipeline.acceptance.quality",
@@ -96,31 +103,33 @@ def reference_of(
                 "pipeline.runners",
             ),
         },
-        lambda out: _write(checkpoint_dir, windows, context, out),
+        lambda out: _write(checkpoint_dir, windows, source, context, out),
     )
     return Reference(
         figures=read_source_figures(result.dir),
-        noise=EngineFigures(
-            nll=np.load(result.dir / _NLL),
-            kl=np.load(result.dir / _KL),
-            agrees=np.load(result.dir / _AGREES),
-        ),
+        against_source=read_engine_figures(result.dir, _AGAINST_SOURCE),
+        noise=read_engine_figures(result.dir, _NOISE),
     )
 
 
-def _write(checkpoint_dir: Path, windows: NDArray[np.int64], context: int, out: Path) -> None:
-    import numpy as np
-
+def _write(
+    checkpoint_dir: Path,
+    windows: NDArray[np.int64],
+    source: SourceFigures,
+    context: int,
+    out: Path,
+) -> None:
     from pipeline.quant.simulate import load_simulation
     from pipeline.runners.transformers import TransformersSession
 
     # One at a time: each takes 4 bytes a parameter.
-    model = load_simulation(checkpoint_dir, context=context)
-    write_source_figures(TransformersSession(model), windows, out, "FP8 reference")
-    del model
-    model = load_simulation(checkpoint_dir, context=context, accumulate="float32-reversed")
+    session = TransformersSession(load_simulation(checkpoint_dir, context=context))
+    against = write_source_figures(session, windows, out, "Checkpoint", beside=source)
+    assert against is not None
+    write_engine_figures(against, out, _AGAINST_SOURCE)
+    del session
+    again = load_simulation(checkpoint_dir, context=context, accumulate="float32-reversed")
     noise = engine_figures(
-        TransformersSession(model).logits, windows[:_NOISE_WINDOWS], read_source_figures(out)
+        TransformersSession(again).logits, windows, read_source_figures(out), "Noise floor"
     )
-    for name, values in ((_NLL, noise.nll), (_KL, noise.kl), (_AGREES, noise.agrees)):
-        np.save(out / name, values)
+    write_engine_figures(noise, out, _NOISE)

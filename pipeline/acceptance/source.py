@@ -80,9 +80,12 @@ class Source:
                 "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
                 "code": source_digest("pipeline.acceptance.quality", "pipeline.runners"),
             },
-            lambda out: write_source_figures(self.session, windows, out),
+            lambda out: self._write_figures(windows, out),
         )
         return read_source_figures(result.dir)
+
+    def _write_figures(self, windows: NDArray[np.int64], out: Path) -> None:
+        write_source_figures(self.session, windows, out)
 
     def chat(self, probe: ChatProbe) -> tuple[Answer, ...]:
         """Its answers to the conversations of the chat probe."""

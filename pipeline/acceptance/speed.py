@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
-from pipeline.acceptance.workload import Workload
 from pipeline.core.values import Finding
 from pipeline.runners.session import Demands, Session
 from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.runners.workload import Workload
 
 __all__ = [
     "SpeedSample",
@@ -102,7 +102,6 @@ def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) 
         **latency_percentiles([request for run in runs for request in run.requests]),
         **device_figures(runs),
         "min_output_tokens_per_s": workload.min_output_tokens_per_s,
-        "min_ratio_to_transformers": workload.min_ratio_to_transformers,
         **_rates(runs),
         "runs": [run.to_json() for run in runs],
     }
@@ -186,28 +185,24 @@ def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> tu
             ten percent.
 
     Returns:
-        `inconclusive` for each workload above it, the baseline's runs included where a ratio to
-        them is required; a note where there was one run only, whose spread nobody knows.
+        `inconclusive` for each workload above it; a note where there was one run only, whose
+        spread is not known.
     """
     return tuple(finding for entry in speed for finding in _spread_of(entry, max_spread))
 
 
 def _spread_of(entry: Mapping[str, Any], max_spread: float) -> Iterator[Finding]:
-    measured = [(entry, "")]
-    if entry.get("min_ratio_to_transformers") is not None and BASELINE in entry:
-        measured.append((entry[BASELINE], " of Transformers"))
-    for figures, whose in measured:
-        spread, rates = figures.get("spread"), figures.get("samples", ())
-        if spread is None:
-            yield Finding(
-                kind="note",
-                message=f"{entry['workload']}: {len(rates)} timed run{whose}, whose spread is not "
-                "known; raise acceptance.repeats to 3 or more",
-            )
-        elif not spread <= max_spread:
-            yield Finding(
-                kind="inconclusive",
-                message=f"{entry['workload']}: the {len(rates)} runs{whose} lie {spread:.1%} apart "
-                f"({min(rates):.1f} to {max(rates):.1f} tok/s), {max_spread:.1%} is allowed; end "
-                "what else runs on this machine, see clocks and temperatures, and measure again",
-            )
+    spread, rates = entry.get("spread"), entry.get("samples", ())
+    if spread is None:
+        yield Finding(
+            kind="note",
+            message=f"{entry['workload']}: {len(rates)} timed run, whose spread is not known; "
+            "raise acceptance.repeats to 3 or more",
+        )
+    elif not spread <= max_spread:
+        yield Finding(
+            kind="inconclusive",
+            message=f"{entry['workload']}: the {len(rates)} runs lie {spread:.1%} apart "
+            f"({min(rates):.1f} to {max(rates):.1f} tok/s), {max_spread:.1%} is allowed; end "
+            "what else runs on this machine, see clocks and temperatures, and measure again",
+        )

@@ -13,11 +13,11 @@ from pydantic.dataclasses import dataclass
 from pipeline.acceptance.sampler import Samples, device_samples
 from pipeline.acceptance.speed import SpeedSample
 from pipeline.acceptance.sustained import Sample, SustainedLimits
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT
 from pipeline.runners.session import CacheClearing, Session
+from pipeline.runners.workload import Workload
 
 _INTERVAL_S = 0.5
 

@@ -112,8 +112,8 @@ def generate(
     as_json: bool = False,
 ) -> Answer:
     """Stream a chat answer from a package."""
+    from pipeline.commands.generating import stream
     from pipeline.registry.stores.opening import open_registry
-    from pipeline.runners.generate import stream
 
     text = ""
     for piece in stream(open_registry(registry), reference, prompt, max_tokens):

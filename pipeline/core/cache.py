@@ -20,13 +20,13 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest, digest_of
 
@@ -37,7 +37,6 @@ RECORD = "stage.json"
 
 _CHUNK_BYTES = 1 << 20
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_LEFTOVER_AGE_S = 24 * 3600.0
 
 
 def cache_root() -> Path:
@@ -104,48 +103,6 @@ def locked(path: Path) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
         yield
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A private folder beside `target` that becomes `target` by one rename when the block ends.
-
-    On any exception, Ctrl-C included, the private folder is removed. If `target` appeared
-    meanwhile, it stays and the private folder is dropped.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_leftovers(target.parent)
-    private = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    private.chmod(0o755)
-    try:
-        yield private
-        _sync(private)
-        try:
-            private.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder's files to disk, so that the rename never shows files that a crash emptied."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() or path == folder:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _sweep_leftovers(parent: Path) -> None:
-    """Remove private folders that a SIGKILL left behind more than a day ago."""
-    for leftover in parent.glob(".partial-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)

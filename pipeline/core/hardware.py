@@ -21,8 +21,8 @@ class Target:
         memory_gib: Device memory as NVML reports it, GiB, rounded down: what can be allocated is a
             little less than what is sold, and 6 % less on GDDR6 cards with ECC on.
         bandwidth_gb_s: Peak memory bandwidth, 10^9 bytes/s.
-        fp16_tflops: Dense FP16 tensor peak with FP32 accumulation, 10^12 FLOP/s.
-        fp8_tflops: Dense FP8 tensor peak with FP32 accumulation; None where there is no FP8.
+        tflops: Dense tensor peak with FP32 accumulation by operand type, 10^12 FLOP/s: `fp16`, and
+            `fp8` where the card multiplies it.
         power_w: Board power limit as sold.
         source: Where the numbers come from.
     """
@@ -32,10 +32,17 @@ class Target:
     sm: PositiveInt
     memory_gib: PositiveFloat
     bandwidth_gb_s: PositiveFloat
-    fp16_tflops: PositiveFloat
-    fp8_tflops: PositiveFloat | None
+    tflops: dict[str, PositiveFloat]
     power_w: PositiveInt
     source: str
+
+    def __post_init__(self) -> None:
+        if "fp16" not in self.tflops:
+            raise ValueError(f"tflops has {', '.join(self.tflops) or 'nothing'}; fp16 is needed")
+
+    def flops(self, operands: str) -> float:
+        """Tensor peak of an operand type, FLOP/s; `fp16` where the card lacks it."""
+        return self.tflops.get(operands, self.tflops["fp16"]) * 1e12
 
     @property
     def memory_bytes(self) -> int:

@@ -19,9 +19,10 @@ import rfc8785
 if TYPE_CHECKING:
     from pipeline.core.cache import StageCache
     from pipeline.core.hardware import Target
-    from pipeline.model.shapes import ModelShape
+    from pipeline.model.spec import ModelSpec
 
-Format = Literal["trtrtx", "trtllm", "checkpoint"]
+Format = str
+"""Name of an engine format: a folder of pipeline/formats that has a `spec`."""
 Redistribution = Literal["allowed", "with-notice", "forbidden"]
 """What a licence says about passing the weights on, quantized or not."""
 
@@ -97,13 +98,14 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A ModelOpt unified FP8 checkpoint with tokenizer and `calibration.json`.
+    """A ModelOpt unified checkpoint with tokenizer and `calibration.json`.
 
     Attributes:
         dir: The folder.
         digest: Identity of its bytes.
         weights: What it was made from.
-        fp8_linears: Hugging Face module names of the linears stored as FP8.
+        precision: Of its quantized linears: a name that `pipeline.quant.spec` knows.
+        quantized_linears: Hugging Face module names of the linears stored in that precision.
         kept_16bit: Module names of linears left in bfloat16 (lm_head not among them).
         calibration: The calibration record: text digest, token count, amax per layer.
     """
@@ -111,7 +113,8 @@ class Checkpoint:
     dir: Path
     digest: str
     weights: Weights
-    fp8_linears: tuple[str, ...]
+    precision: str
+    quantized_linears: tuple[str, ...]
     kept_16bit: tuple[str, ...]
     calibration: Mapping[str, Any]
 
@@ -311,7 +314,12 @@ class WeightSource(Protocol):
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """Turns weights into the unified FP8 checkpoint."""
+    """Turns weights into the unified checkpoint."""
+
+    @property
+    def precision(self) -> str:
+        """What it quantizes to: a name that `pipeline.quant.spec` knows."""
+        ...
 
     @property
     def keep_16bit(self) -> tuple[str, ...]:
@@ -326,7 +334,7 @@ class Quantizer(Protocol):
         """Everything that shapes the checkpoint's bytes, as JSON values."""
         ...
 
-    def quantize(self, weights: Weights, shape: ModelShape, cache: StageCache) -> Checkpoint:
+    def quantize(self, weights: Weights, shape: ModelSpec, cache: StageCache) -> Checkpoint:
         """Make the checkpoint, or take it from the cache."""
         ...
 
@@ -348,10 +356,6 @@ class EngineCompiler(Protocol):
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         """Name and version of what will run the engine; an empty version where it is not known."""
-        ...
-
-    def variant(self, target: Target) -> str:
-        """Middle part of the reference, such as `sm89-trtrtx-fp8-b64-s1024`."""
         ...
 
     def check_machine(self, target: Target) -> None:

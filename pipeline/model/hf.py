@@ -7,13 +7,14 @@ same rotary table, same tokens.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from pipeline.model.read import load_config
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def _config(folder: Path) -> Any:
     """The folder's config as the installed Transformers understands it."""
     import transformers
 
-    raw = json.loads((folder / "config.json").read_text())
+    raw = load_config(folder)
     if "rope_parameters" in raw and int(transformers.__version__.split(".")[0]) < 5:
         spelled = transformers4_spelling(raw)
         return transformers.AutoConfig.for_model(spelled.pop("model_type"), **spelled)

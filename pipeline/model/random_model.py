@@ -1,7 +1,7 @@
 """A Hugging Face folder with random weights: `config.json`, safetensors shards, a tokenizer.
 
-The weights are nobody's and of no use; everything that is made of them says so. They are written
-tensor by tensor, so that a model of full size needs no memory to speak of.
+The weights are random numbers and of no use; everything that is made of them says so. They are
+written tensor by tensor, so that a model of full size needs no memory to speak of.
 """
 
 from __future__ import annotations
@@ -12,19 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.safetensors_header import Described, safetensors_header
-from pipeline.model.shapes import ModelShape
+from pipeline.core.safetensors_files import INDEX, TensorSpec, safetensors_header
+from pipeline.model.spec import EMBEDDING, ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Phi3ForCausalLM": "phi3",
-}
 _SHARD_BYTES = 2 << 30
 _CHUNK = 1 << 22
 BOS, EOS = "<|im_start|>", "<|im_end|>"
@@ -56,114 +50,38 @@ class _Tensor:
         return 2 * self.count
 
 
-def write_random_model(shape: ModelShape, folder: Path, *, documents: list[str], seed: int) -> None:
-    """Write a model of this shape into `folder`, which must exist.
+def write_random_model(spec: ModelSpec, folder: Path, *, documents: list[str], seed: int) -> None:
+    """Write a model of this spec into `folder`, which must exist.
 
     Args:
-        shape: Its shape.
+        spec: Its config and tensors.
         folder: Gets the files.
         documents: Text that the tokenizer is trained on.
         seed: Of the weights; the same seed gives the same bytes.
     """
-    tokens = _write_tokenizer(folder, documents, shape.vocab_size)
-    config = {**config_of_shape(shape), **tokens}
+    tokens = _write_tokenizer(folder, documents, spec.vocab_size)
+    config = {**spec.config, "torch_dtype": "bfloat16", **tokens}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(tokens) + "\n")
     (folder / "LICENSE").write_text("Random weights, in the public domain (CC0-1.0).\n")
-    _write_shards(list(_tensors(shape)), folder, seed)
+    _write_shards(list(_tensors(spec)), folder, seed)
 
 
-def config_of_shape(shape: ModelShape) -> dict[str, Any]:
-    """A `config.json` that `shape_of_config` reads back as the same shape."""
-    config: dict[str, Any] = {
-        "architectures": [shape.architecture],
-        "model_type": _MODEL_TYPES[shape.architecture],
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": _rope_scaling(shape),
-        "tie_word_embeddings": shape.tie_word_embeddings,
-        "sliding_window": shape.sliding_window,
-        "torch_dtype": "bfloat16",
-    }
-    if shape.architecture == "LlamaForCausalLM":
-        del config["sliding_window"]
-    if shape.architecture == "Qwen2ForCausalLM":
-        config |= {"use_sliding_window": shape.sliding_window is not None, "max_window_layers": 0}
-    if shape.original_max_position_embeddings is not None:
-        config["original_max_position_embeddings"] = shape.original_max_position_embeddings
-    return config
-
-
-def _rope_scaling(shape: ModelShape) -> dict[str, Any] | None:
-    """Scaling with plausible numbers; a shape says its kind only.
-
-    llama3: the factors of Llama 3.1's config. longrope: factors that grow from 1, as Phi-3's do.
-    """
-    if shape.rope_type == "llama3":
-        return {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": max(shape.max_position_embeddings // 16, 2),
-        }
-    if shape.rope_type == "longrope":
-        frequencies = shape.head_dim // 2
-        return {
-            "type": "longrope",
-            "short_factor": [1 + index / frequencies for index in range(frequencies)],
-            "long_factor": [1 + 8 * index / frequencies for index in range(frequencies)],
-        }
-    return None
-
-
-def _tensors(shape: ModelShape) -> Iterator[_Tensor]:
-    """Every tensor by its Hugging Face name, in file order.
+def _tensors(spec: ModelSpec) -> Iterator[_Tensor]:
+    """Every tensor by its Hugging Face name.
 
     Linears get the standard deviation 1 / sqrt(inputs), which keeps activations near unit size at
     any depth; norms and biases are random too, so that one that is left out shows.
     """
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    query = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_key_value_heads * shape.head_dim
-    yield _Tensor("model.embed_tokens.weight", (shape.vocab_size, hidden), 0.0, 1.0)
-    if shape.architecture == "Phi3ForCausalLM":
-        linears = {
-            "self_attn.qkv_proj": (query + 2 * key_value, hidden),
-            "self_attn.o_proj": (hidden, query),
-            "mlp.gate_up_proj": (2 * inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-    else:
-        linears = {
-            "self_attn.q_proj": (query, hidden),
-            "self_attn.k_proj": (key_value, hidden),
-            "self_attn.v_proj": (key_value, hidden),
-            "self_attn.o_proj": (hidden, query),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-    for layer in range(shape.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        for name, (outputs, inputs) in linears.items():
-            yield _Tensor(f"{prefix}.{name}.weight", (outputs, inputs), 0.0, inputs**-0.5)
-            if shape.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
-                yield _Tensor(f"{prefix}.{name}.bias", (outputs,), 0.0, 0.3)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield _Tensor(f"{prefix}.{norm}.weight", (hidden,), 1.0, 0.1)
-    yield _Tensor("model.norm.weight", (hidden,), 1.0, 0.1)
-    if not shape.tie_word_embeddings:
-        yield _Tensor("lm_head.weight", (shape.vocab_size, hidden), 0.0, hidden**-0.5)
+    for name, shape in spec.tensors().items():
+        if name == f"{EMBEDDING}.weight":
+            yield _Tensor(name, shape, 0.0, 1.0)
+        elif name.endswith(".bias"):
+            yield _Tensor(name, shape, 0.0, 0.3)
+        elif len(shape) == 1:
+            yield _Tensor(name, shape, 1.0, 0.1)
+        else:
+            yield _Tensor(name, shape, 0.0, shape[1] ** -0.5)
 
 
 def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
@@ -178,7 +96,7 @@ def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
         shards[-1].append(tensor)
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        described = (Described(one.name, "BF16", one.shape, one.size_bytes) for one in shard)
+        described = (TensorSpec(one.name, "bfloat16", one.shape) for one in shard)
         with (folder / name).open("wb") as stream:
             stream.write(safetensors_header(described, {"format": "pt"}))
             for tensor in shard:
@@ -190,7 +108,7 @@ def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
             tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
         },
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")
+    (folder / INDEX).write_text(json.dumps(index) + "\n")
 
 
 def _values(tensor: _Tensor, rng: np.random.Generator) -> Iterator[NDArray[Any]]:

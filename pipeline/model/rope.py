@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.model.config_keys import ConfigKeys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,94 +67,108 @@ class Rope:
         return "llama3" if isinstance(self.scaling, Llama3Scaling) else "longrope"
 
 
-def rope_of_config(config: Mapping[str, Any], *, theta: float, head_dim: int) -> Rope:
+def read_rope(keys: ConfigKeys, head_dim: int, max_position_embeddings: int) -> Rope:
     """Read the rope settings in either spelling (Transformers 4 and 5).
 
-    Raises:
-        KeyError: A scaling lacks a key that it needs; the key is the argument.
-        ValueError: The scaling is of a kind that we do not build, or contradicts itself.
+    What is wrong or not built becomes a fault of `keys`.
     """
-    found = _settings(config)
-    kind = found.get("rope_type") or found.get("type") or "default"
-    partial = found.get("partial_rotary_factor", 1.0)
-    rotary_dim = int(head_dim * partial)
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise ValueError(f"partial_rotary_factor {partial} of {head_dim} is no even size")
+    found = ConfigKeys(_settings(keys), "rope_parameters.")
+    found.ignore(*_KNOWN)
+    theta = found.number("rope_theta", 10000.0)
+    partial = found.number("partial_rotary_factor", 1.0)
+    kind = found.take("rope_type", "default")
+    rotary_dim = int(head_dim * min(partial, 1.0))
+    if not (keys.faults or found.faults) and (partial > 1 or rotary_dim < 2 or rotary_dim % 2):
+        found.fault("partial_rotary_factor", f"{partial} of {head_dim} is no even size")
     scaling: Llama3Scaling | LongRopeScaling | None = None
     if kind == "llama3":
         scaling = _llama3_scaling(found)
     elif kind == "longrope":
-        scaling = _longrope_scaling(found, config["max_position_embeddings"], rotary_dim)
+        scaling = _longrope_scaling(found, max_position_embeddings, rotary_dim)
     elif kind != "default":
-        raise ValueError(f"rope_type {kind!r} is none of default, llama3, longrope")
+        found.fault("rope_type", f"{kind!r} is none of default, llama3, longrope")
+    found.check_all_known()
+    keys.faults += found.faults
+    keys.read |= found.read
     return Rope(theta=theta, rotary_dim=rotary_dim, scaling=scaling)
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+_KNOWN = ("factor", "original_max_position_embeddings")
+"""Settings that configs carry also where their kind of scaling does not read them."""
+
+
+def _settings(keys: ConfigKeys) -> dict[str, Any]:
     """All rope settings, wherever the config states them; twice is fine, two values are not.
 
-    Transformers 4 has `rope_scaling` beside `rope_theta`; Transformers 5 has all in
-    `rope_parameters`, and Phi-3 repeats its factor and its original context at the top level, where
-    they take precedence.
+    Transformers 4 has `rope_scaling` beside `rope_theta`, and called its `rope_type` `type`;
+    Transformers 5 has all in `rope_parameters`, and Phi-3 repeats its factor and its original
+    context at the top level, where they take precedence.
     """
     top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    sections: list[Mapping[str, Any]] = [
-        config.get("rope_scaling") or {},
-        config.get("rope_parameters") or {},
-        {key: config[key] for key in top if key in config},
-    ]
+    keys.ignore(*top)
     found: dict[str, Any] = {}
-    for section in sections:
-        for key, value in section.items():
+    for section in (
+        keys.section_of("rope_scaling"),
+        keys.section_of("rope_parameters"),
+        {key: keys.config[key] for key in top if key in keys.config},
+    ):
+        for stated, value in section.items():
+            key = "rope_type" if stated == "type" else stated
             if value is None:
                 continue
-            if found.setdefault(key, value) != value:
-                raise ValueError(f"{key} is stated twice, as {found[key]} and as {value}")
-    if len({found.get(key) for key in ("rope_type", "type")} - {None}) > 1:
-        raise ValueError(f"type is {found['type']!r}, rope_type is {found['rope_type']!r}")
+            kept = found.setdefault(key, value)
+            if kept is not value and kept != value:
+                message = f"is stated twice, as {kept!r} and as {value!r}"
+                keys.fault(f"rope_parameters.{key}", message)
+                return {}
     return found
 
 
-def _llama3_scaling(found: Mapping[str, Any]) -> Llama3Scaling:
+def _llama3_scaling(found: ConfigKeys) -> Llama3Scaling:
     scaling = Llama3Scaling(
-        factor=float(found["factor"]),
-        low_freq_factor=float(found["low_freq_factor"]),
-        high_freq_factor=float(found["high_freq_factor"]),
-        original_max_position_embeddings=int(found["original_max_position_embeddings"]),
+        factor=found.number("factor"),
+        low_freq_factor=found.number("low_freq_factor"),
+        high_freq_factor=found.number("high_freq_factor"),
+        original_max_position_embeddings=found.integer("original_max_position_embeddings"),
     )
-    if not scaling.low_freq_factor < scaling.high_freq_factor:
-        raise ValueError(
-            f"llama3 wants low_freq_factor ({scaling.low_freq_factor}) below high_freq_factor "
-            f"({scaling.high_freq_factor})"
+    if not found.faults and not scaling.low_freq_factor < scaling.high_freq_factor:
+        found.fault(
+            "low_freq_factor",
+            f"({scaling.low_freq_factor}) must be below high_freq_factor "
+            f"({scaling.high_freq_factor})",
         )
     return scaling
 
 
 def _longrope_scaling(
-    found: Mapping[str, Any], max_position_embeddings: int, rotary_dim: int
+    found: ConfigKeys, max_position_embeddings: int, rotary_dim: int
 ) -> LongRopeScaling:
-    """Factors and the attention factor, sqrt(1 + ln(f) / ln(original)) where none is stated.
-
-    f is the ratio of the two contexts (arXiv:2402.13753, section 3.3, and Transformers' rope
-    utilities).
-    """
-    original = int(found["original_max_position_embeddings"])
-    short, long = tuple(map(float, found["short_factor"])), tuple(map(float, found["long_factor"]))
-    if len(short) != rotary_dim // 2 or len(long) != rotary_dim // 2:
-        raise ValueError(
+    """The factors, and the attention factor as Transformers computes it where none is stated."""
+    original = found.integer("original_max_position_embeddings")
+    short, long = found.numbers("short_factor"), found.numbers("long_factor")
+    if not found.faults and not len(short) == len(long) == rotary_dim // 2:
+        found.fault(
+            "long_factor",
             f"longrope has {len(short)} short and {len(long)} long factors for "
-            f"{rotary_dim // 2} frequencies"
+            f"{rotary_dim // 2} frequencies",
         )
-    ratio = float(found.get("factor") or max_position_embeddings / original)
-    attention = found.get("attention_factor")
-    if attention is None:
-        attention = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    ratio = found.number("factor", max_position_embeddings / original)
     return LongRopeScaling(
         short_factors=short,
         long_factors=long,
         original_max_position_embeddings=original,
-        attention_factor=float(attention),
+        attention_factor=found.number("attention_factor", longrope_gain(ratio, original)),
     )
+
+
+def longrope_gain(ratio: float, original: int) -> float:
+    """LongRoPE's attention factor: sqrt(1 + ln(ratio) / ln(original)), 1 for a ratio up to 1.
+
+    Args:
+        ratio: Longest context over the original one (arXiv:2402.13753, section 3.3).
+        original: Context that the model was first trained with, tokens.
+    """
+    return math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 < original else 1.0
 
 
 def rope_tables(rope: Rope, *, context: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

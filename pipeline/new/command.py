@@ -15,17 +15,17 @@ from pipeline.config.closest import suggestion
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import ConflictError, Fault, RecipeError
-from pipeline.core.values import Format
-from pipeline.model.shapes import ModelShape
-from pipeline.new.fitting import Fitted, largest, model_shape, smallest, targets
+from pipeline.formats.spec import format_specs
+from pipeline.model.read import read_spec
+from pipeline.model.spec import ModelSpec
+from pipeline.new.fitting import Fitted, largest, smallest, targets
 from pipeline.new.origin import Origin, read_origin
 from pipeline.new.place import place
 from pipeline.new.text import recipe_text, shape_text, sizes_text
 from pipeline.registry.reference import check_part
 
-COMPILERS: tuple[Format, ...] = ("trtllm", "trtrtx", "checkpoint")
-"""Options that a new recipe has sizes for, each called like its format; the first that fits is the
-recipe's own."""
+_BOUND_FIRST = ("card", "sm", None)
+"""A new recipe's own format is the first of these that fits: what is made for less is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,10 @@ def new_recipe(
         message = f"there is no option {target!r}; {suggestion(target, known)}"
         raise RecipeError([Fault("--target", message)])
     found = read_origin(origin, revision)
-    draft = _Draft(name=name, target=target, origin=found, shape=model_shape(found.config))
+    if found.config.get("quantization_config"):
+        message = "these weights are quantized already; start from the 16-bit model"
+        raise RecipeError([Fault("config.json: quantization_config", message)])
+    draft = _Draft(name=name, target=target, origin=found, shape=read_spec(found.config))
     sizes, left_out = _fit(draft, folders)
     texts = draft.texts(sizes)
     with _staged(texts, folders) as staged:
@@ -111,7 +114,7 @@ class _Draft:
     name: str
     target: str
     origin: Origin
-    shape: ModelShape
+    shape: ModelSpec
 
     def texts(self, sizes: Mapping[str, Fitted]) -> dict[Path, str]:
         """Path -> content of every file, the recipe last: what makes the others count."""
@@ -162,7 +165,8 @@ def _fit(draft: _Draft, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict
     """
     sizes: dict[str, Fitted] = {}
     refused: dict[str, RecipeError] = {}
-    for compiler in COMPILERS:
+    formats = sorted(format_specs().values(), key=lambda spec: _BOUND_FIRST.index(spec.bound_to))
+    for compiler in (spec.name for spec in formats):
         if compiler not in folders.options("compiler"):
             continue
         texts = draft.texts({compiler: smallest(compiler, draft.shape)})

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-from pydantic import ValidationError
-
-from pipeline.acceptance.workload import Workload
 from pipeline.build import Recipe, plan_of
-from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import Format
-from pipeline.model.shapes import Architecture, ModelShape, shape_of_config
+from pipeline.formats.spec import FormatSpec, format_spec
+from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.quant.spec import KV_CACHE_DTYPES
+from pipeline.runners.workload import Workload
 
 START_CONTEXT, FLOOR_CONTEXT = 4096, 512
 """Contexts that are tried, in tokens: what our own recipes have, and what a short chat needs."""
@@ -39,37 +39,6 @@ class Fitted:
     context: int
 
 
-def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a model that every step of the pipeline understands.
-
-    Raises:
-        RecipeError: Another architecture, which names the supported ones; or keys that the
-            converters do not understand.
-        CorruptError: It is no model's configuration.
-    """
-    from pipeline.model.decoder_config import DecoderConfig
-
-    name = (config.get("architectures") or [None])[0]
-    if name not in get_args(Architecture):
-        supported = ", ".join(get_args(Architecture))
-        message = f"is {name!r}, which no converter knows; supported are {supported}"
-        raise RecipeError([Fault("config.json: architectures", message)])
-    if config.get("quantization_config"):
-        message = "these weights are quantized already; start from the 16-bit model"
-        raise RecipeError([Fault("config.json: quantization_config", message)])
-    try:
-        DecoderConfig.from_json(config)
-        return ModelShape(**shape_of_config(config))
-    except ValidationError as error:
-        faults = [
-            Fault(".".join(map(str, ("config.json", *fault["loc"]))), fault["msg"])
-            for fault in error.errors()
-        ]
-        raise RecipeError(faults) from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise CorruptError(f"config.json is no model's configuration: {error!r}") from error
-
-
 def targets(batch: int, context: int) -> tuple[Workload, ...]:
     """Workloads of a new recipe: four requests at once, and the largest batch that fits."""
     isl = min(_ISL, max(context // 3, 1))
@@ -86,22 +55,22 @@ def targets(batch: int, context: int) -> tuple[Workload, ...]:
     )
 
 
-def smallest(engine_format: Format, shape: ModelShape) -> Fitted:
+def smallest(engine_format: Format, shape: ModelSpec) -> Fitted:
     """The last sizes that `largest` tries."""
-    return list(_candidates(engine_format, shape, "bfloat16"))[-1]
+    return list(_candidates(format_spec(engine_format), shape, "bfloat16"))[-1]
 
 
 def largest(recipe: Recipe) -> Fitted:
     """The largest sizes of the recipe's compiler that its plan has no fault with.
 
-    The KV cache is FP8 unless the known-bad table refuses that, or the compiler's cache is static.
+    The KV cache has the smallest type that the format holds and the known-bad table allows.
 
     Raises:
         RecipeError: Not even the smallest fit, or the plan refuses the model or card altogether.
     """
     faults: tuple[Fault, ...] = ()
-    engine_format = recipe.compiler.format
-    for kv_cache_dtype in ("bfloat16",) if engine_format == "trtrtx" else ("fp8", "bfloat16"):
+    engine_format = format_spec(recipe.compiler.format)
+    for kv_cache_dtype in _cache_dtypes(engine_format):
         for candidate in _candidates(engine_format, recipe.shape, kv_cache_dtype):
             tried = replace(
                 recipe,
@@ -121,14 +90,23 @@ def largest(recipe: Recipe) -> Fitted:
     raise RecipeError([Fault(fault.path, f"{last}: {fault.message}") for fault in faults])
 
 
+def _cache_dtypes(engine_format: FormatSpec) -> list[str]:
+    """One type of the cache for each size of an element, the smallest first."""
+    names = reversed(engine_format.kv_cache_dtypes)
+    by_size = {KV_CACHE_DTYPES[name].bytes_per_element: name for name in names}
+    return [by_size[size] for size in sorted(by_size)]
+
+
 def _no_full_length(candidate: Fitted) -> str:
     return f"not one sequence of {candidate.context} tokens fits beside the weights"
 
 
-def _candidates(engine_format: Format, shape: ModelShape, kv_cache_dtype: str) -> Iterator[Fitted]:
+def _candidates(
+    engine_format: FormatSpec, shape: ModelSpec, kv_cache_dtype: str
+) -> Iterator[Fitted]:
     """Sizes by halves, the largest first."""
     contexts = _contexts(shape)
-    if engine_format == "trtrtx":
+    if engine_format.fit.static:
         sizes = [(batch, context) for batch in _STATIC_BATCHES for context in contexts]
         # The cache holds batch x context; of two equal products the larger batch is the faster.
         for batch, context in sorted(sizes, key=lambda size: (size[0] * size[1], size[0]))[::-1]:
@@ -155,14 +133,14 @@ def _candidates(engine_format: Format, shape: ModelShape, kv_cache_dtype: str) -
             )
 
 
-def _contexts(shape: ModelShape) -> list[int]:
+def _contexts(shape: ModelSpec) -> list[int]:
     """Contexts to try, longest first.
 
     Up to the sliding window every runtime attends to the same tokens, and up to LongRoPE's original
     context every one takes the same factors; so neither is passed where it is long enough.
     """
     start = min(START_CONTEXT, shape.max_position_embeddings)
-    for edge in (shape.sliding_window, shape.original_max_position_embeddings):
+    for edge in (shape.window, shape.short_rope_context):
         if edge is not None and edge >= FLOOR_CONTEXT:
             start = min(start, edge)
     halves = [start]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
-from pipeline.sources.files import CONFIG, check_listing, read_json_object
+from pipeline.core.json_files import read_json_object
+from pipeline.sources.files import CONFIG, check_listing
 from pipeline.sources.hub import is_repo_id
 from pipeline.sources.hub_client import HubClient
 from pipeline.sources.store import disk_faults_explained

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.acceptance.workload import Workload
-from pipeline.model.shapes import ModelShape
+from pipeline.model.config_keys import IRRELEVANT
+from pipeline.model.spec import ModelSpec
+from pipeline.runners.workload import Workload
 
 
 def recipe_text(
@@ -68,12 +68,11 @@ def recipe_text(
     return "\n".join(lines) + "\n"
 
 
-def shape_text(shape: ModelShape, described: str) -> str:
+def shape_text(shape: ModelSpec, described: str) -> str:
     """`shapes/NAME.yaml`."""
-    fields = dataclasses.asdict(shape)
-    target = f"{ModelShape.__module__}.{ModelShape.__qualname__}"
-    lines = [f"# {described}.", f"_target_: {target}"]
-    lines += [f"{key}: {_scalar(value)}" for key, value in fields.items()]
+    kept = sorted(shape.config.keys() - IRRELEVANT)
+    lines = [f"# {described}."]
+    lines += [f"{key}: {_scalar(shape.config[key])}" for key in kept]
     return "\n".join(lines) + "\n"
 
 

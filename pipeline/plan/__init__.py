@@ -8,7 +8,6 @@ Pure: nothing here reads the network, a GPU or an environment variable, or impor
 """
 
 from pipeline.plan.findings import Note
-from pipeline.plan.linears import keep_16bit_faults, linear_modules, select
 from pipeline.plan.plan import Plan, make_plan, refuse
 from pipeline.plan.render import render
 from pipeline.plan.request import PlannedWorkload, PlanRequest
@@ -20,10 +19,7 @@ __all__ = [
     "PlanRequest",
     "PlannedWorkload",
     "WorkloadPlan",
-    "keep_16bit_faults",
-    "linear_modules",
     "make_plan",
     "refuse",
     "render",
-    "select",
 ]

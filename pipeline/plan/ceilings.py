@@ -12,11 +12,11 @@ card's L2 cache (72 MB on an RTX 4090); a toy model can live there and be faster
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.core.hardware import Target
-from pipeline.model.shapes import ModelShape
+from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import Sizes
 
 REACHABLE_SHARE = 0.65
@@ -36,7 +36,7 @@ class Roofline:
         bandwidth_bytes_per_s: Memory bandwidth of the card.
         step_weight_bytes: Weights that a decode step reads, whatever the batch.
         kv_bytes_per_token: Cache that a decode step reads for each token of context.
-        sliding_window: Context beyond this is not read; None for all.
+        windows: Attention window of each layer, beyond which context is not read; None for all.
         layer_s_per_token: Tensor time of the layers' linears for one token, at peak.
         lm_head_s_per_token: Tensor time of lm_head for one token, at peak.
     """
@@ -44,7 +44,7 @@ class Roofline:
     bandwidth_bytes_per_s: float
     step_weight_bytes: int
     kv_bytes_per_token: int
-    sliding_window: int | None
+    windows: tuple[int | None, ...]
     layer_s_per_token: float
     lm_head_s_per_token: float
 
@@ -78,16 +78,18 @@ class Roofline:
         return 1e3 * max(compute_s, self._memory_s(1, 0))
 
     def mean_context(self, isl: float, osl: float) -> float:
-        """Tokens of cache that a decode step reads for one sequence, averaged over the output.
+        """Tokens of cache that a decode step reads for one sequence, mean of output and layers.
 
         The step that makes output token `t + 1` (`t` from 1) reads `isl + t` of them: the first
         output token comes from the prefill.
         """
-        steps = max(osl - 1, 1)
-        window = self.sliding_window if self.sliding_window is not None else isl + steps
-        growing = min(max(window - isl, 0), steps)  # steps that still see all of the context
-        seen = growing * isl + growing * (growing + 1) / 2 + (steps - growing) * window
-        return seen / steps
+        steps, seen = max(osl - 1, 1), 0.0
+        for window, layers in Counter(self.windows).items():
+            edge = window if window is not None else isl + steps
+            growing = min(max(edge - isl, 0), steps)  # steps that still see all of the context
+            whole = growing * isl + growing * (growing + 1) / 2 + (steps - growing) * edge
+            seen += layers * whole
+        return seen / (steps * len(self.windows))
 
     def reachable_batch(
         self, tokens_per_s: float, context: float, fits: Callable[[int], bool]
@@ -110,16 +112,16 @@ class Roofline:
         return None
 
 
-def roofline(shape: ModelShape, sizes: Sizes, target: Target) -> Roofline:
-    """The roofline of a model on a card; FP8 on a card without it counts at the 16-bit peak."""
-    fp16_flops = target.fp16_tflops * 1e12
-    fp8_flops = (target.fp8_tflops or target.fp16_tflops) * 1e12
+def roofline(request: PlanRequest, sizes: Sizes) -> Roofline:
+    """The roofline of a model on a card; operands that it lacks count at the 16-bit peak."""
+    shape, target = request.shape, request.target
+    fp16_flops, quantized_flops = target.flops("fp16"), target.flops(request.precision.operands)
     return Roofline(
         bandwidth_bytes_per_s=target.bandwidth_gb_s * 1e9,
         step_weight_bytes=sizes.step_weight_bytes,
         kv_bytes_per_token=sizes.kv_bytes_per_token,
-        sliding_window=shape.sliding_window,
+        windows=shape.windows,
         layer_s_per_token=2
-        * (sizes.fp8_params / fp8_flops + sizes.linear_16bit_params / fp16_flops),
+        * (sizes.quantized_params / quantized_flops + sizes.linear_16bit_params / fp16_flops),
         lm_head_s_per_token=2 * shape.embedding_params / fp16_flops,
     )

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from pipeline.core.errors import Fault
 from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.plan.fit import PAGED_SHARE, Fit
+from pipeline.plan.fit import Fit
 from pipeline.plan.known_bad import matching_rows
 from pipeline.plan.request import PlanRequest
-from pipeline.plan.sizes import KV_BYTES_PER_ELEMENT, gib
+from pipeline.plan.sizes import gib
 from pipeline.plan.workloads import WorkloadPlan
+from pipeline.quant.spec import KV_CACHE_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,16 @@ def limit_faults(request: PlanRequest) -> Iterator[Fault]:
             f"({limits.max_batch_size}), for each sequence takes one in a decode step; "
             "increase compiler.max_num_tokens",
         )
-    if limits.kv_cache_dtype not in KV_BYTES_PER_ELEMENT:
+    if limits.kv_cache_dtype not in KV_CACHE_DTYPES:
         yield Fault(
             "compiler.kv_cache_dtype",
-            f"{limits.kv_cache_dtype!r} is none of {', '.join(KV_BYTES_PER_ELEMENT)}",
+            f"{limits.kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}",
+        )
+    if not request.format.holds(request.precision):
+        yield Fault(
+            "quantizer",
+            f"a {request.format.name} engine cannot hold {request.precision.title} weights; choose "
+            "another compiler or another quantizer",
         )
     for index, workload in enumerate(request.workloads):
         path = request.workload_path(index)
@@ -104,7 +111,8 @@ def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
                     f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
                     f"{gib(needed)}, {gib(needed - fit.kv_budget_bytes)} more than the "
                     f"{gib(fit.kv_budget_bytes)} that {card} has left beside weights and workspace "
-                    f"({PAGED_SHARE:.0%} of its memory counted); at most batch {largest}",
+                    f"({request.format.fit.usable_share:.0%} of its memory counted); at most batch "
+                    f"{largest}",
                 )
 
 

@@ -1,8 +1,8 @@
 """Does it fit the card's memory: weights, workspace and KV cache, by the rules of each format.
 
-A paged runtime (`trtllm`, `checkpoint`) takes cache as sequences grow, so it must hold what the
-workloads hold at their end; more requests wait in its queue. The static cache of `trtrtx` is
-allocated whole: its largest batch at full context must fit, past and present in one buffer.
+A paged runtime takes cache as sequences grow, so it must hold what the workloads hold at their
+end; more requests wait in its queue. A static cache is allocated whole: its largest batch at full
+context must fit, past and present in one buffer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from pipeline.core.hardware import GIB
 from pipeline.core.values import Limits
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import Sizes
-
-PAGED_SHARE = 0.9
-"""Share of device memory that a paged runtime gives to weights, workspace and cache: vLLM's
-`gpu_memory_utilization` and TensorRT-LLM's `free_gpu_memory_fraction` are 0.9 unless set. The rest
-is for CUDA graphs, fragmentation and a desktop."""
 
 _CONTEXT_BYTES = GIB // 2
 """CUDA context and kernels of one process; an estimate: 0.3 GB for PyTorch with lazy loading
@@ -32,18 +27,13 @@ def workspace_bytes(request: PlanRequest) -> int:
     - Logits of one step in float32, and their softmax: 2 x batch x vocabulary x 4 B.
     - Activations at the widest point of a layer, 16-bit, for all tokens of one step: the residual
       and its normed copy, beside gate, up and their product, or q, k, v and the attention output.
-    - For `trtrtx` the attention mask of one step, a byte for each pair of token and cache slot: the
-      graph computes it once for all layers.
+    - The attention mask of one step, where the format has one.
     """
     shape, limits = request.shape, request.limits
-    query = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_key_value_heads * shape.head_dim
-    widest = 2 * shape.hidden_size + max(3 * shape.intermediate_size, 2 * query + 2 * key_value)
+    widest = max(layer.widest_features for layer in shape.layers)
     total = _CONTEXT_BYTES + 2 * 4 * limits.max_batch_size * shape.vocab_size
     total += 2 * limits.max_num_tokens * widest
-    if request.format == "trtrtx":
-        total += limits.max_num_tokens * limits.max_seq_len
-    return total
+    return total + request.format.fit.mask_bytes * limits.max_num_tokens * limits.max_seq_len
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +76,8 @@ class Fit:
 def fit_of(request: PlanRequest, sizes: Sizes) -> Fit:
     """What fits the request's card."""
     limits = request.limits
-    static = request.format == "trtrtx"
-    usable = int(request.target.memory_bytes * (1.0 if static else PAGED_SHARE))
+    rule = request.format.fit
+    usable = int(request.target.memory_bytes * rule.usable_share)
     workspace = workspace_bytes(request)
     tokens = max(usable - sizes.engine_bytes - workspace, 0) // sizes.kv_bytes_per_token
     return Fit(
@@ -95,7 +85,7 @@ def fit_of(request: PlanRequest, sizes: Sizes) -> Fit:
         engine_bytes=sizes.engine_bytes,
         workspace_bytes=workspace,
         kv_bytes_per_token=sizes.kv_bytes_per_token,
-        static_kv_bytes=_full_batch_tokens(limits) * sizes.kv_bytes_per_token if static else 0,
+        static_kv_bytes=_full_batch_tokens(limits) * sizes.kv_bytes_per_token if rule.static else 0,
         full_length_sequences=tokens // max(limits.max_seq_len, 1),
         max_context=min(
             tokens // max(limits.max_batch_size, 1), request.shape.max_position_embeddings

@@ -12,8 +12,9 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Format
-from pipeline.plan.request import PlanRequest, Quantization
+from pipeline.formats.spec import format_specs
+from pipeline.plan.request import PlanRequest
+from pipeline.quant.spec import quant_specs
 
 Severity = Literal["error", "warning", "note"]
 
@@ -27,7 +28,7 @@ class When:
     Attributes:
         architecture: Any of these.
         format: Any of these.
-        quantization: Any of these.
+        precision: Any of these.
         kv_cache_dtype: Any of these.
         runtime: Name of the runtime, any of these.
         runtime_version_from: Version of the runtime, this or later; its pre-releases count.
@@ -43,8 +44,8 @@ class When:
     """
 
     architecture: Listed[str] | None = None
-    format: Listed[Format] | None = None
-    quantization: Listed[Quantization] | None = None
+    format: Listed[str] | None = None
+    precision: Listed[str] | None = None
     kv_cache_dtype: Listed[str] | None = None
     runtime: Listed[str] | None = None
     runtime_version_from: str | None = None
@@ -60,6 +61,9 @@ class When:
     def __post_init__(self) -> None:
         if all(condition is None for condition in asdict(self).values()):
             raise ValueError("a row without conditions would fire for every recipe")
+        for field, known in (("format", format_specs()), ("precision", quant_specs())):
+            if unknown := set(getattr(self, field) or ()) - set(known):
+                raise ValueError(f"{field}: {sorted(unknown)} is none of {sorted(known)}")
 
     def holds(self, request: PlanRequest) -> bool:
         """Whether every condition holds for this request.
@@ -74,8 +78,8 @@ class When:
         shape, context = request.shape, request.limits.max_seq_len
         any_of: list[tuple[tuple[Any, ...] | None, Any]] = [
             (self.architecture, request.shape.architecture),
-            (self.format, request.format),
-            (self.quantization, request.quantization),
+            (self.format, request.format.name),
+            (self.precision, request.precision.name),
             (self.kv_cache_dtype, request.limits.kv_cache_dtype),
             (self.runtime, runtime),
             (self.sm, request.target.sm),
@@ -88,9 +92,8 @@ class When:
             self.cuda_below is None or (bool(cuda) and cuda < _version(self.cuda_below)),
             self.runtime_version_from is None
             or _version(runtime_version) >= _version(self.runtime_version_from),
-            self.beyond_sliding_window in {None, _beyond(shape.sliding_window, context)},
-            self.beyond_original_context
-            in {None, _beyond(shape.original_max_position_embeddings, context)},
+            self.beyond_sliding_window in {None, _beyond(shape.window, context)},
+            self.beyond_original_context in {None, _beyond(shape.short_rope_context, context)},
         ]
         return all(compared) and all(
             allowed is None or value in allowed for allowed, value in any_of

@@ -16,10 +16,10 @@ from pipeline.plan.findings import (
     target_findings,
 )
 from pipeline.plan.fit import Fit, fit_of
-from pipeline.plan.linears import keep_16bit_faults, linear_modules
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import BuildNeeds, Sizes, build_needs, sizes_of
 from pipeline.plan.workloads import WorkloadPlan, plan_workload
+from pipeline.quant.keep import keep_16bit_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class Plan:
         return {
             "schema": 1,
             "name": request.name,
-            "format": request.format,
-            "quantization": request.quantization,
+            "format": request.format.name,
+            "quantization": request.precision.name,
             "keep_16bit": list(request.keep_16bit),
             "runtime": {"name": request.runtime[0], "version": request.runtime[1]},
             "target": asdict(request.target),
-            "shape": asdict(request.shape),
+            "shape": dict(request.shape.config),
             "limits": request.limits.to_json(),
             "facts": dict(request.facts),
             "sizes": self.sizes.to_json(),
@@ -72,11 +72,11 @@ def make_plan(request: PlanRequest) -> Plan:
     """Plan a recipe: pure, no network, no GPU. Never refuses by itself: see `refuse`."""
     sizes = sizes_of(request)
     fit = fit_of(request, sizes)
-    line = roofline(request.shape, sizes, request.target)
+    line = roofline(request, sizes)
     workloads = tuple(plan_workload(workload, request, line, fit) for workload in request.workloads)
     target_faults, target_notes = target_findings(request, workloads)
     known_faults, known_notes = known_bad_findings(request)
-    kept_faults = keep_16bit_faults(request.keep_16bit, linear_modules(request.shape))
+    kept_faults = keep_16bit_faults(request.keep_16bit, request.shape)
     return Plan(
         request=request,
         sizes=sizes,

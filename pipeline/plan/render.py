@@ -20,9 +20,8 @@ def render(plan: Plan) -> RenderableType:
     from rich.text import Text
 
     request = plan.request
-    quantization = "FP8" if request.quantization == "fp8" else "16-bit"
     title = Text(
-        f"{request.name}: {quantization} {request.format} for {request.target.id} "
+        f"{request.name}: {request.precision.title} {request.format.name} for {request.target.id} "
         f"(sm_{request.target.sm}), {' '.join(request.runtime).strip()}",
         style="bold",
     )
@@ -53,18 +52,20 @@ def _sizes(plan: Plan) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     table.add_row(
-        "parameters", f"{sizes.params / 1e9:.3f} B, {sizes.fp8_params / 1e9:.3f} B of it FP8"
+        "parameters",
+        f"{sizes.params / 1e9:.3f} B, {sizes.quantized_params / 1e9:.3f} B of it "
+        f"{request.precision.title}",
     )
     if sizes.kept_16bit:
         table.add_row(
             "kept 16-bit",
-            f"{sizes.kept_16bit} linears, {gib(sizes.kept_16bit_extra_bytes)} more than in FP8",
+            f"{sizes.kept_16bit} linears, {gib(sizes.kept_16bit_extra_bytes)} more than quantized",
         )
     table.add_row("checkpoint, engine", f"{gib(sizes.checkpoint_bytes)}, {gib(sizes.engine_bytes)}")
     table.add_row(
         "KV cache",
         f"{sizes.kv_bytes_per_token / 1024:g} KiB per token, "
-        + ("FP8" if sizes.kv_bytes_per_element == 1 else "16-bit")
+        + sizes.kv_cache.title
         + (f"; static, {gib(fit.static_kv_bytes)}" if fit.static_kv_bytes else "; paged"),
     )
     table.add_row(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from pipeline.core.errors import Fault
 from pipeline.core.hardware import Target
-from pipeline.core.values import Format, Limits
-from pipeline.model.shapes import ModelShape
-
-Quantization = Literal["fp8", "none"]
+from pipeline.core.values import Limits
+from pipeline.formats.spec import FormatSpec
+from pipeline.model.spec import ModelSpec
+from pipeline.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,9 @@ class PlanRequest:
         shape: Shape of the model.
         target: Card that the engine is for.
         format: What is built; decides how the KV cache is laid out.
-        quantization: `fp8` for FP8 linears, `none` for 16-bit ones.
-        keep_16bit: Patterns (fnmatch) of linears that stay 16-bit although the rest is FP8, such as
-            `model.layers.*.mlp.down_proj`.
+        precision: Of the linears in the layers.
+        keep_16bit: Patterns (fnmatch) of linears that stay 16-bit although the rest is quantized,
+            such as `model.layers.*.mlp.down_proj`.
         limits: What the engine is built for.
         workloads: What acceptance will measure on the card.
         runtime: Name and version of what will run the engine, such as `("vllm", "0.24.0")`; an
@@ -68,10 +67,10 @@ class PlanRequest:
     """
 
     name: str
-    shape: ModelShape
+    shape: ModelSpec
     target: Target
-    format: Format
-    quantization: Quantization
+    format: FormatSpec
+    precision: QuantSpec
     keep_16bit: tuple[str, ...] = ()
     limits: Limits
     workloads: tuple[PlannedWorkload, ...] = ()

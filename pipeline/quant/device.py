@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +38,14 @@ class Placement:
     reason: str
 
 
-def activation_bytes(shape: ModelShape, tokens: int, bytes_per_element: int) -> int:
+def activation_bytes(shape: ModelSpec, tokens: int, bytes_per_element: int) -> int:
     """Estimate of the activations of one forward pass over `tokens` tokens."""
-    widest = max(shape.intermediate_size, shape.hidden_size)
+    widest = max(shape.layers[0].linear("gate").rows, shape.hidden_size)
     return _LIVE_ACTIVATION_WIDTHS * tokens * widest * bytes_per_element
 
 
 def choose_placement(
-    choice: DeviceChoice, shape: ModelShape, *, batch_tokens: int, free_vram_bytes: int | None
+    choice: DeviceChoice, shape: ModelSpec, *, batch_tokens: int, free_vram_bytes: int | None
 ) -> Placement:
     """Decide where calibration runs; pure.
 
@@ -60,7 +60,7 @@ def choose_placement(
     """
     weights = 2 * shape.params  # bfloat16 on a GPU
     whole = weights + activation_bytes(shape, batch_tokens, 2)
-    layer = 2 * shape.linear_params_per_layer + 4 * shape.embedding_params
+    layer = 2 * shape.linear_params // shape.num_layers + 4 * shape.embedding_params
     by_layer = layer + activation_bytes(shape, batch_tokens, 2)
     if choice == "cpu":
         return Placement("cpu", "the recipe says so")
@@ -84,7 +84,7 @@ def choose_placement(
     )
 
 
-def cpu_dtype(shape: ModelShape, available_bytes: int) -> Literal["float32", "bfloat16"]:
+def cpu_dtype(shape: ModelSpec, available_bytes: int) -> Literal["float32", "bfloat16"]:
     """float32 on a CPU, unless only bfloat16 fits its memory.
 
     float32 takes 4 bytes a weight, 1.2 for the export beside it, and 3.2 GB for libraries and
@@ -94,7 +94,7 @@ def cpu_dtype(shape: ModelShape, available_bytes: int) -> Literal["float32", "bf
     return "float32" if needed <= available_bytes else "bfloat16"
 
 
-def estimated_cpu_s(shape: ModelShape, tokens: int) -> float:
+def estimated_cpu_s(shape: ModelSpec, tokens: int) -> float:
     """Seconds that a CPU calibration takes: 2 FLOP per weight and token, lm_head skipped."""
     return 2.0 * shape.linear_params * tokens / _CPU_FLOPS_PER_S
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CorruptError
-from pipeline.quant.unified import safetensors_entries
+from pipeline.core.safetensors_files import read_header
 
 _CACHE = (".k_scale", ".v_scale")
 _SCALES = (".weight_scale", ".input_scale", *_CACHE)
@@ -110,7 +110,7 @@ def _normalize_shard(shard: Path, target: Path, cache_scales: Mapping[str, float
     Where only scales change, as after calibrating in bfloat16, they are patched into the file that
     ModelOpt wrote: four bytes each, where rewriting Phi-3 costs seconds.
     """
-    tensors = {entry.name: entry for entry in safetensors_entries(shard)}
+    tensors = read_header(shard)
     for name in tensors:
         if name.endswith(_CACHE) and name not in cache_scales:
             raise CorruptError(f"ModelOpt exported {name}, which calibration did not see")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import json
 import logging
 import shutil
@@ -20,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache, source_digest
-from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Checkpoint, Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.calibration import Calibration, cache_scales, check_amax
 from pipeline.quant.device import (
     DeviceChoice,
@@ -36,7 +35,9 @@ from pipeline.quant.device import (
     place,
 )
 from pipeline.quant.export import normalize_export
-from pipeline.quant.sharing import fused_groups, share_scales
+from pipeline.quant.fp8 import SPEC
+from pipeline.quant.keep import keep_16bit_faults, select
+from pipeline.quant.sharing import share_scales
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.quant.verify import verify_checkpoint
 from pipeline.sources.text.corpus import text_digest
@@ -67,6 +68,10 @@ class ModelOptFp8:
     keep_16bit: Listed[str] = ()
     device: DeviceChoice = "auto"
 
+    @property
+    def precision(self) -> str:
+        return SPEC.name
+
     def calibration_documents(self) -> tuple[str, ...]:
         return self.calibration.text.documents()
 
@@ -86,7 +91,7 @@ class ModelOptFp8:
             "code": source_digest(*_CODE),
         }
 
-    def quantize(self, weights: Weights, shape: ModelShape, cache: StageCache) -> Checkpoint:
+    def quantize(self, weights: Weights, shape: ModelSpec, cache: StageCache) -> Checkpoint:
         """Return the checkpoint of these weights, made now or found in the cache.
 
         Raises:
@@ -102,12 +107,13 @@ class ModelOptFp8:
             dir=result.dir,
             digest=result.digest,
             weights=weights,
-            fp8_linears=tuple(record["fp8_linears"]),
+            precision=SPEC.name,
+            quantized_linears=tuple(record["quantized_linears"]),
             kept_16bit=tuple(record["kept_16bit"]),
             calibration=record,
         )
 
-    def _produce(self, weights: Weights, shape: ModelShape, out_dir: Path) -> None:
+    def _produce(self, weights: Weights, shape: ModelSpec, out_dir: Path) -> None:
         import psutil
         import torch
 
@@ -133,9 +139,10 @@ class ModelOptFp8:
             estimate = estimated_cpu_s(shape, self.calibration.tokens)
             log.info("%d tokens, about %.0f s", self.calibration.tokens, estimate)
         model = load_model(weights.dir, dtype)
-        linears = linear_names(model)
-        kept = {name for name in linears if matches(name, self.keep_16bit)}
-        check_keep_patterns(linears, self.keep_16bit)
+        spec = UnifiedCheckpoint(weights.dir).spec
+        if faults := keep_16bit_faults(self.keep_16bit, spec):
+            raise RecipeError(faults)
+        kept = set(select(self.keep_16bit, spec.modules))
         device = place(model, placement)
         self._calibrate(model, torch.from_numpy(windows).to(device), kept)
         amax = {
@@ -146,7 +153,7 @@ class ModelOptFp8:
         outliers = check_amax(amax)
         for line in outliers:
             log.info("Outlier: %s", line)
-        groups = share_scales(model)
+        groups = share_scales(model, spec)
         exported = self._export(model, weights, out_dir)
         normalize_export(
             exported,
@@ -156,7 +163,7 @@ class ModelOptFp8:
             cache_scales=cache_scales(amax),
         )
         shutil.rmtree(exported)
-        fp8 = [name for name in linears if name not in kept]
+        fp8 = [name for name in spec.modules if name not in kept]
         verify_checkpoint(out_dir, weights.dir, set(fp8))
         record = {
             "text": {"origin": self.calibration.text.origin, "digest": text_digest(documents)},
@@ -166,7 +173,7 @@ class ModelOptFp8:
             "amax": amax,
             "outliers": outliers,
             "shared_scale": {label: list(names) for label, names in sorted(groups.items())},
-            "fp8_linears": fp8,
+            "quantized_linears": fp8,
             "kept_16bit": sorted(kept),
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -207,48 +214,6 @@ def _architecture_known(model: Any, folder: Path) -> Iterator[None]:
         config = UnifiedCheckpoint(folder).config_json
         model.config.architectures = list(config["architectures"])
     yield
-
-
-def linear_names(model: Any) -> list[str]:
-    """Names of the linears inside the decoder layers, in module order."""
-    import torch
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    ]
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a module name matches one of the fnmatch patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def check_keep_patterns(linears: list[str], patterns: tuple[str, ...]) -> None:
-    """Every pattern must name a linear, and a fused group is kept whole or not at all.
-
-    Raises:
-        RecipeError: With all faults.
-    """
-    faults = [
-        Fault(
-            "quantizer.keep_16bit",
-            f"{pattern!r} matches no linear; names look like {linears[0]!r}",
-        )
-        for pattern in patterns
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in linears)
-    ]
-    for label, names in fused_groups(linears).items():
-        kept = [name for name in names if matches(name, patterns)]
-        if kept and len(kept) < len(names):
-            message = (
-                f"keeps {', '.join(kept)} but not the rest of {label}, which runtimes fuse into "
-                "one matrix; keep all or none"
-            )
-            faults.append(Fault("quantizer.keep_16bit", message))
-    if faults:
-        raise RecipeError(faults)
 
 
 def modelopt_config(kept: set[str]) -> dict[str, Any]:

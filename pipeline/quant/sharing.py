@@ -11,27 +11,10 @@ that is exact there means the same numbers in every runtime.
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.calibration import FP8_E4M3_MAX
-
-_FUSED = (
-    (re.compile(r"^(.*)\.(q_proj|k_proj|v_proj)$"), "qkv"),
-    (re.compile(r"^(.*)\.(gate_proj|up_proj)$"), "gate_up"),
-)
-
-
-def fused_groups(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Module names that runtimes fuse, by group: `model.layers.0.self_attn.qkv` -> q, k, v."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in modules:
-        for pattern, label in _FUSED:
-            if match := pattern.match(name):
-                groups[f"{match.group(1)}.{label}"].append(name)
-    return {label: tuple(names) for label, names in groups.items() if len(names) > 1}
 
 
 def bf16_scale_amax(amax: Any) -> Any:
@@ -45,11 +28,12 @@ def bf16_scale_amax(amax: Any) -> Any:
     return torch.where(rounded.double() >= scale, rounded, above).float() * FP8_E4M3_MAX
 
 
-def share_scales(model: Any) -> dict[str, tuple[str, ...]]:
+def share_scales(model: Any, spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     """Give each fused group one weight amax, and every amax a bfloat16-exact scale, in place.
 
     Args:
         model: A calibrated ModelOpt model, weights not yet rounded.
+        spec: Says which modules runtimes fuse.
 
     Returns:
         The groups that share.
@@ -61,7 +45,11 @@ def share_scales(model: Any) -> dict[str, tuple[str, ...]]:
         for name, module in model.named_modules()
         if getattr(getattr(module, "weight_quantizer", None), "is_enabled", False)
     }
-    groups = fused_groups(quantized)
+    groups = {
+        label: names
+        for label, names in spec.fused_modules().items()
+        if quantized.keys() >= set(names)
+    }
     for names in groups.values():
         shared = torch.stack([quantized[name].weight_quantizer.amax for name in names]).max()
         for name in names:

@@ -67,14 +67,14 @@ def load_simulation(
     model.tie_weights()
     scales = {
         _renumbered(name, kept): float(checkpoint.scalar(f"{name}.input_scale"))
-        for name in checkpoint.fp8_linears
+        for name in checkpoint.quantized_linears
         if _layer_of(name) in kept
     }
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
             _wrap(module, scales.get(name), accumulate)
     if context is not None:
-        _fix_longrope(model, checkpoint.config.rope, context)
+        _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()
 
 

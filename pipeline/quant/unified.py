@@ -7,47 +7,22 @@ checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (throu
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CorruptError
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.core.safetensors_files import TensorEntry, folder_tensors
+from pipeline.model.read import load_config, read_spec
+from pipeline.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64",
-    "I32": "int32",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-"""safetensors dtype tag -> NumPy (or ml_dtypes) name."""
 _WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: file, byte range in it, dtype name and shape."""
-
-    name: str
-    file: Path
-    offset: int
-    size_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,21 +34,17 @@ class UnifiedCheckpoint:
     @cached_property
     def config_json(self) -> Mapping[str, Any]:
         """`config.json` as it is."""
-        parsed: Mapping[str, Any] = json.loads((self.dir / "config.json").read_text())
-        return parsed
+        return load_config(self.dir)
 
     @cached_property
-    def config(self) -> DecoderConfig:
-        """The part of it that the graph needs."""
-        return DecoderConfig.from_json(self.config_json)
+    def spec(self) -> ModelSpec:
+        """What it says about the model."""
+        return read_spec(self.config_json)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
-        """Every tensor of every shard, by name, in file order."""
-        files = sorted(self.dir.glob("*.safetensors"))
-        if not files:
-            raise CorruptError(f"{self.dir} holds no *.safetensors; make the checkpoint again")
-        return {entry.name: entry for file in files for entry in safetensors_entries(file)}
+        """Every tensor by name, in file order, of the shards that `folder_tensors` counts."""
+        return folder_tensors(self.dir)
 
     def entry(self, name: str) -> TensorEntry:
         """Where a tensor lies.
@@ -131,8 +102,8 @@ class UnifiedCheckpoint:
             CorruptError: Lists what is missing, left over, of another shape or of a dtype that does
                 not belong there.
         """
-        wanted = self.config.tensor_shapes()
-        linears = {name for name in wanted if name.startswith("model.layers.") and "_proj" in name}
+        wanted = self.spec.tensors()
+        linears = {f"{module}.weight" for module in self.spec.modules}
         faults = [f"tensor {name} is missing" for name in wanted if name not in self.tensors]
         for name, entry in self.tensors.items():
             if name not in wanted:
@@ -162,59 +133,23 @@ class UnifiedCheckpoint:
         """
         module, _, kind = name.rpartition(".")
         if kind in ("weight_scale", "input_scale"):
-            return self.is_fp8(module)
+            return self.is_quantized(module)
         if kind in ("k_scale", "v_scale"):
             return ".self_attn" in module
         return name.endswith(".rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and self.config.tied
+            name == "lm_head.weight" and self.spec.tied
         )
 
-    def is_fp8(self, module: str) -> bool:
+    def is_quantized(self, module: str) -> bool:
         """Whether the linear `module` is stored as FP8 with both of its scales."""
         entry = self.tensors.get(f"{module}.weight")
         return entry is not None and entry.dtype == "float8_e4m3fn"
 
     @cached_property
-    def fp8_linears(self) -> tuple[str, ...]:
+    def quantized_linears(self) -> tuple[str, ...]:
         """Module names of all FP8 linears."""
         return tuple(
             name.removesuffix(".weight")
             for name, entry in self.tensors.items()
             if entry.dtype == "float8_e4m3fn"
-        )
-
-
-def safetensors_entries(file: Path) -> Iterator[TensorEntry]:
-    """Parse a safetensors header: 8 bytes length, JSON, then the data.
-
-    Source of the format: the safetensors README, "Format".
-    """
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length < file.stat().st_size:
-            raise CorruptError(f"{file} is not a safetensors file; make the checkpoint again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CorruptError(f"{file} has a broken safetensors header: {error}") from error
-    size_bytes = file.stat().st_size
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = fields["data_offsets"]
-        if 8 + length + end > size_bytes:
-            raise CorruptError(
-                f"{file} is truncated: {size_bytes} bytes, tensor {name} ends at "
-                f"{8 + length + end}; make the checkpoint again"
-            )
-        if fields["dtype"] not in _DTYPES:
-            raise CorruptError(f"{file}: tensor {name} has the unknown dtype {fields['dtype']}")
-        yield TensorEntry(
-            name=name,
-            file=file,
-            offset=8 + length + begin,
-            size_bytes=end - begin,
-            dtype=_DTYPES[fields["dtype"]],
-            shape=tuple(fields["shape"]),
         )

@@ -29,7 +29,7 @@ _CHUNK_ROWS = 512
 _MAX_LISTED = 8
 
 
-def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[str]) -> None:
+def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, quantized_linears: set[str]) -> None:
     """Compare an exported checkpoint with its source, tensor by tensor.
 
     Present, nothing extra, right shape and dtype, 16-bit tensors equal to the source rounded to
@@ -39,7 +39,7 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
     Args:
         checkpoint_dir: Unified FP8 checkpoint.
         weights_dir: Hugging Face folder that it was made from.
-        fp8_linears: Modules that must be FP8; all others must not be.
+        quantized_linears: Modules that must be FP8; all others must not be.
 
     Raises:
         CorruptError: Lists what is wrong, by tensor.
@@ -47,13 +47,15 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
     checkpoint, source = UnifiedCheckpoint(checkpoint_dir), UnifiedCheckpoint(weights_dir)
     tied = bool(checkpoint.config_json.get("tie_word_embeddings", False))
     wanted = {name for name in source.tensors if not (tied and name == "lm_head.weight")}
-    scales = {f"{module}.{kind}_scale" for module in fp8_linears for kind in ("weight", "input")}
-    scales |= _cache_scales(wanted)
+    scales = {
+        f"{module}.{kind}_scale" for module in quantized_linears for kind in ("weight", "input")
+    }
+    scales |= set(source.spec.kv_scales())
     found = set(checkpoint.tensors)
     faults = [f"{name} is missing" for name in sorted((wanted | scales) - found)]
     faults += [f"{name} was not asked for" for name in sorted(found - wanted - scales)]
     for name in sorted(wanted & found):
-        fp8 = name.removesuffix(".weight") in fp8_linears
+        fp8 = name.removesuffix(".weight") in quantized_linears
         fault = _tensor_fault(checkpoint, source, name, fp8=fp8)
         if fault:
             faults.append(f"{name} {fault}")
@@ -68,13 +70,6 @@ def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, fp8_linears: set[
             f"the exported checkpoint is not a faithful copy of its source:\n{listed}"
             + (f"\n    and {more} more" if more > 0 else "")
         )
-
-
-def _cache_scales(tensors: set[str]) -> set[str]:
-    """The KV-cache scales of a model with these tensors: two for each attention."""
-    outputs = {name for name in tensors if name.endswith(".o_proj.weight")}
-    modules = {name.removesuffix(".o_proj.weight") for name in outputs}
-    return {f"{module}.{part}_proj.{part}_scale" for module in modules for part in "kv"}
 
 
 def _tensor_fault(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
-from pipeline.core.progress import byte_progress
+from pipeline.core.progress import BYTES, progress
 from pipeline.registry.client.pull import fetch
 from pipeline.registry.policy import require_manifest_publishable
 from pipeline.registry.resolve import Resolved, Terms, examine, resolve
@@ -84,7 +84,7 @@ def copy(request: CopyRequest, environ: Mapping[str, str]) -> Copied:
     package = fetch(source, resolved)
     statements = _whole_statements(source, resolved)
     size_bytes = sum(file["size"] for file in package.manifest["files"])
-    with byte_progress(f"Copying {resolved.place}", size_bytes) as on_bytes:
+    with progress(f"Copying {resolved.place}", size_bytes, BYTES) as on_bytes:
         new = target.put_package(package, statements, on_bytes)
     # What a package that was there already does not have.
     added = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.cache import digest_folder
 from pipeline.core.values import Licence, Weights
 from pipeline.model.random_model import write_random_model
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 
 _TERMS = Licence(spdx="CC0-1.0", files=("LICENSE",), redistribution="allowed")
 
@@ -25,7 +24,7 @@ class RandomSource:
         seed: Of the weights.
     """
 
-    shape: ModelShape
+    shape: ModelSpec
     folder: Path
     documents: tuple[str, ...]
     seed: int = 0
@@ -41,10 +40,9 @@ class RandomSource:
             write_random_model(
                 self.shape, self.folder, documents=list(self.documents), seed=self.seed
             )
-        architecture = json.loads((self.folder / "config.json").read_text())["architectures"][0]
         return Weights(
             dir=self.folder,
-            origin=f"random:{architecture}",
+            origin=f"random:{self.shape.architecture}",
             commit=None,
             files=digest_folder(self.folder),
             licence=_TERMS,

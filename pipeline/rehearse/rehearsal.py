@@ -22,15 +22,15 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from pipeline.formats.trtllm.convert.stage import convert_trtllm
-from pipeline.model.shrink import (
-    small_acceptance,
-    small_quantizer,
-    small_settings,
-    small_shape,
-)
 from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.policy import mark_throwaway
 from pipeline.rehearse.random_source import RandomSource
+from pipeline.rehearse.shrink import (
+    small_acceptance,
+    small_quantizer,
+    small_settings,
+    small_spec,
+)
 from pipeline.sources.text.topics import PydocTopics
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def rehearse(
 
 def _small(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe in small sizes, on random weights."""
-    shape = small_shape(recipe.shape)
+    shape = small_spec(recipe.shape)
     calibrate, judge = PydocTopics(part="calibrate"), PydocTopics(part="judge")
     return dataclasses.replace(
         recipe,

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
-from pipeline.core.errors import Fault
-from pipeline.runners.session import Ability, Runner
+from pipeline.runners.session import Ability
+from pipeline.runners.workload import Workload
 
-if TYPE_CHECKING:
-    from pipeline.acceptance.acceptance import Acceptance
-    from pipeline.acceptance.workload import Workload
-
-_WHO: dict[Ability, str] = {
+WHO_CAN: dict[Ability, str] = {
     "requests": "runner=vllm, tensorrt_rtx and onnxruntime do",
     "isl_distribution": "runner=vllm, tensorrt_rtx and onnxruntime do",
     "prompts_file": "runner=vllm, tensorrt_rtx and onnxruntime do",
@@ -48,32 +43,7 @@ def why_not_workload(
     """
     return tuple(
         f"runner {name} does not execute {key}{': false' if key == 'ignore_eos' else ''} "
-        f"({_WHO[key]}); leave it out of workload {workload.name}, or choose another runner"
+        f"({WHO_CAN[key]}); leave it out of workload {workload.name}, or choose another runner"
         for key in needed(workload)
         if key not in abilities
     )
-
-
-def ability_faults(acceptance: Acceptance, runner: Runner) -> tuple[Fault, ...]:
-    """What acceptance asks of a runner that it does not execute.
-
-    Only what would run: the targets on a card, `cpu_workloads` on a CPU. What the baseline beside
-    it on a CPU lacks is in `Workload.faults`.
-    """
-    kind = "targets" if runner.device == "cuda" else "cpu_workloads"
-    faults = []
-    for index, load in enumerate(getattr(acceptance, kind)):
-        path = f"acceptance.{kind}[{index}]"
-        faults += [
-            Fault(path, why) for why in why_not_workload(runner.name, runner.abilities, load)
-        ]
-    sustained = acceptance.sustained
-    if sustained.clear_cache and "clear_cache" not in runner.abilities:
-        faults.append(
-            Fault(
-                "acceptance.sustained.clear_cache",
-                f"runner {runner.name} has no cache that can be cleared from here "
-                f"({_WHO['clear_cache']}); set it to false, or choose another runner",
-            )
-        )
-    return tuple(faults)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.acceptance.workload import Workload
+    from pipeline.runners.workload import Workload
 
 
 Device = Literal["cpu", "cuda"]

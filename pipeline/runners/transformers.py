@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.model.hf import load_model, quiet

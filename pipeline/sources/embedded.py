@@ -27,14 +27,17 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import atomic_folder, digest_folder, locked, sha256_file, source_digest
+from pipeline.core.atomic_folder import atomic_folder
+from pipeline.core.cache import digest_folder, locked, sha256_file, source_digest
 from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
+from pipeline.core.json_files import read_json_object
+from pipeline.core.progress import BYTES, progress
+from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights, digest_of
 from pipeline.model.hf import quiet
 from pipeline.sources import store
-from pipeline.sources.files import SINGLE, check_weights, read_json_object, terms_files
-from pipeline.sources.progress import shown
+from pipeline.sources.files import check_weights, terms_files
 from pipeline.sources.terms import check_notice
 
 log = logging.getLogger(__name__)
@@ -150,7 +153,7 @@ class EmbeddedSource:
             shutil.rmtree(folder)
         with (
             atomic_folder(folder) as private,
-            shown("Converting the embedded model, about 20 s"),
+            progress("Converting the embedded model, about 20 s", None, BYTES),
         ):
             target = private / store.FILES
             target.mkdir()

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import locked
 from pipeline.core.errors import AccessError
+from pipeline.core.progress import BYTES, progress
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
 from pipeline.sources import store
@@ -27,7 +28,6 @@ from pipeline.sources.files import (
     terms_files,
     weight_files,
 )
-from pipeline.sources.progress import shown
 from pipeline.sources.terms import check_notice
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class HubSource:
         total = sum(remote[name].size_bytes for name in shards)
         missing = sum(missing_bytes(remote[name]) for name in shards)
         _check_space(arriving, missing + _RECORD_BYTES)
-        with shown(f"Downloading {self.repo_id}", total, total - missing) as advance:
+        with progress(f"Downloading {self.repo_id}", total, BYTES, total - missing) as advance:
             files += [client.download(remote[name], arriving, advance) for name in shards]
         check_weights(arriving, shards)
         _drop_others(arriving, {file.path for file in files})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipeline.core.cache import locked
 from pipeline.core.errors import NotFoundError
+from pipeline.core.progress import BYTES, progress
 from pipeline.sources import store
-from pipeline.sources.progress import shown
 
 
 def dataset_file(repo_id: str, revision: str, name: str) -> Path:
@@ -41,6 +41,6 @@ def dataset_file(repo_id: str, revision: str, name: str) -> Path:
             have = ", ".join(sorted(remote))
             raise NotFoundError(f"{repo_id}@{revision[:12]} has no file {name!r}; it has {have}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with shown(f"Downloading {repo_id}", remote[name].size_bytes, 0) as advance:
+        with progress(f"Downloading {repo_id}", remote[name].size_bytes, BYTES) as advance:
             client.download(remote[name], folder, advance)
     return target

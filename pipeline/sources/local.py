@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import sha256_file
 from pipeline.core.errors import NotFoundError
+from pipeline.core.progress import BYTES, progress
 from pipeline.core.settings import STRICT, PathField
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
 from pipeline.sources.files import (
@@ -22,7 +23,6 @@ from pipeline.sources.files import (
     terms_files,
     weight_files,
 )
-from pipeline.sources.progress import shown
 from pipeline.sources.store import disk_faults_explained
 from pipeline.sources.terms import check_notice
 
@@ -88,7 +88,7 @@ def _digests(folder: Path, names: list[str]) -> tuple[FileDigest, ...]:
     """Digest of each named file, showing how far it is."""
     sizes = {name: (folder / name).stat().st_size for name in names}
     files = []
-    with shown(f"Hashing {folder.name}", sum(sizes.values())) as advance:
+    with progress(f"Hashing {folder.name}", sum(sizes.values()), BYTES) as advance:
         for name, size_bytes in sizes.items():
             digest = sha256_file(folder / name)
             files.append(FileDigest(path=name, size_bytes=size_bytes, sha256=digest))

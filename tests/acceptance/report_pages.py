@@ -65,7 +65,7 @@ def entry(name: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
     return {
         "workload": name, "workload_digest": "w" * 64, "batch": batch, "isl": 128, "osl": 256,
         "output_tokens_per_s": rate, "ttft_ms": 11.5, "itl_ms": 2.75,
-        "min_output_tokens_per_s": None, "min_ratio_to_transformers": None,
+        "min_output_tokens_per_s": None,
         "samples": [0.9 * rate, rate, 1.05 * rate], **more,
     }  # fmt: skip
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from pipeline.acceptance.quality import (
+    KEPT_TOKENS,
     EngineFigures,
     SourceFigures,
     engine_figures,
+    figures_against,
     log_softmax,
-    next_token_nll,
+    read_engine_figures,
+    read_source_figures,
     summarize_quality,
+    write_engine_figures,
+    write_source_figures,
 )
 from pipeline.core.errors import CorruptError
+from pipeline.runners.session import Session
 
 WINDOWS = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 2, 2]], np.int64)
 VOCAB = 4
@@ -28,14 +38,22 @@ def random_logits(seed: int, width: int = VOCAB) -> dict[tuple[int, ...], NDArra
     return {tuple(w): rng.normal(size=(4, width)).astype(np.float32) * 3 for w in WINDOWS.tolist()}
 
 
+class Given:
+    """A session with these logits."""
+
+    def __init__(self, logits: dict[tuple[int, ...], NDArray[np.float32]]) -> None:
+        self._logits = logits
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._logits[tuple(tokens)]
+
+    generate = stream = None
+
+
 def figures_of(logits: dict[tuple[int, ...], NDArray[np.float32]]) -> SourceFigures:
-    logprobs = [log_softmax(logits[tuple(w)][:-1]) for w in WINDOWS.tolist()]
-    pairs = zip(logprobs, WINDOWS, strict=True)
-    return SourceFigures(
-        logprobs=np.stack(logprobs).astype(np.float16),
-        nll=np.stack([next_token_nll(values, window) for values, window in pairs]),
-        top1=np.stack([values.argmax(-1) for values in logprobs]).astype(np.int32),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_source_figures(cast(Session, Given(logits)), WINDOWS, Path(folder))
+        return read_source_figures(Path(folder))
 
 
 def measure(
@@ -88,6 +106,36 @@ def test_float16_log_probabilities_cost_less_than_a_thousandth_of_a_nat() -> Non
     logits = random_logits(2, width=5000)
     engine = measure(logits, figures_of(logits))
     assert np.abs(engine.kl).max() < 1e-3
+
+
+def test_divergence_of_many_tokens_is_that_of_the_kept_ones_and_one_class_for_the_rest() -> None:
+    width = KEPT_TOKENS + 904
+    source, engine = random_logits(5, width), random_logits(6, width)
+    found = measure(engine, figures_of(source))
+    window = tuple(WINDOWS[0].tolist())
+    p = np.exp(log_softmax(source[window][:1])[0].astype(np.float64))
+    q = np.exp(log_softmax(engine[window][:1])[0].astype(np.float64))
+    order = np.argsort(-p)
+    kept, rest = order[:KEPT_TOKENS], order[KEPT_TOKENS:]
+    kl = (p[kept] * np.log(p[kept] / q[kept])).sum()
+    kl += p[rest].sum() * np.log(p[rest].sum() / q[rest].sum())
+    assert found.kl[0, 0] == pytest.approx(kl, rel=2e-3)
+    assert kl <= (p * np.log(p / q)).sum()
+
+
+def test_checkpoint_of_fewer_windows_is_compared_on_the_way_and_kept(tmp_path: Path) -> None:
+    source, other = figures_of(random_logits(7)), random_logits(8)
+    given = cast(Session, Given(other))
+    beside = write_source_figures(given, WINDOWS[:2], tmp_path, beside=source)
+    assert beside is not None
+    assert (beside.kl == measure(other, source).kl[:2]).all()
+    write_engine_figures(beside, tmp_path, "source")
+    assert (read_engine_figures(tmp_path, "source").kl == beside.kl).all()
+    both = figures_against(
+        lambda t: other[tuple(t)], WINDOWS, [source, read_source_figures(tmp_path)]
+    )
+    assert [len(found.kl) for found in both] == [3, 2]
+    assert np.abs(both[1].kl).max() < 1e-3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -24,8 +24,8 @@ from pipeline.acceptance.bandwidth import (
     measure_bandwidth,
     probe,
 )
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.core.errors import PipelineError, ToolError
+from pipeline.core.nvml import read_conditions
 
 
 @pytest.fixture(autouse=True)

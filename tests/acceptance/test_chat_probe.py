@@ -375,8 +375,8 @@ def test_conversations_differ_and_end_with_the_user() -> None:
     assert any(len(one.messages) > 2 for one in first)
 
 
-def test_fewer_than_twenty_prompts_are_refused() -> None:
-    ChatSettings(prompts=20, max_new_tokens=1)
-    for prompts in (19, len(CONVERSATIONS) + 1):
+def test_fewer_than_eight_prompts_are_refused() -> None:
+    ChatSettings(prompts=8, max_new_tokens=1)
+    for prompts in (7, len(CONVERSATIONS) + 1):
         with pytest.raises(ValidationError, match="prompts"):
             ChatSettings(prompts=prompts, max_new_tokens=1)

@@ -14,20 +14,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance import conditions as conditions_module
-from pipeline.acceptance.conditions import (
+from pipeline.acceptance.card import condition_findings, gpu_lock
+from pipeline.acceptance.sampler import Reading, Samples, device_samples, sampling
+from pipeline.core.nvml import (
     THROTTLE_REASONS,
     ComputeProcess,
     Conditions,
-    condition_findings,
     conditions_of,
-    gpu_lock,
     nvml_device,
     read_conditions,
     strangers,
     throttle_reason_names,
 )
-from pipeline.acceptance.sampler import Reading, Samples, device_samples, sampling
 
 
 class NvmlError(Exception):
@@ -285,7 +283,7 @@ def test_a_container_that_lists_not_even_this_process_hides_the_others_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert strangers([], 17, ours_is_there=True) is None
-    monkeypatch.setattr(conditions_module, "_holds_context", lambda: True)
+    monkeypatch.setattr("pipeline.core.nvml._holds_context", lambda: True)
     hidden = conditions_of(nvml(DeviceGetComputeRunningProcesses=[]), 0)
     assert hidden.other_compute_processes is None
     assert hidden.to_json()["other_compute_processes"] is None

@@ -17,21 +17,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.acceptance import acceptance as acceptance_module
+from pipeline.acceptance import measure as measuring
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.card import HeldCard
 from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.conditions import ComputeProcess, Conditions
 from pipeline.acceptance.subject import Subject
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError
+from pipeline.core.nvml import ComputeProcess, Conditions
 from pipeline.core.values import Checkpoint, Engine, Report, Verdict
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
+from pipeline.formats.spec import format_spec
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
+from pipeline.quant.spec import quant_spec
 from pipeline.runners.session import Device, Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
+from pipeline.runners.workload import Workload
 from tests import stand_in_card
 from tests.quant.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
 
@@ -99,9 +101,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def asked(**changes: Any) -> Acceptance:
     given: dict[str, Any] = {
-        "targets": (LOAD,), "cpu_workloads": (), "text": RepeatedText(), "windows": 4,
+        "targets": (LOAD,), "text": RepeatedText(), "windows": 4, "reference_windows": 4,
         "window_tokens": 64, "max_perplexity_increase": 1000.0, "max_mean_kl_nats": 0.2,
-        "min_top1_agreement": 0.0, "sample_prompt": "hi", "sample_tokens": 8, "repeats": 2,
+        "min_top1_agreement": 0.0, "repeats": 2,
         "time_limit_s": 600.0, "seed": 0, "max_spread": 100.0,
     }  # fmt: skip
     return Acceptance(**{**given, **changes})
@@ -117,8 +119,8 @@ def subject(checkpoint: Checkpoint, root: Path, question: Acceptance, **changes:
             name="tiny",
             shape=shape_of(checkpoint.weights),
             target=ADA,
-            format="checkpoint",
-            quantization="fp8",
+            format=format_spec("checkpoint"),
+            precision=quant_spec("fp8"),
             limits=compiler.limits,
             workloads=tuple(
                 PlannedWorkload(
@@ -156,15 +158,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Conditions]:
         yield found
         found.after = states[1]
 
-    monkeypatch.setattr(acceptance_module, "held_card", held)
+    monkeypatch.setattr(measuring, "held_card", held)
     return states
 
 
 def measure(
     checkpoint: Checkpoint, root: Path, question: Acceptance, **changes: Any
 ) -> tuple[Report, Verdict]:
-    return question.measure(
-        subject(checkpoint, root, question, **changes), StageCache(root=root / "cache")
+    return measuring.measure(
+        question, subject(checkpoint, root, question, **changes), StageCache(root=root / "cache")
     )
 
 
@@ -276,11 +278,11 @@ def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
     assert second.chat["answers"] == first.chat["answers"]
 
 
-def test_a_cpu_is_not_put_under_sustained_load(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    question = asked(cpu_workloads=(LOAD,), targets=(), sustained=SustainedRun(minutes=60.0))
+def test_a_cpu_is_measured_by_its_answers_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    question = asked(sustained=SustainedRun(minutes=60.0))
     report, verdict = measure(checkpoint, tmp_path, question, runner=CpuRunner())
     assert verdict.name == "checked", verdict.findings
-    assert [entry["workload"] for entry in report.speed] == ["b2"]
+    assert report.speed == ()
     assert report.sustained == {}
 
 
@@ -298,7 +300,7 @@ def test_engine_source_and_checkpoint_stand_beside_each_other(
         report.quality["mean_kl_nats"]["value"], abs=1e-4
     )
     assert abs(reference["engine"]["mean_kl_nats"]["value"]) < 1e-4
-    assert reference["noise_floor"]["windows"] == 4
+    assert reference["windows"] == 4
     again, _ = measure(checkpoint, tmp_path, asked(), runner=CpuRunner())
     assert again.quality["fp8_reference"] == reference
     assert [line for line in caplog.messages if line.startswith("reference-logits: done")][1:] == []

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.acceptance.conditions import Conditions
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.report import write_report
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
+from pipeline.core.nvml import Conditions
 from pipeline.core.values import Checkpoint
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.chat import eos_ids
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import BATCHES, Ability
+from pipeline.runners.workload import Workload
 from tests.acceptance.test_measure import (
     LOAD,
     CardRunner,

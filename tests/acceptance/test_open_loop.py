@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.page import render_page
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, judge_physics
 from pipeline.acceptance.slope import theil_sen_slope
 from pipeline.acceptance.speed import measure_speed, rate_findings, summarize
 from pipeline.acceptance.speed_sample import achieved_rate
-from pipeline.acceptance.workload import Workload
 from pipeline.plan.ceilings import Roofline
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import Demands
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.workload import Workload
 from tests.acceptance.report_pages import Page, on_card
 
 LOAD = Workload(name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200)
@@ -169,7 +169,7 @@ def test_rate_that_was_not_kept_up_with_is_told_at_the_exact_threshold(
 def test_slow_arrivals_are_no_slow_engine_but_too_fast_is_a_fault_still() -> None:
     line = Roofline(
         bandwidth_bytes_per_s=1e12, step_weight_bytes=10**9, kv_bytes_per_token=1000,
-        sliding_window=None, layer_s_per_token=1e-6, lm_head_s_per_token=1e-6,
+        windows=(None,), layer_s_per_token=1e-6, lm_head_s_per_token=1e-6,
     )  # fmt: skip
     limits = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=0)
     for open_loop, rate in itertools.product((True, False), (10.0, 1e9)):

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.speed import measure_speed, summarize
 from pipeline.acceptance.speed_sample import SpeedSample
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import UNUSED_TOKEN, Demands, Generation, Session
 from pipeline.runners.transformers import TransformersSession
+from pipeline.runners.workload import Workload
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model
 

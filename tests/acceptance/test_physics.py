@@ -20,7 +20,7 @@ LINE = Roofline(
     bandwidth_bytes_per_s=1024e9,
     step_weight_bytes=4_000_000_000,
     kv_bytes_per_token=100_000,
-    sliding_window=None,
+    windows=(None,),
     layer_s_per_token=2.0e-5,
     lm_head_s_per_token=1.0e-6,
 )
@@ -143,7 +143,7 @@ def test_h100_figures_of_phi3_are_neither_anomalous_nor_low() -> None:
     # vLLM 0.24 on an H100: 357 tok/s at batch 1, 12379 at 128 with an FP8 KV cache (2026-11-24).
     phi3 = Roofline(
         bandwidth_bytes_per_s=3350e9, step_weight_bytes=3_820_000_000,
-        kv_bytes_per_token=192 * 1024, sliding_window=2047,
+        kv_bytes_per_token=192 * 1024, windows=(2047,),
         layer_s_per_token=2 * 3.62e9 / 1979e12, lm_head_s_per_token=2 * 98.5e6 / 989e12,
     )  # fmt: skip
     limits = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=50_000_000)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pipeline.acceptance import speed
 from pipeline.acceptance.sampler import Reading, Samples
 from pipeline.acceptance.speed import SpeedSample, measure_speed, spread_findings, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.workload import Workload
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
 PROMPTS = [[1, 2, 3, 4, 5]] * 2
@@ -243,18 +243,3 @@ def test_one_run_has_no_spread_and_is_told() -> None:
     (finding,) = spread_findings([measured(1.0)], 0.1)
     assert finding.kind == "note"
     assert "raise acceptance.repeats" in finding.message
-
-
-@pytest.mark.parametrize(("least", "kinds"), [(0.5, ["inconclusive"]), (None, [])])
-def test_baseline_must_be_steady_where_a_ratio_to_it_is_required(
-    least: float | None, kinds: list[str]
-) -> None:
-    load = Workload(name="b2", batch=2, isl=5, osl=4, min_ratio_to_transformers=least)
-    sessions = {
-        "engine": Answers([ran(1.0)] * 4),
-        "transformers": Answers([ran(1.0), ran(1.0), ran(2.0), ran(4.0)]),
-    }
-    samples = measure_speed(load, sessions, vocab_size=9, repeats=3, seed=0)
-    found = spread_findings([summarize(load, samples)], 0.1)
-    assert [finding.kind for finding in found] == kinds
-    assert all("runs of Transformers lie" in finding.message for finding in found)

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.page import render_page
 from pipeline.acceptance.sustained import Sample, SustainedLimits, judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import SustainedRun, run_sustained
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import CacheClearing, Demands, Generation
 from pipeline.runners.transformers import TransformersSession
+from pipeline.runners.workload import Workload
 from tests.acceptance.report_pages import Page, on_card
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.acceptance.lengths import Lengths
 from pipeline.acceptance.speed import measure_speed, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import digest_of
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeSession
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.transformers import TransformersSession
+from pipeline.runners.workload import Workload
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -232,14 +232,6 @@ def test_what_cannot_be_executed_cannot_be_written(changes: dict[str, Any], told
 def test_runner_of_plain_batches_refuses_more(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="this runner executes one batch of synthetic prompts"):
         load(**changes).prompts(9, 0)
-
-
-def test_baseline_that_needs_equal_lengths_refuses_ragged_prompts() -> None:
-    ragged = load(isl_distribution={"min": 1})
-    (fault,) = ragged.faults("acceptance.cpu_workloads[0]", equal_lengths=True)
-    assert fault.path == "acceptance.cpu_workloads[0]"
-    assert ragged.faults("acceptance.targets[0]") == ()
-    assert load(requests=4).faults("acceptance.cpu_workloads[0]", equal_lengths=True) == ()
 
 
 def test_share_of_the_ceiling_keeps_the_load() -> None:

@@ -54,7 +54,7 @@ def main(weights_dir: Path) -> None:
             sessions[f"graph, context {context}"] = OnnxRuntimeSession(OnnxRuntimeGraph(path))
         rng = np.random.default_rng(0)
         for batch in BATCHES:
-            prompts = rng.integers(0, checkpoint.config.vocab_size, (batch, ISL)).tolist()
+            prompts = rng.integers(0, checkpoint.spec.vocab_size, (batch, ISL)).tolist()
             rates: dict[str, list[float]] = {name: [] for name in sessions}
             for session in sessions.values():
                 session.generate(prompts, 8)  # warm-up

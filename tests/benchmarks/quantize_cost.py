@@ -28,7 +28,8 @@ from pipeline.core import cache
 from pipeline.core.data import data_dir
 from pipeline.core.values import Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
-from pipeline.model.shapes import ModelShape
+from pipeline.model.read import read_spec
+from pipeline.model.spec import ModelSpec
 from pipeline.quant import modelopt_fp8
 from pipeline.quant.calibration import Calibration
 from pipeline.quant.device import free_vram_bytes
@@ -58,11 +59,11 @@ WITHIN = (
 """Parts of what is compared, printed too."""
 
 
-def shape_named(name: str) -> ModelShape:
+def shape_named(name: str) -> ModelSpec:
     """A shape of recipes/shapes."""
     path = data_dir("recipes") / "shapes" / f"{name}.yaml"
     values = yaml.safe_load(path.read_text())
-    return ModelShape(**{key: values[key] for key in values if key != "_target_"})
+    return read_spec(values)
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ours(quantizer: ModelOptFp8, weights: Weights, shape: ModelShape, folder: Path) -> Any:
+def ours(quantizer: ModelOptFp8, weights: Weights, shape: ModelSpec, folder: Path) -> Any:
     """Our step: seconds of quantize + export, and of what was taken apart."""
     with taken_apart(APART) as spent, taken_apart(WITHIN) as within:
         started = time.perf_counter()

@@ -23,8 +23,6 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights, digest_of
-from pipeline.model.decoder_config import DecoderConfig
-from pipeline.model.random_model import config_of_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,13 +34,13 @@ def random_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint:
     """A unified FP8 checkpoint of the recipe's shape with random codes."""
     import numpy as np
 
-    config = {**config_of_shape(recipe.shape), "bos_token_id": 1, "eos_token_id": 2}
+    config = {**recipe.shape.config, "bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     header: dict[str, Any] = {}
     end = 0
     fp8 = []
-    for name, shape in DecoderConfig.from_json(config).tensor_shapes().items():
+    for name, shape in recipe.shape.tensors().items():
         linear = name.endswith("_proj.weight")
         size_bytes = int(np.prod(shape, dtype=np.int64)) * (1 if linear else 2)
         header[name] = {
@@ -80,7 +78,8 @@ def random_checkpoint(recipe: Recipe, folder: Path) -> Checkpoint:
         dir=folder,
         digest=digest_of([file.to_json() for file in files]),
         weights=weights,
-        fp8_linears=tuple(fp8),
+        precision="fp8",
+        quantized_linears=tuple(fp8),
         kept_16bit=(),
         calibration={"tools": {}},
     )

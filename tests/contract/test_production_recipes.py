@@ -52,8 +52,8 @@ def test_paged_sizes_take_128_requests_and_the_declared_workloads(name: str, com
 def test_phi3_stays_within_its_sliding_window_in_every_format() -> None:
     for compiler in (*PAGED, "trtrtx"):
         made = recipe("phi3", compiler)
-        assert made.shape.sliding_window is not None
-        assert made.compiler.limits.max_seq_len <= made.shape.sliding_window
+        assert made.shape.window is not None
+        assert made.compiler.limits.max_seq_len <= made.shape.window
         assert plan_of(made).notes == ()
 
 

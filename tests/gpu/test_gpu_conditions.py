@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.acceptance.card import held_card
-from pipeline.acceptance.conditions import disturbance, nvml_device, read_conditions
+from pipeline.acceptance.card import disturbance, held_card
+from pipeline.core.nvml import nvml_device, read_conditions
 
 pytestmark = pytest.mark.gpu
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.accept import AcceptRequest as Request
 from pipeline.accept import composed, engine_of, same_weights, this_card
+from pipeline.acceptance.measure import measure
 from pipeline.acceptance.subject import Subject
 from pipeline.build import plan_of
 from pipeline.core.cache import StageCache
@@ -123,7 +124,7 @@ def test_one_layer_with_a_wrong_scale_is_a_regression(
         plan=plan_of(recipe),
         runner=recipe.runner,
     )
-    _, verdict = recipe.acceptance.measure(subject, StageCache(root=built / "cache"))
+    _, verdict = measure(recipe.acceptance, subject, StageCache(root=built / "cache"))
     assert verdict.name == "regression"
 
 

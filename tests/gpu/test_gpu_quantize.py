@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.model.shapes import ModelShape, shape_of_config
+from pipeline.model.read import read_spec
 from pipeline.quant.calibration import Calibration
 from pipeline.quant.device import DeviceChoice
 from pipeline.quant.modelopt_fp8 import ModelOptFp8
@@ -40,9 +40,7 @@ def quantized(weights: Weights, device: DeviceChoice, root: Path) -> Checkpoint:
         device=device,
     )
     config = UnifiedCheckpoint(weights.dir).config_json
-    return quantizer.quantize(
-        weights, ModelShape(**shape_of_config(config)), StageCache(root=root / device)
-    )
+    return quantizer.quantize(weights, read_spec(config), StageCache(root=root / device))
 
 
 def test_cuda_and_layerwise_calibrate_like_the_cpu(weights: Weights, tmp_path: Path) -> None:

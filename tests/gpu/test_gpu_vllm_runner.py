@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.acceptance.conditions import Conditions, condition_findings, read_conditions
+from pipeline.acceptance.card import condition_findings
 from pipeline.acceptance.quality import log_softmax
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import achieved_rate
-from pipeline.acceptance.workload import Workload
 from pipeline.core.cache import StageCache
+from pipeline.core.nvml import Conditions, read_conditions
 from pipeline.core.values import Engine
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.model.random_model import write_random_model
-from pipeline.model.shapes import ModelShape
 from pipeline.quant.calibration import Calibration
 from pipeline.quant.modelopt_fp8 import ModelOptFp8
 from pipeline.quant.simulate import load_simulation
@@ -30,22 +29,20 @@ from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession
 from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights, shape_of
+from tests.specs import tiny_spec
 from tests.tiny import TEXT
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM",
+SHAPE = tiny_spec(
     hidden_size=256,
     intermediate_size=512,
     num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
     vocab_size=512,
     max_position_embeddings=512,
-    rope_theta=10000.0,
+    tie_word_embeddings=False,
 )
 RUNNER = VllmRunner(
     gpu_memory_utilization=0.3,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.model.hf import load_model, load_tokenizer, transformers4_spelling
-from pipeline.model.shapes import shape_of_config
+from pipeline.model.read import read_spec
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.tiny import TEXT
 
@@ -57,7 +57,7 @@ def test_both_spellings_of_a_config_are_one_model(tmp_path: Path, name: str) -> 
     assert "rope_parameters" not in old
     assert "rope_theta" in old
     assert set(new) & {"rope_theta", "rope_scaling"} == set()
-    assert shape_of_config(old) == shape_of_config(new) == shape_of_config(config)
+    assert read_spec(old) == read_spec(new) == read_spec(config)
     old["torch_dtype"] = old.pop("dtype")
     as_old = logits(with_config(folder, old, tmp_path / "old"))
     as_new = logits(with_config(folder, new, tmp_path / "new"))

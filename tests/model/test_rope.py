@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.read import read_spec
 from pipeline.model.rope import LongRopeScaling, Rope, rope_tables
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
@@ -43,7 +43,7 @@ def assert_equal_tables(rope: Rope, wanted: list[Any], *, rows: slice, context: 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_tables_of_published_configs_equal_transformers(path: Path) -> None:
     config = json.loads(path.read_text())
-    rope = DecoderConfig.from_json(config).rope
+    rope = read_spec(config).rope
     for context in (4096, 8192):  # Phi-4-mini's original context, and one beyond it
         assert_equal_tables(
             rope,
@@ -56,7 +56,7 @@ def test_tables_of_published_configs_equal_transformers(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_tables_differ_from_those_of_other_settings_by_far(path: Path) -> None:
     """The tolerance above would not forgive another theta, factor, context or attention factor."""
-    rope = DecoderConfig.from_json(json.loads(path.read_text())).rope
+    rope = read_spec(json.loads(path.read_text())).rope
     others = [Rope(theta=rope.theta * 1.1, rotary_dim=rope.rotary_dim, scaling=rope.scaling)]
     if rope.scaling is not None:
         others.append(Rope(theta=rope.theta, rotary_dim=rope.rotary_dim))

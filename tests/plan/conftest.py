@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +11,11 @@ from omegaconf import OmegaConf
 
 from pipeline.core.hardware import Target
 from pipeline.core.values import Limits
-from pipeline.model.shapes import ModelShape
+from pipeline.formats.spec import format_spec
+from pipeline.model.spec import ModelSpec
 from pipeline.plan import PlanRequest
+from pipeline.quant.spec import quant_spec
+from tests.specs import shape
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,11 +23,8 @@ Ask = Callable[..., PlanRequest]
 
 
 @pytest.fixture(scope="session")
-def shape_of() -> Callable[[str], ModelShape]:
-    def load(name: str) -> ModelShape:
-        return cast(ModelShape, _instantiate(ROOT / "recipes" / "shapes" / f"{name}.yaml"))
-
-    return load
+def shape_of() -> Callable[[str], ModelSpec]:
+    return functools.cache(shape)
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +36,11 @@ def target_of() -> Callable[[str], Target]:
 
 
 @pytest.fixture(scope="session")
-def ask(shape_of: Callable[[str], ModelShape], target_of: Callable[[str], Target]) -> Ask:
+def ask(shape_of: Callable[[str], ModelSpec], target_of: Callable[[str], Target]) -> Ask:
     """A request that plans cleanly: Llama 3.1 for vLLM on an RTX 4090; keywords change it."""
 
     def request(
-        shape: str | ModelShape = "llama3.1",
+        model: str | ModelSpec = "llama3.1",
         target: str = "rtx4090",
         *,
         max_batch_size: int = 8,
@@ -55,15 +56,18 @@ def ask(shape_of: Callable[[str], ModelShape], target_of: Callable[[str], Target
             kv_cache_dtype=kv_cache_dtype,
         )
         asked: dict[str, Any] = {
-            "name": shape if isinstance(shape, str) else "own",
-            "shape": shape_of(shape) if isinstance(shape, str) else shape,
+            "name": model if isinstance(model, str) else "own",
+            "shape": shape_of(model) if isinstance(model, str) else model,
             "target": target_of(target),
             "format": "checkpoint",
-            "quantization": "fp8",
+            "precision": "fp8",
             "limits": limits,
             "runtime": ("vllm", "0.24.0"),
         }
-        return PlanRequest(**(asked | changes))
+        asked |= changes
+        asked["format"] = format_spec(asked["format"])
+        asked["precision"] = quant_spec(asked["precision"])
+        return PlanRequest(**asked)
 
     return request
 

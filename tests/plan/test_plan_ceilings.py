@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import RecipeError
+from pipeline.formats.spec import format_spec
 from pipeline.plan import PlannedWorkload, PlanRequest, WorkloadPlan, make_plan, refuse
 from pipeline.plan.ceilings import Roofline
+from pipeline.quant.spec import quant_spec
 
 Ask = Callable[..., PlanRequest]
 B1 = PlannedWorkload(name="b1", batch=1, isl=128, osl=256)
@@ -38,7 +40,7 @@ def test_ceilings_of_a_4090_are_bandwidth_over_the_bytes_of_a_step(
     assert workload.ceiling < workload.ceiling_without_kv
     assert workload.bound == "memory"
     assert workload.reachable_batch == batch_for_312
-    assert round(planned(replace(request, quantization="none")).ceiling_without_kv) == fp16
+    assert round(planned(replace(request, precision=quant_spec("bf16"))).ceiling_without_kv) == fp16
 
 
 def test_kv_cache_of_all_sequences_is_read_in_each_step(ask: Ask) -> None:
@@ -73,7 +75,7 @@ def test_mean_context_is_the_mean_over_decode_steps(isl: int, osl: int, window: 
         bandwidth_bytes_per_s=1.0,
         step_weight_bytes=1,
         kv_bytes_per_token=1,
-        sliding_window=window,
+        windows=(window,),
         layer_s_per_token=1.0,
         lm_head_s_per_token=1.0,
     )
@@ -141,6 +143,6 @@ def test_reachable_batch_of_a_static_cache_counts_full_contexts(ask: Ask) -> Non
     # The same short workload: paged runtimes hold 32 tokens of it, the static cache all 4096.
     changes = {"isl": 16, "osl": 16, "min_output_tokens_per_s": 9000}
     paged = ask("phi3", max_seq_len=4096, kv_cache_dtype="float16")
-    static = replace(paged, format="trtrtx", runtime=("tensorrt-rtx", "1.7.1"))
+    static = replace(paged, format=format_spec("trtrtx"), runtime=("tensorrt-rtx", "1.7.1"))
     assert planned(paged, **changes).reachable_batch is not None
     assert planned(static, **changes).reachable_batch is None

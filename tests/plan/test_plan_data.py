@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.hardware import GIB, Target
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 
 ROOT = Path(__file__).parents[2]
 TARGETS = sorted(path.stem for path in (ROOT / "conf" / "target").glob("*.yaml"))
@@ -50,9 +50,9 @@ def test_fp8_peak_is_twice_the_16bit_peak_and_only_where_the_card_has_it(
     # Dense peaks of one card, same accumulation: a sparse number slipping in breaks the ratio.
     target = target_of(name)
     if target.sm < 89:
-        assert target.fp8_tflops is None
+        assert set(target.tflops) == {"fp16"}
     else:
-        assert target.fp8_tflops == pytest.approx(2 * target.fp16_tflops, rel=0.01)
+        assert target.flops("fp8") == pytest.approx(2 * target.flops("fp16"), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["rtx4090", "rtx4080", "rtx5090"])
@@ -62,11 +62,11 @@ def test_geforce_peaks_are_those_with_fp32_accumulation(
     # SMs x boost clock x FLOP per clock and SM: 512 in FP16 with FP32 accumulation on GeForce.
     sms_and_mhz = {"rtx4090": (128, 2520), "rtx4080": (76, 2505), "rtx5090": (170, 2407)}
     sms, mhz = sms_and_mhz[name]
-    assert target_of(name).fp16_tflops == pytest.approx(sms * mhz * 512 / 1e6, rel=0.01)
+    assert target_of(name).flops("fp16") == pytest.approx(sms * mhz * 512 * 1e6, rel=0.01)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shape_has_the_known_number_of_parameters(
-    name: str, shape_of: Callable[[str], ModelShape]
+    name: str, shape_of: Callable[[str], ModelSpec]
 ) -> None:
     assert shape_of(name).params == PARAMS[name]

@@ -67,16 +67,16 @@ def test_keep_16bit_doubles_the_bytes_of_what_it_picks(ask: Ask) -> None:
     extra = 30 * 1536 * 576
     assert kept.sizes.kept_16bit == 30
     assert kept.sizes.kept_16bit_extra_bytes == extra
-    assert plain.sizes.fp8_params - kept.sizes.fp8_params == extra
+    assert plain.sizes.quantized_params - kept.sizes.quantized_params == extra
     scales = 30 * 2 * 4
     assert kept.sizes.checkpoint_bytes - plain.sizes.checkpoint_bytes == extra - scales
     assert kept.sizes.step_weight_bytes - plain.sizes.step_weight_bytes == extra - scales
 
 
 def test_unquantized_weights_take_two_bytes_each(ask: Ask) -> None:
-    sizes = make_plan(ask("smollm2", quantization="none", kv_cache_dtype="bfloat16")).sizes
+    sizes = make_plan(ask("smollm2", precision="bf16", kv_cache_dtype="bfloat16")).sizes
     assert sizes.checkpoint_bytes == 2 * 134_515_008
-    assert sizes.fp8_params == 0
+    assert sizes.quantized_params == 0
 
 
 def test_tied_embedding_is_stored_once_and_untied_twice(ask: Ask) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.model.shapes import ModelShape
+from pipeline.model.read import read_spec
 from pipeline.plan import PlanRequest, make_plan
 from pipeline.plan.known_bad import known_bad_table, matching_rows, parse_table
+from tests.specs import published
 
 Ask = Callable[..., PlanRequest]
 RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "float16"}
@@ -15,22 +16,17 @@ TRTLLM = {"format": "trtllm", "runtime": ("tensorrt-llm", "1.2.1")}
 BLOCK = {"facts": {"weight_scales": "block"}}
 MTP = {"facts": {"speculation": "mtp"}}
 
-LONGROPE = ModelShape(
-    architecture="Phi3ForCausalLM", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
-    num_attention_heads=24, num_key_value_heads=8, head_dim=128, vocab_size=200064,
-    max_position_embeddings=131072, rope_theta=10000.0, rope_type="longrope",
-    original_max_position_embeddings=4096, tie_word_embeddings=True, sliding_window=262144,
-)  # fmt: skip
+LONGROPE = read_spec(published("phi-4-mini-instruct"))
 
 # Row -> a request that meets it, and changes that lead to neighbours which do not.
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "qwen2-fp8-kv-cache": (
-        {"shape": "qwen2.5"},
-        [{"kv_cache_dtype": "bfloat16"}, {"shape": "llama3.1"}],
+        {"model": "qwen2.5"},
+        [{"kv_cache_dtype": "bfloat16"}, {"model": "llama3.1"}],
     ),
     "fp8-below-sm89": (
         {"target": "a100"},
-        [{"target": "l4"}, {"quantization": "none"}],
+        [{"target": "l4"}, {"precision": "bf16"}],
     ),
     "block-fp8-on-ada-trtllm": (
         TRTLLM | BLOCK,
@@ -57,7 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"facts": {"cuda": "13.0"}},
             {"facts": {}},
             {"target": "h100"},
-            {"quantization": "none"},
+            {"precision": "bf16"},
         ],
     ),
     "trtllm-engines-are-gone": (
@@ -69,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         ],
     ),
     "rtx-not-for-datacenter": (RTX | {"target": "h200"}, [{"target": "rtx5090"}, TRTLLM]),
-    "rtx-on-a100": (RTX | {"target": "a100", "quantization": "none"}, [{"target": "l40s"}, TRTLLM]),
+    "rtx-on-a100": (RTX | {"target": "a100", "precision": "bf16"}, [{"target": "l40s"}, TRTLLM]),
     "rtx-fp8-kv-cache": (
         RTX | {"kv_cache_dtype": "fp8"},
         [{"kv_cache_dtype": "float16"}, TRTLLM],
@@ -79,12 +75,12 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [{"facts": {"cuda": "12.8"}}, {"facts": {"cuda": "12"}}, {"facts": {}}],
     ),
     "context-beyond-sliding-window": (
-        {"shape": "phi3", "max_seq_len": 2048},
-        [{"max_seq_len": 2047}, {"shape": "llama3.1"}],
+        {"model": "phi3", "max_seq_len": 2048},
+        [{"max_seq_len": 2047}, {"model": "llama3.1"}],
     ),
     "longrope-beyond-original-context": (
-        {"shape": LONGROPE, "max_seq_len": 4097},
-        [{"max_seq_len": 4096}, {"shape": "phi3", "max_seq_len": 2047}],
+        {"model": LONGROPE, "max_seq_len": 4097},
+        [{"max_seq_len": 4096}, {"model": "phi3", "max_seq_len": 2047}],
     ),
 }
 
@@ -133,7 +129,6 @@ ROW = "[{id: a, when: %s, severity: error, path: x, message: m, source: s}]"
     [
         (ROW % "{architectur: [Qwen2ForCausalLM]}", "architectur"),
         (ROW % "{sm_below: '89'}", "sm_below"),
-        (ROW % "{format: [onnx]}", "format"),
         (ROW % "{}", "without conditions"),
         ((ROW % "{sm: [89]}").replace("error", "fatal"), "severity"),
         ((ROW % "{sm: [89]}").replace("source: s", "url: s"), "url"),

@@ -10,8 +10,10 @@ import pytest
 
 from pipeline.core.errors import Fault
 from pipeline.core.hardware import GIB
+from pipeline.formats.spec import PAGED_SHARE
+from pipeline.model.read import read_spec
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
-from pipeline.plan.fit import PAGED_SHARE
+from tests.specs import published
 
 Ask = Callable[..., PlanRequest]
 RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "bfloat16"}
@@ -82,14 +84,7 @@ def test_context_is_bounded_by_what_the_model_was_trained_for(shape: str, ask: A
 
 def test_longrope_model_may_use_all_of_its_context_and_hears_of_the_edge(ask: Ask) -> None:
     base = ask("phi3")
-    phi4 = replace(
-        base.shape,
-        rope_type="longrope",
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-        num_key_value_heads=8,
-        sliding_window=262144,
-    )
+    phi4 = read_spec(published("phi-4-mini-instruct"))
     for context, notes in [(4096, 0), (4097, 1), (16384, 1)]:
         limits = replace(base.limits, max_seq_len=context)
         plan = make_plan(replace(base, shape=phi4, limits=limits))

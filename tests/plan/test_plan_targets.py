@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.acceptance.acceptance import Acceptance
-from pipeline.acceptance.workload import Workload
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 
 Ask = Callable[..., PlanRequest]
@@ -66,27 +66,22 @@ def test_share_is_replaced_by_its_rate_once_the_ceiling_is_known() -> None:
 
 def acceptance(**changes: Any) -> Acceptance:
     given: dict[str, Any] = {
-        "targets": (), "cpu_workloads": (), "text": PydocTopics(part="judge"), "windows": 36,
+        "targets": (), "text": PydocTopics(part="judge"), "windows": 36, "reference_windows": 8,
         "window_tokens": 256, "max_perplexity_increase": 0.01, "max_mean_kl_nats": 0.06,
-        "min_top1_agreement": 0.85, "sample_prompt": "?", "sample_tokens": 1, "repeats": 3,
+        "min_top1_agreement": 0.85, "repeats": 3,
         "time_limit_s": 600.0, "seed": 0,
     }  # fmt: skip
     return Acceptance(**(given | changes))
 
 
-def test_cpu_has_no_ceiling_to_take_a_share_of() -> None:
-    with pytest.raises(ValueError, match="share of the target card's ceiling"):
-        acceptance(cpu_workloads=(Workload(**LOAD, min_share_of_ceiling=0.5),))
-
-
 def test_disk_counts_the_log_probabilities_that_acceptance_keeps(ask: Ask) -> None:
     request = ask("smollm2")
     positions = acceptance().judged_positions(request.shape)
-    assert positions == 2 * 36 * 255
+    assert positions == (36 + 8) * 255
     before = make_plan(request).build
     after = make_plan(replace(request, judged_positions=positions)).build
-    # float16 over the vocabulary, a float32 likelihood and an int32 token (acceptance/quality.py).
-    added = positions * (2 * 49152 + 4 + 4)
+    # 4,096 ids and log-probabilities of 16 bit, and three numbers of 32 (acceptance/quality.py).
+    added = positions * (4096 * (2 + 2) + 12)
     assert after.disk_bytes == {**before.disk_bytes, "source_logprobs": added}
     assert after.to_json()["disk_total_bytes"] - before.to_json()["disk_total_bytes"] == added
 
@@ -94,4 +89,4 @@ def test_disk_counts_the_log_probabilities_that_acceptance_keeps(ask: Ask) -> No
 def test_model_too_slow_for_this_cpu_keeps_none(ask: Ask) -> None:
     shape = ask("llama3.1").shape
     assert acceptance().judged_positions(shape) == 0
-    assert acceptance(time_limit_s=1e9).judged_positions(shape) == 2 * 36 * 255
+    assert acceptance(time_limit_s=1e9).judged_positions(shape) == (36 + 8) * 255

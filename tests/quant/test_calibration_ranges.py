@@ -7,30 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import CorruptError, IncompatibleError
-from pipeline.model.shapes import ModelShape
 from pipeline.quant.calibration import FP8_E4M3_MAX, OUTLIER_FACTOR, check_amax
 from pipeline.quant.device import DeviceChoice, activation_bytes, choose_placement, cpu_dtype
-from pipeline.quant.sharing import bf16_scale_amax, fused_groups
+from pipeline.quant.sharing import bf16_scale_amax
+from tests.specs import tiny_spec
 
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM",
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=30,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=320,
-    max_position_embeddings=256,
-    rope_theta=5000.0,
-    tie_word_embeddings=True,
-)
+SHAPE = tiny_spec(num_hidden_layers=30)
 TOKENS = 64
 WHOLE = 2 * SHAPE.params + activation_bytes(SHAPE, TOKENS, 2)
 LAYER = (
-    2 * SHAPE.linear_params_per_layer
-    + 4 * SHAPE.embedding_params
-    + activation_bytes(SHAPE, TOKENS, 2)
+    2 * SHAPE.linear_params // 30 + 4 * SHAPE.embedding_params + activation_bytes(SHAPE, TOKENS, 2)
 )
 
 
@@ -106,11 +92,6 @@ def test_rounded_scale_covers_amax_and_is_at_most_one_bfloat16_step_above(amax: 
     assert scale >= wanted
     below = torch.nextafter(exact, torch.tensor(0.0, dtype=torch.bfloat16))
     assert below.float() < wanted, "a smaller bfloat16 scale would have covered amax"
-
-
-def test_only_whole_fused_groups_are_found() -> None:
-    names = ["a.self_attn.q_proj", "a.self_attn.o_proj", "a.self_attn.v_proj", "b.mlp.up_proj"]
-    assert fused_groups(names) == {"a.self_attn.qkv": ("a.self_attn.q_proj", "a.self_attn.v_proj")}
 
 
 def test_cpu_takes_float32_while_it_fits() -> None:

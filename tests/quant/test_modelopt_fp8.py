@@ -9,8 +9,6 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.values import Checkpoint
-from pipeline.quant.modelopt_fp8 import check_keep_patterns
-from pipeline.quant.sharing import fused_groups
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.sources.text.corpus import text_digest
 from tests.quant.tiny_quantized import (
@@ -52,7 +50,7 @@ def mixed(root: Path, made: Checkpoint) -> Checkpoint:
 
 def test_every_linear_is_fp8_with_its_scales(made: Checkpoint) -> None:
     checkpoint = UnifiedCheckpoint(made.dir)
-    assert sorted(made.fp8_linears) == sorted(checkpoint.fp8_linears) == sorted(LINEARS)
+    assert sorted(made.quantized_linears) == sorted(checkpoint.quantized_linears) == sorted(LINEARS)
     assert made.kept_16bit == ()
     scales = {f"{name}.{kind}_scale" for name in LINEARS for kind in ("weight", "input")}
     kv_scales = {
@@ -76,7 +74,7 @@ def test_all_that_is_not_fp8_is_bfloat16(made: Checkpoint) -> None:
 
 def test_fused_linears_share_one_weight_scale(made: Checkpoint) -> None:
     checkpoint = UnifiedCheckpoint(made.dir)
-    groups = fused_groups(LINEARS)
+    groups = checkpoint.spec.fused_modules()
     assert len(groups) == 6
     for names in groups.values():
         assert len({float(checkpoint.scalar(f"{name}.weight_scale")) for name in names}) == 1
@@ -152,7 +150,7 @@ def test_second_time_comes_from_the_cache(
 def test_kept_linears_stay_as_they_were(mixed: Checkpoint) -> None:
     kept = [name for name in LINEARS if ".layers.0." in name or name.endswith("down_proj")]
     assert sorted(mixed.kept_16bit) == sorted(kept)
-    assert sorted(mixed.fp8_linears) == sorted(set(LINEARS) - set(kept))
+    assert sorted(mixed.quantized_linears) == sorted(set(LINEARS) - set(kept))
     checkpoint, source = UnifiedCheckpoint(mixed.dir), UnifiedCheckpoint(mixed.weights.dir)
     for name in kept:
         assert checkpoint.tensors[f"{name}.weight"].dtype == "bfloat16"
@@ -181,21 +179,8 @@ def test_keeping_half_of_a_fused_group_is_a_recipe_fault(root: Path, made: Check
         quantizer.quantize(made.weights, shape_of(made.weights), cache)
     (fault,) = caught.value.faults
     assert fault.path == "quantizer.keep_16bit"
-    assert "model.layers.1.self_attn.qkv" in fault.message
-    assert "keep all or none" in fault.message
-
-
-def test_all_pattern_faults_are_reported_together() -> None:
-    with pytest.raises(RecipeError) as caught:
-        check_keep_patterns(LINEARS, ("nothing.*", "model.layers.*.mlp.gate_proj"))
-    messages = [fault.message for fault in caught.value.faults]
-    assert len(messages) == 1 + 3
-    assert "'nothing.*' matches no linear" in messages[0]
-    assert LINEARS[0] in messages[0]
-
-
-def test_patterns_that_keep_whole_groups_are_fine() -> None:
-    check_keep_patterns(LINEARS, ("model.layers.*.self_attn.[qkv]_proj", "*.down_proj"))
+    assert "model.layers.1.self_attn." in fault.message
+    assert "keep all of them or none" in fault.message
 
 
 def test_too_little_text_is_a_recipe_fault_and_leaves_nothing(

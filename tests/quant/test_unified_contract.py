@@ -11,10 +11,9 @@ import pytest
 
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.values import Checkpoint
-from pipeline.model.shapes import shape_of_config
+from pipeline.model.read import read_spec
 from pipeline.quant.calibration import FP8_E4M3_MAX
 from pipeline.quant.export import normalize_export
-from pipeline.quant.sharing import fused_groups
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.quant.verify import verify_checkpoint
 from tests.architectures import ARCHITECTURES
@@ -84,8 +83,8 @@ def test_cache_scales_are_the_calibrated_ranges(made: Checkpoint) -> None:
 
 def test_what_runtimes_fuse_shares_a_scale_or_is_one_matrix(made: Checkpoint) -> None:
     scales = scales_of(made.dir)
-    fused_in_source = "model.layers.0.self_attn.qkv_proj" in made.fp8_linears
-    groups = fused_groups(made.fp8_linears)
+    fused_in_source = "model.layers.0.self_attn.qkv_proj" in made.quantized_linears
+    groups = UnifiedCheckpoint(made.dir).spec.fused_modules()
     assert len(groups) == (0 if fused_in_source else 2 * 3)
     for names in groups.values():
         assert len({scales[f"{name}.weight_scale"] for name in names}) == 1
@@ -93,7 +92,7 @@ def test_what_runtimes_fuse_shares_a_scale_or_is_one_matrix(made: Checkpoint) ->
 
 def test_checkpoint_has_the_sources_shape(made: Checkpoint) -> None:
     source, checkpoint = config_of(made.weights.dir), config_of(made.dir)
-    assert shape_of_config(checkpoint) == shape_of_config(source)
+    assert read_spec(checkpoint) == read_spec(source)
     quantization = checkpoint.pop("quantization_config")
     assert quantization.pop("producer")["name"] == "modelopt"
     assert quantization == {
@@ -184,10 +183,10 @@ def test_missing_tensor_is_found_by_verification(
 ) -> None:
     made = architecture_checkpoint(root, name)
     verify = partial(verify_checkpoint, weights_dir=made.weights.dir)
-    verify(made.dir, fp8_linears=set(made.fp8_linears))
+    verify(made.dir, quantized_linears=set(made.quantized_linears))
     folder = changed_copy(made, tmp_path / "copy", tensor)
     with pytest.raises(CorruptError, match=f"{tensor} is missing"):
-        verify(folder, fp8_linears=set(made.fp8_linears))
+        verify(folder, quantized_linears=set(made.quantized_linears))
 
 
 def test_cache_scale_that_was_not_calibrated_is_refused(root: Path, tmp_path: Path) -> None:

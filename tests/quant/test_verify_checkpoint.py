@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def verify(made: Checkpoint, folder: Path) -> None:
-    verify_checkpoint(folder, made.weights.dir, set(made.fp8_linears))
+    verify_checkpoint(folder, made.weights.dir, set(made.quantized_linears))
 
 
 def planted(made: Checkpoint, folder: Path, change: Callable[[Tensors], None]) -> Path:
@@ -164,4 +164,4 @@ def test_long_lists_of_faults_are_cut_and_counted(made: Checkpoint, tmp_path: Pa
 
 def test_fp8_where_16_bit_was_asked_is_found(made: Checkpoint) -> None:
     with pytest.raises(CorruptError, match=f"{WEIGHT} has dtype float8_e4m3fn, wanted bfloat16"):
-        verify_checkpoint(made.dir, made.weights.dir, set(made.fp8_linears) - {LINEAR})
+        verify_checkpoint(made.dir, made.weights.dir, set(made.quantized_linears) - {LINEAR})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.hardware import Target
 from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.model.shapes import ModelShape, shape_of_config
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.calibration import Calibration
 from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from tests.specs import spec_of_folder
 from tests.tiny import TEXT, tiny_model
 
 ADA = Target(
@@ -21,8 +21,7 @@ ADA = Target(
     sm=89,
     memory_gib=24.0,
     bandwidth_gb_s=1000.0,
-    fp16_tflops=100.0,
-    fp8_tflops=200.0,
+    tflops={"fp16": 100.0, "fp8": 200.0},
     power_w=300,
     source="test",
 )
@@ -58,8 +57,8 @@ def local_weights(folder: Path) -> Weights:
     )
 
 
-def shape_of(weights: Weights) -> ModelShape:
-    return ModelShape(**shape_of_config(json.loads((weights.dir / "config.json").read_text())))
+def shape_of(weights: Weights) -> ModelSpec:
+    return spec_of_folder(weights.dir)
 
 
 def tiny_quantizer(*keep_16bit: str) -> ModelOptFp8:

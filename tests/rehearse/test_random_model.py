@@ -8,83 +8,64 @@ from pathlib import Path
 import pytest
 
 from pipeline.model.hf import load_model, load_tokenizer
-from pipeline.model.random_model import config_of_shape, write_random_model
-from pipeline.model.shapes import ModelShape, shape_faults
-from pipeline.model.shrink import CONTEXT, small_shape
+from pipeline.model.random_model import write_random_model
+from pipeline.model.read import read_spec
+from pipeline.model.rope import LongRopeScaling
+from pipeline.rehearse.shrink import CONTEXT, small_spec
 from pipeline.sources.text.topics import PydocTopics
+from tests.specs import published, shape
 
 ROOT = Path(__file__).parents[2]
 SHAPES = sorted(path.stem for path in (ROOT / "recipes" / "shapes").glob("*.yaml"))
 
 
-def _shape(name: str) -> ModelShape:
-    import yaml
-
-    fields = yaml.safe_load((ROOT / "recipes" / "shapes" / f"{name}.yaml").read_text())
-    fields.pop("_target_")
-    return ModelShape(**fields)
-
-
 @pytest.mark.parametrize("name", SHAPES)
-def test_config_reads_back_as_the_same_shape(name: str) -> None:
-    for shape in (_shape(name), small_shape(_shape(name))):
-        assert shape_faults(shape, config_of_shape(shape)) == []
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_small_shape_keeps_what_a_converter_can_get_wrong(name: str) -> None:
-    real, small = _shape(name), small_shape(_shape(name))
-    for field in ("architecture", "tie_word_embeddings", "attention_bias", "rope_type"):
-        assert getattr(small, field) == getattr(real, field)
-    ratio = real.num_attention_heads // real.num_key_value_heads
-    assert small.num_attention_heads == ratio * small.num_key_value_heads
-    assert (small.sliding_window is None) == (real.sliding_window is None)
-    if small.sliding_window is not None:
-        assert small.sliding_window < CONTEXT
+def test_small_spec_keeps_what_a_converter_can_get_wrong(name: str) -> None:
+    real, small = shape(name), small_spec(shape(name))
+    assert (small.architecture, small.tied) == (real.architecture, real.tied)
+    assert small.rope.kind == real.rope.kind
+    ours, theirs = small.layers[0], real.layers[0]
+    for kept in ("role", "module", "bias", "fused"):
+        assert [getattr(linear, kept) for linear in ours.linears] == [
+            getattr(linear, kept) for linear in theirs.linears
+        ]
+    assert ours.attention.heads * theirs.attention.kv_heads == (
+        theirs.attention.heads * ours.attention.kv_heads
+    )
+    assert (small.window is None) == (real.window is None)
+    assert small.window is None or small.window < CONTEXT
     assert small.params < 3_000_000
 
 
-def test_longrope_shape_gets_factors_for_every_frequency() -> None:
-    longrope = ModelShape(
-        architecture="Phi3ForCausalLM",
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=96,
-        vocab_size=32064,
-        max_position_embeddings=131072,
-        rope_theta=10000.0,
-        rope_type="longrope",
-        original_max_position_embeddings=4096,
-    )
-    small = small_shape(longrope)
-    scaling = config_of_shape(small)["rope_scaling"]
-    assert len(scaling["long_factor"]) == len(scaling["short_factor"]) == small.head_dim // 2
-    assert shape_faults(small, config_of_shape(small)) == []
+def test_small_longrope_has_factors_for_every_frequency_in_either_spelling() -> None:
+    config = published("phi-4-mini-instruct")
+    rope = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    for spelled in (published("phi-4-mini-instruct"), {**config, "rope_parameters": rope}):
+        scaling = small_spec(read_spec(spelled)).rope.scaling
+        assert isinstance(scaling, LongRopeScaling)
+        assert len(scaling.long_factors) == 32 * 3 // 4 // 2
 
 
 @pytest.mark.parametrize("name", ["phi3", "qwen2.5", "smollm2"])
 def test_transformers_finds_every_tensor_and_no_other(name: str, tmp_path: Path) -> None:
-    shape = small_shape(_shape(name))
+    spec = small_spec(shape(name))
     write_random_model(
-        shape, tmp_path, documents=list(PydocTopics(part="calibrate").documents()), seed=0
+        spec, tmp_path, documents=list(PydocTopics(part="calibrate").documents()), seed=0
     )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     model = load_model(tmp_path, "float32")
     wanted = {parameter for parameter, _ in model.named_parameters()}
     assert set(index) == wanted
-    assert sum(p.numel() for p in model.parameters()) == shape.params
+    assert sum(p.numel() for p in model.parameters()) == spec.params
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode("A small engine.")) == "A small engine."
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
-    shape = small_shape(_shape("smollm2"))
+    spec = small_spec(shape("smollm2"))
     written = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / folder).mkdir()
-        write_random_model(shape, tmp_path / folder, documents=["abc def"], seed=seed)
+        write_random_model(spec, tmp_path / folder, documents=["abc def"], seed=seed)
         written.append((tmp_path / folder / "model-00001-of-00001.safetensors").read_bytes())
     assert written[0] == written[1] != written[2]

@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.lengths import Lengths
+from pipeline.acceptance.abilities import ability_faults
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.acceptance.workload import Workload
 from pipeline.build import plan_of
 from pipeline.config import load as config
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.plan import Plan, refuse
-from pipeline.runners.abilities import ability_faults, needed, why_not_workload
+from pipeline.runners.abilities import needed, why_not_workload
+from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner
 from pipeline.runners.session import Ability, Runner
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.trtllm.runner import TrtLlmRunner
 from pipeline.runners.trtrtx.runner import TrtRtxRunner
 from pipeline.runners.vllm.runner import VllmRunner
+from pipeline.runners.workload import Workload
 from tests.acceptance.test_acceptance_speed import acceptance
 
 PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)
@@ -75,24 +76,21 @@ def faults(runner: Runner, **changes: Any) -> tuple[Fault, ...]:
 
 def test_only_what_would_run_here_is_asked() -> None:
     rate = dataclasses.replace(LOADS["request_rate"], name="rate")
-    assert faults(VLLM, targets=(rate,), cpu_workloads=()) == ()
-    (fault,) = faults(RTX, targets=(PLAIN, rate), cpu_workloads=())
+    assert faults(VLLM, targets=(rate,)) == ()
+    (fault,) = faults(RTX, targets=(PLAIN, rate))
     assert fault.path == "acceptance.targets[1]"
-    # A CPU stands in for a card: it measures the other list.
-    assert faults(OnnxRuntimeRunner(), targets=(rate,), cpu_workloads=()) == ()
-    (fault,) = faults(OnnxRuntimeRunner(), targets=(), cpu_workloads=(rate,))
-    assert fault.path == "acceptance.cpu_workloads[0]"
     assert "request_rate (runner=vllm does)" in fault.message
+    assert faults(OnnxRuntimeRunner(), targets=(rate,)) == ()  # no speed is measured on a CPU
 
 
 def test_cache_that_cannot_be_cleared_is_a_fault_of_the_recipe() -> None:
     asked = SustainedRun(minutes=1.0, clear_cache=True)
     assert faults(TransformersRunner(), sustained=asked) == ()
     for runner in (VLLM, RTX, TRTLLM, OnnxRuntimeRunner()):
-        (fault,) = faults(runner, cpu_workloads=(), sustained=asked)
+        (fault,) = faults(runner, sustained=asked)
         assert fault.path == "acceptance.sustained.clear_cache"
         assert "runner=transformers does" in fault.message
-        assert faults(runner, cpu_workloads=(), sustained=SustainedRun(minutes=1.0)) == ()
+        assert faults(runner, sustained=SustainedRun(minutes=1.0)) == ()
 
 
 def composed(*overrides: str) -> Plan:

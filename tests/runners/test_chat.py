@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.commands.generating import decode_pieces
 from pipeline.runners.chat import chat_prompt, eos_ids
-from pipeline.runners.generate import decode_pieces
 
 
 class Named:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.commands.generating import decode_pieces
 from pipeline.core.errors import RecipeError
 from pipeline.formats.trtrtx.graph_writer import write_weights
 from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
@@ -16,7 +17,6 @@ from pipeline.model.hf import load_tokenizer
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.chat import chat_prompt, eos_ids
 from pipeline.runners.decode import prefill, stream_greedy
-from pipeline.runners.generate import decode_pieces
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
 from pipeline.runners.transformers import open_source
 from tests.tiny import tiny_model

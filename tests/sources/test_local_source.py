@@ -15,9 +15,8 @@ from pipeline.core.errors import (
     PipelineError,
     RecipeError,
 )
-from pipeline.sources.files import check_safetensors
 from pipeline.sources.local import LocalSource
-from tests.sources.tiny_model import BROKEN_SAFETENSORS, SHARDS, safetensors, tiny_repository
+from tests.sources.tiny_model import BROKEN_SAFETENSORS, SHARDS, tiny_repository
 
 INDEX = "model.safetensors.index.json"
 
@@ -75,39 +74,6 @@ def test_broken_shard_is_corrupt_and_named(folder: Path, fault: str) -> None:
 
     assert SHARDS[1] in str(caught.value)
     assert caught.value.exit_code == 4
-
-
-# Of two tensors with one name the library keeps the last and says nothing.
-@pytest.mark.parametrize("fault", sorted(set(BROKEN_SAFETENSORS) - {"duplicate-tensor"}))
-def test_the_safetensors_library_refuses_the_same_files(tmp_path: Path, fault: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    path = tmp_path / "broken.safetensors"
-    path.write_bytes(BROKEN_SAFETENSORS[fault][0])
-
-    with pytest.raises(SafetensorError):
-        safe_open(path, framework="np")
-
-
-def test_what_the_safetensors_library_writes_is_taken(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    dtypes = [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64, torch.bool]
-    tensors = {f"{dtype}{shape}": torch.zeros(shape, dtype=dtype)
-               for dtype in dtypes for shape in [(2, 3), (), (0, 4)]}  # fmt: skip
-    save_file(tensors, tmp_path / "good.safetensors", {"format": "pt"})
-
-    assert check_safetensors(tmp_path / "good.safetensors") == set(tensors)
-
-
-def test_no_truncation_goes_unnoticed(tmp_path: Path) -> None:
-    whole = safetensors({"a": 20, "b": 3})
-    path = tmp_path / "x.safetensors"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CorruptError):
-            check_safetensors(path)
 
 
 def test_missing_shard_is_named(folder: Path) -> None:

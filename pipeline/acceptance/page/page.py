@@ -59,7 +59,6 @@ def render_page(
         sections.quality(report, limits),
         answers.lm_eval(report),
         answers.chat(report),
-        sections.sample(report),
         sections.checks(report),
         sections.conditions(report),
         sections.footer(report, plots=installed()),

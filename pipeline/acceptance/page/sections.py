@@ -246,22 +246,6 @@ def mark(kept: bool | None) -> Html:
     return tag("span", "met" if kept else "missed", class_=f"mark {'good' if kept else 'bad'}")
 
 
-def sample(report: Mapping[str, Any]) -> Html:
-    """One answer, so that a person can see whether it is language."""
-    text = report["quality"].get("sample")
-    if not text:
-        return NOTHING
-    answer = str(text["answer"])
-    blank = tag("p", f"The answer is blank: {len(answer)} characters, none of them visible.")
-    return section(
-        "Sample answer",
-        tag("p", "Prompt", class_="turn"),
-        tag("pre", text["prompt"], dir="auto"),
-        tag("p", "Answer, greedy", class_="turn"),
-        tag("pre", answer, dir="auto") if answer.strip() else blank,
-    )
-
-
 def checks(report: Mapping[str, Any]) -> Html:
     """What is known about the engine although it did not run."""
     parts = []

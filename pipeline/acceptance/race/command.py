@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.acceptance.race.request import TRTLLM, Request, compose, runner_of, workloads_of
 from pipeline.acceptance.race.transformers_contender import TRANSFORMERS
 from pipeline.acceptance.race.vllm_contenders import VLLM_PEERS
-from pipeline.acceptance.workload import Workload
 from pipeline.commands.answer import Answer
 from pipeline.core.errors import ExitCode, IncompatibleError
+from pipeline.runners.workload import Workload
 
 if TYPE_CHECKING:
     from pipeline.acceptance.card import HeldCard
@@ -49,8 +49,7 @@ def run_race_command(request: Request) -> Answer:
     runner = runner_of(recipe)
     if reason := runner.why_not_here(recipe.compiler.pinned_runtime):
         raise IncompatibleError(f"a race runs in vLLM on a GPU: {reason}")
-    from pipeline.acceptance.card import held_card
-    from pipeline.acceptance.conditions import disturbance
+    from pipeline.acceptance.card import disturbance, held_card
     from pipeline.acceptance.race.journal import open_journal, require_folder
     from pipeline.acceptance.race.prepare import on_random_weights, prepare
     from pipeline.build import plan_of
@@ -257,7 +256,7 @@ def roofline_on(recipe: Recipe, card: str) -> Any:
     if target is None:
         return None
     plan = plan_of(dataclasses.replace(recipe, target=target))
-    return roofline(recipe.shape, plan.sizes, target)
+    return roofline(plan.request, plan.sizes)
 
 
 def tool_versions() -> dict[str, str]:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.cache import StageCache, atomic_folder, locked
+from pipeline.core.atomic_folder import atomic_folder
+from pipeline.core.cache import StageCache, locked
 from pipeline.core.errors import ExitCode, PipelineError
 from pipeline.core.launch import end_with_parent
 from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.random_model import write_random_model
-from pipeline.model.shrink import small_quantizer
 from pipeline.rehearse.random_source import RandomSource
+from pipeline.rehearse.shrink import small_quantizer
 from pipeline.sources.text.topics import PydocTopics
 
 if TYPE_CHECKING:

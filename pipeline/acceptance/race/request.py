@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.acceptance.race.transformers_contender import TRANSFORMERS
 from pipeline.acceptance.race.vllm_contenders import VLLM_PEERS
-from pipeline.acceptance.workload import Workload
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.data import data_dir
 from pipeline.core.errors import Fault, RecipeError
+from pipeline.runners.workload import Workload
 
 if TYPE_CHECKING:
     from pipeline.build import Recipe

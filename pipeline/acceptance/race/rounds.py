@@ -20,9 +20,9 @@ from pipeline.acceptance.race.contenders import Contender, fit_fault
 from pipeline.acceptance.race.journal import Journal
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import Session
+from pipeline.runners.workload import Workload
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.acceptance.race.contenders import Pace
 from pipeline.acceptance.race.vllm_contenders import weight_bytes
-from pipeline.acceptance.workload import Workload
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 from pipeline.runners.child_session import module_program
 from pipeline.runners.session import Demands, Device, Generation, Session
 from pipeline.runners.vllm.process import Child, generate_request, running_child
 from pipeline.runners.vllm.session import Timeouts
+from pipeline.runners.workload import Workload
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,11 +72,11 @@ class TransformersContender:
 
 
 def transformers_memory_bytes(
-    weights_dir: Path, shape: ModelShape, workloads: Sequence[Workload]
+    weights_dir: Path, shape: ModelSpec, workloads: Sequence[Workload]
 ) -> int:
     """Weights, a 16-bit cache for the largest workload, and what comes beside them."""
     tokens = max(load.batch * (load.isl + load.osl) for load in workloads)
-    cache = _CACHE_COPIES * tokens * shape.kv_bytes_per_token(2)
+    cache = _CACHE_COPIES * shape.kv_bytes(tokens, 2)
     return weight_bytes(weights_dir) + cache + OVERHEAD_BYTES
 
 

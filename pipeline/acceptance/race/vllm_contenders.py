@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.acceptance.race.contenders import OURS, Pace
-from pipeline.acceptance.workload import Workload
 from pipeline.core.values import Engine
-from pipeline.model.shapes import ModelShape
+from pipeline.model.spec import ModelSpec
 from pipeline.runners.session import Session
 from pipeline.runners.vllm.session import Timeouts, engine_arguments, open_session
+from pipeline.runners.workload import Workload
 
 MEMORY_SHARE = "0.05"
 """Not the memory that vLLM takes, only what its first check demands: see above."""
@@ -82,7 +82,7 @@ VLLM_PEERS = tuple(_PEERS)
 
 
 def ours_in_vllm(
-    engine: Engine, shape: ModelShape, workloads: Sequence[Workload], timeouts: Timeouts
+    engine: Engine, shape: ModelSpec, workloads: Sequence[Workload], timeouts: Timeouts
 ) -> VllmContender:
     """Our artifact, as its own manifest says how to serve it."""
     element_bytes = 1 if engine.limits.kv_cache_dtype == "fp8" else 2
@@ -101,7 +101,7 @@ def vllm_peer(
     name: str,
     weights_dir: Path,
     engine: Engine,
-    shape: ModelShape,
+    shape: ModelSpec,
     workloads: Sequence[Workload],
     timeouts: Timeouts,
 ) -> VllmContender:
@@ -137,7 +137,7 @@ def shared_arguments(serve_args: Sequence[str]) -> tuple[str, ...]:
 
 
 def cache_bytes(
-    shape: ModelShape, workloads: Sequence[Workload], engine: Engine, element_bytes: int
+    shape: ModelSpec, workloads: Sequence[Workload], engine: Engine, element_bytes: int
 ) -> int:
     """KV cache for the largest workload, in whole blocks, with a tenth to spare.
 
@@ -155,7 +155,7 @@ def cache_bytes(
 
     held = max(load.batch * blocks(load.isl + load.osl) for load in workloads)
     wanted = int(_SLACK * max(held, blocks(engine.limits.max_seq_len))) + 1
-    return wanted * _BLOCK_TOKENS * shape.kv_bytes_per_token(element_bytes)
+    return shape.kv_bytes(wanted * _BLOCK_TOKENS, element_bytes)
 
 
 def weight_bytes(folder: Path) -> int:

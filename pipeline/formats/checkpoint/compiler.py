@@ -14,6 +14,8 @@ from pipeline.core.cache import StageCache, digest_folder, source_digest
 from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.formats.checkpoint.spec import SPEC
+from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
 _NOT_SERVED = frozenset({"calibration.json", "stage.json"})
@@ -21,7 +23,7 @@ _NOT_SERVED = frozenset({"calibration.json", "stage.json"})
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointCompiler:
-    """Packs the unified FP8 checkpoint for a runtime that compiles nothing ahead of time.
+    """Packs the unified checkpoint for a runtime that compiles nothing ahead of time.
 
     Attributes:
         max_batch_size: Requests that the server is told to run at once.
@@ -47,7 +49,7 @@ class CheckpointCompiler:
 
     @property
     def format(self) -> Format:
-        return "checkpoint"
+        return SPEC.name
 
     @property
     def limits(self) -> Limits:
@@ -61,9 +63,6 @@ class CheckpointCompiler:
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         return self.runtime, self.runtime_version
-
-    def variant(self, target: Target) -> str:
-        return "any-checkpoint-fp8" + ("-kv8" if self.kv_cache_dtype == "fp8" else "")
 
     def check_machine(self, target: Target) -> None:
         """Any machine will do."""
@@ -83,29 +82,22 @@ class CheckpointCompiler:
             lambda out: self._produce(checkpoint.dir, out / "engine"),
         )
         engine_dir = result.dir / "engine"
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        token_bytes = config.kv_bytes_per_token(1 if self.kv_cache_dtype == "fp8" else 2)
+        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
+            self.max_seq_len, KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
+        )
         weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
         return Engine(
             dir=engine_dir,
             digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
-            format="checkpoint",
-            variant=self.variant(target),
+            format=SPEC.name,
+            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
             runtime=(self.runtime, self.runtime_version),
             sms=(),
             limits=self.limits,
-            min_vram_bytes=weight_bytes + token_bytes * self.max_seq_len,
-            serve_args=(
-                "--max-model-len",
-                str(self.max_seq_len),
-                "--max-num-seqs",
-                str(self.max_batch_size),
-                "--max-num-batched-tokens",
-                str(self.max_num_tokens),
-                *(("--kv-cache-dtype", "fp8") if self.kv_cache_dtype == "fp8" else ()),
-            ),
+            min_vram_bytes=weight_bytes + cache_bytes,
+            serve_args=SPEC.serve_args(self.limits),
             tools=dict(checkpoint.calibration["tools"]),
-            checks={"fp8_linears": len(checkpoint.fp8_linears)},
+            checks={"quantized_linears": len(checkpoint.quantized_linears)},
         )
 
     def _produce(self, checkpoint_dir: Path, engine_dir: Path) -> None:
@@ -115,10 +107,10 @@ class CheckpointCompiler:
             if path.is_file() and path.name not in _NOT_SERVED:
                 shutil.copyfile(path, engine_dir / path.name)
         _untie(engine_dir)
-        if self.kv_cache_dtype == "fp8":
+        if quant_algo := KV_CACHE_DTYPES[self.kv_cache_dtype].quant_algo:
             declared = engine_dir / "hf_quant_config.json"
             content = json.loads(declared.read_text())
-            content["quantization"]["kv_cache_quant_algo"] = "FP8"
+            content["quantization"]["kv_cache_quant_algo"] = quant_algo
             declared.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -37,8 +37,10 @@ from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, fi
 from pipeline.formats.trtllm.plugins import Plugins
 from pipeline.formats.trtllm.read_back import ENGINE_FILE, Wanted, forget_paths, read_back
 from pipeline.formats.trtllm.release import NAME, VERSION
+from pipeline.formats.trtllm.spec import SPEC
 from pipeline.formats.trtllm.timing_cache import TimingCache
 from pipeline.quant.export import copy_companions
+from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
 _CODE = ("pipeline.formats.trtllm",)
@@ -116,7 +118,7 @@ class TrtLlmCompiler:
 
     @property
     def format(self) -> Format:
-        return "trtllm"
+        return SPEC.name
 
     @property
     def limits(self) -> Limits:
@@ -145,10 +147,6 @@ class TrtLlmCompiler:
     def command(self) -> tuple[str, ...]:
         """The build, with relative paths: what a rehearsal shows and an export prints."""
         return example_command(self.sizes, self.plugins, self.kv_cache_dtype)
-
-    def variant(self, target: Target) -> str:
-        suffix = "-kv8" if self.kv_cache_dtype == "fp8" else ""
-        return f"{target.id}-trtllm-fp8-b{self.max_batch_size}-s{self.max_seq_len}{suffix}"
 
     def inputs(self, target: Target) -> dict[str, Any]:
         return {
@@ -266,24 +264,20 @@ class TrtLlmCompiler:
         engine_dir = result.dir / ENGINE
         checks = result.read_json("checks.json")
         built_with = Environment(**checks["environment"])
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        token_bytes = config.kv_bytes_per_token(1 if self.kv_cache_dtype == "fp8" else 2)
+        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
+            self.max_seq_len, KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
+        )
         return Engine(
             dir=engine_dir,
             digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
-            format="trtllm",
-            variant=self.variant(target),
+            format=SPEC.name,
+            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
             runtime=(NAME, built_with.tensorrt_llm),
             sms=(target.sm,),
             limits=self.limits,
             # As for every paged runtime: what one request of full length needs, at least.
-            min_vram_bytes=(engine_dir / ENGINE_FILE).stat().st_size
-            + token_bytes * self.max_seq_len,
-            serve_args=(
-                *("--backend", "tensorrt"),
-                *("--max_batch_size", str(self.max_batch_size)),
-                *("--max_num_tokens", str(self.max_num_tokens)),
-            ),
+            min_vram_bytes=(engine_dir / ENGINE_FILE).stat().st_size + cache_bytes,
+            serve_args=SPEC.serve_args(self.limits),
             tools={**checkpoint.calibration["tools"], **built_with.tools},
             checks={"trtllm_build": checks, "conversion": converted.read_json("conversion.json")},
         )

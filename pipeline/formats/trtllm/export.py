@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cache import atomic_folder
+from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.data import data_dir
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.formats.trtllm.command import (
@@ -87,7 +87,7 @@ def export_trtllm(
         kv_cache_dtype=kv_cache_dtype, dtype=dtype, tp_size=tp_size, pp_size=pp_size
     )
     if kv_cache_dtype == "fp8":
-        _check_known_bad(checkpoint.config.architecture)
+        _check_known_bad(checkpoint.spec.architecture)
     with atomic_folder(out_dir) as private:
         record = write_checkpoint(checkpoint_dir, settings, private)
         copy_companions(checkpoint_dir, private)
@@ -97,7 +97,7 @@ def export_trtllm(
     log.info(
         "%s: %d FP8 linears, %d in %s, KV cache %s",
         out_dir,
-        record.fp8_linears,
+        record.quantized_linears,
         len(record.kept_16bit),
         record.dtype,
         record.kv_cache_dtype,
@@ -178,9 +178,9 @@ def build_sizes(
         NotFoundError: There is no checkpoint.
         RecipeError: The sizes contradict each other or the model, or the model is not understood.
     """
-    config = _open(checkpoint_dir).config
-    context = config.max_position_embeddings
-    length = max_seq_len or min(context, config.sliding_window or context, _SEQ_LEN)
+    spec = _open(checkpoint_dir).spec
+    context = spec.max_position_embeddings
+    length = max_seq_len or min(context, spec.window or context, _SEQ_LEN)
     tokens = min(max_num_tokens or _NUM_TOKENS, max_batch_size * length)
     faults = []
     if tokens < max_batch_size:

@@ -1,4 +1,4 @@
-"""Compiles an ONNX graph with TensorRT-RTX; runs in a process of its own.
+"""What TensorRT-RTX does, each in a process of its own: checking a network, and compiling it.
 
     python -m pipeline.formats.trtrtx.child JOB.json
 
@@ -8,14 +8,18 @@ take the pipeline along: so the caller keeps this process's output and reads its
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.formats.trtrtx.network_check.interface import DecoderInterface
+from pydantic import TypeAdapter
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.process import run_tool
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface, guard_network
+from pipeline.formats.trtrtx.network_check.network import parse_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,70 +48,52 @@ class CompileJob:
 
     Attributes:
         graph: ONNX file, weights beside it.
-        interface: What the graph takes and gives; the guard demands it of the parsed network.
+        interface: What the graph takes and gives; the guard requires it of the parsed network.
         plan: Where the engine is written.
         sm: Compute capability; the engine runs on this one only.
         profiles: In the order in which a runtime selects them.
     """
 
-    graph: str
+    graph: Path
     interface: DecoderInterface
-    plan: str
+    plan: Path
     sm: int
     profiles: tuple[Profile, ...]
 
-    def write(self, path: Path) -> None:
-        """Write the job file."""
-        path.write_text(json.dumps(dataclasses.asdict(self)))
+    def run(self) -> None:
+        """Parse, guard, compile, write the plan.
 
-    @staticmethod
-    def read(path: Path) -> CompileJob:
-        """Read a job file."""
-        fields = json.loads(path.read_text())
-        profiles = tuple(
-            Profile(**{name: tuple(sizes) for name, sizes in profile.items()})
-            for profile in fields.pop("profiles")
-        )
-        interface = DecoderInterface(**fields.pop("interface"))
-        return CompileJob(profiles=profiles, interface=interface, **fields)
+        Raises:
+            CheckError: The parsed network is not the graph that was written.
+            RuntimeError: The compiler refused; its messages are on stderr.
+            OSError: The plan cannot be written.
+        """
+        import tensorrt_rtx as trt
 
-
-def compile_graph(job: CompileJob) -> None:
-    """Parse, guard, compile, write the plan.
-
-    Raises:
-        CheckError: The parsed network is not the graph that was written.
-        RuntimeError: The parser or the compiler refused; what it said is on stderr.
-        OSError: The plan cannot be written.
-    """
-    import tensorrt_rtx as trt
-
-    from pipeline.formats.trtrtx.network_check.guard import guard_network
-
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(job.graph):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise RuntimeError(f"TensorRT-RTX cannot parse {job.graph}: {errors}")
-    guard_network(network, job.interface)
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.sm}"), 0)
-    # The names of layers and their types stay readable in the plan: that is how FP8 is proven.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    for profile in job.profiles:
-        config.add_optimization_profile(_optimization_profile(builder, network, profile))
-    # Piece by piece into the file: a plan built in memory is one more copy of the weights, and with
-    # it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
-    with Path(job.plan).open("wb") as stream:
-        writer = _writer(stream)
-        built = builder.build_serialized_network_to_stream(network, config, writer)
-    if writer.fault is not None:
-        raise writer.fault
-    if not built:
-        raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
+        parsed = parse_network(self.graph)
+        guard_network(parsed.network, self.interface)
+        config = parsed.builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{self.sm}"), 0)
+        # The names of layers and their types stay readable in the plan: the proof reads them.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        for profile in self.profiles:
+            shapes = parsed.builder.create_optimization_profile()
+            for index in range(parsed.network.num_inputs):
+                tensor = parsed.network.get_input(index)
+                shapes.set_shape(tensor.name, *profile.shapes(tensor.name, tuple(tensor.shape)))
+            config.add_optimization_profile(shapes)
+        # Piece by piece into the file: a plan built in memory is one more copy of the weights, and
+        # with it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
+        with self.plan.open("wb") as stream:
+            writer = _writer(stream)
+            built = parsed.builder.build_serialized_network_to_stream(
+                parsed.network, config, writer
+            )
+        if writer.fault is not None:
+            raise writer.fault
+        if not built:
+            raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
 
 
 def _writer(stream: BinaryIO) -> Any:
@@ -131,13 +117,52 @@ def _writer(stream: BinaryIO) -> Any:
     return PlanWriter()
 
 
-def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
-    shapes = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shapes.set_shape(tensor.name, *profile.shapes(tensor.name, tuple(tensor.shape)))
-    return shapes
+@dataclass(frozen=True, kw_only=True)
+class CheckJob:
+    """What to check: `network_check.compare.check_network`'s arguments, and where to write."""
+
+    graph: Path
+    reference: Path
+    interface: DecoderInterface
+    result: Path
+
+    def run(self) -> None:
+        """Check; the result appears only when the network passed.
+
+        Raises:
+            CheckError: It did not.
+        """
+        from pipeline.formats.trtrtx.network_check.compare import check_network
+
+        found = check_network(self.graph, self.reference, interface=self.interface)
+        self.result.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+
+
+_JOB: TypeAdapter[CompileJob | CheckJob] = TypeAdapter(CompileJob | CheckJob)
+
+
+def run_child(job: CompileJob | CheckJob, folder: Path, *, stage: str, log_path: Path) -> None:
+    """Run a job in a child process; its file is in `folder` meanwhile.
+
+    Raises:
+        ToolError: It failed; the message has the last lines of the log.
+    """
+    job_file = folder / "job.json"
+    job_file.write_bytes(_JOB.dump_json(job))
+    command = [sys.executable, "-m", "pipeline.formats.trtrtx.child", str(job_file)]
+    run_tool(command, stage=stage, log_path=log_path)
+    job_file.unlink()
+
+
+def main(job_file: Path) -> int:
+    """Run one job; returns the exit code, with the reason on stderr."""
+    try:
+        _JOB.validate_json(job_file.read_bytes()).run()
+    except PipelineError as error:
+        sys.stderr.write(f"{error}\n")
+        return int(error.exit_code)
+    return 0
 
 
 if __name__ == "__main__":
-    compile_graph(CompileJob.read(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1])))

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import mmap
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +21,20 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import StageCache, digest_folder, source_digest
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target
-from pipeline.core.process import run_tool
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
-from pipeline.formats.trtrtx.child import CompileJob, Profile
+from pipeline.formats.trtrtx.child import CompileJob, Profile, run_child
+from pipeline.formats.trtrtx.linears import node_names
 from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
+from pipeline.formats.trtrtx.onnx_graph import buildable_layer
 from pipeline.formats.trtrtx.plan_text import prove_fp8
+from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
 from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
-from pipeline.model.decoder_config import DecoderConfig
-from pipeline.model.linears import node_names
+from pipeline.model.spec import Attention, ModelSpec
 from pipeline.quant.export import copy_companions
+from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
-_PACKAGE = "tensorrt-rtx-cu13"
-PLAN_FILE = "model.engine"
 _CODE = (
     "pipeline.formats.trtrtx.compiler",
     "pipeline.formats.trtrtx.child",
@@ -83,7 +82,7 @@ class TrtRtxCompiler:
 
     @property
     def format(self) -> Format:
-        return "trtrtx"
+        return SPEC.name
 
     @property
     def limits(self) -> Limits:
@@ -97,9 +96,9 @@ class TrtRtxCompiler:
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         try:
-            return "tensorrt-rtx", version(_PACKAGE)
+            return SPEC.runtime, version(PACKAGE)
         except PackageNotFoundError:  # a plan needs no compiler
-            return "tensorrt-rtx", ""
+            return SPEC.runtime, ""
 
     @property
     def profiles(self) -> tuple[Profile, Profile]:
@@ -118,9 +117,6 @@ class TrtRtxCompiler:
             ),
         )
 
-    def variant(self, target: Target) -> str:
-        return f"sm{target.sm}-trtrtx-fp8-b{self.max_batch_size}-s{self.max_seq_len}"
-
     def check_machine(self, target: Target) -> None:
         """Any machine will do."""
 
@@ -133,15 +129,15 @@ class TrtRtxCompiler:
         return {
             "sm": target.sm,
             "profiles": json.loads(json.dumps(profiles)),
-            "tools": {_PACKAGE: compiler_version()},
+            "tools": {PACKAGE: compiler_version()},
             "code": source_digest(*_CODE),
         }
 
     def compile(
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
     ) -> Engine:
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        _check_attention_shape(config)
+        spec = UnifiedCheckpoint(checkpoint.dir).spec
+        _check_attention_shape(buildable_layer(spec).attention)
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
         network = check_network_once(
             checkpoint.dir,
@@ -164,15 +160,15 @@ class TrtRtxCompiler:
         return Engine(
             dir=result.dir / "engine",
             digest=digest_of([f.to_json() for f in digest_folder(result.dir / "engine")]),
-            format="trtrtx",
-            variant=self.variant(target),
-            runtime=("tensorrt-rtx", compiler_version()),
+            format=SPEC.name,
+            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
+            runtime=(SPEC.runtime, compiler_version()),
             sms=(target.sm,),
             limits=self.limits,
-            min_vram_bytes=plan_bytes + self._cache_bytes(config),
+            min_vram_bytes=plan_bytes + self._cache_bytes(spec),
             twin_dir=graphs.dir,
             twin_key=graphs.key,
-            tools={**checkpoint_tools(checkpoint), _PACKAGE: compiler_version()},
+            tools={**checkpoint_tools(checkpoint), PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
         )
 
@@ -180,9 +176,9 @@ class TrtRtxCompiler:
     def _graph(self) -> GraphSettings:
         return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
 
-    def _cache_bytes(self, config: DecoderConfig) -> int:
+    def _cache_bytes(self, spec: ModelSpec) -> int:
         """Static KV cache at the limits, two bytes an element."""
-        return config.kv_bytes_per_token(2) * self.max_batch_size * self.max_seq_len
+        return spec.kv_bytes(self.max_batch_size * self.max_seq_len, 2)
 
     def _produce(
         self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
@@ -190,53 +186,47 @@ class TrtRtxCompiler:
         engine_dir = out / "engine"
         engine_dir.mkdir()
         plan = engine_dir / PLAN_FILE
-        job_file = out / "job.json"
-        config = UnifiedCheckpoint(checkpoint.dir).config
-        CompileJob(
-            graph=str(graphs / RTX_GRAPH),
+        spec = UnifiedCheckpoint(checkpoint.dir).spec
+        job = CompileJob(
+            graph=graphs / RTX_GRAPH,
             interface=interface_of(
-                config,
-                num_layers=config.num_layers,
+                spec,
+                num_layers=spec.num_layers,
                 context=self.max_seq_len,
                 dtype=self.activation_dtype,
             ),
-            plan=str(plan),
+            plan=plan,
             sm=target.sm,
             profiles=self.profiles,
-        ).write(job_file)
-        run_tool(
-            [sys.executable, "-m", "pipeline.formats.trtrtx.child", str(job_file)],
-            stage="compile",
-            log_path=log_dir / "compile.log",
         )
-        job_file.unlink()
+        run_child(job, out, stage="compile", log_path=log_dir / "compile.log")
         with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as text:
             proof = prove_fp8(
                 text,
                 sm=target.sm,
                 profiles=len(self.profiles),
-                fp8_linears=node_names(config, checkpoint.fp8_linears),
-                kept_16bit=node_names(config, checkpoint.kept_16bit),
+                quantized_linears=node_names(spec, checkpoint.quantized_linears),
+                kept_16bit=node_names(spec, checkpoint.kept_16bit),
             )
         shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")
         copy_companions(checkpoint.dir, engine_dir)
         (out / "checks.json").write_text(json.dumps({"fp8_plan": proof}, indent=1) + "\n")
 
 
-def _check_attention_shape(config: DecoderConfig) -> None:
+def _check_attention_shape(attention: Attention) -> None:
     """Refuse what TensorRT-RTX 1.7.1 has no attention kernel for.
 
     It wants four query heads or more, of 16 elements or more in steps of eight (tried for sm_89 in
     bfloat16, 2026-11-25: 1 to 3 heads and sizes 8 and 20 fail, 4 to 32 heads and sizes 16 to 256
     build). No published model that we know is smaller.
     """
-    if config.num_heads < 4 or config.head_dim < 16 or config.head_dim % 8:
+    if attention.heads < 4 or attention.head_dim < 16 or attention.head_dim % 8:
         raise RecipeError(
             [
                 Fault(
                     "compiler",
-                    f"TensorRT-RTX has no attention kernel for {config.num_heads} heads of "
-                    f"{config.head_dim}; wanted are four heads or more, of 16 elements or more in "
+                    f"TensorRT-RTX has no attention kernel for {attention.heads} heads of "
+                    f"{attention.head_dim}; it wants four heads or more, of 16 elements or more in "
                     "steps of eight: use compiler=checkpoint",
                 )
             ]
@@ -250,10 +240,10 @@ def compiler_version() -> str:
         IncompatibleError: It is not installed.
     """
     try:
-        return version(_PACKAGE)
+        return version(PACKAGE)
     except PackageNotFoundError as error:
         raise IncompatibleError(
-            f"compiler=trtrtx needs {_PACKAGE}: pip install 'enginesmith[build]'"
+            f"compiler=trtrtx needs {PACKAGE}: pip install 'enginesmith[build]'"
         ) from error
 
 

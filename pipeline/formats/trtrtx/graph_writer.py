@@ -36,7 +36,7 @@ def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, Weight
         CorruptError: A tensor is missing, left over or malformed.
     """
     checkpoint.check_tensors()
-    wanted = checkpoint.config.tensor_shapes()
+    wanted = checkpoint.spec.tensors()
     slots: dict[str, WeightSlot] = {}
     with path.open("wb") as stream:
         for name, entry in checkpoint.tensors.items():

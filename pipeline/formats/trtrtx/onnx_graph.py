@@ -25,9 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.core.errors import RecipeError
 from pipeline.formats.trtrtx.graph_writer import GraphWriter, WeightSlot
-from pipeline.model.linears import Linear, gate_up, query_key_value, write_linears
+from pipeline.formats.trtrtx.linears import MatMul, matmuls, write_linears
 from pipeline.model.rope import rope_tables
+from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built
 from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:
@@ -69,18 +71,19 @@ def build_decoder(
     """
     import onnx
 
-    config = checkpoint.config
-    built = tuple(range(config.num_layers)) if layers is None else layers
+    spec = checkpoint.spec
+    attention = buildable_layer(spec).attention
+    built = tuple(range(spec.num_layers)) if layers is None else layers
     dtype = {
         "float32": onnx.TensorProto.FLOAT,
         "bfloat16": onnx.TensorProto.BFLOAT16,
         "float16": onnx.TensorProto.FLOAT16,
     }[activation]
     writer = GraphWriter(checkpoint, dict(slots), dtype)
-    _Decoder(writer, config.num_heads, config.num_kv_heads, context).write(built)
+    _Decoder(writer, spec, context).write(built)
 
     integer, info = onnx.TensorProto.INT64, onnx.helper.make_tensor_value_info
-    cache = ["batch", config.num_kv_heads, context, config.head_dim]
+    cache = ["batch", attention.kv_heads, context, attention.head_dim]
     graph = onnx.helper.make_graph(
         writer.nodes,
         "decoder",
@@ -91,7 +94,7 @@ def build_decoder(
             *(info(name, dtype, cache) for name in cache_names("past", len(built))),
         ],
         [
-            info("logits", onnx.TensorProto.FLOAT, ["batch", "logits_count", config.vocab_size]),
+            info("logits", onnx.TensorProto.FLOAT, ["batch", "logits_count", spec.vocab_size]),
             *(info(name, dtype, cache) for name in cache_names("present", len(built))),
         ],
         writer.initializers,
@@ -99,6 +102,27 @@ def build_decoder(
     return onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
     )
+
+
+def buildable_layer(spec: ModelSpec) -> Layer:
+    """The layer that all layers are like, if the graph can express it.
+
+    Raises:
+        RecipeError: Layers differ, or have something that the graph lacks.
+    """
+    layer = spec.uniform_layer()
+    faults = [
+        not_built(key, "is not in our decoder graph")
+        for key, present in (
+            ("qk_norm", layer.attention.qk_norm),
+            ("attn_logit_softcapping", layer.attention.softcap is not None),
+            ("hidden_act", layer.activation != "silu"),
+        )
+        if present
+    ]
+    if faults:
+        raise RecipeError(faults)
+    return layer
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
@@ -109,12 +133,11 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 class _Decoder:
     """Writes the layers; B batch, S sequence, T context, D head_dim, H heads, K kv heads."""
 
-    def __init__(self, writer: GraphWriter, heads: int, kv_heads: int, context: int) -> None:
+    def __init__(self, writer: GraphWriter, spec: ModelSpec, context: int) -> None:
         self._w = writer
-        self._heads = heads
-        self._kv_heads = kv_heads
+        self._spec = spec
+        self._attended = spec.layers[0].attention
         self._context = context
-        self._config = writer.checkpoint.config
 
     def write(self, layers: tuple[int, ...]) -> None:
         """Embedding, the layers, final norm, lm_head on the wanted positions."""
@@ -127,7 +150,7 @@ class _Decoder:
         # Only the wanted rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits.
         hidden = w.op("GatherND", [hidden, self._logits_rows()], "logits_rows", batch_dims=1)
         hidden = self._norm("model.norm", hidden)
-        head = "model.embed_tokens.weight" if self._config.tied else "lm_head.weight"
+        head = "model.embed_tokens.weight" if self._spec.tied else "lm_head.weight"
         transposed = w.op("Transpose", [w.weight_as_activation(head)], "lm_head.t", perm=[1, 0])
         logits = w.op("MatMul", [hidden, transposed], "lm_head")
         self._cast_output(logits)
@@ -167,7 +190,7 @@ class _Decoder:
         keys = w.constant("key_index", np.arange(self._context, dtype=np.int64))
         axes = w.constant("mask_axes", np.array([1, 3], np.int64))
         queries = w.op("Unsqueeze", ["position_ids", axes], "query_index")  # [B, 1, S, 1]
-        window = self._config.sliding_window
+        window = self._attended.window
         if window is None or window >= self._context:
             w.op("LessOrEqual", [keys, queries], "attention_mask")
         else:
@@ -177,27 +200,31 @@ class _Decoder:
             near = w.op("Greater", [keys, hidden], "window_mask")
             w.op("And", [causal, near], "attention_mask")
 
-        cos, sin = rope_tables(self._config.rope, context=self._context)
+        cos, sin = rope_tables(self._spec.rope, context=self._context)
         for name, table in (("rope_cos", cos), ("rope_sin", sin)):
             w.constant(name, table.astype(_numpy_dtype(w.dtype)))
 
     def _layer(self, layer: int, slot: int, hidden: str) -> str:
         """One decoder layer with its two residual additions; `slot` numbers its cache."""
-        w, prefix = self._w, f"model.layers.{layer}"
+        w, prefix = self._w, layer_name(layer)
+        linears = matmuls(self._spec.layers[layer], layer)
         normed = self._norm(f"{prefix}.input_layernorm", hidden)
-        attended = self._attention(slot, f"{prefix}.self_attn", normed)
+        attended = self._attention(slot, f"{prefix}.self_attn", linears, normed)
         hidden = w.op("Add", [hidden, attended], f"{prefix}.attention_residual")
         normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
-        return w.op("Add", [hidden, self._mlp(f"{prefix}.mlp", normed)], f"{prefix}.residual")
+        return w.op(
+            "Add", [hidden, self._mlp(f"{prefix}.mlp", linears, normed)], f"{prefix}.residual"
+        )
 
-    def _attention(self, slot: int, prefix: str, hidden: str) -> str:
+    def _attention(self, slot: int, prefix: str, linears: Mapping[str, MatMul], hidden: str) -> str:
         """Grouped-query attention over the whole static cache, masked."""
         w = self._w
-        query, key, value = write_linears(w, query_key_value(self._config, prefix), hidden)
-        query = self._rotate(f"{prefix}.q_rope", self._split_heads(query, self._heads))
+        query, key, value = write_linears(w, [linears[role] for role in "qkv"], hidden)
+        heads, kv_heads = self._attended.heads, self._attended.kv_heads
+        query = self._rotate(f"{prefix}.q_rope", self._split_heads(query, heads))
         query, scale = self._scale_query(prefix, query)
-        key = self._rotate(f"{prefix}.k_rope", self._split_heads(key, self._kv_heads))
-        value = self._split_heads(value, self._kv_heads)
+        key = self._rotate(f"{prefix}.k_rope", self._split_heads(key, kv_heads))
+        value = self._split_heads(value, kv_heads)
         cached = [
             w.op(
                 "TensorScatter",
@@ -212,7 +239,7 @@ class _Decoder:
             "Attention", [query, *cached, "attention_mask"], f"{prefix}.attention", scale=scale
         )
         merged = self._merge_heads(prefix, attended)
-        return write_linears(w, [Linear(f"{prefix}.o_proj")], merged)[0]
+        return write_linears(w, [linears["o"]], merged)[0]
 
     def _scale_query(self, prefix: str, query: str) -> tuple[str, float]:
         """The queries times a part of 1 / sqrt(D), and the rest, which the operator multiplies.
@@ -227,7 +254,7 @@ class _Decoder:
         import onnx
 
         w = self._w
-        scale = 1 / math.sqrt(self._config.head_dim)
+        scale = self._attended.scale
         rest = 4.0 ** math.floor(math.log(scale, 4) + 1e-9)
         if math.isclose(rest, scale):
             return query, rest
@@ -238,14 +265,14 @@ class _Decoder:
         scaled = w.op("Mul", [wide, factor], f"{prefix}.q_scaled_wide")
         return w.op("Cast", [scaled], f"{prefix}.q_scaled", to=w.dtype), rest
 
-    def _mlp(self, prefix: str, hidden: str) -> str:
+    def _mlp(self, prefix: str, linears: Mapping[str, MatMul], hidden: str) -> str:
         """down(silu(gate(x)) * up(x))."""
         w = self._w
-        gate, up = write_linears(w, gate_up(self._config, prefix), hidden)
+        gate, up = write_linears(w, [linears["gate"], linears["up"]], hidden)
         sigmoid = w.op("Sigmoid", [gate], f"{prefix}.sigmoid")
         silu = w.op("Mul", [gate, sigmoid], f"{prefix}.silu")
         product = w.op("Mul", [silu, up], f"{prefix}.product")
-        return write_linears(w, [Linear(f"{prefix}.down_proj")], product)[0]
+        return write_linears(w, [linears["down"]], product)[0]
 
     def _norm(self, module: str, x: str) -> str:
         """RMS norm over the last axis, accumulated in float32."""
@@ -254,7 +281,7 @@ class _Decoder:
             [x, self._w.weight_as_activation(f"{module}.weight")],
             module,
             axis=-1,
-            epsilon=self._config.rms_norm_eps,
+            epsilon=self._spec.norm_eps,
             stash_type=1,
         )
 
@@ -262,7 +289,7 @@ class _Decoder:
         """[B, S, heads * D] -> [B, heads, S, D]."""
         import numpy as np
 
-        target = np.array([0, 0, heads, self._config.head_dim], np.int64)
+        target = np.array([0, 0, heads, self._attended.head_dim], np.int64)
         shape = self._w.constant(f"split_{heads}_heads", target)
         reshaped = self._w.op("Reshape", [x, shape], f"{x}.heads")
         return self._w.op("Transpose", [reshaped], f"{x}.by_head", perm=[0, 2, 1, 3])
@@ -271,7 +298,7 @@ class _Decoder:
         """[B, H, S, D] -> [B, S, H * D]."""
         import numpy as np
 
-        target = np.array([0, 0, self._heads * self._config.head_dim], np.int64)
+        target = np.array([0, 0, self._attended.heads * self._attended.head_dim], np.int64)
         shape = self._w.constant("merge_heads", target)
         transposed = self._w.op("Transpose", [x], f"{prefix}.by_token", perm=[0, 2, 1, 3])
         return self._w.op("Reshape", [transposed, shape], f"{prefix}.merged")
@@ -283,9 +310,9 @@ class _Decoder:
         passes the rest on unchanged, and so does the kernel that TensorRT-RTX 1.7.1 writes, whose
         CUDA source stands in the plan (read 2026-11-25).
         """
-        rotary_dim = self._config.rope.rotary_dim
+        rotary_dim = self._spec.rope.rotary_dim
         partial = (
-            {} if rotary_dim == self._config.head_dim else {"rotary_embedding_dim": rotary_dim}
+            {} if rotary_dim == self._attended.head_dim else {"rotary_embedding_dim": rotary_dim}
         )
         return self._w.op(
             "RotaryEmbedding",

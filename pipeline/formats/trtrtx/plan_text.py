@@ -132,7 +132,12 @@ def _gemm(match: re.Match[bytes], types: dict[str, str], accelerators: tuple[str
 
 
 def prove_fp8(
-    plan: Buffer, *, sm: int, profiles: int, fp8_linears: Iterable[str], kept_16bit: Iterable[str]
+    plan: Buffer,
+    *,
+    sm: int,
+    profiles: int,
+    quantized_linears: Iterable[str],
+    kept_16bit: Iterable[str],
 ) -> dict[str, Any]:
     """Prove that a plan computes exactly the wanted linears in FP8, in every profile.
 
@@ -140,7 +145,7 @@ def prove_fp8(
         plan: The serialized engine, or a memory map of it.
         sm: Compute capability that it must be for, and no other.
         profiles: Optimization profiles that it must hold.
-        fp8_linears: Modules that must each be in exactly one FP8 GEMM.
+        quantized_linears: Modules that must each be in exactly one FP8 GEMM.
         kept_16bit: Modules that may be in other GEMMs, beside lm_head.
 
     Returns:
@@ -158,7 +163,7 @@ def prove_fp8(
     found = {gemm.profile for gemm in text.gemms}
     if found != set(range(profiles)):
         raise PlanError(f"the plan has profiles {sorted(found)}, {profiles} were asked for")
-    wanted, allowed = set(fp8_linears), {*kept_16bit, "lm_head"}
+    wanted, allowed = set(quantized_linears), {*kept_16bit, "lm_head"}
     for profile in range(profiles):
         where = f"profile {profile} of the plan"
         gemms = [gemm for gemm in text.gemms if gemm.profile == profile]
@@ -177,5 +182,5 @@ def prove_fp8(
         "profiles": profiles,
         "fp8_gemms": sum(gemm.is_fp8 for gemm in text.gemms),
         "other_gemms": sum(not gemm.is_fp8 for gemm in text.gemms),
-        "fp8_linears": len(wanted),
+        "quantized_linears": len(wanted),
     }

@@ -11,7 +11,7 @@ from pipeline.core.cache import RECORD, StageCache, StageResult, source_digest
 from pipeline.core.values import digest_of
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder, save_graph
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint
 
 RTX_GRAPH = "rtx.onnx"
@@ -26,9 +26,13 @@ _CUT_CONTEXT = 64
 """Cache length of the cut, tokens: longer than the check's prompts, and fast to evaluate."""
 
 GRAPH_CODE = (
-    "pipeline.model.decoder_config",
+    "pipeline.model.config_keys",
+    "pipeline.model.dense",
+    "pipeline.model.families",
+    "pipeline.model.read",
+    "pipeline.model.spec",
     "pipeline.formats.trtrtx.graph_writer",
-    "pipeline.model.linears",
+    "pipeline.formats.trtrtx.linears",
     "pipeline.formats.trtrtx.onnx_graph",
     "pipeline.model.rope",
     "pipeline.quant.unified",
@@ -77,12 +81,12 @@ def graph_digest(result: StageResult, graph: str) -> str:
     return digest_of({"graph": files[graph], "weights": files[WEIGHTS_FILE]})
 
 
-def cut_context(config: DecoderConfig, context: int) -> int:
+def cut_context(spec: ModelSpec, context: int) -> int:
     """Cache length of the cut of a graph whose own is `context`, tokens.
 
     Where that graph has a sliding window, the cut reaches beyond it, so that the cut has one too.
     """
-    window = config.sliding_window
+    window = spec.window
     beyond = window if window is not None and window < context else 0
     return min(context, beyond + _CUT_CONTEXT)
 
@@ -93,14 +97,14 @@ def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
     Not simply the first two: a recipe may keep those in 16 bits, and then a check of the cut would
     see no FP8 at all.
     """
-    count = checkpoint.config.num_layers
+    count = checkpoint.spec.num_layers
     width = min(CUT_LAYERS, count)
 
-    def fp8_linears(start: int) -> int:
+    def quantized_linears(start: int) -> int:
         prefixes = tuple(f"model.layers.{layer}." for layer in range(start, start + width))
-        return sum(name.startswith(prefixes) for name in checkpoint.fp8_linears)
+        return sum(name.startswith(prefixes) for name in checkpoint.quantized_linears)
 
-    best = max(range(count - width + 1), key=fp8_linears)
+    best = max(range(count - width + 1), key=quantized_linears)
     return tuple(range(best, best + width))
 
 
@@ -108,7 +112,7 @@ def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -
     """Write weights, the two graphs and their cuts into `out_dir`."""
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     slots = write_weights(checkpoint, out_dir / WEIGHTS_FILE)
-    short = cut_context(checkpoint.config, settings.context)
+    short = cut_context(checkpoint.spec, settings.context)
     cut = cut_layers(checkpoint)
     for name, activation, context, layers in (
         (RTX_GRAPH, settings.activation, settings.context, None),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
-from pipeline.core.progress import byte_progress
+from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.client.cache import SETTING, PackageCache
 from pipeline.registry.client.download import PACKAGE, Record, Transfer, download
@@ -218,7 +218,7 @@ class Delivery:
         _require_room(work.dir, total - landed + needed_again)
         package.mkdir(mode=0o755, exist_ok=True)
         place = self.resolved.place
-        with byte_progress(f"Pulling {place}", total) as on_bytes:
+        with progress(f"Pulling {place}", total, BYTES) as on_bytes:
             return download(self.store, place, files, work, self._digest, self.transfer, on_bytes)
 
 

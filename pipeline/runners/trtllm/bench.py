@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.acceptance.speed import SpeedSample, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import Fault, PipelineError, RecipeError
 from pipeline.core.values import Engine
 from pipeline.formats.trtllm.place import Place, Shared
@@ -23,6 +22,7 @@ from pipeline.runners.trtllm.bench_command import (
     write_model_dir,
 )
 from pipeline.runners.trtllm.bench_report import percentiles, read_report
+from pipeline.runners.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def measure(
         write_dataset(
             input_dir / "dataset.jsonl",
             workload,
-            vocab_size=UnifiedCheckpoint(checkpoint_dir).config.vocab_size,
+            vocab_size=UnifiedCheckpoint(checkpoint_dir).spec.vocab_size,
             seed=settings.seed,
             rounds=settings.rounds,
         )

@@ -8,14 +8,14 @@ in `tests/runners/trtllm/trtllm_bench_options.json`.
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.acceptance.workload import Workload
+from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_header
 from pipeline.formats.trtllm.release import BENCH_PROGRAM
 from pipeline.quant.export import copy_companions
+from pipeline.runners.workload import Workload
 
 Mode = Literal["throughput", "latency"]
 
@@ -126,6 +126,6 @@ def write_model_dir(folder: Path, *, checkpoint_dir: Path, engine_dir: Path) -> 
             content.pop("auto_map", None)
             content.pop("quantization_config", None)
             (folder / source.name).write_text(json.dumps(content, indent=1) + "\n")
-    header = json.dumps({"unused": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    weights = struct.pack("<Q", len(header)) + header + bytes(4)
-    (folder / "model.safetensors").write_bytes(weights)
+    unused = TensorSpec("unused", "float32", (1,))
+    weights = safetensors_header([unused]) + bytes(unused.size_bytes)
+    (folder / SINGLE).write_bytes(weights)

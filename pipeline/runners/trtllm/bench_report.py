@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.acceptance.speed import SpeedSample
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError
 from pipeline.formats.trtllm.release import VERSION
+from pipeline.runners.workload import Workload
 
 _FIGURES = {
     "output_tokens_per_s": "performance.system_output_throughput_tok_s",

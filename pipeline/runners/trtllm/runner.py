@@ -11,7 +11,6 @@ from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.workload import Workload
 from pipeline.core.containers.gpu import find_gpu
 from pipeline.core.errors import IncompatibleError, PipelineError
 from pipeline.core.settings import STRICT
@@ -21,6 +20,7 @@ from pipeline.formats.trtllm.release import NAME, VERSION
 from pipeline.runners.session import Ability, Device, Session
 from pipeline.runners.trtllm.bench import BenchSettings, attention_window, measure
 from pipeline.runners.trtllm.session import SessionSettings, open_session
+from pipeline.runners.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

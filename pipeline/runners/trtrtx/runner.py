@@ -10,12 +10,12 @@ from pathlib import Path
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.core.cache import cache_root
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
-from pipeline.formats.trtrtx.compiler import PLAN_FILE
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.runners.session import BATCHES, Ability, Device, Session
 from pipeline.runners.torch_build import torch_without_cuda
 from pipeline.runners.trtrtx.engine import KernelSpecialization

@@ -11,8 +11,8 @@ from annotated_types import Lt
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.conditions import read_conditions
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
 from pipeline.runners.session import BATCHES, Ability, Device, Session

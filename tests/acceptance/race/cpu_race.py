@@ -15,10 +15,10 @@ from pipeline.acceptance.race.contenders import OURS, Contender, Pace
 from pipeline.acceptance.race.journal import Journal, open_journal
 from pipeline.acceptance.race.rounds import Clock, RaceSettings, run_race
 from pipeline.acceptance.race.transformers_contender import TransformersContender
-from pipeline.acceptance.workload import Workload
 from pipeline.runners.onnxruntime import open_graph
 from pipeline.runners.session import Session
 from pipeline.runners.vllm.session import Timeouts
+from pipeline.runners.workload import Workload
 from tests.formats.decoder.decoders import write_graph
 from tests.tiny import VOCAB_SIZE
 

@@ -14,7 +14,6 @@ import typer
 from typer.testing import CliRunner
 
 from pipeline.acceptance import card
-from pipeline.acceptance.conditions import Conditions, conditions_of
 from pipeline.acceptance.race import prepare as preparation
 from pipeline.acceptance.race.command import run_race_command
 from pipeline.acceptance.race.journal import JOURNAL
@@ -33,6 +32,7 @@ from pipeline.core.errors import (
     IncompatibleError,
     RecipeError,
 )
+from pipeline.core.nvml import Conditions, conditions_of
 from pipeline.runners.vllm import runner as vllm_runner
 from tests.acceptance.test_conditions import nvml
 from tests.tiny_recipe import Workplace, make_workplace

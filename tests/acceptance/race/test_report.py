@@ -24,7 +24,7 @@ LINE = Roofline(
     bandwidth_bytes_per_s=3.35e12,
     step_weight_bytes=3_820_000_000,
     kv_bytes_per_token=196_608,
-    sliding_window=None,
+    windows=(None,),
     layer_s_per_token=4e-6,
     lm_head_s_per_token=2e-7,
 )

@@ -18,26 +18,15 @@ from pipeline.acceptance.race.vllm_contenders import (
     shared_arguments,
     vllm_peer,
 )
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import ToolError
 from pipeline.core.values import Engine, Limits
-from pipeline.model.shapes import ModelShape
 from pipeline.runners.vllm.session import Timeouts
+from pipeline.runners.workload import Workload
+from tests.specs import shape
 
 PACKAGES = Path(__file__).parents[2] / "runners" / "vllm" / "fake_packages"
 TIMES = Timeouts(load_s=30.0, answer_s=30.0)
-SHAPE = ModelShape(
-    architecture="Phi3ForCausalLM",
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=96,
-    vocab_size=32064,
-    max_position_embeddings=4096,
-    rope_theta=10000.0,
-)
+SHAPE = shape("phi3")
 LOADS = tuple(
     Workload(name=f"b{batch}", batch=batch, isl=128, osl=256) for batch in (1, 8, 64, 128)
 )
@@ -131,7 +120,7 @@ def test_a_16_bit_cache_of_ours_is_told_and_counted(engine: Engine) -> None:
 
 def test_the_cache_holds_one_request_of_full_length_at_least(engine: Engine) -> None:
     short = (Workload(name="b1", batch=1, isl=8, osl=8),)
-    token_bytes = SHAPE.kv_bytes_per_token(1)
+    token_bytes = SHAPE.kv_bytes(1, 1)
     assert cache_bytes(SHAPE, short, engine, 1) >= 1024 * token_bytes
 
 

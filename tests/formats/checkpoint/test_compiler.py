@@ -95,11 +95,6 @@ def test_engine_says_what_it_is(root: Path, checkpoint: Checkpoint) -> None:
     assert engine.tools == checkpoint.calibration["tools"]
 
 
-def test_variant_names_the_cache_type_and_no_card() -> None:
-    assert FP8_CACHE.variant(ADA) == "any-checkpoint-fp8-kv8"
-    assert BF16_CACHE.variant(ADA) == "any-checkpoint-fp8"
-
-
 def test_same_bytes_serve_every_card_and_every_limit() -> None:
     assert FP8_CACHE.inputs(dataclasses.replace(ADA, sm=90)) == FP8_CACHE.inputs(ADA)
     assert BF16_CACHE.inputs(ADA) != FP8_CACHE.inputs(ADA)

@@ -6,11 +6,11 @@ import pytest
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.model.shapes import ModelShape, shape_of_config
 from pipeline.quant.calibration import Calibration
 from pipeline.quant.modelopt_fp8 import ModelOptFp8
 from pipeline.sources.text.topics import PydocTopics
 from tests.formats.decoder.decoders import write_graph
+from tests.specs import spec_of_folder
 from tests.tiny import tiny_model
 
 
@@ -29,9 +29,6 @@ def plain_graph(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def fp8_checkpoint(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The tiny model as ModelOpt quantizes it, layer 2's down_proj kept."""
-    import json
-
-    config = json.loads((plain_dir / "config.json").read_text())
     weights = Weights(
         dir=plain_dir,
         origin="local:tiny",
@@ -47,7 +44,7 @@ def fp8_checkpoint(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         device="cpu",
     )
     cache = StageCache(root=tmp_path_factory.mktemp("stage-cache"))
-    return quantizer.quantize(weights, ModelShape(**shape_of_config(config)), cache)
+    return quantizer.quantize(weights, spec_of_folder(plain_dir), cache)
 
 
 @pytest.fixture(scope="session")

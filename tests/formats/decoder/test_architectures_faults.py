@@ -173,7 +173,7 @@ def good(root: Path, name: str) -> tuple[Path, Any, Rope]:
     if not graph.is_file():
         tiny_architecture(name, model_dir)
         write_graph(model_dir, graph.parent, context=CONTEXT)
-    return graph, reference(model_dir), UnifiedCheckpoint(model_dir).config.rope
+    return graph, reference(model_dir), UnifiedCheckpoint(model_dir).spec.rope
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in FAULTS}))

@@ -57,9 +57,9 @@ def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ..
 
 
 def test_every_layer_agrees_with_the_simulation(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    config = UnifiedCheckpoint(checkpoint.dir).config
-    per_layer = 4 if config.fused else 7
-    assert len(checkpoint.fp8_linears) == per_layer * config.num_layers
+    config = UnifiedCheckpoint(checkpoint.dir).spec
+    per_layer = len(config.layers[0].modules)
+    assert len(checkpoint.quantized_linears) == per_layer * config.num_layers
     for layer in range(config.num_layers):
         assert median_distance(checkpoint.dir, tmp_path / str(layer), (layer,)) < 1e-3
 
@@ -72,7 +72,7 @@ def test_foreign_checkpoint_whose_scales_differ_agrees_with_the_simulation(
     fused = name.startswith("phi")
     kept = "model.layers.1.mlp." + ("gate_up_proj" if fused else "up_proj")
     folder = tiny_fp8_architecture(name, tmp_path / "model", keep_16bit={kept})
-    assert kept not in UnifiedCheckpoint(folder).fp8_linears
+    assert kept not in UnifiedCheckpoint(folder).quantized_linears
     for layer in (0, 1):
         assert median_distance(folder, tmp_path / str(layer), (layer,)) < 1e-3
 
@@ -85,8 +85,8 @@ def test_parts_of_a_fused_linear_are_its_rows(name: str, tmp_path: Path) -> None
 
     folder = tiny_fp8_architecture(name, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    config = UnifiedCheckpoint(folder).config
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    config = UnifiedCheckpoint(folder).spec
+    rows = {linear.role: linear.rows for linear in config.layers[0].linears}
     model = onnx.load(write_graph(folder, tmp_path / "graph"))
     found = {
         tensor.name: np.frombuffer(tensor.raw_data, np.uint8).reshape(tuple(tensor.dims))
@@ -94,17 +94,17 @@ def test_parts_of_a_fused_linear_are_its_rows(name: str, tmp_path: Path) -> None
         if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN and tensor.dims
     }
     for layer in range(config.num_layers):
-        for module, sizes in (
-            ("self_attn.qkv_proj", {"q": query, "k": key, "v": key}),
-            ("mlp.gate_up_proj", dict.fromkeys(("gate", "up"), config.intermediate_size)),
+        for module, parts in (
+            ("self_attn.qkv_proj", ("q", "k", "v")),
+            ("mlp.gate_up_proj", ("gate", "up")),
         ):
             prefix, start = f"model.layers.{layer}.{module}", 0
             codes = tensors[f"{prefix}.weight"].view(torch.uint8).numpy()
-            for part, size in sizes.items():
+            for part in parts:
                 np.testing.assert_array_equal(
-                    found[f"{prefix}.{part}.weight"], codes[start : start + size]
+                    found[f"{prefix}.{part}.weight"], codes[start : start + rows[part]]
                 )
-                start += size
+                start += rows[part]
             assert start == len(codes)
 
 

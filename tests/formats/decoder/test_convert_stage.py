@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from pipeline.core.cache import RECORD, StageCache
 from pipeline.formats.trtrtx.stage import (
     CPU_CUT,
     CPU_GRAPH,
-    GRAPH_CODE,
     RTX_CUT,
     RTX_GRAPH,
     GraphSettings,
@@ -22,35 +19,11 @@ from pipeline.formats.trtrtx.stage import (
     cut_context,
     graph_digest,
 )
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.read import read_spec
+from pipeline.model.spec import ModelSpec
 from tests.architectures import WINDOW, tiny_fp8_architecture
 
 SETTINGS = GraphSettings(context=160, activation="bfloat16")
-
-
-def imports_of(module: str) -> set[str]:
-    """Modules of the converters that `module` imports, directly or not."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    found = {
-        node.module
-        for node in ast.walk(ast.parse(Path(spec.origin).read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module is not None
-    }
-    direct = {
-        name
-        for name in found
-        if name.startswith(
-            ("pipeline.formats.", "pipeline.model.", "pipeline.quant.", "pipeline.core.safetensors")
-        )
-    }
-    return direct.union(*(imports_of(name) for name in direct))
-
-
-def test_graph_code_is_what_builds_a_graph_and_nothing_else() -> None:
-    builder = "pipeline.formats.trtrtx.onnx_graph"
-    assert set(GRAPH_CODE) == {builder, *imports_of(builder)}
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +31,9 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_fp8_architecture("phi3", tmp_path_factory.mktemp("checkpoint"))
 
 
-def config_of(checkpoint_dir: Path, **changes: object) -> DecoderConfig:
+def config_of(checkpoint_dir: Path, **changes: object) -> ModelSpec:
     text = json.loads((checkpoint_dir / "config.json").read_text())
-    return DecoderConfig.from_json(text | changes)
+    return read_spec(text | changes)
 
 
 @pytest.mark.parametrize(

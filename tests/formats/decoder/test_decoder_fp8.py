@@ -132,8 +132,8 @@ def test_every_fp8_linear_has_the_checkpoints_weight_and_the_simulations_codes(
 
     (shard,) = fp8_checkpoint.dir.glob("*.safetensors")
     tensors = load_file(shard)
-    linears = UnifiedCheckpoint(fp8_checkpoint.dir).fp8_linears
-    assert set(linears) == set(fp8_checkpoint.fp8_linears)
+    linears = UnifiedCheckpoint(fp8_checkpoint.dir).quantized_linears
+    assert set(linears) == set(fp8_checkpoint.quantized_linears)
     assert len(linears) == 3 * 7 - 1
     nodes = {
         node.output[0]: node for node in onnx.load(fp8_graph, load_external_data=False).graph.node

@@ -45,12 +45,6 @@ def test_shipped_settings_are_for_ada_and_fp8(shipped: TrtLlmCompiler) -> None:
     }
 
 
-def test_variant_names_card_sizes_and_an_fp8_cache(shipped: TrtLlmCompiler) -> None:
-    card = dataclasses.replace(ADA, id="rtx4090")
-    assert shipped.variant(card) == "rtx4090-trtllm-fp8-b64-s4096-kv8"
-    assert compiler(kv_cache_dtype="bfloat16").variant(card) == "rtx4090-trtllm-fp8-b4-s128"
-
-
 def test_limits_name_the_type_that_the_cache_has() -> None:
     assert compiler().limits.kv_cache_dtype == "fp8"
     assert compiler(kv_cache_dtype="bfloat16").limits.kv_cache_dtype == "bfloat16"

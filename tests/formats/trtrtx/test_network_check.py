@@ -1,12 +1,11 @@
 """The network check on a tiny real decoder: the good one passes, each planted fault is caught.
 
-A fault is planted in the file that TensorRT-RTX parses; ONNX Runtime reads the float32 twin.
+A fault is planted in the file that TensorRT-RTX parses; ONNX Runtime reads the float32 reference.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -18,10 +17,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from pipeline.core.errors import ToolError
-from pipeline.core.process import run_tool
-from pipeline.formats.trtrtx.network_check.child import child_arguments
+from pipeline.formats.trtrtx.child import CheckJob, run_child
 from pipeline.formats.trtrtx.network_check.compare import NetworkCheckResult, check_network
-from pipeline.formats.trtrtx.network_check.errors import CheckError
+from pipeline.formats.trtrtx.network_check.network import CheckError
 from tests.formats.trtrtx.network_check_graph import TinyDecoder, insert_after, interface, node
 
 Plant = Callable[[onnx.ModelProto], None]
@@ -36,23 +34,23 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> TinyDecoder:
 
 
 @pytest.fixture(scope="module")
-def twin(decoder: TinyDecoder) -> Path:
+def reference(decoder: TinyDecoder) -> Path:
     return decoder.save(decoder.model("float32"), "cpu")
 
 
-def check(decoder: TinyDecoder, twin: Path, plant: Plant) -> NetworkCheckResult:
+def check(decoder: TinyDecoder, reference: Path, plant: Plant) -> NetworkCheckResult:
     """Run the check with a fault in the RTX file only."""
     model = decoder.model("bfloat16")
     plant(model)
-    return check_network(decoder.save(model, "rtx"), twin, interface=interface())
+    return check_network(decoder.save(model, "rtx"), reference, interface=interface())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_good_network_agrees_with_its_twin_at_float32_accuracy(
-    decoder: TinyDecoder, twin: Path, dtype: Literal["bfloat16", "float16"]
+def test_good_network_agrees_with_the_reference_at_float32_accuracy(
+    decoder: TinyDecoder, reference: Path, dtype: Literal["bfloat16", "float16"]
 ) -> None:
     rtx = decoder.save(decoder.model(dtype), dtype)
-    result = check_network(rtx, twin, interface=interface(dtype))
+    result = check_network(rtx, reference, interface=interface(dtype))
 
     assert result.differences["logits"].max_relative < 1e-5
     assert result.differences["caches"].max_relative < 1e-5
@@ -278,34 +276,28 @@ FAULTS: list[tuple[Plant, str]] = [
 
 @pytest.mark.parametrize(("plant", "message"), FAULTS)
 def test_planted_fault_is_caught_and_named(
-    decoder: TinyDecoder, twin: Path, plant: Plant, message: str
+    decoder: TinyDecoder, reference: Path, plant: Plant, message: str
 ) -> None:
     with pytest.raises(CheckError, match=f"(?s){message}"):
-        check(decoder, twin, plant)
+        check(decoder, reference, plant)
 
 
-def run_child(decoder: TinyDecoder, rtx: Path, twin: Path) -> Path:
-    arguments, out = decoder.dir / "args.json", decoder.dir / f"{rtx.stem}.out.json"
-    arguments.write_text(json.dumps(child_arguments(rtx, twin, interface())))
-    command = [sys.executable, "-m", "pipeline.formats.trtrtx.network_check.child"]
-    run_tool(
-        [*command, str(arguments), str(out)],
-        stage="network-check",
-        log_path=decoder.dir / "child.log",
-        env={"PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+def run(decoder: TinyDecoder, rtx: Path, reference: Path) -> Path:
+    out = decoder.dir / f"{rtx.stem}.out.json"
+    job = CheckJob(graph=rtx, reference=reference, interface=interface(), result=out)
+    run_child(job, decoder.dir, stage="network-check", log_path=decoder.dir / "child.log")
     return out
 
 
-def test_child_writes_its_result(decoder: TinyDecoder, twin: Path) -> None:
-    out = run_child(decoder, decoder.save(decoder.model("bfloat16"), "good"), twin)
+def test_child_writes_its_result(decoder: TinyDecoder, reference: Path) -> None:
+    out = run(decoder, decoder.save(decoder.model("bfloat16"), "good"), reference)
     assert json.loads(out.read_text())["differences"]["logits"]["max_relative"] < 1e-5
 
 
-def test_child_fails_with_the_reason_and_no_result(decoder: TinyDecoder, twin: Path) -> None:
+def test_child_fails_with_the_reason_and_no_result(decoder: TinyDecoder, reference: Path) -> None:
     model = decoder.model("bfloat16")
     mask_left_out(model)
     with pytest.raises(ToolError, match="has no mask") as caught:
-        run_child(decoder, decoder.save(model, "bad"), twin)
+        run(decoder, decoder.save(model, "bad"), reference)
     assert caught.value.returncode == 1
     assert not (decoder.dir / "bad.out.json").exists()

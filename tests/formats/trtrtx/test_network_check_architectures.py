@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from pipeline.formats.trtrtx.network_check.compare import NetworkCheckResult, check_network
-from pipeline.formats.trtrtx.network_check.errors import CheckError
+from pipeline.formats.trtrtx.network_check.network import CheckError
 from tests.architectures import ARCHITECTURES, WINDOW
 from tests.formats.trtrtx.network_check_graph import TinyDecoder, node
 

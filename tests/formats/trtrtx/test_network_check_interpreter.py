@@ -14,10 +14,9 @@ import pytest
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.formats.trtrtx.network_check import weights
-from pipeline.formats.trtrtx.network_check.errors import CheckError
+from pipeline.formats.trtrtx.network_check import network as weights
 from pipeline.formats.trtrtx.network_check.interpreter import NetworkInterpreter
-from pipeline.formats.trtrtx.network_check.network import parse_network
+from pipeline.formats.trtrtx.network_check.network import CheckError, parse_network
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.trtrtx.network_check_graph import TinyDecoder
 

@@ -10,8 +10,9 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Checkpoint
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import FP8, PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 
 LINEAR = "model.layers.1.self_attn.o_proj"
@@ -46,7 +47,7 @@ def asked(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "sm": 89,
         "profiles": 2,
-        "fp8_linears": checkpoint.fp8_linears,
+        "quantized_linears": checkpoint.quantized_linears,
         "kept_16bit": checkpoint.kept_16bit,
     }
 
@@ -60,7 +61,7 @@ def replaced(plan: bytes, old: bytes, new: bytes, count: int = -1) -> bytes:
 
 def test_real_plan_is_proven(plan: bytes, asked: dict[str, Any]) -> None:
     proof = prove_fp8(plan, **asked)
-    assert (proof["profiles"], proof["fp8_gemms"], proof["fp8_linears"]) == (2, 24, 21)
+    assert (proof["profiles"], proof["fp8_gemms"], proof["quantized_linears"]) == (2, 24, 21)
 
 
 def test_fused_names_are_split(plan: bytes) -> None:
@@ -89,29 +90,29 @@ def test_wrong_number_of_profiles_is_refused(
 
 
 def test_linear_that_is_not_in_the_plan_is_named(plan: bytes, asked: dict[str, Any]) -> None:
-    wanted = (*asked["fp8_linears"], "model.layers.9.mlp.up_proj")
+    wanted = (*asked["quantized_linears"], "model.layers.9.mlp.up_proj")
     with pytest.raises(PlanError, match=r"1 linears in FP8, first model\.layers\.9\.mlp\.up_proj"):
-        prove_fp8(plan, **{**asked, "fp8_linears": wanted})
+        prove_fp8(plan, **{**asked, "quantized_linears": wanted})
 
 
 def test_fp8_gemm_that_was_not_asked_for_is_named(plan: bytes, asked: dict[str, Any]) -> None:
-    wanted = [name for name in asked["fp8_linears"] if name != LINEAR]
+    wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_fp8(plan, **{**asked, "fp8_linears": wanted})
+        prove_fp8(plan, **{**asked, "quantized_linears": wanted})
 
 
 def test_linear_kept_16_bit_must_not_be_fp8(plan: bytes, asked: dict[str, Any]) -> None:
-    wanted = [name for name in asked["fp8_linears"] if name != LINEAR]
+    wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_fp8(plan, **{**asked, "fp8_linears": wanted, "kept_16bit": [LINEAR]})
+        prove_fp8(plan, **{**asked, "quantized_linears": wanted, "kept_16bit": [LINEAR]})
 
 
 def test_linear_computed_twice_is_named(plan: bytes, asked: dict[str, Any]) -> None:
     twin = LINEAR.replace(".1.", ".2.")
     doubled = replaced(plan, f'name="{twin}'.encode(), f'name="{LINEAR}'.encode())
-    wanted = [name for name in asked["fp8_linears"] if name != twin]
+    wanted = [name for name in asked["quantized_linears"] if name != twin]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_fp8(doubled, **{**asked, "fp8_linears": wanted})
+        prove_fp8(doubled, **{**asked, "quantized_linears": wanted})
 
 
 def test_16_bit_gemm_of_an_unknown_module_is_named(plan: bytes, asked: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ from pipeline.core.cache import StageCache, source_digest
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx import stage
-from pipeline.formats.trtrtx.child import CompileJob, Profile, compile_graph
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.child import CompileJob, Profile
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.network_check.stage import interface_of
 from pipeline.formats.trtrtx.plan_text import PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
@@ -61,8 +62,8 @@ def test_every_linear_is_proven_fp8_in_both_profiles(
     engine: Engine, checkpoint: Checkpoint
 ) -> None:
     proof = engine.checks["fp8_plan"]
-    assert len(checkpoint.fp8_linears) == 3 * 7 - 1
-    assert (proof["profiles"], proof["fp8_linears"]) == (2, 20)
+    assert len(checkpoint.quantized_linears) == 3 * 7 - 1
+    assert (proof["profiles"], proof["quantized_linears"]) == (2, 20)
     # qkv and gate_up are fused: four GEMMs a layer and profile, less the kept one.
     assert proof["fp8_gemms"] == 2 * (3 * 4 - 1)
     assert engine.checks["network"]["layer_kinds"]["KV_CACHE_UPDATE"] == 4
@@ -85,7 +86,7 @@ def test_second_time_comes_from_the_cache(
     def no_tool(*_: object, **__: object) -> None:
         raise AssertionError("started a tool a second time")
 
-    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_tool", no_tool)
+    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_child", no_tool)
     again = COMPILER.compile(checkpoint, ADA, StageCache(root=root / "cache"), root / "logs")
     assert again == engine
 
@@ -108,7 +109,7 @@ def test_new_cuts_are_checked_but_compile_nothing(
         stage, "source_digest", lambda *modules: f"changed {source_digest(*modules)}"
     )
     monkeypatch.setattr(stage, "_CUT_CONTEXT", 32)
-    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_tool", no_tool)
+    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_child", no_tool)
     again = COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
     assert again.digest == engine.digest
     assert again.twin_key != engine.twin_key
@@ -121,19 +122,19 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
     """The library itself reports success when what it hands its pieces to fails."""
     assert engine.twin_dir is not None
     job = CompileJob(
-        graph=str(engine.twin_dir / RTX_GRAPH),
+        graph=engine.twin_dir / RTX_GRAPH,
         interface=interface_of(
-            UnifiedCheckpoint(checkpoint.dir).config,
-            num_layers=UnifiedCheckpoint(checkpoint.dir).config.num_layers,
+            UnifiedCheckpoint(checkpoint.dir).spec,
+            num_layers=UnifiedCheckpoint(checkpoint.dir).spec.num_layers,
             context=COMPILER.max_seq_len,
             dtype="bfloat16",
         ),
-        plan="/dev/full",
+        plan=Path("/dev/full"),
         sm=89,
         profiles=COMPILER.profiles,
     )
     with pytest.raises(OSError, match="No space left"):
-        compile_graph(job)
+        job.run()
 
 
 def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -150,7 +151,7 @@ def test_kept_linear_that_is_not_declared_is_refused(
             (engine.dir / PLAN_FILE).read_bytes(),
             sm=89,
             profiles=2,
-            fp8_linears=checkpoint.fp8_linears,
+            quantized_linears=checkpoint.quantized_linears,
             kept_16bit=(),
         )
 

@@ -11,8 +11,9 @@ import pytest
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import RecipeError
 from pipeline.core.values import Checkpoint, Engine, Licence, Weights
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import read_plan
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, WINDOW, tiny_architecture
 from tests.quant.tiny_quantized import ADA, shape_of, tiny_quantizer
@@ -58,13 +59,13 @@ def plan_of(engine: Engine) -> bytes:
 def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> None:
     checkpoint = quantized(tmp_path, name)
     engine = compiled(tmp_path, checkpoint)
-    config = UnifiedCheckpoint(checkpoint.dir).config
+    config = UnifiedCheckpoint(checkpoint.dir).spec
     assert CONTEXT > WINDOW
     kinds = engine.checks["network"]["layer_kinds"]
     assert (kinds["ROTARY_EMBEDDING"], kinds["KV_CACHE_UPDATE"]) == (4, 4)  # the cut's two layers
 
     proof = engine.checks["fp8_plan"]
-    assert (proof["profiles"], proof["fp8_linears"]) == (2, 3 * 7)
+    assert (proof["profiles"], proof["quantized_linears"]) == (2, 3 * 7)
     # qkv, o, gate and up, down: stored fused or not, biased or not, RTX makes four of them.
     assert proof["fp8_gemms"] == 2 * 3 * 4
     plan = plan_of(engine)
@@ -76,9 +77,9 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
         if gemm.is_fp8
         for module in gemm.modules
     }
-    assert shown == set(checkpoint.fp8_linears)
+    assert shown == set(checkpoint.quantized_linears)
 
-    cache_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * 2 * CONTEXT
+    cache_bytes = config.kv_bytes(2 * CONTEXT, 2)
     assert engine.min_vram_bytes == len(plan) + cache_bytes
     # The caches are updated in place: no kernel copies one.
     assert b'"present_key.0' in plan
@@ -93,7 +94,7 @@ def test_kept_part_of_a_fused_linear_is_a_16_bit_gemm(tmp_path: Path) -> None:
         "lm_head",
         *(f"{kept}.{part}" for part in ("q", "k", "v")),
     }
-    assert engine.checks["fp8_plan"]["fp8_linears"] == 3 * 7 - 3
+    assert engine.checks["fp8_plan"]["quantized_linears"] == 3 * 7 - 3
 
 
 def test_attention_kernel_multiplies_by_an_exact_power_of_two(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from pipeline.acceptance.judge import QualityLimits, judge
 from pipeline.acceptance.speed import SpeedSample, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError, RecipeError, ToolError
 from pipeline.core.values import Checkpoint, Engine, Report
 from pipeline.runners.trtllm.bench_command import (
@@ -23,6 +22,7 @@ from pipeline.runners.trtllm.bench_command import (
 )
 from pipeline.runners.trtllm.bench_report import percentiles, read_report
 from pipeline.runners.trtllm.runner import TrtLlmRunner
+from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import tiny_checkpoint
 from tests.runners.trtllm.engines import built_engine, runner_machine
 

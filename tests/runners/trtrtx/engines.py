@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.formats.trtrtx.compiler import PLAN_FILE, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
+from pipeline.formats.trtrtx.spec import PLAN_FILE
 
 PACKAGES = Path(__file__).parent / "fake_packages"
 CHILD = Path(__file__).parent / "host_child.py"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.acceptance.conditions import conditions_of
 from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import conditions_of
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import Runner
 from pipeline.runners.trtrtx import runner as module

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline.acceptance.speed import measure_speed, summarize
-from pipeline.acceptance.workload import Workload
 from pipeline.core.errors import PipelineError, ToolError
 from pipeline.runners.session import UNUSED_TOKEN, Demands
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession
+from pipeline.runners.workload import Workload
 from tests.runners.vllm.test_vllm_session import PACKAGES, SERVE_ARGS, VOCAB, continued
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 7, 7], [8, 1]]

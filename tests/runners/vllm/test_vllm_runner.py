@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.acceptance.conditions import conditions_of
 from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import conditions_of
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import Runner
 from pipeline.runners.vllm import runner as module

@@ -14,12 +14,12 @@ and `model.py` (#663997685), `models/qwen/config.py` (373970a8) and `model.py` (
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.model.decoder_config import DecoderConfig
-from pipeline.model.rope import Llama3Scaling, LongRopeScaling
+from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope, longrope_gain
+from pipeline.model.spec import Layer, ModelSpec, not_built
 
 Dtype = Literal["bfloat16", "float16"]
 """Type of activations and of every tensor that is not FP8."""
@@ -30,7 +30,7 @@ The value is the one that TensorRT-LLM's own conversion falls back to (`models/q
 
 
 def trtllm_config(
-    config: DecoderConfig,
+    spec: ModelSpec,
     *,
     dtype: Dtype,
     kv_fp8: bool,
@@ -41,7 +41,7 @@ def trtllm_config(
     """Everything that TensorRT-LLM needs to know about the model, beside its weights.
 
     Args:
-        config: The decoder.
+        spec: The decoder.
         dtype: Type of activations and of tensors that are not FP8.
         kv_fp8: The KV cache is FP8; the weights must hold its scales.
         exclude: TensorRT-LLM's names of the linears that are not FP8, lm_head among them.
@@ -52,27 +52,29 @@ def trtllm_config(
         RecipeError: TensorRT-LLM's class for this architecture would silently ignore something
             that this model needs, or more than one GPU was asked for.
     """
-    faults = [*_parallel_faults(tp_size, pp_size), *_faults(config)]
+    faults = [*_parallel_faults(tp_size, pp_size), *_faults(spec)]
     if faults:
         raise RecipeError(faults)
+    layer = spec.uniform_layer()
+    attention = layer.attention
     return {
-        "architecture": config.architecture,
+        "architecture": spec.architecture,
         "dtype": dtype,
         "logits_dtype": "float32",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_size": config.head_dim,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": layer.linear("gate").rows,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_size": attention.head_dim,
         "qk_layernorm": False,
         # Phi-3 has one fused matrix, whose activation splits its output: the second half gates.
-        "hidden_act": "swiglu" if config.fused else "silu",
-        "norm_epsilon": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        **_rope(config),
-        **_family(config),
+        "hidden_act": "swiglu" if layer.fused_mlp else "silu",
+        "norm_epsilon": spec.norm_eps,
+        "max_position_embeddings": spec.max_position_embeddings,
+        **_rope(spec),
+        **_FAMILIES[spec.architecture](layer),
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1},
@@ -85,7 +87,7 @@ def trtllm_config(
     }
 
 
-def _rope(config: DecoderConfig) -> dict[str, Any]:
+def _rope(spec: ModelSpec) -> dict[str, Any]:
     """Rotary settings; `rotary_scaling` is null for the plain embedding.
 
     TensorRT-LLM has no type `default` (ValueError). It takes the type of a scaling from `type`,
@@ -94,11 +96,11 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
     LongRoPE goes through keys of its own, which change the layers; `position_embedding_type`
     changes the tables. One without the other is an assertion at best.
     """
-    rope = config.rope
+    rope, head_dim = spec.rope, spec.layers[0].attention.head_dim
     keys: dict[str, Any] = {
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": rope.theta,
-        "rotary_pct": _rotary_pct(config),
+        "rotary_pct": _rotary_pct(rope, head_dim),
         "rotary_embedding_dim": rope.rotary_dim,
         "rotary_scaling": None,
     }
@@ -122,36 +124,43 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
     return keys
 
 
-def _rotary_pct(config: DecoderConfig) -> float:
+def _rotary_pct(rope: Rope, head_dim: int) -> float:
     """The share of each head that is rotated, such that TensorRT-LLM computes our size from it.
 
     It takes `int(head_size * rotary_pct)`, which falls short by one where the quotient was rounded
     down.
     """
-    share = config.rope.rotary_dim / config.head_dim
-    if int(config.head_dim * share) < config.rope.rotary_dim:
+    share = rope.rotary_dim / head_dim
+    if int(head_dim * share) < rope.rotary_dim:
         share = math.nextafter(share, math.inf)
     return share
 
 
-def _family(config: DecoderConfig) -> dict[str, Any]:
-    """Keys that one config class has and others do not.
+def _qwen2(layer: Layer) -> dict[str, Any]:
+    return {
+        "attn_bias": layer.linear("q").bias,
+        "mlp_bias": False,
+        "qwen_type": "qwen2",
+        "seq_length": _QWEN_SEQ_LENGTH,
+        "use_logn_attn": False,
+    }
 
-    Mistral is built by the Llama class. Phi-3's layer has no biases to switch.
-    """
-    match config.architecture:
-        case "LlamaForCausalLM" | "MistralForCausalLM":
-            return {"attn_bias": False, "mlp_bias": False}
-        case "Qwen2ForCausalLM":
-            return {
-                "attn_bias": config.attention_bias,
-                "mlp_bias": False,
-                "qwen_type": "qwen2",
-                "seq_length": _QWEN_SEQ_LENGTH,
-                "use_logn_attn": False,
-            }
-        case "Phi3ForCausalLM":
-            return {}
+
+def _llama(layer: Layer) -> dict[str, Any]:
+    return {"attn_bias": False, "mlp_bias": False}
+
+
+def _phi3(layer: Layer) -> dict[str, Any]:
+    return {}
+
+
+_FAMILIES: Mapping[str, Callable[[Layer], dict[str, Any]]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _llama,  # built by the Llama class
+    "Qwen2ForCausalLM": _qwen2,
+    "Phi3ForCausalLM": _phi3,  # its layer has no biases to switch
+}
+"""Model classes of TensorRT-LLM that we convert for, and the keys that only their config has."""
 
 
 def _parallel_faults(tp_size: int, pp_size: int) -> list[Fault]:
@@ -166,30 +175,35 @@ def _parallel_faults(tp_size: int, pp_size: int) -> list[Fault]:
     ]
 
 
-def _faults(config: DecoderConfig) -> list[Fault]:
+def _faults(spec: ModelSpec) -> list[Fault]:
     """What TensorRT-LLM's class would ignore without a word (see the sources above)."""
-    return _phi3_faults(config) if config.fused else _plain_faults(config)
+    if spec.architecture not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        message = f"is {spec.architecture}; the converter for TensorRT-LLM has {known}"
+        return [not_built("architectures", message)]
+    layer = spec.uniform_layer()
+    return _phi3_faults(spec, layer) if layer.fused_mlp else _plain_faults(spec, layer)
 
 
-def _plain_faults(config: DecoderConfig) -> list[Fault]:
+def _plain_faults(spec: ModelSpec, layer: Layer) -> list[Fault]:
     """The Llama and Qwen layers rotate whole heads and know no LongRoPE."""
     faults = []
-    if config.rope.rotary_dim != config.head_dim:
+    head_dim = layer.attention.head_dim
+    if spec.rope.rotary_dim != head_dim:
         faults.append(
-            _fault(
+            not_built(
                 "partial_rotary_factor",
-                f"rotates {config.rope.rotary_dim} of {config.head_dim} elements; TensorRT-LLM's "
-                f"{config.architecture} rotates all",
+                f"rotates {spec.rope.rotary_dim} of {head_dim} elements; TensorRT-LLM's "
+                f"{spec.architecture} rotates all",
             )
         )
-    if isinstance(config.rope.scaling, LongRopeScaling):
-        faults.append(
-            _fault("rope_type", f"is longrope, which its {config.architecture} does not have")
-        )
+    if isinstance(spec.rope.scaling, LongRopeScaling):
+        message = f"is longrope, which its {spec.architecture} does not have"
+        faults.append(not_built("rope_type", message))
     return faults
 
 
-def _phi3_faults(config: DecoderConfig) -> list[Fault]:
+def _phi3_faults(spec: ModelSpec, layer: Layer) -> list[Fault]:
     """The Phi-3 layer ignores `head_size` and `rotary_scaling`, and computes its own LongRoPE gain.
 
     The gain is sqrt(1 + ln(f) / ln(original)), f = max_position_embeddings / original
@@ -197,33 +211,29 @@ def _phi3_faults(config: DecoderConfig) -> list[Fault]:
     `longrope_short_mscale` and `longrope_long_mscale` are read for Phi-3-small and PhiMoE only.
     """
     faults = []
-    if config.head_dim * config.num_heads != config.hidden_size:
+    attention = layer.attention
+    if attention.head_dim * attention.heads != spec.hidden_size:
         faults.append(
-            _fault(
+            not_built(
                 "head_dim",
-                f"is {config.head_dim}; TensorRT-LLM's Phi3ForCausalLM takes hidden_size / "
-                f"num_attention_heads = {config.hidden_size / config.num_heads:g} instead",
+                f"is {attention.head_dim}; TensorRT-LLM's Phi3ForCausalLM takes hidden_size / "
+                f"num_attention_heads = {spec.hidden_size / attention.heads:g} instead",
             )
         )
-    scaling = config.rope.scaling
+    scaling = spec.rope.scaling
     if isinstance(scaling, Llama3Scaling):
-        faults.append(_fault("rope_type", "is llama3, which its Phi3ForCausalLM ignores"))
+        faults.append(not_built("rope_type", "is llama3, which its Phi3ForCausalLM ignores"))
     elif isinstance(scaling, LongRopeScaling):
-        original = scaling.original_max_position_embeddings
-        ratio = config.max_position_embeddings / original
-        gain = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+        gain = longrope_gain(
+            spec.max_position_embeddings / scaling.original_max_position_embeddings,
+            scaling.original_max_position_embeddings,
+        )
         if not math.isclose(gain, scaling.attention_factor, rel_tol=1e-6):
             faults.append(
-                _fault(
+                not_built(
                     "attention_factor",
                     f"is {scaling.attention_factor:g}; TensorRT-LLM computes {gain:g} from "
-                    f"max_position_embeddings and cannot be told another",
+                    f"max_position_embeddings and takes no other",
                 )
             )
     return faults
-
-
-def _fault(key: str, message: str) -> Fault:
-    return Fault(
-        f"config.json: {key}", f"{message}; use compiler=checkpoint or compiler=trtrtx for it"
-    )

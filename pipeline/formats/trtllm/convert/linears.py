@@ -15,9 +15,11 @@ names, `models/phi3/convert.py` (89fd9b74) for the halves. They are swapped sinc
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model import spec
+from pipeline.model.spec import Layer, layer_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,81 +28,51 @@ class Linear:
 
     Attributes:
         target: Its name there.
-        parts: Source modules with the rows (output features) of each, top to bottom.
+        pieces: Source modules with the range of rows to take, top to bottom.
+        stored: Source module -> rows that it stores.
         columns: Input features.
         sharing: Source modules that must have one weight scale, which the runtime fuses.
-        bias: Whether the parts have biases.
-        halves_swapped: The second half of the rows comes first.
+        bias: Whether the source modules have biases.
     """
 
     target: str
-    parts: tuple[tuple[str, int], ...]
+    pieces: tuple[tuple[str, tuple[int, int]], ...]
+    stored: Mapping[str, int]
     columns: int
     sharing: tuple[str, ...]
-    bias: bool = False
-    halves_swapped: bool = False
+    bias: bool
 
-    def ordered_rows(self) -> tuple[tuple[str, tuple[int, int] | None], ...]:
-        """Source modules with the range of rows to take, None for all, in the target's order."""
-        if not self.halves_swapped:
-            return tuple((module, None) for module, _ in self.parts)
-        return tuple(
-            (module, rows)
-            for module, count in self.parts
-            for rows in ((count // 2, count), (0, count // 2))
-        )
+    @property
+    def rows(self) -> int:
+        """Output features."""
+        return sum(end - start for _, (start, end) in self.pieces)
 
 
-def layer_linears(config: DecoderConfig, layer: int) -> tuple[Linear, ...]:
+def layer_linears(layer: Layer, number: int) -> tuple[Linear, ...]:
     """The linears of one decoder layer, attention first."""
-    target = f"transformer.layers.{layer}"
-    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
+    target, source = f"transformer.layers.{number}", layer_name(number)
 
-    def one(name: str, module: str, rows: int, columns: int) -> Linear:
+    def joined(name: str, parts: Sequence[spec.Linear]) -> Linear:
+        fused = parts[0].fused
+        sharing = layer.group(fused) if fused else parts
         return Linear(
             target=f"{target}.{name}",
-            parts=((module, rows),),
-            columns=columns,
-            sharing=(module,),
+            pieces=tuple(
+                (f"{source}.{part.module}", (part.first_row, part.first_row + part.rows))
+                for part in parts
+            ),
+            stored={f"{source}.{part.module}": layer.modules[part.module][0] for part in parts},
+            columns=parts[0].columns,
+            sharing=tuple(dict.fromkeys(f"{source}.{part.module}" for part in sharing)),
+            bias=parts[0].bias,
         )
 
-    dense = one("attention.dense", f"{attention}.o_proj", hidden, query)
-    down = one("mlp.proj", f"{mlp}.down_proj", hidden, inner)
-    if config.fused:
-        gate_up = f"{mlp}.gate_up_proj"
-        return (
-            one("attention.qkv", f"{attention}.qkv_proj", query + 2 * key, hidden),
-            dense,
-            Linear(
-                target=f"{target}.mlp.fc",
-                parts=((gate_up, 2 * inner),),
-                columns=hidden,
-                sharing=(gate_up,),
-                halves_swapped=True,
-            ),
-            down,
-        )
-    q, k, v = (f"{attention}.{part}_proj" for part in ("q", "k", "v"))
-    gate, up = f"{mlp}.gate_proj", f"{mlp}.up_proj"
-    return (
-        Linear(
-            target=f"{target}.attention.qkv",
-            parts=((q, query), (k, key), (v, key)),
-            columns=hidden,
-            sharing=(q, k, v),
-            bias=config.attention_bias,
-        ),
-        dense,
-        *(
-            Linear(
-                target=f"{target}.mlp.{name}",
-                parts=((module, inner),),
-                columns=hidden,
-                sharing=(gate, up),
-            )
-            for name, module in (("fc", gate), ("gate", up))
-        ),
-        down,
-    )
+    def one(name: str, role: str) -> Linear:
+        return joined(name, [layer.linear(role)])
+
+    if layer.fused_mlp:
+        mlp = [joined("mlp.fc", [layer.linear("up"), layer.linear("gate")])]
+    else:
+        mlp = [one("mlp.fc", "gate"), one("mlp.gate", "up")]
+    qkv = joined("attention.qkv", layer.group("qkv"))
+    return (qkv, one("attention.dense", "o"), *mlp, one("mlp.proj", "down"))

@@ -28,11 +28,9 @@ KvCacheDtype = Literal["fp8", "bfloat16", "float16"]
 
 CODE = (
     "pipeline.formats.trtllm.convert",
-    "pipeline.model.decoder_config",
-    "pipeline.model.rope",
-    "pipeline.core.safetensors_header",
+    "pipeline.model",
+    "pipeline.core.safetensors_files",
     "pipeline.quant.unified",
-    "pipeline.model.shapes",
 )
 """What shapes the bytes; not the graph builder beside it."""
 
@@ -74,7 +72,7 @@ class ConversionRecord:
         dtype: Type of activations and of tensors that are not FP8.
         kv_cache_dtype: `fp8`, or the 16-bit type.
         max_position_embeddings: Longest context of the model, tokens.
-        fp8_linears: How many of TensorRT-LLM's linears are FP8.
+        quantized_linears: How many of TensorRT-LLM's linears are FP8.
         kept_16bit: Names of those that are not (`exclude_modules`).
         requantized: Source module -> relative error that rounding to the scale of its group added:
             root of the summed squared changes over that of the squared values.
@@ -87,7 +85,7 @@ class ConversionRecord:
     dtype: Dtype
     kv_cache_dtype: str
     max_position_embeddings: int
-    fp8_linears: int
+    quantized_linears: int
     kept_16bit: tuple[str, ...]
     requantized: dict[str, float]
     merged_inputs: tuple[str, ...]
@@ -123,10 +121,10 @@ def write_checkpoint(
 ) -> ConversionRecord:
     """Write config, weights and record into the (existing) folder `out_dir`."""
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
-    config, kv_fp8 = checkpoint.config, settings.kv_cache_dtype == "fp8"
+    spec, kv_fp8 = checkpoint.spec, settings.kv_cache_dtype == "fp8"
     plan = plan_tensors(checkpoint, dtype=settings.dtype, kv_fp8=kv_fp8)
     content = trtllm_config(
-        config,
+        spec,
         dtype=settings.dtype,
         kv_fp8=kv_fp8,
         exclude=plan.excluded,
@@ -134,15 +132,15 @@ def write_checkpoint(
         pp_size=settings.pp_size,
     )
     errors = write_tensors(checkpoint, plan, out_dir)
-    window = config.sliding_window
-    if window is not None and window >= config.max_position_embeddings:
+    window = spec.window
+    if window is not None and window >= spec.max_position_embeddings:
         window = None
     record = ConversionRecord(
-        architecture=config.architecture,
+        architecture=spec.architecture,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
-        max_position_embeddings=config.max_position_embeddings,
-        fp8_linears=len(plan.fp8),
+        max_position_embeddings=spec.max_position_embeddings,
+        quantized_linears=len(plan.fp8),
         kept_16bit=plan.excluded,
         requantized=errors,
         merged_inputs=plan.merged_inputs,

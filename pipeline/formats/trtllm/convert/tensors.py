@@ -24,7 +24,7 @@ from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.formats.trtllm.convert.config import Dtype
 from pipeline.formats.trtllm.convert.linears import Linear, layer_linears
 from pipeline.formats.trtllm.convert.plan import FP8, Piece, PlannedTensor, TensorPlan
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.spec import ModelSpec, layer_name
 from pipeline.quant.unified import UnifiedCheckpoint
 
 KV_SCALE_FLOOR = 1.0
@@ -56,20 +56,20 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
             group FP8, another kind of quantization, no KV scales although they were asked for.
     """
     planner = _Planner(checkpoint, dtype)
-    config = checkpoint.config
+    spec = checkpoint.spec
+    norm = (spec.hidden_size,)
     planner.plain("transformer.vocab_embedding.weight", "model.embed_tokens.weight",
-                  (config.vocab_size, config.hidden_size))  # fmt: skip
-    for layer in range(config.num_layers):
-        source, target = f"model.layers.{layer}", f"transformer.layers.{layer}"
-        norm = (config.hidden_size,)
+                  (spec.vocab_size, spec.hidden_size))  # fmt: skip
+    for number, layer in enumerate(spec.layers):
+        source, target = layer_name(number), f"transformer.layers.{number}"
         planner.plain(f"{target}.input_layernorm.weight", f"{source}.input_layernorm.weight", norm)
-        for linear in layer_linears(config, layer):
+        for linear in layer_linears(layer, number):
             planner.linear(linear)
-        planner.kv_scale(layer, wanted=kv_fp8)
+        planner.kv_scale(number, wanted=kv_fp8)
         planner.plain(f"{target}.post_layernorm.weight",
                       f"{source}.post_attention_layernorm.weight", norm)  # fmt: skip
-    planner.plain("transformer.ln_f.weight", "model.norm.weight", (config.hidden_size,))
-    planner.head(config)
+    planner.plain("transformer.ln_f.weight", "model.norm.weight", norm)
+    planner.head(spec)
     return planner.finish()
 
 
@@ -94,17 +94,17 @@ class _Planner:
         if self._take(source, shape, _FLOATS):
             self._add(target, self._dtype, shape, [Piece(tensor=source)])
 
-    def head(self, config: DecoderConfig) -> None:
+    def head(self, spec: ModelSpec) -> None:
         """lm_head, also where it is the embedding.
 
         TensorRT-LLM accepts a file without it and then uses the embedding, also for a model that is
         not tied: wrong, and no message. With it always there, its absence is always a fault. The
         builder finds equal tables and keeps one.
         """
-        shape = (config.vocab_size, config.hidden_size)
-        if config.tied:
+        shape = (spec.vocab_size, spec.hidden_size)
+        if spec.tied:
             self.plain("lm_head.weight", "model.embed_tokens.weight", shape)
-        elif self._checkpoint.is_fp8("lm_head"):
+        elif self._checkpoint.is_quantized("lm_head"):
             self._used |= {f"lm_head.{name}" for name in ("weight", "weight_scale", "input_scale")}
             self._unfit.append(Fault("lm_head", "is FP8; it is converted as 16-bit only"))
         else:
@@ -112,9 +112,11 @@ class _Planner:
 
     def linear(self, linear: Linear) -> None:
         """Weight, scales and bias of one of TensorRT-LLM's linears."""
-        fp8 = {self._checkpoint.is_fp8(module) for module in linear.sharing}
+        fp8 = {self._checkpoint.is_quantized(module) for module in linear.sharing}
         if len(fp8) > 1:
-            kept = [module for module in linear.sharing if not self._checkpoint.is_fp8(module)]
+            kept = [
+                module for module in linear.sharing if not self._checkpoint.is_quantized(module)
+            ]
             self._unfit.append(
                 Fault(
                     linear.target,
@@ -125,24 +127,21 @@ class _Planner:
         allowed = {FP8} if fp8 == {True} else _FLOATS
         whole = [
             self._take(f"{module}.weight", (rows, linear.columns), allowed)
-            for module, rows in linear.parts
+            for module, rows in linear.stored.items()
         ]
         scales = self._scales(linear) if fp8 == {True} else {}
         if all(whole) and len(fp8) == 1:
             self._weight(linear, scales)
         if linear.bias:
-            taken = [self._take(f"{m}.bias", (rows,), _FLOATS) for m, rows in linear.parts]
+            taken = [self._take(f"{m}.bias", (rows,), _FLOATS) for m, rows in linear.stored.items()]
             if all(taken):
-                pieces = [Piece(tensor=f"{module}.bias") for module, _ in linear.parts]
-                shape = (sum(rows for _, rows in linear.parts),)
-                self._add(f"{linear.target}.bias", self._dtype, shape, pieces)
+                pieces = [Piece(tensor=f"{m}.bias", rows=rows) for m, rows in linear.pieces]
+                self._add(f"{linear.target}.bias", self._dtype, (linear.rows,), pieces)
 
     def _weight(self, linear: Linear, scales: Mapping[str, float]) -> None:
         """The matrix; `scales` is empty for a 16-bit one."""
-        pieces = [
-            Piece(tensor=f"{module}.weight", rows=rows) for module, rows in linear.ordered_rows()
-        ]
-        shape = (sum(rows for _, rows in linear.parts), linear.columns)
+        pieces = [Piece(tensor=f"{module}.weight", rows=rows) for module, rows in linear.pieces]
+        shape = (linear.rows, linear.columns)
         if not scales:
             self._excluded.append(linear.target)
             self._add(f"{linear.target}.weight", self._dtype, shape, pieces)
@@ -235,7 +234,7 @@ class _Planner:
             )
         if self._unfit:
             raise RecipeError(self._unfit[:_MAX_LISTED])
-        architecture = self._checkpoint.config.architecture
+        architecture = self._checkpoint.spec.architecture
         self._raise_corrupt(
             [
                 f"{name} is no tensor of {architecture}, and no scale of one"

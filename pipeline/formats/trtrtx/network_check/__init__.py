@@ -6,5 +6,5 @@ word: TensorRT-RTX 1.7.1 does so with `nonpad_kv_seqlen`. Hence two checks on th
 
 - `guard`: every build, whole network, milliseconds: interface, attention layers, cache updates.
 - `compare`: a cut of a few layers, once per architecture, RTX version and graph code: a small
-  interpreter computes what the parsed network says, ONNX Runtime computes the float32 twin.
+  interpreter computes what the parsed network says, ONNX Runtime computes the float32 graph.
 """

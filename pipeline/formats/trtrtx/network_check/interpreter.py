@@ -1,9 +1,7 @@
 """Computes what a parsed TensorRT-RTX network says, with NumPy.
 
-A reference in the plain sense: one function per kind of layer (`*_rules`), no fusion, float32
-without rounding to 16 bit (`rules` says why). It knows what the decoder graph becomes, with every
-attribute that matters, and refuses all else. What it says about a kind is read from TensorRT's
-documentation, not measured on a GPU.
+A reference in the plain sense: one function per kind of layer (`rules`), no fusion. It knows what
+the decoder graph becomes, with every attribute that matters, and refuses all else.
 """
 
 from __future__ import annotations
@@ -12,14 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.formats.trtrtx.network_check.arithmetic_rules import ARITHMETIC_RULES
-from pipeline.formats.trtrtx.network_check.attention_rules import ATTENTION_RULES
-from pipeline.formats.trtrtx.network_check.errors import CheckError
-from pipeline.formats.trtrtx.network_check.network import Layer, layers_of
-from pipeline.formats.trtrtx.network_check.rules import Array, representation, unknown
-from pipeline.formats.trtrtx.network_check.shape_rules import SHAPE_RULES
-
-RULES = {**SHAPE_RULES, **ARITHMETIC_RULES, **ATTENTION_RULES}
+from pipeline.formats.trtrtx.network_check.network import CheckError, Layer, layers_of
+from pipeline.formats.trtrtx.network_check.rules import RULES, Array, representation, unknown
 
 Observe = Callable[[str, Array], Array]
 """Gets the name and value of a tensor as it is computed; returns the value to go on with."""

@@ -8,17 +8,15 @@ holds the model's configuration and which linears are FP8, not the weights.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.cache import StageCache, source_digest
-from pipeline.core.process import run_tool
-from pipeline.formats.trtrtx.network_check.interface import DecoderInterface
+from pipeline.formats.trtrtx.child import CheckJob, run_child
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
 from pipeline.formats.trtrtx.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
-from pipeline.model.decoder_config import DecoderConfig
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint
 
 _RESULT = "result.json"
@@ -27,16 +25,17 @@ _TOOLS = ("tensorrt-rtx-cu13", "onnxruntime", "onnx")
 
 
 def interface_of(
-    config: DecoderConfig, *, num_layers: int, context: int, dtype: Literal["bfloat16", "float16"]
+    spec: ModelSpec, *, num_layers: int, context: int, dtype: Literal["bfloat16", "float16"]
 ) -> DecoderInterface:
     """What the decoder graph of a model takes and gives."""
+    attention = spec.layers[0].attention
     return DecoderInterface(
         num_hidden_layers=num_layers,
-        num_key_value_heads=config.num_kv_heads,
+        num_key_value_heads=attention.kv_heads,
         context=context,
-        head_dim=config.head_dim,
-        rotary_dim=config.rope.rotary_dim,
-        vocab_size=config.vocab_size,
+        head_dim=attention.head_dim,
+        rotary_dim=spec.rope.rotary_dim,
+        vocab_size=spec.vocab_size,
         dtype=dtype,
     )
 
@@ -69,37 +68,30 @@ def check_network_once(
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)
     interface = interface_of(
-        checkpoint.config,
+        checkpoint.spec,
         num_layers=len(layers),
-        context=cut_context(checkpoint.config, context),
+        context=cut_context(checkpoint.spec, context),
         dtype=dtype,
     )
     in_cut = tuple(f"model.layers.{layer}." for layer in layers)
     inputs = {
-        "config": dataclasses.asdict(checkpoint.config),
+        "config": checkpoint.spec.to_json(),
         "interface": dataclasses.asdict(interface),
-        "fp8_linears": sorted(n for n in checkpoint.fp8_linears if n.startswith(in_cut)),
+        "quantized_linears": sorted(
+            n for n in checkpoint.quantized_linears if n.startswith(in_cut)
+        ),
         "tools": {name: version(name) for name in _TOOLS},
         "code": source_digest(*_CODE),
     }
 
     def produce(out: Path) -> None:
-        from pipeline.formats.trtrtx.network_check.child import child_arguments
-
-        arguments = out / "arguments.json"
-        job = child_arguments(graphs_dir / RTX_CUT, graphs_dir / CPU_CUT, interface)
-        arguments.write_text(json.dumps(job))
-        run_tool(
-            [
-                sys.executable,
-                "-m",
-                "pipeline.formats.trtrtx.network_check.child",
-                str(arguments),
-                str(out / _RESULT),
-            ],
-            stage="network-check",
-            log_path=log_path,
+        job = CheckJob(
+            graph=graphs_dir / RTX_CUT,
+            reference=graphs_dir / CPU_CUT,
+            interface=interface,
+            result=out / _RESULT,
         )
+        run_child(job, out, stage="network-check", log_path=log_path)
 
     result: dict[str, Any] = cache.run("network-check", inputs, produce).read_json(_RESULT)
     return result

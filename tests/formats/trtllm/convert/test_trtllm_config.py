@@ -2,64 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
 import pytest
 
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.formats.trtllm.convert.config import trtllm_config
-from pipeline.model.decoder_config import DecoderConfig
-from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope
+from pipeline.model.read import read_spec
+from tests.specs import published, tiny_config
 
-LLAMA = DecoderConfig(
-    architecture="LlamaForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    rms_norm_eps=1e-5,
-    rope=Rope(theta=500000.0, rotary_dim=128),
-    max_position_embeddings=131072,
-    sliding_window=None,
-    attention_bias=False,
-    tied=False,
-)
-LLAMA3 = Llama3Scaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-)
-LONGROPE = LongRopeScaling(
-    short_factors=(1.0,) * 48,
-    long_factors=(2.0,) * 48,
-    original_max_position_embeddings=4096,
-    attention_factor=math.sqrt(1 + math.log(32) / math.log(4096)),
-)
-PHI3 = dataclasses.replace(
-    LLAMA,
-    architecture="Phi3ForCausalLM",
-    hidden_size=3072,
-    num_kv_heads=32,
-    head_dim=96,
-    rope=Rope(theta=10000.0, rotary_dim=96, scaling=LONGROPE),
-)
+LLAMA3 = published("llama-3.1-8b-instruct")
+LLAMA = {**LLAMA3, "rope_scaling": None}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+LONG = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 4096}
+PHI3 = published("phi-3-mini-4k-instruct", max_position_embeddings=131072, **LONG)
 
 
-def made(config: DecoderConfig, **settings: Any) -> dict[str, Any]:
-    return trtllm_config(
-        config, **{"dtype": "bfloat16", "kv_fp8": True, "exclude": ["lm_head"], **settings}
-    )
-
-
-def with_rope(config: DecoderConfig, **changes: Any) -> DecoderConfig:
-    return dataclasses.replace(config, rope=dataclasses.replace(config.rope, **changes))
+def made(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    given = {"dtype": "bfloat16", "kv_fp8": True, "exclude": ["lm_head"], **settings}
+    return trtllm_config(read_spec(config), **given)
 
 
 def test_llama3_config_key_by_key() -> None:
-    assert made(with_rope(LLAMA, scaling=LLAMA3)) == {
+    assert made(LLAMA3) == {
         "architecture": "LlamaForCausalLM",
         "dtype": "bfloat16",
         "logits_dtype": "float32",
@@ -117,37 +82,57 @@ def test_phi3_gates_with_one_fused_matrix_and_names_longrope_in_both_places() ->
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 100, 128, 256])
 def test_rotary_pct_gives_the_rotated_size_for_every_share(head_dim: int) -> None:
     for rotary_dim in range(2, head_dim + 1, 2):
-        config = dataclasses.replace(
-            PHI3,
-            hidden_size=32 * head_dim,
-            head_dim=head_dim,
-            rope=Rope(theta=10000.0, rotary_dim=rotary_dim),
-        )
+        share = {
+            "partial_rotary_factor": (rotary_dim + 0.5) / head_dim if rotary_dim < head_dim else 1.0
+        }
+        config = published("phi-3-mini-4k-instruct", hidden_size=32 * head_dim, **share)
         assert int(head_dim * made(config)["rotary_pct"]) == rotary_dim
 
 
 @pytest.mark.parametrize(
     ("config", "settings", "shown"),
     [
-        (with_rope(LLAMA, rotary_dim=64), {}, "partial_rotary_factor: rotates 64 of 128"),
         (
-            with_rope(LLAMA, scaling=dataclasses.replace(LONGROPE)),
+            {**LLAMA, "partial_rotary_factor": 0.5},
+            {},
+            "partial_rotary_factor: rotates 64 of 128",
+        ),
+        (
+            {**LLAMA, **LONG, "head_dim": 96},
             {},
             "rope_type: is longrope, which its LlamaForCausalLM does not have",
         ),
-        (dataclasses.replace(PHI3, head_dim=128), {}, "head_dim: is 128; .* = 96 instead"),
-        (with_rope(PHI3, scaling=LLAMA3), {}, "rope_type: is llama3, which its Phi3"),
         (
-            with_rope(PHI3, scaling=dataclasses.replace(LONGROPE, attention_factor=1.3)),
+            {**PHI3, "head_dim": 128, "rope_scaling": None},
+            {},
+            "head_dim: is 128; .* = 96 instead",
+        ),
+        (
+            {
+                **PHI3,
+                "rope_scaling": LLAMA3["rope_scaling"],
+                "original_max_position_embeddings": None,
+            },
+            {},
+            "rope_type: is llama3, which its Phi3",
+        ),
+        (
+            {**PHI3, "rope_scaling": {**LONGROPE, "attention_factor": 1.3}},
             {},
             "attention_factor: is 1.3; TensorRT-LLM computes 1.19024",
         ),
+        (
+            published("qwen2.5-7b-instruct", use_sliding_window=True, max_window_layers=14),
+            {},
+            "layer_types: mixes layers of different kinds",
+        ),
+        (tiny_config("qwen3"), {}, "architectures: is Qwen3ForCausalLM"),
         (LLAMA, {"tp_size": 2}, "tp_size: is 2; the converter writes checkpoints for one GPU"),
         (LLAMA, {"pp_size": 4}, "pp_size: is 4; the converter writes checkpoints for one GPU"),
     ],
 )
 def test_what_tensorrt_llm_would_ignore_is_refused(
-    config: DecoderConfig, settings: dict[str, Any], shown: str
+    config: dict[str, Any], settings: dict[str, Any], shown: str
 ) -> None:
     with pytest.raises(RecipeError, match=shown) as refused:
         made(config, **settings)
@@ -157,5 +142,5 @@ def test_what_tensorrt_llm_would_ignore_is_refused(
 
 def test_all_faults_are_told_together() -> None:
     with pytest.raises(RecipeError) as refused:
-        made(with_rope(LLAMA, rotary_dim=64, scaling=LONGROPE), tp_size=2, pp_size=2)
+        made({**LLAMA, **LONG, "partial_rotary_factor": 0.75}, tp_size=2, pp_size=2)
     assert len(refused.value.faults) == 4

@@ -1,0 +1,137 @@
+"""What an engine format is: everything that differs between one and another.
+
+    spec = format_spec("trtrtx")
+    spec.variant(quant_spec("fp8"), compiler.limits, target)  # sm89-trtrtx-fp8-b64-s1024
+
+A format is one folder of this package: its module `spec` has a line `SPEC = ...`, its module
+`compiler` a line `KIND = ...`, the settings class that recipes choose by `compiler.kind`. It is
+found by listing the folder. Code outside this package asks a `FormatSpec`, and never compares a
+format's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.hardware import Target
+from pipeline.core.listing import marked_modules, read_mark
+from pipeline.core.values import Limits
+from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec
+
+_MARK, _MODULE = "SPEC", "spec"
+
+PAGED_SHARE = 0.9
+"""Share of device memory that a paged runtime gives to weights, workspace and cache: vLLM's
+`gpu_memory_utilization` and TensorRT-LLM's `free_gpu_memory_fraction` are 0.9 unless set. The rest
+is for CUDA graphs, fragmentation and a desktop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRule:
+    """How a runtime uses device memory.
+
+    Attributes:
+        static: The KV cache is allocated whole, for the largest batch at full context; else it is
+            paged, and must hold what the declared workloads hold at their end.
+        usable_share: Share of the card that weights, workspace and cache may take.
+        mask_bytes: Of one pair of token and cache slot in the attention mask of a step; 0 where
+            the runtime has no such mask in memory.
+        overhead_bytes: What an engine holds beside its weights.
+    """
+
+    static: bool
+    usable_share: float
+    mask_bytes: int = 0
+    overhead_bytes: int = 0
+
+
+PAGED = FitRule(static=False, usable_share=PAGED_SHARE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileMemory:
+    """Memory of the machine that a compiler takes.
+
+    Attributes:
+        per_byte: Bytes for each byte of weights.
+        least_bytes: At least so much.
+        source: Where the figures come from.
+    """
+
+    per_byte: float
+    least_bytes: int = 0
+    source: str
+
+    def needed_bytes(self, engine_bytes: int) -> int:
+        """Peak of compiling an engine of so many bytes of weights."""
+        return max(self.least_bytes, int(self.per_byte * engine_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatSpec:
+    """An engine format.
+
+    Attributes:
+        name: Of its folder, and of its option in conf/compiler.
+        runtime: What loads it.
+        holds: Whether a precision can be expressed in it.
+        kv_cache_dtypes: Types of its KV cache, the smallest first.
+        fit: How its runtime uses device memory.
+        bound_to: What an engine runs on: one `card`, every card of one `sm`, or any (None).
+        runner: Option of conf/runner that executes it on a card.
+        substitute: Option of conf/runner that executes the same graph or checkpoint without the
+            card; equal to `runner` where there is none.
+        packages: Modules that building imports beside ModelOpt's.
+        files: Files that its folder must contain, as glob patterns.
+        serve_args: Arguments of the runtime's server.
+        memory: Of the machine while it compiles; None where nothing is compiled.
+        is_checkpoint: It is the quantized checkpoint itself, which Transformers and others read.
+    """
+
+    name: str
+    runtime: str
+    holds: Callable[[QuantSpec], bool]
+    kv_cache_dtypes: tuple[str, ...]
+    fit: FitRule
+    bound_to: Literal["card", "sm"] | None
+    runner: str
+    substitute: str
+    packages: tuple[str, ...]
+    files: tuple[str, ...]
+    serve_args: Callable[[Limits], tuple[str, ...]]
+    memory: CompileMemory | None = None
+    is_checkpoint: bool = False
+
+    def variant(self, precision: QuantSpec, limits: Limits, target: Target) -> str:
+        """Middle part of a reference, such as `rtx4090-trtllm-fp8-b64-s4096`.
+
+        What runs anywhere is named after no sizes: they are arguments of its server.
+        """
+        place = {"card": target.id, "sm": f"sm{target.sm}", None: "any"}[self.bound_to]
+        parts = [place, self.name, precision.name]
+        if self.bound_to is not None:
+            parts += [f"b{limits.max_batch_size}", f"s{limits.max_seq_len}"]
+        return "-".join(parts) + KV_CACHE_DTYPES[limits.kv_cache_dtype].suffix
+
+
+def format_specs() -> dict[str, FormatSpec]:
+    """Every format, by name."""
+    return {name: format_spec(name) for name in marked_modules(__package__, _MARK, _MODULE)}
+
+
+def format_spec(name: str) -> FormatSpec:
+    """One format.
+
+    Raises:
+        IncompatibleError: There is none of this name, such as that of a newer version's package.
+    """
+    modules = marked_modules(__package__, _MARK, _MODULE)
+    if name not in modules:
+        raise IncompatibleError(
+            f"the format {name} is not known here, only {', '.join(modules)}; update Enginesmith"
+        )
+    found: FormatSpec = read_mark(modules[name], _MARK)
+    return found

@@ -1,0 +1,39 @@
+"""TensorRT-LLM engines, built by `trtllm-build` on the card that they are for."""
+
+from __future__ import annotations
+
+from pipeline.core.values import Limits
+from pipeline.formats.spec import PAGED, CompileMemory, FormatSpec
+from pipeline.formats.trtllm.release import NAME
+from pipeline.quant.spec import QuantSpec
+
+
+def _holds(precision: QuantSpec) -> bool:
+    """Of TensorRT-LLM's `QuantAlgo`s the converter writes one."""
+    return precision.quant_algo in (None, "FP8")
+
+
+def _serve_args(limits: Limits) -> tuple[str, ...]:
+    """As `trtllm-serve` spells them."""
+    return (
+        *("--backend", "tensorrt"),
+        *("--max_batch_size", str(limits.max_batch_size)),
+        *("--max_num_tokens", str(limits.max_num_tokens)),
+    )
+
+
+SPEC = FormatSpec(
+    name="trtllm",
+    runtime=NAME,
+    holds=_holds,
+    kv_cache_dtypes=("fp8", "bfloat16", "float16"),
+    fit=PAGED,  # its kernels are in its libraries
+    bound_to="card",
+    runner="trtllm",
+    substitute="trtllm",
+    packages=("ml_dtypes",),  # TensorRT-LLM itself is the compiler's to find: check_machine
+    files=("config.json", "tokenizer*", "rank0.engine"),
+    serve_args=_serve_args,
+    # The weights that were read and the engine that is serialized.
+    memory=CompileMemory(per_byte=2.0, source="2 x the engine, not measured"),
+)

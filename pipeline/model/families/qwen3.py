@@ -1,0 +1,18 @@
+"""Qwen3: no biases, and a norm over each head of q and k.
+
+It is planned and shipped as `checkpoint`; the converters of this edition refuse the norms.
+"""
+
+from __future__ import annotations
+
+from pipeline.model.config_keys import ConfigKeys
+from pipeline.model.dense import dense_decoder, window_from_layer
+from pipeline.model.spec import ModelSpec
+
+ARCHITECTURE = "Qwen3ForCausalLM"
+
+
+def read(keys: ConfigKeys) -> ModelSpec:
+    """Windows as in Qwen2."""
+    window, first = window_from_layer(keys)
+    return dense_decoder(keys, window=window, first_window_layer=first, qk_norm=True)

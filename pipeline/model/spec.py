@@ -1,0 +1,292 @@
+"""ModelSpec: what an architecture is, as far as plans, quantizers and converters need to know.
+
+A frozen value without a line about any runtime. Families (`pipeline.model.families`) make it from
+the keys of a `config.json`; nothing else lists the linears of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.model.rope import LongRopeScaling, Rope
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
+LM_HEAD = "lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """One projection; several may be rows of one stored module, as q, k and v of Phi-3 are.
+
+    Attributes:
+        role: `q`, `k`, `v`, `o`, `gate`, `up` or `down`.
+        module: Transformers' name of the module that stores it, without its layer's.
+        rows: Output features.
+        columns: Input features.
+        first_row: Where it starts in the stored module.
+        bias: It adds a bias.
+        fused: Name of the group that runtimes merge into one GEMM, which has one precision and one
+            weight scale, such as `qkv`; empty for none.
+    """
+
+    role: str
+    module: str
+    rows: int
+    columns: int
+    first_row: int = 0
+    bias: bool = False
+    fused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """An RMS norm: its module without its layer's name, and its features."""
+
+    module: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key and value heads, a divisor of `heads`.
+        head_dim: Size of one head.
+        scale: Multiplies the scores.
+        window: How many keys a query sees, its own included; None for all.
+        qk_norm: Each head of q and k has a norm before its rotation.
+        softcap: Scores become softcap x tanh(score / softcap); None for none.
+        module: Transformers' name, without its layer's.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    qk_norm: bool = False
+    softcap: float | None = None
+    module: str = "self_attn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        attention: Its attention.
+        linears: Its linears, in the order of the forward pass.
+        norms: Its norms, those of heads included.
+        activation: Of the MLP, between gate and up.
+    """
+
+    attention: Attention
+    linears: tuple[Linear, ...]
+    norms: tuple[Norm, ...]
+    activation: str
+
+    def linear(self, role: str) -> Linear:
+        """The linear of a role."""
+        return next(linear for linear in self.linears if linear.role == role)
+
+    def group(self, fused: str) -> tuple[Linear, ...]:
+        """The linears that runtimes merge."""
+        return tuple(linear for linear in self.linears if linear.fused == fused)
+
+    @property
+    def fused_mlp(self) -> bool:
+        """Gate and up are rows of one stored module."""
+        return self.linear("gate").module == self.linear("up").module
+
+    @cached_property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Stored module -> rows and columns of its weight."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for linear in self.linears:
+            rows, _ = sizes.get(linear.module, (0, 0))
+            sizes[linear.module] = (rows + linear.rows, linear.columns)
+        return sizes
+
+    @property
+    def widest_features(self) -> int:
+        """Features of one token at the widest point.
+
+        The residual and its normed copy, beside gate, up and their product, or q, k, v and the
+        attention's output.
+        """
+        query, key = self.linear("q").rows, self.linear("k").rows
+        widest = max(3 * self.linear("gate").rows, 2 * query + 2 * key)
+        return 2 * self.linear("o").rows + widest
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor but scales: name without the layer's, and shape."""
+        biased = {linear.module for linear in self.linears if linear.bias}
+        for module, (rows, columns) in self.modules.items():
+            yield f"{module}.weight", (rows, columns)
+            if module in biased:
+                yield f"{module}.bias", (rows,)
+        for norm in self.norms:
+            yield f"{norm.module}.weight", (norm.size,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only language model.
+
+    Attributes:
+        architecture: `architectures[0]` of config.json.
+        hidden_size: Width of the residual stream.
+        vocab_size: Rows of the embedding.
+        max_position_embeddings: Longest context the model was trained for, tokens.
+        norm_eps: Added to the mean square in every norm.
+        rope: Rotary embedding.
+        tied: lm_head is the embedding, stored once.
+        layers: The decoder layers.
+        state_bytes: State of fixed size that one sequence holds beside its KV cache.
+        config: The `config.json` that it was read from.
+    """
+
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope: Rope
+    tied: bool
+    layers: tuple[Layer, ...]
+    state_bytes: int = 0
+    config: Mapping[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Attention window of each layer."""
+        return tuple(layer.attention.window for layer in self.layers)
+
+    @property
+    def window(self) -> int | None:
+        """The shortest attention window of any layer; None where all see everything."""
+        return min((window for window in self.windows if window is not None), default=None)
+
+    @property
+    def short_rope_context(self) -> int | None:
+        """Context up to which LongRoPE's short factors hold; None for another rotary embedding."""
+        scaling = self.rope.scaling
+        if not isinstance(scaling, LongRopeScaling):
+            return None
+        return scaling.original_max_position_embeddings
+
+    def uniform_layer(self) -> Layer:
+        """The layer that all are like.
+
+        Raises:
+            RecipeError: Layers differ.
+        """
+        if len(set(self.layers)) > 1:
+            message = "mixes layers of different kinds, which this format does not build"
+            raise RecipeError([not_built("layer_types", message)])
+        return self.layers[0]
+
+    @cached_property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Full module name -> rows and columns, of every linear in the layers."""
+        return {
+            f"{layer_name(number)}.{module}": size
+            for number, layer in enumerate(self.layers)
+            for module, size in layer.modules.items()
+        }
+
+    def fused_modules(self) -> dict[str, tuple[str, ...]]:
+        """Stored modules that share one weight scale: `model.layers.0.self_attn.qkv` -> its parts.
+
+        A group that is one stored module has one scale anyway, and is not listed.
+        """
+        groups: dict[str, dict[str, None]] = {}
+        for number, layer in enumerate(self.layers):
+            for linear in layer.linears:
+                if linear.fused:
+                    module = f"{layer_name(number)}.{linear.module}"
+                    label = f"{module.rpartition('.')[0]}.{linear.fused}"
+                    groups.setdefault(label, {})[module] = None
+        return {label: tuple(parts) for label, parts in groups.items() if len(parts) > 1}
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor but scales: Hugging Face name and shape, [out, in] of a linear.
+
+        lm_head is missing where it is tied.
+        """
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size)
+        }
+        for number, layer in enumerate(self.layers):
+            shapes |= {f"{layer_name(number)}.{name}": size for name, size in layer.tensors()}
+        shapes[f"{FINAL_NORM}.weight"] = (self.hidden_size,)
+        if not self.tied:
+            shapes[f"{LM_HEAD}.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def kv_scales(self) -> tuple[str, ...]:
+        """The scales of an FP8 KV cache: two for each attention, named as ModelOpt names them."""
+        return tuple(
+            f"{layer_name(number)}.{layer.attention.module}.{part}_proj.{part}_scale"
+            for number, layer in enumerate(self.layers)
+            for part in "kv"
+        )
+
+    @cached_property
+    def params(self) -> int:
+        """All parameters, a tied embedding counted once."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+    @cached_property
+    def linear_params(self) -> int:
+        """Weights of all layers' linears, biases not counted: what quantization makes smaller."""
+        return sum(rows * columns for rows, columns in self.modules.values())
+
+    @property
+    def embedding_params(self) -> int:
+        """Weights of the token embedding; lm_head has as many, or shares them when tied."""
+        return self.vocab_size * self.hidden_size
+
+    def params_read(self, batch: int) -> int:
+        """Parameters that one decode step of `batch` sequences reads.
+
+        All but the embedding table, of which each sequence takes a row; lm_head counts, tied or
+        not.
+        """
+        table = 0 if self.tied else self.embedding_params
+        return self.params - table + batch * self.hidden_size
+
+    def kv_bytes(self, tokens: int, bytes_per_element: int) -> int:
+        """Cache of one sequence of so many tokens: keys and values of all layers, whole."""
+        width = sum(layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
+        return 2 * tokens * width * bytes_per_element
+
+    def to_json(self) -> dict[str, Any]:
+        """All that the forward pass depends on."""
+        return {key: value for key, value in asdict(self).items() if key != "config"}
+
+
+def layer_name(number: int) -> str:
+    """Transformers' name of a decoder layer."""
+    return f"model.layers.{number}"
+
+
+def not_built(key: str, message: str) -> Fault:
+    """A key whose value a converter cannot express."""
+    return Fault(
+        f"config.json: {key}",
+        f"{message}; use compiler=checkpoint, which leaves the model as it is",
+    )

@@ -1,0 +1,25 @@
+"""bfloat16: what lm_head, embeddings, norms and the linears that a recipe keeps are stored as."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _widen(weights: torch.Tensor, _scale: float) -> torch.Tensor:
+    return weights.float()
+
+
+SPEC = QuantSpec(
+    name="bf16",
+    title="16-bit",
+    weight_dtype="bfloat16",
+    quant_algo=None,
+    operands="fp16",
+    native_sm=80,
+    dequantize=_widen,
+)

@@ -1,0 +1,91 @@
+"""FP8: E4M3 weights and static E4M3 activations, one scale for each tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+def dequantize(codes: torch.Tensor, scale: float) -> torch.Tensor:
+    """Codes x scale, in float32."""
+    return codes.float() * scale
+
+
+def round_to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Round to E4M3 and back: divide, saturate at 448, round to nearest even, multiply.
+
+    Division, not multiplication with the reciprocal: that is what QuantizeLinear does, and a
+    last-bit difference flips codes.
+    """
+    import torch
+
+    codes = (x / scale).clamp(-FP8_E4M3_MAX, FP8_E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale
+
+
+def modelopt_config(kept: Sequence[str]) -> dict[str, Any]:
+    """ModelOpt's FP8 config with KV-cache scales, less the kept linears.
+
+    ModelOpt changed the type of `quant_cfg` from a mapping (0.37) to a list of rules (0.47); both
+    are served, since the build image holds the older one.
+    """
+    import modelopt.torch.quantization as mtq
+
+    config: dict[str, Any] = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    kv_rules = copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+    names = [f"{name}.{kind}_quantizer" for name in sorted(kept) for kind in ("weight", "input")]
+    if isinstance(config["quant_cfg"], list):
+        config["quant_cfg"] += kv_rules
+        config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in names]
+    else:
+        config["quant_cfg"].update({k: v for k, v in kv_rules.items() if k != "default"})
+        config["quant_cfg"].update({name: {"enable": False} for name in names})
+    return config
+
+
+def _input_nodes(w: OnnxWriter, module: str, x: str, scale: np.float32) -> str:
+    """Round activations to E4M3 with the calibrated scale: the Q/DQ pair that FP8 GEMMs need.
+
+    The scale stays float32: in float16 a scale below 6e-5 would be subnormal.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    scale_name = w.constant(f"{module}.input_scale", np.array(scale, np.float32))
+    zero = w.constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
+    codes = w.op("QuantizeLinear", [x, scale_name, zero], f"{module}.input.q")
+    inputs = [codes, scale_name, zero]
+    return w.op("DequantizeLinear", inputs, f"{module}.input.dq", output_dtype=w.dtype)
+
+
+def weight_nodes(w: OnnxWriter, module: str, codes: str, scale: np.float32) -> str:
+    """The checkpoint's E4M3 codes, dequantized in the graph."""
+    import numpy as np
+
+    name = w.constant(f"{module}.weight_scale", np.array(scale, np.float32))
+    return w.op("DequantizeLinear", [codes, name], f"{codes}.dq", output_dtype=w.dtype)
+
+
+SPEC = QuantSpec(
+    name="fp8",
+    title="FP8",
+    weight_dtype="float8_e4m3fn",
+    scales=("weight_scale", "input_scale"),
+    code_max=FP8_E4M3_MAX,
+    relative_step=2.0**-4,  # half a unit in the last place of three mantissa bits
+    absolute_step=2.0**-10,  # half of the smallest subnormal, 2^-9 (OCP, table 1)
+    quant_algo="FP8",
+    operands="fp8",
+    native_sm=89,
+    dequantize=dequantize,
+    round_input=round_to_e4m3,
+    modelopt_config=modelopt_config,
+    onnx=OnnxPattern(weight=weight_nodes, input=_input_nodes, operands="fp8_e4m3"),
+)

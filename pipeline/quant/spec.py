@@ -1,0 +1,169 @@
+"""What a precision is: everything that differs between one and another.
+
+    spec = quant_spec("fp8")
+    weights = spec.dequantize(codes, scale)
+
+A precision is one module of this package that has a line `SPEC = ...`, and `KIND = ...` (the
+settings class of its quantizer) where recipes can choose it. It is found by listing the folder.
+Code outside this package asks a `QuantSpec`, and never compares a precision's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.core.listing import marked_modules, read_mark
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+_MARK = "SPEC"
+
+
+class OnnxWriter(Protocol):
+    """What an ONNX pattern writes into: a graph under construction."""
+
+    @property
+    def dtype(self) -> int:
+        """ONNX element type of the activations."""
+        ...
+
+    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Append a node with one output, and return its name."""
+        ...
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """Add a small tensor, once, and return its name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxPattern:
+    """Nodes around a MatMul by which a compiler recognizes the precision.
+
+    Attributes:
+        weight: (graph, name of the linear, stored codes, weight scale) -> its weight in the
+            activations' type.
+        input: (graph, module, input, input scale) -> the rounded input in the activations' type;
+            None where activations are not rounded.
+        operands: What TensorRT-RTX calls the operands' type in a compiled plan.
+    """
+
+    weight: Callable[[OnnxWriter, str, str, np.float32], str]
+    input: Callable[[OnnxWriter, str, str, np.float32], str] | None
+    operands: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """A precision of a linear's weights and activations.
+
+    Attributes:
+        name: Of its module, of its option in conf/quantizer, and in variants.
+        title: For people, such as `FP8`.
+        weight_dtype: Type of the stored weight, by its NumPy (or ml_dtypes) name.
+        weights_per_element: How many weights one stored element packs.
+        scales: Scale tensors stored beside a weight, by the ends of their names; one float32 for
+            the whole tensor each.
+        code_max: Largest finite code: a scale is amax / `code_max`. 0 without scales.
+        relative_step: Rounding error of a weight, relative to its value, at most.
+        absolute_step: The same of the smallest values, in units of the scale.
+        quant_algo: Its name in `hf_quant_config.json` and in TensorRT-LLM; None for 16-bit.
+        operands: Operand type of its multiplication, one of `Target.tflops`.
+        native_sm: Least compute capability x 10 that multiplies these operands.
+        dequantize: Stored codes and scale -> weights in float32. Simulation, verification and the
+            noise floor compute with it.
+        round_input: What activations become before they are multiplied; None where they stay.
+        modelopt_config: Names of the linears that stay 16-bit -> config for `mtq.quantize`; None
+            where ModelOpt does not make it.
+        onnx: Its pattern in a graph; None where there is none.
+    """
+
+    name: str
+    title: str
+    weight_dtype: str
+    weights_per_element: int = 1
+    scales: tuple[str, ...] = ()
+    code_max: float = 0.0
+    relative_step: float = 0.0
+    absolute_step: float = 0.0
+    quant_algo: str | None
+    operands: str
+    native_sm: int
+    dequantize: Callable[[torch.Tensor, float], torch.Tensor]
+    round_input: Callable[[torch.Tensor, float], torch.Tensor] | None = None
+    modelopt_config: Callable[[Sequence[str]], dict[str, Any]] | None = None
+    onnx: OnnxPattern | None = None
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes that one weight takes, its scales not counted."""
+        return _ELEMENT_BYTES[self.weight_dtype] / self.weights_per_element
+
+    @cached_property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one linear."""
+        return _SCALE_BYTES * len(self.scales)
+
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
+_SCALE_BYTES = 4  # float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCacheDtype:
+    """A type of the KV cache.
+
+    Attributes:
+        title: For people.
+        bytes_per_element: Of one key or value.
+        quant_algo: `kv_cache_quant_algo` in `hf_quant_config.json`; None for 16-bit types, which
+            need no calibrated scales.
+        code_max: Largest finite code: a scale is amax / `code_max`.
+    """
+
+    title: str
+    bytes_per_element: int
+    quant_algo: str | None = None
+    code_max: float = 0.0
+
+    @property
+    def suffix(self) -> str:
+        """What it adds to a variant."""
+        return f"-kv{8 * self.bytes_per_element}" if self.quant_algo else ""
+
+
+FP8_E4M3_MAX = 448.0
+"""Largest finite E4M3 value (OCP 8-bit Floating Point Specification, table 1)."""
+
+KV_CACHE_DTYPES = {
+    "fp8": KvCacheDtype(title="FP8", bytes_per_element=1, quant_algo="FP8", code_max=FP8_E4M3_MAX),
+    "bfloat16": KvCacheDtype(title="16-bit", bytes_per_element=2),
+    "float16": KvCacheDtype(title="16-bit", bytes_per_element=2),
+}
+"""`kv_cache_dtype` -> what it is. Every checkpoint holds the scales of an FP8 cache."""
+
+
+def quant_specs() -> dict[str, QuantSpec]:
+    """Every precision, by name."""
+    return {name: quant_spec(name) for name in marked_modules(__package__, _MARK)}
+
+
+def quant_spec(name: str) -> QuantSpec:
+    """One precision.
+
+    Raises:
+        KeyError: There is none of this name.
+    """
+    found: QuantSpec = read_mark(marked_modules(__package__, _MARK)[name], _MARK)
+    return found
+
+
+def spec_of_algo(quant_algo: str | None) -> QuantSpec | None:
+    """The precision that a checkpoint's `quant_algo` names, or None."""
+    return next((spec for spec in quant_specs().values() if spec.quant_algo == quant_algo), None)

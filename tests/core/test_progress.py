@@ -1,0 +1,56 @@
+"""What long work shows, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+
+import pytest
+
+from pipeline.core.progress import BYTES, progress
+
+
+def test_terminal_gets_a_bar_with_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    with progress("Downloading x", 4_000_000, BYTES, 1_000_000) as advance:
+        advance(2_000_000)
+
+    captured = capsys.readouterr()
+    assert "Downloading x" in captured.err
+    assert "3.0/4.0 MB" in captured.err
+    assert captured.out == ""
+
+
+def test_bar_stays_visible_while_stderr_is_redirected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    with progress("Converting", None, BYTES), contextlib.redirect_stderr(io.StringIO()) as caught:
+        time.sleep(0.3)  # the bar redraws itself ten times a second
+
+    assert "Converting" not in caught.getvalue()
+    assert "Converting" in capsys.readouterr().err
+
+
+def test_log_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = iter([0.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+
+    with progress("Downloading x", 100_000_000, BYTES, 10_000_000) as advance:
+        for _ in range(3):
+            advance(20_000_000)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "Downloading x",
+        "Downloading x: 50 of 100 MB, 2.0 MB/s, 25 s left",
+    ]

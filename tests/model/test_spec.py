@@ -1,0 +1,391 @@
+"""Configs are understood, key by key; whatever is not understood is refused by its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.folders import config_folders
+from pipeline.config.load import load
+from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.model.read import load_config, model_types, read_spec, spec_faults
+from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope
+from pipeline.model.spec import Attention
+from tests.architectures import ARCHITECTURES, ORIGINAL_CONTEXT, WINDOW, tiny_architecture
+from tests.specs import published, shape, spec_of_folder, tiny_config, tiny_spec
+
+
+def llama3(factor: float) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+
+
+Numbers = tuple[int, int, int, int, int, int | None, Rope]
+# layers, query heads, key heads, head size, MLP width, window, rope
+WANTED: dict[str, Numbers] = {
+    "phi-3-mini-4k-instruct": (32, 32, 32, 96, 8192, 2047, Rope(theta=1e4, rotary_dim=96)),
+    "mistral-7b-instruct-v0.3": (32, 32, 8, 128, 14336, None, Rope(theta=1e6, rotary_dim=128)),
+    "qwen2.5-7b-instruct": (28, 28, 4, 128, 18944, None, Rope(theta=1e6, rotary_dim=128)),
+    "qwen2.5-0.5b-instruct": (24, 14, 2, 64, 4864, None, Rope(theta=1e6, rotary_dim=64)),
+    "llama-3.1-8b-instruct": (
+        *(32, 32, 8, 128, 14336, None),
+        Rope(theta=5e5, rotary_dim=128, scaling=llama3(8.0)),
+    ),
+    "llama-3.2-1b-instruct": (
+        *(16, 32, 8, 64, 8192, None),
+        Rope(theta=5e5, rotary_dim=64, scaling=llama3(32.0)),
+    ),
+    "smollm2-135m-instruct": (30, 9, 3, 64, 1536, None, Rope(theta=1e5, rotary_dim=64)),
+}
+TIED = {"llama-3.2-1b-instruct", "smollm2-135m-instruct", "qwen2.5-0.5b-instruct"}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_published_config_is_read_whole(name: str) -> None:
+    spec, config = read_spec(published(name)), published(name)
+    layers, heads, kv_heads, head_dim, inner, window, rope = WANTED[name]
+    assert (spec.num_layers, spec.rope, spec.tied) == (layers, rope, name in TIED)
+    layer = spec.uniform_layer()
+    assert layer.attention == Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=1 / head_dim**0.5,
+        window=window,
+    )
+    assert layer.linear("gate").rows == inner
+    assert layer.linear("q").bias is name.startswith("qwen2")
+    assert layer.fused_mlp is name.startswith("phi")
+    assert spec.hidden_size == config["hidden_size"]
+    assert spec.norm_eps == config["rms_norm_eps"]
+    assert spec.max_position_embeddings == config["max_position_embeddings"]
+
+
+def test_published_phi_4_mini_turns_three_quarters_of_a_head_with_longrope() -> None:
+    spec = read_spec(published("phi-4-mini-instruct"))
+    assert (spec.window, spec.short_rope_context, spec.rope.rotary_dim) == (262144, 4096, 96)
+    scaling = spec.rope.scaling
+    assert isinstance(scaling, LongRopeScaling)
+    assert scaling.factors(4096) == (1.0,) * 48
+    assert scaling.factors(4097)[::47] == (1.0, 47.77)
+    # sqrt(1 + ln(131072 / 4096) / ln(4096)), to five digits
+    assert scaling.attention_factor == pytest.approx(1.19024, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("phi3", "phi-3-mini-4k-instruct"),
+        ("mistral", "mistral-7b-instruct-v0.3"),
+        ("qwen2.5", "qwen2.5-7b-instruct"),
+        ("llama3.1", "llama-3.1-8b-instruct"),
+        ("smollm2", "smollm2-135m-instruct"),
+    ],
+)
+def test_published_config_is_what_its_recipe_plans_with(recipe: str, name: str) -> None:
+    assert spec_faults(shape(recipe), published(name)) == []
+
+
+def test_config_that_transformers_4_dumped_whole_is_read() -> None:
+    """As some public copies of Mistral's config are: the base class's fields beside its own."""
+    base: dict[str, Any] = {
+        "add_cross_attention": False,
+        "chunk_size_feed_forward": 0,
+        "do_sample": False,
+        "is_decoder": False,
+        "is_encoder_decoder": False,
+        "max_length": 20,
+        "num_beams": 1,
+        "pruned_heads": {},
+        "tie_encoder_decoder": False,
+        "tokenizer_class": None,
+        "unk_token_id": 0,
+        "torchscript": False,
+        "use_bfloat16": False,
+    }
+    name = "mistral-7b-instruct-v0.3"
+    assert read_spec(published(name, **base)) == read_spec(published(name))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tensors_and_parameters_are_those_that_transformers_saves(
+    name: str, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    folder = tiny_architecture(name, tmp_path)
+    spec = spec_of_folder(folder)
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    assert spec.tensors() == saved
+    stored = {f"{module}.weight": size for module, size in spec.modules.items()}
+    assert stored == {key: size for key, size in saved.items() if "_proj.weight" in key}
+
+
+def test_numbers_of_the_tiny_model_match_a_count_by_hand() -> None:
+    spec = tiny_spec()
+    attention = 64 * 64 + 2 * 64 * 32 + 64 * 64
+    layers = 3 * (attention + 3 * 64 * 128 + 2 * 64)
+    assert spec.params == layers + 64 + 320 * 64
+    assert spec.params_read(batch=7) == spec.params + 7 * 64  # tied: lm_head is the table
+    untied = tiny_spec(tie_word_embeddings=False)
+    assert untied.params_read(batch=7) == spec.params_read(batch=7)
+    assert spec.kv_bytes(5, 2) == 5 * 2 * 3 * 2 * 16 * 2
+
+
+def test_fused_groups_are_named_and_whole_and_none_where_one_tensor_holds_them() -> None:
+    groups = tiny_spec(num_hidden_layers=1).fused_modules()
+    assert groups == {
+        "model.layers.0.self_attn.qkv": tuple(
+            f"model.layers.0.self_attn.{part}_proj" for part in "qkv"
+        ),
+        "model.layers.0.mlp.gate_up": (
+            "model.layers.0.mlp.gate_proj",
+            "model.layers.0.mlp.up_proj",
+        ),
+    }
+    assert tiny_spec("phi3").fused_modules() == {}
+
+
+def test_absent_keys_take_the_defaults_of_transformers() -> None:
+    spec = tiny_spec(num_key_value_heads=...)
+    assert spec.layers[0].attention.kv_heads == 4
+    assert spec.layers[0].attention.head_dim == 16
+    assert spec.rope == Rope(theta=1e4, rotary_dim=16)
+    assert tiny_spec(head_dim=32).layers[0].attention.head_dim == 32
+
+
+QWEN = {"use_sliding_window": True, "sliding_window": 128}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra", "windows"),
+    [
+        ("mistral", {}, [4096] * 3),
+        ("mistral", {"sliding_window": None}, [None] * 3),
+        ("phi3", {}, [None] * 3),
+        ("phi3", {"sliding_window": 128}, [128] * 3),
+        ("qwen2", {"sliding_window": 128}, [None] * 3),
+        ("qwen2", {**QWEN, "use_sliding_window": False, "max_window_layers": 0}, [None] * 3),
+        ("qwen2", QWEN, [None] * 3),  # Transformers: from layer 28 on, of 3
+        ("qwen2", {**QWEN, "max_window_layers": 0}, [128] * 3),
+        ("qwen2", {**QWEN, "max_window_layers": 2}, [None, None, 128]),
+        ("qwen3", {**QWEN, "max_window_layers": 1}, [None, 128, 128]),
+    ],
+)
+def test_windows_are_those_that_transformers_would_use(
+    model_type: str, extra: dict[str, Any], windows: list[int | None]
+) -> None:
+    assert tiny_spec(model_type, **extra).windows == tuple(windows)
+
+
+def as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of Transformers 5 as the Hub's older ones are spelt."""
+    old = {key: value for key, value in config.items() if key not in {"layer_types", "dtype"}}
+    rope = old.pop("rope_parameters")
+    old["rope_theta"] = rope.pop("rope_theta")
+    if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+        old["partial_rotary_factor"] = partial
+    kind = rope.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    if old["architectures"] == ["Qwen2ForCausalLM"] and not old["use_sliding_window"]:
+        old["sliding_window"] = 4096  # they carry the number although it is off
+    return old
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_spellings_of_every_tiny_model_are_one_spec(name: str, tmp_path: Path) -> None:
+    config = load_config(tiny_architecture(name, tmp_path))
+    if "rope_parameters" not in config:
+        pytest.skip("Transformers 4 is installed, which writes the other spelling")
+    spec = read_spec(config)
+    assert spec_faults(spec, as_transformers_4(copy.deepcopy(config))) == []
+    assert spec.short_rope_context == (
+        ORIGINAL_CONTEXT if name in {"phi3-long", "phi4-mini"} else None
+    )
+    if name in {"mistral-sliding", "phi3"}:
+        assert spec.window == WINDOW
+
+
+LLAMA3 = published("llama-3.1-8b-instruct")["rope_scaling"]
+
+
+def longrope(**changes: Any) -> dict[str, Any]:
+    return {"rope_scaling": published("phi-4-mini-instruct")["rope_scaling"] | changes}
+
+
+LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini-instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "shown"),
+    [
+        (LLAMA, {"model_type": "gpt2"}, "model_type: is 'gpt2', which no reader knows"),
+        (LLAMA, {"model_type": ...}, "model_type: is ['LlamaForCausalLM'], which no reader"),
+        (LLAMA, {"model_type": "../spec"}, "model_type: is '../spec', which no"),
+        (LLAMA, {"architectures": ["GPT2LMHeadModel"]}, "architectures: is ['GPT2LMHeadModel']"),
+        (LLAMA, {"architectures": []}, "architectures: is []; a llama model has ['LlamaFor"),
+        (LLAMA, {"attention_bias": True}, "attention_bias: is True"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias: is True"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act: is 'gelu'"),
+        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp: is 2"),
+        (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads: (5) does not divide"),
+        (LLAMA, {"num_attention_heads": 4.0}, "num_attention_heads: is 4.0; it must be a whole"),
+        (LLAMA, {"num_attention_heads": True}, "num_attention_heads: is True; it must be a whole"),
+        (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers: is 1000000000; it must be <="),
+        (LLAMA, {"hidden_size": "wide"}, "hidden_size: is 'wide'; it must be a whole number >= 1"),
+        (LLAMA, {"vocab_size": 0}, "vocab_size: is 0; it must be a whole number >= 1"),
+        (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings: is 1; it must be true or false"),
+        (LLAMA, {"rope_theta": 0}, "rope_parameters.rope_theta: is 0; it must be a number > 0"),
+        (LLAMA, {"rope_theta": -1e4}, "rope_parameters.rope_theta: is -10000.0; it must be"),
+        (LLAMA, {"rope_theta": float("nan")}, "rope_parameters.rope_theta: is nan"),
+        (LLAMA, {"rope_theta": 10**400}, "rope_parameters.rope_theta: is 1000"),
+        (LLAMA, {"rms_norm_eps": -1e-5}, "rms_norm_eps: is -1e-05; it must be a number > 0"),
+        (LLAMA, {"rms_norm_eps": ...}, "rms_norm_eps: is missing"),
+        (LLAMA, {"rope_scaling": [1]}, "rope_scaling: is [1]; it must be a section"),
+        (LLAMA, {"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_parameters.factor: is 0"),
+        (LLAMA, {"rope_scaling": LLAMA3 | {"beta_fast": 32}}, "rope_parameters.beta_fast: is not"),
+        (
+            LLAMA,
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": ...}},
+            "rope_parameters.low_freq_factor: is ",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "rope_parameters.low_freq_factor: (4.0) must be below",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_parameters.rope_type: 'yarn' is none of default, llama3, longrope",
+        ),
+        (LLAMA, {"rope_scaling": {"type": "su"}}, "rope_parameters.rope_type: 'su' is none"),
+        (
+            LLAMA,
+            {"rope_scaling": LLAMA3 | {"type": "linear"}},
+            "rope_parameters.rope_type: is stated twice, as 'llama3' and as 'linear'",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "llama3"}},
+            "rope_parameters.rope_theta: is stated twice, as 10000.0 and as 500000.0",
+        ),
+        (LLAMA, {"rope_interleaved": True}, "rope_interleaved: is True"),
+        (LLAMA, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: is not known"),
+        (LLAMA, {"sliding_window": 128}, "sliding_window: is 128"),
+        ("mistral-7b-instruct-v0.3", {"num_key_value_heads": ...}, "num_key_value_heads: is mis"),
+        ("mistral-7b-instruct-v0.3", {"sliding_window": 0}, "sliding_window: is 0"),
+        (QWEN2, {"attention_bias": False}, "attention_bias: is False"),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers: is -1"),
+        (QWEN2, {"layer_types": ["full_attention"] * 27}, "layer_types: differs from the windows"),
+        (QWEN2, {"use_mrope": True}, "use_mrope: is True"),
+        (PHI4, {"full_attn_mod": 2}, "full_attn_mod: is 2"),
+        (PHI4, {"lm_head_bias": True}, "lm_head_bias: is True"),
+        (
+            PHI4,
+            {"partial_rotary_factor": 0.5},
+            "rope_parameters.long_factor: longrope has 48 short and 48 long factors for 32",
+        ),
+        (
+            PHI4,
+            longrope(partial_rotary_factor=0.5),
+            "rope_parameters.partial_rotary_factor: is stated twice, as 0.5 and as 0.75",
+        ),
+        (PHI4, longrope(short_mscale=1.1), "rope_parameters.short_mscale: is not known"),
+        (PHI4, longrope(short_factor=[1.0, "2"]), "rope_parameters.short_factor: is [1.0, '2']"),
+        (
+            PHI4,
+            {"original_max_position_embeddings": ...},
+            "rope_parameters.original_max_position_embeddings: is missing",
+        ),
+        (
+            "phi-3-mini-4k-instruct",
+            {"partial_rotary_factor": 0.27},
+            "rope_parameters.partial_rotary_factor: 0.27 of 96 is no even size",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_not_understood_is_refused_by_name(
+    name: str, changes: dict[str, Any], shown: str
+) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"config.json: {shown}")) as refused:
+        read_spec(published(name, **changes))
+    assert len(refused.value.faults) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "null", "[" * 100_000, '{"a": 1'])
+def test_file_that_is_no_json_object_is_corrupt(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CorruptError, match=r"config\.json: "):
+        load_config(tmp_path)
+
+
+def test_any_value_at_any_key_is_read_or_refused_with_a_message() -> None:
+    rotten: tuple[Any, ...] = (None, 0, -1, 1.5, 10**30, float("inf"), "x", [], {}, [[]], True)
+    for name in ("phi-4-mini-instruct", "qwen2.5-7b-instruct", "llama-3.1-8b-instruct"):
+        config = published(name)
+        for key in config:
+            for value in rotten:
+                try:
+                    read_spec(config | {key: value})
+                except RecipeError as error:
+                    assert key in str(error) or "rope_parameters" in str(error)  # noqa: PT017
+        for key in config.get("rope_scaling") or ():
+            for value in rotten:
+                try:
+                    read_spec(config | {"rope_scaling": config["rope_scaling"] | {key: value}})
+                except RecipeError as error:
+                    assert str(error).startswith("config.json: rope_")  # noqa: PT017
+
+
+def test_all_faults_of_a_config_are_reported_together() -> None:
+    changes = {"attention_bias": True, "hidden_size": "wide", "logit_scale": 0.5, "rope_theta": -1}
+    with pytest.raises(RecipeError) as refused:
+        read_spec(published(LLAMA, **changes))
+    assert len(refused.value.faults) == 4
+
+
+def test_recipe_gets_every_fault_of_its_shape_at_its_key() -> None:
+    overrides = ["shape.rms_norm_eps=-1", "shape.hidden_size=wide", "version=0"]
+    (job,) = load("smollm2", overrides, folders=config_folders(None)).jobs
+    paths = [fault.path for fault in job.faults]
+    assert {"shape.rms_norm_eps", "shape.hidden_size", "version"} <= set(paths)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "planned", "found"),
+    [
+        ({"num_hidden_layers": 4}, "num_hidden_layers", "3", "4"),
+        ({"rope_theta": 9.0}, "rope_parameters.rope_theta", "10000.0", "9.0"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings", "True", "False"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "1e-05", "1e-06"),
+    ],
+)
+def test_a_difference_names_the_key_and_both_values(
+    change: dict[str, Any], key: str, planned: str, found: str
+) -> None:
+    (fault,) = spec_faults(tiny_spec(), tiny_config(**change))
+    assert fault.path == f"shape.{key}"
+    assert f"plans with {planned}, " in fault.message
+    assert f"says {found};" in fault.message
+
+
+def test_another_family_with_the_same_numbers_is_a_difference() -> None:
+    paths = [fault.path for fault in spec_faults(tiny_spec(), tiny_config("phi3"))]
+    assert paths[:2] == ["shape.model_type", "shape.architectures"]
+
+
+def test_families_are_the_files_of_their_folder() -> None:
+    assert set(model_types()) >= {"llama", "mistral", "phi3", "qwen2", "qwen3"}
+    assert json.dumps(tiny_spec("qwen3").to_json())

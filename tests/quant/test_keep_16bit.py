@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.quant.keep import keep_16bit_faults, select
+from tests.specs import shape
+
+
+def test_phi3_has_fused_linears_and_llama_has_seven() -> None:
+    phi, llama = shape("phi3").modules, shape("llama3.1").modules
+    assert len(phi) == 32 * 4
+    assert phi["model.layers.31.mlp.gate_up_proj"] == (2 * 8192, 3072)
+    assert len(llama) == 32 * 7
+    assert llama["model.layers.0.self_attn.k_proj"] == (8 * 128, 4096)
+
+
+def test_patterns_select_in_model_order_and_once() -> None:
+    modules = shape("smollm2").modules
+    picked = select(["*.29.mlp.down_proj", "model.layers.1.*.down_proj", "*.1.mlp.*"], modules)
+    assert picked == (
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.29.mlp.down_proj",
+    )
+
+
+def test_pattern_that_matches_nothing_is_a_fault() -> None:
+    (fault,) = keep_16bit_faults(["*.down_proj", "*.q_proj"], shape("phi3"))
+    assert fault.path == "quantizer.keep_16bit[1]"
+    assert "'*.q_proj' matches no linear" in fault.message
+    assert "model.layers.0.self_attn.qkv_proj" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("patterns", "faults"),
+    [
+        (["*.down_proj"], 0),
+        (["*.mlp.*"], 0),
+        (["*.q_proj", "*.k_proj", "*.v_proj"], 0),
+        (["*.q_proj"], 1),
+        (["model.layers.3.mlp.up_proj"], 1),
+    ],
+)
+def test_splitting_what_runtimes_fuse_is_a_fault(patterns: list[str], faults: int) -> None:
+    found = keep_16bit_faults(patterns, shape("llama3.1"))
+    assert len(found) == faults
+    assert all("one precision" in fault.message for fault in found)
