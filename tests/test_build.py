@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from pipeline.registry.signing.model_signature import available
+
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 CARD = "NVIDIA-GeForce-RTX-4090"
