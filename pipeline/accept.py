@@ -17,10 +17,11 @@ from pathlib import Path
 
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
-from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, signed_result
+from pipeline.build import acceptance_name, fetch, judged, plan_of, signed_result
 from pipeline.commands.outcome import Outcome
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
 from pipeline.core.hardware import Target, card_name
@@ -87,7 +88,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
         )
     package = verified(request, registry, folder)
     job = composed(request, package, target)
-    recipe: Recipe = job.value
+    recipe = job.value
     plan = plan_of(recipe)
     refuse(plan)
     engine = engine_of(package)

@@ -6,42 +6,33 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic.dataclasses import dataclass
-
 from pipeline.acceptance.abilities import ability_faults
-from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.measure import measure
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
 from pipeline.commands.outcome import Outcome
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root, locked
 from pipeline.core.errors import CorruptError, ExitCode, RecipeError, UntrustedError
-from pipeline.core.hardware import Target
-from pipeline.core.settings import STRICT
 from pipeline.core.values import (
     PASSING,
     Engine,
-    EngineCompiler,
     Package,
-    Quantizer,
     Verdict,
     VerdictName,
     Weights,
-    WeightSource,
 )
 from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
 from pipeline.machine import require_builder, require_room
-from pipeline.model.read import Shape, load_config, spec_faults
+from pipeline.model.read import load_config, spec_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.quant.spec import quant_spec
-from pipeline.registry.backend import Registry
 from pipeline.registry.lifecycle.promote import enter_channel as move_into
 from pipeline.registry.lifecycle.records import Author, actor_of
 from pipeline.registry.lifecycle.yank import read_yank_of, require_build_not_yanked, told
@@ -52,7 +43,6 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.signing.machine import Signatory, signatory_for
 from pipeline.registry.signing.trust import TrustPolicy
 from pipeline.registry.signing.verification import Verification, verify_signatures
-from pipeline.runners.session import Runner
 
 log = logging.getLogger(__name__)
 
@@ -60,36 +50,7 @@ CHANNEL = "candidate"
 """Where a build ends; `stable` needs a signed test result of the card."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Recipe:
-    """One shippable artifact, resolved: what `recipes/<name>.yaml` says.
-
-    Attributes:
-        name: First part of the reference.
-        version: The recipe's own version; the package's adds the build key.
-        shape: The model, as far as the plan needs it.
-        source: Where the weights come from.
-        target: The card that the engine is for.
-        quantizer: Makes the quantized checkpoint.
-        compiler: Makes the engine.
-        runner: What executes it here, for acceptance.
-        acceptance: What it must show.
-        registry: Where it is published.
-    """
-
-    name: str
-    version: str
-    shape: Shape
-    source: WeightSource
-    target: Target
-    quantizer: Quantizer
-    compiler: EngineCompiler
-    runner: Runner
-    acceptance: Acceptance
-    registry: Registry
-
-
-@plain_dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """How to build, beside the recipe.
 
@@ -125,7 +86,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     require_builder(recipe.compiler.format)
     cache = StageCache(root=options.cache_dir or cache_root())
     weights = fetch(recipe)
-    key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
+    key = build_key(recipe, weights, options.config)
     if not options.rebuild:
         require_build_not_yanked(
             recipe.registry.store,
@@ -144,7 +105,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
             return finished(published.package, *known, started=started, taken=True)
 
         require_room(plan, cache.root)
-        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
+        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
         with recipe.registry.staging() as staging:
             if published:
@@ -226,7 +187,7 @@ def fetch(recipe: Recipe) -> Weights:
     weights = recipe.source.fetch()
     if faults := spec_faults(recipe.shape, load_config(weights.dir)):
         raise RecipeError(faults)
-    recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
+    recipe.acceptance.check_text(recipe.calibration.text.documents())
     return weights
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.core.hardware import Target
-from pipeline.core.values import EngineCompiler, Quantizer, Weights, digest_of
+from pipeline.config.recipe import Recipe
+from pipeline.core.values import Weights, digest_of
 
 KEY_DIGITS = 12
 """Hex digits of a key in names: 48 bits tell apart all builds that one team will ever make."""
@@ -36,22 +36,16 @@ def shaping_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "source": source, "compiler": compiler}
 
 
-def build_key(
-    weights: Weights,
-    target: Target,
-    quantizer: Quantizer,
-    compiler: EngineCompiler,
-    config: Mapping[str, Any],
-) -> str:
+def build_key(recipe: Recipe, weights: Weights, config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of everything that shapes the package's bytes."""
     return digest_of(
         {
             "config": shaping_config(config),
             "weights": weights.digest,
             "commit": weights.commit,
-            "quantize": dict(quantizer.inputs(weights)),
-            "compile": dict(compiler.inputs(target)),
-            "sm": target.sm,
+            "quantize": dict(recipe.quantizer.inputs(weights, recipe.calibration)),
+            "compile": dict(recipe.compiler.inputs(recipe.target)),
+            "sm": recipe.target.sm,
         }
     )
 

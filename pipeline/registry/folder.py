@@ -138,3 +138,6 @@ class FolderRegistry:
         except CorruptError as error:
             raise CorruptError(f"{folder}: {error}") from None
         return package
+
+
+KIND = FolderRegistry

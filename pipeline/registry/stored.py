@@ -16,11 +16,13 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import cache_root, locked
 from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.kinds import OneOf
 from pipeline.core.settings import STRICT, PathField
 from pipeline.core.values import Package, Reference
 from pipeline.registry import catalogue
@@ -58,7 +60,7 @@ class StoredRegistry:
         cache_dir: The user's cache if None.
     """
 
-    store: WritableStore
+    store: Annotated[WritableStore, OneOf("pipeline.registry.stores", "store")]
     cache_dir: PathField | None = None
 
     @property
@@ -249,3 +251,6 @@ def _same_files(left: Path, right: Path) -> bool:
         }
 
     return left.is_dir() and contents(left) == contents(right)
+
+
+KIND = StoredRegistry

@@ -282,3 +282,6 @@ class OciStore:
         except NotFoundError:
             self._plans.pop(place, None)  # perhaps deleted and published again
             raise
+
+
+KIND = OciStore

@@ -229,3 +229,6 @@ def _small_files(bucket: Bucket, folder: str) -> dict[str, bytes]:
     with ThreadPoolExecutor(_READERS) as pool:
         contents = list(pool.map(read, names))
     return {name: data for name, data in zip(names, contents, strict=True) if data is not None}
+
+
+KIND = S3Store
