@@ -22,7 +22,7 @@ from pipeline.core.values import digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.runners.session import Device, Runner
 from pipeline.runners.workload import Workload
-from pipeline.sources.text.corpus import Text, TextCorpus, require_disjoint, text_digest
+from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 
 log = logging.getLogger(__name__)
 
