@@ -127,8 +127,7 @@ def _registry_url(loaded: Loaded) -> str:
     """What `--registry` takes to find the packages of a job."""
     for job in loaded.jobs:
         registry = job.config.get("registry")
-        store = registry.get("store") if isinstance(registry, dict) else None
-        if isinstance(store, dict) and isinstance(url := store.get("url"), str):
+        if isinstance(registry, dict) and isinstance(url := registry.get("url"), str):
             return url
     return str(_registry_dir(loaded))
 

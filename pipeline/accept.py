@@ -17,10 +17,11 @@ from pathlib import Path
 
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
-from pipeline.build import Recipe, acceptance_name, fetch, judged, plan_of, signed_result
+from pipeline.build import acceptance_key, fetch, judged, plan_of
 from pipeline.commands.outcome import Outcome
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
 from pipeline.core.hardware import Target, card_name
@@ -30,12 +31,11 @@ from pipeline.core.values import Engine, Limits, Package, Verdict, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.plan import refuse
-from pipeline.registry.backend import Registry
+from pipeline.publishing import Publisher
+from pipeline.registry.client.verify import VerifyRequest, named_folder, open_target
 from pipeline.registry.reference import reference_of
-from pipeline.registry.signing.command import named_folder, open_folder
-from pipeline.registry.signing.machine import Signatory, machine_trust, signatory_for
-from pipeline.registry.signing.verification import verify_signatures
-from pipeline.registry.stores.opening import open_registry
+from pipeline.registry.stores.opening import open_store
+from pipeline.registry.trust.signatory import signatory_for
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +77,15 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     """
     started = time.perf_counter()
     target = this_card()
-    folder = named_folder(request.target)
-    registry = open_registry(request.registry)
-    adds = folder is None and (request.publish or registry.local)
-    signatory = None
-    if adds:
-        signatory = signatory_for(
-            request.environ, run_dir.name, own_folder=registry.local, builds=False
-        )
-    package = verified(request, registry, folder)
+    wanted = VerifyRequest(
+        target=request.target,
+        registry=request.registry,
+        allow_unsigned=request.allow_unsigned,
+        policy=request.policy,
+        environ=request.environ,
+    )
+    publisher = publisher_of(request, target, run_dir.name)
+    resolved, package, _ = open_target(wanted)
     job = composed(request, package, target)
     recipe: Recipe = job.value
     plan = plan_of(recipe)
@@ -94,25 +94,35 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     if reason := recipe.runner.why_not(engine):
         raise IncompatibleError(reason)
     require_builder(engine.format)
-    weights = same_weights(recipe, package)
-    cache = StageCache(root=cache_root())
     subject = Subject(
         engine=engine,
         package_digest=package.digest,
-        weights=weights,
-        checkpoint_dir=engine.dir if format_spec(engine.format).is_checkpoint else None,
+        weights=same_weights(recipe, package),
+        checkpoint_dir=engine.dir if engine.format == "checkpoint" else None,
         plan=plan,
         runner=recipe.runner,
     )
-    verdict, files = judged(recipe, subject, package, cache, run_dir)
-    where = files[REPORT_FILE]
-    if signatory is not None:
-        where = add_result(
-            registry, package, signatory, files, acceptance_name(recipe, package, job.config)
-        )
+    verdict, files = judged(recipe, subject, package, StageCache(root=cache_root()), run_dir)
+    if publisher is not None:
+        publisher.add_result(resolved, verdict, files, acceptance_key(recipe, package, job.config))
     else:
         log.warning("No statement was added: use --publish with a reference in a registry")
-    return outcome_of(package, verdict, where, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return outcome_of(package, verdict, files[REPORT_FILE], seconds=seconds)
+
+
+def publisher_of(request: AcceptRequest, target: Target, run: str) -> Publisher | None:
+    """What adds the result to the registry; None if it is to be added nowhere.
+
+    Raises:
+        RecipeError: There is no key to sign with.
+        UntrustedError: The policy does not let it sign verdicts.
+    """
+    store = open_store(request.registry)
+    if named_folder(request.target) or not (request.publish or store.local):
+        return None
+    signatory = signatory_for(request.environ, run, own_folder=store.local, builds=False)
+    return Publisher(store=store, signatory=signatory, card=target.card)
 
 
 def this_card() -> Target:
@@ -134,20 +144,6 @@ def this_card() -> Target:
             "bandwidth and tensor peaks; copy that of a similar card"
         )
     return target
-
-
-def verified(request: AcceptRequest, registry: Registry, folder: Path | None) -> Package:
-    """The package, its bytes and its signature checked."""
-    trust = machine_trust(
-        request.environ, own_folder=folder is not None or registry.local, policy=request.policy
-    )
-    if folder is not None:
-        package, statements = open_folder(folder, trust)
-    else:
-        package = registry.resolve(request.target, policy=trust)
-        statements = registry.statements_dir(reference_of(package))
-    verify_signatures(package, statements, trust, allow_unsigned=request.allow_unsigned)
-    return package
 
 
 def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
@@ -207,27 +203,6 @@ def same_weights(recipe: Recipe, package: Package) -> Weights:
             f"{weights.digest[:12]}; name the recipe that it was built with: --recipe"
         )
     return weights
-
-
-def add_result(
-    registry: Registry,
-    package: Package,
-    signatory: Signatory,
-    files: Mapping[str, Path],
-    name: str,
-) -> Path:
-    """Sign the report and add it; the next free name where this was asked before.
-
-    A measurement is never the same twice, so a second one of the same question is another
-    statement.
-    """
-    reference = reference_of(package)
-    taken = {found.name for found in registry.entry(str(reference)).statements}
-    base = signatory.statement_name(name)
-    number = 1
-    while (free := base if number == 1 else f"{base}-{number}") in taken:
-        number += 1
-    return registry.add_statement(reference, free, signed_result(files, signatory)) / REPORT_FILE
 
 
 def outcome_of(package: Package, verdict: Verdict, report: Path, *, seconds: float) -> Outcome:

@@ -6,90 +6,45 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic.dataclasses import dataclass
-
 from pipeline.acceptance.abilities import ability_faults
-from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.measure import measure
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
 from pipeline.commands.outcome import Outcome
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root, locked
-from pipeline.core.errors import CorruptError, ExitCode, RecipeError, UntrustedError
-from pipeline.core.hardware import Target
-from pipeline.core.settings import STRICT
+from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.core.values import (
-    PASSING,
+    Checkpoint,
     Engine,
-    EngineCompiler,
     Package,
-    Quantizer,
     Verdict,
     VerdictName,
     Weights,
-    WeightSource,
 )
 from pipeline.formats.spec import format_spec
-from pipeline.identity import build_key, shaping_config, statement_name, version_of
+from pipeline.identity import build_key, shaping_config
 from pipeline.machine import require_builder, require_room
-from pipeline.model.read import Shape, load_config, spec_faults
+from pipeline.model.read import load_config, spec_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
+from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
-from pipeline.registry.backend import Registry
-from pipeline.registry.lifecycle.promote import enter_channel as move_into
-from pipeline.registry.lifecycle.records import Author, actor_of
-from pipeline.registry.lifecycle.yank import read_yank_of, require_build_not_yanked, told
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
 from pipeline.registry.policy import require_publishable
 from pipeline.registry.reference import reference_of
-from pipeline.registry.signing.machine import Signatory, signatory_for
-from pipeline.registry.signing.trust import TrustPolicy
-from pipeline.registry.signing.verification import Verification, verify_signatures
-from pipeline.runners.session import Runner
+from pipeline.registry.resolve import Resolved
+from pipeline.registry.trust.signatory import signatory_for
 
 log = logging.getLogger(__name__)
 
-CHANNEL = "candidate"
-"""Where a build ends; `stable` needs a signed test result of the card."""
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Recipe:
-    """One shippable artifact, resolved: what `recipes/<name>.yaml` says.
-
-    Attributes:
-        name: First part of the reference.
-        version: The recipe's own version; the package's adds the build key.
-        shape: The model, as far as the plan needs it.
-        source: Where the weights come from.
-        target: The card that the engine is for.
-        quantizer: Makes the quantized checkpoint.
-        compiler: Makes the engine.
-        runner: What executes it here, for acceptance.
-        acceptance: What it must show.
-        registry: Where it is published.
-    """
-
-    name: str
-    version: str
-    shape: Shape
-    source: WeightSource
-    target: Target
-    quantizer: Quantizer
-    compiler: EngineCompiler
-    runner: Runner
-    acceptance: Acceptance
-    registry: Registry
-
-
-@plain_dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """How to build, beside the recipe.
 
@@ -115,42 +70,29 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     started, begun = time.perf_counter(), datetime.now(UTC)
     plan = plan_of(recipe)
     refuse(plan)
-    require_publishable(recipe.source.terms, public=recipe.registry.public)
-    own_folder = recipe.registry.local
-    signatory = signatory_for(options.environ, run_dir.name, own_folder=own_folder)
+    store = recipe.registry.store()
+    require_publishable(recipe.source.terms, public=store.public)
+    signatory = signatory_for(options.environ, run_dir.name, own_folder=store.local)
     signatory.trust.require_may(signatory.key.public, "channels")
-    author = Author(key=signatory.key, actor=actor_of(options.environ))
-    recipe.registry.check_writable()
+    publisher = Publisher(store=store, signatory=signatory, card=recipe.target.card)
+    store.check_writable()
     recipe.compiler.check_machine(recipe.target)
     require_builder(recipe.compiler.format)
     cache = StageCache(root=options.cache_dir or cache_root())
     weights = fetch(recipe)
-    key = build_key(weights, recipe.target, recipe.quantizer, recipe.compiler, options.config)
-    if not options.rebuild:
-        require_build_not_yanked(
-            recipe.registry.store,
-            recipe.name,
-            variant_of(recipe),
-            version_of(recipe.version, key),
-            signatory.trust,
-        )
+    key = build_key(recipe, weights, options.config)
     # The second of two runs waits here, and then takes what the first one published.
     with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
-        published = None if options.rebuild else find_published(recipe, key, signatory)
-        if published and (known := known_acceptance(recipe, published, options.config)):
-            enter_channel(
-                recipe, published, author, signatory.trust
-            )  # unless the earlier run was stopped before it did
-            return finished(published.package, *known, started=started, taken=True)
-
+        found = None if options.rebuild else publisher.find(recipe.name, variant_of(recipe), key)
+        if found and (taken := take(recipe, found, publisher, run_dir, options)):
+            return finished(*taken, started=started, taken=True)
         require_room(plan, cache.root)
-        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
+        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
-        with recipe.registry.staging() as staging:
-            if published:
-                package = published.package
-            else:
-                package = seal(staging, engine, weights, label(recipe, engine, key, options))
+        with publisher.staging() as staging:
+            package = seal(
+                staging, engine, weights, label(recipe, engine, checkpoint, key, options)
+            )
             subject = Subject(
                 engine=engine,
                 package_digest=package.digest,
@@ -162,18 +104,31 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
             verdict, files = judged(recipe, subject, package, cache, run_dir)
             if not verdict.passed:
                 return missed(package, verdict, files[REPORT_FILE], started=started)
-            if not published:
-                signed = signatory.build_statements(package, begun)
-                recipe.registry.publish(package, signed)
-        name = signatory.statement_name(acceptance_name(recipe, package, options.config))
-        result = signed_result(files, signatory)
-        written = recipe.registry.add_statement(reference_of(package), name, result)
-        verified = read_back(recipe, key, package, signatory)
-        enter_channel(recipe, verified, author, signatory.trust)
-        taken = published is not None
-        return finished(
-            verified.package, verdict.name, written / REPORT_FILE, started=started, taken=taken
-        )
+            published, new = publisher.publish(package, begun)
+        question = acceptance_key(recipe, published.package, options.config)
+        publisher.add_result(published, verdict, files, question)
+        published = publisher.read_back(published)
+        publisher.enter_candidate(published, options.environ, before=found)
+        package, report = publisher.local_copy(published), files[REPORT_FILE]
+        return finished(package, verdict.name, report, started=started, taken=not new)
+
+
+def take(
+    recipe: Recipe,
+    found: Resolved,
+    publisher: Publisher,
+    run_dir: Path,
+    options: BuildOptions,
+) -> tuple[Package, VerdictName, Path] | None:
+    """A published package that passed exactly this acceptance; None if it has yet to be asked."""
+    question = acceptance_key(recipe, found.package, options.config)
+    known = publisher.known_result(found, question, run_dir)
+    if known is None:
+        return None
+    verdict, files = known
+    package = publisher.local_copy(found)
+    publisher.enter_candidate(found, options.environ)  # should an earlier run have been stopped
+    return package, verdict, files[REPORT_FILE]
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -226,31 +181,8 @@ def fetch(recipe: Recipe) -> Weights:
     weights = recipe.source.fetch()
     if faults := spec_faults(recipe.shape, load_config(weights.dir)):
         raise RecipeError(faults)
-    recipe.acceptance.check_text(recipe.quantizer.calibration_documents())
+    recipe.acceptance.check_text(recipe.calibration.text.documents())
     return weights
-
-
-def find_published(recipe: Recipe, key: str, signatory: Signatory) -> Verification | None:
-    """The newest published package of this build whose bytes and signatures hold here.
-
-    Yanked ones are passed over. One whose signatures do not hold is never signed afterwards: what
-    it is made of, nobody here has seen.
-    """
-    registry = recipe.registry
-    for package in registry.find(recipe.name, variant_of(recipe), key):
-        reference = reference_of(package)
-        try:
-            statements = registry.statements_dir(reference)
-            verified = verify_signatures(package, statements, signatory.trust)
-        except (UntrustedError, CorruptError) as error:
-            log.warning("%s is not taken, and is built beside it: %s", reference, error)
-            continue
-        if yank := read_yank_of(registry.store, reference, signatory.trust):
-            log.warning("%s is not taken: it was yanked %s", reference, told(yank))
-        else:
-            log.info("Verified %s: every byte, and who signed it", reference)
-            return verified
-    return None
 
 
 def judged(
@@ -269,85 +201,25 @@ def judged(
     return verdict, files
 
 
-def acceptance_name(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
+def acceptance_key(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
     """Names the question that acceptance asks about a package."""
     asked = {name: config[name] for name in ("acceptance", "runner", "target")}
-    return statement_name(recipe.acceptance.key(asked, recipe.runner, package.digest))
+    return recipe.acceptance.key(asked, recipe.runner, package.digest)
 
 
-def signed_result(files: Mapping[str, Path], signatory: Signatory) -> dict[str, bytes | Path]:
-    """The files of a report with the signature over exactly its bytes."""
-    data = files[REPORT_FILE].read_bytes()
-    return {**files, REPORT_FILE: data, **signatory.sign_report(data)}
-
-
-def known_acceptance(
-    recipe: Recipe, published: Verification, config: Mapping[str, Any]
-) -> tuple[VerdictName, Path] | None:
-    """Verdict and report of an earlier run of exactly this acceptance, if it passed.
-
-    Signed ones only: what a report says by itself, anybody could have written.
-    """
-    name = acceptance_name(recipe, published.package, config)
-    for found in published.verdicts:
-        if found.statement.startswith(f"{name}-") and found.verdict in PASSING:
-            folder = recipe.registry.statements_dir(reference_of(published.package))
-            return found.verdict, folder / found.statement / REPORT_FILE
-    return None
-
-
-def enter_channel(
-    recipe: Recipe, verified: Verification, author: Author, trust: TrustPolicy
-) -> None:
-    """Let `candidate` of the card point to a package, by a signed move.
-
-    A log that this machine cannot believe, since its key is another one by now, begins afresh in a
-    folder of its own; in any other registry a person has to look at it.
-
-    Raises:
-        UntrustedError: It has no signed verdict for the card, it is yanked, or the log of the
-            channel cannot be believed.
-        NotAcceptedError: Its newest signed verdict for the card does not pass.
-        ConflictError: Somebody else moved the channel at the same time.
-    """
-    move_into(
-        recipe.registry.store,
-        reference_of(verified.package),
-        channel=CHANNEL,
-        card=recipe.target.card,
-        author=author,
-        policy=trust,
-        restart=recipe.registry.local,
-    )
-
-
-def label(recipe: Recipe, engine: Engine, key: str, options: BuildOptions) -> Label:
-    """What the package says beyond its engine and weights."""
-    version = recipe.registry.next_version(
-        recipe.name, engine.variant, version_of(recipe.version, key)
-    )
+def label(
+    recipe: Recipe, engine: Engine, checkpoint: Checkpoint, key: str, options: BuildOptions
+) -> Label:
+    """What the package states beyond its engine and weights."""
     twin = {"twin": engine.twin_key} if engine.twin_key else {}
     return Label(
         name=recipe.name,
-        version=version,
+        recipe_version=recipe.version,
         build_key=key,
         config={**shaping_config(options.config), **twin},
+        quantization=checkpoint.precision,
+        ledger=checkpoint.calibration.get("ledger", {}),
     )
-
-
-def read_back(recipe: Recipe, key: str, package: Package, signatory: Signatory) -> Verification:
-    """The package as a consumer finds it: every byte, its signature and its verdicts verified.
-
-    Raises:
-        CorruptError: What was published is not what was sealed.
-    """
-    found = find_published(recipe, key, signatory)
-    if found is None or found.package.digest != package.digest:
-        raise CorruptError(
-            f"{recipe.name} was published, but its package does not read back with digest "
-            f"{package.digest}; check the disk, then run the same command with --rebuild"
-        )
-    return found
 
 
 def missed(package: Package, verdict: Verdict, report: Path, *, started: float) -> Outcome:

@@ -51,7 +51,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "race": race.race,
     "list": packages.list_packages,
     "show": packages.show,
-    "verify": packages.verify,
+    "verify": pull.verify,
     "pull": pull.pull,
     "copy": copy.copy,
     "generate": packages.generate,

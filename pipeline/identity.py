@@ -1,4 +1,4 @@
-"""Who is who: the build key, the version, and the names of statements.
+"""The build key.
 
 `build_key` covers every input that shapes the bytes: weights, settings, tools, the source code of
 the stages, and the card's SM. Acceptance and registry are left out: they judge and place the bytes.
@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.core.hardware import Target
-from pipeline.core.values import EngineCompiler, Quantizer, Weights, digest_of
-
-KEY_DIGITS = 12
-"""Hex digits of a key in names: 48 bits tell apart all builds that one team will ever make."""
+from pipeline.config.recipe import Recipe
+from pipeline.core.values import Weights, digest_of
 
 _JUDGING = frozenset({"acceptance", "registry", "runner"})
 _HOW = frozenset({"where", "timeout_s", "memory_gib"})
@@ -36,31 +33,15 @@ def shaping_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "source": source, "compiler": compiler}
 
 
-def build_key(
-    weights: Weights,
-    target: Target,
-    quantizer: Quantizer,
-    compiler: EngineCompiler,
-    config: Mapping[str, Any],
-) -> str:
+def build_key(recipe: Recipe, weights: Weights, config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of everything that shapes the package's bytes."""
     return digest_of(
         {
             "config": shaping_config(config),
             "weights": weights.digest,
             "commit": weights.commit,
-            "quantize": dict(quantizer.inputs(weights)),
-            "compile": dict(compiler.inputs(target)),
-            "sm": target.sm,
+            "quantize": dict(recipe.quantizer.inputs(weights, recipe.calibration)),
+            "compile": dict(recipe.compiler.inputs(recipe.target)),
+            "sm": recipe.target.sm,
         }
     )
-
-
-def version_of(recipe_version: str, key: str) -> str:
-    """`<recipe version>-<first 12 of build_key>`."""
-    return f"{recipe_version}-{key[:KEY_DIGITS]}"
-
-
-def statement_name(acceptance_key: str) -> str:
-    """Name of the statement that holds one acceptance's result."""
-    return f"test-{acceptance_key[:KEY_DIGITS]}"

@@ -82,7 +82,7 @@ def nvmlSystemGetCudaDriverVersion_v2():
 def nvmlDeviceGetComputeRunningProcesses(handle):
     return []
 '''
-_OPTION = f"_target_: {__name__}.CardRunner\n"
+_KIND = f"from {__name__} import CardRunner\n\nKIND = CardRunner\n"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -121,8 +121,13 @@ def put_card(folder: Path, name: str, capability: tuple[int, int]) -> Path:
     return folder
 
 
-def put_runner(recipes: Path) -> str:
-    """Write the option that chooses the runner; the override that does."""
+def put_runner(folder: Path, recipes: Path) -> str:
+    """Write the runner, below a folder of `put_card`, and its option; the override that chooses it.
+
+    `tests.warm` adds `runners/` of what is on PYTHONPATH to the room of runners.
+    """
+    (folder / "runners").mkdir()
+    (folder / "runners" / "on_card.py").write_text(_KIND)
     (recipes / "runner").mkdir()
-    (recipes / "runner" / "on_card.yaml").write_text(_OPTION)
+    (recipes / "runner" / "on_card.yaml").write_text("kind: on_card\n")
     return "runner=on_card"

@@ -28,7 +28,7 @@ def test_build_publishes_to_a_server_and_the_next_machine_takes_it(
 ) -> None:
     place = make_workplace(tmp_path / "place")
     url = servers.store(backend, tmp_path).url
-    where = (f"registry={backend}", f"registry.store.url={url}")
+    where = (f"registry={backend}", f"registry.url={url}")
     environ = servers.environ(backend)
 
     refused = place.build(*QUICK, *where, **environ)

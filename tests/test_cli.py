@@ -14,7 +14,7 @@ from pipeline.__main__ import Request
 from pipeline.commands.answer import Answer
 from pipeline.core.errors import ExitCode, NotFoundError
 from pipeline.core.values import Engine, Licence, Limits, Weights
-from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
 

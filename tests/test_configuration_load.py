@@ -1,119 +1,54 @@
-"""Recipes, overrides and sweeps -> jobs with objects, or with every fault at once."""
+"""Recipes, overrides and sweeps -> jobs with typed recipes, or with every fault at once."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from pydantic import PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 
 import pipeline
+import pipeline.sources
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import Job, Loaded, load
 from pipeline.core.data import data_dir
 from pipeline.core.errors import RecipeError
-from pipeline.core.settings import STRICT, Listed, PathField
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Workload:
-    batch: PositiveInt
-    floor_tok_s: PositiveFloat = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Compiler:
-    max_batch_size: PositiveInt
-    max_seq_len: PositiveInt
-    kv_cache_dtype: Literal["fp8", "bf16"] = "fp8"
-    timing_cache: PathField | None = None
-    workloads: Listed[Workload] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_seq_len < self.max_batch_size:
-            raise ValueError("max_seq_len must be >= max_batch_size; increase max_seq_len")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Source:
-    repo: str
-    commit: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    name: str
-    source: Source
-    compiler: Compiler
-
-
-BASE = {
-    "conf/build.yaml": """
-        defaults: [{source: hub}, {compiler: rtx}]
-        _target_: toy_parts.Recipe
-        name: ???""",
-    "conf/source/hub.yaml": """
-        _target_: toy_parts.Source
-        repo: ???
-        commit: ???""",
-    "conf/source/local.yaml": """
-        _target_: toy_parts.Source
-        repo: here
-        commit: none""",
-    "conf/compiler/rtx.yaml": """
-        _target_: toy_parts.Compiler
-        max_batch_size: 8
-        max_seq_len: 1024
-        workloads:
-          - {_target_: toy_parts.Workload, batch: 1}
-          - {_target_: toy_parts.Workload, batch: 8}""",
-    "conf/compiler/llm.yaml": """
-        _target_: toy_parts.Compiler
-        max_batch_size: 64
-        max_seq_len: 4096""",
-    "recipes/smol.yaml": """
-        defaults: [build, _self_]
-        name: smol
-        source: {repo: org/smol, commit: abc}""",
-    "recipes/phi3.yaml": """
-        defaults: [build, {override compiler: llm}, _self_]
-        name: phi3
-        source: {repo: org/phi3, commit: def}""",
-}
+OWN = """\
+defaults: [build, {shapes@shape: smollm2}, _self_]
+name: own
+version: 1.0.0
+source: {repo_id: org/own, revision: abc, licence: MIT}
+"""
 
 Write = Callable[[str, str], None]
-Loader = Callable[..., Loaded]
+Run = Callable[..., Loaded]
+Only = Callable[..., Job]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     def write(path: str, text: str) -> None:
-        target = tmp_path / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lines = [line.removeprefix(" " * 8) for line in text.splitlines()]
-        target.write_text("\n".join(lines) + "\n")
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
 
     return write
 
 
 @pytest.fixture
 def folders(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> ConfigFolders:
-    monkeypatch.setitem(sys.modules, "toy_parts", sys.modules[__name__])
-    for path, text in BASE.items():
-        write(path, text)
-    return ConfigFolders(recipes=(tmp_path / "recipes",), conf=tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    write("own.yaml", OWN.replace("abc", "a" * 40))
+    return ConfigFolders(recipes=(tmp_path, data_dir("recipes")), conf=data_dir("conf"))
 
 
 @pytest.fixture
-def run(folders: ConfigFolders) -> Loader:
+def run(folders: ConfigFolders) -> Run:
     def run(recipes: str, *overrides: str, multirun: bool = False) -> Loaded:
         return load(recipes, overrides, folders=folders, multirun=multirun)
 
@@ -121,228 +56,284 @@ def run(folders: ConfigFolders) -> Loader:
 
 
 @pytest.fixture
-def job(run: Loader) -> Callable[..., Job]:
-    def job(recipe: str, *overrides: str) -> Job:
+def only(run: Run) -> Only:
+    def only(recipe: str, *overrides: str) -> Job:
         loaded = run(recipe, *overrides)
         assert loaded.faults == ()
-        (only,) = loaded.jobs
-        return only
+        (job,) = loaded.jobs
+        return job
 
-    return job
+    return only
 
 
 def messages(job: Job) -> dict[str, str]:
     return {fault.path: fault.message for fault in job.faults}
 
 
-def test_recipe_becomes_typed_objects(job: Callable[..., Job]) -> None:
-    built = job("smol", "compiler.max_batch_size=4", "compiler.timing_cache=/x y/z")
-    assert built.faults == ()
-    assert built.value == Recipe(
-        name="smol",
-        source=Source(repo="org/smol", commit="abc"),
-        compiler=Compiler(
-            max_batch_size=4,
-            max_seq_len=1024,
-            timing_cache=Path("/x y/z"),
-            workloads=(Workload(batch=1), Workload(batch=8)),
-        ),
-    )
-    assert built.config["compiler"]["max_batch_size"] == 4
-    assert built.config["source"] == {
-        "_target_": "toy_parts.Source",
-        "repo": "org/smol",
-        "commit": "abc",
-    }
+def compiler_of(job: Job) -> Any:
+    return job.value.compiler
 
 
-def test_option_of_a_group_replaces_its_section(job: Callable[..., Job]) -> None:
-    assert job("smol", "compiler=llm").value.compiler.max_batch_size == 64
-    assert job("phi3").value.compiler.max_batch_size == 64
+def test_recipe_becomes_typed_objects(only: Only) -> None:
+    job = only("own", "compiler.max_batch_size=16", "registry.path=/x y/z")
+    assert job.faults == ()
+    assert job.value.name == "own"
+    assert compiler_of(job).max_batch_size == 16
+    assert job.config["source"]["kind"] == "hub"
+    assert job.config["registry"] == {"kind": "folder", "path": "/x y/z"}
 
 
-def test_unknown_key_wrong_type_and_batch_0_are_reported_together(
-    job: Callable[..., Job],
-) -> None:
+def test_option_of_a_group_replaces_its_section(only: Only) -> None:
+    assert only("own", "compiler=trtllm").value.compiler.format == "trtllm"
+
+
+def test_every_fault_of_the_command_line_is_reported_together(only: Only) -> None:
     found = messages(
-        job("smol", "compiler.max_batch_sise=8", "compiler.max_seq_len=long",
-            "compiler.max_batch_size=0")
+        only("own", "compiler.max_batch_sise=8", "compiler.max_seq_len=long", "version=_1",
+             "compiler.max_batch_size=0", "name=My_Model", "runner=nosuch")
     )  # fmt: skip
     assert set(found) == {
         "compiler.max_batch_sise",
         "compiler.max_seq_len",
         "compiler.max_batch_size",
+        "version",
+        "name",
+        "runner",
     }
     assert "did you mean compiler.max_batch_size?" in found["compiler.max_batch_sise"]
     assert found["compiler.max_seq_len"] == 'got "long", wanted a whole number'
     assert found["compiler.max_batch_size"] == "got 0, wanted a number > 0"
+    assert "did you mean my-model?" in found["name"]
+    assert "'nosuch'" in found["runner"]
 
 
-def test_unknown_recipe_does_not_hide_bad_overrides(job: Callable[..., Job]) -> None:
-    bad = job("smoll", "compiler.max_batch_sise=8", "compiler.max_batch_size=0")
-    assert len(bad.faults) == 3
-    assert "did you mean smol? allowed: phi3, smol" in bad.faults[0].message
-    assert bad.value is None
-    assert bad.config == {}
-
-
-def test_unknown_recipe_unlike_any_other_is_one_fault(job: Callable[..., Job]) -> None:
-    (fault,) = job("zzzz").faults
-    assert fault.message == "there is no recipe 'zzzz'; allowed: phi3, smol"
-
-
-def test_faults_of_every_section_appear_though_one_cannot_be_built(
-    job: Callable[..., Job], write: Write
-) -> None:
+def test_faults_of_a_file_name_its_line(only: Only, write: Write) -> None:
     write(
-        "recipes/bad.yaml",
-        """
-        defaults: [build, _self_]
-        nam: bad
-        source: {repo: 3}
-        compiler:
-          kv_cache_dtype: fp9
-          workloads:
-            - {_target_: toy_parts.Workload, batch: 0, floor_tok_s: fast}""",
+        "bad.yaml",
+        "defaults: [own, {override compiler: trtllm}, _self_]\n"
+        "nam: bad\n"
+        "source: {repo_id: 3}\n"
+        "acceptance:\n"
+        "  targets:\n"
+        "    - {name: a, batch: 1, isl: 1, osl: 1}\n"
+        "    - {name: b, batch: 0, isl: fast, osl: 1}\n"
+        "compiler:\n"
+        "  plugins: {gemm_plugin: fp9}\n",
     )
-    assert messages(job("bad")) == {
-        "name": "is required; set name=VALUE or put it in the recipe",
-        "nam": "there is no such key; did you mean name? allowed: compiler, name, source",
-        "source.commit": "is required; set source.commit=VALUE or put it in the recipe",
-        "source.repo": "got 3, wanted text",
-        "compiler.kv_cache_dtype": "got \"fp9\", wanted 'fp8' or 'bf16'; did you mean fp8?",
-        "compiler.workloads.0.batch": "got 0, wanted a number > 0",
-        "compiler.workloads.0.floor_tok_s": 'got "fast", wanted a number',
+    assert [str(fault) for fault in only("bad").faults] == [
+        "source.repo_id: got 3, wanted text (bad.yaml:3)",
+        "compiler.plugins.gemm_plugin: got \"fp9\", wanted 'disable', 'auto', 'float16', "
+        "'bfloat16' or 'fp8'; did you mean fp8? (bad.yaml:9)",
+        "acceptance.targets.1.batch: got 0, wanted a number > 0 (bad.yaml:7)",
+        'acceptance.targets.1.isl: got "fast", wanted a whole number (bad.yaml:7)',
+        "nam: there is no such key; did you mean name? allowed: acceptance, calibration, compiler, "
+        "name, quantizer, registry, runner, shape, source, target, version (bad.yaml:2)",
+    ]
+
+
+def test_fault_of_an_option_or_a_parent_recipe_names_that_file(only: Only, write: Write) -> None:
+    write("compiler/mine.yaml", "defaults: [trtrtx]\nmax_seq_len: -1\n")
+    write("parent.yaml", OWN.replace("abc", "main"))
+    write("child.yaml", "defaults: [parent, {override compiler: mine}, _self_]\n")
+    where = {fault.path: fault.where for fault in only("child", "runner=onnxruntime").faults}
+    assert where == {"source": "parent.yaml:4", "compiler.max_seq_len": "compiler/mine.yaml:2"}
+
+
+def test_missing_values_are_reported_once_and_hide_no_other_fault(only: Only, write: Write) -> None:
+    write(
+        "bad.yaml", "defaults: [build, _self_]\nname: bad\nsource: {licence: 3, notice: '${x}'}\n"
+    )
+    found = messages(only("bad"))
+    assert found.pop("source.notice").startswith("cannot be resolved")
+    assert found.pop("source.licence") == "got 3, wanted text"
+    assert found == {
+        path: f"is required; set {path}=VALUE or put it in the recipe"
+        for path in ("version", "shape", "source.repo_id", "source.revision")
     }
 
 
-def test_fault_between_fields_names_its_section(job: Callable[..., Job]) -> None:
-    found = messages(job("smol", "compiler.max_seq_len=1"))
-    assert found == {"compiler": "max_seq_len must be >= max_batch_size; increase max_seq_len"}
+def test_fault_between_fields_names_its_section(only: Only) -> None:
+    (fault,) = only("own", "source.revision=main", "name=x").faults
+    assert fault.path == "source"
+    assert "40 hex digits" in fault.message
+
+
+def test_unknown_recipe_does_not_hide_bad_overrides(only: Only) -> None:
+    bad = only("smollm3", "compiler.max_batch_sise=8", "compiler.max_batch_size=0")
+    assert len(bad.faults) == 3
+    assert "did you mean smollm2? allowed: " in bad.faults[0].message
+    assert bad.typed is None
+    assert bad.config == {}
+
+
+def test_unknown_recipe_unlike_any_other_is_one_fault(only: Only) -> None:
+    (fault,) = only("zzzz").faults
+    assert fault.message.startswith("there is no recipe 'zzzz'; allowed: ")
 
 
 @pytest.mark.parametrize(
     ("override", "path", "message"),
     [
-        ("compiler=rtxx", "compiler", "there is no option 'rtxx'; did you mean rtx? allowed"),
-        ("compilr.max_seq_len=8", "compilr.max_seq_len", "did you mean compiler? allowed"),
+        ("compiler=trtrtxx", "compiler", "there is no option 'trtrtxx'; did you mean trtrtx?"),
+        ("compilr.max_seq_len=8", "compilr", "did you mean compiler? allowed"),
         ("max_seq_len=8", "max_seq_len", "did you mean compiler.max_seq_len?"),
-        ("compiler.max_seq_len.x=8", "compiler.max_seq_len.x", "is a value, not a section"),
-        ("compiler.workloads.5.batch=8", "compiler.workloads.5.batch", "items 0 to 1"),
+        ("compiler.max_seq_len.x=8", "compiler.max_seq_len", "wanted a whole number"),
+        ("acceptance.targets.5.batch=8", "acceptance.targets.5.batch", "out of range"),
         ("+compiler.tactic=8", "compiler.tactic", "there is no such key"),
-        ("~compiler.tactic", "compiler.tactic", "there is no such key"),
-        ("~compiler", "compiler", "cannot be left out; allowed: llm, rtx"),
-        ("compiler._target_=os.system", "compiler._target_", "choose another option"),
-        ("compiler={max_batch_size: 1}", "compiler", "choose one of llm, rtx"),
+        ("~compiler.tactic", "compiler.tactic", "Could not delete"),
+        ("~compiler", "compiler", "cannot be left out; allowed: checkpoint, trtllm, trtrtx"),
+        ("compiler.kind=trtllm", "compiler.kind", "choose another option, compiler=OPTION"),
+        ("compiler._target_=os.system", "compiler._target_", "there is no such key"),
+        ("compiler={max_batch_size: 1}", "compiler", "choose one of checkpoint, trtllm, trtrtx"),
         ("hydra.run.dir=/x", "hydra.run.dir", "Hydra itself is not configured here"),
-        ("compiler@other=rtx", "compiler@other", "Could not override"),
-        ("compiler.max_batch_size=${nowhere}", "compiler.max_batch_size", "'nowhere' not found"),
+        ("compiler@other=trtrtx", "compiler@other", "Could not override"),
+        ("compiler.max_seq_len=${nowhere}", "compiler.max_seq_len", "'nowhere' not found"),
+        ("acceptance.sample_prompt=${oc.env:HOME}", "acceptance.sample_prompt", "holds data only"),
+        ("compiler.max_seq_len=null", "compiler.max_seq_len", "got null, wanted a whole number"),
     ],
 )
 def test_bad_override_is_one_fault_with_its_path(
-    job: Callable[..., Job], override: str, path: str, message: str
+    only: Only, override: str, path: str, message: str
 ) -> None:
-    (fault,) = job("smol", override).faults
+    (fault,) = only("smollm2", override).faults
     assert fault.path == path
     assert message in fault.message
+    assert fault.where == "", "the command line set it"
 
 
 @pytest.mark.parametrize("text", ["compiler", "phi3", "compiler.x=[", "a b=3", "=3"])
-def test_unreadable_override_says_how_to_write_it(run: Loader, text: str) -> None:
-    (fault,) = run("smol", text).faults
+def test_unreadable_override_says_how_to_write_it(run: Run, text: str) -> None:
+    (fault,) = run("own", text).faults
     assert repr(text) in fault.message
     assert "key=value" in fault.message
 
 
-def test_field_that_the_yaml_does_not_list_can_be_set(job: Callable[..., Job]) -> None:
-    for override in ("compiler.kv_cache_dtype=bf16", "+compiler.kv_cache_dtype=bf16"):
-        assert job("smol", override).value.compiler.kv_cache_dtype == "bf16"
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_field_that_the_yaml_does_not_list_can_be_set(only: Only, plus: str) -> None:
+    job = only("own", f"{plus}acceptance.lm_eval={{tasks: [arc_easy]}}")
+    assert job.faults == ()
+    assert job.value.acceptance.lm_eval is not None
 
 
-def test_item_of_a_list_can_be_set(job: Callable[..., Job]) -> None:
-    assert job("smol", "compiler.workloads.1.batch=3").value.compiler.workloads[1].batch == 3
+def test_item_of_a_list_can_be_set(only: Only) -> None:
+    workloads = only("smollm2", "acceptance.targets.0.osl=3").value.acceptance.targets
+    assert workloads[0].osl == 3
 
 
-def test_last_value_of_a_repeated_key_counts(job: Callable[..., Job]) -> None:
-    built = job("smol", "compiler=rtx", "compiler.max_batch_size=1", "compiler=llm")
-    assert built.value.compiler.max_seq_len == 4096
+def test_last_value_of_a_repeated_key_counts(only: Only) -> None:
+    job = only("own", "compiler=trtrtx", "compiler.max_batch_size=1", "compiler=checkpoint")
+    assert (job.value.compiler.format, compiler_of(job).max_batch_size) == ("checkpoint", 1)
 
 
-def test_interpolation_is_resolved_before_types_are_checked(job: Callable[..., Job]) -> None:
-    built = job("smol", "compiler.max_seq_len=${compiler.max_batch_size}")
-    assert built.config["compiler"]["max_seq_len"] == 8
+def test_interpolation_is_resolved_before_types_are_checked(only: Only) -> None:
+    job = only("own", "compiler.max_seq_len=${acceptance.window_tokens}")
+    assert job.config["compiler"]["max_seq_len"] == 256
 
 
-@pytest.mark.parametrize("override", ["source=local", "source.repo=me/tuned"])
-def test_other_weights_need_another_name(job: Callable[..., Job], override: str) -> None:
-    (fault,) = job("smol", override).faults
+@pytest.mark.parametrize("override", ["source.repo_id=me/tuned", "source.revision=" + "b" * 40])
+def test_other_weights_need_another_name(only: Only, override: str) -> None:
+    (fault,) = only("own", override).faults
     assert "name=NAME" in fault.message
-    assert "'smol'" in fault.message
-    assert job("smol", override, "name=mine").value.name == "mine"
+    assert "'own'" in fault.message
+    assert only("own", override, "name=mine").value.name == "mine"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("defaults: [build, {override compiler: rtxx}]\nname: bad", "did you mean rtx?"),
+        ("defaults: [build, {override compiler: trtrtxx}]\nname: bad", "did you mean trtrtx?"),
         ("defaults: [build\nname: bad", "recipe bad cannot be read"),
-        ("name: bad", "does not start from `build`"),
-        ("defaults: [build]\nname: bad\n_target_: os.system", "is not a dataclass"),
-        ("defaults: [build]\nname: bad\n_target_: pathlib.Path", "is not a dataclass"),
+        ("name: bad", "source: is required"),
+        ("defaults: [own]\n_target_: os.system", "_target_: there is no such key"),
+        ("defaults: [own]\nsource: {kind: os}", 'source.kind: got "os", wanted one of embedded'),
+        ("defaults: [own]\nsource: {kind: hubb}", "did you mean hub?"),
+        ("defaults: [own]\nsource: {kind: [hub]}", 'source.kind: got ["hub"], wanted one of'),
+        ("defaults: [own]\nsource: {kind: hub_client}", 'source.kind: got "hub_client"'),
+        ("defaults: [own]\nsource: {kind: ../hub}", 'source.kind: got "../hub"'),
         ("- a\n- b", "recipe bad cannot be read"),
         ("42", "recipe bad cannot be read"),
         ("defaults: [bad]", "it contains itself"),
-        ("defaults: [build]\n3: x\nname: bad", "3: there is no such key"),
-        ("defaults: [build]\nname: {_target_: no.such.Class}", "cannot load 'no.such.Class'"),
-        ("defaults: [build]\nname: ${", "recipe bad cannot be read"),
+        ("defaults: [own]\n3: x", "3: there is no such key"),
+        ("defaults: [own]\nname: ${", "recipe bad cannot be read"),
+        ("defaults: [own]\nname: '${${version}:b}'", "name: a recipe holds data only"),
+        ("defaults: [own]\nacceptance: 3", "acceptance"),
+        ("defaults: [own]\ncompiler: {max_seq_len: .nan}", "compiler.max_seq_len"),
     ],
 )
-def test_broken_recipe_is_explained(
-    job: Callable[..., Job], write: Write, text: str, message: str
+def test_broken_recipe_is_explained(only: Only, write: Write, text: str, message: str) -> None:
+    write("bad.yaml", text)
+    assert message in " ".join(str(fault) for fault in only("bad").faults)
+
+
+def test_new_kind_is_one_file_and_one_option(
+    only: Only, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write("recipes/bad.yaml", text)
-    assert message in " ".join(str(fault) for fault in job("bad").faults)
+    monkeypatch.setattr(pipeline.sources, "__path__", [*pipeline.sources.__path__, str(tmp_path)])
+    write(
+        "toy.py",
+        "from pydantic.dataclasses import dataclass\n"
+        "from pipeline.core.settings import STRICT\n"
+        "from pipeline.core.values import Licence, Weights\n\n"
+        "@dataclass(frozen=True, kw_only=True, config=STRICT)\n"
+        "class ToySource:\n"
+        "    size: int\n\n"
+        "    @property\n"
+        "    def terms(self) -> Licence:\n"
+        "        return Licence(spdx='MIT')\n\n"
+        "    def fetch(self) -> Weights:\n"
+        "        raise NotImplementedError\n\n"
+        "KIND = ToySource\n",
+    )
+    write("source/toy.yaml", "kind: toy\nsize: 3\n")
+    job = only("own", "source=toy", "name=mine", "~source.repo_id", "~source.revision",
+               "~source.licence")  # fmt: skip
+    assert job.faults == ()
+    assert job.config["source"] == {"kind": "toy", "size": 3}
+    (fault,) = only("own", "source=toy", "name=mine", "~source.repo_id", "~source.revision",
+                    "~source.licence", "source.sise=3").faults  # fmt: skip
+    assert "did you mean source.size?" in fault.message
+    monkeypatch.delitem(sys.modules, "pipeline.sources.toy")
 
 
-def test_sweep_makes_one_job_per_combination(run: Loader) -> None:
-    loaded = run("smol,phi3", "compiler.max_batch_size=1,2", "name=x", multirun=True)
+def test_sweep_makes_one_job_per_combination(run: Run) -> None:
+    loaded = run("smollm2,own", "compiler.max_batch_size=16,32", "name=x", multirun=True)
     assert [(job.recipe, job.swept) for job in loaded.jobs] == [
         (recipe, (f"compiler.max_batch_size={size}",))
-        for recipe in ("smol", "phi3")
-        for size in (1, 2)
+        for recipe in ("smollm2", "own")
+        for size in (16, 32)
     ]
-    assert [job.value.compiler.max_batch_size for job in loaded.jobs] == [1, 2, 1, 2]
+    assert [compiler_of(job).max_batch_size for job in loaded.jobs] == [16, 32, 16, 32]
 
 
 @pytest.mark.parametrize(
     ("override", "sizes"),
     [
-        ("compiler.max_batch_size=range(1,4)", [1, 2, 3]),
-        ("compiler.max_batch_size=choice(5,7)", [5, 7]),
-        ("compiler=glob(*)", [64, 8]),
-        ("compiler=glob(*,exclude=l*)", [8]),
+        ("compiler.max_batch_size=range(8,11)", [8, 9, 10]),
+        ("compiler.max_batch_size=choice(15,17)", [15, 17]),
+        ("compiler=glob(*,exclude=ch*)", [64, 64]),
+        ("compiler=glob(c*)", [128]),
     ],
 )
-def test_sweep_grammar_of_hydra(run: Loader, override: str, sizes: list[int]) -> None:
-    loaded = run("smol", override, multirun=True)
+def test_sweep_grammar_of_hydra(run: Run, override: str, sizes: list[int]) -> None:
+    loaded = run("own", override, multirun=True)
     assert loaded.faults == ()
-    assert [job.value.compiler.max_batch_size for job in loaded.jobs] == sizes
+    assert [compiler_of(job).max_batch_size for job in loaded.jobs] == sizes
 
 
-def test_bad_job_leaves_the_others_good(run: Loader) -> None:
-    jobs = run("smol,nosuch", "compiler.max_batch_size=0,2", multirun=True).jobs
+def test_bad_job_leaves_the_others_good(run: Run) -> None:
+    jobs = run("own,nosuch", "compiler.max_batch_size=0,16", multirun=True).jobs
     assert [bool(job.faults) for job in jobs] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("arguments", [("smol,phi3",), ("smol", "compiler=rtx,llm")])
-def test_sweep_without_m_says_to_add_it(run: Loader, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("arguments", [("own,phi3",), ("own", "compiler=trtrtx,trtllm")])
+def test_sweep_without_m_says_to_add_it(run: Run, arguments: tuple[str, ...]) -> None:
     (fault,) = run(*arguments).faults
     assert "add -m" in fault.message
 
 
 @pytest.mark.parametrize("override", ["compiler.max_batch_size=interval(1,2)", "compiler=glob(q*)"])
-def test_sweep_without_values_is_a_fault(run: Loader, override: str) -> None:
-    assert len(run("smol", override, multirun=True).faults) == 1
+def test_sweep_without_values_is_a_fault(run: Run, override: str) -> None:
+    assert len(run("own", override, multirun=True).faults) == 1
 
 
 def test_users_own_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,16 +348,15 @@ def test_users_own_folder_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config_folders(None).recipe_dir("same") == here
 
 
-def test_folder_with_quotes_and_spaces_is_searched(
-    tmp_path: Path, folders: ConfigFolders, write: Write
-) -> None:
-    own = tmp_path / "it's, a [folder]"
+def test_folder_with_quotes_and_spaces_is_searched(tmp_path: Path, folders: ConfigFolders) -> None:
+    own, other = tmp_path / "it's, a [folder]", tmp_path / "it's, b=c"
     own.mkdir()
-    (own / "mine.yaml").write_text("defaults: [smol, _self_]\nname: mine\n")
-    (tmp_path / "recipes").rename(tmp_path / "it's, b=c")
-    both = ConfigFolders(recipes=(own, tmp_path / "it's, b=c"), conf=folders.conf)
-    (built,) = load("mine", [], folders=both).jobs
-    assert built.value.source.repo == "org/smol"
+    other.mkdir()
+    (own / "mine.yaml").write_text("defaults: [own, _self_]\nname: mine\n")
+    (tmp_path / "own.yaml").rename(other / "own.yaml")
+    both = ConfigFolders(recipes=(own, other, *folders.recipes), conf=folders.conf)
+    (job,) = load("mine", [], folders=both).jobs
+    assert job.config["source"]["repo_id"] == "org/own"
 
 
 def test_installed_package_brings_its_own_recipes(tmp_path: Path) -> None:
@@ -392,9 +382,3 @@ def test_installed_package_brings_its_own_recipes(tmp_path: Path) -> None:
 def test_missing_config_dir_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a folder"):
         config_folders(tmp_path / "nowhere")
-
-
-def test_nothing_is_known_of_values_that_are_not_there(job: Callable[..., Any]) -> None:
-    assert job("smol", "compiler.max_batch_size=null").faults[0].message == (
-        "got null, wanted a whole number"
-    )

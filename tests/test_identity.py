@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.folders import config_folders
+from pipeline.config.load import load
+from pipeline.core.hardware import Target
 from pipeline.core.values import FileDigest, Licence, Weights
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.identity import build_key, shaping_config, statement_name, version_of
-from tests.quant.tiny_quantized import ADA, tiny_quantizer
+from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
 
 WEIGHTS = Weights(
     dir=Path("/somewhere"),
@@ -36,45 +40,61 @@ CONFIG: dict[str, Any] = {
     "registry": {"root": "artifacts"},
     "runner": {"threads": 2},
 }
-KEY = build_key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, CONFIG)
+SMOLLM2 = load("smollm2", [], folders=config_folders(None)).one_job().value
+
+
+def key(
+    weights: Weights,
+    target: Target,
+    quantizer: ModelOptFp8,
+    compiler: CheckpointCompiler,
+    config: dict[str, Any],
+) -> str:
+    recipe = dataclasses.replace(
+        SMOLLM2, target=target, quantizer=quantizer, compiler=compiler, calibration=CALIBRATION
+    )
+    return build_key(recipe, weights, config)
+
+
+KEY = key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, CONFIG)
 
 
 @pytest.mark.parametrize("group", ["acceptance", "registry", "runner"])
 def test_key_ignores_what_only_judges_and_places(group: str) -> None:
     changed = {**CONFIG, group: {"other": 1}}
-    assert build_key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, changed) == KEY
+    assert key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, changed) == KEY
 
 
 def test_key_ignores_where_the_weights_lie() -> None:
     moved = dataclasses.replace(WEIGHTS, dir=Path("/elsewhere"))
     config = {**CONFIG, "source": {"path": "/elsewhere", "licence": "MIT"}}
-    assert build_key(moved, ADA, tiny_quantizer(), COMPILER, config) == KEY
+    assert key(moved, ADA, tiny_quantizer(), COMPILER, config) == KEY
 
 
 def test_key_changes_with_the_bytes_of_the_weights() -> None:
     (file,) = WEIGHTS.files
     other = dataclasses.replace(WEIGHTS, files=(dataclasses.replace(file, sha256="1" * 64),))
-    assert build_key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
+    assert key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
 
 
 def test_key_changes_with_the_commit() -> None:
     other = dataclasses.replace(WEIGHTS, commit="b" * 40)
-    assert build_key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
+    assert key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
 
 
 def test_key_changes_with_the_layers_kept_in_16_bit() -> None:
     other = tiny_quantizer("model.layers.0.*")
-    assert build_key(WEIGHTS, ADA, other, COMPILER, CONFIG) != KEY
+    assert key(WEIGHTS, ADA, other, COMPILER, CONFIG) != KEY
 
 
 def test_key_changes_with_the_sm() -> None:
     other = dataclasses.replace(ADA, sm=120)
-    assert build_key(WEIGHTS, other, tiny_quantizer(), COMPILER, CONFIG) != KEY
+    assert key(WEIGHTS, other, tiny_quantizer(), COMPILER, CONFIG) != KEY
 
 
 def test_key_changes_with_the_cache_type() -> None:
     other = dataclasses.replace(COMPILER, kv_cache_dtype="bfloat16")
-    assert build_key(WEIGHTS, ADA, tiny_quantizer(), other, CONFIG) != KEY
+    assert key(WEIGHTS, ADA, tiny_quantizer(), other, CONFIG) != KEY
 
 
 @pytest.mark.parametrize(
@@ -89,7 +109,7 @@ def test_key_changes_with_the_cache_type() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_key_changes_with_every_other_setting(change: dict[str, Any]) -> None:
-    assert build_key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, {**CONFIG, **change}) != KEY
+    assert key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, {**CONFIG, **change}) != KEY
 
 
 def test_manifest_config_holds_no_local_path_and_leaves_its_input_alone() -> None:

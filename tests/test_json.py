@@ -14,7 +14,7 @@ import pytest
 from pipeline import accept as acceptance
 from pipeline import cli
 from pipeline.core.targets import target_of_card
-from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.stores.folder import FolderRegistry
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 COMMANDS = sorted(str(command.name) for command in cli.app.registered_commands)

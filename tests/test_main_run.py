@@ -14,28 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import PositiveInt
-from pydantic.dataclasses import dataclass
 
 from pipeline.__main__ import Request, run
 from pipeline.commands.outcome import Outcome, failure_of, open_run
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.core.settings import STRICT
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Recipe:
-    name: str
-    size: PositiveInt
-    registry: dict[str, str]
-
-
-BUILD = """
-_target_: toy_recipe.Recipe
-name: ???
-size: 1
-registry: {path: packages}
+RECIPE = """
+defaults: [smollm2, _self_]
+name: {name}
+registry: {{path: packages}}
 """
 
 PUBLISHED = Outcome(
@@ -54,14 +42,12 @@ MISSED = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="too slow", verdict="r
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two recipes, and the current directory."""
-    monkeypatch.setitem(sys.modules, "toy_recipe", sys.modules[__name__])
     monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "own"
     own.mkdir()
-    (own / "build.yaml").write_text(BUILD)
     for name in ("toy", "toy2"):
-        (own / f"{name}.yaml").write_text(f"defaults: [build, _self_]\nname: {name}\n")
+        (own / f"{name}.yaml").write_text(RECIPE.format(name=name))
     return tmp_path
 
 
@@ -87,17 +73,17 @@ def test_good_job_gets_typed_recipe_and_tells_its_outcome(
 
     def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
         logging.getLogger("pipeline.toy").debug("a detail")
-        seen.extend([job.value, job.config["size"], run_dir, rebuild])
+        seen.extend([job.value, job.config["acceptance"]["repeats"], run_dir, rebuild])
         return PUBLISHED
 
-    assert run(request("toy", "size=7"), work) == 0
+    assert run(request("toy", "acceptance.repeats=7"), work) == 0
     recipe, size, run_dir, rebuild = seen
-    assert recipe == Recipe(name="toy", size=7, registry={"path": "packages"})
+    assert (recipe.name, recipe.acceptance.repeats) == ("toy", 7)
     assert (size, rebuild) == (7, False)
     assert "a detail" in (run_dir / "build.log").read_text()
     found = verdict()
     assert found["exit_code"] == 0
-    assert found["overrides"] == ["size=7"]
+    assert found["overrides"] == ["acceptance.repeats=7"]
     assert (found["verdict"], found["reference"]) == ("checked", "toy/any:1-abc")
     assert found["digest"] == "d" * 64
     assert Path(found["report"]).is_absolute()
@@ -122,12 +108,21 @@ def test_missed_target_is_a_result_with_its_own_code(capsys: pytest.CaptureFixtu
 def test_all_faults_are_shown_and_recorded_and_nothing_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(request("toy", "siz=1", "size=0", "broken"), never) == 2
+    assert run(request("toy", "acceptance.repeat=1", "acceptance.repeats=0", "broken"), never) == 2
     found = verdict()
-    assert {fault["path"] for fault in found["faults"]} == {"siz", "size", ""}
+    assert {fault["path"] for fault in found["faults"]} == {
+        "acceptance.repeat",
+        "acceptance.repeats",
+        "",
+    }
     assert found["exit_code"] == 2
     errors = capsys.readouterr().err
-    for text in ("3 faults", "did you mean size?", "got 0, wanted a number > 0", "'broken'"):
+    for text in (
+        "3 faults",
+        "did you mean acceptance.repeats?",
+        "got 0, wanted a number > 0",
+        "'broken'",
+    ):
         assert text in errors
     assert "Traceback" not in errors
 
@@ -203,38 +198,38 @@ def test_failing_and_missing_jobs_do_not_stop_the_others(
     outcomes: dict[int, Outcome | Exception] = {1: NotFoundError("gone"), 2: MISSED, 3: PUBLISHED}
 
     def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
-        outcome = outcomes[job.value.size]
+        outcome = outcomes[job.value.acceptance.repeats]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    assert run(request("toy", "size=1,0,2,3", multirun=True), work) == 2
+    assert run(request("toy", "acceptance.repeats=1,0,2,3", multirun=True), work) == 2
     found = verdict()
     assert found["exit_code"] == 2
     assert [job["exit_code"] for job in found["jobs"]] == [7, 2, 3, 0]
-    assert found["jobs"][3]["overrides"] == ["size=3"]
+    assert found["jobs"][3]["overrides"] == ["acceptance.repeats=3"]
     for number, job in enumerate(found["jobs"], start=1):
         own = Path("packages/.runs/latest", str(number), "verdict.json")
         assert json.loads(own.read_text()) == job
     table, errors = capsys.readouterr()
     rows = [line.split() for line in table.splitlines() if "toy" in line]
     assert rows == [
-        ["toy", "size=1", "not", "found", "7"],
-        ["toy", "size=0", "usage", "2"],
-        ["toy", "size=2", "rejected", "3"],
-        ["toy", "size=3", "checked", "142.3", "MB", "dddddddddddd", "0"],
+        ["toy", "acceptance.repeats=1", "not", "found", "7"],
+        ["toy", "acceptance.repeats=0", "usage", "2"],
+        ["toy", "acceptance.repeats=2", "rejected", "3"],
+        ["toy", "acceptance.repeats=3", "checked", "142.3", "MB", "dddddddddddd", "0"],
     ]
-    assert errors.index("size=0 cannot be built") < errors.index("Job 1 of 4")
+    assert errors.index("acceptance.repeats=0 cannot be built") < errors.index("Job 1 of 4")
 
 
 def test_several_recipes_and_values_make_the_product() -> None:
     built = []
 
     def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
-        built.append((job.value.name, job.value.size))
+        built.append((job.value.name, job.value.acceptance.repeats))
         return PUBLISHED
 
-    assert run(request("toy,toy2", "size=1,2", multirun=True), work) == 0
+    assert run(request("toy,toy2", "acceptance.repeats=1,2", multirun=True), work) == 0
     assert built == [("toy", 1), ("toy", 2), ("toy2", 1), ("toy2", 2)]
 
 
@@ -244,11 +239,11 @@ def test_unreadable_override_stops_every_job() -> None:
 
 def test_ctrl_c_stops_the_jobs_that_follow() -> None:
     def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
-        if job.value.size == 2:
+        if job.value.acceptance.repeats == 2:
             raise KeyboardInterrupt
         return PUBLISHED
 
-    assert run(request("toy", "size=1,2,3", multirun=True), work) == 130
+    assert run(request("toy", "acceptance.repeats=1,2,3", multirun=True), work) == 130
     jobs = verdict()["jobs"]
     assert [job["exit_code"] for job in jobs] == [0, 130, 130]
     assert jobs[2]["message"] == "not started"
@@ -274,17 +269,12 @@ def test_sigterm_cleans_up_like_ctrl_c() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signalled_process_exits_130_with_its_verdict(workdir: Path, number: int) -> None:
-    (workdir / "toy_recipe.py").write_text(
-        "import dataclasses, time\n"
-        "@dataclasses.dataclass\n"
-        "class Recipe:\n    name: str\n    size: int\n    registry: dict\n"
-        "def work(job, run_dir, rebuild):\n    print('started', flush=True)\n    time.sleep(30)\n"
-    )
     (workdir / "driver.py").write_text(
-        "import sys, pathlib, toy_recipe\n"
+        "import sys, pathlib, time\n"
         "from pipeline.__main__ import Request, run\n"
+        "def work(job, run_dir, rebuild):\n    print('started', flush=True)\n    time.sleep(30)\n"
         "request = Request(recipes='toy', config_dir=pathlib.Path('own'))\n"
-        "sys.exit(run(request, toy_recipe.work))\n"
+        "sys.exit(run(request, work))\n"
     )
     root = Path(__file__).parent.parent
     with subprocess.Popen(
@@ -352,7 +342,7 @@ def test_unwritable_registry_fails_at_once_and_leaves_nothing(
 
 def test_faults_count_more_than_an_unwritable_registry(workdir: Path) -> None:
     (workdir / "packages").write_text("a file")
-    assert run(request("toy", "size=0"), never) == 2
+    assert run(request("toy", "acceptance.repeats=0"), never) == 2
 
 
 def test_read_only_folder_is_not_writable(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

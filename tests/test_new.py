@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.build import Recipe, plan_of
+from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, RecipeError
 from pipeline.model.read import spec_faults
 from pipeline.new.command import NewRecipe, new_recipe, report

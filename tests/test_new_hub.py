@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.build import Recipe, plan_of
+from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import (
     AccessError,
     CorruptError,

@@ -127,7 +127,7 @@ def test_package_is_accepted_on_a_second_machine_after_it_was_published(
 
     # Machine two has one, and never saw the build.
     accepted = judge.ask(
-        *("accept", reference, *ON_CARD, *PLAIN, put_runner(judge.place.recipes)),
+        *("accept", reference, *ON_CARD, *PLAIN, put_runner(hardware, judge.place.recipes)),
         *("--publish", *registry, "--config-dir", str(judge.place.recipes)),
     )
     assert (accepted["verdict"], accepted["digest"]) == ("accepted", before["manifest.json"])

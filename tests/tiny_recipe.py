@@ -25,9 +25,8 @@ defaults:
 name: tiny
 version: 1.0.0
 source: {{path: {model}, licence: Apache-2.0}}
-quantizer:
-  calibration: {{calib_size: 2, seq_len: 64, batch_size: 2}}
-  device: cpu
+calibration: {{calib_size: 2, seq_len: 64, batch_size: 2}}
+quantizer: {{device: cpu}}
 compiler: {{max_batch_size: 2, opt_batch_size: 1, max_prefill_batch_size: 1, max_seq_len: 128}}
 acceptance:
   windows: 4

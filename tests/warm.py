@@ -111,7 +111,11 @@ def _become(request: dict[str, Any]) -> None:
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["env"])
-        sys.path[:0] = [p for p in request["env"].get("PYTHONPATH", "").split(os.pathsep) if p]
+        path = [p for p in request["env"].get("PYTHONPATH", "").split(os.pathsep) if p]
+        sys.path[:0] = path
+        importlib.import_module("pipeline.runners").__path__.extend(
+            str(Path(p, "runners")) for p in path if Path(p, "runners").is_dir()
+        )
         sys.argv = ["enginesmith", *request["argv"]]
         runpy.run_module("pipeline.cli", run_name="__main__", alter_sys=True)
         code = 0

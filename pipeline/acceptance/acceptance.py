@@ -22,7 +22,7 @@ from pipeline.core.values import digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.runners.session import Device, Runner
 from pipeline.runners.workload import Workload
-from pipeline.sources.text.corpus import TextCorpus, require_disjoint, text_digest
+from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Acceptance:
     """
 
     targets: Listed[Workload]
-    text: TextCorpus
+    text: Text
     windows: PositiveInt
     reference_windows: PositiveInt
     window_tokens: PositiveInt

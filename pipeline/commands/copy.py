@@ -23,14 +23,14 @@ def copy(
     ],
     policy: Policy = None,
     allow_unsigned: Annotated[
-        bool, typer.Option("--allow-unsigned", help="Copy a package that nobody signed.")
+        bool, typer.Option("--allow-unsigned", help="Copy a package without a signature.")
     ] = False,
 ) -> Answer:
     """Copy a package, its signatures and its test results to another registry, byte for byte."""
     from pipeline.commands.screen import screen_logging
-    from pipeline.registry.copying import CopyRequest, run_copy
+    from pipeline.registry import copying
 
-    request = CopyRequest(
+    request = copying.CopyRequest(
         reference=reference,
         source=source,
         target=target,
@@ -38,5 +38,25 @@ def copy(
         allow_unsigned=allow_unsigned,
     )
     with screen_logging():
-        done = run_copy(request, os.environ)
-    return Answer(value=done.to_json(request), shown=done.lines(request))
+        done = copying.copy(request, os.environ)
+    found, signer = done.resolved, done.resolved.verification.signer
+    return Answer(
+        value={
+            "reference": str(found.reference),
+            "digest": found.package.digest,
+            "from": source,
+            "to": target,
+            "new": done.new,
+            "statements_added": done.added,
+            "signer": signer.name if signer else None,
+            "allow_unsigned": allow_unsigned,
+        },
+        shown=[
+            f"{'Copied' if done.new else 'Already there'}: {found.place}, "
+            f"{f'signed by {signer}' if signer else 'UNSIGNED'}",
+            f"digest      sha256:{found.package.digest}",
+            f"from        {source}",
+            f"to          {target}",
+            f"statements  {done.added} new there; no channel was moved",
+        ],
+    )

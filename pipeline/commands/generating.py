@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.cache import cache_root
+from pipeline.core.data import shipped
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.values import Package
 from pipeline.formats.trtrtx.stage import CPU_GRAPH
 from pipeline.machine import require_builder
 from pipeline.model.hf import load_tokenizer
-from pipeline.registry.backend import Registry
 from pipeline.registry.reference import reference_of
 from pipeline.runners.chat import chat_prompt, eos_ids
 from pipeline.runners.session import Session
@@ -22,20 +22,17 @@ from pipeline.runners.session import Session
 log = logging.getLogger(__name__)
 
 
-def stream(registry: Registry, reference: str, prompt: str, max_tokens: int) -> Iterator[str]:
+def stream(package: Package, prompt: str, max_tokens: int) -> Iterator[str]:
     """Yield the pieces of a greedy chat answer.
 
     Args:
-        registry: Where the package is.
-        reference: As `pipeline.registry.reference` parses it.
+        package: Every byte and every signature verified.
         prompt: One user message.
         max_tokens: The answer ends after so many.
 
     Raises:
-        NotFoundError: No such package.
         IncompatibleError: Its format does not run on this machine.
     """
-    package = registry.resolve(reference)
     require_builder(package.manifest["format"])
     tokenizer = load_tokenizer(package.engine_dir)
     with open_package(package) as session:
@@ -67,7 +64,7 @@ def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
     """The engine itself, on a machine with its card and TensorRT-LLM or the build image."""
     from pipeline.runners.trtllm.runner import TrtLlmRunner
 
-    runner = TrtLlmRunner(**_settings("trtllm"))
+    runner = TrtLlmRunner(**shipped("runner/trtllm"))
     return runner.open_folder(package.engine_dir, package.manifest["match"]["sm"][0])
 
 
@@ -75,7 +72,7 @@ def _open_vllm(package: Package) -> AbstractContextManager[Session] | None:
     """The checkpoint in vLLM; None on a machine without vLLM or without a card for FP8."""
     from pipeline.runners.vllm.runner import VllmRunner
 
-    runner = VllmRunner(**_settings("vllm"))
+    runner = VllmRunner(**shipped("runner/vllm"))
     if runner.why_not_here() is not None:
         return None
     return runner.open_folder(package.engine_dir, tuple(package.manifest["serve"]["args"]))
@@ -85,21 +82,11 @@ def _open_trtrtx(package: Package) -> AbstractContextManager[Session] | None:
     """The engine in TensorRT-RTX; None on a machine without that or without the card."""
     from pipeline.runners.trtrtx.runner import TrtRtxRunner
 
-    runner = TrtRtxRunner(**_settings("tensorrt_rtx"))
+    runner = TrtRtxRunner(**shipped("runner/tensorrt_rtx"))
     match = package.manifest["match"]
     if runner.why_not_here(tuple(match["sm"]), match["runtime"]["version"]) is not None:
         return None
     return runner.open_folder(package.engine_dir, package.digest)
-
-
-def _settings(runner: str) -> dict[str, Any]:
-    """A runner's settings as they ship."""
-    import yaml
-
-    from pipeline.core.data import data_dir
-
-    settings = yaml.safe_load((data_dir("conf") / "runner" / f"{runner}.yaml").read_text())
-    return {name: value for name, value in settings.items() if name != "_target_"}
 
 
 def twin_of(package: Package) -> Path:

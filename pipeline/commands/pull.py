@@ -1,10 +1,9 @@
-"""The command that brings an engine to where it is served: pull."""
+"""The commands that bring an engine to where it is served, and verify it there: pull, verify."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,81 +11,91 @@ from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, Policy
 
+if TYPE_CHECKING:
+    from pipeline.registry.client.receipt import Pulled
 
-class _Format(StrEnum):
-    CHECKPOINT = "checkpoint"
-    TRTRTX = "trtrtx"
-    TRTLLM = "trtllm"
+_CARDS = "auto|CARD|sm89|none"
+_Runtime = Annotated[
+    str | None, typer.Option(metavar="NAME==VERSION", help="What will load it: vllm==0.29.")
+]
+_Vram = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Device memory that it may use: 24GiB.")
+]
+_Driver = Annotated[str | None, typer.Option(metavar="VERSION", help="NVIDIA driver: 580.65.06.")]
+_Unproven = Annotated[
+    bool,
+    typer.Option("--accept-unproven", help="Take what was not accepted on this card; recorded."),
+]
+_Unsigned = Annotated[
+    bool,
+    typer.Option("--allow-unsigned", help="Take a package without a signature; recorded."),
+]
+_Yanked = Annotated[
+    bool,
+    typer.Option("--allow-yanked", help="Take a yanked package, named by its digest; recorded."),
+]
+_Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Folder, file:///PATH, s3://BUCKET/PREFIX or oci://HOST/REPOSITORY; by default "
+        f"{ARTIFACTS}.",
+    ),
+]
 
 
 @answering
 def pull(
     reference: Annotated[
-        str | None,
+        str,
         typer.Argument(
             metavar="REF",
             help="NAME[/VARIANT][:VERSION|:CHANNEL] or NAME@sha256:DIGEST; without a variant the "
             "best for the machine.",
             show_default=False,
         ),
-    ] = None,
+    ],
     to: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder to make; must not exist, or be empty."),
-    ] = None,
-    registry: Annotated[
-        str | None,
+        Path,
         typer.Option(
-            metavar="URL",
-            help="Folder, file:///PATH, s3://BUCKET/PREFIX or oci://HOST/REPOSITORY; by default "
-            f"{ARTIFACTS}.",
+            metavar="DIR",
+            help="Folder to make; must not exist, or be empty.",
+            show_default=False,
         ),
-    ] = None,
+    ],
+    registry: _Url = None,
     gpu: Annotated[
         str,
         typer.Option(
-            metavar="auto|CARD|sm89|none",
+            metavar=_CARDS,
             help="What will run it: auto asks NVML; rtx4090, NVIDIA-GeForce-RTX-4090 or sm89 is "
-            "believed; none checks nothing of it.",
+            "taken as given; none checks nothing of it.",
         ),
     ] = "auto",
-    runtime: Annotated[
-        str | None, typer.Option(metavar="NAME==VERSION", help="What will load it: vllm==0.29.")
+    runtime: _Runtime = None,
+    vram: _Vram = None,
+    driver: _Driver = None,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Only this one: checkpoint, trtrtx, trtllm."),
     ] = None,
-    vram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Device memory that it may use: 24GiB.")
-    ] = None,
-    driver: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="NVIDIA driver: 580.65.06.")
-    ] = None,
-    format: Annotated[_Format | None, typer.Option(help="Only this format.")] = None,
     channel: Annotated[
         str | None, typer.Option(help="In place of stable, where REF names none.")
     ] = None,
-    accept_unproven: Annotated[
-        bool,
-        typer.Option("--accept-unproven", help="Take what was not tried on this card; recorded."),
-    ] = False,
-    allow_unsigned: Annotated[
-        bool, typer.Option("--allow-unsigned", help="Take a package that nobody signed; recorded.")
-    ] = False,
-    allow_yanked: Annotated[
+    accept_unproven: _Unproven = False,
+    allow_unsigned: _Unsigned = False,
+    allow_yanked: _Yanked = False,
+    allow_shared_parent: Annotated[
         bool,
         typer.Option(
-            "--allow-yanked", help="Take a yanked package, named by its digest; recorded."
+            "--allow-shared-parent",
+            help="Write below a folder that other users may rename in, such as a pod's volume.",
         ),
     ] = False,
     policy: Policy = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="From the cache alone: no network, no credentials.")
     ] = False,
-    verify_only: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Pull nothing: verify a filled volume or a mounted image, which may be read-only.",
-        ),
-    ] = None,
     cache: Annotated[
         bool | None,
         typer.Option(
@@ -95,40 +104,105 @@ def pull(
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Pieces that are fetched at once.")
+        int | None, typer.Option(min=1, max=64, help="Chunks that are fetched at once.")
     ] = None,
 ) -> Answer:
     """Fetch the engine that fits a machine: signatures first, every byte verified."""
     from pipeline.commands.screen import screen_logging
-    from pipeline.core.errors import Fault, RecipeError
-    from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
+    from pipeline.registry.client.pull import PullRequest, run
 
-    request = client.PullRequest(
-        reference=reference or "",
+    request = PullRequest(
+        reference=reference,
         to=to,
-        registry=registry or (ARTIFACTS if verify_only is None else ""),
+        registry=registry or ARTIFACTS,
         flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
-        format=None if format is None else format.value,
+        format=format,
         channel=channel,
         accept_unproven=accept_unproven,
         allow_unsigned=allow_unsigned,
         allow_yanked=allow_yanked,
+        allow_shared_parent=allow_shared_parent,
         policy=policy,
         offline=offline,
         through_cache=cache,
         jobs=jobs,
     )
     with screen_logging():
-        if verify_only is not None:
-            if reference is not None or to is not None:
-                fault = "verifies a folder in its place; leave out REF and --to"
-                raise RecipeError([Fault("--verify-only", fault)])
-            from pipeline.registry.client.verify_only import verify_only as verify
+        done = run(request)
+    return Answer(value=done.to_json(), shown=_lines(done))
 
-            done = verify(verify_only, request)
-        elif reference is None or to is None:
-            raise RecipeError([Fault("", "say what and where: enginesmith pull REF --to DIR")])
-        else:
-            done = client.run(request)
-    return Answer(value=done.to_json(), shown=done.lines())
+
+@answering
+def verify(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF|DIR", help="A package, or a pulled folder.", show_default=False
+        ),
+    ],
+    registry: _Url = None,
+    gpu: Annotated[
+        str, typer.Option(metavar=_CARDS, help="Demand that it fits and is proven there.")
+    ] = "none",
+    runtime: _Runtime = None,
+    vram: _Vram = None,
+    driver: _Driver = None,
+    accept_unproven: _Unproven = False,
+    allow_unsigned: _Unsigned = False,
+    allow_yanked: _Yanked = False,
+    policy: Policy = None,
+) -> Answer:
+    """Verify every byte of a package, its signatures and yanks, and where it is proven."""
+    from pipeline.commands.screen import screen_logging
+    from pipeline.registry.client import verify as client
+    from pipeline.registry.client.machine import Flags
+
+    request = client.VerifyRequest(
+        target=target,
+        registry=registry,
+        flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
+        accept_unproven=accept_unproven,
+        allow_unsigned=allow_unsigned,
+        allow_yanked=allow_yanked,
+        policy=policy,
+    )
+    with screen_logging():
+        done = client.verify(request)
+    return Answer(value=done.to_json(), shown=_lines(done))
+
+
+def _lines(done: Pulled) -> list[str]:
+    """What was checked, for people."""
+    verification, chosen = done.resolved.verification, done.chosen
+    how = {
+        "registry": f"fetched {done.fetched_bytes / 1e6:.1f} MB in {done.seconds:.1f} s",
+        "cache": "from the cache",
+        "present": "it was there already",
+        "verified": "verified where it is",
+    }[done.origin]
+    needs, yank = done.manifest["match"]["runtime"], done.resolved.yank
+    return [
+        f"package   {done.resolved.place}",
+        f"digest    sha256:{done.digest}",
+        f"bytes     {done.size_bytes / 1e6:.1f} MB, every byte verified; {how}",
+        f"signed    {verification.signer or 'UNSIGNED, accepted because of --allow-unsigned'}",
+        f"built     {verification.builder_id or 'no trusted provenance'}",
+        f"proven    {_proof_line(done)}",
+        *([f"yanked    YANKED {yank}; accepted because of --allow-yanked"] if yank else []),
+        f"runtime   {needs['name']} {needs['version']}",
+        f"engine    {done.engine_dir}",
+        *(f"unknown   {text}" for text in chosen.unknown),
+        *(f"rejected  {text}" for text in chosen.rejected),
+        *(f"ignored   {text}" for text in verification.ignored),
+    ]
+
+
+def _proof_line(done: Pulled) -> str:
+    proof = done.chosen.proof
+    if proof.kind == "proven":
+        return f"{proof.verdict} on {done.facts.card}"
+    if proof.kind == "unknown":
+        return f"accepted on {', '.join(proof.cards)}; the card here is not known"
+    allowed = "" if done.facts.card is None else "UNPROVEN here, taken with --accept-unproven: "
+    return f"{allowed}{proof.why}"

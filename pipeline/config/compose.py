@@ -1,7 +1,7 @@
 """One combination -> one Hydra configuration, with what could not be applied as faults.
 
-Groups are chosen first; then each value override is looked up in what they yield, so that a
-misspelt key gets a close match instead of Hydra's first error; then all good ones are applied.
+Hydra stops at its first error, so what fails together is tried one by one. A misspelt key is no
+error here: it is set, and the validation of the whole refuses it with the keys that there are.
 
 A recipe has sizes of its own for each compiler: `- sizes/phi3@compiler: ${compiler}` in its
 defaults merges `sizes/phi3/<compiler>.yaml` over the compiler's option, whichever is chosen.
@@ -10,21 +10,21 @@ defaults merges `sizes/phi3/<compiler>.yaml` over the compiler's option, whichev
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.closest import closest, suggestion
-from pipeline.config.construct import fields_of, settings_class
 from pipeline.config.folders import ConfigFolders
+from pipeline.config.locate import ConfigFile, config_files
 from pipeline.config.sweep import Combination
 from pipeline.core.errors import Fault
 
@@ -44,11 +44,13 @@ class Composed:
     Attributes:
         config: The configuration, interpolations not yet resolved; None if there is none.
         faults: What could not be applied.
+        files: Those that it was made of, the strongest first.
         stand_in: The recipe does not exist; `config` is another one, to check the overrides with.
     """
 
     config: DictConfig | None
     faults: tuple[Fault, ...]
+    files: tuple[ConfigFile, ...] = ()
     stand_in: bool = False
 
 
@@ -89,21 +91,18 @@ def _compose(
         with warnings.catch_warnings(), initialize_config_dir(str(recipe_dir), version_base="1.3"):
             warnings.simplefilter("ignore", UserWarning)  # a defaults list without `_self_`
             search = _search_path(folders, recipe_dir)
-            config, groups, refused = _apply(recipe, search, [], groups)
+            lines = [_value_line(override) for override in values]
+            faults += [line for line in lines if isinstance(line, Fault)]
+            good = [line for line in lines if isinstance(line, str)]
+            config, refused = _apply(recipe, search, [*groups, *good])
             faults += refused
-            lines = []
-            for override in values:
-                found = _value_override(override, config)
-                if isinstance(found, Fault):
-                    faults.append(found)
-                else:
-                    lines.append(found)
-            if lines:
-                config, _, refused = _apply(recipe, search, groups, lines)
-                faults += refused
     except _COMPOSITION_ERRORS as error:
         return Composed(config=None, faults=(*faults, _recipe_fault(recipe, error)))
-    return Composed(config=config, faults=tuple(faults))
+    choices = OmegaConf.to_container(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    files = config_files(recipe, dict(cast("dict[str, object]", choices)), folders.search)
+    return Composed(config=config, faults=tuple(faults), files=files)
 
 
 def _search_path(folders: ConfigFolders, recipe_dir: Path) -> str:
@@ -113,31 +112,29 @@ def _search_path(folders: ConfigFolders, recipe_dir: Path) -> str:
     return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
-def _apply(
-    recipe: str, search: str, settled: Sequence[str], lines: Sequence[str]
-) -> tuple[DictConfig, list[str], list[Fault]]:
-    """Compose with `settled` and as many of `lines` as Hydra takes.
+def _apply(recipe: str, search: str, lines: Sequence[str]) -> tuple[DictConfig, list[Fault]]:
+    """Compose with as many of `lines` as Hydra takes; a fault for each of the others."""
 
-    Returns:
-        The configuration, the lines that are in it, and a fault for each of the others.
-    """
+    def composed(*overrides: str) -> DictConfig:
+        return compose(recipe, [search, *overrides], return_hydra_config=True)
+
     try:
-        return compose(recipe, [search, *settled, *lines]), list(lines), []
+        return composed(*lines), []
     except _COMPOSITION_ERRORS:
         if not lines:
             raise
-    config = compose(recipe, [search, *settled])
+    config = composed()
     taken: list[str] = []
     faults = []
     for line in lines:
         try:
-            config = compose(recipe, [search, *settled, *taken, line])
+            config = composed(*taken, line)
             taken.append(line)
         except _COMPOSITION_ERRORS as error:
             key = line.lstrip("+~").partition("=")[0]
             missing = _missing_by_compiler(recipe, error)
             faults.append(missing or Fault(key, _first_sentences(error)))
-    return config, taken, faults
+    return config, faults
 
 
 def _group_fault(override: Override, options: Sequence[str]) -> Fault | None:
@@ -156,64 +153,13 @@ def _group_fault(override: Override, options: Sequence[str]) -> Fault | None:
     return None
 
 
-def _value_override(override: Override, config: DictConfig) -> str | Fault:
-    """The line that Hydra needs for this override, or why its key cannot be set."""
-    key = override.key_or_group
-    line = str(override.input_line)
-    node: Any = OmegaConf.to_container(config, resolve=False)
-    root = node
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        section = ".".join(parts[:depth])
-        if isinstance(node, list):
-            if not (part.isdecimal() and int(part) < len(node)):
-                return Fault(key, f"{section} is a list with items 0 to {len(node) - 1}")
-            node = node[int(part)]
-        elif not isinstance(node, Mapping):
-            return Fault(key, f"{section} is a value, not a section; set {section}=VALUE")
-        elif part.startswith("_"):
-            return Fault(key, f"cannot be set; choose another option, {section}=OPTION")
-        elif part in node:
-            node = node[part]
-        elif depth == len(parts) - 1 and _may_have(node, part) and not override.is_delete():
-            return "++" + line.lstrip("+")
-        else:
-            return Fault(key, f"there is no such key; {_key_suggestion(part, section, node, root)}")
-    # `+key=` asks Hydra to add a key, which fails on one that exists; setting it is what was meant.
-    return line.lstrip("+")
-
-
-def _may_have(node: Mapping[str, Any], key: str) -> bool:
-    """Whether the object behind a section has a field that the YAML does not list."""
-    return key in _fields(node)
-
-
-def _fields(node: Mapping[str, Any]) -> frozenset[str]:
-    try:
-        return frozenset(fields_of(settings_class(node["_target_"])))
-    except (KeyError, ImportError):
-        return frozenset()
-
-
-def _key_suggestion(key: str, section: str, node: Mapping[str, Any], root: Any) -> str:
-    """The keys beside the misspelt one; failing those, the same key in another section."""
-    siblings = {str(name) for name in node if not str(name).startswith("_")} | _fields(node)
-    prefix = f"{section}." if section else ""
-    if closest(key, siblings) is None:
-        elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == key]
-        if elsewhere:
-            return f"did you mean {' or '.join(elsewhere)}?"
-    return suggestion(prefix + key, [prefix + name for name in siblings])
-
-
-def _paths(node: Any, path: str = "") -> Iterator[str]:
-    """Every dotted key path below a node."""
-    if isinstance(node, Mapping):
-        for name, child in node.items():
-            if not str(name).startswith("_"):
-                below = f"{path}.{name}" if path else str(name)
-                yield below
-                yield from _paths(child, below)
+def _value_line(override: Override) -> str | Fault:
+    """The line that sets a value, or why it may not be set; pydantic knows which keys exist."""
+    key, line = override.key_or_group, str(override.input_line)
+    if key.rpartition(".")[2] == "kind":
+        section = key.rpartition(".")[0]
+        return Fault(key, f"cannot be set; choose another option, {section}=OPTION")
+    return line if override.is_delete() else "++" + line.lstrip("+")
 
 
 def _recipe_fault(recipe: str, error: Exception) -> Fault:
@@ -256,6 +202,8 @@ def _first_sentences(error: Exception) -> str:
     """Hydra's message in one line, less the search path that it appends."""
     if isinstance(error, RecursionError):
         return "it contains itself"
-    text = str(error) or str(error.__cause__)
+    text = str(error)
+    if not text or text.startswith("Error merging override"):
+        text = str(error.__cause__ or error)
     text = text.partition("Config search path")[0]
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.compose import compose_combination
-from pipeline.config.construct import construct
 from pipeline.config.folders import ConfigFolders
+from pipeline.config.locate import ConfigFile, locate
+from pipeline.config.recipe import Recipe
 from pipeline.config.sweep import Combination, combinations
+from pipeline.config.validate import validate
 from pipeline.core.errors import Fault, RecipeError
 
 _SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
@@ -24,15 +26,26 @@ class Job:
         recipe: Name of the recipe.
         swept: The overrides in which this job differs from its neighbours.
         config: Resolved configuration, plain dicts and lists; empty if it could not be composed.
-        value: The `pipeline.build.Recipe`; None if there are faults.
+        typed: The recipe as an object; None if there are faults.
         faults: All of them.
     """
 
     recipe: str
     swept: tuple[str, ...]
     config: Mapping[str, Any]
-    value: Any
+    typed: Recipe | None
     faults: tuple[Fault, ...]
+
+    @property
+    def value(self) -> Recipe:
+        """The recipe as an object.
+
+        Raises:
+            RecipeError: It has faults.
+        """
+        if self.typed is None:
+            raise RecipeError(self.faults)
+        return self.typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +96,13 @@ def _job(combination: Combination, folders: ConfigFolders) -> Job:
     composed = compose_combination(combination, folders)
     faults = [*composed.faults, *_unnamed_source(combination)]
     config: Mapping[str, Any] = {}
-    value = None
+    typed = None
+    keys = tuple(override.key_or_group for override in combination.overrides)
     if composed.config is not None:
-        constructed = construct(composed.config)
-        faults += constructed.faults
-        config, value = constructed.config, constructed.value
+        checked = validate(composed.config)
+        config, typed = checked.config, checked.recipe
+        faults += [_located(fault, keys, composed.files) for fault in checked.faults]
     if composed.stand_in:
-        keys = [override.key_or_group for override in combination.overrides]
         values = tuple(f"{key}." for key in keys if not folders.options(key))
         faults = [
             fault
@@ -100,9 +113,17 @@ def _job(combination: Combination, folders: ConfigFolders) -> Job:
         recipe=combination.recipe,
         swept=combination.swept,
         config={} if composed.stand_in else config,
-        value=None if faults else value,
+        typed=None if faults else typed,
         faults=tuple(dict.fromkeys(faults)),
     )
+
+
+def _located(fault: Fault, keys: Sequence[str], files: Sequence[ConfigFile]) -> Fault:
+    """The fault with its file and line, unless the command line set the value."""
+    path = f"{fault.path}."
+    if any(path.startswith(f"{key}.") or f"{key}.".startswith(path) for key in keys):
+        return fault
+    return replace(fault, where=locate(fault.path, files))
 
 
 def _unnamed_source(combination: Combination) -> list[Fault]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -18,3 +20,9 @@ def data_dir(name: Literal["conf", "recipes"]) -> Path:
     if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
         return checkout / name
     return _PACKAGE / "_data" / name
+
+
+def shipped(option: str) -> dict[str, Any]:
+    """The keys of an option as it ships, such as `runner/vllm`, less its `kind`."""
+    values = yaml.safe_load((data_dir("conf") / f"{option}.yaml").read_text(encoding="utf-8"))
+    return {name: value for name, value in values.items() if name != "kind"}

@@ -44,13 +44,16 @@ class Fault:
     Attributes:
         path: Dotted config path, such as `compiler.max_batch_size`; empty for the command line.
         message: What was got, what is allowed, and the next step.
+        where: `FILE:LINE` that set the value; empty for the command line and for what no file sets.
     """
 
     path: str
     message: str
+    where: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.message}" if self.path else self.message
+        text = f"{self.path}: {self.message}" if self.path else self.message
+        return f"{text} ({self.where})" if self.where else text
 
 
 class RecipeError(PipelineError):

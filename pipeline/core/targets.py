@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
-from pipeline.core.data import data_dir
+from pipeline.core.data import data_dir, shipped
 from pipeline.core.hardware import Target
 
 
@@ -17,8 +13,5 @@ def target_of_card(card: str) -> Target | None:
 
 def known_targets() -> tuple[Target, ...]:
     """All cards that we know figures of, by id."""
-    found = []
-    for path in sorted((data_dir("conf") / "target").glob("*.yaml")):
-        values: dict[str, Any] = yaml.safe_load(path.read_text())
-        found.append(Target(**{name: values[name] for name in values if name != "_target_"}))
-    return tuple(found)
+    options = sorted((data_dir("conf") / "target").glob("*.yaml"))
+    return tuple(Target(**shipped(f"target/{path.stem}")) for path in options)

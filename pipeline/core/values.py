@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.core.cache import StageCache
     from pipeline.core.hardware import Target
     from pipeline.model.spec import ModelSpec
+    from pipeline.quant.calibration import Calibration
 
 Format = str
 """Name of an engine format: a folder of pipeline/formats that has a `spec`."""
@@ -326,15 +327,13 @@ class Quantizer(Protocol):
         """Patterns (fnmatch) of linears that stay 16-bit."""
         ...
 
-    def calibration_documents(self) -> tuple[str, ...]:
-        """The text that calibration reads."""
-        ...
-
-    def inputs(self, weights: Weights) -> Mapping[str, Any]:
+    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
         """Everything that shapes the checkpoint's bytes, as JSON values."""
         ...
 
-    def quantize(self, weights: Weights, shape: ModelSpec, cache: StageCache) -> Checkpoint:
+    def quantize(
+        self, weights: Weights, shape: ModelSpec, calibration: Calibration, cache: StageCache
+    ) -> Checkpoint:
         """Make the checkpoint, or take it from the cache."""
         ...
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.build import Recipe, plan_of
+from pipeline.build import plan_of
 from pipeline.config.closest import suggestion
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, Fault, RecipeError
 from pipeline.formats.spec import format_specs
 from pipeline.model.read import read_spec
@@ -197,8 +198,7 @@ def _loaded(name: str, compiler: str, folders: ConfigFolders) -> Recipe:
     Raises:
         RecipeError: It has faults.
     """
-    recipe: Recipe = load(name, [f"compiler={compiler}"], folders=folders).one_job().value
-    return recipe
+    return load(name, [f"compiler={compiler}"], folders=folders).one_job().value
 
 
 def report(new: NewRecipe, config_dir: Path | None) -> Sequence[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from pipeline.build import Recipe, plan_of
+from pipeline.build import plan_of
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import Format
 from pipeline.formats.spec import FormatSpec, format_spec

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.settings import STRICT
-from pipeline.sources.text.corpus import TextCorpus
+from pipeline.sources.text.corpus import Text
 
 FP8_E4M3_MAX = 448.0
 """Largest finite E4M3 value; a scale is amax / 448 (OCP 8-bit Floating Point, table 1)."""
@@ -33,7 +33,7 @@ class Calibration:
         seed: Chooses the windows when the text holds more.
     """
 
-    text: TextCorpus
+    text: Text
     calib_size: PositiveInt
     seq_len: PositiveInt
     batch_size: PositiveInt

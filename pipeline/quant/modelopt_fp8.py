@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,13 +58,11 @@ class ModelOptFp8:
     """Quantizer: per-tensor FP8 with static activation scales.
 
     Attributes:
-        calibration: Text and its amount.
         keep_16bit: fnmatch patterns of linears that stay bfloat16, such as
             `model.layers.*.mlp.down_proj`. lm_head always does.
         device: Where calibration runs.
     """
 
-    calibration: Calibration
     keep_16bit: Listed[str] = ()
     device: DeviceChoice = "auto"
 
@@ -72,26 +70,25 @@ class ModelOptFp8:
     def precision(self) -> str:
         return SPEC.name
 
-    def calibration_documents(self) -> tuple[str, ...]:
-        return self.calibration.text.documents()
-
-    def inputs(self, weights: Weights) -> dict[str, Any]:
+    def inputs(self, weights: Weights, calibration: Calibration) -> dict[str, Any]:
         """Everything that shapes the checkpoint's bytes."""
         return {
             "weights": weights.digest,
-            "text": text_digest(self.calibration.text.documents()),
+            "text": text_digest(calibration.text.documents()),
             "calibration": {
-                "calib_size": self.calibration.calib_size,
-                "seq_len": self.calibration.seq_len,
-                "batch_size": self.calibration.batch_size,
-                "seed": self.calibration.seed,
+                "calib_size": calibration.calib_size,
+                "seq_len": calibration.seq_len,
+                "batch_size": calibration.batch_size,
+                "seed": calibration.seed,
             },
             "keep_16bit": sorted(self.keep_16bit),
             "tools": {name: version(name) for name in _TOOLS},
             "code": source_digest(*_CODE),
         }
 
-    def quantize(self, weights: Weights, shape: ModelSpec, cache: StageCache) -> Checkpoint:
+    def quantize(
+        self, weights: Weights, shape: ModelSpec, calibration: Calibration, cache: StageCache
+    ) -> Checkpoint:
         """Return the checkpoint of these weights, made now or found in the cache.
 
         Raises:
@@ -100,7 +97,9 @@ class ModelOptFp8:
             IncompatibleError: The recipe insists on a device that is not there.
         """
         result = cache.run(
-            "quantize", self.inputs(weights), lambda out: self._produce(weights, shape, out)
+            "quantize",
+            self.inputs(weights, calibration),
+            lambda out: self._produce(weights, shape, calibration, out),
         )
         record = result.read_json(RECORD)
         return Checkpoint(
@@ -113,22 +112,24 @@ class ModelOptFp8:
             calibration=record,
         )
 
-    def _produce(self, weights: Weights, shape: ModelSpec, out_dir: Path) -> None:
+    def _produce(
+        self, weights: Weights, shape: ModelSpec, calibration: Calibration, out_dir: Path
+    ) -> None:
         import psutil
         import torch
 
-        documents = self.calibration.text.documents()
+        documents = calibration.text.documents()
         windows = pack_windows(
             documents,
             load_tokenizer(weights.dir),
-            seq_len=self.calibration.seq_len,
-            count=self.calibration.calib_size,
-            seed=self.calibration.seed,
+            seq_len=calibration.seq_len,
+            count=calibration.calib_size,
+            seed=calibration.seed,
         )
         placement = choose_placement(
             self.device,
             shape,
-            batch_tokens=self.calibration.batch_size * self.calibration.seq_len,
+            batch_tokens=calibration.batch_size * calibration.seq_len,
             free_vram_bytes=free_vram_bytes() if self.device != "cpu" else None,
         )
         dtype = "bfloat16"
@@ -136,15 +137,16 @@ class ModelOptFp8:
             dtype = cpu_dtype(shape, psutil.virtual_memory().available)
         log.info("Calibrating on %s in %s: %s", placement.kind, dtype, placement.reason)
         if placement.kind == "cpu":
-            estimate = estimated_cpu_s(shape, self.calibration.tokens)
-            log.info("%d tokens, about %.0f s", self.calibration.tokens, estimate)
+            estimate = estimated_cpu_s(shape, calibration.tokens)
+            log.info("%d tokens, about %.0f s", calibration.tokens, estimate)
         model = load_model(weights.dir, dtype)
         spec = UnifiedCheckpoint(weights.dir).spec
         if faults := keep_16bit_faults(self.keep_16bit, spec):
             raise RecipeError(faults)
         kept = set(select(self.keep_16bit, spec.modules))
         device = place(model, placement)
-        self._calibrate(model, torch.from_numpy(windows).to(device), kept)
+        batches = torch.split(torch.from_numpy(windows).to(device), calibration.batch_size)
+        self._calibrate(model, batches, kept)
         amax = {
             name: float(module.amax.float().max())
             for name, module in model.named_modules()
@@ -166,7 +168,7 @@ class ModelOptFp8:
         fp8 = [name for name in spec.modules if name not in kept]
         verify_checkpoint(out_dir, weights.dir, set(fp8))
         record = {
-            "text": {"origin": self.calibration.text.origin, "digest": text_digest(documents)},
+            "text": {"origin": calibration.text.origin, "digest": text_digest(documents)},
             "tools": {name: version(name) for name in _TOOLS},
             "tokens": int(windows.size),
             "device": placement.kind,
@@ -178,7 +180,7 @@ class ModelOptFp8:
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def _calibrate(self, model: Any, windows: torch.Tensor, kept: set[str]) -> None:
+    def _calibrate(self, model: Any, batches: Sequence[torch.Tensor], kept: set[str]) -> None:
         """Insert quantizers and let them see every window; lm_head is skipped, it stays 16-bit."""
         import modelopt.torch.quantization as mtq
         import torch
@@ -186,9 +188,9 @@ class ModelOptFp8:
         def forward_loop(quantized: Any) -> None:
             with (
                 torch.no_grad(),
-                progress("Calibrating", len(windows), "windows") as done,
+                progress("Calibrating", sum(map(len, batches)), "windows") as done,
             ):
-                for batch in torch.split(windows, self.calibration.batch_size):
+                for batch in batches:
                     quantized.base_model(batch, use_cache=False)
                     done(len(batch))
 
@@ -238,3 +240,6 @@ def modelopt_config(kept: set[str]) -> dict[str, Any]:
             for kind in ("weight", "input"):
                 config["quant_cfg"][f"{name}.{kind}_quantizer"] = {"enable": False}
     return config
+
+
+KIND = ModelOptFp8

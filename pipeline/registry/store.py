@@ -288,3 +288,12 @@ class WritableStore(Store, Protocol):
             delete: Remove it.
         """
         ...
+
+
+@runtime_checkable
+class Registry(Protocol):
+    """A registry as a recipe names it; opening it reads nothing."""
+
+    def store(self) -> WritableStore:
+        """Where it keeps its packages."""
+        ...

@@ -14,6 +14,7 @@ from pipeline.commands.outcome import worst
 from pipeline.commands.screen import screen_logging
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, ExitCode
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run_rehearsal(
 
 def compose(
     recipe: str, overrides: Sequence[str], folders: ConfigFolders
-) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+) -> dict[str, tuple[Recipe, Mapping[str, Any]]]:
     """The recipe with each compiler, by the compiler's name; its own compiler first.
 
     A compiler that the recipe was not written for (no sizes, wrong keys) is left out, its own is
@@ -81,7 +82,9 @@ def compose(
         RecipeError: The recipe itself is wrong, or there is none.
     """
     job = load(recipe, overrides, folders=folders).one_job()
-    composed = {job.value.compiler.format: (job.value, job.config)}
+    composed: dict[str, tuple[Recipe, Mapping[str, Any]]] = {
+        job.value.compiler.format: (job.value, job.config)
+    }
     if any(override.split("=")[0] == "compiler" for override in overrides):
         return composed
     for name in folders.options("compiler"):

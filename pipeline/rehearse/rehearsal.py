@@ -16,17 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.build import BuildOptions, Recipe, build
+from pipeline.build import BuildOptions, build
 from pipeline.commands.outcome import failure_of
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from pipeline.formats.trtllm.convert.stage import convert_trtllm
-from pipeline.registry.folder import FolderRegistry
 from pipeline.registry.policy import mark_throwaway
+from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.random_source import RandomSource
 from pipeline.rehearse.shrink import (
     small_acceptance,
+    small_calibration,
     small_quantizer,
     small_settings,
     small_spec,
@@ -111,7 +113,8 @@ def _small(recipe: Recipe, folder: Path) -> Recipe:
         recipe,
         shape=shape,
         source=_source(shape, folder, calibrate),
-        quantizer=small_quantizer(recipe.quantizer, shape, calibrate),
+        calibration=small_calibration(recipe.calibration, calibrate),
+        quantizer=small_quantizer(recipe.quantizer, shape),
         compiler=small_settings(recipe.compiler),
         acceptance=small_acceptance(recipe.acceptance, judge),
     )
@@ -124,7 +127,8 @@ def _full_size(recipe: Recipe, folder: Path) -> Recipe:
     return dataclasses.replace(
         recipe,
         source=_source(recipe.shape, folder, calibrate),
-        quantizer=small_quantizer(recipe.quantizer, recipe.shape, calibrate),
+        calibration=small_calibration(recipe.calibration, calibrate),
+        quantizer=small_quantizer(recipe.quantizer, recipe.shape),
         acceptance=dataclasses.replace(small, time_limit_s=recipe.acceptance.time_limit_s),
     )
 
@@ -158,7 +162,9 @@ def _up_to_the_command(
 ) -> tuple[str, str]:
     """Fetch, quantize, convert, verify; the command line that a machine with the card would run."""
     cache = StageCache(root=cache_dir)
-    checkpoint = recipe.quantizer.quantize(recipe.source.fetch(), recipe.shape, cache)
+    checkpoint = recipe.quantizer.quantize(
+        recipe.source.fetch(), recipe.shape, recipe.calibration, cache
+    )
     converted = convert_trtllm(checkpoint.dir, checkpoint.digest, compiler.conversion, cache)
     size_bytes = (converted.dir / "rank0.safetensors").stat().st_size
     reached = f"TensorRT-LLM checkpoint, {size_bytes / 1e6:.1f} MB, every tensor checked"

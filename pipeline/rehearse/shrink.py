@@ -85,13 +85,15 @@ def small_settings(settings: Any) -> Any:
     return dataclasses.replace(settings, **{k: v for k, v in sizes.items() if k in names})
 
 
-def small_quantizer(quantizer: Any, spec: ModelSpec, text: Any) -> Any:
-    """The quantizer with little text, without patterns for layers that the small model lacks."""
+def small_calibration(calibration: Any, text: Any) -> Any:
+    """The calibration with little text."""
+    return dataclasses.replace(calibration, text=text, calib_size=2, seq_len=CONTEXT, batch_size=2)
+
+
+def small_quantizer(quantizer: Any, spec: ModelSpec) -> Any:
+    """The quantizer without patterns for layers that the small model lacks."""
     return dataclasses.replace(
         quantizer,
-        calibration=dataclasses.replace(
-            quantizer.calibration, text=text, calib_size=2, seq_len=CONTEXT, batch_size=2
-        ),
         keep_16bit=tuple(p for p in quantizer.keep_16bit if select([p], spec.modules)),
     )
 

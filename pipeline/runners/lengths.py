@@ -9,8 +9,6 @@ from annotated_types import Gt
 from pydantic import ConfigDict, Strict
 from pydantic.dataclasses import dataclass
 
-# An item of a YAML list has no `_target_`: pydantic makes it from the mapping, which its strict
-# mode refuses for dataclasses. So the class is lax and every field strict.
 ITEM = ConfigDict(extra="forbid")
 Count = Annotated[int, Strict(), Gt(0)]
 Rate = Annotated[float, Strict(), Gt(0)]

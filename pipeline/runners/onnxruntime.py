@@ -224,3 +224,6 @@ class OnnxRuntimeRunner:
         if engine.twin_dir is None:
             raise IncompatibleError(self.why_not(engine) or "")
         return open_graph(engine.twin_dir / CPU_GRAPH, self.threads)
+
+
+KIND = OnnxRuntimeRunner

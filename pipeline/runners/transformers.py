@@ -199,3 +199,6 @@ def _no_cuda() -> str | None:
             "runner.device out"
         )
     return None
+
+
+KIND = TransformersRunner

@@ -254,3 +254,6 @@ def _shortest_float32(value: float) -> float:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+KIND = EmbeddedSource

@@ -181,3 +181,6 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
             f"the download needs {needed_bytes / 1e9:,.1f} GB, {folder} has "
             f"{free_bytes / 1e9:,.1f} GB free"
         )
+
+
+KIND = HubSource

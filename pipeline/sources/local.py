@@ -94,3 +94,6 @@ def _digests(folder: Path, names: list[str]) -> tuple[FileDigest, ...]:
             files.append(FileDigest(path=name, size_bytes=size_bytes, sha256=digest))
             advance(size_bytes)
     return tuple(files)
+
+
+KIND = LocalSource

@@ -33,6 +33,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.quant import modelopt_fp8
 from pipeline.quant.calibration import Calibration
 from pipeline.quant.device import free_vram_bytes
+from pipeline.quant.fp8 import modelopt_config
 from pipeline.quant.modelopt_fp8 import ModelOptFp8
 from pipeline.rehearse.random_source import RandomSource
 from pipeline.sources.text.topics import PydocTopics
@@ -99,11 +100,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ours(quantizer: ModelOptFp8, weights: Weights, shape: ModelSpec, folder: Path) -> Any:
+def ours(
+    quantizer: ModelOptFp8, asked: Calibration, weights: Weights, shape: ModelSpec, folder: Path
+) -> Any:
     """Our step: seconds of quantize + export, and of what was taken apart."""
     with taken_apart(APART) as spent, taken_apart(WITHIN) as within:
         started = time.perf_counter()
-        quantizer.quantize(weights, shape, cache.StageCache(root=folder))
+        quantizer.quantize(weights, shape, asked, cache.StageCache(root=folder))
         total = time.perf_counter() - started
     return {
         "quantize_and_export_s": total - sum(spent.values()),
@@ -113,13 +116,14 @@ def ours(quantizer: ModelOptFp8, weights: Weights, shape: ModelSpec, folder: Pat
     }
 
 
-def bare(quantizer: ModelOptFp8, weights: Weights, folder: Path) -> dict[str, float]:
+def bare(
+    quantizer: ModelOptFp8, asked: Calibration, weights: Weights, folder: Path
+) -> dict[str, float]:
     """ModelOpt alone: `mtq.quantize` and `export_hf_checkpoint`."""
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
 
-    asked = quantizer.calibration
     device = "cpu" if free_vram_bytes() is None or quantizer.device == "cpu" else "cuda"
     model = load_model(weights.dir, "bfloat16" if device == "cuda" else "float32").to(device)
     windows = torch.from_numpy(
@@ -140,7 +144,7 @@ def bare(quantizer: ModelOptFp8, weights: Weights, folder: Path) -> dict[str, fl
     synchronize()
     started = time.perf_counter()
     with quiet():
-        mtq.quantize(model, modelopt_fp8.modelopt_config(set()), forward_loop)
+        mtq.quantize(model, modelopt_config([]), forward_loop)
         synchronize()
         quantized_s = time.perf_counter() - started
         export_hf_checkpoint(model, dtype=model.dtype, export_dir=str(folder))
@@ -173,16 +177,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     shape, text = shape_named(given.shape), PydocTopics(part="calibrate")
-    quantizer = ModelOptFp8(
-        calibration=Calibration(
-            text=text,
-            calib_size=given.calib_size,
-            seq_len=given.seq_len,
-            batch_size=given.batch_size,
-            seed=0,
-        ),
-        device=given.device,
+    asked = Calibration(
+        text=text,
+        calib_size=given.calib_size,
+        seq_len=given.seq_len,
+        batch_size=given.batch_size,
+        seed=0,
     )
+    quantizer = ModelOptFp8(device=given.device)
     runs: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
     with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
         folder = Path(name)
@@ -195,9 +197,9 @@ def main() -> None:
                 out = folder / f"{side}-{turn}"
                 fresh()
                 measured = (
-                    bare(quantizer, weights, out)
+                    bare(quantizer, asked, weights, out)
                     if side == "bare"
-                    else ours(quantizer, weights, shape, out)
+                    else ours(quantizer, asked, weights, shape, out)
                 )
                 print(side, turn, {key: round(value, 2) for key, value in measured.items()})
                 if turn:

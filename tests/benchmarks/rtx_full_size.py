@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.build import Recipe
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights, digest_of
 

@@ -102,7 +102,7 @@ def main() -> None:
         for side in ("shared", "plain"):
             cache = StageCache(root=folder / side)
             with plain_modelopt() if side == "plain" else contextlib.nullcontext():
-                checkpoint = quantizer.quantize(weights, recipe.shape, cache)
+                checkpoint = quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
             engine = recipe.compiler.compile(checkpoint, recipe.target, cache, folder)
             with runner.open(engine) as running:
                 figures[side] = engine_figures(running.logits, windows, source)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import Request, run
-from pipeline.build import Recipe, plan_of
+from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.data import data_dir
 from pipeline.core.errors import ExitCode
 from pipeline.plan.ceilings import REACHABLE_SHARE

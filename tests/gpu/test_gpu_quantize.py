@@ -33,14 +33,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 
 def quantized(weights: Weights, device: DeviceChoice, root: Path) -> Checkpoint:
-    quantizer = ModelOptFp8(
-        calibration=Calibration(
-            text=PydocTopics(part="calibrate"), calib_size=4, seq_len=64, batch_size=2, seed=0
-        ),
-        device=device,
+    calibration = Calibration(
+        text=PydocTopics(part="calibrate"), calib_size=4, seq_len=64, batch_size=2, seed=0
     )
     config = UnifiedCheckpoint(weights.dir).config_json
-    return quantizer.quantize(weights, read_spec(config), StageCache(root=root / device))
+    cache = StageCache(root=root / device)
+    return ModelOptFp8(device=device).quantize(weights, read_spec(config), calibration, cache)
 
 
 def test_cuda_and_layerwise_calibrate_like_the_cpu(weights: Weights, tmp_path: Path) -> None:

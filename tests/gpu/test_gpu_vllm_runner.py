@@ -68,9 +68,7 @@ def engine_of(folder: Path, kv_cache_dtype: Literal["bfloat16", "fp8"]) -> Engin
     write_random_model(SHAPE, folder / "model", documents=[TEXT], seed=3)
     weights, cache = local_weights(folder / "model"), StageCache(root=folder / "cache")
     calibration = Calibration(text=RepeatedText(), calib_size=4, seq_len=64, batch_size=4, seed=1)
-    checkpoint = ModelOptFp8(calibration=calibration, device="cpu").quantize(
-        weights, shape_of(weights), cache
-    )
+    checkpoint = ModelOptFp8(device="cpu").quantize(weights, shape_of(weights), calibration, cache)
     compiler = CheckpointCompiler(
         max_batch_size=8,
         max_seq_len=256,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.stores.folder import FolderRegistry
 from tests.image.base import download_client_wheels, make_debian
 from tests.image.client_image import NAME, Docker, copy_checkout, make_image
 from tests.registry.backends import Backends, running_backends

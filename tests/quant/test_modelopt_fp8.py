@@ -12,6 +12,7 @@ from pipeline.core.values import Checkpoint
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.sources.text.corpus import text_digest
 from tests.quant.tiny_quantized import (
+    CALIBRATION,
     RepeatedText,
     shape_of,
     tiny_checkpoint,
@@ -45,7 +46,7 @@ def made(root: Path) -> Checkpoint:
 def mixed(root: Path, made: Checkpoint) -> Checkpoint:
     """The same weights, some linears kept."""
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*KEPT).quantize(made.weights, shape_of(made.weights), cache)
+    return tiny_quantizer(*KEPT).quantize(made.weights, shape_of(made.weights), CALIBRATION, cache)
 
 
 def test_every_linear_is_fp8_with_its_scales(made: Checkpoint) -> None:
@@ -143,7 +144,7 @@ def test_second_time_comes_from_the_cache(
     quantizer = tiny_quantizer()
     monkeypatch.setattr(type(quantizer), "_produce", no_calibration)
     cache = StageCache(root=root / "cache")
-    again = quantizer.quantize(made.weights, shape_of(made.weights), cache)
+    again = quantizer.quantize(made.weights, shape_of(made.weights), CALIBRATION, cache)
     assert again == made
 
 
@@ -176,7 +177,7 @@ def test_keeping_half_of_a_fused_group_is_a_recipe_fault(root: Path, made: Check
     quantizer = tiny_quantizer("model.layers.1.self_attn.q_proj")
     cache = StageCache(root=root / "cache")
     with pytest.raises(RecipeError) as caught:
-        quantizer.quantize(made.weights, shape_of(made.weights), cache)
+        quantizer.quantize(made.weights, shape_of(made.weights), CALIBRATION, cache)
     (fault,) = caught.value.faults
     assert fault.path == "quantizer.keep_16bit"
     assert "model.layers.1.self_attn." in fault.message
@@ -189,9 +190,9 @@ def test_too_little_text_is_a_recipe_fault_and_leaves_nothing(
     import dataclasses
 
     caplog.set_level(logging.ERROR)
-    quantizer = tiny_quantizer()
-    short = dataclasses.replace(quantizer.calibration, text=RepeatedText(repeats=1), seq_len=256)
-    quantizer = dataclasses.replace(quantizer, calibration=short)
+    short = dataclasses.replace(CALIBRATION, text=RepeatedText(repeats=1), seq_len=256)
     with pytest.raises(RecipeError, match="use a longer text or fewer windows"):
-        quantizer.quantize(made.weights, shape_of(made.weights), StageCache(root=tmp_path))
+        tiny_quantizer().quantize(
+            made.weights, shape_of(made.weights), short, StageCache(root=tmp_path)
+        )
     assert list((tmp_path / "stages" / "quantize").iterdir()) == []

@@ -61,14 +61,17 @@ def shape_of(weights: Weights) -> ModelSpec:
     return spec_of_folder(weights.dir)
 
 
+CALIBRATION = Calibration(text=RepeatedText(), calib_size=2, seq_len=32, batch_size=2, seed=1)
+"""Two windows of 32 tokens."""
+
+
 def tiny_quantizer(*keep_16bit: str) -> ModelOptFp8:
-    """Two windows of 32 tokens, on the CPU."""
-    calibration = Calibration(text=RepeatedText(), calib_size=2, seq_len=32, batch_size=2, seed=1)
-    return ModelOptFp8(calibration=calibration, keep_16bit=keep_16bit, device="cpu")
+    """On the CPU."""
+    return ModelOptFp8(keep_16bit=keep_16bit, device="cpu")
 
 
 def tiny_checkpoint(root: Path, *keep_16bit: str) -> Checkpoint:
     """A checkpoint below `root`, with its weights and cache."""
     weights = tiny_weights(root / "model")
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), cache)
+    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), CALIBRATION, cache)

@@ -23,7 +23,7 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.registry.backend import Registry
-from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.package import verify
 
 Bench = Any

@@ -13,7 +13,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pipeline.registry.backend import Registry
-from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.signing.keys import generate_key
 from pipeline.registry.signing.signer import build_statements, sign_report
 from pipeline.registry.signing.trust import TrustPolicy

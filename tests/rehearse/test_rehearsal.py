@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import RecipeError
-from pipeline.registry.folder import FolderRegistry
+from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.package import verify
 from pipeline.rehearse.command import compose
 

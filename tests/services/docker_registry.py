@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.stores.oci import OciRegistry, OciStore
+from pipeline.registry.stores.oci.registry import OciRegistry
+from pipeline.registry.stores.oci.store import OciStore
 
 INSTALL = "apt-get install -y --no-install-recommends docker-registry"
 

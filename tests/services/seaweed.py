@@ -94,7 +94,7 @@ class SeaweedServer:
 
         All stores share a bucket, since the server keeps seven volumes for each.
         """
-        from pipeline.registry.stores.s3 import S3Registry
+        from pipeline.registry.stores.s3.registry import S3Registry
 
         settings.setdefault("endpoint_url", self.endpoint_url)
         url = f"s3://{BUCKET}/{secrets.token_hex(6)}/{prefix}"

@@ -58,7 +58,7 @@ def source(**changes: str) -> EmbeddedSource:
 
 def configured() -> EmbeddedSource:
     settings: dict[str, Any] = yaml.safe_load(CONF.read_text())
-    assert settings.pop("_target_") == "pipeline.sources.embedded.EmbeddedSource"
+    assert settings.pop("kind") == "embedded"
     return EmbeddedSource(**settings)
 
 
@@ -196,7 +196,7 @@ def test_converted_model_answers(converted: Weights) -> None:
 
 @pytest.mark.slow
 def test_second_fetch_is_quick_and_loads_no_torch(converted: Weights) -> None:
-    settings = {k: v for k, v in yaml.safe_load(CONF.read_text()).items() if k != "_target_"}
+    settings = {k: v for k, v in yaml.safe_load(CONF.read_text()).items() if k != "kind"}
     code = (
         "import sys, time; from pipeline.sources.embedded import EmbeddedSource as S;"
         f"s = S(**{settings!r}); t = time.perf_counter(); print(s.fetch().digest);"

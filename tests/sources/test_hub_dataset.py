@@ -18,7 +18,7 @@ from pipeline.core.errors import (
     NotFoundError,
     TransientError,
 )
-from pipeline.sources.text.files import HubText
+from pipeline.sources.text.hub import HubText
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
 
 JSONL = "answers.jsonl"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.acceptance.race.contenders import Contender
     from pipeline.acceptance.race.journal import Journal
     from pipeline.acceptance.race.prepare import Prepared
-    from pipeline.build import Recipe
+    from pipeline.config.recipe import Recipe
     from pipeline.runners.vllm.runner import VllmRunner
 
 log = logging.getLogger(__name__)

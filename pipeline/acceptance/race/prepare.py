@@ -23,12 +23,12 @@ from pipeline.core.launch import end_with_parent
 from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.random_model import write_random_model
 from pipeline.rehearse.random_source import RandomSource
-from pipeline.rehearse.shrink import small_quantizer
+from pipeline.rehearse.shrink import small_calibration, small_quantizer
 from pipeline.sources.text.topics import PydocTopics
 
 if TYPE_CHECKING:
-    from pipeline.build import Recipe
     from pipeline.commands.outcome import Outcome
+    from pipeline.config.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,12 @@ def on_random_weights(recipe: Recipe, cache_dir: Path) -> Recipe:
         folder=cache_dir / "random-weights" / name,
         documents=calibrate.documents(),
     )
-    quantizer = small_quantizer(recipe.quantizer, recipe.shape, calibrate)
-    return dataclasses.replace(recipe, source=source, quantizer=quantizer)
+    return dataclasses.replace(
+        recipe,
+        source=source,
+        calibration=small_calibration(recipe.calibration, calibrate),
+        quantizer=small_quantizer(recipe.quantizer, recipe.shape),
+    )
 
 
 def prepare(recipe: Recipe, cache_dir: Path, log_dir: Path) -> Prepared:
@@ -118,7 +122,7 @@ def make_artifact(recipe: Recipe, cache_dir: Path, log_dir: Path) -> Prepared:
     if isinstance(recipe.source, RandomSource):
         _write_random(recipe.source, cache_dir)
     weights = recipe.source.fetch()
-    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, cache)
+    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
     engine = recipe.compiler.compile(checkpoint, recipe.target, cache, log_dir)
     return Prepared(weights=weights, engine=engine)
 

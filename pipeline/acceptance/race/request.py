@@ -11,12 +11,12 @@ from pipeline.acceptance.race.transformers_contender import TRANSFORMERS
 from pipeline.acceptance.race.vllm_contenders import VLLM_PEERS
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.core.data import data_dir
+from pipeline.core.data import shipped
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.runners.workload import Workload
 
 if TYPE_CHECKING:
-    from pipeline.build import Recipe
+    from pipeline.config.recipe import Recipe
     from pipeline.runners.vllm.runner import VllmRunner
 
 PEERS = (*VLLM_PEERS, TRANSFORMERS)
@@ -93,8 +93,7 @@ def compose(request: Request) -> Recipe:
         raise RecipeError([Fault("compiler", fault)])
     overrides = [*request.overrides, "compiler=checkpoint"]
     loaded = load(request.recipe, overrides, folders=config_folders(request.config_dir))
-    recipe: Recipe = loaded.one_job().value
-    return recipe
+    return loaded.one_job().value
 
 
 def workloads_of(request: Request, recipe: Recipe) -> tuple[Workload, ...]:
@@ -129,11 +128,8 @@ def workloads_of(request: Request, recipe: Recipe) -> tuple[Workload, ...]:
 
 def runner_of(recipe: Recipe) -> VllmRunner:
     """The recipe's runner if it is vLLM, else vLLM as it is shipped; its timeouts are used."""
-    import yaml
-
     from pipeline.runners.vllm.runner import VllmRunner
 
     if isinstance(recipe.runner, VllmRunner):
         return recipe.runner
-    settings = yaml.safe_load((data_dir("conf") / "runner" / "vllm.yaml").read_text())
-    return VllmRunner(**{name: settings[name] for name in settings if name != "_target_"})
+    return VllmRunner(**shipped("runner/vllm"))

@@ -144,3 +144,6 @@ def _add_to_index(engine_dir: Path, shard: str) -> None:
         index = json.loads(path.read_text())
         index["weight_map"]["lm_head.weight"] = shard
         path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+KIND = CheckpointCompiler

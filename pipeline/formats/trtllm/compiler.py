@@ -306,3 +306,6 @@ def _run_explained(
                 hint=hint,
             ) from error
         raise
+
+
+KIND = TrtLlmCompiler

@@ -11,10 +11,9 @@ import logging
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.atomic_folder import atomic_folder
-from pipeline.core.data import data_dir
+from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.formats.trtllm.command import (
     TIMING_CACHE_FILE,
@@ -235,8 +234,4 @@ def _open(checkpoint_dir: Path) -> UnifiedCheckpoint:
 
 def _plugins() -> Plugins:
     """Kernel choices of the compiler group's default."""
-    import yaml
-
-    text = (data_dir("conf") / "compiler" / "trtllm.yaml").read_text()
-    values: dict[str, Any] = yaml.safe_load(text)["plugins"]
-    return Plugins(**{name: value for name, value in values.items() if name != "_target_"})
+    return Plugins(**shipped("compiler/trtllm")["plugins"])

@@ -251,3 +251,6 @@ def checkpoint_tools(checkpoint: Checkpoint) -> dict[str, str]:
     """Versions that shaped the checkpoint, as its record tells them."""
     tools: dict[str, str] = dict(checkpoint.calibration["tools"])
     return tools
+
+
+KIND = TrtRtxCompiler

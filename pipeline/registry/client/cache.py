@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from pipeline.registry.client.layout import (
 from pipeline.registry.disk import disk_errors, open_regular, read_bounded
 from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from pipeline.registry.reference import check_digest, derive_version
-from pipeline.registry.store import Place, RawStatement
+from pipeline.registry.store import NONE_KNOWN, Place, RawStatement
 from pipeline.registry.workfolder import remove_folder, require_private_parent
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,9 @@ class CacheStore:
             return statement
         raise NotFoundError(f"{self.url} has no statement {name} of {place}")
 
-    def read_moves(self, name: str, variant: str) -> list[bytes]:
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
         return []
 
     def _digest(self, place: Place) -> str:

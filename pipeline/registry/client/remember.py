@@ -23,9 +23,11 @@ from typing import Any
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
 from pipeline.registry.disk import read_bounded
-from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
+from pipeline.registry.store import ENVELOPE, NONE_KNOWN, Place, RawStatement, Store
 
 _MAX_FILE_BYTES = 64 << 20
+_MOVES = "channels"
+"""Where the moves of a variant are kept: no version is called like this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,16 @@ class RememberingStore:
     def read_statement(self, place: Place, name: str) -> RawStatement:
         return self.store.read_statement(place, name)
 
-    def read_moves(self, name: str, variant: str) -> list[bytes]:
-        return self.store.read_moves(name, variant)
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
+        place = Place(name=name, variant=variant, version=_MOVES)
+        kept = self._statements(place)
+        found = self.store.read_moves(name, variant, kept | dict(known))
+        now = {hashlib.sha256(data).hexdigest(): data for data in found}
+        if now != kept:
+            self._keep(place, statements=now)
+        return found
 
     def _path(self, place: Place) -> Path:
         registry = hashlib.sha256(self.store.url.encode()).hexdigest()[:16]

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pydantic.dataclasses
 
@@ -51,11 +50,9 @@ class FolderRegistry:
     """A registry in a folder, as a recipe names it.
 
     Attributes:
-        kind: Says that it is one.
         path: The root; made when something is published.
     """
 
-    kind: Literal["folder"] = "folder"
     path: PathField
 
     def store(self) -> TreeStore:
@@ -217,3 +214,6 @@ def _walk(folder: Path, prefix: str) -> Iterator[Found]:
 
 def _found(key: str, status: os.stat_result) -> Found:
     return Found(key=key, size_bytes=status.st_size, modified_s=status.st_mtime)
+
+
+KIND = FolderRegistry

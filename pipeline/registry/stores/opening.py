@@ -26,11 +26,11 @@ def open_store(url: str) -> WritableStore:
         return FolderRegistry(path=folder).store()
     scheme = urlsplit(url).scheme
     if scheme == "s3":
-        from pipeline.registry.stores.s3 import S3Registry
+        from pipeline.registry.stores.s3.registry import S3Registry
 
         return S3Registry(url=url).store()
     if scheme == "oci":
-        from pipeline.registry.stores.oci import OciRegistry
+        from pipeline.registry.stores.oci.registry import OciRegistry
 
         return OciRegistry(url=url).store()
     raise RecipeError(

@@ -92,6 +92,7 @@ def sign_test(
     runtime: tuple[str, str],
     verdict: VerdictName,
     files: Mapping[str, bytes],
+    question: str = "",
 ) -> RawStatement:
     """Sign a test result: an in-toto test result with fields of ours.
 
@@ -102,8 +103,10 @@ def sign_test(
         runtime: Name and version of what ran the engine; as in the manifest if that was its own.
         verdict: The judge's.
         files: `report.json`, `report.html` and `junit.xml`, as they will be published.
+        question: Key of the acceptance that was asked, so that it need not be asked again.
     """
     fields = {
+        "question": question,
         "card": card,
         "runtime": {"name": runtime[0], "version": runtime[1]},
         "verdict": verdict,

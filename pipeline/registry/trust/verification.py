@@ -42,6 +42,7 @@ class SignedVerdict:
         signed_at: As in `Statement`.
         statement: Name of the statement, which has the report.
         signer: Of the policy.
+        question: Key of the acceptance that was asked; empty where none is named.
     """
 
     card: str
@@ -50,6 +51,7 @@ class SignedVerdict:
     signed_at: str
     statement: str
     signer: TrustedKey
+    question: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +267,7 @@ def _verdict(found: Statement) -> SignedVerdict:
         signed_at=found.signed_at,
         statement=found.name,
         signer=found.signer,
+        question=str(found.fields.get("question", "")),
     )
 
 

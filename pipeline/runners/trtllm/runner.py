@@ -135,3 +135,6 @@ class TrtLlmRunner:
         return choose_place(
             self.where, image=self.image, card=lambda: find_gpu(sm), section="runner"
         )
+
+
+KIND = TrtLlmRunner

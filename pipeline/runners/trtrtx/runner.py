@@ -143,3 +143,6 @@ def _wrong_card(sms: tuple[int, ...]) -> str | None:
             f"has SM {card.sm}: build with its target"
         )
     return None
+
+
+KIND = TrtRtxRunner

@@ -116,3 +116,6 @@ class VllmRunner:
             engine_arguments(model_dir, serve_args, (*share, *self.arguments)),
             Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s),
         )
+
+
+KIND = VllmRunner

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.kinds import OneOf
 from pipeline.core.values import digest_of
 
 NGRAM_WORDS = 13
@@ -30,6 +31,10 @@ class TextCorpus(Protocol):
             PipelineError: It cannot be had, or is empty.
         """
         ...
+
+
+Text = Annotated[TextCorpus, OneOf("pipeline.sources.text")]
+"""A section of a recipe that names a text."""
 
 
 def text_digest(documents: Iterable[str]) -> str:

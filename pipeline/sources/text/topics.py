@@ -67,3 +67,6 @@ def related_topics(topics: dict[str, str]) -> list[tuple[str, ...]]:
 def part_of(group: tuple[str, ...]) -> Part:
     """The part of a group: SHA-256 of its first name, modulo three."""
     return PARTS[int(hashlib.sha256(group[0].encode()).hexdigest(), 16) % len(PARTS)]
+
+
+KIND = PydocTopics

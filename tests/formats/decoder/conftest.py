@@ -36,15 +36,15 @@ def fp8_checkpoint(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         files=tuple(digest_folder(plain_dir)),
         licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
     )
+    calibration = Calibration(
+        text=PydocTopics(part="calibrate"), calib_size=2, seq_len=32, batch_size=2, seed=0
+    )
     quantizer = ModelOptFp8(
-        calibration=Calibration(
-            text=PydocTopics(part="calibrate"), calib_size=2, seq_len=32, batch_size=2, seed=0
-        ),
         keep_16bit=("model.layers.2.mlp.down_proj",),
         device="cpu",
     )
     cache = StageCache(root=tmp_path_factory.mktemp("stage-cache"))
-    return quantizer.quantize(weights, spec_of_folder(plain_dir), cache)
+    return quantizer.quantize(weights, spec_of_folder(plain_dir), calibration, cache)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.build import Recipe
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
+from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.values import Weights
 from pipeline.model.hf import load_tokenizer
@@ -93,7 +93,8 @@ def test_fp8_graph_is_as_near_to_the_simulation_as_the_simulation_to_itself(
     recipe: Recipe, weights: Weights, windows: list[list[int]], tmp_path: Path
 ) -> None:
     """The noise floor is the simulation against itself, its sums rounded in another way."""
-    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, StageCache(root=cache_root()))
+    cache = StageCache(root=cache_root())
+    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
     ways: tuple[Accumulation, ...] = ("float32", "float64", "float32-reversed")
     wanted, exact, reversed_ = (
         [model_logits(simulated, window) for window in windows]

@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from pipeline.config.construct import construct
-from pipeline.core.data import data_dir
+from pipeline.core.data import shipped as shipped_option
 from pipeline.core.errors import RecipeError
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
+from pipeline.formats.trtllm.plugins import Plugins
 from tests.formats.trtllm.fakes import bare_machine
 from tests.formats.trtllm.settings import compiler
 from tests.quant.tiny_quantized import ADA
@@ -20,12 +19,8 @@ from tests.quant.tiny_quantized import ADA
 
 @pytest.fixture(scope="module")
 def shipped() -> TrtLlmCompiler:
-    config = OmegaConf.load(data_dir("conf") / "compiler" / "trtllm.yaml")
-    assert isinstance(config, DictConfig)
-    built = construct(config)
-    assert built.faults == ()
-    assert isinstance(built.value, TrtLlmCompiler)
-    return built.value
+    settings = shipped_option("compiler/trtllm")
+    return TrtLlmCompiler(**{**settings, "plugins": Plugins(**settings["plugins"])})
 
 
 def test_shipped_settings_are_for_ada_and_fp8(shipped: TrtLlmCompiler) -> None:

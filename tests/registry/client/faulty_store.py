@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.errors import TransientError
 from pipeline.core.values import FileDigest
-from pipeline.registry.store import Place, RawStatement, Store
+from pipeline.registry.store import NONE_KNOWN, Place, RawStatement, Store
 
 Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]
 """(chunks of the real store, file, offset) -> what the client gets."""
@@ -80,8 +80,10 @@ class FaultyStore:
         self._count()
         return self.store.read_statement(place, name)
 
-    def read_moves(self, name: str, variant: str) -> list[bytes]:
-        return self.store.read_moves(name, variant)
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
+        return self.store.read_moves(name, variant, known)
 
     def _count(self) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.registry.stores.s3 import S3Registry
+from pipeline.registry.stores.s3.registry import S3Registry
 from tests.registry.stores.oci.server import FakeRegistry, fake_registry
 from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3
 from tests.services.docker_registry import RunningRegistry, running_server

@@ -20,7 +20,7 @@ from pipeline.runners.trtrtx.runner import TrtRtxRunner
 from tests.acceptance.test_conditions import nvml
 
 SETTINGS = yaml.safe_load((data_dir("conf") / "runner" / "tensorrt_rtx.yaml").read_text())
-RUNNER = TrtRtxRunner(**{name: SETTINGS[name] for name in SETTINGS if name != "_target_"})
+RUNNER = TrtRtxRunner(**{name: SETTINGS[name] for name in SETTINGS if name != "kind"})
 ENGINE = Engine(
     dir=Path("/engine"),
     digest="0" * 64,
@@ -54,7 +54,7 @@ def card(monkeypatch: pytest.MonkeyPatch, sm: tuple[int, int] | None) -> None:
 
 
 def test_the_shipped_settings_make_a_runner() -> None:
-    assert SETTINGS["_target_"] == f"{TrtRtxRunner.__module__}.{TrtRtxRunner.__qualname__}"
+    assert SETTINGS["kind"] == "trtrtx"
     assert isinstance(RUNNER, Runner)
     assert (RUNNER.name, RUNNER.device) == ("tensorrt-rtx", "cuda")
 

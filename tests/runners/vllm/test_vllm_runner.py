@@ -68,5 +68,5 @@ def test_the_shipped_settings_make_a_runner() -> None:
     import yaml
 
     settings = yaml.safe_load((data_dir("conf") / "runner" / "vllm.yaml").read_text())
-    assert settings.pop("_target_") == f"{VllmRunner.__module__}.{VllmRunner.__qualname__}"
+    assert settings.pop("kind") == "vllm"
     assert isinstance(VllmRunner(**settings), Runner)

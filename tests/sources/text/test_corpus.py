@@ -5,7 +5,8 @@ import pytest
 
 from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
 from pipeline.sources.text.corpus import require_disjoint, shared_ngrams, text_digest
-from pipeline.sources.text.files import HubText, TextFile
+from pipeline.sources.text.file import TextFile
+from pipeline.sources.text.hub import HubText
 from pipeline.sources.text.topics import PARTS, PydocTopics, related_topics
 
 RUN = " ".join(f"word{n}" for n in range(13))

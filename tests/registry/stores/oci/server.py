@@ -19,7 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipeline.registry.stores.oci import OciRegistry, OciStore
+from pipeline.registry.stores.oci.registry import OciRegistry
+from pipeline.registry.stores.oci.store import OciStore
 
 USER, PASSWORD = "builder", "s3cret"
 Fault = Callable[["Handler"], bool]

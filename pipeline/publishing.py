@@ -1,0 +1,198 @@
+"""The end of the line: find what is published, publish a package, add a signed test result."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.progress import BYTES, progress
+from pipeline.core.values import PASSING, Package, Verdict, VerdictName
+from pipeline.registry.client.cache import SETTING, PackageCache
+from pipeline.registry.client.layout import settle_read_only
+from pipeline.registry.client.pull import fetch
+from pipeline.registry.disk import disk_errors
+from pipeline.registry.policy import is_throwaway, require_manifest_publishable
+from pipeline.registry.promotion import enter_channel
+from pipeline.registry.reference import reference_of
+from pipeline.registry.resolve import Resolved, Terms, examine, published_build
+from pipeline.registry.staging import private_folder
+from pipeline.registry.store import Place, WritableStore
+from pipeline.registry.stores.opening import staging_area
+from pipeline.registry.trust.signatory import Signatory, sign_test
+from pipeline.registry.trust.statements import Author, actor_of, verified_files
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "candidate"
+"""Where a build ends; `stable` needs a package that was accepted on the card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publisher:
+    """Publishes the packages and test results of one run.
+
+    Attributes:
+        store: Where they go.
+        signatory: Signs them.
+        card: The card that they are for.
+    """
+
+    store: WritableStore
+    signatory: Signatory
+    card: str
+
+    @property
+    def terms(self) -> Terms:
+        """What this run trusts."""
+        return Terms(policy=self.signatory.trust)
+
+    def find(self, name: str, variant: str, build_key: str) -> Resolved | None:
+        """The published package that stands for a build, if there is one.
+
+        Raises:
+            UntrustedError: All that were published were yanked.
+        """
+        found = published_build(self.store, name, variant, build_key, self.terms, self.card)
+        if found is not None:
+            log.info("%s was built before from the same inputs", found.place)
+        return found
+
+    def known_result(
+        self, found: Resolved, question: str, folder: Path
+    ) -> tuple[VerdictName, Mapping[str, Path]] | None:
+        """An earlier passing answer to a question about a package, with the files of its report.
+
+        Args:
+            found: The package.
+            question: Key of the acceptance.
+            folder: Gets the files.
+        """
+        statements = {one.name: one for one in found.verification.statements}
+        for verdict in found.verification.verdicts:
+            if verdict.question != question or verdict.verdict not in PASSING:
+                continue
+            try:
+                raw = self.store.read_statement(found.place, verdict.statement)
+                files = verified_files(statements[verdict.statement], raw)
+            except (CorruptError, NotFoundError) as error:
+                log.warning("%s of %s is asked again: %s", verdict.statement, found.place, error)
+                continue
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            return verdict.verdict, {name: folder / name for name in files}
+        return None
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder to seal a package in, gone after the block."""
+        area = staging_area(self.store)
+        with contextlib.ExitStack() as stack:
+            with disk_errors(f"prepare a package in {area}", SETTING):
+                folder = stack.enter_context(private_folder(area))
+            yield folder
+
+    def publish(self, package: Package, begun: datetime) -> tuple[Resolved, bool]:
+        """Sign a sealed package and publish it.
+
+        Args:
+            package: From `staging`.
+            begun: When its build began.
+
+        Returns:
+            The package as it is published, and whether it is new.
+
+        Raises:
+            RecipeError: Its licence forbids it, or it is a rehearsal.
+            CorruptError: It does not read back as it was sealed.
+            UntrustedError: These very bytes were published before, and yanked.
+        """
+        throwaway = self.store.local and is_throwaway(Path(self.store.url))
+        require_manifest_publishable(
+            package.manifest, public=self.store.public, throwaway=throwaway
+        )
+        place = Place.of(reference_of(package))
+        size_bytes = sum(file["size"] for file in package.manifest["files"])
+        signed = self.signatory.sign_build(package, begun)
+        with progress(f"Publishing {place}", size_bytes, BYTES) as on_bytes:
+            new = self.store.put_package(package, signed, on_bytes)
+        log.info("%s %s", "Published" if new else "Already published:", place)
+        if not self.store.local:  # need not be fetched again to be used here
+            with disk_errors(f"keep {place} in the cache", SETTING):
+                settle_read_only(package.dir)
+                cache = PackageCache(root=cache_root())
+                with cache.locked(package.digest):
+                    cache.keep(package.dir, package.digest)
+        return examine(self.store, place, self.terms, package.digest), new
+
+    def add_result(
+        self, found: Resolved, verdict: Verdict, files: Mapping[str, Path], question: str
+    ) -> None:
+        """Sign a test result and add it to a package.
+
+        Args:
+            found: The package.
+            verdict: Of the judge.
+            files: Of the report, by name.
+            question: Key of the acceptance.
+        """
+        runtime = found.package.manifest["match"]["runtime"]
+        raw = sign_test(
+            found.package.digest,
+            self.signatory.key,
+            card=self.card,
+            runtime=(runtime["name"], runtime["version"]),
+            verdict=verdict.name,
+            files={name: path.read_bytes() for name, path in files.items()},
+            question=question,
+        )
+        self.store.put_statement(found.place, raw)
+
+    def read_back(self, found: Resolved) -> Resolved:
+        """A package with all that is stated about it now.
+
+        Raises:
+            UntrustedError: Another author yanked it meanwhile.
+        """
+        return examine(self.store, found.place, self.terms, found.package.digest)
+
+    def enter_candidate(
+        self, found: Resolved, environ: Mapping[str, str], *, before: Resolved | None = None
+    ) -> None:
+        """Let `candidate` of the card point to a package, unless an equal one is there.
+
+        Args:
+            found: The package.
+            environ: Names who acts.
+            before: Another package of the same build that is as good as this one, if its verdict
+                is the same.
+
+        Raises:
+            NotAcceptedError: Its newest trusted verdict for the card does not pass.
+            ConflictError: Another author moved the channel at the same time.
+        """
+        if before is not None and before.package.digest != found.package.digest:
+            old, new = (one.verification.standing(self.card) for one in (before, found))
+            if old is not None and new is not None and old.verdict == new.verdict:
+                log.info(
+                    "%s stays: %s is of the same build and %s",
+                    *(CHANNEL, before.place, old.verdict),
+                )
+                return
+        enter_channel(
+            self.store,
+            found,
+            channel=CHANNEL,
+            card=self.card,
+            author=Author(key=self.signatory.key, actor=actor_of(environ)),
+            policy=self.signatory.trust,
+        )
+
+    def local_copy(self, found: Resolved) -> Package:
+        """A package in a folder of this machine, every byte verified."""
+        return fetch(self.store, found)
