@@ -53,7 +53,8 @@ def test_owner_group_and_mode_tell_who_may_write(
 ) -> None:
     status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, user, group, 0, 0, 0, 0))
     found = writable_by_others(status)
-    assert found.endswith(reason) and bool(found) is bool(reason)
+    assert found.endswith(reason)
+    assert bool(found) is bool(reason)
 
 
 def test_a_sticky_folder_is_fine_above_what_is_ours_and_not_itself(file: Path) -> None:
