@@ -83,12 +83,12 @@ def sign(
     """Sign a package that is trusted here, and its test results, with another key."""
     from pipeline.registry.promotion import countersign
     from pipeline.registry.stores.opening import open_store
-    from pipeline.registry.trust.keys import KeyChoice, load_key
+    from pipeline.registry.trust.keys import read_private_key
     from pipeline.registry.trust.signatory import machine_trust
 
     store = open_store(registry)
     trust = machine_trust(os.environ, own_folder=store.local, policy=policy)
-    signing = load_key(KeyChoice(kind="file", path=key), os.environ)
+    signing = read_private_key(key)
     found = countersign(store, reference, signing, trust)
     return Answer(
         value={

@@ -13,6 +13,7 @@ from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
 
 if TYPE_CHECKING:
+    from pipeline.registry.gc import Collected
     from pipeline.registry.promotion import Moved
     from pipeline.registry.store import WritableStore
     from pipeline.registry.trust.channels import Move
@@ -115,7 +116,7 @@ def gc(
         bool, typer.Option("--delete", help="Remove; without it this only shows.")
     ] = False,
     keep_days: Annotated[
-        float, typer.Option(min=0, help="Keep what was published or tested since; a day at least.")
+        float, typer.Option(min=0, help="Keep what was signed, tested or yanked since.")
     ] = 30.0,
     history: Annotated[
         int, typer.Option(min=1, help="Packages of each channel to keep: 2 is this and the last.")
@@ -130,17 +131,16 @@ def gc(
     policy: Policy = None,
 ) -> Answer:
     """Show which versions nothing needs any more, and remove them with --delete."""
-    from pipeline.registry.lifecycle import command
+    from pipeline.registry.gc import Rules, collect
+    from pipeline.registry.resolve import Terms, resolve
+    from pipeline.registry.store import Place
 
-    desk = command.open_desk(registry, policy, os.environ)
-    return command.run_gc(
-        desk,
-        delete=delete,
-        keep_days=keep_days,
-        history=history,
-        keep=keep or (),
-        damaged=damaged,
-    )
+    store, trust = _open(registry, policy)
+    terms = Terms(policy=trust, allow_unsigned=True, allow_yanked=True)
+    pins = frozenset(Place.of(resolve(store, text, terms).reference) for text in keep or ())
+    rules = Rules(keep_days=keep_days, history=history, pins=pins, damaged=damaged)
+    done = collect(store, trust, rules, delete=delete)
+    return _collected(done, delete=delete)
 
 
 @answering
@@ -196,6 +196,42 @@ def _open_to_sign(
 
     store, trust = _open(registry, policy)
     return store, trust, author_for(os.environ, reason, own_folder=store.local)
+
+
+def _collected(done: Collected, *, delete: bool) -> Answer:
+    from rich.filesize import decimal
+
+    from pipeline.commands.tables import make_table, printable
+
+    table = make_table(("", "package", "size", "why"))
+    for fate in sorted(done.fates, key=lambda one: (not one.remove, one.place)):
+        what = printable("remove", "yellow") if fate.remove else printable("keep")
+        size = "?" if fate.size_bytes is None else decimal(fate.size_bytes)
+        table.add_row(what, *map(printable, (str(fate.place), size, fate.why)))
+    go = [fate.size_bytes or 0 for fate in done.fates if fate.remove]
+    lines = [
+        f"removed {len(done.removed)} versions; a later gc frees their {done.freed_bytes} bytes"
+        if delete
+        else f"{len(go)} versions of {sum(go)} bytes would go; nothing was removed, "
+        "--delete removes"
+    ]
+    lines += [f"{'removed' if delete else 'left over'}: {words}" for words in done.leftovers]
+    value = {
+        "deleted": delete,
+        "versions": [
+            {
+                "reference": str(fate.place),
+                "remove": fate.remove,
+                "why": fate.why,
+                "size_bytes": fate.size_bytes,
+            }
+            for fate in done.fates
+        ],
+        "removed": [str(place) for place in done.removed],
+        "freed_bytes": done.freed_bytes,
+        "leftovers": list(done.leftovers),
+    }
+    return Answer(value=value, shown=[*([table] if done.fates else []), *lines])
 
 
 def _moved(done: Moved) -> Answer:

@@ -135,7 +135,9 @@ def examine(store: Store, place: Place, terms: Terms, digest: str | None = None)
     package = Package(dir=Path(str(place)), manifest=manifest, digest=own)
     data = manifest_bytes(manifest)  # what was read: only canonical bytes pass
     raws = store.read_statements(place)
-    return _verified(package, data, raws, terms, store.identity(), origin)
+    # Only a yank has to name the registry, so only for one is it asked.
+    registry = store.identity() if any(raw.kind == "yank" for raw in raws) else None
+    return _verified(package, data, raws, terms, registry, origin)
 
 
 def examine_folder(

@@ -15,7 +15,7 @@ from pipeline.core.errors import ConflictError, RecipeError
 from pipeline.registry.promotion import promote
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Terms, resolve
-from pipeline.registry.trust.keys import KeyChoice, generate_key, load_key, read_public_key
+from pipeline.registry.trust.keys import generate_key, read_private_key, read_public_key
 from pipeline.registry.trust.policy import ROLES, load_policy, own_trust
 from pipeline.registry.trust.statements import Author
 from tests.registry.packages import place_of
@@ -81,7 +81,7 @@ def test_sign_makes_what_one_machine_built_and_tested_count_for_those_who_trust_
     words = ("sign", text, "--registry", team.store.url, "--key", str(tmp_path / "ci.key"))
     done = run(tmp_path, *words, "--policy", str(policy))
     assert done.exit_code == 0, done.output
-    key = load_key(KeyChoice(kind="file", path=tmp_path / "ci.key"), {})
+    key = read_private_key(tmp_path / "ci.key")
     ours = own_trust(key.public)
     found = resolve(team.store, text, Terms(policy=ours))
     assert [one.verdict for one in found.verification.verdicts] == ["accepted", "rejected"]

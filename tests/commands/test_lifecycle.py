@@ -23,7 +23,7 @@ from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
 __all__ = ["team"]
 
 _APP = typer.Typer()
-for _command in ("promote", "rollback", "yank", "channels"):
+for _command in ("promote", "rollback", "yank", "gc", "channels"):
     _APP.command(_command)(getattr(lifecycle, _command))
 
 
@@ -176,3 +176,15 @@ def test_without_a_policy_the_given_key_alone_is_trusted(terminal: Terminal) -> 
     result = terminal.run("promote", str(reference), ENGINESMITH_POLICY=None)
     assert isinstance(result.exception, PipelineError)
     assert "not trusted here" in str(result.exception)
+
+
+def test_gc_shows_what_would_go_and_keeps_the_young(terminal: Terminal) -> None:
+    first, second = terminal.publish(b"one"), terminal.publish(b"two")
+    terminal.ask("promote", str(first))
+    shown = terminal.run("gc").stdout
+    assert "nothing was removed, --delete removes" in shown
+    value = terminal.ask("gc", "--delete", "--keep-days", "0", "--keep", str(second))
+    assert (value["deleted"], value["removed"]) == (True, [])
+    assert [one["reference"] for one in value["versions"]] == sorted(map(str, (first, second)))
+    assert not any(one["remove"] for one in value["versions"])
+    terminal.ask("gc", "--keep", "tiny:nightly", code=ExitCode.NOT_FOUND)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline.core.values import Engine, Licence, Limits, Package, Weights
@@ -15,24 +15,16 @@ from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 VARIANT = "sm89-trtrtx-fp8-b8-s1024"
 
 
-def sealed_package(
-    folder: Path,
-    files: dict[str, bytes] | None = None,
-    *,
-    name: str = "tiny",
-    recipe_version: str = "1.0",
-    build_key: str = "b" * 64,
-    variant: str = VARIANT,
-) -> Package:
-    """A package in `folder`; equal arguments give equal digests."""
-    source = folder.with_name(f"{folder.name}-engine")
-    contents = files or {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
-    for path, data in contents.items():
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).write_bytes(data)
-    folder.mkdir(parents=True)
-    engine = Engine(
-        dir=source,
+FILES = {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
+
+
+def make_engine(folder: Path, files: Mapping[str, bytes] = FILES, variant: str = VARIANT) -> Engine:
+    """An engine with these files in `folder`."""
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return Engine(
+        dir=folder,
         digest="e" * 64,
         format="trtrtx",
         variant=variant,
@@ -44,6 +36,18 @@ def sealed_package(
         min_vram_bytes=1 << 30,
         tools={"tensorrt-rtx": "1.7.1.116"},
     )
+
+
+def seal_engine(
+    folder: Path,
+    engine: Engine,
+    *,
+    name: str = "tiny",
+    recipe_version: str = "1.0",
+    build_key: str = "b" * 64,
+) -> Package:
+    """A package in `folder`."""
+    folder.mkdir(parents=True)
     weights = Weights(
         dir=folder,
         origin="hub:someone/tiny",
@@ -60,6 +64,18 @@ def sealed_package(
         ledger={},
     )
     return seal(folder, engine, weights, label)
+
+
+def sealed_package(
+    folder: Path,
+    files: Mapping[str, bytes] = FILES,
+    *,
+    variant: str = VARIANT,
+    **label: str,
+) -> Package:
+    """A package in `folder`; equal arguments give equal digests."""
+    engine = make_engine(folder.with_name(f"{folder.name}-engine"), files, variant)
+    return seal_engine(folder, engine, **label)
 
 
 def place_of(package: Package) -> Place:

@@ -24,7 +24,7 @@ from pipeline.registry.manifest import (
 )
 
 _GOLDEN = Path(__file__).parent / "golden" / "manifest.json"
-_GOLDEN_DIGEST = "3ce38fd6fee467a07fb653452bfa7bbd22dcbb64709756c6af37aa0255141599"
+_GOLDEN_DIGEST = "da7118f10d5f2382428b9e7fc6ffacee61d8fb1f8c577432f9f87fc8757edfbd"
 
 _ENGINE = Engine(
     dir=Path("nowhere"),
@@ -52,7 +52,9 @@ _FILES = (
 )
 _LABEL = Label(
     name="phi3",
-    version="1.0-0123456789ab",
+    recipe_version="1.0",
+    quantization="fp8",
+    ledger={"linears": 224},
     build_key="0123456789ab" + "0" * 52,
     config={"quantizer": {"calib_size": 512, "note": "é"}, "learning": 0.125, "nothing": None},
     cards=("NVIDIA-GeForce-RTX-4090",),
@@ -106,7 +108,7 @@ def _unsafe(value: Any) -> bool:
 
 @given(config=st.dictionaries(st.sampled_from("abc"), _json))
 def test_manifest_that_can_be_made_can_be_read(config: dict[str, Any]) -> None:
-    label = Label(name="a", version="1.0", build_key="0" * 64, config=config)
+    label = dataclasses.replace(_LABEL, config=config)
     if any(_unsafe(value) for value in config.values()):
         with pytest.raises(CorruptError, match="exceeds safe integer"):
             make_manifest(_ENGINE, _WEIGHTS, label, _FILES)
@@ -119,13 +121,13 @@ def test_manifest_that_can_be_made_can_be_read(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, Path("x"), "\udc80"])
 def test_value_without_canonical_json_is_refused(value: Any) -> None:
-    label = Label(name="a", version="1.0", build_key="0" * 64, config={"x": value})
+    label = dataclasses.replace(_LABEL, config={"x": value})
     with pytest.raises(CorruptError, match="cannot hold this"):
         make_manifest(_ENGINE, _WEIGHTS, label, _FILES)
 
 
 def test_bad_name_is_a_usage_fault() -> None:
-    label = Label(name="Phi3", version="1.0", build_key="0" * 64, config={})
+    label = dataclasses.replace(_LABEL, name="Phi3")
     with pytest.raises(RecipeError, match="did you mean phi3"):
         make_manifest(_ENGINE, _WEIGHTS, label, _FILES)
 
@@ -189,9 +191,10 @@ def _raw(old: bytes, new: bytes) -> Callable[[], bytes]:
         (_set("match", "gpu_name", to="x"), "gpu_name"),
         (_set("match", "min_vram_bytes", to=None), "min_vram_bytes"),
         (_set("limits", "max_batch_size", to=0), "max_batch_size"),
-        (_set("format", to="pickle"), "format"),
+        (_set("format", to=""), "format"),
         (_set("name", to="../x"), "not a name"),
-        (_set("version", to="stable"), "not a version"),
+        (_set("recipe_version", to="stable"), "not a recipe version"),
+        (_set("version", to="1.0"), "version"),
         (_set("created", to="today"), "created"),
     ],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from pipeline.core.errors import AccessError
-from pipeline.registry.ownership import require_unshared
+from pipeline.registry.ownership import require_unshared, writable_by_others
 
 
 @pytest.fixture
@@ -25,18 +26,35 @@ def test_a_file_of_ours_below_folders_of_ours_is_taken(file: Path) -> None:
     require_unshared(file.parent)
 
 
-@pytest.mark.parametrize("mode", [0o664, 0o646])
-def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
-    file.chmod(mode)
+def test_a_file_that_others_may_write_is_refused(file: Path) -> None:
+    file.chmod(0o646)
     with pytest.raises(AccessError, match=f"chmod go-w {file}"):
         require_unshared(file)
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o707])
-def test_a_folder_that_others_may_rename_in_is_refused(file: Path, mode: int) -> None:
-    file.parent.chmod(mode)
+def test_a_folder_that_others_may_rename_in_is_refused(file: Path) -> None:
+    file.parent.chmod(0o707)
     with pytest.raises(AccessError, match=f"chmod go-w {file.parent}"):
         require_unshared(file)
+
+
+@pytest.mark.parametrize(
+    ("mode", "user", "group", "reason"),
+    [
+        (0o644, 0, 0, ""),
+        (0o664, 0, os.geteuid(), ""),  # the user's own group, as useradd makes it
+        (0o664, os.geteuid(), 12345, "group 12345"),
+        (0o646, os.geteuid(), 12345, "everyone"),
+        (0o600, 12345, 0, "belongs to user 12345"),
+    ],
+)
+def test_owner_group_and_mode_tell_who_may_write(
+    mode: int, user: int, group: int, reason: str
+) -> None:
+    status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, user, group, 0, 0, 0, 0))
+    found = writable_by_others(status)
+    assert found.endswith(reason)
+    assert bool(found) is bool(reason)
 
 
 def test_a_sticky_folder_is_fine_above_what_is_ours_and_not_itself(file: Path) -> None:

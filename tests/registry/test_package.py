@@ -13,26 +13,25 @@ import pytest
 
 from pipeline.core.cache import RECORD
 from pipeline.core.errors import CorruptError, TransientError
-from pipeline.registry.package import seal, verify
-
-Bench = Any
+from pipeline.core.values import Engine
+from pipeline.registry.package import verify
+from tests.registry.packages import make_engine, seal_engine, sealed_package
 
 
 @pytest.fixture
-def package_dir(bench: Bench, tmp_path: Path) -> Path:
-    folder = tmp_path / "package"
-    folder.mkdir()
-    bench.seal(folder)
-    return folder
+def package_dir(tmp_path: Path) -> Path:
+    return sealed_package(tmp_path / "package").dir
 
 
-def test_sealed_folder_verifies_with_the_same_digest(bench: Bench, tmp_path: Path) -> None:
-    first, second = tmp_path / "a", tmp_path / "b"
-    first.mkdir()
-    second.mkdir()
-    sealed = bench.seal(first)
-    assert verify(first) == sealed
-    assert bench.seal(second).digest == sealed.digest
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return make_engine(tmp_path / "engine")
+
+
+def test_sealed_folder_verifies_with_the_same_digest(tmp_path: Path) -> None:
+    sealed = sealed_package(tmp_path / "a")
+    assert verify(tmp_path / "a") == sealed
+    assert sealed_package(tmp_path / "b").digest == sealed.digest
     assert (sealed.engine_dir / "model.plan").read_bytes() == b"plan" * 100
 
 
@@ -134,18 +133,13 @@ def test_damage_is_found_and_named(package_dir: Path, fault: str) -> None:
     str(raised.value).encode()  # can be printed, whatever the file is called
 
 
-def test_swapped_files_are_found(bench: Bench, tmp_path: Path) -> None:
-    engine = bench.engine()
-    (engine.dir / "rank0").write_bytes(b"0")
-    (engine.dir / "rank1").write_bytes(b"1")
-    folder = tmp_path / "p"
-    folder.mkdir()
-    engine_dir = bench.seal(folder, engine).engine_dir
+def test_swapped_files_are_found(tmp_path: Path) -> None:
+    engine_dir = sealed_package(tmp_path / "p", {"rank0": b"0", "rank1": b"1"}).engine_dir
     (engine_dir / "rank0").rename(engine_dir / "x")
     (engine_dir / "rank1").rename(engine_dir / "rank0")
     (engine_dir / "x").rename(engine_dir / "rank1")
     with pytest.raises(CorruptError, match="rank0"):
-        verify(folder)
+        verify(tmp_path / "p")
 
 
 def test_shallow_verify_reads_no_file_but_the_manifest(package_dir: Path) -> None:
@@ -153,12 +147,10 @@ def test_shallow_verify_reads_no_file_but_the_manifest(package_dir: Path) -> Non
     verify(package_dir, deep=False)
 
 
-def test_stage_record_and_empty_folders_stay_behind(bench: Bench, tmp_path: Path) -> None:
-    engine = bench.engine()
+def test_stage_record_and_empty_folders_stay_behind(engine: Engine, tmp_path: Path) -> None:
     (engine.dir / RECORD).write_text('{"seconds": 1.5}')
     (engine.dir / "empty").mkdir()
-    (tmp_path / "p").mkdir()
-    package = bench.seal(tmp_path / "p", engine)
+    package = seal_engine(tmp_path / "p", engine)
     assert [file["path"] for file in package.manifest["files"]] == [
         "engine/model.plan",
         "engine/tokenizer/tokenizer.json",
@@ -166,39 +158,34 @@ def test_stage_record_and_empty_folders_stay_behind(bench: Bench, tmp_path: Path
     assert verify(tmp_path / "p") == package
 
 
-def test_hard_linked_engine_file_is_copied(bench: Bench, tmp_path: Path) -> None:
+def test_hard_linked_engine_file_is_copied(engine: Engine, tmp_path: Path) -> None:
     """A stage may link what it shares with another stage; the package gets bytes of its own."""
-    engine = bench.engine()
     os.link(engine.dir / "model.plan", tmp_path / "shared")
-    (tmp_path / "p").mkdir()
-    assert verify(bench.seal(tmp_path / "p", engine).dir)
+    assert verify(seal_engine(tmp_path / "p", engine).dir)
 
 
-@pytest.mark.parametrize("kind", ["symlink", "fifo", "backslash", "empty"])
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "backslash", "colon", "device", "empty"])
 def test_engine_that_no_package_may_hold_is_refused(
-    bench: Bench, tmp_path: Path, kind: str
+    engine: Engine, tmp_path: Path, kind: str
 ) -> None:
-    engine = bench.engine()
+    names = {"backslash": "a\\b", "colon": "a:b", "device": "CON"}
     if kind == "symlink":
         (engine.dir / "x").symlink_to("/etc/hostname")
     elif kind == "fifo":
         os.mkfifo(engine.dir / "x")
-    elif kind == "backslash":
-        (engine.dir / "a\\b").write_text("")
-    else:
+    elif kind == "empty":
         shutil.rmtree(engine.dir)
         engine.dir.mkdir()
-    (tmp_path / "p").mkdir()
+    else:
+        (engine.dir / names[kind]).write_text("")
     with pytest.raises(CorruptError):
-        seal(tmp_path / "p", engine, bench.weights(), bench.label())
+        seal_engine(tmp_path / "p", engine)
     assert not (tmp_path / "p" / "manifest.json").exists()
 
 
 def test_full_disk_while_copying_is_transient(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = bench.engine()
-    (tmp_path / "p").mkdir()
     real_open = io.open
 
     def full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -208,4 +195,4 @@ def test_full_disk_while_copying_is_transient(
 
     monkeypatch.setattr(io, "open", full)
     with pytest.raises(TransientError, match="free some space"):
-        bench.seal(tmp_path / "p", engine)
+        seal_engine(tmp_path / "p", engine)

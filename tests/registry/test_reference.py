@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import RecipeError
-from pipeline.registry.reference import ParsedReference, check_part, parse_reference
+from pipeline.registry.reference import (
+    ParsedReference,
+    check_part,
+    parse_reference,
+    reference_of,
+)
+from tests.registry.packages import sealed_package
 
 _names = st.from_regex(r"[a-z0-9]{1,8}([.-][a-z0-9]{1,8}){0,3}", fullmatch=True)
-_versions = st.from_regex(r"[0-9]{1,3}\.[0-9]{1,3}-[0-9a-f]{12}(\.r[2-9])?", fullmatch=True)
+_versions = st.from_regex(r"[0-9]{1,3}\.[0-9]{1,3}-[0-9a-f]{8}-[0-9a-f]{12}", fullmatch=True)
 _channels = st.from_regex(r"[a-z]{1,8}(-[a-z0-9]{1,8}){0,2}", fullmatch=True)
 _digests = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
 
@@ -19,9 +27,11 @@ _digests = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
         ("smollm2", ParsedReference(name="smollm2", channel="stable")),
         ("qwen2.5:candidate", ParsedReference(name="qwen2.5", channel="candidate")),
         (
-            "llama3.1/sm89-trtrtx-fp8-b64-s1024:1.0-0123456789ab.r2",
+            "llama3.1/sm89-trtrtx-fp8-b64-s1024:1.0-01234567-0123456789ab",
             ParsedReference(
-                name="llama3.1", variant="sm89-trtrtx-fp8-b64-s1024", version="1.0-0123456789ab.r2"
+                name="llama3.1",
+                variant="sm89-trtrtx-fp8-b64-s1024",
+                version="1.0-01234567-0123456789ab",
             ),
         ),
         (f"phi3@sha256:{'a' * 64}", ParsedReference(name="phi3", digest="a" * 64)),
@@ -88,9 +98,13 @@ def test_any_text_is_a_reference_or_a_usage_fault(text: str) -> None:
         f"a@sha256:{'a' * 63}",
         f"a@sha512:{'a' * 64}",
         f"a@{'a' * 64}",
-        "a:1.0.statements",
+        "a:1.0",
+        "a:1.0-0123456789ab",
+        "con",
+        "nul.x",
+        "com1:stable",
         "x" * 65,
-        f"a:{'1' * 64}",
+        f"a:{'1' * 42}-01234567-0123456789ab",
         f"a:{'b' * 33}",
         "é",
         "a:1.0/b",
@@ -109,6 +123,13 @@ def test_fault_offers_the_lowercase_name() -> None:
 
 
 def test_variant_and_version_fit_one_oci_tag() -> None:
-    longest = f"{'v' * 64}-{'1' * 63}"
-    assert check_part("variant", "v" * 64) + "-" + check_part("version", "1" * 63) == longest
+    version = f"{'1' * 41}-01234567-0123456789ab"
+    longest = f"{check_part('variant', 'v' * 64)}_{check_part('version', version)}"
     assert len(longest) <= 128
+
+
+def test_a_version_follows_from_the_manifest_and_its_digest(tmp_path: Path) -> None:
+    package = sealed_package(tmp_path / "p", recipe_version="2.1", build_key="c" * 64)
+    reference = reference_of(package)
+    assert reference.version == f"2.1-cccccccc-{package.digest[:12]}"
+    assert parse_reference(str(reference)).version == reference.version

@@ -94,9 +94,10 @@ class _Watchdog:
                 self._pid = os.getpid()
             self._deadlines[connection] = time.monotonic() + seconds, sock
 
-    def release(self, connection: object) -> None:
+    def release(self, connection: object) -> bool:
+        """Stop watching; False if the connection was shut down."""
         with self._lock:
-            self._deadlines.pop(connection, None)
+            return self._deadlines.pop(connection, None) is not None
 
     def _run(self) -> None:
         while True:
@@ -136,11 +137,19 @@ class Deadline:
             raise
 
     def getresponse(self) -> Any:
-        """Wait for the head of the reply."""
+        """Wait for the head of the reply.
+
+        Raises:
+            TimeoutError: It is late; without this, half a head would pass for one.
+        """
+        in_time = False
         try:
-            return super().getresponse()  # type: ignore[misc]  # as above
+            response = super().getresponse()  # type: ignore[misc]  # as above
         finally:
-            _WATCHDOG.release(self)
+            in_time = _WATCHDOG.release(self)
+        if not in_time:
+            raise TimeoutError("the reply did not come in time")
+        return response
 
 
 class _Plain(Deadline, HTTPConnection):

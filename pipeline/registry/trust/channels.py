@@ -38,6 +38,7 @@ from pipeline.registry.trust.statements import (
     open_statement,
     place_fields,
     sign_statement,
+    warn_skipped,
 )
 
 log = logging.getLogger(__name__)
@@ -102,10 +103,11 @@ def read_channels(
         variant: Of it.
         channel: Only this one; None for all.
     """
-    identity = store.identity()
+    log_of_moves = store.read_moves(name, variant)
+    identity = store.identity() if log_of_moves else None
     moves: dict[tuple[str, str], dict[str, Move]] = {}
     skipped: list[str] = []
-    for data in store.read_moves(name, variant):
+    for data in log_of_moves:
         try:
             move = _read_move(data, policy, (name, variant), identity)
         except UntrustedError as error:
@@ -114,11 +116,8 @@ def read_channels(
             if channel in {None, move.channel}:
                 moves.setdefault((move.channel, move.card), {})[move.id] = move
     if skipped:
-        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-        log.warning(
-            "%s %s/%s: a move of a channel does not count: %s%s",
-            *(store.url, name, variant, skipped[0], more),
-        )
+        origin = f"{store.url} {name}/{variant}"
+        warn_skipped(origin, "a move of a channel", tuple(skipped))
     return [
         Channel(name=key[0], card=key[1], moves=_chain(found.values()))
         for key, found in sorted(moves.items())

@@ -8,6 +8,7 @@ envelope.verifies(public_key)
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 """Payload type of an in-toto statement (in-toto attestation spec 1.0, "Envelope"); the statement
 itself says of which kind it is, and the signature covers that."""
+_KEYID = re.compile(r"[0-9a-f]{64}")
 _MAX_KEYIDS = 8
 """Signatures of one envelope that are looked at: ours have one."""
 
@@ -91,10 +93,8 @@ def parse_envelope(data: bytes) -> Envelope:
         parsed = DsseEnvelope.from_dict(json.loads(data))
         if parsed.payload_type != PAYLOAD_TYPE:
             raise ValueError(f"its payloadType is not {PAYLOAD_TYPE}")
-        if not all(isinstance(keyid, str) for keyid in parsed.signatures):
-            raise ValueError("a keyid is not text")
+        keyids = [keyid for keyid in parsed.signatures if _KEYID.fullmatch(keyid)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FormatError) as error:
-        raise UntrustedError(f"not a DSSE envelope ({type(error).__name__}: {error})") from error
-    return Envelope(
-        payload=parsed.payload, keyids=tuple(parsed.signatures)[:_MAX_KEYIDS], parsed=parsed
-    )
+        fault = f"{type(error).__name__}: {str(error)[:200]!r}"
+        raise UntrustedError(f"not a DSSE envelope ({fault})") from error
+    return Envelope(payload=parsed.payload, keyids=tuple(keyids[:_MAX_KEYIDS]), parsed=parsed)

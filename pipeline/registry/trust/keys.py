@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,6 +31,8 @@ from cryptography.hazmat.primitives.serialization import (
 from pipeline.core.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.ownership import require_unshared
+
+log = logging.getLogger(__name__)
 
 KEY_PATH = "ENGINESMITH_SIGNING_KEY"
 """Environment variable: path of a private key."""
@@ -180,82 +182,77 @@ def config_root(environ: Mapping[str, str]) -> Path:
     return (Path(base) if base else Path.home() / ".config") / "enginesmith"
 
 
-def local_key_path(environ: Mapping[str, str]) -> Path:
-    """This machine's own key, for its own folder registry."""
-    return config_root(environ) / "local.key"
+def signing_key(
+    environ: Mapping[str, str], *, local: bool, make: bool = False
+) -> SigningKey | None:
+    """The key that this machine signs with: the environment's, else its own local one.
 
-
-@dataclass(frozen=True, kw_only=True)
-class KeyChoice:
-    """Which key signs.
-
-    Attributes:
-        kind: `file` and `environment` are explicit. `local` is made by the first build, and counts
-            for this machine's own folder registry only.
-        path: The file; None for a key in the environment.
-    """
-
-    kind: Literal["file", "environment", "local"]
-    path: Path | None = None
-
-
-def choose_key(environ: Mapping[str, str], path: Path | None = None) -> KeyChoice:
-    """Decide which key signs; pure: reads no file.
-
-    An explicit path comes first, then the environment, then the local key. Where `CI` is set, a
-    local key would vanish with the machine and nobody could verify what it signed; so there a key
-    must be given.
+    Where `CI` is set, a local key would vanish with the machine, and its signatures could not be
+    verified; so there a key must be given.
 
     Args:
         environ: The environment.
-        path: From the command line.
+        local: Whether the local key counts here.
+        make: Make the local key if it is missing, and log that.
+
+    Returns:
+        None if there is no key that counts here.
 
     Raises:
-        RecipeError: The environment names two keys, or names none in CI.
+        RecipeError: The environment names two keys, or one that cannot be used.
+        AccessError: Another user may read the local key, or replace any key.
     """
-    if path is not None:
-        return KeyChoice(kind="file", path=path)
-    from_path, text = environ.get(KEY_PATH), environ.get(KEY_TEXT)
-    if from_path and text:
-        raise RecipeError([Fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")])
-    if from_path:
-        return KeyChoice(kind="file", path=Path(from_path))
+    path, text = environ.get(KEY_PATH), environ.get(KEY_TEXT)
+    if path and text:
+        raise _key_fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")
     if text:
-        return KeyChoice(kind="environment")
-    if environ.get("CI", "").lower() not in {"", "0", "false"}:
-        fault = (
-            f"CI is set, and no key is given to sign with; set it to the path of a private key, or "
-            f"{KEY_TEXT} to the key itself (make one with enginesmith keygen)"
-        )
-        raise RecipeError([Fault(KEY_PATH, fault)])
-    return KeyChoice(kind="local", path=local_key_path(environ))
+        return parse_private_key(text.encode(), KEY_TEXT)
+    if path:
+        return read_private_key(Path(path))
+    own = config_root(environ) / "local.key"
+    if not local or environ.get("CI", "").lower() not in {"", "0", "false"}:
+        return None
+    if not os.path.lexists(own):
+        if not make:
+            return None
+        with contextlib.suppress(ConflictError):  # another build made it meanwhile
+            write_key_pair(generate_key(), own)
+            log.info(
+                "Made a key for this machine's own packages: %s (mode 0600). It counts here only; "
+                "to sign for others, make one with enginesmith keygen",
+                own,
+            )
+    key = read_private_key(own)
+    if stat.S_IMODE(own.stat().st_mode) & 0o077:
+        raise AccessError(f"{own} can be read by others; run chmod 600 {own}, or remove it")
+    return key
 
 
-def load_key(choice: KeyChoice, environ: Mapping[str, str], *, make: bool = True) -> SigningKey:
-    """Read the chosen key; a local key is made when there is none.
+def require_signing_key(
+    environ: Mapping[str, str], *, local: bool, make: bool = False
+) -> SigningKey:
+    """As `signing_key`, where there must be one.
 
-    Args:
-        choice: From `choose_key`.
-        environ: The same environment.
-        make: Make a missing local key.
+    Raises:
+        RecipeError: There is none, too.
+    """
+    if (key := signing_key(environ, local=local, make=make)) is not None:
+        return key
+    raise _key_fault(
+        KEY_PATH,
+        "no key is given to sign with, and this machine's local key counts for a folder of its own "
+        "only, and never in CI; make one with enginesmith keygen and set this variable to its path",
+    )
+
+
+def read_private_key(path: Path) -> SigningKey:
+    """Read the file of a private key; Kubernetes mounts some with mode 0644, which is fine.
 
     Raises:
         RecipeError: It is missing, or no usable key.
-        AccessError: Another user may read this machine's local key, or replace any key.
+        AccessError: Another user may replace it.
     """
-    if choice.path is None:
-        return parse_private_key(environ[KEY_TEXT].encode(), KEY_TEXT)
-    local = choice.kind == "local"
-    if local and make and not os.path.lexists(choice.path):
-        with contextlib.suppress(ConflictError):  # another build made it meanwhile
-            write_key_pair(generate_key(), choice.path)
-    data = _read_key(choice.path, "make one with enginesmith keygen")
-    # Kubernetes mounts secrets with mode 0644: a key that was given may be so.
-    if local and stat.S_IMODE(choice.path.stat().st_mode) & 0o077:
-        raise AccessError(
-            f"{choice.path} can be read by others; run chmod 600 {choice.path}, or remove it"
-        )
-    return parse_private_key(data, str(choice.path))
+    return parse_private_key(_read_key(path, "make one with enginesmith keygen"), str(path))
 
 
 def read_public_key(path: Path) -> PublicKey:

@@ -10,17 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.errors import UntrustedError
 from pipeline.core.values import PASSING, Package, VerdictName
 from pipeline.registry.store import RawStatement
-from pipeline.registry.trust.keys import (
-    KEY_PATH,
-    KeyChoice,
-    SigningKey,
-    choose_key,
-    config_root,
-    load_key,
-)
+from pipeline.registry.trust.keys import SigningKey, config_root, require_signing_key, signing_key
 from pipeline.registry.trust.model_signature import MODEL_SIGNATURE, available, sign_engine
 from pipeline.registry.trust.policy import TrustPolicy, load_policy, own_trust
 from pipeline.registry.trust.provenance import builder, provenance_predicate
@@ -132,16 +125,7 @@ def signatory_for(
         UntrustedError: This machine would not trust what it signs.
         AccessError: Another user may read the local key, or none can be made.
     """
-    choice = _choice(environ, own_folder=own_folder)
-    made = choice.kind == "local" and choice.path and not os.path.lexists(choice.path)
-    key = load_key(choice, environ)
-    if made:
-        log.info(
-            "Made a key for this machine's own packages: %s (mode 0600, key %s). It counts here "
-            "only; to sign for others, make one with enginesmith keygen",
-            choice.path,
-            key.public.keyid[:12],
-        )
+    key = require_signing_key(environ, local=own_folder, make=True)
     builder_id, invocation_id = builder(environ, run)
     trust = machine_policy(environ) or own_trust(key.public)
     require_trusted(trust, key, builder_id if builds else None)
@@ -159,19 +143,8 @@ def author_for(environ: Mapping[str, str], reason: str, *, own_folder: bool) -> 
     Raises:
         RecipeError: There is no key, or it cannot be used; or the reason is not one line.
     """
-    key = load_key(_choice(environ, own_folder=own_folder), environ, make=False)
+    key = require_signing_key(environ, local=own_folder)
     return Author(key=key, actor=actor_of(environ), reason=reason)
-
-
-def _choice(environ: Mapping[str, str], *, own_folder: bool) -> KeyChoice:
-    choice = choose_key(environ)
-    if choice.kind == "local" and not own_folder:
-        fault = (
-            "no key is given to sign with, and this machine's local key counts for a folder of its "
-            "own only; make one with enginesmith keygen and set this variable to its path"
-        )
-        raise RecipeError([Fault(KEY_PATH, fault)])
-    return choice
 
 
 def require_trusted(trust: TrustPolicy, key: SigningKey, builder_id: str | None) -> None:
@@ -233,11 +206,5 @@ def machine_trust(
     """
     if (loaded := machine_policy(environ, policy)) is not None:
         return loaded
-    try:
-        choice = choose_key(environ)
-    except RecipeError:
-        return TrustPolicy()  # CI without a key signs nothing
-    local = choice.kind == "local" and choice.path is not None
-    if local and not (own_folder and os.path.lexists(str(choice.path))):
-        return TrustPolicy()
-    return own_trust(load_key(choice, environ, make=False).public)
+    key = signing_key(environ, local=own_folder)
+    return own_trust(key.public) if key else TrustPolicy()

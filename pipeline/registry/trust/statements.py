@@ -23,9 +23,11 @@ and dates in a store count for nothing.
 
 from __future__ import annotations
 
+import functools
 import getpass
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ from pipeline.registry.store import ENVELOPE, Place, RawStatement, is_attachment
 from pipeline.registry.trust.envelope import parse_envelope, sign_envelope
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["signature", "provenance", "test", "yank", "move"]
 SCHEMA = 1
@@ -279,6 +283,19 @@ def verified_files(statement: Statement, raw: RawStatement) -> dict[str, bytes]:
                 f"{file} of statement {statement.name} {state}; remove the statement"
             )
     return {file: raw.files[file] for file in statement.files}
+
+
+@functools.cache
+def warn_skipped(origin: str, what: str, reasons: tuple[str, ...]) -> None:
+    """Warn of statements that do not count, once for all and only once in a process.
+
+    Args:
+        origin: Where they lie.
+        what: Of one of them: `a statement`.
+        reasons: One for each.
+    """
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    log.warning("%s: %s does not count: %s%s", origin, what, reasons[0], more)
 
 
 def now_text(after: str = "") -> str:

@@ -22,7 +22,7 @@ from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.trust.model_signature import MODEL_SIGNATURE
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
 from pipeline.registry.trust.provenance import builder_of
-from pipeline.registry.trust.statements import Statement, open_statement
+from pipeline.registry.trust.statements import Statement, open_statement, warn_skipped
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +181,7 @@ def verify_statements(
         else:
             statements.append(found)
     if ignored:
-        more = f" (and {len(ignored) - 1} more)" if len(ignored) > 1 else ""
-        log.warning("%s: a statement does not count: %s%s", origin, ignored[0], more)
+        warn_skipped(origin, "a statement", tuple(ignored))
     statements.sort(key=lambda one: (one.signed_at, one.id), reverse=True)
     signature = next((one for one in statements if one.kind == "signature"), None)
     provenance = next((one for one in statements if _provenance_counts(one, policy)), None)

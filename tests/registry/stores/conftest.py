@@ -42,6 +42,16 @@ def folder_store(tmp_path: Path) -> WritableStore:
 
 
 @pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter deadlines, which a test can wait for; asked for before a store connects."""
+    for module in ("transfer", "s3.connection", "oci.transport"):
+        name = f"pipeline.registry.stores.{module}"
+        monkeypatch.setattr(f"{name}.SILENCE_S", 0.7)
+        monkeypatch.setattr(f"{name}.ATTEMPTS", 2)
+    monkeypatch.setattr("pipeline.registry.stores.transfer.WINDOW_S", 2.0)
+
+
+@pytest.fixture
 def memory_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryS3]:
     """A server in memory, and the environment that leads to it."""
     # boto3 waits up to a second before its first retry.

@@ -19,13 +19,13 @@ from pipeline.core.errors import AccessError, ConflictError, RecipeError
 from pipeline.registry.trust.keys import (
     KEY_PATH,
     KEY_TEXT,
-    KeyChoice,
-    choose_key,
     config_root,
     generate_key,
-    load_key,
     parse_private_key,
+    read_private_key,
     read_public_key,
+    require_signing_key,
+    signing_key,
     write_key_pair,
 )
 
@@ -41,8 +41,7 @@ def test_key_pair_is_written_for_its_owner_alone(tmp_path: Path) -> None:
     assert public == tmp_path / "new" / "ci.key.pub"
     assert read_public_key(public) == key.public
     assert sorted(path.name for path in public.parent.iterdir()) == ["ci.key", "ci.key.pub"]
-    loaded = load_key(KeyChoice(kind="file", path=tmp_path / "new" / "ci.key"), {})
-    assert loaded.public == key.public
+    assert read_private_key(tmp_path / "new" / "ci.key").public == key.public
 
 
 @pytest.mark.parametrize("taken", ["ci.key", "ci.key.pub"])
@@ -86,35 +85,37 @@ def test_only_plain_p256_keys_are_taken() -> None:
             parse_private_key(data, "key")
 
 
-@pytest.mark.parametrize(
-    ("environ", "path", "wanted"),
-    [
-        ({}, None, KeyChoice(kind="local", path=Path("/c/local.key"))),
-        ({"CI": ""}, None, KeyChoice(kind="local", path=Path("/c/local.key"))),
-        ({"CI": "false"}, None, KeyChoice(kind="local", path=Path("/c/local.key"))),
-        ({KEY_PATH: "/k"}, None, KeyChoice(kind="file", path=Path("/k"))),
-        ({KEY_TEXT: "pem"}, None, KeyChoice(kind="environment")),
-        ({KEY_PATH: "/k"}, Path("/o"), KeyChoice(kind="file", path=Path("/o"))),
-        ({"CI": "true", KEY_PATH: "/k"}, None, KeyChoice(kind="file", path=Path("/k"))),
-        ({"CI": "1", KEY_TEXT: "pem"}, None, KeyChoice(kind="environment")),
-        ({"CI": "true"}, Path("/o"), KeyChoice(kind="file", path=Path("/o"))),
-    ],
-)
-def test_explicit_key_comes_first_and_a_local_one_last(
-    environ: dict[str, str], path: Path | None, wanted: KeyChoice
+@pytest.fixture
+def home(tmp_path: Path) -> dict[str, str]:
+    """A configuration folder with a local key, and the environment that names it."""
+    write_key_pair(generate_key(), tmp_path / "config" / "local.key")
+    return {"ENGINESMITH_CONFIG": str(tmp_path / "config")}
+
+
+@pytest.mark.parametrize("ci", ["", "0", "false", "true", "1", "yes", "TRUE"])
+def test_a_given_key_comes_first_and_a_local_one_counts_at_home_only(
+    home: dict[str, str], tmp_path: Path, ci: str
 ) -> None:
-    assert choose_key({"ENGINESMITH_CONFIG": "/c", **environ}, path) == wanted
+    given, text = generate_key(), generate_key()
+    write_key_pair(given, tmp_path / "ci.key")
+    in_ci = ci not in {"", "0", "false"}
+    environ = {**home, "CI": ci}
+    by_path = {**environ, KEY_PATH: str(tmp_path / "ci.key")}
+    by_text = {**environ, KEY_TEXT: text.private_pem().decode()}
+    for local in (True, False):
+        for chosen, key in ((by_path, given), (by_text, text)):
+            found = signing_key(chosen, local=local)
+            assert found is not None
+            assert found.public == key.public
+        assert (signing_key(environ, local=local) is not None) is (local and not in_ci)
+    if in_ci:
+        with pytest.raises(RecipeError, match=KEY_PATH):
+            require_signing_key(environ, local=True, make=True)
 
 
-@pytest.mark.parametrize("value", ["true", "1", "yes", "TRUE"])
-def test_ci_must_be_given_a_key(value: str) -> None:
-    with pytest.raises(RecipeError, match=KEY_PATH):
-        choose_key({"CI": value})
-
-
-def test_two_keys_in_the_environment_are_refused() -> None:
+def test_two_keys_in_the_environment_are_refused(home: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match=KEY_TEXT):
-        choose_key({KEY_PATH: "/k", KEY_TEXT: "pem"})
+        signing_key({**home, KEY_PATH: "/k", KEY_TEXT: "pem"}, local=True)
 
 
 def test_configuration_folder_is_not_the_cache() -> None:
@@ -125,14 +126,14 @@ def test_configuration_folder_is_not_the_cache() -> None:
 
 def test_first_build_makes_a_local_key_and_the_next_one_takes_it(tmp_path: Path) -> None:
     environ = {"ENGINESMITH_CONFIG": str(tmp_path / "config")}
-    choice = choose_key(environ)
-    first = load_key(choice, environ)
-    assert choice.path is not None
-    assert choice.path.stat().st_mode & 0o777 == 0o600
-    assert load_key(choice, environ).public == first.public
-    choice.path.chmod(0o640)
+    assert signing_key(environ, local=True) is None
+    first = require_signing_key(environ, local=True, make=True)
+    path = tmp_path / "config" / "local.key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert require_signing_key(environ, local=True).public == first.public
+    path.chmod(0o640)
     with pytest.raises(AccessError, match="chmod 600"):
-        load_key(choice, environ)
+        signing_key(environ, local=True)
 
 
 def test_two_first_builds_end_with_one_local_key(
@@ -142,24 +143,16 @@ def test_two_first_builds_end_with_one_local_key(
 
     def job(number: int) -> Callable[[], object]:
         return lambda: (tmp_path / f"id-{number}").write_text(
-            load_key(choose_key(environ), environ).public.keyid
+            require_signing_key(environ, local=True, make=True).public.keyid
         )
 
     assert in_children([job(number) for number in range(8)]) == [0] * 8
     assert len({(tmp_path / f"id-{number}").read_text() for number in range(8)}) == 1
 
 
-def test_key_from_the_environment_is_read(tmp_path: Path) -> None:
-    key = generate_key()
-    environ = {KEY_TEXT: key.private_pem().decode()}
-    assert load_key(choose_key(environ), environ).public == key.public
-
-
 def test_missing_key_file_is_a_usage_fault(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nowhere\.key"):
-        load_key(KeyChoice(kind="file", path=tmp_path / "nowhere.key"), {})
-    with pytest.raises(RecipeError, match=r"local\.key"):
-        load_key(KeyChoice(kind="local", path=tmp_path / "local.key"), {}, make=False)
+    with pytest.raises(RecipeError, match=r"nowhere\.key.*enginesmith keygen"):
+        signing_key({KEY_PATH: str(tmp_path / "nowhere.key")}, local=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,7 +164,7 @@ def test_a_key_that_others_may_replace_is_refused(tmp_path: Path, which: str) ->
     def load() -> object:
         if which.endswith(".pub"):
             return read_public_key(tmp_path / which)
-        return load_key(KeyChoice(kind="file", path=tmp_path / which), {})
+        return read_private_key(tmp_path / which)
 
     with pytest.raises(AccessError, match="chmod go-w"):
         load()

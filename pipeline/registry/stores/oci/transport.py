@@ -152,6 +152,9 @@ class Transport:
                 )
             if response.status not in request.expect:
                 raise self._fault(request, response)
+            if response.length_remaining is None and not getattr(response, "chunked", False):
+                # Then its end could be a connection that broke.
+                raise TransientError(f"{_shown(request.url)} comes without its size; try again")
         except BaseException:
             _discard(response)
             raise

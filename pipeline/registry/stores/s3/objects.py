@@ -200,6 +200,8 @@ class S3Objects:
         if response is None:
             return None
         with contextlib.closing(response["Body"]) as body:
+            if "ContentLength" not in response:  # then its end could be a connection that broke
+                raise TransientError(f"{self.url}: {key} comes without its size; try again")
             return read_at_pace(_reader(body), limit_bytes, f"{self.url}: {key}")
 
     def _get(self, key: str, **arguments: str) -> Any:

@@ -1,0 +1,145 @@
+"""Trust on every kind of store: what others add to it changes nothing for those who verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import ConflictError, UntrustedError
+from pipeline.core.values import Package
+from pipeline.registry.promotion import channels_of, promote, rollback, yank_package
+from pipeline.registry.reference import reference_of
+from pipeline.registry.resolve import Terms, resolve
+from pipeline.registry.store import ENVELOPE, RawStatement, WritableStore
+from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.signatory import sign_package
+from pipeline.registry.trust.statements import place_fields, sign_statement
+from tests.registry.packages import place_of, raw_statement
+from tests.registry.trust.conftest import CARD, Team
+
+
+@pytest.fixture
+def team(store: WritableStore, tmp_path: Path) -> Team:
+    (tmp_path / "work").mkdir()
+    return Team(dir=tmp_path / "work", store=store)
+
+
+def name(package: Package) -> str:
+    return str(reference_of(package))
+
+
+def enter(team: Team, package: Package, channel: str = "stable") -> None:
+    promote(
+        team.store,
+        name(package),
+        channel=channel,
+        card=CARD,
+        author=team.author,
+        policy=team.policy,
+    )
+
+
+def add_junk(team: Team, package: Package, good: RawStatement) -> None:
+    """Everything that add rights allow to one who has read all that is signed."""
+    stranger = generate_key()
+    fields = {
+        "registry": team.store.identity(),
+        **place_fields(reference_of(package)),
+        "yanked": True,
+        "actor": "eve",
+        "reason": "spite",
+    }
+    yank = sign_statement("yank", package.digest, fields, stranger)
+    elsewhere = sign_statement(
+        "yank", package.digest, {**fields, "registry": "f" * 32}, team.releaser
+    )
+    move = {**fields, "channel": "stable", "card": CARD, "predecessor": None}
+    for raw in (
+        yank,
+        elsewhere,
+        sign_package(package, stranger),
+        raw_statement("yank"),
+        raw_statement("test"),
+        replace(good, name="test-" + "0" * 16),
+        replace(good, name="test-" + "f" * 16),
+    ):
+        team.store.put_statement(place_of(package), raw)
+    for fault in (b"rubbish", b"x" * 70_000):
+        team.store.put_move("tiny", place_of(package).variant, fault)
+    for registry, key in ((team.store.identity(), stranger), ("f" * 32, team.releaser)):
+        raw = sign_statement("move", package.digest, {**move, "registry": registry}, key)
+        team.store.put_move("tiny", place_of(package).variant, raw.files[ENVELOPE])
+
+
+def test_what_others_add_to_a_store_changes_nothing(team: Team) -> None:
+    good, other = team.publish(b"good", "accepted"), team.publish(b"other", "accepted")
+    enter(team, good)
+    before = team.examine(other).verification
+    old = team.test(other, "accepted")
+    team.test(other, "regression")
+    add_junk(team, other, old)
+    done = team.examine(other).verification
+    assert done.signer == before.signer
+    assert done.yank is None
+    assert done.proof(CARD) is None  # the replayed result outranks nothing
+    assert resolve(team.store, "tiny", Terms(policy=team.policy)).package.digest == good.digest
+    team.test(other, "accepted")
+    enter(team, other)
+    assert resolve(team.store, "tiny", Terms(policy=team.policy)).package.digest == other.digest
+    rollback(
+        team.store, "tiny", channel="stable", card=None, author=team.author, policy=team.policy
+    )
+    assert resolve(team.store, "tiny", Terms(policy=team.policy)).package.digest == good.digest
+
+
+def test_a_yank_counts_and_is_undone_beside_junk(team: Team) -> None:
+    package = team.publish(verdict="accepted")
+    add_junk(team, package, team.test(package, "accepted"))
+    for _ in range(2):
+        assert yank_package(team.store, name(package), team.author, team.policy)[1]
+        with pytest.raises(UntrustedError, match="yanked by ada"):
+            team.examine(package)
+        assert yank_package(team.store, name(package), team.author, team.policy, undo=True)[1]
+        assert team.examine(package).yank is None
+
+
+def test_a_channel_log_copied_to_another_registry_moves_nothing_there(
+    team: Team, tmp_path: Path
+) -> None:
+    package = team.publish(verdict="accepted")
+    enter(team, package)
+    target = FolderRegistry(path=tmp_path / "production").store()
+    target.put_package(package, team.store.read_statements(place_of(package)), lambda _: None)
+    variant = place_of(package).variant
+    for data in team.store.read_moves("tiny", variant):
+        target.put_move("tiny", variant, data)
+    assert channels_of(team.store, team.policy, "tiny")
+    assert channels_of(target, team.policy, "tiny") == []
+
+
+def test_simultaneous_promoters_leave_one_channel_that_every_reader_sees_alike(team: Team) -> None:
+    packages = [team.publish(plan, "accepted") for plan in (b"one", b"two")]
+
+    def job(package: Package) -> Callable[[], bool]:
+        def run() -> bool:
+            try:
+                enter(team, package)
+            except ConflictError:
+                return False
+            return True
+
+        return run
+
+    with ThreadPoolExecutor(8) as pool:
+        landed = list(pool.map(lambda run: run(), [job(one) for one in packages * 4]))
+    assert any(landed)
+    ((_, _, channel),) = channels_of(team.store, team.policy, "tiny")
+    assert channel.newest.reference.digest in {one.digest for one in packages}
+    enter(team, packages[0])
+    ((_, _, channel),) = channels_of(team.store, team.policy, "tiny")
+    assert channel.newest.reference.digest == packages[0].digest
