@@ -14,9 +14,9 @@ from pipeline.__main__ import Request
 from pipeline.commands.answer import Answer
 from pipeline.core.errors import ExitCode, NotFoundError
 from pipeline.core.values import Engine, Licence, Limits, Weights
-from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.manifest import Label
 from pipeline.registry.package import seal
+from pipeline.registry.stores.folder import FolderRegistry
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import RecipeError
-from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.package import verify
+from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.command import compose
 
 ROOT = Path(__file__).parents[2]
