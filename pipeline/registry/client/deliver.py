@@ -123,11 +123,14 @@ class Delivery:
             PipelineError: As in `to_folder`.
         """
         entry, fetched = self.cache.entry(self._digest), 0
+        prefix = f".pull-{self._digest[:12]}-"
         with self.cache.locked(self._digest), disk_errors(f"write {self.cache.dir}", SETTING):
             self.cache.keep_statements(self._digest, self._statements())
             if entry.is_dir():
                 try:
                     if verify(entry).digest == self._digest:
+                        with work_folder(self.cache.dir, prefix, setting=SETTING):
+                            pass  # what a run left that was killed after its last step is removed
                         return self._package_at(entry), 0
                     raise CorruptError(f"{entry} holds another package than its name says")
                 except CorruptError as error:
@@ -137,7 +140,6 @@ class Delivery:
                     f"{self.resolved.place} is not in {self.cache.dir}, or was damaged there; pull "
                     "it without --offline"
                 )
-            prefix = f".pull-{self._digest[:12]}-"
             total = sum(file.size_bytes for file in self._files)
             again = total if also is not None and _one_disk(self.cache.dir, also) else 0
             with work_folder(self.cache.dir, prefix, _can_go_on, setting=SETTING) as work:

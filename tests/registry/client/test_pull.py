@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_the_newest_verdict_of_a_card_decides_whatever_the_store_dates_or_names(
     for path in (folder, *folder.iterdir()):
         os.utime(path, (4e9, 4e9))
     shutil.copytree(folder, folder.with_name("test-ffffffffffffffff"))
-    with pytest.raises(IncompatibleError, match=f"newest trusted verdict on {CARD} is regression"):
+    with pytest.raises(IncompatibleError, match=f"regression on {CARD}"):
         shop.pull()
 
 
@@ -310,7 +311,7 @@ def test_offline_takes_it_from_the_cache_without_asking_the_store(shop: Shop) ->
     shop.pull(through_cache=True)
     shutil.rmtree(shop.store.url)
     by_digest = f"tiny@sha256:{reference.digest}"
-    offline = {"offline": True, "registry": "s3://nowhere/at-all"}
+    offline: dict[str, Any] = {"offline": True, "registry": "s3://nowhere/at-all"}
     again = run(shop.request(by_digest, to=shop.home / "again", **offline))
     assert (again.origin, again.fetched_bytes, again.chosen.proof.kind) == ("cache", 0, "proven")
     assert engine_files(shop.home / "again") == engine_files(shop.to)
