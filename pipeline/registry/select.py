@@ -172,7 +172,8 @@ def prove(found: Resolved, facts: Facts) -> Proof:
         elif name == "compiled":
             why = f"compiled, never run on {facts.card}"
         else:
-            why = f"{name} on {facts.card} with {' '.join(verdict.runtime)}"
+            with_runtime = " ".join(verdict.runtime)
+            why = f"its newest trusted verdict on {facts.card} is {name}, with {with_runtime}"
         passing = name if name in PASSING and name != "accepted" else None
         return Proof(kind="unproven", verdict=passing, cards=cards, why=f"{why}; {elsewhere}")
     if found.cards and facts.card not in found.cards:

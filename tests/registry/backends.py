@@ -10,12 +10,12 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pipeline.registry.stores.store import WritableStore
 
-from pipeline.registry.stores.folder import FolderStore
+from pipeline.registry.store import WritableStore
+from pipeline.registry.stores.opening import open_store
+from tests.services import docker_registry, seaweed
 
 backends = [
     "folder",
@@ -29,7 +29,7 @@ class Backends:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
-        self._servers: dict[str, Any] = {}
+        self._servers: dict[str, seaweed.SeaweedServer | docker_registry.RunningRegistry] = {}
         self._numbers = itertools.count()
 
     def store(self, backend: str, folder: Path) -> WritableStore:
@@ -40,30 +40,29 @@ class Backends:
             folder: Where the folder store goes.
         """
         if backend == "folder":
-            return FolderStore(path=folder)
-        store: WritableStore = self._server(backend).store(f"engines-{next(self._numbers)}")
-        return store
+            return open_store(str(folder))
+        return self._server(backend).store(f"engines-{next(self._numbers)}")
 
     def environ(self, backend: str) -> dict[str, str]:
         """Variables that a process needs to reach the store."""
-        found: dict[str, str] = (
-            getattr(self._server(backend), "environ", {}) if backend == ("s3") else {}
-        )
-        return found
+        if backend != "s3":
+            return {}
+        server = self._server(backend)
+        assert isinstance(server, seaweed.SeaweedServer)
+        return server.environ
 
-    def _server(self, backend: str) -> Any:
+    def _server(self, backend: str) -> seaweed.SeaweedServer | docker_registry.RunningRegistry:
         if backend not in self._servers:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            if backend == "s3":
-                from tests.services.seaweed import running_server
-            else:
-                from tests.services.docker_registry import running_server  # type: ignore[assignment]
-            self._servers[backend] = self._stack.enter_context(running_server(folder / backend))
+            running = seaweed if backend == "s3" else docker_registry
+            self._servers[backend] = self._stack.enter_context(
+                running.running_server(folder / backend)
+            )
         return self._servers[backend]
 
 
 @contextlib.contextmanager
 def running_backends() -> Iterator[Backends]:
-    """The body of a session's fixture."""
+    """Servers that end with the block."""
     with contextlib.ExitStack() as stack:
         yield Backends(stack)

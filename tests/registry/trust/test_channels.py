@@ -19,7 +19,12 @@ from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.channels import Move, move_channel, read_channel, read_channels
 from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.statements import Author, place_fields, sign_statement
+from pipeline.registry.trust.statements import (
+    Author,
+    open_statement,
+    place_fields,
+    sign_statement,
+)
 from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, trusted
 
 InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
@@ -191,6 +196,28 @@ def test_the_order_in_a_store_says_nothing(team: Team, packages: list[Reference]
 
     shuffled: Any = Shuffled()
     assert read_channels(shuffled, team.policy, name, variant) == wanted
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_later_rival_of_any_earlier_move_changes_nothing(
+    team: Team, packages: list[Reference], seed: int
+) -> None:
+    chance = random.Random(seed)
+    for _ in range(4):
+        move(team, chance.choice(packages))
+    before = read_channel(
+        team.store, team.policy, packages[0].name, packages[0].variant, "stable", CARD
+    )
+    assert before is not None
+    known = [None, *(one.id for one in before.moves[:-1])]
+    for _ in range(12):
+        rival = signed_move(team, chance.choice(packages), predecessor=chance.choice(known))
+        put(team, packages[0], rival)
+        known.append(open_statement(rival, team.policy).id)
+    after = read_channel(
+        team.store, team.policy, packages[0].name, packages[0].variant, "stable", CARD
+    )
+    assert after == before
 
 
 def test_a_revoked_key_takes_its_moves_out_and_stops_no_channel(

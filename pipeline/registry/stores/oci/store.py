@@ -122,9 +122,8 @@ class OciStore:
             return there
         repository = self._repository(_IDENTITY_REPOSITORY)
         document = _artifact(repository, IDENTITY_TYPE, {_FILE: new_identity()})
-        if (there := self.identity()) is not None:
-            return there
-        repository.put_manifest(_IDENTITY, document)
+        if self.identity() is None:
+            repository.put_manifest(_IDENTITY, document)
         time.sleep(max(SETTLE_S, 2 * (time.monotonic() - began_s)))  # others took as long as we
         made = self.identity()
         if made is None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from pipeline.core.errors import AccessError, RecipeError
-from pipeline.registry.stores.oci import OciStore
+from pipeline.registry.store import Place
+from pipeline.registry.stores.oci import OciRegistry
 from pipeline.registry.stores.oci.address import (
     channel_tag,
-    channels_tag,
+    move_tag,
     parse_address,
+    parse_statement_tag,
     parse_version_tag,
+    statement_tag,
     version_tag,
 )
 from pipeline.registry.stores.oci.auth import Authorizer, Credentials, find_credentials
@@ -65,36 +69,43 @@ def test_plain_http_is_for_this_machine_unless_asked() -> None:
 )
 def test_what_is_no_such_url_is_refused_before_anything_is_asked(url: str) -> None:
     with pytest.raises(RecipeError):
-        OciStore(url=url)
+        OciRegistry(url=url)
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
     with pytest.raises(RecipeError, match="ENGINESMITH_OCI_PASSWORD") as caught:
-        OciStore(url="oci://user:s3cret@ghcr.io/a")
+        OciRegistry(url="oci://user:s3cret@ghcr.io/a")
     assert "s3cret" not in str(caught.value)
 
 
 def test_settings_are_strict() -> None:
     with pytest.raises(ValidationError):
-        OciStore(url="oci://ghcr.io/a", plain_http="yes")  # type: ignore[arg-type]
+        OciRegistry(url="oci://ghcr.io/a", plain_http="yes")  # type: ignore[arg-type]
 
 
 LONG = "a" * 64
 
 
 def test_every_tag_fits_and_means_one_thing() -> None:
-    version = "1" + "a" * 62
+    version = f"1{'a' * 40}-01234567-0123456789ab"
+    place = Place(name="tiny", variant=LONG, version=version)
     tags = [
-        version_tag(LONG, version),
-        channels_tag(LONG),
+        version_tag(place),
+        statement_tag(place, "provenance-0123456789abcdef"),
+        move_tag(LONG, b"move"),
         channel_tag(LONG, "c" * 32, "C" * 64),
         channel_tag(LONG, "c" * 32, "D" * 64),
-        channel_tag("any", "channels", "L4"),
-        channels_tag("any"),
+        channel_tag("any", "move", "L4"),
     ]
     assert max(map(len, tags)) == 128
     assert len(set(tags)) == len(tags)
-    assert [parse_version_tag(tag) for tag in tags] == [(LONG, version), *[None] * 5]
+    assert [parse_version_tag("tiny", tag) for tag in tags] == [place, *[None] * 5]
+    found = [parse_statement_tag(tag) for tag in tags]
+    assert [one[0] if one else None for one in found] == [
+        None,
+        "provenance-0123456789abcdef",
+        *[None] * 4,
+    ]
     assert channel_tag("any", "stable", "NVIDIA-L4") == "any_stable.NVIDIA-L4"
 
 
@@ -112,7 +123,10 @@ def test_credentials_come_from_the_environment_before_docker(tmp_path: Path) -> 
     assert find_credentials("h", environ) is None
     assert find_credentials("h", {"HOME": str(tmp_path / "nobody")}) is None
     environ |= {"ENGINESMITH_OCI_USERNAME": "eve", "ENGINESMITH_OCI_PASSWORD": "x"}
+    assert find_credentials("h:1", environ) == expected  # they are for no host yet
+    environ["ENGINESMITH_OCI_HOST"] = "h:1"
     assert find_credentials("h:1", environ) == Credentials(username="eve", password="x")
+    assert find_credentials("other:1", environ) is None
     assert "pass:word" not in repr(expected)
 
 
@@ -122,16 +136,37 @@ def test_credentials_come_from_the_environment_before_docker(tmp_path: Path) -> 
         ("https://ghcr.io", "http://ghcr.io/token"),
         ("http://localhost", "ftp://localhost/token"),
         ("https://ghcr.io", ""),
+        ("https://ghcr.io", "https://evil.example/token"),
+        ("https://ghcr.io", "https://ghcr.io.evil.example/token"),
+        ("https://10.0.0.1", "https://10.1.0.1/token"),
+        ("https://registry", "https://token.registry/token"),
+        ("http://registry.lan", "http://registry.lan/token"),
     ],
 )
-def test_a_password_goes_to_no_realm_without_tls(api: str, realm: str) -> None:
+def test_a_password_goes_in_clear_or_to_another_domain_never(api: str, realm: str) -> None:
     def fetch(url: str, headers: object) -> tuple[int, bytes]:
         pytest.fail(f"{url} was asked")
 
     credentials = Credentials(username="bob", password="s3cret")
     authorizer = Authorizer(api=api, credentials=credentials, fetch=fetch)
-    with pytest.raises(AccessError, match="https"):
+    with pytest.raises(AccessError, match=r"https|TLS"):
         authorizer.answer("repository:a:pull", f'Bearer realm="{realm}",service="x"', None)
+
+
+def test_a_token_service_of_the_same_domain_gets_the_password() -> None:
+    asked = []
+
+    def fetch(url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        asked.append((url.partition("?")[0], headers["Authorization"]))
+        return 200, b'{"token": "t"}'
+
+    credentials = Credentials(username="bob", password="s3cret")
+    authorizer = Authorizer(
+        api="https://registry-1.docker.io", credentials=credentials, fetch=fetch
+    )
+    realm = "https://auth.docker.io/token"
+    assert authorizer.answer("s", f'Bearer realm="{realm}",service="x"', None)
+    assert asked == [(realm, credentials.header())]
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"token": 3}', b'{"token": "a\\nb"}', b"[]", b"x"])

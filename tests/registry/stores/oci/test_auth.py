@@ -8,125 +8,161 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    AccessError,
-)
+from pipeline.core.errors import AccessError, PipelineError
+from pipeline.core.values import Package
 from pipeline.registry.stores.oci import upload
-from tests.registry.stores.oci.conftest import Sealed, plan, put
+from tests.registry.packages import place_of
+from tests.registry.stores.oci.conftest import assert_readable, put, read
 from tests.registry.stores.oci.server import (
     PASSWORD,
     USER,
+    FakeRegistry,
     Handler,
     basic,
     fake_registry,
+    once,
 )
 
 
-@pytest.fixture
-def login(monkeypatch: pytest.MonkeyPatch) -> None:
+def log_in(monkeypatch: pytest.MonkeyPatch, fake: FakeRegistry, password: str = PASSWORD) -> None:
+    monkeypatch.setenv("ENGINESMITH_OCI_HOST", fake.host)
     monkeypatch.setenv("ENGINESMITH_OCI_USERNAME", USER)
-    monkeypatch.setenv("ENGINESMITH_OCI_PASSWORD", PASSWORD)
+    monkeypatch.setenv("ENGINESMITH_OCI_PASSWORD", password)
 
 
-@pytest.mark.usefixtures("login")
 @pytest.mark.parametrize("auth", ["bearer", "basic"])
-def test_credentials_open_a_registry(sealed: Sealed, auth: str) -> None:
-    with fake_registry(auth=auth) as fake:
-        store = fake.store()
-        store.check_writable()
-        assert put(store, sealed)
-        sealed.assert_readable(store)
-        asked = [one.path for one in fake.seen if one.path.startswith("/token")]
-        assert (len(asked) <= 4) if auth == "bearer" else not asked
-        if auth == "bearer":
-            password_seen = [
-                one for one in fake.seen if one.headers.get("Authorization") == basic()
-            ]
-            assert {one.path[:6] for one in password_seen} == {"/token"}
+def test_who_has_a_password_gets_in_and_it_goes_to_the_token_service_alone(
+    fake: FakeRegistry, package: Package, auth: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.auth = auth
+    log_in(monkeypatch, fake)
+    store = fake.store()
+    store.check_writable()
+    assert put(store, package)
+    assert_readable(store, package)
+    asked = [one.path for one in fake.seen if one.path.startswith("/token")]
+    assert (len(asked) <= 6) if auth == "bearer" else not asked
+    if auth == "bearer":
+        told = [one.path[:6] for one in fake.seen if one.headers.get("Authorization") == basic()]
+        assert set(told) == {"/token"}
 
 
 def test_docker_login_opens_a_registry(
-    sealed: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeRegistry, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    with fake_registry(auth="bearer") as fake:
-        secret = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        config = {"auths": {fake.host: {"auth": secret}, "other": {}}}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert put(fake.store(), sealed)
-        (tmp_path / "config.json").write_text('{"auths": ["' + secret)
-        with pytest.raises(AccessError) as caught:
-            fake.store().names()
-        assert secret not in str(caught.value)
+    fake.auth = "bearer"
+    secret = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    config = {"auths": {fake.host: {"auth": secret}, "other": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert put(fake.store(), package)
+    (tmp_path / "config.json").write_text('{"auths": ["' + secret)
+    with pytest.raises(AccessError) as caught:
+        fake.store()
+    assert secret not in str(caught.value)
 
 
 @pytest.mark.parametrize("auth", ["bearer", "basic"])
+@pytest.mark.parametrize("password", ["", "wr0ng"])
 def test_no_or_wrong_credentials_are_refused_at_once_and_never_shown(
-    sealed: Sealed, auth: str, monkeypatch: pytest.MonkeyPatch
+    fake: FakeRegistry,
+    package: Package,
+    auth: str,
+    password: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with fake_registry(auth=auth) as fake:
-        for password in ("", "wr0ng"):
-            if password:
-                monkeypatch.setenv("ENGINESMITH_OCI_USERNAME", USER)
-                monkeypatch.setenv("ENGINESMITH_OCI_PASSWORD", password)
-            fake.seen.clear()
-            with pytest.raises(AccessError, match="ENGINESMITH_OCI_USERNAME") as caught:
-                put(fake.store(), sealed)
-            assert len(fake.seen) <= 3
-            assert "wr0ng" not in str(caught.value)
-            assert "wr0ng" not in repr(fake.store())
+    fake.auth = auth
+    if password:
+        log_in(monkeypatch, fake, password)
+    with pytest.raises(AccessError, match="ENGINESMITH_OCI_HOST") as caught:
+        put(fake.store(), package)
+    assert len(fake.seen) <= 3
+    assert "wr0ng" not in str(caught.value)
+    assert "wr0ng" not in repr(fake.store())
 
 
-@pytest.mark.usefixtures("login")
-def test_a_token_that_ended_is_renewed_once(sealed: Sealed) -> None:
-    with fake_registry(auth="bearer") as fake:
-        store = fake.store()
-        put(store, sealed)
-        fake.tokens.clear()
-        sealed.assert_readable(store)
-        fake.tokens.clear()
-
-        def revoke(handler: Handler) -> bool:
-            fake.tokens.clear()
-            return False
-
-        fake.faults.append(revoke)
+def test_a_password_of_one_registry_never_goes_to_another(
+    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(monkeypatch, fake)
+    with fake_registry(auth="basic") as other:
         with pytest.raises(AccessError):
-            store.read_manifest(sealed.place)
+            put(other.store(), package)
+        assert all("Authorization" not in one.headers for one in other.seen)
 
 
-@pytest.mark.usefixtures("login")
+def test_a_token_that_ended_is_renewed_once(
+    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.auth = "bearer"
+    log_in(monkeypatch, fake)
+    store = fake.store()
+    put(store, package)
+    fake.tokens.clear()
+    assert_readable(store, package)
+
+    def revoke(handler: Handler) -> bool:
+        fake.tokens.clear()
+        return False
+
+    fake.faults.append(revoke)
+    with pytest.raises(AccessError):
+        fake.store().read_manifest(place_of(package))
+
+
 def test_a_token_that_ends_during_an_upload_is_renewed(
-    sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "PART_BYTES", 256 << 10)
-    with fake_registry(auth="bearer") as fake:
-        parts = 0
+    fake.auth = "bearer"
+    log_in(monkeypatch, fake)
+    parts = 0
 
-        def revoke(handler: Handler) -> bool:
-            nonlocal parts
-            parts += handler.command == "PATCH"
-            if handler.command == "PATCH" and parts == 4:
-                fake.tokens.clear()
-            return False
+    def revoke(handler: Handler) -> bool:
+        nonlocal parts
+        parts += handler.command == "PATCH"
+        if handler.command == "PATCH" and parts == 4:
+            fake.tokens.clear()
+        return False
 
-        fake.faults.append(revoke)
-        assert put(fake.store(), sealed)
-        sealed.assert_readable(fake.store())
+    fake.faults.append(revoke)
+    assert put(fake.store(), package)
+    assert_readable(fake.store(), package)
 
 
-@pytest.mark.usefixtures("login")
-def test_a_redirect_to_another_host_gets_no_credentials(sealed: Sealed) -> None:
-    with fake_registry(auth="bearer") as fake, fake_registry(blobs=fake.blobs) as other:
-        put(fake.store(), sealed)
+def test_a_redirect_to_another_host_gets_no_credentials(
+    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.auth = "bearer"
+    log_in(monkeypatch, fake)
+    with fake_registry(blobs=fake.blobs) as other:
+        put(fake.store(), package)
         fake.blobs_at = other.host
-        sealed.assert_readable(fake.store())
+        assert_readable(fake.store(), package)
         assert other.seen
-        assert all("Authorization" not in one.headers for one in other.seen)
         fake.auth = ""
-        other.auth = "bearer"  # it sends us to its own realm: nobody tells it the password
-        other.seen.clear()
+        other.auth = "bearer"  # it sends us to its own realm, which is not told the password
         with pytest.raises(AccessError) as caught:
-            plan(fake.store(), sealed)
+            read(fake.store(), package)
         assert all("Authorization" not in one.headers for one in other.seen)
         assert "signature=hidden" not in str(caught.value)
+
+
+def test_an_upload_is_sent_to_no_other_host(fake: FakeRegistry, package: Package) -> None:
+    with fake_registry() as other:
+        elsewhere = f"http://{other.host}/v2/engines/tiny/blobs/uploads/1"
+        away = once("POST", part="/uploads/", act=lambda h: h.answer(202, Location=elsewhere))
+        fake.faults.append(away)
+        with pytest.raises(AccessError, match="another host"):
+            put(fake.store(), package)
+        assert other.seen == []
+
+
+def test_what_a_server_chose_is_printed_without_control_characters(
+    fake: FakeRegistry, package: Package
+) -> None:
+    body = json.dumps({"errors": [{"code": "\x1b[2J", "message": "\x1b]0;x\x07"}]}).encode()
+    fake.faults.append(once("GET", "POST", part="", act=lambda h: h.answer(400, body), times=99))
+    with pytest.raises(PipelineError) as caught:
+        put(fake.store(), package)
+    assert str(caught.value).isprintable()
