@@ -13,10 +13,9 @@ from pipeline import cli
 from pipeline.__main__ import Request
 from pipeline.commands.answer import Answer
 from pipeline.core.errors import ExitCode, NotFoundError
-from pipeline.core.values import Engine, Licence, Limits, Weights
-from pipeline.registry.manifest import Label
-from pipeline.registry.package import seal
+from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry
+from tests.registry.packages import sealed_package
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,30 +43,10 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture
 def published(workdir: Path) -> str:
-    """A package in ./artifacts."""
-    engine_dir = workdir / "engine"
-    engine_dir.mkdir()
-    (engine_dir / "model.plan").write_bytes(b"plan")
-    engine = Engine(
-        dir=engine_dir,
-        digest="e" * 64,
-        format="trtrtx",
-        variant="sm89-trtrtx-fp8-b8-s1024",
-        runtime=("tensorrt-rtx", "1.7.1.116"),
-        sms=(89,),
-        limits=Limits(
-            max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
-        ),
-        min_vram_bytes=1 << 30,
-    )
-    weights = Weights(
-        dir=workdir, origin="local:x", commit=None, files=(), licence=Licence(spdx="MIT")
-    )
-    key = "b" * 64
-    label = Label(name="tiny", version=f"1.0-{key[:12]}", build_key=key, config={})
-    registry = FolderRegistry(path=workdir / "artifacts")
-    with registry.staging() as staging:
-        return str(registry.publish(seal(staging, engine, weights, label)))
+    """An unsigned package in ./artifacts."""
+    package = sealed_package(workdir / "sealed", {"model.plan": b"plan"})
+    FolderRegistry(path=workdir / "artifacts").store().put_package(package, [], lambda count: None)
+    return str(reference_of(package))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -151,19 +130,22 @@ def test_list_and_show_name_the_package(published: str) -> None:
     assert published in invoke("list").output
     (entry,) = json.loads(invoke("list", "--json").output)["packages"]
     assert entry["reference"] == published
-    assert entry["verdict"] is None
-    assert entry["digest"] in invoke("show", "tiny:1.0-bbbbbbbbbbbb").output
+    assert entry["state"] == "unsigned"
+    assert entry["digest"] in invoke("show", f"tiny@sha256:{entry['digest']}").output
     shown = json.loads(invoke("show", published, "--json").output)
     assert shown["manifest"]["name"] == "tiny"
 
 
-def test_damaged_package_is_shown_and_exits_4(published: str, workdir: Path) -> None:
+def test_damaged_package_is_listed_as_such_and_exits_4(published: str, workdir: Path) -> None:
     (plan,) = (workdir / "artifacts").rglob("model.plan")
     plan.chmod(0o644)
     plan.write_bytes(b"evil")
-    done = invoke("show", published)
-    assert done.exit_code == 4
-    assert "damaged" in done.output
+    assert process("verify", published, "--allow-unsigned").returncode == 4
+    (manifest,) = (workdir / "artifacts").rglob("manifest.json")
+    manifest.chmod(0o644)
+    manifest.write_bytes(b"{}")
+    assert "damaged" in invoke("list").output
+    assert process("show", published).returncode == 4
 
 
 def test_unknown_package_is_one_message_and_exits_7() -> None:
@@ -176,10 +158,10 @@ def test_unknown_package_is_one_message_and_exits_7() -> None:
 def test_bug_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(self: FolderRegistry) -> None:
+    def broken(*arguments: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(FolderRegistry, "entries", broken)
+    monkeypatch.setattr("pipeline.registry.listing.entries", broken)
     monkeypatch.setattr(sys, "argv", ["enginesmith", "list"])
     assert cli.main() == 1
     assert "Traceback" in capsys.readouterr().err
@@ -189,10 +171,10 @@ def test_bug_keeps_its_traceback(
 def test_exit_code_of_any_command(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    def fail(self: FolderRegistry) -> None:
+    def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(FolderRegistry, "entries", fail)
+    monkeypatch.setattr("pipeline.registry.listing.entries", fail)
     monkeypatch.setattr(sys, "argv", ["enginesmith", "list"])
     try:
         found = cli.main()

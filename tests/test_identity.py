@@ -11,7 +11,7 @@ from pipeline.config.load import load
 from pipeline.core.hardware import Target
 from pipeline.core.values import FileDigest, Licence, Weights
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
-from pipeline.identity import build_key, shaping_config, statement_name, version_of
+from pipeline.identity import build_key, shaping_config
 from pipeline.quant.modelopt_fp8 import ModelOptFp8
 from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
 
@@ -115,8 +115,3 @@ def test_key_changes_with_every_other_setting(change: dict[str, Any]) -> None:
 def test_manifest_config_holds_no_local_path_and_leaves_its_input_alone() -> None:
     assert shaping_config(CONFIG)["source"] == {"licence": "MIT"}
     assert CONFIG["source"]["path"] == "/home/me/model"
-
-
-def test_names_carry_the_first_twelve_digits() -> None:
-    assert version_of("1.0.0", "0123456789abcdef") == "1.0.0-0123456789ab"
-    assert statement_name("0123456789abcdef") == "test-0123456789ab"

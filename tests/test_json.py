@@ -14,7 +14,7 @@ import pytest
 from pipeline import accept as acceptance
 from pipeline import cli
 from pipeline.core.targets import target_of_card
-from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.trust.keys import generate_key, write_key_pair
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 COMMANDS = sorted(str(command.name) for command in cli.app.registered_commands)
@@ -35,10 +35,12 @@ DONE: dict[str, tuple[str, ...]] = {
     "new": ("fresh", "--from", "model", *OWN),
     "plan": ("tiny", *CHECKPOINT, *OWN),
     "promote": ("tiny:candidate", "--channel", "candidate"),
-    "pull": ("tiny:candidate", "--to", "pulled", "--gpu", "none"),
+    "policy": ("taken.key.pub",),
+    "pull": ("tiny:candidate", "--to", "pulled", "--gpu", "none", "--accept-unproven"),
     "rehearse": ("tiny", *CHECKPOINT, *OWN),
     "rollback": ("tiny", "--channel", "candidate"),
     "show": ("tiny:candidate",),
+    "sign": ("tiny:candidate", "--key", "taken.key"),
     "verify": ("tiny:candidate",),
     "yank": ("tiny:candidate", "--reason", "crashes"),
 }
@@ -57,11 +59,13 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "new": (8, ("tiny", "--from", "model", *OWN)),
     "plan": (2, ("tiny", *CHECKPOINT, "compiler.max_seq_len=1000000", *OWN)),
     "promote": (7, ("nosuch",)),
+    "policy": (8, ("taken.key.pub", "--out", "taken.key")),
     "pull": (7, ("nosuch", "--to", "pulled", "--gpu", "none")),
     "race": (2, ("nosuch",)),
     "rehearse": (2, ("nosuch",)),
     "rollback": (7, ("nosuch",)),
     "show": (7, ("nosuch",)),
+    "sign": (7, ("nosuch", "--key", "taken.key")),
     "verify": (7, ("nosuch",)),
     "yank": (2, ("tiny:candidate",)),
 }
@@ -72,7 +76,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
 def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A place with two packages that were in `candidate`, one after the other."""
     place = make_workplace(tmp_path_factory.mktemp("built") / "place")
-    for more in ((), ("--rebuild",)):
+    for more in ((), ("version=2.0",)):
         done = place.build(*QUICK, *more)
         assert done.returncode == 0, done.stderr
     return place
@@ -84,7 +88,7 @@ def place(built: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     place = built.copy(tmp_path / "place")
     (place.root / "model").symlink_to(built.root / "model")
     (place.root / "checkpoint").symlink_to(place.packages()[0] / "engine")
-    (place.root / "taken.key").touch()
+    write_key_pair(generate_key(), place.root / "taken.key")
     for name in set(os.environ) - set(place.env):
         monkeypatch.delenv(name)
     for name, value in place.env.items():
@@ -161,14 +165,14 @@ def test_wrong_usage_is_the_same_object(
 def test_what_else_is_printed_goes_to_stderr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: Terminal
 ) -> None:
-    def chatter(self: FolderRegistry) -> list[Any]:
+    def chatter(*arguments: object) -> list[Any]:
         print("a library's banner")
         os.write(1, b"native code\n")
         subprocess.run([sys.executable, "-c", "print('another program')"], check=True)
         return []
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(FolderRegistry, "entries", chatter)
+    monkeypatch.setattr("pipeline.registry.listing.entries", chatter)
     code, value, err = terminal.ask("list")
     assert (code, value["packages"]) == (0, [])
     assert all(said in err for said in ("a library's banner", "native code", "another program"))
@@ -182,11 +186,11 @@ def test_what_ends_a_command_is_told_to_programs(
     monkeypatch: pytest.MonkeyPatch,
     terminal: Terminal,
 ) -> None:
-    def fail(self: FolderRegistry) -> None:
+    def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(FolderRegistry, "entries", fail)
+    monkeypatch.setattr("pipeline.registry.listing.entries", fail)
     code, value, _ = terminal.ask("list")
     assert (code, value["exit_code"]) == (wanted, wanted)
     assert value["message"]

@@ -56,14 +56,15 @@ def entries(store: Store, terms: Terms) -> list[Entry]:
         store: Where to look.
         terms: Whose statements count; yanked versions are listed, too.
     """
-    remembering = RememberingStore(store=store, root=cache_root())
+    if not store.local:  # a folder of this machine is read as fast as what is remembered of it
+        store = RememberingStore(store=store, root=cache_root())
     shown = replace(terms, allow_yanked=True)
-    places = sorted(remembering.statement_names())
-    pointers = _pointers(remembering, places, terms)
+    places = sorted(store.statement_names())
+    pointers = _pointers(store, places, terms)
 
     def look(place: Place) -> Entry | None:
         try:
-            found = examine(remembering, place, shown)
+            found = examine(store, place, shown)
         except NotFoundError:
             return None  # removed meanwhile
         except (CorruptError, UntrustedError) as error:

@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import RecipeError
-from pipeline.registry.package import verify
+from pipeline.registry.manifest import manifest_at
+from pipeline.registry.policy import require_manifest_publishable
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.command import compose
 
@@ -54,14 +55,14 @@ def test_every_recipe_is_rehearsed_in_every_format(recipe: str, tmp_path: Path) 
     assert "not run: trtllm-build --checkpoint_dir" in trtllm["detail"]
     assert not (tmp_path / "artifacts").exists()
 
-    entries = FolderRegistry(path=tmp_path / "kept" / "registry").entries()
-    assert len(entries) == 2
-    for entry in entries:
-        assert entry.manifest is not None
-        assert entry.manifest["source"]["weights"] == "random"
+    store = FolderRegistry(path=tmp_path / "kept" / "registry").store()
+    places = store.places()
+    assert len(places) == 2
+    for place in places:
+        manifest, _ = manifest_at(store, place)
+        assert manifest["source"]["random"] is True
         with pytest.raises(RecipeError, match="random"):
-            FolderRegistry(path=tmp_path / "mine").publish(verify(Path(entry.where)))
-    assert not list(tmp_path.glob("mine/*/*"))
+            require_manifest_publishable(manifest, public=False)
 
 
 @pytest.mark.slow

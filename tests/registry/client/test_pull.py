@@ -181,7 +181,7 @@ def test_the_newest_verdict_of_a_card_decides_whatever_the_store_dates_or_names(
     for path in (folder, *folder.iterdir()):
         os.utime(path, (4e9, 4e9))
     shutil.copytree(folder, folder.with_name("test-ffffffffffffffff"))
-    with pytest.raises(IncompatibleError, match=f"regression on {CARD}"):
+    with pytest.raises(IncompatibleError, match="regression"):
         shop.pull()
 
 
