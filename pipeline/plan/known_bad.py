@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.errors import Fault
 from pipeline.core.settings import STRICT, Listed
 from pipeline.formats.spec import format_specs
 from pipeline.plan.request import PlanRequest
@@ -115,6 +116,19 @@ class KnownBad:
 def matching_rows(request: PlanRequest) -> tuple[KnownBad, ...]:
     """The rows whose conditions hold, in the order of the table."""
     return tuple(row for row in known_bad_table() if row.when.holds(request))
+
+
+def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
+    """Errors of the table that hold for a checkpoint whatever the card and the runtime."""
+    given = {"architecture": architecture, "kv_cache_dtype": kv_cache_dtype}
+    faults = []
+    for row in known_bad_table():
+        conditions = {key: value for key, value in asdict(row.when).items() if value is not None}
+        if row.severity != "error" or not conditions.keys() <= given.keys():
+            continue
+        if all(given[key] in allowed for key, allowed in conditions.items()):
+            faults.append(Fault("kv_cache_dtype", f"{row.message} ({row.source})"))
+    return faults
 
 
 @cache

@@ -91,11 +91,11 @@ class TrtLlmCompiler:
             )
         # The next three TensorRT-LLM would only warn of, and build something else:
         # check_max_num_tokens in _common.py.
-        most = self.max_batch_size * self.max_seq_len
+        most = max(self.max_batch_size * self.max_seq_len, self.plugins.tokens_per_block)
         if self.max_num_tokens > most:
             raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be <= max_batch_size x max_seq_len "
-                f"({most}); decrease compiler.max_num_tokens"
+                f"max_num_tokens ({self.max_num_tokens}) must be <= {most} (max_batch_size x "
+                "max_seq_len, or plugins.tokens_per_block); decrease compiler.max_num_tokens"
             )
         if self.max_num_tokens < self.plugins.tokens_per_block:
             raise ValueError(
