@@ -65,7 +65,7 @@ def _input_nodes(w: OnnxWriter, module: str, x: str, scale: np.float32) -> str:
     return w.op("DequantizeLinear", inputs, f"{module}.input.dq", output_dtype=w.dtype)
 
 
-def weight_nodes(w: OnnxWriter, module: str, codes: str, scale: np.float32) -> str:
+def _weight_nodes(w: OnnxWriter, module: str, codes: str, scale: np.float32) -> str:
     """The checkpoint's E4M3 codes, dequantized in the graph."""
     import numpy as np
 
@@ -87,5 +87,5 @@ SPEC = QuantSpec(
     dequantize=dequantize,
     round_input=round_to_e4m3,
     modelopt_config=modelopt_config,
-    onnx=OnnxPattern(weight=weight_nodes, input=_input_nodes, operands="fp8_e4m3"),
+    onnx=OnnxPattern(weight=_weight_nodes, input=_input_nodes, operands="fp8_e4m3"),
 )

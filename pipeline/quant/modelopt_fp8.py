@@ -166,7 +166,7 @@ class ModelOptFp8:
         )
         shutil.rmtree(exported)
         fp8 = [name for name in spec.modules if name not in kept]
-        verify_checkpoint(out_dir, weights.dir, set(fp8))
+        ledger = verify_checkpoint(out_dir, weights.dir, SPEC, set(fp8))
         record = {
             "text": {"origin": calibration.text.origin, "digest": text_digest(documents)},
             "tools": {name: version(name) for name in _TOOLS},
@@ -175,6 +175,7 @@ class ModelOptFp8:
             "amax": amax,
             "outliers": outliers,
             "shared_scale": {label: list(names) for label, names in sorted(groups.items())},
+            "ledger": ledger.to_json(),
             "quantized_linears": fp8,
             "kept_16bit": sorted(kept),
         }

@@ -14,6 +14,7 @@ from pipeline.core.values import Checkpoint
 from pipeline.model.read import read_spec
 from pipeline.quant.calibration import FP8_E4M3_MAX
 from pipeline.quant.export import normalize_export
+from pipeline.quant.fp8 import SPEC
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.quant.verify import verify_checkpoint
 from tests.architectures import ARCHITECTURES
@@ -182,7 +183,7 @@ def test_missing_tensor_is_found_by_verification(
     root: Path, tmp_path: Path, name: str, tensor: str
 ) -> None:
     made = architecture_checkpoint(root, name)
-    verify = partial(verify_checkpoint, weights_dir=made.weights.dir)
+    verify = partial(verify_checkpoint, weights_dir=made.weights.dir, precision=SPEC)
     verify(made.dir, quantized_linears=set(made.quantized_linears))
     folder = changed_copy(made, tmp_path / "copy", tensor)
     with pytest.raises(CorruptError, match=f"{tensor} is missing"):
