@@ -154,7 +154,10 @@ def test_pattern_for_split_linears_is_refused_where_they_are_fused(root: Path) -
     with pytest.raises(RecipeError) as caught:
         architecture_checkpoint(root, "phi3", "model.layers.*.self_attn.q_proj")
     (fault,) = caught.value.faults
-    assert "matches no linear of this model; names look like model.layers.0.self_attn." in fault.message
+    assert (
+        "matches no linear of this model; names look like model.layers.0.self_attn."
+        in fault.message
+    )
 
 
 def changed_copy(made: Checkpoint, folder: Path, name: str) -> Path:
