@@ -105,7 +105,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
             return finished(published.package, *known, started=started, taken=True)
 
         require_room(plan, cache.root)
-        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
+        checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
         with recipe.registry.staging() as staging:
             if published:

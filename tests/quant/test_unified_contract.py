@@ -12,9 +12,9 @@ import pytest
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.values import Checkpoint
 from pipeline.model.read import read_spec
-from pipeline.quant.calibration import FP8_E4M3_MAX
 from pipeline.quant.export import normalize_export
 from pipeline.quant.fp8 import SPEC
+from pipeline.quant.spec import FP8_E4M3_MAX
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.quant.verify import verify_checkpoint
 from tests.architectures import ARCHITECTURES
@@ -196,4 +196,6 @@ def test_missing_tensor_is_found_by_verification(
 def test_cache_scale_that_was_not_calibrated_is_refused(root: Path, tmp_path: Path) -> None:
     made = architecture_checkpoint(root, "phi3")
     with pytest.raises(CorruptError, match=r"self_attn\.[kv]_proj\.[kv]_scale, which calibration"):
-        normalize_export(made.dir, made.weights.dir, tmp_path, kept_16bit=(), cache_scales={})
+        normalize_export(
+            made.dir, made.weights.dir, tmp_path, precision=SPEC, kept_16bit=(), cache_scales={}
+        )
