@@ -22,6 +22,7 @@ from pipeline.formats.trtllm.command import (
     TIMING_CACHE_FILE,
     BuildPaths,
     BuildSizes,
+    Plugins,
     build_command,
 )
 from pipeline.formats.trtllm.convert.config import Dtype
@@ -31,7 +32,6 @@ from pipeline.formats.trtllm.convert.stage import (
     TrtLlmSettings,
     write_checkpoint,
 )
-from pipeline.formats.trtllm.plugins import Plugins
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.declared import declared_quantization
 from pipeline.quant.export import copy_companions

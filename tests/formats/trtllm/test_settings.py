@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from pipeline.core.data import shipped as shipped_option
 from pipeline.core.errors import RecipeError
+from pipeline.formats.trtllm.command import Plugins
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
-from pipeline.formats.trtllm.plugins import Plugins
 from tests.formats.trtllm.fakes import bare_machine
 from tests.formats.trtllm.settings import compiler
 from tests.quant.tiny_quantized import ADA
