@@ -134,7 +134,7 @@ def test_card_without_a_format_leaves_its_sizes_out_and_says_why() -> None:
     assert any("TensorRT-RTX has no Hopper" in line for line in report(made, None))
     assert loaded().target.id == "h100"
     (job,) = load("mine", ["compiler=trtrtx"], folders=config_folders(None)).jobs
-    assert "no sizes for compiler=trtrtx" in job.faults[0].message
+    assert "TensorRT-RTX has no Hopper" in plan_of(job.value).faults[0].message
 
 
 def test_card_without_fp8_is_refused() -> None:

@@ -40,7 +40,7 @@ def recipe_text(
         "defaults:",
         "  - build",
         f"  - shapes@shape: {_scalar(name)}",
-        f"  - sizes/{name}@compiler: ${{compiler}}",
+        f"  - optional sizes/{name}@compiler: ${{compiler}}",
         f"  - override source: {option}",
         f"  - override target: {_scalar(target)}",
         f"  - override compiler: {compiler}",
