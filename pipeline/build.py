@@ -87,7 +87,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         if found and (taken := take(recipe, found, publisher, run_dir, options)):
             return finished(*taken, started=started, taken=True)
         require_room(plan, cache.root)
-        checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
+        checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
         with publisher.staging() as staging:
             package = seal(

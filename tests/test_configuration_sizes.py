@@ -1,4 +1,4 @@
-"""A recipe's own sizes for each compiler: `- sizes/NAME@compiler: ${compiler}`."""
+"""A recipe's own sizes for each compiler: `- optional sizes/NAME@compiler: ${compiler}`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECIPE = """\
 defaults:
   - build
   - shapes@shape: smollm2
-  - sizes/own.1@compiler: ${compiler}
+  - optional sizes/own.1@compiler: ${compiler}
   - override source: embedded
   - override compiler: checkpoint
   - _self_
@@ -78,20 +78,11 @@ def test_sweep_over_compilers_gives_each_job_its_sizes(folders: ConfigFolders) -
     assert [compiler_of(job).max_seq_len for job in loaded.jobs] == [700, 900]
 
 
-def test_compiler_without_sizes_is_one_fault_that_names_the_file(folders: ConfigFolders) -> None:
+def test_compiler_without_sizes_keeps_those_of_its_option(folders: ConfigFolders) -> None:
     (folders.recipes[0] / "sizes" / "own.1" / "trtrtx.yaml").unlink()
-    (fault,) = only(folders, "compiler=trtrtx").faults
-    assert fault.path == "compiler"
-    assert "no sizes for compiler=trtrtx; it has them for: checkpoint" in fault.message
-    assert "sizes/own.1/trtrtx.yaml" in fault.message
-
-
-def test_recipe_whose_own_compiler_has_no_sizes_says_the_same(folders: ConfigFolders) -> None:
-    own = folders.recipes[0]
-    (own / "sizes" / "own.1" / "checkpoint.yaml").unlink()
-    (fault,) = only(folders).faults
-    assert fault.path == "compiler"
-    assert "no sizes for compiler=checkpoint; it has them for: trtrtx" in fault.message
+    job = only(folders, "compiler=trtrtx")
+    assert job.faults == ()
+    assert compiler_of(job).max_seq_len == 1024
 
 
 def test_bad_size_is_a_fault_of_its_key(folders: ConfigFolders) -> None:
@@ -108,18 +99,15 @@ def test_runner_follows_the_compiler_unless_it_is_chosen(folders: ConfigFolders)
     assert only(folders, "runner=onnxruntime").value.runner.name == "onnxruntime"
 
 
-def test_compiler_of_a_users_own_asks_for_a_runner(folders: ConfigFolders) -> None:
+def test_compiler_option_of_a_users_own_is_one_file(folders: ConfigFolders) -> None:
     own = folders.recipes[0]
     (own / "compiler").mkdir()
     option = (folders.conf / "compiler" / "trtrtx.yaml").read_text()
-    (own / "compiler" / "mine.yaml").write_text(option)
-    (own / "sizes" / "own.1" / "mine.yaml").write_text(SIZES["trtrtx"])
-    (fault,) = only(folders, "compiler=mine").faults
-    assert fault.path == "runner"
-    assert "runner=OPTION" in fault.message
-    job = only(folders, "compiler=mine", "runner=onnxruntime")
+    (own / "compiler" / "mine.yaml").write_text(option.replace("1024", "900"))
+    job = only(folders, "compiler=mine")
     assert job.faults == ()
     assert compiler_of(job).max_seq_len == 900
+    assert job.value.runner.name == "onnxruntime"
 
 
 def test_acknowledging_a_licence_does_not_ask_for_another_name() -> None:

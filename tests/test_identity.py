@@ -12,7 +12,7 @@ from pipeline.core.hardware import Target
 from pipeline.core.values import FileDigest, Licence, Weights
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.identity import build_key, shaping_config
-from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.fp8 import Fp8Quantizer
 from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
 
 WEIGHTS = Weights(
@@ -46,7 +46,7 @@ SMOLLM2 = load("smollm2", [], folders=config_folders(None)).one_job().value
 def key(
     weights: Weights,
     target: Target,
-    quantizer: ModelOptFp8,
+    quantizer: Fp8Quantizer,
     compiler: CheckpointCompiler,
     config: dict[str, Any],
 ) -> str:

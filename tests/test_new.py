@@ -21,10 +21,8 @@ from pipeline.model.read import spec_faults
 from pipeline.new.command import NewRecipe, new_recipe, report
 from pipeline.new.place import place
 from tests.architectures import ARCHITECTURES, tiny_architecture
+from tests.specs import published
 from tests.tiny_recipe import ROOT
-
-MODELS = Path(__file__).parent / "model_configs"
-"""Configurations of published models, by name, as `config.json` states them."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +39,6 @@ def folder_of(config: dict[str, Any], name: str = "model") -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def published(name: str, **changes: Any) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((MODELS / f"{name}.json").read_text())
-    return {**config, **changes}
 
 
 def new(folder: Path, name: str = "mine", **options: Any) -> NewRecipe:
@@ -83,10 +76,10 @@ def test_every_tiny_model_makes_a_round_trip(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "kv_cache_dtype", "context"),
     [
-        ("llama-3.2-1b", "fp8", 4096),
-        ("phi-4-mini", "fp8", 4096),  # where its short factors end, of 131072
-        ("qwen2.5-0.5b", "bfloat16", 4096),
-        ("phi-3-mini-4k", "fp8", 2047),  # its sliding window
+        ("llama-3.2-1b-instruct", "fp8", 4096),
+        ("phi-4-mini-instruct", "fp8", 4096),  # where its short factors end, of 131072
+        ("qwen2.5-0.5b-instruct", "bfloat16", 4096),
+        ("phi-3-mini-4k-instruct", "fp8", 2047),  # its sliding window
     ],
 )
 def test_published_siblings_get_sizes_kv_dtype_and_two_workloads(
@@ -108,7 +101,7 @@ def test_published_siblings_get_sizes_kv_dtype_and_two_workloads(
 
 
 def test_shipped_recipe_and_new_one_of_the_same_model_agree_on_the_shape() -> None:
-    new(folder_of(published("phi-3-mini-4k")))
+    new(folder_of(published("phi-3-mini-4k-instruct")))
     assert loaded().shape == loaded("phi3", "compiler=checkpoint").shape
 
 
@@ -118,10 +111,11 @@ def test_smaller_card_and_larger_model_get_smaller_sizes() -> None:
     assert 4 <= static.batch < paged.batch < 64
     batches = [workload.batch for workload in loaded().acceptance.targets]
     assert batches == [4, static.batch]
-    # Twice the batch does not fit, so it is the largest of the halves.
+    # One more does not fit: it is the largest that the recipe's own plan accepts.
     limits = loaded("mine", "compiler=trtrtx").compiler.limits
-    doubled = (f"compiler.max_batch_size={2 * limits.max_batch_size}", "compiler=trtrtx")
-    assert [f.path for f in plan_of(loaded("mine", *doubled)).faults] == ["compiler.max_batch_size"]
+    more = (f"compiler.max_batch_size={limits.max_batch_size + 1}", "compiler=trtrtx")
+    assert [f.path for f in plan_of(loaded("mine", *more)).faults] == ["compiler.max_batch_size"]
+    assert plan_of(loaded("mine", "compiler=trtrtx")).fit.full_length_sequences == static.batch
 
 
 def test_model_too_large_exits_2_with_the_amount_and_writes_nothing() -> None:
@@ -134,36 +128,35 @@ def test_model_too_large_exits_2_with_the_amount_and_writes_nothing() -> None:
 
 
 def test_card_without_a_format_leaves_its_sizes_out_and_says_why() -> None:
-    made = new(folder_of(published("llama-3.2-1b")), target="h100")
+    made = new(folder_of(published("llama-3.2-1b-instruct")), target="h100")
     assert tuple(made.sizes) == ("trtllm", "checkpoint")
     assert "TensorRT-RTX has no Hopper" in made.left_out["trtrtx"]
     assert any("TensorRT-RTX has no Hopper" in line for line in report(made, None))
     assert loaded().target.id == "h100"
     (job,) = load("mine", ["compiler=trtrtx"], folders=config_folders(None)).jobs
-    assert "no sizes for compiler=trtrtx" in job.faults[0].message
+    assert "TensorRT-RTX has no Hopper" in plan_of(job.value).faults[0].message
 
 
 def test_card_without_fp8_is_refused() -> None:
     with pytest.raises(RecipeError, match="no FP8 tensor cores"):
-        new(folder_of(published("llama-3.2-1b")), target="a100")
+        new(folder_of(published("llama-3.2-1b-instruct")), target="a100")
     assert written() == []
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
-def test_unsupported_architecture_names_the_supported_ones(architectures: Any) -> None:
+@pytest.mark.parametrize("model_type", ["gpt2", None, []])
+def test_unsupported_model_type_names_the_supported_ones(model_type: Any) -> None:
     with pytest.raises(RecipeError) as error:
-        new(folder_of({"architectures": architectures}))
+        new(folder_of({"architectures": ["GPT2LMHeadModel"], "model_type": model_type}))
     assert error.value.exit_code == 2
-    for supported in ("Llama", "Mistral", "Qwen2", "Phi3"):
-        assert f"{supported}ForCausalLM" in str(error.value)
+    assert "llama, mistral, phi3, qwen2, qwen3" in str(error.value)
     assert written() == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
-        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type 'su'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type: 'yarn'"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type: 'su'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized already"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
@@ -174,20 +167,20 @@ def test_config_that_we_do_not_build_is_refused_by_its_key(
     change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        new(folder_of(published("llama-3.2-1b", **change)))
+        new(folder_of(published("llama-3.2-1b-instruct", **change)))
     assert written() == []
 
 
 def test_config_of_wrong_types_is_corrupt() -> None:
     with pytest.raises((CorruptError, RecipeError), match=r"config\.json"):
-        new(folder_of(published("llama-3.2-1b", hidden_size="wide")))
+        new(folder_of(published("llama-3.2-1b-instruct", hidden_size="wide")))
     (Path("model") / "config.json").write_text("[1, 2")
     with pytest.raises(CorruptError, match="not JSON"):
         new(Path("model"))
 
 
 def test_name_that_exists_is_a_conflict_and_is_left_as_it_is() -> None:
-    folder = folder_of(published("llama-3.2-1b"))
+    folder = folder_of(published("llama-3.2-1b-instruct"))
     for shipped in ("smollm2", "phi3", "build"):
         with pytest.raises(ConflictError) as error:
             new(folder, name=shipped)
@@ -205,7 +198,7 @@ def test_file_of_yours_under_that_name_is_a_conflict(orphan: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("yours\n")
     with pytest.raises(ConflictError, match="exists"):
-        new(folder_of(published("llama-3.2-1b")))
+        new(folder_of(published("llama-3.2-1b-instruct")))
     assert written() == [str(path)]
     assert path.read_text() == "yours\n"
 
@@ -221,7 +214,7 @@ def test_file_of_yours_under_that_name_is_a_conflict(orphan: str) -> None:
 )
 def test_wrong_words_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        new(folder_of(published("llama-3.2-1b")), name=name, **options)
+        new(folder_of(published("llama-3.2-1b-instruct")), name=name, **options)
     assert written() == []
 
 
@@ -240,19 +233,19 @@ def test_folder_without_a_config_and_no_name_at_all() -> None:
 
 
 def test_folder_with_any_name_is_found_again() -> None:
-    folder = folder_of(published("llama-3.2-1b"), name="it's: a ${dir} # 1")
+    folder = folder_of(published("llama-3.2-1b-instruct"), name="it's: a ${dir} # 1")
     new(folder)
     assert loaded().source.path == folder.resolve()  # type: ignore[attr-defined]
 
 
 def test_licence_nobody_stated_goes_to_no_public_registry() -> None:
-    made = new(folder_of(published("llama-3.2-1b")))
+    made = new(folder_of(published("llama-3.2-1b-instruct")))
     assert loaded().source.terms.redistribution == "forbidden"
     assert any("no public registry" in line for line in report(made, None))
 
 
 def test_printed_commands_work_wherever_the_recipe_went(workdir: Path) -> None:
-    folder_of(published("llama-3.2-1b"))
+    folder_of(published("llama-3.2-1b-instruct"))
     for words, place_of in [
         ((), "recipes"),
         (("--config-dir", "own dir"), "own dir"),
@@ -271,7 +264,7 @@ def test_printed_commands_work_wherever_the_recipe_went(workdir: Path) -> None:
 
 def test_without_a_recipes_folder_it_goes_here(workdir: Path) -> None:
     (workdir / "recipes").rmdir()
-    folder_of(published("llama-3.2-1b"))
+    folder_of(published("llama-3.2-1b-instruct"))
     done = enginesmith("new", "mine", "--from", "./model", "--target", "l4")
     assert done.returncode == 0, done.stderr
     assert (workdir / "mine.yaml").is_file()
@@ -279,10 +272,10 @@ def test_without_a_recipes_folder_it_goes_here(workdir: Path) -> None:
 
 
 def test_exit_code_and_message_of_the_command() -> None:
-    folder_of({"architectures": ["GPT2LMHeadModel"]})
+    folder_of({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     done = enginesmith("new", "mine", "--from", "./model")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: config.json: architectures: is 'GPT2LMHeadModel'")
+    assert done.stderr.startswith("error: config.json: model_type: is 'gpt2'; the model types")
     assert "Traceback" not in done.stderr
     assert enginesmith("new", "phi3", "--from", "./model").returncode == 8
 
@@ -347,7 +340,7 @@ def test_recipe_is_the_last_file_to_appear(workdir: Path) -> None:
 
 
 def test_files_are_yaml_that_a_person_can_read() -> None:
-    made = new(folder_of(published("phi-4-mini")))
+    made = new(folder_of(published("phi-4-mini-instruct")))
     for path in made.files:
         text = (made.folder / path).read_text()
         assert text.startswith("# ")

@@ -26,8 +26,9 @@ from pipeline.new.command import NewRecipe, new_recipe, report
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
 from tests.sources.tiny_model import SHARDS
+from tests.specs import CONFIGS
 
-CONFIG = (Path(__file__).parent / "model_configs" / "llama-3.2-1b.json").read_bytes()
+CONFIG = (CONFIGS / "llama-3.2-1b-instruct.json").read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -145,8 +146,8 @@ def test_repository_without_a_model_or_with_pickles_only(hub: HubServer) -> None
 
 
 def test_unsupported_architecture_on_the_hub(hub: HubServer) -> None:
-    hub.files["config.json"] = json.dumps({"architectures": ["MixtralForCausalLM"]}).encode()
-    with pytest.raises(RecipeError, match=r"is 'MixtralForCausalLM'.*supported are Llama"):
+    hub.files["config.json"] = json.dumps({"model_type": "mixtral"}).encode()
+    with pytest.raises(RecipeError, match=r"is 'mixtral'; the model types that we read are llama"):
         new()
 
 

@@ -25,6 +25,7 @@ KEPT_TOKENS = 4096
 KL of such classes is never above the whole one (log-sum inequality; Cover and Thomas, Elements of
 Information Theory, theorem 2.7.1), and 150 MB hold what took 900 MB for SmolLM2; how much is lost
 stands in docs/benchmarks.md."""
+_LEAST_REST = 1e-7
 BOOTSTRAP_DRAWS = 2000
 """Resamples behind each interval; 2000 fix the 95 % bounds to about a tenth of their width
 (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13: 1000 or more)."""
@@ -40,7 +41,7 @@ class SourceFigures:
         ids: uint16 or int32 [W, N - 1, K], the most likely next tokens.
         logprobs: float16 [W, N - 1, K], theirs. Rounding to float16 moves a log-probability of -1
             by 0.0005 and the KL by about its square.
-        rest: float32 [W, N - 1], log-probability of all other tokens together; -inf without any.
+        rest: float32 [W, N - 1], log-probability of all other tokens together.
         nll: float32 [W, N - 1], negative log-likelihood of the actual next token, not rounded.
         top1: int32 [W, N - 1], most likely next token.
     """
@@ -108,18 +109,21 @@ def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> dict[
         "ids": ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.int32),
         # Below float16's range a token has no probability to speak of; -inf would be NaN in KL.
         "logprobs": np.maximum(best.values.numpy(), -6e4).astype(np.float16),
-        "rest": _rest(values, ids),
+        "rest": _rest(best.values.numpy()),
         "nll": next_token_nll(values, window),
         "top1": values.argmax(axis=-1).astype(np.int32),
     }
 
 
-def _rest(values: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Log-probability [N - 1] of all tokens but `ids` together; -inf where they are all."""
-    import torch
+def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probability [N - 1] of all tokens but those whose log-probabilities [N - 1, K] these are.
 
-    others = torch.from_numpy(values).scatter(-1, torch.from_numpy(ids), -torch.inf)
-    result: NDArray[np.float32] = others.logsumexp(dim=-1).numpy()
+    No less than `_LEAST_REST`: below it the difference to one is rounding of float32.
+    """
+    import numpy as np
+
+    others = 1.0 - np.exp(kept.astype(np.float64)).sum(axis=-1)
+    result: NDArray[np.float32] = np.log(np.maximum(others, _LEAST_REST)).astype(np.float32)
     return result
 
 
@@ -232,8 +236,7 @@ def divergence(
     first, second = source.logprobs[index].astype(np.float32), np.take_along_axis(values, ids, -1)
     result: NDArray[np.float32] = (np.exp(first) * (first - second)).sum(axis=-1)
     rest = source.rest[index]
-    if np.isfinite(rest).any():
-        result += np.exp(rest) * (rest - _rest(values, ids))
+    result += np.exp(rest) * (rest - _rest(second))
     return result
 
 

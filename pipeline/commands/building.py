@@ -121,31 +121,34 @@ def export_trtllm(
     max_num_tokens: Annotated[
         int | None, typer.Option(min=1, help="For the printed command; by default 8192.")
     ] = None,
-    tp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
-    pp_size: Annotated[int, typer.Option(help="Must be 1.")] = 1,
 ) -> Answer:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
     from pipeline.commands.screen import screen_logging
-    from pipeline.formats.trtllm import export
+    from pipeline.core.errors import RecipeError
+    from pipeline.formats.trtllm.export import plan_export
+    from pipeline.plan.known_bad import checkpoint_faults
 
-    sizes = export.build_sizes(
+    export = plan_export(
         checkpoint_dir,
+        out_dir,
+        kv_cache_dtype=kv_cache_dtype.value if kv_cache_dtype else None,
+        dtype=dtype.value,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         max_num_tokens=max_num_tokens,
     )
+    if faults := checkpoint_faults(
+        architecture=export.architecture, kv_cache_dtype=export.settings.kv_cache_dtype
+    ):
+        raise RecipeError(faults)
     with screen_logging():
-        record = export.export_trtllm(
-            checkpoint_dir,
-            out_dir,
-            kv_cache_dtype=kv_cache_dtype.value if kv_cache_dtype else None,
-            dtype=dtype.value,
-            tp_size=tp_size,
-            pp_size=pp_size,
-        )
-    command = export.build_line(out_dir, record.kv_cache_dtype, sizes)
-    value = {**record.to_json(), "checkpoint_dir": str(out_dir.absolute()), "command": command}
-    return Answer(value=value, shown=[command])
+        record = export.write()
+    value = {
+        **record.to_json(),
+        "checkpoint_dir": str(out_dir.absolute()),
+        "command": export.command,
+    }
+    return Answer(value=value, shown=[export.command])
 
 
 @answering

@@ -3,8 +3,9 @@
 Hydra stops at its first error, so what fails together is tried one by one. A misspelt key is no
 error here: it is set, and the validation of the whole refuses it with the keys that there are.
 
-A recipe has sizes of its own for each compiler: `- sizes/phi3@compiler: ${compiler}` in its
-defaults merges `sizes/phi3/<compiler>.yaml` over the compiler's option, whichever is chosen.
+A recipe may have sizes of its own for a compiler: `- optional sizes/phi3@compiler: ${compiler}` in
+its defaults merges `sizes/phi3/<compiler>.yaml`, where there is one, over the compiler's option.
+That option chooses the runner, unless `runner=` does.
 """
 
 from __future__ import annotations
@@ -32,9 +33,6 @@ _COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError
 )  # fmt: skip
 """What a bad file or override raises: Hydra lets PyYAML's and Python's own errors through."""
-
-_SIZES = "sizes/"
-"""Folder of the files that hold a recipe's sizes, one for each compiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +130,7 @@ def _apply(recipe: str, search: str, lines: Sequence[str]) -> tuple[DictConfig, 
             taken.append(line)
         except _COMPOSITION_ERRORS as error:
             key = line.lstrip("+~").partition("=")[0]
-            missing = _missing_by_compiler(recipe, error)
-            faults.append(missing or Fault(key, _first_sentences(error)))
+            faults.append(Fault(key, _first_sentences(error)))
     return config, faults
 
 
@@ -164,38 +161,12 @@ def _value_line(override: Override) -> str | Fault:
 
 def _recipe_fault(recipe: str, error: Exception) -> Fault:
     """Why a recipe cannot be composed, whatever the overrides."""
-    if missing := _missing_by_compiler(recipe, error):
-        return missing
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if error.options:
             hint = suggestion(option, error.options)
             return Fault(group, f"recipe {recipe} asks for {option!r}; {hint}")
     return Fault("", f"recipe {recipe} cannot be read: {_first_sentences(error)}")
-
-
-def _missing_by_compiler(recipe: str, error: Exception) -> Fault | None:
-    """The fault of a compiler that lacks what is named after it: sizes of the recipe, a runner.
-
-    None for other errors.
-    """
-    if not isinstance(error, MissingConfigException) or not error.missing_cfg_file:
-        return None
-    group, _, compiler = str(error.missing_cfg_file).rpartition("/")
-    known = ", ".join(error.options or ()) or "none"
-    if group == "runner":
-        message = (
-            f"no runner is called like compiler={compiler}; choose one: runner=OPTION, {known}"
-        )
-        return Fault("runner", message)
-    if not group.startswith(_SIZES):
-        return None
-    return Fault(
-        "compiler",
-        f"recipe {recipe} has no sizes for compiler={compiler}; it has them for: {known}. Choose "
-        f"one of these, or write {group}/{compiler}.yaml beside the recipe, with max_batch_size, "
-        "max_seq_len and what else that compiler wants",
-    )
 
 
 def _first_sentences(error: Exception) -> str:

@@ -14,10 +14,10 @@ from pipeline.core.kinds import OneOf
 from pipeline.core.settings import STRICT
 from pipeline.core.values import EngineCompiler, Quantizer, WeightSource
 from pipeline.model.read import Shape
-from pipeline.quant.calibration import Calibration
 from pipeline.registry.reference import Part, check_part
 from pipeline.registry.store import Registry
 from pipeline.runners.session import Runner
+from pipeline.sources.text.calibration import Calibration
 
 
 def _part(part: Part) -> AfterValidator:

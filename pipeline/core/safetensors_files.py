@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.core.errors import CorruptError
+from pipeline.core.json_files import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -186,19 +187,13 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CorruptError: It is no index.
     """
-    try:
-        index = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: not JSON: {error}; {_AGAIN}") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json_object(path).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
-        raise CorruptError(
-            f"{path}: wanted an object whose `weight_map` maps tensor names to file names"
-        )
+        raise CorruptError(f"{path}: `weight_map` must map tensor names to file names")
     return weight_map
 
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import rfc8785
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pipeline.core.cache import StageCache
     from pipeline.core.hardware import Target
-    from pipeline.model.spec import ModelSpec
-    from pipeline.quant.calibration import Calibration
 
 Format = str
 """Name of an engine format: a folder of pipeline/formats that has a `spec`."""
@@ -313,6 +314,27 @@ class WeightSource(Protocol):
         ...
 
 
+class CalibrationText(Protocol):
+    """Which text sets the activation scales."""
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per forward pass."""
+        ...
+
+    def inputs(self) -> Mapping[str, Any]:
+        """Everything about it that shapes scales, as JSON values."""
+        ...
+
+    def record(self) -> Mapping[str, str]:
+        """Which text it was, for the calibration record."""
+        ...
+
+    def windows(self, tokenizer: Any) -> NDArray[np.int64]:
+        """Tokens that calibration reads, [windows, tokens]."""
+        ...
+
+
 @runtime_checkable
 class Quantizer(Protocol):
     """Turns weights into the unified checkpoint."""
@@ -327,12 +349,12 @@ class Quantizer(Protocol):
         """Patterns (fnmatch) of linears that stay 16-bit."""
         ...
 
-    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
+    def inputs(self, weights: Weights, calibration: CalibrationText) -> Mapping[str, Any]:
         """Everything that shapes the checkpoint's bytes, as JSON values."""
         ...
 
     def quantize(
-        self, weights: Weights, shape: ModelSpec, calibration: Calibration, cache: StageCache
+        self, weights: Weights, calibration: CalibrationText, cache: StageCache
     ) -> Checkpoint:
         """Make the checkpoint, or take it from the cache."""
         ...

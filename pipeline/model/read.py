@@ -72,8 +72,8 @@ def _read(config: Mapping[str, Any]) -> tuple[ModelSpec, ConfigKeys]:
     known = model_types()
     model_type = str(keys.take("model_type", "")).replace("-", "_").replace(".", "_")
     if model_type not in known:
-        named = config.get("model_type") or config.get("architectures")
-        keys.fault("model_type", f"is {named!r}, which no reader knows; known: {', '.join(known)}")
+        named = f"is {config['model_type']!r}" if config.get("model_type") else "is missing"
+        keys.fault("model_type", f"{named}; the model types that we read are {', '.join(known)}")
         keys.raise_faults()
     family = importlib.import_module(f"{families.__name__}.{model_type}")
     architectures = keys.take("architectures", [])

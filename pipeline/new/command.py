@@ -16,10 +16,10 @@ from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, Fault, RecipeError
-from pipeline.formats.spec import format_specs
+from pipeline.formats.spec import format_spec, format_specs
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
-from pipeline.new.fitting import Fitted, largest, smallest, targets
+from pipeline.new.fitting import Fitted, largest, most_batch, smallest, targets
 from pipeline.new.origin import Origin, read_origin
 from pipeline.new.place import place
 from pipeline.new.text import recipe_text, shape_text, sizes_text
@@ -122,7 +122,9 @@ class _Draft:
         batch = min(fitted.batch for fitted in sizes.values())
         context = min(fitted.context for fitted in sizes.values())
         files = {
-            Path("sizes", self.name, f"{compiler}.yaml"): sizes_text(fitted.settings, self.target)
+            Path("sizes", self.name, f"{compiler}.yaml"): sizes_text(
+                fitted.settings, self.target, most_batch(format_spec(compiler))
+            )
             for compiler, fitted in sizes.items()
         }
         files[Path("shapes", f"{self.name}.yaml")] = shape_text(self.shape, self.origin.described)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import bisect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from pipeline.build import plan_of
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.values import Format
 from pipeline.formats.spec import FormatSpec, format_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import REACHABLE_SHARE
@@ -18,8 +19,7 @@ from pipeline.runners.workload import Workload
 
 START_CONTEXT, FLOOR_CONTEXT = 4096, 512
 """Contexts that are tried, in tokens: what our own recipes have, and what a short chat needs."""
-_PAGED_BATCHES = (128, 64, 32, 16, 8)
-_STATIC_BATCHES = (64, 32, 16, 8, 4)
+_HALVES = 5  # of them: the smallest batch that is tried is 4, or 8
 _ISL, _OSL, _SMALL_BATCH = 128, 256, 4  # the workloads of our own recipes
 _MAX_NUM_TOKENS = 8192  # TensorRT-LLM's default
 _PREFILL_TOKENS = 4096  # of one prefill step of TensorRT-RTX; what a step holds grows with it
@@ -56,39 +56,62 @@ def targets(batch: int, context: int) -> tuple[Workload, ...]:
     )
 
 
-def smallest(engine_format: Format, shape: ModelSpec) -> Fitted:
+def most_batch(spec: FormatSpec) -> int:
+    """The largest batch that is tried."""
+    return 64 if spec.fit.static else 128
+
+
+def smallest(engine_format: str, shape: ModelSpec) -> Fitted:
     """The last sizes that `largest` tries."""
-    return list(_candidates(format_spec(engine_format), shape, "bfloat16"))[-1]
+    spec = format_spec(engine_format)
+    batch, context = _tried(spec, shape)[-1]
+    return _fitted(spec, batch, context, "bfloat16")
 
 
 def largest(recipe: Recipe) -> Fitted:
     """The largest sizes of the recipe's compiler that its plan has no fault with.
 
-    The KV cache has the smallest type that the format holds and the known-bad table allows.
+    Contexts and batches go down by halves until the plan accepts; then the batch grows as far as it
+    does. The KV cache has the smallest type that the format holds and the known-bad table allows.
 
     Raises:
         RecipeError: Not even the smallest fit, or the plan refuses the model or card altogether.
     """
-    faults: tuple[Fault, ...] = ()
-    engine_format = format_spec(recipe.compiler.format)
-    for kv_cache_dtype in _cache_dtypes(engine_format):
-        for candidate in _candidates(engine_format, recipe.shape, kv_cache_dtype):
-            tried = replace(
-                recipe,
-                compiler=replace(cast("Any", recipe.compiler), **candidate.settings),
-                acceptance=replace(
-                    recipe.acceptance, targets=targets(candidate.batch, candidate.context)
-                ),
-            )
-            plan = plan_of(tried)
-            if not plan.faults and plan.fit.full_length_sequences:
-                return candidate
-            faults = plan.faults or (Fault("target", _no_full_length(candidate)),)
+    spec = format_spec(recipe.compiler.format)
+    for kv_cache_dtype in _cache_dtypes(spec):
+        for batch, context in _tried(spec, recipe.shape):
+            size = partial(_fitted, spec, context=context, kv_cache_dtype=kv_cache_dtype)
+            faults = _faults(recipe, size(batch))
+            if not faults:
+                return size(_grown(batch, most_batch(spec), partial(_refused, recipe, size)))
             if any(fault.path == "compiler.kv_cache_dtype" for fault in faults):
                 break
-    batch, context = candidate.settings["max_batch_size"], candidate.context
     last = f"at batch {batch} x context {context}, the smallest that is tried"
     raise RecipeError([Fault(fault.path, f"{last}: {fault.message}") for fault in faults])
+
+
+def _grown(batch: int, most: int, refused: Callable[[int], bool]) -> int:
+    """The largest batch up to `most` that is not refused; twice `batch` is, or is beyond it."""
+    return batch + bisect.bisect(range(batch + 1, min(2 * batch, most + 1)), False, key=refused)
+
+
+def _refused(recipe: Recipe, size: Callable[[int], Fitted], batch: int) -> bool:
+    return bool(_faults(recipe, size(batch)))
+
+
+def _faults(recipe: Recipe, fitted: Fitted) -> tuple[Fault, ...]:
+    """What the plan has against the recipe with these sizes and the workloads that go with them."""
+    plan = plan_of(
+        replace(
+            recipe,
+            compiler=replace(cast("Any", recipe.compiler), **fitted.settings),
+            acceptance=replace(recipe.acceptance, targets=targets(fitted.batch, fitted.context)),
+        )
+    )
+    if plan.faults or plan.fit.full_length_sequences:
+        return plan.faults
+    message = f"not one sequence of {fitted.context} tokens fits beside the weights"
+    return (Fault("target", message),)
 
 
 def _cache_dtypes(engine_format: FormatSpec) -> list[str]:
@@ -98,40 +121,32 @@ def _cache_dtypes(engine_format: FormatSpec) -> list[str]:
     return [by_size[size] for size in sorted(by_size)]
 
 
-def _no_full_length(candidate: Fitted) -> str:
-    return f"not one sequence of {candidate.context} tokens fits beside the weights"
-
-
-def _candidates(
-    engine_format: FormatSpec, shape: ModelSpec, kv_cache_dtype: str
-) -> Iterator[Fitted]:
-    """Sizes by halves, the largest first."""
+def _tried(spec: FormatSpec, shape: ModelSpec) -> list[tuple[int, int]]:
+    """Batches and contexts by halves, the largest first."""
     contexts = _contexts(shape)
-    if engine_format.fit.static:
-        sizes = [(batch, context) for batch in _STATIC_BATCHES for context in contexts]
-        # The cache holds batch x context; of two equal products the larger batch is the faster.
-        for batch, context in sorted(sizes, key=lambda size: (size[0] * size[1], size[0]))[::-1]:
-            settings = {
-                "max_batch_size": batch,
-                "opt_batch_size": min(8, batch),
-                "max_prefill_batch_size": max(1, min(8, batch, _PREFILL_TOKENS // context)),
-                "max_seq_len": context,
-            }
-            yield Fitted(settings=settings, batch=batch, context=context)
-        return
-    for batch in _PAGED_BATCHES:
-        for context in contexts:
-            settings = {
-                "max_batch_size": batch,
-                "max_seq_len": context,
-                "max_num_tokens": max(batch, min(_MAX_NUM_TOKENS, _ISL * batch, context * batch)),
-            }
-            # Half of the batch runs in the workload; the queue takes the rest.
-            yield Fitted(
-                settings={**settings, "kv_cache_dtype": kv_cache_dtype},
-                batch=batch // 2,
-                context=context,
-            )
+    sizes = [(most_batch(spec) >> half, context) for half in range(_HALVES) for context in contexts]
+    if not spec.fit.static:
+        return sizes
+    # The cache holds batch x context; of two equal products the larger batch is the faster.
+    return sorted(sizes, key=lambda size: (size[0] * size[1], size[0]), reverse=True)
+
+
+def _fitted(spec: FormatSpec, batch: int, context: int, kv_cache_dtype: str) -> Fitted:
+    """The compiler's settings for one size."""
+    settings = {"max_batch_size": batch, "max_seq_len": context}
+    if spec.fit.static:
+        settings |= {
+            "opt_batch_size": min(8, batch),
+            "max_prefill_batch_size": max(1, min(8, batch, _PREFILL_TOKENS // context)),
+        }
+        return Fitted(settings=settings, batch=batch, context=context)
+    tokens = max(batch, min(_MAX_NUM_TOKENS, _ISL * batch, context * batch))
+    # Half of the batch runs in the workload; the queue takes the rest.
+    return Fitted(
+        settings={**settings, "max_num_tokens": tokens, "kv_cache_dtype": kv_cache_dtype},
+        batch=batch // 2,
+        context=context,
+    )
 
 
 def _contexts(shape: ModelSpec) -> list[int]:

@@ -40,7 +40,7 @@ def recipe_text(
         "defaults:",
         "  - build",
         f"  - shapes@shape: {_scalar(name)}",
-        f"  - sizes/{name}@compiler: ${{compiler}}",
+        f"  - optional sizes/{name}@compiler: ${{compiler}}",
         f"  - override source: {option}",
         f"  - override target: {_scalar(target)}",
         f"  - override compiler: {compiler}",
@@ -69,18 +69,16 @@ def recipe_text(
 
 
 def shape_text(shape: ModelSpec, described: str) -> str:
-    """`shapes/NAME.yaml`."""
-    kept = sorted(shape.config.keys() - IRRELEVANT)
-    lines = [f"# {described}."]
-    lines += [f"{key}: {_scalar(shape.config[key])}" for key in kept]
-    return "\n".join(lines) + "\n"
+    """`shapes/NAME.yaml`: the keys of config.json that say what the model is."""
+    import yaml
+
+    kept = {key: value for key, value in shape.config.items() if key not in IRRELEVANT}
+    return f"# {described}.\n" + yaml.safe_dump(kept, default_flow_style=None, width=100)
 
 
-def sizes_text(settings: Mapping[str, Any], target: str) -> str:
+def sizes_text(settings: Mapping[str, Any], target: str, most: int) -> str:
     """`sizes/NAME/COMPILER.yaml`."""
-    lines = [
-        f"# The largest that fits {target} by the plan, of those that `enginesmith new` tries."
-    ]
+    lines = [f"# The largest batch up to {most} that `enginesmith plan` accepts for {target} here."]
     lines += [f"{key}: {_scalar(value)}" for key, value in settings.items()]
     return "\n".join(lines) + "\n"
 

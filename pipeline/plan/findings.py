@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pipeline.core.errors import Fault
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.plan.fit import Fit
-from pipeline.plan.known_bad import matching_rows
+from pipeline.plan.known_bad import conditions_of, known_bad_table
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import gib
 from pipeline.plan.workloads import WorkloadPlan
@@ -104,8 +104,8 @@ def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
         for index, workload in enumerate(request.workloads):
             context = workload.isl + workload.osl
             if not fit.holds(workload.batch, context):
-                largest = fit.kv_budget_bytes // (context * fit.kv_bytes_per_token)
-                needed = workload.batch * context * fit.kv_bytes_per_token
+                largest = fit.kv_budget_bytes // fit.sequence_bytes(context)
+                needed = workload.batch * fit.sequence_bytes(context)
                 yield Fault(
                     f"{request.workload_path(index)}.batch",
                     f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
@@ -176,7 +176,10 @@ def rate(tokens_per_s: float | None) -> str:
 def known_bad_findings(request: PlanRequest) -> tuple[list[Fault], list[Note]]:
     """Rows of the known-bad table that hold; those of severity `error` are faults."""
     faults, notes = [], []
-    for row in matching_rows(request):
+    given = conditions_of(request)
+    for row in known_bad_table():
+        if not row.when.holds(given):
+            continue
         if row.severity == "error":
             faults.append(Fault(row.path, f"{row.message} ({row.source})"))
         else:

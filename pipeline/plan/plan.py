@@ -57,7 +57,6 @@ class Plan:
             "target": asdict(request.target),
             "shape": dict(request.shape.config),
             "limits": request.limits.to_json(),
-            "facts": dict(request.facts),
             "sizes": self.sizes.to_json(),
             "fit": self.fit.to_json(),
             "reachable_share": REACHABLE_SHARE,

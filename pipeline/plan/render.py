@@ -1,7 +1,8 @@
-"""A plan as tables for people, 80 columns wide."""
+"""A plan as tables for people, readable from 60 columns on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.plan.ceilings import REACHABLE_SHARE
@@ -46,61 +47,64 @@ def render(plan: Plan) -> RenderableType:
 def _sizes(plan: Plan) -> Table:
     from rich.table import Table
 
-    request, sizes, fit, build = plan.request, plan.sizes, plan.fit, plan.build
-    limits = request.limits
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    table.add_row(
-        "parameters",
-        f"{sizes.params / 1e9:.3f} B, {sizes.quantized_params / 1e9:.3f} B of it "
-        f"{request.precision.title}",
-    )
+    for name, text in _size_rows(plan):
+        table.add_row(name, text)
+    return table
+
+
+def _size_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    request, sizes, fit, build = plan.request, plan.sizes, plan.fit, plan.build
+    limits = request.limits
+    quantized = f"{sizes.quantized_params / 1e9:.3f} B of it {request.precision.title}"
+    yield "parameters", f"{sizes.params / 1e9:.3f} B, {quantized}"
     if sizes.kept_16bit:
-        table.add_row(
-            "kept 16-bit",
-            f"{sizes.kept_16bit} linears, {gib(sizes.kept_16bit_extra_bytes)} more than quantized",
-        )
-    table.add_row("checkpoint, engine", f"{gib(sizes.checkpoint_bytes)}, {gib(sizes.engine_bytes)}")
-    table.add_row(
-        "KV cache",
-        f"{sizes.kv_bytes_per_token / 1024:g} KiB per token, "
-        + sizes.kv_cache.title
-        + (f"; static, {gib(fit.static_kv_bytes)}" if fit.static_kv_bytes else "; paged"),
-    )
-    table.add_row(
+        extra = gib(sizes.kept_16bit_extra_bytes)
+        yield "kept 16-bit", f"{sizes.kept_16bit} linears, {extra} more than quantized"
+    yield "checkpoint, engine", f"{gib(sizes.checkpoint_bytes)}, {gib(sizes.engine_bytes)}"
+    held = f"static, {gib(fit.static_kv_bytes)}" if fit.static_kv_bytes else "paged"
+    per_token = f"{sizes.kv_bytes_per_token / 1024:g} KiB per token"
+    yield "KV cache", f"{per_token}, {sizes.kv_cache.title}; {held}"
+    yield (
         "memory",
         f"{gib(fit.usable_bytes)} usable of {gib(request.target.memory_bytes)}: weights "
         f"{gib(fit.engine_bytes)}, workspace about {gib(fit.workspace_bytes)}, cache "
         f"{gib(max(fit.kv_budget_bytes, 0))}",
     )
-    table.add_row(
+    yield (
         "limits",
         f"batch {limits.max_batch_size} x context {limits.max_seq_len}, "
         f"{limits.max_num_tokens} tokens a step",
     )
-    table.add_row(
+    yield (
         "largest that fits",
         f"batch {fit.full_length_sequences} at context {limits.max_seq_len}, context "
         f"{fit.max_context} at batch {limits.max_batch_size}",
     )
+    if plan.workloads:
+        longest = max(plan.workloads, key=lambda workload: workload.isl)
+        yield (
+            "prefill",
+            f"at most {rate(longest.prefill_tokens_per_s)} tokens/s; a first token takes "
+            f"{longest.ttft_floor_ms:.1f} ms or more (isl {longest.isl})",
+        )
     compile_ram = f", compile {gib(build.compile_ram_bytes)}" if build.compile_ram_bytes else ""
-    table.add_row(
+    yield (
         "build needs about",
         f"disk {gib(sum(build.disk_bytes.values()))}; RAM: quantize on CPU "
         f"{gib(build.quantize_ram_bytes)} (in bfloat16 {gib(build.quantize_ram_min_bytes)})"
         f"{compile_ram}",
     )
-    return table
 
 
 def _workloads(plan: Plan) -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), title="tokens per second", title_justify="left")
-    table.add_column("workload", overflow="ellipsis", no_wrap=True)
-    headings = ("batch", "isl", "osl", "ceiling", "no KV", "bound", "prefill", "TTFT ms")
-    for heading in (*headings, "target", "share"):
+    table.add_column("workload", overflow="fold")
+    for heading in ("batch", "isl", "osl", "ceiling", "no KV", "bound", "target", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     for workload in plan.workloads:
         table.add_row(
@@ -111,8 +115,6 @@ def _workloads(plan: Plan) -> Table:
             rate(workload.ceiling),
             rate(workload.ceiling_without_kv),
             workload.bound,
-            rate(workload.prefill_tokens_per_s),
-            f"{workload.ttft_floor_ms:.1f}",
             rate(workload.target),
             "-" if workload.share is None else f"{workload.share:.0%}",
         )

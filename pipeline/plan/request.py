@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.core.errors import Fault
 from pipeline.core.hardware import Target
@@ -58,8 +57,6 @@ class PlanRequest:
         workloads: What acceptance will measure on the card.
         runtime: Name and version of what will run the engine, such as `("vllm", "0.24.0")`; an
             empty version where it is not known.
-        facts: Further conditions of the known-bad table: `cuda` (version), `speculation`
-            (such as `mtp`), `weight_scales` (`tensor` or `block`; by default `tensor`).
         judged_positions: Tokens of held-out text whose predictions acceptance keeps, of the source
             and of the checkpoint together; 0 where the whole model is not run.
         faults: What is wrong with the recipe beyond sizes, such as a workload that its runner does
@@ -75,7 +72,6 @@ class PlanRequest:
     limits: Limits
     workloads: tuple[PlannedWorkload, ...] = ()
     runtime: tuple[str, str]
-    facts: Mapping[str, str] = field(default_factory=dict)
     judged_positions: int = 0
     faults: tuple[Fault, ...] = ()
 

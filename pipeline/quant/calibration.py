@@ -1,4 +1,4 @@
-"""Calibration data and the record of what was seen."""
+"""What calibration saw: ranges that can be scales, outliers, and the scales of the KV cache."""
 
 from __future__ import annotations
 
@@ -6,43 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 
-from pydantic import NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass
-
 from pipeline.core.errors import CorruptError
-from pipeline.core.settings import STRICT
-from pipeline.sources.text.corpus import Text
-
-FP8_E4M3_MAX = 448.0
-"""Largest finite E4M3 value; a scale is amax / 448 (OCP 8-bit Floating Point, table 1)."""
+from pipeline.quant.spec import FP8_E4M3_MAX
 
 OUTLIER_FACTOR = 50.0
 """An activation amax this many times the median of its kind is named in the record: SmolLM2's
 three massive activations lie at 25 to 180 times theirs (measured 2026-11-24)."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Calibration:
-    """Which text sets the activation scales.
-
-    Attributes:
-        text: Where it comes from.
-        calib_size: Windows of `seq_len` tokens; full windows only, since padding would enter amax.
-        seq_len: Tokens per window.
-        batch_size: Windows per forward pass.
-        seed: Chooses the windows when the text holds more.
-    """
-
-    text: Text
-    calib_size: PositiveInt
-    seq_len: PositiveInt
-    batch_size: PositiveInt
-    seed: NonNegativeInt
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that calibration reads."""
-        return self.calib_size * self.seq_len
 
 
 def check_amax(amax: Mapping[str, float]) -> list[str]:

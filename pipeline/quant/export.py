@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.safetensors_files import read_header
+from pipeline.quant.spec import QuantSpec
 
 _CACHE = (".k_scale", ".v_scale")
 _SCALES = (".weight_scale", ".input_scale", *_CACHE)
@@ -61,6 +62,7 @@ def normalize_export(
     weights_dir: Path,
     out_dir: Path,
     *,
+    precision: QuantSpec,
     kept_16bit: Sequence[str],
     cache_scales: Mapping[str, float],
 ) -> None:
@@ -70,6 +72,7 @@ def normalize_export(
         exported: What ModelOpt wrote.
         weights_dir: The source model's folder.
         out_dir: Gets the checkpoint.
+        precision: Of the other linears.
         kept_16bit: Linears of the layers that stay bfloat16.
         cache_scales: Value of every `k_scale` and `v_scale` tensor.
 
@@ -82,13 +85,14 @@ def normalize_export(
     if not shards or "quantization_config" not in config:
         raise CorruptError("ModelOpt exported no quantized weights; see the log of this run")
     for shard in shards:
-        _normalize_shard(shard, out_dir / shard.name, cache_scales)
+        _normalize_shard(shard, out_dir / shard.name, precision.weight_dtype, cache_scales)
     for index in exported.glob("*.safetensors.index.json"):
         shutil.copyfile(index, out_dir / index.name)
     ignored = ["lm_head", "model.embed_tokens", *kept_16bit]
-    config["quantization_config"]["ignore"] = ignored
+    config["quantization_config"] |= {"ignore": ignored, "quant_algo": precision.quant_algo}
     _write_config(config["quantization_config"], weights_dir, out_dir)
     quant_config = json.loads((exported / "hf_quant_config.json").read_text())
+    quant_config["quantization"]["quant_algo"] = precision.quant_algo
     quant_config["quantization"]["kv_cache_quant_algo"] = None
     quant_config["quantization"]["exclude_modules"] = ignored
     _write_json(out_dir / "hf_quant_config.json", quant_config)
@@ -104,8 +108,10 @@ def _write_config(quantization: dict[str, Any], weights_dir: Path, out_dir: Path
     _write_json(out_dir / "config.json", config)
 
 
-def _normalize_shard(shard: Path, target: Path, cache_scales: Mapping[str, float]) -> None:
-    """Move or copy a shard, its tensors as bfloat16 except FP8 weights and scales.
+def _normalize_shard(
+    shard: Path, target: Path, quantized_dtype: str, cache_scales: Mapping[str, float]
+) -> None:
+    """Move or copy a shard, its tensors as bfloat16 except quantized weights and scales.
 
     Where only scales change, as after calibrating in bfloat16, they are patched into the file that
     ModelOpt wrote: four bytes each, where rewriting Phi-3 costs seconds.
@@ -116,10 +122,10 @@ def _normalize_shard(shard: Path, target: Path, cache_scales: Mapping[str, float
             raise CorruptError(f"ModelOpt exported {name}, which calibration did not see")
     if not all(
         entry.dtype == ("float32" if name.endswith(_SCALES) else "bfloat16")
-        or entry.dtype == "float8_e4m3fn"
+        or entry.dtype == quantized_dtype
         for name, entry in tensors.items()
     ):
-        _rewrite(shard, target, cache_scales)
+        _rewrite(shard, target, quantized_dtype, cache_scales)
         return
     scales = {name: entry for name, entry in tensors.items() if name.endswith(_SCALES)}
     with shard.open("r+b") as stream:
@@ -131,7 +137,9 @@ def _normalize_shard(shard: Path, target: Path, cache_scales: Mapping[str, float
     shard.replace(target)
 
 
-def _rewrite(shard: Path, target: Path, cache_scales: Mapping[str, float]) -> None:
+def _rewrite(
+    shard: Path, target: Path, quantized_dtype: str, cache_scales: Mapping[str, float]
+) -> None:
     """Write a shard anew."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -139,7 +147,7 @@ def _rewrite(shard: Path, target: Path, cache_scales: Mapping[str, float]) -> No
     def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith(_SCALES):
             return torch.tensor(_scale(name, float(tensor), cache_scales), dtype=torch.float32)
-        if tensor.dtype == torch.float8_e4m3fn:
+        if tensor.dtype == getattr(torch, quantized_dtype):
             return tensor
         return tensor.to(torch.bfloat16)
 

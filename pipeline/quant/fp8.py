@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.cache import StageCache
+from pipeline.core.settings import STRICT, Listed
+from pipeline.core.values import CalibrationText, Checkpoint, Weights
+from pipeline.quant.device import DeviceChoice
+from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec
 
 if TYPE_CHECKING:
@@ -65,7 +72,7 @@ def _input_nodes(w: OnnxWriter, module: str, x: str, scale: np.float32) -> str:
     return w.op("DequantizeLinear", inputs, f"{module}.input.dq", output_dtype=w.dtype)
 
 
-def weight_nodes(w: OnnxWriter, module: str, codes: str, scale: np.float32) -> str:
+def _weight_nodes(w: OnnxWriter, module: str, codes: str, scale: np.float32) -> str:
     """The checkpoint's E4M3 codes, dequantized in the graph."""
     import numpy as np
 
@@ -87,5 +94,42 @@ SPEC = QuantSpec(
     dequantize=dequantize,
     round_input=round_to_e4m3,
     modelopt_config=modelopt_config,
-    onnx=OnnxPattern(weight=weight_nodes, input=_input_nodes, operands="fp8_e4m3"),
+    onnx=OnnxPattern(weight=_weight_nodes, input=_input_nodes, operands="fp8_e4m3"),
 )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Fp8Quantizer:
+    """Per-tensor FP8 with static activation scales, by ModelOpt.
+
+    Attributes:
+        keep_16bit: fnmatch patterns of linears that stay bfloat16, such as
+            `model.layers.*.mlp.down_proj`. lm_head always does.
+        device: Where calibration runs.
+    """
+
+    keep_16bit: Listed[str] = ()
+    device: DeviceChoice = "auto"
+
+    @property
+    def precision(self) -> str:
+        return SPEC.name
+
+    def inputs(self, weights: Weights, calibration: CalibrationText) -> Mapping[str, Any]:
+        return self._job(calibration).inputs(weights)
+
+    def quantize(
+        self, weights: Weights, calibration: CalibrationText, cache: StageCache
+    ) -> Checkpoint:
+        return self._job(calibration).quantize(weights, cache)
+
+    def _job(self, calibration: CalibrationText) -> ModelOptJob:
+        return ModelOptJob(
+            precision=SPEC,
+            calibration=calibration,
+            keep_16bit=self.keep_16bit,
+            device=self.device,
+        )
+
+
+KIND = Fp8Quantizer

@@ -14,26 +14,26 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.model.spec import ModelSpec
-from pipeline.quant.calibration import FP8_E4M3_MAX
 
 
-def bf16_scale_amax(amax: Any) -> Any:
-    """The smallest amax at or above `amax` whose scale (amax / 448) is exact in bfloat16."""
+def bf16_scale_amax(amax: Any, code_max: float) -> Any:
+    """The smallest amax at or above `amax` whose scale (amax / code_max) is exact in bfloat16."""
     import torch
 
     # In float64: a GPU's float32 division can land a last bit above an exact quotient.
-    scale = amax.double() / FP8_E4M3_MAX
+    scale = amax.double() / code_max
     rounded = scale.to(torch.bfloat16)
     above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    return torch.where(rounded.double() >= scale, rounded, above).float() * FP8_E4M3_MAX
+    return torch.where(rounded.double() >= scale, rounded, above).float() * code_max
 
 
-def share_scales(model: Any, spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tuple[str, ...]]:
     """Give each fused group one weight amax, and every amax a bfloat16-exact scale, in place.
 
     Args:
         model: A calibrated ModelOpt model, weights not yet rounded.
         spec: Says which modules runtimes fuse.
+        code_max: Largest code of the precision.
 
     Returns:
         The groups that share.
@@ -56,7 +56,8 @@ def share_scales(model: Any, spec: ModelSpec) -> dict[str, tuple[str, ...]]:
             _set_amax(quantized[name].weight_quantizer, shared)
     for module in quantized.values():
         for quantizer in (module.weight_quantizer, module.input_quantizer):
-            _set_amax(quantizer, bf16_scale_amax(quantizer.amax))
+            if quantizer.is_enabled:
+                _set_amax(quantizer, bf16_scale_amax(quantizer.amax, code_max))
     return groups
 
 

@@ -1,18 +1,20 @@
-"""The FP8 checkpoint in plain PyTorch: what every runtime should compute, up to rounding.
+"""The checkpoint in plain PyTorch: what every runtime should compute, up to rounding.
 
-Loads the Transformers model of a unified checkpoint and replaces each FP8 linear by one that
-rounds its input to E4M3 with the calibrated scale and multiplies with the dequantized codes.
+Loads the Transformers model of a unified checkpoint and replaces each quantized linear by one that
+rounds its input as the precision says and multiplies with the dequantized codes.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.model.hf import quiet
 from pipeline.model.rope import LongRopeScaling, Rope, rope_frequencies
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.unified import UnifiedCheckpoint, torch_view
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,7 @@ def load_simulation(
     """A Transformers model in float32 that simulates the checkpoint.
 
     Args:
-        checkpoint_dir: Unified FP8 checkpoint.
+        checkpoint_dir: Unified checkpoint.
         layers: Keep only these decoder layers, in this order; None for all.
         context: Of the engine that is simulated, tokens: LongRoPE's factors are those that a graph
             of this context has. None leaves the choice to Transformers, which chooses anew in each
@@ -65,33 +67,29 @@ def load_simulation(
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
+    round_input = checkpoint.precision.round_input
     scales = {
         _renumbered(name, kept): float(checkpoint.scalar(f"{name}.input_scale"))
         for name in checkpoint.quantized_linears
-        if _layer_of(name) in kept
+        if round_input is not None and _layer_of(name) in kept
     }
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
-            _wrap(module, scales.get(name), accumulate)
+            rounded = None
+            if round_input is not None and name in scales:
+                rounded = partial(round_input, scale=scales[name])
+            _wrap(module, rounded, accumulate)
     if context is not None:
         _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()
 
 
-def fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Round to E4M3 and back: divide, saturate at 448, round to nearest even, multiply.
-
-    Division, not multiplication with the reciprocal: that is what QuantizeLinear does, and a
-    last-bit difference flips codes.
-    """
-    import torch
-
-    codes = (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    return codes.to(x.dtype) * scale
-
-
-def _wrap(linear: Any, scale: float | None, accumulate: Accumulation) -> None:
-    """Let a linear round its input before it multiplies, and sum as it is told."""
+def _wrap(
+    linear: Any,
+    round_input: Callable[[torch.Tensor], torch.Tensor] | None,
+    accumulate: Accumulation,
+) -> None:
+    """Let a linear round its input before it multiplies, and sum in that way."""
     import torch
 
     dtype = torch.float64 if accumulate == "float64" else torch.float32
@@ -102,7 +100,7 @@ def _wrap(linear: Any, scale: float | None, accumulate: Accumulation) -> None:
         other = linear.weight.data.to(dtype).flip(flipped).contiguous()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rounded = x if scale is None else fake_quantize(x, scale)
+        rounded = x if round_input is None else round_input(x)
         if other is None:
             product = torch.nn.functional.linear(rounded, linear.weight)
         else:
@@ -113,13 +111,10 @@ def _wrap(linear: Any, scale: float | None, accumulate: Accumulation) -> None:
 
 
 def _dequantized(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:
-    import numpy as np
-    import torch
-
-    values = checkpoint.read(name).astype(np.float32)
-    if checkpoint.tensors[name].dtype == "float8_e4m3fn":
-        values = values * checkpoint.scalar(f"{name}_scale")
-    return torch.from_numpy(values)
+    stored = torch_view(checkpoint.read(name))
+    if not checkpoint.is_quantized(name.removesuffix(".weight")):
+        return stored.float()
+    return checkpoint.precision.dequantize(stored, float(checkpoint.scalar(f"{name}_scale")))
 
 
 def _restore_buffers(model: Any) -> None:

@@ -47,8 +47,7 @@ class OnnxPattern:
     """Nodes around a MatMul by which a compiler recognizes the precision.
 
     Attributes:
-        weight: (graph, name of the linear, stored codes, weight scale) -> its weight in the
-            activations' type.
+        weight: (graph, module, stored codes, weight scale) -> its weight in the activations' type.
         input: (graph, module, input, input scale) -> the rounded input in the activations' type;
             None where activations are not rounded.
         operands: What TensorRT-RTX calls the operands' type in a compiled plan.
@@ -57,6 +56,14 @@ class OnnxPattern:
     weight: Callable[[OnnxWriter, str, str, np.float32], str]
     input: Callable[[OnnxWriter, str, str, np.float32], str] | None
     operands: str
+
+
+class RoundInput(Protocol):
+    """What activations become before they are multiplied."""
+
+    def __call__(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Round `x` with its calibrated scale."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ class QuantSpec:
     operands: str
     native_sm: int
     dequantize: Callable[[torch.Tensor, float], torch.Tensor]
-    round_input: Callable[[torch.Tensor, float], torch.Tensor] | None = None
+    round_input: RoundInput | None = None
     modelopt_config: Callable[[Sequence[str]], dict[str, Any]] | None = None
     onnx: OnnxPattern | None = None
 

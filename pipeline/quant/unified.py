@@ -1,28 +1,34 @@
 """Reads a Hugging Face folder without a model class: config, and tensors as NumPy views.
 
-Works on a unified FP8 checkpoint (`X.weight` float8_e4m3fn with `X.weight_scale` and
-`X.input_scale`) and on plain weights alike. Tensors are memory maps, so that converting streams a
-checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (through `ml_dtypes`).
+Works on a unified checkpoint (`X.weight` in its precision's type, with scales such as
+`X.weight_scale` beside it) and on plain weights alike. Tensors are memory maps, so that converting
+streams a checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (through
+`ml_dtypes`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.errors import CorruptError
+from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.safetensors_files import TensorEntry, folder_tensors
 from pipeline.model.read import load_config, read_spec
 from pipeline.model.spec import ModelSpec
+from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
+from pipeline.quant.declared import declared_quantization
+from pipeline.quant.spec import QuantSpec, quant_specs, spec_of_algo
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
-_WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+_PLAIN_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,25 @@ class UnifiedCheckpoint:
     def spec(self) -> ModelSpec:
         """What it says about the model."""
         return read_spec(self.config_json)
+
+    @cached_property
+    def precision(self) -> QuantSpec:
+        """That of its quantized linears; 16-bit where nothing is quantized.
+
+        Raises:
+            RecipeError: It declares a precision that is not known here.
+            CorruptError: Its declaration is damaged.
+        """
+        algorithm = declared_quantization(self.dir).algorithm
+        if algorithm is not None:
+            if spec := spec_of_algo(algorithm):
+                return spec
+            known = ", ".join(spec.quant_algo for spec in quant_specs().values() if spec.quant_algo)
+            message = f"is {algorithm}, which is not supported; only {known}"
+            raise RecipeError([Fault(f"{self.dir}: quant_algo", message)])
+        dtypes = {entry.dtype for entry in self.tensors.values()}
+        stored = (spec for spec in quant_specs().values() if spec.quant_algo)
+        return next((spec for spec in stored if spec.weight_dtype in dtypes), SIXTEEN_BIT)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
@@ -87,16 +112,15 @@ class UnifiedCheckpoint:
         values = self.read(name).reshape(-1)
         if len(values) != 1:
             raise CorruptError(
-                f"{self.dir}: {name} has {len(values)} elements; wanted one scale per tensor "
-                "(ModelOpt's FP8_DEFAULT_CFG)"
+                f"{self.dir}: {name} has {len(values)} elements; wanted one scale per tensor"
             )
         return np.float32(values[0])
 
     def check_tensors(self) -> None:
-        """Demand every tensor that the config implies, with its shape, and no other.
+        """Require every tensor that the config implies, with its shape, and no other.
 
-        A tensor that nobody reads (a bias, a scale of another format) would be an engine that is
-        silently wrong, as a config key would.
+        A tensor that no converter reads (a bias, a scale of another format) would be an engine that
+        is silently wrong, as a config key would.
 
         Raises:
             CorruptError: Lists what is missing, left over, of another shape or of a dtype that does
@@ -113,8 +137,8 @@ class UnifiedCheckpoint:
                 faults.append(
                     f"tensor {name} has the shape {entry.shape}, config.json implies {wanted[name]}"
                 )
-            elif entry.dtype not in _WEIGHT_DTYPES or (
-                entry.dtype == "float8_e4m3fn" and name not in linears
+            elif entry.dtype not in _PLAIN_DTYPES and not (
+                name in linears and entry.dtype == self.precision.weight_dtype
             ):
                 faults.append(f"tensor {name} has the dtype {entry.dtype}, which is not built")
         if faults:
@@ -128,11 +152,11 @@ class UnifiedCheckpoint:
     def _is_companion(self, name: str) -> bool:
         """A tensor that the model's weights need or that changes nothing.
 
-        Scales of FP8 linears and of an FP8 KV cache; rotary frequencies, which old Llama files
+        Scales of quantized linears and of a KV cache; rotary frequencies, which old Llama files
         hold and which follow from the config; an lm_head that the config ties to the embedding.
         """
         module, _, kind = name.rpartition(".")
-        if kind in ("weight_scale", "input_scale"):
+        if kind in self.precision.scales:
             return self.is_quantized(module)
         if kind in ("k_scale", "v_scale"):
             return ".self_attn" in module
@@ -141,15 +165,51 @@ class UnifiedCheckpoint:
         )
 
     def is_quantized(self, module: str) -> bool:
-        """Whether the linear `module` is stored as FP8 with both of its scales."""
+        """Whether the linear `module` is stored in the checkpoint's precision."""
         entry = self.tensors.get(f"{module}.weight")
-        return entry is not None and entry.dtype == "float8_e4m3fn"
+        return entry is not None and self._in_precision(entry)
 
     @cached_property
     def quantized_linears(self) -> tuple[str, ...]:
-        """Module names of all FP8 linears."""
+        """Module names of all quantized linears."""
         return tuple(
             name.removesuffix(".weight")
             for name, entry in self.tensors.items()
-            if entry.dtype == "float8_e4m3fn"
+            if name.endswith(".weight") and self._in_precision(entry)
         )
+
+    def _in_precision(self, entry: TensorEntry) -> bool:
+        return self.precision is not SIXTEEN_BIT and entry.dtype == self.precision.weight_dtype
+
+
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite, by the bits of the exponents; E4M3 has a NaN only."""
+    import numpy as np
+
+    name = values.dtype.name
+    if name not in _EXPONENT_BITS:
+        return True
+    bits = values.view(np.dtype(f"u{values.dtype.itemsize}"))
+    exponent = bits.dtype.type(_EXPONENT_BITS[name])
+    return not bool(((bits & exponent) == exponent).any())
+
+
+_EXPONENT_BITS = {
+    "float32": 0x7F800000,
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float8_e4m3fn": 0x7F,
+}
+"""dtype -> bits that are all set in NaN and infinity, and in nothing else."""
+
+
+def torch_view(values: NDArray[Any]) -> torch.Tensor:
+    """A memory map as a tensor of the same memory: NumPy has no fast arithmetic on these types."""
+    import numpy as np
+    import torch
+
+    dtype = getattr(torch, values.dtype.name)
+    raw = values.view(np.dtype(f"u{values.dtype.itemsize}"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(raw).view(dtype)

@@ -1,26 +1,29 @@
-"""Checks every tensor of an exported FP8 checkpoint against the weights that it was made from.
+"""Checks every tensor of an exported checkpoint against the weights that it was made from.
 
 An exporter can drop, empty or zero a tensor and still succeed; nothing later would notice before a
-reader of nonsense does.
+reader of nonsense does. What rounding cost is kept in the ledger.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CorruptError
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
+from pipeline.quant.spec import QuantSpec
+from pipeline.quant.unified import UnifiedCheckpoint, all_finite, torch_view
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
-_RELATIVE_STEP = 2.0**-4
-"""Half a unit in the last place of E4M3's three mantissa bits, relative to the value."""
-_ABSOLUTE_STEP = 2.0**-10
-"""Half of E4M3's smallest subnormal, 2^-9 (OCP 8-bit Floating Point Specification, table 1)."""
+MAX_LOST_SHARE = 0.1
+"""Of a linear's non-zero weights at most so many may round to zero. With one E4M3 scale for the
+tensor those below 2^-10 / 448 of the largest do: of normally distributed weights 9 in a million, of
+SmolLM2's linears 12 in a million at most (2026-11-30). More says that a few values set the scale.
+"""
 _SLACK = 1.04
 """An exporter that divides by the scale in bfloat16, as on a GPU, rounds by 2^-9 before it rounds
 by 2^-4: 3 % more."""
@@ -29,101 +32,160 @@ _CHUNK_ROWS = 512
 _MAX_LISTED = 8
 
 
-def verify_checkpoint(checkpoint_dir: Path, weights_dir: Path, quantized_linears: set[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What was rounded, and what it cost.
+
+    Attributes:
+        precision: Name of the precision.
+        relative_error: Linear -> norm of its rounding error over the norm of its weights, three
+            digits: the order of a sum does not show in them.
+        kept_16bit: Linears that were rounded to bfloat16 only.
+    """
+
+    precision: str
+    relative_error: Mapping[str, float]
+    kept_16bit: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "precision": self.precision,
+            "relative_error": dict(self.relative_error),
+            "kept_16bit": list(self.kept_16bit),
+        }
+
+
+def require_finite(source: UnifiedCheckpoint) -> None:
+    """Refuse weights, norms and embeddings that hold NaN or infinite values.
+
+    Raises:
+        CorruptError: Names the tensors.
+    """
+    broken = [name for name in source.tensors if not all_finite(source.read(name))]
+    if broken:
+        _refuse(
+            f"{source.dir} holds NaN or infinite values; fetch the weights again, or choose others",
+            broken,
+        )
+
+
+def verify_checkpoint(
+    checkpoint_dir: Path,
+    weights_dir: Path,
+    precision: QuantSpec,
+    quantized_linears: Collection[str],
+) -> Ledger:
     """Compare an exported checkpoint with its source, tensor by tensor.
 
     Present, nothing extra, right shape and dtype, 16-bit tensors equal to the source rounded to
-    bfloat16, dequantized FP8 weights within E4M3's rounding error, two KV-cache scales for each
-    attention, all scales finite and positive.
+    bfloat16, dequantized weights within the precision's rounding error and not lost to zero, two
+    KV-cache scales for each attention, all scales finite and positive.
 
     Args:
-        checkpoint_dir: Unified FP8 checkpoint.
+        checkpoint_dir: Unified checkpoint.
         weights_dir: Hugging Face folder that it was made from.
-        quantized_linears: Modules that must be FP8; all others must not be.
+        precision: Of the quantized linears.
+        quantized_linears: Modules that must be quantized; all others must not be.
 
     Raises:
         CorruptError: Lists what is wrong, by tensor.
     """
     checkpoint, source = UnifiedCheckpoint(checkpoint_dir), UnifiedCheckpoint(weights_dir)
-    tied = bool(checkpoint.config_json.get("tie_word_embeddings", False))
-    wanted = {name for name in source.tensors if not (tied and name == "lm_head.weight")}
-    scales = {
-        f"{module}.{kind}_scale" for module in quantized_linears for kind in ("weight", "input")
+    wanted = {
+        name for name in source.tensors if not (source.spec.tied and name == "lm_head.weight")
     }
+    scales = {f"{module}.{kind}" for module in quantized_linears for kind in precision.scales}
     scales |= set(source.spec.kv_scales())
     found = set(checkpoint.tensors)
     faults = [f"{name} is missing" for name in sorted((wanted | scales) - found)]
     faults += [f"{name} was not asked for" for name in sorted(found - wanted - scales)]
+    errors = {}
     for name in sorted(wanted & found):
-        fp8 = name.removesuffix(".weight") in quantized_linears
-        fault = _tensor_fault(checkpoint, source, name, fp8=fp8)
+        module = name.removesuffix(".weight")
+        tensor = _Tensor(
+            checkpoint, source, name, precision if module in quantized_linears else SIXTEEN_BIT
+        )
+        fault = tensor.form_fault() or tensor.value_fault()
         if fault:
             faults.append(f"{name} {fault}")
+        elif module in quantized_linears:
+            errors[module] = float(f"{tensor.relative_error:.3g}")
     for name in sorted(scales & found):
         value = float(checkpoint.scalar(name))
         if not 0 < value < float("inf"):
             faults.append(f"{name} is {value}")
     if faults:
-        more = len(faults) - _MAX_LISTED
-        listed = "\n".join(f"    {fault}" for fault in faults[:_MAX_LISTED])
-        raise CorruptError(
-            f"the exported checkpoint is not a faithful copy of its source:\n{listed}"
-            + (f"\n    and {more} more" if more > 0 else "")
-        )
+        _refuse("the exported checkpoint is not a faithful copy of its source", faults)
+    kept = tuple(name for name in source.spec.modules if name not in errors)
+    return Ledger(precision=precision.name, relative_error=errors, kept_16bit=kept)
 
 
-def _tensor_fault(
-    checkpoint: UnifiedCheckpoint, source: UnifiedCheckpoint, name: str, *, fp8: bool
-) -> str | None:
-    """What is wrong with one tensor, or None."""
-    entry, origin = checkpoint.tensors[name], source.tensors[name]
-    wanted_dtype = "float8_e4m3fn" if fp8 else "bfloat16"
-    if entry.dtype != wanted_dtype:
-        return f"has dtype {entry.dtype}, wanted {wanted_dtype}"
-    if entry.shape != origin.shape:
-        return f"has shape {entry.shape}, its source {origin.shape}"
-    if entry.size_bytes == 0:
-        return "is empty"
-    got, want = _tensor(checkpoint.read(name)), _tensor(source.read(name))
-    scale = float(checkpoint.scalar(f"{name}_scale")) if fp8 else 1.0
-    for start in range(0, max(got.shape[0], 1), _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
-        fault = (
-            _fp8_fault(got[rows], want[rows], scale) if fp8 else _equal_fault(got[rows], want[rows])
-        )
-        if fault:
-            return fault
-    return None
+@dataclass
+class _Tensor:
+    """One tensor of the checkpoint beside its source."""
 
+    checkpoint: UnifiedCheckpoint
+    source: UnifiedCheckpoint
+    name: str
+    precision: QuantSpec
+    relative_error: float = 0.0
 
-def _fp8_fault(codes: torch.Tensor, want: torch.Tensor, scale: float) -> str | None:
-    """Whether codes x scale lie within rounding error of the source."""
-    source = want.float()
-    error = (codes.float() * scale - source).abs_()
-    allowed = (source.abs_() * _RELATIVE_STEP).clamp_(min=scale * _ABSOLUTE_STEP) * _SLACK
-    beyond = int((~(error <= allowed)).sum())  # not >: a NaN is beyond, too
-    if not beyond:
+    def form_fault(self) -> str | None:
+        """What is wrong with dtype or shape, or None."""
+        entry, origin = self.checkpoint.tensors[self.name], self.source.tensors[self.name]
+        if entry.dtype != self.precision.weight_dtype:
+            return f"has dtype {entry.dtype}, wanted {self.precision.weight_dtype}"
+        if entry.shape != origin.shape:
+            return f"has shape {entry.shape}, its source {origin.shape}"
+        return "is empty" if entry.size_bytes == 0 else None
+
+    def value_fault(self) -> str | None:
+        """What is wrong with the values, or None; finds the relative error."""
+        import torch
+
+        got = torch_view(self.checkpoint.read(self.name))
+        want = torch_view(self.source.read(self.name))
+        if self.precision is SIXTEEN_BIT:
+            if torch.equal(got.view(torch.int16), want.to(torch.bfloat16).view(torch.int16)):
+                return None
+            return "differs from its source rounded to bfloat16"
+        scale = float(self.checkpoint.scalar(f"{self.name}_scale"))
+        beyond, lost, worst, error_norm, norm, nonzero = 0, 0, 0.0, 0.0, 0.0, 0
+        for codes, rows in _chunks(got, want):
+            weights, rounded = rows.float(), self.precision.dequantize(codes, scale)
+            lost += int(((rounded == 0) & (weights != 0)).sum())
+            nonzero += int((weights != 0).sum())
+            norm += float(weights.square().sum())
+            error = rounded.sub_(weights).abs_()
+            error_norm += float(error.square().sum())
+            allowed = weights.abs_().mul_(self.precision.relative_step)
+            allowed = allowed.clamp_(min=scale * self.precision.absolute_step) * _SLACK
+            outside = ~(error <= allowed)  # not >: a NaN is outside, too
+            if outside.any():
+                beyond += int(outside.sum())
+                worst = max(worst, float((error / allowed).max()))
+        if beyond:
+            return (
+                f"has {beyond} of {got.numel()} values beyond {self.precision.title} error, the "
+                f"worst by {worst:.1f} x"
+            )
+        if lost > MAX_LOST_SHARE * max(nonzero, 1):
+            return (
+                f"lost {lost / nonzero:.0%} of its weights to zero ({MAX_LOST_SHARE:.0%} are "
+                "allowed): a few of them are far larger than the rest; list it under "
+                "quantizer.keep_16bit"
+            )
+        self.relative_error = (error_norm / norm) ** 0.5 if norm else 0.0
         return None
-    worst = float((error / allowed).max())
-    return f"has {beyond} of {error.numel()} values beyond FP8 error, the worst by {worst:.1f} x"
 
 
-def _equal_fault(got: torch.Tensor, want: torch.Tensor) -> str | None:
-    """Whether a 16-bit tensor is the source rounded to bfloat16, bit for bit."""
-    import torch
-
-    if torch.equal(got.view(torch.int16), want.to(torch.bfloat16).view(torch.int16)):
-        return None
-    return "differs from its source rounded to bfloat16"
+def _chunks(got: torch.Tensor, want: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(got), _CHUNK_ROWS):
+        yield got[start : start + _CHUNK_ROWS], want[start : start + _CHUNK_ROWS]
 
 
-def _tensor(values: NDArray[Any]) -> torch.Tensor:
-    """A memory map as a tensor of the same memory: NumPy has no fast arithmetic on these types."""
-    import numpy as np
-    import torch
-
-    dtype = getattr(torch, values.dtype.name)
-    raw = values.view(np.dtype(f"u{values.dtype.itemsize}"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(raw).view(dtype)
+def _refuse(what: str, faults: list[str]) -> None:
+    more = len(faults) - _MAX_LISTED
+    listed = "".join(f"\n    {fault}" for fault in faults[:_MAX_LISTED])
+    raise CorruptError(f"{what}:{listed}" + (f"\n    and {more} more" if more > 0 else ""))

@@ -162,9 +162,7 @@ def _up_to_the_command(
 ) -> tuple[str, str]:
     """Fetch, quantize, convert, verify; the command line that a machine with the card would run."""
     cache = StageCache(root=cache_dir)
-    checkpoint = recipe.quantizer.quantize(
-        recipe.source.fetch(), recipe.shape, recipe.calibration, cache
-    )
+    checkpoint = recipe.quantizer.quantize(recipe.source.fetch(), recipe.calibration, cache)
     converted = convert_trtllm(checkpoint.dir, checkpoint.digest, compiler.conversion, cache)
     size_bytes = (converted.dir / "rank0.safetensors").stat().st_size
     reached = f"TensorRT-LLM checkpoint, {size_bytes / 1e6:.1f} MB, every tensor checked"

@@ -30,32 +30,32 @@ from pipeline.core.values import Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
-from pipeline.quant import modelopt_fp8
-from pipeline.quant.calibration import Calibration
+from pipeline.quant import modelopt
 from pipeline.quant.device import free_vram_bytes
-from pipeline.quant.fp8 import modelopt_config
-from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.fp8 import Fp8Quantizer, modelopt_config
 from pipeline.rehearse.random_source import RandomSource
+from pipeline.sources.text import calibration
+from pipeline.sources.text.calibration import Calibration
 from pipeline.sources.text.topics import PydocTopics
 from pipeline.sources.text.windows import pack_windows
 
 REPEATS = 2
 APART = (
-    (modelopt_fp8, "load_model"),
-    (modelopt_fp8, "place"),
-    (modelopt_fp8, "pack_windows"),
-    (modelopt_fp8, "verify_checkpoint"),
+    (modelopt, "load_model"),
+    (modelopt, "place"),
+    (calibration, "pack_windows"),
+    (modelopt, "verify_checkpoint"),
     (cache, "digest_folder"),
     (cache, "_sync"),
 )
 """Parts of our stage whose time is taken apart: the bare calls do not have them, or not in the
 measured time. Verification, the digest and forcing to disk are printed beside it."""
 WITHIN = (
-    (ModelOptFp8, "_calibrate"),
-    (ModelOptFp8, "_export"),
-    (modelopt_fp8, "check_amax"),
-    (modelopt_fp8, "share_scales"),
-    (modelopt_fp8, "normalize_export"),
+    (modelopt.ModelOptJob, "_calibrate"),
+    (modelopt, "_export"),
+    (modelopt, "check_amax"),
+    (modelopt, "share_scales"),
+    (modelopt, "normalize_export"),
 )
 """Parts of what is compared, printed too."""
 
@@ -101,12 +101,12 @@ def synchronize() -> None:
 
 
 def ours(
-    quantizer: ModelOptFp8, asked: Calibration, weights: Weights, shape: ModelSpec, folder: Path
+    quantizer: Fp8Quantizer, asked: Calibration, weights: Weights, shape: ModelSpec, folder: Path
 ) -> Any:
     """Our step: seconds of quantize + export, and of what was taken apart."""
     with taken_apart(APART) as spent, taken_apart(WITHIN) as within:
         started = time.perf_counter()
-        quantizer.quantize(weights, shape, asked, cache.StageCache(root=folder))
+        quantizer.quantize(weights, asked, cache.StageCache(root=folder))
         total = time.perf_counter() - started
     return {
         "quantize_and_export_s": total - sum(spent.values()),
@@ -117,7 +117,7 @@ def ours(
 
 
 def bare(
-    quantizer: ModelOptFp8, asked: Calibration, weights: Weights, folder: Path
+    quantizer: Fp8Quantizer, asked: Calibration, weights: Weights, folder: Path
 ) -> dict[str, float]:
     """ModelOpt alone: `mtq.quantize` and `export_hf_checkpoint`."""
     import modelopt.torch.quantization as mtq
@@ -184,7 +184,7 @@ def main() -> None:
         batch_size=given.batch_size,
         seed=0,
     )
-    quantizer = ModelOptFp8(device=given.device)
+    quantizer = Fp8Quantizer(device=given.device)
     runs: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
     with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
         folder = Path(name)

@@ -31,7 +31,8 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.cache import StageCache
 from pipeline.model.hf import load_tokenizer
-from pipeline.quant import export, modelopt_fp8
+from pipeline.quant import export, modelopt
+from pipeline.quant.verify import Ledger
 from pipeline.runners.transformers import open_source
 from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.sources.text.windows import pack_windows
@@ -47,15 +48,17 @@ RUNNER = VllmRunner(
 @contextlib.contextmanager
 def plain_modelopt() -> Iterator[None]:
     """Leave ModelOpt's own scales as they are."""
-    module: Any = modelopt_fp8
+    module: Any = modelopt
     share, scale, verify = module.share_scales, export._scale, module.verify_checkpoint
 
     def own(name: str, value: float, cache_scales: Any) -> float:
         return scale(name, value, cache_scales) if name.endswith(export._CACHE) else value
 
-    module.share_scales, export._scale = lambda model: {}, own
+    module.share_scales, export._scale = lambda *arguments: {}, own
     # It is strict about scales that are bfloat16 values, as ours are.
-    module.verify_checkpoint = lambda *arguments: None
+    module.verify_checkpoint = lambda *arguments: Ledger(
+        precision="fp8", relative_error={}, kept_16bit=()
+    )
     try:
         yield
     finally:
@@ -102,7 +105,7 @@ def main() -> None:
         for side in ("shared", "plain"):
             cache = StageCache(root=folder / side)
             with plain_modelopt() if side == "plain" else contextlib.nullcontext():
-                checkpoint = quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
+                checkpoint = quantizer.quantize(weights, recipe.calibration, cache)
             engine = recipe.compiler.compile(checkpoint, recipe.target, cache, folder)
             with runner.open(engine) as running:
                 figures[side] = engine_figures(running.logits, windows, source)

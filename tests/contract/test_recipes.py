@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.core.data import data_dir
+from pipeline.formats.spec import format_spec
 
 GROUPS = {
     "source",
@@ -87,9 +88,10 @@ def test_recipe_can_be_planned_as_it_is(recipe: str) -> None:
     assert plan_of(loaded(recipe).value).faults == ()
 
 
-def test_what_is_compiled_by_default_has_a_runner_of_its_name() -> None:
-    runners = {option for group, option in OPTIONS if group == "runner"}
-    assert set(COMPILERS) <= runners
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiler_chooses_the_runner_that_its_format_names(compiler: str) -> None:
+    recipe = loaded("smollm2", f"compiler={compiler}").value
+    assert recipe.runner.name == format_spec(recipe.compiler.format).substitute
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -12,7 +12,7 @@ from pipeline.core.values import Checkpoint, Weights
 from pipeline.quant.device import DeviceChoice
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, tiny_architecture
-from tests.quant.tiny_quantized import CALIBRATION, local_weights, shape_of, tiny_quantizer
+from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer
 from tests.quant.unified_contract import expected_form, form_of
 
 pytestmark = pytest.mark.gpu
@@ -28,9 +28,7 @@ def weights(request: pytest.FixtureRequest, tmp_path: Path) -> Weights:
 
 def quantized(weights: Weights, device: DeviceChoice, root: Path) -> Checkpoint:
     quantizer = replace(tiny_quantizer(), device=device)
-    return quantizer.quantize(
-        weights, shape_of(weights), CALIBRATION, StageCache(root=root / device)
-    )
+    return quantizer.quantize(weights, CALIBRATION, StageCache(root=root / device))
 
 
 def test_every_way_of_calibrating_gives_the_same_checkpoint(

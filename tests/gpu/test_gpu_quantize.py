@@ -6,11 +6,10 @@ import pytest
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.model.read import read_spec
-from pipeline.quant.calibration import Calibration
 from pipeline.quant.device import DeviceChoice
-from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.sources.text.calibration import Calibration
 from pipeline.sources.text.topics import PydocTopics
 from tests.tiny import tiny_model
 
@@ -36,9 +35,8 @@ def quantized(weights: Weights, device: DeviceChoice, root: Path) -> Checkpoint:
     calibration = Calibration(
         text=PydocTopics(part="calibrate"), calib_size=4, seq_len=64, batch_size=2, seed=0
     )
-    config = UnifiedCheckpoint(weights.dir).config_json
     cache = StageCache(root=root / device)
-    return ModelOptFp8(device=device).quantize(weights, read_spec(config), calibration, cache)
+    return Fp8Quantizer(device=device).quantize(weights, calibration, cache)
 
 
 def test_cuda_and_layerwise_calibrate_like_the_cpu(weights: Weights, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from pipeline.core.nvml import Conditions, read_conditions
 from pipeline.core.values import Engine
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.model.random_model import write_random_model
-from pipeline.quant.calibration import Calibration
-from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.session import CacheClearing, Demands
 from pipeline.runners.transformers import TransformersRunner
@@ -30,7 +29,8 @@ from pipeline.runners.vllm.runner import VllmRunner
 from pipeline.runners.vllm.session import VllmSession
 from pipeline.runners.vllm.timing import latency_percentiles
 from pipeline.runners.workload import Workload
-from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights, shape_of
+from pipeline.sources.text.calibration import Calibration
+from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights
 from tests.specs import tiny_spec
 from tests.tiny import TEXT
 
@@ -68,7 +68,7 @@ def engine_of(folder: Path, kv_cache_dtype: Literal["bfloat16", "fp8"]) -> Engin
     write_random_model(SHAPE, folder / "model", documents=[TEXT], seed=3)
     weights, cache = local_weights(folder / "model"), StageCache(root=folder / "cache")
     calibration = Calibration(text=RepeatedText(), calib_size=4, seq_len=64, batch_size=4, seed=1)
-    checkpoint = ModelOptFp8(device="cpu").quantize(weights, shape_of(weights), calibration, cache)
+    checkpoint = Fp8Quantizer(device="cpu").quantize(weights, calibration, cache)
     compiler = CheckpointCompiler(
         max_batch_size=8,
         max_seq_len=256,

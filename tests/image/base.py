@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.core.containers.image_install import lacking, pinned
+from image.install import lacking, pinned
 from tests.image.wheels import write_wheel
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.containers.image_install import pinned
+from image.install import pinned
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def sent(tmp_path: Path) -> set[str]:
 
     for name in (
         "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements-image.lock",
-        "pipeline/core/containers/image_install.py", "conf/build.yaml", "pipeline/cli.py",
+        "image/install.py", "conf/build.yaml", "pipeline/cli.py",
         "recipes/smollm2.yaml",
         "pipeline/__pycache__/cli.pyc", "wheels/a-1-py3-none-any.whl", ".git/config", ".env",
         ".venv/bin/python", "artifacts/phi3/engine/rank0.engine", "model.safetensors",
@@ -36,7 +36,7 @@ def sent(tmp_path: Path) -> set[str]:
 def test_engine_gets_what_the_dockerfile_copies_and_nothing_else(sent: set[str]) -> None:
     assert sent == {
         "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements-image.lock",
-        "pipeline/core/containers/image_install.py", "conf/build.yaml", "pipeline/cli.py",
+        "image/install.py", "conf/build.yaml", "pipeline/cli.py",
         "recipes/smollm2.yaml",
         "wheels/a-1-py3-none-any.whl",
     }  # fmt: skip

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.core.containers.image_install import changed
+from image.install import changed
 from tests.image.base import BASE, NAMES_ONLY, download_wheels, make_release
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.containers.image_install import (
+from image.install import (
     as_requirements,
     changed,
     installed,
@@ -22,7 +22,7 @@ from pipeline.core.containers.image_install import (
 )
 from tests.image.wheels import write_wheel
 
-INSTALLER = Path("pipeline/core/containers/image_install.py").resolve()
+INSTALLER = Path("image/install.py").resolve()
 
 
 def test_lock_is_read_by_canonical_name() -> None:
@@ -47,6 +47,17 @@ def test_versions_that_pip_cannot_read_are_no_constraints() -> None:
 def test_changed_and_lost_packages_are_named() -> None:
     found = changed({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "4"})
     assert found == ["b was 2, is 2.1", "c was 3, is gone"]
+
+
+def test_records_in_the_working_directory_are_not_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `pip install .` leaves them in a checkout."""
+    record = tmp_path / "stray.egg-info" / "PKG-INFO"
+    record.parent.mkdir()
+    record.write_text("Metadata-Version: 2.1\nName: stray\nVersion: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert "stray" not in installed(sys.executable)
 
 
 @dataclass(frozen=True)

@@ -229,9 +229,13 @@ LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini
 @pytest.mark.parametrize(
     ("name", "changes", "shown"),
     [
-        (LLAMA, {"model_type": "gpt2"}, "model_type: is 'gpt2', which no reader knows"),
-        (LLAMA, {"model_type": ...}, "model_type: is ['LlamaForCausalLM'], which no reader"),
-        (LLAMA, {"model_type": "../spec"}, "model_type: is '../spec', which no"),
+        (
+            LLAMA,
+            {"model_type": "gpt2"},
+            "model_type: is 'gpt2'; the model types that we",
+        ),
+        (LLAMA, {"model_type": ...}, "model_type: is missing; the model types"),
+        (LLAMA, {"model_type": "../spec"}, "model_type: is '../spec'; the model"),
         (LLAMA, {"architectures": ["GPT2LMHeadModel"]}, "architectures: is ['GPT2LMHeadModel']"),
         (LLAMA, {"architectures": []}, "architectures: is []; a llama model has ['LlamaFor"),
         (LLAMA, {"attention_bias": True}, "attention_bias: is True"),

@@ -3,11 +3,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+import yaml
 
 from pipeline.core.hardware import Target
 from pipeline.core.values import Limits
@@ -30,7 +29,7 @@ def shape_of() -> Callable[[str], ModelSpec]:
 @pytest.fixture(scope="session")
 def target_of() -> Callable[[str], Target]:
     def load(name: str) -> Target:
-        return cast(Target, _instantiate(ROOT / "conf" / "target" / f"{name}.yaml"))
+        return Target(**yaml.safe_load((ROOT / "conf" / "target" / f"{name}.yaml").read_text()))
 
     return load
 
@@ -70,7 +69,3 @@ def ask(shape_of: Callable[[str], ModelSpec], target_of: Callable[[str], Target]
         return PlanRequest(**asked)
 
     return request
-
-
-def _instantiate(path: Path) -> Any:
-    return instantiate(OmegaConf.load(path), _convert_="all")

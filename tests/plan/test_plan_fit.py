@@ -102,7 +102,9 @@ def test_paged_fit_is_judged_at_the_workloads_and_not_at_the_limits(ask: Ask) ->
 
 def test_static_fit_is_judged_at_the_limits_and_not_at_the_workloads(ask: Ask) -> None:
     small = PlannedWorkload(name="b64", batch=64, isl=128, osl=256)
-    request = rtx(ask, "phi3", max_batch_size=64, max_seq_len=2047, workloads=(small,))
+    request = rtx(
+        ask, "phi3", max_batch_size=64, max_seq_len=2047, max_num_tokens=4094, workloads=(small,)
+    )
     plan = make_plan(request)
     assert plan.fit.static_kv_bytes == 64 * 2047 * 384 * 1024
     (fault,) = plan.faults
@@ -117,11 +119,46 @@ def test_static_fit_is_judged_at_the_limits_and_not_at_the_workloads(ask: Ask) -
     for changed, fits in [
         (replace(limits, max_batch_size=batch), True),
         (replace(limits, max_batch_size=batch + 1), False),
-        (replace(limits, max_seq_len=context), True),
-        (replace(limits, max_seq_len=context + 64), False),  # beyond what a smaller mask frees
+        (replace(limits, max_seq_len=context, max_num_tokens=2 * context), True),
+        (replace(limits, max_seq_len=context + 1, max_num_tokens=2 * context + 2), False),
     ]:
         faults = make_plan(replace(request, limits=changed, workloads=())).faults
         assert (not faults) == fits, changed
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "paged"])
+@pytest.mark.parametrize("shape", ["smollm2", "phi3", "llama3.1"])
+def test_batch_that_is_shown_to_fit_is_accepted_and_one_more_is_not(
+    shape: str, static: bool, ask: Ask
+) -> None:
+    request = rtx(ask, shape) if static else ask(shape, max_batch_size=4096, max_num_tokens=8192)
+    request = replace(request, limits=replace(request.limits, max_seq_len=2048))
+    largest = make_plan(request).fit.full_length_sequences
+    assert largest > 1
+    for batch, fits in ((largest, True), (largest + 1, False)):
+        limits = replace(request.limits, max_batch_size=max(batch, request.limits.max_batch_size))
+        load = PlannedWorkload(name="full", batch=batch, isl=1024, osl=1024)
+        tried = replace(request, limits=limits, workloads=(load,))
+        assert (make_plan(tried).faults == ()) is fits, batch
+
+
+@pytest.mark.parametrize("target", ["rtx4090", "l4"])
+def test_context_that_is_shown_to_fit_is_accepted_though_prefill_grows_with_it(
+    target: str, ask: Ask
+) -> None:
+    def recipe(context: int) -> PlanRequest:  # as TensorRT-RTX's settings give it
+        return rtx(
+            ask,
+            "llama3.1",
+            target=target,
+            max_batch_size=8,
+            max_seq_len=context,
+            max_num_tokens=8 * context,
+        )
+
+    longest = make_plan(recipe(1024)).fit.max_context
+    assert make_plan(recipe(longest)).faults == ()
+    assert make_plan(recipe(longest + 1)).faults != ()
 
 
 def test_largest_context_is_at_most_what_the_model_was_trained_for(ask: Ask) -> None:

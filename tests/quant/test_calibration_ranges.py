@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import CorruptError, IncompatibleError
-from pipeline.quant.calibration import FP8_E4M3_MAX, OUTLIER_FACTOR, check_amax
+from pipeline.quant.calibration import OUTLIER_FACTOR, check_amax
 from pipeline.quant.device import DeviceChoice, activation_bytes, choose_placement, cpu_dtype
 from pipeline.quant.sharing import bf16_scale_amax
+from pipeline.quant.spec import FP8_E4M3_MAX
 from tests.specs import tiny_spec
 
 SHAPE = tiny_spec(num_hidden_layers=30)
@@ -86,7 +87,7 @@ def test_rounded_scale_covers_amax_and_is_at_most_one_bfloat16_step_above(amax: 
     import torch
 
     wanted = torch.tensor(amax, dtype=torch.float32) / FP8_E4M3_MAX
-    scale = bf16_scale_amax(torch.tensor(amax)) / FP8_E4M3_MAX
+    scale = bf16_scale_amax(torch.tensor(amax), FP8_E4M3_MAX) / FP8_E4M3_MAX
     exact = scale.to(torch.bfloat16)
     assert exact.float() == scale
     assert scale >= wanted

@@ -12,8 +12,9 @@ import pytest
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.values import Checkpoint
 from pipeline.model.read import read_spec
-from pipeline.quant.calibration import FP8_E4M3_MAX
 from pipeline.quant.export import normalize_export
+from pipeline.quant.fp8 import SPEC
+from pipeline.quant.spec import FP8_E4M3_MAX
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.quant.verify import verify_checkpoint
 from tests.architectures import ARCHITECTURES
@@ -153,7 +154,10 @@ def test_pattern_for_split_linears_is_refused_where_they_are_fused(root: Path) -
     with pytest.raises(RecipeError) as caught:
         architecture_checkpoint(root, "phi3", "model.layers.*.self_attn.q_proj")
     (fault,) = caught.value.faults
-    assert "matches no linear; names look like 'model.layers.0.self_attn." in fault.message
+    assert (
+        "matches no linear of this model; names look like model.layers.0.self_attn."
+        in fault.message
+    )
 
 
 def changed_copy(made: Checkpoint, folder: Path, name: str) -> Path:
@@ -182,7 +186,7 @@ def test_missing_tensor_is_found_by_verification(
     root: Path, tmp_path: Path, name: str, tensor: str
 ) -> None:
     made = architecture_checkpoint(root, name)
-    verify = partial(verify_checkpoint, weights_dir=made.weights.dir)
+    verify = partial(verify_checkpoint, weights_dir=made.weights.dir, precision=SPEC)
     verify(made.dir, quantized_linears=set(made.quantized_linears))
     folder = changed_copy(made, tmp_path / "copy", tensor)
     with pytest.raises(CorruptError, match=f"{tensor} is missing"):
@@ -192,4 +196,6 @@ def test_missing_tensor_is_found_by_verification(
 def test_cache_scale_that_was_not_calibrated_is_refused(root: Path, tmp_path: Path) -> None:
     made = architecture_checkpoint(root, "phi3")
     with pytest.raises(CorruptError, match=r"self_attn\.[kv]_proj\.[kv]_scale, which calibration"):
-        normalize_export(made.dir, made.weights.dir, tmp_path, kept_16bit=(), cache_scales={})
+        normalize_export(
+            made.dir, made.weights.dir, tmp_path, precision=SPEC, kept_16bit=(), cache_scales={}
+        )

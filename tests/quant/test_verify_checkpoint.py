@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.core.errors import CorruptError, ExitCode
 from pipeline.core.values import Checkpoint
+from pipeline.quant.fp8 import SPEC
 from pipeline.quant.verify import verify_checkpoint
 from tests.quant.tiny_quantized import tiny_checkpoint
 
@@ -26,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def verify(made: Checkpoint, folder: Path) -> None:
-    verify_checkpoint(folder, made.weights.dir, set(made.quantized_linears))
+    verify_checkpoint(folder, made.weights.dir, SPEC, made.quantized_linears)
 
 
 def planted(made: Checkpoint, folder: Path, change: Callable[[Tensors], None]) -> Path:
@@ -164,4 +165,4 @@ def test_long_lists_of_faults_are_cut_and_counted(made: Checkpoint, tmp_path: Pa
 
 def test_fp8_where_16_bit_was_asked_is_found(made: Checkpoint) -> None:
     with pytest.raises(CorruptError, match=f"{WEIGHT} has dtype float8_e4m3fn, wanted bfloat16"):
-        verify_checkpoint(made.dir, made.weights.dir, set(made.quantized_linears) - {LINEAR})
+        verify_checkpoint(made.dir, made.weights.dir, SPEC, set(made.quantized_linears) - {LINEAR})

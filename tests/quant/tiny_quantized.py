@@ -10,8 +10,8 @@ from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.hardware import Target
 from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.model.spec import ModelSpec
-from pipeline.quant.calibration import Calibration
-from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.fp8 import Fp8Quantizer
+from pipeline.sources.text.calibration import Calibration
 from tests.specs import spec_of_folder
 from tests.tiny import TEXT, tiny_model
 
@@ -65,13 +65,13 @@ CALIBRATION = Calibration(text=RepeatedText(), calib_size=2, seq_len=32, batch_s
 """Two windows of 32 tokens."""
 
 
-def tiny_quantizer(*keep_16bit: str) -> ModelOptFp8:
+def tiny_quantizer(*keep_16bit: str) -> Fp8Quantizer:
     """On the CPU."""
-    return ModelOptFp8(keep_16bit=keep_16bit, device="cpu")
+    return Fp8Quantizer(keep_16bit=keep_16bit, device="cpu")
 
 
 def tiny_checkpoint(root: Path, *keep_16bit: str) -> Checkpoint:
     """A checkpoint below `root`, with its weights and cache."""
     weights = tiny_weights(root / "model")
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), CALIBRATION, cache)
+    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache)

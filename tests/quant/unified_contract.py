@@ -20,7 +20,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, tiny_architecture
-from tests.quant.tiny_quantized import CALIBRATION, local_weights, shape_of, tiny_quantizer
+from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer
 
 GOLDEN = Path(__file__).parent / "golden" / "scales.json"
 
@@ -116,7 +116,7 @@ def architecture_checkpoint(root: Path, name: str, *keep_16bit: str) -> Checkpoi
         tiny_architecture(name, folder)
     weights = local_weights(folder)
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), CALIBRATION, cache)
+    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache)
 
 
 def _record() -> Iterator[tuple[str, dict[str, Any]]]:

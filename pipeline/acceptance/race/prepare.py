@@ -122,7 +122,7 @@ def make_artifact(recipe: Recipe, cache_dir: Path, log_dir: Path) -> Prepared:
     if isinstance(recipe.source, RandomSource):
         _write_random(recipe.source, cache_dir)
     weights = recipe.source.fetch()
-    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
+    checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
     engine = recipe.compiler.compile(checkpoint, recipe.target, cache, log_dir)
     return Prepared(weights=weights, engine=engine)
 

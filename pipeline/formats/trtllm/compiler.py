@@ -26,19 +26,19 @@ from pipeline.formats.trtllm.command import (
     TIMING_OUT,
     BuildPaths,
     BuildSizes,
+    Plugins,
     build_command,
     example_command,
 )
+from pipeline.formats.trtllm.container import Shared
 from pipeline.formats.trtllm.convert.config import Dtype
 from pipeline.formats.trtllm.convert.stage import KvCacheDtype, TrtLlmSettings, convert_trtllm
-from pipeline.formats.trtllm.environment import Environment, probe_environment
+from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
 from pipeline.formats.trtllm.hints import explain_log
-from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
-from pipeline.formats.trtllm.plugins import Plugins
+from pipeline.formats.trtllm.place import Place, Where, choose_place, find_card
 from pipeline.formats.trtllm.read_back import ENGINE_FILE, Wanted, forget_paths, read_back
 from pipeline.formats.trtllm.release import NAME, VERSION
 from pipeline.formats.trtllm.spec import SPEC
-from pipeline.formats.trtllm.timing_cache import TimingCache
 from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -47,9 +47,9 @@ _CODE = ("pipeline.formats.trtllm",)
 
 WAYS_ON = """\
 three ways on:
-  ARGS="compiler=trtrtx"      a TensorRT-RTX engine, built without a GPU
-  ARGS="compiler=checkpoint"  the FP8 checkpoint itself, for vLLM, SGLang and TensorRT-LLM >= 1.3
-  make image                  the build image, on a machine with the card; then the same command"""
+  compiler=trtrtx      a TensorRT-RTX engine, built without a GPU
+  compiler=checkpoint  the FP8 checkpoint itself, for vLLM, SGLang and TensorRT-LLM >= 1.3
+  make image           the build image, on a machine with the card; then the same command"""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -91,11 +91,11 @@ class TrtLlmCompiler:
             )
         # The next three TensorRT-LLM would only warn of, and build something else:
         # check_max_num_tokens in _common.py.
-        most = self.max_batch_size * self.max_seq_len
+        most = max(self.max_batch_size * self.max_seq_len, self.plugins.tokens_per_block)
         if self.max_num_tokens > most:
             raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be <= max_batch_size x max_seq_len "
-                f"({most}); decrease compiler.max_num_tokens"
+                f"max_num_tokens ({self.max_num_tokens}) must be <= {most} (max_batch_size x "
+                "max_seq_len, or plugins.tokens_per_block); decrease compiler.max_num_tokens"
             )
         if self.max_num_tokens < self.plugins.tokens_per_block:
             raise ValueError(

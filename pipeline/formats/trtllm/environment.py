@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.core.atomic_folder import PREFIX
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.hardware import card_name
 from pipeline.core.values import digest_of
 from pipeline.formats.trtllm import probe
-from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.command import TIMING_CACHE_FILE
+from pipeline.formats.trtllm.container import Shared
+from pipeline.formats.trtllm.place import Place
 from pipeline.formats.trtllm.release import NAME, VERSION
 
 _TIMEOUT_S = 300.0
@@ -107,3 +111,40 @@ def require_release(environment: Environment) -> None:
             f"TensorRT-LLM {found} and TensorRT {environment.tensorrt or 'none'}; use the build "
             "image (make image)"
         )
+
+
+@dataclass(frozen=True)
+class TimingCache:
+    """Measured kernels of one environment, so that the next build skips measuring them.
+
+    TensorRT takes a cache only from the same version and card; so do we, by the folder's name. The
+    file is replaced by one rename: a build that runs beside it reads an old one or a new one.
+
+    Attributes:
+        root: Of the stage cache.
+        environment: What the kernels were measured in.
+    """
+
+    root: Path
+    environment: Environment
+
+    @property
+    def file(self) -> Path:
+        """Where it is kept."""
+        return self.root / "timing" / self.environment.key[:24] / TIMING_CACHE_FILE
+
+    def lend(self, folder: Path) -> Path | None:
+        """Copy it into `folder`; None when there is none yet."""
+        try:
+            return Path(shutil.copyfile(self.file, folder / TIMING_CACHE_FILE))
+        except FileNotFoundError:
+            return None
+
+    def keep(self, folder: Path) -> None:
+        """Store what a build wrote into `folder`; nothing, if it wrote none or an empty one."""
+        written = folder / TIMING_CACHE_FILE
+        if not written.is_file() or written.stat().st_size == 0:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.file.parent) as private:
+            Path(shutil.copyfile(written, Path(private) / written.name)).replace(self.file)

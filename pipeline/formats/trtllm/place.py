@@ -16,58 +16,60 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
-from pipeline.core.containers.container import NVIDIA_ULIMITS, Bind, Container, run_container
-from pipeline.core.containers.gpu import Gpu, find_gpu, probe_gpus
-from pipeline.core.containers.preflight import image_digest, preflight
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.gpu import Gpu, find_gpu, probe_gpus
 from pipeline.core.hardware import Target, card_name
 from pipeline.core.process import run_tool
+from pipeline.formats.trtllm.container import Container, Shared, run_container
+from pipeline.formats.trtllm.preflight import image_digest, preflight
 from pipeline.formats.trtllm.release import BUILD_PROGRAM, CUDA, IMAGE_BYTES, SHM_BYTES, VERSION
 
 Where = Literal["auto", "local", "docker"]
 
-_MOUNTS = "/mnt"
 _DOCKER_SOCKET = "/var/run/docker.sock"
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """A file or folder that a program sees.
+class Place:
+    """Runs TensorRT-LLM's programs.
 
     Attributes:
-        name: Tells it from the others of the same run; its place in a container.
-        source: Where it is on this machine.
-        read_only: Whether a container may only read it.
+        gpu: The one card that they see.
+        program: Path of `trtllm-build` on this machine, which is usually the inside of the build
+            image; None for a container of `image`.
+        image: Name with tag or digest; empty on this machine.
+        memory_bytes: Limit of a container's memory; None for none.
     """
 
-    name: str
-    source: Path
-    read_only: bool = True
-
-
-class Place(Protocol):
-    """Runs TensorRT-LLM's programs."""
-
-    @property
-    def gpu(self) -> Gpu:
-        """The one card that they see."""
-        ...
+    gpu: Gpu
+    program: Path | None = None
+    image: str = ""
+    memory_bytes: int | None = None
 
     @property
     def python(self) -> str:
-        """The interpreter that has TensorRT-LLM."""
-        ...
+        """The interpreter that has TensorRT-LLM.
+
+        On this machine the one that pip wrote into the program's first line, else our own.
+        """
+        if self.program is None:
+            return "python3"
+        with self.program.open("rb") as stream:
+            first = stream.readline(4096).decode("utf-8", errors="replace")
+        words = first.removeprefix("#!").split() if first.startswith("#!") else []
+        known = words and "python" in Path(words[0]).name and Path(words[0]).is_file()
+        return words[0] if known else sys.executable
 
     def image_digest(self) -> str:
         """Identity of the image; empty where there is none."""
-        ...
+        return image_digest(self.image) if self.program is None else ""
 
     def path(self, shared: Shared) -> str:
         """Where a program finds it."""
-        ...
+        return shared.target if self.program is None else str(shared.source)
 
     def run(
         self,
@@ -93,112 +95,24 @@ class Place(Protocol):
             ToolError: It failed, ran out of memory or ran out of time.
             IncompatibleError: The container could not be started here.
         """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalPlace:
-    """This machine, which is usually the inside of the build image.
-
-    Attributes:
-        gpu: The card.
-        program: Path of `trtllm-build`.
-    """
-
-    gpu: Gpu
-    program: Path
-
-    @property
-    def python(self) -> str:
-        """The interpreter that pip wrote into the program's first line, else our own."""
-        with self.program.open("rb") as stream:
-            first = stream.readline(4096).decode("utf-8", errors="replace")
-        words = first.removeprefix("#!").split() if first.startswith("#!") else []
-        known = words and "python" in Path(words[0]).name and Path(words[0]).is_file()
-        return words[0] if known else sys.executable
-
-    def image_digest(self) -> str:
-        return ""
-
-    def path(self, shared: Shared) -> str:
-        return str(shared.source)
-
-    def run(
-        self,
-        command: Sequence[str],
-        shared: Sequence[Shared],
-        *,
-        stage: str,
-        log_path: Path,
-        timeout_s: float,
-        heartbeat_s: float = 15.0,
-    ) -> None:
-        # Whoever runs in an image under a foreign uid has a HOME that cannot be written.
-        with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
-            run_tool(
-                command,
-                stage=stage,
-                log_path=log_path,
-                env={**_OFFLINE, "HOME": home, "CUDA_VISIBLE_DEVICES": self.gpu.uuid},
-                timeout_s=timeout_s,
-                heartbeat_s=heartbeat_s,
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContainerPlace:
-    """A container of the build image.
-
-    Attributes:
-        gpu: The card that the container sees.
-        image: Name with tag or digest.
-        memory_bytes: Limit of its memory; None for none.
-    """
-
-    gpu: Gpu
-    image: str
-    memory_bytes: int | None
-
-    @property
-    def python(self) -> str:
-        return "python3"
-
-    def image_digest(self) -> str:
-        return image_digest(self.image)
-
-    def path(self, shared: Shared) -> str:
-        return f"{_MOUNTS}/{shared.name}"
-
-    def run(
-        self,
-        command: Sequence[str],
-        shared: Sequence[Shared],
-        *,
-        stage: str,
-        log_path: Path,
-        timeout_s: float,
-        heartbeat_s: float = 15.0,
-    ) -> None:
+        env = {**_OFFLINE, "CUDA_VISIBLE_DEVICES": self.gpu.uuid}
+        times = {"timeout_s": timeout_s, "heartbeat_s": heartbeat_s}
+        if self.program is not None:
+            # A caller with a foreign uid in an image has a HOME that cannot be written.
+            with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
+                env["HOME"] = home
+                run_tool(command, stage=stage, log_path=log_path, env=env, **times)
+            return
         container = Container(
             image=self.image,
             command=tuple(command),
-            binds=tuple(
-                Bind(source=item.source, target=self.path(item), read_only=item.read_only)
-                for item in shared
-            ),
-            env={**_OFFLINE, "CUDA_VISIBLE_DEVICES": self.gpu.uuid},
+            shared=tuple(shared),
+            env=env,
             memory_bytes=self.memory_bytes,
             shm_bytes=SHM_BYTES,
-            ulimits=NVIDIA_ULIMITS,
             gpus=True,
         )
-        run_container(
-            container,
-            stage=stage,
-            log_path=log_path,
-            timeout_s=timeout_s,
-            heartbeat_s=heartbeat_s,
-        )
+        run_container(container, stage=stage, log_path=log_path, **times)
 
 
 def choose_place(
@@ -208,7 +122,7 @@ def choose_place(
     card: Callable[[], Gpu],
     memory_bytes: int | None = None,
     section: str = "compiler",
-) -> LocalPlace | ContainerPlace:
+) -> Place:
     """Choose where to run, and make every check that needs no download and starts nothing.
 
     `auto` takes this machine when `trtllm-build` is on the PATH, else Docker; but inside a pod
@@ -228,7 +142,7 @@ def choose_place(
     """
     program = shutil.which(BUILD_PROGRAM)
     if where != "docker" and program:
-        return LocalPlace(gpu=card(), program=Path(program))
+        return Place(gpu=card(), program=Path(program))
     if where == "local":
         raise IncompatibleError(
             f"{BUILD_PROGRAM} is not on the PATH: run inside the build image, or install "
@@ -246,7 +160,7 @@ def choose_place(
         if where == "docker":
             raise
         raise IncompatibleError(f"{BUILD_PROGRAM} is not on the PATH, and {error}") from error
-    return ContainerPlace(gpu=gpu, image=image, memory_bytes=memory_bytes)
+    return Place(gpu=gpu, image=image, memory_bytes=memory_bytes)
 
 
 def find_card(target: Target) -> Gpu:
@@ -264,10 +178,9 @@ def find_card(target: Target) -> Gpu:
             return gpu
     found = find_gpu(target.sm)
     raise IncompatibleError(
-        f"the target {target.id} is {target.card}, this machine has "
-        f"{card_name(found.name)}: the same "
-        f"sm_{target.sm}, but TensorRT chooses kernels by timing them, so an engine is built on "
-        "the card that it is for; build there, or choose the target that is here (target=NAME)"
+        f"the target {target.id} is {target.card}, this machine has {card_name(found.name)}: the "
+        f"same sm_{target.sm}, but TensorRT chooses kernels by timing them, so an engine is built "
+        "on the card that it is for; build there, or choose the target that is here (target=NAME)"
     )
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import PipelineError
-from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, BuildSizes
-from pipeline.formats.trtllm.plugins import Plugins
+from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, BuildSizes, Plugins
 from pipeline.formats.trtllm.release import VERSION
 
 ENGINE_FILE = "rank0.engine"

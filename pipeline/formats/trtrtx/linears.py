@@ -1,4 +1,4 @@
-"""Linears of the decoder graph: FP8 or 16-bit, with or without a bias, stored fused or not.
+"""Linears of the decoder graph: quantized or 16-bit, with or without a bias, stored fused or not.
 
 Phi-3 stores q/k/v and gate/up as one tensor each. The graph has a MatMul per part all the same, on
 the part's rows of the stored tensor, which share its scale. TensorRT-RTX 1.7.1 fuses separate
@@ -64,61 +64,26 @@ def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str
     Returns:
         Their outputs, [.., out] each.
     """
-    quantized: dict[float, str] = {}
+    pattern = w.checkpoint.precision.onnx
+    rounded: dict[float, str] = {}
     outputs = []
     for linear in linears:
-        if w.checkpoint.is_quantized(linear.module):
-            scale = float(w.checkpoint.scalar(f"{linear.module}.input_scale"))
-            if scale not in quantized:
-                quantized[scale] = _quantize(w, linear.module, x, scale)
-            product = _matmul(w, linear, quantized[scale], _fp8_weight(w, linear))
+        stored = f"{linear.module}.weight"
+        read = x
+        if pattern is not None and w.checkpoint.is_quantized(linear.module):
+            if pattern.input is not None:
+                scale = w.checkpoint.scalar(f"{linear.module}.input_scale")
+                if float(scale) not in rounded:
+                    rounded[float(scale)] = pattern.input(w, linear.module, x, scale)
+                read = rounded[float(scale)]
+            codes = w.weight(f"{linear.name}.weight", stored, linear.rows)
+            weight = pattern.weight(w, linear.module, codes, w.checkpoint.scalar(f"{stored}_scale"))
         else:
-            weight = w.weight_as_activation(f"{linear.name}.weight", *_stored(linear))
-            product = _matmul(w, linear, x, weight)
+            weight = w.weight_as_activation(f"{linear.name}.weight", stored, linear.rows)
+        transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])
+        product = w.op("MatMul", [read, transposed], linear.name)
         if f"{linear.module}.bias" in w.checkpoint.tensors:
             bias = w.weight_as_activation(f"{linear.name}.bias", f"{linear.module}.bias")
             product = w.op("Add", [product, bias], f"{linear.name}.biased")
         outputs.append(product)
     return outputs
-
-
-def _stored(linear: MatMul) -> tuple[str, tuple[int, int] | None]:
-    """Tensor and rows that hold the weight."""
-    return f"{linear.module}.weight", linear.rows
-
-
-def _matmul(w: GraphWriter, linear: MatMul, x: str, weight: str) -> str:
-    """Multiply x [.., in] with weight [out, in] transposed; the node has the linear's name."""
-    transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])
-    return w.op("MatMul", [x, transposed], linear.name)
-
-
-def _quantize(w: GraphWriter, module: str, x: str, scale: float) -> str:
-    """Round activations to E4M3 with the calibrated scale: the Q/DQ pair that FP8 GEMMs need.
-
-    The scale stays float32: in float16 a scale below 6e-5 would be subnormal.
-    """
-    import ml_dtypes
-    import numpy as np
-
-    scale_name = w.constant(f"{module}.input_scale", np.array(scale, np.float32))
-    zero = w.constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
-    codes = w.op("QuantizeLinear", [x, scale_name, zero], f"{module}.input.q")
-    return w.op(
-        "DequantizeLinear",
-        [codes, scale_name, zero],
-        f"{module}.input.dq",
-        output_dtype=w.dtype,
-    )
-
-
-def _fp8_weight(w: GraphWriter, linear: MatMul) -> str:
-    """The checkpoint's E4M3 codes, dequantized in the graph."""
-    import numpy as np
-
-    scale = f"{linear.module}.weight_scale"
-    scale = w.constant(scale, np.array(w.checkpoint.scalar(scale), np.float32))
-    codes = w.weight(f"{linear.name}.weight", *_stored(linear))
-    return w.op(
-        "DequantizeLinear", [codes, scale], f"{linear.name}.weight.dq", output_dtype=w.dtype
-    )

@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.core.errors import Fault, PipelineError, RecipeError
 from pipeline.core.values import Engine
-from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.container import Shared
+from pipeline.formats.trtllm.place import Place
 from pipeline.formats.trtllm.release import BENCH_PROGRAM, VERSION
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.trtllm.bench_command import (

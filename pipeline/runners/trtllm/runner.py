@@ -11,8 +11,8 @@ from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.containers.gpu import find_gpu
 from pipeline.core.errors import IncompatibleError, PipelineError
+from pipeline.core.gpu import find_gpu
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.trtllm.place import Place, Where, choose_place

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import Fault, PipelineError, RecipeError
-from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.container import Shared
+from pipeline.formats.trtllm.place import Place
 from pipeline.runners.session import Demands, Generation
 from pipeline.runners.trtllm import child
 

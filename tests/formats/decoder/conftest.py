@@ -6,11 +6,10 @@ import pytest
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.quant.calibration import Calibration
-from pipeline.quant.modelopt_fp8 import ModelOptFp8
+from pipeline.quant.fp8 import Fp8Quantizer
+from pipeline.sources.text.calibration import Calibration
 from pipeline.sources.text.topics import PydocTopics
 from tests.formats.decoder.decoders import write_graph
-from tests.specs import spec_of_folder
 from tests.tiny import tiny_model
 
 
@@ -39,12 +38,12 @@ def fp8_checkpoint(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     calibration = Calibration(
         text=PydocTopics(part="calibrate"), calib_size=2, seq_len=32, batch_size=2, seed=0
     )
-    quantizer = ModelOptFp8(
+    quantizer = Fp8Quantizer(
         keep_16bit=("model.layers.2.mlp.down_proj",),
         device="cpu",
     )
     cache = StageCache(root=tmp_path_factory.mktemp("stage-cache"))
-    return quantizer.quantize(weights, spec_of_folder(plain_dir), calibration, cache)
+    return quantizer.quantize(weights, calibration, cache)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from tests.architectures import (
     tiny_fp8_architecture,
 )
 from tests.formats.decoder.decoders import graph_logits, model_logits, random_prompt, write_graph
-from tests.quant.tiny_quantized import CALIBRATION, shape_of, tiny_quantizer
+from tests.quant.tiny_quantized import CALIBRATION, tiny_quantizer
 
 CONTEXT = 128
 PROMPT = random_prompt(100)  # beyond every window and every original context
@@ -44,9 +44,7 @@ def checkpoint(
         files=digest_folder(model_dir),
         licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
     )
-    return tiny_quantizer().quantize(
-        weights, shape_of(weights), CALIBRATION, StageCache(root=folder / "cache")
-    )
+    return tiny_quantizer().quantize(weights, CALIBRATION, StageCache(root=folder / "cache"))
 
 
 def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ...]) -> float:

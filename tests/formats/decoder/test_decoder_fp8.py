@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.core.values import Checkpoint
-from pipeline.quant.simulate import fake_quantize, load_simulation
+from pipeline.quant.fp8 import round_to_e4m3
+from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.decoder.decoders import (
     CONTEXT,
@@ -69,7 +70,7 @@ def awkward_inputs(scale: float) -> Any:
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-9, 0.0123456789, 3.7e-5, 17.3])
-def test_onnxruntime_rounds_as_fake_quantize_does(scale: float) -> None:
+def test_onnxruntime_rounds_as_round_to_e4m3_does(scale: float) -> None:
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
@@ -103,9 +104,9 @@ def test_onnxruntime_rounds_as_fake_quantize_does(scale: float) -> None:
     codes, rounded = session.run(None, {"x": x.numpy()})
     assert set(np.unique(codes)) <= set(e4m3_values().tolist())
     assert np.abs(codes).max() == 448.0  # saturates: no NaN
-    np.testing.assert_array_equal(rounded, fake_quantize(x, scale).numpy())
+    np.testing.assert_array_equal(rounded, round_to_e4m3(x, scale).numpy())
     # The codes themselves, not only their products with the scale.
-    np.testing.assert_array_equal(codes * np.float32(scale), fake_quantize(x, scale).numpy())
+    np.testing.assert_array_equal(codes * np.float32(scale), round_to_e4m3(x, scale).numpy())
 
 
 def with_outputs(graph: Path, names: list[str], name: str) -> Path:
@@ -164,7 +165,7 @@ def test_every_fp8_linear_has_the_checkpoints_weight_and_the_simulations_codes(
         weight = tensors[f"{module}.weight"].float() * tensors[f"{module}.weight_scale"].float()
         np.testing.assert_array_equal(found[f"{module}.weight.dq"], weight.numpy(), err_msg=module)
         scale = float(tensors[f"{module}.input_scale"])
-        rounded = fake_quantize(torch.from_numpy(found[sources[module]]), scale)
+        rounded = round_to_e4m3(torch.from_numpy(found[sources[module]]), scale)
         np.testing.assert_array_equal(found[quantized[module]], rounded.numpy(), err_msg=module)
         product = torch.nn.functional.linear(rounded, weight).numpy()
         np.testing.assert_allclose(found[module], product, rtol=1e-5, atol=1e-5, err_msg=module)

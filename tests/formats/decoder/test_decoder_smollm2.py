@@ -94,7 +94,7 @@ def test_fp8_graph_is_as_near_to_the_simulation_as_the_simulation_to_itself(
 ) -> None:
     """The noise floor is the simulation against itself, its sums rounded in another way."""
     cache = StageCache(root=cache_root())
-    checkpoint = recipe.quantizer.quantize(weights, recipe.shape, recipe.calibration, cache)
+    checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
     ways: tuple[Accumulation, ...] = ("float32", "float64", "float32-reversed")
     wanted, exact, reversed_ = (
         [model_logits(simulated, window) for window in windows]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from pipeline.formats.trtllm.command import Plugins
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
-from pipeline.formats.trtllm.plugins import Plugins
 
 ADA_PLUGINS = Plugins(
     gemm_plugin="disable",

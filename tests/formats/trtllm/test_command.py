@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.formats.trtllm.command import BuildPaths, BuildSizes, build_command
-from pipeline.formats.trtllm.plugins import Plugins
+from pipeline.formats.trtllm.command import BuildPaths, BuildSizes, Plugins, build_command
 from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(

@@ -17,7 +17,7 @@ from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from tests.architectures import tiny_architecture
 from tests.formats.trtllm.fakes import GPU_UUID, card_machine, package_records
 from tests.formats.trtllm.settings import compiler
-from tests.quant.tiny_quantized import ADA, CALIBRATION, shape_of, tiny_checkpoint, tiny_quantizer
+from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_checkpoint, tiny_quantizer
 
 KEPT = "model.layers.0.mlp.down_proj"
 
@@ -269,7 +269,7 @@ def test_every_architecture_goes_through(name: str, tmp_path: Path) -> None:
         licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
     )
     cache = StageCache(root=tmp_path / "cache")
-    quantized = tiny_quantizer().quantize(weights, shape_of(weights), CALIBRATION, cache)
+    quantized = tiny_quantizer().quantize(weights, CALIBRATION, cache)
     built = compiler(kv_cache_dtype="bfloat16" if name == "qwen2.5" else "fp8")
     engine = build(quantized, tmp_path, built)
     config = json.loads((engine.dir / "config.json").read_text())["pretrained_config"]

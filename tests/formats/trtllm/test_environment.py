@@ -12,9 +12,8 @@ import pytest
 
 from pipeline.core.errors import IncompatibleError
 from pipeline.formats.trtllm import probe
-from pipeline.formats.trtllm.environment import Environment, probe_environment
+from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
 from pipeline.formats.trtllm.place import choose_place, find_card
-from pipeline.formats.trtllm.timing_cache import TimingCache
 from tests.formats.trtllm.fakes import card_machine, package_records
 from tests.quant.tiny_quantized import ADA
 

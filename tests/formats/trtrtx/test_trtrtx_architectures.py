@@ -16,7 +16,7 @@ from pipeline.formats.trtrtx.plan_text import read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, WINDOW, tiny_architecture
-from tests.quant.tiny_quantized import ADA, CALIBRATION, shape_of, tiny_quantizer
+from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
 
 CONTEXT = 96
 COMPILER = TrtRtxCompiler(
@@ -41,7 +41,7 @@ def quantized(root: Path, name: str, *keep_16bit: str, **overrides: Any) -> Chec
         licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
     )
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), CALIBRATION, cache)
+    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache)
 
 
 def compiled(root: Path, checkpoint: Checkpoint) -> Engine:

@@ -35,8 +35,6 @@ def trtllm_config(
     dtype: Dtype,
     kv_fp8: bool,
     exclude: Sequence[str],
-    tp_size: int = 1,
-    pp_size: int = 1,
 ) -> dict[str, Any]:
     """Everything that TensorRT-LLM needs to know about the model, beside its weights.
 
@@ -45,15 +43,12 @@ def trtllm_config(
         dtype: Type of activations and of tensors that are not FP8.
         kv_fp8: The KV cache is FP8; the weights must hold its scales.
         exclude: TensorRT-LLM's names of the linears that are not FP8, lm_head among them.
-        tp_size: Tensor parallelism; only 1 is built.
-        pp_size: Pipeline parallelism; only 1 is built.
 
     Raises:
         RecipeError: TensorRT-LLM's class for this architecture would silently ignore something
-            that this model needs, or more than one GPU was asked for.
+            that this model needs (see the sources above).
     """
-    faults = [*_parallel_faults(tp_size, pp_size), *_faults(spec)]
-    if faults:
+    if faults := _faults(spec):
         raise RecipeError(faults)
     layer = spec.uniform_layer()
     attention = layer.attention
@@ -161,18 +156,6 @@ _FAMILIES: Mapping[str, Callable[[Layer], dict[str, Any]]] = {
     "Phi3ForCausalLM": _phi3,  # its layer has no biases to switch
 }
 """Model classes of TensorRT-LLM that we convert for, and the keys that only their config has."""
-
-
-def _parallel_faults(tp_size: int, pp_size: int) -> list[Fault]:
-    return [
-        Fault(
-            name,
-            f"is {size}; the converter writes checkpoints for one GPU, so it must be 1. For a "
-            "model that needs more, use compiler=checkpoint with vLLM or TensorRT-LLM >= 1.3",
-        )
-        for name, size in (("tp_size", tp_size), ("pp_size", pp_size))
-        if size != 1
-    ]
 
 
 def _faults(spec: ModelSpec) -> list[Fault]:

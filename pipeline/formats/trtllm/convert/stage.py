@@ -13,8 +13,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import StageCache, StageResult, source_digest
 from pipeline.core.settings import STRICT
 from pipeline.formats.trtllm.convert.config import Dtype, trtllm_config
-from pipeline.formats.trtllm.convert.plan import TensorPlan
-from pipeline.formats.trtllm.convert.tensors import plan_tensors
+from pipeline.formats.trtllm.convert.tensors import TensorPlan, plan_tensors
 from pipeline.formats.trtllm.convert.write import write_tensors
 from pipeline.quant.unified import UnifiedCheckpoint
 
@@ -42,14 +41,10 @@ class TrtLlmSettings:
     Attributes:
         kv_cache_dtype: `fp8`, which needs the calibrated scales of the cache, or `dtype`.
         dtype: Type of activations and of tensors that are not FP8.
-        tp_size: Tensor parallelism; only 1 is built.
-        pp_size: Pipeline parallelism; only 1 is built.
     """
 
     kv_cache_dtype: KvCacheDtype
     dtype: Dtype
-    tp_size: int = 1
-    pp_size: int = 1
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in {"fp8", self.dtype}:
@@ -128,8 +123,6 @@ def write_checkpoint(
         dtype=settings.dtype,
         kv_fp8=kv_fp8,
         exclude=plan.excluded,
-        tp_size=settings.tp_size,
-        pp_size=settings.pp_size,
     )
     errors = write_tensors(checkpoint, plan, out_dir)
     window = spec.window

@@ -19,13 +19,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.formats.trtllm.convert.config import Dtype
 from pipeline.formats.trtllm.convert.linears import Linear, layer_linears
-from pipeline.formats.trtllm.convert.plan import FP8, Piece, PlannedTensor, TensorPlan
 from pipeline.model.spec import ModelSpec, layer_name
+from pipeline.quant.declared import declared_quantization
 from pipeline.quant.unified import UnifiedCheckpoint
+
+FP8 = "float8_e4m3fn"
+"""NumPy (ml_dtypes) name of E4M3."""
 
 KV_SCALE_FLOOR = 1.0
 """Smallest scale of an FP8 KV cache that is written.
@@ -37,8 +41,67 @@ scale below 1 could clip it. ModelOpt's own TensorRT-LLM exporter has the same f
 (`get_kv_cache_scaling_factor`, 0.47.0). E4M3 keeps its precision down to 2^-6, so a scale that is
 larger than need be costs little."""
 
+_FLOAT16_SCALES = (2.0**-14, 65504.0)
+"""Smallest and largest normal float16 (IEEE 754): `trtllm-build` casts the scales of FP8 linears to
+the 16-bit dtype, where one outside loses precision, becomes 0 or infinite."""
+
 _FLOATS = frozenset({"bfloat16", "float16", "float32"})
 _MAX_LISTED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of one source tensor.
+
+    Attributes:
+        tensor: Its name.
+        rows: First and one past the last row; None for all.
+        old_scale: Weight scale of its codes; equal to `new_scale` where nothing is rounded.
+        new_scale: Weight scale that they get.
+    """
+
+    tensor: str
+    rows: tuple[int, int] | None = None
+    old_scale: float = 1.0
+    new_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """One tensor of the file: pieces on top of each other, or one number.
+
+    Attributes:
+        name: TensorRT-LLM's.
+        dtype: NumPy (ml_dtypes) name; pieces of another float type are cast.
+        shape: Of the whole.
+        pieces: Sources, in the order of their rows; empty for a number.
+        value: The number of a float32 scale of shape (1,).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+    value: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """The whole file.
+
+    Attributes:
+        tensors: In file order.
+        fp8: TensorRT-LLM's names of the FP8 linears.
+        excluded: Those of the 16-bit ones, lm_head first: `exclude_modules`.
+        requantized: Source modules whose codes move to another scale.
+        merged_inputs: Linears whose parts had different activation scales; the largest is used.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    fp8: tuple[str, ...]
+    excluded: tuple[str, ...]
+    requantized: tuple[str, ...]
+    merged_inputs: tuple[str, ...]
 
 
 def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -> TensorPlan:
@@ -55,6 +118,18 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
         RecipeError: The checkpoint is whole but cannot be expressed: no FP8 in it, half of a fused
             group FP8, another kind of quantization, no KV scales although they were asked for.
     """
+    declared = declared_quantization(checkpoint.dir)
+    if declared.algorithm not in {None, "FP8"}:
+        raise RecipeError(
+            [
+                Fault(
+                    declared.file,
+                    f"declares {declared.algorithm}; only per-tensor FP8 is converted. Serve the "
+                    "checkpoint as it is (vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the "
+                    "model to FP8",
+                )
+            ]
+        )
     planner = _Planner(checkpoint, dtype)
     spec = checkpoint.spec
     norm = (spec.hidden_size,)
@@ -104,11 +179,24 @@ class _Planner:
         shape = (spec.vocab_size, spec.hidden_size)
         if spec.tied:
             self.plain("lm_head.weight", "model.embed_tokens.weight", shape)
+            self._stored_tied_head(shape)
         elif self._checkpoint.is_quantized("lm_head"):
             self._used |= {f"lm_head.{name}" for name in ("weight", "weight_scale", "input_scale")}
             self._unfit.append(Fault("lm_head", "is FP8; it is converted as 16-bit only"))
         else:
             self.plain("lm_head.weight", "lm_head.weight", shape)
+
+    def _stored_tied_head(self, shape: tuple[int, ...]) -> None:
+        """An lm_head beside the embedding that it is tied to: it may only be a copy."""
+        stored, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if stored not in self._checkpoint.tensors or not self._take(stored, shape, _FLOATS):
+            return
+        copies = [self._checkpoint.read(name) for name in (stored, embedding)]
+        if copies[0].dtype != copies[1].dtype or copies[0].tobytes() != copies[1].tobytes():
+            self._corrupt.append(
+                f"{stored} differs from {embedding}, although config.json ties them "
+                "(tie_word_embeddings)"
+            )
 
     def linear(self, linear: Linear) -> None:
         """Weight, scales and bias of one of TensorRT-LLM's linears."""
@@ -155,11 +243,17 @@ class _Planner:
                 self._requantized.append(piece.tensor.removesuffix(".weight"))
             scaled.append(dataclasses.replace(piece, old_scale=old, new_scale=shared))
         self._add(f"{linear.target}.weight", FP8, shape, scaled)
-        self._scalar(f"{linear.target}.weights_scaling_factor", shared)
         inputs = {scales[f"{module}.input_scale"] for module in linear.sharing}
         if len(inputs) > 1:
             self._merged_inputs.append(linear.target)
-        self._scalar(f"{linear.target}.activation_scaling_factor", max(inputs))
+        for kind, value in (("weights", shared), ("activation", max(inputs))):
+            name = f"{linear.target}.{kind}_scaling_factor"
+            least, most = _FLOAT16_SCALES
+            if self._dtype == "float16" and not least <= value <= most:
+                self._unfit.append(
+                    Fault(name, f"is {value:g}, beyond the range of float16; use bfloat16")
+                )
+            self._scalar(name, value)
 
     def _scales(self, linear: Linear) -> dict[str, float]:
         """Weight and input scales of the modules that share; 1.0 stands in for a faulty one."""
@@ -174,7 +268,13 @@ class _Planner:
         self._used.add(name)
         entry = self._checkpoint.tensors.get(name)
         if entry is None:
-            self._corrupt.append(f"{name} is missing; static per-tensor FP8 needs it")
+            kind = name.rpartition(".")[2]
+            if any(other.endswith(f".{kind}") for other in self._checkpoint.tensors):
+                self._corrupt.append(f"{name} is missing; static per-tensor FP8 needs it")
+            elif not any(fault.path == kind for fault in self._unfit):
+                self._unfit.append(
+                    Fault(kind, "is in no linear; only FP8 with static scales is converted")
+                )
             return 1.0
         if math.prod(entry.shape) != 1:
             self._unfit.append(
@@ -239,6 +339,7 @@ class _Planner:
             [
                 f"{name} is no tensor of {architecture}, and no scale of one"
                 for name in sorted(self._checkpoint.tensors.keys() - self._used)
+                if not name.endswith(".rotary_emb.inv_freq")  # follows from the config
             ]
         )
         return TensorPlan(
@@ -262,11 +363,11 @@ class _Planner:
         entry = self._checkpoint.tensors.get(name)
         if entry is None:
             self._corrupt.append(f"{name} is missing")
-        elif entry.shape != shape:
-            self._corrupt.append(f"{name} has shape {entry.shape}, config.json implies {shape}")
         elif entry.dtype not in dtypes:
             wanted = " or ".join(sorted(dtypes))
             self._unfit.append(Fault(name, f"has dtype {entry.dtype}; {wanted} is converted"))
+        elif entry.shape != shape:
+            self._corrupt.append(f"{name} has shape {entry.shape}, config.json implies {shape}")
         else:
             return True
         return False

@@ -13,7 +13,7 @@ from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Licence, Weights
 from pipeline.formats.trtllm.convert.stage import TrtLlmSettings, convert_trtllm
 from tests.architectures import tiny_architecture
-from tests.quant.tiny_quantized import CALIBRATION, shape_of, tiny_quantizer
+from tests.quant.tiny_quantized import CALIBRATION, tiny_quantizer
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def unified_checkpoint(root: Path, name: str, *keep_16bit: str, **overrides: Any
         licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
     )
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, shape_of(weights), CALIBRATION, cache).dir
+    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache).dir
 
 
 def modelopt_checkpoint(root: Path, name: str, *, kv_scales: bool, **overrides: Any) -> Path:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from pipeline.core.cache import StageCache
-from pipeline.core.errors import ConflictError
-from pipeline.formats.trtllm import export
 from pipeline.formats.trtllm.convert.stage import (
     CODE,
     TrtLlmSettings,
     convert_trtllm,
-    write_checkpoint,
 )
 from tests.formats.trtllm.convert.checkpoints import FP8_CACHE
 
@@ -69,20 +63,3 @@ def test_key_covers_the_code_that_shapes_the_bytes() -> None:
         if str(getattr(value, "__module__", "")).startswith("pipeline.formats")
     }
     assert all(name.startswith(CODE) for name in used)
-
-
-def test_folder_that_another_run_filled_meanwhile_is_a_conflict(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-
-    def late(*arguments: Any) -> Any:
-        out.mkdir()
-        (out / "theirs").write_text("theirs")
-        return write_checkpoint(*arguments)
-
-    monkeypatch.setattr(export, "write_checkpoint", late)
-    with pytest.raises(ConflictError, match="was filled meanwhile"):
-        export.export_trtllm(llama, out)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["theirs"]

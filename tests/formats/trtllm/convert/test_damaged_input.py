@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.core.errors import CorruptError, ExitCode, RecipeError
-from pipeline.formats.trtllm.convert.plan import TensorPlan
-from pipeline.formats.trtllm.convert.tensors import plan_tensors
+from pipeline.formats.trtllm.convert.tensors import TensorPlan, plan_tensors
 from pipeline.formats.trtllm.convert.write import verify_written
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import tiny_architecture
-from tests.formats.trtllm.convert.checkpoints import convert, edited, reconfigured
+from tests.formats.trtllm.convert.checkpoints import convert, edited
 from tests.formats.trtllm.convert.conftest import Convert
 
 if TYPE_CHECKING:
@@ -34,6 +33,21 @@ def _resize(name: str) -> Callable[[Tensors], object]:
 
 def _put(name: str, value: float) -> Callable[[Tensors], object]:
     return lambda tensors: tensors.update({name: tensors[name] * 0 + value})
+
+
+def _one(name: str, value: float) -> Callable[[Tensors], object]:
+    """The tensor with one element in its middle replaced."""
+    import torch
+
+    def edit(tensors: Tensors) -> None:
+        flat = tensors[name].float().flatten()
+        flat[flat.numel() // 2] = value
+        changed = flat.to(tensors[name].dtype).reshape(tensors[name].shape)
+        if tensors[name].dtype == torch.float8_e4m3fn and value != value:
+            changed.view(torch.uint8).flatten()[flat.numel() // 2] = 0xFF
+        tensors[name] = changed
+
+    return edit
 
 
 def _repeat(name: str, times: int) -> Callable[[Tensors], object]:
@@ -79,6 +93,10 @@ def _copy(name: str, copied: str) -> Callable[[Tensors], object]:
         (_put(f"{_LAYER}.mlp.down_proj.weight_scale", 0.0), "weight_scale is 0.0, no positive"),
         (_put(f"{_LAYER}.mlp.down_proj.input_scale", float("inf")), "input_scale is inf"),
         (_put(f"{_LAYER}.self_attn.k_proj.k_scale", float("nan")), "k_scale is nan"),
+        (_one("model.norm.weight", float("nan")), "tensor model.norm.weight holds NaN or"),
+        (_one("model.embed_tokens.weight", float("inf")), "model.embed_tokens.weight holds NaN"),
+        (_one("lm_head.weight", float("-inf")), "tensor lm_head.weight holds NaN or infinite"),
+        (_one(f"{_LAYER}.mlp.up_proj.weight", float("nan")), f"{_LAYER}.mlp.up_proj.weight holds"),
     ],
 )
 def test_damaged_tensor_is_named(
@@ -94,8 +112,9 @@ def test_damaged_tensor_is_named(
 
 def test_several_faults_are_listed_and_the_rest_counted(llama: Path, tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith(".weight_scale")]:
-            del tensors[name]
+        for name in list(tensors):
+            if name.endswith(".weight_scale") and ".layers.0." not in name:
+                del tensors[name]
 
     with pytest.raises(CorruptError, match=r"and \d+ more") as refused:
         convert(edited(llama, tmp_path / "broken", edit), tmp_path / "converted")
@@ -116,6 +135,11 @@ def _as_bytes(tensors: Tensors) -> None:
     tensors[name] = tensors[name].view(torch.uint8)
 
 
+def _dynamic(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith(".input_scale")]:
+        del tensors[name]
+
+
 def _fp8_head(tensors: Tensors) -> None:
     import torch
 
@@ -134,6 +158,11 @@ def _fp8_head(tensors: Tensors) -> None:
             _repeat(f"{_LAYER}.mlp.down_proj.weight_scale", 64),
             r"down_proj.weight_scale: has shape \(64,\); only one scale for a tensor",
         ),
+        (_dynamic, "input_scale: is in no linear; only FP8 with static scales is converted"),
+        (
+            _put(f"{_LAYER}.self_attn.k_proj.weight_scale", 1e3),
+            r"[qv]_proj.weight: has scale .* relative error of 1.00, at most 0.1 is allowed",
+        ),
     ],
 )
 def test_another_kind_of_quantization_is_refused(
@@ -151,26 +180,48 @@ def test_model_without_fp8_is_refused(tmp_path: Path) -> None:
         convert(plain, tmp_path / "converted")
 
 
-def test_unknown_architecture_is_refused_with_the_supported_ones(
-    llama: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.norm.weight", 1e6),
+        (f"{_LAYER}.mlp.down_proj.weight_scale", 1e-5),
+        (f"{_LAYER}.mlp.down_proj.input_scale", 1e5),
+    ],
+)
+def test_value_beyond_float16_is_refused(
+    llama: Path, tmp_path: Path, name: str, value: float
 ) -> None:
-    other = reconfigured(
-        llama, tmp_path / "other", lambda c: c.update(architectures=["GemmaForCausalLM"])
-    )
-    with pytest.raises(RecipeError) as refused:
-        convert(other, tmp_path / "converted")
-    assert refused.value.exit_code == ExitCode.USAGE
-    for name in ("Llama", "Mistral", "Qwen2", "Phi3"):
-        assert f"{name}ForCausalLM" in str(refused.value)
-
-
-def test_value_beyond_float16_is_refused(llama: Path, tmp_path: Path) -> None:
     from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
 
-    loud = edited(llama, tmp_path / "loud", _put("model.norm.weight", 1e6))
+    loud = edited(llama, tmp_path / "loud", _put(name, value))
+    assert convert(loud, tmp_path / "bfloat16").record["dtype"] == "bfloat16"
     settings = TrtLlmSettings(kv_cache_dtype="float16", dtype="float16")
-    with pytest.raises(RecipeError, match="beyond the range of float16; use bfloat16"):
+    with pytest.raises(RecipeError, match=r"beyond the range of float16; use bfloat16"):
         convert(loud, tmp_path / "converted", settings)
+
+
+def test_tied_model_may_store_a_copy_of_its_embedding_and_nothing_else(
+    converted: Convert, tmp_path: Path
+) -> None:
+    found = converted("llama3.2")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+
+    def copied(tensors: Tensors) -> None:
+        tensors[head] = tensors[embedding].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors[
+            "model.norm.weight"
+        ].clone()
+
+    same = convert(edited(found.unified, tmp_path / "same", copied), tmp_path / "converted")
+    name = "rank0.safetensors"
+    assert (same.dir / name).read_bytes() == (found.dir / name).read_bytes()
+
+    def changed(tensors: Tensors) -> None:
+        tensors[head] = tensors[embedding] * 2
+
+    other = edited(found.unified, tmp_path / "other", changed)
+    with pytest.raises(CorruptError, match=f"{head} differs from {embedding}"):
+        convert(other, tmp_path / "refused")
 
 
 @pytest.fixture
@@ -194,7 +245,7 @@ def _retype(tensors: Tensors) -> None:
     [
         (_pop(_NAME), f"tensor {_NAME} was not written"),
         (_resize(_NAME), f"tensor {_NAME} has shape (63, 128), planned (64, 128)"),
-        (_retype, f"tensor {_NAME} is 8192 bytes of uint8, planned 8192 of float8_e4m3fn"),
+        (_retype, f"tensor {_NAME} has dtype uint8, planned float8_e4m3fn"),
         (_copy(_NAME, "transformer.extra"), "tensor transformer.extra was not planned"),
     ],
 )

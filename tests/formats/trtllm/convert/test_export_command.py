@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline import cli
-from pipeline.core.errors import (
-    ConflictError,
-    CorruptError,
-    ExitCode,
-    NotFoundError,
-    PipelineError,
-    RecipeError,
-)
-from pipeline.formats.trtllm.export import export_trtllm
+from pipeline.core.errors import ConflictError, ExitCode, PipelineError
+from pipeline.formats.trtllm.export import plan_export
+from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.trtllm.convert.checkpoints import edited, modelopt_checkpoint, reconfigured
 from tests.formats.trtllm.convert.conftest import Convert
 
@@ -80,9 +78,9 @@ def test_cache_of_a_foreign_checkpoint_is_the_declared_one(
     tmp_path: Path, kv_scales: bool, wanted: str
 ) -> None:
     foreign = modelopt_checkpoint(tmp_path, "mistral", kv_scales=kv_scales)
-    assert export_trtllm(foreign, tmp_path / "out").kv_cache_dtype == wanted
+    assert plan_export(foreign, tmp_path / "out").settings.kv_cache_dtype == wanted
     (foreign / "hf_quant_config.json").unlink()  # then config.json says it
-    assert export_trtllm(foreign, tmp_path / "again").kv_cache_dtype == wanted
+    assert plan_export(foreign, tmp_path / "out").settings.kv_cache_dtype == wanted
 
 
 def test_second_rounding_and_window_are_told(tmp_path: Path) -> None:
@@ -104,97 +102,213 @@ def test_checkpoint_compilers_folder_with_untied_head_is_exported(
     untied = reconfigured(
         packed, tmp_path / "untied", lambda c: c.update(tie_word_embeddings=False)
     )
-    export_trtllm(untied, tmp_path / "out")
+    assert invoke(untied, tmp_path / "out").exit_code == ExitCode.OK
     tied = converted("llama3.2").dir / "rank0.safetensors"
     assert "lm_head.weight" in tied.read_bytes()[:20000].decode("latin-1")
 
 
-def refused(*arguments: Any, **settings: Any) -> PipelineError:
-    with pytest.raises(PipelineError) as caught:
-        export_trtllm(*arguments, **settings)
-    return caught.value
+def refused(*arguments: str | Path) -> PipelineError:
+    """The error of an export that is refused."""
+    error = invoke(*arguments).exception
+    assert isinstance(error, PipelineError), error
+    return error
 
 
 def test_folder_that_is_not_empty_is_left_alone(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     error = refused(llama, tmp_path / "out")
-    assert isinstance(error, ConflictError)
     assert error.exit_code == ExitCode.CONFLICT
     assert str(error) == f"{tmp_path / 'out'} exists and is not empty; name a new folder"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-    assert isinstance(refused(llama, tmp_path / "out" / "mine"), ConflictError)
+    assert refused(llama, tmp_path / "out" / "mine").exit_code == ExitCode.CONFLICT
 
 
-def test_empty_folder_is_filled(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    export_trtllm(llama, tmp_path / "out")
-    assert (tmp_path / "out" / "rank0.safetensors").is_file()
+def test_empty_folder_and_a_link_to_one_are_filled(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert invoke(llama, tmp_path / "link").exit_code == ExitCode.OK
+    assert (tmp_path / "empty" / "rank0.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
+def test_folder_that_cannot_be_replaced_is_refused_before_any_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UnifiedCheckpoint, "tensors", property(lambda self: pytest.fail("read")))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, words in {
+        "/dev/shm": "",  # a mount point; not empty where other programs use it
+        ".": "is the current folder; name a new folder in it, such as checkpoint",
+        "../file/below/out": f"is below {tmp_path / 'file'}, which is a file",
+    }.items():
+        error = refused(llama, out)
+        assert error.exit_code in {ExitCode.USAGE, ExitCode.CONFLICT}
+        assert words in str(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "here"]
+
+
+def test_mount_point_is_refused_with_a_folder_in_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "mounted"
+    out.mkdir()
+
+    def busy(self: Path, target: Path) -> Path:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "rename", busy)  # what rename(2) answers for a mount point
+    error = refused(llama, out)
+    assert error.exit_code == ExitCode.USAGE
+    assert f"name a new folder in it, such as {out / 'checkpoint'}" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["mounted"]
 
 
 def test_failed_export_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     broken = edited(llama, tmp_path / "broken", lambda tensors: tensors.pop("model.norm.weight"))
-    error = refused(broken, tmp_path / "exports" / "out")
-    assert isinstance(error, CorruptError)
+    assert refused(broken, tmp_path / "exports" / "out").exit_code == ExitCode.CORRUPT
     assert list((tmp_path / "exports").glob("*")) == []
 
 
-def test_folder_without_checkpoint_is_not_found(tmp_path: Path) -> None:
-    error = refused(tmp_path, tmp_path / "out")
-    assert isinstance(error, NotFoundError)
-    assert "holds no config.json" in str(error)
-    assert isinstance(invoke(tmp_path, tmp_path / "out").exception, NotFoundError)
+def test_folder_that_was_filled_meanwhile_is_a_conflict(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export = plan_export(llama, out)
+    out.mkdir()
+    (out / "theirs").write_text("theirs")
+    with pytest.raises(ConflictError, match="was filled meanwhile"):
+        export.write()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["theirs"]
 
 
 def test_fp8_cache_of_qwen_is_refused_by_the_known_bad_table(
     converted: Convert, tmp_path: Path
 ) -> None:
-    error = refused(converted("qwen2.5").unified, tmp_path / "out", kv_cache_dtype="fp8")
-    assert isinstance(error, RecipeError)
+    unified = converted("qwen2.5").unified
+    error = refused(unified, tmp_path / "out", "--kv-cache-dtype", "fp8")
+    assert error.exit_code == ExitCode.USAGE
     assert "Qwen2 and Qwen2.5 give wrong text with an FP8 KV cache" in str(error)
-    export_trtllm(converted("qwen2.5").unified, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("settings", "shown"),
-    [
-        ({"tp_size": 2}, "tp_size: is 2; the converter writes checkpoints for one GPU"),
-        ({"pp_size": 2}, "pp_size: is 2; the converter writes checkpoints for one GPU"),
-        ({"kv_cache_dtype": "float16"}, "beside dtype bfloat16 it is fp8 or bfloat16"),
-    ],
-)
-def test_impossible_setting_is_refused(
-    llama: Path, tmp_path: Path, settings: dict[str, Any], shown: str
-) -> None:
-    error = refused(llama, tmp_path / "out", **settings)
-    assert isinstance(error, RecipeError)
-    assert shown in str(error)
-    assert not (tmp_path / "out").exists()
-
-
-def test_unknown_cache_declaration_is_refused(llama: Path, tmp_path: Path) -> None:
-    other = reconfigured(
-        llama,
-        tmp_path / "other",
-        lambda c: c["quantization"].update(kv_cache_quant_algo="NVFP4"),
-        "hf_quant_config.json",
-    )
-    error = refused(other, tmp_path / "out")
-    assert isinstance(error, RecipeError)
-    assert "kv_cache_quant_algo: is NVFP4" in str(error)
+    assert invoke(unified, tmp_path / "out").exit_code == ExitCode.OK
 
 
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
+        (("--kv-cache-dtype", "float16"), "beside dtype bfloat16 it is fp8 or bfloat16"),
         (("--max-num-tokens", "8"), "max_num_tokens: (8) must be >= max_batch_size (64)"),
         (("--max-seq-len", "512"), "max_seq_len: (512) is beyond the model's context (256)"),
     ],
 )
-def test_impossible_size_is_refused_before_anything_is_written(
+def test_impossible_setting_is_refused_before_anything_is_written(
     llama: Path, tmp_path: Path, options: tuple[str, str], shown: str
 ) -> None:
-    error = invoke(llama, tmp_path / "out", *options).exception
-    assert isinstance(error, RecipeError)
+    error = refused(llama, tmp_path / "out", *options)
+    assert error.exit_code == ExitCode.USAGE
     assert shown in str(error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        (("--max-batch-size", "1", "--max-seq-len", "16"), "32"),
+        (("--max-batch-size", "4", "--max-num-tokens", "8"), "32"),
+        (("--max-batch-size", "1", "--max-seq-len", "33"), "33"),
+    ],
+)
+def test_printed_token_count_is_what_trtllm_build_makes_of_it(
+    llama: Path, tmp_path: Path, options: tuple[str, ...], tokens: str
+) -> None:
+    """It lowers the count to batch x length, then raises it to one block of 32 tokens."""
+    result = invoke(llama, tmp_path / "out", *options)
+    assert flags(result.stdout)["--max_num_tokens"] == tokens
+
+
+_DECLARATION, _CONFIG = "hf_quant_config.json", "config.json"
+
+
+def declared(name: str, content: Any) -> Callable[[Path], object]:
+    """Write a declaration: text as it is, anything else as the file's quantization section."""
+
+    def write(folder: Path) -> None:
+        path = folder / name
+        if isinstance(content, str):
+            path.write_text(content)
+            return
+        section = "quantization" if name == _DECLARATION else "quantization_config"
+        (folder / _DECLARATION).unlink(missing_ok=name == _DECLARATION)
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**kept, section: content}))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "shown"),
+    [
+        (declared(_DECLARATION, ""), 4, "not JSON"),
+        (declared(_DECLARATION, '{"quantization": {"quant_a'), 4, "not JSON"),
+        (declared(_DECLARATION, "[]"), 4, "wanted an object"),
+        (declared(_DECLARATION, "{}"), 4, "quantization is missing"),
+        (declared(_DECLARATION, []), 4, "quantization is [], wanted an object"),
+        (declared(_DECLARATION, {"quant_algo": 8}), 4, "quant_algo is 8, wanted a name"),
+        (declared(_DECLARATION, {"kv_cache_quant_algo": ["FP8"]}), 4, "wanted a name"),
+        (declared(_CONFIG, "fp8"), 4, "not JSON"),
+        (declared(_CONFIG, ["fp8"]), 4, "quantization_config is ['fp8'], wanted an object"),
+        (declared(_CONFIG, {"kv_cache_scheme": 8}), 4, "kv_cache_scheme is 8"),
+        (declared(_DECLARATION, {"kv_cache_quant_algo": "NVFP4"}), 2, "is NVFP4, which is not"),
+        (declared(_DECLARATION, {"quant_algo": "W4A16_AWQ"}), 2, "declares W4A16_AWQ; only per-"),
+        (declared(_DECLARATION, {"quant_algo": "NVFP4"}), 2, "declares NVFP4;"),
+        (declared(_DECLARATION, {"quant_algo": "W4A8_AWQ"}), 2, "declares W4A8_AWQ;"),
+        (declared(_DECLARATION, {"quant_algo": "FP8_PB_WO"}), 2, "declares FP8_PB_WO;"),
+        (
+            declared(_DECLARATION, {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
+            2,
+            "declares FP8_PER_CHANNEL_PER_TOKEN;",
+        ),
+        (declared(_CONFIG, {"quant_method": "awq", "bits": 4}), 2, "declares awq;"),
+        (
+            declared(_CONFIG, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+            2,
+            "declares compressed-tensors (pack-quantized);",
+        ),
+        (
+            declared(_CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+            2,
+            "declares fp8 in blocks of [128, 128];",
+        ),
+    ],
+)
+def test_declaration_that_is_damaged_or_of_another_format_is_named(
+    llama: Path, tmp_path: Path, damage: Callable[[Path], object], code: int, shown: str
+) -> None:
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    damage(other)
+    error = refused(other, tmp_path / "out")
+    assert error.exit_code == code
+    assert shown in str(error)
+    assert "make the checkpoint again" not in str(error) or code == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_stale_shards_and_second_copies_are_not_mixed_in(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    wanted = tmp_path / "wanted"
+    assert invoke(llama, wanted).exit_code == ExitCode.OK
+    mixed = Path(shutil.copytree(llama, tmp_path / "mixed"))
+    tensors = load_file(mixed / "model.safetensors")
+    stale = {name: tensor * 0 for name, tensor in tensors.items() if "norm" in name}
+    save_file(tensors, mixed / "model-00001-of-00001.safetensors")
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "consolidated"):
+        save_file(stale, (mixed / name).with_suffix(".safetensors"))
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (mixed / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = invoke(mixed, tmp_path / "out")
+    assert result.exit_code == ExitCode.OK, result.output
+    assert "not read: consolidated.safetensors" in result.stderr
+    name = "rank0.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes()

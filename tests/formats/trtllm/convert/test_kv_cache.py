@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
-from pipeline.quant.simulate import fake_quantize
+from pipeline.quant.fp8 import round_to_e4m3
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited
 from tests.formats.trtllm.convert.comparison import prompts
 from tests.formats.trtllm.convert.conftest import Convert
@@ -67,7 +67,7 @@ def rounding_logits(unified: Path, scale: float) -> Callable[[torch.Tensor], tor
 
     class RoundingCache(DynamicCache):  # type: ignore[misc]  # the library is untyped
         def update(self, key: Any, value: Any, *rest: Any, **more: Any) -> Any:
-            rounded = (fake_quantize(key, scale), fake_quantize(value, scale))
+            rounded = (round_to_e4m3(key, scale), round_to_e4m3(value, scale))
             return super().update(*rounded, *rest, **more)
 
     model = load_simulation(unified)

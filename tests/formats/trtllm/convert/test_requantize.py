@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pipeline.formats.trtllm.convert.requantize import added_error, requantization_table
+from pipeline.formats.trtllm.convert.write import added_error, requantization_table
 
 CODES = np.arange(256, dtype=np.uint8)
 VALUES = CODES.view(ml_dtypes.float8_e4m3fn).astype(np.float64)

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.core.containers.container import NVIDIA_ULIMITS, Bind, Container, run_container
-from pipeline.core.containers.stale import OWNER_LABEL, owner_of
 from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
-from tests.core.containers.image import IMAGE, build_image
-from tests.core.containers.users import run_as
+from pipeline.formats.trtllm.container import (
+    OWNER_LABEL,
+    Container,
+    Shared,
+    owner_of,
+    run_container,
+)
+from tests.formats.trtllm.containers.image import IMAGE, build_image
+from tests.formats.trtllm.containers.users import run_as
 from tests.services.dockerd import running_dockerd
 
 if TYPE_CHECKING:
@@ -38,10 +43,16 @@ def tool(folder: Path, behaviour: str = "build", **settings: Any) -> Container:
     (folder / "checkpoint" / "behaviour").write_text(f"{behaviour}\n")
     return Container(
         image=IMAGE,
-        command=("trtllm-build", "--checkpoint_dir", "/checkpoint", "--output_dir", "/engine"),
-        binds=(
-            Bind(source=folder / "checkpoint", target="/checkpoint", read_only=True),
-            Bind(source=folder / "engine", target="/engine"),
+        command=(
+            "trtllm-build",
+            "--checkpoint_dir",
+            "/mnt/checkpoint",
+            "--output_dir",
+            "/mnt/engine",
+        ),
+        shared=(
+            Shared(name="checkpoint", source=folder / "checkpoint"),
+            Shared(name="engine", source=folder / "engine", read_only=False),
         ),
         **settings,
     )
@@ -96,14 +107,14 @@ def child(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     tool(tmp_path, "hang")
     code = f"""
 from pathlib import Path
-from tests.core.containers.image import IMAGE
-from pipeline.core.containers.container import Bind, Container, run_container
+from tests.formats.trtllm.containers.image import IMAGE
+from pipeline.formats.trtllm.container import Container, Shared, run_container
 folder = Path({str(tmp_path)!r})
 run_container(
     Container(
         image=IMAGE,
-        command=("trtllm-build", "--checkpoint_dir", "/checkpoint"),
-        binds=(Bind(source=folder / "checkpoint", target="/checkpoint"),),
+        command=("trtllm-build", "--checkpoint_dir", "/mnt/checkpoint"),
+        shared=(Shared(name="checkpoint", source=folder / "checkpoint"),),
     ),
     stage="compile",
     log_path=folder / "log",
@@ -284,7 +295,7 @@ def test_without_gpu_runtime_the_way_on_is_named_and_nothing_stays(tmp_path: Pat
 def test_missing_bind_source_is_refused_and_not_made(tmp_path: Path) -> None:
     source = tmp_path / "nowhere"
     with pytest.raises(IncompatibleError, match=f"does not exist: {source}; if it exists here"):
-        output_of("true", tmp_path / "log", binds=(Bind(source=source, target="/x"),))
+        output_of("true", tmp_path / "log", shared=(Shared(name="x", source=source),))
     assert not source.exists()
 
 
@@ -303,9 +314,9 @@ def test_other_refusals_are_told_in_the_engines_words(tmp_path: Path) -> None:
 
 
 def test_read_only_bind_cannot_be_written(tmp_path: Path) -> None:
-    bind = Bind(source=tmp_path, target="/data", read_only=True)
-    script = "touch /data/new 2>/dev/null || echo refused"
-    assert output_of(script, tmp_path / "log", binds=(bind,)) == ["refused"]
+    shared = Shared(name="data", source=tmp_path)
+    script = "touch /mnt/data/new 2>/dev/null || echo refused"
+    assert output_of(script, tmp_path / "log", shared=(shared,)) == ["refused"]
     assert not (tmp_path / "new").exists()
 
 
@@ -337,32 +348,15 @@ def test_what_is_written_belongs_to_the_caller(shared: Path, client: DockerClien
 
 def test_home_is_private_writable_and_may_hold_programs(tmp_path: Path) -> None:
     script = 'cp /bin/busybox "$HOME/echo" && "$HOME/echo" "$USER in $HOME"'
-    assert output_of(script, tmp_path / "log", user=f"{OTHER_UID}:{OTHER_UID}") == [
-        "enginesmith in /home/enginesmith"
-    ]
+    assert output_of(script, tmp_path / "log") == ["enginesmith in /home/enginesmith"]
 
 
-def test_env_workdir_and_shared_memory_are_as_asked(tmp_path: Path) -> None:
+def test_env_and_shared_memory_are_as_asked(tmp_path: Path) -> None:
     lines = output_of(
-        'echo "$ADDED"; pwd; df -m /dev/shm | tail -n 1',
+        'echo "$ADDED"; df -m /dev/shm | tail -n 1',
         tmp_path / "log",
         env={"ADDED": "yes"},
-        workdir="/tmp",
         shm_bytes=200 << 20,
     )
-    assert lines[:2] == ["yes", "/tmp"]
-    assert lines[2].split()[1] == "200"
-
-
-def test_ulimits_are_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    stack = {"stack": NVIDIA_ULIMITS["stack"]}
-    assert output_of("ulimit -s", tmp_path / "log", ulimits=stack) == ["65536"]
-    assert caplog.text == ""
-
-
-def test_ulimits_beyond_the_engines_power_are_left_out_and_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    # More than fs.nr_open: no capability allows that.
-    assert output_of("echo ran", tmp_path / "log", ulimits={"nofile": 2**31}) == ["ran"]
-    assert "goes on without the ulimits {'nofile': 2147483648}" in caplog.text
+    assert lines[0] == "yes"
+    assert lines[1].split()[1] == "200"

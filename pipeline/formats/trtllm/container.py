@@ -1,7 +1,8 @@
 """A tool in a container, on the same terms as `pipeline.core.process.run_tool` on this machine.
 
 The container has no network, writes as the caller, sees only what is mounted, and is removed
-whatever happens; what a killed process leaves behind, the next run removes (`stale`).
+whatever happens; what a killed process leaves behind, the next run removes: each container names
+its owner in a label.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.containers.engine import connect
-from pipeline.core.containers.preflight import NO_GPU_RUNTIME, require_image
-from pipeline.core.containers.stale import OWNER_LABEL, owner_of, remove, remove_stale
 from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
 from pipeline.core.process import last_lines
+from pipeline.formats.trtllm.docker_engine import connect
+from pipeline.formats.trtllm.preflight import NO_GPU_RUNTIME, require_image
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NVIDIA_ULIMITS: Mapping[str, int] = {"memlock": -1, "stack": 67108864}
-"""As in NVIDIA's own line, `docker run --ipc host --gpus all --ulimit memlock=-1 --ulimit
-stack=67108864 nvcr.io/nvidia/tensorrt-llm/release` (TensorRT-LLM, Quick Start Guide)."""
-
+OWNER_LABEL = "enginesmith.owner"
 _HOME = "/home/enginesmith"
 _GRACE_S = 3
 _SETTLE_S = 60  # the output ends a moment before the engine notes the exit code
@@ -41,18 +38,23 @@ _TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bind:
-    """A file or folder of this machine that the container sees.
+class Shared:
+    """A file or folder of this machine that a program sees.
 
     Attributes:
-        source: Must exist.
-        target: Absolute path in the container.
-        read_only: Whether the container may only read it.
+        name: Tells it from the others of the same run; its place in a container.
+        source: Where it is on this machine.
+        read_only: Whether a container may only read it.
     """
 
+    name: str
     source: Path
-    target: str
-    read_only: bool = False
+    read_only: bool = True
+
+    @property
+    def target(self) -> str:
+        """Where a container has it."""
+        return f"/mnt/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +64,19 @@ class Container:
     Attributes:
         image: Name with tag or digest; must be on this machine.
         command: Program and arguments, never a shell string.
-        binds: All that the container sees of this machine.
+        shared: All that the container sees of this machine.
         env: Variables in addition to the image's; HOME is a private folder in memory.
-        workdir: Working directory; empty for the image's.
-        user: `uid:gid`; empty for the caller's, so that what it writes belongs to the caller.
         memory_bytes: Limit of its memory, swap included; None for no limit.
         shm_bytes: Size of /dev/shm; None for Docker's 64 MB.
-        ulimits: Limits of a process by name, -1 for none. Under an engine that may not raise them
-            (no CAP_SYS_RESOURCE) it runs without, and a warning says so.
         gpus: Whether it gets the machine's GPUs; CUDA_VISIBLE_DEVICES in `env` narrows them.
     """
 
     image: str
     command: tuple[str, ...]
-    binds: tuple[Bind, ...] = ()
+    shared: tuple[Shared, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    workdir: str = ""
-    user: str = ""
     memory_bytes: int | None = None
     shm_bytes: int | None = None
-    ulimits: Mapping[str, int] = field(default_factory=dict)
     gpus: bool = False
 
 
@@ -149,25 +144,20 @@ def _start(
             list(container.command),
             name=name,
             labels={OWNER_LABEL: owner_of(os.getpid())},
-            user=container.user or f"{os.getuid()}:{os.getgid()}",
+            user=f"{os.getuid()}:{os.getgid()}",  # so that what it writes belongs to the caller
             # The image's /etc/passwd does not know the uid; getpass, and so torch, then asks USER.
             environment={"HOME": _HOME, "USER": "enginesmith", **container.env},
             tmpfs={_HOME: "exec,mode=1777"},  # exec: Triton loads what it compiled below HOME
-            working_dir=container.workdir or None,
             # `volumes` would make an empty folder where a source is missing.
             mounts=[
-                types.Mount(bind.target, str(bind.source.resolve()), "bind", bind.read_only)
-                for bind in container.binds
+                types.Mount(item.target, str(item.source.resolve()), "bind", item.read_only)
+                for item in container.shared
             ],
             init=True,  # reaps, and passes SIGTERM on
             network_mode="none",
             mem_limit=container.memory_bytes,
             memswap_limit=container.memory_bytes,
             shm_size=container.shm_bytes,
-            ulimits=[
-                types.Ulimit(name=limit, soft=value, hard=value)
-                for limit, value in container.ulimits.items()
-            ],
             device_requests=[types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
             if container.gpus
             else [],
@@ -178,19 +168,8 @@ def _start(
         chunks = handle.attach(stream=True)
         handle.start()
     except docker.errors.APIError as error:
-        text = str(error.explanation or error)
-        if "setting rlimit" not in text or not container.ulimits:
-            raise _start_fault(text, container, stage) from error
-    else:
-        return handle, chunks
-    remove(client, name)
-    log.warning(
-        "%s: goes on without the ulimits %s, which this Docker engine may not raise (it lacks "
-        "CAP_SYS_RESOURCE)",
-        stage,
-        dict(container.ulimits),
-    )
-    return _start(client, replace(container, ulimits={}), name, stage)
+        raise _start_fault(str(error.explanation or error), container, stage) from error
+    return handle, chunks
 
 
 def _start_fault(text: str, container: Container, stage: str) -> PipelineError:
@@ -277,7 +256,54 @@ def _hint(container: Container, returncode: int, *, oom: bool) -> str:
         )
     if returncode == 137:  # 128 + SIGKILL
         return (
-            "it was killed from outside: this machine ran out of memory (see dmesg), or somebody "
-            "stopped the container"
+            "it was killed from outside: this machine ran out of memory (see dmesg), or the "
+            "container was stopped by hand"
         )
     return f"a program is missing in {container.image}" if returncode == 127 else ""
+
+
+def remove(client: DockerClient, name: str) -> None:
+    """Remove a container, running or not; should that fail, it hides no other error."""
+    import docker
+    import requests
+
+    try:
+        client.api.remove_container(name, force=True, v=True)
+    except docker.errors.NotFound:
+        pass
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        log.warning("A container is left; remove it: docker rm -f %s (%s)", name, error)
+
+
+def remove_stale(client: DockerClient) -> None:
+    """Remove the containers that killed processes of this machine left behind."""
+    labelled = {"label": OWNER_LABEL}
+    for handle in client.containers.list(all=True, filters=labelled, ignore_removed=True):
+        if is_stale(handle.labels[OWNER_LABEL]):
+            log.warning("Removing %s, left behind by a run that was killed", handle.name)
+            remove(client, handle.name)
+
+
+def owner_of(pid: int) -> str:
+    """Names a process beyond its end: PID namespace, id, start in ticks since boot.
+
+    The namespace, because in another one (a container with the engine's socket) the same id means
+    another process; the start, because ids are used again.
+    """
+    # After the command's closing parenthesis comes the third field; the start is the 22nd.
+    start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{Path('/proc/self/ns/pid').readlink()} {pid} {start}"
+
+
+def is_stale(owner: str) -> bool:
+    """Whether the process that a label names has ended; False when that cannot be known."""
+    namespace, pid, _ = owner.split()
+    if namespace != str(Path("/proc/self/ns/pid").readlink()):
+        return False
+    try:
+        os.kill(int(pid), 0)  # asks only whether it exists
+        return owner_of(int(pid)) != owner
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's, which /proc may hide from us
+        return False

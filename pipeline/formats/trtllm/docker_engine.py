@@ -29,7 +29,7 @@ def connect() -> Iterator[DockerClient]:
     Raises:
         IncompatibleError: The `docker` package or the engine is missing, or it is a remote one.
         AccessError: The user may not use its socket.
-        PipelineError: The engine went away, or gave an error that nobody explained.
+        PipelineError: The engine went away, or gave an error without a reason.
     """
     host = os.environ.get("DOCKER_HOST") or _DEFAULT_HOST
     if not host.startswith("unix://"):
@@ -42,7 +42,7 @@ def connect() -> Iterator[DockerClient]:
         import requests
     except ImportError as error:
         raise IncompatibleError(
-            "the docker package is not installed here: pip install 'enginesmith[build]'"
+            "the docker package is not installed here: pip install '.[build]' in the checkout"
         ) from error
     _knock(host.removeprefix("unix://"))
     with contextlib.ExitStack() as stack:

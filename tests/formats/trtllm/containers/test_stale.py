@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from pipeline.core.containers.stale import is_stale, owner_of
-from tests.core.containers.users import run_as
+from pipeline.formats.trtllm.container import is_stale, owner_of
+from tests.formats.trtllm.containers.users import run_as
 
 
 def test_living_process_owns_its_container() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.containers.engine import connect
 from pipeline.core.errors import IncompatibleError
+from pipeline.formats.trtllm.docker_engine import connect
 
 
 def refusal() -> str:
@@ -24,7 +24,7 @@ def test_engine_that_is_not_local_is_refused(host: str, monkeypatch: pytest.Monk
 
 def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "docker", None)
-    assert "pip install 'enginesmith[build]'" in refusal()
+    assert "pip install '.[build]'" in refusal()
 
 
 def test_missing_engine_names_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.values import Checkpoint
+from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.sources.text.corpus import text_digest
 from tests.quant.tiny_quantized import (
     CALIBRATION,
     RepeatedText,
-    shape_of,
     tiny_checkpoint,
     tiny_quantizer,
 )
@@ -46,7 +46,7 @@ def made(root: Path) -> Checkpoint:
 def mixed(root: Path, made: Checkpoint) -> Checkpoint:
     """The same weights, some linears kept."""
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*KEPT).quantize(made.weights, shape_of(made.weights), CALIBRATION, cache)
+    return tiny_quantizer(*KEPT).quantize(made.weights, CALIBRATION, cache)
 
 
 def test_every_linear_is_fp8_with_its_scales(made: Checkpoint) -> None:
@@ -142,9 +142,9 @@ def test_second_time_comes_from_the_cache(
         raise AssertionError("calibrated a second time")
 
     quantizer = tiny_quantizer()
-    monkeypatch.setattr(type(quantizer), "_produce", no_calibration)
+    monkeypatch.setattr(ModelOptJob, "_produce", no_calibration)
     cache = StageCache(root=root / "cache")
-    again = quantizer.quantize(made.weights, shape_of(made.weights), CALIBRATION, cache)
+    again = quantizer.quantize(made.weights, CALIBRATION, cache)
     assert again == made
 
 
@@ -177,7 +177,7 @@ def test_keeping_half_of_a_fused_group_is_a_recipe_fault(root: Path, made: Check
     quantizer = tiny_quantizer("model.layers.1.self_attn.q_proj")
     cache = StageCache(root=root / "cache")
     with pytest.raises(RecipeError) as caught:
-        quantizer.quantize(made.weights, shape_of(made.weights), CALIBRATION, cache)
+        quantizer.quantize(made.weights, CALIBRATION, cache)
     (fault,) = caught.value.faults
     assert fault.path == "quantizer.keep_16bit"
     assert "model.layers.1.self_attn." in fault.message
@@ -192,7 +192,5 @@ def test_too_little_text_is_a_recipe_fault_and_leaves_nothing(
     caplog.set_level(logging.ERROR)
     short = dataclasses.replace(CALIBRATION, text=RepeatedText(repeats=1), seq_len=256)
     with pytest.raises(RecipeError, match="use a longer text or fewer windows"):
-        tiny_quantizer().quantize(
-            made.weights, shape_of(made.weights), short, StageCache(root=tmp_path)
-        )
+        tiny_quantizer().quantize(made.weights, short, StageCache(root=tmp_path))
     assert list((tmp_path / "stages" / "quantize").iterdir()) == []

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.containers import gpu as module
-from pipeline.core.containers.gpu import Gpu, find_gpu, parse_gpus, probe_gpus
+from pipeline.core import gpu as module
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.gpu import Gpu, find_gpu, parse_gpus, probe_gpus
 
 # As a machine with one H100 printed it on 2026-11-25.
 H100 = "0, NVIDIA H100 80GB HBM3, 9.0, 81559, 580.159.04, GPU-46de2ad6-ee47-56b1-bc10-4d36fe211351"

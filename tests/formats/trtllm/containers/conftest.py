@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.core.containers.image import build_image
+from tests.formats.trtllm.containers.image import build_image
 from tests.services.dockerd import dockerd
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ Dockerfile.build runs this with the image's interpreter; it needs nothing but Py
 ours goes into a virtual environment that sees the image's packages too. Pip gets the image's
 versions as constraints: where a package of ours cannot live with them, the build stops.
 
-    python3 image_install.py dependencies --lock requirements-image.lock --into /opt/enginesmith
-    python3 image_install.py project --into /opt/enginesmith SOURCE_DIR
+    python3 install.py dependencies --lock requirements-image.lock --into /opt/enginesmith
+    python3 install.py project --into /opt/enginesmith SOURCE_DIR
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ BASE_PACKAGES = "base-packages.txt"
 
 LEFT_OUT = ("tensorrt-rtx-cu13",)
 """Of our extra `build`: RTX engines need no GPU and no image, so this image does not build them."""
+
+_ELSEWHERE = "/"
+"""Working directory of the interpreters: `-m` and `-c` see packages' records in theirs, such as
+those that `pip install .` leaves in a checkout."""
 
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.!+-]*")
 """Loosely a version of PEP 440; Debian's packages of Python tools have others, which pip refuses
@@ -68,6 +72,7 @@ def installed(python: Path | str) -> dict[str, str]:
     listed = subprocess.run(
         [str(python), "-m", "pip", "list", "--format=json"],
         env=_environment(),
+        cwd=_ELSEWHERE,
         check=True,
         stdout=subprocess.PIPE,
     )
@@ -89,6 +94,7 @@ def install_dependencies(lock: Path, into: Path) -> None:
     Raises:
         SystemExit: Pip found no way, or a package of the image is not what it was.
     """
+    into = into.absolute()
     base = installed(sys.executable)
     subprocess.run(
         [sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(into)],
@@ -111,9 +117,11 @@ def install_project(source: Path, into: Path) -> None:
     Raises:
         SystemExit: A dependency is missing or outside its range.
     """
-    _pip(into, "install", "--no-deps", str(source))
+    into = into.absolute()
+    _pip(into, "install", "--no-deps", str(source.absolute()))
     checked = subprocess.run(
         [str(into / "bin" / "python"), "-c", _UNMET, "enginesmith", *LEFT_OUT],
+        cwd=_ELSEWHERE,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -145,7 +153,7 @@ for line in requires(sys.argv[1]) or ():
 def _pip(into: Path, *arguments: str) -> None:
     """Run the image's pip on the new environment."""
     command = [str(into / "bin" / "python"), "-m", "pip", *arguments, "--no-cache-dir"]
-    done = subprocess.run(command, env=_environment(), check=False)
+    done = subprocess.run(command, env=_environment(), cwd=_ELSEWHERE, check=False)
     if done.returncode:
         sys.exit(f"pip ended with exit code {done.returncode}; its reason is above")
 

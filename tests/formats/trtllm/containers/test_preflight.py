@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.core.containers.engine import connect
-from pipeline.core.containers.gpu import Gpu
-from pipeline.core.containers.preflight import (
+from pipeline.core.errors import IncompatibleError, TransientError
+from pipeline.core.gpu import Gpu
+from pipeline.formats.trtllm.docker_engine import connect
+from pipeline.formats.trtllm.preflight import (
     driver_fault,
     image_digest,
-    is_wsl,
     preflight,
     require_driver,
     require_gpu_runtime,
     require_room,
 )
-from pipeline.core.errors import IncompatibleError, TransientError
-from tests.core.containers.image import IMAGE
-from tests.core.containers.users import run_as
+from tests.formats.trtllm.containers.image import IMAGE
+from tests.formats.trtllm.containers.users import run_as
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -110,12 +109,6 @@ def test_room_is_held_against_the_images_size(
     with caplog.at_level(logging.INFO):
         require_room(tmp_path / "in a virtual machine", "some:1", 10**15)
     assert "Cannot see how much space" in caplog.text
-
-
-def test_wsl_is_known_by_its_kernel() -> None:
-    assert is_wsl("4.4.0-19041-Microsoft")
-    assert is_wsl("5.15.167.4-microsoft-standard-WSL2")
-    assert not is_wsl("6.8.0-49-generic")
 
 
 @pytest.fixture

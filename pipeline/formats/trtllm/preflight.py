@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import re
 import shutil
 from functools import cache
@@ -11,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.containers.engine import connect
-from pipeline.core.containers.gpu import Gpu
 from pipeline.core.errors import IncompatibleError, TransientError
+from pipeline.core.gpu import Gpu
+from pipeline.formats.trtllm.docker_engine import connect
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -45,19 +44,12 @@ def preflight(image: str, *, cuda: str, image_bytes: int, gpu: Gpu) -> None:
         AccessError: The user may not use Docker.
         TransientError: Too little disk space for the image.
     """
-    if is_wsl(platform.release()):
-        log.info("This is WSL2: the driver is Windows', and .wslconfig limits the memory")
     with connect() as client:
         require_gpu_runtime(client.info())
         require_driver(gpu, cuda)
         if find_image(client, image) is None:
             require_room(Path(client.info()["DockerRootDir"]), image, image_bytes)
         require_image(client, image)
-
-
-def is_wsl(kernel_release: str) -> bool:
-    """Whether this is the kernel of the Windows Subsystem for Linux."""
-    return "microsoft" in kernel_release.lower()
 
 
 def require_gpu_runtime(info: dict[str, Any]) -> None:
@@ -168,7 +160,7 @@ def image_digest(image: str) -> str:
 def _drivers() -> dict[str, dict[str, str]]:
     import yaml
 
-    text = files("pipeline.core.containers").joinpath("driver_minimum.yaml").read_text("utf-8")
+    text = files("pipeline.formats.trtllm").joinpath("driver_minimum.yaml").read_text("utf-8")
     table: dict[str, dict[str, str]] = yaml.safe_load(text)
     return table
 

@@ -1,1 +1,0 @@
-"""Work in a container: what this machine must have for it, and how a tool runs in one."""
