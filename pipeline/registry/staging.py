@@ -1,89 +1,56 @@
 """Private folders on the registry's own file system, where packages take shape.
 
-A folder's name says who works in it: `<machine>-<pid>-<random>`. What a killed run left behind is
-removed by the next run: at once if its process is known to be gone, else after a day, by the clock
-of the file system: machines that share it may disagree about the time.
+Who works in one holds a lock on it, which the kernel takes away when the process ends. What a
+killed run left behind is removed by the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.registry.disk import file_system_now_s
-
-_LEFTOVER_AGE_S = 24 * 3600.0
-"""Longer than any packaging: filling a folder takes minutes."""
+from pipeline.registry.disk import make_folders
 
 
 @contextlib.contextmanager
 def private_folder(area: Path) -> Iterator[Path]:
-    """A new folder in `area` that nobody else uses; gone after the block, unless it was moved.
-
-    It is removed on any exception, Ctrl-C included.
-    """
-    area.mkdir(parents=True, exist_ok=True)
-    for leftover in abandoned(area, math.inf, file_system_now_s(area)):
+    """A new folder in `area` that no other process uses; gone after the block, also on Ctrl-C."""
+    make_folders(area)
+    for leftover in abandoned(area):
         shutil.rmtree(leftover, ignore_errors=True)
-    folder = area / f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        folder.mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=area))
+        with contextlib.ExitStack() as stack:
+            if not _lock(folder, stack):
+                continue  # taken for abandoned before we had the lock
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
 
 
-def abandoned(area: Path, newest_s: float, now_s: float) -> list[Path]:
-    """What is left in `area` by runs that are over, sorted.
-
-    Of another machine's run nobody here can know; after a day it counts as over.
-
-    Args:
-        area: Where private folders lie.
-        newest_s: Unix time; what changed later is left out.
-        now_s: Unix time by the file system's clock.
-    """
-    if not area.is_dir():
-        return []
+def abandoned(area: Path) -> list[Path]:
+    """What runs that are over left in `area`, sorted."""
     found = []
-    for folder in sorted(area.iterdir()):
-        with contextlib.suppress(OSError):
-            if _abandoned(folder, now_s) and folder.stat().st_mtime <= newest_s:
+    for folder in sorted(area.iterdir()) if area.is_dir() else ():
+        with contextlib.ExitStack() as stack:
+            if _lock(folder, stack):
                 found.append(folder)
     return found
 
 
-def _abandoned(folder: Path, now_s: float) -> bool:
-    machine, _, rest = folder.name.partition("-")
-    pid = rest.partition("-")[0]
-    if machine == _machine() and pid.isdecimal():
-        return not _alive(int(pid))
-    return now_s - folder.stat().st_mtime > _LEFTOVER_AGE_S
-
-
-def _alive(pid: int) -> bool:
+def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a folder until the stack ends; False if another process has it, or it is gone."""
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # the latter: no system has such an id
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder.exists()
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _machine() -> str:
-    """Names the set of processes whose ids we can see: this boot and this PID namespace.
-
-    A host name would not do: containers may share it and yet not see each other's processes.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        seen = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # not Linux
-        seen = os.uname().nodename
-    return hashlib.sha256(seen.encode()).hexdigest()[:12]

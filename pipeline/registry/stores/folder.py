@@ -171,9 +171,9 @@ class FolderObjects:
             return time.time()
 
     def unfinished(self, min_age_s: float) -> Iterator[Unfinished]:
+        """See the Protocol; of a run that is over, whatever its age."""
         with disk_errors(f"clean {self.path}"):
-            now_s = self.now_s()
-            for path in abandoned(self.staging, now_s - min_age_s, now_s):
+            for path in abandoned(self.staging):
                 yield Unfinished(
                     what=f"{path.relative_to(self.path)} (left by a run)",
                     remove=functools.partial(shutil.rmtree, path, ignore_errors=True),

@@ -37,7 +37,7 @@ def package(tmp_path: Path) -> Package:
 def test_a_published_package_reads_back_whole_under_the_version_that_its_manifest_gives(
     store: WritableStore, package: Package
 ) -> None:
-    sent = []
+    sent: list[int] = []
     assert store.put_package(package, [raw_statement()], sent.append)
     place = place_of(package)
     assert store.places() == store.places("tiny") == store.places("tiny", place.variant) == [place]

@@ -78,21 +78,6 @@ def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | Non
     return Credentials(username=username, password=password) if password else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Challenge:
-    """`WWW-Authenticate: Bearer realm="...",service="...",scope="..."`."""
-
-    realm: str
-    service: str
-    scope: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Token:
-    header: str = field(repr=False)
-    ends_s: float
-
-
 FetchToken = Callable[[str, Mapping[str, str]], tuple[int, bytes]]
 """GET of a URL with headers -> status and body."""
 
@@ -110,8 +95,9 @@ class Authorizer:
     api: str
     credentials: Credentials | None
     fetch: FetchToken
-    _tokens: dict[str, _Token] = field(default_factory=dict, repr=False)
-    _challenges: dict[str, _Challenge] = field(default_factory=dict)
+    _tokens: dict[str, tuple[str, float]] = field(default_factory=dict, repr=False)
+    """Scope -> value of `Authorization`, and when it ends (monotonic)."""
+    _challenges: dict[str, Mapping[str, str]] = field(default_factory=dict)
     _basic: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -120,10 +106,10 @@ class Authorizer:
         with self._lock:
             if self._basic and self.credentials:
                 return self.credentials.header()
-            token = self._tokens.get(scope)
-            if token and time.monotonic() >= token.ends_s:
-                token = self._tokens[scope] = self._token(self._challenges[scope])
-            return token.header if token else None
+            header, ends_s = self._tokens.get(scope, (None, 0.0))
+            if header and time.monotonic() >= ends_s:
+                return self._renew(scope)
+            return header
 
     def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
         """Get what a 401 asks for. False if there is nothing more to offer.
@@ -134,57 +120,53 @@ class Authorizer:
             sent: The `Authorization` that was refused.
 
         Raises:
-            AccessError: No token for us.
+            AccessError: No token for us, or the registry wants a password in clear.
         """
         kind, _, rest = challenge.partition(" ")
+        if self.credentials is not None and not keeps_secrets(self.api):
+            raise AccessError(
+                f"{self.api} wants credentials, which would go there in clear; use a registry "
+                "with TLS"
+            )
         with self._lock:
-            if self.credentials is not None and not keeps_secrets(self.api):
-                raise AccessError(
-                    f"{self.api} wants credentials, which would go there in clear; use a registry "
-                    "with TLS"
-                )
             if kind.lower() == "basic":
                 self._basic = self.credentials is not None
                 return self.credentials is not None and sent != self.credentials.header()
             if kind.lower() != "bearer":
                 return False
-            token = self._tokens.get(scope)
-            if token and token.header != sent:
-                return True  # another thread has just got a new one
-            found = dict(_PARAMETER.findall(rest))
-            self._challenges[scope] = _Challenge(
-                realm=found.get("realm", ""),
-                service=found.get("service", ""),
-                scope=found.get("scope") or scope,
-            )
-            self._tokens[scope] = self._token(self._challenges[scope])
+            if self._tokens.get(scope, (sent, 0.0))[0] == sent:  # else a thread got one just now
+                self._challenges[scope] = {"scope": scope, **dict(_PARAMETER.findall(rest))}
+                self._renew(scope)
             return True
 
-    def _token(self, challenge: _Challenge) -> _Token:
-        realm = urlsplit(challenge.realm)
-        if not _is_token_service(self.api, challenge.realm):
+    def _renew(self, scope: str) -> str:
+        """Ask the registry's token service; value of `Authorization`."""
+        challenge = self._challenges[scope]
+        realm = challenge.get("realm", "")
+        if not _is_token_service(self.api, realm):
             raise AccessError(
-                f"{self.api} sends us for a token to {challenge.realm[:80]!r}, which is not of its "
-                "own domain or not https; credentials were not sent there"
+                f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
+                "domain or not https; credentials were not sent there"
             )
-        query = {"service": challenge.service, "scope": challenge.scope}
-        url = f"{challenge.realm}{'&' if realm.query else '?'}{urlencode(query)}"
+        query = urlencode({key: challenge.get(key, "") for key in ("service", "scope")})
         headers = {"Authorization": self.credentials.header()} if self.credentials else {}
         began_s = time.monotonic()
-        status, body = self.fetch(url, headers)
-        who = repr(self.credentials.username) if self.credentials else "anonymous"
+        status, body = self.fetch(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
         if status != 200:
+            who = repr(self.credentials.username) if self.credentials else "anonymous"
             raise AccessError(
-                f"{self.api} refused {who} a token for {challenge.scope} ({status}); {_SET_THEM}"
+                f"{self.api} refused {who} a token for {scope} ({status}); {_SET_THEM}"
             )
-        value = parse_object(body, f"the token of {realm.hostname}")
+        value = parse_object(body, f"the token for {self.api}")
         token = value.get("token") or value.get("access_token")
-        life_s = value.get("expires_in") or _DEFAULT_LIFE_S
+        life_s = value.get("expires_in")
         if not isinstance(token, str) or not token.isprintable() or not token.isascii():
-            raise CorruptError(f"{realm.hostname} answered without a token; try again later")
+            raise CorruptError(f"{self.api} was answered without a token; try again later")
         if isinstance(life_s, bool) or not isinstance(life_s, int | float):
             life_s = _DEFAULT_LIFE_S
-        return _Token(header=f"Bearer {token}", ends_s=began_s + max(life_s - _MARGIN_S, 1.0))
+        header = f"Bearer {token}"
+        self._tokens[scope] = header, began_s + max(life_s - _MARGIN_S, 1.0)
+        return header
 
     def refused(self, doing: str) -> AccessError:
         """The error for a request that is not allowed, whatever we offer."""

@@ -54,7 +54,7 @@ from pipeline.registry.stores.oci.address import (
     statement_tag,
     version_tag,
 )
-from pipeline.registry.stores.oci.content import LayerReader, digest_layer
+from pipeline.registry.stores.oci.content import digest_layer, layer_content
 from pipeline.registry.stores.oci.distribution import Repository
 from pipeline.registry.stores.oci.documents import Descriptor, Document, Manifest
 from pipeline.registry.stores.oci.image import (
@@ -443,8 +443,8 @@ class OciStore:
                 counted = reached
 
         if not repository.has_blob(blob):
-            with contextlib.closing(LayerReader(layer, package.dir, manifest)) as reader:
-                upload(repository, blob, reader, on_position)
+            content = functools.partial(layer_content, layer, package.dir, manifest)
+            upload(repository, blob, content, on_position)
         on_position(blob.size_bytes)
         return blob
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import urllib.request
@@ -56,7 +55,7 @@ class Request:
         doing: For messages: `read a/b:tag`.
         expect: Statuses that are answers; all others raise.
         headers: Besides ours.
-        body: Bytes, or a file that can be rewound.
+        body: What to send.
     """
 
     method: str
@@ -65,7 +64,7 @@ class Request:
     doing: str
     expect: tuple[int, ...]
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | io.RawIOBase = b""
+    body: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +167,6 @@ class Transport:
             sent = self._auth.header(request.scope) if self.is_own(url) else None
             if sent:  # never to another host: it gets a link of its own
                 headers["Authorization"] = sent
-            if isinstance(request.body, io.RawIOBase):
-                request.body.seek(0)
             response = self._open(request.method, url, headers, request.body or None)
             target = response.get_redirect_location()
             if not target or request.method not in {"GET", "HEAD"}:
@@ -182,7 +179,7 @@ class Transport:
         raise TransientError(f"{_shown(request.url)} redirects more than {_MAX_REDIRECTS} times")
 
     def _open(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | io.RawIOBase | None
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> BaseHTTPResponse:
         retries = urllib3.Retry(
             total=ATTEMPTS - 1,

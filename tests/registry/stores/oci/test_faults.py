@@ -70,9 +70,10 @@ def test_an_upload_goes_on_where_the_registry_says_that_it_stopped(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "PART_BYTES", 256 << 10)
-    for status, code in ((416, "BLOB_UPLOAD_INVALID"), (404, "BLOB_UPLOAD_UNKNOWN")):
-        lost = once("PATCH", part="/uploads/", act=lambda h, s=status, c=code: h.error(s, c))
-        fake.faults.append(lost)
+    fake.faults += [
+        once("PATCH", part="/uploads/", act=lambda h: h.error(416, "BLOB_UPLOAD_INVALID")),
+        once("PATCH", part="/uploads/", act=lambda h: h.error(404, "BLOB_UPLOAD_UNKNOWN")),
+    ]
     sent: list[int] = []
     assert fake.store().put_package(
         package, [raw_statement(), raw_statement("provenance")], sent.append
@@ -235,7 +236,7 @@ def test_garbage_is_never_taken_for_an_answer(
         store.identity()
     for call in (store.places, lambda: store.places("tiny"), lambda: store.read_statements(place)):
         with contextlib.suppress(PipelineError):
-            assert call() == []  # type: ignore[operator]  # two kinds of functions
+            assert call() == []
 
 
 def test_a_document_that_is_too_long_or_not_the_one_asked_is_refused(
