@@ -67,7 +67,10 @@ _CHECKS = {
 
 def title(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> Html:
     """Whose report it is."""
-    where = f"{manifest['variant']}:{manifest['version']}" if "variant" in manifest else ""
+    where = ""
+    if "variant" in manifest:  # the version as a registry derives it
+        parts = (manifest["recipe_version"], manifest["build_key"][:8], report["digest"][:12])
+        where = f"{manifest['variant']}:{'-'.join(parts)}"
     return tag(
         "header",
         tag("p", "Acceptance report for ", report["card"], class_="eyebrow"),
