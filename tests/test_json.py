@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
 def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A place with two packages that were in `candidate`, one after the other."""
     place = make_workplace(tmp_path_factory.mktemp("built") / "place")
-    for more in ((), ("version=2.0",)):
+    for more in ((), ("version=2.0.0",)):
         done = place.build(*QUICK, *more)
         assert done.returncode == 0, done.stderr
     return place
