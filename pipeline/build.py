@@ -224,6 +224,7 @@ def judged(
         verdict,
         run_dir,
         manifest=package.manifest,
+        reference=str(reference_of(package)),
         plan=subject.plan.to_json(),
         limits=recipe.acceptance.limits,
     )
