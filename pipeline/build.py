@@ -28,7 +28,7 @@ from pipeline.core.values import (
     Weights,
 )
 from pipeline.formats.spec import format_spec
-from pipeline.identity import build_key, shaping_config, statement_name, version_of
+from pipeline.identity import build_key, key_inputs, statement_name, version_of
 from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
@@ -56,7 +56,7 @@ class BuildOptions:
 
     Attributes:
         rebuild: Build although a package with the same build key is published.
-        config: The resolved recipe as plain values; parts of it shape keys and the manifest.
+        config: The resolved recipe as plain values, of which acceptance's key is made.
         cache_dir: Stage cache; None for the user's.
         environ: Names the key to sign with and whom to believe.
     """
@@ -86,7 +86,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     require_builder(recipe.compiler.format)
     cache = StageCache(root=options.cache_dir or cache_root())
     weights = fetch(recipe)
-    key = build_key(recipe, weights, options.config)
+    key = build_key(recipe, weights)
     if not options.rebuild:
         require_build_not_yanked(
             recipe.registry.store,
@@ -107,11 +107,13 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         require_room(plan, cache.root)
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
+        if engine.twin_dir is not None:
+            cache.keep_cpu_graph(key, engine.twin_dir)
         with recipe.registry.staging() as staging:
             if published:
                 package = published.package
             else:
-                package = seal(staging, engine, weights, label(recipe, engine, key, options))
+                package = seal(staging, engine, weights, label(recipe, engine, weights, key))
             subject = Subject(
                 engine=engine,
                 package_digest=package.digest,
@@ -233,7 +235,8 @@ def judged(
 
 def acceptance_name(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
     """Names the question that acceptance asks about a package."""
-    asked = {name: config[name] for name in ("acceptance", "runner", "target")}
+    asked = {name: dict(config[name]) for name in ("acceptance", "runner", "target")}
+    asked["target"].pop("source", None)  # a citation
     return statement_name(recipe.acceptance.key(asked, recipe.runner, package.digest))
 
 
@@ -283,17 +286,16 @@ def enter_channel(
     )
 
 
-def label(recipe: Recipe, engine: Engine, key: str, options: BuildOptions) -> Label:
+def label(recipe: Recipe, engine: Engine, weights: Weights, key: str) -> Label:
     """What the package says beyond its engine and weights."""
     version = recipe.registry.next_version(
         recipe.name, engine.variant, version_of(recipe.version, key)
     )
-    twin = {"twin": engine.twin_key} if engine.twin_key else {}
     return Label(
         name=recipe.name,
         version=version,
         build_key=key,
-        config={**shaping_config(options.config), **twin},
+        config=key_inputs(recipe, weights),
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cache import cache_root
+from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.data import shipped
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.values import Package
@@ -99,9 +99,8 @@ def twin_of(package: Package) -> Path:
     Raises:
         IncompatibleError: This machine's cache does not hold it.
     """
-    key = package.manifest["build"]["config"].get("twin")
-    folder = cache_root() / "stages" / "convert" / str(key)[:24]
-    if key is None or not (folder / CPU_GRAPH).is_file():
+    folder = StageCache(root=cache_root()).cpu_graph(package.manifest["build_key"])
+    if folder is None or not (folder / CPU_GRAPH).is_file():
         raise IncompatibleError(
             f"{reference_of(package)} needs a GPU with SM {package.manifest['match']['sm']}, and "
             "the CPU twin of its graph is not in this machine's cache; make it with: enginesmith "
