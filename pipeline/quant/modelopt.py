@@ -89,9 +89,7 @@ class ModelOptJob:
                 is not faithful.
             IncompatibleError: The recipe insists on a device that is not there.
         """
-        result = cache.run(
-            STAGE, self.inputs(weights), lambda out: self._produce(weights, out)
-        )
+        result = cache.run(STAGE, self.inputs(weights), lambda out: self._produce(weights, out))
         record = result.read_json(RECORD)
         return Checkpoint(
             dir=result.dir,
