@@ -20,7 +20,7 @@ from pipeline.core.settings import STRICT, Listed
 from pipeline.core.stages import Stage
 from pipeline.core.values import digest_of
 from pipeline.model.spec import ModelSpec
-from pipeline.runners.session import Device, Runner
+from pipeline.runners.runner import Device, Runner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 

@@ -66,7 +66,7 @@ def open_package(package: Package) -> AbstractContextManager[Session]:
 
 def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
     """The engine itself, on a machine with its card and TensorRT-LLM or the build image."""
-    from pipeline.runners.trtllm.runner import TrtLlmRunner
+    from pipeline.runners.trtllm import TrtLlmRunner
 
     runner = TrtLlmRunner(**shipped("runner/trtllm"))
     return runner.open_folder(package.engine_dir, package.manifest["match"]["sm"][0])
@@ -74,7 +74,7 @@ def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
 
 def _open_vllm(package: Package) -> AbstractContextManager[Session] | None:
     """The checkpoint in vLLM; None on a machine without vLLM or without a card for FP8."""
-    from pipeline.runners.vllm.runner import VllmRunner
+    from pipeline.runners.vllm import VllmRunner
 
     runner = VllmRunner(**shipped("runner/vllm"))
     if runner.why_not_here() is not None:
@@ -84,7 +84,7 @@ def _open_vllm(package: Package) -> AbstractContextManager[Session] | None:
 
 def _open_trtrtx(package: Package) -> AbstractContextManager[Session] | None:
     """The engine in TensorRT-RTX; None on a machine without that or without the card."""
-    from pipeline.runners.trtrtx.runner import TrtRtxRunner
+    from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 
     runner = TrtRtxRunner(**shipped("runner/tensorrt_rtx"))
     match = package.manifest["match"]

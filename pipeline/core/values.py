@@ -197,8 +197,16 @@ class Package:
 
 
 VerdictName = Literal[
-    "accepted", "checked", "compiled", "rejected", "regression", "anomalous", "inconclusive"
+    "accepted",
+    "checked",
+    "compiled",
+    "rejected",
+    "regression",
+    "anomalous",
+    "inconclusive",
+    "measured",
 ]
+"""`measured`: a race, which measures speed only; like a failing verdict it enters no channel."""
 PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
 
 

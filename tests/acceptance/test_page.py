@@ -132,16 +132,16 @@ def test_speed_has_median_spread_and_costs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("demands", "word"),
+    ("options", "word"),
     [
         ({"min_output_tokens_per_s": 321.0}, "met"),
         ({"min_output_tokens_per_s": 321.1}, "missed"),
     ],
 )
 def test_demand_of_a_workload_is_met_missed_or_not_measured(
-    demands: dict[str, float], word: str
+    options: dict[str, float], word: str
 ) -> None:
-    page = Page(render_page(report(speed=[entry("b1", 1, 321.0, **demands)])))
+    page = Page(render_page(report(speed=[entry("b1", 1, 321.0, **options)])))
     assert page.row("Speed", "b1").endswith(word)
 
 

@@ -50,6 +50,10 @@ _VERDICTS: dict[str, tuple[Tone, str]] = {
         "warn",
         "Do not ship it yet: the measurement is not good enough. That is no pass.",
     ),
+    "measured": (
+        "plain",
+        "A race: its speed was measured beside its peers. Its answers were not looked at.",
+    ),
 }
 _NEXT = {
     "accepted": "`enginesmith promote {reference} --channel stable`",
@@ -59,6 +63,7 @@ _NEXT = {
     "regression": "see the findings; keep more linears in 16 bit (`quantizer.keep_16bit`)",
     "anomalous": "see the findings, and measure again once the cause is known",
     "inconclusive": "see the findings, and measure again",
+    "measured": "build it, which looks at its answers",
 }
 _KINDS: dict[str, Tone] = {
     "rejected": "bad",
