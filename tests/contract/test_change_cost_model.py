@@ -22,7 +22,7 @@ from pipeline.model import families
 from pipeline.model.random_model import write_random_model
 from pipeline.model.read import model_types, read_spec
 from pipeline.quant.unified import UnifiedCheckpoint
-from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 
 FAMILY = '''\
 """Toy: Qwen's biases on Phi's stored tensors, and a key of its own for the window."""
@@ -98,7 +98,7 @@ def test_toy_architecture_is_one_file_and_a_shape(recipes: Path, tmp_path: Path)
     graphs = tmp_path / "graphs"
     graphs.mkdir()
     write_graphs(folder, GraphSettings(context=64, activation="bfloat16"), graphs)
-    logits = OnnxRuntimeSession(OnnxRuntimeGraph(graphs / CPU_GRAPH)).logits(list(range(40)))
+    logits = graph_session(OnnxRuntimeGraph(graphs / CPU_GRAPH)).logits(list(range(40)))
     assert logits.shape == (40, 320)
     assert np.isfinite(logits).all()
 
