@@ -27,7 +27,7 @@ READY_EVAL := .venv-eval/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help engine plan rehearse test test-all test-image-pins test-eval test-soak test-gpu bench-registry check format setup image image-client clean clean-cache
+.PHONY: help engine plan rehearse test test-all test-image-pins test-eval test-soak test-gpu bench-registry check format record-stages setup image image-client clean clean-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -71,6 +71,9 @@ check: $(READY) ## lint, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+record-stages: $(READY) ## after an edit of a stage: record versions and code (pipeline/core/stages.yaml)
+	$(RUN) -m tests.record_stages
 
 format: $(READY) ## format the code
 	$(RUN) -m ruff format .

@@ -28,7 +28,7 @@ from pipeline.core.values import (
     Weights,
 )
 from pipeline.formats.spec import format_spec
-from pipeline.identity import build_key, shaping_config
+from pipeline.identity import build_key, key_inputs
 from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
@@ -50,7 +50,7 @@ class BuildOptions:
 
     Attributes:
         rebuild: Build although a package with the same build key is published.
-        config: The resolved recipe as plain values; parts of it shape keys and the manifest.
+        config: The resolved recipe as plain values, of which acceptance's key is made.
         cache_dir: Stage cache; None for the user's.
         environ: Names the key to sign with and whom to believe.
     """
@@ -80,7 +80,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
     require_builder(recipe.compiler.format)
     cache = StageCache(root=options.cache_dir or cache_root())
     weights = fetch(recipe)
-    key = build_key(recipe, weights, options.config)
+    key = build_key(recipe, weights)
     # The second of two runs waits here, and then takes what the first one published.
     with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
         found = None if options.rebuild else publisher.find(recipe.name, variant_of(recipe), key)
@@ -89,10 +89,11 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         require_room(plan, cache.root)
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
+        if engine.twin_dir is not None:
+            cache.keep_cpu_graph(key, engine.twin_dir)
         with publisher.staging() as staging:
-            package = seal(
-                staging, engine, weights, label(recipe, engine, checkpoint, key, options)
-            )
+            text = label(recipe, weights, checkpoint, key)
+            package = seal(staging, engine, weights, text)
             subject = Subject(
                 engine=engine,
                 package_digest=package.digest,
@@ -195,6 +196,7 @@ def judged(
         verdict,
         run_dir,
         manifest=package.manifest,
+        reference=str(reference_of(package)),
         plan=subject.plan.to_json(),
         limits=recipe.acceptance.limits,
     )
@@ -203,20 +205,18 @@ def judged(
 
 def acceptance_key(recipe: Recipe, package: Package, config: Mapping[str, Any]) -> str:
     """Names the question that acceptance asks about a package."""
-    asked = {name: config[name] for name in ("acceptance", "runner", "target")}
+    asked = {name: dict(config[name]) for name in ("acceptance", "runner", "target")}
+    asked["target"].pop("source", None)  # a citation
     return recipe.acceptance.key(asked, recipe.runner, package.digest)
 
 
-def label(
-    recipe: Recipe, engine: Engine, checkpoint: Checkpoint, key: str, options: BuildOptions
-) -> Label:
+def label(recipe: Recipe, weights: Weights, checkpoint: Checkpoint, key: str) -> Label:
     """What the package states beyond its engine and weights."""
-    twin = {"twin": engine.twin_key} if engine.twin_key else {}
     return Label(
         name=recipe.name,
         recipe_version=recipe.version,
         build_key=key,
-        config={**shaping_config(options.config), **twin},
+        config=key_inputs(recipe, weights),
         quantization=checkpoint.precision,
         ledger=checkpoint.calibration.get("ledger", {}),
     )

@@ -1,47 +1,56 @@
-"""The build key.
+"""The build key: what determines a package.
 
-`build_key` covers every input that shapes the bytes: weights, settings, tools, the source code of
-the stages, and the card's SM. Acceptance and registry are left out: they judge and place the bytes.
+The build key is the digest of a list of what may count; what is not on it does not. Each class says
+which of its fields shape bytes (`Quantizer.inputs`, `EngineCompiler.inputs`), each stage its
+version, and the rest is what a manifest states: a corrected licence is another build. Not on it:
+module paths, citations, power limits, where things lie, how they are judged, and the card of a
+format that is bound to none. A manifest holds the list, so that everybody can see which of its
+values differs between two builds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.recipe import Recipe
 from pipeline.core.values import Weights, digest_of
-
-_JUDGING = frozenset({"acceptance", "registry", "runner"})
-_HOW = frozenset({"where", "timeout_s", "memory_gib"})
-"""Settings of a compiler that say how it is run, not what it makes."""
+from pipeline.formats.spec import format_spec
+from pipeline.quant.spec import quant_spec
 
 
-def shaping_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a resolved recipe that shapes bytes, fit for a manifest.
-
-    The source's local path is left out: where weights lay says nothing about them, their digests
-    do, and a manifest holds nobody's home folder. So is who acknowledged their licence.
-    """
-    kept = {name: value for name, value in config.items() if name not in _JUDGING}
-    source = dict(kept.get("source", {}))
-    source.pop("path", None)
-    source.pop("acknowledge_licence", None)
-    compiler = {
-        name: value for name, value in dict(kept.get("compiler", {})).items() if name not in _HOW
-    }
-    return {**kept, "source": source, "compiler": compiler}
-
-
-def build_key(recipe: Recipe, weights: Weights, config: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of everything that shapes the package's bytes."""
-    return digest_of(
-        {
-            "config": shaping_config(config),
-            "weights": weights.digest,
+def key_inputs(recipe: Recipe, weights: Weights) -> dict[str, Any]:
+    """Everything that determines a package, as JSON values; no library is imported for it."""
+    compiler, target = recipe.compiler, recipe.target
+    spec = format_spec(compiler.format)
+    bound = {"card": {"card": target.card, "sm": target.sm}, "sm": {"sm": target.sm}, None: {}}
+    name, version = compiler.pinned_runtime
+    licence = weights.licence
+    return {
+        "name": recipe.name,
+        "recipe_version": recipe.version,
+        "variant": spec.variant(quant_spec(recipe.quantizer.precision), compiler.limits, target),
+        "target": bound[spec.bound_to],
+        "weights": {
+            "digest": weights.digest,
             "commit": weights.commit,
-            "quantize": dict(recipe.quantizer.inputs(weights, recipe.calibration)),
-            "compile": dict(recipe.compiler.inputs(recipe.target)),
-            "sm": recipe.target.sm,
-        }
-    )
+            "origin": weights.origin,
+            "note": weights.note,
+            "random": weights.random,
+        },
+        "licence": {
+            "spdx": licence.spdx,
+            "files": list(licence.files),
+            "redistribution": licence.redistribution,
+            "notice": licence.notice,
+        },
+        "quantize": dict(recipe.quantizer.inputs(weights, recipe.calibration)),
+        "compile": dict(compiler.inputs(target)),
+        "limits": compiler.limits.to_json(),
+        "serve": list(spec.serve_args(compiler.limits)),
+        "runtime": {"name": name, "version": version},
+    }
+
+
+def build_key(recipe: Recipe, weights: Weights) -> str:
+    """SHA-256 (hex) of everything that determines a package."""
+    return digest_of(key_inputs(recipe, weights))

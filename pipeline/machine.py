@@ -26,7 +26,7 @@ def require_builder(engine_format: str) -> None:
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         raise IncompatibleError(
             f"building needs {', '.join(missing)}, not installed here: "
-            "pip install 'enginesmith[build]'"
+            "run pip install '.[build]' in the checkout"
         )
 
 

@@ -225,7 +225,7 @@ def test_two_builds_at_once_end_with_one_package(built: Workplace, tmp_path: Pat
     outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     # Each stage was made by one of them; the other waited or came later.
-    for stage in ("quantize", "convert", "network-check", "compile", "source-logits"):
+    for stage in ("quantize", "convert", "network-check", "compile-trtrtx", "source-logits"):
         assert sum(output.count(f" {stage}: started") for output in outputs) == 1, outputs
     assert sum("Taken, published before" in output for output in outputs) == 1
     assert len(place.packages()) == len(statements(place)) == 1
@@ -282,15 +282,16 @@ def test_checkpoint_is_a_package_of_its_own(place: Workplace) -> None:
     ("damage", "what"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\0\0"), "size"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x5a"), "content"),
         (lambda path: path.unlink(), "missing"),
     ],
 )
 def test_damaged_stage_is_made_again(
     unpublished: Workplace, damage: Callable[[Path], None], what: str
 ) -> None:
-    (plan,) = unpublished.cache.glob("stages/compile/*/engine/model.engine")
+    (plan,) = unpublished.cache.glob("stages/compile-trtrtx/*/engine/model.engine")
     damage(plan)
     done = unpublished.build("acceptance.time_limit_s=1e-6")
     assert done.returncode == 0, what + done.stderr
     assert "is damaged; making it again" in done.stderr
-    assert started(unpublished.log()) == {"compile"}
+    assert started(unpublished.log()) == {"compile-trtrtx"}

@@ -1,6 +1,11 @@
+"""What changes a build key, and what does not."""
+
 from __future__ import annotations
 
-import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +13,11 @@ import pytest
 
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
-from pipeline.core.hardware import Target
-from pipeline.core.values import FileDigest, Licence, Weights
-from pipeline.formats.checkpoint.compiler import CheckpointCompiler
-from pipeline.identity import build_key, shaping_config
-from pipeline.quant.fp8 import Fp8Quantizer
-from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
+from pipeline.config.recipe import Recipe
+from pipeline.core.values import FileDigest, Licence, Weights, digest_of
+from pipeline.identity import build_key, key_inputs
 
+ROOT = Path(__file__).parents[1]
 WEIGHTS = Weights(
     dir=Path("/somewhere"),
     origin="hub:a/b",
@@ -22,96 +25,119 @@ WEIGHTS = Weights(
     files=(FileDigest(path="model.safetensors", size_bytes=1, sha256="0" * 64),),
     licence=Licence(spdx="MIT"),
 )
-COMPILER = CheckpointCompiler(
-    max_batch_size=4,
-    max_seq_len=128,
-    max_num_tokens=128,
-    kv_cache_dtype="fp8",
-    runtime="vllm",
-    runtime_version="1",
+
+
+def recipe(*overrides: str, compiler: str = "checkpoint") -> Recipe:
+    given = ["name=own", f"compiler={compiler}", "target=rtx4090", *overrides]
+    return load("smollm2", given, folders=config_folders(None)).one_job().value
+
+
+def key(*overrides: str, compiler: str = "checkpoint") -> str:
+    return build_key(recipe(*overrides, compiler=compiler), WEIGHTS)
+
+
+KEYS = {compiler: key(compiler=compiler) for compiler in ("checkpoint", "trtllm", "trtrtx")}
+
+
+def test_formats_have_keys_of_their_own() -> None:
+    assert len(set(KEYS.values())) == 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["acceptance.windows=3"],
+        ["registry.path=elsewhere"],
+        ["runner=transformers", "runner.device=cuda"],
+        ["target.source='another datasheet'"],
+        ["target.power_w=1"],
+        ["quantizer.device=cuda"],
+    ],
+    ids=str,
 )
-CONFIG: dict[str, Any] = {
-    "name": "tiny",
-    "source": {"path": "/home/me/model", "licence": "MIT"},
-    "compiler": {"max_batch_size": 4},
-    "quantizer": {"keep_16bit": []},
-    "target": {"sm": 89},
-    "acceptance": {"windows": 4},
-    "registry": {"root": "artifacts"},
-    "runner": {"threads": 2},
-}
-SMOLLM2 = load("smollm2", [], folders=config_folders(None)).one_job().value
+@pytest.mark.parametrize("compiler", KEYS)
+def test_how_it_is_judged_placed_and_run_and_what_is_cited_change_no_key(
+    compiler: str, overrides: Sequence[str]
+) -> None:
+    assert key(*overrides, compiler=compiler) == KEYS[compiler]
 
 
-def key(
-    weights: Weights,
-    target: Target,
-    quantizer: Fp8Quantizer,
-    compiler: CheckpointCompiler,
-    config: dict[str, Any],
-) -> str:
-    recipe = dataclasses.replace(
-        SMOLLM2, target=target, quantizer=quantizer, compiler=compiler, calibration=CALIBRATION
-    )
-    return build_key(recipe, weights, config)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["name=other"],
+        ["version=2.0.0"],
+        ["compiler.max_batch_size=16"],
+        ["compiler.max_seq_len=512"],
+        ["quantizer.keep_16bit=['model.layers.0.*']"],
+        ["calibration.calib_size=31"],
+        ["calibration.seed=1"],
+        ["calibration.text.part=tune"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compiler", KEYS)
+def test_what_shapes_bytes_or_stands_in_the_manifest_changes_the_key(
+    compiler: str, overrides: Sequence[str]
+) -> None:
+    assert key(*overrides, compiler=compiler) != KEYS[compiler]
 
 
-KEY = key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, CONFIG)
+def test_type_of_the_cache_changes_the_key() -> None:
+    assert key("compiler.kv_cache_dtype=bfloat16") != KEYS["checkpoint"]
+    assert key("compiler.kv_cache_dtype=bfloat16", compiler="trtllm") != KEYS["trtllm"]
 
 
-@pytest.mark.parametrize("group", ["acceptance", "registry", "runner"])
-def test_key_ignores_what_only_judges_and_places(group: str) -> None:
-    changed = {**CONFIG, group: {"other": 1}}
-    assert key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, changed) == KEY
-
-
-def test_key_ignores_where_the_weights_lie() -> None:
-    moved = dataclasses.replace(WEIGHTS, dir=Path("/elsewhere"))
-    config = {**CONFIG, "source": {"path": "/elsewhere", "licence": "MIT"}}
-    assert key(moved, ADA, tiny_quantizer(), COMPILER, config) == KEY
-
-
-def test_key_changes_with_the_bytes_of_the_weights() -> None:
-    (file,) = WEIGHTS.files
-    other = dataclasses.replace(WEIGHTS, files=(dataclasses.replace(file, sha256="1" * 64),))
-    assert key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
-
-
-def test_key_changes_with_the_commit() -> None:
-    other = dataclasses.replace(WEIGHTS, commit="b" * 40)
-    assert key(other, ADA, tiny_quantizer(), COMPILER, CONFIG) != KEY
-
-
-def test_key_changes_with_the_layers_kept_in_16_bit() -> None:
-    other = tiny_quantizer("model.layers.0.*")
-    assert key(WEIGHTS, ADA, other, COMPILER, CONFIG) != KEY
-
-
-def test_key_changes_with_the_sm() -> None:
-    other = dataclasses.replace(ADA, sm=120)
-    assert key(WEIGHTS, other, tiny_quantizer(), COMPILER, CONFIG) != KEY
-
-
-def test_key_changes_with_the_cache_type() -> None:
-    other = dataclasses.replace(COMPILER, kv_cache_dtype="bfloat16")
-    assert key(WEIGHTS, ADA, tiny_quantizer(), other, CONFIG) != KEY
+@pytest.mark.parametrize(
+    ("compiler", "same_sm", "other_sm"),
+    [("checkpoint", True, True), ("trtrtx", True, False), ("trtllm", False, False)],
+)
+def test_card_counts_only_for_what_is_bound_to_it(
+    compiler: str, same_sm: bool, other_sm: bool
+) -> None:
+    assert (key("target=l4", compiler=compiler) == KEYS[compiler]) == same_sm
+    assert (key("target=rtx5090", compiler=compiler) == KEYS[compiler]) == other_sm
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"compiler": {"max_batch_size": 8}},
-        {"quantizer": {"keep_16bit": ["x"]}},
-        {"source": {"path": "/home/me/model", "licence": "Apache-2.0"}},
-        {"target": {"sm": 90}},
-        {"name": "other"},
+        {"commit": "b" * 40},
+        {"files": (FileDigest(path="model.safetensors", size_bytes=1, sha256="1" * 64),)},
+        {"origin": "hub:a/c"},
+        {"note": "was 4-bit once"},
+        {"random": True},
+        {"licence": Licence(spdx="Apache-2.0")},
+        {"licence": Licence(spdx="MIT", notice="Built with it")},
+        {"licence": Licence(spdx="MIT", redistribution="allowed")},
+        {"licence": Licence(spdx="MIT", files=("LICENSE",))},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=str,
 )
-def test_key_changes_with_every_other_setting(change: dict[str, Any]) -> None:
-    assert key(WEIGHTS, ADA, tiny_quantizer(), COMPILER, {**CONFIG, **change}) != KEY
+def test_weights_and_their_terms_change_the_key(change: dict[str, Any]) -> None:
+    assert build_key(recipe(), replace(WEIGHTS, **change)) != KEYS["checkpoint"]
 
 
-def test_manifest_config_holds_no_local_path_and_leaves_its_input_alone() -> None:
-    assert shaping_config(CONFIG)["source"] == {"licence": "MIT"}
-    assert CONFIG["source"]["path"] == "/home/me/model"
+@pytest.mark.parametrize(
+    "change",
+    [{"dir": Path("/elsewhere")}, {"licence": Licence(spdx="MIT", acknowledged="MIT")}],
+    ids=str,
+)
+def test_where_weights_lie_and_who_acknowledged_changes_nothing(change: dict[str, Any]) -> None:
+    assert build_key(recipe(), replace(WEIGHTS, **change)) == KEYS["checkpoint"]
+
+
+def test_key_is_the_digest_of_what_a_manifest_holds_and_that_names_no_module() -> None:
+    inputs = key_inputs(recipe(), WEIGHTS)
+    assert digest_of(inputs) == KEYS["checkpoint"]
+    assert "pipeline." not in str(inputs)
+
+
+def test_key_needs_no_torch() -> None:
+    code = (
+        "import sys; from tests.test_identity import KEYS;"
+        "print([m for m in ('torch', 'modelopt', 'tensorrt_rtx', 'onnx') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,7 +17,7 @@ from tests.tiny_recipe import Workplace, make_workplace
 pytestmark = pytest.mark.slow
 
 STAGES = (
-    "quantize", "convert", "network-check", "compile",
+    "quantize", "convert", "network-check", "compile-trtrtx",
     "source-logits", "source-chat", "reference-logits",
 )  # fmt: skip
 """In order; the last three are the first things that acceptance does."""
@@ -67,7 +67,7 @@ def signal_in(place: Workplace, stage: str, number: int) -> tuple[int, str]:
     for line in process.stderr:
         lines.append(line)
         if f" {stage}: started" in line:
-            if stage in {"network-check", "compile"}:
+            if stage in {"network-check", "compile-trtrtx"}:
                 wait_for_child(place)
             os.killpg(process.pid, number)
             break
@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_nothing_half_made(stage: str, built: Workplace, tmp_path:
         assert stage not in finished_stages(place)
 
 
-@pytest.mark.parametrize("stage", ["quantize", "compile"])
+@pytest.mark.parametrize("stage", ["quantize", "compile-trtrtx"])
 def test_build_completes_after_ctrl_c(stage: str, built: Workplace, tmp_path: Path) -> None:
     place = place_before(stage, built, tmp_path / "place")
     assert signal_in(place, stage, signal.SIGINT)[0] == 130
@@ -113,14 +113,14 @@ def test_build_completes_after_ctrl_c(stage: str, built: Workplace, tmp_path: Pa
 
 
 def test_build_completes_after_sigkill_in_the_compiler(built: Workplace, tmp_path: Path) -> None:
-    place = place_before("compile", built, tmp_path / "place")
-    code, _ = signal_in(place, "compile", signal.SIGKILL)
+    place = place_before("compile-trtrtx", built, tmp_path / "place")
+    code, _ = signal_in(place, "compile-trtrtx", signal.SIGKILL)
     assert code == -signal.SIGKILL
     deadline = time.monotonic() + 10
     while processes_of(place):
         assert time.monotonic() < deadline, "the compiler outlived the killed build"
         time.sleep(0.05)
-    assert "compile" not in finished_stages(place)
+    assert "compile-trtrtx" not in finished_stages(place)
     assert place.packages() == []
     done = place.build()
     assert done.returncode == 0, done.stderr

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import Fault
-from pipeline.runners.abilities import WHO_CAN, why_not_workload
-from pipeline.runners.session import Runner
+from pipeline.runners.runner import WHO_CAN, Runner, why_not_workload
 
 if TYPE_CHECKING:
     from pipeline.acceptance.acceptance import Acceptance
@@ -20,9 +19,7 @@ def ability_faults(acceptance: Acceptance, runner: Runner) -> tuple[Fault, ...]:
     faults = []
     for index, load in enumerate(acceptance.targets if runner.device == "cuda" else ()):
         path = f"acceptance.targets[{index}]"
-        faults += [
-            Fault(path, why) for why in why_not_workload(runner.name, runner.abilities, load)
-        ]
+        faults += [Fault(path, why) for why in why_not_workload(runner, load)]
     sustained = acceptance.sustained
     if sustained.clear_cache and "clear_cache" not in runner.abilities:
         faults.append(

@@ -15,49 +15,53 @@ from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.core.cache import source_digest
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
+from pipeline.core.stages import Stage
 from pipeline.core.values import digest_of
 from pipeline.model.spec import ModelSpec
-from pipeline.runners.session import Device, Runner
+from pipeline.runners.runner import Device, Runner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 
 log = logging.getLogger(__name__)
 
-_CODE = (
-    *(
-        f"pipeline.acceptance.{name}"
-        for name in (
-            "acceptance",
-            "bandwidth",
-            "card",
-            "chat_judge",
-            "chat_probe",
-            "chat_prompts",
-            "comparison",
-            "cut",
-            "harness",
-            "harness_model",
-            "judge",
-            "measure",
-            "physics",
-            "quality",
-            "reference",
-            "sampler",
-            "slope",
-            "source",
-            "speed",
-            "speed_sample",
-            "subject",
-            "sustained",
-            "sustained_run",
-        )
+STAGE = Stage(
+    name="acceptance",
+    version=1,
+    code=(
+        *(
+            f"pipeline.acceptance.{name}"
+            for name in (
+                "acceptance",
+                "bandwidth",
+                "card",
+                "chat_judge",
+                "chat_probe",
+                "chat_prompts",
+                "comparison",
+                "cut",
+                "harness",
+                "harness_model",
+                "judge",
+                "measure",
+                "physics",
+                "quality",
+                "reference",
+                "sampler",
+                "slope",
+                "source",
+                "speed",
+                "speed_sample",
+                "subject",
+                "sustained",
+                "sustained_run",
+            )
+        ),
+        "pipeline.core.nvml",
+        "pipeline.runners",
+        "pipeline.sources.text.windows",
     ),
-    "pipeline.core.nvml",
-    "pipeline.runners",
-    "pipeline.sources.text.windows",
 )
 """What a figure or a verdict depends on; how the report looks is not among it."""
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
@@ -152,6 +156,7 @@ class Acceptance:
         """
         return digest_of(
             {
+                **STAGE.identity,
                 "config": dict(config),
                 "runner": runner.name,
                 "package": package_digest,
@@ -159,7 +164,6 @@ class Acceptance:
                 # The config has only the paths of files with prompts.
                 "loads": [load.digest for load in self.targets],
                 "tools": tool_versions(),
-                "code": source_digest(*_CODE),
             }
         )
 

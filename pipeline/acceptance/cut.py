@@ -36,7 +36,7 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     import numpy as np
 
     from pipeline.quant.simulate import load_simulation
-    from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+    from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
     from pipeline.runners.transformers import TransformersSession
 
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
@@ -48,7 +48,7 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
         ).logits(tokens)
         for accumulate in _WAYS
     )
-    graph = OnnxRuntimeSession(OnnxRuntimeGraph(graphs_dir / CPU_CUT)).logits(tokens)
+    graph = graph_session(OnnxRuntimeGraph(graphs_dir / CPU_CUT)).logits(tokens)
     worst = np.abs(simulated - graph).max(axis=-1)  # [tokens]
     median = float(np.median(worst))
     noise = float(np.median(np.abs(simulated - again).max(axis=-1)))

@@ -10,8 +10,8 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ from pipeline.acceptance.cut import compare_cut
 from pipeline.acceptance.judge import judge
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, ceiling_share, judge_physics
 from pipeline.acceptance.source import Source
-from pipeline.acceptance.speed import measure_speed, rate_findings, spread_findings, summarize
+from pipeline.acceptance.speed import (
+    ENGINE,
+    measure_speed,
+    rate_findings,
+    spread_findings,
+    summarize,
+)
+from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.acceptance.subject import Measured, Subject
 from pipeline.acceptance.sustained import judge_sustained, sustained_json
 from pipeline.acceptance.sustained_run import run_sustained
@@ -34,7 +41,8 @@ from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
-from pipeline.runners.session import BenchRunner, Runner, Session, SourceRunner
+from pipeline.runners.runner import BenchRunner, Runner, SourceRunner
+from pipeline.runners.session import Session
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus
 
@@ -149,7 +157,20 @@ def measure_on_card(
         return found
     request = subject.plan.request
     line = roofline(request, subject.plan.sizes)
-    rates = [
+    rates = rates_of(found.speed)
+    return replace(
+        found,
+        physics={
+            "bandwidth_bytes_per_s": bandwidth,
+            "shares": [ceiling_share(rate, line, bandwidth).to_json() for rate in rates],
+        },
+        findings=(*found.findings, *judge_physics(rates, line, PHYSICS, bandwidth)),
+    )
+
+
+def rates_of(speed: Sequence[Mapping[str, Any]]) -> tuple[MeasuredRate, ...]:
+    """Entries of the report's `speed` as the physics check takes them."""
+    return tuple(
         MeasuredRate(
             name=entry["workload"],
             batch=entry["batch"],
@@ -158,15 +179,7 @@ def measure_on_card(
             output_tokens_per_s=entry["output_tokens_per_s"],
             open_loop="request_rate" in entry,
         )
-        for entry in found.speed
-    ]
-    return replace(
-        found,
-        physics={
-            "bandwidth_bytes_per_s": bandwidth,
-            "shares": [ceiling_share(rate, line, bandwidth).to_json() for rate in rates],
-        },
-        findings=(*found.findings, *judge_physics(rates, line, PHYSICS, bandwidth)),
+        for entry in speed
     )
 
 
@@ -205,14 +218,14 @@ def _timed(
 ) -> dict[str, Any]:
     samples = measure_speed(
         workload,
-        {"engine": session},
+        {ENGINE: session},
         vocab_size=subject.plan.request.shape.vocab_size,
         repeats=asked.repeats,
         seed=asked.seed,
         tokenizer=_tokenizer(subject, workload),
         eos_token_ids=_ends(subject, workload),
     )
-    entry = summarize(workload, samples)
+    entry = summarize(workload, samples[ENGINE])
     log.info("%s: %.1f tok/s", workload.name, entry["output_tokens_per_s"])
     return entry
 
@@ -238,7 +251,7 @@ def _benched(
     assert isinstance(subject.runner, BenchRunner)
     folder = Path(tempfile.mkdtemp(prefix="enginesmith-bench-"))
     for workload in workloads:
-        yield subject.runner.bench(
+        found = subject.runner.bench(
             subject.engine,
             subject.checkpoint_dir or subject.weights.dir,
             workload,
@@ -246,6 +259,12 @@ def _benched(
             seed=asked.seed,
             log_path=folder / f"{workload.name}.log",
         )
+        yield {
+            **summarize(workload, [SpeedSample(**asdict(run)) for run in found.runs]),
+            "tool": found.tool,
+            "requests": found.requests,
+            "percentiles": found.percentiles,
+        }
 
 
 def _without_speed(found: Measured, subject: Subject) -> Measured:

@@ -28,12 +28,23 @@ from pipeline.acceptance.quality import (
     write_engine_figures,
     write_source_figures,
 )
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache
+from pipeline.core.stages import Stage
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+STAGE = Stage(
+    name="reference-logits",
+    version=1,
+    code=(
+        "pipeline.acceptance.quality",
+        "pipeline.acceptance.reference",
+        "pipeline.quant.simulate",
+        "pipeline.runners",
+    ),
+)
 _AGAINST_SOURCE, _NOISE = "source", "noise"
 
 
@@ -89,19 +100,13 @@ def reference_of(
         cache: Where the figures are kept.
     """
     result = cache.run(
-        "reference-logits",
+        STAGE,
         {
             "checkpoint": digest,
             "context": context,
             "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
             "source": hashlib.sha256(source.nll.tobytes()).hexdigest(),
             "tools": {name: version(name) for name in ("torch", "transformers")},
-            "code": source_digest(
-                "pipeline.acceptance.quality",
-                "pipeline.acceptance.reference",
-                "pipeline.quant.simulate",
-                "pipeline.runners",
-            ),
         },
         lambda out: _write(checkpoint_dir, windows, source, context, out),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from pipeline.acceptance.judge import QualityLimits
-from pipeline.acceptance.page import render_page
+from pipeline.acceptance.page import Signing, render_page
 from pipeline.core.values import Report, Verdict
 
 REPORT_FILE = "report.json"
@@ -23,8 +23,10 @@ def write_report(
     folder: Path,
     *,
     manifest: Mapping[str, Any] | None = None,
+    reference: str = "",
     plan: Mapping[str, Any] | None = None,
     limits: QualityLimits | None = None,
+    signing: Signing | None = None,
 ) -> dict[str, Path]:
     """Write the three files into `folder`; returns them by name.
 
@@ -32,12 +34,21 @@ def write_report(
         report: What was measured.
         verdict: What the judge says of it.
         folder: Where they go.
-        manifest: As in `render_page`, like the next two; only the page needs them.
+        manifest: As in `render_page`, like all that follow; only the page needs them.
+        reference: Of the package.
         plan: `Plan.to_json`.
         limits: What quality may lose.
+        signing: Who signs it.
     """
     document = report.to_json(verdict)
-    page = render_page(document, manifest=manifest, plan=plan, limits=limits)
+    page = render_page(
+        document,
+        manifest=manifest,
+        reference=reference,
+        plan=plan,
+        limits=limits,
+        signing=signing,
+    )
     files: dict[str, bytes] = {
         REPORT_FILE: (json.dumps(document, indent=1) + "\n").encode(),
         JUNIT_FILE: junit(document),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.acceptance.chat_probe import Answer, ChatProbe
 from pipeline.acceptance.quality import SourceFigures, read_source_figures, write_source_figures
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache
+from pipeline.core.stages import Stage
 from pipeline.core.values import Weights
 from pipeline.runners.session import Session
 
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FIGURES = Stage(
+    name="source-logits", version=1, code=("pipeline.acceptance.quality", "pipeline.runners")
+)
+CHAT = Stage(
+    name="source-chat", version=1, code=("pipeline.acceptance.chat_probe", "pipeline.runners")
+)
 _ANSWERS = "answers.json"
 
 
@@ -74,11 +81,10 @@ class Source:
     def figures(self, windows: NDArray[np.int64]) -> SourceFigures:
         """What it says about every window."""
         result = self._cache.run(
-            "source-logits",
+            FIGURES,
             {
                 **self._key,
                 "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
-                "code": source_digest("pipeline.acceptance.quality", "pipeline.runners"),
             },
             lambda out: self._write_figures(windows, out),
         )
@@ -90,13 +96,12 @@ class Source:
     def chat(self, probe: ChatProbe) -> tuple[Answer, ...]:
         """Its answers to the conversations of the chat probe."""
         result = self._cache.run(
-            "source-chat",
+            CHAT,
             {
                 **self._key,
                 "prompts": [list(one.source) for one in probe.asked],
                 "max_new_tokens": probe.settings.max_new_tokens,
                 "eos": sorted(probe.source_eos),
-                "code": source_digest("pipeline.acceptance.chat_probe", "pipeline.runners"),
             },
             lambda out: self._write_answers(probe, out),
         )

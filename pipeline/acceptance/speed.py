@@ -1,4 +1,4 @@
-"""Speed of a session on a workload, and of a baseline beside it."""
+"""Speed of a session on a workload, and of others beside it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ from typing import Any
 from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
 from pipeline.core.values import Finding
-from pipeline.runners.session import Demands, Session
-from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.runners.session import BatchOptions, RequestTiming, Session
 from pipeline.runners.workload import Workload
 
-__all__ = [
-    "SpeedSample",
-    "measure_speed",
-    "rate_findings",
-    "spread_findings",
-    "summarize",
-]
-
-ENGINE, BASELINE = "engine", "transformers"
-Waves = Sequence[tuple[list[list[int]], Demands | None]]
+ENGINE = "engine"
+PERCENTILES = (50, 90, 99)
+Waves = Sequence[tuple[list[list[int]], BatchOptions | None]]
 
 
 def measure_speed(
@@ -35,10 +27,11 @@ def measure_speed(
     tokenizer: Any | None = None,
     eos_token_ids: frozenset[int] = frozenset(),
 ) -> dict[str, list[SpeedSample]]:
-    """Time every contender on the same prompts; they alternate, so that drift hits all alike.
+    """Time every contender on the same prompts.
 
-    `workload.warm_ups` runs of each are discarded. While the engine runs, the card is sampled,
-    where there is one.
+    They alternate, and who begins changes from round to round (ABBA), so that drift hits all alike.
+    `workload.warm_ups` runs of each are discarded. While one runs, the card is sampled, where there
+    is one.
 
     Args:
         workload: The load.
@@ -57,48 +50,35 @@ def measure_speed(
     waves = workload.waves(prompts, seed, eos_token_ids)
     samples: dict[str, list[SpeedSample]] = {name: [] for name in contenders}
     for run in range(workload.warm_ups + repeats):
-        timed = run >= workload.warm_ups
-        for name, session in contenders.items():
-            sample = _timed(session, waves, workload.osl, sampled=name == ENGINE and timed)
-            if timed:
+        order = list(contenders.items())
+        for name, session in order if run % 2 == 0 else reversed(order):
+            sample = _timed(session, waves, workload.osl)
+            if run >= workload.warm_ups:
                 samples[name].append(sample)
     return samples
 
 
-def _timed(session: Session, waves: Waves, osl: int, *, sampled: bool) -> SpeedSample:
+def _timed(session: Session, waves: Waves, osl: int) -> SpeedSample:
     """One run; a warm-up is held to its number of tokens too."""
-    device = None
-    if sampled:
-        with device_samples() as readings:
-            made = [session.generate(prompts, osl, demands) for prompts, demands in waves]
-        device = DeviceUse.of(readings)
-    else:
-        made = [session.generate(prompts, osl, demands) for prompts, demands in waves]
-    return SpeedSample.of_waves(
-        made,
-        prompts=[prompts for prompts, _ in waves],
-        osl=osl,
-        demands=[demands for _, demands in waves],
-        device=device,
-    )
+    with device_samples() as readings:
+        made = [session.generate(prompts, osl, options) for prompts, options in waves]
+    return SpeedSample.of_waves(made, waves, osl, device=DeviceUse.of(readings))
 
 
-def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) -> dict[str, Any]:
-    """One entry of the report's `speed`: medians, spread, raw samples, ratios to each baseline.
+def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]:
+    """One entry of the report's `speed`: medians, spread, raw samples.
 
-    Where the runtime tells the times of single requests, `ttft_ms`, `itl_ms` and
+    Where the runtime keeps the times of single requests, `ttft_ms`, `itl_ms` and
     `request_latency_ms` are p50, p90 and p99 over all requests of all runs, as
     `latency_percentiles` has them; else the first two are the median over the runs.
     """
-    runs = samples[ENGINE]
-    engine = _medians(runs)
     entry: dict[str, Any] = {
         "workload": workload.name,
         "workload_digest": workload.digest,
         "batch": workload.batch,
         "isl": workload.isl,
         "osl": workload.osl,
-        **engine,
+        **_medians(runs),
         **latency_percentiles([request for run in runs for request in run.requests]),
         **device_figures(runs),
         "min_output_tokens_per_s": workload.min_output_tokens_per_s,
@@ -119,12 +99,29 @@ def summarize(workload: Workload, samples: Mapping[str, Sequence[SpeedSample]]) 
             "asked": workload.request_rate,
             "achieved": round(statistics.median(rate for rate in achieved if rate is not None), 3),
         }
-    if BASELINE in samples:
-        baseline = {**_medians(samples[BASELINE]), **_rates(samples[BASELINE])}
-        ratio = engine["output_tokens_per_s"] / baseline["output_tokens_per_s"]
-        entry[BASELINE] = baseline
-        entry["ratio_to_transformers"] = round(ratio, 3)
     return entry
+
+
+def latency_percentiles(requests: Sequence[RequestTiming]) -> dict[str, dict[str, float]]:
+    """Name -> `p50`, `p90`, `p99` over requests, in milliseconds; no name without values.
+
+    Linear interpolation between the two nearest requests, NumPy's default; vLLM's benchmark
+    (vllm/benchmarks/serve.py) uses the same. With fewer than 100 requests, p99 is close to the
+    maximum.
+    """
+    import numpy as np
+
+    figures = {}
+    for name in ("request_latency_ms", "ttft_ms", "itl_ms"):
+        values = [getattr(request, name) for request in requests]
+        known = [value for value in values if value is not None]
+        if known:
+            found = np.percentile(known, PERCENTILES)
+            figures[name] = {
+                f"p{percent}": round(float(value), 3)
+                for percent, value in zip(PERCENTILES, found, strict=True)
+            }
+    return figures
 
 
 def _medians(runs: Sequence[SpeedSample]) -> dict[str, float]:

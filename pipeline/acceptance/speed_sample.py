@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,12 @@ from typing import Any
 
 from pipeline.acceptance.sampler import Samples
 from pipeline.acceptance.slope import theil_sen_slope
-from pipeline.core.errors import PipelineError
-from pipeline.runners.session import Demands, Generation
-from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.session import (
+    BatchOptions,
+    Generation,
+    RequestTiming,
+    require_possible,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,60 +76,39 @@ class SpeedSample:
     device: DeviceUse | None = None
 
     @staticmethod
-    def of(
-        generation: Generation,
-        *,
-        prompts: Sequence[Sequence[int]] | None = None,
-        osl: int | None = None,
-        device: DeviceUse | None = None,
-    ) -> SpeedSample:
-        """The figures of one generation.
-
-        Args:
-            generation: What the session gave back.
-            prompts: What it was given; the number of its answers is held against it.
-            osl: How many tokens it was asked for; the length of its answers is held against it.
-            device: The card meanwhile.
-
-        Raises:
-            PipelineError: Too few tokens or answers, or times that no run can have: a rate made of
-                them would be worth nothing.
-        """
-        return SpeedSample.of_waves(
-            [generation], prompts=None if prompts is None else [prompts], osl=osl, device=device
-        )
-
-    @staticmethod
     def of_waves(
-        waves: Sequence[Generation],
-        *,
-        prompts: Sequence[Sequence[Sequence[int]]] | None = None,
-        osl: int | None = None,
-        demands: Sequence[Demands | None] | None = None,
+        made: Sequence[Generation],
+        waves: Sequence[tuple[Sequence[Sequence[int]], BatchOptions | None]],
+        osl: int,
         device: DeviceUse | None = None,
     ) -> SpeedSample:
         """The figures of batches that ran one after the other, as one run.
 
         Tokens and seconds are added up; `ttft_ms` and `itl_ms` are means over the waves.
-        Arguments and errors as in `of`, for each wave; `demands` are what each was given beyond
-        its prompts, and its answers are held against them.
+
+        Args:
+            made: What the session gave back for each wave.
+            waves: Prompts of each, and what they asked beyond; answers are held against both.
+            osl: Output tokens of the longest request.
+            device: The card meanwhile.
+
+        Raises:
+            PipelineError: Too few tokens or answers, or times that no run can have.
         """
-        asked: Sequence[Sequence[Sequence[int]] | None] = prompts or [None] * len(waves)
-        more: Sequence[Demands | None] = demands or [None] * len(waves)
-        for wave, given, demanded in zip(waves, asked, more, strict=True):
-            _require_possible(wave, None if given is None else len(given), osl, demanded)
-        total_s = sum(wave.total_s for wave in waves)
-        made = sum(wave.output_tokens for wave in waves)
-        requests = tuple(request for wave in waves for request in _requests(wave))
-        read = None if prompts is None else sum(len(p) for wave in prompts for p in wave)
+        for wave, (prompts, options) in zip(made, waves, strict=True):
+            require_possible(wave, prompts, osl, options)
+        total_s = sum(wave.total_s for wave in made)
+        new = sum(wave.output_tokens for wave in made)
+        read = sum(len(prompt) for prompts, _ in waves for prompt in prompts)
+        requests = tuple(request for wave in made for request in wave.requests)
         return SpeedSample(
-            output_tokens_per_s=made / total_s,
-            ttft_ms=1e3 * statistics.fmean(wave.ttft_s for wave in waves),
-            itl_ms=statistics.fmean(_itl_ms(wave) for wave in waves),
-            total_tokens_per_s=None if read is None else (read + made) / total_s,
+            output_tokens_per_s=new / total_s,
+            ttft_ms=1e3 * statistics.fmean(wave.ttft_s for wave in made),
+            itl_ms=statistics.fmean(_itl_ms(wave) for wave in made),
+            total_tokens_per_s=(read + new) / total_s,
             prompt_tokens=read,
-            output_tokens=made,
-            output_lengths=tuple(length for wave in waves for length in (wave.lengths or ())),
+            output_tokens=new,
+            output_lengths=tuple(length for wave in made for length in (wave.lengths or ())),
             achieved_request_rate=achieved_rate(requests),
             requests=requests,
             device=device,
@@ -161,18 +142,14 @@ class SpeedSample:
         return {name: value for name, value in figures.items() if value is not None}
 
 
-def _requests(generation: Generation) -> tuple[RequestTiming, ...]:
-    return generation.requests if isinstance(generation, VllmGeneration) else ()
-
-
 def _itl_ms(generation: Generation) -> float:
     gaps = int(generation.tokens.shape[1]) - 1
     if gaps < 1:
         return 0.0
     # A request of one token has no gap.
-    told = [request.itl_ms for request in _requests(generation) if request.itl_ms is not None]
-    if told:
-        return statistics.fmean(told)
+    known = [request.itl_ms for request in generation.requests if request.itl_ms is not None]
+    if known:
+        return statistics.fmean(known)
     return 1e3 * (generation.total_s - generation.ttft_s) / gaps
 
 
@@ -197,55 +174,6 @@ def achieved_rate(requests: Sequence[RequestTiming]) -> float | None:
     ]
     asked = (len(arrivals) - 1) / (max(arrivals) - min(arrivals))
     return asked / max(theil_sen_slope(list(zip(arrivals, ends, strict=True))), 1.0)
-
-
-def _require_possible(
-    generation: Generation, batch: int | None, osl: int | None, demands: Demands | None
-) -> None:
-    """Refuse what no run can have given.
-
-    Raises:
-        PipelineError: Saying what was asked for and what came.
-    """
-    shape = generation.tokens.shape
-    if demands is not None:
-        _require_demanded(generation, batch, demands)
-    else:
-        wanted = (shape[0] if batch is None else batch, shape[-1] if osl is None else osl)
-        if shape != wanted or generation.output_tokens != generation.tokens.size:
-            raise _other_tokens(f"{wanted[0]} answers of {wanted[1]} tokens", str(list(shape)))
-    if generation.output_tokens == 0:
-        raise _other_tokens("answers", str(list(shape)))
-    requests = _requests(generation)
-    # A request's times are of other clocks than those of the whole call (pipeline.runners.vllm).
-    ordered = bool(requests) or generation.ttft_s <= generation.total_s
-    times = [generation.ttft_s, generation.total_s]
-    times += [getattr(one, name) or 0.0 for one in requests for name in vars(one)]
-    possible = all(math.isfinite(value) and value >= 0 for value in times)
-    if not possible or not ordered or not generation.total_s > 0:
-        raise PipelineError(
-            f"the runner reports {generation.ttft_s} s to the first and {generation.total_s} s to "
-            f"the last of {generation.output_tokens} tokens, or a request's time that is negative "
-            "or not a number: no run takes such a time; measure again, and report it if it stays so"
-        )
-
-
-def _require_demanded(generation: Generation, batch: int | None, demands: Demands) -> None:
-    """Each answer is as long as asked, or shorter and ended by end-of-sequence."""
-    lengths, each = generation.output_lengths, demands.osl_each
-    if len(lengths) != (len(each) if batch is None else batch) or len(lengths) != len(each):
-        raise _other_tokens(f"{len(each)} answers", f"one of {len(lengths)}")
-    for place, (length, most) in enumerate(zip(lengths, each, strict=True)):
-        ended = length > 0 and int(generation.tokens[place, length - 1]) in demands.eos_token_ids
-        if length != most and not (ended and length < most):
-            raise _other_tokens(f"{most} tokens of request {place}", f"one with {length}")
-
-
-def _other_tokens(wanted: str, got: str) -> PipelineError:
-    return PipelineError(
-        f"asked the runner for {wanted}, got an array {got}; its speed cannot be measured: see "
-        "that it ignores end-of-sequence where it should, and that its limits hold the workload"
-    )
 
 
 def device_figures(runs: Sequence[SpeedSample]) -> dict[str, Any]:

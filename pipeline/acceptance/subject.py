@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.core.values import Engine, Finding, Weights
 from pipeline.plan import Plan
-from pipeline.runners.session import Runner
+from pipeline.runners.runner import Runner
 
 _SIMULATIONS = frozenset({"transformers"})
 """Runners that simulate the engine: their answers tell about it, their speed does not."""

@@ -11,12 +11,11 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.sampler import Samples, device_samples
-from pipeline.acceptance.speed import SpeedSample
 from pipeline.acceptance.sustained import Sample, SustainedLimits
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT
-from pipeline.runners.session import CacheClearing, Session
+from pipeline.runners.session import CacheClearing, Session, require_possible
 from pipeline.runners.workload import Workload
 
 _INTERVAL_S = 0.5
@@ -105,27 +104,27 @@ def run_sustained(
     if clear and not isinstance(session, CacheClearing):
         message = "this runner has no cache that can be cleared from here; set it to false"
         raise RecipeError([Fault("acceptance.sustained.clear_cache", message)])
-    prompts, demands = workload.waves(
+    prompts, options = workload.waves(
         workload.request_prompts(vocab_size, seed, tokenizer), seed, eos_token_ids
     )[0]
     seconds = 60.0 * asked.minutes
     taken: list[tuple[float, float]] = []
-    made = session.generate(prompts, workload.osl, demands)  # compiles, allocates
-    SpeedSample.of_waves([made], prompts=[prompts], osl=workload.osl, demands=[demands])
+    made = session.generate(prompts, workload.osl, options)  # compiles, allocates
+    require_possible(made, prompts, workload.osl, options)
     with (
         device_samples(_INTERVAL_S) as readings,
         progress("Sustained run", int(seconds), "s") as done,
     ):
         started = clock()
-        told = 0
+        shown_s = 0
         while (now := clock() - started) < seconds:
-            made = session.generate(prompts, workload.osl, demands)
+            made = session.generate(prompts, workload.osl, options)
             if clear and isinstance(session, CacheClearing):
                 session.clear_cache()
             ended = clock() - started
             taken.append((ended, made.output_tokens / (ended - now)))
-            done(min(int(ended), int(seconds)) - told)
-            told = min(int(ended), int(seconds))
+            done(min(int(ended), int(seconds)) - shown_s)
+            shown_s = min(int(ended), int(seconds))
     return [_sample(started, at_s, rate, readings) for at_s, rate in taken]
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cache import cache_root
+from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.data import shipped
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.values import Package
@@ -62,7 +62,7 @@ def open_package(package: Package) -> AbstractContextManager[Session]:
 
 def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
     """The engine itself, on a machine with its card and TensorRT-LLM or the build image."""
-    from pipeline.runners.trtllm.runner import TrtLlmRunner
+    from pipeline.runners.trtllm import TrtLlmRunner
 
     runner = TrtLlmRunner(**shipped("runner/trtllm"))
     return runner.open_folder(package.engine_dir, package.manifest["match"]["sm"][0])
@@ -70,7 +70,7 @@ def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
 
 def _open_vllm(package: Package) -> AbstractContextManager[Session] | None:
     """The checkpoint in vLLM; None on a machine without vLLM or without a card for FP8."""
-    from pipeline.runners.vllm.runner import VllmRunner
+    from pipeline.runners.vllm import VllmRunner
 
     runner = VllmRunner(**shipped("runner/vllm"))
     if runner.why_not_here() is not None:
@@ -80,7 +80,7 @@ def _open_vllm(package: Package) -> AbstractContextManager[Session] | None:
 
 def _open_trtrtx(package: Package) -> AbstractContextManager[Session] | None:
     """The engine in TensorRT-RTX; None on a machine without that or without the card."""
-    from pipeline.runners.trtrtx.runner import TrtRtxRunner
+    from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 
     runner = TrtRtxRunner(**shipped("runner/tensorrt_rtx"))
     match = package.manifest["match"]
@@ -95,9 +95,8 @@ def twin_of(package: Package) -> Path:
     Raises:
         IncompatibleError: This machine's cache does not hold it.
     """
-    key = package.manifest["build"]["config"].get("twin")
-    folder = cache_root() / "stages" / "convert" / str(key)[:24]
-    if key is None or not (folder / CPU_GRAPH).is_file():
+    folder = StageCache(root=cache_root()).cpu_graph(package.manifest["build_key"])
+    if folder is None or not (folder / CPU_GRAPH).is_file():
         raise IncompatibleError(
             f"{reference_of(package)} needs a GPU with SM {package.manifest['match']['sm']}, and "
             "the CPU twin of its graph is not in this machine's cache; make it with: enginesmith "

@@ -16,7 +16,7 @@ from pipeline.core.values import EngineCompiler, Quantizer, WeightSource
 from pipeline.model.read import Shape
 from pipeline.registry.reference import Part, check_part
 from pipeline.registry.store import Registry
-from pipeline.runners.session import Runner
+from pipeline.runners.runner import Runner
 from pipeline.sources.text.calibration import Calibration
 
 
@@ -58,6 +58,6 @@ class Recipe:
     calibration: Calibration
     quantizer: Annotated[Quantizer, OneOf("pipeline.quant")]
     compiler: Annotated[EngineCompiler, OneOf("pipeline.formats", "compiler")]
-    runner: Annotated[Runner, OneOf("pipeline.runners", "runner")]
+    runner: Annotated[Runner, OneOf("pipeline.runners")]
     acceptance: Acceptance
     registry: Annotated[Registry, OneOf("pipeline.registry.stores", "registry")]

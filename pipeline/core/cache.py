@@ -1,12 +1,13 @@
 """The stage cache: finished folders, keyed by what shaped them.
 
-    result = cache.run("quantize", inputs, produce=lambda out: quantizer.write(weights, out))
+    result = cache.run(STAGE, inputs, produce=lambda out: quantizer.write(weights, out))
 
 `inputs` names everything that influences the bytes: digests of what goes in, settings, versions of
-tools, and the digest of the stage's own source code (`source_digest`). A folder becomes visible by
-one rename after `produce` returned, so a killed run leaves nothing that is taken for finished. Two
-runs that want the same key wait for each other through a lock; should the lock not work (a network
-file system may ignore it), each works in a folder of its own and the first rename wins.
+tools; the stage adds its own version. Every byte of a kept folder is digested again before it is
+used, and a damaged one is made again. A folder becomes visible by one rename after `produce`
+returned, so a killed run leaves nothing that is taken for finished. Two runs that want the same key
+wait for each other through a lock; should the lock not work (a network file system may ignore it),
+each works in a folder of its own and the first rename wins.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.errors import CorruptError
+from pipeline.core.stages import Stage
 from pipeline.core.values import FileDigest, digest_of
 
 log = logging.getLogger(__name__)
@@ -67,26 +68,19 @@ def digest_folder(folder: Path, skip: frozenset[str] = frozenset()) -> tuple[Fil
     )
 
 
-def source_digest(*modules: str) -> str:
-    """SHA-256 over the source files of the named modules; a package counts with all below it.
+def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
+    """Digest files again before what is made of them becomes anybody's package.
 
-    The modules are located, not imported, so that a key costs no heavy import.
+    Raises:
+        CorruptError: One is not what its digest says; names it.
     """
-    digest = hashlib.sha256()
-    for module in sorted(modules):
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(module)
-        origin = Path(spec.origin)
-        files = (
-            sorted(path for path in origin.parent.rglob("*") if path.suffix in {".py", ".yaml"})
-            if origin.name == "__init__.py"
-            else [origin]
-        )
-        for path in files:
-            digest.update(f"{module}:{path.name}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    for file in files:
+        path = folder / file.path
+        if not path.is_file() or sha256_file(path) != file.sha256:
+            raise CorruptError(
+                f"{path} is not the file that was fetched: its SHA-256 is another; remove {folder} "
+                "and run the same command again"
+            )
 
 
 @contextlib.contextmanager
@@ -112,16 +106,21 @@ class StageResult:
     Attributes:
         dir: Folder with its outputs.
         key: Digest of its inputs.
-        digest: Digest of its outputs.
+        files: Digest of every output.
         cached: True if nothing had to be done.
         seconds: What it took when it was made.
     """
 
     dir: Path
     key: str
-    digest: str
+    files: tuple[FileDigest, ...]
     cached: bool
     seconds: float
+
+    @property
+    def digest(self) -> str:
+        """Digest of its outputs."""
+        return digest_of([file.to_json() for file in self.files])
 
     def read_json(self, name: str) -> Any:
         """Parse one of its output files."""
@@ -135,63 +134,78 @@ class StageCache:
     root: Path
 
     def run(
-        self, stage: str, inputs: Mapping[str, Any], produce: Callable[[Path], None]
+        self, stage: Stage, inputs: Mapping[str, Any], produce: Callable[[Path], None]
     ) -> StageResult:
         """Return the finished folder for `inputs`, calling `produce` to fill it when it is missing.
 
         Args:
-            stage: Name of the stage; part of the path.
-            inputs: JSON values that name everything which influences the bytes.
+            stage: What is done; its name is part of the path, its version of the key.
+            inputs: JSON values that name everything else which influences the bytes.
             produce: Fills the (empty, private) folder that it is given, or raises.
         """
-        key = digest_of({"stage": stage, **inputs})
-        target = self.root / "stages" / stage / key[:24]
-        with locked(self.root / "locks" / f"{stage}-{key[:24]}.lock"):
-            if (found := self._read(target, key)) is not None:
-                log.info("%s: already done (%s)", stage, key[:12])
+        key = digest_of({**stage.identity, **inputs})
+        target = self.root / "stages" / stage.name / key[:24]
+        with locked(self.root / "locks" / f"{stage.name}-{key[:24]}.lock"):
+            if (found := self._read(target, key, made=False)) is not None:
+                log.info("%s: already done (%s)", stage.name, key[:12])
                 return found
-            log.info("%s: started", stage)
+            log.info("%s: started", stage.name)
             started = time.perf_counter()
             with atomic_folder(target) as private:
                 produce(private)
                 files = digest_folder(private)
                 record = {
-                    "stage": stage,
                     "key": key,
-                    "inputs": dict(inputs),
+                    "inputs": {**stage.identity, **inputs},
                     "files": [file.to_json() for file in files],
-                    "digest": digest_of([file.to_json() for file in files]),
                     "seconds": round(time.perf_counter() - started, 3),
                 }
                 (private / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
             size_mb = sum(file.size_bytes for file in files) / 1e6
-            log.info("%s: done in %.1f s, %.1f MB", stage, record["seconds"], size_mb)
-        made = self._read(target, key)
+            log.info("%s: done in %.1f s, %.1f MB", stage.name, record["seconds"], size_mb)
+            made = self._read(target, key, made=True)
         if made is None:
             raise CorruptError(f"{target} vanished while it was made; run the same command again")
-        return StageResult(
-            dir=made.dir, key=key, digest=made.digest, cached=False, seconds=made.seconds
-        )
+        return made
 
-    def _read(self, target: Path, key: str) -> StageResult | None:
-        """The finished stage at `target`, or None; a damaged one is removed and made again."""
+    def _read(self, target: Path, key: str, *, made: bool) -> StageResult | None:
+        """The finished stage at `target`, or None; a damaged one is removed, to be made again.
+
+        Args:
+            target: Its folder.
+            key: Digest of its inputs.
+            made: It was written just now, and need not be digested again.
+        """
         if not target.is_dir():
             return None
         try:
             record = json.loads((target / RECORD).read_text())
-            whole = record["key"] == key and all(
-                (target / file["path"]).stat().st_size == file["size"] for file in record["files"]
-            )
+            files = tuple(FileDigest.from_json(file) for file in record["files"])
+            seconds = float(record["seconds"])
+            whole = record["key"] == key
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
-        if not whole:
-            log.warning("%s is damaged; making it again", target)
-            shutil.rmtree(target)
-            return None
-        return StageResult(
-            dir=target,
-            key=key,
-            digest=str(record["digest"]),
-            cached=True,
-            seconds=float(record["seconds"]),
-        )
+        if whole and (made or digest_folder(target, frozenset({RECORD})) == files):
+            return StageResult(dir=target, key=key, files=files, cached=not made, seconds=seconds)
+        log.warning("%s is damaged; making it again", target)
+        shutil.rmtree(target)
+        return None
+
+    def keep_cpu_graph(self, build_key: str, folder: Path) -> None:
+        """Remember which stage holds the CPU graph of a build, for `generate` on its package."""
+        link = self._cpu_graph_link(build_key)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        private = link.with_name(f".{link.name}.{os.getpid()}")
+        private.write_text(folder.relative_to(self.root).as_posix())
+        private.replace(link)
+
+    def cpu_graph(self, build_key: str) -> Path | None:
+        """The folder with the CPU graph of a build; None if this cache does not hold it."""
+        with contextlib.suppress(OSError):
+            folder = self.root / self._cpu_graph_link(build_key).read_text()
+            if folder.is_dir():
+                return folder
+        return None
+
+    def _cpu_graph_link(self, build_key: str) -> Path:
+        return self.root / "cpu-graphs" / build_key[:24]

@@ -127,6 +127,10 @@ class IncompatibleError(PipelineError):
     exit_code = ExitCode.INCOMPATIBLE
 
 
+class OutOfMemoryError(IncompatibleError):
+    """The device has too little memory for what was asked of it."""
+
+
 class NotFoundError(PipelineError):
     """No such repository, commit, package or reference."""
 

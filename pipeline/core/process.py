@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core import launch
@@ -28,6 +29,19 @@ _POLL_S = 0.05
 _GRACE_S = 3.0
 _LAST_LINES = 30
 _LAUNCH = (sys.executable, "-I", "-S", launch.__file__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """How a program is started.
+
+    Attributes:
+        command: Program and arguments, never a shell string.
+        env: Variables set in addition to the current ones.
+    """
+
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_tool(
@@ -68,7 +82,7 @@ def run_tool(
         try:
             timed_out = _wait(process, stage, timeout_s, heartbeat_s)
         finally:
-            _kill_group(process)
+            kill_group(process)
     if timed_out or process.returncode != 0:
         raise ToolError(
             stage=stage,
@@ -97,14 +111,29 @@ def _wait(
     return False
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started; harmless when they ended by themselves."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_GRACE_S)
-            return
+def kill_group(process: subprocess.Popen[bytes], grace_s: float = _GRACE_S) -> None:
+    """End a process and all that it started; harmless when they ended by themselves.
+
+    The one way to end a child. Whoever is left of the group is killed although its leader ended in
+    time, and before the leader is reaped: until then no other process can have its number.
+
+    Args:
+        process: Leader of a group of its own (`start_new_session`).
+        grace_s: How long it may take to end by itself after SIGTERM.
+    """
+    deadline = time.monotonic() + grace_s
+    with contextlib.suppress(ProcessLookupError):
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            while not _has_ended(process.pid) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; it is not reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def last_lines(path: Path, count: int = _LAST_LINES) -> tuple[str, ...]:

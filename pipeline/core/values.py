@@ -45,6 +45,11 @@ class FileDigest:
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "size": self.size_bytes, "sha256": self.sha256}
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FileDigest:
+        """What `to_json` gave."""
+        return cls(path=value["path"], size_bytes=value["size"], sha256=value["sha256"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
@@ -154,7 +159,6 @@ class Engine:
         min_vram_bytes: Device memory that it needs at its limits.
         serve_args: Arguments for the runtime's server, if it has one.
         twin_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
-        twin_key: Key of that folder in the stage cache; lets a package find its twin again.
         tools: Name -> version of everything that shaped the bytes.
         checks: What was proven about it without running it, for the report.
     """
@@ -169,7 +173,6 @@ class Engine:
     min_vram_bytes: int
     serve_args: tuple[str, ...] = ()
     twin_dir: Path | None = None
-    twin_key: str | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
 
@@ -194,8 +197,16 @@ class Package:
 
 
 VerdictName = Literal[
-    "accepted", "checked", "compiled", "rejected", "regression", "anomalous", "inconclusive"
+    "accepted",
+    "checked",
+    "compiled",
+    "rejected",
+    "regression",
+    "anomalous",
+    "inconclusive",
+    "measured",
 ]
+"""`measured`: a race, which measures speed only; like a failing verdict it enters no channel."""
 PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
 
 

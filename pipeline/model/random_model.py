@@ -7,8 +7,8 @@ written tensor by tensor, so that a model of full size needs no memory to speak 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,27 +29,6 @@ _CHAT = (
 )
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """One bfloat16 tensor; its values have mean `mean` and standard deviation `std`."""
-
-    name: str
-    shape: tuple[int, ...]
-    mean: float
-    std: float
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        rows, columns = (*self.shape, 1)[:2]
-        return rows * columns
-
-    @property
-    def size_bytes(self) -> int:
-        """Two bytes an element."""
-        return 2 * self.count
-
-
 def write_random_model(spec: ModelSpec, folder: Path, *, documents: list[str], seed: int) -> None:
     """Write a model of this spec into `folder`, which must exist.
 
@@ -64,61 +43,54 @@ def write_random_model(spec: ModelSpec, folder: Path, *, documents: list[str], s
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(tokens) + "\n")
     (folder / "LICENSE").write_text("Random weights, in the public domain (CC0-1.0).\n")
-    _write_shards(list(_tensors(spec)), folder, seed)
+    tensors = [TensorSpec(name, "bfloat16", shape) for name, shape in spec.tensors().items()]
+    _write_shards(tensors, folder, seed)
 
 
-def _tensors(spec: ModelSpec) -> Iterator[_Tensor]:
-    """Every tensor by its Hugging Face name.
-
-    Linears get the standard deviation 1 / sqrt(inputs), which keeps activations near unit size at
-    any depth; norms and biases are random too, so that one that is left out shows.
-    """
-    for name, shape in spec.tensors().items():
-        if name == f"{EMBEDDING}.weight":
-            yield _Tensor(name, shape, 0.0, 1.0)
-        elif name.endswith(".bias"):
-            yield _Tensor(name, shape, 0.0, 0.3)
-        elif len(shape) == 1:
-            yield _Tensor(name, shape, 1.0, 0.1)
-        else:
-            yield _Tensor(name, shape, 0.0, shape[1] ** -0.5)
-
-
-def _write_shards(tensors: list[_Tensor], folder: Path, seed: int) -> None:
+def _write_shards(tensors: list[TensorSpec], folder: Path, seed: int) -> None:
     """Write safetensors of about 2 GiB each, and their index."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.size_bytes for t in shards[-1]) + tensor.size_bytes > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(tensor)
-    names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        described = (TensorSpec(one.name, "bfloat16", one.shape) for one in shard)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
         with (folder / name).open("wb") as stream:
-            stream.write(safetensors_header(described, {"format": "pt"}))
+            stream.write(safetensors_header(shard, {"format": "pt"}))
             for tensor in shard:
                 for values in _values(tensor, rng):
                     stream.write(values.tobytes())
-    index = {
-        "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
-        "weight_map": {
-            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        },
-    }
+    size_bytes = sum(tensor.size_bytes for tensor in tensors)
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index) + "\n")
 
 
-def _values(tensor: _Tensor, rng: np.random.Generator) -> Iterator[NDArray[Any]]:
-    """The tensor's elements as bfloat16, piece by piece."""
+def _values(tensor: TensorSpec, rng: np.random.Generator) -> Iterator[NDArray[Any]]:
+    """The tensor's elements as bfloat16, piece by piece.
+
+    Linears get the standard deviation 1 / sqrt(inputs), which keeps activations near unit size at
+    any depth; norms and biases are random too, so that one that is left out shows.
+    """
     import ml_dtypes
     import numpy as np
 
-    for start in range(0, tensor.count, _CHUNK):
-        drawn = rng.standard_normal(min(_CHUNK, tensor.count - start), dtype=np.float32)
-        yield (drawn * tensor.std + tensor.mean).astype(ml_dtypes.bfloat16)
+    mean, deviation = 0.0, 1.0
+    if tensor.name.endswith(".bias"):
+        deviation = 0.3
+    elif len(tensor.shape) == 1:
+        mean, deviation = 1.0, 0.1
+    elif tensor.name != f"{EMBEDDING}.weight":
+        deviation = tensor.shape[1] ** -0.5
+    count = math.prod(tensor.shape)
+    for start in range(0, count, _CHUNK):
+        drawn = rng.standard_normal(min(_CHUNK, count - start), dtype=np.float32)
+        yield (drawn * deviation + mean).astype(ml_dtypes.bfloat16)
 
 
 def _write_tokenizer(folder: Path, documents: list[str], vocab_size: int) -> dict[str, int]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.build import plan_of
 from pipeline.config.closest import suggestion
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
@@ -94,10 +93,6 @@ def new_recipe(
     draft = _Draft(name=name, target=target, origin=found, shape=read_spec(found.config))
     sizes, left_out = _fit(draft, folders)
     texts = draft.texts(sizes)
-    with _staged(texts, folders) as staged:
-        for compiler in sizes:
-            if faults := plan_of(_loaded(name, compiler, staged)).faults:
-                raise RecipeError(faults)
     place(texts, folder)
     return NewRecipe(
         folder=folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,63 +34,57 @@ def recipe_text(
     command = f"enginesmith build {name}"
     if source.get("gated"):
         command += f" source.acknowledge_licence={source['licence']}  (once you have read it)"
-    lines = [
-        f"# {command}",
-        "defaults:",
-        "  - build",
-        f"  - shapes@shape: {_scalar(name)}",
-        f"  - optional sizes/{name}@compiler: ${{compiler}}",
-        f"  - override source: {option}",
-        f"  - override target: {_scalar(target)}",
-        f"  - override compiler: {compiler}",
-        "  - _self_",
-        "",
-        f"name: {_scalar(name)}",
-        "version: 1.0.0",
-        "source:",
-        *(f"  {key}: {_scalar(value)}" for key, value in source.items()),
-        "acceptance:",
+    defaults = [
+        "build",
+        {"shapes@shape": name},
+        {f"optional sizes/{name}@compiler": "${compiler}"},
+        {"override source": option},
+        {"override target": target},
+        {"override compiler": compiler},
+        "_self_",
     ]
-    if window_tokens is not None:
-        lines.append(f"  window_tokens: {window_tokens}")
-    lines.append("  targets:")
-    for load in targets:
-        keys = {
-            "name": load.name,
-            "batch": load.batch,
-            "isl": load.isl,
-            "osl": load.osl,
-            "min_share_of_ceiling": load.min_share_of_ceiling,
-        }
-        listed = ", ".join(f"{key}: {_scalar(value)}" for key, value in keys.items())
-        lines.append(f"    - {{{listed}}}")
-    return "\n".join(lines) + "\n"
+    keys = ("name", "batch", "isl", "osl", "min_share_of_ceiling")
+    acceptance = {
+        **({} if window_tokens is None else {"window_tokens": window_tokens}),
+        "targets": [{key: getattr(load, key) for key in keys} for load in targets],
+    }
+    # Hydra must take nothing in the values for an interpolation.
+    escaped = {
+        key: value.replace("${", "\\${") if isinstance(value, str) else value
+        for key, value in source.items()
+    }
+    head = {"name": name, "version": "1.0.0", "source": escaped}
+    return "".join(
+        [
+            f"# {command}\n",
+            _yaml({"defaults": defaults}, flow=False) + "\n",
+            _yaml(head, flow=False),
+            _yaml({"acceptance": acceptance}),
+        ]
+    )
 
 
 def shape_text(shape: ModelSpec, described: str) -> str:
     """`shapes/NAME.yaml`: the keys of config.json that say what the model is."""
-    import yaml
-
     kept = {key: value for key, value in shape.config.items() if key not in IRRELEVANT}
-    return f"# {described}.\n" + yaml.safe_dump(kept, default_flow_style=None, width=100)
+    return f"# {described}.\n" + _yaml(kept)
 
 
 def sizes_text(settings: Mapping[str, Any], target: str, most: int) -> str:
     """`sizes/NAME/COMPILER.yaml`."""
-    lines = [f"# The largest batch up to {most} that `enginesmith plan` accepts for {target} here."]
-    lines += [f"{key}: {_scalar(value)}" for key, value in settings.items()]
-    return "\n".join(lines) + "\n"
+    found = f"# The largest batch up to {most} that `enginesmith plan` accepts for {target} here.\n"
+    return found + _yaml(settings)
 
 
-def _scalar(value: Any) -> str:
-    """A value on one line of YAML; Hydra takes nothing in it for an interpolation."""
+def _yaml(value: Mapping[str, Any], *, flow: bool | None = None) -> str:
+    """A mapping as YAML; lists and mappings without others in them on one line each."""
     import yaml
 
-    if isinstance(value, str):
-        value = value.replace("${", "\\${")
-        if "\n" in value:
-            return json.dumps(value, ensure_ascii=False)  # YAML, too, and on one line
     text: str = yaml.safe_dump(
-        value, default_flow_style=True, width=float("inf"), allow_unicode=True
+        dict(value),
+        default_flow_style=flow,
+        sort_keys=False,
+        width=100 if flow is None else 10_000,  # a notice is one line
+        allow_unicode=True,
     )
-    return text.removesuffix("...\n").strip()
+    return text

@@ -79,8 +79,8 @@ def limit_faults(request: PlanRequest) -> Iterator[Fault]:
             )
 
 
-def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
-    """What the card's memory does not hold."""
+def fit_findings(request: PlanRequest, fit: Fit) -> Iterator[Fault | Note]:
+    """What the card's memory does not hold, and limits that promise more than it does."""
     limits, card = request.limits, request.target.id
     if fit.kv_budget_bytes < fit.kv_bytes_per_token:
         missing = fit.kv_bytes_per_token - fit.kv_budget_bytes
@@ -114,24 +114,20 @@ def fit_faults(request: PlanRequest, fit: Fit) -> Iterator[Fault]:
                     f"({request.format.fit.usable_share:.0%} of its memory counted); at most batch "
                     f"{largest}",
                 )
-
-
-def fit_notes(request: PlanRequest, fit: Fit) -> Iterator[Note]:
-    """What fits the workloads, but not everything that the limits promise."""
-    if not fit.static_kv_bytes and fit.full_length_sequences == 0 and fit.kv_budget_bytes > 0:
-        yield Note(
-            severity="warning",
-            path="compiler.max_seq_len",
-            message=f"not one sequence of {request.limits.max_seq_len} tokens fits, and some "
-            f"runtimes do not start then; up to {fit.kv_budget_bytes // fit.kv_bytes_per_token} do",
-        )
+        if fit.full_length_sequences == 0:
+            longest = fit.kv_budget_bytes // fit.kv_bytes_per_token
+            yield Note(
+                severity="warning",
+                path="compiler.max_seq_len",
+                message=f"not one sequence of {limits.max_seq_len} tokens fits, and some runtimes "
+                f"do not start then; up to {longest} do",
+            )
 
 
 def target_findings(
     request: PlanRequest, workloads: tuple[WorkloadPlan, ...]
-) -> tuple[list[Fault], list[Note]]:
+) -> Iterator[Fault | Note]:
     """Targets above the ceiling, which are refused, and targets that are hard to reach."""
-    faults, notes = [], []
     for index, workload in enumerate(workloads):
         if workload.share is None or workload.share <= REACHABLE_SHARE:
             continue
@@ -139,15 +135,14 @@ def target_findings(
         key = "min_share_of_ceiling" if as_share else "min_output_tokens_per_s"
         path = f"{request.workload_path(index)}.{key}"
         if workload.share > 1:
-            faults.append(Fault(path, _impossible(workload)))
+            yield Fault(path, _impossible(workload))
         else:
             message = (
                 f"{rate(workload.target)} tok/s at batch {workload.batch} is {workload.share:.0%} "
                 f"of this card's ceiling of {rate(workload.ceiling)}; up to {REACHABLE_SHARE:.0%} "
                 f"is held to be reachable{_advice(workload)}"
             )
-            notes.append(Note(severity="warning", path=path, message=message))
-    return faults, notes
+            yield Note(severity="warning", path=path, message=message)
 
 
 def _impossible(workload: WorkloadPlan) -> str:
@@ -173,17 +168,13 @@ def rate(tokens_per_s: float | None) -> str:
     return "-" if tokens_per_s is None else f"{tokens_per_s:.0f}"
 
 
-def known_bad_findings(request: PlanRequest) -> tuple[list[Fault], list[Note]]:
+def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
     """Rows of the known-bad table that hold; those of severity `error` are faults."""
-    faults, notes = [], []
     given = conditions_of(request)
     for row in known_bad_table():
         if not row.when.holds(given):
             continue
         if row.severity == "error":
-            faults.append(Fault(row.path, f"{row.message} ({row.source})"))
+            yield Fault(row.path, f"{row.message} ({row.source})")
         else:
-            notes.append(
-                Note(severity=row.severity, path=row.path, message=row.message, source=row.source)
-            )
-    return faults, notes
+            yield Note(severity=row.severity, path=row.path, message=row.message, source=row.source)

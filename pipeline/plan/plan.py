@@ -9,8 +9,7 @@ from pipeline.core.errors import Fault, RecipeError
 from pipeline.plan.ceilings import REACHABLE_SHARE, roofline
 from pipeline.plan.findings import (
     Note,
-    fit_faults,
-    fit_notes,
+    fit_findings,
     known_bad_findings,
     limit_faults,
     target_findings,
@@ -73,24 +72,22 @@ def make_plan(request: PlanRequest) -> Plan:
     fit = fit_of(request, sizes)
     line = roofline(request, sizes)
     workloads = tuple(plan_workload(workload, request, line, fit) for workload in request.workloads)
-    target_faults, target_notes = target_findings(request, workloads)
-    known_faults, known_notes = known_bad_findings(request)
-    kept_faults = keep_16bit_faults(request.keep_16bit, request.shape)
+    found: tuple[Fault | Note, ...] = (
+        *limit_faults(request),
+        *keep_16bit_faults(request.keep_16bit, request.shape),
+        *fit_findings(request, fit),
+        *target_findings(request, workloads),
+        *known_bad_findings(request),
+        *request.faults,
+    )
     return Plan(
         request=request,
         sizes=sizes,
         fit=fit,
         workloads=workloads,
         build=build_needs(request, sizes),
-        faults=(
-            *limit_faults(request),
-            *kept_faults,
-            *fit_faults(request, fit),
-            *target_faults,
-            *known_faults,
-            *request.faults,
-        ),
-        notes=(*fit_notes(request, fit), *target_notes, *known_notes),
+        faults=tuple(each for each in found if isinstance(each, Fault)),
+        notes=tuple(each for each in found if isinstance(each, Note)),
     )
 
 

@@ -63,7 +63,7 @@ def _size_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if sizes.kept_16bit:
         extra = gib(sizes.kept_16bit_extra_bytes)
         yield "kept 16-bit", f"{sizes.kept_16bit} linears, {extra} more than quantized"
-    yield "checkpoint, engine", f"{gib(sizes.checkpoint_bytes)}, {gib(sizes.engine_bytes)}"
+    yield "checkpoint, engine", f"{gib(sizes.weight_bytes)}, {gib(sizes.engine_bytes)}"
     held = f"static, {gib(fit.static_kv_bytes)}" if fit.static_kv_bytes else "paged"
     per_token = f"{sizes.kv_bytes_per_token / 1024:g} KiB per token"
     yield "KV cache", f"{per_token}, {sizes.kv_cache.title}; {held}"

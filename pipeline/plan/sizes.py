@@ -32,8 +32,7 @@ class Sizes:
         linear_16bit_params: Weights of the layers' linears that are 16-bit.
         kept_16bit: How many linears `keep_16bit` picks; 0 where nothing is quantized.
         kept_16bit_extra_bytes: What keeping them costs.
-        weight_bytes: Weights and scales as stored.
-        checkpoint_bytes: Safetensors of the checkpoint.
+        weight_bytes: Weights and scales as stored: safetensors of the checkpoint.
         engine_bytes: The engine; an estimate.
         step_weight_bytes: Weights that one decode step reads: everything but the embedding table,
             of which it reads a row for each sequence. lm_head counts, tied or not.
@@ -47,7 +46,6 @@ class Sizes:
     kept_16bit: int
     kept_16bit_extra_bytes: int
     weight_bytes: int
-    checkpoint_bytes: int
     engine_bytes: int
     step_weight_bytes: int
     kv_cache: KvCacheDtype
@@ -84,7 +82,6 @@ def sizes_of(request: PlanRequest) -> Sizes:
         kept_16bit=len(kept),
         kept_16bit_extra_bytes=int((2 - precision.bytes_per_weight) * kept_params),
         weight_bytes=weight_bytes,
-        checkpoint_bytes=weight_bytes,
         engine_bytes=weight_bytes + request.format.fit.overhead_bytes,
         step_weight_bytes=linear_bytes + 2 * (shape.params_read(0) - shape.linear_params),
         kv_cache=kv_cache,
@@ -117,7 +114,7 @@ class BuildNeeds:
 
 def build_needs(request: PlanRequest, sizes: Sizes) -> BuildNeeds:
     """What building takes."""
-    disk = {"weights": 2 * sizes.params, "checkpoint": sizes.checkpoint_bytes}
+    disk = {"weights": 2 * sizes.params, "checkpoint": sizes.weight_bytes}
     source = "quantize: 4 B x parameters + the checkpoint + 3.2 GB, from SmolLM2 (2026-11-24)"
     compile_ram = 0
     if request.format.memory is not None:
@@ -130,7 +127,7 @@ def build_needs(request: PlanRequest, sizes: Sizes) -> BuildNeeds:
     if memory := request.format.memory:
         compile_ram = memory.needed_bytes(sizes.weight_bytes)
         source += f"; compile: {memory.source}"
-    beside_weights = sizes.checkpoint_bytes + _QUANTIZE_BASE_BYTES
+    beside_weights = sizes.weight_bytes + _QUANTIZE_BASE_BYTES
     return BuildNeeds(
         disk_bytes=disk,
         quantize_ram_bytes=4 * sizes.params + beside_weights,

@@ -28,7 +28,6 @@ class WorkloadPlan:
             target, or no such batch that fits.
         prefill_tokens_per_s: Most prompt tokens per second.
         ttft_floor_ms: Least time to first token of one prompt alone.
-        kv_bytes: Cache of the batch at its end.
     """
 
     name: str
@@ -43,7 +42,6 @@ class WorkloadPlan:
     reachable_batch: int | None
     prefill_tokens_per_s: float
     ttft_floor_ms: float
-    kv_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         return vars(self).copy()
@@ -85,5 +83,4 @@ def plan_workload(
         ),
         prefill_tokens_per_s=roofline.prefill_tokens_per_s(),
         ttft_floor_ms=roofline.ttft_floor_ms(isl),
-        kv_bytes=workload.batch * total * fit.kv_bytes_per_token,
     )

@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache, require_files
 from pipeline.core.errors import RecipeError
 from pipeline.core.progress import progress
+from pipeline.core.stages import Stage
 from pipeline.core.values import CalibrationText, Checkpoint, Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.spec import ModelSpec
@@ -44,7 +45,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORD = "calibration.json"
-_CODE = ("pipeline.quant", "pipeline.sources.text", "pipeline.model.hf")
+STAGE = Stage(
+    name="quantize",
+    version=1,
+    code=("pipeline.quant", "pipeline.sources.text", "pipeline.model.hf"),
+)
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 
 
@@ -67,12 +72,12 @@ class ModelOptJob:
     def inputs(self, weights: Weights) -> dict[str, Any]:
         """Everything that shapes the checkpoint's bytes."""
         return {
+            **STAGE.identity,
             "weights": weights.digest,
             "precision": self.precision.name,
             **self.calibration.inputs(),
             "keep_16bit": sorted(self.keep_16bit),
             "tools": {name: version(name) for name in _TOOLS},
-            "code": source_digest(*_CODE),
         }
 
     def quantize(self, weights: Weights, cache: StageCache) -> Checkpoint:
@@ -84,9 +89,7 @@ class ModelOptJob:
                 is not faithful.
             IncompatibleError: The recipe insists on a device that is not there.
         """
-        result = cache.run(
-            "quantize", self.inputs(weights), lambda out: self._produce(weights, out)
-        )
+        result = cache.run(STAGE, self.inputs(weights), lambda out: self._produce(weights, out))
         record = result.read_json(RECORD)
         return Checkpoint(
             dir=result.dir,
@@ -99,6 +102,7 @@ class ModelOptJob:
         )
 
     def _produce(self, weights: Weights, out_dir: Path) -> None:
+        require_files(weights.dir, weights.files)
         source = UnifiedCheckpoint(weights.dir)
         spec = source.spec
         if faults := keep_16bit_faults(self.keep_16bit, spec):

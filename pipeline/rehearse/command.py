@@ -16,6 +16,7 @@ from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, ExitCode
+from pipeline.machine import require_builder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,10 +45,13 @@ def run_rehearsal(
 
     Raises:
         RecipeError: The recipe is wrong.
+        IncompatibleError: Packages that building needs are not installed.
         ConflictError: `keep` exists and is not empty.
     """
     started = time.perf_counter()
     composed = compose(recipe, overrides, config_folders(config_dir))
+    for engine_format in composed:
+        require_builder(engine_format)
     from pipeline.rehearse.rehearsal import rehearse
 
     with screen_logging(), _folder(keep) as folder:

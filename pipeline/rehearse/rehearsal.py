@@ -7,11 +7,12 @@ result says where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,19 +75,17 @@ def rehearse(
         folder: An empty folder; gets everything.
         full_size: Keep the real shape and the real sizes; only the weights are random.
     """
-    registry = FolderRegistry(path=folder / "registry")
-    mark_throwaway(registry.path)
+    mark_throwaway(folder / "registry")
     done = []
     for name, (recipe, config) in recipes.items():
         log.info("Rehearsing compiler=%s", name)
         started = time.perf_counter()
-        prepared = dataclasses.replace(
-            _full_size(recipe, folder) if full_size else _small(recipe, folder), registry=registry
-        )
+        prepared = _rehearsed(recipe, folder, full_size=full_size)
         run_dir = folder / "runs" / name
         run_dir.mkdir(parents=True)
         try:
-            state, reached, detail = _run(prepared, config, folder / "cache", run_dir)
+            with _registry_silent():
+                state, reached, detail = _run(prepared, config, folder / "cache", run_dir)
             code = ExitCode.OK if state != "failed" else ExitCode.NOT_ACCEPTED
         except Exception as error:
             failure = failure_of(error)
@@ -105,36 +104,38 @@ def rehearse(
     return tuple(done)
 
 
-def _small(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe in small sizes, on random weights."""
-    shape = small_spec(recipe.shape)
+def _rehearsed(recipe: Recipe, folder: Path, *, full_size: bool) -> Recipe:
+    """The recipe on random weights and little text, in small sizes unless they are to stay."""
     calibrate, judge = PydocTopics(part="calibrate"), PydocTopics(part="judge")
+    shape = recipe.shape if full_size else small_spec(recipe.shape)
+    acceptance = small_acceptance(recipe.acceptance, judge)
+    if full_size:
+        limit_s = recipe.acceptance.time_limit_s
+        acceptance = dataclasses.replace(acceptance, time_limit_s=limit_s)
     return dataclasses.replace(
         recipe,
         shape=shape,
-        source=_source(shape, folder, calibrate),
+        source=RandomSource(
+            shape=shape, folder=folder / "weights", documents=calibrate.documents()
+        ),
         calibration=small_calibration(recipe.calibration, calibrate),
         quantizer=small_quantizer(recipe.quantizer, shape),
-        compiler=small_settings(recipe.compiler),
-        acceptance=small_acceptance(recipe.acceptance, judge),
+        compiler=recipe.compiler if full_size else small_settings(recipe.compiler),
+        acceptance=acceptance,
+        registry=FolderRegistry(path=folder / "registry"),
     )
 
 
-def _full_size(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as it is, on random weights and with little text."""
-    calibrate, judge = PydocTopics(part="calibrate"), PydocTopics(part="judge")
-    small = small_acceptance(recipe.acceptance, judge)
-    return dataclasses.replace(
-        recipe,
-        source=_source(recipe.shape, folder, calibrate),
-        calibration=small_calibration(recipe.calibration, calibrate),
-        quantizer=small_quantizer(recipe.quantizer, recipe.shape),
-        acceptance=dataclasses.replace(small, time_limit_s=recipe.acceptance.time_limit_s),
-    )
-
-
-def _source(shape: Any, folder: Path, text: PydocTopics) -> RandomSource:
-    return RandomSource(shape=shape, folder=folder / "weights", documents=text.documents())
+@contextlib.contextmanager
+def _registry_silent() -> Iterator[None]:
+    """Hide what the registry logs: its key and its packages are thrown away."""
+    registry = logging.getLogger("pipeline.registry")
+    before = registry.level
+    registry.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        registry.setLevel(before)
 
 
 def _run(
@@ -149,7 +150,7 @@ def _run(
             if not isinstance(error, IncompatibleError):
                 raise
             return "stopped", *_up_to_the_command(recipe, compiler, cache_dir, str(error))
-    # A key of its own, in CI too: a rehearsal proves nothing to anybody, and leaves nothing behind.
+    # A key of its own, in CI too: a rehearsal proves nothing, and leaves nothing behind.
     environ = {"ENGINESMITH_CONFIG": str(run_dir.parent.parent / "config")}
     options = BuildOptions(rebuild=False, config=config, cache_dir=cache_dir, environ=environ)
     outcome = build(recipe, run_dir, options)

@@ -7,12 +7,13 @@ right: pads lie behind a row's end, no query sees them, and the row's next token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.core.errors import Fault, RecipeError
-from pipeline.runners.session import UNUSED_TOKEN, Demands
+from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.runners.session import UNUSED_TOKEN, BatchOptions, Generation, require_fit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,17 +71,11 @@ def prefill(decoder: BoundDecoder, prompts: Sequence[Sequence[int]]) -> Prefille
     """
     import numpy as np
 
+    require_fit(prompts, 0, decoder.context)
+    if len(prompts) != decoder.batch:
+        message = f"got {len(prompts)} prompts; wanted {decoder.batch}, the rows of the cache"
+        raise RecipeError([Fault("", message)])
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    if len(prompts) != decoder.batch or lengths.min() < 1 or lengths.max() > decoder.context:
-        raise RecipeError(
-            [
-                Fault(
-                    "",
-                    f"got {len(prompts)} prompts of {lengths.tolist()} tokens; wanted "
-                    f"{decoder.batch} of 1 to {decoder.context} tokens each",
-                )
-            ]
-        )
     padded = np.full((decoder.batch, int(lengths.max())), _PAD_ID, np.int64)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
@@ -95,6 +90,9 @@ def greedy_steps(
     """Yield the next token of every row [batch], `max_new_tokens` times at most.
 
     Ends early when the longest row has filled the context.
+
+    Raises:
+        CorruptError: A row's logits are not finite: with a NaN among them, it is the largest.
     """
     import numpy as np
 
@@ -102,6 +100,13 @@ def greedy_steps(
     index = np.zeros((decoder.batch, 1), np.int64)
     for produced in range(max_new_tokens):
         tokens = logits.argmax(axis=-1).astype(np.int64)
+        largest = np.take_along_axis(logits, tokens[:, None], axis=-1)
+        if not np.isfinite(largest).all():
+            raise CorruptError(
+                f"logits are not finite in {int((~np.isfinite(largest)).sum())} of {len(largest)} "
+                "rows; the engine cannot be judged: check the calibration's outliers and "
+                "quantizer.keep_16bit"
+            )
         yield tokens
         if produced + 1 == max_new_tokens or lengths.max() >= decoder.context:
             return
@@ -116,28 +121,28 @@ class Rows:
     further tokens count for nothing.
     """
 
-    def __init__(self, rows: int, osl: int, demands: Demands | None) -> None:
+    def __init__(self, rows: int, osl: int, options: BatchOptions | None) -> None:
         """Nothing has come yet.
 
         Args:
             rows: How many.
-            osl: Output tokens of each, where `demands` does not say it.
-            demands: Of the batch; None for `osl` tokens of each row.
+            osl: Output tokens of each, where `options` do not have them.
+            options: Of the batch; None for `osl` tokens of each row.
 
         Raises:
             RecipeError: The requests arrive one by one; a batch has to start together.
         """
         import numpy as np
 
-        if demands is not None and demands.arrivals_s:
+        if options is not None and options.arrivals_s:
             message = "this runner decodes static batches, requests cannot arrive while one runs"
             raise RecipeError([Fault("", f"{message}; leave request_rate out, or use runner=vllm")])
-        limits = (osl,) * rows if demands is None else demands.osl_each
+        limits = (osl,) * rows if options is None else options.osl_each
         self._limits = np.array(limits, np.int64)
-        self._eos = np.array(sorted(demands.eos_token_ids) if demands else [], np.int64)
+        self._eos = np.array(sorted(options.eos_token_ids) if options else [], np.int64)
         self._ended = np.zeros(rows, bool)
         self._lengths = np.zeros(rows, np.int64)
-        self._differ = demands is not None
+        self._differ = options is not None
 
     def take(self, tokens: NDArray[np.int64]) -> bool:
         """Count the next token of each row [rows]; whether all have ended by now."""
@@ -152,19 +157,102 @@ class Rows:
         """Rows that have ended [rows]."""
         return self._ended
 
-    @property
-    def lengths(self) -> tuple[int, ...] | None:
-        """Tokens of each row, as `Generation.lengths`; None where nothing lets them differ."""
-        return tuple(int(length) for length in self._lengths) if self._differ else None
+    def generation(
+        self, tokens: NDArray[np.int64], started: float, first: float, ended: float
+    ) -> Generation:
+        """What the batch gave.
 
-    def cut(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens [rows, steps] with `UNUSED_TOKEN` behind the end of each row."""
+        Args:
+            tokens: [rows, steps]; what lies behind the end of a row is not looked at.
+            started: Seconds of a monotonic clock.
+            first: When every row had its first token.
+            ended: When the last token was there.
+        """
         import numpy as np
 
-        if not self._differ:
-            return tokens
-        behind = np.arange(tokens.shape[1]) >= self._lengths[:, None]
-        return np.where(behind, UNUSED_TOKEN, tokens)
+        lengths = None
+        if self._differ:
+            behind = np.arange(tokens.shape[1]) >= self._lengths[:, None]
+            tokens = np.where(behind, UNUSED_TOKEN, tokens)
+            lengths = tuple(int(length) for length in self._lengths)
+        return Generation(
+            tokens=tokens, ttft_s=first - started, total_s=ended - started, lengths=lengths
+        )
+
+
+class DecoderSession:
+    """`pipeline.runners.session.Session` on a decoder graph, whatever executes it."""
+
+    def __init__(
+        self, bind: Callable[[int], BoundDecoder], *, context: int, logits_per_step: int
+    ) -> None:
+        """Take a loaded graph.
+
+        Args:
+            bind: Makes a decoder with a cache for so many rows.
+            context: Static length of the cache, tokens.
+            logits_per_step: Most positions of a step whose logits can be had.
+        """
+        self.context = context
+        self._bind = bind
+        self._logits_per_step = logits_per_step
+        self._decoder: BoundDecoder | None = None
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """As many positions in a step as the graph gives.
+
+        An engine whose profiles give one, as they are compiled, makes this one decode step per
+        token: giving them all at once would cost a prefill 2.4 GB for SmolLM2 at 8 x 1024.
+        """
+        import numpy as np
+
+        require_fit([tokens], 0, self.context)
+        decoder, ids = self._decoder_for(1), np.array([tokens], np.int64)
+        rows = []
+        for start in range(0, len(tokens), self._logits_per_step):
+            piece = ids[:, start : start + self._logits_per_step]
+            index = np.arange(piece.shape[1], dtype=np.int64)[None]
+            rows.append(decoder.step(piece, np.array([start]), index)[0].copy())
+        return np.concatenate(rows)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
+    ) -> Generation:
+        """Every step ends with the device's work done and the logits here."""
+        import numpy as np
+
+        require_fit(prompts, osl, self.context)
+        decoder, made = self._decoder_for(len(prompts)), []
+        rows = Rows(len(prompts), osl, options)
+        started = time.perf_counter()
+        state = prefill(decoder, prompts)
+        first = time.perf_counter()
+        for tokens in greedy_steps(decoder, state, osl):
+            made.append(tokens)
+            if rows.take(tokens):
+                break
+        return rows.generation(np.stack(made, axis=1), started, first, time.perf_counter())
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
+    ) -> Iterator[int]:
+        require_fit([prompt], 1, self.context)
+        decoder = self._decoder_for(1)
+        for tokens in greedy_steps(decoder, prefill(decoder, [prompt]), max_new_tokens):
+            token = int(tokens[0])
+            if token in eos_token_ids:
+                return
+            yield token
+
+    def _decoder_for(self, batch: int) -> BoundDecoder:
+        """The decoder in use, or a new one when the number of rows changed.
+
+        Old contents of a cache do no harm: no query sees a row's keys beyond its own length.
+        """
+        if self._decoder is None or self._decoder.batch != batch:
+            self._decoder = None  # frees the old cache before the new one is made
+            self._decoder = self._bind(batch)
+        return self._decoder
 
 
 def generate_greedy(
@@ -175,19 +263,3 @@ def generate_greedy(
 
     state = prefill(decoder, prompts)
     return np.stack(list(greedy_steps(decoder, state, max_new_tokens)), axis=1)
-
-
-def stream_greedy(
-    decoder: BoundDecoder,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    eos_token_ids: frozenset[int],
-) -> Iterator[int]:
-    """Yield tokens of a single row until any end-of-sequence id, which is not yielded."""
-    state = prefill(decoder, [prompt])
-    for tokens in greedy_steps(decoder, state, max_new_tokens):
-        token = int(tokens[0])
-        if token in eos_token_ids:
-            return
-        yield token

@@ -1,4 +1,4 @@
-"""Executes the decoder graph with ONNX Runtime on a CPU: the twin of an RTX engine.
+"""Executes the decoder graph with ONNX Runtime on a CPU, in place of an RTX engine.
 
 One buffer is bound both as `past_x` and as `present_x`, so a step writes only the new rows of the
 cache and copies nothing (6 ms of 37 per token saved at context 1024 for SmolLM2, measured
@@ -8,8 +8,7 @@ cache and copies nothing (6 ms of 37 per token saved at context 1024 for SmolLM2
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ from pipeline.core.errors import CorruptError, IncompatibleError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.trtrtx.stage import CPU_GRAPH
-from pipeline.runners.decode import Rows, greedy_steps, prefill, stream_greedy
-from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
+from pipeline.runners.decode import DecoderSession
+from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.session import Session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +115,7 @@ class OnnxRuntimeDecoder:
         if bound is not None and bound.shape() == list(values.shape):
             bound.update_inplace(values)
             return
-        # An OrtValue aliases the array that it is made from: give it one that nobody else holds.
+        # An OrtValue aliases the array that it is made from: give it one of its own.
         self._inputs[name] = onnxruntime.OrtValue.ortvalue_from_numpy(values.copy())
         self._binding.bind_ortvalue_input(name, self._inputs[name])
 
@@ -128,74 +128,20 @@ class OnnxRuntimeDecoder:
             self._binding.bind_ortvalue_output("logits", self._logits)
 
 
-class OnnxRuntimeSession:
-    """`pipeline.runners.session.Session` on one loaded graph."""
-
-    def __init__(self, graph: OnnxRuntimeGraph) -> None:
-        self._graph = graph
-        self._decoder: OnnxRuntimeDecoder | None = None
-
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        import numpy as np
-
-        ids = np.array([tokens], np.int64)
-        every = np.arange(len(tokens), dtype=np.int64)[None]
-        start = np.zeros(1, np.int64)
-        logits: NDArray[np.float32] = self._decoder_for(1).step(ids, start, every)[0]
-        return logits
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
-    ) -> Generation:
-        import numpy as np
-
-        decoder = self._decoder_for(len(prompts))
-        rows, made = Rows(len(prompts), osl, demands), []
-        started = time.perf_counter()
-        state = prefill(decoder, prompts)
-        first = time.perf_counter()
-        for tokens in greedy_steps(decoder, state, osl):
-            made.append(tokens)
-            if rows.take(tokens):
-                break
-        ended = time.perf_counter()
-        return Generation(
-            tokens=rows.cut(np.stack(made, axis=1)),
-            ttft_s=first - started,
-            total_s=ended - started,
-            lengths=rows.lengths,
-        )
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        return stream_greedy(
-            self._decoder_for(1),
-            prompt,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-        )
-
-    def _decoder_for(self, batch: int) -> OnnxRuntimeDecoder:
-        """The decoder in use, or a new one when the number of rows changed.
-
-        Old contents of a cache do no harm: no query sees a row's keys beyond its own length.
-        """
-        if self._decoder is None or self._decoder.batch != batch:
-            self._decoder = None  # frees the old cache before the new one is made
-            self._decoder = self._graph.bind(batch)
-        return self._decoder
+def graph_session(graph: OnnxRuntimeGraph) -> DecoderSession:
+    """A session on a loaded graph."""
+    return DecoderSession(graph.bind, context=graph.context, logits_per_step=graph.context)
 
 
 @contextlib.contextmanager
-def open_graph(graph: Path, threads: int = 0) -> Iterator[OnnxRuntimeSession]:
+def open_graph(graph: Path, threads: int = 0) -> Iterator[DecoderSession]:
     """A session on a graph file."""
-    yield OnnxRuntimeSession(OnnxRuntimeGraph(graph, threads))
+    yield graph_session(OnnxRuntimeGraph(graph, threads))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OnnxRuntimeRunner:
-    """Runs the CPU twin of a TensorRT-RTX engine.
+    """Runs the CPU graph of a TensorRT-RTX engine.
 
     Attributes:
         threads: Threads of one operator; 0 for all cores.
@@ -217,7 +163,7 @@ class OnnxRuntimeRunner:
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.twin_dir is None:
-            return f"runner=onnxruntime runs the CPU twin of trtrtx engines, not {engine.format}"
+            return f"runner=onnxruntime runs the CPU graph of trtrtx engines, not {engine.format}"
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:

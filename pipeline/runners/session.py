@@ -1,45 +1,24 @@
-"""What acceptance and `generate` ask of a runtime, whatever it executes."""
+"""A loaded model, whatever executes it, and what it is asked: token ids in, token ids out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from pipeline.core.values import Engine
+from pipeline.core.errors import Fault, PipelineError, RecipeError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.runners.workload import Workload
-
-
-Device = Literal["cpu", "cuda"]
-
-
-Ability = Literal[
-    "requests",
-    "isl_distribution",
-    "prompts_file",
-    "osl_distribution",
-    "ignore_eos",
-    "request_rate",
-    "clear_cache",
-]
-"""Keys of a workload or a sustained run that ask for more than one batch of equal requests."""
-
-
-BATCHES: frozenset[Ability] = frozenset(
-    {"requests", "isl_distribution", "prompts_file", "osl_distribution", "ignore_eos"}
-)
-"""All that static batches can execute: of ragged prompts, until the last row has ended."""
+UNUSED_TOKEN = -1
+"""What stands in `Generation.tokens` behind the end of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demands:
+class BatchOptions:
     """What a batch asks beyond its prompts and the longest answer.
 
     Attributes:
@@ -56,28 +35,35 @@ class Demands:
 
     def to_json(self) -> dict[str, Any]:
         """For a process that holds the model."""
-        return {
-            "osl_each": list(self.osl_each),
-            "eos": sorted(self.eos_token_ids),
-            "arrivals_s": list(self.arrivals_s),
-            "max_concurrency": self.max_concurrency,
-        }
+        return {**asdict(self), "eos_token_ids": sorted(self.eos_token_ids)}
 
     @staticmethod
-    def of(found: Mapping[str, Any]) -> Demands | None:
-        """What `to_json` wrote; None of nothing."""
-        if not found:
-            return None
-        return Demands(
+    def from_json(found: Mapping[str, Any]) -> BatchOptions:
+        """What `to_json` wrote."""
+        return BatchOptions(
             osl_each=tuple(found["osl_each"]),
-            eos_token_ids=frozenset(found["eos"]),
+            eos_token_ids=frozenset(found["eos_token_ids"]),
             arrivals_s=tuple(found["arrivals_s"]),
             max_concurrency=found["max_concurrency"],
         )
 
 
-UNUSED_TOKEN = -1
-"""What stands in `Generation.tokens` behind the end of an answer."""
+@dataclass(frozen=True, kw_only=True)
+class RequestTiming:
+    """The times of one request, where the runtime keeps them.
+
+    Attributes:
+        ttft_ms: Milliseconds from its arrival to its first token; waiting for others is in it.
+        request_latency_ms: Milliseconds from its arrival to its last token.
+        itl_ms: (request_latency_ms - ttft_ms) / (tokens - 1), the mean gap between its tokens; None
+            if it has one token. vLLM's benchmark calls it TPOT.
+        arrival_s: When it arrived, seconds after the first; None where all started together.
+    """
+
+    ttft_ms: float
+    request_latency_ms: float
+    itl_ms: float | None
+    arrival_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +72,17 @@ class Generation:
 
     Attributes:
         tokens: New tokens [batch, longest answer]; `UNUSED_TOKEN` behind the end of a shorter one.
-        ttft_s: Seconds to the first token of the batch: the prefill.
+        ttft_s: Seconds until every request has its first token; of a static batch the prefill.
         total_s: Seconds to the last token.
         lengths: New tokens of each request; None where all are as long as the array.
+        requests: Times of each request, in the order of the prompts; empty where not known.
     """
 
     tokens: NDArray[np.int64]
     ttft_s: float
     total_s: float
     lengths: tuple[int, ...] | None = None
+    requests: tuple[RequestTiming, ...] = ()
 
     @property
     def output_lengths(self) -> tuple[int, ...]:
@@ -110,92 +98,124 @@ class Generation:
 
 
 class Session(Protocol):
-    """A loaded model."""
+    """A loaded model; greedy."""
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of every position of one sequence [tokens, vocab]."""
+        """Logits of every position of one sequence [tokens, vocab].
+
+        A server may give log-probabilities: the logits less a constant of each position. Softmax,
+        perplexity, KL divergence and the most likely token are the same of both.
+
+        Raises:
+            CorruptError: A value is not finite.
+        """
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
-        """Generate greedily, and time it.
+        """Generate a batch, and time it.
 
         Args:
             prompts: Token ids of each request.
             osl: Output tokens of the longest request.
-            demands: What the requests ask beyond that; None for exactly `osl` tokens of each,
-                end-of-sequence ignored, all at once. What a session cannot do, its runner says in
-                advance: see `pipeline.runners.abilities`.
+            options: What the requests ask beyond that; None for exactly `osl` tokens of each,
+                end-of-sequence ignored, all at once. What a session does not execute, its runner
+                lists in advance: `pipeline.runners.runner`.
+
+        Raises:
+            RecipeError: A prompt and its answer do not fit the context together.
         """
         ...
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
-        """Yield tokens until an end-of-sequence id, which is not yielded."""
-        ...
+        """Yield tokens until an end-of-sequence id, which is not yielded, or a full context.
 
-
-@runtime_checkable
-class Runner(Protocol):
-    """Executes an engine, or its twin, on this machine."""
-
-    @property
-    def name(self) -> str:
-        """Name of the runtime, for the report."""
-        ...
-
-    @property
-    def device(self) -> Device:
-        """Where it executes; on `cuda` in a process of its own, whose memory ends with it."""
-        ...
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """What its sessions execute beyond one batch of equal requests."""
-        ...
-
-    def why_not(self, engine: Engine) -> str | None:
-        """Why it cannot run this engine here; None when it can."""
-        ...
-
-    def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        """Load the engine; leaving the context frees it."""
+        Raises:
+            RecipeError: The prompt leaves no room for an answer.
+        """
         ...
 
 
 @runtime_checkable
 class CacheClearing(Protocol):
-    """A session whose allocator keeps freed memory, and can be told to give it back."""
+    """A session whose allocator keeps freed memory, and can give it back."""
 
     def clear_cache(self) -> None:
         """Give back what is not in use; changes nothing that is computed."""
         ...
 
 
-@runtime_checkable
-class SourceRunner(Protocol):
-    """A runner that also executes the source model, where that is too much for the CPU."""
+def require_fit(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None) -> None:
+    """Refuse prompts that leave no room for their answers, before anything is computed.
 
-    def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]:
-        """Load the source in bfloat16; `context`: longest request, tokens."""
-        ...
+    Args:
+        prompts: Token ids of each request.
+        new_tokens: Output tokens that each must have room for, at least.
+        context: Most tokens of one request, prompt and answer together; None if not known.
+
+    Raises:
+        RecipeError: No prompt, an empty one, or one that is too long; says by how much.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        message = f"got {len(lengths)} prompts, wanted one or more of 1 token or more"
+        raise RecipeError([Fault("", message)])
+    if context is None or max(lengths) + new_tokens <= context:
+        return
+    answer = "an answer" if new_tokens == 1 else f"{new_tokens} output tokens"
+    message = (
+        f"a prompt of {max(lengths)} tokens leaves no room for {answer}: the engine holds "
+        f"{context} tokens of a request, prompt and answer together; shorten the prompt to "
+        f"{max(context - new_tokens, 0)} tokens, or build with a larger compiler.max_seq_len"
+    )
+    raise RecipeError([Fault("", message)])
 
 
-@runtime_checkable
-class BenchRunner(Protocol):
-    """A runner whose speed is measured by a tool of its runtime, which loads the engine anew."""
+def require_possible(
+    generation: Generation,
+    prompts: Sequence[Sequence[int]],
+    osl: int,
+    options: BatchOptions | None = None,
+) -> None:
+    """Refuse what no run can have given: a rate made of it would be worth nothing.
 
-    def bench(
-        self,
-        engine: Engine,
-        checkpoint_dir: Path,
-        workload: Workload,
-        *,
-        repeats: int,
-        seed: int,
-        log_path: Path,
-    ) -> dict[str, Any]:
-        """One entry of the report's `speed`."""
-        ...
+    Args:
+        generation: What a session gave back.
+        prompts: What it was given.
+        osl: As in `Session.generate`, like `options`.
+        options: See `osl`.
+
+    Raises:
+        PipelineError: Other answers than were asked for, or times that are none.
+    """
+    each = (osl,) * len(prompts) if options is None else options.osl_each
+    ends = frozenset[int]() if options is None else options.eos_token_ids
+    lengths = generation.output_lengths
+    if len(lengths) != len(prompts):
+        raise _other_tokens(f"{len(prompts)} answers", f"{len(lengths)}")
+    for place, (length, most) in enumerate(zip(lengths, each, strict=True)):
+        ended = length > 0 and int(generation.tokens[place, length - 1]) in ends
+        if length != most and not (ended and length < most):
+            raise _other_tokens(f"{most} tokens of request {place}", f"{length}")
+    requests = generation.requests
+    # A request's times are of other clocks than those of the whole call.
+    ordered = bool(requests) or generation.ttft_s <= generation.total_s
+    times = [generation.ttft_s, generation.total_s]
+    times += [value or 0.0 for one in requests for value in asdict(one).values()]
+    possible = all(math.isfinite(value) and value >= 0 for value in times)
+    if not possible or not ordered or not generation.total_s > 0:
+        raise PipelineError(
+            f"the runner reports {generation.ttft_s} s to the first and {generation.total_s} s to "
+            f"the last of {generation.output_tokens} tokens, or a request's time that is negative "
+            "or not a number: no run takes such a time; measure again, and report it if it stays so"
+        )
+
+
+def _other_tokens(wanted: str, got: str) -> PipelineError:
+    return PipelineError(
+        f"asked the runner for {wanted}, got {got}; its speed cannot be measured: see that it "
+        "ignores end-of-sequence where it should, and that its limits hold the workload"
+    )

@@ -10,21 +10,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.model.hf import load_model, quiet
 from pipeline.quant.simulate import load_simulation
+from pipeline.runners.child import ChildSession, Timeouts, open_child, session_program
+from pipeline.runners.cuda import NO_CARD, find_card, torch_fault
 from pipeline.runners.decode import Rows
-from pipeline.runners.session import BATCHES, Ability, Demands, Device, Generation, Session
-from pipeline.runners.torch_build import torch_without_cuda
-from pipeline.runners.vllm.session import Timeouts
+from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.session import BatchOptions, Generation, Session, require_fit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,44 +34,43 @@ if TYPE_CHECKING:
 
 EQUAL_PROMPTS: frozenset[Ability] = BATCHES - {"isl_distribution", "prompts_file"}
 """What `TransformersSession` executes, also as the baseline beside an engine."""
-
-
-def clear_torch_cache() -> None:
-    """Give back what PyTorch's CUDA allocator keeps of freed memory; on a CPU it keeps none."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+_NAME = "Transformers"
 
 
 class TransformersSession:
-    """`pipeline.runners.session.Session` on a Transformers model in float32."""
+    """`pipeline.runners.session.Session` on a Transformers model."""
 
-    def __init__(self, model: Any, device: Device = "cpu") -> None:
-        """Take a model that is on `device` already."""
+    def __init__(self, model: Any, device: Device = "cpu", context: int | None = None) -> None:
+        """Take a model that is on `device` already.
+
+        Args:
+            model: The model.
+            device: Where it is.
+            context: Most tokens of one request; None for what the model itself takes.
+        """
+        self.context = context
         self._model = model
         self._device = device
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         import torch
 
+        require_fit([tokens], 0, self.context)
         with torch.inference_mode():
             output = self._model(self._ids([tokens]), use_cache=False)
         result: NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         return result
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
         """As the Protocol says; prompts must be equally long, so that no padding is timed."""
         import torch
         from transformers import StoppingCriteriaList
 
+        require_fit(prompts, osl, self.context)
         ids = self._ids(prompts)
-        rows = Rows(len(prompts), osl, demands)
+        rows = Rows(len(prompts), osl, options)
         token_times: list[float] = []
 
         def note_time(tokens: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
@@ -93,27 +92,31 @@ class TransformersSession:
                 stopping_criteria=StoppingCriteriaList([note_time]),
             )
             tokens = made[:, ids.shape[1] :].cpu().numpy()
-        ended = time.perf_counter()
-        return Generation(
-            tokens=rows.cut(tokens),
-            ttft_s=token_times[0] - started,
-            total_s=ended - started,
-            lengths=rows.lengths,
-        )
+        return rows.generation(tokens, started, token_times[0], time.perf_counter())
 
     def clear_cache(self) -> None:
         """Give freed memory back: Python's unreachable objects, then the CUDA allocator's cache."""
-        clear_torch_cache()
+        import gc
+
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
         import torch
 
+        require_fit([prompt], 1, self.context)
+        room = max_new_tokens
+        if self.context is not None:
+            room = min(room, self.context - len(prompt))
         ids = self._ids([prompt])
         cache = None
         with torch.inference_mode():
-            for _ in range(max_new_tokens):
+            for _ in range(room):
                 output = self._model(ids, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 token = int(output.logits[0, -1].argmax())
@@ -130,28 +133,52 @@ class TransformersSession:
 
 
 @contextlib.contextmanager
-def open_source(weights_dir: Path) -> Iterator[TransformersSession]:
-    """The source model, computed in float32."""
-    yield TransformersSession(load_model(weights_dir, "float32"))
+def open_source(
+    weights_dir: Path | str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: Device = "cpu",
+) -> Iterator[TransformersSession]:
+    """The source model in this process."""
+    model: Any = load_model(Path(weights_dir), dtype)
+    yield TransformersSession(model.to(device), device)
 
 
 @contextlib.contextmanager
-def open_checkpoint(checkpoint_dir: Path, context: int) -> Iterator[TransformersSession]:
-    """An FP8 checkpoint, simulated in float32; `context`: longest request, tokens."""
-    yield TransformersSession(load_simulation(checkpoint_dir, context=context))
+def open_checkpoint(
+    checkpoint_dir: Path | str, context: int, device: Device = "cpu"
+) -> Iterator[TransformersSession]:
+    """An FP8 checkpoint, simulated in float32 in this process.
+
+    Args:
+        checkpoint_dir: Unified checkpoint.
+        context: Longest request, tokens.
+        device: Where it computes.
+    """
+    model: Any = load_simulation(Path(checkpoint_dir), context=context)
+    yield TransformersSession(model.to(device), device, context)
+
+
+def open_source_on_card(
+    weights_dir: Path, timeouts: Timeouts
+) -> AbstractContextManager[ChildSession]:
+    """The source in bfloat16 on this machine's card, in a process of its own."""
+    opener = f"{__name__}:open_source"
+    program = session_program(
+        _NAME, opener, weights_dir=str(weights_dir), dtype="bfloat16", device="cuda"
+    )
+    return open_child(program, timeouts)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TransformersRunner:
     """Runs a checkpoint engine as a float32 simulation of its FP8 linears.
 
-    It tells about the engine's answers, on a card too; its speed is not the engine's. So what it
-    runs is `checked` at best, wherever it runs.
+    It gives the engine's answers, on a card too; its speed is not the engine's. So what it runs is
+    `checked` at best, wherever it runs.
 
     Attributes:
         device: `cpu`, or `cuda` for a process of its own on this machine's card, whose memory ends
-            with it: there a sustained run measures what PyTorch's allocator does. Not run on a
-            card yet.
+            with it: there a sustained run measures what PyTorch's allocator does.
         load_timeout_s: Longest time for loading there.
         answer_timeout_s: Longest time for one answer there, or the next token of a stream.
     """
@@ -171,7 +198,13 @@ class TransformersRunner:
     def why_not(self, engine: Engine) -> str | None:
         if engine.format != "checkpoint":
             return f"runner=transformers simulates checkpoint engines, not {engine.format}"
-        return _no_cuda() if self.device == "cuda" else None
+        if self.device == "cpu":
+            return None
+        if fault := torch_fault():
+            return f"runner.device=cuda {fault}, or leave runner.device out"
+        if find_card() is None:
+            return f"runner.device=cuda needs a CUDA device, and {NO_CARD}, or leave it out"
+        return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if reason := self.why_not(engine):
@@ -179,26 +212,26 @@ class TransformersRunner:
         context = engine.limits.max_seq_len
         if self.device == "cpu":
             return open_checkpoint(engine.dir, context)
-        from pipeline.runners.transformers_process import open_process
-
-        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
-        return open_process(engine.dir, context, self.device, timeouts)
-
-
-def _no_cuda() -> str | None:
-    """Why nothing runs on a card here, without importing PyTorch; None when it can."""
-    if torch := torch_without_cuda():
-        return (
-            f"runner.device=cuda needs PyTorch built for CUDA, got {torch}: install one "
-            "as https://pytorch.org/get-started says, or leave runner.device out"
+        return open_simulation(
+            engine.dir,
+            context,
+            self.device,
+            Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s),
         )
-    if read_conditions() is None:
-        return (
-            "runner.device=cuda needs a CUDA device, and NVML shows this process none; see "
-            "nvidia-smi, CUDA_VISIBLE_DEVICES and that nvidia-ml-py is installed, or leave "
-            "runner.device out"
-        )
-    return None
+
+
+def open_simulation(
+    checkpoint_dir: Path, context: int, device: Device, timeouts: Timeouts
+) -> AbstractContextManager[ChildSession]:
+    """As `open_checkpoint`, in a process of its own."""
+    program = session_program(
+        _NAME,
+        f"{__name__}:open_checkpoint",
+        checkpoint_dir=str(checkpoint_dir),
+        context=context,
+        device=device,
+    )
+    return open_child(program, timeouts)
 
 
 KIND = TransformersRunner

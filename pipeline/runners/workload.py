@@ -2,7 +2,7 @@
 
 A closed loop is a batch that starts together. An open loop (`request_rate`) is what users are: they
 come whether or not the others have been answered, so a server that is too slow gets a queue, and
-times count from each arrival. Which runner executes what is in `pipeline.runners.abilities`.
+times count from each arrival. Which runner executes what is in `pipeline.runners.runner`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.core.settings import PathField
 from pipeline.core.values import digest_of
 from pipeline.runners.lengths import ITEM, Count, Lengths, Rate
 from pipeline.runners.prompts_file import file_sha256, read_prompts, tokenized
-from pipeline.runners.session import Demands
+from pipeline.runners.session import BatchOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -266,7 +266,7 @@ class Workload:
 
     def waves(
         self, prompts: Prompts, seed: int, eos_token_ids: frozenset[int] = frozenset()
-    ) -> tuple[tuple[list[list[int]], Demands | None], ...]:
+    ) -> tuple[tuple[list[list[int]], BatchOptions | None], ...]:
         """What a session is given, one call after the other: prompts, and what they ask beyond.
 
         Args:
@@ -287,15 +287,15 @@ class Workload:
         size = self.batch if self.request_rate is None else len(prompts)
         made = []
         for start in range(0, len(prompts), size):
-            demands = None
+            options = None
             if not self.lengths_are_known_and_equal or self.request_rate is not None:
-                demands = Demands(
+                options = BatchOptions(
                     osl_each=each[start : start + size],
                     eos_token_ids=frozenset() if self.ignore_eos else eos_token_ids,
                     arrivals_s=self.arrivals_s(seed),
                     max_concurrency=None if self.request_rate is None else self.batch,
                 )
-            made.append(([list(prompt) for prompt in prompts[start : start + size]], demands))
+            made.append(([list(prompt) for prompt in prompts[start : start + size]], options))
         return tuple(made)
 
     def _own(self, seed: int) -> int:

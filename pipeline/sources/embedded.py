@@ -28,12 +28,13 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.atomic_folder import atomic_folder
-from pipeline.core.cache import digest_folder, locked, sha256_file, source_digest
+from pipeline.core.cache import digest_folder, locked, sha256_file
 from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
 from pipeline.core.json_files import read_json_object
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights, digest_of
 from pipeline.model.hf import quiet
 from pipeline.sources import store
@@ -42,6 +43,7 @@ from pipeline.sources.terms import check_notice
 
 log = logging.getLogger(__name__)
 
+STAGE = Stage(name="convert-gguf", version=1, code=("pipeline.sources.embedded",))
 _TOOLS = ("gguf", "transformers", "torch")
 
 
@@ -142,9 +144,7 @@ class EmbeddedSource:
             raise IncompatibleError(
                 f"converting {self.file} needs {error.name}; run pip install 'enginesmith[build]'"
             ) from error
-        return digest_of(
-            {"gguf": self.sha256, "versions": versions, "code": source_digest(__name__)}
-        )
+        return digest_of({**STAGE.identity, "gguf": self.sha256, "versions": versions})
 
     def _convert(self, gguf: Path, folder: Path) -> tuple[FileDigest, ...]:
         """Write the Hugging Face folder of `gguf`."""

@@ -12,9 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.acceptance.acceptance import Acceptance
-from pipeline.acceptance.speed import SpeedSample, measure_speed, summarize
+from pipeline.acceptance.speed import measure_speed, summarize
+from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import RecipeError
-from pipeline.runners.session import Demands, Generation
+from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 from tests.specs import tiny_spec
@@ -37,7 +38,7 @@ class Scripted:
     prompts: list[Sequence[Sequence[int]]] = field(default_factory=list)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
         assert osl == LOAD.osl
         self.turns.append(self.name)
@@ -64,7 +65,7 @@ def acceptance(**changes: Any) -> Acceptance:
 
 
 def test_figures_follow_their_definitions() -> None:
-    sample = SpeedSample.of(generation(0.5, 2.0))
+    sample = SpeedSample.of_waves([generation(0.5, 2.0)], [([[1]] * 2, None)], 4)
     assert sample.output_tokens_per_s == pytest.approx(2 * 4 / 2.0)
     assert sample.ttft_ms == pytest.approx(500.0)
     assert sample.itl_ms == pytest.approx(1500.0 / 3)
@@ -77,13 +78,12 @@ def test_contenders_alternate_on_the_same_prompts_and_warm_up_is_discarded() -> 
     samples = measure_speed(
         LOAD, {"engine": engine, "transformers": baseline}, vocab_size=9, repeats=3, seed=0
     )
-    assert turns == ["engine", "transformers"] * 4
+    assert turns == ["engine", "transformers", "transformers", "engine"] * 2
     assert engine.prompts == baseline.prompts
     assert [run.output_tokens_per_s for run in samples["engine"]] == [8.0, 4.0, 2.0]
-    entry = summarize(LOAD, samples)
+    entry = summarize(LOAD, samples["engine"])
     assert entry["output_tokens_per_s"] == 4.0
     assert entry["samples"] == [8.0, 4.0, 2.0]
-    assert entry["ratio_to_transformers"] == 2.0
     assert entry["min_output_tokens_per_s"] == 1.0
 
 

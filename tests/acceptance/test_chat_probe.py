@@ -28,8 +28,8 @@ from pipeline.acceptance.chat_probe import (
 )
 from pipeline.acceptance.chat_prompts import CONVERSATIONS
 from pipeline.model.hf import load_tokenizer
-from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import Demands, Generation, Session
+from pipeline.runners.onnxruntime import graph_session
+from pipeline.runners.session import BatchOptions, Generation, Session
 from pipeline.runners.transformers import open_source
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -55,7 +55,7 @@ def source(model_dir: Path) -> Iterator[Session]:
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     """The same model as a graph."""
     out = tmp_path_factory.mktemp("graph")
-    return OnnxRuntimeSession(open_graph(write_graph(model_dir, out, context=CONTEXT)))
+    return graph_session(open_graph(write_graph(model_dir, out, context=CONTEXT)))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ class Wrapped:
         raise NotImplementedError
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
         raise NotImplementedError
 

@@ -22,8 +22,8 @@ from pipeline.acceptance.harness import (
 )
 from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
 from pipeline.model.hf import load_tokenizer
-from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import Demands, Generation, Session
+from pipeline.runners.onnxruntime import graph_session
+from pipeline.runners.session import BatchOptions, Generation, Session
 from pipeline.runners.transformers import open_source
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model
@@ -118,7 +118,7 @@ def source(model_dir: Path) -> Iterator[Session]:
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     out = tmp_path_factory.mktemp("graph")
-    return OnnxRuntimeSession(open_graph(write_graph(model_dir, out, context=CONTEXT)))
+    return graph_session(open_graph(write_graph(model_dir, out, context=CONTEXT)))
 
 
 class NotFinite:
@@ -128,7 +128,7 @@ class NotFinite:
         return np.full((len(tokens), 320), np.nan, np.float32)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, demands: BatchOptions | None = None
     ) -> Generation:
         raise NotImplementedError
 

@@ -31,7 +31,8 @@ from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.formats.spec import format_spec
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.quant.spec import quant_spec
-from pipeline.runners.session import Device, Session
+from pipeline.runners.runner import Device
+from pipeline.runners.session import Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
 from pipeline.runners.workload import Workload
 from tests import stand_in_card

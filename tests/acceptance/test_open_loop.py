@@ -18,8 +18,7 @@ from pipeline.acceptance.speed import measure_speed, rate_findings, summarize
 from pipeline.acceptance.speed_sample import achieved_rate
 from pipeline.plan.ceilings import Roofline
 from pipeline.runners.lengths import Lengths
-from pipeline.runners.session import Demands
-from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload
 from tests.acceptance.report_pages import Page, on_card
 
@@ -43,11 +42,12 @@ def test_arrivals_are_a_poisson_process_of_exactly_the_asked_rate() -> None:
 
 
 def test_all_requests_are_one_call_with_their_arrivals() -> None:
-    ((prompts, demands),) = LOAD.waves(LOAD.request_prompts(9, 1), 1)
+    ((prompts, options),) = LOAD.waves(LOAD.request_prompts(9, 1), 1)
     assert len(prompts) == 200
-    assert demands == Demands(osl_each=(4,) * 200, arrivals_s=LOAD.arrivals_s(1), max_concurrency=8)
-    assert Demands.of(demands.to_json()) == demands
-    assert Demands.of({}) is None
+    assert options == BatchOptions(
+        osl_each=(4,) * 200, arrivals_s=LOAD.arrivals_s(1), max_concurrency=8
+    )
+    assert BatchOptions.from_json(options.to_json()) == options
 
 
 def served(
@@ -105,16 +105,16 @@ class Server:
     """A session that answers as `served` does."""
 
     capacity: float
-    asked: list[Demands | None] = field(default_factory=list)
+    asked: list[BatchOptions | None] = field(default_factory=list)
 
-    def generate(self, prompts: Any, osl: int, demands: Demands | None = None) -> VllmGeneration:
-        assert demands is not None
-        self.asked.append(demands)
-        requests = tuple(served(list(demands.arrivals_s), 0.5, self.capacity))
+    def generate(self, prompts: Any, osl: int, options: BatchOptions | None = None) -> Generation:
+        assert options is not None
+        self.asked.append(options)
+        requests = tuple(served(list(options.arrivals_s), 0.5, self.capacity))
         ends = [(r.arrival_s or 0.0) + r.request_latency_ms / 1e3 for r in requests]
-        return VllmGeneration(
+        return Generation(
             tokens=np.zeros((len(prompts), osl), np.int64), ttft_s=0.1, total_s=max(ends),
-            lengths=demands.osl_each, requests=requests,
+            lengths=options.osl_each, requests=requests,
         )  # fmt: skip
 
     def logits(self, tokens: Any) -> Any:
@@ -128,7 +128,7 @@ def measured(capacity: float, workload: Workload = LOAD) -> dict[str, Any]:
     server = Server(capacity)
     samples = measure_speed(workload, {"engine": server}, vocab_size=9, repeats=3, seed=0)
     assert len(server.asked) == 4  # one warm-up
-    return summarize(workload, samples)
+    return summarize(workload, samples["engine"])
 
 
 def test_entry_has_the_asked_and_the_achieved_rate_and_latencies_from_the_arrival() -> None:

@@ -14,8 +14,8 @@ from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
 from pipeline.runners.lengths import Lengths
-from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import UNUSED_TOKEN, Demands, Generation, Session
+from pipeline.runners.onnxruntime import graph_session
+from pipeline.runners.session import UNUSED_TOKEN, BatchOptions, Generation, Session
 from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Workload
 from tests.formats.decoder.decoders import open_graph, write_graph
@@ -33,7 +33,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
     folder = tiny_model(tmp_path_factory.mktemp("model"))
     graph = open_graph(write_graph(folder, tmp_path_factory.mktemp("graph"), context=48))
     return {
-        "onnxruntime": OnnxRuntimeSession(graph),
+        "onnxruntime": graph_session(graph),
         "transformers": TransformersSession(load_model(folder, "float32")),
     }
 
@@ -59,10 +59,10 @@ def test_lengths_are_drawn_apart_from_the_prompts_and_repeat_with_the_seed() -> 
 def test_each_wave_has_the_lengths_of_its_own_requests() -> None:
     workload = load(requests=6, osl_distribution=Lengths(min=1))
     waves = workload.waves(workload.request_prompts(9, 3), 3)
-    told = [demands.osl_each for _, demands in waves if demands is not None]
+    told = [options.osl_each for _, options in waves if options is not None]
     assert sum(told, ()) == workload.output_lengths(3)
     assert [len(prompts) for prompts, _ in waves] == [2, 2, 2]
-    assert [demands for _, demands in load(requests=4).waves(((1,),) * 4, 0)] == [None, None]
+    assert [options for _, options in load(requests=4).waves(((1,),) * 4, 0)] == [None, None]
 
 
 @RUNTIMES
@@ -71,7 +71,7 @@ def test_row_ends_at_its_own_length_and_the_batch_at_its_longest(
 ) -> None:
     session = sessions[runtime]
     full = session.generate(PROMPTS, 9).tokens
-    made = session.generate(PROMPTS, 9, Demands(osl_each=(4, 1, 7)))
+    made = session.generate(PROMPTS, 9, BatchOptions(osl_each=(4, 1, 7)))
     assert made.lengths == made.output_lengths == (4, 1, 7)
     assert made.output_tokens == 12
     assert made.tokens.shape == (3, 7)  # nothing is computed after the last row has ended
@@ -89,16 +89,16 @@ def test_any_end_of_sequence_id_ends_a_row_and_counts(
     ends = frozenset({full[0][2], full[2][5]})
     wanted = [next((at + 1 for at, t in enumerate(row) if t in ends), 9) for row in full]
     assert min(wanted) < 9
-    made = session.generate(PROMPTS, 9, Demands(osl_each=(9, 9, 9), eos_token_ids=ends))
+    made = session.generate(PROMPTS, 9, BatchOptions(osl_each=(9, 9, 9), eos_token_ids=ends))
     assert list(made.output_lengths) == wanted
     assert made.tokens[0, wanted[0] - 1] in ends
 
 
 def test_static_batch_refuses_requests_that_arrive(sessions: dict[str, Session]) -> None:
-    demands = Demands(osl_each=(2, 2, 2), arrivals_s=(0.0, 0.1, 0.2))
+    options = BatchOptions(osl_each=(2, 2, 2), arrivals_s=(0.0, 0.1, 0.2))
     for session in sessions.values():
         with pytest.raises(RecipeError, match="use runner=vllm"):
-            session.generate(PROMPTS, 2, demands)
+            session.generate(PROMPTS, 2, options)
 
 
 def test_rate_counts_the_tokens_that_were_generated(sessions: dict[str, Session]) -> None:
@@ -108,7 +108,7 @@ def test_rate_counts_the_tokens_that_were_generated(sessions: dict[str, Session]
     wanted = sum(workload.output_lengths(0))
     assert wanted < 6 * 12
     assert {run.output_tokens for runs in samples.values() for run in runs} == {wanted}
-    entry = summarize(workload, samples)
+    entry = summarize(workload, samples["engine"])
     assert entry["mean_osl"] == pytest.approx(wanted / 6, abs=1e-3)
     assert entry["osl"] == 12
     assert entry["load"]["osl_distribution"] == {"min": 2, "mean": 5.0, "stdev": 3.0}
@@ -131,7 +131,7 @@ def test_end_of_sequence_makes_a_run_shorter_and_says_so(sessions: dict[str, Ses
     (run,) = samples["engine"]
     assert run.output_lengths[0] <= 4
     assert run.output_tokens == sum(run.output_lengths) < 24
-    assert summarize(workload, samples)["mean_osl"] == (run.output_tokens or 0) / 2
+    assert summarize(workload, samples["engine"])["mean_osl"] == (run.output_tokens or 0) / 2
 
 
 def test_end_of_sequence_of_a_model_that_has_none_is_a_fault(sessions: dict[str, Session]) -> None:
@@ -149,17 +149,17 @@ def ragged(*lengths: int, last: int = 7) -> Generation:
     return Generation(tokens=tokens, ttft_s=0.1, total_s=2.0, lengths=lengths)
 
 
-def sample(made: Generation, demands: Demands) -> SpeedSample:
-    return SpeedSample.of_waves([made], prompts=[PROMPTS], osl=9, demands=[demands])
+def sample(made: Generation, options: BatchOptions) -> SpeedSample:
+    return SpeedSample.of_waves([made], [(PROMPTS, options)], 9)
 
 
 def test_answer_that_is_short_without_an_end_is_no_measurement() -> None:
-    asked = Demands(osl_each=(4, 1, 7))
+    asked = BatchOptions(osl_each=(4, 1, 7))
     assert sample(ragged(4, 1, 7), asked).output_tokens_per_s == 12 / 2.0
     for wrong in (ragged(4, 1, 6), ragged(4, 2, 7), ragged(4, 1), ragged(4, 1, 7, 7)):
         with pytest.raises(PipelineError, match="its speed cannot be measured"):
             sample(wrong, asked)
-    ended = Demands(osl_each=(4, 1, 7), eos_token_ids=frozenset({7}))
+    ended = BatchOptions(osl_each=(4, 1, 7), eos_token_ids=frozenset({7}))
     assert sample(ragged(4, 1, 6), ended).output_tokens == 11
     for wrong in (ragged(4, 1, 6, last=8), ragged(5, 1, 7), ragged(4, 0, 7)):
         with pytest.raises(PipelineError, match="its speed cannot be measured"):
@@ -168,7 +168,7 @@ def test_answer_that_is_short_without_an_end_is_no_measurement() -> None:
 
 def test_ragged_answers_are_refused_where_equal_ones_were_asked() -> None:
     with pytest.raises(PipelineError, match="its speed cannot be measured"):
-        SpeedSample.of(ragged(4, 1, 7), prompts=PROMPTS, osl=7)
+        SpeedSample.of_waves([ragged(4, 1, 7)], [(PROMPTS, None)], 7)
 
 
 def test_new_keys_are_in_the_digest_unless_they_are_at_their_defaults(tmp_path: Path) -> None:

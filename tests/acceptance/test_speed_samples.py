@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from pipeline.acceptance import speed
 from pipeline.acceptance.sampler import Reading, Samples
-from pipeline.acceptance.speed import SpeedSample, measure_speed, spread_findings, summarize
+from pipeline.acceptance.speed import (
+    latency_percentiles,
+    measure_speed,
+    spread_findings,
+    summarize,
+)
+from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import PipelineError
-from pipeline.runners.session import Demands, Generation
-from pipeline.runners.vllm.timing import RequestTiming, VllmGeneration
+from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
@@ -39,7 +44,7 @@ class Answers:
     asked: list[tuple[int, int]] = field(default_factory=list)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
         self.asked.append((len(prompts), osl))
         return self.generations.pop(0)
@@ -57,37 +62,36 @@ def ran(total_s: float, ttft_s: float = 0.0, shape: tuple[int, ...] = (2, 4)) ->
     return Generation(tokens=np.zeros(shape, np.int64), ttft_s=ttft_s, total_s=total_s)
 
 
-def timed(total_s: float, *requests: RequestTiming) -> VllmGeneration:
-    return VllmGeneration(
+def timed(total_s: float, *requests: RequestTiming) -> Generation:
+    return Generation(
         tokens=np.zeros((2, 4), np.int64), ttft_s=0.02, total_s=total_s, requests=requests
     )
+
+
+def sample_of(*made: Generation) -> SpeedSample:
+    return SpeedSample.of_waves(made, [(PROMPTS, None)] * len(made), 4)
 
 
 def measured(*totals_s: float, load: Workload = LOAD) -> dict[str, Any]:
     """The entry of runs that took so long, after a warm-up."""
     session = Answers([ran(total) for total in (1.0, *totals_s)])
     samples = measure_speed(load, {"engine": session}, vocab_size=9, repeats=len(totals_s), seed=0)
-    return summarize(load, samples)
+    return summarize(load, samples["engine"])
 
 
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ((2, 3), r"2 answers of 4 tokens, got an array \[2, 3\]"),
-        ((1, 4), r"2 answers of 4 tokens, got an array \[1, 4\]"),
-        ((2, 5), r"got an array \[2, 5\]"),
-        ((2, 0), r"got an array \[2, 0\]"),
-        ((8,), r"got an array \[8\]"),
+        ((2, 3), "4 tokens of request 0, got 3"),
+        ((1, 4), "2 answers, got 1"),
+        ((2, 5), "4 tokens of request 0, got 5"),
+        ((2, 0), "4 tokens of request 0, got 0"),
+        ((8,), "2 answers, got 8"),
     ],
 )
 def test_other_tokens_than_asked_are_no_rate(shape: tuple[int, ...], told: str) -> None:
     with pytest.raises(PipelineError, match=told):
-        SpeedSample.of(ran(1.0, shape=shape), prompts=PROMPTS, osl=4)
-
-
-def test_no_tokens_are_no_rate_even_where_none_were_promised() -> None:
-    with pytest.raises(PipelineError, match="cannot be measured"):
-        SpeedSample.of(ran(1.0, shape=(2, 0)))
+        sample_of(ran(1.0, shape=shape))
 
 
 @pytest.mark.parametrize(
@@ -97,19 +101,19 @@ def test_no_tokens_are_no_rate_even_where_none_were_promised() -> None:
 )  # fmt: skip
 def test_times_that_no_run_has_are_no_rate(total_s: float, ttft_s: float) -> None:
     with pytest.raises(PipelineError, match="no run takes such a time"):
-        SpeedSample.of(ran(total_s, ttft_s))
+        sample_of(ran(total_s, ttft_s))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
 def test_request_times_that_cannot_be_are_no_rate(bad: float) -> None:
-    SpeedSample.of(timed(1.0, timing(20.0, 400.0)))
+    sample_of(timed(1.0, timing(20.0, 400.0)))
     with pytest.raises(PipelineError, match="a request's time that is negative or not a number"):
-        SpeedSample.of(timed(1.0, timing(20.0, bad)))
+        sample_of(timed(1.0, timing(20.0, bad)))
 
 
 def test_short_warm_up_is_refused_too() -> None:
     session = Answers([ran(1.0, shape=(2, 3)), ran(1.0)])
-    with pytest.raises(PipelineError, match="got an array"):
+    with pytest.raises(PipelineError, match="4 tokens of request 0, got 3"):
         measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=1, seed=0)
 
 
@@ -122,7 +126,7 @@ def test_prompt_tokens_count_in_the_total_rate() -> None:
 def test_without_request_times_latencies_are_plain_medians() -> None:
     session = Answers([ran(9.0), ran(1.0, 0.2), ran(2.0, 0.5), ran(4.0, 0.7)])
     samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
-    entry = summarize(LOAD, samples)
+    entry = summarize(LOAD, samples["engine"])
     assert entry["ttft_ms"] == 500.0
     assert entry["itl_ms"] == 500.0
     assert "request_latency_ms" not in entry
@@ -136,7 +140,7 @@ def test_percentiles_are_over_the_requests_of_all_runs() -> None:
     warm_up = timed(9.0, timing(999.0, 999.0), timing(999.0, 999.0))
     session = Answers([warm_up, *runs])
     samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
-    entry = summarize(LOAD, samples)
+    entry = summarize(LOAD, samples["engine"])
     times = [10.0, 15.0, 20.0, 25.0, 30.0, 35.0]
     for name, percent in (("p50", 50), ("p90", 90), ("p99", 99)):
         assert entry["ttft_ms"][name] == pytest.approx(np.percentile(times, percent), abs=1e-3)
@@ -150,20 +154,31 @@ def test_percentiles_are_over_the_requests_of_all_runs() -> None:
 
 
 def test_gaps_of_a_batch_are_the_mean_of_its_requests_where_they_are_told() -> None:
-    sample = SpeedSample.of(timed(1.0, timing(20.0, 300.0), timing(20.0, 600.0)))
+    sample = sample_of(timed(1.0, timing(20.0, 300.0), timing(20.0, 600.0)))
     assert sample.itl_ms == pytest.approx(150.0)
     assert sample.ttft_ms == pytest.approx(20.0)
 
 
+def test_percentiles_interpolate_and_one_token_has_no_gap() -> None:
+    requests = [
+        RequestTiming(ttft_ms=float(n), request_latency_ms=10.0 * n, itl_ms=None)
+        for n in range(101)
+    ]
+    figures = latency_percentiles(requests)
+    assert figures["ttft_ms"] == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert figures["request_latency_ms"]["p90"] == 900.0
+    assert "itl_ms" not in figures
+
+
 def test_waves_count_as_one_run() -> None:
     waves = [ran(1.0, 0.1), ran(3.0, 0.3)]
-    sample = SpeedSample.of_waves(waves, prompts=[PROMPTS, PROMPTS], osl=4)
+    sample = sample_of(*waves)
     assert sample.output_tokens_per_s == pytest.approx(16 / 4.0)
     assert sample.total_tokens_per_s == pytest.approx(36 / 4.0)
     assert sample.ttft_ms == pytest.approx(200.0)
     assert sample.itl_ms == pytest.approx(600.0)
-    with pytest.raises(PipelineError, match="got an array"):
-        SpeedSample.of_waves([ran(1.0), ran(1.0, shape=(2, 3))], osl=4)
+    with pytest.raises(PipelineError, match="4 tokens of request 0, got 3"):
+        sample_of(ran(1.0), ran(1.0, shape=(2, 3)))
 
 
 @dataclass
@@ -191,32 +206,33 @@ def series(seconds: float, energy_j: float | None, *memory: int) -> Samples:
 
 def on_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(speed, "device_samples", card.samples)
-    sessions = {name: Answers([ran(1.0)] * 3) for name in ("engine", "transformers")}
-    return summarize(LOAD, measure_speed(LOAD, sessions, vocab_size=9, repeats=2, seed=0))
+    session = Answers([ran(1.0)] * 3)
+    samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=2, seed=0)
+    return summarize(LOAD, samples["engine"])
 
 
-def test_card_is_sampled_in_the_engines_timed_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card([series(2.0, 400.0, 5, 9), series(3.0, 400.0, 8, 7)])
+def test_figures_of_the_card_are_of_the_timed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up = series(9.0, 900.0, 99, 99)
+    card = Card([warm_up, series(2.0, 400.0, 5, 9), series(3.0, 400.0, 8, 7)])
     entry = on_card(card, monkeypatch)
-    assert card.opened == 2
+    assert card.opened == 3
     assert entry["peak_memory_bytes"] == 9
     assert entry["mean_power_w"] == pytest.approx(800.0 / 5.0)
     assert entry["joules_per_token"] == pytest.approx(800.0 / 16)
     assert [run["mean_power_w"] for run in entry["runs"]] == [200.0, pytest.approx(133.33)]
-    assert "peak_memory_bytes" not in entry["transformers"]
 
 
 def test_card_without_an_energy_counter_still_tells_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entry = on_card(Card([series(2.0, None, 5, 9), series(3.0, 4.0, 8, 7)]), monkeypatch)
+    entry = on_card(Card([Samples(), series(2.0, None, 5, 9), series(3.0, 4.0, 8, 7)]), monkeypatch)
     assert entry["peak_memory_bytes"] == 9
     assert "mean_power_w" not in entry
     assert "joules_per_token" not in entry
 
 
 def test_without_a_card_there_are_no_figures_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = on_card(Card([Samples(), Samples()]), monkeypatch)
+    entry = on_card(Card([Samples(), Samples(), Samples()]), monkeypatch)
     assert not entry.keys() & {"peak_memory_bytes", "mean_power_w", "joules_per_token"}
 
 

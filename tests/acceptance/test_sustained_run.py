@@ -14,8 +14,8 @@ from pipeline.acceptance.sustained_run import SustainedRun, run_sustained
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
 from pipeline.runners.lengths import Lengths
-from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import CacheClearing, Demands, Generation
+from pipeline.runners.onnxruntime import graph_session
+from pipeline.runners.session import BatchOptions, CacheClearing, Generation
 from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Workload
 from tests.acceptance.report_pages import Page, on_card
@@ -36,9 +36,9 @@ class Watched(TransformersSession):
         super().__init__(model)
         self.done: list[str] = []
 
-    def generate(self, prompts: Any, osl: int, demands: Demands | None = None) -> Generation:
+    def generate(self, prompts: Any, osl: int, options: BatchOptions | None = None) -> Generation:
         self.done.append(f"generate {len(prompts)}")
-        return super().generate(prompts, osl, demands)
+        return super().generate(prompts, osl, options)
 
     def clear_cache(self) -> None:
         self.done.append("clear")
@@ -82,7 +82,7 @@ def test_cache_is_cleared_after_each_batch_only_where_asked(session: Watched) ->
 
 
 def test_session_without_a_cache_to_clear_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    twin = OnnxRuntimeSession(open_graph(write_graph(model_dir, tmp_path, context=32)))
+    twin = graph_session(open_graph(write_graph(model_dir, tmp_path, context=32)))
     assert not isinstance(twin, CacheClearing)
     with pytest.raises(RecipeError, match=r"acceptance\.sustained\.clear_cache"):
         run(twin, clear=True)
@@ -90,8 +90,10 @@ def test_session_without_a_cache_to_clear_is_refused(model_dir: Path, tmp_path: 
 
 def test_session_that_gives_too_few_tokens_is_not_run_for_minutes(session: Watched) -> None:
     class Short(Watched):
-        def generate(self, prompts: Any, osl: int, demands: Demands | None = None) -> Generation:
-            return super().generate(prompts, osl, Demands(osl_each=(2,) * len(prompts)))
+        def generate(
+            self, prompts: Any, osl: int, options: BatchOptions | None = None
+        ) -> Generation:
+            return super().generate(prompts, osl, BatchOptions(osl_each=(2,) * len(prompts)))
 
     short = Short(session._model)
     with pytest.raises(PipelineError, match="its speed cannot be measured"):

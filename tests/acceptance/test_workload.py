@@ -15,9 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.acceptance.speed import measure_speed, summarize
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import digest_of
+from pipeline.runners.decode import DecoderSession
 from pipeline.runners.lengths import Lengths
-from pipeline.runners.onnxruntime import OnnxRuntimeSession
-from pipeline.runners.session import Demands, Generation
+from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Workload
 from tests.formats.decoder.decoders import open_graph, write_graph
@@ -241,16 +241,16 @@ def test_share_of_the_ceiling_keeps_the_load() -> None:
     )
 
 
-class Watched(OnnxRuntimeSession):
+class Watched(DecoderSession):
     """A real session that notes what it is asked."""
 
     asked: list[list[list[int]]]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: Demands | None = None
+        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
         self.asked.append([list(prompt) for prompt in prompts])
-        return super().generate(prompts, osl, demands)
+        return super().generate(prompts, osl, options)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def session(model_dir: Path, tmp_path: Path) -> Watched:
-    watched = Watched(open_graph(write_graph(model_dir, tmp_path, context=32)))
+    graph = open_graph(write_graph(model_dir, tmp_path, context=32))
+    watched = Watched(graph.bind, context=32, logits_per_step=32)
     watched.asked = []
     return watched
 
@@ -271,7 +272,7 @@ def test_ragged_waves_run_on_a_real_session(session: Watched) -> None:
     prompts = [list(prompt) for prompt in workload.request_prompts(VOCAB_SIZE, 0)]
     waves = [prompts[0:2], prompts[2:4], prompts[4:6]]
     assert session.asked == waves * 5
-    entry = summarize(workload, samples)
+    entry = summarize(workload, samples["engine"])
     assert len(entry["samples"]) == 3
     read = sum(len(prompt) for prompt in prompts)
     assert entry["mean_isl"] == pytest.approx(read / 6, abs=1e-3)
@@ -292,4 +293,4 @@ def test_waves_of_equal_prompts_run_on_the_baseline_too(model_dir: Path, session
         vocab_size=VOCAB_SIZE, repeats=1, seed=0,
     )  # fmt: skip
     assert {run.output_tokens for runs in samples.values() for run in runs} == {16}
-    assert "mean_isl" not in summarize(PLAIN, {"engine": samples["engine"]})
+    assert "mean_isl" not in summarize(PLAIN, samples["engine"])

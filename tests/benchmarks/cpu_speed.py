@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.formats.trtrtx.graph_writer import write_weights
 from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
 from pipeline.quant.unified import UnifiedCheckpoint
-from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.session import Session
 from pipeline.runners.transformers import open_source
 
@@ -51,7 +51,7 @@ def main(weights_dir: Path) -> None:
             path = Path(folder) / f"context-{context}.onnx"
             model = build_decoder(checkpoint, slots, context=context, activation="float32")
             save_graph(model, path)
-            sessions[f"graph, context {context}"] = OnnxRuntimeSession(OnnxRuntimeGraph(path))
+            sessions[f"graph, context {context}"] = graph_session(OnnxRuntimeGraph(path))
         rng = np.random.default_rng(0)
         for batch in BATCHES:
             prompts = rng.integers(0, checkpoint.spec.vocab_size, (batch, ISL)).tolist()

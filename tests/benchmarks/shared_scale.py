@@ -34,7 +34,7 @@ from pipeline.model.hf import load_tokenizer
 from pipeline.quant import export, modelopt
 from pipeline.quant.verify import Ledger
 from pipeline.runners.transformers import open_source
-from pipeline.runners.vllm.runner import VllmRunner
+from pipeline.runners.vllm import VllmRunner
 from pipeline.sources.text.windows import pack_windows
 
 RUNNER = VllmRunner(

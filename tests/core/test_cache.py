@@ -7,19 +7,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.core.atomic_folder import PREFIX
-from pipeline.core.cache import RECORD, StageCache, digest_folder, source_digest
+from pipeline.core.cache import RECORD, StageCache, digest_folder, require_files
+from pipeline.core.errors import CorruptError
+from pipeline.core.stages import Stage
 
+S = Stage(name="s", version=1, code=())
+T = Stage(name="t", version=1, code=())
 ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys, time
 from pathlib import Path
 from pipeline.core.cache import StageCache
+from pipeline.core.stages import Stage
 
 root, seconds = Path(sys.argv[1]), float(sys.argv[2])
 
@@ -29,7 +35,7 @@ def produce(out):
         stream.write("x")
     time.sleep(seconds)
 
-print(StageCache(root=root).run("s", {"a": 1}, produce).dir)
+print(StageCache(root=root).run(Stage(name="s", version=1, code=()), {"a": 1}, produce).dir)
 """
 
 
@@ -60,8 +66,8 @@ def partials(root: Path) -> list[Path]:
 
 def test_second_run_is_taken_from_the_cache(tmp_path: Path) -> None:
     cache, calls = StageCache(root=tmp_path), list[str]()
-    first = cache.run("s", {"a": 1}, writing("one", calls))
-    second = cache.run("s", {"a": 1}, writing("two", calls))
+    first = cache.run(S, {"a": 1}, writing("one", calls))
+    second = cache.run(S, {"a": 1}, writing("two", calls))
     assert calls == ["one"]
     assert (first.cached, second.cached) == (False, True)
     assert (first.dir, first.key, first.digest) == (second.dir, second.key, second.digest)
@@ -71,20 +77,21 @@ def test_second_run_is_taken_from_the_cache(tmp_path: Path) -> None:
 
 def test_key_changes_with_inputs_and_stage(tmp_path: Path) -> None:
     cache, calls = StageCache(root=tmp_path), list[str]()
-    runs: list[tuple[str, dict[str, Any]]] = [
-        ("s", {"a": 1}),
-        ("s", {"a": 2}),
-        ("s", {"a": 1, "b": None}),
-        ("t", {"a": 1}),
+    runs: list[tuple[Stage, dict[str, Any]]] = [
+        (S, {"a": 1}),
+        (S, {"a": 2}),
+        (S, {"a": 1, "b": None}),
+        (T, {"a": 1}),
+        (replace(S, version=2), {"a": 1}),
     ]
     keys = {cache.run(stage, inputs, writing("x", calls)).key for stage, inputs in runs}
-    assert len(keys) == len(calls) == 4
+    assert len(keys) == len(calls) == 5
 
 
 def test_key_ignores_the_order_of_inputs(tmp_path: Path) -> None:
     cache, calls = StageCache(root=tmp_path), list[str]()
-    cache.run("s", {"a": 1, "b": 2}, writing("x", calls))
-    assert cache.run("s", {"b": 2, "a": 1}, writing("x", calls)).cached
+    cache.run(S, {"a": 1, "b": 2}, writing("x", calls))
+    assert cache.run(S, {"b": 2, "a": 1}, writing("x", calls)).cached
 
 
 def test_outputs_digest_follows_content_and_not_mtimes(tmp_path: Path) -> None:
@@ -101,24 +108,30 @@ def test_outputs_digest_follows_content_and_not_mtimes(tmp_path: Path) -> None:
 
 def test_touched_result_still_counts(tmp_path: Path) -> None:
     cache, calls = StageCache(root=tmp_path), list[str]()
-    made = cache.run("s", {}, writing("one", calls))
+    made = cache.run(S, {}, writing("one", calls))
     os.utime(made.dir / "result.txt", (0, 0))
-    assert cache.run("s", {}, writing("two", calls)).cached
+    assert cache.run(S, {}, writing("two", calls)).cached
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no record", "half a record"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "flipped", "extra", "no record", "half a record"]
+)
 def test_damaged_result_is_made_again(tmp_path: Path, damage: str) -> None:
     cache, calls = StageCache(root=tmp_path), list[str]()
-    made = cache.run("s", {}, writing("one", calls)).dir
+    made = cache.run(S, {}, writing("one", calls)).dir
     if damage == "missing":
         (made / "result.txt").unlink()
     elif damage == "truncated":
         (made / "result.txt").write_text("o")
+    elif damage == "flipped":
+        (made / "result.txt").write_text("eno")
+    elif damage == "extra":
+        (made / "planted.txt").write_text("nobody made this")
     elif damage == "no record":
         (made / RECORD).unlink()
     else:
         (made / RECORD).write_text((made / RECORD).read_text()[:40])
-    again = cache.run("s", {}, writing("two", calls))
+    again = cache.run(S, {}, writing("two", calls))
     assert calls == ["one", "two"]
     assert not again.cached
     assert (again.dir / "result.txt").read_text() == "two"
@@ -135,9 +148,9 @@ def test_exception_removes_the_private_folder_and_finishes_nothing(
         raise error
 
     with pytest.raises(error):
-        cache.run("s", {}, fail)
+        cache.run(S, {}, fail)
     assert list((tmp_path / "stages" / "s").iterdir()) == []
-    assert not cache.run("s", {}, writing("one", calls)).cached
+    assert not cache.run(S, {}, writing("one", calls)).cached
 
 
 def test_killed_run_leaves_nothing_that_counts_as_finished(tmp_path: Path) -> None:
@@ -148,7 +161,7 @@ def test_killed_run_leaves_nothing_that_counts_as_finished(tmp_path: Path) -> No
     child.communicate(timeout=10)
     (leftover,) = partials(root)
     calls: list[str] = []
-    made = StageCache(root=root).run("s", {"a": 1}, writing("again", calls))
+    made = StageCache(root=root).run(S, {"a": 1}, writing("again", calls))
     assert calls == ["again"]
     assert (made.dir / "result.txt").read_text() == "again"
     assert not leftover.exists()
@@ -166,44 +179,28 @@ def test_of_two_processes_with_one_key_one_produces(tmp_path: Path) -> None:
 
 
 def test_record_holds_inputs_and_every_file(tmp_path: Path) -> None:
-    made = StageCache(root=tmp_path).run("s", {"a": 1}, writing("one", []))
+    made = StageCache(root=tmp_path).run(S, {"a": 1}, writing("one", []))
     record = json.loads((made.dir / RECORD).read_text())
-    assert record["inputs"] == {"a": 1}
+    assert record["inputs"] == {**S.identity, "a": 1}
     assert [file["path"] for file in record["files"]] == ["result.txt"]
 
 
-def test_source_digest_imports_nothing_of_the_module() -> None:
-    code = (
-        "import sys; from pipeline.core.cache import source_digest;"
-        "source_digest('pipeline.quant.simulate');"
-        "print([m for m in ('torch', 'pipeline.quant.simulate') if m in sys.modules])"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_fetched_files_are_digested_again_before_they_are_used(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("one")
+    files = digest_folder(tmp_path)
+    require_files(tmp_path, files)
+    (tmp_path / "weights").write_text("two")
+    with pytest.raises(CorruptError, match="weights is not the file that was fetched"):
+        require_files(tmp_path, files)
 
 
-def test_source_digest_changes_with_a_file_and_not_with_its_mtime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "digested_package"
-    (package / "below").mkdir(parents=True)
-    for file in ("__init__.py", "one.py", "below/__init__.py", "below/two.py", "data.yaml"):
-        (package / file).write_text("x = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    whole, module = source_digest("digested_package"), source_digest("digested_package.one")
-    os.utime(package / "one.py", (0, 0))
-    assert source_digest("digested_package") == whole
-    (package / "below" / "two.py").write_text("x = 2\n")
-    changed = source_digest("digested_package")
-    assert changed != whole
-    assert source_digest("digested_package.one") == module
-    (package / "data.yaml").write_text("x: 2\n")
-    assert source_digest("digested_package") != changed
-    (package / "one.py").write_text("x = 2\n")
-    assert source_digest("digested_package.one") != module
-
-
-def test_source_digest_of_an_unknown_module_is_a_bug() -> None:
-    with pytest.raises(ModuleNotFoundError):
-        source_digest("pipeline.no_such_module")
+def test_cpu_graph_of_a_build_is_found_by_its_key_while_it_is_there(tmp_path: Path) -> None:
+    cache = StageCache(root=tmp_path)
+    made = cache.run(S, {}, writing("graph", [])).dir
+    cache.keep_cpu_graph("a" * 64, made)
+    assert cache.cpu_graph("a" * 64) == made
+    assert cache.cpu_graph("b" * 64) is None
+    (made / "result.txt").unlink()
+    (made / RECORD).unlink()
+    made.rmdir()
+    assert cache.cpu_graph("a" * 64) is None

@@ -52,5 +52,5 @@ def test_log_gets_a_line_now_and_then(
 
     assert [record.getMessage() for record in caplog.records] == [
         "Downloading x",
-        "Downloading x: 50 of 100 MB, 2.0 MB/s, 25 s left",
+        "Downloading x: 50 of 100 MB, 2.0 MB/s, about 25 s left",
     ]

@@ -135,5 +135,8 @@ def test_full_shape_races_against_bfloat16(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    race = json.loads((tmp_path / "race/race.json").read_text())
-    assert race["verdict"] == "measured"
+    report = json.loads((tmp_path / "race/report.json").read_text())
+    assert report["verdict"] == "measured"
+    (entry,) = report["speed"]
+    assert entry["peers"]["vllm-bf16"]["ratio"]["rounds"] == 2
+    assert report["conditions"]["card"] == this_card().card

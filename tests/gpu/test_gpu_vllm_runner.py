@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.acceptance.card import condition_findings
 from pipeline.acceptance.quality import log_softmax
 from pipeline.acceptance.sampler import device_samples
+from pipeline.acceptance.speed import latency_percentiles
 from pipeline.acceptance.speed_sample import achieved_rate
 from pipeline.core.cache import StageCache
 from pipeline.core.nvml import Conditions, read_conditions
@@ -23,11 +24,10 @@ from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.model.random_model import write_random_model
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.simulate import load_simulation
-from pipeline.runners.session import CacheClearing, Demands
+from pipeline.runners.child import ChildSession
+from pipeline.runners.session import BatchOptions, CacheClearing
 from pipeline.runners.transformers import TransformersRunner
-from pipeline.runners.vllm.runner import VllmRunner
-from pipeline.runners.vllm.session import VllmSession
-from pipeline.runners.vllm.timing import latency_percentiles
+from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.calibration import Calibration
 from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights
@@ -58,7 +58,7 @@ SLACK_BYTES = 64 << 20
 @dataclass(frozen=True, kw_only=True)
 class Run:
     kv_cache_dtype: str
-    session: VllmSession
+    session: ChildSession
     engine: Engine
     before: Conditions
 
@@ -168,7 +168,10 @@ def test_every_request_gets_its_tokens_and_its_times(run: Run) -> None:
     with device_samples() as samples:
         generation = run.session.generate(prompts, 128)
     print(conditions())
-    print(f"{generation.output_tokens_per_s:.0f} tok/s", latency_percentiles(generation.requests))
+    print(
+        f"{generation.output_tokens / generation.total_s:.0f} tok/s",
+        latency_percentiles(generation.requests),
+    )
     print(f"{samples.seconds:.2f} s, {len(samples.readings)} readings, {samples.mean_power_w} W")
     print(f"{samples.joules_per_token(4 * 128)} J/token, peak {samples.peak_memory_bytes}")
     assert generation.tokens.shape == (4, 128)
@@ -187,11 +190,11 @@ def test_each_request_ends_at_its_own_length_or_at_an_end_of_sequence_id(run: Ru
     prompts = windows()
     alone = run.session.generate(prompts[:1], 12).tokens[0].tolist()
     each = (3, 12, 1, 7)
-    made = run.session.generate(prompts, 12, Demands(osl_each=each))
+    made = run.session.generate(prompts, 12, BatchOptions(osl_each=each))
     assert made.output_lengths == each
     ends = frozenset({alone[4]})
-    demands = Demands(osl_each=(12,), eos_token_ids=ends)
-    ended = run.session.generate(prompts[:1], 12, demands)
+    options = BatchOptions(osl_each=(12,), eos_token_ids=ends)
+    ended = run.session.generate(prompts[:1], 12, options)
     assert ended.tokens[0].tolist() == alone[: alone.index(alone[4]) + 1]
     assert run.session.generate(prompts[:1], 12).output_lengths == (12,)
 
@@ -201,7 +204,7 @@ def test_requests_that_arrive_are_timed_from_their_arrival(run: Run) -> None:
     prompts = windows() * 4
     load = Workload(name="r", batch=8, isl=96, osl=16, request_rate=8.0, requests=16)
     arrivals = load.arrivals_s(0)
-    slow = run.session.generate(prompts, 16, Demands(osl_each=(16,) * 16, arrivals_s=arrivals))
+    slow = run.session.generate(prompts, 16, BatchOptions(osl_each=(16,) * 16, arrivals_s=arrivals))
     assert slow.output_lengths == (16,) * 16
     assert [request.arrival_s for request in slow.requests] == list(arrivals)
     assert slow.total_s > arrivals[-1]
@@ -209,7 +212,7 @@ def test_requests_that_arrive_are_timed_from_their_arrival(run: Run) -> None:
     print(f"asked 8.0, achieved {rate}", latency_percentiles(slow.requests))
     assert rate is not None
     assert rate > 0.9 * 8.0
-    one_by_one = Demands(osl_each=(16,) * 16, arrivals_s=(0.0,) * 16, max_concurrency=1)
+    one_by_one = BatchOptions(osl_each=(16,) * 16, arrivals_s=(0.0,) * 16, max_concurrency=1)
     queued = run.session.generate(prompts, 16, one_by_one)
     ttft = [request.ttft_ms for request in queued.requests]
     assert ttft == sorted(ttft)

@@ -69,13 +69,13 @@ def test_keep_16bit_doubles_the_bytes_of_what_it_picks(ask: Ask) -> None:
     assert kept.sizes.kept_16bit_extra_bytes == extra
     assert plain.sizes.quantized_params - kept.sizes.quantized_params == extra
     scales = 30 * 2 * 4
-    assert kept.sizes.checkpoint_bytes - plain.sizes.checkpoint_bytes == extra - scales
+    assert kept.sizes.weight_bytes - plain.sizes.weight_bytes == extra - scales
     assert kept.sizes.step_weight_bytes - plain.sizes.step_weight_bytes == extra - scales
 
 
 def test_unquantized_weights_take_two_bytes_each(ask: Ask) -> None:
     sizes = make_plan(ask("smollm2", precision="bf16", kv_cache_dtype="bfloat16")).sizes
-    assert sizes.checkpoint_bytes == 2 * 134_515_008
+    assert sizes.weight_bytes == 2 * 134_515_008
     assert sizes.quantized_params == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 
 from pipeline.config.folders import config_folders
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import IncompatibleError, RecipeError
 from pipeline.registry.manifest import manifest_at
 from pipeline.registry.policy import require_manifest_publishable
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.rehearse.command import compose
+from pipeline.rehearse.command import compose, run_rehearsal
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -54,6 +55,8 @@ def test_every_recipe_is_rehearsed_in_every_format(recipe: str, tmp_path: Path) 
     trtllm = next(entry for entry in result["formats"] if entry["format"] == "trtllm")
     assert "not run: trtllm-build --checkpoint_dir" in trtllm["detail"]
     assert not (tmp_path / "artifacts").exists()
+    assert "Published" not in done.stderr
+    assert "Made a key" not in done.stderr
 
     store = FolderRegistry(path=tmp_path / "kept" / "registry").store()
     places = store.places()
@@ -101,3 +104,16 @@ def test_kept_folder_must_be_empty(tmp_path: Path) -> None:
     assert done.returncode == 8
     assert "not empty" in done.stderr
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine"]
+
+
+def test_plain_install_says_how_to_install_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def without_torch(name: str) -> object:
+        return None if name in {"torch", "transformers"} else find_spec(name)
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", without_torch)
+    with pytest.raises(IncompatibleError, match=r"needs torch, transformers.*'\.\[build\]'"):
+        run_rehearsal("phi3", (), full_size=False, keep=tmp_path / "kept", config_dir=None)
+    assert not (tmp_path / "kept").exists()

@@ -15,14 +15,13 @@ from pipeline.config import load as config
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.plan import Plan, refuse
-from pipeline.runners.abilities import needed, why_not_workload
 from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner
-from pipeline.runners.session import Ability, Runner
+from pipeline.runners.runner import Ability, Runner, needed_abilities, why_not_workload
+from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import TransformersRunner
-from pipeline.runners.trtllm.runner import TrtLlmRunner
-from pipeline.runners.trtrtx.runner import TrtRtxRunner
-from pipeline.runners.vllm.runner import VllmRunner
+from pipeline.runners.trtllm import TrtLlmRunner
+from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
 from tests.acceptance.test_acceptance_speed import acceptance
 
@@ -62,10 +61,10 @@ EVERYTHING = set(LOADS)
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_each_runner_says_what_it_executes(runner: Runner, executed: set[Ability]) -> None:
-    assert why_not_workload(runner.name, runner.abilities, PLAIN) == ()
+    assert why_not_workload(runner, PLAIN) == ()
     for ability, load in LOADS.items():
-        assert needed(load) == (ability,)
-        told = why_not_workload(runner.name, runner.abilities, load)
+        assert needed_abilities(load) == (ability,)
+        told = why_not_workload(runner, load)
         assert bool(told) == (ability not in executed)
         assert all(ability in why and "runner=vllm" in why for why in told)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.core.errors import RecipeError
-from pipeline.runners.decode import generate_greedy, prefill, stream_greedy
-from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.decode import generate_greedy, prefill
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
+from pipeline.runners.transformers import open_source
 from tests.formats.decoder.decoders import random_prompt
 
 PROMPT = random_prompt(10, seed=3)
@@ -22,24 +24,18 @@ def continuation(graph: OnnxRuntimeGraph, count: int) -> list[int]:
 @pytest.mark.parametrize(
     ("batch", "prompts", "shown"),
     [
-        (1, [[]], r"got 1 prompts of \[0\] tokens"),
-        (2, [[5, 6], []], r"got 2 prompts of \[2, 0\] tokens"),
-        (1, [[5] * 49], r"got 1 prompts of \[49\] tokens"),
-        (2, [[5]], r"got 1 prompts of \[1\] tokens"),
-        (1, [[5], [6]], r"got 2 prompts of \[1, 1\] tokens"),
+        (1, [[]], "wanted one or more of 1 token or more"),
+        (1, [], "got 0 prompts, wanted one or more"),
+        (1, [[5] * 49], "a prompt of 49 tokens .* holds 48 tokens of a request"),
+        (2, [[5]], "got 1 prompts; wanted 2"),
+        (1, [[5], [6]], "got 2 prompts; wanted 1"),
     ],
 )
 def test_prefill_refuses_prompts_that_do_not_fit(
     graph: OnnxRuntimeGraph, batch: int, prompts: list[list[int]], shown: str
 ) -> None:
-    with pytest.raises(RecipeError, match=shown) as refused:
+    with pytest.raises(RecipeError, match=shown):
         prefill(graph.bind(batch), prompts)
-    assert f"wanted {batch} of 1 to 48 tokens each" in str(refused.value)
-
-
-def test_prefill_refuses_no_prompts(graph: OnnxRuntimeGraph) -> None:
-    with pytest.raises(RecipeError, match="got 0 prompts"):
-        prefill(graph.bind(1), [])
 
 
 def test_prompt_as_long_as_the_context_gets_one_token(graph: OnnxRuntimeGraph) -> None:
@@ -67,25 +63,38 @@ def test_generation_ends_at_the_asked_number(graph: OnnxRuntimeGraph) -> None:
 def test_stream_stops_at_any_end_of_sequence_id_and_keeps_it_back(
     graph: OnnxRuntimeGraph, end: int
 ) -> None:
-    tokens = continuation(graph, 12)
+    session, tokens = graph_session(graph), continuation(graph, 12)
     # The first of several ids that comes ends the stream, whichever it is in the set.
-    first = tokens.index(tokens[end])
-    later = tokens[-1]
-    eos = frozenset({tokens[end], later, 319})
-    expected = tokens[: min(first, tokens.index(later))]
-    streamed = list(stream_greedy(graph.bind(1), PROMPT, max_new_tokens=12, eos_token_ids=eos))
-    assert streamed == expected
-    assert not eos & set(streamed)
+    eos = frozenset({tokens[end], tokens[-1], 319})
+    expected = tokens[: min(tokens.index(tokens[end]), tokens.index(tokens[-1]))]
+    assert list(session.stream(PROMPT, 12, eos)) == expected
+    assert list(session.stream(PROMPT, 12, frozenset({tokens[0]}))) == []
+    assert list(session.stream(PROMPT, 12, frozenset())) == tokens
 
 
-def test_stream_whose_first_token_ends_it_is_empty(graph: OnnxRuntimeGraph) -> None:
-    eos = frozenset({continuation(graph, 1)[0]})
-    assert list(stream_greedy(graph.bind(1), PROMPT, max_new_tokens=9, eos_token_ids=eos)) == []
+def test_prompt_that_fills_the_context_is_refused_not_answered_with_nothing(
+    graph: OnnxRuntimeGraph,
+) -> None:
+    with pytest.raises(RecipeError, match="48 tokens leaves no room for an answer"):
+        list(graph_session(graph).stream([5] * 48, 10, frozenset()))
+    assert len(list(graph_session(graph).stream([5] * 47, 10, frozenset()))) == 2
 
 
-def test_stream_without_an_end_gives_the_greedy_tokens(graph: OnnxRuntimeGraph) -> None:
-    streamed = stream_greedy(graph.bind(1), PROMPT, max_new_tokens=12, eos_token_ids=frozenset())
-    assert list(streamed) == continuation(graph, 12)
+def test_transformers_answers_as_the_graph(graph: OnnxRuntimeGraph, model_dir: Path) -> None:
+    import numpy as np
+
+    twice = [PROMPT, random_prompt(10, seed=13)]
+    own = graph_session(graph)
+    with open_source(model_dir) as source:
+        for prompt in (PROMPT, random_prompt(1), random_prompt(20, seed=12)):
+            streamed = list(source.stream(prompt, 24, frozenset()))
+            assert streamed == list(own.stream(prompt, 24, frozenset()))
+        stop = frozenset({streamed[5], 319})
+        assert list(source.stream(prompt, 24, stop)) == list(own.stream(prompt, 24, stop))
+        np.testing.assert_allclose(source.logits(PROMPT), own.logits(PROMPT), rtol=0, atol=1e-3)
+        made = source.generate(twice, 16)
+    assert made.tokens.tolist() == own.generate(twice, 16).tokens.tolist()
+    assert 0 < made.ttft_s < made.total_s
 
 
 def test_stale_cache_does_not_change_answers(graph: OnnxRuntimeGraph) -> None:
@@ -136,7 +145,7 @@ def test_cache_is_one_buffer_bound_once_as_past_and_present(
 def test_session_gives_the_logits_of_every_position(graph: OnnxRuntimeGraph) -> None:
     import numpy as np
 
-    session = OnnxRuntimeSession(graph)
+    session = graph_session(graph)
     logits = session.logits(PROMPT)
     assert logits.shape == (len(PROMPT), 320)
     last = prefill(graph.bind(1), [PROMPT]).logits[0]
@@ -144,7 +153,7 @@ def test_session_gives_the_logits_of_every_position(graph: OnnxRuntimeGraph) -> 
 
 
 def test_session_serves_batches_of_changing_size(graph: OnnxRuntimeGraph) -> None:
-    session = OnnxRuntimeSession(graph)
+    session = graph_session(graph)
     wanted = continuation(graph, 6)
     for batch in (1, 3, 1):
         made = session.generate([PROMPT] * batch, 6)

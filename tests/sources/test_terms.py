@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pipeline.core.values import Licence, WeightSource
-from pipeline.identity import shaping_config
 from pipeline.sources.embedded import EmbeddedSource
 from pipeline.sources.hub import HubSource
 from pipeline.sources.local import LocalSource
@@ -76,13 +75,6 @@ def test_terms_of_gated_weights_say_where_to_read_them() -> None:
     terms = HubSource(**HUB, gated=True, acknowledge_licence="MIT").terms
     assert (terms.gated, terms.acknowledged) == (True, "MIT")
     assert terms.read_at == "the page of acme/tiny on the Hub"
-
-
-def test_acknowledgement_changes_no_key_but_a_notice_does() -> None:
-    base = {"source": {"licence": "MIT", "notice": ""}}
-    acknowledged = {"source": {**base["source"], "acknowledge_licence": "MIT"}}
-    assert shaping_config(acknowledged) == shaping_config(base)
-    assert shaping_config({"source": {"licence": "MIT", "notice": "x"}}) != shaping_config(base)
 
 
 def test_table_of_licences_is_sound() -> None:

@@ -1,11 +1,10 @@
-"""A report as one self-contained HTML page for people; see `page.render_page`.
+"""Reports as self-contained HTML pages for people.
 
-sections.py  what the page says, section by section
-charts.py    its plots, as inline SVG; matplotlib is imported there and nowhere else
-markup.py    escaping, tags, tables, numbers
-page.css     how it looks, in light and dark
+document.py     a page as plain values, and what draws it: page.html.j2 and page.css
+report_page.py  acceptance's report as such a page; measured.py has its timed parts
+charts.py       plots as inline SVG; matplotlib is imported there and nowhere else
 """
 
-from pipeline.acceptance.page.page import render_page
+from pipeline.acceptance.page.report_page import Signing, render_page
 
-__all__ = ["render_page"]
+__all__ = ["Signing", "render_page"]

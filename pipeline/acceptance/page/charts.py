@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.acceptance.page.markup import Html, escaped, tag
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -63,6 +61,10 @@ LOOKS: dict[str, dict[str, Any]] = {
 """How each kind of series is drawn."""
 
 
+Plot = tuple[str, str]
+"""Caption, and SVG that is markup."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Series:
     """Points of one colour: `look` is a key of `LOOKS`; `raw` holds single runs behind them."""
@@ -83,7 +85,7 @@ def installed() -> bool:
     return True
 
 
-def throughput_chart(series: Sequence[Series], caption: str) -> Html:
+def throughput_chart(series: Sequence[Series], caption: str) -> Plot:
     """Output tokens per second over batch, both axes logarithmic."""
 
     def draw(figure: Figure) -> None:
@@ -126,7 +128,7 @@ def _plain(value: float, _: int) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:g}"
 
 
-def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Html:
+def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Plot:
     """p50, p90 and p99 of each workload in milliseconds, as a line with three marks."""
 
     def draw(figure: Figure) -> None:
@@ -163,7 +165,7 @@ def time_chart(
     shaded: Sequence[tuple[float, float]] = (),
     levels: Sequence[float] = (),
     least_span: float = 1.0,
-) -> Html:
+) -> Plot:
     """One figure over time.
 
     Args:
@@ -196,9 +198,10 @@ def time_chart(
     return _svg(draw, caption, height=2.4)
 
 
-def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Html:
+def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Plot:
     """A figure of the page; `height` in inches, the width is 4.4."""
     import matplotlib as mpl
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
     # The salt names the ids inside the SVG: the same report gives the same page.
@@ -221,6 +224,5 @@ def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Html
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
-    label = escaped(caption)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return tag("figure", tag("figcaption", caption), Html(text))
+    svg = Markup('<svg role="img" aria-label="{}" ').format(caption)
+    return caption, svg + Markup(text.removeprefix("<svg "))

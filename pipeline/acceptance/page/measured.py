@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.acceptance.page import charts
 from pipeline.acceptance.page.charts import Series
-from pipeline.acceptance.page.markup import (
-    DASH,
-    Html,
-    facts,
-    number,
-    printable,
-    section,
-    table,
-    tag,
-    with_small,
-)
-from pipeline.acceptance.page.sections import NOTHING, mark
+from pipeline.acceptance.page.document import Block, Cell, Charts, Facts, Heading, Section, Table
+from pipeline.acceptance.page.words import DASH, mebibytes, number, percent
 from pipeline.acceptance.speed import MIN_ACHIEVED_SHARE
 
 Entry = Mapping[str, Any]
@@ -37,21 +27,26 @@ _COSTS = (
 )
 
 
-def speed(report: Entry) -> Html:
-    """Median, spread and comparison of every workload."""
+def mark(kept: bool | None) -> Cell:
+    """Whether a limit is kept, in a word; colour only repeats it."""
+    if kept is None:
+        return Cell(DASH)
+    return Cell("met" if kept else "missed", tone="good" if kept else "bad")
+
+
+def speed(report: Entry) -> Section | None:
+    """Median and spread of every workload."""
     entries: Sequence[Entry] = report["speed"]
     if not entries:
-        return NOTHING
-    headings = ("workload", "tokens/s", "Transformers", "ratio", "required", "result")
+        return None
     rows = [
         (
             _workload(entry["workload"], entry),
-            with_small(number(entry["output_tokens_per_s"]), _spread(entry.get("samples", ()))),
-            number(entry.get("transformers", {}).get("output_tokens_per_s")),
-            _times(entry.get("ratio_to_transformers")), *_required(entry),
+            Cell(number(entry["output_tokens_per_s"]), small=_spread(entry.get("samples", ()))),
+            *_required(entry),
         )
         for entry in entries
-    ]  # fmt: skip
+    ]
     device = report["conditions"].get("card") or report["conditions"]["device"]
     lead = (
         f"Measured on {device}. Output tokens per second of the whole batch, prefill included: the "
@@ -59,49 +54,52 @@ def speed(report: Entry) -> Html:
     )
     if not _on_card(report):
         lead += f" It says nothing about the speed on {report['card']}."
-    chart = _throughput_charts(entries, {}) if not _on_card(report) else NOTHING
-    parts = (table(headings, rows), _request_rates(entries), _costs(entries), chart)
-    return section("Speed", *parts, lead=lead)
+    blocks: list[Block] = [
+        Table(headings=("workload", "tokens/s", "required", "result"), rows=rows),
+        *_request_rates(entries),
+        *_costs(entries),
+        *(() if _on_card(report) else _throughput_charts(entries, {})),
+    ]
+    return Section(title="Speed", blocks=blocks, lead=lead)
 
 
-def _request_rates(entries: Sequence[Entry]) -> Html:
+def _request_rates(entries: Sequence[Entry]) -> list[Block]:
     """What arrived against what was answered, where requests arrive at a rate."""
-    open_loop = [entry for entry in entries if entry.get("request_rate")]
-    if not open_loop:
-        return NOTHING
     rows = []
-    for entry in open_loop:
-        asked, achieved = (float(entry["request_rate"][key]) for key in ("asked", "achieved"))
-        kept = mark(achieved >= MIN_ACHIEVED_SHARE * asked)
-        rows.append((_workload(entry["workload"], entry), number(asked), number(achieved), kept))
-    told = (
+    for entry in entries:
+        if rate := entry.get("request_rate"):
+            asked, achieved = float(rate["asked"]), float(rate["achieved"])
+            kept = mark(achieved >= MIN_ACHIEVED_SHARE * asked)
+            workload = _workload(entry["workload"], entry)
+            rows.append((workload, number(asked), number(achieved), kept))
+    small = (
         "Requests a second. They arrive whether or not the others have been answered, and times "
         f"count from the arrival; {MIN_ACHIEVED_SHARE:.0%} must be kept up with."
     )
     headings = ("workload", "arrive", "answered", "result")
-    return Html(tag("h3", "Request rate") + tag("p", told, class_="small") + table(headings, rows))
+    table = Table(headings=headings, rows=rows)
+    return [Heading(text="Request rate", small=small), table] if rows else []
 
 
-def _costs(entries: Sequence[Entry]) -> Html:
+def _costs(entries: Sequence[Entry]) -> list[Block]:
     """Memory and energy, where they were measured."""
     known = [cost for cost in _COSTS if any(entry.get(cost[0]) is not None for entry in entries)]
-    if not known:
-        return NOTHING
     rows = [
         (entry["workload"], *(number(_scaled(entry.get(key), scale)) for key, _, scale in known))
         for entry in entries
     ]
     headings = ("workload", *(name for _, name, _ in known))
-    return Html(tag("h3", "Memory and energy") + table(headings, rows))
+    table = Table(headings=headings, rows=rows)
+    return [Heading(text="Memory and energy"), table] if known else []
 
 
-def targets(report: Entry, plan: Entry) -> Html:
+def targets(report: Entry, plan: Entry) -> Section | None:
     """What the recipe wants of the card, what the card allows, and what was reached."""
     planned: Sequence[Entry] = plan.get("workloads", ())
     on_card = _on_card(report)
     if not planned:
-        chart = _throughput_charts(report["speed"], {}) if on_card else NOTHING
-        return section("Throughput over batch", chart) if chart else NOTHING
+        plots = _throughput_charts(report["speed"], {}) if on_card else []
+        return Section(title="Throughput over batch", blocks=plots) if plots else None
     rows = []
     for load in planned:
         entry = _entry_of(report, load) if on_card else None
@@ -111,24 +109,24 @@ def targets(report: Entry, plan: Entry) -> Html:
         rows.append((
             _workload(load["name"], load), number(target),
             "not run" if rate is None else number(rate), mark(kept),
-            with_small(number(load["ceiling"]), f"bound by {load['bound']}"),
-            _percent(load["share"]), _percent(None if rate is None else rate / load["ceiling"]),
+            Cell(number(load["ceiling"]), small=f"bound by {load['bound']}"),
+            percent(load["share"]), percent(None if rate is None else rate / load["ceiling"]),
         ))  # fmt: skip
     headings = ["workload", "target", "measured", "result", "ceiling", "target / ceiling"]
     headings.append("measured / ceiling")
-    card = report["card"]
     lead = (
-        f"Output tokens per second on {card}. The ceiling is what its memory bandwidth and tensor "
-        "peak allow a decode step at most, without speculation."
+        f"Output tokens per second on {report['card']}. The ceiling is what its memory bandwidth "
+        "and tensor peak allow a decode step at most, without speculation."
     )
     if not on_card:
         lead += " Nothing was measured on this card."
     ceilings = {load["name"]: load for load in planned}
-    chart = _throughput_charts(report["speed"] if on_card else (), ceilings)
-    return section("Targets on the card", table(headings, rows), chart, lead=lead)
+    plots = _throughput_charts(report["speed"] if on_card else (), ceilings)
+    blocks: list[Block] = [Table(headings=headings, rows=rows), *plots]
+    return Section(title="Targets on the card", blocks=blocks, lead=lead)
 
 
-def latency(report: Entry) -> Html:
+def latency(report: Entry) -> Section | None:
     """Percentiles where there are any, else medians."""
     timed = {
         key: [entry for entry in report["speed"] if entry.get(key) is not None]
@@ -136,7 +134,7 @@ def latency(report: Entry) -> Html:
     }
     keys = [key for key, entries in timed.items() if entries]
     if not keys:
-        return NOTHING
+        return None
     rows = [
         (entry["workload"], *(_percentiles(entry.get(key)) for key in keys))
         for entry in report["speed"]
@@ -146,7 +144,7 @@ def latency(report: Entry) -> Html:
     lead = "Milliseconds: medians over the runs. Percentiles of requests were not measured."
     for key in keys:
         drawn = [
-            (printable(entry["workload"])[:24], [float(entry[key][p]) for p in _PERCENTILES])
+            (str(entry["workload"])[:24], [float(entry[key][p]) for p in _PERCENTILES])
             for entry in timed[key]
             if isinstance(entry[key], Mapping) and entry[key].keys() >= set(_PERCENTILES)
         ]
@@ -154,85 +152,86 @@ def latency(report: Entry) -> Html:
             lead = "Milliseconds: the median, and what 90 % and 99 % of the requests keep to."
         if drawn and charts.installed():
             plots.append(charts.latency_chart(drawn, _LATENCIES[key].capitalize()))
-    chart = tag("div", *plots, class_="charts") if plots else NOTHING
     headings = ["workload", *(_LATENCIES[key] for key in keys)]
-    return section("Latency", table(headings, rows), chart, lead=lead)
+    blocks: list[Block] = [Table(headings=headings, rows=rows), *_beside(plots)]
+    return Section(title="Latency", blocks=blocks, lead=lead)
 
 
-def _percentiles(value: object) -> Html:
+def _percentiles(value: object) -> Cell:
     """A median, with the percentiles that there are below it."""
     figures = value if isinstance(value, Mapping) else {"p50": value}
     others = [f"{name}\u00a0{number(figures[name])}" for name in figures if name != "p50"]
-    return with_small(number(figures.get("p50")), " \u00b7 ".join(others))
+    return Cell(number(figures.get("p50")), small=" \u00b7 ".join(others))
 
 
-def sustained(report: Entry) -> Html:
+def sustained(report: Entry) -> Section | None:
     """Throughput and memory of a long run over time."""
     run = report.get("sustained")
     if not run:
-        return NOTHING
-    samples, figures, limits = run["samples"], run.get("figures"), run["limits"]
-    told: dict[str, object] = {"workload": run["workload"]}
+        return None
+    figures, limits = run.get("figures"), run["limits"]
+    pairs: list[tuple[str, object]] = [("workload", run["workload"])]
     if figures:
-        growth = figures["memory_growth_bytes"]
-        told |= {
-            "judged": f"{figures['duration_s'] / 60:.1f} minutes",
-            "first window": number(figures["first_tokens_per_s"], "tok/s"),
-            "last window": number(figures["last_tokens_per_s"], "tok/s"),
-            "drop": f"{figures['throughput_drop']:.1%} "
-            f"({limits['max_throughput_drop']:.1%} allowed)",
-            "memory growth": DASH
-            if growth is None
-            else f"{growth / 2**20:.1f} MiB "
-            f"({limits['max_memory_growth_bytes'] / 2**20:.1f} MiB allowed)",
-        }
+        drop = f"{figures['throughput_drop']:.1%} ({limits['max_throughput_drop']:.1%} allowed)"
+        growth, allowed = figures["memory_growth_bytes"], limits["max_memory_growth_bytes"]
+        grown = DASH if growth is None else f"{mebibytes(growth)} ({mebibytes(allowed)} allowed)"
+        pairs += [
+            ("compared", f"{figures['duration_s'] / 60:.1f} minutes"),
+            ("first window", number(figures["first_tokens_per_s"], "tok/s")),
+            ("last window", number(figures["last_tokens_per_s"], "tok/s")),
+            ("drop", drop),
+            ("memory growth", grown),
+        ]
     else:
-        told["judged"] = "no: too short a run, or too few samples"
-    told |= _cache_cleared(run.get("cache_cleared"))
-    plots: list[Html] = []
-    if samples and charts.installed():
-        minutes = [sample["t_s"] / 60 for sample in samples]
-        rates = [sample["output_tokens_per_s"] for sample in samples]
-        windows, levels = _windows(samples, limits, figures)
-        plots.append(
-            charts.time_chart(
-                minutes, rates, "Throughput over time", "output tokens per second",
-                shaded=windows, levels=levels,
-            )
-        )  # fmt: skip
-        if _complete(samples, "memory_bytes"):
-            # The change: a leak of megabytes cannot be seen beside gigabytes of weights.
-            grown = [(s["memory_bytes"] - samples[0]["memory_bytes"]) / 2**20 for s in samples]
-            caption = "Device memory against its start"
-            allowed = limits["max_memory_growth_bytes"] / 2**20
-            plots.append(charts.time_chart(minutes, grown, caption, "MiB", least_span=allowed))
-        for key, caption, unit in (
-            ("temperature_c", "Temperature over time", "\u00b0C"),
-            ("power_w", "Power over time", "W"),
-        ):
-            if _complete(samples, key):
-                values = [sample[key] for sample in samples]
-                plots.append(charts.time_chart(minutes, values, caption, unit))
-    chart = tag("div", *plots, class_="charts") if plots else NOTHING
-    lead = "Medians of the first and the last window are compared; the warm-up is not judged."
-    return section("Sustained run", facts(told), chart, lead=lead)
+        pairs.append(("compared", "no: too short a run, or too few samples"))
+    pairs += _cache_cleared(run.get("cache_cleared"))
+    lead = "Medians of the first and the last window are compared; the warm-up does not count."
+    blocks: list[Block] = [Facts(pairs=pairs), *_beside(_sustained_charts(run))]
+    return Section(title="Sustained run", blocks=blocks, lead=lead)
 
 
-def _cache_cleared(run: Entry | None) -> dict[str, object]:
+def _sustained_charts(run: Entry) -> list[tuple[str, str]]:
+    """Rate, memory, temperature and power over time, as far as they were sampled."""
+    samples, limits = run["samples"], run["limits"]
+    if not samples or not charts.installed():
+        return []
+    minutes = [sample["t_s"] / 60 for sample in samples]
+    rates = [sample["output_tokens_per_s"] for sample in samples]
+    windows, levels = _windows(samples, limits, run.get("figures"))
+    plots = [
+        charts.time_chart(
+            minutes, rates, "Throughput over time", "output tokens per second",
+            shaded=windows, levels=levels,
+        )
+    ]  # fmt: skip
+    if _complete(samples, "memory_bytes"):
+        # The change: a leak of megabytes cannot be seen beside gigabytes of weights.
+        grown = [(s["memory_bytes"] - samples[0]["memory_bytes"]) / 2**20 for s in samples]
+        allowed = limits["max_memory_growth_bytes"] / 2**20
+        caption = "Device memory against its start"
+        plots.append(charts.time_chart(minutes, grown, caption, "MiB", least_span=allowed))
+    for key, caption, unit in (
+        ("temperature_c", "Temperature over time", "\u00b0C"),
+        ("power_w", "Power over time", "W"),
+    ):
+        if _complete(samples, key):
+            values = [sample[key] for sample in samples]
+            plots.append(charts.time_chart(minutes, values, caption, unit))
+    return plots
+
+
+def _cache_cleared(run: Entry | None) -> list[tuple[str, object]]:
     """What freeing the allocator's cache after each batch changed in a second run."""
     if not run:
-        return {}
+        return []
     effect, figures = run["effect"], run.get("figures") or {}
     rate, memory = effect["throughput_change"], effect["memory_change_bytes"]
-    growth = figures.get("memory_growth_bytes")
-    return {
-        "cache freed after each batch": "a second run as long",
-        "its throughput": DASH if rate is None else f"{rate:+.1%}".replace("-", "\u2212"),
-        "its memory": DASH
-        if memory is None
-        else f"{memory / 2**20:+.1f} MiB".replace("-", "\u2212"),
-        "its memory growth": DASH if growth is None else f"{growth / 2**20:.1f} MiB",
-    }
+    return [
+        ("cache freed after each batch", "a second run as long"),
+        ("its throughput", DASH if rate is None else f"{rate:+.1%}".replace("-", "\u2212")),
+        ("its memory", mebibytes(memory, "+.1f")),
+        ("its memory growth", mebibytes(figures.get("memory_growth_bytes"))),
+    ]
 
 
 def _complete(samples: Sequence[Entry], key: str) -> bool:
@@ -251,36 +250,35 @@ def _windows(
     return windows, [figures["first_tokens_per_s"], figures["last_tokens_per_s"]]
 
 
-def _throughput_charts(entries: Sequence[Entry], planned: Mapping[str, Entry]) -> Html:
+def _throughput_charts(entries: Sequence[Entry], planned: Mapping[str, Entry]) -> list[Block]:
     """One plot for each pair of prompt and output length that has at least two batches."""
     if not charts.installed():
-        return NOTHING
+        return []
     # What arrives at a rate is not faster with a larger batch.
     entries = [entry for entry in entries if not entry.get("request_rate")]
-    everything = [*entries, *planned.values()]
-    lengths = sorted({(load["isl"], load["osl"]) for load in everything})
     plots = []
-    for isl, osl in lengths:
+    for isl, osl in sorted({(load["isl"], load["osl"]) for load in (*entries, *planned.values())}):
         mine = _of_lengths(entries, isl, osl)
         plan = _of_lengths(planned.values(), isl, osl)
         if len({load["batch"] for load in (*mine, *plan)}) < 2:
             continue
-        baseline = [entry for entry in mine if entry.get("transformers")]
         wanted = [load for load in plan if load["target"] is not None]
         raw = [(e["batch"], rate) for e in mine for rate in e.get("samples", ())]
         series = [
             _series("engine", "engine", mine, [e["output_tokens_per_s"] for e in mine], raw),
-            _series("Transformers", "baseline", baseline,
-                    [e["transformers"]["output_tokens_per_s"] for e in baseline]),
             _series("ceiling of the card", "ceiling", plan, [load["ceiling"] for load in plan]),
             _series("target", "target", wanted, [load["target"] for load in wanted]),
-        ]  # fmt: skip
+        ]
         caption = f"Throughput over batch, {isl} prompt and {osl} output tokens"
         plots.append(charts.throughput_chart([one for one in series if one.x], caption))
-    return tag("div", *plots, class_="charts") if plots else NOTHING
+    return _beside(plots)
 
 
-def _of_lengths(loads: Any, isl: int, osl: int) -> list[Entry]:
+def _beside(plots: Sequence[tuple[str, str]]) -> list[Block]:
+    return [Charts(plots=plots)] if plots else []
+
+
+def _of_lengths(loads: Iterable[Entry], isl: int, osl: int) -> list[Entry]:
     found = [load for load in loads if (load["isl"], load["osl"]) == (isl, osl)]
     return sorted(found, key=lambda load: int(load["batch"]))
 
@@ -309,7 +307,7 @@ def _entry_of(report: Entry, load: Entry) -> Entry | None:
     return None
 
 
-def _required(entry: Entry) -> tuple[object, Html]:
+def _required(entry: Entry) -> tuple[object, Cell]:
     """What the recipe demands of a workload here, and whether it is met."""
     least = entry.get("min_output_tokens_per_s")
     if least is None:
@@ -317,7 +315,7 @@ def _required(entry: Entry) -> tuple[object, Html]:
     return number(least, "tok/s"), mark(bool(entry["output_tokens_per_s"] >= least))
 
 
-def _workload(name: str, load: Entry) -> Html:
+def _workload(name: str, load: Entry) -> Cell:
     """A workload with its sizes below the name."""
     rate = load.get("request_rate")
     count = f"batch {load['batch']}"
@@ -327,7 +325,7 @@ def _workload(name: str, load: Entry) -> Html:
     isl, osl = (load.get(f"mean_{key}", load[key]) for key in ("isl", "osl"))
     if (isl, osl) != (load["isl"], load["osl"]):
         lengths += f" at most, {isl:.0f}\u00a0+\u00a0{osl:.0f} in the mean"
-    return with_small(name, f"{count} \u00b7 {lengths}")
+    return Cell(name, small=f"{count} \u00b7 {lengths}")
 
 
 def _spread(samples: Sequence[float]) -> str:
@@ -342,11 +340,3 @@ def _spread(samples: Sequence[float]) -> str:
 
 def _scaled(value: object, scale: float) -> float | None:
     return value / scale if isinstance(value, (int, float)) else None
-
-
-def _times(value: float | None) -> str:
-    return DASH if value is None else f"{value:.2f}\u00a0\u00d7"
-
-
-def _percent(value: float | None) -> str:
-    return DASH if value is None else f"{value:.0%}"

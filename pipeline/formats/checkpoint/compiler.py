@@ -10,13 +10,16 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, digest_folder, source_digest
+from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.checkpoint.spec import SPEC
 from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
+
+STAGE = Stage(name="pack", version=1, code=("pipeline.formats.checkpoint",))
 
 _NOT_SERVED = frozenset({"calibration.json", "stage.json"})
 
@@ -69,15 +72,15 @@ class CheckpointCompiler:
 
     def inputs(self, target: Target) -> dict[str, Any]:
         return {
+            **STAGE.identity,
             "kv_cache_dtype": self.kv_cache_dtype,
-            "code": source_digest("pipeline.formats.checkpoint.compiler"),
         }
 
     def compile(
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
     ) -> Engine:
         result = cache.run(
-            "pack",
+            STAGE,
             {"checkpoint": checkpoint.digest, **self.inputs(target)},
             lambda out: self._produce(checkpoint.dir, out / "engine"),
         )

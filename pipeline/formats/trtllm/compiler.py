@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, StageResult, digest_folder, source_digest
+from pipeline.core.cache import StageCache, StageResult, digest_folder
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError, ToolError
 from pipeline.core.hardware import GIB, Target
 from pipeline.core.process import last_lines
 from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtllm.command import (
     CHECKPOINT,
@@ -43,7 +44,7 @@ from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
-_CODE = ("pipeline.formats.trtllm",)
+STAGE = Stage(name="compile-trtllm", version=1, code=("pipeline.formats.trtllm",))
 
 WAYS_ON = """\
 three ways on:
@@ -150,12 +151,12 @@ class TrtLlmCompiler:
 
     def inputs(self, target: Target) -> dict[str, Any]:
         return {
+            **STAGE.identity,
             "command": list(self.command),
             "convert": self.conversion.inputs(),
             "card": target.card,
             "sm": target.sm,
             "tools": {NAME: VERSION},
-            "code": source_digest(*_CODE),
         }
 
     def check_machine(self, target: Target) -> None:
@@ -176,7 +177,7 @@ class TrtLlmCompiler:
         environment = probe_environment(place, log_dir / "probe.log")
         converted = convert_trtllm(checkpoint.dir, checkpoint.digest, self.conversion, cache)
         result = cache.run(
-            "compile",
+            STAGE,
             {
                 "checkpoint": converted.digest,
                 "environment": environment.shaping,

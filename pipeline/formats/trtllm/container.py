@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
-from pipeline.core.process import last_lines
+from pipeline.core.process import Started, last_lines
 from pipeline.formats.trtllm.docker_engine import connect
 from pipeline.formats.trtllm.preflight import NO_GPU_RUNTIME, require_image
 
@@ -129,6 +130,59 @@ def run_container(
             if timed_out
             else _hint(container, state["ExitCode"], oom=state["OOMKilled"]),
         )
+
+
+@contextlib.contextmanager
+def interactive_container(container: Container, *, stage: str) -> Iterator[Started]:
+    """The `docker run` that joins a container's standard streams, for the caller to start.
+
+    Leaving the context removes the container, whatever became of the command.
+
+    Args:
+        container: What to run.
+        stage: Names the work in the container's name.
+
+    Raises:
+        IncompatibleError: No `docker` program, engine or image.
+        AccessError: The user may not use Docker.
+    """
+    if shutil.which("docker") is None:
+        raise IncompatibleError(
+            "the docker program is not on the PATH; install the Docker CLI beside its engine"
+        )
+    with connect() as client:
+        require_image(client, container.image)
+        remove_stale(client)
+        name = f"enginesmith-{stage}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            yield Started(command=_docker_run(container, name))
+        finally:
+            remove(client, name)
+
+
+def _docker_run(container: Container, name: str) -> tuple[str, ...]:
+    """`docker run` with what `_start` asks of the engine."""
+    options = [
+        *("--interactive", "--init", "--name", name, "--log-driver", "none", "--network", "none"),
+        *("--label", f"{OWNER_LABEL}={owner_of(os.getpid())}"),
+        *("--user", f"{os.getuid()}:{os.getgid()}"),
+        *("--tmpfs", f"{_HOME}:exec,mode=1777"),
+    ]
+    for key, value in {"HOME": _HOME, "USER": "enginesmith", **container.env}.items():
+        options += ["--env", f"{key}={value}"]
+    for item in container.shared:
+        mount = f"type=bind,source={item.source.resolve()},target={item.target}"
+        options += ["--mount", f"{mount},readonly" if item.read_only else mount]
+    chosen = {
+        "--memory": container.memory_bytes,
+        "--memory-swap": container.memory_bytes,
+        "--shm-size": container.shm_bytes,
+        "--gpus": "all" if container.gpus else None,
+    }
+    for flag, setting in chosen.items():
+        if setting:
+            options += [flag, str(setting)]
+    return ("docker", "run", *options, container.image, *container.command)
 
 
 def _start(

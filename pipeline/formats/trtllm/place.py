@@ -9,11 +9,12 @@ none, and on this machine the Hub's clients are told to stay offline.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +22,13 @@ from typing import Literal
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import Gpu, find_gpu, probe_gpus
 from pipeline.core.hardware import Target, card_name
-from pipeline.core.process import run_tool
-from pipeline.formats.trtllm.container import Container, Shared, run_container
+from pipeline.core.process import Started, run_tool
+from pipeline.formats.trtllm.container import (
+    Container,
+    Shared,
+    interactive_container,
+    run_container,
+)
 from pipeline.formats.trtllm.preflight import image_digest, preflight
 from pipeline.formats.trtllm.release import BUILD_PROGRAM, CUDA, IMAGE_BYTES, SHM_BYTES, VERSION
 
@@ -95,24 +101,57 @@ class Place:
             ToolError: It failed, ran out of memory or ran out of time.
             IncompatibleError: The container could not be started here.
         """
-        env = {**_OFFLINE, "CUDA_VISIBLE_DEVICES": self.gpu.uuid}
         times = {"timeout_s": timeout_s, "heartbeat_s": heartbeat_s}
-        if self.program is not None:
-            # A caller with a foreign uid in an image has a HOME that cannot be written.
-            with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
-                env["HOME"] = home
-                run_tool(command, stage=stage, log_path=log_path, env=env, **times)
+        if self.program is None:
+            container = self._container(command, shared)
+            run_container(container, stage=stage, log_path=log_path, **times)
             return
-        container = Container(
+        with self._local(command) as local:
+            run_tool(local.command, stage=stage, log_path=log_path, env=local.env, **times)
+
+    @contextlib.contextmanager
+    def interactive(
+        self, command: Sequence[str], shared: Sequence[Shared], *, stage: str
+    ) -> Iterator[Started]:
+        """What starts a program that the caller speaks with over its standard streams.
+
+        Leaving the context removes what was made for it; the caller has ended it by then.
+
+        Args:
+            command: As of `run`, like the rest.
+            shared: See `command`.
+            stage: See `command`.
+
+        Raises:
+            IncompatibleError: No `docker` program, engine or image.
+        """
+        if self.program is None:
+            opened = interactive_container(self._container(command, shared), stage=stage)
+        else:
+            opened = self._local(command)
+        with opened as started:
+            yield started
+
+    @property
+    def _env(self) -> dict[str, str]:
+        return {**_OFFLINE, "CUDA_VISIBLE_DEVICES": self.gpu.uuid}
+
+    @contextlib.contextmanager
+    def _local(self, command: Sequence[str]) -> Iterator[Started]:
+        """On this machine: a caller with a foreign uid in an image has a HOME it cannot write."""
+        with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
+            yield Started(command=tuple(command), env={**self._env, "HOME": home})
+
+    def _container(self, command: Sequence[str], shared: Sequence[Shared]) -> Container:
+        return Container(
             image=self.image,
             command=tuple(command),
             shared=tuple(shared),
-            env=env,
+            env=self._env,
             memory_bytes=self.memory_bytes,
             shm_bytes=SHM_BYTES,
             gpus=True,
         )
-        run_container(container, stage=stage, log_path=log_path, **times)
 
 
 def choose_place(

@@ -18,10 +18,11 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, digest_folder, source_digest
+from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtrtx.child import CompileJob, Profile, run_child
 from pipeline.formats.trtrtx.linears import node_names
@@ -35,10 +36,14 @@ from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
-_CODE = (
-    "pipeline.formats.trtrtx.compiler",
-    "pipeline.formats.trtrtx.child",
-    "pipeline.formats.trtrtx.plan_text",
+STAGE = Stage(
+    name="compile-trtrtx",
+    version=1,
+    code=(
+        "pipeline.formats.trtrtx.compiler",
+        "pipeline.formats.trtrtx.child",
+        "pipeline.formats.trtrtx.plan_text",
+    ),
 )
 
 
@@ -127,10 +132,10 @@ class TrtRtxCompiler:
         """What shapes the engine beside its graph and its checkpoint."""
         profiles = [dataclasses.asdict(profile) for profile in self.profiles]
         return {
+            **STAGE.identity,
             "sm": target.sm,
             "profiles": json.loads(json.dumps(profiles)),
             "tools": {PACKAGE: compiler_version()},
-            "code": source_digest(*_CODE),
         }
 
     def compile(
@@ -148,7 +153,7 @@ class TrtRtxCompiler:
             log_path=log_dir / "network-check.log",
         )
         result = cache.run(
-            "compile",
+            STAGE,
             {
                 "checkpoint": checkpoint.digest,
                 "graph": graph_digest(graphs, RTX_GRAPH),
@@ -167,7 +172,6 @@ class TrtRtxCompiler:
             limits=self.limits,
             min_vram_bytes=plan_bytes + self._cache_bytes(spec),
             twin_dir=graphs.dir,
-            twin_key=graphs.key,
             tools={**checkpoint_tools(checkpoint), PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
         )

@@ -83,7 +83,8 @@ def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str
         transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])
         product = w.op("MatMul", [read, transposed], linear.name)
         if f"{linear.module}.bias" in w.checkpoint.tensors:
-            bias = w.weight_as_activation(f"{linear.name}.bias", f"{linear.module}.bias")
+            stored = f"{linear.module}.bias"
+            bias = w.weight_as_activation(f"{linear.name}.bias", stored, linear.rows)
             product = w.op("Add", [product, bias], f"{linear.name}.biased")
         outputs.append(product)
     return outputs

@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cache import RECORD, StageCache, StageResult, source_digest
+from pipeline.core.cache import StageCache, StageResult
+from pipeline.core.stages import Stage
 from pipeline.core.values import digest_of
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder, save_graph
@@ -34,10 +35,12 @@ GRAPH_CODE = (
     "pipeline.formats.trtrtx.graph_writer",
     "pipeline.formats.trtrtx.linears",
     "pipeline.formats.trtrtx.onnx_graph",
+    "pipeline.formats.trtrtx.stage",
     "pipeline.model.rope",
     "pipeline.quant.unified",
 )
-"""The modules that shape the bytes of a graph; not those of other formats, nor this one."""
+"""The modules that shape the bytes of a graph; not those of other formats."""
+STAGE = Stage(name="convert", version=1, code=GRAPH_CODE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,9 @@ class GraphSettings:
     def inputs(self) -> dict[str, Any]:
         """Everything but the checkpoint that shapes the graphs' bytes."""
         return {
+            **STAGE.identity,
             **dataclasses.asdict(self),
             "tools": {"onnx": version("onnx")},
-            "code": source_digest(*GRAPH_CODE),
         }
 
 
@@ -70,14 +73,13 @@ def convert(
         RecipeError: The model has something that the graph does not support.
         CorruptError: The checkpoint is damaged.
     """
-    orchestration = source_digest("pipeline.formats.trtrtx.stage")
-    inputs = {"checkpoint": checkpoint_digest, "stage": orchestration, **settings.inputs()}
-    return cache.run("convert", inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
+    inputs = {"checkpoint": checkpoint_digest, **settings.inputs()}
+    return cache.run(STAGE, inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
 
 
 def graph_digest(result: StageResult, graph: str) -> str:
     """Digest of one graph of the folder and of the weights that it reads, and of nothing else."""
-    files = {file["path"]: file["sha256"] for file in result.read_json(RECORD)["files"]}
+    files = {file.path: file.sha256 for file in result.files}
     return digest_of({"graph": files[graph], "weights": files[WEIGHTS_FILE]})
 
 

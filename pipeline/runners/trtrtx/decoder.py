@@ -52,11 +52,7 @@ def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int
 
 
 class RtxDecoder:
-    """A loaded engine with a zeroed cache for a fixed number of rows.
-
-    Attributes:
-        newest: Logits of the last step [batch, n, vocab].
-    """
+    """A loaded engine with a zeroed cache for a fixed number of rows."""
 
     def __init__(self, engine: RtxEngine, batch: int) -> None:
         """Take the cache's memory.
@@ -64,8 +60,6 @@ class RtxDecoder:
         Raises:
             RecipeError: The engine does not decode so many rows.
         """
-        import numpy as np
-
         if not 1 <= batch <= engine.signature.max_batch:
             raise RecipeError(
                 [Fault("", f"got {batch} prompts; wanted 1 to {engine.signature.max_batch}")]
@@ -73,7 +67,6 @@ class RtxDecoder:
         self._engine = engine
         self._device = engine.device
         self._batch = batch
-        self.newest = np.zeros((batch, 0, engine.signature.vocab_size), np.float32)
         self._buffers: dict[str, tuple[int, Buffer]] = {}
         count = batch * math.prod(engine.signature.cache_shape)
         self._caches = {
@@ -115,8 +108,7 @@ class RtxDecoder:
             for start, end in groups
         ]
         self._device.synchronize()
-        self.newest = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return self.newest
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _run(
         self, context: StepContext, start: int, inputs: dict[str, NDArray[np.int64]]

@@ -64,7 +64,7 @@ class CudaDevice:
             raise IncompatibleError(
                 f"PyTorch {torch.__version__} sees no CUDA device; see nvidia-smi and "
                 "CUDA_VISIBLE_DEVICES, install a PyTorch built for CUDA, or take runner=trtrtx, "
-                "the CPU twin"
+                "its graph on a CPU"
             )
         self._torch = torch
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

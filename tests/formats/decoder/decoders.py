@@ -11,7 +11,7 @@ from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
 from pipeline.model.hf import load_model
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.decode import prefill
-from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from tests.tiny import VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def open_graph(graph: Path) -> OnnxRuntimeGraph:
 
 def graph_logits(graph: Path, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Logits of every position [tokens, vocab]."""
-    return OnnxRuntimeSession(open_graph(graph)).logits(tokens)
+    return graph_session(open_graph(graph)).logits(tokens)
 
 
 def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:

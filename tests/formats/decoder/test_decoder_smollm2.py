@@ -17,7 +17,7 @@ from pipeline.core.values import Weights
 from pipeline.model.hf import load_tokenizer
 from pipeline.quant.simulate import Accumulation, load_simulation
 from pipeline.runners.decode import generate_greedy
-from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.sources.text.topics import PydocTopics
 from pipeline.sources.text.windows import pack_windows
 from tests.formats.decoder.decoders import model_greedy, model_logits, reference, write_graph
@@ -101,7 +101,7 @@ def test_fp8_graph_is_as_near_to_the_simulation_as_the_simulation_to_itself(
         for simulated in (load_simulation(checkpoint.dir, accumulate=way) for way in ways)
     )
     graph = write_graph(checkpoint.dir, tmp_path, context=WINDOW_TOKENS)
-    session = OnnxRuntimeSession(OnnxRuntimeGraph(graph))
+    session = graph_session(OnnxRuntimeGraph(graph))
     found = [session.logits(window).copy() for window in windows]
 
     floors = [distance(wanted, other, windows) for other in (exact, reversed_)]
@@ -119,7 +119,7 @@ def test_unquantized_graph_equals_transformers(
     model = reference(weights.dir)
     tokenizer = load_tokenizer(weights.dir)
     graph = OnnxRuntimeGraph(write_graph(weights.dir, tmp_path, context=WINDOW_TOKENS))
-    session = OnnxRuntimeSession(graph)
+    session = graph_session(graph)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     assert len({len(prompt) for prompt in prompts}) == len(prompts)
 

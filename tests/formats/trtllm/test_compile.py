@@ -39,7 +39,7 @@ def build(checkpoint: Checkpoint, folder: Path, built: TrtLlmCompiler | None = N
 
 def finished(folder: Path) -> list[Path]:
     """Compiled stages, and whatever a build left beside them."""
-    stage = folder / "cache" / "stages" / "compile"
+    stage = folder / "cache" / "stages" / "compile-trtllm"
     return sorted(stage.iterdir()) if stage.is_dir() else []
 
 

@@ -143,7 +143,7 @@ def test_failure_in_the_container_leaves_no_engine(
     image = misbehaving_image(client, behaviour)
     with pytest.raises(PipelineError, match=message):
         build(checkpoint, folder, compiler(image=image))
-    assert list((folder / "cache" / "stages" / "compile").iterdir()) == []
+    assert list((folder / "cache" / "stages" / "compile-trtllm").iterdir()) == []
 
 
 def test_build_that_hits_the_memory_limit_names_the_setting(
@@ -153,7 +153,7 @@ def test_build_that_hits_the_memory_limit_names_the_setting(
     with pytest.raises(ToolError, match=r"compiler\.memory_gib") as caught:
         build(checkpoint, folder, compiler(image=image, memory_gib=0.125))
     assert caught.value.returncode == 137
-    assert list((folder / "cache" / "stages" / "compile").iterdir()) == []
+    assert list((folder / "cache" / "stages" / "compile-trtllm").iterdir()) == []
 
 
 def test_build_that_hangs_is_stopped(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx import stage
@@ -105,14 +105,12 @@ def test_new_cuts_are_checked_but_compile_nothing(
 
     shutil.copytree(root / "cache", tmp_path / "cache")
     cache = StageCache(root=tmp_path / "cache")
-    monkeypatch.setattr(
-        stage, "source_digest", lambda *modules: f"changed {source_digest(*modules)}"
-    )
+    monkeypatch.setattr(stage, "STAGE", dataclasses.replace(stage.STAGE, version=1 << 20))
     monkeypatch.setattr(stage, "_CUT_CONTEXT", 32)
     monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_child", no_tool)
     again = COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
     assert again.digest == engine.digest
-    assert again.twin_key != engine.twin_key
+    assert again.twin_dir != engine.twin_dir
     assert (tmp_path / "logs" / "network-check.log").is_file()
 
 
@@ -163,14 +161,14 @@ def test_card_that_the_compiler_does_not_know_fails_with_its_log(
     with pytest.raises(ToolError, match="SM90") as caught:
         COMPILER.compile(checkpoint, hopper, StageCache(root=tmp_path / "cache"), tmp_path)
     assert "SM90" in caught.value.log_path.read_text()
-    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+    assert list((tmp_path / "cache" / "stages" / "compile-trtrtx").iterdir()) == []
 
 
 def planted_graph(root: Path, engine: Engine, place: Path, graph: bytes) -> StageCache:
     """A cache in which the compiler finds another graph than the converter wrote."""
     assert engine.twin_dir is not None
     shutil.copytree(root / "cache", place)
-    for finished in (place / "stages" / "compile").iterdir():
+    for finished in (place / "stages" / "compile-trtrtx").iterdir():
         shutil.rmtree(finished)
     converted = place / "stages" / "convert" / engine.twin_dir.name
     (converted / RTX_GRAPH).write_bytes(graph)
@@ -215,7 +213,7 @@ def test_weight_only_fp8_graph_builds_no_engine(
     cache = planted_graph(root, engine, tmp_path / "cache", graph)
     with pytest.raises(PlanError, match=r"does not compute 20 linears in FP8, first model\."):
         COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
-    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+    assert list((tmp_path / "cache" / "stages" / "compile-trtrtx").iterdir()) == []
 
 
 def test_graph_that_does_not_parse_fails_with_the_log_and_leaves_nothing(
@@ -232,7 +230,7 @@ def test_graph_that_does_not_parse_fails_with_the_log_and_leaves_nothing(
     assert caught.value.log_path == tmp_path / "logs" / "compile.log"
     assert "cannot parse" in str(caught.value)
     assert "cannot parse" in caught.value.log_path.read_text()
-    assert list((tmp_path / "cache" / "stages" / "compile").iterdir()) == []
+    assert list((tmp_path / "cache" / "stages" / "compile-trtrtx").iterdir()) == []
 
 
 def test_fp8_cache_is_a_recipe_fault() -> None:

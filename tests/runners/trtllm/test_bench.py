@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.judge import QualityLimits, judge
-from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.core.errors import PipelineError, RecipeError, ToolError
-from pipeline.core.values import Checkpoint, Engine, Report
-from pipeline.runners.trtllm.bench_command import (
+from pipeline.core.values import Checkpoint, Engine
+from pipeline.runners.runner import BenchResult, BenchRun
+from pipeline.runners.trtllm import TrtLlmRunner
+from pipeline.runners.trtllm_bench import (
     BenchPaths,
+    BenchSettings,
     bench_command,
     mode_of,
+    percentiles,
+    read_report,
     write_dataset,
     write_model_dir,
 )
-from pipeline.runners.trtllm.bench_report import percentiles, read_report
-from pipeline.runners.trtllm.runner import TrtLlmRunner
 from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import tiny_checkpoint
 from tests.runners.trtllm.engines import built_engine, runner_machine
@@ -49,7 +50,8 @@ RUNNER = TrtLlmRunner(
 
 
 def command(workload: Workload, paths: BenchPaths = PATHS) -> tuple[str, ...]:
-    return bench_command(workload, paths, rounds=3, warmup=2, kv_cache_fraction=0.9)
+    settings = BenchSettings(rounds=3, warmup=2, kv_cache_fraction=0.9, timeout_s=1.0, seed=0)
+    return bench_command(workload, paths, settings)
 
 
 def test_throughput_command() -> None:
@@ -145,7 +147,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_report_becomes_the_pipelines_own_figures() -> None:
     sample = read_report(REPORT, B4, rounds=2)
-    assert sample == SpeedSample(output_tokens_per_s=400.0, ttft_ms=20.5, itl_ms=9.25)
+    assert sample == BenchRun(output_tokens_per_s=400.0, ttft_ms=20.5, itl_ms=9.25)
     assert percentiles(REPORT)["itl_ms"] == {"p50": 9.0, "p90": 9.5, "p99": 9.9}
     assert percentiles({}) == {}
 
@@ -194,30 +196,21 @@ def engine(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return built_engine(checkpoint, tmp_path)
 
 
-def bench(engine: Engine, checkpoint: Checkpoint, folder: Path, load: Workload) -> dict[str, Any]:
+def bench(engine: Engine, checkpoint: Checkpoint, folder: Path, load: Workload) -> BenchResult:
     return RUNNER.bench(
         engine, checkpoint.dir, load, repeats=2, seed=3, log_path=folder / "bench.log"
     )
 
 
 @pytest.mark.parametrize("workload", [B1, B4], ids=["latency", "throughput"])
-def test_run_gives_an_entry_of_the_report(
+def test_run_gives_the_figures_of_each_repeat(
     engine: Engine, checkpoint: Checkpoint, tmp_path: Path, workload: Workload
 ) -> None:
-    entry = bench(engine, checkpoint, tmp_path, workload)
-    sample = SpeedSample(output_tokens_per_s=400.0, ttft_ms=20.0, itl_ms=9.5)
-    own = summarize(workload, {"engine": [sample, sample]})
-    assert entry.items() >= own.items()
-    assert entry["requests"] == workload.batch * 2
-    assert entry["tool"] == f"trtllm-bench 1.2.1 {mode_of(workload)}"
-    assert entry["percentiles"]["ttft_ms"]["p99"] == 5.0
-    report = Report(
-        digest="", card="", conditions={}, speed=[entry], quality={}, not_run=[], checks={}
-    )
-    limits = QualityLimits(
-        max_perplexity_increase=0.0, max_mean_kl_nats=0.0, min_top1_agreement=0.0
-    )
-    assert judge(report, limits, ran=True, on_target=True).name == "accepted"
+    found = bench(engine, checkpoint, tmp_path, workload)
+    assert found.runs == (BenchRun(output_tokens_per_s=400.0, ttft_ms=20.0, itl_ms=9.5),) * 2
+    assert found.requests == workload.batch * 2
+    assert found.tool == f"trtllm-bench 1.2.1 {mode_of(workload)}"
+    assert found.percentiles["ttft_ms"]["p99"] == 5.0
 
 
 def test_model_folder_has_what_the_tool_reads_and_no_weights(
@@ -240,7 +233,7 @@ def test_model_folder_has_what_the_tool_reads_and_no_weights(
         assert list(weights.keys()) == ["unused"]
 
 
-def test_sliding_window_is_told_to_the_runtime(
+def test_sliding_window_reaches_the_runtime(
     engine: Engine, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     windowed = dataclasses.replace(

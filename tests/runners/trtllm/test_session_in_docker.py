@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Engine
-from pipeline.runners.trtllm.runner import TrtLlmRunner
+from pipeline.runners.trtllm import TrtLlmRunner
 from tests.formats.trtllm.fakes import fake_nvidia_smi, write_script
 from tests.formats.trtllm.python_image import IMAGE, build_python_image
 from tests.formats.trtllm.settings import compiler

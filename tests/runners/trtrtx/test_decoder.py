@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
-from pipeline.runners.decode import generate_greedy, prefill
-from pipeline.runners.onnxruntime import OnnxRuntimeGraph, OnnxRuntimeSession
-from pipeline.runners.trtrtx.child import RtxModel
+from pipeline.runners.decode import DecoderSession, generate_greedy, prefill
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
+from pipeline.runners.session import BatchOptions
 from pipeline.runners.trtrtx.decoder import RtxDecoder, row_groups
 from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine
 from tests.formats.decoder.decoders import random_prompt, write_graph
@@ -119,10 +119,48 @@ def test_logits_of_every_position_come_in_as_few_steps_as_the_profiles_allow(
 ) -> None:
     engine = load(prefill_logits=prefill_logits)
     ran = calls(monkeypatch, fake.IExecutionContext, "execute_async_v3")
-    shape, data = RtxModel(engine).logits(RAGGED[0])
+    logits = session_of(engine).logits(RAGGED[0])
     assert len(ran) == steps
-    wanted = OnnxRuntimeSession(graph).logits(RAGGED[0])
-    np.testing.assert_allclose(np.frombuffer(data, "<f4").reshape(shape), wanted, rtol=0, atol=1e-4)
+    wanted = graph_session(graph).logits(RAGGED[0])
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
+
+
+def session_of(engine: RtxEngine) -> DecoderSession:
+    per_step = engine.signature.logits_per_step
+    return DecoderSession(
+        lambda n: RtxDecoder(engine, n), context=CONTEXT, logits_per_step=per_step
+    )
+
+
+def test_ragged_rows_end_like_those_of_the_graph(load: Load, graph: OnnxRuntimeGraph) -> None:
+    rtx, cpu = session_of(load()), graph_session(graph)
+    stop = int(cpu.generate(RAGGED, 8).tokens[0, 2])
+    for options in (
+        BatchOptions(osl_each=(3, 1, 5, 2, 4)),
+        BatchOptions(osl_each=(8,) * len(RAGGED), eos_token_ids=frozenset({stop})),
+    ):
+        made, wanted = (one.generate(RAGGED, 8, options) for one in (rtx, cpu))
+        assert made.lengths == wanted.lengths
+        assert min(made.output_lengths) < max(made.output_lengths)
+        np.testing.assert_array_equal(made.tokens, wanted.tokens)
+    arriving = BatchOptions(osl_each=(2,) * len(RAGGED), arrivals_s=(0.1,) * len(RAGGED))
+    with pytest.raises(RecipeError, match="use runner=vllm"):
+        rtx.generate(RAGGED, 2, arriving)
+
+
+@pytest.mark.parametrize("ask", ["generate", "stream"])
+def test_a_logit_that_is_no_number_is_never_an_answer(
+    load: Load, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    monkeypatch.setenv("FAKE_RTX", "nan")
+    session = session_of(load())
+    questions: dict[str, Callable[[], object]] = {
+        "generate": lambda: session.generate(RAGGED[:2], 4),
+        # argmax finds the NaN, at 7: the stream would end as if the model had ended it.
+        "stream": lambda: list(session.stream(RAGGED[0], 4, frozenset({7}))),
+    }
+    with pytest.raises(CorruptError, match="not finite"):
+        questions[ask]()
 
 
 def test_past_and_present_are_one_memory_and_a_decode_step_sets_nothing_again(

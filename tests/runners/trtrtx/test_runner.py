@@ -14,9 +14,8 @@ from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.nvml import conditions_of
 from pipeline.core.values import Engine, Limits
-from pipeline.runners.session import Runner
-from pipeline.runners.trtrtx import runner as module
-from pipeline.runners.trtrtx.runner import TrtRtxRunner
+from pipeline.runners.runner import Runner
+from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from tests.acceptance.test_conditions import nvml
 
 SETTINGS = yaml.safe_load((data_dir("conf") / "runner" / "tensorrt_rtx.yaml").read_text())
@@ -43,18 +42,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise importlib.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(module, "version", version)
-    monkeypatch.setattr("pipeline.runners.torch_build.version", version)
+    monkeypatch.setattr("pipeline.runners.tensorrt_rtx.version", version)
+    monkeypatch.setattr("pipeline.runners.cuda.version", version)
     return versions
 
 
 def card(monkeypatch: pytest.MonkeyPatch, sm: tuple[int, int] | None) -> None:
     found = None if sm is None else conditions_of(nvml(DeviceGetCudaComputeCapability=sm), 0)
-    monkeypatch.setattr(module, "read_conditions", lambda: found)
+    monkeypatch.setattr("pipeline.runners.tensorrt_rtx.find_card", lambda: found)
 
 
 def test_the_shipped_settings_make_a_runner() -> None:
-    assert SETTINGS["kind"] == "trtrtx"
+    assert SETTINGS["kind"] == "tensorrt_rtx"
     assert isinstance(RUNNER, Runner)
     assert (RUNNER.name, RUNNER.device) == ("tensorrt-rtx", "cuda")
 
@@ -93,7 +92,7 @@ def test_a_package_that_does_not_fit_is_told(
         installed[package] = found
     with pytest.raises(IncompatibleError, match=shown) as refused:
         RUNNER.open(ENGINE)
-    assert str(refused.value).endswith("or take runner=trtrtx, the CPU twin")
+    assert str(refused.value).endswith("or take runner=trtrtx, its graph on a CPU")
 
 
 def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,16 +119,26 @@ def test_another_card_is_told(
     card(monkeypatch, sm)
     with pytest.raises(IncompatibleError, match=shown) as refused:
         RUNNER.open(ENGINE)
-    assert str(refused.value).endswith("or take runner=trtrtx, the CPU twin")
+    assert str(refused.value).endswith("or take runner=trtrtx, its graph on a CPU")
 
 
 def test_the_kernels_of_an_engine_are_kept_under_its_digest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path))
-    arguments = RUNNER.child_arguments(Path("/engine"), "ab" * 32)
-    assert arguments[arguments.index("--runtime-cache") + 1] == str(
-        tmp_path / "rtx-kernels" / ("ab" * 12)
-    )
+    wanted = str(tmp_path / "rtx-kernels" / ("ab" * 12))
+    assert RUNNER.program(Path("/engine"), "ab" * 32).arguments["runtime_cache"] == wanted
     without = dataclasses.replace(RUNNER, runtime_cache=False)
-    assert "--runtime-cache" not in without.child_arguments(Path("/engine"), "ab" * 32)
+    assert without.program(Path("/engine"), "ab" * 32).arguments["runtime_cache"] is None
+
+
+def test_the_program_that_is_shipped_reports_why_it_cannot_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a card, and from another folder."""
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IncompatibleError, match="sees no CUDA device"):  # noqa: SIM117
+        with RUNNER.open_folder(tmp_path, "d" * 64):
+            pass

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, StageResult, source_digest
+from pipeline.core.cache import StageCache, StageResult
 from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
 from pipeline.formats.trtllm.convert.config import Dtype, trtllm_config
 from pipeline.formats.trtllm.convert.tensors import TensorPlan, plan_tensors
 from pipeline.formats.trtllm.convert.write import write_tensors
@@ -25,11 +26,15 @@ RECORD_FILE = "conversion.json"
 KvCacheDtype = Literal["fp8", "bfloat16", "float16"]
 """A 16-bit cache has the type of the activations."""
 
-CODE = (
-    "pipeline.formats.trtllm.convert",
-    "pipeline.model",
-    "pipeline.core.safetensors_files",
-    "pipeline.quant.unified",
+STAGE = Stage(
+    name="convert-trtllm",
+    version=1,
+    code=(
+        "pipeline.formats.trtllm.convert",
+        "pipeline.model",
+        "pipeline.core.safetensors_files",
+        "pipeline.quant.unified",
+    ),
 )
 """What shapes the bytes; not the graph builder beside it."""
 
@@ -55,7 +60,7 @@ class TrtLlmSettings:
 
     def inputs(self) -> dict[str, Any]:
         """Everything but the checkpoint that shapes the bytes."""
-        return {**dataclasses.asdict(self), "code": source_digest(*CODE)}
+        return {**STAGE.identity, **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ def convert_trtllm(
     def produce(out_dir: Path) -> None:
         write_checkpoint(checkpoint_dir, settings, out_dir)
 
-    return cache.run("convert-trtllm", inputs, produce)
+    return cache.run(STAGE, inputs, produce)
 
 
 def write_checkpoint(

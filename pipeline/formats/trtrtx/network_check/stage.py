@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.core.cache import StageCache, source_digest
+from pipeline.core.cache import StageCache
+from pipeline.core.stages import Stage
 from pipeline.formats.trtrtx.child import CheckJob, run_child
 from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
 from pipeline.formats.trtrtx.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
@@ -20,7 +21,11 @@ from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint
 
 _RESULT = "result.json"
-_CODE = ("pipeline.formats.trtrtx.network_check", "pipeline.formats.trtrtx.stage", *GRAPH_CODE)
+STAGE = Stage(
+    name="network-check",
+    version=1,
+    code=("pipeline.formats.trtrtx.network_check", "pipeline.formats.trtrtx.child", *GRAPH_CODE),
+)
 _TOOLS = ("tensorrt-rtx-cu13", "onnxruntime", "onnx")
 
 
@@ -81,7 +86,6 @@ def check_network_once(
             n for n in checkpoint.quantized_linears if n.startswith(in_cut)
         ),
         "tools": {name: version(name) for name in _TOOLS},
-        "code": source_digest(*_CODE),
     }
 
     def produce(out: Path) -> None:
@@ -93,5 +97,5 @@ def check_network_once(
         )
         run_child(job, out, stage="network-check", log_path=log_path)
 
-    result: dict[str, Any] = cache.run("network-check", inputs, produce).read_json(_RESULT)
+    result: dict[str, Any] = cache.run(STAGE, inputs, produce).read_json(_RESULT)
     return result

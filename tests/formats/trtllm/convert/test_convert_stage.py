@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.core.cache import StageCache
 from pipeline.formats.trtllm.convert.stage import (
-    CODE,
+    STAGE,
     TrtLlmSettings,
     convert_trtllm,
 )
@@ -62,4 +62,4 @@ def test_key_covers_the_code_that_shapes_the_bytes() -> None:
         for value in vars(module).values()
         if str(getattr(value, "__module__", "")).startswith("pipeline.formats")
     }
-    assert all(name.startswith(CODE) for name in used)
+    assert all(name.startswith(STAGE.code) for name in used)

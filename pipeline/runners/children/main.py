@@ -1,0 +1,239 @@
+"""The one main of every child process that holds a model; its memory goes when it ends.
+
+    python -P main.py
+
+Frames go both ways, from the caller on standard input and to it on standard output:
+
+    MAGIC | length of the JSON text, 4 bytes | length of the data, 8 bytes | JSON text | data
+
+`data` is one array, whose `dtype` and `shape` the JSON text has. The first frame says what to load:
+
+    {"kind": "load", "model": FILE, "paths": [...], "arguments": {...}}
+
+`paths` go to the front of `sys.path`, then FILE is imported, and its `load(**arguments)` gives the
+`Model`. `ready` answers it. Requests and answers, one for each:
+
+    {"kind": "logits", "tokens": [...]}                            result with an array
+    {"kind": "generate", "prompts": [...], "osl": n, "options": …} result, see `Model.generate`
+    {"kind": "stream", "prompt": [...], "max_new_tokens": n, "eos_token_ids": [...]}
+                                                                   `token` for each, then result
+    {"kind": "clear_cache"}                                        result
+    {"kind": "cancel"}    ends a stream early; without one it is ignored
+    {"kind": "end"}       ends the process
+
+A fault is {"kind": "error", "code": CLASS, "message": …} in place of a result; CLASS is one of
+`CODES`. What libraries print goes to standard error. When standard input ends without `end`, the
+caller is gone: the whole process group is killed, so that no killed caller leaves a GPU taken.
+
+Standard library only: it runs under the interpreter that has the runtime, in a container too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import signal
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Protocol
+
+Message = dict[str, Any]
+
+MAGIC = b"\x00ESF"
+HEADER = struct.Struct(">4sIQ")
+CODES = (
+    "CorruptError",
+    "IncompatibleError",
+    "OutOfMemoryError",
+    "RecipeError",
+    "TransientError",
+    "PipelineError",
+)
+"""Names of the classes in `pipeline.core.errors` that an error keeps on its way to the caller; the
+last is that of all other errors. PyTorch's own class for a full card is called so too."""
+
+
+class Array(Protocol):
+    """As much of a NumPy array as a frame needs."""
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def tobytes(self) -> bytes: ...
+
+
+class Model(Protocol):
+    """A loaded model. It may also have `clear_cache()`, and `close()` for the end."""
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of one request, prompt and answer together; None if not known."""
+        ...
+
+    def logits(self, tokens: Sequence[int]) -> Array:
+        """Logits or log-probabilities of every position, float32 [tokens, vocab]."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, options: Mapping[str, Any] | None
+    ) -> Message:
+        """Keys `tokens` (a list for each request), `ttft_s`, `total_s`; `requests` if known.
+
+        `options` are those of `pipeline.runners.session.BatchOptions.to_json`.
+        """
+        ...
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]
+    ) -> Generator[int, None, None]:
+        """Tokens as they come; one of `eos_token_ids` ends them and is not among them."""
+        ...
+
+
+def pack(message: Message, array: Array | None = None) -> bytes:
+    """One frame."""
+    data = b""
+    if array is not None:
+        data = array.tobytes()
+        message = {**message, "dtype": str(array.dtype), "shape": list(array.shape)}
+    text = json.dumps(message).encode()
+    return HEADER.pack(MAGIC, len(text), len(data)) + text + data
+
+
+class Channel:
+    """Both directions, seen from this process."""
+
+    def __init__(self, source: int, sink: int) -> None:
+        """Read requests from one file descriptor, write answers to the other."""
+        self._source, self._sink = source, sink
+        self._requests: queue.Queue[Message] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """Read the descriptor itself: a file object's lock would stay locked in a fork."""
+        while True:
+            try:
+                _, size, _ = HEADER.unpack(self._exactly(HEADER.size))
+                request: Message = json.loads(self._exactly(size))
+            except EOFError:
+                os.killpg(0, signal.SIGKILL)
+            self._requests.put(request)
+            if request["kind"] == "end":
+                return
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = os.read(self._source, size - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def receive(self) -> Message:
+        """The next request; waits."""
+        return self._requests.get()
+
+    def waiting(self) -> bool:
+        """The caller has sent something while a stream was on: it wants no more of it."""
+        return not self._requests.empty()
+
+    def send(self, message: Message, array: Array | None = None) -> None:
+        frame = memoryview(pack(message, array))
+        while frame:
+            frame = frame[os.write(self._sink, frame) :]
+
+
+def code_of(error: BaseException) -> str:
+    """The class that the caller raises for an error."""
+    if isinstance(error, MemoryError):
+        return "OutOfMemoryError"
+    names = (one.__name__ for one in type(error).__mro__)
+    return next((name for name in names if name in CODES), CODES[-1])
+
+
+def send_error(channel: Channel, error: Exception) -> None:
+    """Report an error; the log has the traceback."""
+    traceback.print_exception(error)
+    code = code_of(error)
+    text = str(error) if code == type(error).__name__ else f"{type(error).__name__}: {error}"
+    channel.send({"kind": "error", "code": code, "message": text})
+
+
+def load_model(order: Message) -> Model:
+    """Import the file that `order` names, and let it load."""
+    sys.path[:0] = order["paths"]
+    spec = importlib.util.spec_from_file_location("enginesmith_model", order["model"])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{order['model']} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    model: Model = module.load(**order["arguments"])
+    return model
+
+
+def serve(channel: Channel, model: Model) -> None:
+    """Answer requests in their order until `end`."""
+    channel.send({"kind": "ready", "context": model.context})
+    while (request := channel.receive())["kind"] != "end":
+        if request["kind"] == "cancel":
+            continue
+        try:
+            answer, array = answer_of(channel, model, request)
+        except Exception as error:  # the caller raises it
+            send_error(channel, error)
+        else:
+            channel.send({"kind": "result", **answer}, array)
+
+
+def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message, Array | None]:
+    """The answer to one request; the tokens of a stream are sent at once."""
+    kind = request["kind"]
+    if kind == "logits":
+        return {}, model.logits(request["tokens"])
+    if kind == "generate":
+        return model.generate(request["prompts"], request["osl"], request["options"]), None
+    if kind == "clear_cache":
+        clearing: Any = model  # the caller asks models only that have one
+        clearing.clear_cache()
+        return {}, None
+    tokens = model.stream(request["prompt"], request["max_new_tokens"], request["eos_token_ids"])
+    for token in tokens:
+        channel.send({"kind": "token", "token": int(token)})
+        if channel.waiting():
+            break
+    tokens.close()  # aborts what is left of it
+    return {}, None
+
+
+def main() -> None:
+    """Take both streams for the frames, then load and serve.
+
+    Standard output becomes the log's, for libraries print to it; standard input becomes empty, for
+    a process that is forked closes it first.
+    """
+    source, sink = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    channel = Channel(source, sink)
+    try:
+        model = load_model(channel.receive())
+    except Exception as error:
+        send_error(channel, error)
+        sys.exit(1)
+    serve(channel, model)
+    if (close := getattr(model, "close", None)) is not None:
+        close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What a runner needs of this machine's card, asked without importing PyTorch."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.core.nvml import Conditions, read_conditions
+
+NO_CARD = (
+    "NVML shows this process none; see nvidia-smi, CUDA_VISIBLE_DEVICES and that nvidia-ml-py is "
+    "installed"
+)
+
+
+def torch_fault() -> str | None:
+    """What is wrong with the PyTorch that is installed; None where it is built for CUDA."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "none"
+    if torch != "none" and not torch.endswith("+cpu"):
+        return None
+    return (
+        f"needs PyTorch built for CUDA, got {torch}: install one as "
+        "https://pytorch.org/get-started says"
+    )
+
+
+def find_card() -> Conditions | None:
+    """This process's first CUDA device; None where there is none."""
+    return read_conditions()

@@ -1,0 +1,140 @@
+"""What a runner is, and which workloads it executes: known from the recipe alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pipeline.core.values import Engine
+from pipeline.runners.session import Session
+from pipeline.runners.workload import Workload
+
+Device = Literal["cpu", "cuda"]
+Ability = Literal[
+    "requests",
+    "isl_distribution",
+    "prompts_file",
+    "osl_distribution",
+    "ignore_eos",
+    "request_rate",
+    "clear_cache",
+]
+"""Keys of a workload or a sustained run that ask for more than one batch of equal requests."""
+BATCHES: frozenset[Ability] = frozenset(
+    {"requests", "isl_distribution", "prompts_file", "osl_distribution", "ignore_eos"}
+)
+"""All that static batches can execute: of ragged prompts, until the last row has ended."""
+
+_BATCH_RUNNERS = "runner=vllm, tensorrt_rtx and onnxruntime do"
+WHO_CAN: dict[Ability, str] = {
+    **dict.fromkeys(BATCHES, _BATCH_RUNNERS),
+    "request_rate": "runner=vllm does",
+    "clear_cache": "runner=transformers does",
+}
+"""Which runners execute an ability, for messages."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Executes an engine, or its CPU graph, on this machine."""
+
+    @property
+    def name(self) -> str:
+        """Name of the runtime, for the report."""
+        ...
+
+    @property
+    def device(self) -> Device:
+        """Where it executes; on `cuda` in a process of its own, whose memory ends with it."""
+        ...
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What its sessions execute beyond one batch of equal requests."""
+        ...
+
+    def why_not(self, engine: Engine) -> str | None:
+        """Why it cannot run this engine here; None when it can."""
+        ...
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        """Load the engine; leaving the context frees it."""
+        ...
+
+
+@runtime_checkable
+class SourceRunner(Protocol):
+    """A runner that also executes the source model, where that is too much for the CPU."""
+
+    def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]:
+        """Load the source in bfloat16; `context`: longest request, tokens."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun:
+    """One run of a runtime's own tool; the figures as in `pipeline.acceptance.speed_sample`."""
+
+    output_tokens_per_s: float
+    ttft_ms: float
+    itl_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """What a runtime's own tool measured.
+
+    Attributes:
+        runs: One for each repeat.
+        tool: Name, version and mode of the tool.
+        requests: Requests of one run.
+        percentiles: Name -> `p50`, `p90`, `p99` over the requests of the last run, milliseconds.
+    """
+
+    runs: tuple[BenchRun, ...]
+    tool: str
+    requests: int
+    percentiles: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class BenchRunner(Protocol):
+    """A runner whose speed is measured by a tool of its runtime, which loads the engine anew."""
+
+    def bench(
+        self,
+        engine: Engine,
+        checkpoint_dir: Path,
+        workload: Workload,
+        *,
+        repeats: int,
+        seed: int,
+        log_path: Path,
+    ) -> BenchResult:
+        """Measure one workload."""
+        ...
+
+
+def needed_abilities(workload: Workload) -> tuple[Ability, ...]:
+    """What a workload asks beyond one batch of equal requests."""
+    asked: tuple[tuple[Ability, bool], ...] = (
+        ("requests", workload.request_rate is None and workload.total_requests != workload.batch),
+        ("isl_distribution", workload.isl_distribution is not None),
+        ("prompts_file", workload.prompts_file is not None),
+        ("osl_distribution", workload.osl_distribution is not None),
+        ("ignore_eos", not workload.ignore_eos),
+        ("request_rate", workload.request_rate is not None),
+    )
+    return tuple(ability for ability, wanted in asked if wanted)
+
+
+def why_not_workload(runner: Runner, workload: Workload) -> tuple[str, ...]:
+    """Why a runner does not execute a workload, with the next step; empty where it does."""
+    return tuple(
+        f"runner {runner.name} does not execute {key}{': false' if key == 'ignore_eos' else ''} "
+        f"({WHO_CAN[key]}); leave it out of workload {workload.name}, or choose another runner"
+        for key in needed_abilities(workload)
+        if key not in runner.abilities
+    )

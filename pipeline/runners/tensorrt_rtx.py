@@ -1,0 +1,173 @@
+"""Executes a TensorRT-RTX engine itself, on a card whose SM it was compiled for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.cache import cache_root
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine
+from pipeline.formats.trtrtx.spec import PLAN_FILE
+from pipeline.runners.child import ChildSession, Program, Timeouts, open_child, session_program
+from pipeline.runners.cuda import NO_CARD, find_card, torch_fault
+from pipeline.runners.decode import DecoderSession
+from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.session import Session
+from pipeline.runners.trtrtx.decoder import RtxDecoder
+from pipeline.runners.trtrtx.device import CudaDevice, StreamDevice
+from pipeline.runners.trtrtx.engine import KernelSpecialization, LoadSettings, RtxEngine
+
+_PACKAGE = "tensorrt-rtx-cu13"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtRtxRunner:
+    """Runs a trtrtx engine in a process that ends with the session. Not run on a card yet.
+
+    An engine holds its kernels as source; TensorRT-RTX compiles them on the card when it is loaded
+    and, for shapes that it has not seen, later.
+
+    Attributes:
+        kernel_specialization: What happens at such a shape. `eager`: its kernels are compiled
+            before the step goes on, so that a warm-up takes all of it. `lazy` (the library's
+            default): a general kernel is used while they are compiled beside it, which shifts the
+            times of later steps. `none`: always the general kernel.
+        runtime_cache: Keep compiled kernels in this machine's cache from one load of an engine to
+            the next. The library itself refuses a cache of another card, driver or version.
+        load_timeout_s: Longest time for loading, compilation included.
+        answer_timeout_s: Longest time for one answer, or the next token of a stream.
+    """
+
+    kernel_specialization: KernelSpecialization
+    runtime_cache: bool
+    load_timeout_s: PositiveFloat
+    answer_timeout_s: PositiveFloat
+
+    @property
+    def name(self) -> str:
+        return "tensorrt-rtx"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES
+
+    def why_not(self, engine: Engine) -> str | None:
+        if engine.format != "trtrtx":
+            return f"runner=tensorrt_rtx runs trtrtx engines, not {engine.format}"
+        return self.why_not_here(engine.sms, engine.runtime[1])
+
+    def why_not_here(self, sms: tuple[int, ...], runtime_version: str) -> str | None:
+        """Why no engine of this kind runs on this machine; None when it can.
+
+        Args:
+            sms: Compute capabilities x 10 that it was compiled for.
+            runtime_version: Version of TensorRT-RTX that compiled it.
+        """
+        reason = _missing_package(runtime_version) or _wrong_card(sms)
+        return reason and f"runner=tensorrt_rtx {reason}; or take runner=trtrtx, its graph on a CPU"
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        if reason := self.why_not(engine):
+            raise IncompatibleError(reason)
+        return self.open_folder(engine.dir, engine.digest)
+
+    def open_folder(self, engine_dir: Path, digest: str) -> AbstractContextManager[ChildSession]:
+        """Load the engine of a package's `engine/` folder.
+
+        Args:
+            engine_dir: The folder.
+            digest: Identity of its bytes; names its runtime cache.
+
+        Raises:
+            ToolError: The process that loads it ended or hangs.
+            IncompatibleError: The engine is not for this card.
+            CorruptError: It is damaged, or no decoder engine of this pipeline.
+        """
+        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        return open_child(self.program(engine_dir, digest), timeouts)
+
+    def program(
+        self, engine_dir: Path, digest: str, opener: str = f"{__name__}:open_plan"
+    ) -> Program:
+        """What the child loads; `opener` as in `session_program`, the rest as in `open_folder`."""
+        kernels = cache_root() / "rtx-kernels" / digest[:24]
+        return session_program(
+            "TensorRT-RTX",
+            opener,
+            plan=str(engine_dir / PLAN_FILE),
+            kernel_specialization=self.kernel_specialization,
+            runtime_cache=str(kernels) if self.runtime_cache else None,
+        )
+
+
+@contextlib.contextmanager
+def open_plan(
+    plan: str,
+    kernel_specialization: KernelSpecialization,
+    runtime_cache: str | None,
+    open_device: Callable[[], StreamDevice] = CudaDevice,
+) -> Iterator[DecoderSession]:
+    """An engine in this process; its compiled kernels are kept at the end.
+
+    Args:
+        plan: The serialized engine.
+        kernel_specialization: As of the runner.
+        runtime_cache: File that keeps compiled kernels from one load to the next; None for none.
+        open_device: Where it computes.
+    """
+    settings = LoadSettings(
+        kernel_specialization=kernel_specialization,
+        runtime_cache=None if runtime_cache is None else Path(runtime_cache),
+    )
+    engine = RtxEngine(Path(plan), open_device(), settings)
+    yield DecoderSession(
+        lambda batch: RtxDecoder(engine, batch),
+        context=engine.signature.context,
+        logits_per_step=engine.signature.logits_per_step,
+    )
+    engine.save_runtime_cache()
+
+
+def _missing_package(wanted: str) -> str | None:
+    """What is not installed, without importing it."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return f"needs the package {_PACKAGE}: pip install {_PACKAGE}=={wanted}"
+    try:
+        installed = version(_PACKAGE)
+    except PackageNotFoundError:
+        installed = ""
+    if installed != wanted:
+        return (
+            f"needs {_PACKAGE} {wanted}, which compiled the engine; got {installed or 'another'}: "
+            f"pip install {_PACKAGE}=={wanted}"
+        )
+    return torch_fault()
+
+
+def _wrong_card(sms: tuple[int, ...]) -> str | None:
+    card = find_card()
+    wanted = " or ".join(str(sm) for sm in sms)
+    if card is None:
+        return f"needs a CUDA device of SM {wanted}, and {NO_CARD}"
+    if card.sm not in sms:
+        return (
+            f"needs a CUDA device of SM {wanted}, which the engine was compiled for; {card.gpu} "
+            f"has SM {card.sm}: build with its target"
+        )
+    return None
+
+
+KIND = TrtRtxRunner

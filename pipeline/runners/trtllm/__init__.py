@@ -1,1 +1,0 @@
-"""Runs and measures TensorRT-LLM engines: `trtllm-bench` for speed, its LLM class for tokens."""

@@ -1,0 +1,141 @@
+"""Executes checkpoint engines in vLLM, as their own manifest says how to serve them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Lt
+from pydantic import PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.errors import IncompatibleError
+from pipeline.core.settings import STRICT, Listed
+from pipeline.core.values import Engine
+from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
+from pipeline.runners.cuda import NO_CARD, find_card
+from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.session import Session
+
+FP8_SM = 89
+"""vLLM's least compute capability x 10 for a ModelOpt FP8 checkpoint: `get_min_capability` in
+model_executor/layers/quantization/modelopt.py, 0.24.0."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VllmRunner:
+    """Runs a checkpoint engine in vLLM, in a process that ends with the session.
+
+    Attributes:
+        gpu_memory_utilization: Share of the card's memory that vLLM takes, weights and KV cache
+            together.
+        arguments: More arguments of vLLM's engine, after the package's own.
+        load_timeout_s: Longest time for loading, compilation and graph capture included.
+        answer_timeout_s: Longest time for one answer.
+    """
+
+    gpu_memory_utilization: Annotated[PositiveFloat, Lt(1.0)]
+    arguments: Listed[str]
+    load_timeout_s: PositiveFloat
+    answer_timeout_s: PositiveFloat
+
+    @property
+    def name(self) -> str:
+        return "vllm"
+
+    @property
+    def device(self) -> Device:
+        return "cuda"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES | {"request_rate"}
+
+    def why_not(self, engine: Engine) -> str | None:
+        if engine.format != "checkpoint":
+            return f"runner=vllm runs checkpoint engines, not {engine.format}"
+        return self.why_not_here(engine.runtime)
+
+    def why_not_here(self, runtime: tuple[str, str] = ("vllm", "0.24.0")) -> str | None:
+        """Why nothing runs on this machine; None when vLLM and a card for FP8 are there.
+
+        Args:
+            runtime: Name and version that the next step names.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            wanted = "==".join(runtime) if runtime[0] == "vllm" else "vllm"
+            return (
+                "runner=vllm needs the package vllm, which is not installed; install it into this "
+                f"environment: pip install {wanted}"
+            )
+        card = find_card()
+        if card is None:
+            return f"runner=vllm needs a CUDA device, and {NO_CARD}, or take runner=transformers"
+        if card.sm < FP8_SM:
+            return (
+                f"runner=vllm: vLLM executes ModelOpt's FP8 from SM {FP8_SM} on, {card.gpu} has "
+                f"SM {card.sm}; use a newer card, or runner=transformers"
+            )
+        return None
+
+    def open(self, engine: Engine) -> AbstractContextManager[Session]:
+        if reason := self.why_not(engine):
+            raise IncompatibleError(reason)
+        return self.open_folder(engine.dir, engine.serve_args)
+
+    def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]:
+        return self.open_folder(
+            weights_dir, ("--dtype", "bfloat16", "--max-model-len", str(context))
+        )
+
+    def open_folder(
+        self, model_dir: Path, serve_args: Sequence[str]
+    ) -> AbstractContextManager[ChildSession]:
+        """Load any folder that vLLM reads: a package's `engine/`, or a source model.
+
+        Its logits are log-probabilities, and come with one generated token, so a window must be
+        shorter than `--max-model-len`.
+
+        Args:
+            model_dir: The folder.
+            serve_args: `serve.args` of the manifest; for a source model those to compare with,
+                such as `--quantization fp8`.
+
+        Raises:
+            ToolError: vLLM did not load it.
+        """
+        share = ("--gpu-memory-utilization", str(self.gpu_memory_utilization))
+        more = (*share, *self.arguments)
+        program = Program(
+            name="vLLM",
+            model=str(CHILDREN / "vllm_model.py"),
+            arguments={"arguments": engine_arguments(model_dir, serve_args, more)},
+        )
+        return open_child(
+            program, Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        )
+
+
+def engine_arguments(
+    model_dir: Path, serve_args: Sequence[str], more: Sequence[str]
+) -> tuple[str, ...]:
+    """Arguments of vLLM's engine for a measurement.
+
+    The package's own come first. What follows changes nothing that is computed: no tokenizer is
+    needed for token ids, a prefix that is cached would not be computed and so not be measured, and
+    all log-probabilities may be asked for.
+    """
+    return (
+        *("--model", str(model_dir)),
+        *serve_args,
+        "--skip-tokenizer-init",
+        "--no-enable-prefix-caching",
+        "--max-logprobs=-1",
+        *more,
+    )
+
+
+KIND = VllmRunner

@@ -1,1 +1,0 @@
-"""Executes checkpoint engines in vLLM, in a process of their own."""
