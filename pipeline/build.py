@@ -21,7 +21,6 @@ from pipeline.core.cache import StageCache, cache_root, locked
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.core.values import (
     Checkpoint,
-    Engine,
     Package,
     Verdict,
     VerdictName,

@@ -107,7 +107,7 @@ def planned(name: str, batch: int, ceiling: float, target: float | None) -> dict
 
 PLAN = {"workloads": [planned("b1", 1, 642.0, 321.0), planned("b8", 8, 4000.0, 2001.0)]}
 MANIFEST = {
-    "name": "tiny", "variant": "sm89-trtrtx-fp8-b2-s128", "recipe_version": "1.0.0", "build_key": "b" * 64,
+    "name": "tiny", "variant": "sm89-trtrtx-fp8-b2-s128", "version": "1.0.0-abc",
     "format": "trtrtx", "files": [{"path": "engine/a", "size": 3 * 2**20, "sha256": "0"}],
     "match": {"runtime": {"name": "tensorrt-rtx", "version": "1.7.1.116"}},
     "limits": {"max_batch_size": 2}, "licence": {"spdx": "CC0-1.0"},
