@@ -48,8 +48,8 @@ num_attention_heads: 4
 num_key_value_heads: 2
 vocab_size: 320
 max_position_embeddings: 256
-rms_norm_eps: 1.0e-5
-rope_theta: 5000.0
+rms_norm_eps: 1.0e-6
+rope_parameters: {rope_theta: 5000.0, rope_type: default}
 tie_word_embeddings: true
 """
 _HEAVY = ("accept", "build", "generate")  # they import PyTorch

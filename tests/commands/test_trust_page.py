@@ -42,7 +42,7 @@ def test_four_commands_take_a_team_from_nothing_to_verified_deployments(tmp_path
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    receipt = json.loads((place.root / "model" / "pull.json").read_text())
+    receipt = json.loads((place.root / "deployed" / "pull.json").read_text())
     assert receipt["signer"]["name"] == "ci"
     # Another team's policy refuses the same package.
     env["ENGINESMITH_POLICY"] = str(place.root / "other.yaml")
@@ -54,7 +54,7 @@ def test_four_commands_take_a_team_from_nothing_to_verified_deployments(tmp_path
         ]
     )
     done = subprocess.run(
-        ["bash", "-c", refused.replace("--to model", "--to other")],
+        ["bash", "-c", refused.replace("--to deployed", "--to other")],
         cwd=place.root,
         env=env,
         capture_output=True,

@@ -67,7 +67,8 @@ _CHECKS = {
 
 def title(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> Html:
     """Whose report it is."""
-    where = f"{manifest['variant']}:{manifest['version']}" if "variant" in manifest else ""
+    version = f"{manifest.get('recipe_version')}, sha256:{report['digest'][:12]}"
+    where = f"{manifest['variant']}, version {version}" if "variant" in manifest else ""
     return tag(
         "header",
         tag("p", "Acceptance report for ", report["card"], class_="eyebrow"),
