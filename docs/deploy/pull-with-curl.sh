@@ -3,8 +3,8 @@
 #
 #     pull-with-curl.sh URL DIGEST DIR
 #
-# URL is that of the version: https://host/engines/phi3/any-checkpoint-fp8/1.0-0123456789ab
-# DIGEST is the package's: SHA-256 of its manifest.json. Get it from somebody you trust (a review, a
+# URL is that of the version: https://host/engines/phi3/any-checkpoint-fp8/1.0-01234567-89abcdef0123
+# DIGEST is the package's: SHA-256 of its manifest.json. Get it from a source that you trust (a review, a
 # deployment file), not from the same server: it stands in for the signature, which this script does
 # not check. Nothing appears at DIR unless every byte is right. Needs curl, jq and sha256sum.
 set -eu

@@ -24,6 +24,14 @@ def build(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build again what is already published.")
     ] = False,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where to publish, instead of where the recipe does: a folder, "
+            "s3://BUCKET/PREFIX or oci://HOST/REPOSITORY.",
+        ),
+    ] = None,
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Build, check and publish the engine of a recipe."""
@@ -31,12 +39,25 @@ def build(
 
     request = Request(
         recipes=recipe,
-        overrides=tuple(overrides or ()),
+        overrides=(*(overrides or ()), *_into(registry)),
         multirun=multirun,
         rebuild=rebuild,
         config_dir=config_dir,
     )
     return answer(request)
+
+
+def _into(registry: str | None) -> tuple[str, ...]:
+    """The overrides that a registry's URL stands for."""
+    from pipeline.registry.stores.opening import folder_of
+
+    if registry is None:
+        return ()
+    folder = folder_of(registry)
+    kind = "folder" if folder is not None else registry.partition("://")[0]
+    key, value = ("url", registry) if folder is None else ("path", str(folder))
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"registry={kind}", f"registry.{key}='{quoted}'"
 
 
 @answering

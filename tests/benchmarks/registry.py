@@ -10,8 +10,8 @@ run's; a figure is the median of the repeats. Whoever pulls first after a public
 twice as long as the next one (2026-11-29), so a pull by each that does not count comes before; the
 page cache is warm. No server runs that a row does not need: SeaweedFS works on after uploads.
 
-Ours publishes a sealed package: signatures, SHA-256 of every byte, claim, conditional writes,
-read-back. Ours pulls with everything that `enginesmith pull` does: policy, signatures, journal,
+Ours publishes a sealed package: signatures, SHA-256 of every byte, lease, sizes and checksums asked
+back, manifest. Ours pulls with everything that `enginesmith pull` does: policy, signatures, record,
 SHA-256 of every byte, fsync, rename. The cache is off, so nothing is copied a second time. The
 others verify no SHA-256, but for `cp` with `sha256sum`; boto3 moves only the one large file. They
 end with their bytes in the page cache, ours with them on the disk; what that costs, the row "forced
@@ -29,6 +29,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -37,29 +38,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from pipeline.core.values import Package
 from pipeline.registry.package import verify
-from pipeline.registry.signing.attestations import BuildRun
-from pipeline.registry.signing.keys import generate_key, parse_private_key
-from pipeline.registry.signing.signer import build_statements
-from pipeline.registry.signing.trust import TrustedKey
 from pipeline.registry.stores.opening import open_store
-from tests.benchmarks import registry_oci, registry_s3
-from tests.benchmarks.registry_pulls import POLICY, oras_target
+from pipeline.registry.trust.keys import generate_key, parse_private_key
+from pipeline.registry.trust.policy import TrustedKey
+from pipeline.registry.trust.signatory import sign_package
+from tests.benchmarks.registry_pulls import POLICY, oras_client, oras_target, peak_mib
+from tests.registry.packages import make_engine, seal_engine
 from tests.services import docker_registry, seaweed
 
 _KEY = "key.pem"
 _LARGE = "engine/rank0.engine"
-_RUN = BuildRun(
-    builder_id="https://benchmark.example/build",
-    builder_version="0",
-    invocation_id="1",
-    started=datetime(2026, 1, 1, tzinfo=UTC),
-    finished=datetime(2026, 1, 1, tzinfo=UTC),
-)
-
+_BLOCK_BYTES = 1 << 24
 Job = Callable[[str, Path, Path], float]
 """(registry, package, empty folder) -> seconds of what counts; run in a new process."""
 PullName = str
@@ -92,7 +86,7 @@ def publish(url: str, package_dir: Path, out: Path) -> float:
     store = open_store(url)
     store.check_writable()
     return _timed(
-        lambda: store.put_package(package, build_statements(package, key, _RUN), lambda count: None)
+        lambda: store.put_package(package, [sign_package(package, key)], lambda count: None)
     )
 
 
@@ -139,14 +133,30 @@ def copy_and_sum(url: str, package_dir: Path, out: Path) -> float:
 def oras_push(url: str, package_dir: Path, out: Path) -> float:
     """The files of the package, by `oras`."""
     package = verify(package_dir, deep=False)
-    return _timed(lambda: registry_oci._oras_push(oras_target(url), package))
+    paths = [str(package.dir / one["path"]) for one in package.manifest["files"]]
+
+    def push() -> None:  # not chunked, it reads a whole file into memory
+        oras_client().push(
+            target=oras_target(url), files=paths, disable_path_validation=True, do_chunked=True
+        )
+
+    return _timed(push)
+
+
+def upload_file(url: str, package_dir: Path, out: Path) -> float:
+    """The large file, by boto3 with its defaults."""
+    import boto3
+
+    client, key = boto3.client("s3"), f"{url.rpartition('/')[2]}/theirs"
+    client.list_objects_v2(Bucket=seaweed.BUCKET, MaxKeys=1)
+    return _timed(lambda: client.upload_file(str(package_dir / _LARGE), seaweed.BUCKET, key))
 
 
 S3 = (
     Contest(
         name="S3 publish",
         ours=publish,
-        other=registry_s3._upload_file,
+        other=upload_file,
         tool="boto3 upload_file",
         wanted=0.9,
     ),
@@ -201,9 +211,7 @@ class Bench:
                     if isinstance(job, PullName):
                         took = pull(job, url, self._package_dir, Path(out))
                     else:
-                        call_s, peak_mib = registry_s3._alone(
-                            job, url, self._package_dir, Path(out)
-                        )
+                        call_s, peak_mib = alone(job, url, self._package_dir, Path(out))
                         took = Took(call_s=call_s, process_s=None, peak_mib=peak_mib)
                 if not pulls or number >= len(turns):
                     self._took.setdefault((contest.name, ours), []).append(took)
@@ -236,7 +244,7 @@ def _processes(ours: Sequence[Took], other: Sequence[Took]) -> str:
 def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
     """Lines of the table."""
     os.environ["ENGINESMITH_CACHE"] = str(folder / "cache")
-    package_dir = registry_s3._package(folder, size_bytes).dir
+    package_dir = make_package(folder, size_bytes).dir
     _make_trust(package_dir.parent)
     bench = Bench(folder, package_dir)
     with_oras = importlib.util.find_spec("oras") is not None
@@ -274,9 +282,31 @@ def import_s() -> float:
     return statistics.median(full - empty for full, empty in pairs)
 
 
+def alone(job: Job, url: str, package_dir: Path, out: Path) -> tuple[float, float]:
+    """Seconds and peak of memory in MiB of a job in a new process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measured, job, url, package_dir, out).result()
+
+
+def _measured(job: Job, url: str, package_dir: Path, out: Path) -> tuple[float, float]:
+    return job(url, package_dir, out), peak_mib()
+
+
+def make_package(folder: Path, size_bytes: int) -> Package:
+    """A package with one large file of random bytes."""
+    engine = make_engine(folder / "made", {"config.json": b"{}"})
+    with (engine.dir / Path(_LARGE).name).open("wb") as stream:
+        for start in range(0, size_bytes, _BLOCK_BYTES):
+            stream.write(os.urandom(min(_BLOCK_BYTES, size_bytes - start)))
+    package = seal_engine(folder / "package", engine)
+    shutil.rmtree(engine.dir)
+    return package
+
+
 @contextlib.contextmanager
 def _empty_registry(folder: Path) -> Iterator[str]:
-    """A registry without a blob, and no notes of blobs that are elsewhere."""
+    """A registry without a blob."""
     shutil.rmtree(folder / "cache", ignore_errors=True)
     where = folder / "docker-registry"
     with docker_registry.running_server(where) as registry:

@@ -8,9 +8,8 @@ are made within. Prints its seconds and the peak of the process's memory in MiB.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import importlib.util
-import json
 import logging
 import os
 import sys
@@ -25,26 +24,25 @@ POLICY = "policy.json"
 
 def ours(url: str, package_dir: Path, out: Path) -> None:
     """All of `enginesmith pull`, without its cache."""
-    from pipeline.registry import pull
+    from pipeline.registry.client.machine import Flags
+    from pipeline.registry.client.pull import PullRequest, run
 
-    manifest = json.loads((package_dir / "manifest.json").read_bytes())
-    pull(
-        f"{manifest['name']}:{manifest['version']}",
-        out / "ours",
+    digest = hashlib.sha256((package_dir / "manifest.json").read_bytes()).hexdigest()
+    request = PullRequest(
+        reference=f"tiny@sha256:{digest}",
+        to=out / "ours",
         registry=url,
-        gpu="none",
+        flags=Flags(gpu="none"),
         policy=package_dir.parent / POLICY,
         accept_unproven=True,
-        cache=False,
+        through_cache=False,
     )
+    run(request)
 
 
 def ours_unforced(url: str, package_dir: Path, out: Path) -> None:
     """`ours`, with nothing forced to the disk; for comparison only."""
-    from pipeline.registry.client import pieces
-
     os.fsync = lambda fd: None
-    pieces._sync_file_range = lambda: None  # type: ignore[assignment]
     ours(url, package_dir, out)
 
 
@@ -93,10 +91,8 @@ def modules(name: str, url: str) -> Iterator[str]:
         yield {"boto3": "boto3", "oras": "oras.client"}[name]
         return
     yield "pipeline.registry.client.pull"
-    yield from ["boto3", "pipeline.registry.stores.s3"] if url.startswith("s3:") else []
-    yield from ["pipeline.registry.stores.oci"] if url.startswith("oci:") else []
-    if importlib.util.find_spec("model_signing"):  # the extra `sign`
-        yield "model_signing.verifying"
+    yield from ["boto3", "pipeline.registry.stores.s3.registry"] if url.startswith("s3:") else []
+    yield from ["pipeline.registry.stores.oci.registry"] if url.startswith("oci:") else []
 
 
 def main() -> None:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.registry.stores.folder import FolderRegistry
 from tests.image.base import download_client_wheels, make_debian
 from tests.image.client_image import NAME, Docker, copy_checkout, make_image
 from tests.registry.backends import Backends, running_backends
 from tests.registry.client.conftest import Shop
-from tests.registry.conftest import Bench
 from tests.services.dockerd import dockerd
 
 if TYPE_CHECKING:
@@ -71,12 +69,9 @@ def shop_of(
     """A registry with signed packages, on a backend."""
 
     def make(backend: str) -> Shop:
-        for folder in ("home", "work"):
-            (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / "home").mkdir(exist_ok=True)
         for name, value in servers.environ(backend).items():
             monkeypatch.setenv(name, value)
-        bench = Bench(dir=tmp_path / "work", registry=FolderRegistry(path=tmp_path / "artifacts"))
-        store = servers.store(backend, tmp_path / "registry")
-        return Shop(bench=bench, store=store, home=tmp_path / "home")
+        return Shop(store=servers.store(backend, tmp_path / "registry"), home=tmp_path / "home")
 
     return make

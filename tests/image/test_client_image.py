@@ -8,17 +8,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pipeline.registry.signing.keys import generate_key
-from pipeline.registry.stores.store import Place
 
 from pipeline.core.errors import ExitCode
 from pipeline.core.values import Reference
+from pipeline.registry.store import Place
+from pipeline.registry.stores.opening import package_dir
+from pipeline.registry.trust.keys import generate_key
 from tests.image.client_image import (
     FOREIGN_USER,
     LOCKED,
@@ -38,6 +39,11 @@ pytestmark = pytest.mark.services
 
 SIZE_BYTES = 110_000_000
 """What the image may add to its base; it was 84 MB, mostly botocore's (2026-11-25)."""
+FILES: Mapping[str, bytes] = {
+    "model.plan": bytes(range(256)) * 200,
+    "config.json": b"{}",
+    "empty": b"",
+}
 SITE = "/opt/enginesmith/lib/python3.11/site-packages"
 POLICY = "/etc/enginesmith/policy.yaml"
 
@@ -57,7 +63,7 @@ class Till:
     registry: str
     options: tuple[str, ...]
     network: str
-    bytes: dict[str, bytes] = field(repr=False)
+    bytes: Mapping[str, bytes] = field(repr=False)
 
     @property
     def ask(self) -> tuple[str, ...]:
@@ -70,8 +76,7 @@ def till_of(shop_of: Callable[[str], Shop]) -> Callable[[str], Till]:
 
     def make(backend: str) -> Till:
         shop = shop_of(backend)
-        engine = shop.engine()
-        reference = shop.publish(engine)
+        reference = shop.publish(FILES)
         options: tuple[str, ...] = read_only(shop.policy(), POLICY)
         registry, network = shop.store.url, "host"
         if backend == "folder":
@@ -80,18 +85,13 @@ def till_of(shop_of: Callable[[str], Shop]) -> Callable[[str], Till]:
         if backend == "s3":
             names = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION", "ENDPOINT_URL_S3")
             options += tuple(word for name in names for word in ("--env", f"AWS_{name}"))
-        files = {
-            path.relative_to(engine.dir).as_posix(): path.read_bytes()
-            for path in engine.dir.rglob("*")
-            if path.is_file()
-        }
         return Till(
             shop=shop,
             reference=reference,
             registry=registry,
             options=options,
             network=network,
-            bytes=files,
+            bytes=FILES,
         )
 
     return make
@@ -158,10 +158,11 @@ def test_image_pulls_into_a_volume(
 
     # Another container, without registry and network; what was pulled is mounted read-only.
     filled = (*till.options[:2], *models.at("/models:ro"))
-    ask = ("pull", "--verify-only", "/models/tiny", "--gpu")
+    ask = ("verify", "/models/tiny", "--gpu")
     verified = docker.client(*ask, "rtx4090", options=filled)
     assert (verified["digest"], verified["came_from"]) == (till.reference.digest, "verified")
     docker.client(*ask, "l4", options=filled, code=ExitCode.INCOMPATIBLE)
+    (pulled / "engine" / "empty").chmod(0o644)
     (pulled / "engine" / "empty").write_bytes(b"!")
     docker.client(*ask, "rtx4090", options=filled, code=ExitCode.CORRUPT)
 
@@ -200,13 +201,14 @@ def test_refusal_has_its_exit_code_and_leaves_nothing(
     till, models = till_of("folder"), docker.volume()
     to, gpu, options = "/models/tiny", "rtx4090", till.options
     if fault == "tampered":
-        place = Place.of(till.reference)
-        plan = till.shop.store.location(place) / "engine" / "model.plan"  # type: ignore[attr-defined]
+        folder = package_dir(till.shop.store, Place.of(till.reference))
+        assert folder is not None
+        plan = folder / "engine" / "model.plan"
         plan.chmod(0o644)
         plan.write_bytes(plan.read_bytes()[:-1] + b"!")
         code = ExitCode.CORRUPT
     elif fault == "stranger":
-        stranger = Shop(bench=None, store=till.shop.store, home=till.shop.home, key=generate_key())
+        stranger = Shop(store=till.shop.store, home=till.shop.home, key=generate_key())
         stranger.policy()
         code = ExitCode.UNTRUSTED
     elif fault == "other card":
@@ -220,7 +222,7 @@ def test_refusal_has_its_exit_code_and_leaves_nothing(
     )
     wanted = {
         "tampered": "model.plan",
-        "stranger": "not trusted here",
+        "stranger": "no trusted key signed it",
         "other card": "NVIDIA-GeForce-RTX-4090",
         "read-only root": "Read-only file system",
     }

@@ -5,7 +5,6 @@ Only the image's and the registry's names are replaced.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -27,11 +26,7 @@ AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 def publish(shop: Shop) -> Reference:
     """A package that the examples ask for."""
-    engine = shop.engine("any-checkpoint-fp8")
-    engine = dataclasses.replace(
-        engine, format="checkpoint", runtime=("vllm", "0.24.0"), sms=(89, 90)
-    )
-    return shop.publish(engine, name="phi3")
+    return shop.publish(name="phi3", runtime=("vllm", "0.24.0"))
 
 
 def options_of(pod: dict[str, Any], volumes: dict[str, tuple[str, ...]]) -> list[str]:

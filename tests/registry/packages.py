@@ -15,10 +15,16 @@ from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 VARIANT = "sm89-trtrtx-fp8-b8-s1024"
 
 
+RUNTIME = ("tensorrt-rtx", "1.7.1.116")
 FILES = {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
 
 
-def make_engine(folder: Path, files: Mapping[str, bytes] = FILES, variant: str = VARIANT) -> Engine:
+def make_engine(
+    folder: Path,
+    files: Mapping[str, bytes] = FILES,
+    variant: str = VARIANT,
+    runtime: tuple[str, str] = RUNTIME,
+) -> Engine:
     """An engine with these files in `folder`."""
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -28,13 +34,13 @@ def make_engine(folder: Path, files: Mapping[str, bytes] = FILES, variant: str =
         digest="e" * 64,
         format="trtrtx",
         variant=variant,
-        runtime=("tensorrt-rtx", "1.7.1.116"),
+        runtime=runtime,
         sms=(89,),
         limits=Limits(
             max_batch_size=8, max_seq_len=1024, max_num_tokens=1024, kv_cache_dtype="bfloat16"
         ),
         min_vram_bytes=1 << 30,
-        tools={"tensorrt-rtx": "1.7.1.116"},
+        tools=dict([runtime]),
     )
 
 
@@ -71,10 +77,11 @@ def sealed_package(
     files: Mapping[str, bytes] = FILES,
     *,
     variant: str = VARIANT,
+    runtime: tuple[str, str] = RUNTIME,
     **label: str,
 ) -> Package:
     """A package in `folder`; equal arguments give equal digests."""
-    engine = make_engine(folder.with_name(f"{folder.name}-engine"), files, variant)
+    engine = make_engine(folder.with_name(f"{folder.name}-engine"), files, variant, runtime)
     return seal_engine(folder, engine, **label)
 
 

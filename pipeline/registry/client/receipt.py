@@ -99,6 +99,8 @@ class Pulled:
             "registry": self.registry,
             "signer": signer.to_json() if signer else None,
             "unsigned_allowed": signer is None,
+            "builder_id": verification.builder_id or None,
+            "verdicts": [one.to_json() for one in verification.verdicts],
             "verdict": proof.verdict,
             "proven": proof.kind,
             "unproven_accepted": proof.kind == "unproven",

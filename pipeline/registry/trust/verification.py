@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Package, VerdictName
@@ -52,6 +52,17 @@ class SignedVerdict:
     statement: str
     signer: TrustedKey
     question: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "card": self.card,
+            "runtime": " ".join(self.runtime),
+            "verdict": self.verdict,
+            "signed_at": self.signed_at,
+            "statement": self.statement,
+            "signer": self.signer.to_json(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import files_of
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.s3 import S3Registry, connection
+from pipeline.registry.stores.s3.connection import Checksums
+from pipeline.registry.stores.s3.registry import S3Registry
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.stores.s3_server import (
     BUCKET,
@@ -145,7 +146,7 @@ def test_bytes_that_the_server_stored_otherwise_are_found_before_the_package_sho
 
 @pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
 def test_a_server_that_tells_no_checksum_is_read_back(
-    memory_s3: MemoryS3, package: Package, checksums: connection.Checksums
+    memory_s3: MemoryS3, package: Package, checksums: Checksums
 ) -> None:
     memory_s3.checksums = False
     store = S3Registry(
