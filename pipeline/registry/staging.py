@@ -21,8 +21,7 @@ from pipeline.registry.disk import make_folders
 def private_folder(area: Path) -> Iterator[Path]:
     """A new folder in `area` that no other process uses; gone after the block, also on Ctrl-C."""
     make_folders(area)
-    for leftover in abandoned(area):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(area)
     while True:
         folder = Path(tempfile.mkdtemp(dir=area))
         with contextlib.ExitStack() as stack:
@@ -33,6 +32,18 @@ def private_folder(area: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
+
+
+def _sweep(area: Path) -> None:
+    """Remove what runs that are over left in `area`.
+
+    Each goes while we hold its lock: one that was just made, and is not locked yet, is then not
+    taken by its maker.
+    """
+    for folder in sorted(area.iterdir()):
+        with contextlib.ExitStack() as stack:
+            if _lock(folder, stack):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def abandoned(area: Path) -> list[Path]:

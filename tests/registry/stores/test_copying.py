@@ -1,0 +1,145 @@
+"""From a folder to another registry: the same bytes and what trusted keys stated about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import CorruptError, PipelineError, RecipeError, UntrustedError
+from pipeline.registry.copying import Copied, CopyRequest, copy
+from pipeline.registry.promotion import channels_of, promote, yank_package
+from pipeline.registry.reference import reference_of
+from pipeline.registry.store import WritableStore
+from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.trust.keys import generate_key
+from tests.registry.packages import place_of, read_back
+from tests.registry.trust.conftest import CARD, Team
+
+
+@pytest.fixture(params=["folder", "memory_s3"])
+def target(request: pytest.FixtureRequest) -> WritableStore:
+    """Where to copy to; a URL alone must lead there."""
+    found: WritableStore = request.getfixturevalue(f"{request.param}_store")
+    return found
+
+
+@pytest.fixture
+def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    return Team(dir=tmp_path / "work", store=FolderRegistry(path=tmp_path / "source").store())
+
+
+def policy_of(team: Team) -> Path:
+    entries = [
+        {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
+        for key in team.policy.keys
+    ]
+    path = team.dir / "policy.json"
+    path.write_text(json.dumps({"schema": 1, "keys": entries}))
+    return path
+
+
+def run(
+    team: Team, target: WritableStore, text: str, environ: Mapping[str, str] | None = None
+) -> Copied:
+    request = CopyRequest(
+        reference=text,
+        source=team.store.url,
+        target=target.url,
+        policy=None if environ is not None else policy_of(team),
+    )
+    return copy(request, environ or {})
+
+
+def test_a_copy_has_the_bytes_the_signatures_and_the_results_and_no_channel(
+    team: Team, target: WritableStore
+) -> None:
+    package = team.publish(verdict="accepted")
+    text = str(reference_of(package))
+    promote(team.store, text, channel="stable", card=None, author=team.author, policy=team.policy)
+    team.test(package, "rejected", key=generate_key())
+    done = run(team, target, "tiny")
+    assert (done.new, done.added) == (True, 3)
+    assert done.resolved.package.digest == package.digest
+    assert done.resolved.verification.proof(CARD) is not None
+    assert read_back(target, package) == read_back(team.store, package)
+    assert channels_of(target, team.policy, "tiny") == []
+    kinds = {raw.kind: raw for raw in target.read_statements(place_of(package))}
+    assert set(kinds) == {"signature", "provenance", "test"}
+    report = target.read_statement(place_of(package), kinds["test"].name)
+    assert report.files["report.html"] == b"<p>"
+
+
+def test_copying_again_brings_only_what_is_new(team: Team, target: WritableStore) -> None:
+    package = team.publish(verdict="accepted")
+    text = str(reference_of(package))
+    run(team, target, text)
+    again = run(team, target, text)
+    assert (again.new, again.added) == (False, 0)
+    team.test(package, "regression")
+    later = run(team, target, text)
+    assert (later.new, later.added) == (False, 1)
+    assert later.resolved.verification.proof(CARD) is None
+
+
+def test_what_may_not_be_used_is_not_copied(team: Team, target: WritableStore) -> None:
+    yanked, unsigned = team.publish(), team.seal(b"unsigned")
+    yank_package(team.store, str(reference_of(yanked)), team.author, team.policy)
+    team.store.put_package(unsigned, [], lambda _: None)
+    for package, reason in ((yanked, "yanked"), (unsigned, "no trusted key")):
+        with pytest.raises(UntrustedError, match=reason):
+            run(team, target, str(reference_of(package)))
+    assert target.places() == []
+
+
+def test_a_yank_stays_in_the_registry_that_it_names(team: Team, target: WritableStore) -> None:
+    package = team.publish()
+    text = str(reference_of(package))
+    run(team, target, text)
+    yank_package(team.store, text, team.author, team.policy)
+    for raw in team.store.read_statements(place_of(package)):
+        if raw.kind == "yank":
+            target.put_statement(place_of(package), raw)
+    yank_package(target, text, team.author, team.policy)
+    yank_package(target, text, team.author, team.policy, undo=True)
+    with pytest.raises(UntrustedError, match="yanked"):
+        team.examine(package)
+    yank_package(team.store, text, team.author, team.policy, undo=True)
+    assert run(team, target, text).resolved.yank is None
+
+
+def test_a_damaged_source_is_refused_and_nothing_shows_in_the_target(
+    team: Team, target: WritableStore
+) -> None:
+    package = team.publish()
+    (plan,) = Path(team.store.url).rglob("model.plan")
+    plan.chmod(0o644)
+    plan.write_bytes(b"nalp")
+    with pytest.raises(CorruptError):
+        run(team, target, str(reference_of(package)))
+    assert target.places() == []
+
+
+def test_this_machines_own_key_counts_for_no_registry_elsewhere(
+    team: Team, memory_s3_store: WritableStore
+) -> None:
+    package = team.publish()
+    home = team.dir / "home"
+    home.mkdir(mode=0o700)
+    (home / "local.key").write_bytes(team.builder.private_pem())
+    (home / "local.key").chmod(0o600)
+    environ = {"ENGINESMITH_CONFIG": str(home)}
+    with pytest.raises(UntrustedError, match="enginesmith sign"):
+        run(team, memory_s3_store, str(reference_of(package)), environ)
+    near = FolderRegistry(path=team.dir / "near").store()
+    assert run(team, near, str(reference_of(package)), environ).new
+
+
+def test_a_registry_is_not_copied_to_itself(team: Team) -> None:
+    with pytest.raises(RecipeError, match="the same registry"):
+        run(team, team.store, "tiny")
+    assert issubclass(RecipeError, PipelineError)
