@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.registry.signing.keys import generate_key, write_key_pair
-from pipeline.registry.stores.store import Place, WritableStore
 
-from pipeline.core.values import FileDigest
+from pipeline.registry.manifest import files_of, manifest_at
+from pipeline.registry.store import Place, WritableStore
+from pipeline.registry.trust.keys import generate_key, write_key_pair
 from tests.registry.backends import Backends, backends, running_backends
 from tests.stand_in_card import put_card, put_runner
 from tests.tiny import tiny_model
@@ -70,16 +70,14 @@ def machine(place: Workplace, policy: Path, more: Mapping[str, str]) -> Machine:
 
 
 def contents(store: WritableStore, place: Place) -> dict[str, str]:
-    """SHA-256 of all that a registry has of a version: package, signatures, statements."""
-    manifest = store.read_manifest(place)
-    found = {"manifest.json": manifest}
-    for file in json.loads(manifest)["files"]:
-        listed = FileDigest(path=file["path"], size_bytes=file["size"], sha256=file["sha256"])
-        with store.open_file(place, listed) as chunks:
-            found[file["path"]] = b"".join(chunks)
-    for statement in store.statements(place):
-        for name, data in store.read_statement(place, statement.name).items():
-            found[f"{statement.name}/{name}"] = data
+    """SHA-256 of all that a registry has of a version: package and statements."""
+    found = {"manifest.json": store.read_manifest(place)}
+    for file in files_of(manifest_at(store, place)[0]):
+        with store.open_file(place, file) as chunks:
+            found[file.path] = b"".join(chunks)
+    for envelope in store.read_statements(place):
+        for name, data in store.read_statement(place, envelope.name).files.items():
+            found[f"{envelope.name}/{name}"] = data
     return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
 
@@ -101,27 +99,25 @@ def test_package_is_accepted_on_a_second_machine_after_it_was_published(
         policy,
         {**environ, "PYTHONPATH": f"{hardware}:{ROOT}"},
     )
-    policy.write_text(
-        "schema: 1\n"
-        "keys:\n"
-        "- {name: builder, public_key_file: one/own.key.pub,"
-        " may_sign: [builds, verdicts, channels]}\n"
-        "- {name: judge, public_key_file: two/own.key.pub, may_sign: [verdicts]}\n"
-    )
+    keys = [
+        {"name": name, "public_key": public.read_text(), "may_sign": rights}
+        for name, public, rights in (
+            ("builder", tmp_path / "one" / "own.key.pub", ["builds", "verdicts", "channels"]),
+            ("judge", tmp_path / "two" / "own.key.pub", ["verdicts"]),
+        )
+    ]
+    policy.write_text(json.dumps({"schema": 1, "keys": keys}))
 
     # Machine one has no card.
-    key = "registry.path" if backend == "folder" else "registry.store.url"
-    into = (f"registry={backend}", f"{key}={store.url}")
-    built = builder.place.build(*CHECKPOINT, *PLAIN, *into, **builder.environ)
+    built = builder.place.build(*CHECKPOINT, *PLAIN, *registry, **builder.environ)
     assert built.returncode == 0, built.stderr
-    (variant,) = store.variants("tiny")
-    (version,) = store.versions("tiny", variant)
-    place, reference = Place(name="tiny", variant=variant, version=version), f"tiny:{version}"
+    (place,) = store.places()
+    reference = f"tiny:{place.version}"
     before = contents(store, place)
     signatures = [name for name in before if name.endswith((".dsse.json", "model.sig"))]
-    assert len(signatures) == 4, "manifest, provenance, engine, and the verdict of machine one"
+    assert len(signatures) == 4, "signature, provenance, engine, and the result of machine one"
     refused = judge.ask("pull", reference, "--to", "early", "--gpu", "l4", *registry, code=6)
-    assert OTHER_CARD in refused["message"]
+    assert f"never run on {CARD}" in refused["message"]
     to_stable = ("promote", reference, "--channel", "stable", "--card", CARD, *registry)
     builder.ask(*to_stable, code=5)
 
@@ -134,15 +130,15 @@ def test_package_is_accepted_on_a_second_machine_after_it_was_published(
     after = contents(store, place)
     assert {name: after[name] for name in before} == before
     (added,) = {name.partition("/")[0] for name in set(after) - set(before)}
-    assert set(store.read_statement(place, added)) == {
-        "report.json", "report.html", "junit.xml", "test-result.dsse.json",
+    assert set(store.read_statement(place, added).files) == {
+        "report.json", "report.html", "junit.xml", "statement.dsse.json",
     }  # fmt: skip
-    signed = builder.ask("show", reference, *registry)["signatures"]
-    assert (signed["signer"], signed["verdicts"][added]) == ("builder", "judge")
     verified = builder.ask("verify", reference, *registry)
-    assert {one["card"]: one["verdict"] for one in verified["verdicts"]} == {
-        CARD: "accepted",
-        OTHER_CARD: "checked",
+    assert {
+        one["card"]: (one["verdict"], one["signer"]["name"]) for one in verified["verdicts"]
+    } == {
+        CARD: ("accepted", "judge"),
+        OTHER_CARD: ("checked", "builder"),
     }
 
     moved = builder.ask(*to_stable)

@@ -17,13 +17,14 @@ collection takes the files, a day after that at the earliest, so that a reader w
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from pipeline.core.cache import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.registry.client.remember import RememberingStore
 from pipeline.registry.resolve import Terms, examine
 from pipeline.registry.store import Place, Store, WritableStore
 from pipeline.registry.stores.objects import in_parallel
@@ -105,13 +106,15 @@ def collect(
         TransientError: The connection broke; what is gone is gone, and the rest is as it was.
     """
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
-    places = store.places()
+    # Looking once reads many versions, and most of it never changes.
+    reader = store if store.local else RememberingStore(store=store, root=cache_root())
+    places = sorted(reader.statement_names())
     variants = dict.fromkeys((place.name, place.variant) for place in places)
     needed: dict[Place, str] = {}
     for name, variant in variants:
-        needed |= _needed(store, policy, name, variant, rules.history)
-    decide = functools.partial(_decide, store, policy, rules, store.now_s())
-    found = in_parallel(lambda place: decide(place, needed), places)
+        needed |= _needed(reader, policy, name, variant, rules.history)
+    now_s = store.now_s()
+    found = in_parallel(lambda place: _decide(reader, policy, rules, now_s, place, needed), places)
     fates = [fate for fate in found if fate is not None]
     removed: list[Place] = []
     freed_bytes = 0
@@ -119,7 +122,8 @@ def collect(
         if not (fate.remove and delete):
             continue
         place = fate.place
-        again = decide(place, _needed(store, policy, place.name, place.variant, rules.history))
+        needed = _needed(store, policy, place.name, place.variant, rules.history)
+        again = _decide(store, policy, rules, now_s, place, needed)
         if again is not None:
             fates[number] = again
             if again.remove:

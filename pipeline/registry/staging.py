@@ -21,11 +21,12 @@ from pipeline.registry.disk import make_folders
 def private_folder(area: Path) -> Iterator[Path]:
     """A new folder in `area` that no other process uses; gone after the block, also on Ctrl-C."""
     make_folders(area)
-    _sweep(area)
+    for leftover in sorted(area.iterdir()):
+        remove_abandoned(leftover)
     while True:
         folder = Path(tempfile.mkdtemp(dir=area))
-        with contextlib.ExitStack() as stack:
-            if not _lock(folder, stack):
+        with _locked(folder) as ours:
+            if not ours:
                 continue  # taken for abandoned before we had the lock
             try:
                 yield folder
@@ -34,34 +35,32 @@ def private_folder(area: Path) -> Iterator[Path]:
             return
 
 
-def _sweep(area: Path) -> None:
-    """Remove what runs that are over left in `area`.
-
-    Each goes while we hold its lock: one that was just made, and is not locked yet, is then not
-    taken by its maker.
-    """
-    for folder in sorted(area.iterdir()):
-        with contextlib.ExitStack() as stack:
-            if _lock(folder, stack):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def abandoned(area: Path) -> list[Path]:
     """What runs that are over left in `area`, sorted."""
     found = []
     for folder in sorted(area.iterdir()) if area.is_dir() else ():
-        with contextlib.ExitStack() as stack:
-            if _lock(folder, stack):
+        with _locked(folder) as ours:
+            if ours:
                 found.append(folder)
     return found
 
 
-def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
-    """Lock a folder until the stack ends; False if another process has it, or it is gone."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        stack.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder.exists()
-    except OSError:
-        return False
+def remove_abandoned(folder: Path) -> None:
+    """Remove a private folder, unless a process works in it."""
+    with _locked(folder) as ours:
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock for the block; False if another process has it, or it is gone."""
+    with contextlib.ExitStack() as stack:
+        ours = False
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(folder, flags)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = folder.exists()
+        yield ours

@@ -11,7 +11,6 @@ import errno
 import functools
 import hashlib
 import os
-import shutil
 import stat
 import tempfile
 import time
@@ -34,7 +33,7 @@ from pipeline.registry.disk import (
     settle,
     write_new,
 )
-from pipeline.registry.staging import abandoned, private_folder
+from pipeline.registry.staging import abandoned, private_folder, remove_abandoned
 from pipeline.registry.store import OnBytes
 from pipeline.registry.stores.objects import Found, Unfinished
 from pipeline.registry.stores.tree import TreeStore
@@ -176,7 +175,7 @@ class FolderObjects:
             for path in abandoned(self.staging):
                 yield Unfinished(
                     what=f"{path.relative_to(self.path)} (left by a run)",
-                    remove=functools.partial(shutil.rmtree, path, ignore_errors=True),
+                    remove=functools.partial(remove_abandoned, path),
                 )
 
     def check_exclusive(self) -> None:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, NotFoundError
@@ -121,25 +121,13 @@ class TreeStore:
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
-        prefix = statements_key(place)
-        envelopes = []
-        for found in self.objects.listed(prefix):
-            name, _, file = found.key.removeprefix(prefix).partition("/")
-            if file == ENVELOPE and is_statement_name(name) and (names is None or name in names):
-                envelopes.append(found)
-        kept: list[Found] = []
-        for kind in KINDS:
-            of_kind = [
-                one for one in envelopes if one.key.removeprefix(prefix).startswith(f"{kind}-")
-            ]
-            kept += bounded(
-                sorted(of_kind, key=lambda one: (one.modified_s, one.key)),
-                MAX_PER_KIND,
-                f"{self.url}: {kind} statements of {place}",
-            )
+        if names is not None and len(names) <= MAX_PER_KIND:  # then nothing need be listed
+            keys = [_envelope_key(place, name) for name in names if is_statement_name(name)]
+        else:
+            keys = self._envelopes(place, names)
         return [
-            RawStatement(name=key.removeprefix(prefix).split("/")[0], files={ENVELOPE: data})
-            for key, data in self._read_all(kept, f"statements of {place}")
+            RawStatement(name=key.split("/")[-2], files={ENVELOPE: data})
+            for key, data in self._read_all(keys, f"statements of {place}")
         ]
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
@@ -172,11 +160,11 @@ class TreeStore:
         ]
         what = f"moves of {name}/{variant}"
         found.sort(key=lambda one: (one.modified_s, one.key))
-        kept = bounded(found, MAX_MOVES, f"{self.url}: {what}")
+        kept = [one.key for one in bounded(found, MAX_MOVES, f"{self.url}: {what}")]
         held = {f"{prefix}{digest}.dsse.json": data for digest, data in known.items()}
-        new = [one for one in kept if one.key not in held]
+        new = [key for key in kept if key not in held]
         return [
-            *(held[one.key] for one in kept if one.key in held),
+            *(held[key] for key in kept if key in held),
             *(data for _, data in self._read_all(new, what)),
         ]
 
@@ -214,23 +202,40 @@ class TreeStore:
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         return removal.leftovers(self.objects, min_age_s, delete=delete)
 
-    def _read_all(self, found: Iterable[Found], what: str) -> Iterator[tuple[str, bytes]]:
+    def _envelopes(self, place: Place, names: Collection[str] | None) -> list[str]:
+        """Keys of envelopes about a version, as many as are read."""
+        prefix = statements_key(place)
+        of_kind: dict[str, list[Found]] = {kind: [] for kind in KINDS}
+        for found in self.objects.listed(prefix):
+            name, _, file = found.key.removeprefix(prefix).partition("/")
+            if file == ENVELOPE and is_statement_name(name) and (names is None or name in names):
+                of_kind[name.rpartition("-")[0]].append(found)
+        kept: list[str] = []
+        for kind, envelopes in of_kind.items():
+            envelopes.sort(key=lambda one: (one.modified_s, one.key))
+            what = f"{self.url}: {kind} statements of {place}"
+            kept += [one.key for one in bounded(envelopes, MAX_PER_KIND, what)]
+        return kept
+
+    def _read_all(self, keys: Collection[str], what: str) -> Iterator[tuple[str, bytes]]:
         """Key and content of each small object; what is too large or unreadable is skipped."""
-        found = list(found)
-        fitting = [one for one in found if one.size_bytes <= MAX_ENVELOPE_BYTES]
+        skipped = 0
         read = functools.partial(_read_or_none, self.objects)
-        skipped = len(found) - len(fitting)
-        for one, data in zip(fitting, in_parallel(read, fitting), strict=True):
+        for key, data in zip(keys, in_parallel(read, keys), strict=True):
             if data is None:
                 skipped += 1
             else:
-                yield one.key, data
+                yield key, data
         if skipped:
             log.warning("%s: %d of the %s cannot be read; skipped", self.url, skipped, what)
 
 
-def _read_or_none(objects: Objects, found: Found) -> bytes | None:
+def _envelope_key(place: Place, name: str) -> str:
+    return f"{statements_key(place)}{name}/{ENVELOPE}"
+
+
+def _read_or_none(objects: Objects, key: str) -> bytes | None:
     try:
-        return objects.read(found.key, MAX_ENVELOPE_BYTES)
-    except CorruptError:  # it grew, or is a link
+        return objects.read(key, MAX_ENVELOPE_BYTES)
+    except CorruptError:  # too long, or a link
         return None

@@ -1,0 +1,108 @@
+"""Which versions gc removes, on a registry in a folder whose clock is ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import NotFoundError
+from pipeline.core.values import Package
+from pipeline.registry.gc import DAY_S, Collected, Rules, collect
+from pipeline.registry.promotion import promote, yank_package
+from pipeline.registry.reference import reference_of
+from tests.registry.packages import place_of, read_back
+from tests.registry.trust.conftest import Team, team
+
+__all__ = ["team"]
+
+
+class Later:
+    """The store, some days from now by its own clock."""
+
+    def __init__(self, store: Any, days: float) -> None:
+        self.store, self.days = store, days
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def now_s(self) -> float:
+        now_s: float = self.store.now_s()
+        return now_s + self.days * DAY_S
+
+
+def run(team: Team, days: float, *, delete: bool = True, **rules: Any) -> Collected:
+    later: Any = Later(team.store, days)
+    return collect(later, team.policy, Rules(**rules), delete=delete)
+
+
+def enter(team: Team, package: Package, channel: str = "stable") -> None:
+    promote(
+        team.store,
+        str(reference_of(package)),
+        channel=channel,
+        card=None,
+        author=team.author,
+        policy=team.policy,
+    )
+
+
+def test_what_no_channel_needs_goes_when_it_is_old_and_nothing_goes_before(team: Team) -> None:
+    plans = (b"one", b"two", b"three", b"four")
+    one, two, three, loose = [team.publish(plan, "accepted") for plan in plans]
+    for package in (one, two, three):
+        enter(team, package)
+    assert not any(fate.remove for fate in run(team, 29).fates)
+    looked = run(team, 31, delete=False)
+    assert {fate.place for fate in looked.fates if fate.remove} == {
+        place_of(one),
+        place_of(loose),
+    }
+    assert looked.removed == ()
+    assert len(team.store.places()) == 4
+    done = run(team, 31)
+    assert set(done.removed) == {place_of(one), place_of(loose)}
+    assert team.store.places() == sorted([place_of(two), place_of(three)])
+
+
+def test_a_removed_version_is_gone_for_new_readers_and_its_files_stay_a_while(team: Team) -> None:
+    package = team.publish()
+    before = read_back(team.store, package)
+    assert run(team, 31).removed == (place_of(package),)
+    with pytest.raises(NotFoundError):
+        team.examine(package)
+    assert read_back(team.store, package) == before
+
+
+@pytest.mark.parametrize("days", [0.0, 0.9])
+def test_a_day_of_grace_holds_whatever_is_asked(team: Team, days: float) -> None:
+    team.publish()
+    assert run(team, days, keep_days=0.0).removed == ()
+
+
+def test_what_is_pinned_or_tells_no_age_stays(team: Team) -> None:
+    pinned, unsigned = team.publish(b"pinned"), team.seal(b"unsigned")
+    team.store.put_package(unsigned, [], lambda _: None)
+    done = run(team, 1000, pins=frozenset({place_of(pinned)}))
+    assert done.removed == ()
+    assert {fate.why for fate in done.fates} == {
+        "--keep names it",
+        "no trusted key signed anything about it, so nothing tells how old it is",
+    }
+
+
+def test_a_damaged_version_goes_only_when_asked_for(team: Team) -> None:
+    package = team.publish()
+    (path,) = Path(team.store.url).rglob("manifest.json")
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    assert run(team, 1000).removed == ()
+    assert run(team, 1000, damaged=True).removed == (place_of(package),)
+
+
+def test_a_yank_is_a_statement_that_keeps_a_version(team: Team) -> None:
+    package = team.publish()
+    yank_package(team.store, str(reference_of(package)), team.author, team.policy)
+    assert run(team, 29).removed == ()
+    assert run(team, 31).removed == (place_of(package),)
