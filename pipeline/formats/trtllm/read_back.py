@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,8 @@ default (`PretrainedConfig` and its subclasses, models/*/config.py)."""
 _TIMING_KEYS = ("input_timing_cache", "output_timing_cache")
 
 
-class _Missing:
-    """Stands for a key that is not there."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-_MISSING = _Missing()
+_MISSING = object()
+"""Stands for a key that is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +92,11 @@ def read_back(engine_dir: Path, wanted: Wanted) -> dict[str, Any]:
         if not _same(found, value):
             differences.append(f"  {path}: asked {_shown(value)}, got {_shown(found)}")
     if differences:
+        listed = "\n".join(differences)
         raise PipelineError(
-            "\n".join(
-                [
-                    "trtllm-build built another engine than it was asked for; it only warns of "
-                    "values that it changes (see its log):",
-                    *differences,
-                    "change the recipe so that it asks for what goes together",
-                ]
-            )
+            "trtllm-build built another engine than it was asked for; it only warns of values that "
+            f"it changes (see its log):\n{listed}\nchange the recipe so that it asks for what goes "
+            "together"
         )
     return effective
 
@@ -135,15 +125,11 @@ def _expected(wanted: Wanted) -> Iterator[tuple[str, Any]]:
             yield f"pretrained_config.{key}", checkpoint[key]
     quantization = "pretrained_config.quantization"
     yield f"{quantization}.quant_algo", "FP8"
-    yield (
-        f"{quantization}.kv_cache_quant_algo",
-        "FP8" if wanted.kv_cache_dtype == "fp8" else None,
-    )
-    yield "build_config.max_batch_size", sizes.max_batch_size
-    yield "build_config.max_seq_len", sizes.max_seq_len
-    yield "build_config.max_num_tokens", sizes.max_num_tokens
-    if sizes.opt_num_tokens is not None:
-        yield "build_config.opt_num_tokens", sizes.opt_num_tokens
+    cache = "FP8" if wanted.kv_cache_dtype == "fp8" else None
+    yield f"{quantization}.kv_cache_quant_algo", cache
+    for name, size in asdict(sizes).items():
+        if size is not None:
+            yield f"build_config.{name}", size
     yield "build_config.max_beam_width", 1
     yield "build_config.kv_cache_type", "PAGED"
     yield "build_config.strongly_typed", True
@@ -154,9 +140,7 @@ def _expected(wanted: Wanted) -> Iterator[tuple[str, Any]]:
 def _at(config: Mapping[str, Any], path: str) -> Any:
     node: Any = config
     for part in path.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return _MISSING
-        node = node[part]
+        node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
     return node
 
 
@@ -175,4 +159,4 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, _Missing) else json.dumps(value)
+    return "missing" if value is _MISSING else json.dumps(value)
