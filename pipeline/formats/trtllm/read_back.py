@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import PipelineError
-from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, BuildSizes, Plugins
+from pipeline.core.values import Limits
+from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, Plugins
 from pipeline.formats.trtllm.release import VERSION
 
 ENGINE_FILE = "rank0.engine"
@@ -56,15 +57,15 @@ class Wanted:
     """What was asked for.
 
     Attributes:
-        sizes: Sizes of the engine.
+        limits: Sizes of the engine, and the type of its cache.
+        opt_num_tokens: Token count that kernels are chosen for; None where it was left open.
         plugins: Kernel choices.
-        kv_cache_dtype: `fp8` or `bfloat16`.
         checkpoint: Parsed `config.json` of the TensorRT-LLM checkpoint.
     """
 
-    sizes: BuildSizes
+    limits: Limits
+    opt_num_tokens: int | None
     plugins: Plugins
-    kv_cache_dtype: str
     checkpoint: Mapping[str, Any]
 
 
@@ -118,22 +119,23 @@ def forget_paths(engine_dir: Path) -> None:
 
 def _expected(wanted: Wanted) -> Iterator[tuple[str, Any]]:
     """Dotted path and value of everything that must be so."""
-    sizes, checkpoint = wanted.sizes, wanted.checkpoint
+    limits, checkpoint = wanted.limits, wanted.checkpoint
     yield "version", VERSION
     for key in _MODEL_KEYS:
         if key in checkpoint:
             yield f"pretrained_config.{key}", checkpoint[key]
     quantization = "pretrained_config.quantization"
     yield f"{quantization}.quant_algo", "FP8"
-    cache = "FP8" if wanted.kv_cache_dtype == "fp8" else None
+    cache = "FP8" if limits.kv_cache_dtype == "fp8" else None
     yield f"{quantization}.kv_cache_quant_algo", cache
-    for name, size in asdict(sizes).items():
-        if size is not None:
-            yield f"build_config.{name}", size
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        yield f"build_config.{name}", getattr(limits, name)
+    if wanted.opt_num_tokens is not None:
+        yield "build_config.opt_num_tokens", wanted.opt_num_tokens
     yield "build_config.max_beam_width", 1
     yield "build_config.kv_cache_type", "PAGED"
     yield "build_config.strongly_typed", True
-    for name, value in wanted.plugins.effective(wanted.kv_cache_dtype).items():
+    for name, value in wanted.plugins.effective(limits.kv_cache_dtype).items():
         yield f"build_config.plugin_config.{name}", value
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.formats.trtllm.command import BuildPaths, BuildSizes, build_command
+from pipeline.core.values import Limits
+from pipeline.formats.trtllm.command import BuildPaths, build_command
 from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(
@@ -65,16 +66,14 @@ def test_every_flag_and_value_is_one_that_release_1_2_takes(name: str) -> None:
 
 
 def test_command_for_phi3_on_an_rtx_4090() -> None:
-    sizes = BuildSizes(
-        max_batch_size=64, max_seq_len=4096, max_num_tokens=8192, opt_num_tokens=None
-    )
+    limits = Limits(max_batch_size=64, max_seq_len=4096, max_num_tokens=8192, kv_cache_dtype="fp8")
     paths = BuildPaths(
         checkpoint_dir="/mnt/checkpoint",
         engine_dir="/mnt/engine",
         timing_cache_in="/mnt/timing-in/model.cache",
         timing_cache_out="/mnt/timing-out/model.cache",
     )
-    assert build_command(sizes, ADA_PLUGINS, "fp8", paths) == (
+    assert build_command(limits, ADA_PLUGINS, paths) == (
         "trtllm-build",
         *("--checkpoint_dir", "/mnt/checkpoint"),
         *("--output_dir", "/mnt/engine"),

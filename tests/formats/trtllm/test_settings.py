@@ -19,6 +19,7 @@ from tests.quant.tiny_quantized import ADA
 @pytest.fixture(scope="module")
 def shipped() -> TrtLlmCompiler:
     settings = shipped_option("compiler/trtllm")
+    settings.pop("defaults", None)
     return TrtLlmCompiler(**{**settings, "plugins": Plugins(**settings["plugins"])})
 
 
