@@ -94,7 +94,7 @@ def test_wrong_number_of_profiles_is_refused(
 
 def test_linear_that_is_not_in_the_plan_is_named(plan: bytes, asked: dict[str, Any]) -> None:
     wanted = (*asked["quantized_linears"], "model.layers.9.mlp.up_proj")
-    with pytest.raises(PlanError, match=r"1 linears in E4M3, first model\.layers\.9\.mlp\.up_proj"):
+    with pytest.raises(PlanError, match=r"1 linears in FP8, first model\.layers\.9\.mlp\.up_proj"):
         prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted})
 
 
