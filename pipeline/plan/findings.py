@@ -172,7 +172,7 @@ def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
     """Rows of the known-bad table that hold; those of severity `error` are faults."""
     given = conditions_of(request)
     for row in known_bad_table():
-        if not row.when.holds(given):
+        if not row.holds(given):
             continue
         if row.severity == "error":
             yield Fault(row.path, f"{row.message} ({row.source})")
