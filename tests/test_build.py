@@ -130,7 +130,7 @@ def test_report_shows_what_was_measured_proven_and_not_run(built: Workplace) -> 
     assert report["speed"] == []
     assert report["quality"]["tokens"] == 4 * 63
     assert 0.0 < report["quality"]["mean_kl_nats"]["value"] < 0.2
-    assert set(report["checks"]) == {"fp8_plan", "network"}
+    assert set(report["checks"]) == {"plan", "network"}
 
 
 def test_second_run_takes_the_package_without_a_stage_or_torch(place: Workplace) -> None:

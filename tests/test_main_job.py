@@ -40,7 +40,7 @@ def test_quality_is_within_one_percent_and_the_verdict_is_checked(built: Path) -
     report = json.loads(Path(verdict["report"]).read_text())
     assert report["quality"]["tokens"] >= 8192
     assert report["quality"]["perplexity_change"]["value"] <= 0.01
-    assert report["checks"]["fp8_plan"]["quantized_linears"] == 78
+    assert report["checks"]["plan"]["quantized_linears"] == 78
     assert "RTX-4090" in report["not_run"][0]
     print(json.dumps({"quality": report["quality"], "speed": report["speed"]}, indent=1))
 

@@ -9,6 +9,7 @@ from pipeline.commands.outcome import (
     WORST_FIRST,
     Outcome,
     closing_lines,
+    failure_of,
     open_run,
     worst,
     write_verdict,
@@ -63,3 +64,13 @@ def test_verdict_replaces_the_one_before_in_one_step(tmp_path: Path) -> None:
 def test_rejected_package_offers_no_command() -> None:
     rejected = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="", verdict="rejected")
     assert closing_lines(rejected, "enginesmith generate") == "verdict  rejected"
+
+
+def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -> None:
+    from safetensors import SafetensorError
+
+    seen = "Error while serializing: I/O error: No space left on device (os error 28)"
+    outcome = failure_of(SafetensorError(seen))
+    assert outcome.exit_code is ExitCode.TRANSIENT
+    assert "free some space" in outcome.message
+    assert failure_of(SafetensorError("HeaderTooSmall")).exit_code is ExitCode.FAILED

@@ -123,16 +123,22 @@ def failure_of(error: BaseException) -> Outcome:
         return Outcome(exit_code=error.exit_code, message=str(error))
     if isinstance(error, KeyboardInterrupt):
         return Outcome(exit_code=ExitCode.INTERRUPTED, message="stopped before it was done")
-    if isinstance(error, OSError):
-        where = error.filename or "the file system"
-        if error.errno in _FULL:
-            message = f"disk full at {where}; free some space and run the same command again"
-            return Outcome(exit_code=ExitCode.TRANSIENT, message=message)
-        if error.errno in _FORBIDDEN:
-            message = f"cannot write or read {where}: {error.strerror}; change its owner or mode"
-            return Outcome(exit_code=ExitCode.FAILED, message=message)
+    where = getattr(error, "filename", None) or "the file system"
+    if _is_full(error):
+        message = f"disk full at {where}; free some space and run the same command again"
+        return Outcome(exit_code=ExitCode.TRANSIENT, message=message)
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        message = f"cannot write or read {where}: {error.strerror}; change its owner or mode"
+        return Outcome(exit_code=ExitCode.FAILED, message=message)
     trace = "".join(traceback.format_exception(error)).rstrip()
     return Outcome(exit_code=ExitCode.FAILED, message=f"this is a bug in enginesmith\n{trace}")
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk was full, also where the safetensors library has only words for it."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return type(error).__name__ == "SafetensorError" and "No space left on device" in str(error)
 
 
 def worst(codes: Iterable[ExitCode]) -> ExitCode:

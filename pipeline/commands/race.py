@@ -67,22 +67,31 @@ def race(
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Race a recipe's artifact against vLLM and Transformers on this machine."""
-    from pipeline.commands.screen import screen_logging
-    from pipeline.race import RaceRequest
-    from pipeline.race import race as run_race
-
-    request = RaceRequest(
+    return _raced(
         recipe=recipe,
         overrides=tuple(overrides or ()),
         cpu=cpu,
-        only=tuple(dict.fromkeys(_listed(only))),
-        batches=tuple(_batch(name) for name in _listed(workloads)),
+        only=only,
+        workloads=workloads,
         isl=isl,
         osl=osl,
         rounds=rounds,
         random_weights=random_weights,
         out=out,
         config_dir=config_dir,
+    )
+
+
+def _raced(*, only: str | None, workloads: str | None, **given: Any) -> Answer:
+    """Run what the command line asks."""
+    from pipeline.commands.screen import screen_logging
+    from pipeline.race import RaceRequest
+    from pipeline.race import race as run_race
+
+    request = RaceRequest(
+        only=tuple(dict.fromkeys(_listed(only))),
+        batches=tuple(_batch(name) for name in _listed(workloads)),
+        **given,
     )
     with screen_logging():
         return _answer(run_race(request))

@@ -125,6 +125,12 @@ class Checkpoint:
     kept_16bit: tuple[str, ...]
     calibration: Mapping[str, Any]
 
+    @property
+    def ledger(self) -> Mapping[str, Any]:
+        """What was rounded and what it cost, for the manifest (pipeline.quant.verify)."""
+        found: Mapping[str, Any] = self.calibration["ledger"]
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

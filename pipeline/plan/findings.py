@@ -13,7 +13,6 @@ from pipeline.plan.known_bad import conditions_of, known_bad_table
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import gib
 from pipeline.plan.workloads import WorkloadPlan
-from pipeline.quant.spec import KV_CACHE_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,6 @@ def limit_faults(request: PlanRequest) -> Iterator[Fault]:
             f"max_num_tokens ({limits.max_num_tokens}) must be >= max_batch_size "
             f"({limits.max_batch_size}), for each sequence takes one in a decode step; "
             "increase compiler.max_num_tokens",
-        )
-    if limits.kv_cache_dtype not in KV_CACHE_DTYPES:
-        yield Fault(
-            "compiler.kv_cache_dtype",
-            f"{limits.kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}",
         )
     if not request.format.holds(request.precision):
         yield Fault(
@@ -172,7 +166,7 @@ def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
     """Rows of the known-bad table that hold; those of severity `error` are faults."""
     given = conditions_of(request)
     for row in known_bad_table():
-        if not row.when.holds(given):
+        if not row.holds(given):
             continue
         if row.severity == "error":
             yield Fault(row.path, f"{row.message} ({row.source})")

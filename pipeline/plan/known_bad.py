@@ -3,69 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import Fault
-from pipeline.core.settings import STRICT, Listed
-from pipeline.formats.spec import format_specs
+from pipeline.core.settings import STRICT
 from pipeline.plan.request import PlanRequest
-from pipeline.quant.spec import quant_specs
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class When:
-    """Conditions that must all hold.
-
-    Attributes:
-        architecture: Any of these.
-        format: Any of these.
-        precision: Any of these.
-        kv_cache_dtype: Any of these.
-        sm: Compute capability x 10 of the card, any of these.
-        sm_below: Compute capability x 10 is lower.
-        beyond_sliding_window: `max_seq_len` exceeds the model's sliding window.
-        beyond_original_context: `max_seq_len` exceeds the context up to which a LongRoPE model's
-            short factors hold.
-    """
-
-    architecture: Listed[str] | None = None
-    format: Listed[str] | None = None
-    precision: Listed[str] | None = None
-    kv_cache_dtype: Listed[str] | None = None
-    sm: Listed[PositiveInt] | None = None
-    sm_below: PositiveInt | None = None
-    beyond_sliding_window: Literal[True] | None = None
-    beyond_original_context: Literal[True] | None = None
-
-    def __post_init__(self) -> None:
-        if not self._stated:
-            raise ValueError("a row without conditions would fire for every recipe")
-        for field, known in (("format", format_specs()), ("precision", quant_specs())):
-            if unknown := set(getattr(self, field) or ()) - set(known):
-                raise ValueError(f"{field}: {sorted(unknown)} is none of {sorted(known)}")
-
-    @property
-    def _stated(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def holds(self, given: Mapping[str, Any]) -> bool:
-        """Whether every condition holds; one on what is not given does not."""
-        for name, allowed in self._stated.items():
-            if name not in given:
-                return False
-            value = given[name]
-            if isinstance(allowed, tuple):
-                if value not in allowed:
-                    return False
-            elif not (value < allowed if name == "sm_below" else value):
-                return False
-        return True
+CONDITIONS: Mapping[str, type] = {
+    "architecture": list,
+    "format": list,
+    "precision": list,
+    "kv_cache_dtype": list,
+    "sm": list,  # compute capability x 10 of the card
+    "sm_below": int,
+    "beyond_sliding_window": bool,  # max_seq_len exceeds the model's sliding window
+    "beyond_original_context": bool,  # ... the context up to which LongRoPE's short factors hold
+}
+"""What a row's `when` may state: any of a list, less than a number, or that something is so."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -73,26 +31,44 @@ class KnownBad:
     """One row of the table; its fields are explained at the top of the data file."""
 
     id: str
-    when: When
+    when: dict[str, Any]
     severity: Literal["error", "warning", "note"]
     path: str
     message: str
     source: str
 
+    def __post_init__(self) -> None:
+        if not self.when:
+            raise ValueError("a row without conditions would fire for every recipe")
+        for name, value in self.when.items():
+            if name not in CONDITIONS or type(value) is not CONDITIONS[name]:
+                raise ValueError(f"{name}: {value!r} is no condition of this table")
+
+    def holds(self, given: Mapping[str, Any]) -> bool:
+        """Whether every condition holds; one on what is not given does not."""
+        return all(
+            name in given and _holds(name, value, given[name]) for name, value in self.when.items()
+        )
+
+
+def _holds(name: str, value: Any, found: Any) -> bool:
+    if isinstance(value, list):
+        return found in value
+    return bool(found < value if name == "sm_below" else found is value)
+
 
 def conditions_of(request: PlanRequest) -> dict[str, Any]:
     """What the conditions of a row are held against."""
-    shape, sm, context = request.shape, request.target.sm, request.limits.max_seq_len
+    shape, context = request.shape, request.limits.max_seq_len
     return {
         "architecture": shape.architecture,
         "format": request.format.name,
         "precision": request.precision.name,
         "kv_cache_dtype": request.limits.kv_cache_dtype,
-        "sm": sm,
-        "sm_below": sm,
-        "beyond_sliding_window": shape.window is not None and context > shape.window,
-        "beyond_original_context": shape.short_rope_context is not None
-        and context > shape.short_rope_context,
+        "sm": request.target.sm,
+        "sm_below": request.target.sm,
+        "beyond_sliding_window": context > (shape.window or context),
+        "beyond_original_context": context > (shape.short_rope_context or context),
     }
 
 
@@ -102,7 +78,7 @@ def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
     return [
         Fault("kv_cache_dtype", f"{row.message} ({row.source})")
         for row in known_bad_table()
-        if row.severity == "error" and row.when.holds(given)
+        if row.severity == "error" and row.holds(given)
     ]
 
 
@@ -121,7 +97,7 @@ def parse_table(text: str) -> tuple[KnownBad, ...]:
     """
     import yaml  # 8 ms, and only plans need it
 
-    rows = tuple(KnownBad(**{**row, "when": When(**row["when"])}) for row in yaml.safe_load(text))
+    rows = tuple(KnownBad(**row) for row in yaml.safe_load(text))
     ids = [row.id for row in rows]
     if len(set(ids)) < len(ids):
         raise ValueError(f"two rows share an id: {sorted(ids)}")

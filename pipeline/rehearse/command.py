@@ -61,16 +61,16 @@ def run_rehearsal(
     details = [f"{result.format}: {result.detail}" for result in done if result.state != "good"]
     size = "full size" if full_size else "a tiny model of the same architecture"
     verdict = "good" if code is ExitCode.OK else "failed"
-    said = f"Rehearsal of {recipe} {verdict}: random weights, {size}; {seconds:.0f} s"
+    summary = f"Rehearsal of {recipe} {verdict}: random weights, {size}; {seconds:.0f} s"
     return Answer(
         value={
             "recipe": recipe,
             "seconds": round(seconds, 2),
             "formats": [result.to_json() for result in done],
         },
-        shown=[_table(done), *details, said, *([f"Kept in {keep}"] if keep is not None else [])],
+        shown=[_table(done), *details, summary, *([f"Kept in {keep}"] if keep is not None else [])],
         exit_code=code,
-        message="\n".join([said, *details]),
+        message="\n".join([summary, *details]),
     )
 
 

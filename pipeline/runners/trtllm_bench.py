@@ -75,6 +75,18 @@ class BenchPaths:
     workspace: str
     options: str | None = None
 
+    @staticmethod
+    def below(given: str, made: str, engine_dir: str, *, options: bool) -> BenchPaths:
+        """All paths, below the folders of what the tool reads and writes."""
+        return BenchPaths(
+            model_dir=f"{given}/model",
+            engine_dir=engine_dir,
+            dataset=f"{given}/dataset.jsonl",
+            report=f"{made}/report.json",
+            workspace=f"{made}/workspace",
+            options=f"{given}/options.yaml" if options else None,
+        )
+
 
 def measure(
     engine: Engine,
@@ -112,13 +124,8 @@ def measure(
         built = Shared(name="engine", source=engine.dir)
         window = attention_window(engine)
         _write_inputs(input_dir, engine, checkpoint_dir, workload, window, settings)
-        paths = BenchPaths(
-            model_dir=f"{place.path(given)}/model",
-            engine_dir=place.path(built),
-            dataset=f"{place.path(given)}/dataset.jsonl",
-            report=f"{place.path(made)}/report.json",
-            workspace=f"{place.path(made)}/workspace",
-            options=None if window is None else f"{place.path(given)}/options.yaml",
+        paths = BenchPaths.below(
+            place.path(given), place.path(made), place.path(built), options=window is not None
         )
         runs: list[BenchRun] = []
         document: dict[str, Any] = {}

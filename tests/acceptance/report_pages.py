@@ -84,7 +84,7 @@ def report(**changed: Any) -> dict[str, Any]:
             "top1_agreement": interval(0.9),
             "sample": {"prompt": "Capital of France?", "answer": "It is Paris."},
         },
-        "checks": {"fp8_plan": {"fp8_gemms": 8, "other_gemms": 25}},
+        "checks": {"plan": {"quantized_gemms": 8, "other_gemms": 25}},
         "not_run": ["FP8 KV cache: kept in float32 here"],
         "verdict": "checked",
         "findings": [{"kind": "note", "message": "not run: FP8 KV cache: kept in float32 here"}],

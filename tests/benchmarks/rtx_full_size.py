@@ -162,7 +162,7 @@ def main(name: str) -> None:
         "peak_anonymous_gb": round(peak.anonymous_kib * 1024 / 1e9, 2),
         "peak_resident_gb": round(peak.resident_kib * 1024 / 1e9, 2),
         "size_gb": {key: round(value / 1e9, 3) for key, value in sizes.items()},
-        "checks": engine.checks["fp8_plan"],
+        "checks": engine.checks["plan"],
     }
     print(json.dumps(result, indent=1))
 

@@ -195,14 +195,12 @@ def test_limits_that_contradict_each_other_are_all_reported(ask: Ask) -> None:
         "smollm2",
         max_seq_len=10000,
         max_num_tokens=7,
-        kv_cache_dtype="int8",
         workloads=(workload,),
     )
     plan = make_plan(request)
     assert paths(plan.faults) == [
         "compiler.max_seq_len",
         "compiler.max_num_tokens",
-        "compiler.kv_cache_dtype",
         "acceptance.targets[0].isl",
         "acceptance.targets[0].batch",
     ]

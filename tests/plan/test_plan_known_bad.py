@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def fired(ask: Ask, asked: dict[str, Any]) -> set[str]:
-    return {row.id for row in known_bad_table() if row.when.holds(conditions_of(ask(**asked)))}
+    return {row.id for row in known_bad_table() if row.holds(conditions_of(ask(**asked)))}
 
 
 def test_every_row_has_a_case() -> None:

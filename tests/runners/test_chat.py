@@ -72,13 +72,6 @@ def test_characters_of_several_tokens_come_whole(tokenizer: Any, text: str) -> N
         assert any("😀" in piece for piece in pieces)
 
 
-def test_pieces_come_before_the_answer_ends(tokenizer: Any) -> None:
-    tokens = iter(tokenizer("The engine")["input_ids"])
-    first = next(decode_pieces(tokenizer, tokens))
-    assert first
-    assert list(tokens)  # not all were waited for
-
-
 def test_answer_cut_inside_a_character_equals_the_full_decode(tokenizer: Any) -> None:
     tokens = tokenizer("ok 😀")["input_ids"][:-1]
     whole = tokenizer.decode(tokens)

@@ -56,11 +56,38 @@ def speed(report: Entry) -> Section | None:
         lead += f" It says nothing about the speed on {report['card']}."
     blocks: list[Block] = [
         Table(headings=("workload", "tokens/s", "required", "result"), rows=rows),
+        *_peers(entries),
         *_request_rates(entries),
         *_costs(entries),
         *(() if _on_card(report) else _throughput_charts(entries, {})),
     ]
     return Section(title="Speed", blocks=blocks, lead=lead)
+
+
+def _peers(entries: Sequence[Entry]) -> list[Block]:
+    """What ran beside the engine, and how many times as fast the engine was."""
+    rows = [
+        (
+            peer["label"],
+            entry["workload"],
+            Cell(number(peer["output_tokens_per_s"]), small=_spread(peer.get("samples", ()))),
+            Cell(number(peer["ratio"]["median"]), small=_interval(peer["ratio"])),
+        )
+        for entry in entries
+        for peer in entry.get("peers", {}).values()
+    ]
+    small = (
+        "Loaded beside the engine, taking turns with it; the ratio is taken in each round. Its "
+        "median over the rounds, and the 95 % bootstrap interval of that."
+    )
+    table = Table(headings=("peer", "workload", "tokens/s", "engine / peer"), rows=rows, words=2)
+    return [Heading(text="Peers", small=small), table] if rows else []
+
+
+def _interval(ratio: Entry) -> str:
+    if ratio["low"] is None:
+        return f"{ratio['rounds']} rounds, no interval"
+    return f"{number(ratio['low'])} to {number(ratio['high'])}"
 
 
 def _request_rates(entries: Sequence[Entry]) -> list[Block]:

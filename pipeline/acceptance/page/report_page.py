@@ -73,7 +73,7 @@ _KINDS: dict[str, Tone] = {
     "note": "plain",
 }
 _CHECKS = {
-    "fp8_plan": (
+    "plan": (
         "Quantized kernels in the compiled plan",
         "Read from the engine's own layer list: the linears that should run quantized do.",
     ),

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT
+from pipeline.core.values import Limits
 from pipeline.formats.trtllm.release import BUILD_PROGRAM
 
 CHECKPOINT, ENGINE, TIMING_IN, TIMING_OUT = "checkpoint", "engine", "timing-in", "timing-out"
@@ -127,26 +128,8 @@ class Plugins:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildSizes:
-    """Sizes of an engine.
-
-    Attributes:
-        max_batch_size: Requests at once.
-        max_seq_len: Prompt + output tokens of one request.
-        max_num_tokens: Tokens of one iteration, prefill chunks included.
-        opt_num_tokens: Token count that kernels are chosen for; None with several profiles, or for
-            `max_batch_size`.
-    """
-
-    max_batch_size: int
-    max_seq_len: int
-    max_num_tokens: int
-    opt_num_tokens: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildPaths:
-    """Paths as the tool sees them.
+    """Paths as the tool sees them; by default relative to a folder that holds the checkpoint.
 
     Attributes:
         checkpoint_dir: TensorRT-LLM checkpoint.
@@ -156,47 +139,41 @@ class BuildPaths:
         timing_cache_out: Gets the new one. Without this flag it lands in the working directory.
     """
 
-    checkpoint_dir: str
-    engine_dir: str
-    timing_cache_in: str | None
-    timing_cache_out: str
+    checkpoint_dir: str = CHECKPOINT
+    engine_dir: str = ENGINE
+    timing_cache_in: str | None = None
+    timing_cache_out: str = TIMING_CACHE_FILE
 
 
 def build_command(
-    sizes: BuildSizes, plugins: Plugins, kv_cache_dtype: str, paths: BuildPaths
+    limits: Limits, plugins: Plugins, paths: BuildPaths, *, opt_num_tokens: int | None = None
 ) -> tuple[str, ...]:
-    """Program and arguments, never a shell string."""
+    """Program and arguments, never a shell string.
+
+    Args:
+        limits: Sizes, and the type of the cache.
+        plugins: Kernel choices.
+        paths: As the tool sees them.
+        opt_num_tokens: Token count that kernels are chosen for; None with several profiles, or for
+            `max_batch_size`.
+    """
     command = [
         BUILD_PROGRAM,
         *("--checkpoint_dir", paths.checkpoint_dir),
         *("--output_dir", paths.engine_dir),
-        *("--max_batch_size", str(sizes.max_batch_size)),
-        *("--max_seq_len", str(sizes.max_seq_len)),
-        *("--max_num_tokens", str(sizes.max_num_tokens)),
+        *("--max_batch_size", str(limits.max_batch_size)),
+        *("--max_seq_len", str(limits.max_seq_len)),
+        *("--max_num_tokens", str(limits.max_num_tokens)),
         *("--max_beam_width", "1"),
     ]
-    if sizes.opt_num_tokens is not None:
-        command += ["--opt_num_tokens", str(sizes.opt_num_tokens)]
-    command += plugins.arguments(kv_cache_dtype)
+    if opt_num_tokens is not None:
+        command += ["--opt_num_tokens", str(opt_num_tokens)]
+    command += plugins.arguments(limits.kv_cache_dtype)
     if paths.timing_cache_in is not None:
         command += ["--input_timing_cache", paths.timing_cache_in]
     command += ["--output_timing_cache", paths.timing_cache_out]
     command += ["--workers", "1", "--log_level", "info"]
     return tuple(command)
-
-
-def example_command(sizes: BuildSizes, plugins: Plugins, kv_cache_dtype: str) -> tuple[str, ...]:
-    """The command with paths relative to a folder that holds the checkpoint: for records and docs.
-
-    It leaves out the machine's own folders, so that it is equal wherever it is made.
-    """
-    paths = BuildPaths(
-        checkpoint_dir=CHECKPOINT,
-        engine_dir=ENGINE,
-        timing_cache_in=None,
-        timing_cache_out=TIMING_CACHE_FILE,
-    )
-    return build_command(sizes, plugins, kv_cache_dtype, paths)
 
 
 def _or_none(value: str) -> str | None:

@@ -26,10 +26,8 @@ from pipeline.formats.trtllm.command import (
     TIMING_IN,
     TIMING_OUT,
     BuildPaths,
-    BuildSizes,
     Plugins,
     build_command,
-    example_command,
 )
 from pipeline.formats.trtllm.container import Shared
 from pipeline.formats.trtllm.convert.config import Dtype
@@ -135,19 +133,12 @@ class TrtLlmCompiler:
         return NAME, VERSION
 
     @property
-    def sizes(self) -> BuildSizes:
-        """The size flags."""
-        return BuildSizes(
-            max_batch_size=self.max_batch_size,
-            max_seq_len=self.max_seq_len,
-            max_num_tokens=self.max_num_tokens,
-            opt_num_tokens=self.opt_num_tokens,
-        )
-
-    @property
     def command(self) -> tuple[str, ...]:
         """The build, with relative paths: what a rehearsal shows and an export prints."""
-        return example_command(self.sizes, self.plugins, self.kv_cache_dtype)
+        return self._command(BuildPaths())
+
+    def _command(self, paths: BuildPaths) -> tuple[str, ...]:
+        return build_command(self.limits, self.plugins, paths, opt_num_tokens=self.opt_num_tokens)
 
     def inputs(self, target: Target) -> dict[str, Any]:
         return {
@@ -237,13 +228,14 @@ class TrtLlmCompiler:
             timing_cache_in=f"{place.path(folders[TIMING_IN])}/{lent.name}" if lent else None,
             timing_cache_out=f"{place.path(folders[TIMING_OUT])}/{TIMING_CACHE_FILE}",
         )
-        command = build_command(self.sizes, self.plugins, self.kv_cache_dtype, paths)
-        _run_explained(place, command, tuple(folders.values()), log_path, self.timeout_s)
+        _run_explained(
+            place, self._command(paths), tuple(folders.values()), log_path, self.timeout_s
+        )
         engine_dir = out / ENGINE
         wanted = Wanted(
-            sizes=self.sizes,
+            limits=self.limits,
+            opt_num_tokens=self.opt_num_tokens,
             plugins=self.plugins,
-            kv_cache_dtype=self.kv_cache_dtype,
             checkpoint=json.loads((converted_dir / "config.json").read_text()),
         )
         effective = read_back(engine_dir, wanted)

@@ -18,10 +18,10 @@ from pathlib import Path
 from pipeline.core.atomic_folder import PREFIX, atomic_folder
 from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
+from pipeline.core.values import Limits
 from pipeline.formats.trtllm.command import (
     TIMING_CACHE_FILE,
     BuildPaths,
-    BuildSizes,
     Plugins,
     build_command,
 )
@@ -128,11 +128,17 @@ def plan_export(
     spec = UnifiedCheckpoint(checkpoint_dir).spec
     settings = _settings(checkpoint_dir, kv_cache_dtype, dtype)
     plugins = _plugins()
-    sizes = _sizes(spec, max_batch_size, max_seq_len, max_num_tokens, plugins.tokens_per_block)
+    limits = _limits(
+        spec,
+        settings,
+        batch=max_batch_size,
+        seq_len=max_seq_len,
+        num_tokens=max_num_tokens,
+        block=plugins.tokens_per_block,
+    )
     paths = BuildPaths(
         checkpoint_dir=str(out_dir),
         engine_dir=f"{out_dir}-engine",
-        timing_cache_in=None,
         timing_cache_out=f"{out_dir}-engine.{TIMING_CACHE_FILE}",
     )
     return Export(
@@ -140,7 +146,7 @@ def plan_export(
         out_dir=place,
         architecture=spec.architecture,
         settings=settings,
-        command=shlex.join(build_command(sizes, plugins, settings.kv_cache_dtype, paths)),
+        command=shlex.join(build_command(limits, plugins, paths)),
     )
 
 
@@ -215,9 +221,15 @@ def _settings(
     return TrtLlmSettings(kv_cache_dtype=kv_cache_dtype, dtype=dtype)
 
 
-def _sizes(
-    spec: ModelSpec, batch: int, seq_len: int | None, num_tokens: int | None, block: int
-) -> BuildSizes:
+def _limits(
+    spec: ModelSpec,
+    settings: TrtLlmSettings,
+    *,
+    batch: int,
+    seq_len: int | None,
+    num_tokens: int | None,
+    block: int,
+) -> Limits:
     """Sizes of the printed command; see `plan_export`.
 
     Raises:
@@ -235,11 +247,11 @@ def _sizes(
         faults.append(Fault("max_seq_len", message))
     if faults:
         raise RecipeError(faults)
-    return BuildSizes(
+    return Limits(
         max_batch_size=batch,
         max_seq_len=length,
         max_num_tokens=max(tokens, block),
-        opt_num_tokens=None,
+        kv_cache_dtype=settings.kv_cache_dtype,
     )
 
 

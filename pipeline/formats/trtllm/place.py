@@ -10,7 +10,6 @@ none, and on this machine the Hub's clients are told to stay offline.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
@@ -34,7 +33,6 @@ from pipeline.formats.trtllm.release import BUILD_PROGRAM, CUDA, IMAGE_BYTES, SH
 
 Where = Literal["auto", "local", "docker"]
 
-_DOCKER_SOCKET = "/var/run/docker.sock"
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -164,8 +162,7 @@ def choose_place(
 ) -> Place:
     """Choose where to run, and make every check that needs no download and starts nothing.
 
-    `auto` takes this machine when `trtllm-build` is on the PATH, else Docker; but inside a pod
-    without a Docker socket it never tries Docker.
+    `auto` takes this machine when `trtllm-build` is on the PATH, else Docker.
 
     Args:
         where: The recipe's wish.
@@ -186,11 +183,6 @@ def choose_place(
         raise IncompatibleError(
             f"{BUILD_PROGRAM} is not on the PATH: run inside the build image, or install "
             f"tensorrt-llm {VERSION} in this environment, or set {section}.where=docker"
-        )
-    if where == "auto" and _in_pod_without_docker():
-        raise IncompatibleError(
-            f"{BUILD_PROGRAM} is not on the PATH, and a pod without a Docker socket has no other "
-            f"way: let the pod itself use the build image ({image})"
         )
     try:
         gpu = card()
@@ -221,10 +213,3 @@ def find_card(target: Target) -> Gpu:
         f"same sm_{target.sm}, but TensorRT chooses kernels by timing them, so an engine is built "
         "on the card that it is for; build there, or choose the target that is here (target=NAME)"
     )
-
-
-def _in_pod_without_docker() -> bool:
-    if "KUBERNETES_SERVICE_HOST" not in os.environ:
-        return False
-    host = os.environ.get("DOCKER_HOST") or _DOCKER_SOCKET
-    return not Path(host.removeprefix("unix://")).exists()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,11 @@ NO_GPU_RUNTIME = (
     "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/), then run "
     "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 )
+OLDEST_DRIVER = {"12": "525", "13": "580"}
+"""By CUDA's major version, the oldest NVIDIA driver (Linux) that runs any release of it; NVIDIA's
+forward compatibility package is not counted on, since GeForce cards cannot use it. Source: CUDA
+Compatibility, "Minor Version Compatibility", table 1,
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 _GPU_HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")
 """`docker run --gpus` needs one of them on the engine's PATH, not the `nvidia` runtime (Moby, pull
 request 50228): an engine that does not list the runtime may still do."""
@@ -110,32 +113,25 @@ def require_room(data_root: Path, image: str, image_bytes: int) -> None:
 
 
 def require_driver(gpu: Gpu, cuda: str) -> None:
-    """Demand a driver that runs this CUDA release; warn if it is older than the release.
+    """Demand a driver that runs this CUDA release.
 
     Raises:
         IncompatibleError: See `driver_fault`.
     """
     if fault := driver_fault(gpu.driver, cuda):
         raise IncompatibleError(f"{gpu.name}: {fault}")
-    shipped = _drivers()["shipped"].get(cuda, "")
-    if _version(gpu.driver) < _version(shipped):
-        log.warning(
-            "Driver %s is older than that of CUDA %s (%s): what needs the newer one does not work",
-            gpu.driver,
-            cuda,
-            shipped,
-        )
 
 
 def driver_fault(driver: str, cuda: str) -> str:
     """Why this NVIDIA driver (such as `580.65.06`) cannot run this CUDA release; empty if it can.
 
     Raises:
-        ValueError: `driver_minimum.yaml` does not know the release's major version.
+        ValueError: The release's major version is not known.
     """
-    table = _drivers()["compatible"]
-    if (minimum := table.get(cuda.split(".")[0])) is None:
-        raise ValueError(f"CUDA {cuda} is not in driver_minimum.yaml; it knows {sorted(table)}")
+    if (minimum := OLDEST_DRIVER.get(cuda.split(".")[0])) is None:
+        raise ValueError(
+            f"CUDA {cuda} is not known; add its oldest driver: {sorted(OLDEST_DRIVER)}"
+        )
     if _version(driver) >= _version(minimum):
         return ""
     return (
@@ -154,15 +150,6 @@ def image_digest(image: str) -> str:
     with connect() as client:
         found = require_image(client, image)
         return str(next(iter(found.attrs["RepoDigests"] or ()), found.id))
-
-
-@cache
-def _drivers() -> dict[str, dict[str, str]]:
-    import yaml
-
-    text = files("pipeline.formats.trtllm").joinpath("driver_minimum.yaml").read_text("utf-8")
-    table: dict[str, dict[str, str]] = yaml.safe_load(text)
-    return table
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import PipelineError
-from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, BuildSizes, Plugins
+from pipeline.core.values import Limits
+from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, Plugins
 from pipeline.formats.trtllm.release import VERSION
 
 ENGINE_FILE = "rank0.engine"
@@ -47,14 +48,8 @@ default (`PretrainedConfig` and its subclasses, models/*/config.py)."""
 _TIMING_KEYS = ("input_timing_cache", "output_timing_cache")
 
 
-class _Missing:
-    """Stands for a key that is not there."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-_MISSING = _Missing()
+_MISSING = object()
+"""Stands for a key that is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +57,15 @@ class Wanted:
     """What was asked for.
 
     Attributes:
-        sizes: Sizes of the engine.
+        limits: Sizes of the engine, and the type of its cache.
+        opt_num_tokens: Token count that kernels are chosen for; None where it was left open.
         plugins: Kernel choices.
-        kv_cache_dtype: `fp8` or `bfloat16`.
         checkpoint: Parsed `config.json` of the TensorRT-LLM checkpoint.
     """
 
-    sizes: BuildSizes
+    limits: Limits
+    opt_num_tokens: int | None
     plugins: Plugins
-    kv_cache_dtype: str
     checkpoint: Mapping[str, Any]
 
 
@@ -98,15 +93,11 @@ def read_back(engine_dir: Path, wanted: Wanted) -> dict[str, Any]:
         if not _same(found, value):
             differences.append(f"  {path}: asked {_shown(value)}, got {_shown(found)}")
     if differences:
+        listed = "\n".join(differences)
         raise PipelineError(
-            "\n".join(
-                [
-                    "trtllm-build built another engine than it was asked for; it only warns of "
-                    "values that it changes (see its log):",
-                    *differences,
-                    "change the recipe so that it asks for what goes together",
-                ]
-            )
+            "trtllm-build built another engine than it was asked for; it only warns of values that "
+            f"it changes (see its log):\n{listed}\nchange the recipe so that it asks for what goes "
+            "together"
         )
     return effective
 
@@ -128,35 +119,30 @@ def forget_paths(engine_dir: Path) -> None:
 
 def _expected(wanted: Wanted) -> Iterator[tuple[str, Any]]:
     """Dotted path and value of everything that must be so."""
-    sizes, checkpoint = wanted.sizes, wanted.checkpoint
+    limits, checkpoint = wanted.limits, wanted.checkpoint
     yield "version", VERSION
     for key in _MODEL_KEYS:
         if key in checkpoint:
             yield f"pretrained_config.{key}", checkpoint[key]
     quantization = "pretrained_config.quantization"
     yield f"{quantization}.quant_algo", "FP8"
-    yield (
-        f"{quantization}.kv_cache_quant_algo",
-        "FP8" if wanted.kv_cache_dtype == "fp8" else None,
-    )
-    yield "build_config.max_batch_size", sizes.max_batch_size
-    yield "build_config.max_seq_len", sizes.max_seq_len
-    yield "build_config.max_num_tokens", sizes.max_num_tokens
-    if sizes.opt_num_tokens is not None:
-        yield "build_config.opt_num_tokens", sizes.opt_num_tokens
+    cache = "FP8" if limits.kv_cache_dtype == "fp8" else None
+    yield f"{quantization}.kv_cache_quant_algo", cache
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        yield f"build_config.{name}", getattr(limits, name)
+    if wanted.opt_num_tokens is not None:
+        yield "build_config.opt_num_tokens", wanted.opt_num_tokens
     yield "build_config.max_beam_width", 1
     yield "build_config.kv_cache_type", "PAGED"
     yield "build_config.strongly_typed", True
-    for name, value in wanted.plugins.effective(wanted.kv_cache_dtype).items():
+    for name, value in wanted.plugins.effective(limits.kv_cache_dtype).items():
         yield f"build_config.plugin_config.{name}", value
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:
     node: Any = config
     for part in path.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return _MISSING
-        node = node[part]
+        node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
     return node
 
 
@@ -175,4 +161,4 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, _Missing) else json.dumps(value)
+    return "missing" if value is _MISSING else json.dumps(value)

@@ -28,7 +28,7 @@ from pipeline.formats.trtrtx.child import CompileJob, Profile, run_child
 from pipeline.formats.trtrtx.linears import node_names
 from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
 from pipeline.formats.trtrtx.onnx_graph import buildable_layer
-from pipeline.formats.trtrtx.plan_text import prove_fp8
+from pipeline.formats.trtrtx.plan_text import prove_plan
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
 from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
 from pipeline.model.spec import Attention, ModelSpec
@@ -56,7 +56,7 @@ class TrtRtxCompiler:
         opt_batch_size: Decode batch that kernels are chosen for.
         max_prefill_batch_size: Rows of one prefill step.
         max_seq_len: Static cache length: prompt + output tokens of one request.
-        activation_dtype: 16-bit type of activations and of what is not FP8.
+        activation_dtype: 16-bit type of activations and of what is not quantized.
         kv_cache_dtype: Type of the static cache; TensorRT-RTX updates it in the activations' type.
     """
 
@@ -205,8 +205,9 @@ class TrtRtxCompiler:
         )
         run_child(job, out, stage="compile", log_path=log_dir / "compile.log")
         with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as text:
-            proof = prove_fp8(
+            proof = prove_plan(
                 text,
+                quant_spec(checkpoint.precision),
                 sm=target.sm,
                 profiles=len(self.profiles),
                 quantized_linears=node_names(spec, checkpoint.quantized_linears),
@@ -214,7 +215,7 @@ class TrtRtxCompiler:
             )
         shutil.copyfile(checkpoint.dir / "config.json", engine_dir / "config.json")
         copy_companions(checkpoint.dir, engine_dir)
-        (out / "checks.json").write_text(json.dumps({"fp8_plan": proof}, indent=1) + "\n")
+        (out / "checks.json").write_text(json.dumps({"plan": proof}, indent=1) + "\n")
 
 
 def _check_attention_shape(attention: Attention) -> None:

@@ -59,7 +59,7 @@ def build_decoder(
     """Build the graph; weights stay in the external file that `slots` describes.
 
     Args:
-        checkpoint: Unified FP8 checkpoint or plain weights; linears with scales become FP8.
+        checkpoint: Unified checkpoint or plain weights.
         slots: Result of `write_weights`.
         context: Static cache length, tokens.
         activation: Dtype of activations and cache.

@@ -1,4 +1,4 @@
-"""Reads a TensorRT-RTX plan: proves which GEMMs are FP8, without a GPU.
+"""Reads a TensorRT-RTX plan: proves in which types its GEMMs multiply, without a GPU.
 
 An engine for another GPU can be neither loaded nor inspected here, but its bytes hold the compiled
 graph as text, in sections:
@@ -10,8 +10,8 @@ Each optimization profile has a large section and, where a 16-bit GEMM is fused 
 it, a small one for that GEMM. Profile n > 0 is told by `[profile n]` in the names of its GEMMs.
 
 The format is undocumented; it was read from plans of TensorRT-RTX 1.7.1 (2026-11-24), and every
-other version is refused. Whatever does not parse fails the build: an FP8 engine is proven to be
-one, or there is no engine.
+other version is refused. Whatever does not parse fails the build: a quantized engine is proven to
+be one, or there is no engine.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from __future__ import annotations
 import mmap
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.core.errors import PipelineError
+from pipeline.quant.spec import QuantSpec
 
 KNOWN_VERSIONS = frozenset({(1, 7, 1)})
 _MAGIC = b"vtrt"
 _SIZE_BYTES = slice(16, 24)
 """Size of the whole plan, little-endian: so in 15 plan files, 6.6 to 245 MB (2026-11-24)."""
 _VERSION_BYTES = slice(24, 28)
-FP8 = "fp8_e4m3"
 _ANY = ("*",)
 """Target of sections that hold nothing specific to one SM, such as a single 16-bit GEMM."""
 
@@ -60,21 +59,13 @@ class Gemm:
     operand_types: tuple[str, str]
     accelerators: tuple[str, ...]
 
-    @property
-    def is_fp8(self) -> bool:
-        """Both operands are FP8: the multiplication runs on FP8 tensor cores."""
-        return self.operand_types == (FP8, FP8)
+    def multiplies(self, operands: str) -> bool:
+        """Whether both operands have this type, and the multiplication runs on its tensor cores."""
+        return self.operand_types == (operands, operands)
 
 
-@dataclass(frozen=True)
-class PlanText:
-    """What the text of a plan says: every GEMM."""
-
-    gemms: tuple[Gemm, ...]
-
-
-def read_plan(plan: Buffer) -> PlanText:
-    """Parse the text of a plan.
+def read_plan(plan: Buffer) -> tuple[Gemm, ...]:
+    """Every GEMM that the text of a plan shows.
 
     Raises:
         PlanError: It is no plan, of another version, or something in it does not parse.
@@ -96,12 +87,10 @@ def read_plan(plan: Buffer) -> PlanText:
     if not starts:
         raise PlanError("the plan holds no readable section; its content cannot be proven")
     ends = [start for start, _ in starts[1:]] + [len(plan)]
-    return PlanText(
-        tuple(
-            gemm
-            for (start, names), end in zip(starts, ends, strict=True)
-            for gemm in _gemms(plan, start, end, tuple(names.decode().split()))
-        ),
+    return tuple(
+        gemm
+        for (start, names), end in zip(starts, ends, strict=True)
+        for gemm in _gemms(plan, start, end, tuple(names.decode().split()))
     )
 
 
@@ -131,21 +120,23 @@ def _gemm(match: re.Match[bytes], types: dict[str, str], accelerators: tuple[str
     return Gemm(profiles.pop(), tuple(names), (str(found[0]), str(found[1])), accelerators)
 
 
-def prove_fp8(
+def prove_plan(
     plan: Buffer,
+    precision: QuantSpec,
     *,
     sm: int,
     profiles: int,
-    quantized_linears: Iterable[str],
-    kept_16bit: Iterable[str],
-) -> dict[str, Any]:
-    """Prove that a plan computes exactly the wanted linears in FP8, in every profile.
+    quantized_linears: Collection[str],
+    kept_16bit: Collection[str],
+) -> dict[str, int]:
+    """Prove that a plan computes exactly the wanted linears in a precision, in every profile.
 
     Args:
         plan: The serialized engine, or a memory map of it.
+        precision: Of the quantized linears.
         sm: Compute capability that it must be for, and no other.
         profiles: Optimization profiles that it must hold.
-        quantized_linears: Modules that must each be in exactly one FP8 GEMM.
+        quantized_linears: Modules that must each be in exactly one GEMM of the precision.
         kept_16bit: Modules that may be in other GEMMs, beside lm_head.
 
     Returns:
@@ -154,33 +145,39 @@ def prove_fp8(
     Raises:
         PlanError: Anything differs; the module is named.
     """
-    text = read_plan(plan)
-    for gemm in text.gemms:
-        if gemm.accelerators != (f"sm{sm}",) and (gemm.is_fp8 or gemm.accelerators != _ANY):
+    title, operands = precision.title, precision.onnx.operands if precision.onnx else ""
+    gemms = read_plan(plan)
+    quantized = [gemm for gemm in gemms if gemm.multiplies(operands)]
+    for gemm in gemms:
+        if gemm.accelerators != (f"sm{sm}",) and (gemm in quantized or gemm.accelerators != _ANY):
             raise PlanError(
                 f"GEMM {gemm.modules} of the plan is for {gemm.accelerators}, sm{sm} was asked for"
             )
-    found = {gemm.profile for gemm in text.gemms}
+    found = {gemm.profile for gemm in gemms}
     if found != set(range(profiles)):
         raise PlanError(f"the plan has profiles {sorted(found)}, {profiles} were asked for")
-    wanted, allowed = set(quantized_linears), {*kept_16bit, "lm_head"}
     for profile in range(profiles):
         where = f"profile {profile} of the plan"
-        gemms = [gemm for gemm in text.gemms if gemm.profile == profile]
-        fp8 = Counter(name for gemm in gemms if gemm.is_fp8 for name in gemm.modules)
-        other = {name for gemm in gemms if not gemm.is_fp8 for name in gemm.modules}
-        if missing := sorted(wanted - set(fp8)):
+        here = Counter(n for gemm in quantized if gemm.profile == profile for n in gemm.modules)
+        other = {
+            name
+            for gemm in gemms
+            if gemm.profile == profile and gemm not in quantized
+            for name in gemm.modules
+        }
+        if missing := sorted(set(quantized_linears) - set(here)):
             raise PlanError(
-                f"{where} does not compute {len(missing)} linears in FP8, first {missing[0]}; "
-                "FP8 was asked for"
+                f"{where} does not compute {len(missing)} linears in {title}, first {missing[0]}; "
+                f"{title} was asked for"
             )
-        if surplus := sorted({n for n, c in fp8.items() if c > 1 or n not in wanted}):
-            raise PlanError(f"{where} has unexpected FP8 GEMMs, first {surplus[0]}")
-        if strange := sorted(other - allowed):
+        wanted = set(quantized_linears)
+        if surplus := sorted(name for name, n in here.items() if n > 1 or name not in wanted):
+            raise PlanError(f"{where} has unexpected {title} GEMMs, first {surplus[0]}")
+        if strange := sorted(other - {*kept_16bit, "lm_head"}):
             raise PlanError(f"{where} has unexpected 16-bit GEMMs, first {strange[0]}")
     return {
         "profiles": profiles,
-        "fp8_gemms": sum(gemm.is_fp8 for gemm in text.gemms),
-        "other_gemms": sum(not gemm.is_fp8 for gemm in text.gemms),
-        "quantized_linears": len(wanted),
+        "quantized_gemms": len(quantized),
+        "other_gemms": len(gemms) - len(quantized),
+        "quantized_linears": len(set(quantized_linears)),
     }

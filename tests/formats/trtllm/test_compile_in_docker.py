@@ -120,15 +120,6 @@ def test_local_and_container_builds_give_the_same_engine_folder(
     assert local.dir != contained.dir
 
 
-def test_timing_cache_of_one_container_is_lent_to_the_next(
-    checkpoint: Checkpoint, folder: Path
-) -> None:
-    build(checkpoint, folder)
-    build(checkpoint, folder, compiler(max_batch_size=2))
-    (kept,) = (folder / "cache" / "timing").glob("*/model.cache")
-    assert kept.read_bytes() == b"entry\nentry\n"
-
-
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
@@ -154,14 +145,6 @@ def test_build_that_hits_the_memory_limit_names_the_setting(
         build(checkpoint, folder, compiler(image=image, memory_gib=0.125))
     assert caught.value.returncode == 137
     assert list((folder / "cache" / "stages" / "compile-trtllm").iterdir()) == []
-
-
-def test_build_that_hangs_is_stopped(
-    client: DockerClient, checkpoint: Checkpoint, folder: Path
-) -> None:
-    image = misbehaving_image(client, "hang")
-    with pytest.raises(ToolError, match="stopped after 3 s"):
-        build(checkpoint, folder, compiler(image=image, timeout_s=3.0))
 
 
 def test_image_that_is_not_here_is_told_before_anything_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,9 @@ def test_known_cause_says_what_to_change(line: str) -> None:
     assert SNIPPETS[line] in explain(log, 1)
 
 
-def test_every_cause_has_a_snippet_and_a_source() -> None:
-    import re
-
-    for cause in CAUSES:
-        assert any(re.search(cause.pattern, line) for line in SNIPPETS), cause.pattern
-        assert cause.source
+def test_every_cause_has_a_snippet() -> None:
+    for pattern in CAUSES:
+        assert any(re.search(pattern, line) for line in SNIPPETS), pattern
 
 
 def test_skipped_kernel_is_no_cause() -> None:

@@ -108,6 +108,7 @@ def _write_checkpoint(folder: Path) -> None:
         json.dumps(
             {
                 "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
                 "hidden_act": "silu",
                 "hidden_size": HIDDEN,
                 "intermediate_size": INNER,

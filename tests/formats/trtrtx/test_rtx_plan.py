@@ -11,9 +11,12 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Checkpoint
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
-from pipeline.formats.trtrtx.plan_text import FP8, PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.plan_text import PlanError, prove_plan, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
+from pipeline.quant.fp8 import SPEC
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
+
+E4M3 = "fp8_e4m3"
 
 LINEAR = "model.layers.1.self_attn.o_proj"
 
@@ -60,24 +63,24 @@ def replaced(plan: bytes, old: bytes, new: bytes, count: int = -1) -> bytes:
 
 
 def test_real_plan_is_proven(plan: bytes, asked: dict[str, Any]) -> None:
-    proof = prove_fp8(plan, **asked)
-    assert (proof["profiles"], proof["fp8_gemms"], proof["quantized_linears"]) == (2, 24, 21)
+    proof = prove_plan(plan, SPEC, **asked)
+    assert (proof["profiles"], proof["quantized_gemms"], proof["quantized_linears"]) == (2, 24, 21)
 
 
 def test_fused_names_are_split(plan: bytes) -> None:
-    fused = {gemm.modules for gemm in read_plan(plan).gemms if len(gemm.modules) == 3}
+    fused = {gemm.modules for gemm in read_plan(plan) if len(gemm.modules) == 3}
     names = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
     assert names in [set(modules) for modules in fused]
 
 
 def test_lm_head_is_the_only_16_bit_gemm(plan: bytes) -> None:
-    other = {gemm for gemm in read_plan(plan).gemms if not gemm.is_fp8}
+    other = {gemm for gemm in read_plan(plan) if not gemm.multiplies(E4M3)}
     assert {gemm.modules for gemm in other} == {("lm_head",)}
 
 
 def test_another_sm_is_refused(plan: bytes, asked: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=r"is for \('sm89',\), sm120 was asked for"):
-        prove_fp8(plan, **{**asked, "sm": 120})
+        prove_plan(plan, SPEC, **{**asked, "sm": 120})
 
 
 @pytest.mark.parametrize("profiles", [1, 3])
@@ -86,25 +89,25 @@ def test_wrong_number_of_profiles_is_refused(
 ) -> None:
     message = rf"has profiles \[0, 1\], {profiles} were asked for"
     with pytest.raises(PlanError, match=message):
-        prove_fp8(plan, **{**asked, "profiles": profiles})
+        prove_plan(plan, SPEC, **{**asked, "profiles": profiles})
 
 
 def test_linear_that_is_not_in_the_plan_is_named(plan: bytes, asked: dict[str, Any]) -> None:
     wanted = (*asked["quantized_linears"], "model.layers.9.mlp.up_proj")
     with pytest.raises(PlanError, match=r"1 linears in FP8, first model\.layers\.9\.mlp\.up_proj"):
-        prove_fp8(plan, **{**asked, "quantized_linears": wanted})
+        prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted})
 
 
 def test_fp8_gemm_that_was_not_asked_for_is_named(plan: bytes, asked: dict[str, Any]) -> None:
     wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_fp8(plan, **{**asked, "quantized_linears": wanted})
+        prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted})
 
 
 def test_linear_kept_16_bit_must_not_be_fp8(plan: bytes, asked: dict[str, Any]) -> None:
     wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_fp8(plan, **{**asked, "quantized_linears": wanted, "kept_16bit": [LINEAR]})
+        prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted, "kept_16bit": [LINEAR]})
 
 
 def test_linear_computed_twice_is_named(plan: bytes, asked: dict[str, Any]) -> None:
@@ -112,19 +115,19 @@ def test_linear_computed_twice_is_named(plan: bytes, asked: dict[str, Any]) -> N
     doubled = replaced(plan, f'name="{twin}'.encode(), f'name="{LINEAR}'.encode())
     wanted = [name for name in asked["quantized_linears"] if name != twin]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_fp8(doubled, **{**asked, "quantized_linears": wanted})
+        prove_plan(doubled, SPEC, **{**asked, "quantized_linears": wanted})
 
 
 def test_16_bit_gemm_of_an_unknown_module_is_named(plan: bytes, asked: dict[str, Any]) -> None:
     renamed = replaced(plan, b'fully_connected={ name="lm_head', b'fully_connected={ name="lm_haed')
     with pytest.raises(PlanError, match="unexpected 16-bit GEMMs, first lm_haed"):
-        prove_fp8(renamed, **asked)
+        prove_plan(renamed, SPEC, **asked)
 
 
 def test_operands_of_another_type_are_no_fp8(plan: bytes, asked: dict[str, Any]) -> None:
-    other = replaced(plan, f"type={FP8}".encode(), b"type=fp8_e5m2")
+    other = replaced(plan, f"type={E4M3}".encode(), b"type=fp8_e5m2")
     with pytest.raises(PlanError, match="does not compute 21 linears in FP8"):
-        prove_fp8(other, **asked)
+        prove_plan(other, SPEC, **asked)
 
 
 @pytest.mark.parametrize("position", [24, 25, 26])
@@ -165,7 +168,7 @@ def test_gemm_that_does_not_parse_is_refused(plan: bytes) -> None:
 
 def test_operand_whose_type_is_not_stated_is_refused(plan: bytes) -> None:
     with pytest.raises(PlanError, match="operand types of GEMM"):
-        read_plan(replaced(plan, f"type={FP8}".encode(), b"typo=fp8_e4m3"))
+        read_plan(replaced(plan, f"type={E4M3}".encode(), b"typo=fp8_e4m3"))
 
 
 def test_plan_error_is_one_that_users_see_as_a_message() -> None:

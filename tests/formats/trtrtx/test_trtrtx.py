@@ -17,11 +17,14 @@ from pipeline.formats.trtrtx import stage
 from pipeline.formats.trtrtx.child import CompileJob, Profile
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.network_check.stage import interface_of
-from pipeline.formats.trtrtx.plan_text import PlanError, prove_fp8, read_plan
+from pipeline.formats.trtrtx.plan_text import PlanError, prove_plan, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
+from pipeline.quant.fp8 import SPEC
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
+
+E4M3 = "fp8_e4m3"
 
 FIELDS: dict[str, Any] = {
     "max_batch_size": 2,
@@ -61,11 +64,11 @@ def test_engine_folder_is_self_contained(engine: Engine, checkpoint: Checkpoint)
 def test_every_linear_is_proven_fp8_in_both_profiles(
     engine: Engine, checkpoint: Checkpoint
 ) -> None:
-    proof = engine.checks["fp8_plan"]
+    proof = engine.checks["plan"]
     assert len(checkpoint.quantized_linears) == 3 * 7 - 1
     assert (proof["profiles"], proof["quantized_linears"]) == (2, 20)
     # qkv and gate_up are fused: four GEMMs a layer and profile, less the kept one.
-    assert proof["fp8_gemms"] == 2 * (3 * 4 - 1)
+    assert proof["quantized_gemms"] == 2 * (3 * 4 - 1)
     assert engine.checks["network"]["layer_kinds"]["KV_CACHE_UPDATE"] == 4
 
 
@@ -136,8 +139,8 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
 
 
 def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:
-    gemms = read_plan((engine.dir / PLAN_FILE).read_bytes()).gemms
-    other = {name for gemm in gemms if not gemm.is_fp8 for name in gemm.modules}
+    gemms = read_plan((engine.dir / PLAN_FILE).read_bytes())
+    other = {name for gemm in gemms if not gemm.multiplies(E4M3) for name in gemm.modules}
     assert other == {*checkpoint.kept_16bit, "lm_head"}
 
 
@@ -145,8 +148,9 @@ def test_kept_linear_that_is_not_declared_is_refused(
     engine: Engine, checkpoint: Checkpoint
 ) -> None:
     with pytest.raises(PlanError, match=f"16-bit GEMMs, first {checkpoint.kept_16bit[0]}"):
-        prove_fp8(
+        prove_plan(
             (engine.dir / PLAN_FILE).read_bytes(),
+            SPEC,
             sm=89,
             profiles=2,
             quantized_linears=checkpoint.quantized_linears,

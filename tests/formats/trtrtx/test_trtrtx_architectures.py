@@ -18,6 +18,8 @@ from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, WINDOW, tiny_architecture
 from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
 
+E4M3 = "fp8_e4m3"
+
 CONTEXT = 96
 COMPILER = TrtRtxCompiler(
     max_batch_size=2,
@@ -64,17 +66,17 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
     kinds = engine.checks["network"]["layer_kinds"]
     assert (kinds["ROTARY_EMBEDDING"], kinds["KV_CACHE_UPDATE"]) == (4, 4)  # the cut's two layers
 
-    proof = engine.checks["fp8_plan"]
+    proof = engine.checks["plan"]
     assert (proof["profiles"], proof["quantized_linears"]) == (2, 3 * 7)
     # qkv, o, gate and up, down: stored fused or not, biased or not, RTX makes four of them.
-    assert proof["fp8_gemms"] == 2 * 3 * 4
+    assert proof["quantized_gemms"] == 2 * 3 * 4
     plan = plan_of(engine)
-    gemms = read_plan(plan).gemms
-    assert {gemm.modules for gemm in gemms if not gemm.is_fp8} == {("lm_head",)}
+    gemms = read_plan(plan)
+    assert {gemm.modules for gemm in gemms if not gemm.multiplies(E4M3)} == {("lm_head",)}
     shown = {
         re.sub(r"\.(q|k|v|gate|up)$", "", module)
         for gemm in gemms
-        if gemm.is_fp8
+        if gemm.multiplies(E4M3)
         for module in gemm.modules
     }
     assert shown == set(checkpoint.quantized_linears)
@@ -89,12 +91,12 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
 def test_kept_part_of_a_fused_linear_is_a_16_bit_gemm(tmp_path: Path) -> None:
     kept = "model.layers.1.self_attn.qkv_proj"
     engine = compiled(tmp_path, quantized(tmp_path, "phi3", kept))
-    other = [gemm.modules for gemm in read_plan(plan_of(engine)).gemms if not gemm.is_fp8]
+    other = [gemm.modules for gemm in read_plan(plan_of(engine)) if not gemm.multiplies(E4M3)]
     assert {name for modules in other for name in modules} == {
         "lm_head",
         *(f"{kept}.{part}" for part in ("q", "k", "v")),
     }
-    assert engine.checks["fp8_plan"]["quantized_linears"] == 3 * 7 - 3
+    assert engine.checks["plan"]["quantized_linears"] == 3 * 7 - 3
 
 
 def test_attention_kernel_multiplies_by_an_exact_power_of_two(tmp_path: Path) -> None:

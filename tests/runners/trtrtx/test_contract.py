@@ -116,14 +116,6 @@ def test_every_method_takes_and_gives_what_the_stand_in_does(fake: type) -> None
         )
 
 
-def test_the_specialization_strategy_can_be_set() -> None:
-    member = vars(trt.IRuntimeConfig)["dynamic_shapes_kernel_specialization_strategy"]
-    assert isinstance(member, property)
-    assert "DynamicShapesKernelSpecializationStrategy) -> None" in str(
-        member.fset and member.fset.__doc__
-    )
-
-
 def test_every_name_that_the_runner_takes_from_the_package_is_there() -> None:
     used = set()
     for module in (engine_module, signature_module):
@@ -203,10 +195,6 @@ def test_every_choice_of_specialization_is_one_of_the_package(choice: str) -> No
     assert choice.upper() in trt.DynamicShapesKernelSpecializationStrategy.__members__
 
 
-def test_shapes_of_the_package_turn_into_tuples() -> None:
-    assert tuple(trt.Dims([-1, 2, 48, 16])) == (-1, 2, 48, 16)
-
-
 class NoDevice:
     """No card: nothing of it may be asked for before an engine is loaded."""
 
@@ -217,23 +205,3 @@ def test_without_a_card_the_real_package_loads_nothing_and_it_is_told(tmp_path: 
     settings = LoadSettings(kernel_specialization="eager", runtime_cache=None)
     with pytest.raises(IncompatibleError, match=r"cannot load .*validity INVALID"):
         RtxEngine(plan, NoDevice(), settings)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def memory() -> Any:
-    """What the package calls host memory: a small engine."""
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    given = network.add_input("x", trt.DataType.FLOAT, (4,))
-    network.mark_output(network.add_identity(given).get_output(0))
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    return builder.build_serialized_network(network, config)
-
-
-def test_host_memory_turns_into_bytes(memory: Any) -> None:
-    """As a serialized runtime cache does, which is of the same class."""
-    assert isinstance(memory, trt.IHostMemory)
-    assert bytes(memoryview(memory))[:4] == b"vtrt"
-    assert len(bytes(memoryview(memory))) == memory.nbytes

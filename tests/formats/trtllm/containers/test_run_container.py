@@ -141,23 +141,6 @@ def test_command_line_and_both_streams_are_in_the_log(tmp_path: Path) -> None:
     assert (tmp_path / "engine" / "rank0.engine").read_text() == "plan\n"
 
 
-def test_log_grows_while_the_tool_runs(tmp_path: Path) -> None:
-    running = Running(tool(tmp_path, "steps"), tmp_path / "log")
-    wait_for(lambda: logged(tmp_path / "log", "step 1"))
-    assert running.thread.is_alive()
-    assert "step 2" not in (tmp_path / "log").read_text()
-    (tmp_path / "engine" / "go").touch()
-    assert running.end() is None
-    assert "step 2" in (tmp_path / "log").read_text()
-
-
-def test_every_line_of_a_talkative_tool_arrives(tmp_path: Path) -> None:
-    run_container(tool(tmp_path, "loud"), stage="compile", log_path=tmp_path / "log")
-    assert (tmp_path / "log").read_text().splitlines()[1:] == [
-        str(number) for number in range(1, 200001)
-    ]
-
-
 def test_a_line_now_and_then_says_what_was_printed_last(
     tmp_path: Path, client: DockerClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -306,11 +289,6 @@ def test_missing_image_is_never_pulled(tmp_path: Path) -> None:
             stage="compile",
             log_path=tmp_path / "log",
         )
-
-
-def test_other_refusals_are_told_in_the_engines_words(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match=r"s: Docker could not start .* memory limit"):
-        output_of("true", tmp_path / "log", memory_bytes=1)
 
 
 def test_read_only_bind_cannot_be_written(tmp_path: Path) -> None:

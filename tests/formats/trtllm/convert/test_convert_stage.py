@@ -13,20 +13,6 @@ from pipeline.formats.trtllm.convert.stage import (
 from tests.formats.trtllm.convert.checkpoints import FP8_CACHE
 
 
-def test_finished_conversion_is_taken_from_the_cache(llama: Path, tmp_path: Path) -> None:
-    cache = StageCache(root=tmp_path)
-    first = convert_trtllm(llama, "a" * 64, FP8_CACHE, cache)
-    again = convert_trtllm(llama, "a" * 64, FP8_CACHE, cache)
-    assert (first.cached, again.cached) == (False, True)
-    assert again.dir == first.dir
-    assert {path.name for path in first.dir.iterdir()} == {
-        "config.json",
-        "rank0.safetensors",
-        "conversion.json",
-        "stage.json",
-    }
-
-
 def test_key_follows_checkpoint_and_settings(llama: Path, tmp_path: Path) -> None:
     cache = StageCache(root=tmp_path)
     keys = {

@@ -1,7 +1,6 @@
 """`tensorrt_llm._tensorrt_engine`: an LLM whose next token is a plain function of its prompt.
 
-`$FAKE_LLM`: `no-load` fails to load, `slow-load` takes a minute, `die` ends the process at the
-first request, `short` generates one token less than asked for, `slow` thinks for each token.
+`$FAKE_LLM`: `no-load` fails to load, `die` ends the process at the first request.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +65,6 @@ class Result:
     def __next__(self) -> Result:
         if self.finished:
             raise StopIteration
-        if os.environ.get("FAKE_LLM") == "slow":
-            time.sleep(0.05)
         token = next_token(self._known, self._vocab)
         self._known.append(token)
         self.outputs[0].token_ids.append(token)
@@ -101,8 +97,6 @@ class LLM:
             raise RuntimeError(
                 "[TRT] [E] The engine plan file is not compatible with this version of TensorRT"
             )
-        if behaviour == "slow-load":
-            time.sleep(60)
         config = json.loads((Path(model) / "config.json").read_text())
         if not (Path(model) / "rank0.engine").is_file():
             raise FileNotFoundError(model)
@@ -125,8 +119,6 @@ class LLM:
             raise ValueError("requires gather_generation_logits")
         if not self._chunked and len(prompt) + params.max_tokens > self._max_seq_len:
             raise ValueError(f"should not exceed max_seq_len ({self._max_seq_len})")
-        if self._behaviour == "short":
-            params.max_tokens -= 1
         return Result(self._vocab, prompt, params)
 
     def generate(

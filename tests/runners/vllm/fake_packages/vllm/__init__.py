@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,8 +88,6 @@ class FlatLogprobs:
         self.start_indices.append(len(self.logprobs))
         if best is not None:
             values = {token: -0.25 * ((token - best) % VOCAB) for token in range(VOCAB)}
-            if BEHAVIOUR == "nan":
-                values[actual] = float("nan")
             order = [actual, *sorted(values, key=lambda token: -values[token])]
             self.token_ids += order
             self.logprobs += [values[token] for token in order]
@@ -129,12 +126,6 @@ def _misbehave(where: str, number: int = 2) -> None:
     fault, _, place = BEHAVIOUR.partition("-")
     if place != where:
         return
-    if fault == "crash":
-        print("no more memory", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(17)
-    if fault == "hang":
-        time.sleep(600)
     if fault == "raise":
         raise ValueError("longer than the context")
 
@@ -255,7 +246,7 @@ class LLM:
 
     def _one(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
         tokens = list(prompt)
-        for _ in range(params.max_tokens - (BEHAVIOUR == "short")):
+        for _ in range(params.max_tokens):
             tokens.append(next_token(tokens))
             if tokens[-1] in params.stop_token_ids:
                 break
