@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "channels": (7, ("nosuch",)),
     "copy": (7, ("nosuch", "--from", "artifacts", "--to", "there")),
     "export-trtllm": (7, ("nowhere", "exported")),
-    "gc": (7, ("--keep", "nosuch:1.0")),
+    "gc": (7, ("--keep", "nosuch:1.0-bbbbbbbb-bbbbbbbbbbbb")),
     "generate": (7, ("nosuch", "Hello")),
     "keygen": (8, ("--out", "taken.key")),
     "list": (2, ("--registry", "ftp://host/engines")),
@@ -125,7 +125,7 @@ def check_refusal(value: dict[str, Any], code: int, err: str) -> None:
     assert (value["schema"], value["exit_code"]) == (1, code)
     assert isinstance(value["message"], str)
     assert value["message"].splitlines()[0] in err  # for who reads along
-    assert all(set(fault) == {"path", "message"} for fault in value["faults"])
+    assert all(set(fault) == {"path", "message", "where"} for fault in value["faults"])
     assert bool(value["faults"]) is (code == 2)
 
 

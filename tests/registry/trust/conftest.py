@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ class Team:
     def author(self) -> Author:
         return Author(key=self.releaser, actor="ada", reason="it is slow")
 
-    def seal(self, plan: bytes = b"plan", **more: str) -> Package:
+    def seal(self, plan: bytes = b"plan", **more: Any) -> Package:
         """A package that is published nowhere."""
         folder = self.dir / f"package-{next(self._numbers)}"
         return sealed_package(folder, {"model.plan": plan}, **more)
