@@ -15,6 +15,7 @@ from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 VARIANT = "sm89-trtrtx-fp8-b8-s1024"
 
 
+APACHE = Licence(spdx="Apache-2.0", files=("LICENSE",))
 RUNTIME = ("tensorrt-rtx", "1.7.1.116")
 FILES = {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
 
@@ -51,6 +52,7 @@ def seal_engine(
     name: str = "tiny",
     recipe_version: str = "1.0",
     build_key: str = "b" * 64,
+    licence: Licence = APACHE,
 ) -> Package:
     """A package in `folder`."""
     folder.mkdir(parents=True)
@@ -59,7 +61,7 @@ def seal_engine(
         origin="hub:someone/tiny",
         commit="0" * 40,
         files=(),
-        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+        licence=licence,
     )
     label = Label(
         name=name,
