@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.values import Engine, Licence, Limits, Package, Weights
 from pipeline.registry.manifest import Label, files_of
@@ -80,7 +81,7 @@ def sealed_package(
     *,
     variant: str = VARIANT,
     runtime: tuple[str, str] = RUNTIME,
-    **label: str,
+    **label: Any,
 ) -> Package:
     """A package in `folder`; equal arguments give equal digests."""
     engine = make_engine(folder.with_name(f"{folder.name}-engine"), files, variant, runtime)
