@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ class Team:
     def author(self) -> Author:
         return Author(key=self.releaser, actor="ada", reason="it is slow")
 
-    def seal(self, plan: bytes = b"plan", **more: str) -> Package:
+    def seal(self, plan: bytes = b"plan", **more: Any) -> Package:
         """A package that is published nowhere."""
         folder = self.dir / f"package-{next(self._numbers)}"
         return sealed_package(folder, {"model.plan": plan}, **more)
@@ -76,7 +77,7 @@ class Team:
         )
         return signatory.sign_build(package, STARTED)
 
-    def publish(self, plan: bytes = b"plan", verdict: str = "", **more: str) -> Package:
+    def publish(self, plan: bytes = b"plan", verdict: str = "", **more: Any) -> Package:
         """A signed package; with a verdict on `CARD` if one is given."""
         package = self.seal(plan, **more)
         self.store.put_package(package, self.statements(package), lambda _: None)
