@@ -1,12 +1,14 @@
 """Packages, the references that name them, and the registries that they are published to.
 
-    reference.py   what users type: `smollm2:candidate`
+    reference.py   what users type: `smollm2:candidate`; versions that follow from the manifest
     manifest.py    `manifest.json`: the facts and file digests whose own digest names a package
     package.py     seal a folder into a package; verify one
-    statements.py  what was said about a package, and the channels that point to it
-    backend.py     the Protocol that every registry implements
-    folder.py      a registry in a folder
-    client/        pull: select, verify, fetch, lay out
+    store.py       what every store can do; stores/: a folder, S3, OCI
+    trust/         statements: everything signed; which of them count
+    resolve.py     a reference -> a verified package; select.py: the best one for this machine
+    promotion.py   channels and yanks
+    gc.py          remove what nothing needs
+    client/        pull and verify
 
     from pipeline.registry import pull      # what `enginesmith pull` does
 

@@ -4,7 +4,7 @@
     package = verify(folder)                          # every byte, before anything is loaded
 
 A package is `manifest.json` and the files that it names below `engine/`, and nothing else: an extra
-file, a link or a FIFO is damage, since what nobody listed nobody has checked.
+file, a link or a FIFO is damage, since what is not listed is not checked.
 """
 
 from __future__ import annotations

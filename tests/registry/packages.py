@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.values import Engine, Licence, Limits, Package, Weights
 from pipeline.registry.manifest import Label, files_of
@@ -15,6 +16,7 @@ from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 VARIANT = "sm89-trtrtx-fp8-b8-s1024"
 
 
+APACHE = Licence(spdx="Apache-2.0", files=("LICENSE",))
 RUNTIME = ("tensorrt-rtx", "1.7.1.116")
 FILES = {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
 
@@ -51,6 +53,7 @@ def seal_engine(
     name: str = "tiny",
     recipe_version: str = "1.0",
     build_key: str = "b" * 64,
+    licence: Licence = APACHE,
 ) -> Package:
     """A package in `folder`."""
     folder.mkdir(parents=True)
@@ -59,7 +62,7 @@ def seal_engine(
         origin="hub:someone/tiny",
         commit="0" * 40,
         files=(),
-        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
+        licence=licence,
     )
     label = Label(
         name=name,
@@ -78,7 +81,7 @@ def sealed_package(
     *,
     variant: str = VARIANT,
     runtime: tuple[str, str] = RUNTIME,
-    **label: str,
+    **label: Any,
 ) -> Package:
     """A package in `folder`; equal arguments give equal digests."""
     engine = make_engine(folder.with_name(f"{folder.name}-engine"), files, variant, runtime)

@@ -1,10 +1,10 @@
 """Where packages lie: a folder, S3, an OCI registry; bytes in, bytes out.
 
-    store.py    the Protocol, and the values that it deals in
-    opening.py  a URL -> its store or registry
-    folder.py   the tree of pipeline.registry.folder
-    s3.py       the same tree as objects
-    oci/        a package as a valid image
+    opening.py      a URL -> its store
+    tree.py         a store over a tree of objects, with layout, publication and removal
+    objects.py      what a tree of objects can do: folder.py, s3/
+    oci/            a package as a valid image
+    transfer.py     one deadline and one floor for everything that goes over a network
 
-Nothing here believes what it reads: digests and signatures are checked by those who ask.
+Nothing here believes what it reads: digests and signatures are checked above.
 """

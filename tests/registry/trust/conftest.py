@@ -77,7 +77,7 @@ class Team:
         )
         return signatory.sign_build(package, STARTED)
 
-    def publish(self, plan: bytes = b"plan", verdict: str = "", **more: str) -> Package:
+    def publish(self, plan: bytes = b"plan", verdict: str = "", **more: Any) -> Package:
         """A signed package; with a verdict on `CARD` if one is given."""
         package = self.seal(plan, **more)
         self.store.put_package(package, self.statements(package), lambda _: None)

@@ -50,7 +50,7 @@ class Credentials:
 
 
 def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | None:
-    """Whom to be at a registry; None for nobody.
+    """The credentials for a registry; None for anonymous.
 
     Args:
         host: With its port, as the user wrote it.
@@ -88,7 +88,7 @@ class Authorizer:
 
     Attributes:
         api: Start of the registry's URLs.
-        credentials: Whom to be; None for nobody.
+        credentials: None for anonymous.
         fetch: How to ask for a token.
     """
 
@@ -175,7 +175,7 @@ class Authorizer:
 
 
 def keeps_secrets(url: str) -> bool:
-    """Whether nobody on the way can read what is sent to a URL."""
+    """Whether what is sent to a URL is encrypted, or stays on this machine."""
     parts = urlsplit(url)
     return parts.scheme == "https" or is_loopback(parts.hostname or "")
 

@@ -1,7 +1,7 @@
 """The distribution API of one repository (distribution-spec 1.1): manifests, blobs, tags.
 
 Every document and every small blob is bounded in size and compared to its digest here. Large blobs
-are streamed unchecked; whoever reads them knows what they must be.
+are streamed unchecked; their reader knows what they must be.
 """
 
 from __future__ import annotations

@@ -65,8 +65,6 @@ class Descriptor:
             "digest": self.digest,
             "size": self.size_bytes,
         }
-        if self.artifact_type:
-            value["artifactType"] = self.artifact_type
         if self.annotations:
             value["annotations"] = dict(self.annotations)
         if self.data is not None:
@@ -86,14 +84,9 @@ class Document:
         """`sha256:` and 64 hex digits."""
         return digest_of(self.data)
 
-    def descriptor(self, artifact_type: str = "") -> Descriptor:
+    def descriptor(self) -> Descriptor:
         """What names it."""
-        return Descriptor(
-            media_type=self.media_type,
-            digest=self.digest,
-            size_bytes=len(self.data),
-            artifact_type=artifact_type,
-        )
+        return Descriptor(media_type=self.media_type, digest=self.digest, size_bytes=len(self.data))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ trusts no index:
 
 Each layer repeats the folders that lead to its files: engines unpack layers one by one and would
 make up the mode of a folder that is not there. An annotation repeats `manifest.json`, so that one
-request fetches it. Equal packages are equal images: what was said about one is not in it.
+request fetches it. Equal packages are equal images: statements are not in them.
 """
 
 from __future__ import annotations

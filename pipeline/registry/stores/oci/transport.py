@@ -82,7 +82,7 @@ class Transport:
 
     Args:
         api: Start of the registry's URLs.
-        credentials: Whom to be; None for nobody.
+        credentials: None for anonymous.
     """
 
     def __init__(self, api: str, credentials: Credentials | None) -> None:

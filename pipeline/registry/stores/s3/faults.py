@@ -86,9 +86,9 @@ def s3_errors(doing: str, bucket: str) -> Iterator[None]:
         yield
     except botocore.ClientError as error:
         raise _explained(error, fault, bucket) from error
-    except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
-        raise AccessError(f"{fault}: there are no credentials; set {CREDENTIALS}") from error
     except (
+        botocore.NoCredentialsError,
+        botocore.PartialCredentialsError,
         botocore.CredentialRetrievalError,
         botocore.TokenRetrievalError,
         botocore.MetadataRetrievalError,
@@ -98,8 +98,7 @@ def s3_errors(doing: str, bucket: str) -> Iterator[None]:
         botocore.ConfigParseError,
     ) as error:
         raise AccessError(
-            f"{fault}: no credentials could be had ({_short(error)}); log in again, or set "
-            f"{CREDENTIALS}"
+            f"{fault}: there are no credentials ({_short(error)}); log in, or set {CREDENTIALS}"
         ) from error
     except botocore.SSLError as error:
         raise PipelineError(
@@ -130,31 +129,33 @@ def s3_errors(doing: str, bucket: str) -> Iterator[None]:
 
 def _explained(error: Exception, fault: str, bucket: str) -> PipelineError:
     code, status = code_of(error), status_of(error)
-    said = f"{fault}: {_short(error)}"
+    message = f"{fault}: {_short(error)}"
     if code == "NoSuchBucket":
         return NotFoundError(f"{fault}: there is no bucket {bucket}; check the URL and endpoint")
     if code in _SKEWED:
-        return AccessError(f"{said}; this machine's clock is wrong: set it, for example with NTP")
+        return AccessError(
+            f"{message}; this machine's clock is wrong: set it, for example with NTP"
+        )
     if code in _EXPIRED:
-        return AccessError(f"{said}; the credentials have expired: log in again")
+        return AccessError(f"{message}; the credentials have expired: log in again")
     if code in _WRONG_KEYS:
-        return AccessError(f"{said}; check {CREDENTIALS}")
+        return AccessError(f"{message}; check {CREDENTIALS}")
     if code in _ELSEWHERE or status == 301:
-        return PipelineError(f"{said}; set AWS_REGION to the region of bucket {bucket}")
+        return PipelineError(f"{message}; set AWS_REGION to the region of bucket {bucket}")
     if status in {401, 403}:
         return AccessError(
-            f"{said}; ask for permission on bucket {bucket}, or use other credentials: "
+            f"{message}; ask for permission on bucket {bucket}, or use other credentials: "
             f"{CREDENTIALS}"
         )
     if code in _BUSY or status == 429 or status >= 500:
-        return TransientError(f"{said}; try again later")
+        return TransientError(f"{message}; try again later")
     if status == 404 or missing(error):
-        return NotFoundError(f"{said}; check the reference")
+        return NotFoundError(f"{message}; check the reference")
     if taken(error) or raced(error):
-        return TransientError(f"{said}; somebody else wrote there: run the same command again")
-    return PipelineError(f"{said}; check that the endpoint speaks S3")
+        return TransientError(f"{message}; another writer was there: run the same command again")
+    return PipelineError(f"{message}; check that the endpoint speaks S3")
 
 
 def _short(error: BaseException) -> str:
-    """What the other side said, fit for one line of a terminal."""
+    """The reply of the server, fit for one line of a terminal."""
     return re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]
