@@ -60,7 +60,7 @@ def test_a_publisher_killed_at_any_step_of_a_folder_shows_nothing_half(
                 os._exit(9)
             fsync(descriptor)
 
-        setattr(os, "fsync", die)  # noqa: B010: in a child of our own
+        os.fsync = die  # type: ignore[assignment]  # in a child of our own
         publish(folder_store, package)
 
     assert in_child(work) in {0, 9}
