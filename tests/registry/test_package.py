@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core.cache import RECORD
 from pipeline.core.errors import CorruptError, TransientError
-from pipeline.core.values import Engine
+from pipeline.core.values import Engine, Licence
 from pipeline.registry.package import verify
 from tests.registry.packages import make_engine, seal_engine, sealed_package
 
@@ -196,3 +196,17 @@ def test_full_disk_while_copying_is_transient(
     monkeypatch.setattr(io, "open", full)
     with pytest.raises(TransientError, match="free some space"):
         seal_engine(tmp_path / "p", engine)
+
+
+@pytest.mark.parametrize("name", ["", "NOTICE", "Notice"])
+def test_a_notice_travels_in_the_package_and_joins_the_one_that_the_weights_have(
+    engine: Engine, tmp_path: Path, name: str
+) -> None:
+    licence = Licence(spdx="MIT", redistribution="with-notice", notice="Built with Llama")
+    if name:
+        (engine.dir / name).write_text("by acme\n")
+    package = seal_engine(tmp_path / "p", engine, licence=licence)
+    before = "by acme\n\n" if name else ""
+    assert (package.engine_dir / "NOTICE").read_text() == f"{before}Built with Llama\n"
+    assert package.manifest["licence"]["notice"] == "Built with Llama"
+    assert verify(package.dir) == package

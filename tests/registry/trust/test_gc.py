@@ -13,7 +13,7 @@ from pipeline.registry.gc import DAY_S, Collected, Rules, collect
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import WritableStore
 from pipeline.registry.trust.channels import move_channel
-from tests.registry.packages import place_of, raw_statement
+from tests.registry.packages import place_of
 from tests.registry.trust.conftest import CARD, Team
 
 
@@ -55,14 +55,6 @@ def move(team: Team, package: Package, channel: str = "candidate") -> None:
     )
 
 
-def test_nothing_is_removed_unless_asked(team: Team) -> None:
-    versions(team, "1.0")
-    done = later(team)
-    assert going(done) == ["1.0"]
-    assert (done.removed, done.freed_bytes) == ((), 0)
-    assert len(team.store.places()) == 1
-
-
 def test_what_no_channel_needs_goes_and_two_packages_of_a_channel_stay(
     team: Team,
 ) -> None:
@@ -73,37 +65,6 @@ def test_what_no_channel_needs_goes_and_two_packages_of_a_channel_stay(
     assert list(done.removed) == [place_of(one), place_of(four)]
     assert done.freed_bytes > 0
     assert team.store.places() == [place_of(two), place_of(three)]
-
-
-@pytest.mark.parametrize(("days", "gone"), [(29, []), (31, ["1.0"])])
-def test_what_was_signed_lately_stays(team: Team, days: float, gone: list[str]) -> None:
-    versions(team, "1.0")
-    assert going(later(team, days)) == gone
-
-
-def test_a_day_is_the_least_whatever_was_asked(team: Team) -> None:
-    versions(team, "1.0")
-    assert going(later(team, 0.9, keep_days=0)) == []
-    assert going(later(team, 1.1, keep_days=0)) == ["1.0"]
-
-
-def test_pins_and_unsigned_versions_stay(team: Team) -> None:
-    (pinned,) = versions(team, "1.0")
-    unsigned = team.seal(recipe_version="2.0")
-    team.store.put_package(unsigned, [raw_statement("test")], lambda _: None)
-    done = later(team, pins=frozenset({place_of(pinned)}))
-    assert going(done) == []
-    assert "no trusted key" in done.fates[1].why
-
-
-def test_a_damaged_version_goes_only_when_asked(team: Team) -> None:
-    (package,) = versions(team, "1.0")
-    manifest = Path(team.store.url, *str(place_of(package)).replace(":", "/").split("/"))
-    (manifest / "manifest.json").chmod(0o644)
-    (manifest / "manifest.json").write_text("{}")
-    assert "--damaged" in later(team).fates[0].why
-    assert going(later(team)) == []
-    assert going(later(team, damaged=True)) == ["1.0"]
 
 
 def test_a_version_that_a_channel_took_meanwhile_stays(
