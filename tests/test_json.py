@@ -25,6 +25,7 @@ KEYS = tuple(override for override in CHECKPOINT if not override.startswith("com
 DONE: dict[str, tuple[str, ...]] = {
     "accept": ("tiny:candidate", *KEYS, "acceptance.chat=null", *OWN),
     "build": ("tiny", *QUICK, *OWN),
+    "config": ("tiny", *OWN),
     "channels": (),
     "copy": ("tiny:candidate", "--from", "artifacts", "--to", "there"),
     "export-trtllm": ("checkpoint", "exported"),
@@ -47,6 +48,7 @@ DONE: dict[str, tuple[str, ...]] = {
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "accept": (7, ("nosuch",)),
     "build": (2, ("nosuch", "x=1,2")),
+    "config": (2, ("nosuch", "x=1,2")),
     "channels": (7, ("nosuch",)),
     "copy": (7, ("nosuch", "--from", "artifacts", "--to", "there")),
     "export-trtllm": (7, ("nowhere", "exported")),
@@ -121,7 +123,7 @@ def check_refusal(value: dict[str, Any], code: int, err: str) -> None:
     assert (value["schema"], value["exit_code"]) == (1, code)
     assert isinstance(value["message"], str)
     assert value["message"].splitlines()[0] in err  # for who reads along
-    assert all(set(fault) == {"path", "message"} for fault in value["faults"])
+    assert all(set(fault) == {"path", "message", "where"} for fault in value["faults"])
     assert bool(value["faults"]) is (code == 2)
 
 

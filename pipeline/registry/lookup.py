@@ -77,7 +77,7 @@ def choose(wanted: ParsedReference, shelf: Shelf, card: str | None = None) -> Ch
         }
     if len(choices) > 1:
         raise RecipeError(
-            [Fault("", f"{wanted} may mean {_listed(sorted(choices.values()))}; name one of them")]
+            [Fault("", f"{wanted} is ambiguous: {_listed(sorted(choices.values()))}; specify one")]
         )
     if not choices:
         raise NotFoundError(_nothing(wanted, shelf, variants, card))

@@ -107,7 +107,7 @@ class HubClient:
             from huggingface_hub import constants
         except ImportError as error:
             raise IncompatibleError(
-                "the Hub needs huggingface_hub: pip install 'enginesmith[build]'"
+                "the Hub needs huggingface_hub: pip install '.[build]'"
             ) from error
 
         self._repo_id = repo_id

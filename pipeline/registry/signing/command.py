@@ -128,7 +128,7 @@ def report_lines(done: Verification) -> list[str]:
     model = {
         "verified": "verified",
         "absent": "there is none",
-        "not checked": "not checked: pip install 'enginesmith[sign]'",
+        "not checked": "not checked: pip install '.[sign]'",
     }[done.model_signature]
     verdicts = [
         f"verdict     {found.verdict} on {found.card}, signed by {told(found.signer)}"

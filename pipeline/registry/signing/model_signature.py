@@ -198,7 +198,7 @@ def _for_key(data: bytes, key: PublicKey) -> bytes:
 def _require() -> None:
     if not available():
         raise IncompatibleError(
-            "model signatures need packages that are not installed: pip install 'enginesmith[sign]'"
+            "model signatures need packages that are not installed: pip install '.[sign]'"
         )
 
 

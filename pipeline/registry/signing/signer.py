@@ -105,6 +105,6 @@ def build_statements(
     else:
         log.warning(
             "The package gets no model.sig, which other people's tools verify: install it with "
-            "pip install 'enginesmith[sign]'"
+            "pip install '.[sign]'"
         )
     return statements
