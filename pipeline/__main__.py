@@ -35,8 +35,9 @@ from pipeline.commands.outcome import (
     write_verdict,
 )
 from pipeline.commands.screen import file_logging, screen_logging, show_error
+from pipeline.config.compose import INFO, show_info
 from pipeline.config.folders import config_folders
-from pipeline.config.load import Job, Loaded, load
+from pipeline.config.load import Job, Loaded, config_text, load
 from pipeline.core.errors import ExitCode, RecipeError
 
 log = logging.getLogger("pipeline.run")
@@ -248,6 +249,22 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _show(
+    recipe: str, overrides: Sequence[str], config_dir: Path | None, info: str | None
+) -> ExitCode:
+    """Print how a recipe is composed, as `info` or whole; what Hydra's own flags do."""
+    try:
+        folders = config_folders(config_dir)
+        if info:
+            show_info(info, recipe, overrides, folders)
+        else:
+            print(config_text(load(recipe, overrides, folders=folders).one_job().config))
+    except RecipeError as error:
+        show_error(refused(error.faults).message)
+        return error.exit_code
+    return ExitCode.OK
+
+
 def main(arguments: Sequence[str] | None = None) -> ExitCode:
     """`python -m pipeline`: Hydra's own flags, as far as they mean something here."""
     import argparse
@@ -256,9 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--config-dir", "-cd", type=Path, help="folder with recipes of your own")
     parser.add_argument("--config-name", "-cn", required=True, help="the recipe")
     parser.add_argument("--multirun", "-m", action="store_true", help="several recipes, sweeps")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed recipe, and stop")
+    parser.add_argument("--info", "-i", choices=INFO, help="print how Hydra composed it, and stop")
     parser.add_argument("--rebuild", action="store_true", help="build what is already published")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_intermixed_args(arguments)
+    if given.cfg or given.info:
+        return _show(given.config_name, given.overrides, given.config_dir, given.info)
     return run(
         Request(
             recipes=given.config_name,

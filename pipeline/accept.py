@@ -23,7 +23,7 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root
-from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError
+from pipeline.core.errors import CorruptError, ExitCode, Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target, card_name
 from pipeline.core.nvml import read_conditions
 from pipeline.core.targets import target_of_card
@@ -152,6 +152,14 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
     Raises:
         RecipeError: There is no such recipe, or it has faults.
     """
+    folders, name = config_folders(request.config_dir), str(package.manifest["name"])
+    if request.recipe is None and name not in folders.recipe_names():
+        known = ", ".join(folders.recipe_names())
+        message = (
+            f"the package's name {name!r} is no recipe here; name the one that it was built from, "
+            f"of {known}"
+        )
+        raise RecipeError([Fault("--recipe", message)])
     engine_format = format_spec(package.manifest["format"])
     limits = package.manifest["limits"]
     implied = {
@@ -163,9 +171,9 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
     given = {override.split("=")[0] for override in request.overrides}
     overrides = [f"{key}={value}" for key, value in implied.items() if key not in given]
     return load(
-        request.recipe or package.manifest["name"],
+        request.recipe or name,
         [*overrides, *request.overrides],
-        folders=config_folders(request.config_dir),
+        folders=folders,
     ).one_job()
 
 

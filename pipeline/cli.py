@@ -44,6 +44,7 @@ def _options(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "build": building.build,
     "plan": building.plan,
+    "config": building.config,
     "new": building.new,
     "rehearse": building.rehearse,
     "export-trtllm": building.export_trtllm,

@@ -16,6 +16,7 @@ import pipeline
 import pipeline.sources
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import Job, Loaded, load
+from pipeline.config.registry import registry_overrides
 from pipeline.core.data import data_dir
 from pipeline.core.errors import RecipeError
 
@@ -382,3 +383,53 @@ def test_installed_package_brings_its_own_recipes(tmp_path: Path) -> None:
 def test_missing_config_dir_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a folder"):
         config_folders(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("compiler", ["checkpoint", "trtllm", "trtrtx"])
+def test_smaller_batch_alone_is_enough_and_other_sizes_follow(
+    only: Only, compiler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipeline.build import plan_of
+
+    job = only("phi3", f"compiler={compiler}", "compiler.max_batch_size=1")
+    assert job.faults == ()
+    limits = job.value.compiler.limits
+    assert limits.max_batch_size == 1
+    assert limits.max_num_tokens >= 1
+    assert plan_of(job.value).faults == ()
+    assert "Left out, since the batch is 1 at most: gpu-b4, gpu-b64" in caplog.text
+    assert job.config["acceptance"]["targets"] == []
+
+
+def test_targets_that_the_command_line_sets_are_not_left_out(only: Only) -> None:
+    target = "acceptance.targets=[{name: t, batch: 4, isl: 8, osl: 8}]"
+    job = only("phi3", "compiler.max_batch_size=1", target)
+    assert [load.name for load in job.value.acceptance.targets] == ["t"]
+
+
+def test_fault_in_an_option_that_a_compiler_brings_names_its_file(only: Only, write: Write) -> None:
+    write("runner/mine.yaml", "kind: onnxruntime\nthreads: -1\n")
+    (fault,) = only("smollm2", "runner=mine").faults
+    assert (fault.path, fault.where) == ("runner.threads", "runner/mine.yaml:2")
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "where"),
+    [
+        ("it's/here", "folder", ("path", "it's/here")),
+        ("file:///srv/x", "folder", ("path", "/srv/x")),
+        ("s3://bucket/prefix", "stored", ("store", {"kind": "s3", "url": "s3://bucket/prefix"})),
+        ("oci://host/x", "stored", ("store", {"kind": "oci", "url": "oci://host/x"})),
+    ],
+)
+def test_registry_option_of_a_build_is_the_recipes_registry(
+    only: Only, url: str, kind: str, where: tuple[str, object]
+) -> None:
+    job = only("smollm2", *registry_overrides(url))
+    assert job.faults == ()
+    assert job.config["registry"] == dict([("kind", kind), where])
+
+
+def test_registry_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(RecipeError, match="'ftp://x' is no registry"):
+        registry_overrides("ftp://x")

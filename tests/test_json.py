@@ -25,6 +25,7 @@ KEYS = tuple(override for override in CHECKPOINT if not override.startswith("com
 DONE: dict[str, tuple[str, ...]] = {
     "accept": ("tiny:candidate", *KEYS, "acceptance.chat=null", *OWN),
     "build": ("tiny", *QUICK, *OWN),
+    "config": ("tiny", *OWN),
     "channels": (),
     "copy": ("tiny:candidate", "--from", "artifacts", "--to", "there"),
     "export-trtllm": ("checkpoint", "exported"),
@@ -49,6 +50,7 @@ DONE: dict[str, tuple[str, ...]] = {
 REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "accept": (7, ("nosuch",)),
     "build": (2, ("nosuch", "x=1,2")),
+    "config": (2, ("nosuch", "x=1,2")),
     "channels": (7, ("nosuch",)),
     "copy": (7, ("nosuch", "--from", "artifacts", "--to", "there")),
     "export-trtllm": (7, ("nowhere", "exported")),

@@ -44,7 +44,7 @@ def test_builder_names_every_missing_package_and_the_remedy(
     with pytest.raises(IncompatibleError) as caught:
         require_builder("trtrtx")
     assert "modelopt, tensorrt_rtx, not installed" in str(caught.value)
-    assert "pip install 'enginesmith[build]'" in str(caught.value)
+    assert "pip install '.[build]'" in str(caught.value)
     assert caught.value.exit_code is ExitCode.INCOMPATIBLE
 
 

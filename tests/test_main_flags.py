@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.__main__ import Request, main
 from pipeline.core.errors import ExitCode
@@ -29,3 +30,16 @@ def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> 
         ),
         Request(recipes="toy", rebuild=True),
     ]
+
+
+def test_composed_recipe_is_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["-cn", "smollm2", "--cfg", "job", "compiler.max_seq_len=512"]) is ExitCode.OK
+    assert yaml.safe_load(capsys.readouterr().out)["compiler"]["max_seq_len"] == 512
+    assert main(["-cn", "smollm2", "--cfg", "job", "compiler.max_seq_len=x"]) is ExitCode.USAGE
+    assert main(["-cn", "nosuch", "--info", "defaults"]) is ExitCode.USAGE
+    assert main(["-cn", "smollm2", "--info", "defaults-tree"]) is ExitCode.OK
+    assert "compiler: trtrtx" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [], "nothing is built"

@@ -16,6 +16,7 @@ from pipeline.acceptance.reference import Reference, reference_of
 from pipeline.acceptance.source import Source
 from pipeline.acceptance.subject import Measured, Subject
 from pipeline.core.cache import StageCache
+from pipeline.formats.spec import format_spec
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.session import Session
@@ -120,14 +121,15 @@ def _reference(
     engine = subject.engine
     if subject.simulated:
         return None, ""  # it is the reference
-    folder = engine.dir if engine.format == "checkpoint" else subject.checkpoint_dir
+    is_checkpoint = format_spec(engine.format).is_checkpoint
+    folder = engine.dir if is_checkpoint else subject.checkpoint_dir
     if folder is None:
         return None, "the package of a compiled engine has no checkpoint"
     reason = asked.too_much(subject.plan.request.shape, available_bytes())
     if reason:
         return None, f"its simulation {reason}"
     # A checkpoint package is named by its own digest: it holds an lm_head that its source may not.
-    digest = subject.package_digest if engine.format == "checkpoint" else folder.name
+    digest = subject.package_digest if is_checkpoint else folder.name
     few = windows[: asked.reference_windows]
     return reference_of(folder, digest, few, source, engine.limits.max_seq_len, cache), ""
 

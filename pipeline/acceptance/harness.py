@@ -64,7 +64,7 @@ def check_harness(settings: HarnessSettings, config_path: str = "acceptance.lm_e
     if importlib.util.find_spec("lm_eval") is None:
         raise IncompatibleError(
             f"{config_path}.tasks needs the package lm_eval, which is not installed: "
-            'pip install "enginesmith[eval]", or leave the tasks out'
+            "pip install '.[eval]', or leave the tasks out"
         )
     folder = settings.include_path
     if folder is not None and not folder.is_dir():

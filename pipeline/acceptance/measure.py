@@ -41,6 +41,7 @@ from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
+from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.runners.runner import BenchRunner, Runner, SourceRunner
 from pipeline.runners.session import Session
 from pipeline.runners.workload import Workload
@@ -80,8 +81,9 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
     if not on_target:
         why = "only a simulation ran on it" if there else "no such card here"
         not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")
-    if held is None and engine.limits.kv_cache_dtype == "fp8":
-        not_run.insert(1, "FP8 KV cache: what runs here keeps the cache in float32")
+    kv_cache = KV_CACHE_DTYPES[engine.limits.kv_cache_dtype]
+    if held is None and kv_cache.quant_algo:
+        not_run.insert(1, f"{kv_cache.title} KV cache: what runs here keeps the cache in float32")
     report = Report(
         digest=subject.package_digest,
         card=target.card,

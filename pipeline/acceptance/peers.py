@@ -19,6 +19,7 @@ from pathlib import Path
 from pipeline.acceptance.pairs import Peer
 from pipeline.core.values import Engine
 from pipeline.model.spec import ModelSpec
+from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.runners.child import Timeouts
 from pipeline.runners.session import Session
 from pipeline.runners.vllm import VllmRunner
@@ -46,7 +47,7 @@ def engine_in_vllm(
     runner: VllmRunner, engine: Engine, shape: ModelSpec, workloads: Sequence[Workload]
 ) -> AbstractContextManager[Session]:
     """The artifact as its own manifest says how to serve it, with room for a peer beside it."""
-    element_bytes = 1 if engine.limits.kv_cache_dtype == "fp8" else 2
+    element_bytes = KV_CACHE_DTYPES[engine.limits.kv_cache_dtype].bytes_per_element
     cache = cache_bytes(shape, workloads, engine, element_bytes)
     return _sharing(runner, cache).open_folder(engine.dir, engine.serve_args)
 

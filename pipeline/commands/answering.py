@@ -20,7 +20,7 @@ _JSON = inspect.Parameter(
     _NAME,
     inspect.Parameter.KEYWORD_ONLY,
     default=False,
-    annotation=Annotated[bool, typer.Option("--json", help="For programs.")],
+    annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object.")],
 )
 
 

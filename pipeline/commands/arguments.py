@@ -12,18 +12,25 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="What differs from the recipe: compiler.max_batch_size=8, target=l4.",
+        help="What differs from the recipe: compiler.max_batch_size=8, acceptance.windows=12.",
         show_default=False,
     ),
 ]
 ConfigDir = Annotated[
     Path | None, typer.Option(help="Folder with recipes of your own; ./recipes is searched too.")
 ]
+Multirun = Annotated[
+    bool, typer.Option("-m", "--multirun", help="Several recipes (a,b) or values (key=1,2).")
+]
 Registry = Annotated[
     str,
     typer.Option(
         metavar="URL", help="Folder, file:///PATH, s3://BUCKET/PREFIX or oci://HOST/REPOSITORY."
     ),
+]
+RecipesRegistry = Annotated[
+    str | None,
+    typer.Option("--registry", metavar="URL", help="Where to publish; by default the recipe's."),
 ]
 Reference = Annotated[
     str, typer.Argument(metavar="REF", help="NAME[/VARIANT][:VERSION|:CHANNEL]", show_default=False)

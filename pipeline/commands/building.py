@@ -10,7 +10,7 @@ import typer
 
 from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
-from pipeline.commands.arguments import ConfigDir, Overrides, Recipe
+from pipeline.commands.arguments import ConfigDir, Multirun, Overrides, Recipe, RecipesRegistry
 from pipeline.core.errors import ExitCode
 
 
@@ -18,28 +18,20 @@ from pipeline.core.errors import ExitCode
 def build(
     recipe: Recipe,
     overrides: Overrides = None,
-    multirun: Annotated[
-        bool, typer.Option("-m", "--multirun", help="Several recipes (a,b) or values (key=1,2).")
-    ] = False,
+    multirun: Multirun = False,
+    registry: RecipesRegistry = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build again what is already published.")
     ] = False,
-    registry: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Where to publish, instead of where the recipe does: a folder, "
-            "s3://BUCKET/PREFIX or oci://HOST/REPOSITORY.",
-        ),
-    ] = None,
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Build, check and publish the engine of a recipe."""
     from pipeline.__main__ import Request, answer
+    from pipeline.config.registry import registry_overrides
 
     request = Request(
         recipes=recipe,
-        overrides=(*(overrides or ()), *_into(registry)),
+        overrides=(*(overrides or ()), *registry_overrides(registry)),
         multirun=multirun,
         rebuild=rebuild,
         config_dir=config_dir,
@@ -47,42 +39,50 @@ def build(
     return answer(request)
 
 
-def _into(registry: str | None) -> tuple[str, ...]:
-    """The overrides that a registry's URL stands for."""
-    from pipeline.registry.stores.opening import folder_of
-
-    if registry is None:
-        return ()
-    folder = folder_of(registry)
-    kind = "folder" if folder is not None else registry.partition("://")[0]
-    key, value = ("url", registry) if folder is None else ("path", str(folder))
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"registry={kind}", f"registry.{key}='{quoted}'"
-
-
 @answering
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
+    multirun: Multirun = False,
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Show size, fit and speed ceilings of a recipe, without downloading anything."""
     from pipeline.config.folders import config_folders
     from pipeline.config.load import load
 
-    job = load(recipe, overrides or (), folders=config_folders(config_dir)).one_job()
+    folders = config_folders(config_dir)
+    loaded = load(recipe, overrides or (), folders=folders, multirun=multirun)
+    loaded.raise_faults()
     from pipeline.build import plan_of
     from pipeline.commands.outcome import refused
     from pipeline.plan import render
 
-    made = plan_of(job.value)
+    plans = [plan_of(job.value) for job in loaded.jobs]
+    faults = tuple(fault for made in plans for fault in made.faults)
+    shown = []
+    for job, made in zip(loaded.jobs, plans, strict=True):
+        shown += [" ".join([job.recipe, *job.swept]), render(made)] if multirun else [render(made)]
     return Answer(
-        value=made.to_json(),
-        shown=[render(made)],
-        exit_code=ExitCode.USAGE if made.faults else ExitCode.OK,
-        message=refused(made.faults).message,
-        faults=made.faults,
+        value={"jobs": [made.to_json() for made in plans]} if multirun else plans[0].to_json(),
+        shown=shown,
+        exit_code=ExitCode.USAGE if faults else ExitCode.OK,
+        message=refused(faults).message,
+        faults=faults,
     )
+
+
+@answering
+def config(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+) -> Answer:
+    """Print a recipe as it is composed: every value, defaults and overrides merged."""
+    from pipeline.config.folders import config_folders
+    from pipeline.config.load import config_text, load
+
+    job = load(recipe, overrides or (), folders=config_folders(config_dir)).one_job()
+    return Answer(value={"config": job.config}, shown=[config_text(job.config)])
 
 
 @answering

@@ -12,6 +12,7 @@ from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.data import shipped
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.values import Package
+from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.stage import CPU_GRAPH
 from pipeline.machine import require_builder
 from pipeline.model.hf import load_tokenizer
@@ -42,25 +43,34 @@ def stream(package: Package, prompt: str, max_tokens: int) -> Iterator[str]:
 
 def open_package(package: Package) -> AbstractContextManager[Session]:
     """Load what can run here, and say what that is: the engine itself where its card is."""
-    from pipeline.runners.onnxruntime import open_graph
+    spec = format_spec(package.manifest["format"])
+    on_card = {"vllm": _open_vllm, "tensorrt_rtx": _open_trtrtx, "trtllm": _open_trtllm}
+    elsewhere = {"transformers": _open_simulation, "onnxruntime": _open_cpu_graph}
+    if spec.runner in on_card and (session := on_card[spec.runner](package)):
+        return session
+    if spec.substitute in elsewhere:
+        return elsewhere[spec.substitute](package)
+    raise IncompatibleError(f"{spec.name} packages are not run by `generate`")
+
+
+def _open_simulation(package: Package) -> AbstractContextManager[Session]:
+    """The checkpoint, computed by Transformers on this CPU."""
     from pipeline.runners.transformers import open_checkpoint
 
-    engine_format = package.manifest["format"]
-    if engine_format == "checkpoint":
-        if session := _open_vllm(package):
-            return session
-        log.warning("Simulating the FP8 checkpoint in float32 on this CPU")
-        return open_checkpoint(package.engine_dir, package.manifest["limits"]["max_seq_len"])
-    if engine_format == "trtrtx":
-        if session := _open_trtrtx(package):
-            return session
-        graph = twin_of(package) / CPU_GRAPH
-        log.warning("Not the TensorRT-RTX engine: its CPU twin, the same graph on ONNX Runtime")
-        return open_graph(graph)
-    return _open_trtllm(package)
+    log.warning("Simulating the quantized checkpoint in float32 on this CPU")
+    return open_checkpoint(package.engine_dir, package.manifest["limits"]["max_seq_len"])
 
 
-def _open_trtllm(package: Package) -> AbstractContextManager[Session]:
+def _open_cpu_graph(package: Package) -> AbstractContextManager[Session]:
+    """The graph that the engine was compiled from, on ONNX Runtime."""
+    from pipeline.runners.onnxruntime import open_graph
+
+    graph = twin_of(package) / CPU_GRAPH
+    log.warning("Not the engine itself: the graph that it was made from, on ONNX Runtime")
+    return open_graph(graph)
+
+
+def _open_trtllm(package: Package) -> AbstractContextManager[Session] | None:
     """The engine itself, on a machine with its card and TensorRT-LLM or the build image."""
     from pipeline.runners.trtllm import TrtLlmRunner
 

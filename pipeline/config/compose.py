@@ -18,6 +18,7 @@ from typing import cast
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -27,7 +28,7 @@ from pipeline.config.closest import closest, suggestion
 from pipeline.config.folders import ConfigFolders
 from pipeline.config.locate import ConfigFile, config_files
 from pipeline.config.sweep import Combination
-from pipeline.core.errors import Fault
+from pipeline.core.errors import Fault, RecipeError
 
 _COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError
@@ -101,6 +102,29 @@ def _compose(
         del config["hydra"]
     files = config_files(recipe, dict(cast("dict[str, object]", choices)), folders.search)
     return Composed(config=config, faults=tuple(faults), files=files)
+
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""What Hydra can tell about a composition."""
+
+
+def show_info(what: str, recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> None:
+    """Let Hydra print how it composes a recipe.
+
+    Raises:
+        RecipeError: There is no such recipe, or it cannot be composed.
+    """
+    recipe_dir = folders.recipe_dir(recipe)
+    if recipe_dir is None:
+        hint = suggestion(recipe, folders.recipe_names())
+        raise RecipeError([Fault("", f"there is no recipe {recipe!r}; {hint}")])
+    try:
+        with initialize_config_dir(str(recipe_dir), version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            hydra.show_info(what, recipe, [_search_path(folders, recipe_dir), *overrides])
+    except _COMPOSITION_ERRORS as error:
+        raise RecipeError([_recipe_fault(recipe, error)]) from error
 
 
 def _search_path(folders: ConfigFolders, recipe_dir: Path) -> str:

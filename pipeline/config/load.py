@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import yaml
 
 from pipeline.config.compose import compose_combination
 from pipeline.config.folders import ConfigFolders
@@ -13,6 +16,8 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.sweep import Combination, combinations
 from pipeline.config.validate import validate
 from pipeline.core.errors import Fault, RecipeError
+
+log = logging.getLogger(__name__)
 
 _SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
 """Keys of the source that say nothing about which weights it brings."""
@@ -66,9 +71,17 @@ class Loaded:
         Raises:
             RecipeError: With all faults.
         """
+        self.raise_faults()
+        return self.jobs[0]
+
+    def raise_faults(self) -> None:
+        """Go on only with what is good.
+
+        Raises:
+            RecipeError: With all faults.
+        """
         if self.all_faults:
             raise RecipeError(self.all_faults)
-        return self.jobs[0]
 
 
 def load(
@@ -92,22 +105,31 @@ def load(
     )
 
 
+def config_text(config: Mapping[str, Any]) -> str:
+    """A composed recipe as YAML."""
+    text: str = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    return text.rstrip()
+
+
 def _job(combination: Combination, folders: ConfigFolders) -> Job:
     composed = compose_combination(combination, folders)
     faults = [*composed.faults, *_unnamed_source(combination)]
     config: Mapping[str, Any] = {}
     typed = None
     keys = tuple(override.key_or_group for override in combination.overrides)
+    values = tuple(key for key in keys if not folders.options(key))
     if composed.config is not None:
         checked = validate(composed.config)
         config, typed = checked.config, checked.recipe
-        faults += [_located(fault, keys, composed.files) for fault in checked.faults]
+        if typed is not None and "compiler.max_batch_size" in keys:
+            config, typed = _with_fitting_targets(config, typed, keys)
+        faults += [_located(fault, values, composed.files) for fault in checked.faults]
     if composed.stand_in:
-        values = tuple(f"{key}." for key in keys if not folders.options(key))
+        below = tuple(f"{key}." for key in values)
         faults = [
             fault
             for fault in faults
-            if fault is composed.faults[0] or fault.path in keys or fault.path.startswith(values)
+            if fault is composed.faults[0] or fault.path in keys or fault.path.startswith(below)
         ]
     return Job(
         recipe=combination.recipe,
@@ -115,6 +137,24 @@ def _job(combination: Combination, folders: ConfigFolders) -> Job:
         config={} if composed.stand_in else config,
         typed=None if faults else typed,
         faults=tuple(dict.fromkeys(faults)),
+    )
+
+
+def _with_fitting_targets(
+    config: Mapping[str, Any], recipe: Recipe, keys: Sequence[str]
+) -> tuple[Mapping[str, Any], Recipe]:
+    """Less the recipe's targets at a larger batch than the command line asks for, and says so."""
+    acceptance, limit = recipe.acceptance, recipe.compiler.limits.max_batch_size
+    left_out = [load.name for load in acceptance.targets if load.batch > limit]
+    if not left_out or any(key.startswith("acceptance.targets") for key in keys):
+        return config, recipe
+    log.warning("Left out, since the batch is %d at most: %s", limit, ", ".join(left_out))
+    section = config["acceptance"]
+    kept = [load for load in section["targets"] if load["name"] not in left_out]
+    targets = tuple(load for load in acceptance.targets if load.name not in left_out)
+    return (
+        {**config, "acceptance": {**section, "targets": kept}},
+        replace(recipe, acceptance=replace(acceptance, targets=targets)),
     )
 
 

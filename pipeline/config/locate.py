@@ -37,7 +37,8 @@ def config_files(
     for key, option in sorted(choices.items(), key=lambda choice: "@" not in choice[0]):
         group, _, section = key.partition("@")
         if isinstance(option, str) and not key.startswith("hydra/"):
-            found += _chain(f"{group}/{option}", section or group.replace("/", "."), search)
+            section = section.removeprefix("_global_.") or group.replace("/", ".")
+            found += _chain(f"{group.lstrip('/')}/{option}", section, search)
     return tuple(found)
 
 

@@ -23,6 +23,6 @@ def data_dir(name: Literal["conf", "recipes"]) -> Path:
 
 
 def shipped(option: str) -> dict[str, Any]:
-    """The keys of an option as it ships, such as `runner/vllm`, less its `kind`."""
+    """The keys of an option as it ships, such as `runner/vllm`, less its `kind` and `defaults`."""
     values = yaml.safe_load((data_dir("conf") / f"{option}.yaml").read_text(encoding="utf-8"))
-    return {name: value for name, value in values.items() if name != "kind"}
+    return {name: value for name, value in values.items() if name not in ("kind", "defaults")}

@@ -48,7 +48,7 @@ RECORD = "calibration.json"
 STAGE = Stage(
     name="quantize",
     version=1,
-    code=("pipeline.quant", "pipeline.sources.text", "pipeline.model.hf"),
+    code=("pipeline.quant", "pipeline.sources.text", "pipeline.model"),
 )
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 

@@ -16,6 +16,7 @@ from pipeline.core.cache import cache_root
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
+from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.runners.child import ChildSession, Program, Timeouts, open_child, session_program
 from pipeline.runners.cuda import NO_CARD, find_card, torch_fault
@@ -65,8 +66,8 @@ class TrtRtxRunner:
         return BATCHES
 
     def why_not(self, engine: Engine) -> str | None:
-        if engine.format != "trtrtx":
-            return f"runner=tensorrt_rtx runs trtrtx engines, not {engine.format}"
+        if format_spec(engine.format).runner != "tensorrt_rtx":
+            return f"runner=tensorrt_rtx does not run {engine.format} engines"
         return self.why_not_here(engine.sms, engine.runtime[1])
 
     def why_not_here(self, sms: tuple[int, ...], runtime_version: str) -> str | None:

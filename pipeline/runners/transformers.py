@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
+from pipeline.formats.spec import format_spec
 from pipeline.model.hf import load_model, quiet
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.child import ChildSession, Timeouts, open_child, session_program
@@ -196,8 +197,8 @@ class TransformersRunner:
         return EQUAL_PROMPTS | {"clear_cache"}
 
     def why_not(self, engine: Engine) -> str | None:
-        if engine.format != "checkpoint":
-            return f"runner=transformers simulates checkpoint engines, not {engine.format}"
+        if not format_spec(engine.format).is_checkpoint:
+            return f"runner=transformers simulates checkpoints, not {engine.format} engines"
         if self.device == "cpu":
             return None
         if fault := torch_fault():

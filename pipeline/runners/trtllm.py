@@ -15,6 +15,7 @@ from pipeline.core.errors import IncompatibleError, PipelineError
 from pipeline.core.gpu import find_gpu
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
+from pipeline.formats.spec import format_spec
 from pipeline.formats.trtllm.container import Shared
 from pipeline.formats.trtllm.place import Place, Where, choose_place
 from pipeline.formats.trtllm.release import NAME, VERSION
@@ -63,8 +64,8 @@ class TrtLlmRunner:
         return frozenset()
 
     def why_not(self, engine: Engine) -> str | None:
-        if engine.format != "trtllm":
-            return f"runner=trtllm runs trtllm engines, not {engine.format}"
+        if format_spec(engine.format).runner != self.name:
+            return f"runner=trtllm does not run {engine.format} engines"
         if engine.runtime != (NAME, VERSION):
             return (
                 f"the engine is for {' '.join(engine.runtime)}, this runner is {NAME} {VERSION}: "

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
+from pipeline.formats.spec import format_spec
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
 from pipeline.runners.cuda import NO_CARD, find_card
 from pipeline.runners.runner import BATCHES, Ability, Device
@@ -55,8 +56,8 @@ class VllmRunner:
         return BATCHES | {"request_rate"}
 
     def why_not(self, engine: Engine) -> str | None:
-        if engine.format != "checkpoint":
-            return f"runner=vllm runs checkpoint engines, not {engine.format}"
+        if format_spec(engine.format).runner != self.name:
+            return f"runner=vllm does not run {engine.format} engines"
         return self.why_not_here(engine.runtime)
 
     def why_not_here(self, runtime: tuple[str, str] = ("vllm", "0.24.0")) -> str | None:

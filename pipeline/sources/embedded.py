@@ -142,7 +142,7 @@ class EmbeddedSource:
             versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         except importlib.metadata.PackageNotFoundError as error:
             raise IncompatibleError(
-                f"converting {self.file} needs {error.name}; run pip install 'enginesmith[build]'"
+                f"converting {self.file} needs {error.name}; run pip install '.[build]'"
             ) from error
         return digest_of({**STAGE.identity, "gguf": self.sha256, "versions": versions})
 

@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import locked
 from pipeline.core.errors import AccessError
-from pipeline.core.progress import BYTES, progress
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
 from pipeline.sources import store
@@ -119,7 +118,7 @@ class HubSource:
                 f"{self.repo_id} is gated and HF_TOKEN is not set; accept its licence on the Hub, "
                 "then set HF_TOKEN to a token of that account"
             )
-        from pipeline.sources.hub_client import HubClient, RemoteFile, part_of
+        from pipeline.sources.hub_client import HubClient
 
         partial = _partial_folder(folder)
         arriving = partial / store.FILES
@@ -130,19 +129,12 @@ class HubSource:
         arriving.mkdir(parents=True, exist_ok=True)
         files = [client.download(remote[name], arriving) for name in support_files(remote)]
         shards = weight_files(remote, arriving, where)
-
-        def missing_bytes(file: RemoteFile) -> int:
-            target = arriving / file.name
-            if target.exists():
-                return 0
-            part = part_of(target)
-            return file.size_bytes - (part.stat().st_size if part.exists() else 0)
-
-        total = sum(remote[name].size_bytes for name in shards)
-        missing = sum(missing_bytes(remote[name]) for name in shards)
-        _check_space(arriving, missing + _RECORD_BYTES)
-        with progress(f"Downloading {self.repo_id}", total, BYTES, total - missing) as advance:
-            files += [client.download(remote[name], arriving, advance) for name in shards]
+        missing = [name for name in shards if not (arriving / name).exists()]
+        _check_space(arriving, sum(remote[name].size_bytes for name in missing) + _RECORD_BYTES)
+        for number, name in enumerate(shards, start=1):
+            size_mb = remote[name].size_bytes / 1e6
+            log.info("%s: %d of %d, %s, %.0f MB", where, number, len(shards), name, size_mb)
+            files.append(client.download(remote[name], arriving))
         check_weights(arriving, shards)
         _drop_others(arriving, {file.path for file in files})
         files.sort(key=lambda file: file.path)

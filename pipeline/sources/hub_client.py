@@ -1,13 +1,8 @@
 """What we ask of the Hugging Face Hub: list the files of a commit, and download one of them.
 
-`huggingface_hub` gives addresses, headers, session and errors. The download loop is ours because
-the library's starts a file again after a kill (in 1.33 its temporary names are random) and never
-compares digests: here the bytes gather in `<file>.part`, a later run continues them with a Range
-request, and the whole file must have the digest that the commit's listing gives.
-
-Files come over plain HTTP, which the Hub serves for its Xet storage too: Xet has no resume across
-processes, and mirrors do not speak it. `HF_ENDPOINT` and `HF_TOKEN` are read when a client is made,
-not when the library is imported, and no token is taken from anywhere else.
+`huggingface_hub` downloads, retries and shows its progress. It never compares digests, so here
+every file must have the digest that the commit's listing gives. `HF_ENDPOINT` and `HF_TOKEN` are
+read when a client is made, not when the library is imported, and no token is taken from elsewhere.
 """
 
 from __future__ import annotations
@@ -18,8 +13,8 @@ import importlib
 import logging
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -38,12 +33,6 @@ from pipeline.core.values import FileDigest
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 20.0
-_WAITS_S = (1.0, 2.0, 4.0, 8.0)
-"""Pauses between attempts that brought nothing; then it is the user's turn."""
-_MAX_WAIT_S = 300.0
-"""The Hub's rate limits count in windows of 5 minutes (its documentation, "Rate limits")."""
-_CHUNK_BYTES = 1 << 16
-
 _Result = TypeVar("_Result")
 
 
@@ -118,7 +107,7 @@ class HubClient:
             from huggingface_hub import constants
         except ImportError as error:
             raise IncompatibleError(
-                "the Hub needs huggingface_hub: pip install 'enginesmith[build]'"
+                "the Hub needs huggingface_hub: pip install '.[build]'"
             ) from error
 
         self._repo_id = repo_id
@@ -152,7 +141,7 @@ class HubClient:
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self._endpoint, token=self._token or False)
-        return self._patiently(
+        return self._explained(
             lambda: api.repo_info(
                 self._repo_id,
                 revision=self._revision,
@@ -190,131 +179,70 @@ class HubClient:
             )
         return files
 
-    def download(
-        self, file: RemoteFile, folder: Path, advance: Callable[[int], None] = lambda _: None
-    ) -> FileDigest:
-        """Bring `file` into `folder`, continuing what an earlier run left there.
-
-        Args:
-            file: What to bring.
-            folder: Where it goes; it appears under its name only when it is whole and verified.
-            advance: Told about every number of bytes that arrived.
+    def download(self, file: RemoteFile, folder: Path) -> FileDigest:
+        """Bring `file` into `folder`, unless it lies there with the right bytes.
 
         Raises:
             AccessError: Gated, and the token (if any) has no access.
             CorruptError: It arrived with other bytes than the Hub lists.
             TransientError: The network or the Hub fails again and again.
         """
+        from huggingface_hub import hf_hub_download
+
         target = folder / file.name
         if target.exists():
             try:
                 return file.verify(target)
             except CorruptError:
                 log.warning("%s is damaged; downloading it again", target)
-        part = part_of(target)
-        try:
-            self._patiently(
-                lambda: self._continue(file, part, advance), progress=lambda: _size_or_zero(part)
+        self._explained(
+            lambda: hf_hub_download(
+                self._repo_id,
+                file.name,
+                repo_type=self._repo_type,
+                revision=self._revision,
+                local_dir=folder,
+                token=self._token or False,
+                endpoint=self._endpoint,
+                etag_timeout=_TIMEOUT_S,
             )
-        finally:
-            if part.exists() and not part.stat().st_size and file.size_bytes:
-                part.unlink()  # nothing came, so there is nothing to continue
-        digest = file.verify(part)
-        part.rename(target)
-        return digest
-
-    def _continue(self, file: RemoteFile, part: Path, advance: Callable[[int], None]) -> None:
-        """Fetch the bytes that `part` lacks."""
-        have = _size_or_zero(part)
-        if have > file.size_bytes:
-            part.unlink()
-            have = 0
-        with part.open("ab") as stream:
-            if have < file.size_bytes:
-                with self._get(file.name, have) as (status, chunks):
-                    if status != 206 and have:  # the server ignored the range: from the start
-                        stream.truncate(0)
-                        advance(-have)
-                        have = 0
-                    for chunk in chunks:
-                        stream.write(chunk)
-                        have += len(chunk)
-                        advance(len(chunk))
-                        if have > file.size_bytes:
-                            break
-            stream.flush()
-            os.fsync(stream.fileno())
-        if have < file.size_bytes:
-            raise TimeoutError(f"the connection ended after {have:,} of {file.size_bytes:,} bytes")
-
-    @contextlib.contextmanager
-    def _get(self, name: str, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        """Status and content of a file from `offset` on. Redirects lose the token on another host.
-
-        `huggingface_hub` speaks through httpx since 1.0 and through requests before.
-        """
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        url = hf_hub_url(
-            self._repo_id,
-            name,
-            repo_type=self._repo_type,
-            revision=self._revision,
-            endpoint=self._endpoint,
         )
-        headers = build_hf_headers(token=self._token or False)
-        headers["Accept-Encoding"] = "identity"  # a range of a compressed file is of no use
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-        session = get_session()
-        if callable(session.stream):  # for requests it is a flag
-            with session.stream(
-                "GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True
-            ) as response:
-                hf_raise_for_status(response)
-                yield response.status_code, response.iter_bytes(_CHUNK_BYTES)
-        else:
-            with session.get(url, headers=headers, timeout=_TIMEOUT_S, stream=True) as response:
-                hf_raise_for_status(response)
-                yield response.status_code, response.iter_content(_CHUNK_BYTES)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's own notes
+        return file.verify(target)
 
-    def _patiently(
-        self, attempt: Callable[[], _Result], progress: Callable[[], int] = lambda: 0
-    ) -> _Result:
-        """Result of `attempt`, tried again while the fault may pass; progress renews patience."""
+    def _explained(self, attempt: Callable[[], _Result]) -> _Result:
+        """Result of `attempt`; what the library raises becomes an error with a next step."""
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-        failures, mark = 0, progress()
-        while True:
-            asked_s = 0.0
-            try:
-                return attempt()
-            except OfflineModeIsEnabled as error:
+        try:
+            return attempt()
+        except OSError as error:  # the library's errors are, in all of its versions
+            causes = _causes(error)
+            if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
                 raise AccessError(
                     f"HF_HUB_OFFLINE is set and {self._repo_id}@{self._revision[:12]} is not in "
                     "the cache; unset it, or fetch on a machine with network"
                 ) from error
-            except HfHubHTTPError as error:
-                status = error.response.status_code
-                if status not in {408, 429} and status < 500:
-                    self._explain(error, status)
-                asked_s = _retry_after_s(error.response)
-                fault: Exception = error
-                reason = f"HTTP {status}" + (", rate limited" if status == 429 else "")
-            except _network_errors() as error:
-                fault, reason = error, str(error) or type(error).__name__
-            if (reached := progress()) > mark:
-                failures, mark = 0, reached
-            if failures == len(_WAITS_S):
-                raise TransientError(
-                    f"{self._endpoint}: {reason}, {failures + 1} times in a row; what arrived is "
-                    "kept: run the same command again later"
-                ) from fault
-            wait_s = min(max(_WAITS_S[failures], asked_s), _MAX_WAIT_S)
-            failures += 1
-            log.warning("%s: %s; trying again in %.0f s", self._endpoint, reason, wait_s)
-            time.sleep(wait_s)
+            status = next((s for cause in causes if (s := _status_of(cause))), None)
+            if status is not None and status not in {408, 429} and status < 500:
+                self._explain(error, status)
+            if error.errno is not None and not isinstance(error, HfHubHTTPError):
+                raise  # the disk's
+            if "Consistency check" in str(error):
+                raise CorruptError(
+                    f"{self._repo_id}: {str(error).splitlines()[0]} Run the same command again, "
+                    "and if that repeats, suspect the mirror or proxy in between"
+                ) from error
+            reason = f"HTTP {status}" if status else str(causes[-1]) or type(causes[-1]).__name__
+            raise TransientError(
+                f"{self._endpoint}: {reason}; whole files are kept: run the same command again "
+                "later"
+            ) from error
+        except _network_errors() as error:
+            raise TransientError(
+                f"{self._endpoint}: {error or type(error).__name__}; whole files are kept: run the "
+                "same command again later"
+            ) from error
 
     def _explain(self, error: Exception, status: int) -> NoReturn:
         """Raise what a refusal by the Hub means to the user."""
@@ -355,15 +283,6 @@ class HubClient:
         raise PipelineError(f"{page}: HTTP {status}: {error}") from error
 
 
-def part_of(target: Path) -> Path:
-    """Where the bytes of `target` gather until they are whole."""
-    return target.with_name(f"{target.name}.part")
-
-
-def _size_or_zero(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _git_sha1(path: Path) -> str:
     """Git's object id of a file: the SHA-1 of its kind and length, a zero byte, and its content."""
     content = path.read_bytes()
@@ -371,17 +290,18 @@ def _git_sha1(path: Path) -> str:
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
 
 
-def _retry_after_s(response: Any) -> float:
-    """Seconds that the server asks to wait; 0 if it does not say.
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, the first cause last."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None:
+        found.append(cause)
+    return found
 
-    Beside the standard header the Hub sends `RateLimit: "api";r=0;t=55`: nothing remains, and the
-    window ends in 55 s (IETF draft-ietf-httpapi-ratelimit-headers-09).
-    """
-    value = response.headers.get("Retry-After", "")
-    if value.isdecimal():
-        return float(value)
-    window = re.search(r";\s*r=0\s*;\s*t=(\d+)", response.headers.get("RateLimit", ""))
-    return float(window[1]) + 1 if window else 0.0
+
+def _status_of(error: BaseException) -> int | None:
+    """HTTP status of an answer that an error carries."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

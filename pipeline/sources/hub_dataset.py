@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipeline.core.cache import locked
 from pipeline.core.errors import NotFoundError
-from pipeline.core.progress import BYTES, progress
 from pipeline.sources import store
 
 
@@ -41,6 +40,5 @@ def dataset_file(repo_id: str, revision: str, name: str) -> Path:
             have = ", ".join(sorted(remote))
             raise NotFoundError(f"{repo_id}@{revision[:12]} has no file {name!r}; it has {have}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with progress(f"Downloading {repo_id}", remote[name].size_bytes, BYTES) as advance:
-            client.download(remote[name], folder, advance)
+        client.download(remote[name], folder)
     return target

@@ -44,9 +44,12 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import digest_folder
 from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
 from pipeline.core.values import Engine, Limits, digest_of
 from pipeline.formats.toy.spec import SPEC
 from pipeline.quant.spec import quant_spec
+
+STAGE = Stage(name="toy", version=1, code=("pipeline.formats.toy",))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -82,7 +85,7 @@ class ToyCompiler:
             data = (checkpoint.dir / "model.safetensors").read_bytes()
             (out / "engine" / "weights.bin").write_bytes(data)
 
-        made = cache.run("toy", {"checkpoint": checkpoint.digest, **self.inputs(target)}, produce)
+        made = cache.run(STAGE, {"checkpoint": checkpoint.digest, **self.inputs(target)}, produce)
         files = digest_folder(made.dir / "engine")
         return Engine(
             dir=made.dir / "engine",

@@ -31,7 +31,7 @@ import pytest
 if TYPE_CHECKING:
     from pipeline.registry.store import WritableStore
 
-INSTALL = "pip install 'enginesmith[dev]'"
+INSTALL = "pip install '.[dev]'"
 
 BUCKET = "registries"
 _HOST = "127.0.0.1"

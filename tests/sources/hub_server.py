@@ -43,12 +43,9 @@ class HubServer:
         statuses: Answers to the next requests to the Hub, in order, in place of the usual ones.
         always: Answers every request to the Hub.
         retry: Headers that go with `statuses` and `always`.
-        cut: Path -> after how many bytes the CDN ends the next connection.
-        stall: Like `cut`, but the connection stays open and silent.
         kind: What the repository holds.
         tags: What it is tagged with, such as its licence.
         gated: Files need `TOKEN`; a token that is not `TOKEN` has no access.
-        ignore_range: The CDN always sends whole files.
         requests: All that was asked.
     """
 
@@ -57,12 +54,9 @@ class HubServer:
     statuses: list[int] = field(default_factory=list)
     always: int | None = None
     retry: dict[str, str] = field(default_factory=dict)
-    cut: dict[str, int] = field(default_factory=dict)
-    stall: dict[str, int] = field(default_factory=dict)
     kind: Literal["model", "dataset"] = "model"
     tags: tuple[str, ...] = ()
     gated: bool = False
-    ignore_range: bool = False
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -203,26 +197,6 @@ def _cdn_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(Request(self.command, self.path, self.headers))
             name = self.path.removeprefix("/cdn/")
             content = hub.sent.get(name, hub.files[name])
-            wanted = self.headers.get("Range", "")
-            first = 0
-            if wanted.startswith("bytes=") and not hub.ignore_range:
-                first = int(wanted.removeprefix("bytes=").rstrip("-"))
-            self.send_response(206 if first else 200)
-            if first:
-                self.send_header(
-                    "Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}"
-                )
-            self.send_header("Content-Length", str(len(content) - first))
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            end = min(hub.cut.get(name, len(content)), hub.stall.get(name, len(content)))
-            self.wfile.write(content[first : max(first, end)])
-            self.wfile.flush()
-            if hub.stall.pop(name, None):
-                hub._closing.wait()
-            if hub.cut.pop(name, None) is not None:
-                self.close_connection = True
+            self.reply(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
 
     return Handler

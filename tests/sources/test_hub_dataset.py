@@ -73,19 +73,6 @@ def test_second_time_nothing_is_asked_of_the_network(hub: HubServer) -> None:
     assert hub.requests == []
 
 
-def test_large_file_that_was_cut_is_continued_and_verified(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    hub.cut[PARQUET] = 200_000
-    with pytest.raises((IncompatibleError, CorruptError)):  # it is no Parquet, but it is whole
-        text(PARQUET).documents()
-    first, second = (request.headers.get("Range") for request in hub.cdn_requests(PARQUET))
-    assert first is None
-    assert second is not None
-    assert 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 200_000
-
-
 def test_other_bytes_than_the_hub_lists_are_refused_and_removed(
     hub: HubServer, cache: Path
 ) -> None:

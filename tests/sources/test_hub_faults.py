@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.sources.hub import HubSource
-from tests.sources.hub_fetch import SOURCE, partial_files, run_fetch
+from tests.sources.hub_fetch import SOURCE, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, HubServer
 from tests.sources.tiny_model import SHARDS
 
@@ -94,49 +95,17 @@ def test_pickles_only_is_a_recipe_fault(hub: HubServer) -> None:
     assert not [request for request in hub.requests if "/resolve/" in request.path]
 
 
-def test_rate_limit_that_passes_is_waited_for(hub: HubServer, naps: list[float]) -> None:
-    hub.statuses = [429, 503]
-
-    SOURCE.fetch()
-
-    assert naps == [1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("header", "value", "wait_s"),
-    [
-        ("Retry-After", "7", 7.0),
-        ("RateLimit", '"api";r=0;t=55', 56.0),
-        ("RateLimit", '"api";r=12;t=55', 1.0),
-        ("Retry-After", "86400", 300.0),
-    ],
-)
-def test_wait_that_the_hub_asks_for_is_kept_up_to_its_window(
-    hub: HubServer, naps: list[float], header: str, value: str, wait_s: float
-) -> None:
-    hub.statuses, hub.retry = [429], {header: value}
-
-    SOURCE.fetch()
-
-    assert naps == [wait_s]
-
-
 @pytest.mark.parametrize("status", [429, 500])
-def test_lasting_fault_of_the_hub_is_transient(
-    hub: HubServer, naps: list[float], status: int
-) -> None:
+def test_lasting_fault_of_the_hub_is_transient(hub: HubServer, status: int) -> None:
     hub.always = status
 
-    with pytest.raises(TransientError, match=f"HTTP {status}.*5 times in a row") as caught:
+    with pytest.raises(TransientError, match=f"HTTP {status}") as caught:
         SOURCE.fetch()
 
     assert caught.value.exit_code == 9
-    assert naps == [1.0, 2.0, 4.0, 8.0]
 
 
-def test_no_network_is_transient(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
-) -> None:
+def test_no_network_is_transient(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
     with pytest.raises(TransientError, match=r"127\.0\.0\.1:9"):
@@ -161,9 +130,11 @@ def test_download_larger_than_the_disk_is_not_started(
     assert not hub.cdn_requests(SHARDS[0])
 
 
-def test_disk_that_fills_up_is_transient(hub: HubServer, cache: Path) -> None:
-    partial_files(cache).mkdir(parents=True)
-    (partial_files(cache) / f"{SHARDS[0]}.part").symlink_to("/dev/full")
+def test_disk_that_fills_up_is_transient(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
 
     with pytest.raises(TransientError, match="disk full"):
         SOURCE.fetch()

@@ -58,7 +58,8 @@ class TrtLlmCompiler:
     Attributes:
         max_batch_size: Requests at once.
         max_seq_len: Prompt + output tokens of one request.
-        max_num_tokens: Tokens of one iteration; a longer prompt is prefilled in chunks.
+        max_num_tokens: Tokens of one iteration; a longer prompt is prefilled in chunks. At most
+            `max_batch_size` x `max_seq_len`.
         opt_num_tokens: Token count that kernels are chosen for; None with several profiles.
         kv_cache_dtype: Type of the paged cache: `fp8` uses the checkpoint's calibrated scales,
             `bfloat16` means the 16-bit type that `dtype` names.
@@ -88,23 +89,17 @@ class TrtLlmCompiler:
                 f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
                 f"({self.max_batch_size}); increase compiler.max_num_tokens"
             )
-        # The next three TensorRT-LLM would only warn of, and build something else:
+        # The next two TensorRT-LLM would only warn of, and build something else:
         # check_max_num_tokens in _common.py.
-        most = max(self.max_batch_size * self.max_seq_len, self.plugins.tokens_per_block)
-        if self.max_num_tokens > most:
-            raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be <= {most} (max_batch_size x "
-                "max_seq_len, or plugins.tokens_per_block); decrease compiler.max_num_tokens"
-            )
         if self.max_num_tokens < self.plugins.tokens_per_block:
             raise ValueError(
                 f"max_num_tokens ({self.max_num_tokens}) must be >= plugins.tokens_per_block "
                 f"({self.plugins.tokens_per_block}); increase compiler.max_num_tokens"
             )
-        if self.opt_num_tokens is not None and self.opt_num_tokens > self.max_num_tokens:
+        if self.opt_num_tokens is not None and self.opt_num_tokens > self._num_tokens:
             raise ValueError(
                 f"opt_num_tokens ({self.opt_num_tokens}) must be <= max_num_tokens "
-                f"({self.max_num_tokens})"
+                f"({self._num_tokens})"
             )
         if self.opt_num_tokens is not None and self.plugins.multiple_profiles:
             raise ValueError(
@@ -116,6 +111,12 @@ class TrtLlmCompiler:
             raise ValueError(f"plugins.{fault}")
 
     @property
+    def _num_tokens(self) -> int:
+        """No more than all requests at full length: TensorRT-LLM would lower it without a word."""
+        most = max(self.max_batch_size * self.max_seq_len, self.plugins.tokens_per_block)
+        return min(self.max_num_tokens, most)
+
+    @property
     def format(self) -> Format:
         return SPEC.name
 
@@ -124,7 +125,7 @@ class TrtLlmCompiler:
         return Limits(
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
-            max_num_tokens=self.max_num_tokens,
+            max_num_tokens=self._num_tokens,
             kv_cache_dtype="fp8" if self.kv_cache_dtype == "fp8" else self.dtype,
         )
 

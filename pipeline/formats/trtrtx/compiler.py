@@ -53,8 +53,8 @@ class TrtRtxCompiler:
 
     Attributes:
         max_batch_size: Rows of the static KV cache.
-        opt_batch_size: Decode batch that kernels are chosen for.
-        max_prefill_batch_size: Rows of one prefill step.
+        opt_batch_size: Decode batch that kernels are chosen for; at most `max_batch_size`.
+        max_prefill_batch_size: Rows of one prefill step; at most `max_batch_size`.
         max_seq_len: Static cache length: prompt + output tokens of one request.
         activation_dtype: 16-bit type of activations and of what is not quantized.
         kv_cache_dtype: Type of the static cache; TensorRT-RTX updates it in the activations' type.
@@ -74,16 +74,6 @@ class TrtRtxCompiler:
                 f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in the type of the "
                 "activations; for an FP8 cache use compiler=trtllm or compiler=checkpoint"
             )
-        if not self.opt_batch_size <= self.max_batch_size:
-            raise ValueError(
-                f"opt_batch_size ({self.opt_batch_size}) must be <= max_batch_size "
-                f"({self.max_batch_size})"
-            )
-        if not self.max_prefill_batch_size <= self.max_batch_size:
-            raise ValueError(
-                f"max_prefill_batch_size ({self.max_prefill_batch_size}) must be <= "
-                f"max_batch_size ({self.max_batch_size})"
-            )
 
     @property
     def format(self) -> Format:
@@ -94,7 +84,7 @@ class TrtRtxCompiler:
         return Limits(
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
-            max_num_tokens=max(self.max_batch_size, self.max_prefill_batch_size * self.max_seq_len),
+            max_num_tokens=max(self.max_batch_size, self._prefill_batch * self.max_seq_len),
             kv_cache_dtype=self.kv_cache_dtype,
         )
 
@@ -106,15 +96,16 @@ class TrtRtxCompiler:
             return SPEC.runtime, ""
 
     @property
+    def _prefill_batch(self) -> int:
+        return min(self.max_prefill_batch_size, self.max_batch_size)
+
+    @property
     def profiles(self) -> tuple[Profile, Profile]:
         """Decode first: a runtime starts with profile 0."""
-        batch, prefill, context = (
-            self.max_batch_size,
-            self.max_prefill_batch_size,
-            self.max_seq_len,
-        )
+        batch, prefill, context = self.max_batch_size, self._prefill_batch, self.max_seq_len
+        opt = min(self.opt_batch_size, batch)
         return (
-            Profile(batch=(1, self.opt_batch_size, batch), sequence=(1, 1, 1), logits=(1, 1, 1)),
+            Profile(batch=(1, opt, batch), sequence=(1, 1, 1), logits=(1, 1, 1)),
             Profile(
                 batch=(1, 1, prefill),
                 sequence=(1, max(1, context // 2), context),
@@ -248,7 +239,7 @@ def compiler_version() -> str:
         return version(PACKAGE)
     except PackageNotFoundError as error:
         raise IncompatibleError(
-            f"compiler=trtrtx needs {PACKAGE}: pip install 'enginesmith[build]'"
+            f"compiler=trtrtx needs {PACKAGE}: pip install '.[build]'"
         ) from error
 
 

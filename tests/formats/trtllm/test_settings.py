@@ -51,7 +51,6 @@ def test_limits_name_the_type_that_the_cache_has() -> None:
     ("plugins", "fields", "message"),
     [
         ({}, {"max_num_tokens": 3}, r"max_num_tokens \(3\) must be >= max_batch_size \(4\)"),
-        ({}, {"max_num_tokens": 513}, r"\(513\) must be <= 512 "),
         ({}, {"max_num_tokens": 31}, r"\(31\) must be >= plugins.tokens_per_block \(32\)"),
         ({}, {"opt_num_tokens": 8}, r"opt_num_tokens \(8\) does not go with plugins.multiple"),
         (
@@ -84,9 +83,11 @@ def test_what_does_not_go_together_is_a_recipe_fault(
         compiler(plugins, **fields)
 
 
-@pytest.mark.parametrize("tokens", [32, 512])
-def test_sizes_at_the_edge_are_taken(tokens: int) -> None:
-    assert compiler(max_num_tokens=tokens).limits.max_num_tokens == tokens
+@pytest.mark.parametrize(("asked", "built"), [(32, 32), (512, 512), (513, 512)])
+def test_an_iteration_takes_no_more_tokens_than_all_requests_have(asked: int, built: int) -> None:
+    made = compiler(max_num_tokens=asked)
+    assert made.limits.max_num_tokens == built
+    assert f"--max_num_tokens={built}" in " ".join(made.command).replace("tokens ", "tokens=")
 
 
 def test_without_a_paged_context_fp8_attention_is_free_to_choose() -> None:

@@ -246,11 +246,6 @@ def test_fp8_cache_is_a_recipe_fault() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"opt_batch_size": 3}, r"opt_batch_size \(3\) must be <= max_batch_size \(2\)"),
-        (
-            {"max_prefill_batch_size": 3},
-            r"max_prefill_batch_size \(3\) must be <= max_batch_size \(2\)",
-        ),
         ({"max_batch_size": 0}, "max_batch_size"),
         ({"max_batch_size": "2"}, "max_batch_size"),
         ({"kv_cache_dtype": "float16"}, r"kv_cache_dtype \(float16\) must be"),

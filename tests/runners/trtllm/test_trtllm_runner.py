@@ -76,7 +76,7 @@ def test_child_files_import_nothing_of_this_package_at_the_top() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "checkpoint"}, "runs trtllm engines, not checkpoint"),
+        ({"format": "checkpoint"}, "does not run checkpoint engines"),
         ({"runtime": ("tensorrt-llm", "1.2.0")}, r"is for tensorrt-llm 1\.2\.0, this runner is"),
         ({"sms": (90,)}, r"cannot run here: this needs a GPU with sm_90"),
     ],

@@ -67,7 +67,7 @@ def test_it_runs_where_all_is_there(
 
 def test_another_format_is_refused() -> None:
     other = dataclasses.replace(ENGINE, format="checkpoint")
-    assert RUNNER.why_not(other) == "runner=tensorrt_rtx runs trtrtx engines, not checkpoint"
+    assert RUNNER.why_not(other) == "runner=tensorrt_rtx does not run checkpoint engines"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ ENGINE = Engine(
 
 def test_another_format_is_refused() -> None:
     other = dataclasses.replace(ENGINE, format="trtrtx")
-    assert RUNNER.why_not(other) == "runner=vllm runs checkpoint engines, not trtrtx"
+    assert RUNNER.why_not(other) == "runner=vllm does not run trtrtx engines"
 
 
 def test_a_missing_package_names_the_version_to_install() -> None:
