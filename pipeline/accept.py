@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
-from pipeline.build import acceptance_key, fetch, judged, plan_of
+from pipeline.build import acceptance_key, fetch, plan_of, run_acceptance
 from pipeline.commands.outcome import Outcome
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
@@ -102,7 +102,8 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
         plan=plan,
         runner=recipe.runner,
     )
-    verdict, files = judged(recipe, subject, package, StageCache(root=cache_root()), run_dir)
+    cache, signing = StageCache(root=cache_root()), publisher.signing if publisher else None
+    verdict, files = run_acceptance(recipe, subject, package, cache, run_dir, signing)
     if publisher is not None:
         publisher.add_result(resolved, verdict, files, acceptance_key(recipe, package, job.config))
     else:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.acceptance.abilities import ability_faults
 from pipeline.acceptance.measure import measure
+from pipeline.acceptance.page.report_page import Signing
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
 from pipeline.commands.outcome import Outcome
@@ -101,7 +102,9 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
                 plan=plan,
                 runner=recipe.runner,
             )
-            verdict, files = judged(recipe, subject, package, cache, run_dir)
+            verdict, files = run_acceptance(
+                recipe, subject, package, cache, run_dir, publisher.signing
+            )
             if not verdict.passed:
                 return missed(package, verdict, files[REPORT_FILE], started=started)
             published, new = publisher.publish(package, begun)
@@ -185,10 +188,15 @@ def fetch(recipe: Recipe) -> Weights:
     return weights
 
 
-def judged(
-    recipe: Recipe, subject: Subject, package: Package, cache: StageCache, run_dir: Path
+def run_acceptance(
+    recipe: Recipe,
+    subject: Subject,
+    package: Package,
+    cache: StageCache,
+    run_dir: Path,
+    signing: Signing | None,
 ) -> tuple[Verdict, dict[str, Path]]:
-    """Put the question; the verdict, and the files of the report in `run_dir` by their names."""
+    """The verdict on a package, and the files of the report in `run_dir` by their names."""
     report, verdict = measure(recipe.acceptance, subject, cache)
     files = write_report(
         report,
@@ -198,6 +206,7 @@ def judged(
         reference=str(reference_of(package)),
         plan=subject.plan.to_json(),
         limits=recipe.acceptance.limits,
+        signing=signing,
     )
     return verdict, files
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from pipeline.acceptance.page.report_page import Signing
 from pipeline.core.cache import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.progress import BYTES, progress
@@ -25,7 +26,7 @@ from pipeline.registry.staging import private_folder
 from pipeline.registry.store import Place, RawStatement, WritableStore
 from pipeline.registry.stores.opening import staging_area
 from pipeline.registry.trust.signatory import Signatory, sign_test
-from pipeline.registry.trust.statements import Author, actor_of, verified_files
+from pipeline.registry.trust.statements import Author, actor_of, now_text, verified_files
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,13 @@ class Publisher:
     store: WritableStore
     signatory: Signatory
     card: str
+
+    @property
+    def signing(self) -> Signing:
+        """Who signs a report that is written now, for its page."""
+        key = self.signatory.key.public
+        names = [str(one) for one in self.signatory.trust.keys if one.key.keyid == key.keyid]
+        return Signing(signer=(names or [key.keyid[:12]])[0], signed_at=now_text()[:19] + "Z")
 
     @property
     def terms(self) -> Terms:
