@@ -121,6 +121,25 @@ def test_plan_of_a_bad_recipe_tells_people_and_programs() -> None:
     assert not Path("artifacts").exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_without_the_builders_packages_a_command_names_what_installs_them(command: str) -> None:
+    code = (
+        "import sys; sys.modules['hydra'] = None\n"
+        "from pipeline import cli\n"
+        f"sys.argv[1:] = [{command!r}, 'smollm2']; sys.exit(cli.main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 6
+    assert "pip install '.[build]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_list_of_nothing_says_how_to_make_something() -> None:
     assert "enginesmith build RECIPE" in invoke("list").output
     assert json.loads(invoke("list", "--json").output)["packages"] == []

@@ -121,6 +121,10 @@ def failure_of(error: BaseException) -> Outcome:
         return refused(error.faults)
     if isinstance(error, PipelineError):
         return Outcome(exit_code=error.exit_code, message=str(error))
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("pipeline"):
+        needs = f"this needs {error.name}, which is not installed here"
+        message = f"{needs}: run pip install '.[build]' in the checkout"
+        return Outcome(exit_code=ExitCode.INCOMPATIBLE, message=message)
     if isinstance(error, KeyboardInterrupt):
         return Outcome(exit_code=ExitCode.INTERRUPTED, message="stopped before it was done")
     where = getattr(error, "filename", None) or "the file system"
