@@ -89,6 +89,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         require_room(plan, cache.root)
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
+        format_spec(engine.format).require_files(engine.dir)
         if engine.twin_dir is not None:
             cache.keep_cpu_graph(key, engine.twin_dir)
         with publisher.staging() as staging:

@@ -66,7 +66,7 @@ def _open_cpu_graph(package: Package) -> AbstractContextManager[Session]:
     from pipeline.runners.onnxruntime import open_graph
 
     graph = twin_of(package) / CPU_GRAPH
-    log.warning("Not the engine itself: the graph that it was made from, on ONNX Runtime")
+    log.warning("Not the engine itself: its graph, on this CPU by ONNX Runtime")
     return open_graph(graph)
 
 

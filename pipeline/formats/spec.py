@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pipeline.core.errors import IncompatibleError
+from pipeline.core.errors import CorruptError, IncompatibleError
 from pipeline.core.hardware import Target
 from pipeline.core.listing import marked_modules, read_mark
 from pipeline.core.values import Limits
@@ -115,6 +116,18 @@ class FormatSpec:
         if self.bound_to is not None:
             parts += [f"b{limits.max_batch_size}", f"s{limits.max_seq_len}"]
         return "-".join(parts) + KV_CACHE_DTYPES[limits.kv_cache_dtype].suffix
+
+    def require_files(self, folder: Path) -> None:
+        """Refuse an engine folder that lacks what the runtime loads.
+
+        Raises:
+            CorruptError: Names the patterns that no file matches.
+        """
+        if missing := [pattern for pattern in self.files if not any(folder.glob(pattern))]:
+            raise CorruptError(
+                f"the {self.name} engine in {folder} has no {', '.join(missing)}; build it again "
+                "with --rebuild"
+            )
 
 
 def format_specs() -> dict[str, FormatSpec]:

@@ -72,12 +72,9 @@ def _input_nodes(w: OnnxWriter, module: str, x: str, scale: np.float32) -> str:
     return w.op("DequantizeLinear", inputs, f"{module}.input.dq", output_dtype=w.dtype)
 
 
-def _weight_nodes(w: OnnxWriter, module: str, codes: str, scale: np.float32) -> str:
+def _weight_nodes(w: OnnxWriter, codes: str, scale: str) -> str:
     """The checkpoint's E4M3 codes, dequantized in the graph."""
-    import numpy as np
-
-    name = w.constant(f"{module}.weight_scale", np.array(scale, np.float32))
-    return w.op("DequantizeLinear", [codes, name], f"{codes}.dq", output_dtype=w.dtype)
+    return w.op("DequantizeLinear", [codes, scale], f"{codes}.dq", output_dtype=w.dtype)
 
 
 SPEC = QuantSpec(

@@ -47,13 +47,13 @@ class OnnxPattern:
     """Nodes around a MatMul by which a compiler recognizes the precision.
 
     Attributes:
-        weight: (graph, module, stored codes, weight scale) -> its weight in the activations' type.
+        weight: (graph, stored codes, weight scale) -> the weight in the activations' type.
         input: (graph, module, input, input scale) -> the rounded input in the activations' type;
             None where activations are not rounded.
         operands: What TensorRT-RTX calls the operands' type in a compiled plan.
     """
 
-    weight: Callable[[OnnxWriter, str, str, np.float32], str]
+    weight: Callable[[OnnxWriter, str, str], str]
     input: Callable[[OnnxWriter, str, str, np.float32], str] | None
     operands: str
 

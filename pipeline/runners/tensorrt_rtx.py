@@ -78,7 +78,10 @@ class TrtRtxRunner:
             runtime_version: Version of TensorRT-RTX that compiled it.
         """
         reason = _missing_package(runtime_version) or _wrong_card(sms)
-        return reason and f"runner=tensorrt_rtx {reason}; or take runner=trtrtx, its graph on a CPU"
+        return (
+            reason
+            and f"runner=tensorrt_rtx {reason}; or take runner=onnxruntime, its graph on a CPU"
+        )
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if reason := self.why_not(engine):

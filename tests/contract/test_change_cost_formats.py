@@ -17,6 +17,8 @@ from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.data import data_dir
+from pipeline.core.errors import CorruptError
+from pipeline.formats.spec import format_spec
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.decoder.decoders import graph_logits, model_logits, write_graph
@@ -214,7 +216,9 @@ def test_a_format_is_one_folder_and_one_conf_file(joined: Path) -> None:
     checkpoint = tiny_checkpoint(joined / "work")
     cache = StageCache(root=joined / "cache")
     engine = made.compiler.compile(checkpoint, made.target, cache, joined)
-    assert (engine.dir / "weights.bin").is_file()
+    format_spec("toy").require_files(engine.dir)
+    with pytest.raises(CorruptError, match=r"has no weights\.bin"):
+        format_spec("toy").require_files(checkpoint.dir)
     assert engine.variant == variant_of(made)
     assert engine.serve_args == ("--batch", "4")
 

@@ -64,6 +64,8 @@ def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str
     Returns:
         Their outputs, [.., out] each.
     """
+    import numpy as np
+
     pattern = w.checkpoint.precision.onnx
     rounded: dict[float, str] = {}
     outputs = []
@@ -76,8 +78,10 @@ def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str
                 if float(scale) not in rounded:
                     rounded[float(scale)] = pattern.input(w, linear.module, x, scale)
                 read = rounded[float(scale)]
+            scale_name = f"{stored}_scale"
+            w.constant(scale_name, np.array(w.checkpoint.scalar(scale_name), np.float32))
             codes = w.weight(f"{linear.name}.weight", stored, linear.rows)
-            weight = pattern.weight(w, linear.module, codes, w.checkpoint.scalar(f"{stored}_scale"))
+            weight = pattern.weight(w, codes, scale_name)
         else:
             weight = w.weight_as_activation(f"{linear.name}.weight", stored, linear.rows)
         transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])

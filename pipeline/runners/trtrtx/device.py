@@ -63,8 +63,8 @@ class CudaDevice:
         if not torch.cuda.is_available():
             raise IncompatibleError(
                 f"PyTorch {torch.__version__} sees no CUDA device; see nvidia-smi and "
-                "CUDA_VISIBLE_DEVICES, install a PyTorch built for CUDA, or take runner=trtrtx, "
-                "its graph on a CPU"
+                "CUDA_VISIBLE_DEVICES, install a PyTorch built for CUDA, or take "
+                "runner=onnxruntime, its graph on a CPU"
             )
         self._torch = torch
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

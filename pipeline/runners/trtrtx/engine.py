@@ -163,7 +163,7 @@ class RtxEngine:
         raise IncompatibleError(
             f"TensorRT-RTX cannot load {plan} (validity {validity.name}, diagnostics "
             f"{diagnostics}); it wants the card's SM and the version that compiled it, or take "
-            "runner=trtrtx, its graph on a CPU"
+            "runner=onnxruntime, its graph on a CPU"
         )
 
     def _runtime_config(self, settings: LoadSettings) -> Any:

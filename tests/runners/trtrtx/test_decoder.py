@@ -236,7 +236,7 @@ def test_an_engine_with_another_interface_is_refused(
 
 
 def test_an_engine_for_another_card_is_refused(load: Load) -> None:
-    with pytest.raises(IncompatibleError, match=r"validity INVALID.*runner=trtrtx"):
+    with pytest.raises(IncompatibleError, match=r"validity INVALID.*runner=onnxruntime"):
         load(sm=120)
 
 

@@ -92,7 +92,7 @@ def test_copies_take_the_start_of_a_buffer(device: CudaDevice) -> None:
 
 def test_no_card_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(IncompatibleError, match=r"sees no CUDA device.*runner=trtrtx"):
+    with pytest.raises(IncompatibleError, match=r"sees no CUDA device.*runner=onnxruntime"):
         CudaDevice()
 
 

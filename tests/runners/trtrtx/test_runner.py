@@ -92,7 +92,7 @@ def test_a_package_that_does_not_fit_is_told(
         installed[package] = found
     with pytest.raises(IncompatibleError, match=shown) as refused:
         RUNNER.open(ENGINE)
-    assert str(refused.value).endswith("or take runner=trtrtx, its graph on a CPU")
+    assert str(refused.value).endswith("or take runner=onnxruntime, its graph on a CPU")
 
 
 def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_another_card_is_told(
     card(monkeypatch, sm)
     with pytest.raises(IncompatibleError, match=shown) as refused:
         RUNNER.open(ENGINE)
-    assert str(refused.value).endswith("or take runner=trtrtx, its graph on a CPU")
+    assert str(refused.value).endswith("or take runner=onnxruntime, its graph on a CPU")
 
 
 def test_the_kernels_of_an_engine_are_kept_under_its_digest(
