@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
+from pipeline.core.values import FileDigest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -22,6 +24,9 @@ _BUSY = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ESTALE}
 # What link(2) says on a file system without hard links.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TRIES = 3
+CHUNK_BYTES = 256 << 10
+"""1 GiB in writes of 256 KiB took 0.13, 0.17 and 0.33 s, of 1 MiB 0.10, 0.18 and 1.43 s, of 16 MiB
+0.8 to 2.0 s (ext4, Linux 6.18, one run each, measured 2026-11-25; why is not known)."""
 
 
 @contextlib.contextmanager
@@ -93,6 +98,24 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise CorruptError(f"{path} is longer than {limit_bytes} bytes")
     return data
+
+
+def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
+    """The bytes of a package's file, compared with its SHA-256 when the last one has been read.
+
+    Raises:
+        CorruptError: They are not what `file` says; a longer one is not read to its end.
+    """
+    digest, left = hashlib.sha256(), file.size_bytes
+    with disk_errors(f"read {path}"):
+        stream = open_regular(path)
+    with stream:
+        while left >= 0 and (chunk := stream.read(min(CHUNK_BYTES, left + 1))):
+            digest.update(chunk)
+            left -= len(chunk)
+            yield chunk
+    if left or digest.hexdigest() != file.sha256:
+        raise CorruptError(f"{path} is not what its manifest says; get the package again")
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pipeline.core.values import FileDigest
-from pipeline.registry.store import OnBytes
+from pipeline.registry.store import KINDS, MAX_PER_KIND, OnBytes
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,24 @@ def bounded(items: list[_Item], limit: int, what: str) -> list[_Item]:
         2 * half,
     )
     return [*items[:half], *items[-half:]]
+
+
+def bounded_kinds(names: Iterable[str], what: str) -> list[str]:
+    """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`; see `bounded`."""
+    of_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name in names:
+        of_kind[name.rpartition("-")[0]].append(name)
+    kept = (bounded(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
+    return [name for some in kept for name in some]
+
+
+def readable(items: Iterable[_Item | None], what: str) -> list[_Item]:
+    """Those that could be read; one warning counts the others."""
+    found = list(items)
+    kept = [item for item in found if item is not None]
+    if len(kept) < len(found):
+        log.warning("%s: %d cannot be read; skipped", what, len(found) - len(kept))
+    return kept
 
 
 def in_parallel(

@@ -144,18 +144,24 @@ def _require_arrived(
 
 
 def _published(objects: Objects, place: Place, data: bytes) -> bool:
-    """Whether exactly these bytes are the version's manifest; False if it has none.
-
-    Raises:
-        ConflictError: It has another one.
-    """
+    """Whether exactly these bytes are the version's manifest; False if it has none."""
     try:
         there = objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
     except CorruptError:
         there = b""
-    if there is not None and there != data:
+    if there is not None:
+        require_same_manifest(there, data, objects.url, place)
+    return there is not None
+
+
+def require_same_manifest(there: bytes, data: bytes, url: str, place: Place) -> None:
+    """Stop if another manifest lies under a version.
+
+    Raises:
+        ConflictError: It is another one.
+    """
+    if there != data:
         raise ConflictError(
-            f"{objects.url}: another manifest lies under {place}, whose name follows from its own; "
+            f"{url}: another manifest lies under {place}, whose name follows from its own; "
             "who may write there put it in the wrong place: remove it, and publish again"
         )
-    return there is not None

@@ -63,7 +63,7 @@ def at_pace(read: Callable[[int], bytes], what: str) -> Iterator[bytes]:
         yield data
 
 
-def read_at_pace(read: Callable[[int], bytes], limit_bytes: int, what: str) -> bytes:
+def joined(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
     """A whole small body.
 
     Raises:
@@ -71,7 +71,7 @@ def read_at_pace(read: Callable[[int], bytes], limit_bytes: int, what: str) -> b
         TransientError: As in `at_pace`.
     """
     data = bytearray()
-    for chunk in at_pace(read, what):
+    for chunk in chunks:
         data += chunk
         if len(data) > limit_bytes:
             raise CorruptError(f"{what} is longer than {limit_bytes} bytes")

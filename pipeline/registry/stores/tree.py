@@ -7,9 +7,7 @@ ours and is skipped; what counts is signed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from pipeline.registry.paths import path_fault
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
-    KINDS,
     MAX_ATTACHMENT_BYTES,
     MAX_ENVELOPE_BYTES,
     MAX_MOVES,
@@ -47,12 +44,16 @@ from pipeline.registry.stores.layout import (
     variant_key,
     version_key,
 )
-from pipeline.registry.stores.objects import Found, Objects, bounded, in_parallel
-
-log = logging.getLogger(__name__)
+from pipeline.registry.stores.objects import (
+    Objects,
+    bounded,
+    bounded_kinds,
+    in_parallel,
+    readable,
+)
 
 _MAX_ATTACHMENTS = 16
-_MOVE = re.compile(r"[0-9a-f]{64}\.dsse\.json")
+_MOVE = re.compile(r"([0-9a-f]{64})\.dsse\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +122,16 @@ class TreeStore:
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
-        if names is not None and len(names) <= MAX_PER_KIND:  # then nothing need be listed
-            keys = [_envelope_key(place, name) for name in names if is_statement_name(name)]
-        else:
-            keys = self._envelopes(place, names)
-        return [
-            RawStatement(name=key.split("/")[-2], files={ENVELOPE: data})
-            for key, data in self._read_all(keys, f"statements of {place}")
-        ]
+        known = names
+        if known is None or len(known) > MAX_PER_KIND:  # else nothing need be listed
+            known = self._envelopes(place, names)
+
+        def read(name: str) -> RawStatement | None:
+            data = self._read_small(f"{statements_key(place)}{name}/{ENVELOPE}")
+            return None if data is None else RawStatement(name=name, files={ENVELOPE: data})
+
+        found = in_parallel(read, filter(is_statement_name, known))
+        return readable(found, f"{self.url}: statements of {place}")
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
         if not is_statement_name(name):
@@ -152,21 +155,18 @@ class TreeStore:
     def read_moves(
         self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
     ) -> list[bytes]:
-        prefix = moves_key(name, variant)
-        found = [
-            one
-            for one in self.objects.listed(prefix)
-            if _MOVE.fullmatch(one.key.removeprefix(prefix))
-        ]
-        what = f"moves of {name}/{variant}"
-        found.sort(key=lambda one: (one.modified_s, one.key))
-        kept = [one.key for one in bounded(found, MAX_MOVES, f"{self.url}: {what}")]
-        held = {f"{prefix}{digest}.dsse.json": data for digest, data in known.items()}
-        new = [key for key in kept if key not in held]
-        return [
-            *(held[key] for key in kept if key in held),
-            *(data for _, data in self._read_all(new, what)),
-        ]
+        prefix, what = moves_key(name, variant), f"{self.url}: moves of {name}/{variant}"
+        dated = sorted(
+            (found.modified_s, match[1])
+            for found in self.objects.listed(prefix)
+            if (match := _MOVE.fullmatch(found.key.removeprefix(prefix)))
+        )
+
+        def read(digest: str) -> bytes | None:
+            return known.get(digest) or self._read_small(f"{prefix}{digest}.dsse.json")
+
+        kept = bounded([digest for _, digest in dated], MAX_MOVES, what)
+        return readable(in_parallel(read, kept), what)
 
     def check_writable(self) -> None:
         self.objects.check_exclusive()
@@ -203,39 +203,19 @@ class TreeStore:
         return removal.leftovers(self.objects, min_age_s, delete=delete)
 
     def _envelopes(self, place: Place, names: Collection[str] | None) -> list[str]:
-        """Keys of envelopes about a version, as many as are read."""
+        """Names of statements about a version, as many as are read; the oldest first."""
         prefix = statements_key(place)
-        of_kind: dict[str, list[Found]] = {kind: [] for kind in KINDS}
+        dated: list[tuple[float, str]] = []
         for found in self.objects.listed(prefix):
             name, _, file = found.key.removeprefix(prefix).partition("/")
             if file == ENVELOPE and is_statement_name(name) and (names is None or name in names):
-                of_kind[name.rpartition("-")[0]].append(found)
-        kept: list[str] = []
-        for kind, envelopes in of_kind.items():
-            envelopes.sort(key=lambda one: (one.modified_s, one.key))
-            what = f"{self.url}: {kind} statements of {place}"
-            kept += [one.key for one in bounded(envelopes, MAX_PER_KIND, what)]
-        return kept
+                dated.append((found.modified_s, name))
+        kept = [name for _, name in sorted(dated)]
+        return bounded_kinds(kept, f"{self.url}: statements of {place}")
 
-    def _read_all(self, keys: Collection[str], what: str) -> Iterator[tuple[str, bytes]]:
-        """Key and content of each small object; what is too large or unreadable is skipped."""
-        skipped = 0
-        read = functools.partial(_read_or_none, self.objects)
-        for key, data in zip(keys, in_parallel(read, keys), strict=True):
-            if data is None:
-                skipped += 1
-            else:
-                yield key, data
-        if skipped:
-            log.warning("%s: %d of the %s cannot be read; skipped", self.url, skipped, what)
-
-
-def _envelope_key(place: Place, name: str) -> str:
-    return f"{statements_key(place)}{name}/{ENVELOPE}"
-
-
-def _read_or_none(objects: Objects, key: str) -> bytes | None:
-    try:
-        return objects.read(key, MAX_ENVELOPE_BYTES)
-    except CorruptError:  # too long, or a link
-        return None
+    def _read_small(self, key: str) -> bytes | None:
+        """A small object; None if it is not there, too long, or a link."""
+        try:
+            return self.objects.read(key, MAX_ENVELOPE_BYTES)
+        except CorruptError:
+            return None

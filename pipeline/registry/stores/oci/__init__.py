@@ -2,13 +2,10 @@
 
 registry.py      settings, and the store that they open
 address.py       URL -> repositories and tags
-image.py         manifest.json -> layers, config, image manifest; pure
-tar.py           tar headers; pure
-documents.py     descriptors, manifests, indexes
+image.py         manifest.json -> tar layers, config, image manifest
+documents.py     descriptors, manifests, lists
 auth.py          credentials and tokens
 transport.py     HTTP: retries, redirects, errors
-distribution.py  the API of one repository
-content.py       a layer's bytes, read from a package
-upload.py        a large blob, streamed
+distribution.py  the API of one repository, uploads of large blobs included
 store.py         all of it as a store
 """

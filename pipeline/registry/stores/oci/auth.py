@@ -21,17 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
+from pydantic import BaseModel
+
 from pipeline.core.errors import AccessError, CorruptError
 from pipeline.registry.stores.oci.address import is_loopback
-from pipeline.registry.stores.oci.documents import parse_object
+from pipeline.registry.stores.oci.documents import parse
 
 HOST, USERNAME, PASSWORD = (f"ENGINESMITH_OCI_{part}" for part in ("HOST", "USERNAME", "PASSWORD"))
 _SET_THEM = (
     f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
 )
 _HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
-_DEFAULT_LIFE_S = 60.0
-"""Of a token that names none (docs.docker.com, "Token authentication specification")."""
 _MARGIN_S = 10.0
 """A token is renewed so long before it ends: the request may take a moment to arrive."""
 _PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
@@ -76,6 +76,14 @@ def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | Non
         # The cause might quote the file.
         raise AccessError(f"{path} cannot be read as Docker's configuration; {_SET_THEM}") from None
     return Credentials(username=username, password=password) if password else None
+
+
+class _Token(BaseModel):
+    """What a token service answers (docs.docker.com, "Token authentication specification")."""
+
+    token: str | None = None
+    access_token: str | None = None
+    expires_in: float = 60.0
 
 
 FetchToken = Callable[[str, Mapping[str, str]], tuple[int, bytes]]
@@ -157,15 +165,12 @@ class Authorizer:
             raise AccessError(
                 f"{self.api} refused {who} a token for {scope} ({status}); {_SET_THEM}"
             )
-        value = parse_object(body, f"the token for {self.api}")
-        token = value.get("token") or value.get("access_token")
-        life_s = value.get("expires_in")
-        if not isinstance(token, str) or not token.isprintable() or not token.isascii():
+        granted = parse(_Token, body, f"the token for {self.api}")
+        token = granted.token or granted.access_token
+        if not token or not token.isprintable() or not token.isascii():
             raise CorruptError(f"{self.api} was answered without a token; try again later")
-        if isinstance(life_s, bool) or not isinstance(life_s, int | float):
-            life_s = _DEFAULT_LIFE_S
         header = f"Bearer {token}"
-        self._tokens[scope] = header, began_s + max(life_s - _MARGIN_S, 1.0)
+        self._tokens[scope] = header, began_s + max(granted.expires_in - _MARGIN_S, 1.0)
         return header
 
     def refused(self, doing: str) -> AccessError:

@@ -2,42 +2,57 @@
 
 Every document and every small blob is bounded in size and compared to its digest here. Large blobs
 are streamed unchecked; their reader knows what they must be.
+
+A large blob goes out in parts (chunked upload), in bounded memory, since many registries and
+proxies refuse one request of several gigabytes. A part that failed is repeated by urllib3. Where
+the registry has lost its place (docker-registry 2.8 drops an upload whose part broke off, tried
+2026-11-25), the blob starts anew.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import logging
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    PipelineError,
+    TransientError,
+)
 from pipeline.registry.stores.oci.documents import (
     INDEX_TYPE,
     MANIFEST_TYPE,
     MAX_DOCUMENT_BYTES,
     Descriptor,
-    Document,
+    Listing,
     describe,
     digest_of,
-    parse_index,
-    parse_object,
+    parse,
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport
+from pipeline.registry.stores.transfer import ATTEMPTS
 
+log = logging.getLogger(__name__)
+
+PART_BYTES = 32 << 20
+"""Of an upload: what is in memory at a time, twice."""
 _MAX_SKIP_BYTES = 64 << 20
 """What is read and thrown away where a server ignores `Range`."""
 _MAX_PAGES = 3_000
 """Three million names; a server that lists more is not a registry, or never ends."""
 _PAGE = 1000
-_TRIES = 4
 _LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
-_ACCEPT = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
+_BINARY = {"Content-Type": "application/octet-stream"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +61,7 @@ class Repository:
 
     Attributes:
         transport: The way there.
-        name: Such as `engines/phi3`.
+        name: Such as `engines/phi3`; empty for the registry itself, which has a catalog only.
     """
 
     transport: Transport
@@ -55,7 +70,7 @@ class Repository:
     def __str__(self) -> str:
         return f"{urlsplit(self.transport.api).netloc}/{self.name}"
 
-    def manifest(self, reference: str) -> Document | None:
+    def manifest(self, reference: str) -> bytes | None:
         """The manifest or index with a tag or digest; None if there is none.
 
         Raises:
@@ -63,50 +78,52 @@ class Repository:
         """
         origin = f"{self}:{reference}"
         request = self._request(
-            "GET", f"manifests/{reference}", f"read {origin}", (200, 404), headers=_ACCEPT
+            "GET",
+            f"manifests/{reference}",
+            f"read {origin}",
+            (200, 404),
+            headers={"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"},
         )
-        reply = self.transport.ask(request, MAX_DOCUMENT_BYTES)
+        reply = self.transport.ask(request)
         if reply.status == 404:
             return None
-        kind = reply.headers.get("Content-Type", "").partition(";")[0].strip()
-        if kind == "text/html":
+        if reply.media_type == "text/html":
             raise TransientError(f"{origin} is answered by a web page; is a proxy in the way?")
-        document = Document(media_type=kind, data=reply.body)
-        stated = reply.headers.get("Docker-Content-Digest", document.digest)
-        wanted = reference if reference.startswith("sha256:") else document.digest
-        if document.digest not in {stated} & {wanted}:
+        found = digest_of(reply.body)
+        stated = reply.headers.get("Docker-Content-Digest", found)
+        wanted = reference if reference.startswith("sha256:") else found
+        if not found == stated == wanted:
             raise CorruptError(
-                f"{origin} has digest {document.digest}, wanted {wanted} and the registry says "
+                f"{origin} has digest {found}, wanted {wanted} and the registry says "
                 f"{stated[:80]!r}"
             )
-        return document
+        return reply.body
 
-    def put_manifest(self, reference: str, document: Document) -> None:
+    def put_manifest(self, reference: str, document: bytes) -> None:
         """Write a manifest under a tag or its digest; what the tag named is replaced."""
         request = self._request(
             "PUT",
             f"manifests/{reference}",
             f"write {self}:{reference}",
             (200, 201, 202),
-            headers={"Content-Type": document.media_type},
-            body=document.data,
+            headers={"Content-Type": MANIFEST_TYPE},
+            body=document,
         )
-        for attempt in range(1, _TRIES):
-            try:
+        for attempt in range(1, ATTEMPTS):
+            with contextlib.suppress(TransientError):  # a blob that was uploaded is not seen yet
                 self.transport.ask(request)
                 return
-            except TransientError:  # a blob that was uploaded is not seen yet
-                time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
+            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
         self.transport.ask(request)
 
-    def delete_manifest(self, digest: str) -> bool:
-        """Remove a manifest and its tags. False if it is not there.
+    def delete_manifest(self, digest: str) -> None:
+        """Remove a manifest and its tags, if it is there.
 
         Raises:
             AccessError: The registry is not set to delete.
         """
         request = self._request("DELETE", f"manifests/{digest}", "delete", (200, 202, 404))
-        return self.transport.ask(request).status != 404
+        self.transport.ask(request)
 
     def has_blob(self, blob: Descriptor) -> bool:
         """Whether a blob of this digest and size is there."""
@@ -114,7 +131,7 @@ class Repository:
             "HEAD", f"blobs/{blob.digest}", f"look for a blob in {self}", (200, 404), write=True
         )
         reply = self.transport.ask(request)
-        return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size_bytes)
+        return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size)
 
     def blob(self, blob: Descriptor, limit_bytes: int) -> bytes:
         """A small blob, checked.
@@ -123,14 +140,24 @@ class Repository:
             NotFoundError: It is not there.
             CorruptError: It has other bytes, or more than `limit_bytes`.
         """
-        data = blob.data
-        if data is None:
-            if blob.size_bytes > limit_bytes:
-                raise CorruptError(
-                    f"{self}: a blob of {blob.size_bytes} bytes; at most {limit_bytes} are read"
-                )
-            request = self._request("GET", f"blobs/{blob.digest}", f"read from {self}", (200,))
-            data = self.transport.ask(request, blob.size_bytes).body
+        if blob.size > limit_bytes:
+            raise CorruptError(
+                f"{self}: a blob of {blob.size} bytes; at most {limit_bytes} are read"
+            )
+        if blob.data is not None:
+            try:
+                data = base64.b64decode(blob.data, validate=True)
+            except ValueError as error:
+                raise CorruptError(f"{self}: blob {blob.digest} is not base64") from error
+        else:
+            request = self._request(
+                "GET",
+                f"blobs/{blob.digest}",
+                f"read from {self}",
+                (200,),
+                limit_bytes=blob.size,
+            )
+            data = self.transport.ask(request).body
         found = digest_of(data)
         if found != blob.digest:
             raise CorruptError(f"{self}: blob {blob.digest} has digest {found}")
@@ -168,87 +195,147 @@ class Repository:
                 )
             yield _cut(chunks, skip, end - start)
 
-    def put_blob(self, data: bytes, media_type: str, **annotations: str) -> Descriptor:
-        """Upload a small blob, unless it is there."""
-        blob = describe(data, media_type, **annotations)
+    def put_blob(
+        self, data: bytes, media_type: str, title: str | None = None, *, inline: bool = False
+    ) -> Descriptor:
+        """Upload a small blob, unless it is there; see `describe`."""
+        blob = describe(data, media_type, title, inline=inline)
         if not self.has_blob(blob):
-            location = self.begin_upload()
-            self.finish_upload(location, blob.digest, data)
+            self._finish_upload(self._begin_upload(), blob.digest, data)
         return blob
 
-    def begin_upload(self) -> str:
+    def upload(
+        self,
+        blob: Descriptor,
+        content: Callable[[], Iterator[bytes]],
+        on_position: Callable[[int], None],
+    ) -> None:
+        """Upload a large blob.
+
+        Args:
+            blob: What it is.
+            content: Begins its bytes anew; called again after a fault.
+            on_position: Called with how much has gone out; steps back after a fault.
+
+        Raises:
+            CorruptError: The registry got other bytes.
+            TransientError: It broke `ATTEMPTS` times.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            location = self._begin_upload()
+            try:
+                offset = 0
+                for part in _parts(content()):
+                    location = self._send_part(location, offset, part)
+                    offset += len(part)
+                    on_position(offset)
+                self._finish_upload(location, blob.digest)
+                return
+            except (TransientError, NotFoundError) as error:
+                if self.has_blob(blob):  # only the reply was lost
+                    return
+                if attempt == ATTEMPTS:
+                    raise
+                log.info("Sending %s to %s again: %s", blob.digest, self, error)
+            except BaseException:
+                with contextlib.suppress(PipelineError):
+                    self._cancel_upload(location)
+                raise
+
+    def check_upload(self) -> None:
+        """Begin an upload and give it up.
+
+        Raises:
+            AccessError: Not allowed.
+            NotFoundError: The registry wants repositories to be made beforehand.
+        """
+        location = self._begin_upload()
+        with contextlib.suppress(TransientError, NotFoundError, AccessError):
+            self._cancel_upload(location)
+
+    def tags(self) -> list[str]:
+        """All tags; empty if there is no such repository."""
+        replies = self._pages(f"tags/list?n={_PAGE}", f"list {self}")
+        return [tag for reply in replies for tag in _listing(reply).tags or ()]
+
+    def catalog(self) -> list[str]:
+        """All repositories of the registry.
+
+        Raises:
+            AccessError: It does not list them.
+        """
+        replies = self._pages(f"_catalog?n={_PAGE}", f"list the repositories of {self}", (200,))
+        return [name for reply in replies for name in _listing(reply).repositories or ()]
+
+    def referrers(self, digest: str) -> tuple[Descriptor, ...] | None:
+        """Manifests that have this one as their subject; None if the registry has no such API."""
+        found: tuple[Descriptor, ...] | None = None
+        for reply in self._pages(f"referrers/{digest}", f"list {self}"):
+            if reply.media_type == "text/html":
+                return None
+            found = (*(found or ()), *(_listing(reply).manifests or ()))
+        return found
+
+    def _pages(
+        self, path: str, doing: str, expect: tuple[int, ...] = (200, 404)
+    ) -> Iterator[Reply]:
+        """The pages of a list, none if it answers 404."""
+        for _ in range(_MAX_PAGES):
+            reply = self.transport.ask(self._request("GET", path, doing, expect))
+            if reply.status == 404:
+                return
+            yield reply
+            following = _LINK.search(reply.headers.get("Link", ""))  # RFC 8288
+            if following is None:
+                return
+            path = urljoin(reply.url, following[1])
+
+    def _begin_upload(self) -> str:
         """Open an upload; returns where it takes bytes."""
         request = self._request("POST", "blobs/uploads/", f"upload to {self}", (202,), write=True)
-        return self.location(self.transport.ask(request))
+        return self._location(self.transport.ask(request))
 
-    def finish_upload(self, location: str, digest: str, data: bytes = b"") -> None:
+    def _send_part(self, location: str, offset: int, part: bytes) -> str:
+        """Send the next part; where the one after it goes."""
+        span = {"Content-Range": f"{offset}-{offset + len(part) - 1}"}
+        request = self._request(
+            "PATCH",
+            location,
+            f"upload to {self}",
+            (202, 204, 404, 416),
+            headers=_BINARY | span,
+            body=part,
+            write=True,
+        )
+        reply = self.transport.ask(request)
+        if reply.status in {404, 416}:
+            raise TransientError(f"{self} lost an upload ({reply.status}); try again")
+        return self._location(reply)
+
+    def _finish_upload(self, location: str, digest: str, data: bytes = b"") -> None:
         """Close an upload under its digest.
 
         Raises:
             CorruptError: The registry has other bytes.
         """
-        self.transport.ask(
-            Request(
-                method="PUT",
-                url=f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}",
-                scope=self.scope(write=True),
-                doing=f"upload to {self}",
-                expect=(200, 201, 202, 204),
-                headers={"Content-Type": "application/octet-stream"},
-                body=data,
-            )
+        url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
+        request = self._request(
+            "PUT", url, f"upload to {self}", (200, 201, 202, 204), headers=_BINARY, body=data
         )
+        self.transport.ask(request)
 
-    def cancel_upload(self, location: str) -> None:
+    def _cancel_upload(self, location: str) -> None:
         """Give an upload up, as far as the registry can; it expires anyway."""
-        request = Request(
-            method="DELETE",
-            url=location,
-            scope=self.scope(write=True),
-            doing=f"cancel an upload to {self}",
-            expect=(200, 202, 204, 404, 405, 416),
+        request = self._request(
+            "DELETE",
+            location,
+            f"cancel an upload to {self}",
+            (200, 202, 204, 404, 405, 416),
+            write=True,
         )
-        with contextlib.suppress(TransientError, NotFoundError, AccessError):
-            self.transport.ask(request)
+        self.transport.ask(request)
 
-    def tags(self) -> list[str]:
-        """All tags; empty if there is no such repository."""
-        return self.pages(self._request("GET", "", f"list {self}", (200, 404)), "tags/list", "tags")
-
-    def referrers(self, digest: str) -> tuple[Descriptor, ...] | None:
-        """Manifests that have this one as their subject; None if the registry has no such API."""
-        request = self._request("GET", f"referrers/{digest}", f"list {self}", (200, 404))
-        found: list[Descriptor] = []
-        for _ in range(_MAX_PAGES):
-            reply = self.transport.ask(request, MAX_DOCUMENT_BYTES)
-            kind = reply.headers.get("Content-Type", "").partition(";")[0]
-            if reply.status == 404 or kind == "text/html":
-                return None
-            found += parse_index(reply.body, f"referrers of {self}@{digest}")
-            if (url := next_page(reply)) is None:
-                break
-            request = self._request("GET", url, f"list {self}", (200,))
-        return tuple(found)
-
-    def pages(self, request: Request, path: str, key: str) -> list[str]:
-        """Follow a paged listing of strings."""
-        url = f"{request.url}{path}?n={_PAGE}"
-        found: list[str] = []
-        for _ in range(_MAX_PAGES):
-            page = Request(**{**request.__dict__, "url": url})
-            reply = self.transport.ask(page, MAX_DOCUMENT_BYTES)
-            if reply.status == 404:
-                break
-            value: Any = parse_object(reply.body, url).get(key) or []
-            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-                raise CorruptError(f"{url} is no list of {key}")
-            found += value
-            if (following := next_page(reply)) is None:
-                break
-            url = following
-        return found
-
-    def location(self, reply: Reply) -> str:
+    def _location(self, reply: Reply) -> str:
         """Where an upload goes on: at the registry itself, never another host.
 
         Raises:
@@ -265,11 +352,6 @@ class Repository:
             )
         return url
 
-    def scope(self, *, write: bool, delete: bool = False) -> str:
-        """What a token must allow."""
-        actions = "delete" if delete else "pull,push" if write else "pull"
-        return f"repository:{self.name}:{actions}"
-
     def _request(
         self,
         method: str,
@@ -280,23 +362,49 @@ class Repository:
         write: bool = False,
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
+        limit_bytes: int = MAX_DOCUMENT_BYTES,
     ) -> Request:
-        base = f"{self.transport.api}/v2/{self.name}/"
+        """A request.
+
+        Args:
+            method: HTTP method.
+            path: Below the repository, or a URL.
+            doing: For messages.
+            expect: Statuses that are answers.
+            write: Needs the right to push; a PUT does in any case.
+            headers: Besides ours.
+            body: What to send.
+            limit_bytes: Longest reply.
+        """
+        base = f"{self.transport.api}/v2/{self.name}/" if self.name else f"{self.transport.api}/v2/"
+        pushes = write or method == "PUT"
+        actions = "pull,push" if pushes else "delete" if method == "DELETE" else "pull"
         return Request(
             method=method,
             url=path if "://" in path else base + path,
-            scope=self.scope(write=write or method == "PUT", delete=method == "DELETE"),
+            scope=f"repository:{self.name}:{actions}" if self.name else "registry:catalog:*",
             doing=doing,
             expect=expect,
             headers=headers or {},
             body=body,
+            limit_bytes=limit_bytes,
         )
 
 
-def next_page(reply: Reply) -> str | None:
-    """URL of the page that follows; None if this is the last (RFC 8288)."""
-    match = _LINK.search(reply.headers.get("Link", ""))
-    return urljoin(reply.url, match[1]) if match else None
+def _listing(reply: Reply) -> Listing:
+    return parse(Listing, reply.body, reply.url)
+
+
+def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of `PART_BYTES`; the last one may be shorter."""
+    held = bytearray()
+    for chunk in chunks:
+        held += chunk
+        while len(held) >= PART_BYTES:
+            yield bytes(held[:PART_BYTES])
+            del held[:PART_BYTES]
+    if held:
+        yield bytes(held)
 
 
 def _cut(chunks: Iterator[bytes], skip: int, size_bytes: int) -> Iterator[bytes]:

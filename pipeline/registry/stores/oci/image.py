@@ -13,14 +13,18 @@ request fetches it. Equal packages are equal images: statements are not in them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import rfc8785
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.values import FileDigest
+from pipeline.registry.disk import checked_chunks
 from pipeline.registry.manifest import MANIFEST, digest_bytes
 from pipeline.registry.paths import folders_of
 from pipeline.registry.store import Place
@@ -29,13 +33,10 @@ from pipeline.registry.stores.oci.documents import (
     MAX_DOCUMENT_BYTES,
     TITLE,
     Descriptor,
-    Document,
     Manifest,
     describe,
-    parse_manifest,
+    parse,
 )
-from pipeline.registry.stores.oci.tar import END, file_header, folder_header
-from pipeline.registry.stores.oci.tar import padding_bytes as tar_padding
 
 ARTIFACT_TYPE = "application/vnd.enginesmith.package.v1"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -49,6 +50,8 @@ leaves some to an image that is built on ours."""
 
 _MANIFEST = "io.enginesmith.package.manifest"
 _EPOCH = "1970-01-01T00:00:00Z"
+_END = bytes(2 * tarfile.BLOCKSIZE)
+"""Two zero blocks end an archive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,38 @@ class Layer:
     def size_bytes(self) -> int:
         """Of the whole tar."""
         last = self.members[-1]
-        end = last.offset + last.file.size_bytes
-        return end + tar_padding(last.file.size_bytes) + len(END)
+        return last.offset + _padded(last.file.size_bytes) + len(_END)
+
+    def content(self, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
+        """The tar, in chunks; never all of it in memory.
+
+        Args:
+            package_dir: Where the files are.
+            manifest: Stands for `manifest.json`.
+
+        Raises:
+            CorruptError: A file is not what the manifest says; when its last byte has been read.
+        """
+        for member in self.members:
+            yield member.header
+            if member.file.path == MANIFEST:
+                yield manifest
+            else:
+                yield from checked_chunks(package_dir / member.file.path, member.file)
+            yield bytes(_padded(member.file.size_bytes) - member.file.size_bytes)
+        yield _END
+
+    def describe(self, package_dir: Path, manifest: bytes) -> Descriptor:
+        """Read it through, and name it.
+
+        Raises:
+            CorruptError: A file is not what the manifest says.
+        """
+        whole = hashlib.sha256()
+        for chunk in self.content(package_dir, manifest):
+            whole.update(chunk)
+        digest = f"sha256:{whole.hexdigest()}"
+        return Descriptor(media_type=LAYER_TYPE, digest=digest, size=self.size_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +123,7 @@ class Image:
         manifest: What it says the bytes of `manifest.json` are.
     """
 
-    document: Document
+    document: bytes
     layers: tuple[Descriptor, ...]
     manifest: bytes
 
@@ -119,10 +152,10 @@ def plan_layer(files: Sequence[FileDigest]) -> Layer:
         path = f"{ROOT}/{file.path}"
         new = [folder for folder in folders_of(path) if folder not in folders]
         folders.update(new)
-        header = b"".join(map(folder_header, new)) + file_header(path, file.size_bytes)
+        header = b"".join(map(_header, new)) + _header(path, file.size_bytes)
         position += len(header)
         members.append(Member(file=file, header=header, offset=position))
-        position += file.size_bytes + tar_padding(file.size_bytes)
+        position += _padded(file.size_bytes)
     return Layer(members=tuple(members))
 
 
@@ -143,9 +176,7 @@ def image_config(layers: Sequence[Descriptor]) -> bytes:
     return rfc8785.dumps(value)
 
 
-def make_image(
-    place: Place, manifest: bytes, config: bytes, layers: Sequence[Descriptor]
-) -> Document:
+def make_image(place: Place, manifest: bytes, config: bytes, layers: Sequence[Descriptor]) -> bytes:
     """The image manifest.
 
     Raises:
@@ -155,14 +186,9 @@ def make_image(
         artifact_type=ARTIFACT_TYPE,
         config=describe(config, CONFIG_TYPE),
         layers=tuple(layers),
-        subject=None,
-        annotations={
-            TITLE: str(place),
-            CREATED: _EPOCH,
-            _MANIFEST: manifest.decode(),
-        },
+        annotations={TITLE: str(place), CREATED: _EPOCH, _MANIFEST: manifest.decode()},
     ).document()
-    if len(document.data) > MAX_DOCUMENT_BYTES:
+    if len(document) > MAX_DOCUMENT_BYTES:
         raise PipelineError(
             f"{place} has too many files for an OCI registry, whose manifests have at most "
             f"{MAX_DOCUMENT_BYTES} bytes; publish it to a folder or to S3"
@@ -170,19 +196,33 @@ def make_image(
     return document
 
 
-def layer_descriptor(digest: str, size_bytes: int) -> Descriptor:
-    """Names one tar."""
-    return Descriptor(media_type=LAYER_TYPE, digest=digest, size_bytes=size_bytes)
-
-
-def parse_image(document: Document, origin: str) -> Image:
+def parse_image(document: bytes, origin: str) -> Image:
     """Read an image manifest.
 
     Raises:
         CorruptError: It is not of a package.
     """
-    manifest = parse_manifest(document, origin)
-    stated = manifest.annotations.get(_MANIFEST, "")
+    manifest = parse(Manifest, document, origin)
+    stated = (manifest.annotations or {}).get(_MANIFEST)
     if manifest.artifact_type != ARTIFACT_TYPE or not manifest.layers or not stated:
         raise CorruptError(f"{origin} is not a package of this program; remove that tag")
     return Image(document=document, layers=manifest.layers, manifest=stated.encode())
+
+
+def _header(path: str, size_bytes: int | None = None) -> bytes:
+    """The tar entry of a file, or of a folder if no size is given.
+
+    It depends on path and size only, so that equal files make equal layers. A pax header precedes
+    it only where ustar has no room: a path that is not ASCII or longer than 100 bytes, a size of
+    8 GiB or more.
+    """
+    entry = tarfile.TarInfo(path)
+    entry.type = tarfile.DIRTYPE if size_bytes is None else tarfile.REGTYPE
+    entry.mode = 0o755 if size_bytes is None else 0o444
+    entry.size = size_bytes or 0
+    return entry.tobuf(tarfile.PAX_FORMAT)
+
+
+def _padded(size_bytes: int) -> int:
+    """What a file takes in a tar."""
+    return size_bytes + -size_bytes % tarfile.BLOCKSIZE

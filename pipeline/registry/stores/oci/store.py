@@ -29,11 +29,9 @@ from pipeline.registry.manifest import MANIFEST, files_of, parse_manifest
 from pipeline.registry.reference import check_part, reference_of
 from pipeline.registry.store import (
     ENVELOPE,
-    KINDS,
     MAX_ATTACHMENT_BYTES,
     MAX_ENVELOPE_BYTES,
     MAX_MOVES,
-    MAX_PER_KIND,
     NONE_KNOWN,
     OnBytes,
     Place,
@@ -42,8 +40,7 @@ from pipeline.registry.store import (
     is_statement_name,
 )
 from pipeline.registry.stores.layout import new_identity, parse_identity
-from pipeline.registry.stores.objects import bounded, in_parallel
-from pipeline.registry.stores.oci import documents
+from pipeline.registry.stores.objects import bounded, bounded_kinds, in_parallel, readable
 from pipeline.registry.stores.oci.address import (
     Address,
     channel_tag,
@@ -54,9 +51,18 @@ from pipeline.registry.stores.oci.address import (
     statement_tag,
     version_tag,
 )
-from pipeline.registry.stores.oci.content import digest_layer, layer_content
 from pipeline.registry.stores.oci.distribution import Repository
-from pipeline.registry.stores.oci.documents import Descriptor, Document, Manifest
+from pipeline.registry.stores.oci.documents import (
+    EMPTY,
+    EMPTY_TYPE,
+    MANIFEST_TYPE,
+    TITLE,
+    Descriptor,
+    Manifest,
+    describe,
+    digest_of,
+    parse,
+)
 from pipeline.registry.stores.oci.image import (
     CONFIG_TYPE,
     Image,
@@ -66,9 +72,12 @@ from pipeline.registry.stores.oci.image import (
     parse_image,
     plan_layers,
 )
-from pipeline.registry.stores.oci.transport import Request, Transport
-from pipeline.registry.stores.oci.upload import upload
-from pipeline.registry.stores.publication import check_statement, sealed_manifest
+from pipeline.registry.stores.oci.transport import Transport
+from pipeline.registry.stores.publication import (
+    check_statement,
+    require_same_manifest,
+    sealed_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +87,7 @@ IDENTITY_TYPE = "application/vnd.enginesmith.registry.v1"
 NAME = "io.enginesmith.statement.name"
 _FILE_TYPE = "application/octet-stream"
 _IDENTITY, _IDENTITY_REPOSITORY, _PROBE = "identity", "registry", "writable-check"
-_FILE = "content.json"
-_MAX_INLINE_BYTES = 256 << 10
-"""Envelopes up to here travel inside the manifest, too (`data` of their descriptors, image-spec
-1.1), so that reading one is one request."""
+_CONTENT = "content.json"
 SETTLE_S = 1.0
 """After it, what others began to write under a tag that they saw free has arrived."""
 
@@ -114,14 +120,14 @@ class OciStore:
         if document is None:
             return None
         origin = f"{repository}:{_IDENTITY}"
-        return parse_identity(_content(repository, document, IDENTITY_TYPE, origin), origin)
+        return parse_identity(_content(repository, document, IDENTITY_TYPE, _CONTENT), origin)
 
     def create_identity(self) -> str:
         began_s = time.monotonic()
         if (there := self.identity()) is not None:
             return there
         repository = self._repository(_IDENTITY_REPOSITORY)
-        document = _artifact(repository, IDENTITY_TYPE, {_FILE: new_identity()})
+        document = _put_artifact(repository, IDENTITY_TYPE, {_CONTENT: new_identity()})
         if self.identity() is None:
             repository.put_manifest(_IDENTITY, document)
         time.sleep(max(SETTLE_S, 2 * (time.monotonic() - began_s)))  # others took as long as we
@@ -162,73 +168,54 @@ class OciStore:
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
+        what = f"{self.url}: statements of {place}"
         found = self._listed_statements(place, names)
-        kept: list[str] = []
-        for kind in KINDS:
-            of_kind = sorted(name for name in found if name.startswith(f"{kind}-"))
-            kept += bounded(of_kind, MAX_PER_KIND, f"{self.url}: {kind} statements of {place}")
         repository = self._repository(place.name)
 
         def read(name: str) -> RawStatement | None:
             try:
-                files = _files(repository, repository.manifest(found[name]), STATEMENT_TYPE, name)
-                data = repository.blob(files[ENVELOPE], MAX_ENVELOPE_BYTES)
-            except (CorruptError, NotFoundError, KeyError):
+                document = repository.manifest(found[name])
+                data = _content(repository, document, STATEMENT_TYPE, ENVELOPE)
+            except (CorruptError, NotFoundError):
                 return None
             return RawStatement(name=name, files={ENVELOPE: data})
 
-        statements = [one for one in in_parallel(read, kept) if one is not None]
-        if len(statements) < len(kept):
-            count = len(kept) - len(statements)
-            log.warning("%s: %d statements of %s cannot be read; skipped", self.url, count, place)
-        return statements
+        return readable(in_parallel(read, bounded_kinds(sorted(found), what)), what)
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
         found = self._listed_statements(place, {name})
         repository = self._repository(place.name)
         document = repository.manifest(found[name]) if name in found else None
-        if document is None:
-            raise NotFoundError(f"{self.url}: {place} has no statement {name}")
-        files = _files(repository, document, STATEMENT_TYPE, f"{repository}: {name} of {place}")
-        if ENVELOPE not in files:
-            raise CorruptError(f"{self.url}: statement {name} of {place} has no {ENVELOPE}")
-        return RawStatement(
-            name=name,
-            files={
-                file: repository.blob(
-                    blob, MAX_ENVELOPE_BYTES if file == ENVELOPE else MAX_ATTACHMENT_BYTES
-                )
-                for file, blob in files.items()
-                if file == ENVELOPE or is_attachment_name(file)
-            },
-        )
+        envelope = _content(repository, document, STATEMENT_TYPE, ENVELOPE)
+        attachments = {
+            file: repository.blob(blob, MAX_ATTACHMENT_BYTES)
+            for file, blob in _blobs(repository, document, STATEMENT_TYPE).items()
+            if is_attachment_name(file)
+        }
+        return RawStatement(name=name, files={ENVELOPE: envelope, **attachments})
 
     def read_moves(
         self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
     ) -> list[bytes]:
         repository = self._repository(name)
         what = f"{self.url}: moves of {name}/{variant}"
-        tags = [tag for tag in repository.tags() if tag.startswith(move_start(variant))]
+        tags = sorted(tag for tag in repository.tags() if tag.startswith(move_start(variant)))
         held = {move_tag(variant, data): data for data in known.values()}
 
         def read(tag: str) -> bytes | None:
             if tag in held:
                 return held[tag]
             try:
-                return _content(repository, repository.manifest(tag), MOVE_TYPE, tag)
+                return _content(repository, repository.manifest(tag), MOVE_TYPE, _CONTENT)
             except (CorruptError, NotFoundError):
                 return None
 
-        found = list(in_parallel(read, bounded(sorted(tags), MAX_MOVES, what)))
-        moves = [data for data in found if data is not None]
-        if len(moves) < len(found):
-            log.warning("%s: %d cannot be read; skipped", what, len(found) - len(moves))
-        return moves
+        return readable(in_parallel(read, bounded(tags, MAX_MOVES, what)), what)
 
     def check_writable(self) -> None:
         repository = self._repository(_PROBE)
         try:
-            repository.cancel_upload(repository.begin_upload())
+            repository.check_upload()
         except NotFoundError:  # it wants repositories made beforehand
             log.info(
                 "%s takes no new repositories; publishing tells whether it takes ours", self.url
@@ -253,7 +240,7 @@ class OciStore:
         config = image_config(blobs)
         blobs.append(repository.put_blob(config, CONFIG_TYPE))
         image = make_image(place, manifest, config, blobs[:-1])
-        repository.put_manifest(image.digest, image)
+        repository.put_manifest(digest_of(image), image)
         for statement in statements:
             self._put_statement(place, image, statement)
         for blob in blobs:
@@ -276,12 +263,11 @@ class OciStore:
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
         repository, tag = self._repository(name), move_tag(variant, data)
-        document = _artifact(repository, MOVE_TYPE, {_FILE: data})
-        there = repository.manifest(tag)
-        if there is None or there.digest != document.digest:
-            repository.put_manifest(tag, document)
-            return True
-        return False
+        document = _put_artifact(repository, MOVE_TYPE, {_CONTENT: data})
+        if repository.manifest(tag) == document:
+            return False
+        repository.put_manifest(tag, document)
+        return True
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
         """See the Protocol: a tag for those who mount the image that a channel means."""
@@ -302,12 +288,12 @@ class OciStore:
             return 0
         repository = self._repository(place.name)
         found = self._listed_statements(place, None)
-        repository.delete_manifest(image.document.digest)
+        repository.delete_manifest(digest_of(image.document))
         self._images.pop(place, None)
         for reference in found.values():
             if (document := repository.manifest(reference)) is not None:
-                repository.delete_manifest(document.digest)
-        return sum(layer.size_bytes for layer in image.layers)
+                repository.delete_manifest(digest_of(document))
+        return sum(layer.size for layer in image.layers)
 
     def now_s(self) -> float:
         """This machine's clock: a registry dates nothing."""
@@ -321,16 +307,8 @@ class OciStore:
         return Repository(transport=self.transport, name=self.address.repository(name))
 
     def _names(self) -> list[str]:
-        request = Request(
-            method="GET",
-            url=f"{self.transport.api}/v2/",
-            scope="registry:catalog:*",
-            doing=f"list the repositories of {self.address.host}",
-            expect=(200,),
-        )
         try:
-            root = Repository(transport=self.transport, name="")
-            found = root.pages(request, "_catalog", "repositories")
+            found = Repository(transport=self.transport, name="").catalog()
         except (NotFoundError, AccessError) as error:
             raise AccessError(
                 f"{error}. Many registries do not list what they have: name the package"
@@ -360,7 +338,7 @@ class OciStore:
         Who may push can move a tag, but not take an entry from this list.
         """
         try:
-            subject = self._image(place).document.digest
+            subject = digest_of(self._image(place).document)
         except (CorruptError, NotFoundError):  # its reader hears of it
             return {}
         listed = self._repository(place.name).referrers(subject)
@@ -369,8 +347,8 @@ class OciStore:
         return {
             name: one.digest
             for one in listed
-            if one.artifact_type in {"", STATEMENT_TYPE}
-            and is_statement_name(name := one.annotations.get(NAME, ""))
+            if one.artifact_type in {None, "", STATEMENT_TYPE}
+            and is_statement_name(name := one.annotation(NAME))
         }
 
     def _listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
@@ -401,11 +379,7 @@ class OciStore:
             return False
         except CorruptError:
             there = b""
-        if there != manifest:
-            raise ConflictError(
-                f"{self.url}: another manifest lies under {place}, whose name follows from its "
-                "own; who may write there put it in the wrong place: remove it, and publish again"
-            )
+        require_same_manifest(there, manifest, self.url, place)
         return True
 
     def _find(self, place: Place, file: FileDigest) -> tuple[str, int]:
@@ -414,9 +388,9 @@ class OciStore:
         for layer, descriptor in zip(_planned(image.manifest), image.layers, strict=False):
             for member in layer.members:
                 if member.file.path == file.path:
-                    if layer.size_bytes != descriptor.size_bytes:
+                    if layer.size_bytes != descriptor.size:
                         raise CorruptError(
-                            f"{place} has a layer of {descriptor.size_bytes} bytes where its "
+                            f"{place} has a layer of {descriptor.size} bytes where its "
                             f"manifest makes {layer.size_bytes}; publish it again"
                         )
                     return descriptor.digest, member.offset
@@ -431,44 +405,38 @@ class OciStore:
         on_bytes: OnBytes,
     ) -> Descriptor:
         """Upload a layer, unless it is there; counts the bytes of its files."""
-        blob = digest_layer(layer, package.dir, manifest)
+        blob = layer.describe(package.dir, manifest)
         total = sum(one.file.size_bytes for one in layer.members if one.file.path != MANIFEST)
         counted = 0
 
         def on_position(position: int) -> None:
             nonlocal counted
-            reached = total * position // blob.size_bytes
+            reached = total * position // blob.size
             if reached > counted:  # after a fault it starts further back
                 on_bytes(reached - counted)
                 counted = reached
 
         if not repository.has_blob(blob):
-            content = functools.partial(layer_content, layer, package.dir, manifest)
-            upload(repository, blob, content, on_position)
-        on_position(blob.size_bytes)
+            content = functools.partial(layer.content, package.dir, manifest)
+            repository.upload(blob, content, on_position)
+        on_position(blob.size)
         return blob
 
-    def _put_statement(self, place: Place, image: Document, statement: RawStatement) -> bool:
+    def _put_statement(self, place: Place, image: bytes, statement: RawStatement) -> bool:
         check_statement(statement)
         repository, tag = self._repository(place.name), statement_tag(place, statement.name)
-        files = {ENVELOPE: statement.envelope, **statement.files}
-        document = _artifact(
-            repository,
-            STATEMENT_TYPE,
-            files,
-            {NAME: statement.name},
-            image.descriptor(),
-        )
+        subject = describe(image, MANIFEST_TYPE)
+        name = {NAME: statement.name}
+        document = _put_artifact(repository, STATEMENT_TYPE, statement.files, name, subject)
         there = repository.manifest(tag)
         if there is None:
             repository.put_manifest(tag, document)
-            return True
-        if there.digest != document.digest:
+        elif there != document:
             raise ConflictError(
                 f"{repository}: something else has the tag {tag}, and statements are only ever "
                 "added; sign this one again, which gives it another name"
             )
-        return False
+        return there is None
 
 
 @functools.lru_cache(maxsize=64)
@@ -476,41 +444,46 @@ def _planned(manifest: bytes) -> tuple[Layer, ...]:
     return plan_layers(manifest, files_of(parse_manifest(manifest, MANIFEST)))
 
 
-def _artifact(
+def _put_artifact(
     repository: Repository,
     artifact_type: str,
-    files: dict[str, bytes],
+    files: Mapping[str, bytes],
     annotations: dict[str, str] | None = None,
     subject: Descriptor | None = None,
-) -> Document:
+) -> bytes:
     """Upload the blobs of an artifact; its manifest, the same for the same files."""
-    repository.put_blob(documents.EMPTY, documents.EMPTY_TYPE)
-    layers = []
-    for file, data in sorted(files.items()):
-        blob = repository.put_blob(data, _FILE_TYPE, **{documents.TITLE: file})
-        inline = file in {ENVELOPE, _FILE} and len(data) <= _MAX_INLINE_BYTES
-        layers.append(blob.carrying(data) if inline else blob)
-    made: Manifest = documents.artifact(artifact_type, tuple(layers), annotations or {}, subject)
-    return made.document()
+    config = repository.put_blob(EMPTY, EMPTY_TYPE)
+    layers = [
+        repository.put_blob(data, _FILE_TYPE, file, inline=file in {ENVELOPE, _CONTENT})
+        for file, data in sorted(files.items())
+    ]
+    return Manifest(
+        artifact_type=artifact_type,
+        config=config,
+        layers=tuple(layers),
+        subject=subject,
+        annotations=annotations,
+    ).document()
 
 
-def _files(
-    repository: Repository, document: Document | None, artifact_type: str, origin: str
+def _blobs(
+    repository: Repository, document: bytes | None, artifact_type: str
 ) -> dict[str, Descriptor]:
     """File name -> blob of an artifact."""
     if document is None:
-        raise NotFoundError(f"{repository}: {origin} is listed and not there")
-    manifest = documents.parse_manifest(document, origin)
+        raise NotFoundError(f"{repository} has no such {artifact_type}")
+    origin = f"{repository}@{digest_of(document)}"
+    manifest = parse(Manifest, document, origin)
     if manifest.artifact_type != artifact_type:
-        raise CorruptError(f"{origin} is of type {manifest.artifact_type!r}; remove that tag")
-    return {blob.title: blob for blob in manifest.layers}
+        raise CorruptError(f"{origin} is of type {manifest.artifact_type!r}; remove it")
+    return {blob.annotation(TITLE): blob for blob in manifest.layers}
 
 
 def _content(
-    repository: Repository, document: Document | None, artifact_type: str, origin: str
+    repository: Repository, document: bytes | None, artifact_type: str, file: str
 ) -> bytes:
-    """What an artifact with one file holds."""
-    files = _files(repository, document, artifact_type, origin)
-    if _FILE not in files:
-        raise CorruptError(f"{origin} has no {_FILE}; remove that tag")
-    return repository.blob(files[_FILE], MAX_ENVELOPE_BYTES)
+    """The small file of an artifact that all readers read."""
+    blob = _blobs(repository, document, artifact_type).get(file)
+    if blob is None:
+        raise CorruptError(f"{repository}: a {artifact_type} has no {file}; remove it")
+    return repository.blob(blob, MAX_ENVELOPE_BYTES)

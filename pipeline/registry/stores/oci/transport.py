@@ -31,7 +31,7 @@ from pipeline.registry.stores.transfer import (
     POOLS,
     SILENCE_S,
     at_pace,
-    read_at_pace,
+    joined,
 )
 
 BACKOFF_S = 0.5
@@ -39,8 +39,8 @@ BACKOFF_S = 0.5
 _MAX_WAIT_S = 20
 """Longest wait that a `Retry-After` gets."""
 _MAX_REDIRECTS = 5
-_MAX_ERROR_BYTES = 64 << 10
-_MAX_TOKEN_BYTES = 1 << 20
+_MAX_SMALL_BYTES = 1 << 20
+"""Of a reply that needs no body: an error, a token."""
 _BUSY = (408, 429, 500, 502, 503, 504)
 
 
@@ -56,6 +56,7 @@ class Request:
         expect: Statuses that are answers; all others raise.
         headers: Besides ours.
         body: What to send.
+        limit_bytes: The longest body that is read as a whole.
     """
 
     method: str
@@ -65,6 +66,7 @@ class Request:
     expect: tuple[int, ...]
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    limit_bytes: int = _MAX_SMALL_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,11 @@ class Reply:
     headers: Mapping[str, str]
     body: bytes
     url: str
+
+    @property
+    def media_type(self) -> str:
+        """Of the body, without parameters."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip()
 
 
 class Transport:
@@ -90,20 +97,20 @@ class Transport:
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
-    def ask(self, request: Request, limit_bytes: int = _MAX_ERROR_BYTES) -> Reply:
+    def ask(self, request: Request) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
 
         Raises:
             AccessError: Not allowed.
             NotFoundError: 404, which was not expected.
-            CorruptError: Longer than `limit_bytes`, or the server says our bytes are damaged.
+            CorruptError: Longer than its limit, or the server says our bytes are damaged.
             TransientError: Still no answer after `ATTEMPTS`.
             PipelineError: Any other refusal.
         """
         for _ in range(ATTEMPTS - 1):  # a reply that breaks off is like one that does not come
             with contextlib.suppress(_BrokenError):
-                return self._ask(request, limit_bytes)
-        return self._ask(request, limit_bytes)
+                return self._ask(request)
+        return self._ask(request)
 
     @contextlib.contextmanager
     def open(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
@@ -122,16 +129,12 @@ class Transport:
 
     def is_own(self, url: str) -> bool:
         """Whether a URL is of the registry itself."""
-        return _origin(url) == _origin(self.api)
+        return urlsplit(url)[:2] == urlsplit(self.api)[:2]
 
-    def _ask(self, request: Request, limit_bytes: int) -> Reply:
-        response = self._respond(request)
-        try:
-            read = _reader(response, request.url)
-            body = read_at_pace(read, limit_bytes, _shown(request.url))
-        finally:
-            _discard(response)
-        return Reply(status=response.status, headers=response.headers, body=body, url=request.url)
+    def _ask(self, request: Request) -> Reply:
+        with self.open(request) as (reply, chunks):
+            body = joined(chunks, request.limit_bytes, _shown(request.url))
+        return Reply(status=reply.status, headers=reply.headers, body=body, url=request.url)
 
     def _respond(self, request: Request) -> BaseHTTPResponse:
         """Send, with authorization; the body of an expected reply is not read yet."""
@@ -230,8 +233,8 @@ class Transport:
         try:
             if response.status in _BUSY:
                 raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
-            read = _reader(response, url)
-            return response.status, read_at_pace(read, _MAX_TOKEN_BYTES, _shown(url))
+            chunks = at_pace(_reader(response, url), _shown(url))
+            return response.status, joined(chunks, _MAX_SMALL_BYTES, _shown(url))
         finally:
             _discard(response)
 
@@ -296,11 +299,6 @@ def _discard(response: BaseHTTPResponse) -> None:
         response.close()
 
 
-def _origin(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.netloc
-
-
 def _shown(url: str) -> str:
     """A URL for a message: its query may hold a signature, and a server may have chosen it."""
     parts = urlsplit(url)
@@ -312,7 +310,7 @@ def _stated(response: BaseHTTPResponse) -> str:
     with contextlib.suppress(
         PipelineError, HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError
     ):
-        body = read_at_pace(_reader(response, ""), _MAX_ERROR_BYTES, "an error")
+        body = joined(at_pace(_reader(response, ""), "an error"), _MAX_SMALL_BYTES, "an error")
         texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]
         return ": " + _printable("; ".join(texts)[:300])
     return ""

