@@ -42,70 +42,75 @@ _Url = Annotated[
         f"{ARTIFACTS}.",
     ),
 ]
+_Wanted = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="NAME[/VARIANT][:VERSION|:CHANNEL] or NAME@sha256:DIGEST; without a variant the "
+        "best for the machine.",
+        show_default=False,
+    ),
+]
+_To = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Folder to make; must not exist, or be empty.",
+        show_default=False,
+    ),
+]
+_Gpu = Annotated[
+    str,
+    typer.Option(
+        metavar=_CARDS,
+        help="What will run it: auto asks NVML; rtx4090, NVIDIA-GeForce-RTX-4090 or sm89 is "
+        "taken as given; none checks nothing of it.",
+    ),
+]
+_Format = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="Only this one: checkpoint, trtrtx, trtllm."),
+]
+_Channel = Annotated[str | None, typer.Option(help="In place of stable, where REF names none.")]
+_SharedParent = Annotated[
+    bool,
+    typer.Option(
+        "--allow-shared-parent",
+        help="Write below a folder that other users may rename in, such as a pod's volume.",
+    ),
+]
+_Offline = Annotated[
+    bool, typer.Option("--offline", help="From the cache alone: no network, no credentials.")
+]
+_Cache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep a copy in the cache; by default unless the registry is a local folder.",
+    ),
+]
+_Jobs = Annotated[int | None, typer.Option(min=1, max=64, help="Chunks that are fetched at once.")]
 
 
 @answering
 def pull(
-    reference: Annotated[
-        str,
-        typer.Argument(
-            metavar="REF",
-            help="NAME[/VARIANT][:VERSION|:CHANNEL] or NAME@sha256:DIGEST; without a variant the "
-            "best for the machine.",
-            show_default=False,
-        ),
-    ],
-    to: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help="Folder to make; must not exist, or be empty.",
-            show_default=False,
-        ),
-    ],
+    reference: _Wanted,
+    to: _To,
     registry: _Url = None,
-    gpu: Annotated[
-        str,
-        typer.Option(
-            metavar=_CARDS,
-            help="What will run it: auto asks NVML; rtx4090, NVIDIA-GeForce-RTX-4090 or sm89 is "
-            "taken as given; none checks nothing of it.",
-        ),
-    ] = "auto",
+    gpu: _Gpu = "auto",
     runtime: _Runtime = None,
     vram: _Vram = None,
     driver: _Driver = None,
-    format: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="Only this one: checkpoint, trtrtx, trtllm."),
-    ] = None,
-    channel: Annotated[
-        str | None, typer.Option(help="In place of stable, where REF names none.")
-    ] = None,
+    format: _Format = None,
+    channel: _Channel = None,
     accept_unproven: _Unproven = False,
     allow_unsigned: _Unsigned = False,
     allow_yanked: _Yanked = False,
-    allow_shared_parent: Annotated[
-        bool,
-        typer.Option(
-            "--allow-shared-parent",
-            help="Write below a folder that other users may rename in, such as a pod's volume.",
-        ),
-    ] = False,
+    allow_shared_parent: _SharedParent = False,
     policy: Policy = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="From the cache alone: no network, no credentials.")
-    ] = False,
-    cache: Annotated[
-        bool | None,
-        typer.Option(
-            "--cache/--no-cache",
-            help="Keep a copy in the cache; by default unless the registry is a local folder.",
-        ),
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Chunks that are fetched at once.")
-    ] = None,
+    offline: _Offline = False,
+    cache: _Cache = None,
+    jobs: _Jobs = None,
 ) -> Answer:
     """Fetch the engine that fits a machine: signatures first, every byte verified."""
     from pipeline.commands.screen import screen_logging
