@@ -173,7 +173,6 @@ def run_container(
     stage: str,
     log_path: Path,
     timeout_s: float = 24 * 3600.0,
-    heartbeat_s: float = 15.0,
 ) -> None:
     """Run a container to its end, on the terms of `pipeline.core.process.run_tool`.
 
@@ -182,7 +181,6 @@ def run_container(
         stage: Names the work in messages.
         log_path: Gets the command line, then everything that the program prints.
         timeout_s: After this long it is stopped.
-        heartbeat_s: How often a line says that it still runs.
 
     Raises:
         ToolError: It exited non-zero, a process of it hit the memory limit, or time ran out.
@@ -192,9 +190,8 @@ def run_container(
     """
     with _own_name(stage) as name:
         command, failure = _docker_run(container, name), None
-        times = {"timeout_s": timeout_s, "heartbeat_s": heartbeat_s}
         try:
-            run_tool(command, stage=stage, log_path=log_path, **times)
+            run_tool(command, stage=stage, log_path=log_path, timeout_s=timeout_s)
         except ToolError as error:
             failure = error
         if failure is not None and failure.returncode == _DOCKER_FAILED:
