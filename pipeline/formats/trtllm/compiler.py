@@ -158,7 +158,6 @@ class TrtLlmCompiler:
             RecipeError: A kernel choice that the target has no use for.
             IncompatibleError: It cannot; names the ways on.
             AccessError: The user may not use Docker.
-            TransientError: Too little disk space for the image.
         """
         self._place(target)
 

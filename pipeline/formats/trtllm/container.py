@@ -1,41 +1,77 @@
-"""A tool in a container, on the same terms as `pipeline.core.process.run_tool` on this machine.
+"""The build image's containers, through the `docker` command.
 
-The container has no network, writes as the caller, sees only what is mounted, and is removed
-whatever happens; what a killed process leaves behind, the next run removes: each container names
-its owner in a label.
+A container has no network, writes as the caller, sees only what is mounted, and is removed whatever
+happens; what a killed process leaves behind, the next run removes: each container names its owner
+in a label. Only a local engine will do: one behind tcp:// or ssh:// would look for the folders that
+we mount on its own disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import re
 import shutil
-import threading
-import time
+import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
-from pipeline.core.process import Started, last_lines
-from pipeline.formats.trtllm.docker_engine import connect
-from pipeline.formats.trtllm.preflight import NO_GPU_RUNTIME, require_image
-
-if TYPE_CHECKING:
-    from docker import DockerClient
-    from docker.models.containers import Container as Handle
-    from docker.types import CancellableStream
+from pipeline.core.errors import AccessError, IncompatibleError, PipelineError, ToolError
+from pipeline.core.gpu import Gpu
+from pipeline.core.process import Started, last_lines, run_tool
+from pipeline.formats.trtllm.release import CUDA, OLDEST_DRIVER
 
 log = logging.getLogger(__name__)
 
 OWNER_LABEL = "enginesmith.owner"
 _HOME = "/home/enginesmith"
-_GRACE_S = 3
-_SETTLE_S = 60  # the output ends a moment before the engine notes the exit code
-_TAIL_BYTES = 4096
+_ANSWER_TIMEOUT_S = 300.0
+_DOCKER_FAILED = 125
+"""Exit code of `docker run` where Docker failed and not the program in the container."""
+
+_NO_GPU_RUNTIME = (
+    "Docker cannot give a container the GPU here: install the NVIDIA Container Toolkit "
+    "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/), then run "
+    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+)
+_GPU_HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")
+"""`docker run --gpus` needs one of them on the engine's PATH, not the `nvidia` runtime (Moby, pull
+request 50228): an engine that does not list the runtime may still do."""
+
+_CAUSES: Mapping[str, tuple[type[PipelineError], str]] = {
+    r"permission denied while trying to connect": (
+        AccessError,
+        "no permission to use Docker's socket: add yourself to the docker group "
+        "(sudo usermod -aG docker $USER), then log in again",
+    ),
+    r"Cannot connect to the Docker daemon|failed to connect to the docker API": (
+        IncompatibleError,
+        "no Docker engine here: install one (https://docs.docker.com/engine/install/), start it "
+        "(sudo systemctl start docker), or set DOCKER_HOST to its socket; in a pod, run the pod "
+        "itself from the build image, where trtllm-build is on the PATH",
+    ),
+    r"[Nn]o such image": (
+        IncompatibleError,
+        "the image is not on this machine; get it: make image, or docker pull where its name "
+        "begins with a registry",
+    ),
+    r"could not select device driver": (IncompatibleError, _NO_GPU_RUNTIME),
+    r"nvidia-container": (
+        IncompatibleError,
+        "NVIDIA's container runtime refused the image; see whether nvidia-smi works here, and "
+        "whether the driver is new enough for the image",
+    ),
+    r"bind source path does not exist": (
+        IncompatibleError,
+        "if the folder exists here, the Docker engine sees another file system (that of a host "
+        "around this container, or of a virtual machine): use a folder that both see",
+    ),
+}
+"""What Docker prints (28.2) -> what it means and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +117,70 @@ class Container:
     gpus: bool = False
 
 
+def preflight(image: str, gpu: Gpu) -> str:
+    """Make every check that starts nothing, those first that having the image would not cure.
+
+    Returns:
+        What a manifest records of the image: `repository@sha256:…`, for one built here its id.
+
+    Raises:
+        IncompatibleError: Engine, GPU runtime, driver or image is missing, too old or remote.
+        AccessError: The user may not use Docker.
+    """
+    host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+    if not host.startswith("unix://"):
+        raise IncompatibleError(
+            f"Docker's host is {host}: a remote engine does not see this machine's folders; run "
+            "on the engine's own machine, with DOCKER_HOST unset or a unix:// socket"
+        )
+    require_gpu_runtime(json.loads(_docker("info", "--format", "{{json .}}")))
+    require_driver(gpu)
+    found = json.loads(_docker("image", "inspect", "--format", "{{json .}}", image))
+    return str(next(iter(found["RepoDigests"] or ()), found["Id"]))
+
+
+def require_gpu_runtime(info: Mapping[str, object]) -> None:
+    """Demand that Docker can hand out GPUs, by what `docker info` tells of the engine.
+
+    Raises:
+        IncompatibleError: It has no NVIDIA runtime and no NVIDIA CDI device, and we see no hook.
+    """
+    known = json.dumps([info.get("Runtimes"), info.get("DiscoveredDevices")])
+    if not (
+        re.search(r'"nvidia"|"nvidia\.com/gpu', known)
+        or any(shutil.which(hook) for hook in _GPU_HOOKS)
+    ):
+        raise IncompatibleError(_NO_GPU_RUNTIME)
+
+
+def require_driver(gpu: Gpu) -> None:
+    """Demand an NVIDIA driver (such as `580.65.06`) that runs the image's CUDA.
+
+    Raises:
+        IncompatibleError: It is older.
+    """
+    major = gpu.driver.partition(".")[0]
+    if not major.isdigit() or int(major) < OLDEST_DRIVER:
+        raise IncompatibleError(
+            f"{gpu.name}: driver {gpu.driver} is too old for CUDA {CUDA}, which needs "
+            f"{OLDEST_DRIVER} or newer; install a newer driver"
+        )
+
+
 def run_container(
     container: Container,
     *,
     stage: str,
     log_path: Path,
     timeout_s: float = 24 * 3600.0,
-    heartbeat_s: float = 15.0,
 ) -> None:
-    """Run a container to its end; its output is appended to `log_path` as it comes.
+    """Run a container to its end, on the terms of `pipeline.core.process.run_tool`.
 
     Args:
         container: What to run.
         stage: Names the work in messages.
         log_path: Gets the command line, then everything that the program prints.
         timeout_s: After this long it is stopped.
-        heartbeat_s: How often a line says that it still runs, and what it printed last.
 
     Raises:
         ToolError: It exited non-zero, a process of it hit the memory limit, or time ran out.
@@ -104,32 +188,27 @@ def run_container(
         AccessError: The user may not use Docker.
         PipelineError: The engine could not start it, or went away.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with connect() as client:
-        require_image(client, container.image)
-        remove_stale(client)
-        with log_path.open("ab") as stream:
-            stream.write(f"$ {list(container.command)!r} in {container.image}\n".encode())
-        name = f"enginesmith-{stage}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    with _own_name(stage) as name:
+        command, failure = _docker_run(container, name), None
         try:
-            handle, chunks = _start(client, container, name, stage)
-            copy = _LogCopy(chunks, log_path)
-            timed_out = _follow(handle, copy, stage, timeout_s, heartbeat_s)
-            handle.reload()
-            state = handle.attrs["State"]
-        finally:
-            remove(client, name)
-    if timed_out or state["OOMKilled"] or state["ExitCode"] != 0:
-        raise ToolError(
-            stage=stage,
-            command=container.command,
-            returncode=state["ExitCode"],
-            log_path=log_path,
-            last_lines=last_lines(log_path),
-            hint=f"it was stopped after {timeout_s:.0f} s"
-            if timed_out
-            else _hint(container, state["ExitCode"], oom=state["OOMKilled"]),
-        )
+            run_tool(command, stage=stage, log_path=log_path, timeout_s=timeout_s)
+        except ToolError as error:
+            failure = error
+        if failure is not None and failure.returncode == _DOCKER_FAILED:
+            raise _fault("\n".join(last_lines(log_path, 3)), container.image) from failure
+        # A killed child of the program may leave the program's own exit code at 0.
+        if _docker("inspect", "--format", "{{.State.OOMKilled}}", name) == "true":
+            raise ToolError(
+                stage=stage,
+                command=command,
+                returncode=failure.returncode if failure else 0,
+                log_path=log_path,
+                last_lines=last_lines(log_path),
+                hint="a process in the container was killed at its memory limit, so the output is "
+                "not whole; allow it more memory, or give it less to do",
+            ) from failure
+        if failure is not None:
+            raise failure
 
 
 @contextlib.contextmanager
@@ -143,35 +222,41 @@ def interactive_container(container: Container, *, stage: str) -> Iterator[Start
         stage: Names the work in the container's name.
 
     Raises:
-        IncompatibleError: No `docker` program, engine or image.
+        IncompatibleError: No `docker` program or engine.
         AccessError: The user may not use Docker.
     """
-    if shutil.which("docker") is None:
-        raise IncompatibleError(
-            "the docker program is not on the PATH; install the Docker CLI beside its engine"
-        )
-    with connect() as client:
-        require_image(client, container.image)
-        remove_stale(client)
-        name = f"enginesmith-{stage}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        try:
-            yield Started(command=_docker_run(container, name))
-        finally:
-            remove(client, name)
+    with _own_name(stage) as name:
+        yield Started(command=_docker_run(container, name))
+
+
+@contextlib.contextmanager
+def _own_name(stage: str) -> Iterator[str]:
+    """A new container's name; leaving the context removes what has it, running or not."""
+    _remove_stale()
+    name = f"enginesmith-{stage}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        yield name
+    finally:
+        _remove(name)
 
 
 def _docker_run(container: Container, name: str) -> tuple[str, ...]:
-    """`docker run` with what `_start` asks of the engine."""
     options = [
-        *("--interactive", "--init", "--name", name, "--log-driver", "none", "--network", "none"),
+        *("--name", name, "--pull", "never", "--network", "none", "--interactive"),
+        "--init",  # reaps, and passes SIGTERM on
+        # The output is read as it comes; Docker's own log would be a second copy.
+        *("--log-driver", "none"),
         *("--label", f"{OWNER_LABEL}={owner_of(os.getpid())}"),
-        *("--user", f"{os.getuid()}:{os.getgid()}"),
-        *("--tmpfs", f"{_HOME}:exec,mode=1777"),
+        *("--user", f"{os.getuid()}:{os.getgid()}"),  # what it writes belongs to the caller
+        *("--tmpfs", f"{_HOME}:exec,mode=1777"),  # exec: Triton loads what it compiled below HOME
     ]
+    # The image's /etc/passwd does not know the uid; getpass, and so torch, then asks USER.
     for key, value in {"HOME": _HOME, "USER": "enginesmith", **container.env}.items():
         options += ["--env", f"{key}={value}"]
     for item in container.shared:
-        mount = f"type=bind,source={item.source.resolve()},target={item.target}"
+        source = str(item.source.resolve()).replace('"', '""')
+        # `--volume` would make an empty folder where a source is missing; quoted as CSV.
+        mount = f'type=bind,"source={source}",target={item.target}'
         options += ["--mount", f"{mount},readonly" if item.read_only else mount]
     chosen = {
         "--memory": container.memory_bytes,
@@ -185,157 +270,60 @@ def _docker_run(container: Container, name: str) -> tuple[str, ...]:
     return ("docker", "run", *options, container.image, *container.command)
 
 
-def _start(
-    client: DockerClient, container: Container, name: str, stage: str
-) -> tuple[Handle, CancellableStream]:
-    """Create and start it; what it prints. The caller removes it by name, also if this fails."""
-    import docker
+def _docker(*arguments: str) -> str:
+    """What a short `docker` command prints.
 
-    types = docker.types
+    Raises:
+        PipelineError: It failed; of the kind and with the advice that `_CAUSES` has.
+    """
     try:
-        handle = client.containers.create(
-            container.image,
-            list(container.command),
-            name=name,
-            labels={OWNER_LABEL: owner_of(os.getpid())},
-            user=f"{os.getuid()}:{os.getgid()}",  # so that what it writes belongs to the caller
-            # The image's /etc/passwd does not know the uid; getpass, and so torch, then asks USER.
-            environment={"HOME": _HOME, "USER": "enginesmith", **container.env},
-            tmpfs={_HOME: "exec,mode=1777"},  # exec: Triton loads what it compiled below HOME
-            # `volumes` would make an empty folder where a source is missing.
-            mounts=[
-                types.Mount(item.target, str(item.source.resolve()), "bind", item.read_only)
-                for item in container.shared
-            ],
-            init=True,  # reaps, and passes SIGTERM on
-            network_mode="none",
-            mem_limit=container.memory_bytes,
-            memswap_limit=container.memory_bytes,
-            shm_size=container.shm_bytes,
-            device_requests=[types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
-            if container.gpus
-            else [],
-            # The output is read as it comes. Docker's own log would be a second copy, and holds a
-            # progress bar back until its line ends.
-            log_config=types.LogConfig(type="none"),
+        done = subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_TIMEOUT_S,
         )
-        chunks = handle.attach(stream=True)
-        handle.start()
-    except docker.errors.APIError as error:
-        raise _start_fault(str(error.explanation or error), container, stage) from error
-    return handle, chunks
+    except FileNotFoundError as error:
+        raise IncompatibleError(
+            "no Docker here: the docker program is not on the PATH; install Docker "
+            "(https://docs.docker.com/engine/install/)"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise _fault(f"no answer in {_ANSWER_TIMEOUT_S:.0f} s", arguments[-1]) from error
+    if done.returncode:
+        raise _fault(done.stderr, arguments[-1])
+    return done.stdout.strip()
 
 
-def _start_fault(text: str, container: Container, stage: str) -> PipelineError:
-    """The engine's answer, with the next step where the cause is known."""
-    if "could not select device driver" in text:
-        return IncompatibleError(NO_GPU_RUNTIME)
-    if "nvidia-container" in text:
-        return IncompatibleError(
-            f"{stage}: NVIDIA's container runtime refused {container.image}: {text}; see whether "
-            "nvidia-smi works here, and whether the driver is new enough for the image"
-        )
-    if "bind source path does not exist" in text:
-        return IncompatibleError(
-            f"{stage}: {text}; if it exists here, the Docker engine sees another file system (that "
-            "of a host around this container, or of a virtual machine): use a folder that both see"
-        )
-    return PipelineError(f"{stage}: Docker could not start {container.image}: {text}")
+def _fault(text: str, name: str) -> PipelineError:
+    """Docker's message about `name`, with the next step where the cause is known."""
+    text = " ".join(text.split())
+    for pattern, (kind, advice) in _CAUSES.items():
+        if re.search(pattern, text):
+            return kind(f"{advice} (Docker, {name}: {text})")
+    return PipelineError(
+        f"Docker failed, {name}: {text}; see whether `docker info` answers, and the log of dockerd"
+    )
 
 
-class _LogCopy(threading.Thread):
-    """Copies what a container prints into the log; a thread, as the stream knows no timeout."""
-
-    def __init__(self, chunks: CancellableStream, path: Path) -> None:
-        super().__init__(daemon=True)
-        self._chunks = chunks
-        self._path = path
-        self._tail = b""
-        self.fault: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            with self._path.open("ab", buffering=0) as stream:
-                for chunk in self._chunks:
-                    stream.write(chunk)
-                    self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
-        except Exception as error:  # a full disk, an engine that died: raised by the main thread
-            self.fault = error
-            with contextlib.suppress(OSError):
-                self._chunks.close()  # else the engine waits for a reader, also to remove it
-
-    @property
-    def last_line(self) -> str:
-        """The last line with something on it; the newest state of a progress bar counts as one."""
-        text = self._tail.decode("utf-8", errors="replace").replace("\r", "\n")
-        lines = ("".join(filter(str.isprintable, line)).strip() for line in text.split("\n"))
-        return ([line for line in lines if line] or ["nothing printed yet"])[-1]
-
-
-def _follow(
-    handle: Handle, copy: _LogCopy, stage: str, timeout_s: float, heartbeat_s: float
-) -> bool:
-    """Copy the output until the container ends; True if it ran out of time and was stopped."""
-    copy.start()
-    started = time.monotonic()
-    next_beat = started + heartbeat_s
-    timed_out = False
+def _remove(name: str) -> None:
+    """Remove a container; should that fail, it hides no other error."""
     try:
-        while copy.is_alive() and not timed_out:
-            copy.join(timeout=max(0.01, min(next_beat, started + timeout_s) - time.monotonic()))
-            elapsed_s = time.monotonic() - started
-            timed_out = copy.is_alive() and elapsed_s >= timeout_s
-            if time.monotonic() >= next_beat:
-                log.info("%s: still running after %.0f s: %s", stage, elapsed_s, copy.last_line)
-                next_beat += heartbeat_s
-    except KeyboardInterrupt:
-        handle.stop(timeout=_GRACE_S)
-        raise
-    if timed_out:
-        handle.stop(timeout=_GRACE_S)
-        copy.join(timeout=_SETTLE_S)
-    if copy.fault is not None:
-        raise copy.fault
-    handle.wait(timeout=_SETTLE_S)
-    return timed_out
-
-
-def _hint(container: Container, returncode: int, *, oom: bool) -> str:
-    """What to change, where the exit code alone does not tell."""
-    if oom:
-        limit = f" of {container.memory_bytes / 1e9:.2f} GB" if container.memory_bytes else ""
-        return (
-            f"a process in the container was killed at its memory limit{limit}, so the output is "
-            "not whole; allow it more memory, or give it less to do"
-        )
-    if returncode == 137:  # 128 + SIGKILL
-        return (
-            "it was killed from outside: this machine ran out of memory (see dmesg), or the "
-            "container was stopped by hand"
-        )
-    return f"a program is missing in {container.image}" if returncode == 127 else ""
-
-
-def remove(client: DockerClient, name: str) -> None:
-    """Remove a container, running or not; should that fail, it hides no other error."""
-    import docker
-    import requests
-
-    try:
-        client.api.remove_container(name, force=True, v=True)
-    except docker.errors.NotFound:
-        pass
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        _docker("rm", "--force", "--volumes", name)
+    except PipelineError as error:
         log.warning("A container is left; remove it: docker rm -f %s (%s)", name, error)
 
 
-def remove_stale(client: DockerClient) -> None:
+def _remove_stale() -> None:
     """Remove the containers that killed processes of this machine left behind."""
-    labelled = {"label": OWNER_LABEL}
-    for handle in client.containers.list(all=True, filters=labelled, ignore_removed=True):
-        if is_stale(handle.labels[OWNER_LABEL]):
-            log.warning("Removing %s, left behind by a run that was killed", handle.name)
-            remove(client, handle.name)
+    shown = f'{{{{.Names}}}}\t{{{{.Label "{OWNER_LABEL}"}}}}'
+    listed = _docker("ps", "--all", "--filter", f"label={OWNER_LABEL}", "--format", shown)
+    for line in listed.splitlines():
+        name, _, owner = line.partition("\t")
+        if is_stale(owner):
+            log.warning("Removing %s, left behind by a run that was killed", name)
+            _remove(name)
 
 
 def owner_of(pid: int) -> str:

@@ -91,26 +91,16 @@ def probe_environment(place: Place, log_path: Path) -> Environment:
         card=card_name(place.gpu.name),
         sm=place.gpu.sm or 0,
         driver=place.gpu.driver,
-        image=place.image_digest(),
+        image=place.image_digest,
     )
-    require_release(environment)
-    return environment
-
-
-def require_release(environment: Environment) -> None:
-    """Demand the release whose flags and formats this package knows.
-
-    Raises:
-        IncompatibleError: It is another one, or TensorRT is missing.
-    """
-    where = f"the image {environment.image}" if environment.image else "this machine"
     if environment.tensorrt_llm != VERSION or not environment.tensorrt:
-        found = environment.tensorrt_llm or "none"
+        where = f"the image {environment.image}" if environment.image else "this machine"
         raise IncompatibleError(
             f"compiler=trtllm needs TensorRT-LLM {VERSION} with its TensorRT; {where} has "
-            f"TensorRT-LLM {found} and TensorRT {environment.tensorrt or 'none'}; use the build "
-            "image (make image)"
+            f"TensorRT-LLM {environment.tensorrt_llm or 'none'} and TensorRT "
+            f"{environment.tensorrt or 'none'}; use the build image (make image)"
         )
+    return environment
 
 
 @dataclass(frozen=True)

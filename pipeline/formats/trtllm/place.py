@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,10 +27,10 @@ from pipeline.formats.trtllm.container import (
     Container,
     Shared,
     interactive_container,
+    preflight,
     run_container,
 )
-from pipeline.formats.trtllm.preflight import image_digest, preflight
-from pipeline.formats.trtllm.release import BUILD_PROGRAM, CUDA, IMAGE_BYTES, SHM_BYTES, VERSION
+from pipeline.formats.trtllm.release import BUILD_PROGRAM, SHM_BYTES, VERSION
 
 Where = Literal["auto", "local", "docker"]
 
@@ -45,12 +46,14 @@ class Place:
         program: Path of `trtllm-build` on this machine, which is usually the inside of the build
             image; None for a container of `image`.
         image: Name with tag or digest; empty on this machine.
+        image_digest: Its identity; empty on this machine.
         memory_bytes: Limit of a container's memory; None for none.
     """
 
     gpu: Gpu
     program: Path | None = None
     image: str = ""
+    image_digest: str = ""
     memory_bytes: int | None = None
 
     @property
@@ -67,10 +70,6 @@ class Place:
         known = words and "python" in Path(words[0]).name and Path(words[0]).is_file()
         return words[0] if known else sys.executable
 
-    def image_digest(self) -> str:
-        """Identity of the image; empty where there is none."""
-        return image_digest(self.image) if self.program is None else ""
-
     def path(self, shared: Shared) -> str:
         """Where a program finds it."""
         return shared.target if self.program is None else str(shared.source)
@@ -83,7 +82,6 @@ class Place:
         stage: str,
         log_path: Path,
         timeout_s: float,
-        heartbeat_s: float = 15.0,
     ) -> None:
         """Run a program to its end; its output is appended to `log_path`.
 
@@ -93,42 +91,34 @@ class Place:
             stage: Names the work in messages.
             log_path: Gets the command line and the output.
             timeout_s: After so long it is stopped.
-            heartbeat_s: How often a line says that it still runs.
 
         Raises:
             ToolError: It failed, ran out of memory or ran out of time.
             IncompatibleError: The container could not be started here.
         """
-        times = {"timeout_s": timeout_s, "heartbeat_s": heartbeat_s}
         if self.program is None:
             container = self._container(command, shared)
-            run_container(container, stage=stage, log_path=log_path, **times)
+            run_container(container, stage=stage, log_path=log_path, timeout_s=timeout_s)
             return
         with self._local(command) as local:
-            run_tool(local.command, stage=stage, log_path=log_path, env=local.env, **times)
+            run_tool(
+                local.command, stage=stage, log_path=log_path, env=local.env, timeout_s=timeout_s
+            )
 
-    @contextlib.contextmanager
     def interactive(
         self, command: Sequence[str], shared: Sequence[Shared], *, stage: str
-    ) -> Iterator[Started]:
+    ) -> AbstractContextManager[Started]:
         """What starts a program that the caller speaks with over its standard streams.
 
-        Leaving the context removes what was made for it; the caller has ended it by then.
-
-        Args:
-            command: As of `run`, like the rest.
-            shared: See `command`.
-            stage: See `command`.
+        Leaving the context removes what was made for it; the caller has ended it by then. The
+        arguments are those of `run`.
 
         Raises:
-            IncompatibleError: No `docker` program, engine or image.
+            IncompatibleError: No `docker` program or engine.
         """
         if self.program is None:
-            opened = interactive_container(self._container(command, shared), stage=stage)
-        else:
-            opened = self._local(command)
-        with opened as started:
-            yield started
+            return interactive_container(self._container(command, shared), stage=stage)
+        return self._local(command)
 
     @property
     def _env(self) -> dict[str, str]:
@@ -174,7 +164,6 @@ def choose_place(
     Raises:
         IncompatibleError: No program, card, driver, engine or image for it.
         AccessError: The user may not use Docker.
-        TransientError: Too little disk space for the image.
     """
     program = shutil.which(BUILD_PROGRAM)
     if where != "docker" and program:
@@ -186,12 +175,12 @@ def choose_place(
         )
     try:
         gpu = card()
-        preflight(image, cuda=CUDA, image_bytes=IMAGE_BYTES, gpu=gpu)
+        digest = preflight(image, gpu)
     except IncompatibleError as error:
         if where == "docker":
             raise
         raise IncompatibleError(f"{BUILD_PROGRAM} is not on the PATH, and {error}") from error
-    return Place(gpu=gpu, image=image, memory_bytes=memory_bytes)
+    return Place(gpu=gpu, image=image, image_digest=digest, memory_bytes=memory_bytes)
 
 
 def find_card(target: Target) -> Gpu:

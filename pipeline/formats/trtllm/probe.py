@@ -13,7 +13,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import runpy
 import sys
 from pathlib import Path
@@ -53,7 +52,6 @@ def versions() -> dict[str, str]:
         "tensorrt-llm": distribution_version("tensorrt_llm"),
         "tensorrt": tensorrt_version(),
         "cuda": torch_cuda(),
-        "python": platform.python_version(),
     }
 
 

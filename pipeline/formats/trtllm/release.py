@@ -11,9 +11,11 @@ BENCH_PROGRAM = "trtllm-bench"
 
 CUDA = "13.1"
 """CUDA in the release image: README badge of 1.2.1 (PyPI sdist), base image pytorch:25.12."""
-IMAGE_BYTES = 40_000_000_000
-"""Unpacked size of the release image; an estimate, not measured: 28 GB in 2023 (TensorRT-LLM issue
-103), and its relatives have grown since (tensorrtllm_backend issue 754)."""
+OLDEST_DRIVER = 580
+"""Major version of the oldest NVIDIA driver (Linux) that runs any release of CUDA 13; NVIDIA's
+forward compatibility package is not counted on, since GeForce cards cannot use it. Source: CUDA
+Compatibility, "Minor Version Compatibility", table 1,
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 SHM_BYTES = 1 << 30
 """For a container without the host's IPC namespace: what NVIDIA's framework containers ask for
 with `--shm-size=1g`, since Docker's 64 MB are too small for PyTorch."""

@@ -59,6 +59,4 @@ def bare_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = folder / "bin"
     programs.mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("PATH", str(programs))
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{folder}/docker.sock")
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     return programs

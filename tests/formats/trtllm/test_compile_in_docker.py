@@ -150,7 +150,7 @@ def test_build_that_hits_the_memory_limit_names_the_setting(
 def test_image_that_is_not_here_is_told_before_anything_runs(
     checkpoint: Checkpoint, folder: Path
 ) -> None:
-    with pytest.raises(IncompatibleError, match="enginesmith-build:none is not on this machine"):
+    with pytest.raises(IncompatibleError, match="get it: make image"):
         build(checkpoint, folder, compiler(image="enginesmith-build:none"))
     assert not (folder / "cache").exists()
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 
-def run_as(uid: int, groups: list[int], function: Callable[[], None]) -> str:
+def run_as(uid: int, groups: list[int], function: Callable[[], object]) -> str:
     """Call `function` in a child process of this uid and gid; what it raised, empty for nothing."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
