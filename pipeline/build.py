@@ -206,7 +206,7 @@ def run_acceptance(
         manifest=package.manifest,
         reference=str(reference_of(package)),
         plan=subject.plan.to_json(),
-        limits=recipe.acceptance.limits,
+        limits=recipe.acceptance,
         signing=signing,
     )
     return verdict, files

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.judge import judge
-from pipeline.acceptance.measure import PHYSICS, conditions_json, rates_of
+from pipeline.acceptance.measure import conditions_json, rates_of
 from pipeline.acceptance.pairs import PairSettings, Peer, measure_pairs
 from pipeline.acceptance.peers import CARD_PEERS, TRANSFORMERS, card_peers, cpu_peer, engine_in_vllm
 from pipeline.acceptance.physics import judge_physics
@@ -251,7 +251,7 @@ def judged(
     if held is not None and held.card == target.card:
         plan = plan_of(recipe)
         line = roofline(plan.request, plan.sizes)
-        findings += judge_physics(rates_of(speed), line, PHYSICS)
+        findings += judge_physics(rates_of(speed), line)
     else:
         not_run.insert(0, f"{target.card}: no such card here; speed on it")
     report = Report(
@@ -263,9 +263,7 @@ def judged(
         not_run=not_run,
         checks={},
     )
-    verdict = judge(
-        report, recipe.acceptance.limits, ran=bool(speed), on_target=False, more=findings
-    )
+    verdict = judge(report, recipe.acceptance, ran=bool(speed), on_target=False, more=findings)
     if verdict.passed and speed:
         verdict = dataclasses.replace(verdict, name="measured")
     return report, verdict

@@ -13,7 +13,6 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.harness import HarnessSettings, check_harness
-from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
@@ -30,40 +29,12 @@ STAGE = Stage(
     name="acceptance",
     version=1,
     code=(
-        *(
-            f"pipeline.acceptance.{name}"
-            for name in (
-                "acceptance",
-                "bandwidth",
-                "card",
-                "chat_judge",
-                "chat_probe",
-                "chat_prompts",
-                "comparison",
-                "cut",
-                "harness",
-                "harness_model",
-                "judge",
-                "measure",
-                "physics",
-                "quality",
-                "reference",
-                "sampler",
-                "slope",
-                "source",
-                "speed",
-                "speed_sample",
-                "subject",
-                "sustained",
-                "sustained_run",
-            )
-        ),
+        "pipeline.acceptance",
         "pipeline.core.nvml",
         "pipeline.runners",
         "pipeline.sources.text.windows",
     ),
 )
-"""What a figure or a verdict depends on; how the report looks is not among it."""
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
 _RAM_BYTES_PER_PARAM = 12.0
 """Peak of the larger of source (float32 weights, 4 bytes) and CPU twin (float32 weights, folded and
@@ -122,16 +93,6 @@ class Acceptance:
         names = [workload.name for workload in self.targets]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"workload names must differ; {', '.join(repeated)} repeats")
-
-    @property
-    def limits(self) -> QualityLimits:
-        """The thresholds that the judge applies to quality."""
-        return QualityLimits(
-            max_perplexity_increase=self.max_perplexity_increase,
-            max_mean_kl_nats=self.max_mean_kl_nats,
-            min_top1_agreement=self.min_top1_agreement,
-            max_reference_noise=self.max_reference_noise,
-        )
 
     def judged_positions(self, shape: ModelSpec) -> int:
         """Positions whose log-probabilities are kept, of the source and of the checkpoint.

@@ -44,7 +44,7 @@ class HeldCard:
 
     def findings(self) -> tuple[Finding, ...]:
         """What the conditions say about the measurement."""
-        return () if self.after is None else condition_findings(self.before, self.after)
+        return () if self.after is None else tuple(condition_findings(self.before, self.after))
 
 
 @contextlib.contextmanager
@@ -75,15 +75,6 @@ def _settled() -> Conditions:
         time.sleep(0.2)
 
 
-def condition_findings(before: Conditions, after: Conditions) -> tuple[Finding, ...]:
-    """What the conditions around a measurement say about it.
-
-    Another compute process, its work, another card or new memory errors make it inconclusive: its
-    figures are not those of this engine on this card. The rest is told beside the result.
-    """
-    return tuple(_findings(before, after))
-
-
 def disturbance(idle: Conditions) -> str | None:
     """Who else uses the card; None if nobody does, as far as NVML shows.
 
@@ -101,7 +92,12 @@ def disturbance(idle: Conditions) -> str | None:
     return None
 
 
-def _findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
+def condition_findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
+    """What the conditions around a measurement say about it.
+
+    Another compute process, its work, another card or new memory errors make it inconclusive: its
+    figures are not those of this engine on this card. The rest are notes.
+    """
     if before.uuid != after.uuid:
         yield Finding(
             kind="inconclusive",

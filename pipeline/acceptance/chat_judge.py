@@ -44,17 +44,13 @@ def chance_of_loss(lost: int, gained: int) -> float:
     return float(ways / 2**pairs)
 
 
-def chat_findings(chat: Mapping[str, Any]) -> tuple[Finding, ...]:
+def chat_findings(chat: Mapping[str, Any]) -> Iterator[Finding]:
     """Judge the report's `chat`; pure.
 
     Returns:
         `regression` for each of the five that fails, `inconclusive` where the source ended too few
         answers for a comparison, a note where nothing was asked.
     """
-    return tuple(_findings(chat))
-
-
-def _findings(chat: Mapping[str, Any]) -> Iterator[Finding]:
     if reason := chat.get("not_run"):
         yield Finding(kind="note", message=f"not run: chat probe: {reason}")
         return

@@ -24,13 +24,11 @@ from annotated_types import Ge, Le
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, chat_findings, paired
+from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, paired
 from pipeline.acceptance.chat_prompts import CONVERSATIONS, Conversation
 from pipeline.core.settings import STRICT
 from pipeline.runners.chat import eos_ids
 from pipeline.runners.session import Session
-
-__all__ = ["ChatProbe", "ChatSettings", "chat_findings", "probe"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,8 +110,6 @@ class ChatProbe:
         settings: ChatSettings,
         *,
         context: int,
-        source_eos: frozenset[int] | None = None,
-        engine_eos: frozenset[int] | None = None,
     ) -> ChatProbe:
         """Put the conversations through both templates.
 
@@ -126,8 +122,6 @@ class ChatProbe:
             engine_tokenizer: Of the engine's folder.
             settings: How much is asked.
             context: Longest request of both, prompt and answer, tokens.
-            source_eos: Instead of `end_ids` of the source's folder.
-            engine_eos: Instead of `end_ids` of the engine's folder.
         """
         asked, left_out = [], []
         known = CONVERSATIONS[: settings.prompts] if source_tokenizer.chat_template else ()
@@ -146,8 +140,8 @@ class ChatProbe:
             settings=settings,
             source_tokenizer=source_tokenizer,
             engine_tokenizer=engine_tokenizer,
-            source_eos=end_ids(source_tokenizer) if source_eos is None else source_eos,
-            engine_eos=end_ids(engine_tokenizer) if engine_eos is None else engine_eos,
+            source_eos=end_ids(source_tokenizer),
+            engine_eos=end_ids(engine_tokenizer),
             asked=tuple(asked),
             left_out=tuple(left_out),
         )
@@ -207,29 +201,6 @@ class ChatProbe:
                 for one, source, engine in pairs
             ],
         }
-
-
-def probe(
-    source_session: Session,
-    engine_session: Session,
-    source_tokenizer: Any,
-    engine_tokenizer: Any,
-    settings: ChatSettings,
-    *,
-    context: int,
-    source_eos: frozenset[int] | None = None,
-    engine_eos: frozenset[int] | None = None,
-) -> dict[str, Any]:
-    """Put the conversations to both, where both are loaded at once; see `ChatProbe`."""
-    asked = ChatProbe.prepare(
-        source_tokenizer,
-        engine_tokenizer,
-        settings,
-        context=context,
-        source_eos=source_eos,
-        engine_eos=engine_eos,
-    )
-    return asked.ask_engine(engine_session, asked.ask_source(source_session))
 
 
 def template_ids(tokenizer: Any, conversation: Conversation) -> tuple[int, ...] | None:

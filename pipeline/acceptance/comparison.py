@@ -98,7 +98,7 @@ class Comparison:
             chat = self.chat.ask_engine(session, self.source_chat)
             for shown in chat.get("answers", ())[:1]:
                 log.info("%s: %s", shown["name"], shown["engine"]["text"].replace("\n", " "))
-            found = replace(found, chat=chat, findings=chat_findings(chat))
+            found = replace(found, chat=chat, findings=tuple(chat_findings(chat)))
         if asked.lm_eval is None or self.source_tasks is None:
             return found
         tasks = _tasks(asked, self.subject, session)

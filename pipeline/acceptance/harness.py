@@ -6,7 +6,6 @@ their data from the Hugging Face Hub; tasks of one's own come from a folder of Y
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import math
@@ -23,9 +22,6 @@ from pipeline.core.errors import Fault, IncompatibleError, PipelineError, Recipe
 from pipeline.core.settings import STRICT, Listed, PathField
 from pipeline.core.values import Finding
 from pipeline.runners.session import Session
-
-_NO_FORK = "DISABLE_MULTIPROC"
-"""Read by lm_eval.api.metrics.bootstrap_stderr, 0.4.13."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -52,7 +48,7 @@ class HarnessSettings:
     max_drop: NonNegativeFloat | None = None
 
 
-def check_harness(settings: HarnessSettings, config_path: str = "acceptance.lm_eval") -> None:
+def check_harness(settings: HarnessSettings) -> None:
     """Find what would fail later, in seconds: the library is missing, or a task is not known.
 
     Whether a task's data can be had is seen only when it is loaded.
@@ -63,17 +59,17 @@ def check_harness(settings: HarnessSettings, config_path: str = "acceptance.lm_e
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise IncompatibleError(
-            f"{config_path}.tasks needs the package lm_eval, which is not installed: "
+            "acceptance.lm_eval.tasks needs the package lm_eval, which is not installed: "
             "pip install '.[eval]', or leave the tasks out"
         )
     folder = settings.include_path
     if folder is not None and not folder.is_dir():
-        raise RecipeError([Fault(f"{config_path}.include_path", f"{folder} is no folder")])
+        raise RecipeError([Fault("acceptance.lm_eval.include_path", f"{folder} is no folder")])
     manager = _manager(settings)
     unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
     if unknown:
         message = f"no such task: {', '.join(unknown)}; lm-eval ls tasks lists all"
-        raise RecipeError([Fault(f"{config_path}.tasks", message)])
+        raise RecipeError([Fault("acceptance.lm_eval.tasks", message)])
 
 
 def run_harness(
@@ -102,12 +98,15 @@ def run_harness(
     from pipeline.acceptance.harness_model import SessionModel
     from pipeline.model.hf import quiet
 
+    # Read by lm_eval.api.metrics.bootstrap_stderr, 0.4.13: else that forks this process, whose
+    # runtimes have threads.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     model = SessionModel(session, tokenizer, context)
     library = logging.getLogger("lm_eval")
     level = library.level
     library.setLevel(logging.ERROR)
     try:
-        with quiet(), _one_process():
+        with quiet():
             found = lm_eval.simple_evaluate(
                 model=model,
                 tasks=list(settings.tasks),
@@ -144,20 +143,6 @@ def run_harness(
     }
 
 
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Keep the library's bootstrap from forking this process, whose runtimes have threads."""
-    before = os.environ.get(_NO_FORK)
-    os.environ[_NO_FORK] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_FORK]
-        else:
-            os.environ[_NO_FORK] = before
-
-
 def _manager(settings: HarnessSettings) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -189,7 +174,7 @@ def _metrics(
 
 def harness_findings(
     source: Mapping[str, Any], engine: Mapping[str, Any], max_drop: float | None
-) -> tuple[Finding, ...]:
+) -> Iterator[Finding]:
     """Hold the engine's results against the source's; pure.
 
     Args:
@@ -201,13 +186,7 @@ def harness_findings(
         `regression` for each metric that is worse by more. A metric of which the library does not
         say what is better is only reported.
     """
-    return () if max_drop is None else tuple(_drops(source, engine, max_drop))
-
-
-def _drops(
-    source: Mapping[str, Any], engine: Mapping[str, Any], max_drop: float
-) -> Iterator[Finding]:
-    for task, result in engine["tasks"].items():
+    for task, result in engine["tasks"].items() if max_drop is not None else ():
         for name, metric in result["metrics"].items():
             before = source["tasks"][task]["metrics"][name]["value"]
             higher = metric["higher_is_better"]

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.values import Finding, Report, Verdict, VerdictName
+
+if TYPE_CHECKING:
+    from pipeline.acceptance.acceptance import Acceptance
 
 _SEVERITY: tuple[VerdictName, ...] = ("anomalous", "regression", "rejected", "inconclusive")
 """The worst finding names the verdict: a measuring fault makes every other figure worthless, a
 wrong answer is worse than a slow one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualityLimits:
-    """What a passing engine may lose against its source.
-
-    Attributes:
-        max_perplexity_increase: 0.01 allows one percent.
-        max_mean_kl_nats: Mean KL divergence, source to engine.
-        min_top1_agreement: Share of positions with the same most likely token.
-        max_reference_noise: Mean KL divergence of the engine to its own checkpoint, as a multiple
-            of the checkpoint's distance from itself.
-    """
-
-    max_perplexity_increase: float
-    max_mean_kl_nats: float
-    min_top1_agreement: float
-    max_reference_noise: float = 2.0
 
 
 SMALL_KL_NATS = 0.001
@@ -38,7 +22,7 @@ zero, and another runtime is never that near."""
 
 def judge(
     report: Report,
-    limits: QualityLimits,
+    limits: Acceptance,
     *,
     ran: bool,
     on_target: bool,
@@ -75,7 +59,7 @@ def _speed_findings(speed: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
             yield Finding(kind="rejected", message=message)
 
 
-def _quality_findings(quality: Mapping[str, Any], limits: QualityLimits) -> Iterator[Finding]:
+def _quality_findings(quality: Mapping[str, Any], limits: Acceptance) -> Iterator[Finding]:
     if not quality:
         return
     change = quality["perplexity_change"]
@@ -109,7 +93,7 @@ def _quality_findings(quality: Mapping[str, Any], limits: QualityLimits) -> Iter
         yield from _reference_findings(reference, limits)
 
 
-def _reference_findings(reference: Mapping[str, Any], limits: QualityLimits) -> Iterator[Finding]:
+def _reference_findings(reference: Mapping[str, Any], limits: Acceptance) -> Iterator[Finding]:
     """Whether the engine computes its own checkpoint, as far as two runtimes can agree on one."""
     kl, floor = (reference[key]["mean_kl_nats"]["value"] for key in ("engine", "noise_floor"))
     allowed = max(limits.max_reference_noise * floor, SMALL_KL_NATS)

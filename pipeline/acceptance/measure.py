@@ -22,7 +22,7 @@ from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.comparison import Comparison
 from pipeline.acceptance.cut import compare_cut
 from pipeline.acceptance.judge import judge
-from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, ceiling_share, judge_physics
+from pipeline.acceptance.physics import MeasuredRate, ceiling_share, judge_physics
 from pipeline.acceptance.source import Source
 from pipeline.acceptance.speed import (
     ENGINE,
@@ -48,8 +48,6 @@ from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus
 
 log = logging.getLogger(__name__)
-
-PHYSICS = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=72_000_000)
 
 
 def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tuple[Report, Verdict]:
@@ -99,7 +97,7 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
     )
     findings = (*measured.findings, *(held.findings() if held else ()))
     ran = reason is None
-    return report, judge(report, acceptance.limits, ran=ran, on_target=on_target, more=findings)
+    return report, judge(report, acceptance, ran=ran, on_target=on_target, more=findings)
 
 
 def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> dict[str, Any]:
@@ -164,9 +162,9 @@ def measure_on_card(
         found,
         physics={
             "bandwidth_bytes_per_s": bandwidth,
-            "shares": [ceiling_share(rate, line, bandwidth).to_json() for rate in rates],
+            "shares": [ceiling_share(rate, line, bandwidth) for rate in rates],
         },
-        findings=(*found.findings, *judge_physics(rates, line, PHYSICS, bandwidth)),
+        findings=(*found.findings, *judge_physics(rates, line, bandwidth)),
     )
 
 

@@ -20,8 +20,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.core.values import Finding
@@ -67,35 +67,13 @@ class PhysicsLimits:
             (clpeak #106), and unlimited 95 % or more (#108).
     """
 
-    tolerance: float
-    min_share: float
-    l2_cache_bytes: int
+    tolerance: float = 0.05
+    min_share: float = 0.25
+    l2_cache_bytes: int = 72_000_000
     min_bandwidth_share: float = 0.85
 
 
-@dataclass(frozen=True, kw_only=True)
-class CeilingShare:
-    """One workload against its ceiling.
-
-    Attributes:
-        name: Name of the workload.
-        output_tokens_per_s: Measured.
-        ceiling_tokens_per_s: Of the whole run, at the measured bandwidth where there is one, else
-            at the listed one.
-        bandwidth: Which of the two: `measured` or `listed`.
-        share: Measured over ceiling.
-        bound: `memory` or `compute`: what sets the ceiling.
-    """
-
-    name: str
-    output_tokens_per_s: float
-    ceiling_tokens_per_s: float
-    bandwidth: Literal["measured", "listed"]
-    share: float
-    bound: Literal["memory", "compute"]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+PHYSICS = PhysicsLimits()
 
 
 def run_ceiling(
@@ -127,40 +105,45 @@ def run_ceiling(
 
 def ceiling_share(
     load: MeasuredRate, roofline: Roofline, measured_bandwidth_bytes_per_s: float | None = None
-) -> CeilingShare:
-    """Share of the ceiling that a workload reached."""
+) -> dict[str, Any]:
+    """Share of the ceiling that a workload reached, as in the report's `physics`.
+
+    Returns:
+        `name`, `output_tokens_per_s`; `ceiling_tokens_per_s` of the whole run and the `bandwidth`
+        that it is at: `measured` where there is one, else `listed`; `share`, measured over ceiling;
+        `bound`, what sets the ceiling: `memory` or `compute`.
+    """
     bandwidth = measured_bandwidth_bytes_per_s or roofline.bandwidth_bytes_per_s
     ceiling, bound = run_ceiling(load, roofline, bandwidth_bytes_per_s=bandwidth)
-    return CeilingShare(
-        name=load.name,
-        output_tokens_per_s=load.output_tokens_per_s,
-        ceiling_tokens_per_s=ceiling,
-        bandwidth="measured" if measured_bandwidth_bytes_per_s else "listed",
-        share=load.output_tokens_per_s / ceiling,
-        bound=bound,
-    )
+    return {
+        "name": load.name,
+        "output_tokens_per_s": load.output_tokens_per_s,
+        "ceiling_tokens_per_s": ceiling,
+        "bandwidth": "measured" if measured_bandwidth_bytes_per_s else "listed",
+        "share": load.output_tokens_per_s / ceiling,
+        "bound": bound,
+    }
 
 
 def judge_physics(
     loads: Sequence[MeasuredRate],
     roofline: Roofline,
-    limits: PhysicsLimits,
     measured_bandwidth_bytes_per_s: float | None = None,
-) -> tuple[Finding, ...]:
+    limits: PhysicsLimits = PHYSICS,
+) -> Iterator[Finding]:
     """Findings of rates that were measured on the card of the roofline.
 
     Args:
         loads: What was measured.
         roofline: The model on that card.
-        limits: When to speak.
         measured_bandwidth_bytes_per_s: From a copy probe on that very card; None without one. A
             copy reads and writes, so it shows somewhat less than reading alone can reach: for
             `anomalous` the larger of it and the listed bandwidth counts.
+        limits: When to speak.
 
     Returns:
         `anomalous` for a rate above the ceiling, a note for a share below the stated one.
     """
-    findings = []
     best = max(roofline.bandwidth_bytes_per_s, measured_bandwidth_bytes_per_s or 0.0)
     for load in loads:
         rate = load.output_tokens_per_s
@@ -170,6 +153,7 @@ def judge_physics(
             bandwidth_bytes_per_s=best,
             cached_weight_bytes=limits.l2_cache_bytes,
         )
+        reached = ceiling_share(load, roofline, measured_bandwidth_bytes_per_s)
         if rate > (1 + limits.tolerance) * ceiling:
             message = (
                 f"{load.name}: {rate:.1f} tok/s is above the {ceiling:.1f} that the card allows "
@@ -177,45 +161,32 @@ def judge_physics(
                 "ended early, prompts served from a prefix cache, a clock that stops before the "
                 "device does, or a card that is not the one of the plan"
             )
-            findings.append(Finding(kind="anomalous", message=message))
-            continue
-        share = ceiling_share(load, roofline, measured_bandwidth_bytes_per_s)
-        if share.share < limits.min_share and not load.open_loop:
-            reasons = _reasons(load, share, roofline, limits, measured_bandwidth_bytes_per_s)
+            yield Finding(kind="anomalous", message=message)
+        elif reached["share"] < limits.min_share and not load.open_loop:
             message = (
-                f"{load.name}: {rate:.1f} tok/s is {share.share:.0%} of the "
-                f"{share.ceiling_tokens_per_s:.1f} that the card allows at {share.bandwidth} "
-                f"bandwidth ({share.bound}-bound), below {limits.min_share:.0%}; likely: "
-                + "; ".join(reasons)
+                f"{load.name}: {rate:.1f} tok/s is {reached['share']:.0%} of the "
+                f"{reached['ceiling_tokens_per_s']:.1f} that the card allows at "
+                f"{reached['bandwidth']} bandwidth ({reached['bound']}-bound), below "
+                f"{limits.min_share:.0%}; likely: "
             )
-            findings.append(Finding(kind="note", message=message))
-    return tuple(findings)
+            reasons = _reasons(reached["bound"], roofline, limits, measured_bandwidth_bytes_per_s)
+            yield Finding(kind="note", message=message + "; ".join(reasons))
 
 
 def _reasons(
-    load: MeasuredRate,
-    share: CeilingShare,
-    roofline: Roofline,
-    limits: PhysicsLimits,
-    measured: float | None,
-) -> list[str]:
+    bound: str, roofline: Roofline, limits: PhysicsLimits, measured: float | None
+) -> Iterator[str]:
     """Why a run may be far below its ceiling, the likeliest first."""
-    reasons = []
     listed = roofline.bandwidth_bytes_per_s
     if measured is not None and measured < limits.min_bandwidth_share * listed:
-        reasons.append(
+        yield (
             f"the probe copied {measured / 1e9:.0f} of {listed / 1e9:.0f} GB/s, so the card itself "
             "is held back: its power limit, memory clock or another process"
         )
-    if share.bound == "memory" and roofline.step_weight_bytes < 4 * limits.l2_cache_bytes:
-        reasons.append("a model so small that starting kernels takes longer than reading weights")
-    if share.bound == "memory":
-        reasons.append("no CUDA graphs, so that each step waits for the host")
-        reasons.append("linears that run in 16 bit instead of FP8")
-        if load.batch > 1:
-            reasons.append("a batch that was not decoded together: see the scheduler's limits")
+    if bound == "memory":
+        yield "no CUDA graphs or a very small model, so that each step waits for the host"
+        yield "requests that were not decoded together: see the scheduler's limits"
     else:
-        reasons.append("linears that run in 16 bit instead of FP8")
-        reasons.append("prompts that are prefilled one by one: see max_num_tokens")
-    reasons.append("throttling: see clocks, temperatures and throttle reasons in the conditions")
-    return reasons
+        yield "prompts that are prefilled one by one: see max_num_tokens"
+    yield "linears that run in 16 bit instead of FP8"
+    yield "throttling: see clocks, temperatures and throttle reasons in the conditions"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from pipeline.acceptance.judge import QualityLimits
+from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.page import Signing, render_page
 from pipeline.core.values import Report, Verdict
 
@@ -25,7 +25,7 @@ def write_report(
     manifest: Mapping[str, Any] | None = None,
     reference: str = "",
     plan: Mapping[str, Any] | None = None,
-    limits: QualityLimits | None = None,
+    limits: Acceptance | None = None,
     signing: Signing | None = None,
 ) -> dict[str, Path]:
     """Write the three files into `folder`; returns them by name.

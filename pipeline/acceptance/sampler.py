@@ -23,7 +23,6 @@ class Reading:
         memory_used_bytes: Device memory in use, by anybody.
         power_w: Watts; None where the card does not tell.
         energy_j: Joules since the driver was loaded; None on cards before Volta.
-        sm_clock_mhz: Clock of the multiprocessors; None where the card does not tell.
         temperature_c: Of the GPU; None where the card does not tell.
     """
 
@@ -31,7 +30,6 @@ class Reading:
     memory_used_bytes: int
     power_w: float | None = None
     energy_j: float | None = None
-    sm_clock_mhz: int | None = None
     temperature_c: int | None = None
 
 
@@ -68,17 +66,6 @@ class Samples:
                 return None
             total += (right.at_s - left.at_s) * (left.power_w + right.power_w) / 2
         return total
-
-    @property
-    def mean_power_w(self) -> float | None:
-        """energy_j / seconds, watts."""
-        energy_j = self.energy_j
-        return None if energy_j is None or self.seconds <= 0 else energy_j / self.seconds
-
-    def joules_per_token(self, tokens: int) -> float | None:
-        """energy_j / tokens; `tokens`: new tokens of the whole batch in this time."""
-        energy_j = self.energy_j
-        return None if energy_j is None or tokens < 1 else energy_j / tokens
 
 
 @contextlib.contextmanager
@@ -135,7 +122,6 @@ def device_samples(interval_s: float = INTERVAL_S) -> Iterator[Samples]:
                 memory_used_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).used),
                 power_w=None if power is None else power / 1e3,  # milliwatts
                 energy_j=None if energy is None else energy / 1e3,  # millijoules
-                sm_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
                 temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.acceptance.sampler import device_samples
-from pipeline.acceptance.speed_sample import DeviceUse, SpeedSample, device_figures
+from pipeline.acceptance.speed_sample import SpeedSample, device_figures
 from pipeline.core.values import Finding
 from pipeline.runners.session import BatchOptions, RequestTiming, Session
 from pipeline.runners.workload import Workload
@@ -62,7 +62,7 @@ def _timed(session: Session, waves: Waves, osl: int) -> SpeedSample:
     """One run; a warm-up is held to its number of tokens too."""
     with device_samples() as readings:
         made = [session.generate(prompts, osl, options) for prompts, options in waves]
-    return SpeedSample.of_waves(made, waves, osl, device=DeviceUse.of(readings))
+    return SpeedSample.of_waves(made, waves, osl, device=readings if readings.readings else None)
 
 
 def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ MIN_ACHIEVED_SHARE = 0.95
 and every latency is that of the run's length."""
 
 
-def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> tuple[Finding, ...]:
+def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> Iterator[Finding]:
     """Workloads whose requests came faster than they were answered.
 
     Args:
@@ -159,21 +159,18 @@ def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> tupl
     Returns:
         `rejected` for each of them, or a note where nothing is demanded.
     """
-    found = []
     for entry in speed:
-        if (rate := entry.get("request_rate")) is None:
-            continue
-        if not rate["achieved"] >= MIN_ACHIEVED_SHARE * rate["asked"]:
+        rate = entry.get("request_rate")
+        if rate is not None and not rate["achieved"] >= MIN_ACHIEVED_SHARE * rate["asked"]:
             message = (
                 f"{entry['workload']}: {rate['asked']:g} requests arrive a second, "
                 f"{rate['achieved']:g} are answered: the queue grows, and the latencies are those "
                 "of a queue; lower request_rate, raise batch, or take a larger card"
             )
-            found.append(Finding(kind="rejected" if demanded else "note", message=message))
-    return tuple(found)
+            yield Finding(kind="rejected" if demanded else "note", message=message)
 
 
-def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> tuple[Finding, ...]:
+def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> Iterator[Finding]:
     """What the spread of repeated runs says about their median.
 
     Args:
@@ -185,21 +182,18 @@ def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> tu
         `inconclusive` for each workload above it; a note where there was one run only, whose
         spread is not known.
     """
-    return tuple(finding for entry in speed for finding in _spread_of(entry, max_spread))
-
-
-def _spread_of(entry: Mapping[str, Any], max_spread: float) -> Iterator[Finding]:
-    spread, rates = entry.get("spread"), entry.get("samples", ())
-    if spread is None:
-        yield Finding(
-            kind="note",
-            message=f"{entry['workload']}: {len(rates)} timed run, whose spread is not known; "
-            "raise acceptance.repeats to 3 or more",
-        )
-    elif not spread <= max_spread:
-        yield Finding(
-            kind="inconclusive",
-            message=f"{entry['workload']}: the {len(rates)} runs lie {spread:.1%} apart "
-            f"({min(rates):.1f} to {max(rates):.1f} tok/s), {max_spread:.1%} is allowed; end "
-            "what else runs on this machine, see clocks and temperatures, and measure again",
-        )
+    for entry in speed:
+        spread, rates = entry["spread"], entry["samples"]
+        if spread is None:
+            message = (
+                f"{entry['workload']}: {len(rates)} timed run, whose spread is not known; raise "
+                "acceptance.repeats to 3 or more"
+            )
+            yield Finding(kind="note", message=message)
+        elif not spread <= max_spread:
+            message = (
+                f"{entry['workload']}: the {len(rates)} runs lie {spread:.1%} apart "
+                f"({min(rates):.1f} to {max(rates):.1f} tok/s), {max_spread:.1%} is allowed; end "
+                "what else runs on this machine, see clocks and temperatures, and measure again"
+            )
+            yield Finding(kind="inconclusive", message=message)

@@ -18,29 +18,6 @@ from pipeline.runners.session import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceUse:
-    """The card during one timed run.
-
-    Attributes:
-        peak_memory_bytes: Most device memory in use at any reading, by anybody.
-        seconds: From the first reading to the last; somewhat longer than the run itself.
-        energy_j: Joules in that time; None where the card does not tell.
-    """
-
-    peak_memory_bytes: int
-    seconds: float
-    energy_j: float | None
-
-    @staticmethod
-    def of(samples: Samples) -> DeviceUse | None:
-        """The figures of a series of readings; None of an empty one, as on a CPU."""
-        peak = samples.peak_memory_bytes
-        if peak is None:
-            return None
-        return DeviceUse(peak_memory_bytes=peak, seconds=samples.seconds, energy_j=samples.energy_j)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SpeedSample:
     """One timed run.
 
@@ -61,7 +38,7 @@ class SpeedSample:
         achieved_request_rate: Requests a second that the runtime kept up with, where they arrive:
             see `achieved_rate`.
         requests: Times of each request, where the runtime tells them.
-        device: The card meanwhile; None where there is none, or nobody looked.
+        device: The card from the start to somewhat after the end; None where there is none.
     """
 
     output_tokens_per_s: float
@@ -73,14 +50,14 @@ class SpeedSample:
     output_lengths: tuple[int, ...] = ()
     achieved_request_rate: float | None = None
     requests: tuple[RequestTiming, ...] = ()
-    device: DeviceUse | None = None
+    device: Samples | None = None
 
     @staticmethod
     def of_waves(
         made: Sequence[Generation],
         waves: Sequence[tuple[Sequence[Sequence[int]], BatchOptions | None]],
         osl: int,
-        device: DeviceUse | None = None,
+        device: Samples | None = None,
     ) -> SpeedSample:
         """The figures of batches that ran one after the other, as one run.
 
@@ -185,7 +162,7 @@ def device_figures(runs: Sequence[SpeedSample]) -> dict[str, Any]:
     used = [run.device for run in runs if run.device is not None]
     if not used or len(used) != len(runs):
         return {}
-    figures: dict[str, Any] = {"peak_memory_bytes": max(use.peak_memory_bytes for use in used)}
+    figures: dict[str, Any] = {"peak_memory_bytes": max(use.peak_memory_bytes or 0 for use in used)}
     energies = [use.energy_j for use in used if use.energy_j is not None]
     seconds = sum(use.seconds for use in used)
     tokens = sum(run.output_tokens or 0 for run in runs)

@@ -7,14 +7,12 @@ of the slopes between all pairs of samples (`pipeline.acceptance.slope`).
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.acceptance.slope import theil_sen_slope
-from pipeline.core.errors import CorruptError
 from pipeline.core.values import Finding
 
 
@@ -35,9 +33,6 @@ class Sample:
     memory_bytes: int | None = None
     temperature_c: float | None = None
     power_w: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +59,6 @@ class SustainedLimits:
     min_duration_s: float
     min_window_samples: int = 5
 
-    def __post_init__(self) -> None:
-        if self.min_duration_s < 2 * self.window_s:
-            raise ValueError(
-                f"min_duration_s ({self.min_duration_s}) must be at least two windows "
-                f"({2 * self.window_s}), else first and last overlap"
-            )
-        if self.min_window_samples < 1:
-            raise ValueError(f"min_window_samples ({self.min_window_samples}) must be >= 1")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SustainedFigures:
@@ -95,18 +78,9 @@ class SustainedFigures:
     throughput_drop: float
     memory_growth_bytes: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> SustainedFigures | str:
-    """The figures of a run, or in words why it is not enough of one.
-
-    Raises:
-        CorruptError: A sample is no measurement: not finite, negative, or not later than the one
-            before it.
-    """
-    _require_sound(samples)
+    """The figures of a run, or in words why it is not enough of one."""
     judged = [sample for sample in samples if sample.t_s >= limits.warm_up_s]
     duration_s = judged[-1].t_s - judged[0].t_s if judged else 0.0
     if duration_s < limits.min_duration_s:
@@ -140,9 +114,6 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple
     Returns:
         `rejected` for a drop or a growth beyond the limit, `inconclusive` for a run that is too
         short or too thinly sampled, a note where memory could not be judged.
-
-    Raises:
-        CorruptError: As `sustained_figures`.
     """
     figures = sustained_figures(samples, limits)
     if isinstance(figures, str):
@@ -185,25 +156,23 @@ def sustained_json(
         limits: What it is judged by.
         workload: Its name.
         cleared: Of the second run, the allocator's cache freed after each batch; None without one.
-
-    Raises:
-        CorruptError: As `sustained_figures`.
     """
-    figures = sustained_figures(samples, limits)
-    document: dict[str, Any] = {
+    document = {
         "workload": workload,
-        "limits": limits.to_json(),
-        "figures": None if isinstance(figures, str) else figures.to_json(),
-        "samples": [sample.to_json() for sample in samples],
+        "limits": asdict(limits),
+        **_run_json(samples, limits),
     }
     if cleared is not None:
-        other = sustained_figures(cleared, limits)
-        document["cache_cleared"] = {
-            "figures": None if isinstance(other, str) else other.to_json(),
-            "effect": _effect(samples, cleared, limits),
-            "samples": [sample.to_json() for sample in cleared],
-        }
+        effect = _effect(samples, cleared, limits)
+        document["cache_cleared"] = {**_run_json(cleared, limits), "effect": effect}
     return document
+
+
+def _run_json(samples: Sequence[Sample], limits: SustainedLimits) -> dict[str, Any]:
+    """Figures of one run, null for too little of one, and its samples without what is not known."""
+    figures = sustained_figures(samples, limits)
+    known = [{name: v for name, v in asdict(one).items() if v is not None} for one in samples]
+    return {"figures": None if isinstance(figures, str) else asdict(figures), "samples": known}
 
 
 def _effect(
@@ -225,20 +194,6 @@ def _effect(
     if all(len(known) == len(run) for known, run in zip(memory, kept, strict=True)):
         changes["memory_change_bytes"] = statistics.median(memory[1]) - statistics.median(memory[0])
     return changes
-
-
-def _require_sound(samples: Sequence[Sample]) -> None:
-    previous = -math.inf
-    for index, sample in enumerate(samples):
-        numbers = (sample.t_s, sample.output_tokens_per_s, sample.memory_bytes or 0)
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
-            raise CorruptError(f"sample {index} of the sustained run is no measurement: {sample}")
-        if sample.t_s <= previous:
-            raise CorruptError(
-                f"sample {index} of the sustained run is at {sample.t_s} s, not later than the one "
-                f"before it ({previous} s): the clock or the order is wrong"
-            )
-        previous = sample.t_s
 
 
 def _memory_growth(judged: Sequence[Sample], duration_s: float) -> float | None:

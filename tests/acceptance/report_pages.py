@@ -7,10 +7,10 @@ from collections import Counter
 from html.parser import HTMLParser
 from typing import Any
 
-from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.sustained import Sample, SustainedLimits, sustained_json
+from tests.acceptance.questions import acceptance
 
-LIMITS = QualityLimits(max_perplexity_increase=0.01, max_mean_kl_nats=0.06, min_top1_agreement=0.85)
+LIMITS = acceptance()
 _VOID = {"meta", "br", "img"}
 
 

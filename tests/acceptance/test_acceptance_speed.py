@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.speed import measure_speed, summarize
 from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import RecipeError
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
+from tests.acceptance.questions import acceptance
 from tests.specs import tiny_spec
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4, min_output_tokens_per_s=1.0)
@@ -52,16 +51,6 @@ class Scripted:
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
         raise NotImplementedError
-
-
-def acceptance(**changes: Any) -> Acceptance:
-    given: dict[str, Any] = {
-        "targets": (LOAD,), "text": PydocTopics(part="judge"), "windows": 4, "reference_windows": 2,
-        "window_tokens": 64, "max_perplexity_increase": 0.01, "max_mean_kl_nats": 0.1,
-        "min_top1_agreement": 0.5, "repeats": 3,
-        "time_limit_s": 600.0, "seed": 0,
-    }  # fmt: skip
-    return Acceptance(**{**given, **changes})
 
 
 def test_figures_follow_their_definitions() -> None:

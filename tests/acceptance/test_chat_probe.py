@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,15 +17,18 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, chance_of_loss
+from pipeline.acceptance.chat_judge import (
+    LEAST_STOPS,
+    LEVEL,
+    chance_of_loss,
+    chat_findings,
+)
 from pipeline.acceptance.chat_probe import (
     Answer,
     ChatProbe,
     ChatSettings,
     answer,
-    chat_findings,
     end_ids,
-    probe,
 )
 from pipeline.acceptance.chat_prompts import CONVERSATIONS
 from pipeline.model.hf import load_tokenizer
@@ -62,7 +66,8 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Session
 def ends(model_dir: Path, source: Session) -> tuple[int, ...]:
     """Declared in the folder: tokens at which most answers of this random model come to an end."""
     tokenizer = load_tokenizer(model_dir)
-    asked = ChatProbe.prepare(tokenizer, tokenizer, SETTINGS, context=CONTEXT, source_eos=NOTHING)
+    asked = ChatProbe.prepare(tokenizer, tokenizer, SETTINGS, context=CONTEXT)
+    asked = dataclasses.replace(asked, source_eos=NOTHING)
     answers = [given.tokens for given in asked.ask_source(source)]
     assert len(answers) == 24
     chosen: list[int] = []
@@ -88,8 +93,8 @@ def engine_dir(model_dir: Path, folder: Path) -> Path:
 
 def ask(source: Session, engine: Session, source_dir: Path, engine_dir: Path) -> dict[str, Any]:
     tokenizers = load_tokenizer(source_dir), load_tokenizer(engine_dir)
-    chat = probe(source, engine, *tokenizers, SETTINGS, context=CONTEXT)
-    return dict(json.loads(json.dumps(chat)))
+    asked = ChatProbe.prepare(*tokenizers, SETTINGS, context=CONTEXT)
+    return dict(json.loads(json.dumps(asked.ask_engine(engine, asked.ask_source(source)))))
 
 
 def told(chat: dict[str, Any]) -> list[tuple[str, str]]:
@@ -257,18 +262,17 @@ def test_source_that_ends_too_few_answers_shows_nothing(
     never = frozenset({319})
     for least, expected in ((LEAST_STOPS, ["inconclusive"]), (0, [])):
         settings = ChatSettings(prompts=20, max_new_tokens=2, min_source_stops=least)
-        chat = probe(
-            source, engine, tokenizer, tokenizer, settings, context=CONTEXT,
-            source_eos=never, engine_eos=never,
-        )  # fmt: skip
+        asked = ChatProbe.prepare(tokenizer, tokenizer, settings, context=CONTEXT)
+        asked = dataclasses.replace(asked, source_eos=never, engine_eos=never)
+        chat = asked.ask_engine(engine, asked.ask_source(source))
         assert [kind for kind, _ in told(chat)] == expected
         assert chat["stopped"]["source"] == 0
 
 
-def test_source_without_a_template_is_not_asked(source: Session, engine: Session) -> None:
+def test_source_without_a_template_is_not_asked(engine: Session) -> None:
     plain = tiny_tokenizer()
     plain.chat_template = None
-    chat = probe(source, engine, plain, plain, SETTINGS, context=CONTEXT)
+    chat = ChatProbe.prepare(plain, plain, SETTINGS, context=CONTEXT).ask_engine(engine, ())
     assert told(chat) == [("note", "not run: chat probe: the source has no chat template")]
 
 

@@ -182,8 +182,7 @@ def test_without_a_visible_card_there_are_no_conditions(monkeypatch: pytest.Monk
         pass
     assert samples.readings == []
     assert samples.peak_memory_bytes is None
-    assert samples.mean_power_w is None
-    assert samples.joules_per_token(10) is None
+    assert samples.energy_j is None
 
 
 def hold(entered: Any, leave: Any) -> None:
@@ -226,15 +225,13 @@ def test_energy_is_the_cards_own_count_where_it_has_one() -> None:
         [at(0, 5, power_w=1.0, energy_j=100.0), at(4, 9, power_w=1.0, energy_j=300.0)]
     )
     assert samples.energy_j == 200.0
-    assert samples.mean_power_w == 50.0
-    assert samples.joules_per_token(50) == 4.0
+    assert samples.seconds == 4.0
     assert samples.peak_memory_bytes == 9
 
 
 def test_energy_is_else_the_power_over_unequal_times() -> None:
     samples = Samples([at(0, 7, power_w=100.0), at(1, 3, power_w=300.0), at(4, 1, power_w=300.0)])
     assert samples.energy_j == 1100.0
-    assert samples.mean_power_w == 275.0
     assert samples.peak_memory_bytes == 7
     samples.readings.append(at(5, 1))
     assert samples.energy_j is None

@@ -161,7 +161,7 @@ def test_rate_that_was_not_kept_up_with_is_told_at_the_exact_threshold(
     achieved: float, demanded: bool, kinds: list[str]
 ) -> None:
     entry = {**measured(400.0), "request_rate": {"asked": 4.0, "achieved": achieved}}
-    found = rate_findings([entry, {"workload": "b1"}], demanded=demanded)
+    found = list(rate_findings([entry, {"workload": "b1"}], demanded=demanded))
     assert [finding.kind for finding in found] == kinds
     assert all(finding.message.startswith("r4: 4 requests arrive a second") for finding in found)
 
@@ -176,7 +176,7 @@ def test_slow_arrivals_are_no_slow_engine_but_too_fast_is_a_fault_still() -> Non
         load = MeasuredRate(
             name="r", batch=8, isl=8.5, osl=4.25, output_tokens_per_s=rate, open_loop=open_loop
         )
-        kinds = [finding.kind for finding in judge_physics([load], line, limits)]
+        kinds = [finding.kind for finding in judge_physics([load], line, limits=limits)]
         assert kinds == (["anomalous"] if rate == 1e9 else [] if open_loop else ["note"])
 
 

@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import pytest
 
-from pipeline.acceptance.judge import QualityLimits
 from pipeline.acceptance.page import Signing, render_page
 from pipeline.acceptance.page.charts import installed
 from pipeline.acceptance.report import write_report
 from pipeline.core.values import Finding, Report, Verdict, VerdictName
+from tests.acceptance.questions import acceptance
 from tests.acceptance.report_pages import (
     LIMITS,
     MANIFEST,
@@ -171,7 +171,7 @@ def test_quality_has_intervals_and_limits() -> None:
         "change of perplexity +0.50% +0.40% to +0.60% at most +1.00% met"
     )
     assert page.row("Quality", "same most likely token").endswith("at least 85.00% met")
-    strict = QualityLimits(
+    strict = acceptance(
         max_perplexity_increase=0.004, max_mean_kl_nats=0.03, min_top1_agreement=0.91
     )
     assert Page(render_page(report(), limits=strict)).text.count("missed") == 3

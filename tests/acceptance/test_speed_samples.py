@@ -244,7 +244,7 @@ def test_spread_is_the_range_over_the_median() -> None:
 
 @pytest.mark.parametrize(("allowed", "kinds"), [(1.5, []), (1.4999, ["inconclusive"])])
 def test_spread_above_its_bound_is_inconclusive(allowed: float, kinds: list[str]) -> None:
-    found = spread_findings([measured(1.0, 2.0, 4.0)], allowed)
+    found = list(spread_findings([measured(1.0, 2.0, 4.0)], allowed))
     assert [finding.kind for finding in found] == kinds
     if found:
         assert found[0].message.startswith("b2: the 3 runs lie 150.0% apart (2.0 to 8.0 tok/s)")

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.acceptance import Acceptance
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.runners.workload import Workload
-from pipeline.sources.text.topics import PydocTopics
+from tests.acceptance.questions import acceptance
 
 Ask = Callable[..., PlanRequest]
 B64 = PlannedWorkload(name="b64", batch=64, isl=128, osl=256)
@@ -64,19 +63,10 @@ def test_share_is_replaced_by_its_rate_once_the_ceiling_is_known() -> None:
     assert known.digest == fixed.digest
 
 
-def acceptance(**changes: Any) -> Acceptance:
-    given: dict[str, Any] = {
-        "targets": (), "text": PydocTopics(part="judge"), "windows": 36, "reference_windows": 8,
-        "window_tokens": 256, "max_perplexity_increase": 0.01, "max_mean_kl_nats": 0.06,
-        "min_top1_agreement": 0.85, "repeats": 3,
-        "time_limit_s": 600.0, "seed": 0,
-    }  # fmt: skip
-    return Acceptance(**(given | changes))
-
-
 def test_disk_counts_the_log_probabilities_that_acceptance_keeps(ask: Ask) -> None:
     request = ask("smollm2")
-    positions = acceptance().judged_positions(request.shape)
+    asked = acceptance(windows=36, reference_windows=8, window_tokens=256)
+    positions = asked.judged_positions(request.shape)
     assert positions == (36 + 8) * 255
     before = make_plan(request).build
     after = make_plan(replace(request, judged_positions=positions)).build

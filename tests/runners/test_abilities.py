@@ -23,7 +23,7 @@ from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.trtllm import TrtLlmRunner
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
-from tests.acceptance.test_acceptance_speed import acceptance
+from tests.acceptance.questions import acceptance
 
 PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)
 LOADS: dict[Ability, Workload] = {

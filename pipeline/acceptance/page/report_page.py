@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.acceptance.judge import QualityLimits
+from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.page import measured
 from pipeline.acceptance.page.charts import installed
 from pipeline.acceptance.page.document import (
@@ -109,7 +109,7 @@ def render_page(
     manifest: Entry | None = None,
     reference: str = "",
     plan: Entry | None = None,
-    limits: QualityLimits | None = None,
+    limits: Acceptance | None = None,
     signing: Signing | None = None,
 ) -> str:
     """A report as an HTML page.
@@ -232,7 +232,7 @@ def _package(report: Entry, manifest: Entry) -> Section:
     return Section(title="Package", blocks=[Facts(pairs=pairs, wide=wide)])
 
 
-def _quality(report: Entry, limits: QualityLimits | None) -> Section | None:
+def _quality(report: Entry, limits: Acceptance | None) -> Section | None:
     """Figures on held-out text with intervals and limits."""
     figures = report["quality"]
     if "perplexity_change" not in figures:
@@ -282,7 +282,7 @@ def _quality(report: Entry, limits: QualityLimits | None) -> Section | None:
     return Section(title="Quality", blocks=blocks, lead=lead)
 
 
-def _reference(figures: Entry, limits: QualityLimits | None) -> list[Block]:
+def _reference(figures: Entry, limits: Acceptance | None) -> list[Block]:
     """Source, checkpoint and engine: what quantization costs, and what the runtime adds."""
     found = figures.get("fp8_reference")
     if not found:

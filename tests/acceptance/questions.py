@@ -1,0 +1,18 @@
+"""What the tests ask of an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.acceptance.acceptance import Acceptance
+from pipeline.sources.text.topics import PydocTopics
+
+
+def acceptance(**changes: Any) -> Acceptance:
+    """Little text and no targets; limits as a recipe may have them."""
+    given: dict[str, Any] = {
+        "targets": (), "text": PydocTopics(part="judge"), "windows": 4, "reference_windows": 2,
+        "window_tokens": 64, "max_perplexity_increase": 0.01, "max_mean_kl_nats": 0.06,
+        "min_top1_agreement": 0.85, "repeats": 3, "time_limit_s": 600.0, "seed": 0,
+    }  # fmt: skip
+    return Acceptance(**{**given, **changes})
