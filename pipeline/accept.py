@@ -32,7 +32,8 @@ from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.plan import refuse
 from pipeline.publishing import Publisher
-from pipeline.registry.client.verify import VerifyRequest, named_folder, open_target
+from pipeline.registry.client.pull import PullRequest
+from pipeline.registry.client.verify import named_folder, open_target
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.trust.signatory import signatory_for
@@ -77,8 +78,8 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     """
     started = time.perf_counter()
     target = this_card()
-    wanted = VerifyRequest(
-        target=request.target,
+    wanted = PullRequest(
+        reference=request.target,
         registry=request.registry,
         allow_unsigned=request.allow_unsigned,
         policy=request.policy,

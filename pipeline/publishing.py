@@ -10,12 +10,11 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.acceptance.page.report_page import Signing
-from pipeline.core.cache import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
-from pipeline.registry.client.cache import SETTING, PackageCache
-from pipeline.registry.client.layout import settle_read_only
+from pipeline.registry.client.cache import SETTING, package_cache
+from pipeline.registry.client.layout import move_into_place, settle_read_only
 from pipeline.registry.client.pull import fetch
 from pipeline.registry.disk import disk_errors
 from pipeline.registry.policy import is_throwaway, require_manifest_publishable
@@ -133,9 +132,9 @@ class Publisher:
         if not self.store.local:  # need not be fetched again to be used here
             with disk_errors(f"keep {place} in the cache", SETTING):
                 settle_read_only(package.dir)
-                cache = PackageCache(root=cache_root())
-                with cache.locked(package.digest):
-                    cache.keep(package.dir, package.digest)
+                cache = package_cache()
+                with cache.locked(place):
+                    move_into_place(package.dir, cache.entry(place))
         if not new:
             self._vouch(place, signed)
         return examine(self.store, place, self.terms, package.digest), new

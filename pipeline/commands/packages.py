@@ -109,10 +109,11 @@ def generate(
 ) -> Answer:
     """Stream a chat answer from a package, verified first."""
     from pipeline.commands.generating import stream
-    from pipeline.registry.client.verify import VerifyRequest, open_target
+    from pipeline.registry.client.pull import PullRequest
+    from pipeline.registry.client.verify import open_target
 
-    request = VerifyRequest(
-        target=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
+    request = PullRequest(
+        reference=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
     )
     _, package, _ = open_target(request)
     text = ""

@@ -120,7 +120,7 @@ def pull(
     request = PullRequest(
         reference=reference,
         to=to,
-        registry=registry or ARTIFACTS,
+        registry=registry,
         flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
         format=format,
         channel=channel,
@@ -162,9 +162,10 @@ def verify(
     from pipeline.commands.screen import screen_logging
     from pipeline.registry.client import verify as client
     from pipeline.registry.client.machine import Flags
+    from pipeline.registry.client.pull import PullRequest
 
-    request = client.VerifyRequest(
-        target=target,
+    request = PullRequest(
+        reference=target,
         registry=registry,
         flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
         accept_unproven=accept_unproven,

@@ -1,7 +1,7 @@
 """Which package is the best for a machine, and why each other one is not; pure.
 
     found, refused = candidates(store, wanted, terms)
-    chosen = best(found, refused, wanted, facts, rules)
+    chosen = best(found, refused, wanted, facts)
 
 A package is proven on a card if `accepted` is the newest verdict of its own runtime that ran on
 this card. A verdict from elsewhere, or of an engine that was only checked, proves nothing here and
@@ -34,19 +34,6 @@ from pipeline.registry.reference import ParsedReference
 from pipeline.registry.resolve import Refused, Resolved
 
 _PROOFS = ("accepted", "checked", "compiled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What else the user wants.
-
-    Attributes:
-        format: Only this one; None for any.
-        accept_unproven: Take a package that is not proven on this card.
-    """
-
-    format: Format | None = None
-    accept_unproven: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +103,9 @@ def best(
     refused: Sequence[Refused],
     wanted: ParsedReference,
     facts: Facts,
-    rules: Rules,
+    *,
+    format: Format | None = None,
+    accept_unproven: bool = False,
 ) -> Chosen:
     """The package to take.
 
@@ -125,7 +114,8 @@ def best(
         refused: Those that may not.
         wanted: The reference.
         facts: Of the machine.
-        rules: Of the user.
+        format: Only this one; None for any.
+        accept_unproven: Take a package that is not proven on this card.
 
     Raises:
         IncompatibleError: None fits or is proven; gives the reason for each, the nearest first.
@@ -133,7 +123,7 @@ def best(
         CorruptError: All are damaged.
         RecipeError: What is known of the machine does not tell two versions apart.
     """
-    fits = [_fit(one, facts, rules) for one in found]
+    fits = [_fit(one, facts, format, accept_unproven) for one in found]
     fitting = sorted((one for one in fits if not one.reasons), key=lambda one: one.rank)
     if not fitting:
         raise _none(fits, refused, wanted)
@@ -182,11 +172,11 @@ def prove(found: Resolved, facts: Facts) -> Proof:
     return Proof(kind="proven", verdict=name, cards=cards)
 
 
-def _fit(found: Resolved, facts: Facts, rules: Rules) -> _Fit:
-    checks = list(_checks(found.package.manifest, facts, rules))
+def _fit(found: Resolved, facts: Facts, format: Format | None, accept_unproven: bool) -> _Fit:
+    checks = list(_checks(found.package.manifest, facts, format))
     proof = prove(found, facts)
     reasons = [text for kind, text in checks if kind == "misfit"]
-    if proof.kind == "unproven" and not rules.accept_unproven:
+    if proof.kind == "unproven" and not accept_unproven:
         reasons.append(proof.why)
     unknown = [text for kind, text in checks if kind == "unknown"]
     if proof.kind == "unknown":
@@ -197,10 +187,10 @@ def _fit(found: Resolved, facts: Facts, rules: Rules) -> _Fit:
 _Check = tuple[Literal["misfit", "unknown"], str]
 
 
-def _checks(manifest: Mapping[str, Any], facts: Facts, rules: Rules) -> Iterator[_Check]:
+def _checks(manifest: Mapping[str, Any], facts: Facts, format: Format | None) -> Iterator[_Check]:
     match = manifest["match"]
-    if rules.format not in {None, manifest["format"]}:
-        yield "misfit", f"its format is {manifest['format']}, wanted {rules.format}"
+    if format not in {None, manifest["format"]}:
+        yield "misfit", f"its format is {manifest['format']}, wanted {format}"
     if sms := match["sm"]:
         needs = "it is compiled for " + " or ".join(f"SM {sm}" for sm in sms)
         if facts.sm is None:

@@ -18,7 +18,7 @@ from pipeline.core.values import Package
 from pipeline.registry.client.machine import Facts, Runtime
 from pipeline.registry.reference import parse_reference
 from pipeline.registry.resolve import Refused, Resolved
-from pipeline.registry.select import Chosen, Rules, best
+from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import Place
 from pipeline.registry.trust.verification import SignedVerdict, Verification
 
@@ -83,7 +83,7 @@ def candidate(
 def choose(
     *found: Resolved, facts: Facts = MACHINE, refused: tuple[Refused, ...] = (), **rules: Any
 ) -> Chosen:
-    return best(found, refused, parse_reference("phi3"), facts, Rules(**rules))
+    return best(found, refused, parse_reference("phi3"), facts, **rules)
 
 
 def facts(**changes: Any) -> Facts:

@@ -36,7 +36,7 @@ from pipeline.registry.package import verify
 from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import ENVELOPE, RawStatement, Store
 from pipeline.registry.trust.statements import verified_files
-from pipeline.registry.workfolder import WorkFolder, work_folder
+from pipeline.registry.workfolder import WorkFolder, remove_folder, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ class Delivery:
     shared_parent: bool = False
 
     @property
+    def _entry(self) -> Path:
+        return self.cache.entry(self.resolved.place)
+
+    @property
     def _digest(self) -> str:
         return self.resolved.package.digest
 
@@ -107,7 +111,7 @@ class Delivery:
                 return Delivered(dir=to, origin="present", fetched_bytes=0)
             require_free(to)
             make_folders(to.parent)
-            if not through_cache and not self.cache.entry(self._digest).is_dir():
+            if not through_cache and not self._entry.is_dir():
                 with self._beside(to, keep=_can_go_on) as work:
                     fetched = self._fetch(work, needed_again=0)
                     return self._show(work, to, receipt, "registry", fetched)
@@ -122,10 +126,13 @@ class Delivery:
         Raises:
             PipelineError: As in `to_folder`.
         """
-        entry, fetched = self.cache.entry(self._digest), 0
+        entry, fetched = self._entry, 0
         prefix = f".pull-{self._digest[:12]}-"
-        with self.cache.locked(self._digest), disk_errors(f"write {self.cache.dir}", SETTING):
-            self.cache.keep_statements(self._digest, self._statements())
+        with (
+            self.cache.locked(self.resolved.place),
+            disk_errors(f"write {self.cache.dir}", SETTING),
+        ):
+            self.cache.keep_statements(self.resolved.place, self._statements())
             if entry.is_dir():
                 try:
                     if verify(entry).digest == self._digest:
@@ -134,7 +141,8 @@ class Delivery:
                         return self._package_at(entry), 0
                     raise CorruptError(f"{entry} holds another package than its name says")
                 except CorruptError as error:
-                    self.cache.drop(self._digest, error)
+                    log.warning("%s; fetching it again", error)
+                    remove_folder(entry)
             if self.offline:
                 raise NotFoundError(
                     f"{self.resolved.place} is not in {self.cache.dir}, or was damaged there; pull "
@@ -146,7 +154,7 @@ class Delivery:
                 fetched = self._fetch(work, needed_again=again)
                 (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
                 settle_read_only(work.dir / PACKAGE)
-                self.cache.keep(work.dir / PACKAGE, self._digest)
+                move_into_place(work.dir / PACKAGE, entry)
         return self._package_at(entry), fetched
 
     def _statements(self) -> list[RawStatement]:
@@ -177,7 +185,7 @@ class Delivery:
         _require_room(to.parent, sum(file.size_bytes for file in self._files))
         with self._beside(to, keep=None) as work:
             # The entry was verified a moment ago, and only we can write to it.
-            copy_files(self._files, package.dir, work.dir / PACKAGE, check=False)
+            copy_files(self._files, package.dir, work.dir / PACKAGE)
             return self._show(work, to, receipt, origin, fetched)
 
     def _show(

@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core.errors import CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import CorruptError, NotFoundError, PipelineError, TransientError
 from pipeline.core.values import FileDigest
 from pipeline.registry.client.landing import LandingFile
 from pipeline.registry.disk import disk_errors, read_bounded
@@ -39,8 +39,9 @@ _WINDOW_BYTES = 512 << 20
 models holds, and what a kill can cost where disk and network are faster than the hash."""
 _TICK_S = 1.0
 _STOP_WAIT_S = 10.0
-_ENDS = 3
-"""Answers in a row that end at the same byte without a fault, until a file counts as too short."""
+_LEAST_BYTES = 16 << 10
+"""What an attempt must bring to count as progress: half a second's work of the slowest store that
+`pipeline.registry.stores.transfer` lets pass. Else one that breaks at each byte holds a pull."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +53,14 @@ class Transfer:
         chunk_bytes: Size of a chunk: one line of the record, one request, and what a kill can cost
             per job. With 16 MiB docker-registry took a quarter more of the processor than with 32
             (measured on 2026-11-29).
-        tries: Attempts in a row without a new byte, for one chunk.
+        tries: Attempts in a row that bring next to nothing, for one chunk.
         first_wait_s: Before the second attempt; doubled for each after it, 10 s at most.
-        floor_bytes_s: What all chunks together must bring, else the store counts as stalled.
-        floor_s: Over so many seconds.
     """
 
     jobs: int = 8
     chunk_bytes: int = 32 << 20
     tries: int = 6
     first_wait_s: float = 0.5
-    floor_bytes_s: int = 16 << 10
-    floor_s: float = 30.0
 
     def wait_s(self, failed: int) -> float:
         """How long to wait after `failed` attempts in a row.
@@ -202,7 +199,6 @@ class _Download:
     files: Sequence[LandingFile]
     _queue: deque[tuple[LandingFile, int]] = field(default_factory=deque)
     _open: int = 0  # files that are not right yet
-    _waiting: int = 0  # threads that wait for the store
     _fetched_bytes: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -220,12 +216,10 @@ class _Download:
         for worker in workers:
             worker.start()
         try:
-            floor = _Floor(transfer=self.transfer, url=self.store.url)
             for worker in workers:
                 while worker.is_alive():
                     worker.join(_TICK_S)
                     touch()
-                    floor.check(self._fetched_bytes, waiting=self._waiting > 0)
         finally:
             self._halt()
             ends_s = time.monotonic() + _STOP_WAIT_S
@@ -308,12 +302,15 @@ class _Download:
             self._changed.notify_all()
 
     def _fetch(self, file: LandingFile, chunk: int) -> None:
-        """Fetch a chunk into its file, on its way to the disk; on from where an answer ended."""
+        """Fetch a chunk into its file; on from where an answer ended."""
         at, end = file.span(chunk)
-        in_a_row = ended_in_a_row = 0  # attempts without a new byte; those of them without a fault
+        in_a_row = 0
         while True:
             before = at
-            fault: TransientError | None = None
+            fault: PipelineError = CorruptError(
+                f"{self.store.url}: {file.file.path} of {self.place} ends before byte {end}, its "
+                f"manifest says {file.file.size_bytes}; publish it again, or pull another one"
+            )
             try:
                 # A generator: so a fault of our disk is not taken for one of the store's.
                 with contextlib.closing(self._chunks(file, at, end)) as chunks:
@@ -321,126 +318,36 @@ class _Download:
                         file.write(data, at)
                         at += len(data)
                         self._report(len(data), fetched=len(data))
-                if at == end:
-                    file.flush(chunk)
-                    return
             except TransientError as error:
                 fault = error
-            in_a_row = 0 if at > before else in_a_row + 1
-            ended_in_a_row = 0 if at > before or fault else ended_in_a_row + 1
-            if ended_in_a_row >= _ENDS:
-                raise CorruptError(
-                    f"{self.store.url}: {file.file.path} of {self.place} ends at byte {at}, its "
-                    f"manifest says {file.file.size_bytes}; nothing was kept. Publish it again, or "
-                    "pull another one"
-                )
-            fault = fault or TransientError(
-                f"{self.store.url} sent {file.file.path} only up to byte {at} of "
-                f"{file.file.size_bytes}; run the same command again"
-            )
+            if at == end:
+                return
+            in_a_row = 0 if at - before >= _LEAST_BYTES else in_a_row + 1
             if in_a_row >= self.transfer.tries:
                 raise fault
-            self._pause(fault, at, max(1, in_a_row))
-
-    def _pause(self, fault: TransientError, at: int, failed: int) -> None:
-        """Wait before the next attempt; the floor counts this as waiting for the store."""
-        wait_s = self.transfer.wait_s(failed)
-        log.info("%s; going on from byte %d in %.1f s", fault, at, wait_s)
-        with self._counted():
+            wait_s = self.transfer.wait_s(max(1, in_a_row))
+            log.info("%s; going on from byte %d in %.1f s", fault, at, wait_s)
             if self._stop.wait(wait_s):
                 raise _StoppedError
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count this thread among those that wait for the store."""
-        with self._changed:
-            self._waiting += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._waiting -= 1
-
     def _chunks(self, file: LandingFile, at: int, end: int) -> Generator[memoryview, None, None]:
-        """What the store sends from `at` on, cut at `end`.
+        """What the store sends from `at` on, to `end` at most.
 
         Raises:
-            CorruptError: The file goes on where it must end, or is not there.
-            NotFoundError: The whole version is not there any more.
+            CorruptError: The file is not there.
         """
-        last = end == file.file.size_bytes
         try:
-            with self.store.open_file(self.place, file.file, at, None if last else end) as chunks:
-                while (data := self._read(chunks)) is not None:
+            with self.store.open_file(self.place, file.file, at, end) as chunks:
+                while at < end and (data := next(chunks, None)) is not None:
+                    if self._stop.is_set():
+                        raise _StoppedError
                     view = memoryview(data)[: end - at]
                     at += len(view)
-                    if view:
-                        yield view
-                    if last and len(data) > len(view):
-                        raise CorruptError(
-                            f"{self.store.url}: {file.file.path} of {self.place} is longer than "
-                            f"the {file.file.size_bytes} bytes that its manifest says; nothing "
-                            "was kept"
-                        )
-                    if at == end and not last:
-                        return
-        except (CorruptError, NotFoundError) as error:
-            self._require_version(error)
-            if isinstance(error, CorruptError):
-                raise
+                    yield view
+        except NotFoundError as error:
             raise CorruptError(f"{self.place} has no {file.file.path}: {error}") from error
-        except TransientError:
-            if at < end:  # else it broke after the last byte, and the digest decides
-                raise
-
-    def _read(self, chunks: Iterator[bytes]) -> bytes | None:
-        """The store's next bytes; None at its end."""
-        if self._stop.is_set():
-            raise _StoppedError
-        with self._counted():
-            return next(chunks, None)
-
-    def _require_version(self, cause: Exception) -> None:
-        """A file may be missing since the whole version went: pullers have no lease on it."""
-        try:
-            self.store.read_manifest(self.place)
-        except NotFoundError:
-            raise NotFoundError(
-                f"{self.place} was removed from {self.store.url} while it was fetched; pull again "
-                "for what the channel points to now"
-            ) from cause
 
     def _report(self, count: int, *, fetched: int) -> None:
         with self._changed:
             self._fetched_bytes += fetched
             self.on_bytes(count)
-
-
-@dataclass(kw_only=True)
-class _Floor:
-    """The slowest that a store may be while we wait for it."""
-
-    transfer: Transfer
-    url: str
-    _since: tuple[float, int] | None = None  # when the window began, and the bytes by then
-
-    def check(self, fetched_bytes: int, *, waiting: bool) -> None:
-        """Compare what came with the floor.
-
-        Args:
-            fetched_bytes: By now.
-            waiting: Whether any thread waits for the store; if none does, the disk is at work.
-
-        Raises:
-            TransientError: Too little in a whole window.
-        """
-        now_s = time.monotonic()
-        wanted = self.transfer.floor_bytes_s * self.transfer.floor_s
-        if self._since is None or not waiting or fetched_bytes - self._since[1] >= wanted:
-            self._since = (now_s, fetched_bytes) if waiting else None
-        elif now_s - self._since[0] > self.transfer.floor_s:
-            raise TransientError(
-                f"{self.url} sent {fetched_bytes - self._since[1]} bytes in "
-                f"{self.transfer.floor_s:.0f} s, and {wanted:.0f} are the least; what has landed "
-                "is kept: run the same command again"
-            )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import hashlib
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
 
 _READ_BYTES = 1 << 20
-_SYNC_FILE_RANGE_WRITE = 2  # of Linux, <linux/fs.h>
 
 
 @dataclass(kw_only=True)
@@ -94,13 +90,6 @@ class LandingFile:
                 os.close(self._descriptor)
                 self._descriptor = None
 
-    def flush(self, chunk: int) -> None:
-        """Have the kernel begin to write a chunk to the disk, so that `close` waits for little."""
-        if (sync_file_range := _sync_file_range()) is not None:
-            start, end = self.span(chunk)
-            # What it returns is of no account: `close` asks the disk, and hears of its faults.
-            sync_file_range(self.open(), start, end - start, _SYNC_FILE_RANGE_WRITE)
-
     def begin_again(self) -> None:
         """Forget all chunks; no thread may be at work on the file."""
         self.again = True
@@ -150,14 +139,3 @@ class LandingFile:
                 raise CorruptError(f"{self.path} was shortened while it was fetched; pull again")
             self._hash.update(buffer[:count])
             at += count
-
-
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """sync_file_range(2), which Python does not offer; None where the C library has none."""
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if function is None:
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    function.restype = ctypes.c_int
-    return cast("Callable[[int, int, int, int], int]", function)

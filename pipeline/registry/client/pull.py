@@ -20,23 +20,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.core.cache import cache_root
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
 from pipeline.core.values import Format, Package
-from pipeline.registry.client.cache import CacheStore, PackageCache
+from pipeline.registry.client.cache import package_cache
 from pipeline.registry.client.deliver import Delivery
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags, facts_of
-from pipeline.registry.client.receipt import Pulled, describe
+from pipeline.registry.client.receipt import Pulled
 from pipeline.registry.package import verify
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.resolve import Resolved, Terms, candidates
-from pipeline.registry.select import Rules, best
+from pipeline.registry.select import best
 from pipeline.registry.store import Store
 from pipeline.registry.stores.opening import open_store, package_dir
 from pipeline.registry.trust.signatory import machine_trust
 
 log = logging.getLogger(__name__)
+
+ARTIFACTS = "artifacts"
+"""The registry where none is named: the folder that builds publish to."""
 
 _LOCAL_JOBS = 2
 _REMOTE_JOBS = min(8, 2 * (os.cpu_count() or 1))
@@ -46,12 +48,13 @@ time: 1 GB over loopback on 2 cores took 1.45 s with 4, 1.54 with 8 (measured on
 
 @dataclass(frozen=True, kw_only=True)
 class PullRequest:
-    """What to pull, for what, and on which conditions.
+    """What to pull or to verify, for what, and on which conditions.
 
     Attributes:
-        reference: `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`.
+        reference: `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`; to verify,
+            also the folder of a package.
         to: Folder to make; None leaves the package in the cache.
-        registry: URL.
+        registry: URL; None for `artifacts`, and for a folder that is verified: nowhere.
         flags: What the user says of the machine.
         format: Only this one; None for any.
         channel: In place of `stable` where the reference names none.
@@ -69,7 +72,7 @@ class PullRequest:
 
     reference: str
     to: Path | None = None
-    registry: str = "artifacts"
+    registry: str | None = None
     flags: Flags = field(default_factory=Flags)
     format: Format | None = None
     channel: str | None = None
@@ -83,11 +86,6 @@ class PullRequest:
     jobs: int | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     transfer: Transfer = field(default_factory=Transfer)
-
-    @property
-    def rules(self) -> Rules:
-        """What the user wants beside what the machine demands."""
-        return Rules(format=self.format, accept_unproven=self.accept_unproven)
 
     def terms(self, *, local: bool) -> Terms:
         """Whom this pull trusts, and what it takes all the same.
@@ -106,7 +104,7 @@ def pull(
     reference: str,
     to: str | Path | None = None,
     *,
-    registry: str = "artifacts",
+    registry: str = ARTIFACTS,
     gpu: str = "auto",
     runtime: str | None = None,
     policy: str | Path | None = None,
@@ -155,8 +153,8 @@ def run(request: PullRequest) -> Pulled:
     """
     wanted = wanted_of(request)
     if not request.offline:
-        return pull_from(open_store(request.registry), request)
-    store = CacheStore(cache=PackageCache(root=cache_root()))
+        return pull_from(open_store(request.registry or ARTIFACTS), request)
+    store = package_cache().store
     if wanted.channel is not None:
         held = ", ".join(map(str, store.places(wanted.name)))
         raise NotFoundError(
@@ -191,10 +189,23 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     wanted = wanted_of(request)
     facts = facts_of(request.flags, request.environ)
     found, refused = candidates(store, wanted, request.terms(local=store.local))
-    chosen = best(found, refused, wanted, facts, request.rules)
+    chosen = best(
+        found,
+        refused,
+        wanted,
+        facts,
+        format=request.format,
+        accept_unproven=request.accept_unproven,
+    )
     for reason in chosen.rejected:
         log.info("Rejected %s", reason)
-    pulled = describe(chosen, dir=request.to or Path(), registry=store.url, facts=facts)
+    pulled = Pulled(
+        chosen=chosen,
+        dir=request.to or Path(),
+        registry=store.url,
+        origin="registry",
+        facts=facts,
+    )
     delivery = delivery_of(store, chosen.resolved, request)
     if request.to is None:
         package, fetched_bytes = delivery.to_cache()
@@ -217,7 +228,7 @@ def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Deliv
     return Delivery(
         store=store,
         resolved=resolved,
-        cache=PackageCache(root=cache_root()),
+        cache=package_cache(),
         transfer=replace(request.transfer, jobs=jobs),
         offline=request.offline,
         shared_parent=request.allow_shared_parent,

@@ -110,15 +110,3 @@ class Pulled:
             "ignored": list(verification.ignored),
             "yanked_accepted": str(yank) if yank else None,
         }
-
-
-def describe(
-    chosen: Chosen,
-    *,
-    dir: Path,
-    registry: str,
-    facts: Facts,
-    origin: Origin | Literal["verified"] = "registry",
-) -> Pulled:
-    """A choice, before anything was fetched."""
-    return Pulled(chosen=chosen, dir=dir, registry=registry, origin=origin, facts=facts)

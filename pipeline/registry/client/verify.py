@@ -1,16 +1,13 @@
 """Verify a package where it is: in a registry, or in a folder that another process filled.
 
-    verified = verify(VerifyRequest(target="/models/phi3", flags=Flags(gpu="auto")))
+    verified = verify(PullRequest(reference="/models/phi3", flags=Flags(gpu="auto")))
 
 Every byte, its signatures, its yanks and, for a card, its proof. Writes nothing into the folder.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.core.errors import NotFoundError
@@ -22,54 +19,19 @@ from pipeline.registry.client.layout import (
     read_statements,
     verify_layout,
 )
-from pipeline.registry.client.machine import Flags, facts_of
-from pipeline.registry.client.pull import fetch
-from pipeline.registry.client.receipt import Pulled, describe
+from pipeline.registry.client.machine import facts_of
+from pipeline.registry.client.pull import ARTIFACTS, PullRequest, fetch
+from pipeline.registry.client.receipt import Pulled
 from pipeline.registry.manifest import MANIFEST, manifest_bytes
 from pipeline.registry.package import verify as verify_package
 from pipeline.registry.reference import ParsedReference, reference_of
 from pipeline.registry.resolve import Resolved, Terms, examine_folder, resolve
-from pipeline.registry.select import Rules, best
+from pipeline.registry.select import best
 from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.stores.opening import open_store
-from pipeline.registry.trust.signatory import machine_trust
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyRequest:
-    """What to verify.
-
-    Attributes:
-        target: A reference, or the folder of a package.
-        registry: Where references are looked up, and where a folder's newer statements and yanks
-            are asked for; None for `artifacts`, and for a folder: nowhere.
-        flags: What it must be fit for, and proven on; nothing by default.
-        accept_unproven: A package that was not accepted on this card passes, too.
-        allow_unsigned: So does one without a signature.
-        allow_yanked: So does one that was yanked.
-        policy: File; None for the environment's, then the configuration folder's.
-        environ: The environment.
-    """
-
-    target: str
-    registry: str | None = None
-    flags: Flags = field(default_factory=lambda: Flags(gpu="none"))
-    accept_unproven: bool = False
-    allow_unsigned: bool = False
-    allow_yanked: bool = False
-    policy: Path | None = None
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-
-    def terms(self, *, local: bool) -> Terms:
-        """As `PullRequest.terms`."""
-        return Terms(
-            policy=machine_trust(self.environ, own_folder=local, policy=self.policy),
-            allow_unsigned=self.allow_unsigned,
-            allow_yanked=self.allow_yanked,
-        )
-
-
-def verify(request: VerifyRequest) -> Pulled:
+def verify(request: PullRequest) -> Pulled:
     """Verify bytes, signatures, yanks and fit of one package.
 
     Raises:
@@ -86,13 +48,18 @@ def verify(request: VerifyRequest) -> Pulled:
         name=resolved.place.name, variant=resolved.place.variant, digest=package.digest
     )
     # Without a card there is none that it could be unproven on: what it is proven on is told.
-    rules = Rules(accept_unproven=request.accept_unproven or request.flags.gpu == "none")
-    chosen = best([resolved], [], wanted, facts, rules)
-    done = describe(chosen, dir=package.dir, registry=where, facts=facts, origin="verified")
-    return replace(done, seconds=time.monotonic() - started_s)
+    accept = request.accept_unproven or request.flags.gpu == "none"
+    return Pulled(
+        chosen=best([resolved], [], wanted, facts, accept_unproven=accept),
+        dir=package.dir,
+        registry=where,
+        origin="verified",
+        facts=facts,
+        seconds=time.monotonic() - started_s,
+    )
 
 
-def open_target(request: VerifyRequest) -> tuple[Resolved, Package, str]:
+def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
     """A package in a folder of this machine, fit to be loaded: all verified but its fit.
 
     Returns:
@@ -101,12 +68,12 @@ def open_target(request: VerifyRequest) -> tuple[Resolved, Package, str]:
     Raises:
         PipelineError: As in `verify`.
     """
-    if folder := named_folder(request.target):
+    if folder := named_folder(request.reference):
         store = open_store(request.registry) if request.registry else None
         resolved = open_folder(folder, request.terms(local=True), store)
         return resolved, resolved.package, store.url if store else str(folder)
-    store = open_store(request.registry or "artifacts")
-    resolved = resolve(store, request.target, request.terms(local=store.local))
+    store = open_store(request.registry or ARTIFACTS)
+    resolved = resolve(store, request.reference, request.terms(local=store.local))
     return resolved, fetch(store, resolved), store.url
 
 

@@ -60,9 +60,15 @@ class FolderRegistry:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderObjects:
-    """`pipeline.registry.stores.objects.Objects`, in a folder; made when something is written."""
+    """`pipeline.registry.stores.objects.Objects`, in a folder; made when something is written.
+
+    Attributes:
+        path: The root.
+        local: What lies here was published on this machine.
+    """
 
     path: Path
+    local: bool = True
 
     @property
     def url(self) -> str:
@@ -71,10 +77,6 @@ class FolderObjects:
     @property
     def public(self) -> bool:
         return False
-
-    @property
-    def local(self) -> bool:
-        return True
 
     @property
     def staging(self) -> Path:

@@ -18,7 +18,7 @@ from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import PullRequest, pull_from
 from pipeline.registry.client.receipt import Pulled
-from pipeline.registry.client.verify import VerifyRequest, verify
+from pipeline.registry.client.verify import verify
 from pipeline.registry.promotion import yank_package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import Place, Store, WritableStore
@@ -170,8 +170,8 @@ class Shop:
     def verify(self, target: Path | str, **more: Any) -> Pulled:
         """For a 4090 unless `flags` say otherwise."""
         flags = Flags(**{"gpu": "rtx4090", **more.pop("flags", {})})
-        wanted = VerifyRequest(
-            target=str(target), flags=flags, policy=self.policy(), environ={}, **more
+        wanted = PullRequest(
+            reference=str(target), flags=flags, policy=self.policy(), environ={}, **more
         )
         return verify(wanted)
 

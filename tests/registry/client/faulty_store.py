@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.errors import TransientError
 from pipeline.core.values import FileDigest
-from pipeline.registry.store import NONE_KNOWN, Place, RawStatement, Store
+from pipeline.registry.store import Place, RawStatement, Store
 
 Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]
 """(chunks of the real store, file, offset) -> what the client gets."""
@@ -37,24 +37,8 @@ class FaultyStore:
     small_requests: int = 0
     _lock: Any = field(default_factory=threading.Lock)
 
-    @property
-    def url(self) -> str:
-        return self.store.url
-
-    @property
-    def public(self) -> bool:
-        return self.store.public
-
-    def identity(self) -> str | None:
-        return self.store.identity()
-
-    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return self.store.places(name, variant)
-
-    def statement_names(
-        self, name: str | None = None, variant: str | None = None
-    ) -> dict[Place, tuple[str, ...]]:
-        return self.store.statement_names(name, variant)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
 
     def read_manifest(self, place: Place) -> bytes:
         self._count()
@@ -79,11 +63,6 @@ class FaultyStore:
     def read_statement(self, place: Place, name: str) -> RawStatement:
         self._count()
         return self.store.read_statement(place, name)
-
-    def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
-    ) -> list[bytes]:
-        return self.store.read_moves(name, variant, known)
 
     def _count(self) -> None:
         with self._lock:
@@ -140,10 +119,3 @@ def flipped(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[
     """One bit of the first chunk is wrong."""
     for number, chunk in enumerate(small(chunks)):
         yield bytes([chunk[0] ^ 1]) + chunk[1:] if number == 0 else chunk
-
-
-def too_long(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
-    """Many bytes follow the last one."""
-    yield from chunks
-    for _ in range(1000):
-        yield b"x" * 1000

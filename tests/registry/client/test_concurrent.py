@@ -35,7 +35,9 @@ def _sent(shop: Shop) -> list[int]:
 
 
 def _entries(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "cache" / "packages").iterdir())
+    packages = tmp_path / "cache" / "packages"
+    assert not list(packages.glob(".*"))
+    return sorted(path.name for path in packages.glob("*/*/*"))
 
 
 def test_of_16_pullers_of_one_package_one_downloads_and_one_copy_is_kept(
@@ -47,7 +49,7 @@ def test_of_16_pullers_of_one_package_one_downloads_and_one_copy_is_kept(
     sent = sorted(_sent(shop))
     assert sent[:-1] == [0] * (_PULLERS - 1)
     assert sent[-1] > 0
-    assert _entries(tmp_path) == [reference.digest, f"{reference.digest}.statements"]
+    assert _entries(tmp_path) == [reference.version, f"{reference.version}.statements"]
     for number in range(_PULLERS):
         assert verify_layout(shop.home / f"to-{number}").digest == reference.digest
 
@@ -68,7 +70,7 @@ def test_16_pullers_get_good_copies_where_locks_do_nothing(
     monkeypatch.setattr(fcntl, "flock", flock)
     codes = in_children([partial(_counted_pull, shop, number) for number in range(_PULLERS)])
     assert codes == [0] * _PULLERS
-    assert _entries(tmp_path) == [reference.digest, f"{reference.digest}.statements"]
+    assert _entries(tmp_path) == [reference.version, f"{reference.version}.statements"]
     for number in range(_PULLERS):
         assert verify_layout(shop.home / f"to-{number}").digest == reference.digest
 
@@ -145,5 +147,5 @@ def test_a_kill_at_any_moment_shows_nothing_half_and_the_rerun_completes(
         assert verify_layout(shop.to).digest == reference.digest
         assert shop.left() == ["tiny"]
         if through_cache:
-            assert _entries(tmp_path) == [reference.digest, f"{reference.digest}.statements"]
+            assert _entries(tmp_path) == [reference.version, f"{reference.version}.statements"]
     assert killed

@@ -338,7 +338,7 @@ def test_the_python_api_pulls_as_the_command_does(
     assert pulled.digest == reference.digest
     assert pulled.engine_dir == shop.to.absolute() / "engine"
     cached = pull("tiny", registry=shop.store.url, gpu="rtx4090")
-    assert cached.dir.name == reference.digest
+    assert cached.dir.name == reference.version
 
 
 def test_a_local_key_counts_for_a_folder_of_this_machine_only(shop: Shop) -> None:
