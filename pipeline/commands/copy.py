@@ -30,15 +30,15 @@ def copy(
     from pipeline.commands.screen import screen_logging
     from pipeline.registry import copying
 
-    request = copying.CopyRequest(
-        reference=reference,
-        source=source,
-        target=target,
-        policy=policy,
-        allow_unsigned=allow_unsigned,
-    )
     with screen_logging():
-        done = copying.copy(request, os.environ)
+        done = copying.copy(
+            reference,
+            source,
+            target,
+            os.environ,
+            policy=policy,
+            allow_unsigned=allow_unsigned,
+        )
     found, signer = done.resolved, done.resolved.verification.signer
     return Answer(
         value={

@@ -192,10 +192,12 @@ def _open(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolic
 def _open_to_sign(
     registry: str, policy: Path | None, reason: str
 ) -> tuple[WritableStore, TrustPolicy, Author]:
-    from pipeline.registry.trust.signatory import author_for
+    from pipeline.registry.trust.keys import require_signing_key
+    from pipeline.registry.trust.statements import Author, actor_of
 
     store, trust = _open(registry, policy)
-    return store, trust, author_for(os.environ, reason, own_folder=store.local)
+    key = require_signing_key(os.environ, local=store.local)
+    return store, trust, Author(key=key, actor=actor_of(os.environ), reason=reason)
 
 
 def _collected(done: Collected, *, delete: bool) -> Answer:

@@ -59,6 +59,7 @@ def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answ
 def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
     """Show one package: what it is for, where it is proven, its digest, who signed it."""
     from rich.console import Group
+    from rich.filesize import decimal
 
     from pipeline.commands.tables import printable
     from pipeline.registry.listing import entry
@@ -72,7 +73,7 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
         _pairs_table(_facts(found, found.resolved)),
         _rows_table(
             ("file", "size", "sha256"),
-            ((file["path"], _bytes(file["size"]), file["sha256"]) for file in manifest["files"]),
+            ((file["path"], decimal(file["size"]), file["sha256"]) for file in manifest["files"]),
         ),
         _rows_table(
             ("card", "verdict", "runtime", "signed by", "at", "statement"),
@@ -243,15 +244,6 @@ def _size_bytes(found: Resolved) -> int:
 
 
 def _size(found: Resolved) -> str:
-    return _bytes(_size_bytes(found))
+    from rich.filesize import decimal
 
-
-def _bytes(size_bytes: int) -> str:
-    """Decimal units, three significant digits."""
-    if size_bytes < 1000:
-        return f"{size_bytes} B"
-    size, units = float(size_bytes), iter(("kB", "MB", "GB", "TB"))
-    unit = "B"
-    while size >= 999.5 and (following := next(units, None)):
-        size, unit = size / 1000, following
-    return f"{size:.3g} {unit}"
+    return decimal(_size_bytes(found))

@@ -26,25 +26,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyRequest:
-    """What to copy.
-
-    Attributes:
-        reference: As the user typed it, in the source.
-        source: URL of a registry.
-        target: URL of another one.
-        policy: File; None for the environment's, then the configuration folder's.
-        allow_unsigned: Copy a package without a signature.
-    """
-
-    reference: str
-    source: str
-    target: str
-    policy: Path | None = None
-    allow_unsigned: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Copied:
     """What was copied.
 
@@ -59,12 +40,24 @@ class Copied:
     added: int
 
 
-def copy(request: CopyRequest, environ: Mapping[str, str]) -> Copied:
+def copy(
+    reference: str,
+    source_url: str,
+    target_url: str,
+    environ: Mapping[str, str],
+    *,
+    policy: Path | None = None,
+    allow_unsigned: bool = False,
+) -> Copied:
     """Copy one package with everything that trusted keys stated about it.
 
     Args:
-        request: What, from where, to where.
+        reference: As the user typed it, in the source.
+        source_url: Where it is.
+        target_url: Where it goes.
         environ: Names the policy and this machine's key.
+        policy: File; None for the environment's, then the configuration folder's.
+        allow_unsigned: Copy a package without a signature.
 
     Raises:
         UntrustedError: The package is not signed by a key that is trusted in both places.
@@ -72,14 +65,14 @@ def copy(request: CopyRequest, environ: Mapping[str, str]) -> Copied:
         RecipeError: Its licence forbids it to be there, or it is a rehearsal.
         NotFoundError: There is no such package.
     """
-    if request.source == request.target:
+    if source_url == target_url:
         raise RecipeError([Fault("--to", "is the same registry as --from; name another one")])
-    source, target = open_store(request.source), open_store(request.target)
+    source, target = open_store(source_url), open_store(target_url)
     # This machine's own key counts for its own folders only: elsewhere it is a stranger's.
-    policy = machine_trust(environ, own_folder=source.local and target.local, policy=request.policy)
-    terms = Terms(policy=policy, allow_unsigned=request.allow_unsigned)
+    trust = machine_trust(environ, own_folder=source.local and target.local, policy=policy)
+    terms = Terms(policy=trust, allow_unsigned=allow_unsigned)
     target.check_writable()
-    resolved = resolve(source, request.reference, terms)
+    resolved = resolve(source, reference, terms)
     require_manifest_publishable(resolved.package.manifest, public=target.public)
     package = fetch(source, resolved)
     statements = _whole_statements(source, resolved)

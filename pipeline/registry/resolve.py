@@ -62,7 +62,6 @@ class Resolved:
     Attributes:
         place: Where it lies.
         package: Manifest and digest; its folder is `place` as text for a package of a store.
-        data: The bytes of the manifest.
         statements: Those that count, as they lie in the store; envelopes, perhaps without files.
         verification: What they say.
         channel: The channel that was followed; empty for none.
@@ -71,11 +70,15 @@ class Resolved:
 
     place: Place
     package: Package
-    data: bytes
     statements: tuple[RawStatement, ...]
     verification: Verification
     channel: str = ""
     cards: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the manifest: only canonical ones were let in."""
+        return manifest_bytes(self.package.manifest)
 
     @property
     def yank(self) -> Yank | None:
@@ -133,38 +136,31 @@ def examine(store: Store, place: Place, terms: Terms, digest: str | None = None)
             f"{origin} has digest {own[:12]}, wanted {str(digest)[:12]}; publish it again"
         )
     package = Package(dir=Path(str(place)), manifest=manifest, digest=own)
-    data = manifest_bytes(manifest)  # what was read: only canonical bytes pass
     raws = store.read_statements(place)
     # Only a yank has to name the registry, so only for one is it asked.
     registry = store.identity() if any(raw.kind == "yank" for raw in raws) else None
-    return _verified(package, data, raws, terms, registry, origin)
+    return examine_package(package, raws, terms, origin, registry)
 
 
-def examine_folder(
-    package: Package, data: bytes, statements: Sequence[RawStatement], terms: Terms
+def examine_package(
+    package: Package,
+    raws: Sequence[RawStatement],
+    terms: Terms,
+    origin: str,
+    registry: str | None = None,
 ) -> Resolved:
-    """Verify what was stated about a package in a folder that belongs to no registry.
+    """Verify what was stated about a package whose manifest is what its digest says.
 
     Args:
-        package: Its bytes are what its manifest says.
-        data: The bytes of the manifest.
-        statements: As they lie beside it.
+        package: From a store, or in a folder.
+        raws: The statements about it, as they lie there.
         terms: What is accepted.
+        origin: The package, for messages.
+        registry: Identity of the registry; None for a folder that belongs to none.
 
     Raises:
         UntrustedError: As in `examine`.
     """
-    return _verified(package, data, statements, terms, None, str(package.dir))
-
-
-def _verified(
-    package: Package,
-    data: bytes,
-    raws: Sequence[RawStatement],
-    terms: Terms,
-    registry: str | None,
-    origin: str,
-) -> Resolved:
     done = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
     require_usable(
         done,
@@ -177,7 +173,6 @@ def _verified(
     return Resolved(
         place=Place.of(reference_of(package)),
         package=package,
-        data=data,
         statements=tuple(raw for raw in raws if raw.name in trusted),
         verification=done,
     )

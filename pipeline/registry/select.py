@@ -29,7 +29,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.hardware import GIB
 from pipeline.core.values import PASSING, Format
-from pipeline.registry.client.machine import Facts, version_key
+from pipeline.registry.client.machine import Facts, Runtime, version_key
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.resolve import Refused, Resolved
 
@@ -193,52 +193,50 @@ def _checks(manifest: Mapping[str, Any], facts: Facts, format: Format | None) ->
         yield "misfit", f"its format is {manifest['format']}, wanted {format}"
     if sms := match["sm"]:
         needs = "it is compiled for " + " or ".join(f"SM {sm}" for sm in sms)
-        if facts.sm is None:
-            yield "unknown", f"the SM: {needs}"
-        elif facts.sm not in sms:
-            yield "misfit", f"{needs}, this machine has SM {facts.sm}"
+        fits = None if facts.sm is None else facts.sm in sms
+        yield from _check("SM", needs, fits, f"this machine has SM {facts.sm}")
     if cards := match["cards"]:
+        fits = None if facts.card is None else facts.card in cards
         needs = f"it is tuned for {', '.join(cards)}"
-        if facts.card is None:
-            yield "unknown", f"the card: {needs}"
-        elif facts.card not in cards:
-            yield "misfit", f"{needs}, this machine has {facts.card}"
+        yield from _check("card", needs, fits, f"this machine has {facts.card}")
     if needed := match["min_vram_bytes"]:
+        fits = None if facts.vram_bytes is None else facts.vram_bytes >= needed
         needs = f"it needs {needed / GIB:.1f} GiB of device memory"
-        if facts.vram_bytes is None:
-            yield "unknown", f"the device memory: {needs}"
-        elif facts.vram_bytes < needed:
-            yield "misfit", f"{needs}, there are {facts.vram_bytes / GIB:.1f} GiB"
-    yield from _runtime(match["runtime"], facts)
-    for fact, least in (("driver", match["driver_min"]), ("cuda", match["cuda"])):
-        yield from _at_least(fact, least, facts.driver if fact == "driver" else facts.cuda)
+        there = f"there are {(facts.vram_bytes or 0) / GIB:.1f} GiB"
+        yield from _check("device memory", needs, fits, there)
+    name, version = match["runtime"]["name"].lower().replace("_", "-"), match["runtime"]["version"]
+    fits = _runs(facts.runtime, name, version)
+    yield from _check("runtime", f"it needs {name} {version}", fits, f"it is {facts.runtime}")
+    for fact, least, found in (
+        ("driver", match["driver_min"], facts.driver),
+        ("cuda", match["cuda"], facts.cuda),
+    ):
+        if least is not None:
+            fits = None if found is None else _at_least(found, least)
+            needs = f"it needs {fact} {least} or newer"
+            yield from _check(fact, needs, fits, f"this machine has {found}")
 
 
-def _runtime(needed: Mapping[str, str], facts: Facts) -> Iterator[_Check]:
-    """An engine needs its runtime in exactly one version."""
-    name, version = needed["name"].lower().replace("_", "-"), needed["version"]
-    needs = f"it needs {name} {version}"
-    if facts.runtime is None or (facts.runtime.name == name and not facts.runtime.version):
-        yield "unknown", f"the runtime: {needs}"
-    elif facts.runtime.name != name or not _same_version(facts.runtime.version, version):
-        yield "misfit", f"{needs}, the runtime is {facts.runtime}"
-
-
-def _same_version(left: str, right: str) -> bool:
-    key = version_key(left)
-    return left == right or (key is not None and key == version_key(right))
-
-
-def _at_least(fact: str, least: str | None, found: str | None) -> Iterator[_Check]:
-    if least is None:
-        return
-    needs = f"it needs {fact} {least} or newer"
-    if found is None:
+def _check(fact: str, needs: str, fits: bool | None, found: str) -> Iterator[_Check]:
+    """Nothing if it fits; a fact that is not known rejects nothing."""
+    if fits is None:
         yield "unknown", f"the {fact}: {needs}"
-        return
+    elif not fits:
+        yield "misfit", f"{needs}, {found}"
+
+
+def _runs(runtime: Runtime | None, name: str, version: str) -> bool | None:
+    """An engine needs its runtime in exactly one version; None if that is not known."""
+    if runtime is None or (runtime.name == name and not runtime.version):
+        return None
+    key = version_key(version)
+    same = runtime.version == version or (key is not None and key == version_key(runtime.version))
+    return runtime.name == name and same
+
+
+def _at_least(found: str, least: str) -> bool:
     has, wants = version_key(found), version_key(least)
-    if has is None or wants is None or has < wants:
-        yield "misfit", f"{needs}, this machine has {found}"
+    return has is not None and wants is not None and has >= wants
 
 
 def _require_one(

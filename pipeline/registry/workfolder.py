@@ -72,16 +72,13 @@ def work_folder(
     parent = parent.resolve()
     with contextlib.ExitStack() as locks:
         folder = _make(parent, prefix, locks)
-        dead = dict(_dead(parent, prefix, folder, locks))
-        adoptable = [path for path, ours in dead.items() if ours and keep is not None]
-        adopted = max(adoptable, key=_blocks, default=None)
-        if adopted is not None:
-            remove_folder(folder)
-            folder = adopted
-        for other in dead.keys() - {folder}:
-            remove_folder(other)
+        adopted = False
+        for dead, ours in list(_dead(parent, prefix, folder, locks)):
+            if ours and keep is not None and not adopted:
+                dead, folder, adopted = folder, dead, True
+            remove_folder(dead)
         try:
-            yield WorkFolder(dir=folder, adopted=adopted is not None)
+            yield WorkFolder(dir=folder, adopted=adopted)
         except BaseException as error:
             if keep is None or not keep(error):
                 remove_folder(folder)
@@ -181,13 +178,6 @@ def _locks_work(ours: Path) -> bool:
         return _lock(second) is False
     finally:
         os.close(second)
-
-
-def _blocks(folder: Path) -> int:
-    """Disk that a folder's files use; a guess is enough."""
-    with contextlib.suppress(OSError):
-        return sum(path.lstat().st_blocks for path in folder.rglob("*"))
-    return 0
 
 
 def remove_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.registry.resolve import (
     Terms,
     candidates,
     examine,
-    examine_folder,
+    examine_package,
     published_build,
     resolve,
 )
@@ -163,10 +163,9 @@ def test_a_folder_of_no_registry_is_verified_by_the_statements_beside_it(team: T
     yank(team, package)
     raws = team.store.read_statements(place_of(package))
     terms = Terms(policy=team.policy, allow_yanked=True)
-    data = team.store.read_manifest(place_of(package))
-    assert examine_folder(package, data, raws, terms).yank is not None
+    assert examine_package(package, raws, terms, "here").yank is not None
     with pytest.raises(UntrustedError, match="yanked"):
-        examine_folder(package, data, raws, Terms(policy=team.policy))
+        examine_package(package, raws, Terms(policy=team.policy), "here")
 
 
 def published(team: Team) -> Resolved | None:

@@ -72,7 +72,6 @@ def candidate(
     return Resolved(
         place=Place(name="phi3", variant=variant, version="1"),
         package=package,
-        data=b"",
         statements=(),
         verification=Verification(package=package, verdicts=signed),
         channel="stable",

@@ -22,10 +22,10 @@ from pipeline.registry.client.layout import (
 from pipeline.registry.client.machine import facts_of
 from pipeline.registry.client.pull import ARTIFACTS, PullRequest, fetch
 from pipeline.registry.client.receipt import Pulled
-from pipeline.registry.manifest import MANIFEST, manifest_bytes
+from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.package import verify as verify_package
 from pipeline.registry.reference import ParsedReference, reference_of
-from pipeline.registry.resolve import Resolved, Terms, examine_folder, resolve
+from pipeline.registry.resolve import Resolved, Terms, examine_package, resolve
 from pipeline.registry.select import best
 from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.stores.opening import open_store
@@ -100,8 +100,7 @@ def open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
     }
     if store is not None:
         statements = {one.name: one for one in _stored(store, package)} | statements
-    data = manifest_bytes(package.manifest)
-    resolved = examine_folder(package, data, list(statements.values()), terms)
+    resolved = examine_package(package, list(statements.values()), terms, str(folder))
     check_model_signature(folder, resolved)
     return resolved
 

@@ -34,7 +34,6 @@ from pipeline.registry.store import ENVELOPE, Store, WritableStore
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
 from pipeline.registry.trust.statements import (
     Author,
-    Statement,
     open_statement,
     place_fields,
     sign_statement,
@@ -147,17 +146,13 @@ def _read_move(data: bytes, policy: TrustPolicy, of: tuple[str, str], identity: 
         channel=found.part("channel"),
         card=found.part("card"),
         reference=reference,
-        predecessor=_predecessor(found),
+        predecessor=found.text("predecessor") if found.fields.get("predecessor") else None,
         actor=found.text("actor"),
         reason=found.text("reason"),
         signed_at=found.signed_at,
         signer=found.signer,
         id=found.id,
     )
-
-
-def _predecessor(found: Statement) -> str | None:
-    return None if found.fields.get("predecessor") is None else found.text("predecessor")
 
 
 def _chain(moves: Iterable[Move]) -> tuple[Move, ...]:

@@ -14,6 +14,8 @@ identifier, not a page."""
 LOCAL_BUILDER = "https://enginesmith.dev/builder/local/v1"
 """SLSA builder id of a build that a person started on a machine of theirs; the key tells which. An
 identifier, not a page."""
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+"""In-toto's Timestamp: RFC 3339 in UTC, whole seconds."""
 
 
 def provenance_predicate(
@@ -59,8 +61,8 @@ def provenance_predicate(
             "builder": {"id": builder_id, "version": {"enginesmith": __version__}},
             "metadata": {
                 "invocationId": invocation_id,
-                "startedOn": _time(started),
-                "finishedOn": _time(finished),
+                "startedOn": started.astimezone(UTC).strftime(_TIME),
+                "finishedOn": finished.astimezone(UTC).strftime(_TIME),
             },
         },
     }
@@ -91,10 +93,3 @@ def builder(environ: Mapping[str, str], run: str) -> tuple[str, str]:
         invocation = f"{server}/{repository}/actions/runs/{run_id}/attempts/{attempt}"
         return f"{server}/{workflow}", invocation
     return LOCAL_BUILDER, run
-
-
-def _time(moment: datetime) -> str:
-    """RFC 3339 in UTC, whole seconds, as in-toto's Timestamp."""
-    if moment.tzinfo is None:
-        raise ValueError(f"{moment} has no time zone")
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

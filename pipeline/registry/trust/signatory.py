@@ -17,7 +17,7 @@ from pipeline.registry.trust.keys import SigningKey, config_root, require_signin
 from pipeline.registry.trust.model_signature import MODEL_SIGNATURE, available, sign_engine
 from pipeline.registry.trust.policy import TrustPolicy, load_policy, own_trust
 from pipeline.registry.trust.provenance import builder, provenance_predicate
-from pipeline.registry.trust.statements import Author, actor_of, sign_statement
+from pipeline.registry.trust.statements import sign_statement
 
 log = logging.getLogger(__name__)
 
@@ -128,44 +128,15 @@ def signatory_for(
     key = require_signing_key(environ, local=own_folder, make=True)
     builder_id, invocation_id = builder(environ, run)
     trust = machine_policy(environ) or own_trust(key.public)
-    require_trusted(trust, key, builder_id if builds else None)
-    return Signatory(key=key, trust=trust, builder_id=builder_id, invocation_id=invocation_id)
-
-
-def author_for(environ: Mapping[str, str], reason: str, *, own_folder: bool) -> Author:
-    """Who yanks a package or moves a channel; makes no key.
-
-    Args:
-        environ: Names the key and the person.
-        reason: Why, for people.
-        own_folder: The registry is a folder of this machine.
-
-    Raises:
-        RecipeError: There is no key, or it cannot be used; or the reason is not one line.
-    """
-    key = require_signing_key(environ, local=own_folder)
-    return Author(key=key, actor=actor_of(environ), reason=reason)
-
-
-def require_trusted(trust: TrustPolicy, key: SigningKey, builder_id: str | None) -> None:
-    """Stop a run, before any work, whose package or test result this machine would not take.
-
-    Args:
-        trust: Whom this machine trusts.
-        key: What signs.
-        builder_id: What builds; None where nothing is built.
-
-    Raises:
-        UntrustedError: The policy does not let this key sign, or this builder build.
-    """
-    if builder_id is not None:
-        trust.require_may(key.public, "builds")
     trust.require_may(key.public, "verdicts")
-    if builder_id is not None and trust.builder_ids and builder_id not in trust.builder_ids:
+    if builds:
+        trust.require_may(key.public, "builds")
+    if builds and trust.builder_ids and builder_id not in trust.builder_ids:
         raise UntrustedError(
             f"this builder is {builder_id}, and the policy trusts {', '.join(trust.builder_ids)} "
             "only; add it to the policy's builder_ids"
         )
+    return Signatory(key=key, trust=trust, builder_id=builder_id, invocation_id=invocation_id)
 
 
 def machine_policy(environ: Mapping[str, str], path: Path | None = None) -> TrustPolicy | None:

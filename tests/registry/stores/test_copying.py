@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, RecipeError, UntrustedError
-from pipeline.registry.copying import Copied, CopyRequest, copy
+from pipeline.registry.copying import Copied, copy
 from pipeline.registry.promotion import channels_of, promote, yank_package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import WritableStore
@@ -46,13 +46,8 @@ def policy_of(team: Team) -> Path:
 def run(
     team: Team, target: WritableStore, text: str, environ: Mapping[str, str] | None = None
 ) -> Copied:
-    request = CopyRequest(
-        reference=text,
-        source=team.store.url,
-        target=target.url,
-        policy=None if environ is not None else policy_of(team),
-    )
-    return copy(request, environ or {})
+    policy = None if environ is not None else policy_of(team)
+    return copy(text, team.store.url, target.url, environ or {}, policy=policy)
 
 
 def test_a_copy_has_the_bytes_the_signatures_and_the_results_and_no_channel(
