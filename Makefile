@@ -59,7 +59,7 @@ test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the 
 
 test-soak: $(READY) ## the whole kill matrix of publish and pull on every registry; an hour
 	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill \
-	    tests/registry/client/test_kills.py tests/registry/client/test_concurrent.py $(ARGS)
+	    tests/registry/stores/test_kills.py tests/registry/client $(ARGS)
 
 bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 GB, side by side
 	$(RUN) -m tests.benchmarks.registry $(ARGS)
