@@ -22,106 +22,45 @@ from pipeline.core.settings import STRICT
 from pipeline.core.values import Limits
 from pipeline.formats.trtllm.release import BUILD_PROGRAM
 
-CHECKPOINT, ENGINE, TIMING_IN, TIMING_OUT = "checkpoint", "engine", "timing-in", "timing-out"
+CHECKPOINT, ENGINE, TIMING = "checkpoint", "engine", "timing"
 """Names of the folders that the command sees."""
 TIMING_CACHE_FILE = "model.cache"
-
-
-GemmPlugin = Literal["disable", "auto", "float16", "bfloat16", "fp8"]
-Fp8Plugin = Literal["disable", "fp8"]
-
-_HOPPER_SM = 90
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Plugins:
     """Kernel choices, `plugin_config` to TensorRT-LLM; `conf/compiler/trtllm.yaml` has reasons.
 
+    Prefill attention is in FP8 exactly where the cache is: with a paged context TensorRT-LLM would
+    change anything else, and only warn (`build()` in builder.py). The plugins for Hopper stay off,
+    which is their default.
+
     Attributes:
         gemm_plugin: cuBLASLt for the GEMMs that are not FP8 (a 16-bit type or `auto`), or for the
             FP8 ones (`fp8`); `disable` leaves all to TensorRT.
-        gemm_swiglu_plugin: GEMM, SwiGLU and quantization in one kernel; Hopper only.
-        low_latency_gemm_plugin: FP8 GEMM for few tokens; Hopper and newer.
-        low_latency_gemm_swiglu_plugin: Both of the above in one.
         use_fused_mlp: gate and up as one GEMM.
         use_paged_context_fmha: Prefill reads the paged cache: needed for chunked prefill and for
             the reuse of cached prefixes.
-        use_fp8_context_fmha: Prefill attention in FP8; None: exactly where the cache is FP8.
         multiple_profiles: One optimization profile for each range of token counts.
         tokens_per_block: Tokens of one block of the paged cache.
     """
 
-    gemm_plugin: GemmPlugin
-    gemm_swiglu_plugin: Fp8Plugin
-    low_latency_gemm_plugin: Fp8Plugin
-    low_latency_gemm_swiglu_plugin: Fp8Plugin
+    gemm_plugin: Literal["disable", "auto", "float16", "bfloat16", "fp8"]
     use_fused_mlp: bool
     use_paged_context_fmha: bool
-    use_fp8_context_fmha: bool | None
     multiple_profiles: bool
     tokens_per_block: PositiveInt
-
-    def __post_init__(self) -> None:
-        # TensorRT-LLM raises RuntimeError for it: optimize_model_with_config in builder.py.
-        for name in ("gemm_swiglu_plugin", "low_latency_gemm_swiglu_plugin"):
-            if getattr(self, name) != "disable" and not self.use_fused_mlp:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) needs use_fused_mlp; set it to true"
-                )
-
-    def fp8_context_fmha(self, kv_cache_dtype: str) -> bool:
-        """Whether prefill attention runs in FP8 beside this type of cache."""
-        if self.use_fp8_context_fmha is None:
-            return kv_cache_dtype == "fp8"
-        return self.use_fp8_context_fmha
-
-    def attention_fault(self, kv_cache_dtype: str) -> str | None:
-        """Why TensorRT-LLM would silently build other attention than asked for; else None.
-
-        It follows from `build()` in builder.py (1.2 line): with a paged context, FP8 attention is
-        turned off where the cache is not FP8, and on where it is; both are only warned of.
-        """
-        fp8_cache = kv_cache_dtype == "fp8"
-        if self.use_paged_context_fmha and self.fp8_context_fmha(kv_cache_dtype) != fp8_cache:
-            return (
-                f"use_fp8_context_fmha ({str(self.use_fp8_context_fmha).lower()}) does not go with "
-                f"use_paged_context_fmha and kv_cache_dtype {kv_cache_dtype}: TensorRT-LLM would "
-                f"build {str(fp8_cache).lower()}; set it to null"
-            )
-        return None
-
-    def sm_fault(self, sm: int) -> str | None:
-        """Which plugin this SM has no use for; None for none."""
-        for name in (
-            "gemm_swiglu_plugin",
-            "low_latency_gemm_plugin",
-            "low_latency_gemm_swiglu_plugin",
-        ):
-            if getattr(self, name) != "disable" and sm < _HOPPER_SM:
-                return (
-                    f"plugins.{name} is for Hopper (sm_90) and newer, the target is sm_{sm}; set "
-                    "it to disable"
-                )
-        return None
-
-    def arguments(self, kv_cache_dtype: str) -> tuple[str, ...]:
-        """Flags of `trtllm-build` in a fixed order; on and off are words there."""
-        values = self.effective(kv_cache_dtype)
-        return tuple(part for name, value in values.items() for part in (f"--{name}", _word(value)))
 
     def effective(self, kv_cache_dtype: str) -> Mapping[str, str | bool | int | None]:
         """Values that must stand in the engine's `plugin_config`; None for a plugin that is off."""
         return {
-            "gemm_plugin": _or_none(self.gemm_plugin),
-            "gemm_swiglu_plugin": _or_none(self.gemm_swiglu_plugin),
-            "low_latency_gemm_plugin": _or_none(self.low_latency_gemm_plugin),
-            "low_latency_gemm_swiglu_plugin": _or_none(self.low_latency_gemm_swiglu_plugin),
+            "gemm_plugin": None if self.gemm_plugin == "disable" else self.gemm_plugin,
             # Not settings: without them TensorRT-LLM pads, and FP8 and paged attention are off.
             "context_fmha": True,
             "remove_input_padding": True,
             "use_fused_mlp": self.use_fused_mlp,
             "use_paged_context_fmha": self.use_paged_context_fmha,
-            "use_fp8_context_fmha": self.fp8_context_fmha(kv_cache_dtype),
+            "use_fp8_context_fmha": kv_cache_dtype == "fp8",
             "multiple_profiles": self.multiple_profiles,
             "tokens_per_block": self.tokens_per_block,
         }
@@ -168,7 +107,8 @@ def build_command(
     ]
     if opt_num_tokens is not None:
         command += ["--opt_num_tokens", str(opt_num_tokens)]
-    command += plugins.arguments(limits.kv_cache_dtype)
+    for name, value in plugins.effective(limits.kv_cache_dtype).items():
+        command += [f"--{name}", _word(value)]
     if paths.timing_cache_in is not None:
         command += ["--input_timing_cache", paths.timing_cache_in]
     command += ["--output_timing_cache", paths.timing_cache_out]
@@ -176,11 +116,8 @@ def build_command(
     return tuple(command)
 
 
-def _or_none(value: str) -> str | None:
-    return None if value == "disable" else value
-
-
 def _word(value: str | bool | int | None) -> str:
+    """As the command line has it, where on and off are words."""
     if isinstance(value, bool):
         return "enable" if value else "disable"
     return "disable" if value is None else str(value)

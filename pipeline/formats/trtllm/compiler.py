@@ -13,7 +13,7 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache, StageResult, digest_folder
-from pipeline.core.errors import Fault, IncompatibleError, RecipeError, ToolError
+from pipeline.core.errors import IncompatibleError, ToolError
 from pipeline.core.hardware import GIB, Target
 from pipeline.core.process import last_lines
 from pipeline.core.settings import STRICT
@@ -22,9 +22,8 @@ from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtllm.command import (
     CHECKPOINT,
     ENGINE,
+    TIMING,
     TIMING_CACHE_FILE,
-    TIMING_IN,
-    TIMING_OUT,
     BuildPaths,
     Plugins,
     build_command,
@@ -35,7 +34,7 @@ from pipeline.formats.trtllm.convert.stage import KvCacheDtype, TrtLlmSettings, 
 from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
 from pipeline.formats.trtllm.hints import explain_log
 from pipeline.formats.trtllm.place import Place, Where, choose_place, find_card
-from pipeline.formats.trtllm.read_back import ENGINE_FILE, Wanted, forget_paths, read_back
+from pipeline.formats.trtllm.read_back import ENGINE_FILE, expected_config, read_back
 from pipeline.formats.trtllm.release import NAME, VERSION
 from pipeline.formats.trtllm.spec import SPEC
 from pipeline.quant.export import copy_companions
@@ -107,8 +106,6 @@ class TrtLlmCompiler:
                 "plugins.multiple_profiles, which has an optimum for each range; set one of the "
                 "two to null or false"
             )
-        if fault := self.plugins.attention_fault(self.kv_cache_dtype):
-            raise ValueError(f"plugins.{fault}")
 
     @property
     def _num_tokens(self) -> int:
@@ -155,7 +152,6 @@ class TrtLlmCompiler:
         """Find out in seconds, before any download, whether this machine can build at all.
 
         Raises:
-            RecipeError: A kernel choice that the target has no use for.
             IncompatibleError: It cannot; names the ways on.
             AccessError: The user may not use Docker.
         """
@@ -191,8 +187,6 @@ class TrtLlmCompiler:
         return TrtLlmSettings(kv_cache_dtype=self.kv_cache_dtype, dtype=self.dtype)
 
     def _place(self, target: Target) -> Place:
-        if fault := self.plugins.sm_fault(target.sm):
-            raise RecipeError([Fault("compiler.plugins", fault)])
         try:
             return choose_place(
                 self.where,
@@ -214,36 +208,27 @@ class TrtLlmCompiler:
         timing: TimingCache,
         log_path: Path,
     ) -> None:
-        folders = {
-            name: Shared(name=name, source=out / name, read_only=name == TIMING_IN)
-            for name in (ENGINE, TIMING_IN, TIMING_OUT)
-        }
-        for folder in folders.values():
-            folder.source.mkdir()
-        folders[CHECKPOINT] = Shared(name=CHECKPOINT, source=converted_dir)
-        lent = timing.lend(out / TIMING_IN)
+        engine_dir, timing_dir = out / ENGINE, out / TIMING
+        checkpoint = Shared(name=CHECKPOINT, source=converted_dir)
+        engine = Shared(name=ENGINE, source=engine_dir, read_only=False)
+        kernels = Shared(name=TIMING, source=timing_dir, read_only=False)
+        engine_dir.mkdir()
+        timing_dir.mkdir()
+        lent = timing.lend(timing_dir)
         paths = BuildPaths(
-            checkpoint_dir=place.path(folders[CHECKPOINT]),
-            engine_dir=place.path(folders[ENGINE]),
-            timing_cache_in=f"{place.path(folders[TIMING_IN])}/{lent.name}" if lent else None,
-            timing_cache_out=f"{place.path(folders[TIMING_OUT])}/{TIMING_CACHE_FILE}",
+            checkpoint_dir=place.path(checkpoint),
+            engine_dir=place.path(engine),
+            timing_cache_in=f"{place.path(kernels)}/{lent.name}" if lent else None,
+            timing_cache_out=f"{place.path(kernels)}/{TIMING_CACHE_FILE}",
         )
-        _run_explained(
-            place, self._command(paths), tuple(folders.values()), log_path, self.timeout_s
-        )
-        engine_dir = out / ENGINE
-        wanted = Wanted(
-            limits=self.limits,
-            opt_num_tokens=self.opt_num_tokens,
-            plugins=self.plugins,
-            checkpoint=json.loads((converted_dir / "config.json").read_text()),
-        )
-        effective = read_back(engine_dir, wanted)
-        forget_paths(engine_dir)
+        shared = (checkpoint, engine, kernels)
+        _run_explained(place, self._command(paths), shared, log_path, self.timeout_s)
+        config = json.loads((converted_dir / "config.json").read_text())
+        expected = expected_config(self.limits, self.opt_num_tokens, self.plugins, config)
+        effective = read_back(engine_dir, expected)
         copy_companions(unified_dir, engine_dir)
-        timing.keep(out / TIMING_OUT)
-        shutil.rmtree(out / TIMING_IN)
-        shutil.rmtree(out / TIMING_OUT)
+        timing.keep(timing_dir)
+        shutil.rmtree(timing_dir)
         checks = {
             "effective": effective,
             "environment": asdict(timing.environment),

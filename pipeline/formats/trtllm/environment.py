@@ -50,11 +50,6 @@ class Environment:
         return {name: value for name, value in asdict(self).items() if name != "driver"}
 
     @property
-    def key(self) -> str:
-        """SHA-256 (hex) of that part."""
-        return digest_of(self.shaping)
-
-    @property
     def tools(self) -> Mapping[str, str]:
         """Name -> version, for the manifest; unknown ones are left out."""
         named = {
@@ -121,12 +116,12 @@ class TimingCache:
     @property
     def file(self) -> Path:
         """Where it is kept."""
-        return self.root / "timing" / self.environment.key[:24] / TIMING_CACHE_FILE
+        return self.root / "timing" / digest_of(self.environment.shaping)[:24] / TIMING_CACHE_FILE
 
     def lend(self, folder: Path) -> Path | None:
         """Copy it into `folder`; None when there is none yet."""
         try:
-            return Path(shutil.copyfile(self.file, folder / TIMING_CACHE_FILE))
+            return Path(shutil.copyfile(self.file, folder / "lent.cache"))
         except FileNotFoundError:
             return None
 

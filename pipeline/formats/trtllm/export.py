@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import logging
 import shlex
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.atomic_folder import PREFIX, atomic_folder
+from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.core.values import Limits
@@ -127,7 +126,7 @@ def plan_export(
     place = _replaceable(out_dir)
     spec = UnifiedCheckpoint(checkpoint_dir).spec
     settings = _settings(checkpoint_dir, kv_cache_dtype, dtype)
-    plugins = _plugins()
+    plugins = Plugins(**shipped("compiler/trtllm")["plugins"])
     limits = _limits(
         spec,
         settings,
@@ -153,8 +152,8 @@ def plan_export(
 def _replaceable(out_dir: Path) -> Path:
     """The folder without links, after making sure that a finished one can take its place.
 
-    An empty folder is replaced by another empty one right away: only that tells a mount point, a
-    parent that is not ours, or a file system that cannot do it.
+    An empty folder is removed and made again: only that tells a mount point, or a parent that is
+    not ours.
 
     Raises:
         ConflictError: It is not empty, or no folder.
@@ -168,27 +167,20 @@ def _replaceable(out_dir: Path) -> Path:
         return place
     if not place.is_dir() or any(place.iterdir()):
         raise ConflictError(f"{out_dir} exists and is not empty; name a new folder")
-    advice = f"name a new folder in it, such as {out_dir / 'checkpoint'}"
-    if place == Path.cwd():
-        raise RecipeError([Fault("OUT_DIR", f"{out_dir} is the current folder; {advice}")])
+    reason = "it is the current folder" if place == Path.cwd() else ""
     try:
-        probe = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.parent))
-        try:
-            probe.chmod(place.stat().st_mode & 0o7777)
-            probe.rename(place)
-        except OSError:
-            probe.rmdir()
-            raise
-    except OSError as error:
-        raise RecipeError(
-            [
-                Fault(
-                    "OUT_DIR",
-                    f"{out_dir} cannot be replaced by the finished folder ({error.strerror}): a "
-                    f"mount point, or in a folder that you may not write; {advice}",
-                )
-            ]
-        ) from error
+        if not reason:
+            mode = place.stat().st_mode
+            place.rmdir()
+            place.mkdir(mode & 0o7777)
+    except OSError as error:  # a mount point, or in a folder of another user
+        reason = str(error.strerror)
+    if reason:
+        message = (
+            f"{out_dir} cannot be replaced by the finished folder ({reason}); name a new folder "
+            f"in it, such as {out_dir / 'checkpoint'}"
+        )
+        raise RecipeError([Fault("OUT_DIR", message)])
     return place
 
 
@@ -253,8 +245,3 @@ def _limits(
         max_num_tokens=max(tokens, block),
         kv_cache_dtype=settings.kv_cache_dtype,
     )
-
-
-def _plugins() -> Plugins:
-    """Kernel choices of the compiler group's default."""
-    return Plugins(**shipped("compiler/trtllm")["plugins"])

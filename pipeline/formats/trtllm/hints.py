@@ -27,24 +27,6 @@ CAUSES = {
     r"Unsupported model architecture: (\w+)": (
         r"TensorRT-LLM's engine backend does not know \1; use compiler=checkpoint"
     ),
-    # llama_index issue 12318, TensorRT-LLM issue 3031
-    r"incompatible device, expecting compute ([\d.]+) got compute ([\d.]+)": (
-        r"the engine is for another GPU generation (compute \2 and \1); build it on the card "
-        "that it is for"
-    ),
-    # TensorRT issue 574, wang-xinyu/tensorrtx issue 664
-    (
-        r"not compatible with this version of TensorRT, expecting library version "
-        r"([\d.]+) got ([\d.]+)"
-    ): (
-        r"the engine is of another TensorRT (versions \2 and \1); run it with the release "
-        "that built it, which its manifest names, or build it again"
-    ),
-    # plugins' deserialization check in the C++ runtime
-    r"using different TensorRT[- ]LLM version": (
-        "the engine's plugins are of another TensorRT-LLM; run it with the release that built "
-        "it, which its manifest names, or build it again"
-    ),
     # CUDA runtime API, cudaErrorInsufficientDriver; torch.cuda
     (
         r"CUDA driver version is insufficient for CUDA runtime version|"

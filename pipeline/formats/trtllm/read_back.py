@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Limits
-from pipeline.formats.trtllm.command import TIMING_CACHE_FILE, Plugins
+from pipeline.formats.trtllm.command import Plugins
 from pipeline.formats.trtllm.release import VERSION
 
 ENGINE_FILE = "rank0.engine"
@@ -45,32 +44,16 @@ _MODEL_KEYS = (
 """Keys of a checkpoint's config that must come out as they went in; most of them have a silent
 default (`PretrainedConfig` and its subclasses, models/*/config.py)."""
 
-_TIMING_KEYS = ("input_timing_cache", "output_timing_cache")
-
-
 _MISSING = object()
 """Stands for a key that is not there."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What was asked for.
+def read_back(engine_dir: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a finished engine folder, and take this machine's folders out of its config.
 
-    Attributes:
-        limits: Sizes of the engine, and the type of its cache.
-        opt_num_tokens: Token count that kernels are chosen for; None where it was left open.
-        plugins: Kernel choices.
-        checkpoint: Parsed `config.json` of the TensorRT-LLM checkpoint.
-    """
-
-    limits: Limits
-    opt_num_tokens: int | None
-    plugins: Plugins
-    checkpoint: Mapping[str, Any]
-
-
-def read_back(engine_dir: Path, wanted: Wanted) -> dict[str, Any]:
-    """Check a finished engine folder.
+    Args:
+        engine_dir: What `trtllm-build` wrote.
+        expected: From `expected_config`.
 
     Returns:
         The effective values, by dotted path, for the report.
@@ -87,7 +70,7 @@ def read_back(engine_dir: Path, wanted: Wanted) -> dict[str, Any]:
         raise PipelineError(f"trtllm-build wrote no readable {CONFIG_FILE}: {error}") from error
     effective: dict[str, Any] = {}
     differences = []
-    for path, value in _expected(wanted):
+    for path, value in expected.items():
         found = _at(config, path)
         effective[path] = found
         if not _same(found, value):
@@ -99,44 +82,47 @@ def read_back(engine_dir: Path, wanted: Wanted) -> dict[str, Any]:
             f"it changes (see its log):\n{listed}\nchange the recipe so that it asks for what goes "
             "together"
         )
+    # The runtime does not read these keys, and TensorRT-LLM itself leaves out others that say
+    # nothing about the engine (`EngineConfig.to_dict`).
+    for key in ("input_timing_cache", "output_timing_cache"):
+        config["build_config"][key] = None
+    (engine_dir / CONFIG_FILE).write_text(json.dumps(config, indent=4) + "\n")
     return effective
 
 
-def forget_paths(engine_dir: Path) -> None:
-    """Name the timing cache in the engine's config without the folders of this machine.
+def expected_config(
+    limits: Limits, opt_num_tokens: int | None, plugins: Plugins, checkpoint: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Dotted path -> value of everything that must be so in the engine's config.
 
-    The runtime does not read these keys, and TensorRT-LLM itself leaves out others that say nothing
-    about the engine (`EngineConfig.to_dict`).
+    Args:
+        limits: Sizes of the engine, and the type of its cache.
+        opt_num_tokens: Token count that kernels are chosen for; None where it was left open.
+        plugins: Kernel choices.
+        checkpoint: Parsed `config.json` of the TensorRT-LLM checkpoint.
     """
-    path = engine_dir / CONFIG_FILE
-    config = json.loads(path.read_text())
-    build = config["build_config"]
-    for key in _TIMING_KEYS:
-        if build.get(key) is not None:
-            build[key] = TIMING_CACHE_FILE
-    path.write_text(json.dumps(config, indent=4) + "\n")
-
-
-def _expected(wanted: Wanted) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that must be so."""
-    limits, checkpoint = wanted.limits, wanted.checkpoint
-    yield "version", VERSION
-    for key in _MODEL_KEYS:
-        if key in checkpoint:
-            yield f"pretrained_config.{key}", checkpoint[key]
-    quantization = "pretrained_config.quantization"
-    yield f"{quantization}.quant_algo", "FP8"
-    cache = "FP8" if limits.kv_cache_dtype == "fp8" else None
-    yield f"{quantization}.kv_cache_quant_algo", cache
-    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
-        yield f"build_config.{name}", getattr(limits, name)
-    if wanted.opt_num_tokens is not None:
-        yield "build_config.opt_num_tokens", wanted.opt_num_tokens
-    yield "build_config.max_beam_width", 1
-    yield "build_config.kv_cache_type", "PAGED"
-    yield "build_config.strongly_typed", True
-    for name, value in wanted.plugins.effective(limits.kv_cache_dtype).items():
-        yield f"build_config.plugin_config.{name}", value
+    known = {key: checkpoint[key] for key in _MODEL_KEYS if key in checkpoint}
+    fp8_cache = limits.kv_cache_dtype == "fp8"
+    build = {
+        "max_batch_size": limits.max_batch_size,
+        "max_seq_len": limits.max_seq_len,
+        "max_num_tokens": limits.max_num_tokens,
+        **({} if opt_num_tokens is None else {"opt_num_tokens": opt_num_tokens}),
+        "max_beam_width": 1,
+        "kv_cache_type": "PAGED",
+        "strongly_typed": True,
+    }
+    return {
+        "version": VERSION,
+        **{f"pretrained_config.{key}": value for key, value in known.items()},
+        "pretrained_config.quantization.quant_algo": "FP8",
+        "pretrained_config.quantization.kv_cache_quant_algo": "FP8" if fp8_cache else None,
+        **{f"build_config.{key}": value for key, value in build.items()},
+        **{
+            f"build_config.plugin_config.{key}": value
+            for key, value in plugins.effective(limits.kv_cache_dtype).items()
+        },
+    }
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:

@@ -10,12 +10,8 @@ from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 
 ADA_PLUGINS = Plugins(
     gemm_plugin="disable",
-    gemm_swiglu_plugin="disable",
-    low_latency_gemm_plugin="disable",
-    low_latency_gemm_swiglu_plugin="disable",
     use_fused_mlp=True,
     use_paged_context_fmha=True,
-    use_fp8_context_fmha=None,
     multiple_profiles=True,
     tokens_per_block=32,
 )

@@ -20,20 +20,11 @@ VARIANTS = {
     "fp8-cache": compiler(),
     "16-bit-cache": compiler(kv_cache_dtype="bfloat16"),
     "one-profile": compiler({"multiple_profiles": False}, opt_num_tokens=64),
-    "every-plugin-on": compiler(
-        {
-            "gemm_plugin": "fp8",
-            "gemm_swiglu_plugin": "fp8",
-            "low_latency_gemm_plugin": "fp8",
-            "low_latency_gemm_swiglu_plugin": "fp8",
-        }
-    ),
     "every-switch-off": compiler(
         {
             "gemm_plugin": "auto",
             "use_fused_mlp": False,
             "use_paged_context_fmha": False,
-            "use_fp8_context_fmha": False,
             "multiple_profiles": False,
         }
     ),
@@ -82,9 +73,6 @@ def test_command_for_phi3_on_an_rtx_4090() -> None:
         *("--max_num_tokens", "8192"),
         *("--max_beam_width", "1"),
         *("--gemm_plugin", "disable"),
-        *("--gemm_swiglu_plugin", "disable"),
-        *("--low_latency_gemm_plugin", "disable"),
-        *("--low_latency_gemm_swiglu_plugin", "disable"),
         *("--context_fmha", "enable"),
         *("--remove_input_padding", "enable"),
         *("--use_fused_mlp", "enable"),

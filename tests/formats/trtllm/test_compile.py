@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -103,15 +101,11 @@ def test_report_holds_effective_values_environment_and_conversion(
     json.dumps(checks)
 
 
-def test_second_time_comes_from_the_cache(
-    checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_second_time_comes_from_the_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
     first = build(checkpoint, tmp_path)
     (tmp_path / "logs" / "compile.log").unlink()
-    with caplog.at_level(logging.INFO):
-        assert build(checkpoint, tmp_path) == first
+    assert build(checkpoint, tmp_path) == first
     assert not (tmp_path / "logs" / "compile.log").exists()
-    assert "compile: already done" in caplog.text
 
 
 def test_other_card_or_release_is_built_anew(
@@ -201,32 +195,6 @@ def test_build_that_hangs_is_stopped_and_not_taken_for_out_of_memory(
         build(checkpoint, tmp_path, compiler(timeout_s=2.0))
     assert "memory" not in str(caught.value)
     assert finished(tmp_path) == []
-
-
-def damaged(folder: Path, change: Any) -> None:
-    """Change the converted checkpoint that the cache holds, sizes unchanged."""
-    (converted,) = (folder / "cache" / "stages" / "convert-trtllm").iterdir()
-    path = converted / "rank0.safetensors"
-    path.write_bytes(change(path.read_bytes()))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data: data.replace(b"layers.1.mlp.fc.weight", b"layers.1.mlp.fx.weight"), "lacks"),
-        (
-            lambda data: data.replace(b'"shape":[128,64]', b'"shape":[64,128]'),
-            "has another shape than its config says",
-        ),
-    ],
-)
-def test_checkpoint_with_missing_or_misshaped_tensors_says_which(
-    checkpoint: Checkpoint, tmp_path: Path, change: Any, message: str
-) -> None:
-    build(checkpoint, tmp_path)
-    damaged(tmp_path, change)
-    with pytest.raises(ToolError, match=message):
-        build(checkpoint, tmp_path, compiler(max_batch_size=2))
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2.5", "phi3"])

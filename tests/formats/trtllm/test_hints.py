@@ -22,15 +22,6 @@ SNIPPETS = {
     "AssertionError: Unsupported model architecture: Gemma4ForCausalLM": (
         "does not know Gemma4ForCausalLM; use compiler=checkpoint"
     ),
-    # llama_index issue 12318
-    "[TRT] [E] 6: The engine plan file is generated on an incompatible device, expecting compute "
-    "8.0 got compute 8.9, please rebuild.": "compute 8.9 and 8.0",
-    # TensorRT issue 574
-    "[TRT] [E] 6: The engine plan file is not compatible with this version of TensorRT, expecting "
-    "library version 10.14.1 got 10.11.0, please rebuild.": "versions 10.11.0 and 10.14.1",
-    # C++ runtime, as the facts quote it
-    "Assertion failed: Expected length (44) != real length (48). This is often caused by using "
-    "different TensorRT LLM version to build the engine and run the engine.": "plugins are of",
     # TensorRT-LLM issue 346
     "[TRT] [E] 2: [virtualMemoryBuffer.cpp::resizePhysical::140] Error Code 2: OutOfMemory (no "
     "further information)": "lower compiler.max_num_tokens",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.formats.trtllm.read_back import Wanted, forget_paths, read_back
+from pipeline.formats.trtllm.read_back import expected_config, read_back
 from tests.formats.trtllm.settings import compiler
 
 CHECKPOINT: dict[str, Any] = {
@@ -24,18 +24,14 @@ CHECKPOINT: dict[str, Any] = {
 }
 
 
-def wanted(**fields: Any) -> Wanted:
+def wanted(**fields: Any) -> dict[str, Any]:
     built = compiler(**fields)
-    return Wanted(
-        limits=built.limits,
-        opt_num_tokens=built.opt_num_tokens,
-        plugins=built.plugins,
-        checkpoint=CHECKPOINT,
-    )
+    return expected_config(built.limits, built.opt_num_tokens, built.plugins, CHECKPOINT)
 
 
-def config_for(asked: Wanted) -> dict[str, Any]:
+def config_for(**fields: Any) -> dict[str, Any]:
     """What the real program would write for it."""
+    asked = compiler(**fields)
     return {
         "version": "1.2.1",
         "pretrained_config": json.loads(json.dumps({**CHECKPOINT, "logits_dtype": "float32"})),
@@ -45,7 +41,7 @@ def config_for(asked: Wanted) -> dict[str, Any]:
             "kv_cache_type": "PAGED",
             "strongly_typed": True,
             "input_timing_cache": None,
-            "output_timing_cache": "/home/somebody/cache/model.cache",
+            "output_timing_cache": "/home/me/cache/model.cache",
             "plugin_config": dict(asked.plugins.effective(asked.limits.kv_cache_dtype)),
         },
     }
@@ -69,7 +65,9 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def test_engine_as_asked_gives_its_effective_values(tmp_path: Path) -> None:
-    effective = read_back(write_engine(tmp_path, config_for(wanted())), wanted())
+    folder = write_engine(tmp_path, config_for())
+    effective = read_back(folder, wanted())
+    assert "/home/me" not in (folder / "config.json").read_text()
     assert effective["build_config.max_num_tokens"] == 256
     assert effective["build_config.plugin_config.use_fp8_context_fmha"] is True
     assert effective["pretrained_config.quantization.kv_cache_quant_algo"] == "FP8"
@@ -102,7 +100,7 @@ def test_engine_as_asked_gives_its_effective_values(tmp_path: Path) -> None:
     ],
 )
 def test_other_value_is_refused_with_both(tmp_path: Path, path: str, value: Any) -> None:
-    config = config_for(wanted())
+    config = config_for()
     put(config, path, value)
     with pytest.raises(PipelineError) as caught:
         read_back(write_engine(tmp_path, config), wanted())
@@ -114,7 +112,7 @@ def test_other_value_is_refused_with_both(tmp_path: Path, path: str, value: Any)
 
 def test_16_bit_cache_must_not_come_out_as_fp8(tmp_path: Path) -> None:
     asked = wanted(kv_cache_dtype="bfloat16")
-    config = config_for(asked)
+    config = config_for(kv_cache_dtype="bfloat16")
     with pytest.raises(PipelineError, match='kv_cache_quant_algo: asked null, got "FP8"'):
         read_back(write_engine(tmp_path, config), asked)
     put(config, "pretrained_config.quantization.kv_cache_quant_algo", None)
@@ -122,7 +120,7 @@ def test_16_bit_cache_must_not_come_out_as_fp8(tmp_path: Path) -> None:
 
 
 def test_numbers_and_enums_are_equal_however_they_are_written(tmp_path: Path) -> None:
-    config = config_for(wanted())
+    config = config_for()
     put(config, "pretrained_config.rotary_base", 500000)
     put(config, "build_config.kv_cache_type", "paged")
     assert read_back(write_engine(tmp_path, config), wanted())
@@ -130,7 +128,7 @@ def test_numbers_and_enums_are_equal_however_they_are_written(tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", [None, b""])
 def test_missing_or_empty_engine_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    folder = write_engine(tmp_path, config_for(wanted()))
+    folder = write_engine(tmp_path, config_for())
     (folder / "rank0.engine").unlink()
     if content is not None:
         (folder / "rank0.engine").write_bytes(content)
@@ -139,18 +137,7 @@ def test_missing_or_empty_engine_file_is_refused(tmp_path: Path, content: bytes 
 
 
 def test_unreadable_config_is_refused(tmp_path: Path) -> None:
-    folder = write_engine(tmp_path, config_for(wanted()))
+    folder = write_engine(tmp_path, config_for())
     (folder / "config.json").write_text("{")
     with pytest.raises(PipelineError, match=r"no readable config\.json"):
         read_back(folder, wanted())
-
-
-def test_folders_of_this_machine_leave_the_engine(tmp_path: Path) -> None:
-    folder = write_engine(tmp_path, config_for(wanted()))
-    forget_paths(folder)
-    text = (folder / "config.json").read_text()
-    assert "/home/somebody" not in text
-    build = json.loads(text)["build_config"]
-    assert build["output_timing_cache"] == "model.cache"
-    assert build["input_timing_cache"] is None
-    assert read_back(folder, wanted())

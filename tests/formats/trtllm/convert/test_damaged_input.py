@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.core.errors import CorruptError, ExitCode, RecipeError
-from pipeline.formats.trtllm.convert.tensors import TensorPlan, plan_tensors
-from pipeline.formats.trtllm.convert.write import verify_written
-from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import tiny_architecture
 from tests.formats.trtllm.convert.checkpoints import convert, edited
 from tests.formats.trtllm.convert.conftest import Convert
@@ -222,41 +219,3 @@ def test_tied_model_may_store_a_copy_of_its_embedding_and_nothing_else(
     other = edited(found.unified, tmp_path / "other", changed)
     with pytest.raises(CorruptError, match=f"{head} differs from {embedding}"):
         convert(other, tmp_path / "refused")
-
-
-@pytest.fixture
-def plan(converted: Convert) -> TensorPlan:
-    return plan_tensors(
-        UnifiedCheckpoint(converted("llama").unified), dtype="bfloat16", kv_fp8=True
-    )
-
-
-_NAME = "transformer.layers.2.mlp.proj.weight"
-
-
-def _retype(tensors: Tensors) -> None:
-    import torch
-
-    tensors[_NAME] = tensors[_NAME].view(torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("edit", "shown"),
-    [
-        (_pop(_NAME), f"tensor {_NAME} was not written"),
-        (_resize(_NAME), f"tensor {_NAME} has shape (63, 128), planned (64, 128)"),
-        (_retype, f"tensor {_NAME} has dtype uint8, planned float8_e4m3fn"),
-        (_copy(_NAME, "transformer.extra"), "tensor transformer.extra was not planned"),
-    ],
-)
-def test_written_file_that_is_not_the_planned_one_is_noticed(
-    converted: Convert,
-    tmp_path: Path,
-    plan: TensorPlan,
-    edit: Callable[[Tensors], object],
-    shown: str,
-) -> None:
-    verify_written(converted("llama").dir, plan)
-    damaged = edited(converted("llama").dir, tmp_path / "damaged", edit)
-    with pytest.raises(CorruptError, match=re.escape(shown)):
-        verify_written(damaged, plan)

@@ -142,7 +142,7 @@ def test_folder_that_cannot_be_replaced_is_refused_before_any_work(
     monkeypatch.chdir(tmp_path / "here")
     for out, words in {
         "/dev/shm": "",  # a mount point; not empty where other programs use it
-        ".": "is the current folder; name a new folder in it, such as checkpoint",
+        ".": "(it is the current folder); name a new folder in it, such as checkpoint",
         "../file/below/out": f"is below {tmp_path / 'file'}, which is a file",
     }.items():
         error = refused(llama, out)
@@ -157,10 +157,10 @@ def test_mount_point_is_refused_with_a_folder_in_it(
     out = tmp_path / "mounted"
     out.mkdir()
 
-    def busy(self: Path, target: Path) -> Path:
+    def busy(self: Path) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    monkeypatch.setattr(Path, "rename", busy)  # what rename(2) answers for a mount point
+    monkeypatch.setattr(Path, "rmdir", busy)  # what rmdir(2) answers for a mount point
     error = refused(llama, out)
     assert error.exit_code == ExitCode.USAGE
     assert f"name a new folder in it, such as {out / 'checkpoint'}" in str(error)
