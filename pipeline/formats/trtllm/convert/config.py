@@ -14,7 +14,7 @@ and `model.py` (#663997685), `models/qwen/config.py` (373970a8) and `model.py` (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, RecipeError
@@ -48,9 +48,12 @@ def trtllm_config(
         RecipeError: TensorRT-LLM's class for this architecture would silently ignore something
             that this model needs (see the sources above).
     """
-    if faults := _faults(spec):
-        raise RecipeError(faults)
+    if spec.architecture not in _FAMILIES:
+        message = f"is {spec.architecture}; the converter for TensorRT-LLM has "
+        raise RecipeError([not_built("architectures", message + ", ".join(_FAMILIES))])
     layer = spec.uniform_layer()
+    if faults := _phi3_faults(spec, layer) if layer.fused_mlp else _plain_faults(spec, layer):
+        raise RecipeError(faults)
     attention = layer.attention
     return {
         "architecture": spec.architecture,
@@ -69,7 +72,7 @@ def trtllm_config(
         "norm_epsilon": spec.norm_eps,
         "max_position_embeddings": spec.max_position_embeddings,
         **_rope(spec),
-        **_FAMILIES[spec.architecture](layer),
+        **_FAMILIES[spec.architecture],
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1},
@@ -131,41 +134,20 @@ def _rotary_pct(rope: Rope, head_dim: int) -> float:
     return share
 
 
-def _qwen2(layer: Layer) -> dict[str, Any]:
-    return {
-        "attn_bias": layer.linear("q").bias,
+_LLAMA = {"attn_bias": False, "mlp_bias": False}
+_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,  # built by the Llama class
+    "Qwen2ForCausalLM": {
+        "attn_bias": True,
         "mlp_bias": False,
         "qwen_type": "qwen2",
         "seq_length": _QWEN_SEQ_LENGTH,
         "use_logn_attn": False,
-    }
-
-
-def _llama(layer: Layer) -> dict[str, Any]:
-    return {"attn_bias": False, "mlp_bias": False}
-
-
-def _phi3(layer: Layer) -> dict[str, Any]:
-    return {}
-
-
-_FAMILIES: Mapping[str, Callable[[Layer], dict[str, Any]]] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _llama,  # built by the Llama class
-    "Qwen2ForCausalLM": _qwen2,
-    "Phi3ForCausalLM": _phi3,  # its layer has no biases to switch
+    },
+    "Phi3ForCausalLM": {},  # its layer has no biases to switch
 }
 """Model classes of TensorRT-LLM that we convert for, and the keys that only their config has."""
-
-
-def _faults(spec: ModelSpec) -> list[Fault]:
-    """What TensorRT-LLM's class would ignore without a word (see the sources above)."""
-    if spec.architecture not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        message = f"is {spec.architecture}; the converter for TensorRT-LLM has {known}"
-        return [not_built("architectures", message)]
-    layer = spec.uniform_layer()
-    return _phi3_faults(spec, layer) if layer.fused_mlp else _plain_faults(spec, layer)
 
 
 def _plain_faults(spec: ModelSpec, layer: Layer) -> list[Fault]:
@@ -173,13 +155,9 @@ def _plain_faults(spec: ModelSpec, layer: Layer) -> list[Fault]:
     faults = []
     head_dim = layer.attention.head_dim
     if spec.rope.rotary_dim != head_dim:
-        faults.append(
-            not_built(
-                "partial_rotary_factor",
-                f"rotates {spec.rope.rotary_dim} of {head_dim} elements; TensorRT-LLM's "
-                f"{spec.architecture} rotates all",
-            )
-        )
+        message = f"rotates {spec.rope.rotary_dim} of {head_dim} elements; TensorRT-LLM's "
+        message += f"{spec.architecture} rotates all"
+        faults.append(not_built("partial_rotary_factor", message))
     if isinstance(spec.rope.scaling, LongRopeScaling):
         message = f"is longrope, which its {spec.architecture} does not have"
         faults.append(not_built("rope_type", message))

@@ -16,9 +16,8 @@ Sources in NVIDIA/TensorRT-LLM (see config.py on the numbers): `models/modeling_
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
@@ -46,7 +45,6 @@ _FLOAT16_SCALES = (2.0**-14, 65504.0)
 the 16-bit dtype, where one outside loses precision, becomes 0 or infinite."""
 
 _FLOATS = frozenset({"bfloat16", "float16", "float32"})
-_MAX_LISTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +91,12 @@ class TensorPlan:
         tensors: In file order.
         fp8: TensorRT-LLM's names of the FP8 linears.
         excluded: Those of the 16-bit ones, lm_head first: `exclude_modules`.
-        requantized: Source modules whose codes move to another scale.
         merged_inputs: Linears whose parts had different activation scales; the largest is used.
     """
 
     tensors: tuple[PlannedTensor, ...]
     fp8: tuple[str, ...]
     excluded: tuple[str, ...]
-    requantized: tuple[str, ...]
     merged_inputs: tuple[str, ...]
 
 
@@ -113,22 +109,23 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
         kv_fp8: Write the scales of an FP8 KV cache.
 
     Raises:
-        CorruptError: Lists the tensors that are missing, have another shape than `config.json`
-            implies, are not known, or hold a scale that is no positive number.
+        CorruptError: A tensor is missing, has another shape than `config.json` implies, is not
+            known, or holds a scale that is no positive number.
         RecipeError: The checkpoint is whole but cannot be expressed: no FP8 in it, half of a fused
             group FP8, another kind of quantization, no KV scales although they were asked for.
     """
     declared = declared_quantization(checkpoint.dir)
     if declared.algorithm not in {None, "FP8"}:
-        raise RecipeError(
-            [
-                Fault(
-                    declared.file,
-                    f"declares {declared.algorithm}; only per-tensor FP8 is converted. Serve the "
-                    "checkpoint as it is (vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the "
-                    "model to FP8",
-                )
-            ]
+        raise _unfit(
+            declared.file,
+            f"declares {declared.algorithm}; only per-tensor FP8 is converted. Serve the "
+            "checkpoint as it is (vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to FP8",
+        )
+    if all(entry.dtype != FP8 for entry in checkpoint.tensors.values()):
+        raise _unfit(
+            str(checkpoint.dir),
+            "holds no FP8 linear; quantize the model first (enginesmith build, or ModelOpt's "
+            "export_hf_checkpoint)",
         )
     planner = _Planner(checkpoint, dtype)
     spec = checkpoint.spec
@@ -149,142 +146,104 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
 
 
 class _Planner:
-    """Collects tensors and faults; `finish` raises the faults or returns the plan."""
+    """Collects tensors; every method raises what `plan_tensors` raises."""
 
     def __init__(self, checkpoint: UnifiedCheckpoint, dtype: Dtype) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._tensors: list[PlannedTensor] = []
         self._used: set[str] = set()
-        self._corrupt: list[str] = []
-        self._unfit: list[Fault] = []
         self._fp8: list[str] = []
         self._excluded = ["lm_head"]
-        self._requantized: list[str] = []
         self._merged_inputs: list[str] = []
-        self._without_kv_scales: list[str] = []
 
     def plain(self, target: str, source: str, shape: tuple[int, ...]) -> None:
         """One 16-bit tensor."""
-        if self._take(source, shape, _FLOATS):
-            self._add(target, self._dtype, shape, [Piece(tensor=source)])
+        self._take(source, shape, _FLOATS)
+        self._add(target, self._dtype, shape, [Piece(tensor=source)])
 
     def head(self, spec: ModelSpec) -> None:
         """lm_head, also where it is the embedding.
 
         TensorRT-LLM accepts a file without it and then uses the embedding, also for a model that is
         not tied: wrong, and no message. With it always there, its absence is always a fault. The
-        builder finds equal tables and keeps one.
+        builder finds equal tables and keeps one. A tied model may store it, but only as a copy.
         """
-        shape = (spec.vocab_size, spec.hidden_size)
-        if spec.tied:
-            self.plain("lm_head.weight", "model.embed_tokens.weight", shape)
-            self._stored_tied_head(shape)
-        elif self._checkpoint.is_quantized("lm_head"):
-            self._used |= {f"lm_head.{name}" for name in ("weight", "weight_scale", "input_scale")}
-            self._unfit.append(Fault("lm_head", "is FP8; it is converted as 16-bit only"))
-        else:
-            self.plain("lm_head.weight", "lm_head.weight", shape)
-
-    def _stored_tied_head(self, shape: tuple[int, ...]) -> None:
-        """An lm_head beside the embedding that it is tied to: it may only be a copy."""
         stored, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if stored not in self._checkpoint.tensors or not self._take(stored, shape, _FLOATS):
-            return
-        copies = [self._checkpoint.read(name) for name in (stored, embedding)]
-        if copies[0].dtype != copies[1].dtype or copies[0].tobytes() != copies[1].tobytes():
-            self._corrupt.append(
-                f"{stored} differs from {embedding}, although config.json ties them "
-                "(tie_word_embeddings)"
-            )
+        shape = (spec.vocab_size, spec.hidden_size)
+        if not spec.tied and self._checkpoint.is_quantized("lm_head"):
+            raise _unfit("lm_head", "is FP8; it is converted as 16-bit only")
+        self.plain(stored, embedding if spec.tied else stored, shape)
+        if spec.tied and stored in self._checkpoint.tensors:
+            self._take(stored, shape, _FLOATS)
+            copies = [self._checkpoint.read(name) for name in (stored, embedding)]
+            if copies[0].dtype != copies[1].dtype or copies[0].tobytes() != copies[1].tobytes():
+                raise self._corrupt(
+                    f"{stored} differs from {embedding}, although config.json ties them "
+                    "(tie_word_embeddings)"
+                )
 
     def linear(self, linear: Linear) -> None:
         """Weight, scales and bias of one of TensorRT-LLM's linears."""
-        fp8 = {self._checkpoint.is_quantized(module) for module in linear.sharing}
-        if len(fp8) > 1:
-            kept = [
-                module for module in linear.sharing if not self._checkpoint.is_quantized(module)
-            ]
-            self._unfit.append(
-                Fault(
-                    linear.target,
-                    f"mixes precisions: {', '.join(kept)} is not FP8, but is fused with what is; "
-                    "keep all of a group in 16 bits or none (quantizer.keep_16bit)",
-                )
+        for name in linear.sharing:
+            if f"{name}.weight" not in self._checkpoint.tensors:
+                raise self._corrupt(f"{name}.weight is missing")
+        kept = [name for name in linear.sharing if not self._checkpoint.is_quantized(name)]
+        if kept and len(kept) < len(linear.sharing):
+            raise _unfit(
+                linear.target,
+                f"mixes precisions: {', '.join(kept)} is not FP8, but is fused with what is; "
+                "keep all of a group in 16 bits or none (quantizer.keep_16bit)",
             )
-        allowed = {FP8} if fp8 == {True} else _FLOATS
-        whole = [
-            self._take(f"{module}.weight", (rows, linear.columns), allowed)
-            for module, rows in linear.stored.items()
-        ]
-        scales = self._scales(linear) if fp8 == {True} else {}
-        if all(whole) and len(fp8) == 1:
-            self._weight(linear, scales)
-        if linear.bias:
-            taken = [self._take(f"{m}.bias", (rows,), _FLOATS) for m, rows in linear.stored.items()]
-            if all(taken):
-                pieces = [Piece(tensor=f"{m}.bias", rows=rows) for m, rows in linear.pieces]
-                self._add(f"{linear.target}.bias", self._dtype, (linear.rows,), pieces)
-
-    def _weight(self, linear: Linear, scales: Mapping[str, float]) -> None:
-        """The matrix; `scales` is empty for a 16-bit one."""
-        pieces = [Piece(tensor=f"{module}.weight", rows=rows) for module, rows in linear.pieces]
-        shape = (linear.rows, linear.columns)
-        if not scales:
+        for module, rows in linear.stored.items():
+            self._take(f"{module}.weight", (rows, linear.columns), _FLOATS if kept else {FP8})
+        if kept:
             self._excluded.append(linear.target)
+            pieces = [Piece(tensor=f"{name}.weight", rows=rows) for name, rows in linear.pieces]
+            shape = (linear.rows, linear.columns)
             self._add(f"{linear.target}.weight", self._dtype, shape, pieces)
-            return
+        else:
+            self._fp8_weight(linear)
+        if linear.bias:
+            for module, rows in linear.stored.items():
+                self._take(f"{module}.bias", (rows,), _FLOATS)
+            pieces = [Piece(tensor=f"{name}.bias", rows=rows) for name, rows in linear.pieces]
+            self._add(f"{linear.target}.bias", self._dtype, (linear.rows,), pieces)
+
+    def _fp8_weight(self, linear: Linear) -> None:
+        """The matrix with the largest scales of those that share."""
+        scales = {name: self._scale(f"{name}.weight_scale") for name in linear.sharing}
+        inputs = {self._scale(f"{name}.input_scale") for name in linear.sharing}
+        shared = max(scales.values())
+        pieces = [
+            Piece(tensor=f"{name}.weight", rows=rows, old_scale=scales[name], new_scale=shared)
+            for name, rows in linear.pieces
+        ]
         self._fp8.append(linear.target)
-        shared = max(scales[f"{module}.weight_scale"] for module in linear.sharing)
-        scaled = []
-        for piece in pieces:
-            old = scales[f"{piece.tensor}_scale"]
-            if old != shared:
-                self._requantized.append(piece.tensor.removesuffix(".weight"))
-            scaled.append(dataclasses.replace(piece, old_scale=old, new_scale=shared))
-        self._add(f"{linear.target}.weight", FP8, shape, scaled)
-        inputs = {scales[f"{module}.input_scale"] for module in linear.sharing}
+        self._add(f"{linear.target}.weight", FP8, (linear.rows, linear.columns), pieces)
         if len(inputs) > 1:
             self._merged_inputs.append(linear.target)
         for kind, value in (("weights", shared), ("activation", max(inputs))):
             name = f"{linear.target}.{kind}_scaling_factor"
             least, most = _FLOAT16_SCALES
             if self._dtype == "float16" and not least <= value <= most:
-                self._unfit.append(
-                    Fault(name, f"is {value:g}, beyond the range of float16; use bfloat16")
-                )
+                raise _unfit(name, f"is {value:g}, beyond the range of float16; use bfloat16")
             self._scalar(name, value)
 
-    def _scales(self, linear: Linear) -> dict[str, float]:
-        """Weight and input scales of the modules that share; 1.0 stands in for a faulty one."""
-        return {
-            name: self._scale(name)
-            for module in linear.sharing
-            for name in (f"{module}.weight_scale", f"{module}.input_scale")
-        }
-
     def _scale(self, name: str) -> float:
-        """One positive number; a fault, and 1.0, where it is something else."""
+        """One positive number."""
         self._used.add(name)
         entry = self._checkpoint.tensors.get(name)
         if entry is None:
             kind = name.rpartition(".")[2]
             if any(other.endswith(f".{kind}") for other in self._checkpoint.tensors):
-                self._corrupt.append(f"{name} is missing; static per-tensor FP8 needs it")
-            elif not any(fault.path == kind for fault in self._unfit):
-                self._unfit.append(
-                    Fault(kind, "is in no linear; only FP8 with static scales is converted")
-                )
-            return 1.0
+                raise self._corrupt(f"{name} is missing; static per-tensor FP8 needs it")
+            raise _unfit(kind, "is in no linear; only FP8 with static scales is converted")
         if math.prod(entry.shape) != 1:
-            self._unfit.append(
-                Fault(name, f"has shape {entry.shape}; only one scale for a tensor is converted")
-            )
-            return 1.0
+            raise _unfit(name, f"has shape {entry.shape}; only one scale for a tensor is converted")
         value = float(self._checkpoint.scalar(name))
         if not 0 < value < math.inf:
-            self._corrupt.append(f"{name} is {value}, no positive number")
-            return 1.0
+            raise self._corrupt(f"{name} is {value}, no positive number")
         return value
 
     def kv_scale(self, layer: int, *, wanted: bool) -> None:
@@ -294,83 +253,43 @@ class _Planner:
         `v_cache_scaling_factor` would override ours, so they are not written.
         """
         attention = f"model.layers.{layer}.self_attn"
-        names = {f"{attention}.{part}_proj.{part}_scale" for part in ("k", "v")}
-        found = names & self._checkpoint.tensors.keys()
-        self._used |= names
+        names = [f"{attention}.{part}_proj.{part}_scale" for part in ("k", "v")]
+        self._used.update(names)
         if not wanted:
             return
-        if len(found) == 1:
-            self._corrupt.append(f"{(names - found).pop()} is missing; {found.pop()} is there")
-        elif not found:
-            self._without_kv_scales.append(attention)
-        else:
-            value = max(KV_SCALE_FLOOR, *(self._scale(name) for name in sorted(names)))
-            self._scalar(f"transformer.layers.{layer}.attention.kv_cache_scaling_factor", value)
+        if not any(name in self._checkpoint.tensors for name in names):
+            raise _unfit(
+                attention,
+                "has no k_scale and v_scale for an FP8 KV cache; use kv_cache_dtype=bfloat16 or "
+                "calibrate the cache (ModelOpt's FP8_KV_CFG)",
+            )
+        value = max(KV_SCALE_FLOOR, *(self._scale(name) for name in names))
+        self._scalar(f"transformer.layers.{layer}.attention.kv_cache_scaling_factor", value)
 
     def finish(self) -> TensorPlan:
-        """The plan.
-
-        Raises:
-            CorruptError: Something is wrong with the checkpoint.
-            RecipeError: It cannot be expressed.
-        """
-        self._raise_corrupt(self._corrupt)
-        if not self._fp8 and not self._unfit:
-            self._unfit.append(
-                Fault(
-                    str(self._checkpoint.dir),
-                    "holds no FP8 linear; quantize the model first (enginesmith build, or "
-                    "ModelOpt's export_hf_checkpoint)",
-                )
-            )
-        elif self._without_kv_scales:
-            self._unfit.append(
-                Fault(
-                    self._without_kv_scales[0],
-                    f"has no k_scale and v_scale for an FP8 KV cache, like "
-                    f"{len(self._without_kv_scales)} layers in all; use kv_cache_dtype=bfloat16 or "
-                    "calibrate the cache (ModelOpt's FP8_KV_CFG)",
-                )
-            )
-        if self._unfit:
-            raise RecipeError(self._unfit[:_MAX_LISTED])
-        architecture = self._checkpoint.spec.architecture
-        self._raise_corrupt(
-            [
-                f"{name} is no tensor of {architecture}, and no scale of one"
-                for name in sorted(self._checkpoint.tensors.keys() - self._used)
-                if not name.endswith(".rotary_emb.inv_freq")  # follows from the config
-            ]
-        )
+        """The plan, unless something is left over."""
+        for name in sorted(self._checkpoint.tensors.keys() - self._used):
+            if not name.endswith(".rotary_emb.inv_freq"):  # follows from the config
+                architecture = self._checkpoint.spec.architecture
+                raise self._corrupt(f"{name} is no tensor of {architecture}, and no scale of one")
         return TensorPlan(
             tensors=tuple(self._tensors),
             fp8=tuple(self._fp8),
             excluded=tuple(self._excluded),
-            requantized=tuple(self._requantized),
             merged_inputs=tuple(self._merged_inputs),
         )
 
-    def _raise_corrupt(self, faults: Sequence[str]) -> None:
-        if faults:
-            raise CorruptError(
-                f"{self._checkpoint.dir} cannot be converted:\n{_listed(faults)}\n"
-                "make the checkpoint again"
-            )
-
-    def _take(self, name: str, shape: tuple[int, ...], dtypes: frozenset[str] | set[str]) -> bool:
-        """Mark a source tensor as used; False, with a fault, if it is not as it must be."""
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: Set[str]) -> None:
+        """Mark a source tensor, which must be as `config.json` implies, as used."""
         self._used.add(name)
         entry = self._checkpoint.tensors.get(name)
         if entry is None:
-            self._corrupt.append(f"{name} is missing")
-        elif entry.dtype not in dtypes:
+            raise self._corrupt(f"{name} is missing")
+        if entry.dtype not in dtypes:
             wanted = " or ".join(sorted(dtypes))
-            self._unfit.append(Fault(name, f"has dtype {entry.dtype}; {wanted} is converted"))
-        elif entry.shape != shape:
-            self._corrupt.append(f"{name} has shape {entry.shape}, config.json implies {shape}")
-        else:
-            return True
-        return False
+            raise _unfit(name, f"has dtype {entry.dtype}; {wanted} is converted")
+        if entry.shape != shape:
+            raise self._corrupt(f"{name} has shape {entry.shape}, config.json implies {shape}")
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
         self._tensors.append(
@@ -380,8 +299,11 @@ class _Planner:
     def _scalar(self, name: str, value: float) -> None:
         self._tensors.append(PlannedTensor(name=name, dtype="float32", shape=(1,), value=value))
 
+    def _corrupt(self, fault: str) -> CorruptError:
+        return CorruptError(
+            f"{self._checkpoint.dir} cannot be converted: {fault}; make the checkpoint again"
+        )
 
-def _listed(faults: Sequence[str]) -> str:
-    more = len(faults) - _MAX_LISTED
-    lines = [f"    {fault}" for fault in faults[:_MAX_LISTED]]
-    return "\n".join([*lines, *([f"    and {more} more"] if more > 0 else [])])
+
+def _unfit(path: str, message: str) -> RecipeError:
+    return RecipeError([Fault(path, message)])
