@@ -41,7 +41,7 @@ from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
-STAGE = Stage(name="compile-trtllm", version=1, code=("pipeline.formats.trtllm",))
+STAGE = Stage(name="compile-trtllm", version=2, code=("pipeline.formats.trtllm",))
 
 WAYS_ON = """\
 three ways on:
