@@ -73,23 +73,9 @@ def make(*arguments: str) -> str:
     return done.stdout
 
 
-def test_make_image_passes_base_and_name() -> None:
-    command = make("image", "BASE=mirror/release@sha256:00", "IMAGE=mine:1")
-    assert "docker build --file Dockerfile.build --tag mine:1 " in command
-    assert "--build-arg BASE=mirror/release@sha256:00 " in command
-    assert "BASE=" not in make("image", "BASE=")
-
-
 @pytest.mark.parametrize("target", ["engine", "plan", "test-image-pins", "test-gpu"])
 def test_given_interpreter_is_used_and_nothing_is_installed(target: str) -> None:
     commands = make(target, "MODEL=phi3", "PYTHON=python3")
     assert "python3 -m p" in commands
     assert "venv" not in commands
     assert "pip" not in commands.replace("pipeline", "")
-
-
-def test_image_pins_have_an_environment_of_their_own() -> None:
-    commands = make("test-image-pins", "PYTHON=", "--always-make")
-    assert "-r requirements-image.lock" in commands
-    assert ".venv-image/bin/python -m pytest" in commands
-    assert ".venv/bin" not in commands

@@ -172,10 +172,9 @@ def test_image_says_what_it_is_and_is_not_root(built: Built) -> None:
     [
         (("enginesmith", "plan", "smollm2"), "smollm2"),
         (("make", "plan", "MODEL=smollm2", "PYTHON=python3"), "smollm2"),
-        (("make", "plan", "MODEL=smollm2"), "smollm2"),
         ((), "make engine MODEL="),
     ],
-    ids=["enginesmith", "make-python", "make", "default"],
+    ids=["enginesmith", "make", "default"],
 )
 @pytest.mark.parametrize("user", ["1000:1000", FOREIGN_UID])
 def test_command_runs_without_network_on_a_read_only_root(
@@ -186,17 +185,6 @@ def test_command_runs_without_network_on_a_read_only_root(
     assert shown in done.output
 
 
-@pytest.mark.parametrize(
-    "command", [("enginesmith", "plan", "smollm2"), ("make", "plan", "MODEL=smollm2")]
-)
-def test_command_creates_nothing_where_it_could(
-    client: DockerClient, built: Built, command: tuple[str, ...]
-) -> None:
-    done = run(client, NAME, *command, user=FOREIGN_UID)
-    assert done.code == 0, done.output
-    assert done.changes == []
-
-
 def test_any_user_can_write_where_a_build_writes_and_nowhere_else(
     client: DockerClient, built: Built
 ) -> None:
@@ -205,14 +193,6 @@ def test_any_user_can_write_where_a_build_writes_and_nowhere_else(
     done = run(client, NAME, "sh", "-c", script, user=FOREIGN_UID)
     written = done.output.split()
     assert written == ["/home/enginesmith/x", "artifacts/x", FOREIGN_UID.partition(":")[0]]
-
-
-def test_home_in_memory_is_enough_on_a_read_only_root(client: DockerClient, built: Built) -> None:
-    memory = {"/tmp": "", "/home/enginesmith": ""}
-    script = 'touch "$HOME/x" /tmp/x && ! touch artifacts/x 2>/dev/null && make plan MODEL=smollm2'
-    options = {"read_only": True, "tmpfs": memory, "user": FOREIGN_UID}
-    done = run(client, NAME, "sh", "-c", script, **options)
-    assert done.code == 0, done.output
 
 
 def test_mounted_checkout_is_run_instead_of_the_installed_code(
@@ -227,30 +207,3 @@ def test_mounted_checkout_is_run_instead_of_the_installed_code(
     assert "/enginesmith/pipeline/__init__.py" in done.output
     installed = run(client, NAME, "python3", "-c", "import pipeline; print(pipeline.__file__)")
     assert installed.output.startswith("/opt/enginesmith/lib/")
-
-
-def test_recipe_fault_keeps_its_exit_code(client: DockerClient, built: Built) -> None:
-    done = run(client, NAME, "enginesmith", "plan", "no-such-recipe", read_only=True)
-    assert done.code == 2
-    assert "no-such-recipe" in done.output
-
-
-def test_base_that_cannot_hold_the_project_stops_the_build(
-    client: DockerClient, context: Path, base: str, work: Path
-) -> None:
-    """A pydantic that our code does not understand: neither replaced nor ignored."""
-    import docker
-
-    from tests.image.wheels import write_wheel
-
-    folder = work / "old"
-    wheel = write_wheel(folder, "pydantic", "1.10.0")
-    shutil.unpack_archive(wheel, folder / "site", "zip")
-    (folder / "Dockerfile").write_text(
-        f"FROM {base}\nCOPY site /usr/local/lib/python3.11/dist-packages\n"
-    )
-    client.images.build(path=str(folder), tag="stand-in/old", rm=True)
-    with pytest.raises(docker.errors.BuildError) as caught:
-        build(client, context, "stand-in/old", "never")
-    log = "".join(entry.get("stream", "") for entry in caught.value.build_log)
-    assert "The user requested (constraint) pydantic==1.10.0" in log, log[-3000:]

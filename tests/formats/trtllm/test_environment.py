@@ -55,15 +55,6 @@ def test_other_release_is_refused_before_the_build(
         probed(tmp_path)
 
 
-def test_program_without_its_package_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card_machine(tmp_path, monkeypatch)
-    monkeypatch.delenv("PYTHONPATH")
-    with pytest.raises(IncompatibleError, match="this machine has TensorRT-LLM none and TensorRT"):
-        probed(tmp_path)
-
-
 def test_probe_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
     """It runs in the image under another interpreter, with this project out of reach."""
     out = tmp_path / "versions.json"

@@ -78,24 +78,16 @@ def test_engine_as_asked_gives_its_effective_values(tmp_path: Path) -> None:
     [
         ("version", "1.2.0"),
         ("pretrained_config.dtype", "float16"),
-        ("pretrained_config.rotary_base", 10000.0),
         ("pretrained_config.rotary_base", ...),
         ("pretrained_config.rotary_scaling", None),
-        ("pretrained_config.num_attention_heads", 8),
         ("pretrained_config.quantization.quant_algo", None),
         ("pretrained_config.quantization.kv_cache_quant_algo", None),
         ("build_config.max_batch_size", 3),
-        ("build_config.max_seq_len", 127),
-        ("build_config.max_num_tokens", 32),
         ("build_config.max_beam_width", 2),
         ("build_config.kv_cache_type", "CONTINUOUS"),
         ("build_config.strongly_typed", False),
         ("build_config.plugin_config.gemm_plugin", "fp8"),
-        ("build_config.plugin_config.use_paged_context_fmha", False),
-        ("build_config.plugin_config.use_fp8_context_fmha", False),
         ("build_config.plugin_config.use_fused_mlp", 1),
-        ("build_config.plugin_config.multiple_profiles", False),
-        ("build_config.plugin_config.tokens_per_block", 64),
         ("build_config.plugin_config", ...),
     ],
 )
@@ -133,11 +125,4 @@ def test_missing_or_empty_engine_file_is_refused(tmp_path: Path, content: bytes 
     if content is not None:
         (folder / "rank0.engine").write_bytes(content)
     with pytest.raises(PipelineError, match=r"wrote no rank0\.engine"):
-        read_back(folder, wanted())
-
-
-def test_unreadable_config_is_refused(tmp_path: Path) -> None:
-    folder = write_engine(tmp_path, config_for())
-    (folder / "config.json").write_text("{")
-    with pytest.raises(PipelineError, match=r"no readable config\.json"):
         read_back(folder, wanted())

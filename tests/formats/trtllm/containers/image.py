@@ -1,4 +1,4 @@
-"""The tests' image: busybox and a stand-in for `trtllm-build`, made on the spot from nothing."""
+"""The tests' image: busybox, made on the spot from nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ FROM scratch
 COPY busybox /bin/busybox
 RUN ["/bin/busybox", "sh", "-c", \
      "/bin/busybox mkdir -p /usr/bin /usr/sbin /sbin /tmp && /bin/busybox --install -s"]
-COPY trtllm-build /usr/bin/trtllm-build
 """
 
 
@@ -31,14 +30,10 @@ def build_image(client: DockerClient) -> str:
         dockerfile = tarfile.TarInfo("Dockerfile")
         dockerfile.size = len(_DOCKERFILE)
         tar.addfile(dockerfile, io.BytesIO(_DOCKERFILE))
-        for name, path in (
-            ("busybox", Path(busybox).resolve()),
-            ("trtllm-build", Path(__file__).with_name("trtllm-build")),
-        ):
-            entry = tar.gettarinfo(str(path), name)
-            entry.mode = 0o755
-            with path.open("rb") as stream:
-                tar.addfile(entry, stream)
+        entry = tar.gettarinfo(str(Path(busybox).resolve()), "busybox")
+        entry.mode = 0o755
+        with Path(busybox).open("rb") as stream:
+            tar.addfile(entry, stream)
     context.seek(0)
     client.images.build(fileobj=context, custom_context=True, tag=IMAGE, rm=True)
     return IMAGE

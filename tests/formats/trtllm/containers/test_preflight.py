@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,13 @@ import pytest
 
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import Gpu
-from pipeline.formats.trtllm.container import preflight, require_driver, require_gpu_runtime
+from pipeline.formats.trtllm.container import (
+    is_stale,
+    owner_of,
+    preflight,
+    require_driver,
+    require_gpu_runtime,
+)
 from tests.formats.trtllm.containers.image import IMAGE
 from tests.formats.trtllm.containers.users import run_as
 
@@ -105,3 +113,17 @@ def test_user_outside_the_docker_group_is_refused_with_the_command(client: Docke
     refused = run_as(12345, [], lambda: preflight(IMAGE, CARD))
     assert refused.startswith("AccessError: no permission to use Docker's socket: add yourself")
     assert "permission" not in run_as(12345, [socket.stat().st_gid], lambda: preflight(IMAGE, CARD))
+
+
+def test_container_of_an_ended_process_is_stale() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = owner_of(process.pid)
+    assert not is_stale(owner)
+    process.communicate(b"\n")
+    assert is_stale(owner)
+
+
+def test_process_with_a_used_id_or_of_another_namespace_is_told_apart() -> None:
+    namespace, pid, start = owner_of(os.getpid()).split()
+    assert is_stale(f"{namespace} {pid} {int(start) - 1}")
+    assert not is_stale(f"pid:[1] {2**22 + 1} 1")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 PROMPT_LENGTHS = (5, 17, 80)
 """The last is beyond the windows and the original contexts of the tiny models (24 and 64)."""
-NEW_TOKENS = 32
 LOGIT_BOUND = 1e-4
 """Largest difference of a logit without rounding of activations. Logits have a deviation of 1.2 to
 1.3; both sides compute in float32 but in another order, and differ by 1.6e-5 at most (measured
@@ -56,28 +55,6 @@ def transformers_logits(unified: Path, *, round_activations: bool) -> Logits:
         return found
 
     return logits
-
-
-def greedy(logits: Logits, prompt: torch.Tensor) -> list[int]:
-    """The next tokens, each the likeliest after all before it."""
-    import torch
-
-    ids = prompt
-    for _ in range(NEW_TOKENS):
-        ids = torch.cat([ids, logits(ids)[-1:].argmax(-1)])
-    return ids[len(prompt) :].tolist()
-
-
-def likeliest(logits: Logits, prompt: torch.Tensor, tokens: list[int]) -> list[int]:
-    """The likeliest token after the prompt and after each of `tokens` but the last, in one pass.
-
-    Equal to `tokens` exactly if `greedy` would give them: no position sees what follows it, and no
-    sequence here crosses the length at which LongRoPE changes its factors.
-    """
-    import torch
-
-    ids = torch.cat([prompt, torch.tensor(tokens)])
-    return logits(ids)[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def largest_difference(one: Logits, other: Logits) -> float:

@@ -61,11 +61,3 @@ def test_sections_have_no_unknown_key_and_leave_out_neutral_ones_only(
 ) -> None:
     known = set(KEYS["classes"][class_name])
     assert written(converted, name)[section].keys() == known - KEYS["neutral"].keys()
-
-
-def test_every_neutral_key_is_read_by_something_and_has_a_reason() -> None:
-    known = {key for keys in KEYS["classes"].values() for key in keys}
-    known |= {key for keys in KEYS["beside"].values() for key in keys}
-    assert KEYS["neutral"].keys() <= known
-    assert all(KEYS["neutral"].values())
-    assert KEYS["classes"].keys() | {"beside"} == KEYS["sources"].keys()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipeline.core.cache import StageCache
 from pipeline.formats.trtllm.convert.stage import (
-    STAGE,
     TrtLlmSettings,
     convert_trtllm,
 )
@@ -33,19 +32,3 @@ def test_two_conversions_are_equal_to_the_byte(llama: Path, tmp_path: Path) -> N
         for name in ("one", "two")
     )
     assert one.digest == two.digest
-
-
-def test_key_covers_the_code_that_shapes_the_bytes() -> None:
-    import pipeline.formats.trtllm.convert.config
-    import pipeline.formats.trtllm.convert.tensors
-
-    used = {
-        value.__module__
-        for module in (
-            pipeline.formats.trtllm.convert.config,
-            pipeline.formats.trtllm.convert.tensors,
-        )
-        for value in vars(module).values()
-        if str(getattr(value, "__module__", "")).startswith("pipeline.formats")
-    }
-    assert all(name.startswith(STAGE.code) for name in used)

@@ -13,7 +13,6 @@ from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
 from pipeline.quant.fp8 import round_to_e4m3
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited
 from tests.formats.trtllm.convert.comparison import prompts
-from tests.formats.trtllm.convert.conftest import Convert
 from tests.formats.trtllm.convert.reference import TrtLlmReference
 
 if TYPE_CHECKING:
@@ -103,22 +102,6 @@ def test_rounded_cache_gives_the_logits_of_transformers_and_the_smaller_scale_do
                 tensors[name] = tensors[name] * 0 + 1.7
 
     assert difference(edited(found.dir, tmp_path / "damaged", smaller)) > 10 * _BOUND
-
-
-def test_16_bit_cache_has_no_scales(llama: Path, tmp_path: Path) -> None:
-    import json
-
-    from safetensors.torch import load_file
-
-    settings = TrtLlmSettings(kv_cache_dtype="bfloat16", dtype="bfloat16")
-    found = convert(llama, tmp_path, settings)
-    assert not [name for name in load_file(found.dir / "rank0.safetensors") if "kv_cache" in name]
-    config = json.loads((found.dir / "config.json").read_text())
-    assert config["quantization"]["kv_cache_quant_algo"] is None
-
-
-def test_fused_model_has_its_cache_scales_too(converted: Convert) -> None:
-    assert written_scales(converted("phi3")) == {1.0}
 
 
 def test_fp8_cache_without_scales_is_refused(llama: Path, tmp_path: Path) -> None:

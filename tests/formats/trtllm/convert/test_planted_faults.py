@@ -14,10 +14,8 @@ import pytest
 
 from tests.formats.trtllm.convert.checkpoints import (
     Converted,
-    convert,
     edited,
     reconfigured,
-    unified_checkpoint,
 )
 from tests.formats.trtllm.convert.comparison import (
     LOGIT_BOUND,
@@ -51,27 +49,18 @@ def passes(found: Converted, damaged: Path) -> bool:
     ("name", "key"),
     [
         ("llama3.1", "rotary_base"),
-        ("mistral", "rotary_base"),
         ("qwen2.5", "rotary_base"),
         ("llama3.1", "rotary_scaling"),
-        ("llama3.2", "rotary_scaling"),
         ("phi4-mini", "rotary_pct"),
-        ("phi3", "rotary_pct"),
         ("llama", "position_embedding_type"),
-        ("qwen2.5", "position_embedding_type"),
         ("phi3-long", "position_embedding_type"),
-        ("phi3-long", "longrope_scaling_short_factors"),
         ("phi3-long", "longrope_scaling_long_factors"),
         ("phi4-mini", "original_max_position_embeddings"),
-        ("phi4-mini", "max_position_embeddings"),
         ("llama", "num_key_value_heads"),
         ("llama", "intermediate_size"),
-        ("llama", "hidden_act"),
         ("phi3", "hidden_act"),
         ("llama", "vocab_size"),
         ("llama", "quantization"),
-        ("qwen2.5", "qwen_type"),
-        ("qwen2.5", "seq_length"),
     ],
 )
 def test_key_that_is_left_out_is_noticed(
@@ -83,25 +72,10 @@ def test_key_that_is_left_out_is_noticed(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key"),
-    [({"head_dim": 24}, "head_size"), ({"rms_norm_eps": 1e-2}, "norm_epsilon")],
-)
-def test_key_whose_default_fits_most_models_is_noticed_too(
-    tmp_path: Path, overrides: dict[str, Any], key: str
-) -> None:
-    found = convert(unified_checkpoint(tmp_path, "llama", **overrides), tmp_path / "converted")
-    assert passes(found, found.dir)
-    damaged = reconfigured(found.dir, tmp_path / "damaged", lambda config: config.pop(key))
-    assert not passes(found, damaged)
-
-
-@pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rotary_scaling", {"rope_type": "default"}),
         ("hidden_act", "gelu"),
         ("attn_bias", True),
-        ("position_embedding_type", "long_rope"),
         ("rotary_scaling", {"type": "llama3", "factor": 4.0}),
     ],
     ids=str,
@@ -150,14 +124,11 @@ def _scale(name: str, factor: float) -> Callable[[Tensors], object]:
         ("llama", _swap_k_and_v),
         ("llama", _swap_gate_and_up),
         ("phi3", _swap_halves),
-        ("phi4-mini", _swap_halves),
-        ("qwen2.5", _drop(f"{_LAYER}.attention.qkv.bias")),
         ("qwen2.5", _scale(f"{_LAYER}.attention.qkv.bias", 0.0)),
         ("llama", _drop("lm_head.weight")),
         ("llama", _drop(f"{_LAYER}.attention.kv_cache_scaling_factor")),
         ("llama", _drop(f"{_LAYER}.mlp.proj.activation_scaling_factor")),
         ("llama", _scale(f"{_LAYER}.mlp.proj.weights_scaling_factor", 1.01)),
-        ("llama", _scale(f"{_LAYER}.attention.qkv.weights_scaling_factor", 1.01)),
         ("llama", _scale(f"{_LAYER}.post_layernorm.weight", 1.01)),
     ],
 )
@@ -168,9 +139,7 @@ def test_wrong_tensor_is_noticed(
     assert not passes(found, edited(found.dir, tmp_path / "damaged", edit))
 
 
-@pytest.mark.parametrize(
-    "linear", ["attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"]
-)
+@pytest.mark.parametrize("linear", ["attention.qkv", "mlp.proj"])
 @pytest.mark.parametrize("factor", [0.5, 1.1])
 def test_wrong_activation_scale_is_noticed(
     converted: Convert, tmp_path: Path, linear: str, factor: float

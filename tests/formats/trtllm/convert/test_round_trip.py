@@ -17,10 +17,7 @@ from tests.formats.trtllm.convert.checkpoints import convert, unified_checkpoint
 from tests.formats.trtllm.convert.comparison import (
     LOGIT_BOUND,
     ROUNDED_BOUND,
-    greedy,
     largest_difference,
-    likeliest,
-    prompts,
     relative_difference,
     transformers_logits,
 )
@@ -32,15 +29,12 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_and_greedy_tokens_equal_transformers(converted: Convert, name: str) -> None:
+def test_logits_equal_transformers(converted: Convert, name: str) -> None:
     found = converted(name)
     window = found.record["attention_window"]
     ours = TrtLlmReference(found.dir, round_activations=False, window=window)
     theirs = transformers_logits(found.unified, round_activations=False)
     assert largest_difference(ours, theirs) < LOGIT_BOUND
-    for prompt in prompts():
-        tokens = greedy(ours, prompt)
-        assert likeliest(theirs, prompt, tokens) == tokens
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -64,10 +64,6 @@ def test_llama3_config_key_by_key() -> None:
     }
 
 
-def test_plain_rope_has_a_null_scaling() -> None:
-    assert made(LLAMA)["rotary_scaling"] is None
-
-
 def test_phi3_gates_with_one_fused_matrix_and_names_longrope_in_both_places() -> None:
     found = made(PHI3)
     assert found["hidden_act"] == "swiglu"
@@ -128,9 +124,3 @@ def test_what_tensorrt_llm_would_ignore_is_refused(config: dict[str, Any], shown
         made(config)
     assert refused.value.exit_code == ExitCode.USAGE
     assert "use compiler=checkpoint" in str(refused.value)
-
-
-def test_all_faults_come_together() -> None:
-    with pytest.raises(RecipeError) as refused:
-        made({**LLAMA, **LONG, "partial_rotary_factor": 0.75})
-    assert len(refused.value.faults) == 2
