@@ -1,0 +1,85 @@
+"""SIGKILL at seeded moments while a real server is written or read; `make test-soak` has more."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.values import Package
+from pipeline.registry.client.layout import verify_layout
+from pipeline.registry.store import WritableStore
+from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
+from tests.registry.client.kills import killed_after, points
+from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
+
+pytestmark = pytest.mark.services
+
+SIGNATURE = raw_statement(model_sig=b"s")
+
+
+@pytest.fixture(params=["seaweed", "docker_registry"])
+def server_store(request: pytest.FixtureRequest) -> WritableStore:
+    """An empty store on a real server of each kind."""
+    found: WritableStore = request.getfixturevalue(f"{request.param}_store")
+    return found
+
+
+def _publish(store: WritableStore, package: Package) -> None:
+    store.put_package(package, [SIGNATURE], lambda _: None)
+
+
+def _assert_whole(store: WritableStore, package: Package) -> None:
+    for file, data in read_back(store, package).items():
+        assert data == (package.dir / file).read_bytes()
+    assert [one.name for one in store.read_statements(place_of(package))] == [SIGNATURE.name]
+
+
+def test_a_killed_publisher_shows_nothing_half_and_the_rerun_completes(
+    server_store: WritableStore, tmp_path: Path
+) -> None:
+    packages = [
+        sealed_package(tmp_path / f"{number}", {"a.plan": noise(1 << 20, number), "b.plan": b"2"})
+        for number in range(points(3) + 1)
+    ]
+    started = time.monotonic()
+    _publish(server_store, packages[0])
+    whole_s = time.monotonic() - started
+    dice = random.Random(7)
+    killed = 0
+    for package in packages[1:]:
+        work = partial(_publish, server_store, package)
+        killed += killed_after(work, dice.uniform(0.1, 0.9) * whole_s)
+        if place_of(package) in server_store.places():
+            _assert_whole(server_store, package)
+        _publish(server_store, package)
+        _assert_whole(server_store, package)
+    assert killed
+
+
+def test_a_killed_puller_leaves_nothing_half_and_the_rerun_completes(
+    server_store: WritableStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "home").mkdir()
+    shop = Shop(store=server_store, home=tmp_path / "home")
+    wanted = {f"shard-{number}": noise(12 * CHUNK_BYTES + number, number) for number in range(2)}
+    reference = shop.publish(wanted)
+    started = time.monotonic()
+    shop.pull()
+    whole_s = time.monotonic() - started
+    dice = random.Random(7)
+    killed = 0
+    for _ in range(points(3)):
+        shutil.rmtree(shop.to.parent)
+        killed += killed_after(shop.pull, dice.uniform(0.1, 0.9) * whole_s)
+        if shop.to.exists():
+            assert verify_layout(shop.to).digest == reference.digest
+        shop.pull()
+        assert engine_files(shop.to) == wanted
+        assert shop.left() == ["tiny"]
+    assert killed
