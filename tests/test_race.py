@@ -55,7 +55,7 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.setenv("FAKE_VLLM_SEEN", str(machine.seen))
     monkeypatch.setattr(card, "read_conditions", read)
     monkeypatch.setattr(card, "_SETTLE_S", 0.0)
-    monkeypatch.setattr("pipeline.runners.vllm.find_card", read)
+    monkeypatch.setattr("pipeline.runners.vllm.read_conditions", read)
     return machine
 
 

@@ -75,10 +75,11 @@ def card_peers(
     made = []
     for name in names:
         if name == TRANSFORMERS:
-            from pipeline.runners.transformers import open_source_on_card
+            from pipeline.runners.transformers import open_in_child
 
             opener: Callable[[], AbstractContextManager[Session]]
-            opener = partial(open_source_on_card, weights_dir, timeouts)
+            weights = {"weights_dir": str(weights_dir), "dtype": "bfloat16", "device": "cuda"}
+            opener = partial(open_in_child, "open_source", timeouts, **weights)
             label = "Hugging Face generate, bfloat16"
             made.append(Peer(name=name, label=label, open=opener, max_rounds=_SLOW_ROUNDS))
             continue

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,7 +300,7 @@ class ChildSession:
                 "kind": "generate",
                 "prompts": [list(prompt) for prompt in prompts],
                 "osl": osl,
-                "options": None if options is None else options.to_json(),
+                "options": None if options is None else asdict(options),
             }
         )
         # The last request cannot be answered before it arrives.
@@ -358,27 +358,19 @@ class ChildSession:
 
 
 @contextlib.contextmanager
-def open_child(
-    program: Program, timeouts: Timeouts, log_path: Path | None = None
-) -> Iterator[ChildSession]:
+def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
     """Start a program and let it load; leaving the context ends its process, and so its memory.
 
-    Args:
-        program: What is started.
-        timeouts: How long to wait.
-        log_path: Where its log goes, which then stays; by default a file in the system's temporary
-            folder, which stays when it failed and goes otherwise.
+    Its log is a file in the system's temporary folder, which stays when it failed.
 
     Raises:
         ToolError: The process ended, hangs or writes nonsense.
         PipelineError: It reports that it cannot load.
     """
-    kept = log_path is not None
-    if log_path is None:
-        name = f"enginesmith-{program.name.lower()}-"
-        descriptor, path = tempfile.mkstemp(prefix=name, suffix=".log")
-        os.close(descriptor)
-        log_path = Path(path)
+    prefix = f"enginesmith-{program.name.lower()}-"
+    descriptor, path = tempfile.mkstemp(prefix=prefix, suffix=".log")
+    os.close(descriptor)
+    log_path = Path(path)
     try:
         with program.start() as started, _running(started, log_path, program.name) as child:
             child.send(
@@ -394,11 +386,9 @@ def open_child(
     except PipelineError:
         raise  # its message names the log
     except BaseException:
-        if not kept:
-            log_path.unlink()
-        raise
-    if not kept:
         log_path.unlink()
+        raise
+    log_path.unlink()
 
 
 @contextlib.contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pipeline.core.nvml import Conditions, read_conditions
-
 NO_CARD = (
     "NVML shows this process none; see nvidia-smi, CUDA_VISIBLE_DEVICES and that nvidia-ml-py is "
     "installed"
@@ -24,8 +22,3 @@ def torch_fault() -> str | None:
         f"needs PyTorch built for CUDA, got {torch}: install one as "
         "https://pytorch.org/get-started says"
     )
-
-
-def find_card() -> Conditions | None:
-    """This process's first CUDA device; None where there is none."""
-    return read_conditions()

@@ -253,13 +253,3 @@ class DecoderSession:
             self._decoder = None  # frees the old cache before the new one is made
             self._decoder = self._bind(batch)
         return self._decoder
-
-
-def generate_greedy(
-    decoder: BoundDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> NDArray[np.int64]:
-    """Greedy tokens [batch, max_new_tokens], end-of-sequence ignored."""
-    import numpy as np
-
-    state = prefill(decoder, prompts)
-    return np.stack(list(greedy_steps(decoder, state, max_new_tokens)), axis=1)

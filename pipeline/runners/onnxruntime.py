@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
@@ -147,19 +147,11 @@ class OnnxRuntimeRunner:
         threads: Threads of one operator; 0 for all cores.
     """
 
+    name: ClassVar[str] = "onnxruntime"
+    device: ClassVar[Device] = "cpu"
+    abilities: ClassVar[frozenset[Ability]] = BATCHES
+
     threads: NonNegativeInt = 0
-
-    @property
-    def name(self) -> str:
-        return "onnxruntime"
-
-    @property
-    def device(self) -> Device:
-        return "cpu"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return BATCHES
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.twin_dir is None:

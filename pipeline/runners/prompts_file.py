@@ -7,7 +7,6 @@ into ids with the special tokens that it adds by itself and without a chat templ
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,11 +120,6 @@ def tokenized(
     if faults:
         raise RecipeError([Fault(config_path, message) for message in faults])
     return tuple(made)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file of prompts."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _fault(config_path: str, message: str) -> RecipeError:

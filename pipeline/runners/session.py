@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import pydantic.dataclasses
 
 from pipeline.core.errors import Fault, PipelineError, RecipeError
 
@@ -17,9 +19,9 @@ UNUSED_TOKEN = -1
 """What stands in `Generation.tokens` behind the end of an answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """What a batch asks beyond its prompts and the longest answer.
+    """What a batch asks beyond its prompts and the longest answer; made again from its JSON.
 
     Attributes:
         osl_each: Most output tokens of each request.
@@ -32,20 +34,6 @@ class BatchOptions:
     eos_token_ids: frozenset[int] = frozenset()
     arrivals_s: tuple[float, ...] = ()
     max_concurrency: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For a process that holds the model."""
-        return {**asdict(self), "eos_token_ids": sorted(self.eos_token_ids)}
-
-    @staticmethod
-    def from_json(found: Mapping[str, Any]) -> BatchOptions:
-        """What `to_json` wrote."""
-        return BatchOptions(
-            osl_each=tuple(found["osl_each"]),
-            eos_token_ids=frozenset(found["eos_token_ids"]),
-            arrivals_s=tuple(found["arrivals_s"]),
-            max_concurrency=found["max_concurrency"],
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import cache_root
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.runners.child import ChildSession, Program, Timeouts, open_child, session_program
-from pipeline.runners.cuda import NO_CARD, find_card, torch_fault
+from pipeline.runners.cuda import NO_CARD, torch_fault
 from pipeline.runners.decode import DecoderSession
 from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import Session
@@ -48,22 +50,14 @@ class TrtRtxRunner:
         answer_timeout_s: Longest time for one answer, or the next token of a stream.
     """
 
+    name: ClassVar[str] = "tensorrt-rtx"
+    device: ClassVar[Device] = "cuda"
+    abilities: ClassVar[frozenset[Ability]] = BATCHES
+
     kernel_specialization: KernelSpecialization
     runtime_cache: bool
     load_timeout_s: PositiveFloat
     answer_timeout_s: PositiveFloat
-
-    @property
-    def name(self) -> str:
-        return "tensorrt-rtx"
-
-    @property
-    def device(self) -> Device:
-        return "cuda"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return BATCHES
 
     def why_not(self, engine: Engine) -> str | None:
         if format_spec(engine.format).runner != "tensorrt_rtx":
@@ -162,7 +156,7 @@ def _missing_package(wanted: str) -> str | None:
 
 
 def _wrong_card(sms: tuple[int, ...]) -> str | None:
-    card = find_card()
+    card = read_conditions()
     wanted = " or ".join(str(sm) for sm in sms)
     if card is None:
         return f"needs a CUDA device of SM {wanted}, and {NO_CARD}"

@@ -10,19 +10,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.model.hf import load_model, quiet
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.child import ChildSession, Timeouts, open_child, session_program
-from pipeline.runners.cuda import NO_CARD, find_card, torch_fault
+from pipeline.runners.cuda import NO_CARD, torch_fault
 from pipeline.runners.decode import Rows
 from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import BatchOptions, Generation, Session, require_fit
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 EQUAL_PROMPTS: frozenset[Ability] = BATCHES - {"isl_distribution", "prompts_file"}
 """What `TransformersSession` executes, also as the baseline beside an engine."""
-_NAME = "Transformers"
 
 
 class TransformersSession:
@@ -159,14 +159,17 @@ def open_checkpoint(
     yield TransformersSession(model.to(device), device, context)
 
 
-def open_source_on_card(
-    weights_dir: Path, timeouts: Timeouts
+def open_in_child(
+    opener: Literal["open_source", "open_checkpoint"], timeouts: Timeouts, **arguments: Any
 ) -> AbstractContextManager[ChildSession]:
-    """The source in bfloat16 on this machine's card, in a process of its own."""
-    opener = f"{__name__}:open_source"
-    program = session_program(
-        _NAME, opener, weights_dir=str(weights_dir), dtype="bfloat16", device="cuda"
-    )
+    """What a function of this module opens, in a process of its own.
+
+    Args:
+        opener: Name of the function.
+        timeouts: How long to wait.
+        arguments: Of the function, as JSON has them.
+    """
+    program = session_program("Transformers", f"{__name__}:{opener}", **arguments)
     return open_child(program, timeouts)
 
 
@@ -184,17 +187,12 @@ class TransformersRunner:
         answer_timeout_s: Longest time for one answer there, or the next token of a stream.
     """
 
+    name: ClassVar[str] = "transformers"
+    abilities: ClassVar[frozenset[Ability]] = EQUAL_PROMPTS | {"clear_cache"}
+
     device: Device = "cpu"
     load_timeout_s: PositiveFloat = 900.0
     answer_timeout_s: PositiveFloat = 600.0
-
-    @property
-    def name(self) -> str:
-        return "transformers"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return EQUAL_PROMPTS | {"clear_cache"}
 
     def why_not(self, engine: Engine) -> str | None:
         if not format_spec(engine.format).is_checkpoint:
@@ -203,7 +201,7 @@ class TransformersRunner:
             return None
         if fault := torch_fault():
             return f"runner.device=cuda {fault}, or leave runner.device out"
-        if find_card() is None:
+        if read_conditions() is None:
             return f"runner.device=cuda needs a CUDA device, and {NO_CARD}, or leave it out"
         return None
 
@@ -213,26 +211,9 @@ class TransformersRunner:
         context = engine.limits.max_seq_len
         if self.device == "cpu":
             return open_checkpoint(engine.dir, context)
-        return open_simulation(
-            engine.dir,
-            context,
-            self.device,
-            Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s),
-        )
-
-
-def open_simulation(
-    checkpoint_dir: Path, context: int, device: Device, timeouts: Timeouts
-) -> AbstractContextManager[ChildSession]:
-    """As `open_checkpoint`, in a process of its own."""
-    program = session_program(
-        _NAME,
-        f"{__name__}:open_checkpoint",
-        checkpoint_dir=str(checkpoint_dir),
-        context=context,
-        device=device,
-    )
-    return open_child(program, timeouts)
+        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        arguments = {"checkpoint_dir": str(engine.dir), "context": context, "device": self.device}
+        return open_in_child("open_checkpoint", timeouts, **arguments)
 
 
 KIND = TransformersRunner

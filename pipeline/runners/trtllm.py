@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -39,29 +39,21 @@ class TrtLlmRunner:
         timeout_s: After so long a run of `trtllm-bench`, a load or an answer is stopped.
     """
 
+    name: ClassVar[str] = "trtllm"
+    device: ClassVar[Device] = "cuda"
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
+    """`trtllm-bench` has no option for arrivals and one end-of-sequence id at most.
+
+    Its dataset has output tokens of each request, but the release sets them on one object that
+    requests which wait share, so lengths that differ are not known to be kept.
+    """
+
     where: Where
     image: str
     kv_cache_fraction: Annotated[PositiveFloat, Le(1.0)]
     bench_rounds: PositiveInt
     bench_warmup: NonNegativeInt
     timeout_s: PositiveFloat
-
-    @property
-    def name(self) -> str:
-        return "trtllm"
-
-    @property
-    def device(self) -> Device:
-        return "cuda"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        """None: `trtllm-bench` has no option for arrivals and one end-of-sequence id at most.
-
-        Its dataset has output tokens of each request, but the release sets them on one object that
-        requests which wait share, so lengths that differ are not known to be kept.
-        """
-        return frozenset()
 
     def why_not(self, engine: Engine) -> str | None:
         if format_spec(engine.format).runner != self.name:

@@ -55,39 +55,6 @@ class BenchSettings:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchPaths:
-    """Paths as the tool sees them.
-
-    Attributes:
-        model_dir: See `write_model_dir`.
-        engine_dir: The engine.
-        dataset: See `write_dataset`.
-        report: Gets the report.
-        workspace: A folder for intermediate files.
-        options: YAML with options of the LLM class; None for none.
-    """
-
-    model_dir: str
-    engine_dir: str
-    dataset: str
-    report: str
-    workspace: str
-    options: str | None = None
-
-    @staticmethod
-    def below(given: str, made: str, engine_dir: str, *, options: bool) -> BenchPaths:
-        """All paths, below the folders of what the tool reads and writes."""
-        return BenchPaths(
-            model_dir=f"{given}/model",
-            engine_dir=engine_dir,
-            dataset=f"{given}/dataset.jsonl",
-            report=f"{made}/report.json",
-            workspace=f"{made}/workspace",
-            options=f"{given}/options.yaml" if options else None,
-        )
-
-
 def measure(
     engine: Engine,
     checkpoint_dir: Path,
@@ -110,11 +77,13 @@ def measure(
         log_path: Gets its output.
 
     Raises:
-        RecipeError: The workload does not fit the engine.
+        RecipeError: The workload asks for one token only.
         ToolError: The tool failed.
         PipelineError: It reported another run than was asked for.
     """
-    _require_fit(engine, workload)
+    if workload.osl < 2:
+        fault = "osl must be 2 or more: trtllm-bench divides by the time after the first token"
+        raise RecipeError([Fault(f"workload {workload.name}", fault)])
     with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
         input_dir, output_dir = Path(name) / "input", Path(name) / "output"
         input_dir.mkdir()
@@ -124,15 +93,20 @@ def measure(
         built = Shared(name="engine", source=engine.dir)
         window = attention_window(engine)
         _write_inputs(input_dir, engine, checkpoint_dir, workload, window, settings)
-        paths = BenchPaths.below(
-            place.path(given), place.path(made), place.path(built), options=window is not None
+        command = bench_command(
+            workload,
+            settings,
+            given=place.path(given),
+            made=place.path(made),
+            engine_dir=place.path(built),
+            options=window is not None,
         )
         runs: list[BenchRun] = []
         document: dict[str, Any] = {}
         for _ in range(repeats):
             (output_dir / "report.json").unlink(missing_ok=True)
             place.run(
-                bench_command(workload, paths, settings),
+                command,
                 [given, made, built],
                 stage="bench",
                 log_path=log_path,
@@ -165,8 +139,14 @@ def _write_inputs(
         seed=settings.seed,
         rounds=settings.rounds,
     )
-    if window is not None:
-        _write_options(folder / "options.yaml", window, settings)
+    if window is not None:  # the section replaces the tool's own, so it repeats what that sets
+        cache = {
+            "free_gpu_memory_fraction": settings.kv_cache_fraction,
+            "enable_block_reuse": False,
+            "max_attention_window": [window],
+        }
+        options = json.dumps({"kv_cache_config": cache})  # JSON is YAML
+        (folder / "options.yaml").write_text(options + "\n")
 
 
 def attention_window(engine: Engine) -> int | None:
@@ -176,35 +156,6 @@ def attention_window(engine: Engine) -> int | None:
     """
     window: int | None = engine.checks.get("conversion", {}).get("attention_window")
     return window if window is not None and engine.limits.max_seq_len > window else None
-
-
-def _require_fit(engine: Engine, workload: Workload) -> None:
-    limits = engine.limits
-    faults = []
-    if workload.isl + workload.osl > limits.max_seq_len:
-        faults.append(
-            f"isl + osl ({workload.isl + workload.osl}) exceeds the engine's max_seq_len "
-            f"({limits.max_seq_len})"
-        )
-    if workload.batch > limits.max_batch_size:
-        faults.append(
-            f"batch ({workload.batch}) exceeds the engine's max_batch_size "
-            f"({limits.max_batch_size})"
-        )
-    if workload.osl < 2:
-        faults.append("osl must be 2 or more: trtllm-bench divides by the time after the first")
-    if faults:
-        raise RecipeError([Fault(f"workload {workload.name}", fault) for fault in faults])
-
-
-def _write_options(path: Path, window: int, settings: BenchSettings) -> None:
-    """JSON, which is YAML. The section replaces the tool's own, so it repeats what that sets."""
-    cache = {
-        "free_gpu_memory_fraction": settings.kv_cache_fraction,
-        "enable_block_reuse": False,
-        "max_attention_window": [window],
-    }
-    path.write_text(json.dumps({"kv_cache_config": cache}) + "\n")
 
 
 def _read(path: Path, log_path: Path) -> dict[str, Any]:
@@ -224,7 +175,13 @@ def mode_of(workload: Workload) -> Mode:
 
 
 def bench_command(
-    workload: Workload, paths: BenchPaths, settings: BenchSettings
+    workload: Workload,
+    settings: BenchSettings,
+    *,
+    given: str,
+    made: str,
+    engine_dir: str,
+    options: bool,
 ) -> tuple[str, ...]:
     """Program and arguments, never a shell string.
 
@@ -233,30 +190,33 @@ def bench_command(
 
     Args:
         workload: What to measure.
-        paths: Where things are.
         settings: How to measure.
+        given: Folder of what `_write_inputs` writes, as the tool sees it.
+        made: Folder of what the tool writes.
+        engine_dir: The engine.
+        options: Whether there are options of the LLM class.
     """
     mode = mode_of(workload)
     command = [
         BENCH_PROGRAM,
         *("--model", workload.name),
-        *("--model_path", paths.model_dir),
-        *("--workspace", paths.workspace),
+        *("--model_path", f"{given}/model"),
+        *("--workspace", f"{made}/workspace"),
         *("--log_level", "info"),
         mode,
         *("--backend", "tensorrt"),  # the default is pytorch
-        *("--engine_dir", paths.engine_dir),
-        *("--dataset", paths.dataset),
+        *("--engine_dir", engine_dir),
+        *("--dataset", f"{given}/dataset.jsonl"),
         *("--num_requests", str(workload.batch * settings.rounds)),
         *("--concurrency", str(workload.batch)),
         *("--warmup", str(settings.warmup)),
         *("--kv_cache_free_gpu_mem_fraction", str(settings.kv_cache_fraction)),
-        *("--report_json", paths.report),
+        *("--report_json", f"{made}/report.json"),
     ]
     if mode == "throughput":
         command += ["--eos_id", "-1", "--streaming"]
-    if paths.options is not None:
-        command += ["--extra_llm_api_options", paths.options]
+    if options:
+        command += ["--extra_llm_api_options", f"{given}/options.yaml"]
     return tuple(command)
 
 
@@ -270,8 +230,8 @@ def write_dataset(
     """
     with path.open("w", encoding="ascii") as stream:
         for number in range(rounds):
-            prompts = workload.prompts(vocab_size, seed + number)
-            for row, prompt in enumerate(prompts.tolist()):
+            prompts = workload.request_prompts(vocab_size, seed + number)
+            for row, prompt in enumerate(prompts):
                 request = {
                     "task_id": number * workload.batch + row,
                     "input_ids": prompt,

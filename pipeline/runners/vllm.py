@@ -6,18 +6,19 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Lt
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.nvml import read_conditions
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
-from pipeline.runners.cuda import NO_CARD, find_card
+from pipeline.runners.cuda import NO_CARD
 from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import Session
 
@@ -38,22 +39,14 @@ class VllmRunner:
         answer_timeout_s: Longest time for one answer.
     """
 
+    name: ClassVar[str] = "vllm"
+    device: ClassVar[Device] = "cuda"
+    abilities: ClassVar[frozenset[Ability]] = BATCHES | {"request_rate"}
+
     gpu_memory_utilization: Annotated[PositiveFloat, Lt(1.0)]
     arguments: Listed[str]
     load_timeout_s: PositiveFloat
     answer_timeout_s: PositiveFloat
-
-    @property
-    def name(self) -> str:
-        return "vllm"
-
-    @property
-    def device(self) -> Device:
-        return "cuda"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return BATCHES | {"request_rate"}
 
     def why_not(self, engine: Engine) -> str | None:
         if format_spec(engine.format).runner != self.name:
@@ -72,7 +65,7 @@ class VllmRunner:
                 "runner=vllm needs the package vllm, which is not installed; install it into this "
                 f"environment: pip install {wanted}"
             )
-        card = find_card()
+        card = read_conditions()
         if card is None:
             return f"runner=vllm needs a CUDA device, and {NO_CARD}, or take runner=transformers"
         if card.sm < FP8_SM:

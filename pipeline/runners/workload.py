@@ -7,8 +7,9 @@ times count from each arrival. Which runner executes what is in `pipeline.runner
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+import hashlib
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 from pydantic import Strict
@@ -18,12 +19,8 @@ from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import PathField
 from pipeline.core.values import digest_of
 from pipeline.runners.lengths import ITEM, Count, Lengths, Rate
-from pipeline.runners.prompts_file import file_sha256, read_prompts, tokenized
+from pipeline.runners.prompts_file import read_prompts, tokenized
 from pipeline.runners.session import BatchOptions
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 Share = Annotated[float, Strict(), Gt(0), Le(1)]
 Seed = Annotated[int, Strict(), Ge(0)]
@@ -160,23 +157,18 @@ class Workload:
         Raises:
             OSError: The file of prompts is not there; `faults` tells that in time.
         """
-        load: dict[str, Any] = {"batch": self.batch, "isl": self.isl, "osl": self.osl}
-        if self.total_requests != self.batch:
-            load["requests"] = self.requests
-        if self.isl_distribution is not None:
-            load["isl_distribution"] = asdict(self.isl_distribution)
-        if self.osl_distribution is not None:
-            load["osl_distribution"] = asdict(self.osl_distribution)
-        if not self.ignore_eos:
-            load["ignore_eos"] = False
-        if self.request_rate is not None:
-            load["request_rate"] = self.request_rate
+        found = asdict(self)
+        thresholds = ("name", "min_output_tokens_per_s", "min_share_of_ceiling")
+        load = {
+            field.name: found[field.name]
+            for field in fields(self)
+            if field.name not in thresholds and found[field.name] != field.default
+        }
+        if self.total_requests == self.batch:
+            load.pop("requests", None)
         if self.prompts_file is not None:
-            load["prompts_sha256"] = file_sha256(self.prompts_file)
-        if self.seed is not None:
-            load["seed"] = self.seed
-        if self.warm_ups != 1:
-            load["warm_ups"] = self.warm_ups
+            content = load.pop("prompts_file").read_bytes()
+            load["prompts_sha256"] = hashlib.sha256(content).hexdigest()
         return load
 
     @property
@@ -184,27 +176,12 @@ class Workload:
         """Identity of `load`. What is at its default is not in it."""
         return digest_of(self.load)
 
-    def prompts(self, vocab_size: int, seed: int) -> NDArray[np.int64]:
-        """Synthetic token ids [batch, isl]: speed does not depend on what they mean.
-
-        Raises:
-            RecipeError: The workload is more than that; who executes it takes `request_prompts`.
-        """
-        import numpy as np
-
-        if not self.is_plain:
-            message = (
-                f"workload {self.name}: this runner executes one batch of synthetic prompts of "
-                "equal length; leave requests, request_rate, isl_distribution, osl_distribution, "
-                "ignore_eos and prompts_file out"
-            )
-            raise RecipeError([Fault("", message)])
-        return np.array(self.request_prompts(vocab_size, seed), np.int64)
-
     def request_prompts(
         self, vocab_size: int, seed: int, tokenizer: Any | None = None, config_path: str = ""
     ) -> Prompts:
         """Token ids of all requests of one run, in their order.
+
+        Synthetic ones are drawn: speed does not depend on what they mean.
 
         Args:
             vocab_size: Ids are below it.

@@ -77,12 +77,11 @@ def test_contenders_alternate_on_the_same_prompts_and_warm_up_is_discarded() -> 
 
 
 def test_prompts_are_the_same_for_the_same_seed_and_in_the_vocabulary() -> None:
-    first = LOAD.prompts(7, seed=1)
-    assert first.shape == (2, 5)
-    assert (first == LOAD.prompts(7, seed=1)).all()
-    assert (first != LOAD.prompts(7, seed=2)).any()
-    many = dataclasses.replace(LOAD, batch=100).prompts(7, seed=1)
-    assert set(many.ravel().tolist()) == set(range(7))
+    first = LOAD.request_prompts(7, seed=1)
+    assert [len(prompt) for prompt in first] == [5, 5]
+    assert first == LOAD.request_prompts(7, seed=1) != LOAD.request_prompts(7, seed=2)
+    many = dataclasses.replace(LOAD, batch=100).request_prompts(7, seed=1)
+    assert {token for prompt in many for token in prompt} == set(range(7))
 
 
 def test_digest_of_a_workload_leaves_thresholds_and_name_out() -> None:

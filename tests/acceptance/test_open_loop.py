@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,8 @@ def test_all_requests_are_one_call_with_their_arrivals() -> None:
     assert options == BatchOptions(
         osl_each=(4,) * 200, arrivals_s=LOAD.arrivals_s(1), max_concurrency=8
     )
-    assert BatchOptions.from_json(options.to_json()) == options
+    message = json.loads(json.dumps(dataclasses.asdict(options), default=sorted))
+    assert BatchOptions(**message) == options
 
 
 def served(

@@ -49,7 +49,6 @@ def test_todays_workloads_keep_their_digest_and_their_prompts() -> None:
     assert PLAIN.digest == digest_of({"batch": 2, "isl": 8, "osl": 4})
     assert load(requests=2, warm_ups=1).digest == PLAIN.digest
     drawn = np.random.default_rng(3).integers(0, 50, (2, 8))
-    assert PLAIN.prompts(50, 3).tolist() == drawn.tolist()
     assert [list(prompt) for prompt in PLAIN.request_prompts(50, 3)] == drawn.tolist()
 
 
@@ -224,14 +223,6 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_executed_cannot_be_written(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         load(**changes)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"isl_distribution": {"min": 1}}, {"requests": 4}, {"prompts_file": "x"}]
-)
-def test_runner_of_plain_batches_refuses_more(changes: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="this runner executes one batch of synthetic prompts"):
-        load(**changes).prompts(9, 0)
 
 
 def test_share_of_the_ceiling_keeps_the_load() -> None:

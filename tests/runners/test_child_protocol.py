@@ -193,13 +193,11 @@ def test_stream_that_is_left_early_does_not_disturb_what_follows() -> None:
 
 
 @pytest.mark.parametrize("fault", ["grandchild-load", "grandchild-generate"])
-def test_what_the_child_started_ends_with_it(fault: str, tmp_path: Path) -> None:
+def test_what_the_child_started_ends_with_it(fault: str) -> None:
     """Also a process that ignores SIGTERM."""
-    log_path = tmp_path / "kept.log"
-    program = Program(name="Toy", model=str(toy_model.__file__), arguments={"fault": fault})
-    with open_child(program, Timeouts(load_s=30, answer_s=30), log_path) as opened:
+    with session(fault) as opened:
         opened.generate([[1]], 1)
-    found = re.search(r"grandchild (\d+)", log_path.read_text())
+        found = re.search(r"grandchild (\d+)", opened._child.log_path.read_text())
     assert found is not None
     deadline = time.monotonic() + 5
     while not ended(int(found[1])) and time.monotonic() < deadline:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.runners.child import ChildSession, Timeouts, open_child
 from pipeline.runners.onnxruntime import open_graph
 from pipeline.runners.session import BatchOptions, CacheClearing, Session
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
-from pipeline.runners.transformers import open_checkpoint, open_simulation
+from pipeline.runners.transformers import open_checkpoint, open_in_child
 from pipeline.runners.trtllm import TrtLlmRunner
 from pipeline.runners.vllm import VllmRunner
 from tests.formats.decoder.decoders import write_graph
@@ -123,7 +124,8 @@ def case(
         elif request.param == "transformers":
             checkpoint = tiny_checkpoint(folder / "checkpoint").dir
             own = stack.enter_context(open_checkpoint(checkpoint, 128))
-            opened = lambda: open_simulation(checkpoint, 128, "cpu", TIMES)  # noqa: E731
+            what = {"checkpoint_dir": str(checkpoint), "context": 128}
+            opened = partial(open_in_child, "open_checkpoint", TIMES, **what)
             yield Case("Transformers", opened, own, 128)
         else:
             file = write_graph(model_dir, folder / "reference", context=CONTEXT)

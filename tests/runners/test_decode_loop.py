@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import RecipeError
-from pipeline.runners.decode import generate_greedy, prefill
+from pipeline.runners.decode import prefill
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.transformers import open_source
-from tests.formats.decoder.decoders import random_prompt
+from tests.formats.decoder.decoders import generate_greedy, random_prompt
 
 PROMPT = random_prompt(10, seed=3)
 

@@ -87,7 +87,7 @@ class Model(Protocol):
     ) -> Message:
         """Keys `tokens` (a list for each request), `ttft_s`, `total_s`; `requests` if known.
 
-        `options` are those of `pipeline.runners.session.BatchOptions.to_json`.
+        `options` are the fields of `pipeline.runners.session.BatchOptions`.
         """
         ...
 
@@ -104,7 +104,7 @@ def pack(message: Message, array: Array | None = None) -> bytes:
     if array is not None:
         data = array.tobytes()
         message = {**message, "dtype": str(array.dtype), "shape": list(array.shape)}
-    text = json.dumps(message).encode()
+    text = json.dumps(message, default=sorted).encode()  # a set as a list
     return HEADER.pack(MAGIC, len(text), len(data)) + text + data
 
 

@@ -41,7 +41,7 @@ class SessionModel:
     ) -> dict[str, Any]:
         from pipeline.runners.session import BatchOptions
 
-        asked = None if options is None else BatchOptions.from_json(options)
+        asked = None if options is None else BatchOptions(**options)
         made = self._session.generate(prompts, osl, asked)
         rows = zip(made.tokens.tolist(), made.output_lengths, strict=True)
         return {

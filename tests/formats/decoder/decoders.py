@@ -10,7 +10,7 @@ from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
 from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
 from pipeline.model.hf import load_model
 from pipeline.quant.unified import UnifiedCheckpoint
-from pipeline.runners.decode import prefill
+from pipeline.runners.decode import BoundDecoder, greedy_steps, prefill
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from tests.tiny import VOCAB_SIZE
 
@@ -116,3 +116,13 @@ def random_prompt(length: int, seed: int = 0) -> list[int]:
 
     tokens: list[int] = np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist()
     return tokens
+
+
+def generate_greedy(
+    decoder: BoundDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> NDArray[np.int64]:
+    """Greedy tokens [batch, max_new_tokens], end-of-sequence ignored."""
+    import numpy as np
+
+    state = prefill(decoder, prompts)
+    return np.stack(list(greedy_steps(decoder, state, max_new_tokens)), axis=1)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.runners.decode import generate_greedy
 from tests.architectures import ARCHITECTURES, ORIGINAL_CONTEXT, WINDOW, tiny_architecture
 from tests.formats.decoder.decoders import (
+    generate_greedy,
     graph_logits,
     model_greedy,
     model_logits,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.runners.decode import generate_greedy
 from tests.formats.decoder.decoders import (
+    generate_greedy,
     graph_logits,
     model_greedy,
     model_logits,

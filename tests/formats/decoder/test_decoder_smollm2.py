@@ -16,11 +16,16 @@ from pipeline.core.cache import StageCache, cache_root
 from pipeline.core.values import Weights
 from pipeline.model.hf import load_tokenizer
 from pipeline.quant.simulate import Accumulation, load_simulation
-from pipeline.runners.decode import generate_greedy
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.sources.text.topics import PydocTopics
 from pipeline.sources.text.windows import pack_windows
-from tests.formats.decoder.decoders import model_greedy, model_logits, reference, write_graph
+from tests.formats.decoder.decoders import (
+    generate_greedy,
+    model_greedy,
+    model_logits,
+    reference,
+    write_graph,
+)
 
 pytestmark = pytest.mark.slow
 

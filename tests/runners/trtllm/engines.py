@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,8 +23,6 @@ def runner_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = card_machine(folder, monkeypatch)
     source = (HERE / "fake_trtllm_bench.py").read_text()
     write_script(programs / "trtllm-bench", f"#!{sys.executable}\n{source}")
-    options = "trtllm_bench_options.json"
-    shutil.copyfile(HERE / options, programs / options)
     packages = (str(folder / "packages"), str(PACKAGES))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(packages))
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
-from pipeline.runners.decode import DecoderSession, generate_greedy, prefill
+from pipeline.runners.decode import DecoderSession, prefill
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.session import BatchOptions
 from pipeline.runners.trtrtx.decoder import RtxDecoder, row_groups
 from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine
-from tests.formats.decoder.decoders import random_prompt, write_graph
+from tests.formats.decoder.decoders import generate_greedy, random_prompt, write_graph
 from tests.runners.trtrtx.engines import (
     CONTEXT,
     MAX_BATCH,

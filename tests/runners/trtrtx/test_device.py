@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.runners.decode import generate_greedy
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph
 from pipeline.runners.trtrtx.decoder import RtxDecoder
 from pipeline.runners.trtrtx.device import CudaDevice
 from pipeline.runners.trtrtx.engine import LoadSettings, RtxEngine
-from tests.formats.decoder.decoders import random_prompt, write_graph
+from tests.formats.decoder.decoders import generate_greedy, random_prompt, write_graph
 from tests.runners.trtrtx.engines import CONTEXT, MAX_BATCH, fake_tensorrt_rtx, write_plan
 from tests.runners.trtrtx.torch_memory import share_memory
 

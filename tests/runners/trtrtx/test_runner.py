@@ -49,7 +49,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def card(monkeypatch: pytest.MonkeyPatch, sm: tuple[int, int] | None) -> None:
     found = None if sm is None else conditions_of(nvml(DeviceGetCudaComputeCapability=sm), 0)
-    monkeypatch.setattr("pipeline.runners.tensorrt_rtx.find_card", lambda: found)
+    monkeypatch.setattr("pipeline.runners.tensorrt_rtx.read_conditions", lambda: found)
 
 
 def test_the_shipped_settings_make_a_runner() -> None:

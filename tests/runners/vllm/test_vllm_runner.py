@@ -50,7 +50,7 @@ def test_a_missing_or_too_old_card_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert "needs a CUDA device" in (RUNNER.why_not(ENGINE) or "")
     for capability, runs in (((8, 6), False), ((8, 9), True)):
         card = conditions_of(nvml(DeviceGetCudaComputeCapability=capability), 0)
-        monkeypatch.setattr("pipeline.runners.vllm.find_card", lambda card=card: card)
+        monkeypatch.setattr("pipeline.runners.vllm.read_conditions", lambda card=card: card)
         reason = RUNNER.why_not(ENGINE)
         assert (reason is None) == runs
         assert reason is None or "has SM 86; use a newer card" in reason
