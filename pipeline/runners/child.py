@@ -169,18 +169,15 @@ class ChildProcess:
             self._fill(deadline, timeout_s, setting)
         magic, text_size, data_size = header.unpack(take(header.size))
         if magic != protocol.MAGIC:
-            raise self._failure(f"it wrote {magic!r} where a frame begins; {self._next_step()}")
-        text, data = take(text_size), take(data_size)
-        try:
-            message: dict[str, Any] = json.loads(text)
-        except ValueError:
-            raise self._failure(f"it wrote a frame that is no JSON; {self._next_step()}") from None
+            raise self._failure(
+                f"it wrote {magic!r} where a frame begins: a library writes to the pipe of the "
+                "frames; see the log and report it"
+            )
+        message: dict[str, Any] = json.loads(take(text_size))
+        data = take(data_size)
         if message["kind"] == "error":
             raise self._reported(message)
         return message, data
-
-    def _next_step(self) -> str:
-        return "a library writes to the pipe of the frames; see the log and report it"
 
     def _skip_noise(self) -> bool:
         """Drop what comes before the first frame; whether that has begun."""

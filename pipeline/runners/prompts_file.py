@@ -7,34 +7,36 @@ into ids with the special tokens that it adds by itself and without a chat templ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import Fault, RecipeError
 
-_KEYS = ("prompt", "token_ids")
+_WANTED = 'wanted {"prompt": "text"} or {"token_ids": [1, 2, 3]}'
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class FilePrompt:
-    """One line: text or token ids.
+    """One line: text for the tokenizer, or token ids."""
 
-    Attributes:
-        line: Its number in the file, from 1.
-        text: For the tokenizer; empty where there are ids.
-        token_ids: Empty where there is text.
-    """
+    prompt: Annotated[str, MinLen(1)] | None = None
+    token_ids: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
 
-    line: int
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.token_ids is None):
+            raise ValueError("it has both keys or none")
 
 
-def read_prompts(path: Path, config_path: str) -> tuple[FilePrompt, ...]:
-    """All prompts of a file, not yet tokenized.
+_LINE = TypeAdapter(FilePrompt)
+
+
+def read_prompts(path: Path, config_path: str) -> tuple[tuple[int, FilePrompt], ...]:
+    """All prompts of a file with the numbers of their lines, not yet tokenized.
 
     Args:
         path: The file.
@@ -48,42 +50,23 @@ def read_prompts(path: Path, config_path: str) -> tuple[FilePrompt, ...]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise _fault(config_path, f"{path} cannot be read as UTF-8 text: {error}") from error
-    prompts = tuple(
-        _prompt_of(line, number, path, config_path)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                prompts.append((number, _LINE.validate_json(line)))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                at = ".".join(["", *map(str, first["loc"])])
+                message = f"{path} line {number}{at}: {first['msg']}; {_WANTED}"
+                raise _fault(config_path, message) from error
     if not prompts:
         raise _fault(config_path, f"{path} has no prompts; write one JSON object on each line")
-    return prompts
-
-
-def _prompt_of(line: str, number: int, path: Path, config_path: str) -> FilePrompt:
-    where = f"{path} line {number}"
-    try:
-        found: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _fault(config_path, f"{where} is not JSON: {error}") from error
-    keys = sorted(found) if isinstance(found, dict) else []
-    if keys not in ([_KEYS[0]], [_KEYS[1]]):
-        shown = f"the keys {keys}" if keys else "no object"
-        raise _fault(
-            config_path, f'{where} has {shown}; wanted {{"prompt": "text"}} or {{"token_ids": […]}}'
-        )
-    value = found[keys[0]]
-    if keys == ["prompt"]:
-        if not isinstance(value, str) or not value:
-            raise _fault(config_path, f"{where}: prompt is {value!r}, wanted text")
-        return FilePrompt(line=number, text=value)
-    ids = value if isinstance(value, list) else []
-    # bool is an int for isinstance.
-    if not ids or any(type(token) is not int or token < 0 for token in ids):
-        raise _fault(config_path, f"{where}: token_ids must be a list of one or more numbers >= 0")
-    return FilePrompt(line=number, token_ids=tuple(ids))
+    return tuple(prompts)
 
 
 def tokenized(
-    prompts: Sequence[FilePrompt],
+    prompts: Sequence[tuple[int, FilePrompt]],
     path: Path,
     config_path: str,
     *,
@@ -105,13 +88,13 @@ def tokenized(
         RecipeError: With all prompts that are too long, empty, or not of the vocabulary.
     """
     made, faults = [], []
-    for prompt in prompts:
+    for line, prompt in prompts:
         ids = prompt.token_ids
-        if prompt.text:
+        if ids is None:
             if tokenizer is None:
                 continue
-            ids = tuple(tokenizer(prompt.text)["input_ids"])
-        where = f"{path} line {prompt.line}"
+            ids = tuple(tokenizer(prompt.prompt)["input_ids"])
+        where = f"{path} line {line}"
         if not 1 <= len(ids) <= isl:
             faults.append(f"{where} has {len(ids)} tokens, isl allows 1 to {isl}")
         elif vocab_size is not None and max(ids) >= vocab_size:

@@ -113,7 +113,16 @@ class BenchRunner(Protocol):
         seed: int,
         log_path: Path,
     ) -> BenchResult:
-        """Measure one workload."""
+        """Measure one workload.
+
+        Args:
+            engine: What to measure.
+            checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
+            workload: What `abilities` allow.
+            repeats: Runs of the tool.
+            seed: Of the prompts.
+            log_path: Gets its output.
+        """
         ...
 
 

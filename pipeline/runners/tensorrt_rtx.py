@@ -26,8 +26,8 @@ from pipeline.runners.decode import DecoderSession
 from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import Session
 from pipeline.runners.trtrtx.decoder import RtxDecoder
-from pipeline.runners.trtrtx.device import CudaDevice, StreamDevice
-from pipeline.runners.trtrtx.engine import KernelSpecialization, LoadSettings, RtxEngine
+from pipeline.runners.trtrtx.device import CudaDevice
+from pipeline.runners.trtrtx.engine import KernelSpecialization, RtxEngine
 
 _PACKAGE = "tensorrt-rtx-cu13"
 
@@ -116,7 +116,7 @@ def open_plan(
     plan: str,
     kernel_specialization: KernelSpecialization,
     runtime_cache: str | None,
-    open_device: Callable[[], StreamDevice] = CudaDevice,
+    open_device: Callable[[], CudaDevice] = CudaDevice,
 ) -> Iterator[DecoderSession]:
     """An engine in this process; its compiled kernels are kept at the end.
 
@@ -126,11 +126,8 @@ def open_plan(
         runtime_cache: File that keeps compiled kernels from one load to the next; None for none.
         open_device: Where it computes.
     """
-    settings = LoadSettings(
-        kernel_specialization=kernel_specialization,
-        runtime_cache=None if runtime_cache is None else Path(runtime_cache),
-    )
-    engine = RtxEngine(Path(plan), open_device(), settings)
+    kernels = None if runtime_cache is None else Path(runtime_cache)
+    engine = RtxEngine(Path(plan), open_device(), kernel_specialization, kernels)
     yield DecoderSession(
         lambda batch: RtxDecoder(engine, batch),
         context=engine.signature.context,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -11,18 +12,26 @@ from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import IncompatibleError, PipelineError
+from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.gpu import find_gpu
+from pipeline.core.json_files import read_json_object
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtllm.container import Shared
 from pipeline.formats.trtllm.place import Place, Where, choose_place
-from pipeline.formats.trtllm.release import NAME, VERSION
+from pipeline.formats.trtllm.release import BENCH_PROGRAM, NAME, VERSION
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
 from pipeline.runners.runner import Ability, BenchResult, Device
 from pipeline.runners.session import Session
-from pipeline.runners.trtllm_bench import BenchSettings, attention_window, measure
+from pipeline.runners.trtllm_bench import (
+    attention_window,
+    bench_command,
+    mode_of,
+    percentiles,
+    read_report,
+    write_inputs,
+)
 from pipeline.runners.workload import Workload
 
 
@@ -118,23 +127,61 @@ class TrtLlmRunner:
         seed: int,
         log_path: Path,
     ) -> BenchResult:
-        """Measure one workload; see `pipeline.runners.trtllm_bench.measure`."""
-        settings = BenchSettings(
-            rounds=self.bench_rounds,
-            warmup=self.bench_warmup,
-            kv_cache_fraction=self.kv_cache_fraction,
-            timeout_s=self.timeout_s,
-            seed=seed,
+        """Run `trtllm-bench` `repeats` times; each run loads the engine anew.
+
+        Raises:
+            RecipeError: The workload asks for one token only.
+            ToolError: The tool failed.
+            PipelineError: It reported another run than was asked for.
+        """
+        if workload.osl < 2:
+            fault = "osl must be 2 or more: trtllm-bench divides by the time after the first token"
+            raise RecipeError([Fault(f"workload {workload.name}", fault)])
+        place, rounds = self._place(engine.sms[0]), self.bench_rounds
+        with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
+            given = Shared(name="input", source=Path(name) / "input")
+            made = Shared(name="output", source=Path(name) / "output", read_only=False)
+            built = Shared(name="engine", source=engine.dir)
+            given.source.mkdir()
+            made.source.mkdir()
+            write_inputs(
+                given.source,
+                engine,
+                checkpoint_dir,
+                workload,
+                rounds=rounds,
+                seed=seed,
+                kv_cache_fraction=self.kv_cache_fraction,
+            )
+            command = bench_command(
+                workload,
+                rounds=rounds,
+                warmup=self.bench_warmup,
+                kv_cache_fraction=self.kv_cache_fraction,
+                given=place.path(given),
+                made=place.path(made),
+                engine_dir=place.path(built),
+                options=(given.source / "options.yaml").exists(),
+            )
+            documents = []
+            for _ in range(repeats):
+                self._run_bench(place, command, [given, made, built], log_path)
+                documents.append(read_json_object(made.source / "report.json"))
+        return BenchResult(
+            runs=tuple(read_report(one, workload, rounds=rounds) for one in documents),
+            tool=f"{BENCH_PROGRAM} {VERSION} {mode_of(workload)}",
+            requests=workload.batch * rounds,
+            percentiles=percentiles(documents[-1]),
         )
-        return measure(
-            engine,
-            checkpoint_dir,
-            workload,
-            place=self._place(engine.sms[0]),
-            settings=settings,
-            repeats=repeats,
-            log_path=log_path,
-        )
+
+    def _run_bench(
+        self, place: Place, command: tuple[str, ...], shared: list[Shared], log_path: Path
+    ) -> None:
+        report = shared[1].source / "report.json"
+        report.unlink(missing_ok=True)
+        place.run(command, shared, stage="bench", log_path=log_path, timeout_s=self.timeout_s)
+        if not report.exists():  # after Ctrl-C the tool ends well without one
+            raise PipelineError(f"trtllm-bench ended well, but wrote no report; see {log_path}")
 
     def _place(self, sm: int) -> Place:
         return choose_place(

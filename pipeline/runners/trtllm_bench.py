@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.core.errors import Fault, PipelineError, RecipeError
+from pipeline.core.errors import PipelineError
 from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_header
 from pipeline.core.values import Engine
-from pipeline.formats.trtllm.container import Shared
-from pipeline.formats.trtllm.place import Place
 from pipeline.formats.trtllm.release import BENCH_PROGRAM, VERSION
 from pipeline.quant.export import copy_companions
 from pipeline.quant.unified import UnifiedCheckpoint
-from pipeline.runners.runner import BenchResult, BenchRun
+from pipeline.runners.runner import BenchRun
 from pipeline.runners.workload import Workload
 
 Mode = Literal["throughput", "latency"]
@@ -36,112 +32,35 @@ _FIGURES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """How to measure.
-
-    Attributes:
-        rounds: Batches of one run, one after the other.
-        warmup: Requests before them.
-        kv_cache_fraction: Share of the memory left after loading that the KV cache gets.
-        timeout_s: After so long a run is stopped.
-        seed: Of the prompts.
-    """
-
-    rounds: int
-    warmup: int
-    kv_cache_fraction: float
-    timeout_s: float
-    seed: int
-
-
-def measure(
-    engine: Engine,
-    checkpoint_dir: Path,
-    workload: Workload,
-    *,
-    place: Place,
-    settings: BenchSettings,
-    repeats: int,
-    log_path: Path,
-) -> BenchResult:
-    """Run the tool `repeats` times; each run loads the engine anew.
-
-    Args:
-        engine: What to measure.
-        checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
-        workload: The load.
-        place: Where the tool runs.
-        settings: How to measure.
-        repeats: Runs of the tool.
-        log_path: Gets its output.
-
-    Raises:
-        RecipeError: The workload asks for one token only.
-        ToolError: The tool failed.
-        PipelineError: It reported another run than was asked for.
-    """
-    if workload.osl < 2:
-        fault = "osl must be 2 or more: trtllm-bench divides by the time after the first token"
-        raise RecipeError([Fault(f"workload {workload.name}", fault)])
-    with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
-        input_dir, output_dir = Path(name) / "input", Path(name) / "output"
-        input_dir.mkdir()
-        output_dir.mkdir()
-        given = Shared(name="input", source=input_dir)
-        made = Shared(name="output", source=output_dir, read_only=False)
-        built = Shared(name="engine", source=engine.dir)
-        window = attention_window(engine)
-        _write_inputs(input_dir, engine, checkpoint_dir, workload, window, settings)
-        command = bench_command(
-            workload,
-            settings,
-            given=place.path(given),
-            made=place.path(made),
-            engine_dir=place.path(built),
-            options=window is not None,
-        )
-        runs: list[BenchRun] = []
-        document: dict[str, Any] = {}
-        for _ in range(repeats):
-            (output_dir / "report.json").unlink(missing_ok=True)
-            place.run(
-                command,
-                [given, made, built],
-                stage="bench",
-                log_path=log_path,
-                timeout_s=settings.timeout_s,
-            )
-            document = _read(output_dir / "report.json", log_path)
-            runs.append(read_report(document, workload, rounds=settings.rounds))
-    return BenchResult(
-        runs=tuple(runs),
-        tool=f"{BENCH_PROGRAM} {VERSION} {mode_of(workload)}",
-        requests=workload.batch * settings.rounds,
-        percentiles=percentiles(document),
-    )
-
-
-def _write_inputs(
+def write_inputs(
     folder: Path,
     engine: Engine,
     checkpoint_dir: Path,
     workload: Workload,
-    window: int | None,
-    settings: BenchSettings,
+    *,
+    rounds: int,
+    seed: int,
+    kv_cache_fraction: float,
 ) -> None:
-    """All that the tool reads, beside the engine."""
+    """Write all that the tool reads, beside the engine.
+
+    Args:
+        folder: Gets `model`, `dataset.jsonl`, and `options.yaml` where there is a window.
+        engine: What is measured.
+        checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
+        workload: The load.
+        rounds: Batches of one run, one after the other.
+        seed: Of the prompts.
+        kv_cache_fraction: As of the runner.
+    """
     write_model_dir(folder / "model", checkpoint_dir=checkpoint_dir, engine_dir=engine.dir)
-    write_dataset(
-        folder / "dataset.jsonl",
-        workload,
-        vocab_size=UnifiedCheckpoint(checkpoint_dir).spec.vocab_size,
-        seed=settings.seed,
-        rounds=settings.rounds,
-    )
+    vocab_size = UnifiedCheckpoint(checkpoint_dir).spec.vocab_size
+    dataset = folder / "dataset.jsonl"
+    write_dataset(dataset, workload, vocab_size=vocab_size, seed=seed, rounds=rounds)
+    window = attention_window(engine)
     if window is not None:  # the section replaces the tool's own, so it repeats what that sets
         cache = {
-            "free_gpu_memory_fraction": settings.kv_cache_fraction,
+            "free_gpu_memory_fraction": kv_cache_fraction,
             "enable_block_reuse": False,
             "max_attention_window": [window],
         }
@@ -158,17 +77,6 @@ def attention_window(engine: Engine) -> int | None:
     return window if window is not None and engine.limits.max_seq_len > window else None
 
 
-def _read(path: Path, log_path: Path) -> dict[str, Any]:
-    """A report; after Ctrl-C the tool ends well without one."""
-    try:
-        document: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PipelineError(
-            f"trtllm-bench ended well, but wrote no readable report ({error}); see {log_path}"
-        ) from error
-    return document
-
-
 def mode_of(workload: Workload) -> Mode:
     """`latency` for one request at a time: it sets the runtime up for that; else `throughput`."""
     return "latency" if workload.batch == 1 else "throughput"
@@ -176,8 +84,10 @@ def mode_of(workload: Workload) -> Mode:
 
 def bench_command(
     workload: Workload,
-    settings: BenchSettings,
     *,
+    rounds: int,
+    warmup: int,
+    kv_cache_fraction: float,
     given: str,
     made: str,
     engine_dir: str,
@@ -190,8 +100,10 @@ def bench_command(
 
     Args:
         workload: What to measure.
-        settings: How to measure.
-        given: Folder of what `_write_inputs` writes, as the tool sees it.
+        rounds: Batches of one run.
+        warmup: Requests before them.
+        kv_cache_fraction: As of the runner.
+        given: Folder of what `write_inputs` writes, as the tool sees it.
         made: Folder of what the tool writes.
         engine_dir: The engine.
         options: Whether there are options of the LLM class.
@@ -207,10 +119,10 @@ def bench_command(
         *("--backend", "tensorrt"),  # the default is pytorch
         *("--engine_dir", engine_dir),
         *("--dataset", f"{given}/dataset.jsonl"),
-        *("--num_requests", str(workload.batch * settings.rounds)),
+        *("--num_requests", str(workload.batch * rounds)),
         *("--concurrency", str(workload.batch)),
-        *("--warmup", str(settings.warmup)),
-        *("--kv_cache_free_gpu_mem_fraction", str(settings.kv_cache_fraction)),
+        *("--warmup", str(warmup)),
+        *("--kv_cache_free_gpu_mem_fraction", str(kv_cache_fraction)),
         *("--report_json", f"{made}/report.json"),
     ]
     if mode == "throughput":

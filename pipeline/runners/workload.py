@@ -307,7 +307,7 @@ class Workload:
             )
             raise RecipeError([Fault(path, message)])
         taken = found[: self.total_requests]
-        if whole and tokenizer is None and any(prompt.text for prompt in taken):
+        if whole and tokenizer is None and any(prompt.prompt for _, prompt in taken):
             message = f"{self.prompts_file} has text, and this runner has no tokenizer for it"
             raise RecipeError([Fault(path, f"{message}; use token_ids")])
         return tokenized(

@@ -119,15 +119,12 @@ class EmbeddedSource:
         spec = importlib.util.find_spec(self.package)
         gguf = Path(spec.origin).parent / self.file if spec and spec.origin else None
         if gguf is None or not gguf.is_file():
-            missing = f"the package {self.package}" if gguf is None else f"{gguf}"
-            raise NotFoundError(f"{missing} is not installed; run\n{self._pip_line()}")
+            what = gguf or f"the package {self.package}"
+            raise NotFoundError(f"{what} is not installed; run\n{self._pip_line()}")
         found = sha256_file(gguf)
         if found != self.sha256:
-            with gguf.open("rb") as stream:
-                magic = stream.read(4)
-            fault = "truncated or damaged" if magic == b"GGUF" else "no GGUF file"
             raise CorruptError(
-                f"{gguf}: {fault}: {gguf.stat().st_size:,} bytes with SHA-256 {found}, wanted "
+                f"{gguf} is damaged: {gguf.stat().st_size:,} bytes with SHA-256 {found}, wanted "
                 f"{self.sha256}; install it again:\n{self._pip_line('--force-reinstall ')}"
             )
         return gguf

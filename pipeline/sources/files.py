@@ -59,16 +59,12 @@ def check_listing(names: Collection[str], where: str) -> None:
     if SINGLE not in names and INDEX not in names:
         pickles = [name for name in sorted(names, key=len) if name.endswith(_PICKLES)]
         if pickles:
-            raise RecipeError(
-                [
-                    Fault(
-                        "source",
-                        f"{where} has its weights only as {pickles[0]}, which can run code when "
-                        "it is read; safetensors are required: choose a commit that has them, or "
-                        "save the model with save_pretrained() and use source=local",
-                    )
-                ]
+            message = (
+                f"{where} has its weights only as {pickles[0]}, which can run code when it is "
+                "read; safetensors are required: choose a commit that has them, or save the model "
+                "with save_pretrained() and use source=local"
             )
+            raise RecipeError([Fault("source", message)])
         raise NotFoundError(f"{where} has no weights: neither {SINGLE} nor {INDEX}")
     if not _TOKENIZER & set(names):
         raise NotFoundError(

@@ -216,7 +216,7 @@ class HubClient:
 
         try:
             return attempt()
-        except OSError as error:  # the library's errors are, in all of its versions
+        except _download_errors() as error:
             causes = _causes(error)
             if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
                 raise AccessError(
@@ -226,7 +226,7 @@ class HubClient:
             status = next((s for cause in causes if (s := _status_of(cause))), None)
             if status is not None and status not in {408, 429} and status < 500:
                 self._explain(error, status)
-            if error.errno is not None and not isinstance(error, HfHubHTTPError):
+            if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError):
                 raise  # the disk's
             if "Consistency check" in str(error):
                 raise CorruptError(
@@ -237,11 +237,6 @@ class HubClient:
             raise TransientError(
                 f"{self._endpoint}: {reason}; whole files are kept: run the same command again "
                 "later"
-            ) from error
-        except _network_errors() as error:
-            raise TransientError(
-                f"{self._endpoint}: {error or type(error).__name__}; whole files are kept: run the "
-                "same command again later"
             ) from error
 
     def _explain(self, error: Exception, status: int) -> NoReturn:
@@ -274,12 +269,10 @@ class HubClient:
                 f"{step}); check the spelling of repo_id"
             ) from error
         if status == 401:
-            step = (
-                "it does not take the token in HF_TOKEN; make a new one"
-                if self._token
-                else "it asks for a token; set HF_TOKEN"
-            )
-            raise AccessError(f"{page}: HTTP 401: {step}") from error
+            step = "make a new one" if self._token else "there is none"
+            raise AccessError(
+                f"{page}: HTTP 401: the Hub does not take the token in HF_TOKEN; {step}"
+            ) from error
         raise PipelineError(f"{page}: HTTP {status}: {error}") from error
 
 
@@ -304,9 +297,9 @@ def _status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What a failing network raises, in either HTTP library; their own status errors are others."""
-    found: list[type[Exception]] = [TimeoutError]
+def _download_errors() -> tuple[type[Exception], ...]:
+    """The library's own errors, which are OSErrors, and those of either HTTP library below it."""
+    found: list[type[Exception]] = [OSError]
     for module, name in (("httpx", "TransportError"), ("requests", "RequestException")):
         with contextlib.suppress(ImportError):
             found.append(getattr(importlib.import_module(module), name))

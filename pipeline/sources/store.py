@@ -64,10 +64,7 @@ def finished_files(folder: Path) -> tuple[FileDigest, ...] | None:
         return None
     try:
         record = json.loads((folder / RECORD).read_text())
-        files = tuple(
-            FileDigest(path=file["path"], size_bytes=file["size"], sha256=file["sha256"])
-            for file in record["files"]
-        )
+        files = tuple(FileDigest.from_json(file) for file in record["files"])
         present = {path.name: path.stat().st_size for path in (folder / FILES).iterdir()}
         if record["schema"] != _SCHEMA or present != {file.path: file.size_bytes for file in files}:
             raise ValueError("its files are not those of its record")

@@ -44,9 +44,7 @@ def licence_of_hub(tag: str | None) -> KnownLicence:
         until a person has read them.
     """
     name = tag or "unstated"
-    unknown = KnownLicence(
-        hub=name, licence=f"LicenseRef-{name}", redistribution="forbidden", notice=""
-    )
+    unknown = KnownLicence(hub=name, licence=f"LicenseRef-{name}", redistribution="forbidden")
     return known_licences().get(name, unknown)
 
 

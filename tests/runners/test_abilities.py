@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.acceptance.abilities import ability_faults
-from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.build import plan_of
 from pipeline.config import load as config
 from pipeline.config.folders import config_folders
-from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.plan import Plan, refuse
 from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner
@@ -23,7 +20,6 @@ from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.trtllm import TrtLlmRunner
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
-from tests.acceptance.questions import acceptance
 
 PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)
 LOADS: dict[Ability, Workload] = {
@@ -67,29 +63,6 @@ def test_each_runner_says_what_it_executes(runner: Runner, executed: set[Ability
         told = why_not_workload(runner, load)
         assert bool(told) == (ability not in executed)
         assert all(ability in why and "runner=vllm" in why for why in told)
-
-
-def faults(runner: Runner, **changes: Any) -> tuple[Fault, ...]:
-    return ability_faults(acceptance(**changes), runner)
-
-
-def test_only_what_would_run_here_is_asked() -> None:
-    rate = dataclasses.replace(LOADS["request_rate"], name="rate")
-    assert faults(VLLM, targets=(rate,)) == ()
-    (fault,) = faults(RTX, targets=(PLAIN, rate))
-    assert fault.path == "acceptance.targets[1]"
-    assert "request_rate (runner=vllm does)" in fault.message
-    assert faults(OnnxRuntimeRunner(), targets=(rate,)) == ()  # no speed is measured on a CPU
-
-
-def test_cache_that_cannot_be_cleared_is_a_fault_of_the_recipe() -> None:
-    asked = SustainedRun(minutes=1.0, clear_cache=True)
-    assert faults(TransformersRunner(), sustained=asked) == ()
-    for runner in (VLLM, RTX, TRTLLM, OnnxRuntimeRunner()):
-        (fault,) = faults(runner, sustained=asked)
-        assert fault.path == "acceptance.sustained.clear_cache"
-        assert "runner=transformers does" in fault.message
-        assert faults(runner, sustained=SustainedRun(minutes=1.0)) == ()
 
 
 def composed(*overrides: str) -> Plan:

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.core.errors import PipelineError, RecipeError, ToolError
+from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.runners.child import ChildSession, Timeouts, open_child
 from pipeline.runners.onnxruntime import open_graph
-from pipeline.runners.session import BatchOptions, CacheClearing, Session
+from pipeline.runners.session import BatchOptions, Session
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import open_checkpoint, open_in_child
 from pipeline.runners.trtllm import TrtLlmRunner
@@ -197,52 +197,15 @@ def test_stream_that_is_left_early_does_not_disturb_what_follows(
     assert session.generate([[2]], 2).tokens.tolist() == [case.answer([2], 2)]
 
 
-def test_prompt_that_leaves_no_room_is_refused_and_the_session_goes_on(
-    case: Case, session: ChildSession
-) -> None:
-    full = [5] * case.context
-    wanted = f"a prompt of {case.context} tokens .* holds {case.context} tokens of a request"
-    with pytest.raises(RecipeError, match=wanted):
-        list(session.stream(full, 8, frozenset()))
-    with pytest.raises(RecipeError, match="leaves no room for 9 output tokens"):
-        session.generate([full[8:]], 9)
-    assert session.generate([full[8:]], 8).tokens.shape == (1, 8)
-
-
 def test_answer_ends_where_the_context_is_full(case: Case, session: ChildSession) -> None:
-    room = 3 if case.name != "vLLM" else 0  # its stand-in has no context
-    if room:
-        tokens = list(session.stream([5] * (case.context - room), 40, frozenset()))
-        assert room <= len(tokens) <= room + 1
-
-
-def test_fault_in_the_child_is_an_error_and_the_session_goes_on(
-    case: Case, session: ChildSession
-) -> None:
-    session._child.send({"kind": "generate", "prompts": [["x"]], "osl": 1, "options": None})
-    with pytest.raises(PipelineError, match=f"{case.name} failed: "):
-        session._receive()
-    assert session.generate([[2]], 1).tokens.tolist() == [case.answer([2], 1)]
+    if case.name != "vLLM":  # its stand-in has no context
+        assert 3 <= len(list(session.stream([5] * (case.context - 3), 40, frozenset()))) <= 4
 
 
 def test_cache_is_cleared_where_there_is_one(case: Case, session: ChildSession) -> None:
-    assert isinstance(session, CacheClearing)
     if case.name == "Transformers":
         session.clear_cache()
     else:
         with pytest.raises(PipelineError, match="clear_cache"):
             session.clear_cache()
     assert session.generate([[2]], 1).tokens.tolist() == [case.answer([2], 1)]
-
-
-def test_process_that_is_killed_ends_the_wait_and_nothing_stays_otherwise(
-    case: Case, temporary: Path
-) -> None:
-    with case.open() as opened:
-        opened.generate([[1]], 1)
-    assert list(temporary.glob("enginesmith*")) == []
-    with pytest.raises(ToolError), case.open() as opened:  # noqa: PT012
-        opened._child._process.kill()
-        opened.generate([[1]], 1)
-    assert opened._child._process.poll() is not None
-    assert len(list(temporary.glob("enginesmith*.log"))) == 1

@@ -12,7 +12,6 @@ from pipeline.core.errors import (
     AccessError,
     CorruptError,
     NotFoundError,
-    RecipeError,
     TransientError,
 )
 from pipeline.sources.hub import HubSource
@@ -62,14 +61,6 @@ def test_gated_repository_is_explained(
     assert f"{hub.endpoint}/{REPO}" in str(caught.value)
 
 
-def test_refused_token_is_explained(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.always = 401
-    monkeypatch.setenv("HF_TOKEN", "hf_expired")
-
-    with pytest.raises(AccessError, match="does not take the token"):
-        SOURCE.fetch()
-
-
 def test_unknown_repository_is_not_found(hub: HubServer) -> None:
     other = HubSource(repo_id="acme/typo", revision=COMMIT, licence="MIT")
 
@@ -84,15 +75,6 @@ def test_unknown_commit_is_not_found(hub: HubServer) -> None:
 
     with pytest.raises(NotFoundError, match=f"no revision {'f' * 40}"):
         other.fetch()
-
-
-def test_pickles_only_is_a_recipe_fault(hub: HubServer) -> None:
-    del hub.files["model.safetensors.index.json"]
-
-    with pytest.raises(RecipeError, match=r"pytorch_model\.bin.*safetensors are required"):
-        SOURCE.fetch()
-
-    assert not [request for request in hub.requests if "/resolve/" in request.path]
 
 
 @pytest.mark.parametrize("status", [429, 500])

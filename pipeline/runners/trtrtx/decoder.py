@@ -10,11 +10,11 @@ import math
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.runners.trtrtx.device import Buffer
 from pipeline.runners.trtrtx.engine import RtxEngine, StepContext
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 ALIGNMENT_BYTES = 256
@@ -38,16 +38,12 @@ def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int
     unit = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row_bytes)
     rows = max_rows // unit * unit
     if rows == 0:
-        raise RecipeError(
-            [
-                Fault(
-                    "",
-                    f"got {batch} prompts at once; this engine takes {max_rows}: a row of its "
-                    f"cache has {row_bytes} bytes, and only every {unit}th is aligned. Make "
-                    "compiler.max_seq_len a multiple of 16",
-                )
-            ]
+        message = (
+            f"got {batch} prompts at once; this engine takes {max_rows}: a row of its cache has "
+            f"{row_bytes} bytes, and only every {unit}th is aligned. Make compiler.max_seq_len a "
+            "multiple of 16"
         )
+        raise RecipeError([Fault("", message)])
     return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 
@@ -61,13 +57,12 @@ class RtxDecoder:
             RecipeError: The engine does not decode so many rows.
         """
         if not 1 <= batch <= engine.signature.max_batch:
-            raise RecipeError(
-                [Fault("", f"got {batch} prompts; wanted 1 to {engine.signature.max_batch}")]
-            )
+            message = f"got {batch} prompts; wanted 1 to {engine.signature.max_batch}"
+            raise RecipeError([Fault("", message)])
         self._engine = engine
         self._device = engine.device
         self._batch = batch
-        self._buffers: dict[str, tuple[int, Buffer]] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
         count = batch * math.prod(engine.signature.cache_shape)
         self._caches = {
             name: self._device.zeros(count, engine.signature.cache_dtype)
@@ -129,14 +124,13 @@ class RtxDecoder:
         context.run(signature.input_shapes(rows, sequence, wanted[1]), addresses, wanted)
         return self._device.download(logits, wanted)
 
-    def _buffer(self, name: str, count: int, dtype: str) -> Buffer:
+    def _buffer(self, name: str, count: int, dtype: str) -> torch.Tensor:
         """Memory for one tensor of a step, kept while it is large enough.
 
         Groups share it: the stream keeps their order. The first group is the largest, so none is
         freed while a step uses it.
         """
-        size, buffer = self._buffers.get(name, (0, None))
-        if buffer is None or size < count:
-            buffer = self._device.zeros(count, dtype)
-            self._buffers[name] = (count, buffer)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name] = self._device.zeros(count, dtype)
         return buffer

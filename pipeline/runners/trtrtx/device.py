@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import IncompatibleError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
-
-
-class Buffer(Protocol):
-    """Elements in a row in the card's memory, aligned to 256 bytes or more."""
-
-    def data_ptr(self) -> int:
-        """Address of its first element."""
-        ...
-
-
-class StreamDevice(Protocol):
-    """One card and one stream on it. Work is done in the order in which it was asked for."""
-
-    @property
-    def stream(self) -> int:
-        """Handle of the stream, for `IExecutionContext.execute_async_v3`."""
-        ...
-
-    def zeros(self, count: int, dtype: str) -> Buffer:
-        """New memory for `count` elements; `dtype` in NumPy's words, `bfloat16` among them."""
-        ...
-
-    def upload(self, values: NDArray[np.int64], target: Buffer) -> None:
-        """Copy to the start of `target`; `values` may change as soon as this returns."""
-        ...
-
-    def download(self, source: Buffer, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A copy of the start of `source`, to be read only after `synchronize`."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until all that was asked for is done."""
-        ...
 
 
 class CudaDevice:
     """The first CUDA device of this process, by way of PyTorch.
+
+    Work is done in the order in which it was asked for.
 
     The stream becomes PyTorch's current one, so that its allocations and copies and the engine's
     kernels are in one order. It is not the default stream, which TensorRT would synchronize with
@@ -72,17 +42,20 @@ class CudaDevice:
 
     @property
     def stream(self) -> int:
+        """Handle of the stream, for `IExecutionContext.execute_async_v3`."""
         return int(self._stream.cuda_stream)
 
-    def zeros(self, count: int, dtype: str) -> Buffer:
-        made: Buffer = self._torch.zeros(count, dtype=getattr(self._torch, dtype), device="cuda")
-        return made
+    def zeros(self, count: int, dtype: str) -> torch.Tensor:
+        """New memory for `count` elements; `dtype` in NumPy's words, `bfloat16` among them."""
+        return self._torch.zeros(count, dtype=getattr(self._torch, dtype), device="cuda")
 
-    def upload(self, values: NDArray[np.int64], target: Any) -> None:
+    def upload(self, values: NDArray[np.int64], target: torch.Tensor) -> None:
+        """Copy to the start of `target`; `values` may change as soon as this returns."""
         # Blocking, from pageable memory: it returns when `values` has been read.
         target[: values.size].copy_(self._torch.from_numpy(values.reshape(-1)))
 
-    def download(self, source: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def download(self, source: torch.Tensor, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A copy of the start of `source`, to be read only after `synchronize`."""
         # Page-locked: only then is the copy asynchronous, and at the bus's speed.
         host = self._torch.empty(shape, dtype=source.dtype, pin_memory=True)
         host.view(-1).copy_(source[: host.numel()], non_blocking=True)
@@ -90,4 +63,5 @@ class CudaDevice:
         return copied
 
     def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
         self._stream.synchronize()

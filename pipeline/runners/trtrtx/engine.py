@@ -11,34 +11,20 @@ import contextlib
 import mmap
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
-from pipeline.runners.trtrtx.device import StreamDevice
+from pipeline.runners.trtrtx.device import CudaDevice
 from pipeline.runners.trtrtx.signature import StepProfile, read_signature
 
 KernelSpecialization = Literal["lazy", "eager", "none"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadSettings:
-    """How an engine's kernels come to be: it holds their source, compiled on the card.
-
-    Attributes:
-        kernel_specialization: What happens at a shape that was not seen yet; see `TrtRtxRunner`.
-        runtime_cache: File that keeps compiled kernels from one load to the next; None for none.
-    """
-
-    kernel_specialization: KernelSpecialization
-    runtime_cache: Path | None
-
-
 class StepContext:
     """One execution context on one profile; remembers what is set, and sets only what changed."""
 
-    def __init__(self, context: Any, profile: StepProfile, device: StreamDevice) -> None:
+    def __init__(self, context: Any, profile: StepProfile, device: CudaDevice) -> None:
         self.profile = profile
         self._context = context
         self._device = device
@@ -84,8 +70,20 @@ class StepContext:
 class RtxEngine:
     """A loaded engine; `pipeline.runners.trtrtx.decoder` gives it a cache."""
 
-    def __init__(self, plan: Path, device: StreamDevice, settings: LoadSettings) -> None:
-        """Load `plan`, check its interface, and let its kernels be compiled.
+    def __init__(
+        self,
+        plan: Path,
+        device: CudaDevice,
+        kernel_specialization: KernelSpecialization,
+        runtime_cache: Path | None,
+    ) -> None:
+        """Load an engine and check its interface; its kernels come as source and are compiled.
+
+        Args:
+            plan: The serialized engine.
+            device: Where it computes.
+            kernel_specialization: As of `TrtRtxRunner`.
+            runtime_cache: File that keeps compiled kernels for the next load; None for none.
 
         Raises:
             IncompatibleError: It is not for this card or this version of TensorRT-RTX.
@@ -100,10 +98,9 @@ class RtxEngine:
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._deserialize(plan)
         self.signature = read_signature(self._engine)
-        self._cache_file = settings.runtime_cache
+        self._cache_file = runtime_cache
         self._runtime_cache: Any = None
-        self._loaded_cache = b""
-        self._config = self._runtime_config(settings)
+        self._config = self._runtime_config(kernel_specialization)
         self._contexts = [self._new_context(profile) for profile in self.signature.profiles]
 
     def context_for(self, sequence: int, logits: int) -> StepContext:
@@ -119,32 +116,21 @@ class RtxEngine:
             f"{p.sequence[0]} to {p.sequence[1]} tokens, {p.logits[0]} to {p.logits[1]} logits"
             for p in self.signature.profiles
         )
-        raise RecipeError(
-            [
-                Fault(
-                    "",
-                    f"got a step of {sequence} tokens and {logits} logits a row; the engine's "
-                    f"profiles take: {profiles}",
-                )
-            ]
-        )
+        message = f"got a step of {sequence} tokens and {logits} logits a row"
+        raise RecipeError([Fault("", f"{message}; the engine's profiles take: {profiles}")])
 
     def save_runtime_cache(self) -> None:
         """Keep the kernels that were compiled, for the next load."""
         if self._runtime_cache is None or self._cache_file is None:
             return
         serialized = self._runtime_cache.serialize()
-        blob = b"" if serialized is None else bytes(memoryview(serialized))
-        if not blob or blob == self._loaded_cache:
+        if serialized is None:
             return
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
         # Its own name for each process: two that end at once must not mix their bytes.
         part = self._cache_file.with_name(f"{self._cache_file.name}.{os.getpid()}")
-        try:
-            part.write_bytes(blob)
-            part.replace(self._cache_file)
-        finally:
-            part.unlink(missing_ok=True)
+        part.write_bytes(memoryview(serialized))
+        part.replace(self._cache_file)
 
     def _deserialize(self, plan: Path) -> Any:
         try:
@@ -166,7 +152,7 @@ class RtxEngine:
             "runner=onnxruntime, its graph on a CPU"
         )
 
-    def _runtime_config(self, settings: LoadSettings) -> Any:
+    def _runtime_config(self, kernel_specialization: KernelSpecialization) -> Any:
         import tensorrt_rtx as trt
 
         config = self._engine.create_runtime_config()
@@ -175,16 +161,14 @@ class RtxEngine:
             trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         )
         config.dynamic_shapes_kernel_specialization_strategy = getattr(
-            trt.DynamicShapesKernelSpecializationStrategy, settings.kernel_specialization.upper()
+            trt.DynamicShapesKernelSpecializationStrategy, kernel_specialization.upper()
         )
-        if settings.runtime_cache is not None:
+        if self._cache_file is not None:
             self._runtime_cache = config.create_runtime_cache()
             with contextlib.suppress(FileNotFoundError):
-                blob = settings.runtime_cache.read_bytes()
-                if self._runtime_cache.deserialize(blob):
-                    self._loaded_cache = blob
-                else:  # of another driver, card or version
-                    print(f"{settings.runtime_cache} does not fit here; not used", file=sys.stderr)
+                # False where they are of another driver, card or version.
+                if not self._runtime_cache.deserialize(self._cache_file.read_bytes()):
+                    print(f"{self._cache_file} does not fit here; not used", file=sys.stderr)
             if not config.set_runtime_cache(self._runtime_cache):
                 raise _refused("a runtime cache")
         return config

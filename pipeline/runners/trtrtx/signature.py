@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,6 @@ _ID_INPUTS = {"input_ids": 2, "write_indices": 1, "logits_index": 2}
 """Inputs of int64 and their number of dimensions, as the decoder graph declares them."""
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 """Names of `tensorrt_rtx.DataType` -> NumPy's words."""
-
-_Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> dtype and shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,101 +96,69 @@ def read_signature(engine: Any) -> EngineSignature:
         CorruptError: It is no decoder engine of ours: a tensor is missing, of another type or
             shape, or its cache is not updated in place.
     """
-    import tensorrt_rtx as trt
-
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    tensors = {
-        name: (
-            _DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name),
-            tuple(engine.get_tensor_shape(name)),
-        )
-        for name in names
-    }
-    inputs = {n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
-    caches = tuple(n.removeprefix("past_") for n in names if n in inputs and n.startswith("past_"))
-    _demand_names(inputs, set(names) - inputs, caches)
-    _demand_in_place(engine, caches)
-    signature = EngineSignature(
+    shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+    caches = tuple(name.removeprefix("past_") for name in names if name.startswith("past_"))
+    if not caches or "logits" not in names:
+        raise _foreign(f"it has {names}")
+    _require_interface(engine, shapes, caches)
+    heads, context, size = shapes[f"past_{caches[0]}"][1:]
+    return EngineSignature(
         caches=caches,
-        cache_shape=_cache_shape(tensors, caches),
-        cache_dtype=tensors[f"past_{caches[0]}"][0],
-        vocab_size=tensors["logits"][1][-1],
-        profiles=tuple(
-            _profile(engine, i, caches) for i in range(engine.num_optimization_profiles)
-        ),
+        cache_shape=(heads, context, size),
+        cache_dtype=_dtype(engine, f"past_{caches[0]}"),
+        vocab_size=shapes["logits"][-1],
+        profiles=tuple(_profile(engine, i) for i in range(engine.num_optimization_profiles)),
     )
-    if not any(profile.takes(1, 1) for profile in signature.profiles):
-        raise _foreign(f"no profile takes one token per row: {signature.profiles}")
-    return signature
 
 
-def _cache_shape(tensors: _Tensors, caches: tuple[str, ...]) -> tuple[int, int, int]:
-    """Check every tensor's type and static sizes; those of a cache without its rows.
+def _require_interface(
+    engine: Any, shapes: dict[str, tuple[int, ...]], caches: tuple[str, ...]
+) -> None:
+    """Compare mode, type and shape of every tensor, and where the new cache is written.
 
-    Sizes that a profile sets are not compared: an engine may state them or give -1.
-    """
-    dtype, (_, *static) = tensors[f"past_{caches[0]}"]
-    wanted: dict[str, tuple[str, int, list[int]]] = {
-        **{name: ("int64", rank, []) for name, rank in _ID_INPUTS.items()},
-        **{f"{end}_{name}": (dtype, 4, static) for name in caches for end in ("past", "present")},
-        "logits": ("float32", 3, list(tensors["logits"][1][-1:])),
-    }
-    for name, (kind, rank, sizes) in wanted.items():
-        found, shape = tensors[name]
-        if (found, len(shape), list(shape[rank - len(sizes) :])) != (kind, rank, sizes):
-            raise _foreign(
-                f"{name} is {found} {shape}; wanted is {kind}, {rank} dimensions ending in {sizes}"
-            )
-    if min(*static, tensors["logits"][1][-1]) < 1:
-        raise _foreign(
-            f"the cache is {static}, the logits {tensors['logits'][1]}; wanted are static sizes"
-        )
-    heads, context, size = static
-    return heads, context, size
-
-
-def _profile(engine: Any, index: int, caches: tuple[str, ...]) -> StepProfile:
-    def bounds(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        smallest, _, largest = engine.get_tensor_profile_shape(name, index)
-        return tuple(smallest), tuple(largest)
-
-    (batch, sequence), (max_batch, max_sequence) = bounds("input_ids")
-    smallest, largest = bounds("logits_index")
-    profile = StepProfile(
-        index=index,
-        batch=(batch, max_batch),
-        sequence=(sequence, max_sequence),
-        logits=(smallest[1], largest[1]),
-    )
-    for name in ("write_indices", "logits_index", *(f"past_{cache}" for cache in caches)):
-        low, high = bounds(name)
-        if (low[0], high[0]) != profile.batch:
-            raise _foreign(
-                f"profile {index} takes {low[0]} to {high[0]} rows of {name}, but {batch} to "
-                f"{max_batch} of input_ids"
-            )
-    return profile
-
-
-def _demand_names(inputs: set[str], outputs: set[str], caches: tuple[str, ...]) -> None:
-    wanted_inputs = {*_ID_INPUTS, *(f"past_{name}" for name in caches or ("key.0",))}
-    wanted_outputs = {"logits", *(f"present_{name}" for name in caches or ("key.0",))}
-    missing = (wanted_inputs - inputs) | (wanted_outputs - outputs)
-    surplus = (inputs - wanted_inputs) | (outputs - wanted_outputs)
-    if missing or surplus:
-        raise _foreign(f"it lacks {sorted(missing)} and has {sorted(surplus)} beside its interface")
-
-
-def _demand_in_place(engine: Any, caches: tuple[str, ...]) -> None:
-    """Demand an engine that expects past and present in one memory, for so they are bound.
-
+    Of a cache the sizes behind the rows are compared, of the others the number of dimensions.
     `get_aliased_input_tensor` names the input whose memory an output shares; its docstring (1.7.1)
     has KVCacheUpdate as the example, which is what our TensorScatter becomes.
     """
+    ends = {"past": "INPUT", "present": "OUTPUT"}
+    dtype, static = _dtype(engine, f"past_{caches[0]}"), shapes[f"past_{caches[0]}"][1:]
+    wanted: dict[str, tuple[Any, ...]] = {
+        **{name: ("INPUT", "int64", rank) for name, rank in _ID_INPUTS.items()},
+        **{f"{end}_{n}": (mode, dtype, static) for end, mode in ends.items() for n in caches},
+        "logits": ("OUTPUT", "float32", 3),
+    }
+    found = {
+        name: (
+            engine.get_tensor_mode(name).name,
+            _dtype(engine, name),
+            shape[1:] if name.startswith(("past_", "present_")) else len(shape),
+        )
+        for name, shape in shapes.items()
+    }
+    for name in sorted({*wanted, *found}):
+        if found.get(name) != wanted.get(name):
+            raise _foreign(f"{name} is {found.get(name)}, wanted {wanted.get(name)}")
     for name in caches:
         aliased = engine.get_aliased_input_tensor(f"present_{name}")
         if aliased != f"past_{name}":
             raise _foreign(f"present_{name} is to share the memory of past_{name}, not {aliased}")
+
+
+def _dtype(engine: Any, name: str) -> str:
+    dtype = engine.get_tensor_dtype(name).name
+    return _DTYPES.get(dtype, str(dtype))
+
+
+def _profile(engine: Any, index: int) -> StepProfile:
+    low, _, high = engine.get_tensor_profile_shape("input_ids", index)
+    fewest, _, most = engine.get_tensor_profile_shape("logits_index", index)
+    return StepProfile(
+        index=index,
+        batch=(low[0], high[0]),
+        sequence=(low[1], high[1]),
+        logits=(fewest[1], most[1]),
+    )
 
 
 def _foreign(what: str) -> CorruptError:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.cache import locked
+from pipeline.core.errors import NotFoundError
 from pipeline.core.settings import STRICT
+from pipeline.sources import store
 from pipeline.sources.text.file import read_documents
 
 
@@ -43,9 +47,35 @@ class HubText:
         return f"hub-dataset:{self.repo_id}@{self.revision}/{self.file}"
 
     def documents(self) -> tuple[str, ...]:
-        from pipeline.sources.hub_dataset import dataset_file
+        return read_documents(self._fetched(), self.column)
 
-        return read_documents(dataset_file(self.repo_id, self.revision, self.file), self.column)
+    def _fetched(self) -> Path:
+        """The file in the weight cache, downloaded and verified like a model's unless it is there.
+
+        Raises:
+            NotFoundError: No such dataset, commit or file.
+            CorruptError: It arrived with other bytes than the Hub lists.
+            TransientError: Network, rate limit or full disk.
+        """
+        slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
+        folder = store.weights_root() / "hub-datasets" / slug / self.revision
+        target = folder / self.file
+        lock_path = store.lock_path(f"dataset-{slug}-{commit}")
+        with store.disk_faults_explained(), locked(lock_path):
+            # The client gives a file its name only when its digest was right.
+            if target.is_file():
+                return target
+            from pipeline.sources.hub_client import HubClient
+
+            client = HubClient(self.repo_id, self.revision, "dataset")
+            remote = client.list_files()
+            if self.file not in remote:
+                have = ", ".join(sorted(remote))
+                message = f"{self.repo_id}@{commit} has no file {self.file!r}; it has {have}"
+                raise NotFoundError(message)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.download(remote[self.file], folder)
+        return target
 
 
 KIND = HubText

@@ -55,16 +55,6 @@ def test_cache_share_window_and_chunks_reach_the_runtime(
     assert "chunked True" in text
 
 
-def test_engine_that_does_not_load_keeps_its_log(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, temporary: Path
-) -> None:
-    monkeypatch.setenv("FAKE_LLM", "no-load")
-    with pytest.raises(Exception, match="not compatible with this version"):
-        RUNNER.open(engine).__enter__()
-    (log,) = temporary.glob("*.log")
-    assert "not compatible" in log.read_text()
-
-
 def test_child_files_import_nothing_of_this_package_at_the_top() -> None:
     """They run under the image's interpreter, which has TensorRT-LLM and not this package."""
     for name in ("main.py", "vllm_model.py", "trtllm_model.py"):

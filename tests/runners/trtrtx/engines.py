@@ -13,7 +13,6 @@ from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 
 PACKAGES = Path(__file__).parent / "fake_packages"
-CHILD = Path(__file__).parent / "host_child.py"
 CONTEXT = 48
 MAX_BATCH, MAX_PREFILL = 5, 2
 COMPILER = TrtRtxCompiler(

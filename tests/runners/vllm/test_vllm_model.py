@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.acceptance.speed import ENGINE, measure_speed, summarize
 from pipeline.core.errors import CorruptError, PipelineError, ToolError
 from pipeline.runners.child import ChildSession
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.vllm import VllmRunner
-from pipeline.runners.workload import Workload
 
 PACKAGES = Path(__file__).parent / "fake_packages"
 VOCAB = 320
@@ -104,23 +102,6 @@ def test_waiting_for_others_is_in_the_times(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows(one) == rows(free)
 
 
-def test_open_loop_on_a_server_that_is_too_slow_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two at once, eight steps of 0.005 s each: at most 50 requests a second."""
-    monkeypatch.setenv("FAKE_VLLM_STEP_S", "0.005")
-
-    def run(rate: float) -> float:
-        load = Workload(name="r", batch=2, isl=4, osl=8, request_rate=rate, requests=24)
-        with session() as opened:
-            samples = measure_speed(load, {ENGINE: opened}, vocab_size=VOCAB, repeats=1, seed=0)
-        entry = summarize(load, samples[ENGINE])
-        assert entry["output_tokens_per_s"] > 0
-        return float(entry["request_rate"]["achieved"])
-
-    too_fast = run(160.0)
-    assert too_fast < 64.0
-    assert run(16.0) / 16.0 > too_fast / 160.0
-
-
 def test_request_that_vllm_refuses_takes_the_others_with_it() -> None:
     options = BatchOptions(osl_each=(400,) * 5, arrivals_s=(0.0,) * 5)
     with session("raise-serve") as opened:
@@ -132,11 +113,6 @@ def test_request_that_vllm_refuses_takes_the_others_with_it() -> None:
 def test_logits_that_vllm_calls_corrupted_are_an_error() -> None:
     with pytest.raises(CorruptError, match="not a number"), session("corrupted") as opened:
         opened.generate([[1]], 4)
-
-
-def test_positions_that_vllm_leaves_out_are_an_error() -> None:
-    with pytest.raises(PipelineError, match="3 positions, got 2"), session("rows") as opened:
-        opened.logits([1, 2, 3])
 
 
 def test_without_statistics_there_are_no_times_to_report() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.nvml import conditions_of
 from pipeline.core.values import Engine, Limits
-from pipeline.runners.runner import Runner
 from pipeline.runners.vllm import VllmRunner, engine_arguments
 from tests.acceptance.test_conditions import nvml
 
@@ -29,11 +26,6 @@ ENGINE = Engine(
     min_vram_bytes=0,
     serve_args=("--kv-cache-dtype", "fp8"),
 )
-
-
-def test_another_format_is_refused() -> None:
-    other = dataclasses.replace(ENGINE, format="trtrtx")
-    assert RUNNER.why_not(other) == "runner=vllm does not run trtrtx engines"
 
 
 def test_a_missing_package_names_the_version_to_install() -> None:
@@ -60,11 +52,3 @@ def test_the_packages_own_arguments_are_kept_and_the_users_come_last() -> None:
     arguments = engine_arguments(Path("/engine"), ENGINE.serve_args, ("--kv-cache-dtype", "auto"))
     assert arguments[:4] == ("--model", "/engine", "--kv-cache-dtype", "fp8")
     assert arguments[-2:] == ("--kv-cache-dtype", "auto")
-
-
-def test_the_shipped_settings_make_a_runner() -> None:
-    import yaml
-
-    settings = yaml.safe_load((data_dir("conf") / "runner" / "vllm.yaml").read_text())
-    assert settings.pop("kind") == "vllm"
-    assert isinstance(VllmRunner(**settings), Runner)

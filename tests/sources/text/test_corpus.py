@@ -6,7 +6,6 @@ import pytest
 from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
 from pipeline.sources.text.corpus import require_disjoint, shared_ngrams, text_digest
 from pipeline.sources.text.file import TextFile
-from pipeline.sources.text.hub import HubText
 from pipeline.sources.text.topics import PARTS, PydocTopics, related_topics
 
 RUN = " ".join(f"word{n}" for n in range(13))
@@ -57,8 +56,3 @@ def test_empty_and_missing_files_are_named(tmp_path: Path) -> None:
         TextFile(path=tmp_path / "empty.txt").documents()
     with pytest.raises(NotFoundError, match=r"absent\.txt"):
         TextFile(path=tmp_path / "absent.txt").documents()
-
-
-def test_dataset_revision_must_be_a_commit() -> None:
-    with pytest.raises(ValueError, match="40 hex digits"):
-        HubText(repo_id="a/b", revision="main", file="x.jsonl")

@@ -1,6 +1,6 @@
 """`tensorrt_llm._tensorrt_engine`: an LLM whose next token is a plain function of its prompt.
 
-`$FAKE_LLM`: `no-load` fails to load, `die` ends the process at the first request.
+`$FAKE_LLM`: `die` ends the process at the first request.
 """
 
 from __future__ import annotations
@@ -92,24 +92,18 @@ class LLM:
         enable_chunked_prefill: bool = False,
         kv_cache_config: KvCacheConfig | None = None,
     ) -> None:
-        behaviour = os.environ.get("FAKE_LLM", "")
-        if behaviour == "no-load":
-            raise RuntimeError(
-                "[TRT] [E] The engine plan file is not compatible with this version of TensorRT"
-            )
         config = json.loads((Path(model) / "config.json").read_text())
         if not (Path(model) / "rank0.engine").is_file():
             raise FileNotFoundError(model)
         self._vocab = config["pretrained_config"]["vocab_size"]
         self._max_seq_len = config["build_config"]["max_seq_len"]
         self._gather, self._chunked = gather_generation_logits, enable_chunked_prefill
-        self._behaviour = behaviour
         assert skip_tokenizer_init
         print(f"cache {vars(kv_cache_config) if kv_cache_config else None}", flush=True)
         print(f"chunked {enable_chunked_prefill}", flush=True)
 
     def _result(self, prompt: list[int], params: SamplingParams) -> Result:
-        if self._behaviour == "die":
+        if os.environ.get("FAKE_LLM") == "die":
             os._exit(3)
         if params.end_id is None:
             raise ValueError("tokenizer is required to reset end_id if it is None")

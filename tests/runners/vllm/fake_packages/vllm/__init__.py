@@ -1,8 +1,7 @@
-"""Stands in for vLLM 0.24 in tests: what `child.py` calls, with arithmetic for a model.
+"""Stands in for vLLM 0.24 in tests: what `vllm_model.py` calls, with arithmetic for a model.
 
-`$FAKE_VLLM` makes it misbehave: see `_misbehave` and the places that ask for it. `$FAKE_VLLM_SEEN`
-is a file that gets the arguments of every engine, one JSON line each; `$FAKE_VLLM_STEP_S` is how
-long a step of it takes.
+`$FAKE_VLLM` makes it misbehave: see the places that use it. `$FAKE_VLLM_SEEN` is a file that gets
+the arguments of every engine, one JSON line each; `$FAKE_VLLM_STEP_S` is how long a step takes.
 """
 
 from __future__ import annotations
@@ -118,18 +117,6 @@ class RequestOutput:
     request_id: str = ""
 
 
-def _misbehave(where: str, number: int = 2) -> None:
-    """At the third request, where several come."""
-    if number != 2:
-        return
-    print("vLLM prints to standard output", where)
-    fault, _, place = BEHAVIOUR.partition("-")
-    if place != where:
-        return
-    if fault == "raise":
-        raise ValueError("longer than the context")
-
-
 @dataclass
 class Running:
     """A request that the engine holds: with vLLM's own name, its tokens and its times."""
@@ -161,7 +148,8 @@ class Engine:
             assert not self.running, "a request is still running"
         else:
             assert params.output_kind is RequestOutputKind.FINAL_ONLY
-            _misbehave("serve", self.added)
+            if BEHAVIOUR == "raise-serve" and self.added == 2:
+                raise ValueError("longer than the context")
         self.added += 1
         tokens = list(prompt["prompt_token_ids"])
         arrived = time.time() if arrival_time is None else arrival_time
@@ -177,11 +165,8 @@ class Engine:
         time.sleep(STEP_S)
         outputs = []
         for name, one in list(self.running.items())[: self.args.max_num_seqs or None]:
-            if one.params.output_kind is RequestOutputKind.DELTA:
-                if one.made == 2:
-                    _misbehave("stream")
-                if one.made > 2000:
-                    os._exit(18)  # a stream that its caller has left goes on
+            if one.params.output_kind is RequestOutputKind.DELTA and one.made > 2000:
+                os._exit(18)  # a stream that its caller has left goes on
             one.tokens.append(next_token(one.tokens))
             one.made += 1
             if one.made == 1:
@@ -209,7 +194,6 @@ class Engine:
 
 class LLM:
     def __init__(self, engine_args: EngineArgs) -> None:
-        _misbehave("load")
         if seen := os.environ.get("FAKE_VLLM_SEEN"):
             with Path(seen).open("a") as stream:
                 stream.write(json.dumps(vars(engine_args)) + "\n")
@@ -234,7 +218,6 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        _misbehave("generate")
         assert not self.llm_engine.running, "a request is still running"
         given = sampling_params
         each = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
@@ -257,8 +240,7 @@ class LLM:
         if params.prompt_logprobs == -1:
             output.prompt_logprobs = FlatLogprobs()
             output.prompt_logprobs.add(None, 0)
-            skipped = 1 if BEHAVIOUR == "rows" else 0
-            for end in range(1 + skipped, len(prompt)):
+            for end in range(1, len(prompt)):
                 output.prompt_logprobs.add(next_token(prompt[:end]), prompt[end])
             output.outputs[0].logprobs = FlatLogprobs()
             output.outputs[0].logprobs.add(next_token(prompt), tokens[len(prompt)])
