@@ -93,13 +93,6 @@ def test_silent_child_is_ended_and_the_error_names_the_setting(where: str) -> No
     assert caught.value.returncode == -signal.SIGTERM
 
 
-def test_killed_child_is_an_error_at_the_next_question() -> None:
-    with pytest.raises(ToolError) as caught, session() as opened:  # noqa: PT012
-        opened._child._process.kill()
-        opened.generate([[1]], 1)
-    assert caught.value.returncode == -signal.SIGKILL
-
-
 def test_child_that_writes_past_the_protocol_is_ended() -> None:
     with pytest.raises(ToolError, match="where a frame begins"):
         use("generate", "garbage-generate")

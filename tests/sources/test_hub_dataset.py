@@ -65,17 +65,6 @@ def test_missing_file_names_what_there_is(hub: HubServer) -> None:
         text("answer.jsonl").documents()
 
 
-def test_missing_column_is_named(hub: HubServer) -> None:
-    with pytest.raises(CorruptError, match="column 'text'"):
-        text(JSONL, "text").documents()
-
-
-def test_missing_commit_points_to_the_datasets_history(hub: HubServer) -> None:
-    other = HubText(repo_id=REPO, revision="f" * 40, file=JSONL)
-    with pytest.raises(NotFoundError, match=f"/datasets/{REPO}/commits/main"):
-        other.documents()
-
-
 @pytest.mark.parametrize("file", ["../secret.txt", "/etc/passwd", ""])
 def test_path_that_leaves_the_repository_is_a_recipe_fault(file: str) -> None:
     with pytest.raises(ValueError, match="must be a path in the repository"):

@@ -72,23 +72,9 @@ def test_broken_shard_is_corrupt_and_named(folder: Path, fault: str) -> None:
     assert caught.value.exit_code == 4
 
 
-def test_missing_shard_is_named(folder: Path) -> None:
-    (folder / SHARDS[1]).unlink()
-
-    with pytest.raises(CorruptError, match=f"1 of the 2 files .* missing: {SHARDS[1]}"):
-        source(folder).fetch()
-
-
 def test_index_with_other_tensors_than_the_shards_is_corrupt(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"zz": SHARDS[0]}}))
     with pytest.raises(CorruptError, match="zz is missing"):
-        source(folder).fetch()
-
-
-def test_broken_config_is_corrupt(folder: Path) -> None:
-    (folder / "config.json").write_text('{"architectures": [')
-
-    with pytest.raises(CorruptError, match=r"config\.json: not JSON"):
         source(folder).fetch()
 
 

@@ -62,12 +62,6 @@ def test_licence_that_asks_for_a_notice_needs_one(kind: Any, keys: dict[str, Any
         kind(**keys, redistribution="with-notice", notice=" \n")
 
 
-def test_terms_of_gated_weights_say_where_to_read_them() -> None:
-    terms = HubSource(**HUB, gated=True, acknowledge_licence="MIT").terms
-    assert (terms.gated, terms.acknowledged) == (True, "MIT")
-    assert terms.read_at == "the page of acme/tiny on the Hub"
-
-
 def test_table_of_licences_is_sound() -> None:
     table = known_licences()
     assert {"apache-2.0", "mit", "llama3.1", "llama3.2"} <= set(table)

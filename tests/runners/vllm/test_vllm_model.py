@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import CorruptError, PipelineError, ToolError
+from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.runners.child import ChildSession
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.vllm import VllmRunner
@@ -121,11 +121,3 @@ def test_without_statistics_there_are_no_times_to_report() -> None:
         session(arguments=("--disable-log-stats",)) as opened,
     ):
         opened.generate([[1]], 4)
-
-
-def test_an_argument_that_vllm_does_not_know_is_an_error_with_its_words() -> None:
-    with (
-        pytest.raises(ToolError, match="unrecognized arguments: --no-such-thing"),
-        session(arguments=("--no-such-thing",)),
-    ):
-        pass
