@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import os
 import stat
@@ -37,7 +36,7 @@ from pipeline.registry.disk import (
 )
 from pipeline.registry.staging import abandoned, private_folder, remove_abandoned
 from pipeline.registry.store import OnBytes
-from pipeline.registry.stores.objects import Found, Unfinished
+from pipeline.registry.stores.objects import Found
 from pipeline.registry.stores.tree import TreeStore
 
 STAGING = ".staging"
@@ -55,7 +54,7 @@ class FolderRegistry:
 
     def store(self) -> TreeStore:
         """The registry; nothing is read yet."""
-        return TreeStore(objects=FolderObjects(path=self.path))
+        return TreeStore(objects=FolderObjects(path=self.path), local=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +72,6 @@ class FolderObjects:
     @property
     def url(self) -> str:
         return str(self.path)
-
-    @property
-    def public(self) -> bool:
-        return False
 
     @property
     def staging(self) -> Path:
@@ -143,11 +138,6 @@ class FolderObjects:
         with disk_errors(f"read {self.path / key}"), open_regular(self.path / key) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
 
-    def arrived(self, key: str, source: Path, file: FileDigest) -> bool:
-        """See the Protocol. `put_file` has hashed what it wrote: the size tells if it is there."""
-        found = self.find(key)
-        return found is not None and found.size_bytes == file.size_bytes
-
     def delete(self, keys: Iterable[str]) -> None:
         """See the Protocol; folders that are empty then go, too."""
         for key in keys:
@@ -164,14 +154,13 @@ class FolderObjects:
         except OSError:  # read-only or not there: nothing can be removed by this date
             return time.time()
 
-    def unfinished(self, min_age_s: float) -> Iterator[Unfinished]:
+    def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
         """See the Protocol; of a run that is over, whatever its age."""
         with disk_errors(f"clean {self.path}"):
             for path in abandoned(self.staging):
-                yield Unfinished(
-                    what=f"{path.relative_to(self.path)} (left by a run)",
-                    remove=functools.partial(remove_abandoned, path),
-                )
+                if delete:
+                    remove_abandoned(path)
+                yield f"{path.relative_to(self.path)} (left by a run)"
 
     def check_exclusive(self) -> None:
         with disk_errors(f"publish to {self.path}", "registry.path="):

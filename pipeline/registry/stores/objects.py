@@ -37,19 +37,6 @@ class Found:
     modified_s: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unfinished:
-    """Something that an interrupted run left and that is no object.
-
-    Attributes:
-        what: In words.
-        remove: Removes it.
-    """
-
-    what: str
-    remove: Callable[[], None]
-
-
 class Objects(Protocol):
     """Objects by key. Keys are relative to the registry; several threads may use it at once.
 
@@ -59,16 +46,6 @@ class Objects(Protocol):
     @property
     def url(self) -> str:
         """Names the place in messages; no secrets."""
-        ...
-
-    @property
-    def public(self) -> bool:
-        """Whether everybody can read it."""
-        ...
-
-    @property
-    def local(self) -> bool:
-        """Whether it is a folder of this machine."""
         ...
 
     def find(self, key: str) -> Found | None:
@@ -105,16 +82,13 @@ class Objects(Protocol):
         """Write a file of a package, hashed on its way, in place of what was there.
 
         Raises:
-            CorruptError: It is not what `file` says; nothing of it shows.
+            CorruptError: It is not what `file` says, and nothing of it shows; or the store does
+                not have it as it was sent.
         """
         ...
 
     def holds(self, key: str, source: Path, file: FileDigest) -> bool:
         """Whether a key holds a file's bytes: by size and by a checksum of the whole object."""
-        ...
-
-    def arrived(self, key: str, source: Path, file: FileDigest) -> bool:
-        """The same of a file that `put_file` has just written: what the store says of it."""
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -125,8 +99,8 @@ class Objects(Protocol):
         """Unix time by the clock that dates objects."""
         ...
 
-    def unfinished(self, min_age_s: float) -> Iterator[Unfinished]:
-        """What interrupted runs left that is no object, at least so old."""
+    def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
+        """What interrupted runs left that is no object, at least so old, in words."""
         ...
 
     def check_exclusive(self) -> None:

@@ -2,10 +2,10 @@
 
     1. lease       `<version>.lease`, dated by the store: gc leaves the version alone
     2. statements  attachments first, then the envelope, which is what counts
-    3. files       hashed on their way; one that is there whole is skipped
-    4. ask back    size and checksum of every file, as the store tells them
-    5. manifest    created exclusively: from here on the version is there for ever
-    6. the lease goes
+    3. files       hashed on their way, size and checksum asked back from the store; one that is
+                   there whole is skipped
+    4. manifest    created exclusively: from here on the version is there for ever
+    5. the lease goes
 
 A version carries the digest of its manifest, so two publishers of one version send the same bytes
 and need not know of each other. A run that was killed anywhere leaves what no reader counts; the
@@ -42,7 +42,6 @@ from pipeline.registry.stores.objects import Objects, in_parallel
 
 _SMALL_BYTES = 8 << 20
 """Files up to here are sent side by side; a larger one is sent in parts side by side."""
-_THREADS = 8
 
 
 def put_package(
@@ -63,7 +62,6 @@ def put_package(
     for file in files:
         if file.size_bytes > _SMALL_BYTES:
             send(file)
-    _require_arrived(objects, place, package.dir, files)
     created = objects.create(manifest_key(place), data)
     if not _published(objects, place, data):
         raise TransientError(f"{place} was removed while it was published; publish it again")
@@ -127,20 +125,6 @@ def _send(
         on_bytes(file.size_bytes)
     else:
         objects.put_file(key, source, file, on_bytes)
-
-
-def _require_arrived(
-    objects: Objects, place: Place, folder: Path, files: Sequence[FileDigest]
-) -> None:
-    def arrived(file: FileDigest) -> bool:
-        return objects.arrived(f"{version_key(place)}/{file.path}", folder / file.path, file)
-
-    for file, whole in zip(files, in_parallel(arrived, files, _THREADS), strict=True):
-        if not whole:
-            raise CorruptError(
-                f"{objects.url}: {file.path} of {place} is not there as it was sent; nothing shows "
-                "yet: look after the store, then run the same command again"
-            )
 
 
 def _published(objects: Objects, place: Place, data: bytes) -> bool:

@@ -54,11 +54,7 @@ def delete_package(objects: Objects, place: Place) -> int:
 def leftovers(objects: Objects, min_age_s: float, *, delete: bool) -> list[str]:
     """See `pipeline.registry.store.WritableStore.leftovers`."""
     newest_s = objects.now_s() - min_age_s
-    words = []
-    for unfinished in list(objects.unfinished(min_age_s)):
-        words.append(unfinished.what)
-        if delete:
-            unfinished.remove()
+    words = list(objects.unfinished(min_age_s, delete=delete))
     versions: dict[Place, _Version] = {}
     for found in objects.listed(""):
         if (parsed := parse_key(found.key)) is not None:

@@ -61,18 +61,12 @@ class TreeStore:
     """`pipeline.registry.store.WritableStore`, over any `Objects`."""
 
     objects: Objects
+    public: bool = False
+    local: bool = False
 
     @property
     def url(self) -> str:
         return self.objects.url
-
-    @property
-    def public(self) -> bool:
-        return self.objects.public
-
-    @property
-    def local(self) -> bool:
-        return self.objects.local
 
     def identity(self) -> str | None:
         data = self.objects.read(IDENTITY, MAX_ENVELOPE_BYTES)

@@ -7,7 +7,6 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.registry.stores.s3.address import Address
 from pipeline.registry.stores.s3.faults import s3_errors
 from pipeline.registry.stores.transfer import (
     ATTEMPTS,
@@ -22,9 +21,15 @@ Checksums = Literal["when_supported", "when_required"]
 
 @dataclass(kw_only=True)
 class Connection:
-    """Where and how to connect; see `S3Registry` for its attributes."""
+    """Where and how to connect; see `S3Registry` for its other attributes.
 
-    address: Address
+    Attributes:
+        bucket: Its name.
+        root: What all our keys start with: empty, or it ends in `/`.
+    """
+
+    bucket: str
+    root: str
     endpoint_url: str | None
     region: str | None
     checksums: Checksums | None
@@ -53,7 +58,7 @@ class Connection:
         from botocore import UNSIGNED
         from botocore.config import Config
 
-        with s3_errors(f"connect to s3://{self.address.bucket}", self.address.bucket):
+        with s3_errors(f"connect to s3://{self.bucket}", self.bucket):
             session = boto3.session.Session()
             signs = not (self.public and session.get_credentials() is None)
             chosen = (

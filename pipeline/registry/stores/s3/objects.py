@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import email.utils
-import functools
 import hashlib
 import mimetypes
 import secrets
@@ -30,7 +29,7 @@ from pipeline.core.errors import AccessError, CorruptError, PipelineError, Trans
 from pipeline.core.values import FileDigest
 from pipeline.registry.disk import open_regular
 from pipeline.registry.store import OnBytes
-from pipeline.registry.stores.objects import Found, Unfinished, in_parallel
+from pipeline.registry.stores.objects import Found, in_parallel
 from pipeline.registry.stores.s3.connection import Connection
 from pipeline.registry.stores.s3.faults import code_of, missing, raced, s3_errors, status_of, taken
 from pipeline.registry.stores.transfer import ATTEMPTS, CHUNK_BYTES, at_pace, joined
@@ -48,28 +47,22 @@ class S3Objects:
 
     Attributes:
         url: For messages.
-        public: Whether everybody can read it.
         connection: How to reach it.
         part_bytes: Size of the parts of a large file, unless it needs larger ones.
     """
 
     url: str
-    public: bool
     connection: Connection
     part_bytes: int
     _crcs: dict[str, int] = field(default_factory=dict)
     """SHA-256 -> CRC-32 of files that were read."""
-
-    @property
-    def local(self) -> bool:
-        return False
 
     def find(self, key: str) -> Found | None:
         head = self._head(key)
         return None if head is None else _found(key, _size_of(head), head.get("LastModified"))
 
     def listed(self, prefix: str) -> Iterator[Found]:
-        root = self.connection.address.root
+        root = self.connection.root
         with self._errors("list"):
             for page in self._pages("list_objects_v2", Prefix=f"{root}{prefix}"):
                 for entry in page.get("Contents", ()):
@@ -131,9 +124,14 @@ class S3Objects:
             reader = _Reader(stream=stream, source=source, file=file)
             self.connection.client().upload_fileobj(
                 reader, Key=self._key(key), ExtraArgs=extra, Config=config, Callback=on_bytes,
-                Bucket=self.connection.address.bucket,
+                Bucket=self.connection.bucket,
             )  # fmt: skip
             self._crcs[file.sha256] = reader.crc
+        if not self.holds(key, source, file):
+            raise CorruptError(
+                f"{self.url}: {key} is not there as it was sent; nothing shows yet: look after the "
+                "store, then run the same command again"
+            )
 
     def holds(self, key: str, source: Path, file: FileDigest) -> bool:
         head = self._head(key)
@@ -147,9 +145,6 @@ class S3Objects:
                 digest.update(chunk)
         return digest.hexdigest() == file.sha256
 
-    def arrived(self, key: str, source: Path, file: FileDigest) -> bool:
-        return self.holds(key, source, file)
-
     def delete(self, keys: Iterable[str]) -> None:
         with self._errors("remove from"):
             for _ in in_parallel(lambda key: self._call("delete_object", key), keys):
@@ -157,7 +152,7 @@ class S3Objects:
 
     def now_s(self) -> float:
         with self._errors("read the clock of"):
-            root = self.connection.address.root
+            root = self.connection.root
             response = self._call("list_objects_v2", Prefix=root, MaxKeys=1)
         date = response["ResponseMetadata"]["HTTPHeaders"].get("date", "")
         try:
@@ -165,23 +160,21 @@ class S3Objects:
         except ValueError:
             return time.time()
 
-    def unfinished(self, min_age_s: float) -> Iterator[Unfinished]:
+    def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
         newest_s = self.now_s() - min_age_s
-        root = self.connection.address.root
+        root = self.connection.root
         with self._errors("clean"):
             for page in self._pages("list_multipart_uploads", Prefix=root):
                 for entry in page.get("Uploads", ()):
                     if entry["Initiated"].timestamp() <= newest_s:
-                        yield Unfinished(
-                            what=f"{entry['Key'].removeprefix(root)} (unfinished upload)",
-                            remove=functools.partial(self._abort, entry["Key"], entry["UploadId"]),
-                        )
+                        if delete:
+                            self._abort(entry["Key"], entry["UploadId"])
+                        yield f"{entry['Key'].removeprefix(root)} (unfinished upload)"
         for found in self.listed(_PROBE):
             if found.modified_s <= newest_s:
-                yield Unfinished(
-                    what=f"{found.key} (left by a check)",
-                    remove=functools.partial(self.delete, [found.key]),
-                )
+                if delete:
+                    self.delete([found.key])
+                yield f"{found.key} (left by a check)"
 
     def check_exclusive(self) -> None:
         key = f"{_PROBE}{secrets.token_hex(8)}"
@@ -247,14 +240,14 @@ class S3Objects:
     def _abort(self, key: str, upload_id: str) -> None:
         from botocore.exceptions import ClientError
 
-        with self._errors("clean"):
-            try:
-                self.connection.client().abort_multipart_upload(
-                    Bucket=self.connection.address.bucket, Key=key, UploadId=upload_id
-                )
-            except ClientError as error:
-                if not missing(error):
-                    raise
+        client = self.connection.client()
+        try:
+            client.abort_multipart_upload(
+                Bucket=self.connection.bucket, Key=key, UploadId=upload_id
+            )
+        except ClientError as error:
+            if not missing(error):
+                raise
 
     def _crc_of(self, source: Path, file: FileDigest) -> int:
         if file.sha256 not in self._crcs:
@@ -270,21 +263,21 @@ class S3Objects:
         if key is not None:
             arguments["Key"] = self._key(key)
         send: Callable[..., Any] = getattr(self.connection.client(), operation)
-        return send(Bucket=self.connection.address.bucket, **arguments)
+        return send(Bucket=self.connection.bucket, **arguments)
 
     def _pages(self, operation: str, **arguments: Any) -> Iterator[Any]:
         paginator = self.connection.client().get_paginator(operation)
-        pages = paginator.paginate(Bucket=self.connection.address.bucket, **arguments)
+        pages = paginator.paginate(Bucket=self.connection.bucket, **arguments)
         for number, page in enumerate(pages):
             if number >= _MAX_PAGES:
                 raise PipelineError(f"{self.url} lists more than {_MAX_PAGES} pages; check the URL")
             yield page
 
     def _key(self, key: str) -> str:
-        return f"{self.connection.address.root}{key}"
+        return f"{self.connection.root}{key}"
 
     def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return s3_errors(f"{doing} {self.url}", self.connection.address.bucket)
+        return s3_errors(f"{doing} {self.url}", self.connection.bucket)
 
 
 @dataclass(kw_only=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import pydantic.dataclasses
 from pydantic import Field
 
+from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT
-from pipeline.registry.stores.s3.address import check_endpoint, parse_address
 from pipeline.registry.stores.s3.connection import Checksums, Connection
 from pipeline.registry.stores.s3.objects import S3Objects
 from pipeline.registry.stores.tree import TreeStore
+
+# Amazon S3 User Guide, "General purpose bucket naming rules"; access point ARNs are not taken.
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -46,21 +52,60 @@ class S3Registry:
 
     def store(self) -> TreeStore:
         """The registry; nothing is read yet."""
+        bucket, root = parse_address(self.url)
         connection = Connection(
-            address=parse_address(self.url),
+            bucket=bucket,
+            root=root,
             endpoint_url=self.endpoint_url,
             region=self.region,
             checksums=self.request_checksum_calculation,
             public=self.public,
         )
-        return TreeStore(
-            objects=S3Objects(
-                url=self.url,
-                public=self.public,
-                connection=connection,
-                part_bytes=self.part_bytes,
-            )
+        objects = S3Objects(url=self.url, connection=connection, part_bytes=self.part_bytes)
+        return TreeStore(objects=objects, public=self.public)
+
+
+def parse_address(url: str) -> tuple[str, str]:
+    """Bucket, and what our keys in it start with, of `s3://BUCKET[/PREFIX]`.
+
+    Raises:
+        RecipeError: It is not such a URL; says why.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "s3" or parts.query or parts.fragment:
+        raise _fault(f"{url!r} is not an S3 registry; write s3://BUCKET/PREFIX")
+    if "@" in parts.netloc:
+        raise _fault("an S3 URL holds no credentials; put them into AWS_ACCESS_KEY_ID and so on")
+    if not _BUCKET.fullmatch(parts.netloc):
+        raise _fault(
+            f"{parts.netloc!r} in {url!r} is not a bucket's name: 3 to 63 lowercase letters, "
+            "digits, dots and dashes"
         )
+    prefix = parts.path.strip("/")
+    for segment in prefix.split("/") if prefix else ():
+        if not _SEGMENT.fullmatch(segment) or segment in {".", ".."}:
+            raise _fault(
+                f"{segment!r} in {url!r} may not be in a prefix: letters, digits, dots, dashes "
+                "and underscores"
+            )
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def check_endpoint(endpoint_url: str) -> None:
+    """Stop an endpoint that is no plain URL of a server.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    parts = urlsplit(endpoint_url)
+    if "@" in parts.netloc:
+        raise _fault("an S3 endpoint holds no credentials; put them into AWS_ACCESS_KEY_ID")
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise _fault(f"{endpoint_url!r} is not an S3 endpoint; write https://HOST[:PORT]")
+
+
+def _fault(message: str) -> RecipeError:
+    return RecipeError([Fault("registry", message)])
 
 
 KIND = S3Registry
