@@ -6,23 +6,28 @@ version, which every reader derives. So the same build output has the same diges
 wherever it is sealed.
 
 Reading is strict, since a manifest decides what is loaded into a GPU: bounded, canonical bytes
-only, the known schema only, and paths that cannot leave the package.
+only, the known schema only, and paths that cannot leave the package. Unknown keys are refused: a
+`match` rule that a reader does not know could be the one that says "not on this card".
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import rfc8785
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, RecipeError
-from pipeline.core.values import Engine, FileDigest, Licence, Weights
+from pipeline.core.settings import STRICT
+from pipeline.core.values import Engine, FileDigest, Licence, Redistribution, Weights
 from pipeline.registry.disk import read_bounded
+from pipeline.registry.paths import paths_fault
 from pipeline.registry.reference import check_part, derive_version
 from pipeline.registry.store import Place, Store
 
@@ -36,7 +41,123 @@ MAX_MANIFEST_BYTES = 4 << 20
 (distribution-spec 1.1, "Pushing manifests")."""
 
 
-@dataclass(frozen=True, kw_only=True)
+# The largest integer that every JSON reader keeps exact (RFC 8785, section 3.2.2.3): 2^53 - 1.
+_Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
+_Bytes = Annotated[int, Field(ge=0, le=2**53 - 1)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FileEntry:
+    """One file; `path` is relative to the package."""
+
+    path: _Text
+    size: _Bytes
+    sha256: _Sha256
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Runtime:
+    """What loads the engine, in exactly this version."""
+
+    name: _Text
+    version: _Text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Match:
+    """Where the engine runs; an empty list or null means any."""
+
+    sm: list[_Count]
+    cards: list[_Text]
+    min_vram_bytes: _Bytes
+    runtime: Runtime
+    cuda: _Text | None
+    driver_min: _Text | None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LimitsEntry:
+    """`pipeline.core.values.Limits`."""
+
+    max_batch_size: _Count
+    max_seq_len: _Count
+    max_num_tokens: _Count
+    kv_cache_dtype: _Text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Serve:
+    """Arguments for the runtime's server."""
+
+    args: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Source:
+    """Whose weights these are; `digest` identifies their bytes."""
+
+    origin: _Text
+    commit: _Text | None
+    digest: _Sha256
+    note: str
+    random: bool
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BuildEntry:
+    """Versions of the tools, and the resolved configuration."""
+
+    tools: dict[str, str]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LicenceEntry:
+    """Terms of the weights."""
+
+    spdx: _Text
+    files: list[_Text]
+    redistribution: Redistribution
+    notice: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Manifest:
+    """`manifest.json`."""
+
+    schema: Literal[1]
+    name: str
+    variant: str
+    recipe_version: str
+    build_key: _Sha256
+    format: _Text
+    quantization: _Text
+    files: Annotated[list[FileEntry], Field(min_length=1)]
+    match: Match
+    limits: LimitsEntry
+    serve: Serve
+    source: Source
+    ledger: dict[str, Any]
+    build: BuildEntry
+    licence: LicenceEntry
+
+    def __post_init__(self) -> None:
+        check_part("name", self.name)
+        check_part("variant", self.variant)
+        check_part("recipe_version", self.recipe_version)
+        paths = [file.path for file in self.files]
+        if fault := paths_fault(paths):
+            raise ValueError(f"files: {fault}")
+        if paths != sorted(paths):
+            raise ValueError("files: not sorted by path")
+        for path in paths:
+            if not path.startswith("engine/"):
+                raise ValueError(f"files: {path!r} is not below engine/")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Label:
     """What a package says that neither its engine nor its weights know.
 
@@ -217,15 +338,6 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
         )
     if not canonical:
         raise CorruptError(f"{origin} is not RFC 8785 canonical JSON, so its digest means nothing")
-    _check_schema(data, origin)
-    return value
-
-
-def _check_schema(data: bytes, origin: str) -> None:
-    from pydantic import TypeAdapter, ValidationError  # 60 ms that most imports need not pay
-
-    from pipeline.registry.manifest_schema import Manifest
-
     try:
         TypeAdapter(Manifest).validate_json(data)
     except ValidationError as error:
@@ -236,6 +348,7 @@ def _check_schema(data: bytes, origin: str) -> None:
         raise CorruptError(f"{origin}: {faults}") from error
     except RecipeError as error:
         raise CorruptError(f"{origin}: {error}") from error
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

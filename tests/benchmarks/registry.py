@@ -7,18 +7,16 @@ where it is installed (`pip install oras==0.2.43`, no dependency of ours).
 
 Contenders of a row take turns, each run in a process of its own, so that a peak of memory is one
 run's; a figure is the median of the repeats. Whoever pulls first after a publication takes up to
-twice as long as the next one (2026-11-29), so a pull by each that does not count comes before; the
-page cache is warm. No server runs that a row does not need: SeaweedFS works on after uploads.
+twice as long as the next one (2026-11-29), so one pull by each does not count; the page cache is
+warm. No server runs that a row does not need: SeaweedFS works on after uploads.
 
 Ours publishes a sealed package: signatures, SHA-256 of every byte, lease, sizes and checksums asked
 back, manifest. Ours pulls with everything that `enginesmith pull` does: policy, signatures, record,
 SHA-256 of every byte, fsync, rename. The cache is off, so nothing is copied a second time. The
 others verify no SHA-256, but for `cp` with `sha256sum`; boto3 moves only the one large file. They
 end with their bytes in the page cache, ours with them on the disk; what that costs, the row "forced
-to disk" says. A pull is timed twice: the call, from the end of the imports on, clients and
-connections made within; and the whole process, from its start to its exit (`registry_pulls`). `cp`
-and `sha256sum` are timed without a Python. A publish is timed from an open connection on, on both
-sides.
+to disk" says. A run is timed twice: the call, from the end of the imports on, clients and
+connections made within; and the whole process, from its start to its exit.
 """
 
 from __future__ import annotations
@@ -26,10 +24,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
+import importlib
 import importlib.util
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -37,153 +36,190 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pipeline.core.values import Package
-from pipeline.registry.package import verify
-from pipeline.registry.stores.opening import open_store
-from pipeline.registry.trust.keys import generate_key, parse_private_key
-from pipeline.registry.trust.policy import TrustedKey
-from pipeline.registry.trust.signatory import sign_package
-from tests.benchmarks.registry_pulls import POLICY, oras_client, oras_target, peak_mib
-from tests.registry.packages import make_engine, seal_engine
-from tests.services import docker_registry, seaweed
+# What only one side needs is imported in its functions: a run pays for its own imports alone.
 
-_KEY = "key.pem"
+_KEY, _POLICY = "key.pem", "policy.json"
 _LARGE = "engine/rank0.engine"
 _BLOCK_BYTES = 1 << 24
-Job = Callable[[str, Path, Path], float]
-"""(registry, package, empty folder) -> seconds of what counts; run in a new process."""
-PullName = str
-"""A pull of `registry_pulls`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contest:
-    """Ours against another tool.
-
-    Attributes:
-        name: What both do.
-        ours: Run first in odd repeats.
-        other: The other one.
-        tool: Its name.
-        wanted: The least ratio of its seconds to ours.
-    """
+    """Ours against another tool: two of `RUNS`, and the least ratio of its seconds to ours."""
 
     name: str
-    ours: Job | PullName
-    other: Job | PullName
-    tool: str
+    ours: str
+    other: str
     wanted: float
-
-
-def publish(url: str, package_dir: Path, out: Path) -> float:
-    """Sign, hash and publish."""
-    package = verify(package_dir, deep=False)
-    key = parse_private_key((package_dir.parent / _KEY).read_bytes(), "the benchmark's key")
-    store = open_store(url)
-    store.check_writable()
-    return _timed(
-        lambda: store.put_package(package, [sign_package(package, key)], lambda count: None)
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Took:
-    """What one run took.
-
-    Attributes:
-        call_s: Of what counts.
-        process_s: Of the whole process; None if only the call was timed.
-        peak_mib: Of the process's memory.
-    """
+    """What one run took: the call, the whole process, and the peak of its memory."""
 
     call_s: float
-    process_s: float | None
+    process_s: float
     peak_mib: float
 
 
-def pull(name: PullName, url: str, package_dir: Path, out: Path) -> Took:
-    """Pull in a process of its own."""
-    module = "tests.benchmarks.registry_pulls"
-    command = [sys.executable, "-m", module, name, url, str(package_dir), str(out)]
-    began = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    process_s = time.perf_counter() - began
-    call_s, peak_mib = map(float, done.stdout.split())
-    return Took(call_s=call_s, process_s=process_s, peak_mib=peak_mib)
-
-
-def copy_and_sum(url: str, package_dir: Path, out: Path) -> float:
-    """`cp` and `sha256sum --check`."""
-    manifest = json.loads((package_dir / "manifest.json").read_bytes())
-    sums = "".join(f"{one['sha256']}  {one['path']}\n" for one in manifest["files"])
-    target = out / "theirs"
-
-    def run() -> None:
-        subprocess.run(["cp", "-r", str(package_dir), str(target)], check=True)
-        check = ["sha256sum", "--check", "--quiet"]
-        subprocess.run(check, input=sums, text=True, cwd=target, check=True)
-
-    return _timed(run)
-
-
-def oras_push(url: str, package_dir: Path, out: Path) -> float:
-    """The files of the package, by `oras`."""
-    package = verify(package_dir, deep=False)
-    paths = [str(package.dir / one["path"]) for one in package.manifest["files"]]
-
-    def push() -> None:  # not chunked, it reads a whole file into memory
-        oras_client().push(
-            target=oras_target(url), files=paths, disable_path_validation=True, do_chunked=True
-        )
-
-    return _timed(push)
-
-
-def upload_file(url: str, package_dir: Path, out: Path) -> float:
-    """The large file, by boto3 with its defaults."""
-    import boto3
-
-    client, key = boto3.client("s3"), f"{url.rpartition('/')[2]}/theirs"
-    client.list_objects_v2(Bucket=seaweed.BUCKET, MaxKeys=1)
-    return _timed(lambda: client.upload_file(str(package_dir / _LARGE), seaweed.BUCKET, key))
-
-
 S3 = (
-    Contest(
-        name="S3 publish",
-        ours=publish,
-        other=upload_file,
-        tool="boto3 upload_file",
-        wanted=0.9,
-    ),
-    Contest(
-        name="S3 pull",
-        ours="ours",
-        other="boto3",
-        tool="boto3 download_file",
-        wanted=1.0,
-    ),
-    Contest(
-        name="S3 pull, forced to disk",
-        ours="ours",
-        other="ours_unforced",
-        tool="ours without fsync",
-        wanted=0.0,
-    ),
+    Contest(name="S3 publish", ours="publish", other="boto3 upload_file", wanted=0.9),
+    Contest(name="S3 pull", ours="pull", other="boto3 download_file", wanted=1.0),
+    Contest(name="S3 pull, forced to disk", ours="pull", other="pull without fsync", wanted=0.0),
 )
 OCI = (
-    Contest(name="OCI publish", ours=publish, other=oras_push, tool="oras push", wanted=0.0),
-    Contest(name="OCI pull", ours="ours", other="oras", tool="oras pull", wanted=1.0),
+    Contest(name="OCI publish", ours="publish", other="oras push", wanted=0.0),
+    Contest(name="OCI pull", ours="pull", other="oras pull", wanted=1.0),
 )
-FOLDER = (
-    Contest(
-        name="folder pull", ours="ours", other=copy_and_sum, tool="cp, sha256sum", wanted=1 / 1.2
-    ),
-)
+FOLDER = (Contest(name="folder pull", ours="pull", other="cp, sha256sum", wanted=1 / 1.2),)
+
+
+def publish(url: str, package_dir: Path, out: Path) -> None:
+    """Sign, hash and publish."""
+    from pipeline.registry.package import verify
+    from pipeline.registry.stores.opening import open_store
+    from pipeline.registry.trust.keys import parse_private_key
+    from pipeline.registry.trust.signatory import sign_package
+
+    package = verify(package_dir, deep=False)
+    key = parse_private_key((package_dir.parent / _KEY).read_bytes(), "the benchmark's key")
+    store = open_store(url)
+    store.check_writable()
+    store.put_package(package, [sign_package(package, key)], lambda count: None)
+
+
+def pull(url: str, package_dir: Path, out: Path) -> None:
+    """All of `enginesmith pull`, without its cache."""
+    from pipeline.registry.client.machine import Flags
+    from pipeline.registry.client.pull import PullRequest, run
+
+    digest = hashlib.sha256((package_dir / "manifest.json").read_bytes()).hexdigest()
+    request = PullRequest(
+        reference=f"tiny@sha256:{digest}",
+        to=out / "ours",
+        registry=url,
+        flags=Flags(gpu="none"),
+        policy=package_dir.parent / _POLICY,
+        accept_unproven=True,
+        through_cache=False,
+    )
+    run(request)
+
+
+def pull_without_fsync(url: str, package_dir: Path, out: Path) -> None:
+    """`pull`, with nothing forced to the disk; for comparison only."""
+    os.fsync = lambda fd: None
+    pull(url, package_dir, out)
+
+
+def copy_and_sum(url: str, package_dir: Path, out: Path) -> None:
+    """`cp` and `sha256sum --check`."""
+    sums = "".join(f"{one['sha256']}  {one['path']}\n" for one in _files(package_dir))
+    target = out / "theirs"
+    subprocess.run(["cp", "-r", str(package_dir), str(target)], check=True)
+    check = ["sha256sum", "--check", "--quiet"]
+    subprocess.run(check, input=sums, text=True, cwd=target, check=True)
+
+
+def upload_file(url: str, package_dir: Path, out: Path) -> None:
+    """The large file, by boto3 with its defaults."""
+    _boto3().upload_file(str(package_dir / _LARGE), *_theirs(url))
+
+
+def download_file(url: str, package_dir: Path, out: Path) -> None:
+    """The same file back."""
+    _boto3().download_file(*_theirs(url), str(out / "theirs"))
+
+
+def oras_push(url: str, package_dir: Path, out: Path) -> None:
+    """The files of the package, by `oras`."""
+    paths = [str(package_dir / one["path"]) for one in _files(package_dir)]
+    # Not chunked, it reads a whole file into memory.
+    _oras().push(
+        target=_oras_target(url), files=paths, disable_path_validation=True, do_chunked=True
+    )
+
+
+def oras_pull(url: str, package_dir: Path, out: Path) -> None:
+    """The same files back; it verifies no digest."""
+    _oras().pull(target=_oras_target(url), outdir=str(out), allowed_media_type=[])
+
+
+RUNS = {
+    "publish": publish,
+    "pull": pull,
+    "pull without fsync": pull_without_fsync,
+    "cp, sha256sum": copy_and_sum,
+    "boto3 upload_file": upload_file,
+    "boto3 download_file": download_file,
+    "oras push": oras_push,
+    "oras pull": oras_pull,
+}
+
+
+def _files(package_dir: Path) -> list[dict[str, Any]]:
+    files: list[dict[str, Any]] = json.loads((package_dir / "manifest.json").read_bytes())["files"]
+    return files
+
+
+def _theirs(url: str) -> tuple[str, str]:
+    """Bucket and key of what boto3 puts beside a registry of ours."""
+    bucket, prefix = url.removeprefix("s3://").split("/")
+    return bucket, f"{prefix}/theirs"
+
+
+def _oras_target(url: str) -> str:
+    """The artifact that `oras` puts into a registry of ours."""
+    return f"{url.removeprefix('oci://')}/theirs:engine"
+
+
+def _boto3() -> Any:
+    return importlib.import_module("boto3").client("s3")
+
+
+def _oras() -> Any:
+    """`oras`, for a registry that speaks HTTP; not a dependency, so no checker finds it."""
+    return importlib.import_module("oras.client").OrasClient(insecure=True)
+
+
+def _modules(name: str, scheme: str) -> Iterator[str]:
+    """What a run imports sooner or later, and has before its call is timed."""
+    if name in {"publish", "pull", "pull without fsync"}:
+        yield "pipeline.registry.client.pull"
+        yield from {
+            "s3": ["boto3", "pipeline.registry.stores.s3.registry"],
+            "oci": ["pipeline.registry.stores.oci.registry"],
+        }.get(scheme, [])
+    elif not name.startswith("cp"):
+        yield {"boto3": "boto3", "oras": "oras.client"}[name.split()[0]]
+
+
+def run_here(name: str, url: str, package_dir: Path, out: Path) -> None:
+    """One run in this process; prints the seconds of the call, and the peak of memory in MiB."""
+    for module in _modules(name, url.partition(":")[0]):
+        importlib.import_module(module)
+    began = time.perf_counter()
+    RUNS[name](url, package_dir, out)
+    call_s = time.perf_counter() - began
+    status = Path("/proc/self/status").read_text()  # getrusage knows the parent's peak, too
+    peak_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    print(call_s, int(peak_kib) / 1024)
+
+
+def run_alone(name: str, url: str, package_dir: Path, folder: Path) -> Took:
+    """One run in a process of its own."""
+    os.sync()  # else who forces bytes to the disk waits for what others have written
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        command = [sys.executable, "-m", __spec__.name, "--run", name, url, str(package_dir), out]
+        began = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        process_s = time.perf_counter() - began
+    call_s, peak_mib = map(float, done.stdout.split())
+    return Took(call_s=call_s, process_s=process_s, peak_mib=peak_mib)
 
 
 class Bench:
@@ -197,59 +233,57 @@ class Bench:
     def __init__(self, folder: Path, package_dir: Path) -> None:
         self._folder = folder
         self._package_dir = package_dir
-        self._took: dict[tuple[str, bool], list[Took]] = {}
+        self._took: dict[tuple[str, str], list[Took]] = {}
 
     def run(self, contests: tuple[Contest, ...], url: str, ours_first: bool) -> None:
         """Each contest once."""
         for contest in contests:
-            turns = (ours_first, not ours_first)
-            pulls = isinstance(contest.ours, PullName)
-            for number, ours in enumerate(turns * (1 + pulls)):
-                job = contest.ours if ours else contest.other
-                os.sync()  # else who forces bytes to the disk waits for what others have written
-                with tempfile.TemporaryDirectory(dir=self._folder) as out:
-                    if isinstance(job, PullName):
-                        took = pull(job, url, self._package_dir, Path(out))
-                    else:
-                        call_s, peak_mib = alone(job, url, self._package_dir, Path(out))
-                        took = Took(call_s=call_s, process_s=None, peak_mib=peak_mib)
-                if not pulls or number >= len(turns):
-                    self._took.setdefault((contest.name, ours), []).append(took)
+            turns = [contest.ours, contest.other][:: 1 if ours_first else -1]
+            if contest.ours == "pull":  # the first one by each does not count
+                for name in turns:
+                    run_alone(name, url, self._package_dir, self._folder)
+            for name in turns:
+                took = run_alone(name, url, self._package_dir, self._folder)
+                self._took.setdefault((contest.name, name), []).append(took)
 
     def rows(self, contests: tuple[Contest, ...], size_bytes: int) -> Iterator[str]:
         """Rows of the table."""
         for one in contests:
-            ours, other = (self._took[one.name, who] for who in (True, False))
+            ours, other = self._took[one.name, one.ours], self._took[one.name, one.other]
             call, its_call = (
                 statistics.median(run.call_s for run in runs) for runs in (ours, other)
             )
-            wanted = f"{one.wanted:.2f}" if one.wanted else "none"
+            process, its_process = (
+                statistics.median(run.process_s for run in runs) for runs in (ours, other)
+            )
             peak, its_peak = (max(run.peak_mib for run in runs) for runs in (ours, other))
             yield (
-                f"| {one.name} / {one.tool} | {wanted} | {call:.2f} / {its_call:.2f} | "
-                f"{its_call / call:.2f} | {_processes(ours, other)} | "
-                f"{size_bytes / call / 1e6:.0f} | {peak:.0f} / {its_peak:.0f} |"
+                f"| {one.name} / {one.other} | {one.wanted:.2f} | {call:.2f} / {its_call:.2f} | "
+                f"{its_call / call:.2f} | {process:.2f} / {its_process:.2f} | "
+                f"{its_process / process:.2f} | {size_bytes / call / 1e6:.0f} | "
+                f"{peak:.0f} / {its_peak:.0f} |"
             )
 
 
-def _processes(ours: Sequence[Took], other: Sequence[Took]) -> str:
-    """Seconds of both sides' whole processes and their ratio, as two cells."""
-    timed = [[run.process_s for run in runs if run.process_s is not None] for runs in (ours, other)]
-    if not all(timed):
-        return " | "
-    process, its_process = map(statistics.median, timed)
-    return f"{process:.2f} / {its_process:.2f} | {its_process / process:.2f}"
+def _figures(runs: list[Took]) -> tuple[float, float, float]:
+    """Median seconds of the call and of the process, peak of memory in MiB."""
+    return (
+        statistics.median(run.call_s for run in runs),
+        statistics.median(run.process_s for run in runs),
+        max(run.peak_mib for run in runs),
+    )
 
 
 def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
     """Lines of the table."""
+    from tests.services import seaweed
+
     os.environ["ENGINESMITH_CACHE"] = str(folder / "cache")
-    package_dir = make_package(folder, size_bytes).dir
+    package_dir = make_package(folder, size_bytes)
     _make_trust(package_dir.parent)
     bench = Bench(folder, package_dir)
     with_oras = importlib.util.find_spec("oras") is not None
     publish(str(folder / "registry"), package_dir, folder)
-    done = [S3, FOLDER, *([OCI] if with_oras else [])]
     with seaweed.running_server(folder / "seaweed") as server:
         os.environ.update(server.environ)
         for repeat in range(repeats):
@@ -259,9 +293,9 @@ def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
     for repeat in range(repeats if with_oras else 0):
         with _empty_registry(folder) as url:
             bench.run(OCI, url, ours_first=repeat % 2 == 0)
-    yield ("| ours / the other | wanted | call, s | ratio | process, s | ratio | MB/s | peak MiB |")
+    yield "| ours / the other | wanted | call, s | ratio | process, s | ratio | MB/s | peak MiB |"
     yield "|---|---|---|---|---|---|---|---|"
-    for contests in done:
+    for contests in (S3, FOLDER, *([OCI] if with_oras else [])):
         yield from bench.rows(contests, size_bytes)
     if not with_oras:
         yield "\nOCI: not run, `oras` is not installed (`pip install oras==0.2.43`)."
@@ -271,42 +305,24 @@ def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
     )
 
 
-def import_s() -> float:
-    """Median seconds that a new Python needs more, if it imports the pull client."""
-
-    def run(code: str) -> float:
-        command = [sys.executable, "-c", code]
-        return _timed(lambda: subprocess.run(command, check=True))
-
-    pairs = [(run("import pipeline.registry.client.pull"), run("pass")) for _ in range(7)]
-    return statistics.median(full - empty for full, empty in pairs)
-
-
-def alone(job: Job, url: str, package_dir: Path, out: Path) -> tuple[float, float]:
-    """Seconds and peak of memory in MiB of a job in a new process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measured, job, url, package_dir, out).result()
-
-
-def _measured(job: Job, url: str, package_dir: Path, out: Path) -> tuple[float, float]:
-    return job(url, package_dir, out), peak_mib()
-
-
-def make_package(folder: Path, size_bytes: int) -> Package:
+def make_package(folder: Path, size_bytes: int) -> Path:
     """A package with one large file of random bytes."""
+    from tests.registry.packages import make_engine, seal_engine
+
     engine = make_engine(folder / "made", {"config.json": b"{}"})
     with (engine.dir / Path(_LARGE).name).open("wb") as stream:
         for start in range(0, size_bytes, _BLOCK_BYTES):
             stream.write(os.urandom(min(_BLOCK_BYTES, size_bytes - start)))
     package = seal_engine(folder / "package", engine)
     shutil.rmtree(engine.dir)
-    return package
+    return package.dir
 
 
 @contextlib.contextmanager
 def _empty_registry(folder: Path) -> Iterator[str]:
     """A registry without a blob."""
+    from tests.services import docker_registry
+
     shutil.rmtree(folder / "cache", ignore_errors=True)
     where = folder / "docker-registry"
     with docker_registry.running_server(where) as registry:
@@ -315,34 +331,33 @@ def _empty_registry(folder: Path) -> Iterator[str]:
 
 
 def _make_trust(folder: Path) -> None:
+    from pipeline.registry.trust.keys import generate_key
+
     key = generate_key()
     (folder / _KEY).write_bytes(key.private_pem())
-    trusted = TrustedKey(
-        name="benchmark",
-        public_key=key.public.pem.decode(),
-        may_sign=("builds", "verdicts", "channels"),
-    )
-    (folder / POLICY).write_text(json.dumps({"schema": 1, "keys": [dataclasses.asdict(trusted)]}))
-
-
-def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    trusted = {
+        "name": "benchmark",
+        "public_key": key.public.pem.decode(),
+        "may_sign": ["builds", "verdicts", "channels"],
+    }
+    (folder / _POLICY).write_text(json.dumps({"schema": 1, "keys": [trusted]}))
 
 
 def main() -> None:
     """Print the table."""
+    logging.disable()
+    if sys.argv[1:2] == ["--run"]:
+        name, url, package_dir, out = sys.argv[2:]
+        run_here(name, url, Path(package_dir), Path(out))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size-bytes", type=int, default=1_000_000_000)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to work")
     given = parser.parse_args()
-    logging.disable()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         print(*measure(Path(folder), given.size_bytes, given.repeats), sep="\n")
-    print(f"Import of the pull client: {import_s():.2f} s.")
     print(f"{os.cpu_count()} cores; load average before: {before:.1f}.")
 
 

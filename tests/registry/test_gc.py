@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pipeline.core.errors import NotFoundError
 from pipeline.core.values import Package
+from pipeline.registry import gc
 from pipeline.registry.gc import DAY_S, Collected, Rules, collect
 from pipeline.registry.promotion import promote, yank_package
 from pipeline.registry.reference import reference_of
@@ -106,3 +108,37 @@ def test_a_yank_is_a_statement_that_keeps_a_version(team: Team) -> None:
     yank_package(team.store, str(reference_of(package)), team.author, team.policy)
     assert run(team, 29).removed == ()
     assert run(team, 31).removed == (place_of(package),)
+
+
+def test_a_version_that_a_channel_took_meanwhile_stays(
+    team: Team,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = team.publish(verdict="accepted")
+    decide = gc._decide
+    looks: list[object] = []
+
+    def promoted_after_the_first_look(*arguments: object) -> object:
+        fate = decide(*arguments)  # type: ignore[arg-type]
+        if not looks:
+            enter(team, package)
+        looks.append(fate)
+        return fate
+
+    monkeypatch.setattr(gc, "_decide", promoted_after_the_first_look)
+    assert run(team, 90).removed == ()
+    assert team.store.places() == [place_of(package)]
+
+
+def test_files_go_in_a_later_collection_and_not_before_a_day(team: Team) -> None:
+    team.publish()
+    assert run(team, 90).leftovers == ()
+    root = Path(team.store.url, "tiny")
+    assert list(root.rglob("model.plan"))
+    assert collect(team.store, team.policy, Rules(), delete=True).leftovers == ()
+    assert list(root.rglob("model.plan"))
+    for path in root.rglob("*"):
+        then = path.lstat().st_mtime - 2 * DAY_S
+        os.utime(path, (then, then))
+    assert len(collect(team.store, team.policy, Rules(), delete=True).leftovers) == 1
+    assert not list(root.rglob("model.plan"))

@@ -33,7 +33,7 @@ class RunningRegistry:
     """A registry process.
 
     Attributes:
-        host: `127.0.0.1:PORT`; the port stays the same after a restart.
+        host: `127.0.0.1:PORT`.
         folder: Where it keeps everything.
     """
 
@@ -68,29 +68,14 @@ class RunningRegistry:
         log = (self.folder / "registry.log").read_text(errors="replace").splitlines()
         pytest.fail("\n".join(["docker-registry did not start; the end of its log:", *log[-20:]]))
 
-    def kill(self) -> None:
-        """As a crash does; what it had written stays."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 self._process.wait(_STOP_S)
-        self.kill()
-
-    def blob_path(self, digest: str) -> Path:
-        """The file of a blob, to damage it."""
-        kind, _, name = digest.partition(":")
-        root = self.folder / "data/docker/registry/v2/blobs"
-        return root / kind / name[:2] / name / "data"
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
 
 @contextlib.contextmanager
@@ -111,7 +96,6 @@ def running_server(folder: Path) -> Iterator[RunningRegistry]:
             "filesystem": {"rootdirectory": str(folder / "data")},
             "delete": {"enabled": True},
         },
-        # Signs the state of uploads: with another one, uploads would be lost at a restart.
         "http": {"addr": host, "secret": "enginesmith-tests"},
     }
     (folder / "config.yml").write_text(json.dumps(config))  # JSON is YAML

@@ -100,17 +100,8 @@ class SeaweedServer:
         url = f"s3://{BUCKET}/{secrets.token_hex(6)}/{prefix}"
         return S3Registry(url=url, **settings).store()
 
-    def kill(self) -> None:
-        """SIGKILL, at once."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def restart(self) -> None:
-        """Start it again after `kill`, with the same data and on the same ports."""
-        self.kill()
+    def start(self) -> None:
+        """Start it, and wait until objects can be written."""
         self._start()
         self._wait_until_up()
 
@@ -119,9 +110,10 @@ class SeaweedServer:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=_STOP_S)
-        self.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=_STOP_S)
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         for part, port in self.ports.items():  # it does not ask where such files may lie
             Path(f"/tmp/seaweedfs-{part}-grpc-{port + _GRPC}.sock").unlink(missing_ok=True)
 
@@ -214,7 +206,7 @@ def running_server(folder: Path) -> Iterator[SeaweedServer]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     failed = True
     try:
-        server.restart()
+        server.start()
         yield server
         failed = False
     finally:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from pipeline.core.errors import CorruptError, TransientError
@@ -152,24 +151,18 @@ class Deadline:
         return response
 
 
-class _Plain(Deadline, HTTPConnection):
-    pass
+def timed_pools(plain: type, secure: type) -> dict[str, Any]:
+    """What `urllib3.PoolManager.pool_classes_by_scheme` needs for connections with a deadline.
 
-
-class _Secure(Deadline, HTTPSConnection):
-    pass
-
-
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _Plain
-
-
-class _SecurePool(HTTPSConnectionPool):
-    ConnectionCls = _Secure
-
-
-POOLS: dict[str, type[HTTPConnectionPool]] = {"http": _PlainPool, "https": _SecurePool}
-"""For `urllib3.PoolManager.pool_classes_by_scheme`."""
+    Args:
+        plain: Class of connections without TLS.
+        secure: And with TLS.
+    """
+    kinds = {"http": (HTTPConnectionPool, plain), "https": (HTTPSConnectionPool, secure)}
+    return {
+        scheme: type("Pool", (pool,), {"ConnectionCls": type("Timed", (Deadline, connection), {})})
+        for scheme, (pool, connection) in kinds.items()
+    }
 
 
 def _size_bytes(body: Any, headers: Mapping[Any, Any]) -> int:

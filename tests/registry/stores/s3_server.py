@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import gzip
 import hashlib
 import re
 import socket
@@ -35,7 +34,6 @@ Fault = Callable[["Handler"], bool]
 @dataclass(kw_only=True)
 class Stored:
     data: bytes
-    metadata: dict[str, str]
     etag: str
     whole: bool = True
     """Its checksum is of the whole object, not of the checksums of its parts."""
@@ -45,7 +43,6 @@ class Stored:
 @dataclass(kw_only=True)
 class Upload:
     key: str
-    metadata: dict[str, str]
     whole: bool
     parts: dict[int, bytes] = field(default_factory=dict)
     begun_s: float = field(default_factory=time.time)
@@ -105,8 +102,6 @@ class Handler(BaseHTTPRequestHandler):
     stall_s = 0.0
     ignores_range = False
     ignores_checks = False
-    gzips = False  # an object as a proxy on the way compresses it
-    etag: str | None = None
 
     def setup(self) -> None:
         super().setup()
@@ -150,8 +145,6 @@ class Handler(BaseHTTPRequestHandler):
                 return self._list_uploads()
             case "GET" if not self.key:
                 return self._list()
-            case "GET" if "uploadId" in self.query:
-                return self._list_parts()
             case "GET" | "HEAD":
                 return self._get()
             case "DELETE" if "uploadId" in self.query:
@@ -164,7 +157,6 @@ class Handler(BaseHTTPRequestHandler):
                 name = f"upload-{len(self.server.requests)}"
                 self.server.uploads[name] = Upload(
                     key=self.key,
-                    metadata=self._metadata(),
                     whole=self.headers.get("x-amz-checksum-type") == "FULL_OBJECT",
                 )
                 return self._xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
@@ -175,9 +167,10 @@ class Handler(BaseHTTPRequestHandler):
         return self._put()
 
     def _put(self) -> Callable[[], None]:
-        if (refusal := self._condition()) is not None:
-            return refusal
-        stored = Stored(data=self.body, metadata=self._metadata(), etag=_etag(self.body))
+        exclusive = self.headers.get("If-None-Match") == "*" and not self.ignores_checks
+        if exclusive and self.key in self.server.objects:
+            return self._refusal(412, "PreconditionFailed")
+        stored = Stored(data=self.body, etag=_etag(self.body))
         self.server.objects[self.key] = stored
         return self._reply(200, {"ETag": stored.etag})
 
@@ -189,8 +182,6 @@ class Handler(BaseHTTPRequestHandler):
         return self._reply(200, {"ETag": _etag(self.body)})
 
     def _complete(self) -> Callable[[], None]:
-        if (refusal := self._condition()) is not None:
-            return refusal
         upload = self.server.uploads.get(self.query["uploadId"])
         if upload is None:
             return self._refusal(404, "NoSuchUpload")
@@ -203,21 +194,16 @@ class Handler(BaseHTTPRequestHandler):
             data += upload.parts[number]
         del self.server.uploads[self.query["uploadId"]]
         etag = f'{_etag(data)[:-1]}-{len(numbers)}"'
-        self.server.objects[self.key] = Stored(
-            data=data, metadata=upload.metadata, etag=etag, whole=upload.whole
-        )
+        self.server.objects[self.key] = Stored(data=data, etag=etag, whole=upload.whole)
         return self._xml("CompleteMultipartUploadResult", f"<ETag>{escape(etag)}</ETag>")
 
     def _get(self) -> Callable[[], None]:
         stored = self.server.objects.get(self.key)
         if stored is None:
             return self._refusal(404, "NoSuchKey")
-        if not self.ignores_checks and self.headers.get("If-Match", stored.etag) != stored.etag:
-            return self._refusal(412, "PreconditionFailed")
         headers = {
-            "ETag": self.etag or stored.etag,
+            "ETag": stored.etag,
             "Last-Modified": self.date_time_string(int(stored.modified_s)),
-            **{f"x-amz-meta-{key}": value for key, value in stored.metadata.items()},
         }
         if self.headers.get("x-amz-checksum-mode") == "ENABLED" and self.server.checksums:
             crc = base64.b64encode(zlib.crc32(stored.data).to_bytes(4, "big")).decode()
@@ -231,31 +217,15 @@ class Handler(BaseHTTPRequestHandler):
                 return self._refusal(416, "InvalidRange")
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             data, status = data[start : end + 1], 206
-        if self.gzips:
-            data = gzip.compress(data)
-            headers["Content-Encoding"] = "gzip"
         return self._reply(status, headers, data)
 
     def _list(self) -> Callable[[], None]:
         prefix, after = self.query.get("prefix", ""), self.query.get("continuation-token", "")
-        delimiter = self.query.get("delimiter", "")
-        keys, folders = [], set()
-        for key in sorted(self.server.objects):
-            rest = key.removeprefix(prefix)
-            if not key.startswith(prefix):
-                continue
-            if delimiter and delimiter in rest:
-                folders.add(f"{prefix}{rest.partition(delimiter)[0]}{delimiter}")
-            elif key > after:
-                keys.append(key)
+        objects = self.server.objects
+        keys = [key for key in sorted(objects) if key.startswith(prefix) and key > after]
         more = len(keys) > self.server.page
         keys = keys[: min(self.server.page, int(self.query.get("max-keys", 1000)))]
         entries = [self._entry(key) for key in keys]
-        entries += [
-            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
-            for folder in sorted(folders)
-            if not after
-        ]
         if more:
             entries.append(f"<NextContinuationToken>{escape(keys[-1])}</NextContinuationToken>")
         entries.append(f"<IsTruncated>{str(more).lower()}</IsTruncated>")
@@ -277,34 +247,6 @@ class Handler(BaseHTTPRequestHandler):
             if upload.key.startswith(self.query.get("prefix", ""))
         ]
         return self._xml("ListMultipartUploadsResult", "".join(entries))
-
-    def _list_parts(self) -> Callable[[], None]:
-        upload = self.server.uploads.get(self.query["uploadId"])
-        if upload is None:
-            return self._refusal(404, "NoSuchUpload")
-        entries = [
-            f"<Part><PartNumber>{number}</PartNumber><Size>{len(data)}</Size>"
-            f"<ETag>{escape(_etag(data))}</ETag></Part>"
-            for number, data in sorted(upload.parts.items())
-        ]
-        return self._xml("ListPartsResult", "".join(entries))
-
-    def _condition(self) -> Callable[[], None] | None:
-        stored = self.server.objects.get(self.key)
-        if self.headers.get("If-None-Match") == "*" and stored and not self.ignores_checks:
-            return self._refusal(412, "PreconditionFailed")
-        wanted = self.headers.get("If-Match")
-        if wanted is not None and (stored is None or stored.etag != wanted):
-            return self._refusal(412, "PreconditionFailed")
-        return None
-
-    def _metadata(self) -> dict[str, str]:
-        start = "x-amz-meta-"
-        return {
-            key.lower().removeprefix(start): value
-            for key, value in self.headers.items()
-            if key.lower().startswith(start)
-        }
 
     def refuse(self, status: int, code: str) -> None:
         """Answer with an error, as S3 words it."""

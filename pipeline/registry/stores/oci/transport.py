@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.response import BaseHTTPResponse
 
@@ -28,10 +29,10 @@ from pipeline.registry.stores.transfer import (
     CHUNK_BYTES,
     CONNECT_S,
     CONNECTIONS,
-    POOLS,
     SILENCE_S,
     at_pace,
     joined,
+    timed_pools,
 )
 
 BACKOFF_S = 0.5
@@ -247,15 +248,14 @@ class Transport:
             proxy = ""
         key = (os.getpid(), proxy)
         if key not in self._pools:
-            timeout = urllib3.Timeout(connect=CONNECT_S, read=SILENCE_S)
             pools = urllib3.ProxyManager(proxy) if proxy else urllib3.PoolManager()
             pools.connection_pool_kw |= {
                 "maxsize": CONNECTIONS,
                 "blocksize": CHUNK_BYTES,
-                "timeout": timeout,
+                "timeout": urllib3.Timeout(connect=CONNECT_S, read=SILENCE_S),
             }
             self._pools[key] = pools
-            pools.pool_classes_by_scheme = POOLS
+            pools.pool_classes_by_scheme = timed_pools(HTTPConnection, HTTPSConnection)
         return self._pools[key]
 
 

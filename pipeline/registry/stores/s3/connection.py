@@ -13,7 +13,7 @@ from pipeline.registry.stores.transfer import (
     CONNECT_S,
     CONNECTIONS,
     SILENCE_S,
-    Deadline,
+    timed_pools,
 )
 
 Checksums = Literal["when_supported", "when_required"]
@@ -56,6 +56,7 @@ class Connection:
     def _connect(self) -> Any:
         import boto3
         from botocore import UNSIGNED
+        from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
         from botocore.config import Config
 
         with s3_errors(f"connect to s3://{self.bucket}", self.bucket):
@@ -78,29 +79,7 @@ class Connection:
             client = session.client(
                 "s3", endpoint_url=self.endpoint_url, region_name=self.region, config=config
             )
-            _set_deadlines(client)
+            # botocore has no setting for its connection classes; urllib3's pool manager has.
+            manager = client._endpoint.http_session._manager
+            manager.pool_classes_by_scheme = timed_pools(AWSHTTPConnection, AWSHTTPSConnection)
             return client
-
-
-def _set_deadlines(client: Any) -> None:
-    """Give a client connections whose replies are there in time.
-
-    botocore has no setting for its connection classes; urllib3's pool manager, which it keeps, has.
-    """
-    from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
-    class Plain(Deadline, AWSHTTPConnection):  # type: ignore[misc]  # botocore has no types
-        pass
-
-    class Secure(Deadline, AWSHTTPSConnection):  # type: ignore[misc]  # as above
-        pass
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class SecurePool(HTTPSConnectionPool):
-        ConnectionCls = Secure
-
-    manager = client._endpoint.http_session._manager
-    manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}

@@ -12,14 +12,32 @@ from pipeline.core.errors import AccessError, NotFoundError, PipelineError, Tran
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 
 # Amazon S3 API Reference, "Error responses".
-_SKEWED = {"RequestTimeTooSkewed"}
-_EXPIRED = {"ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
-_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "NotSignedUp"}
-_ELSEWHERE = {
-    "PermanentRedirect",
-    "AuthorizationHeaderMalformed",
-    "IllegalLocationConstraintException",
-}
+_KNOWN: tuple[tuple[set[str], type[PipelineError], str], ...] = (
+    (
+        {"RequestTimeTooSkewed"},
+        AccessError,
+        "this machine's clock is wrong: set it, for example with NTP",
+    ),
+    (
+        {"ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"},
+        AccessError,
+        "the credentials have expired: log in again",
+    ),
+    (
+        {"InvalidAccessKeyId", "SignatureDoesNotMatch", "NotSignedUp"},
+        AccessError,
+        f"check {CREDENTIALS}",
+    ),
+    (
+        {
+            "PermanentRedirect",
+            "AuthorizationHeaderMalformed",
+            "IllegalLocationConstraintException",
+        },
+        PipelineError,
+        "set AWS_REGION to the region of the bucket",
+    ),
+)
 _BUSY = {
     "SlowDown",
     "ServiceUnavailable",
@@ -132,16 +150,9 @@ def _explained(error: Exception, fault: str, bucket: str) -> PipelineError:
     message = f"{fault}: {_short(error)}"
     if code == "NoSuchBucket":
         return NotFoundError(f"{fault}: there is no bucket {bucket}; check the URL and endpoint")
-    if code in _SKEWED:
-        return AccessError(
-            f"{message}; this machine's clock is wrong: set it, for example with NTP"
-        )
-    if code in _EXPIRED:
-        return AccessError(f"{message}; the credentials have expired: log in again")
-    if code in _WRONG_KEYS:
-        return AccessError(f"{message}; check {CREDENTIALS}")
-    if code in _ELSEWHERE or status == 301:
-        return PipelineError(f"{message}; set AWS_REGION to the region of bucket {bucket}")
+    for codes, kind, advice in _KNOWN:
+        if code in codes:
+            return kind(f"{message}; {advice}")
     if status in {401, 403}:
         return AccessError(
             f"{message}; ask for permission on bucket {bucket}, or use other credentials: "
