@@ -77,14 +77,8 @@ class Repository:
             CorruptError: Its bytes have not the digest that was asked, or that the server states.
         """
         origin = f"{self}:{reference}"
-        request = self._request(
-            "GET",
-            f"manifests/{reference}",
-            f"read {origin}",
-            (200, 404),
-            headers={"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"},
-        )
-        reply = self.transport.ask(request)
+        accept = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
+        reply = self._ask("GET", f"manifests/{reference}", also=(404,), headers=accept)
         if reply.status == 404:
             return None
         if reply.media_type == "text/html":
@@ -101,20 +95,13 @@ class Repository:
 
     def put_manifest(self, reference: str, document: bytes) -> None:
         """Write a manifest under a tag or its digest; what the tag named is replaced."""
-        request = self._request(
-            "PUT",
-            f"manifests/{reference}",
-            f"write {self}:{reference}",
-            (200, 201, 202),
-            headers={"Content-Type": MANIFEST_TYPE},
-            body=document,
-        )
+        path, kind = f"manifests/{reference}", {"Content-Type": MANIFEST_TYPE}
         for attempt in range(1, ATTEMPTS):
             with contextlib.suppress(TransientError):  # a blob that was uploaded is not seen yet
-                self.transport.ask(request)
+                self._ask("PUT", path, headers=kind, body=document)
                 return
             time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
-        self.transport.ask(request)
+        self._ask("PUT", path, headers=kind, body=document)
 
     def delete_manifest(self, digest: str) -> None:
         """Remove a manifest and its tags, if it is there.
@@ -122,15 +109,11 @@ class Repository:
         Raises:
             AccessError: The registry is not set to delete.
         """
-        request = self._request("DELETE", f"manifests/{digest}", "delete", (200, 202, 404))
-        self.transport.ask(request)
+        self._ask("DELETE", f"manifests/{digest}", also=(404,))
 
     def has_blob(self, blob: Descriptor) -> bool:
         """Whether a blob of this digest and size is there."""
-        request = self._request(
-            "HEAD", f"blobs/{blob.digest}", f"look for a blob in {self}", (200, 404), write=True
-        )
-        reply = self.transport.ask(request)
+        reply = self._ask("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
         return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size)
 
     def blob(self, blob: Descriptor, limit_bytes: int) -> bytes:
@@ -150,14 +133,7 @@ class Repository:
             except ValueError as error:
                 raise CorruptError(f"{self}: blob {blob.digest} is not base64") from error
         else:
-            request = self._request(
-                "GET",
-                f"blobs/{blob.digest}",
-                f"read from {self}",
-                (200,),
-                limit_bytes=blob.size,
-            )
-            data = self.transport.ask(request).body
+            data = self._ask("GET", f"blobs/{blob.digest}", limit_bytes=blob.size).body
         found = digest_of(data)
         if found != blob.digest:
             raise CorruptError(f"{self}: blob {blob.digest} has digest {found}")
@@ -173,13 +149,8 @@ class Repository:
             TransientError: The connection broke, also while iterating; or the server ignores
                 `Range`, and too much precedes `start`.
         """
-        request = self._request(
-            "GET",
-            f"blobs/{digest}",
-            f"read from {self}",
-            (200, 206, 416),
-            headers={"Range": f"bytes={start}-{end - 1}"},
-        )
+        span = {"Range": f"bytes={start}-{end - 1}"}
+        request = self._request("GET", f"blobs/{digest}", also=(416,), headers=span)
         with self.transport.open(request) as (reply, chunks):
             if reply.status == 416:
                 raise CorruptError(f"{self}: blob {digest} is shorter than {start} bytes")
@@ -255,7 +226,7 @@ class Repository:
 
     def tags(self) -> list[str]:
         """All tags; empty if there is no such repository."""
-        replies = self._pages(f"tags/list?n={_PAGE}", f"list {self}")
+        replies = self._pages(f"tags/list?n={_PAGE}", also=(404,))
         return [tag for reply in replies for tag in _listing(reply).tags or ()]
 
     def catalog(self) -> list[str]:
@@ -264,24 +235,22 @@ class Repository:
         Raises:
             AccessError: It does not list them.
         """
-        replies = self._pages(f"_catalog?n={_PAGE}", f"list the repositories of {self}", (200,))
+        replies = self._pages(f"_catalog?n={_PAGE}")
         return [name for reply in replies for name in _listing(reply).repositories or ()]
 
     def referrers(self, digest: str) -> tuple[Descriptor, ...] | None:
         """Manifests that have this one as their subject; None if the registry has no such API."""
         found: tuple[Descriptor, ...] | None = None
-        for reply in self._pages(f"referrers/{digest}", f"list {self}"):
+        for reply in self._pages(f"referrers/{digest}", also=(404,)):
             if reply.media_type == "text/html":
                 return None
             found = (*(found or ()), *(_listing(reply).manifests or ()))
         return found
 
-    def _pages(
-        self, path: str, doing: str, expect: tuple[int, ...] = (200, 404)
-    ) -> Iterator[Reply]:
+    def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
         """The pages of a list, none if it answers 404."""
         for _ in range(_MAX_PAGES):
-            reply = self.transport.ask(self._request("GET", path, doing, expect))
+            reply = self._ask("GET", path, also=also)
             if reply.status == 404:
                 return
             yield reply
@@ -292,22 +261,12 @@ class Repository:
 
     def _begin_upload(self) -> str:
         """Open an upload; returns where it takes bytes."""
-        request = self._request("POST", "blobs/uploads/", f"upload to {self}", (202,), write=True)
-        return self._location(self.transport.ask(request))
+        return self._location(self._ask("POST", "blobs/uploads/"))
 
     def _send_part(self, location: str, offset: int, part: bytes) -> str:
         """Send the next part; where the one after it goes."""
         span = {"Content-Range": f"{offset}-{offset + len(part) - 1}"}
-        request = self._request(
-            "PATCH",
-            location,
-            f"upload to {self}",
-            (202, 204, 404, 416),
-            headers=_BINARY | span,
-            body=part,
-            write=True,
-        )
-        reply = self.transport.ask(request)
+        reply = self._ask("PATCH", location, also=(404, 416), headers=_BINARY | span, body=part)
         if reply.status in {404, 416}:
             raise TransientError(f"{self} lost an upload ({reply.status}); try again")
         return self._location(reply)
@@ -319,21 +278,11 @@ class Repository:
             CorruptError: The registry has other bytes.
         """
         url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
-        request = self._request(
-            "PUT", url, f"upload to {self}", (200, 201, 202, 204), headers=_BINARY, body=data
-        )
-        self.transport.ask(request)
+        self._ask("PUT", url, headers=_BINARY, body=data)
 
     def _cancel_upload(self, location: str) -> None:
         """Give an upload up, as far as the registry can; it expires anyway."""
-        request = self._request(
-            "DELETE",
-            location,
-            f"cancel an upload to {self}",
-            (200, 202, 204, 404, 405, 416),
-            write=True,
-        )
-        self.transport.ask(request)
+        self._ask("DELETE", location, also=(404, 405, 416), push=True)
 
     def _location(self, reply: Reply) -> str:
         """Where an upload goes on: at the registry itself, never another host.
@@ -352,42 +301,53 @@ class Repository:
             )
         return url
 
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        also: tuple[int, ...] = (),
+        push: bool = False,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        limit_bytes: int = MAX_DOCUMENT_BYTES,
+    ) -> Reply:
+        """Ask, and read the answer whole; see `_request`."""
+        request = self._request(method, path, also=also, push=push, headers=headers, body=body)
+        return self.transport.ask(request, limit_bytes)
+
     def _request(
         self,
         method: str,
         path: str,
-        doing: str,
-        expect: tuple[int, ...],
         *,
-        write: bool = False,
+        also: tuple[int, ...] = (),
+        push: bool = False,
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
-        limit_bytes: int = MAX_DOCUMENT_BYTES,
     ) -> Request:
         """A request.
 
         Args:
             method: HTTP method.
             path: Below the repository, or a URL.
-            doing: For messages.
-            expect: Statuses that are answers.
-            write: Needs the right to push; a PUT does in any case.
+            also: Statuses that are answers, too.
+            push: It is a part of pushing, whatever its method.
             headers: Besides ours.
             body: What to send.
-            limit_bytes: Longest reply.
         """
         base = f"{self.transport.api}/v2/{self.name}/" if self.name else f"{self.transport.api}/v2/"
-        pushes = write or method == "PUT"
+        pushes = push or method in {"PUT", "POST", "PATCH"}
         actions = "pull,push" if pushes else "delete" if method == "DELETE" else "pull"
+        doing = {"pull,push": "upload to", "delete": "delete from", "pull": "read from"}[actions]
         return Request(
             method=method,
             url=path if "://" in path else base + path,
             scope=f"repository:{self.name}:{actions}" if self.name else "registry:catalog:*",
-            doing=doing,
-            expect=expect,
+            doing=f"{doing} {self}",
+            also=also,
             headers=headers or {},
             body=body,
-            limit_bytes=limit_bytes,
         )
 
 

@@ -53,21 +53,19 @@ class Request:
         method: HTTP method.
         url: Absolute.
         scope: What it needs, such as `repository:a/b:pull`.
-        doing: For messages: `read a/b:tag`.
-        expect: Statuses that are answers; all others raise.
+        doing: For messages: `read from a/b`.
+        also: Statuses that are answers besides those from 200 to 299; all others raise.
         headers: Besides ours.
         body: What to send.
-        limit_bytes: The longest body that is read as a whole.
     """
 
     method: str
     url: str
     scope: str
     doing: str
-    expect: tuple[int, ...]
+    also: tuple[int, ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
-    limit_bytes: int = _MAX_SMALL_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +96,20 @@ class Transport:
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, request: Request, limit_bytes: int) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
 
         Raises:
             AccessError: Not allowed.
             NotFoundError: 404, which was not expected.
-            CorruptError: Longer than its limit, or the server says our bytes are damaged.
+            CorruptError: Longer than `limit_bytes`, or the server says our bytes are damaged.
             TransientError: Still no answer after `ATTEMPTS`.
             PipelineError: Any other refusal.
         """
         for _ in range(ATTEMPTS - 1):  # a reply that breaks off is like one that does not come
             with contextlib.suppress(_BrokenError):
-                return self._ask(request)
-        return self._ask(request)
+                return self._ask(request, limit_bytes)
+        return self._ask(request, limit_bytes)
 
     @contextlib.contextmanager
     def open(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
@@ -132,9 +130,9 @@ class Transport:
         """Whether a URL is of the registry itself."""
         return urlsplit(url)[:2] == urlsplit(self.api)[:2]
 
-    def _ask(self, request: Request) -> Reply:
+    def _ask(self, request: Request, limit_bytes: int) -> Reply:
         with self.open(request) as (reply, chunks):
-            body = joined(chunks, request.limit_bytes, _shown(request.url))
+            body = joined(chunks, limit_bytes, _shown(request.url))
         return Reply(status=reply.status, headers=reply.headers, body=body, url=request.url)
 
     def _respond(self, request: Request) -> BaseHTTPResponse:
@@ -153,7 +151,7 @@ class Transport:
                     f"{_shown(request.url)} is compressed on the way, which was refused; is a "
                     "proxy in the way?"
                 )
-            if response.status not in request.expect:
+            if response.status // 100 != 2 and response.status not in request.also:
                 raise self._fault(request, response)
             if response.length_remaining is None and not getattr(response, "chunked", False):
                 # Then its end could be a connection that broke.

@@ -96,6 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every reply waits 40 ms for an acknowledgement
     registry: FakeRegistry
+    failing = False
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -104,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         self, status: int, body: bytes = b"", kind: str = "application/json", **headers: str
     ) -> None:
         self.send_response(status)
+        if self.failing:  # else the next request might meet a connection that is going
+            self.send_header("Connection", "close")
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Type", kind)
@@ -127,10 +130,11 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         seen = Seen(method=self.command, path=self.path, headers=dict(self.headers))
         self.registry.seen.append(seen)
-        for fault in list(self.registry.faults):
-            if fault(self):
-                self.close_connection = True  # a body may be unread
-                return
+        self.failing = True
+        if any(fault(self) for fault in list(self.registry.faults)):
+            self.close_connection = True  # a body may be unread
+            return
+        self.failing = False
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = urlsplit(self.path)
         if parts.path == "/token":
