@@ -1,22 +1,39 @@
 """A registry in a tree of objects: what a folder and a bucket have in common.
 
 `pipeline.registry.store` has the layout. Names in the tree are hints: what is no valid name is not
-ours and is skipped; what counts is signed.
+ours and is skipped; what counts is signed. A package becomes visible in this order:
+
+    1. lease       `<version>.lease`, dated by the store: gc leaves the version alone
+    2. statements  attachments first, then the envelope, which is what counts
+    3. files       hashed on their way, size and checksum asked back from the store; one that is
+                   there whole is skipped
+    4. manifest    created exclusively: from here on the version is there for ever
+    5. the lease goes
+
+A version carries the digest of its manifest, so two publishers of one version send the same bytes
+and need not know of each other. A run that was killed anywhere leaves what no reader counts; the
+same call goes on there.
+
+A removal takes the manifest, and with it the version. Its files stay for those who read them, under
+a fresh lease; `leftovers` takes what has no manifest a day after the newest object of it, which is
+that lease. So gc never takes files that are being published.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES
+from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES, files_of
 from pipeline.registry.paths import path_fault
-from pipeline.registry.reference import check_part
+from pipeline.registry.reference import check_part, reference_of
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
@@ -30,10 +47,11 @@ from pipeline.registry.store import (
     is_attachment_name,
     is_statement_name,
 )
-from pipeline.registry.stores import publication, removal
 from pipeline.registry.stores.layout import (
     IDENTITY,
+    LEASE,
     STATEMENTS,
+    lease_key,
     listing_key,
     manifest_key,
     moves_key,
@@ -45,14 +63,22 @@ from pipeline.registry.stores.layout import (
     version_key,
 )
 from pipeline.registry.stores.objects import (
+    Found,
     Objects,
     bounded,
     bounded_kinds,
     in_parallel,
     readable,
 )
+from pipeline.registry.stores.publication import (
+    check_statement,
+    require_same_manifest,
+    sealed_manifest,
+)
 
 _MAX_ATTACHMENTS = 16
+_SMALL_BYTES = 8 << 20
+"""Files up to here are sent side by side; a larger one is sent in parts side by side."""
 _MOVE = re.compile(r"([0-9a-f]{64})\.dsse\.json")
 
 
@@ -171,13 +197,31 @@ class TreeStore:
         statements: Sequence[RawStatement],
         on_bytes: OnBytes = lambda _: None,
     ) -> bool:
+        place = Place.of(reference_of(package))
+        manifest = sealed_manifest(package)
         self.create_identity()
-        return publication.put_package(self.objects, package, statements, on_bytes)
+        if self._published(place, manifest):
+            return False
+        self.objects.replace(lease_key(place), b"published")
+        for statement in statements:
+            self._put_statement(place, statement)
+        files = files_of(package.manifest)
+        send = functools.partial(self._send, place, package.dir, on_bytes)
+        for _ in in_parallel(send, [file for file in files if file.size_bytes <= _SMALL_BYTES]):
+            pass
+        for file in files:
+            if file.size_bytes > _SMALL_BYTES:
+                send(file)
+        created = self.objects.create(manifest_key(place), manifest)
+        if not self._published(place, manifest):
+            raise TransientError(f"{place} was removed while it was published; publish it again")
+        self.objects.delete([lease_key(place)])
+        return created
 
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
         if self.objects.find(manifest_key(place)) is None:
             raise NotFoundError(f"{self.url} has no {place}; publish it first")
-        return publication.put_statement(self.objects, place, statement)
+        return self._put_statement(place, statement)
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
         file = f"{hashlib.sha256(data).hexdigest()}.dsse.json"
@@ -188,13 +232,86 @@ class TreeStore:
         self.objects.replace(f"{variant_key(name, variant)}/channels/{file}", data)
 
     def delete_package(self, place: Place) -> int:
-        return removal.delete_package(self.objects, place)
+        manifest = manifest_key(place)
+        if self.objects.find(manifest) is None:
+            return 0
+        freed = sum(found.size_bytes for found in self.objects.listed(f"{version_key(place)}/"))
+        self.objects.replace(lease_key(place), b"removed")
+        self.objects.delete([manifest])
+        return freed
 
     def now_s(self) -> float:
         return self.objects.now_s()
 
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
-        return removal.leftovers(self.objects, min_age_s, delete=delete)
+        newest_s = self.objects.now_s() - min_age_s
+        words = list(self.objects.unfinished(min_age_s, delete=delete))
+        versions: dict[Place, dict[str, Found]] = {}
+        for found in self.objects.listed(""):
+            if (parsed := parse_key(found.key)) is not None:
+                versions.setdefault(parsed[0], {})[parsed[1]] = found
+        for place, objects in sorted(versions.items(), key=lambda one: one[0]):
+            lease, published = objects.get(LEASE), f"/{MANIFEST}" in objects
+            if published and lease and lease.modified_s <= newest_s:
+                words.append(f"{place} (lease of a publication that is over)")
+                if delete:
+                    self.objects.delete([lease_key(place)])
+            elif not published and max(one.modified_s for one in objects.values()) <= newest_s:
+                size_bytes = sum(one.size_bytes for one in objects.values())
+                words.append(
+                    f"{place} ({len(objects)} files without a manifest, {size_bytes} bytes)"
+                )
+                if delete:
+                    self._remove(place, newest_s)
+        return words
+
+    def _put_statement(self, place: Place, statement: RawStatement) -> bool:
+        check_statement(statement)
+        prefix = f"{statements_key(place)}{statement.name}/"
+        there = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        for file, data in statement.files.items():
+            if file != ENVELOPE and (there is None or self.objects.find(f"{prefix}{file}") is None):
+                self.objects.replace(f"{prefix}{file}", data)
+        if there is None and self.objects.create(f"{prefix}{ENVELOPE}", statement.envelope):
+            return True
+        if (
+            there or self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        ) != statement.envelope:
+            raise ConflictError(
+                f"{self.objects.url}: another file lies under statement {statement.name} of {place}, and "
+                "statements are only ever added; sign this one again, which gives it another name"
+            )
+        return False
+
+    def _send(self, place: Place, folder: Path, on_bytes: OnBytes, file: FileDigest) -> None:
+        key, source = f"{version_key(place)}/{file.path}", folder / file.path
+        if self.objects.holds(key, source, file):
+            on_bytes(file.size_bytes)
+        else:
+            self.objects.put_file(key, source, file, on_bytes)
+
+    def _published(self, place: Place, manifest: bytes) -> bool:
+        """Whether exactly these bytes are the version's manifest; False if it has none."""
+        try:
+            there = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
+        except CorruptError:
+            there = b""
+        if there is not None:
+            require_same_manifest(there, manifest, self.url, place)
+        return there is not None
+
+    def _remove(self, place: Place, newest_s: float) -> None:
+        """Remove all of a version, unless a publisher has come meanwhile; the lease last."""
+        keys = []
+        for prefix in (f"{version_key(place)}/", statements_key(place)):
+            for found in self.objects.listed(prefix):
+                if found.modified_s > newest_s or found.key == manifest_key(place):
+                    return
+                keys.append(found.key)
+        lease = self.objects.find(lease_key(place))
+        if lease is None or lease.modified_s <= newest_s:
+            self.objects.delete(keys)
+            self.objects.delete([lease_key(place)])
 
     def _envelopes(self, place: Place, names: Collection[str] | None) -> list[str]:
         """Names of statements about a version, as many as are read; the oldest first."""
