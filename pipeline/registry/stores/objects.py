@@ -1,6 +1,6 @@
 """The few things that a tree of named objects can do: a folder's files, a bucket's objects.
 
-What a registry makes of them is written once, in `tree`, `publication` and `removal`.
+What a registry makes of them is written once, in `tree`.
 """
 
 from __future__ import annotations

@@ -274,11 +274,10 @@ class TreeStore:
                 self.objects.replace(f"{prefix}{file}", data)
         if there is None and self.objects.create(f"{prefix}{ENVELOPE}", statement.envelope):
             return True
-        if (
-            there or self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
-        ) != statement.envelope:
+        there = there or self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        if there != statement.envelope:
             raise ConflictError(
-                f"{self.objects.url}: another file lies under statement {statement.name} of {place}, and "
+                f"{self.url}: another file lies under statement {statement.name} of {place}, and "
                 "statements are only ever added; sign this one again, which gives it another name"
             )
         return False
