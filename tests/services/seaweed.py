@@ -90,13 +90,12 @@ class SeaweedServer:
         )
 
     def store(self, prefix: str = "registry", **settings: Any) -> WritableStore:
-        """A store that is empty; its credentials come from the environment: set `environ`.
+        """A store that is empty; endpoint and credentials come from the environment: set `environ`.
 
         All stores share a bucket, since the server keeps seven volumes for each.
         """
         from pipeline.registry.stores.s3.registry import S3Registry
 
-        settings.setdefault("endpoint_url", self.endpoint_url)
         url = f"s3://{BUCKET}/{secrets.token_hex(6)}/{prefix}"
         return S3Registry(url=url, **settings).store()
 

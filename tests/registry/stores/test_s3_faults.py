@@ -15,7 +15,6 @@ from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import files_of
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.s3.connection import Checksums
 from pipeline.registry.stores.s3.registry import S3Registry
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.stores.s3_server import (
@@ -146,12 +145,11 @@ def test_bytes_that_the_server_stored_otherwise_are_found_before_the_package_sho
 
 @pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
 def test_a_server_that_tells_no_checksum_is_read_back(
-    memory_s3: MemoryS3, package: Package, checksums: Checksums
+    memory_s3: MemoryS3, package: Package, checksums: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory_s3.checksums = False
-    store = S3Registry(
-        url=f"s3://{BUCKET}/x", request_checksum_calculation=checksums, part_bytes=5 << 20
-    ).store()
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", checksums)
+    store = S3Registry(url=f"s3://{BUCKET}/x", part_bytes=5 << 20).store()
     assert publish(store, package)
     assert_whole(store, package)
     sent = {name.lower() for headers in memory_s3.headers for name in headers}
@@ -192,7 +190,7 @@ def test_refusals_say_what_to_do(
 def test_a_server_that_is_not_there_is_transient(memory_s3: MemoryS3) -> None:
     memory_s3.server_close()
     with pytest.raises(TransientError, match="check the endpoint"):
-        S3Registry(url="s3://bucket/x", endpoint_url=memory_s3.url).store().places()
+        S3Registry(url="s3://bucket/x").store().places()
 
 
 def portal(handler: Handler) -> bool:

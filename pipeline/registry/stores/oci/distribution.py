@@ -31,7 +31,6 @@ from pipeline.core.errors import (
 from pipeline.registry.stores.oci.documents import (
     INDEX_TYPE,
     MANIFEST_TYPE,
-    MAX_DOCUMENT_BYTES,
     Descriptor,
     Listing,
     describe,
@@ -78,7 +77,9 @@ class Repository:
         """
         origin = f"{self}:{reference}"
         accept = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
-        reply = self._ask("GET", f"manifests/{reference}", also=(404,), headers=accept)
+        reply = self.transport.ask(
+            self._request("GET", f"manifests/{reference}", also=(404,), headers=accept)
+        )
         if reply.status == 404:
             return None
         if reply.media_type == "text/html":
@@ -98,10 +99,10 @@ class Repository:
         path, kind = f"manifests/{reference}", {"Content-Type": MANIFEST_TYPE}
         for attempt in range(1, ATTEMPTS):
             with contextlib.suppress(TransientError):  # a blob that was uploaded is not seen yet
-                self._ask("PUT", path, headers=kind, body=document)
+                self.transport.ask(self._request("PUT", path, headers=kind, body=document))
                 return
             time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
-        self._ask("PUT", path, headers=kind, body=document)
+        self.transport.ask(self._request("PUT", path, headers=kind, body=document))
 
     def delete_manifest(self, digest: str) -> None:
         """Remove a manifest and its tags, if it is there.
@@ -109,11 +110,13 @@ class Repository:
         Raises:
             AccessError: The registry is not set to delete.
         """
-        self._ask("DELETE", f"manifests/{digest}", also=(404,))
+        self.transport.ask(self._request("DELETE", f"manifests/{digest}", also=(404,)))
 
     def has_blob(self, blob: Descriptor) -> bool:
         """Whether a blob of this digest and size is there."""
-        reply = self._ask("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
+        reply = self.transport.ask(
+            self._request("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
+        )
         return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size)
 
     def blob(self, blob: Descriptor, limit_bytes: int) -> bytes:
@@ -133,7 +136,8 @@ class Repository:
             except ValueError as error:
                 raise CorruptError(f"{self}: blob {blob.digest} is not base64") from error
         else:
-            data = self._ask("GET", f"blobs/{blob.digest}", limit_bytes=blob.size).body
+            path = f"blobs/{blob.digest}"
+            data = self.transport.ask(self._request("GET", path), blob.size).body
         found = digest_of(data)
         if found != blob.digest:
             raise CorruptError(f"{self}: blob {blob.digest} has digest {found}")
@@ -250,7 +254,7 @@ class Repository:
     def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
         """The pages of a list, none if it answers 404."""
         for _ in range(_MAX_PAGES):
-            reply = self._ask("GET", path, also=also)
+            reply = self.transport.ask(self._request("GET", path, also=also))
             if reply.status == 404:
                 return
             yield reply
@@ -261,12 +265,14 @@ class Repository:
 
     def _begin_upload(self) -> str:
         """Open an upload; returns where it takes bytes."""
-        return self._location(self._ask("POST", "blobs/uploads/"))
+        return self._location(self.transport.ask(self._request("POST", "blobs/uploads/")))
 
     def _send_part(self, location: str, offset: int, part: bytes) -> str:
         """Send the next part; where the one after it goes."""
         span = {"Content-Range": f"{offset}-{offset + len(part) - 1}"}
-        reply = self._ask("PATCH", location, also=(404, 416), headers=_BINARY | span, body=part)
+        reply = self.transport.ask(
+            self._request("PATCH", location, also=(404, 416), headers=_BINARY | span, body=part)
+        )
         if reply.status in {404, 416}:
             raise TransientError(f"{self} lost an upload ({reply.status}); try again")
         return self._location(reply)
@@ -278,11 +284,11 @@ class Repository:
             CorruptError: The registry has other bytes.
         """
         url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
-        self._ask("PUT", url, headers=_BINARY, body=data)
+        self.transport.ask(self._request("PUT", url, headers=_BINARY, body=data))
 
     def _cancel_upload(self, location: str) -> None:
         """Give an upload up, as far as the registry can; it expires anyway."""
-        self._ask("DELETE", location, also=(404, 405, 416), push=True)
+        self.transport.ask(self._request("DELETE", location, also=(404, 405, 416), push=True))
 
     def _location(self, reply: Reply) -> str:
         """Where an upload goes on: at the registry itself, never another host.
@@ -300,21 +306,6 @@ class Repository:
                 f"{self} sends an upload to another host ({host!r}); nothing was sent"
             )
         return url
-
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        *,
-        also: tuple[int, ...] = (),
-        push: bool = False,
-        headers: Mapping[str, str] | None = None,
-        body: bytes = b"",
-        limit_bytes: int = MAX_DOCUMENT_BYTES,
-    ) -> Reply:
-        """Ask, and read the answer whole; see `_request`."""
-        request = self._request(method, path, also=also, push=push, headers=headers, body=body)
-        return self.transport.ask(request, limit_bytes)
 
     def _request(
         self,

@@ -24,6 +24,7 @@ from pipeline.core.errors import (
 )
 from pipeline.registry.stores.oci.address import is_loopback
 from pipeline.registry.stores.oci.auth import Authorizer, Credentials, keeps_secrets
+from pipeline.registry.stores.oci.documents import MAX_DOCUMENT_BYTES
 from pipeline.registry.stores.transfer import (
     ATTEMPTS,
     CHUNK_BYTES,
@@ -96,7 +97,7 @@ class Transport:
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
-    def ask(self, request: Request, limit_bytes: int) -> Reply:
+    def ask(self, request: Request, limit_bytes: int = MAX_DOCUMENT_BYTES) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
 
         Raises:

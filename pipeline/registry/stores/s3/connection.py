@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.registry.stores.s3.faults import s3_errors
 from pipeline.registry.stores.transfer import (
@@ -16,23 +16,19 @@ from pipeline.registry.stores.transfer import (
     timed_pools,
 )
 
-Checksums = Literal["when_supported", "when_required"]
-
 
 @dataclass(kw_only=True)
 class Connection:
-    """Where and how to connect; see `S3Registry` for its other attributes.
+    """Where and how to connect.
 
     Attributes:
         bucket: Its name.
         root: What all our keys start with: empty, or it ends in `/`.
+        public: Read without credentials, if there are none.
     """
 
     bucket: str
     root: str
-    endpoint_url: str | None
-    region: str | None
-    checksums: Checksums | None
     public: bool
     _clients: dict[int, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -62,9 +58,6 @@ class Connection:
         with s3_errors(f"connect to s3://{self.bucket}", self.bucket):
             session = boto3.session.Session()
             signs = not (self.public and session.get_credentials() is None)
-            chosen = (
-                {} if self.checksums is None else {"request_checksum_calculation": self.checksums}
-            )
             config = Config(
                 connect_timeout=CONNECT_S,
                 read_timeout=SILENCE_S,
@@ -73,12 +66,9 @@ class Connection:
                 tcp_keepalive=True,
                 # Every byte is compared with the manifest's SHA-256.
                 response_checksum_validation="when_required",
-                **chosen,
                 **({} if signs else {"signature_version": UNSIGNED}),
             )
-            client = session.client(
-                "s3", endpoint_url=self.endpoint_url, region_name=self.region, config=config
-            )
+            client = session.client("s3", config=config)
             # botocore has no setting for its connection classes; urllib3's pool manager has.
             manager = client._endpoint.http_session._manager
             manager.pool_classes_by_scheme = timed_pools(AWSHTTPConnection, AWSHTTPSConnection)

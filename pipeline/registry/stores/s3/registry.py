@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT
-from pipeline.registry.stores.s3.connection import Checksums, Connection
+from pipeline.registry.stores.s3.connection import Connection
 from pipeline.registry.stores.s3.objects import S3Objects
 from pipeline.registry.stores.tree import TreeStore
 
@@ -24,14 +24,12 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 class S3Registry:
     """A registry in a bucket, as a recipe names it.
 
+    Endpoint, region, credentials and whether checksums are sent come from where boto3 finds them:
+    `AWS_ENDPOINT_URL_S3`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, and `AWS_REQUEST_CHECKSUM_CALCULATION`
+    (`when_required` for servers that refuse checksums; then what was sent is read back).
+
     Attributes:
         url: `s3://BUCKET[/PREFIX]`.
-        endpoint_url: Of a server that is not Amazon's; None for what boto3 finds, such as
-            `AWS_ENDPOINT_URL_S3`.
-        region: None for what boto3 finds, such as `AWS_REGION`.
-        request_checksum_calculation: `when_required` sends no checksums, for servers that refuse
-            them; then what was sent is read back. None for what boto3 finds, such as
-            `AWS_REQUEST_CHECKSUM_CALCULATION`.
         public: Whether everybody can read the bucket. Then it is read without credentials, if there
             are none.
         part_bytes: Size of the parts of a large file; 5 MiB is the least that S3 takes (Amazon S3
@@ -39,28 +37,16 @@ class S3Registry:
     """
 
     url: str
-    endpoint_url: str | None = None
-    region: str | None = None
-    request_checksum_calculation: Checksums | None = None
     public: bool = False
     part_bytes: Annotated[int, Field(ge=5 << 20, le=64 << 20)] = 8 << 20
 
     def __post_init__(self) -> None:
         parse_address(self.url)
-        if self.endpoint_url is not None:
-            check_endpoint(self.endpoint_url)
 
     def store(self) -> TreeStore:
         """The registry; nothing is read yet."""
         bucket, root = parse_address(self.url)
-        connection = Connection(
-            bucket=bucket,
-            root=root,
-            endpoint_url=self.endpoint_url,
-            region=self.region,
-            checksums=self.request_checksum_calculation,
-            public=self.public,
-        )
+        connection = Connection(bucket=bucket, root=root, public=self.public)
         objects = S3Objects(url=self.url, connection=connection, part_bytes=self.part_bytes)
         return TreeStore(objects=objects, public=self.public)
 
@@ -89,19 +75,6 @@ def parse_address(url: str) -> tuple[str, str]:
                 "and underscores"
             )
     return parts.netloc, f"{prefix}/" if prefix else ""
-
-
-def check_endpoint(endpoint_url: str) -> None:
-    """Stop an endpoint that is no plain URL of a server.
-
-    Raises:
-        RecipeError: It is none.
-    """
-    parts = urlsplit(endpoint_url)
-    if "@" in parts.netloc:
-        raise _fault("an S3 endpoint holds no credentials; put them into AWS_ACCESS_KEY_ID")
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise _fault(f"{endpoint_url!r} is not an S3 endpoint; write https://HOST[:PORT]")
 
 
 def _fault(message: str) -> RecipeError:
