@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import shutil
 import statistics
 import tempfile
@@ -50,14 +49,6 @@ APART = (
 )
 """Parts of our stage whose time is taken apart: the bare calls do not have them, or not in the
 measured time. Verification, the digest and forcing to disk are printed beside it."""
-WITHIN = (
-    (modelopt.ModelOptJob, "_calibrate"),
-    (modelopt, "_export"),
-    (modelopt, "check_amax"),
-    (modelopt, "share_scales"),
-    (modelopt, "normalize_export"),
-)
-"""Parts of what is compared, printed too."""
 
 
 def shape_named(name: str) -> ModelSpec:
@@ -104,13 +95,12 @@ def ours(
     quantizer: Fp8Quantizer, asked: Calibration, weights: Weights, shape: ModelSpec, folder: Path
 ) -> Any:
     """Our step: seconds of quantize + export, and of what was taken apart."""
-    with taken_apart(APART) as spent, taken_apart(WITHIN) as within:
+    with taken_apart(APART) as spent:
         started = time.perf_counter()
         quantizer.quantize(weights, asked, cache.StageCache(root=folder))
         total = time.perf_counter() - started
     return {
         "quantize_and_export_s": total - sum(spent.values()),
-        **within,
         **spent,
         "total_s": total,
     }
@@ -173,8 +163,6 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--weights", type=Path, help="random weights that an earlier run wrote")
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     shape, text = shape_named(given.shape), PydocTopics(part="calibrate")
     asked = Calibration(
@@ -188,9 +176,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
     with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
         folder = Path(name)
-        source = RandomSource(
-            shape=shape, folder=given.weights or folder / "weights", documents=text.documents()
-        )
+        source = RandomSource(shape=shape, folder=folder / "weights", documents=text.documents())
         weights = source.fetch()
         for turn in range(REPEATS + 1):
             for side in ("bare", "ours") if turn else ("bare",):
@@ -210,9 +196,6 @@ def main() -> None:
     ratio = medians["ours"] / medians["bare"]
     print(f"quantize + export: ours {medians['ours']:.2f} s, bare {medians['bare']:.2f} s")
     print(f"ratio {ratio:.3f}")
-    if given.out:
-        document = {"shape": given.shape, "runs": runs, "medians_s": medians, "ratio": ratio}
-        given.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

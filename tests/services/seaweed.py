@@ -75,20 +75,6 @@ class SeaweedServer:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
 
-    def client(self) -> Any:
-        """A plain boto3 client, for looking behind a store's back."""
-        import boto3
-        from botocore.config import Config
-
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name="us-east-1",
-            config=Config(max_pool_connections=32),
-        )
-
     def store(self, prefix: str = "registry", **settings: Any) -> WritableStore:
         """A store that is empty; endpoint and credentials come from the environment: set `environ`.
 
@@ -101,7 +87,7 @@ class SeaweedServer:
 
     def start(self) -> None:
         """Start it, and wait until objects can be written."""
-        self._start()
+        self._spawn()
         self._wait_until_up()
 
     def stop(self) -> None:
@@ -121,7 +107,7 @@ class SeaweedServer:
         path = self.folder / "weed.log"
         return path.read_text(errors="replace").splitlines()[-count:] if path.exists() else []
 
-    def _start(self) -> None:
+    def _spawn(self) -> None:
         ports = self.ports
         command = [
             _binary(),
@@ -177,7 +163,15 @@ class SeaweedServer:
         pytest.fail("\n".join([f"SeaweedFS did not start ({fault}); the end of its log:", *log]))
 
     def _try_bucket(self) -> None:
-        client = self.client()
+        import boto3
+
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )
         with contextlib.suppress(
             client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou
         ):

@@ -15,7 +15,6 @@ import binascii
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +31,6 @@ _SET_THEM = (
     f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
 )
 _HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
-_MARGIN_S = 10.0
-"""A token is renewed so long before it ends: the request may take a moment to arrive."""
 _PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
 
 
@@ -83,7 +80,6 @@ class _Token(BaseModel):
 
     token: str | None = None
     access_token: str | None = None
-    expires_in: float = 60.0
 
 
 FetchToken = Callable[[str, Mapping[str, str]], tuple[int, bytes]]
@@ -103,9 +99,8 @@ class Authorizer:
     api: str
     credentials: Credentials | None
     fetch: FetchToken
-    _tokens: dict[str, tuple[str, float]] = field(default_factory=dict, repr=False)
-    """Scope -> value of `Authorization`, and when it ends (monotonic)."""
-    _challenges: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    _tokens: dict[str, str] = field(default_factory=dict, repr=False)
+    """Scope -> value of `Authorization`; one that has ended is refused, and then renewed."""
     _basic: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -114,10 +109,7 @@ class Authorizer:
         with self._lock:
             if self._basic and self.credentials:
                 return self.credentials.header()
-            header, ends_s = self._tokens.get(scope, (None, 0.0))
-            if header and time.monotonic() >= ends_s:
-                return self._renew(scope)
-            return header
+            return self._tokens.get(scope)
 
     def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
         """Get what a 401 asks for. False if there is nothing more to offer.
@@ -142,14 +134,14 @@ class Authorizer:
                 return self.credentials is not None and sent != self.credentials.header()
             if kind.lower() != "bearer":
                 return False
-            if self._tokens.get(scope, (sent, 0.0))[0] == sent:  # else a thread got one just now
-                self._challenges[scope] = {"scope": scope, **dict(_PARAMETER.findall(rest))}
-                self._renew(scope)
+            if self._tokens.get(scope, sent) == sent:  # else a thread got one just now
+                self._tokens[scope] = self._token(
+                    {"scope": scope, **dict(_PARAMETER.findall(rest))}
+                )
             return True
 
-    def _renew(self, scope: str) -> str:
+    def _token(self, challenge: Mapping[str, str]) -> str:
         """Ask the registry's token service; value of `Authorization`."""
-        challenge = self._challenges[scope]
         realm = challenge.get("realm", "")
         if not _is_token_service(self.api, realm):
             raise AccessError(
@@ -158,20 +150,17 @@ class Authorizer:
             )
         query = urlencode({key: challenge.get(key, "") for key in ("service", "scope")})
         headers = {"Authorization": self.credentials.header()} if self.credentials else {}
-        began_s = time.monotonic()
         status, body = self.fetch(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
         if status != 200:
             who = repr(self.credentials.username) if self.credentials else "anonymous"
             raise AccessError(
-                f"{self.api} refused {who} a token for {scope} ({status}); {_SET_THEM}"
+                f"{self.api} refused {who} a token for {challenge['scope']} ({status}); {_SET_THEM}"
             )
         granted = parse(_Token, body, f"the token for {self.api}")
         token = granted.token or granted.access_token
         if not token or not token.isprintable() or not token.isascii():
             raise CorruptError(f"{self.api} was answered without a token; try again later")
-        header = f"Bearer {token}"
-        self._tokens[scope] = header, began_s + max(granted.expires_in - _MARGIN_S, 1.0)
-        return header
+        return f"Bearer {token}"
 
     def refused(self, doing: str) -> AccessError:
         """The error for a request that is not allowed, whatever we offer."""

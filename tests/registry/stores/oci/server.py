@@ -43,7 +43,6 @@ class FakeRegistry:
     host: str = ""
     native: bool = True  # has the referrers API
     auth: str = ""  # "", "bearer" or "basic"
-    life_s: int = 300  # of a token
     page: int = 1000  # longest list in one reply
     ranges: bool = True
     blobs_at: str = ""  # another host that has the blobs
@@ -170,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         token = f"token-{len(self.registry.tokens)}-{query['scope'][0]}"
         self.registry.tokens.add(token)
-        value = {"token": token, "expires_in": self.registry.life_s}
+        value = {"token": token}
         self.answer(200, json.dumps(value).encode())
 
     def _api(self, path: str, query: Mapping[str, list[str]]) -> None:
