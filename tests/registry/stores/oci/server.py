@@ -56,9 +56,6 @@ class FakeRegistry:
     def store(self, prefix: str = "engines", **more: Any) -> OciStore:
         return OciRegistry(url=f"oci://{self.host}/{prefix}", **more).store()
 
-    def paths(self, method: str) -> list[str]:
-        return [one.path for one in self.seen if one.method == method]
-
     def referrers(self, repository: str, subject: str) -> list[dict[str, Any]]:
         found = []
         for (where, reference), (kind, data) in self.manifests.items():
@@ -184,37 +181,25 @@ class Handler(BaseHTTPRequestHandler):
             self._upload(repository, rest.removeprefix("uploads/"), query)
         elif kind == "blobs":
             self._blob(rest)
+        elif kind == "referrers" and not self.registry.native:
+            self.error(404, "NOT_FOUND")
         elif kind == "referrers":
-            self._referrers(repository, rest, query)
+            items = self.registry.referrers(repository, rest)
+            self._page(items, "manifests", "application/vnd.oci.image.index.v1+json")
         elif kind == "_catalog":
             self._page(sorted({where for where, _ in self.registry.manifests}), "repositories")
         else:
             tags = [t for where, t in self.registry.manifests if where == repository]
             self._page([tag for tag in tags if not tag.startswith("sha256:")], "tags")
 
-    def _page(self, items: list[str], key: str) -> None:
+    def _page(self, items: list[Any], key: str, kind: str = "application/json") -> None:
         parts = urlsplit(self.path)
         start = int(parse_qs(parts.query).get("from", ["0"])[0])
         end = start + self.registry.page
         link: dict[str, str] = (
             {"Link": f'<{parts.path}?from={end}>; rel="next"'} if end < len(items) else {}
         )
-        body = json.dumps({key: items[start:end]}).encode()
-        self.answer(200, body, "application/json", **link)
-
-    def _referrers(self, repository: str, subject: str, query: Mapping[str, list[str]]) -> None:
-        if not self.registry.native:
-            self.error(404, "NOT_FOUND")
-            return
-        items = self.registry.referrers(repository, subject)
-        start = int(query.get("from", ["0"])[0])
-        end = start + self.registry.page
-        link: dict[str, str] = {}
-        if end < len(items):
-            link["Link"] = f'<{urlsplit(self.path).path}?from={end}>; rel="next"'
-        value = {"schemaVersion": 2, "manifests": items[start:end]}
-        kind = "application/vnd.oci.image.index.v1+json"
-        self.answer(200, json.dumps(value).encode(), kind, **link)
+        self.answer(200, json.dumps({key: items[start:end]}).encode(), kind, **link)
 
     def _manifest(self, repository: str, reference: str) -> None:
         manifests = self.registry.manifests
@@ -239,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
     def _upload(self, repository: str, name: str, query: Mapping[str, list[str]]) -> None:
         uploads = self.registry.uploads
         if self.command == "POST":
-            name = str(len(self.paths_of("POST")))
+            name = str(len(self.registry.seen))
             uploads[name] = bytearray()
             self.answer(202, Location=f"/v2/{repository}/blobs/uploads/{name}?state=1")
             return
@@ -268,9 +253,6 @@ class Handler(BaseHTTPRequestHandler):
         status = 202 if self.command == "PATCH" else 204
         where["Range"] = f"0-{max(len(uploads[name]) - 1, 0)}"
         self.answer(status, b"", "text/plain", **where)
-
-    def paths_of(self, method: str) -> list[str]:
-        return self.registry.paths(method)
 
     def _blob(self, digest: str) -> None:
         if digest not in self.registry.blobs:

@@ -81,16 +81,6 @@ def test_no_or_wrong_credentials_are_refused_at_once_and_never_shown(
     assert "wr0ng" not in repr(fake.store())
 
 
-def test_a_password_of_one_registry_never_goes_to_another(
-    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log_in(monkeypatch, fake)
-    with fake_registry(auth="basic") as other:
-        with pytest.raises(AccessError):
-            put(other.store(), package)
-        assert all("Authorization" not in one.headers for one in other.seen)
-
-
 def test_a_token_that_ended_is_renewed_once(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
