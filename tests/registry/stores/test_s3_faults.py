@@ -257,20 +257,6 @@ def test_a_small_or_large_object_whose_connection_breaks_once_is_read_again(
     assert got + read(store, package, published, len(got)) == expected
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_server_that_stalls_in_a_body_is_left(
-    store: WritableStore, memory_s3: MemoryS3, package: Package, published: FileDigest
-) -> None:
-    memory_s3.fail("GET", "manifest.json", spoil(sent_most=1, stall_s=60.0), times=99)
-    memory_s3.fail("GET", PLAN, spoil(sent_most=1, stall_s=60.0), times=99)
-    began_s = time.monotonic()
-    with pytest.raises(TransientError):
-        store.read_manifest(place_of(package))
-    with pytest.raises(TransientError):
-        read(store, package, published)
-    assert time.monotonic() - began_s < 20.0
-
-
 def drip(handler: Handler) -> bool:
     """A byte now and then, of a body that never ends."""
     handler.send_response(206)
@@ -298,8 +284,8 @@ def drip_on(handler: Handler) -> bool:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", [drip, drip_head])
-def test_a_server_that_drips_is_left(
+@pytest.mark.parametrize("fault", [drip, drip_head, spoil(sent_most=1, stall_s=60.0)])
+def test_a_server_that_drips_or_stalls_is_left(
     store: WritableStore,
     memory_s3: MemoryS3,
     package: Package,
