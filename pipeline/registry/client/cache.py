@@ -37,7 +37,7 @@ class PackageCache:
         from pipeline.registry.stores.folder import FolderObjects
         from pipeline.registry.stores.tree import TreeStore
 
-        return TreeStore(objects=FolderObjects(path=self.dir, local=False))
+        return TreeStore(objects=FolderObjects(path=self.dir))
 
     def entry(self, place: Place) -> Path:
         """Where a package is, or would be."""

@@ -59,15 +59,9 @@ class FolderRegistry:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderObjects:
-    """`pipeline.registry.stores.objects.Objects`, in a folder; made when something is written.
-
-    Attributes:
-        path: The root.
-        local: What lies here was published on this machine.
-    """
+    """`pipeline.registry.stores.objects.Objects`, in a folder; made when something is written."""
 
     path: Path
-    local: bool = True
 
     @property
     def url(self) -> str:

@@ -84,7 +84,13 @@ _MOVE = re.compile(r"([0-9a-f]{64})\.dsse\.json")
 
 @dataclass(frozen=True, kw_only=True)
 class TreeStore:
-    """`pipeline.registry.store.WritableStore`, over any `Objects`."""
+    """`pipeline.registry.store.WritableStore`, over any `Objects`.
+
+    Attributes:
+        objects: Where its files lie.
+        public: Whether everybody can read it.
+        local: Whether what lies there was published on this machine, in a folder.
+    """
 
     objects: Objects
     public: bool = False
