@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -135,7 +135,7 @@ class CheckJob:
         from pipeline.formats.trtrtx.network_check.compare import check_network
 
         found = check_network(self.graph, self.reference, interface=self.interface)
-        self.result.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+        self.result.write_text(json.dumps(asdict(found), indent=1) + "\n")
 
 
 _JOB: TypeAdapter[CompileJob | CheckJob] = TypeAdapter(CompileJob | CheckJob)

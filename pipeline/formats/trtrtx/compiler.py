@@ -1,16 +1,16 @@
 """TensorRT-RTX: compiles the decoder graph ahead of time for one SM, with no GPU.
 
-Nobody is there to run the engine, so three proofs stand in for it: the guard and the network check
+No GPU is there to run the engine, so three proofs stand in for it: the guard and the network check
 (the compiler was handed the graph that we wrote), and the plan's own text (FP8 asked is FP8
 delivered). Any of them failing fails the build.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import mmap
 import shutil
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +26,13 @@ from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtrtx.child import CompileJob, Profile, run_child
 from pipeline.formats.trtrtx.linears import node_names
-from pipeline.formats.trtrtx.network_check.stage import check_network_once, interface_of
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
+from pipeline.formats.trtrtx.network_check.stage import check_network_once
 from pipeline.formats.trtrtx.onnx_graph import buildable_layer
 from pipeline.formats.trtrtx.plan_text import prove_plan
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
-from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert, graph_digest
-from pipeline.model.spec import Attention, ModelSpec
+from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert
+from pipeline.model.spec import Attention
 from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -102,15 +103,12 @@ class TrtRtxCompiler:
     @property
     def profiles(self) -> tuple[Profile, Profile]:
         """Decode first: a runtime starts with profile 0."""
-        batch, prefill, context = self.max_batch_size, self._prefill_batch, self.max_seq_len
-        opt = min(self.opt_batch_size, batch)
+        batch, one = self.max_batch_size, (1, 1, 1)
+        lengths = (1, max(1, self.max_seq_len // 2), self.max_seq_len)
+        decode = (1, min(self.opt_batch_size, batch), batch)
         return (
-            Profile(batch=(1, opt, batch), sequence=(1, 1, 1), logits=(1, 1, 1)),
-            Profile(
-                batch=(1, 1, prefill),
-                sequence=(1, max(1, context // 2), context),
-                logits=(1, 1, 1),
-            ),
+            Profile(batch=decode, sequence=one, logits=one),
+            Profile(batch=(1, 1, self._prefill_batch), sequence=lengths, logits=one),
         )
 
     def check_machine(self, target: Target) -> None:
@@ -121,11 +119,10 @@ class TrtRtxCompiler:
 
     def _compile_inputs(self, target: Target) -> dict[str, Any]:
         """What shapes the engine beside its graph and its checkpoint."""
-        profiles = [dataclasses.asdict(profile) for profile in self.profiles]
         return {
             **STAGE.identity,
             "sm": target.sm,
-            "profiles": json.loads(json.dumps(profiles)),
+            "profiles": json.loads(json.dumps([asdict(profile) for profile in self.profiles])),
             "tools": {PACKAGE: compiler_version()},
         }
 
@@ -147,33 +144,30 @@ class TrtRtxCompiler:
             STAGE,
             {
                 "checkpoint": checkpoint.digest,
-                "graph": graph_digest(graphs, RTX_GRAPH),
+                "graph": graphs.digest,
                 **self._compile_inputs(target),
             },
             lambda out: self._produce(checkpoint, graphs.dir, target, out, log_dir),
         )
-        plan_bytes = (result.dir / "engine" / PLAN_FILE).stat().st_size
+        engine_dir = result.dir / "engine"
+        cache_bytes = spec.kv_bytes(self.max_batch_size * self.max_seq_len, 2)
         return Engine(
-            dir=result.dir / "engine",
-            digest=digest_of([f.to_json() for f in digest_folder(result.dir / "engine")]),
+            dir=engine_dir,
+            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
             format=SPEC.name,
             variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
             runtime=(SPEC.runtime, compiler_version()),
             sms=(target.sm,),
             limits=self.limits,
-            min_vram_bytes=plan_bytes + self._cache_bytes(spec),
+            min_vram_bytes=(engine_dir / PLAN_FILE).stat().st_size + cache_bytes,
             twin_dir=graphs.dir,
-            tools={**checkpoint_tools(checkpoint), PACKAGE: compiler_version()},
+            tools={**checkpoint.calibration["tools"], PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
         )
 
     @property
     def _graph(self) -> GraphSettings:
         return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
-
-    def _cache_bytes(self, spec: ModelSpec) -> int:
-        """Static KV cache at the limits, two bytes an element."""
-        return spec.kv_bytes(self.max_batch_size * self.max_seq_len, 2)
 
     def _produce(
         self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path
@@ -184,11 +178,8 @@ class TrtRtxCompiler:
         spec = UnifiedCheckpoint(checkpoint.dir).spec
         job = CompileJob(
             graph=graphs / RTX_GRAPH,
-            interface=interface_of(
-                spec,
-                num_layers=spec.num_layers,
-                context=self.max_seq_len,
-                dtype=self.activation_dtype,
+            interface=DecoderInterface.of(
+                spec, context=self.max_seq_len, dtype=self.activation_dtype
             ),
             plan=plan,
             sm=target.sm,
@@ -217,16 +208,12 @@ def _check_attention_shape(attention: Attention) -> None:
     build). No published model that we know is smaller.
     """
     if attention.heads < 4 or attention.head_dim < 16 or attention.head_dim % 8:
-        raise RecipeError(
-            [
-                Fault(
-                    "compiler",
-                    f"TensorRT-RTX has no attention kernel for {attention.heads} heads of "
-                    f"{attention.head_dim}; it wants four heads or more, of 16 elements or more in "
-                    "steps of eight: use compiler=checkpoint",
-                )
-            ]
+        message = (
+            f"TensorRT-RTX has no attention kernel for {attention.heads} heads of "
+            f"{attention.head_dim}; it wants four heads or more, of 16 elements or more in steps "
+            "of eight: use compiler=checkpoint"
         )
+        raise RecipeError([Fault("compiler", message)])
 
 
 def compiler_version() -> str:
@@ -241,12 +228,6 @@ def compiler_version() -> str:
         raise IncompatibleError(
             f"compiler=trtrtx needs {PACKAGE}: pip install '.[build]'"
         ) from error
-
-
-def checkpoint_tools(checkpoint: Checkpoint) -> dict[str, str]:
-    """Versions that shaped the checkpoint, as its record tells them."""
-    tools: dict[str, str] = dict(checkpoint.calibration["tools"])
-    return tools
 
 
 KIND = TrtRtxCompiler

@@ -146,8 +146,10 @@ def prove_plan(
         PlanError: Anything differs; the module is named.
     """
     title, operands = precision.title, precision.onnx.operands if precision.onnx else ""
+    wanted = set(quantized_linears)
     gemms = read_plan(plan)
     quantized = [gemm for gemm in gemms if gemm.multiplies(operands)]
+    other = [gemm for gemm in gemms if not gemm.multiplies(operands)]
     for gemm in gemms:
         if gemm.accelerators != (f"sm{sm}",) and (gemm in quantized or gemm.accelerators != _ANY):
             raise PlanError(
@@ -158,26 +160,24 @@ def prove_plan(
         raise PlanError(f"the plan has profiles {sorted(found)}, {profiles} were asked for")
     for profile in range(profiles):
         where = f"profile {profile} of the plan"
-        here = Counter(n for gemm in quantized if gemm.profile == profile for n in gemm.modules)
-        other = {
-            name
-            for gemm in gemms
-            if gemm.profile == profile and gemm not in quantized
-            for name in gemm.modules
-        }
-        if missing := sorted(set(quantized_linears) - set(here)):
+        here, rest = _modules(quantized, profile), _modules(other, profile)
+        if missing := sorted(wanted - here.keys()):
             raise PlanError(
                 f"{where} does not compute {len(missing)} linears in {title}, first {missing[0]}; "
                 f"{title} was asked for"
             )
-        wanted = set(quantized_linears)
         if surplus := sorted(name for name, n in here.items() if n > 1 or name not in wanted):
             raise PlanError(f"{where} has unexpected {title} GEMMs, first {surplus[0]}")
-        if strange := sorted(other - {*kept_16bit, "lm_head"}):
+        if strange := sorted(rest.keys() - {*kept_16bit, "lm_head"}):
             raise PlanError(f"{where} has unexpected 16-bit GEMMs, first {strange[0]}")
     return {
         "profiles": profiles,
         "quantized_gemms": len(quantized),
-        "other_gemms": len(gemms) - len(quantized),
-        "quantized_linears": len(set(quantized_linears)),
+        "other_gemms": len(other),
+        "quantized_linears": len(wanted),
     }
+
+
+def _modules(gemms: list[Gemm], profile: int) -> Counter[str]:
+    """How often each module is multiplied in a profile."""
+    return Counter(name for gemm in gemms if gemm.profile == profile for name in gemm.modules)

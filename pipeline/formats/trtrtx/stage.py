@@ -9,10 +9,9 @@ from typing import Any
 
 from pipeline.core.cache import StageCache, StageResult
 from pipeline.core.stages import Stage
-from pipeline.core.values import digest_of
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder, save_graph
-from pipeline.model.spec import ModelSpec
+from pipeline.model.spec import ModelSpec, layer_name
 from pipeline.quant.unified import UnifiedCheckpoint
 
 RTX_GRAPH = "rtx.onnx"
@@ -77,12 +76,6 @@ def convert(
     return cache.run(STAGE, inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
 
 
-def graph_digest(result: StageResult, graph: str) -> str:
-    """Digest of one graph of the folder and of the weights that it reads, and of nothing else."""
-    files = {file.path: file.sha256 for file in result.files}
-    return digest_of({"graph": files[graph], "weights": files[WEIGHTS_FILE]})
-
-
 def cut_context(spec: ModelSpec, context: int) -> int:
     """Cache length of the cut of a graph whose own is `context`, tokens.
 
@@ -101,13 +94,14 @@ def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
     """
     count = checkpoint.spec.num_layers
     width = min(CUT_LAYERS, count)
+    pairs = (tuple(range(first, first + width)) for first in range(count - width + 1))
+    return max(pairs, key=lambda pair: len(quantized_linears(checkpoint, pair)))
 
-    def quantized_linears(start: int) -> int:
-        prefixes = tuple(f"model.layers.{layer}." for layer in range(start, start + width))
-        return sum(name.startswith(prefixes) for name in checkpoint.quantized_linears)
 
-    best = max(range(count - width + 1), key=quantized_linears)
-    return tuple(range(best, best + width))
+def quantized_linears(checkpoint: UnifiedCheckpoint, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """Those of some layers."""
+    prefixes = tuple(f"{layer_name(layer)}." for layer in layers)
+    return tuple(name for name in checkpoint.quantized_linears if name.startswith(prefixes))
 
 
 def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -> None:
@@ -123,10 +117,6 @@ def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -
         (CPU_CUT, "float32", short, cut),
     ):
         graph = build_decoder(
-            checkpoint,
-            slots,
-            context=context,
-            activation=activation,
-            layers=layers,
+            checkpoint, slots, context=context, activation=activation, layers=layers
         )
         save_graph(graph, out_dir / name)

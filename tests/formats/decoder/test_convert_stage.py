@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -18,7 +17,6 @@ from pipeline.formats.trtrtx.stage import (
     GraphSettings,
     convert,
     cut_context,
-    graph_digest,
 )
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
@@ -63,21 +61,3 @@ def test_cuts_have_the_window_of_the_whole_graph(checkpoint_dir: Path, tmp_path:
         cache = next(tensor for tensor in graph.input if tensor.name == "past_key.0")
         context = cache.type.tensor_type.shape.dim[2].dim_value
         assert context == (WINDOW + 64 if "cut" in name else SETTINGS.context)
-
-
-def test_digest_of_a_graph_covers_it_and_its_weights_only(
-    checkpoint_dir: Path, tmp_path: Path
-) -> None:
-    graphs = convert(checkpoint_dir, "digest", SETTINGS, StageCache(root=tmp_path))
-    before = graph_digest(graphs, RTX_GRAPH)
-    for name, counts in (
-        (CPU_GRAPH, False),
-        (RTX_CUT, False),
-        (RTX_GRAPH, True),
-        ("weights.bin", True),
-    ):
-        files = tuple(
-            replace(file, sha256="0" * 64) if file.path == name else file for file in graphs.files
-        )
-        changed = graph_digest(replace(graphs, files=files), RTX_GRAPH)
-        assert (changed != before) is counts, name

@@ -12,7 +12,6 @@ import onnx
 
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, WeightSlot, write_weights
 from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
-from pipeline.formats.trtrtx.network_check.stage import interface_of
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import tiny_fp8_architecture
@@ -56,7 +55,7 @@ class TinyDecoder:
         self._slots: dict[str, WeightSlot] = write_weights(self.checkpoint, folder / WEIGHTS_FILE)
 
     def interface(self, dtype: Literal["bfloat16", "float16"] = "bfloat16") -> DecoderInterface:
-        return interface_of(self.checkpoint.spec, num_layers=2, context=self._context, dtype=dtype)
+        return DecoderInterface.of(self.checkpoint.spec, context=self._context, dtype=dtype)
 
     def model(self, activation: ActivationDtype) -> onnx.ModelProto:
         """The decoder graph, to be changed by a test."""

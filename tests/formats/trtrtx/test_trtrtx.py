@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.cache import StageCache
+from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
-from pipeline.formats.trtrtx import stage
 from pipeline.formats.trtrtx.child import CompileJob, Profile
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
-from pipeline.formats.trtrtx.network_check.stage import interface_of
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
 from pipeline.formats.trtrtx.plan_text import PlanError, prove_plan, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
@@ -94,29 +93,6 @@ def test_second_time_comes_from_the_cache(
     assert again == engine
 
 
-def test_new_cuts_are_checked_but_compile_nothing(
-    root: Path,
-    engine: Engine,
-    checkpoint: Checkpoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What the convert stage writes beside the graph and its weights is no input of the engine."""
-
-    def no_tool(*_: object, **__: object) -> None:
-        raise AssertionError("compiled a second time")
-
-    shutil.copytree(root / "cache", tmp_path / "cache")
-    cache = StageCache(root=tmp_path / "cache")
-    monkeypatch.setattr(stage, "STAGE", dataclasses.replace(stage.STAGE, version=1 << 20))
-    monkeypatch.setattr(stage, "_CUT_CONTEXT", 32)
-    monkeypatch.setattr("pipeline.formats.trtrtx.compiler.run_child", no_tool)
-    again = COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")
-    assert again.digest == engine.digest
-    assert again.twin_dir != engine.twin_dir
-    assert (tmp_path / "logs" / "network-check.log").is_file()
-
-
 def test_full_disk_under_the_plan_is_no_finished_engine(
     root: Path, engine: Engine, checkpoint: Checkpoint
 ) -> None:
@@ -124,11 +100,8 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
     assert engine.twin_dir is not None
     job = CompileJob(
         graph=engine.twin_dir / RTX_GRAPH,
-        interface=interface_of(
-            UnifiedCheckpoint(checkpoint.dir).spec,
-            num_layers=UnifiedCheckpoint(checkpoint.dir).spec.num_layers,
-            context=COMPILER.max_seq_len,
-            dtype="bfloat16",
+        interface=DecoderInterface.of(
+            UnifiedCheckpoint(checkpoint.dir).spec, context=COMPILER.max_seq_len, dtype="bfloat16"
         ),
         plan=Path("/dev/full"),
         sm=89,
@@ -177,8 +150,7 @@ def planted_graph(root: Path, engine: Engine, place: Path, graph: bytes) -> Stag
     converted = place / "stages" / "convert" / engine.twin_dir.name
     (converted / RTX_GRAPH).write_bytes(graph)
     record = json.loads((converted / "stage.json").read_text())
-    for file in record["files"]:
-        file["size"] = (converted / file["path"]).stat().st_size
+    record["files"] = [f.to_json() for f in digest_folder(converted, frozenset({"stage.json"}))]
     (converted / "stage.json").write_text(json.dumps(record))
     return StageCache(root=place)
 

@@ -18,26 +18,20 @@ each other's rounding, and the reference is run with the rounded ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.formats.trtrtx.network_check.guard import (
-    ANY,
-    DecoderInterface,
-    Signature,
-    check_signature,
-    guard_network,
+from pipeline.formats.trtrtx.network_check.guard import DecoderInterface, guard_network
+from pipeline.formats.trtrtx.network_check.interpreter import NetworkInterpreter
+from pipeline.formats.trtrtx.network_check.network import (
+    CheckError,
+    constant_values,
+    parse_network,
 )
-from pipeline.formats.trtrtx.network_check.interpreter import Constant, NetworkInterpreter
-from pipeline.formats.trtrtx.network_check.network import NUMPY_NAMES, CheckError, parse_network
 from pipeline.formats.trtrtx.network_check.rules import Array
-
-if TYPE_CHECKING:
-    import onnx
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the value's own magnitude plus the tensor's root mean square.
@@ -85,9 +79,6 @@ class NetworkCheckResult:
     tolerance: float
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "differences": {k: vars(v) for k, v in self.differences.items()}}
-
 
 def check_network(
     onnx_rtx: Path, onnx_cpu: Path, *, interface: DecoderInterface, seed: int = 0
@@ -108,26 +99,24 @@ def check_network(
     kinds = guard_network(parsed.network, interface)
     interpreter = NetworkInterpreter(parsed.network)
     reference = ReferenceModel(onnx_cpu)
-    check_signature("the reference's inputs", reference.inputs, interface.inputs("float32"))
-    check_signature("the reference's outputs", reference.outputs, interface.outputs("float32"))
     if names := interpreter.quantized ^ reference.quantized:
         raise CheckError(f"only one of network and reference quantizes: {', '.join(sorted(names))}")
     equal, rounded = _compare_constants(interpreter, reference, interface.dtype)
-    session = reference.session(rounded)
-    comparison = _Comparison(reference)
+    run_reference = reference.start(rounded)
+    differences: dict[str, Difference] = {}
     feeds_network = feeds_reference = _stale_caches(interface, seed)
     for step, tokens in _steps(interface, seed):
-        wanted = session.run({**tokens, **feeds_reference})
-        comparison.begin(step, wanted)
+        wanted = run_reference({**tokens, **feeds_reference})
+        comparison = _Comparison(step, reference, wanted, differences)
         got = interpreter.run({**tokens, **feeds_network}, comparison.observe)
-        comparison.end(got, interface)
+        comparison.compare_outputs(got, interface)
         feeds_network = _as_past(got, interface)
         feeds_reference = _as_past(wanted, interface)
     return NetworkCheckResult(
         layer_kinds=kinds,
         constants_equal=equal,
         constants_rounded=tuple(sorted(rounded)),
-        differences=comparison.differences,
+        differences=differences,
         tolerance=TOLERANCE,
         seconds=round(time.perf_counter() - started, 2),
     )
@@ -146,44 +135,34 @@ def _compare_constants(
     """
     equal = 0
     rounded: dict[str, Array] = {}
-    for name, constant in interpreter.constants.items():
-        wanted = reference.initializer(name)
-        if wanted is None:
-            continue
-        if _is_equal(constant, wanted):
-            equal += 1
-        elif NUMPY_NAMES.get(constant.dtype) == dtype and _is_rounding(
-            constant.values, wanted, dtype
+    for name in interpreter.constants.keys() & reference.initializers.keys():
+        values, wanted = constant_values(interpreter.constants[name]), reference.initializer(name)
+        if (values.dtype, values.shape) == (wanted.dtype, wanted.shape) and np.array_equal(
+            values.reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8)
         ):
-            rounded[name] = constant.values
+            equal += 1
+        elif values.dtype.name == dtype and _is_rounding(values, wanted):
+            rounded[name] = values.astype(np.float32)
         else:
             raise CheckError(
-                f"the constant {name} is {_describe(constant.values)} in the network and "
+                f"the constant {name} is {_describe(values)} in the network and "
                 f"{_describe(wanted)} in the reference; the two graphs were not written from "
                 "the same checkpoint, or the parser changed it"
             )
     return equal, rounded
 
 
-def _is_equal(constant: Constant, wanted: Array) -> bool:
-    """Same dtype, shape and values (bits, for FP8)."""
-    values = constant.values
-    if NUMPY_NAMES.get(constant.dtype) != wanted.dtype.name:
-        return False
-    if constant.dtype == "FP8":
-        values, wanted = values.view(np.uint8), wanted.view(np.uint8)
-    return np.array_equal(values, wanted)
-
-
-def _is_rounding(values: Array, wanted: Array, dtype: str) -> bool:
-    """Whether `values` are float32 `wanted` rounded to `dtype`.
+def _is_rounding(values: Array, wanted: Array) -> bool:
+    """Whether `values` are float32 `wanted` rounded to their 16-bit dtype.
 
     Both may have been rounded from float64, so the last bit of `wanted` may be off by one.
     """
     if wanted.dtype != np.float32 or values.shape != wanted.shape:
         return False
-    low, high = (np.nextafter(wanted, np.float32(end)).astype(dtype) for end in (-np.inf, np.inf))
-    return bool(np.all((low.astype(np.float32) <= values) & (values <= high.astype(np.float32))))
+    low, high = (
+        np.nextafter(wanted, np.float32(end)).astype(values.dtype) for end in (-np.inf, np.inf)
+    )
+    return bool(np.all((low <= values) & (values <= high)))
 
 
 def _describe(values: Array) -> str:
@@ -235,33 +214,26 @@ def _steps(interface: DecoderInterface, seed: int) -> Iterator[tuple[str, dict[s
 
 @dataclass
 class _Comparison:
-    """Compares every step; the first tensor beyond the tolerance ends the check."""
+    """Compares one step; the first tensor beyond the tolerance ends the check."""
 
+    step: str
     reference: ReferenceModel
-    differences: dict[str, Difference] = field(default_factory=dict)
-    _step: str = ""
-    _wanted: Mapping[str, Array] = field(default_factory=dict)
+    wanted: Mapping[str, Array]
+    differences: dict[str, Difference]
     _seen: set[str] = field(default_factory=set)
-
-    def begin(self, step: str, wanted: Mapping[str, Array]) -> None:
-        """The values of the reference in the step that comes."""
-        self._step, self._wanted, self._seen = step, wanted, set()
 
     def observe(self, name: str, value: Array) -> Array:
         """Compare what a quantizer reads and gives, and go on with the reference's value."""
-        if name in self.reference.quantized:
-            sort = "quantizer_inputs"
-        elif name in self.reference.dequantized:
-            sort = "quantized_values"
-        else:
+        if name not in self.reference.observed:
             return value
-        self._compare(sort, name, value)
+        quantized = name in self.reference.quantized
+        self._compare("quantizer_inputs" if quantized else "quantized_values", name, value)
         self._seen.add(name)
-        return self._wanted[name]
+        return self.wanted[name]
 
-    def end(self, got: Mapping[str, Array], interface: DecoderInterface) -> None:
+    def compare_outputs(self, got: Mapping[str, Array], interface: DecoderInterface) -> None:
         """Compare the outputs; all tensors that the reference shows must have been there."""
-        if missing := (self.reference.quantized | self.reference.dequantized) - self._seen:
+        if missing := self.reference.observed - self._seen:
             raise CheckError(f"the network has no tensor {', '.join(sorted(missing))}")
         for name in interface.outputs("float32"):
             self._compare("logits" if name == "logits" else "caches", name, got[name])
@@ -272,7 +244,7 @@ class _Comparison:
         Raises:
             CheckError: Another shape, or further apart than the tolerance.
         """
-        what, wanted = f"{name} ({self._step})", self._wanted[name]
+        what, wanted = f"{name} ({self.step})", self.wanted[name]
         if got.shape != wanted.shape:
             raise CheckError(f"{what} is {got.shape}, the reference has {wanted.shape}")
         rms = np.sqrt(np.vdot(wanted, wanted) / wanted.size) or 1.0
@@ -294,8 +266,9 @@ class ReferenceModel:
     """The float32 graph, opened without its external data.
 
     Attributes:
+        initializers: By name.
         quantized: Names of the tensors that QuantizeLinear nodes read.
-        dequantized: Names of the tensors that come out of their DequantizeLinear nodes.
+        observed: Those, and the tensors that come out of their DequantizeLinear nodes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -303,40 +276,34 @@ class ReferenceModel:
 
         self._dir = path.parent
         self._model: onnx.ModelProto = onnx.load(path, load_external_data=False)
-        self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        self.initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         nodes = self._model.graph.node
-        codes = {node.output[0] for node in nodes if node.op_type == "QuantizeLinear"}
-        self.quantized = frozenset(n.input[0] for n in nodes if n.op_type == "QuantizeLinear")
-        self.dequantized = frozenset(
+        quantizers = [node for node in nodes if node.op_type == "QuantizeLinear"]
+        codes = {node.output[0] for node in quantizers}
+        self.quantized = {node.input[0] for node in quantizers}
+        self.observed = self.quantized | {
             node.output[0]
             for node in nodes
             if node.op_type == "DequantizeLinear" and node.input[0] in codes
-        )
+        }
 
-    @property
-    def inputs(self) -> Signature:
-        """Its inputs, as `check_signature` compares them."""
-        return {tensor.name: _signature(tensor) for tensor in self._model.graph.input}
-
-    @property
-    def outputs(self) -> Signature:
-        """Its outputs, as `check_signature` compares them."""
-        return {tensor.name: _signature(tensor) for tensor in self._model.graph.output}
-
-    def initializer(self, name: str) -> Array | None:
-        """Values of an initializer in its own dtype, or None if there is none of this name."""
+    def initializer(self, name: str) -> Array:
+        """Values of an initializer in its own dtype."""
         import onnx
 
-        if name not in self._initializers:
-            return None
-        found: Array = onnx.numpy_helper.to_array(self._initializers[name], str(self._dir))
+        found: Array = onnx.numpy_helper.to_array(self.initializers[name], str(self._dir))
         return found
 
-    def session(self, replaced: Mapping[str, Array]) -> ReferenceSession:
-        """Start ONNX Runtime on the graph; what its quantizers see is an output, too.
+    def start(
+        self, replaced: Mapping[str, Array]
+    ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+        """Start ONNX Runtime on the graph.
 
         Args:
             replaced: Initializers that get these values instead.
+
+        Returns:
+            A function from the inputs to all outputs and observed tensors, by name.
         """
         import onnx
         import onnxruntime
@@ -346,10 +313,10 @@ class ReferenceModel:
         graph = model.graph
         # As inputs they need no copy inside the graph, whose size protobuf limits to 2 GB.
         for name, values in replaced.items():
-            graph.initializer.remove(self._initializers[name])
+            graph.initializer.remove(self.initializers[name])
             kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
             graph.input.append(onnx.helper.make_tensor_value_info(name, kind, values.shape))
-        observed = sorted(self.quantized | self.dequantized)
+        observed = sorted(self.observed)
         graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in observed)
 
         options = onnxruntime.SessionOptions()
@@ -359,33 +326,13 @@ class ReferenceModel:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self._dir.resolve())
         )
-        return ReferenceSession(
-            onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            ),
-            replaced,
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+        names = [tensor.name for tensor in session.get_outputs()]
 
+        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            values = session.run(names, {**feeds, **replaced})
+            return dict(zip(names, values, strict=True))
 
-@dataclass(frozen=True)
-class ReferenceSession:
-    """An ONNX Runtime session, and the inputs that it is always given."""
-
-    session: Any
-    replaced: Mapping[str, Array]
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute all outputs and observed tensors, by name."""
-        names = [tensor.name for tensor in self.session.get_outputs()]
-        values = self.session.run(names, {**feeds, **self.replaced})
-        return dict(zip(names, values, strict=True))
-
-
-def _signature(tensor: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...]]:
-    """Dtype name and shape of a graph input or output."""
-    import onnx
-
-    kind = tensor.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    shape = (dim.dim_value if dim.HasField("dim_value") else ANY for dim in kind.shape.dim)
-    return dtype.name, tuple(shape)
+        return run

@@ -20,6 +20,7 @@ from pipeline.formats.trtrtx.network_check.network import (
     Layer,
     layers_of,
 )
+from pipeline.model.spec import ModelSpec
 
 ANY = -1
 """A dynamic dimension."""
@@ -49,6 +50,27 @@ class DecoderInterface:
     rotary_dim: int
     vocab_size: int
     dtype: Literal["bfloat16", "float16"]
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        *,
+        context: int,
+        dtype: Literal["bfloat16", "float16"],
+        num_layers: int | None = None,
+    ) -> DecoderInterface:
+        """That of a model's graph; of so many layers, or of all."""
+        attention = spec.layers[0].attention
+        return cls(
+            num_hidden_layers=spec.num_layers if num_layers is None else num_layers,
+            num_key_value_heads=attention.kv_heads,
+            context=context,
+            head_dim=attention.head_dim,
+            rotary_dim=spec.rope.rotary_dim,
+            vocab_size=spec.vocab_size,
+            dtype=dtype,
+        )
 
     @property
     def cache_names(self) -> tuple[str, ...]:
@@ -80,36 +102,6 @@ class DecoderInterface:
         return {f"{prefix}_{name}": (dtype, shape) for name in self.cache_names}
 
 
-def check_signature(what: str, got: Signature, wanted: Signature) -> None:
-    """Demand the same names, dtypes and shapes.
-
-    Args:
-        what: Whose tensors these are, for the message.
-        got: As found.
-        wanted: As the decoder graph defines them.
-
-    Raises:
-        CheckError: Names all tensors that are missing, unexpected or different.
-    """
-    faults = [f"{name} is missing" for name in wanted if name not in got]
-    faults += [f"{name} is not part of the decoder" for name in got if name not in wanted]
-    faults += [
-        f"{name} is {_describe(got[name])}, wanted {_describe(wanted[name])}"
-        for name in wanted
-        if name in got and got[name] != wanted[name]
-    ]
-    if faults:
-        raise CheckError(
-            f"{what} differ from the decoder's interface: {'; '.join(faults)}; "
-            "the graph was written for another shape, or the parser dropped or changed a tensor"
-        )
-
-
-def _describe(tensor: tuple[str, tuple[int, ...]]) -> str:
-    dtype, shape = tensor
-    return f"{dtype} [{', '.join('*' if size == ANY else str(size) for size in shape)}]"
-
-
 def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int]:
     """Check interface, attention layers and cache updates of a parsed decoder.
 
@@ -124,7 +116,16 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
         CheckError: Something is missing, left over or different; names the layer and the cause.
     """
     layers = list(layers_of(network))
-    _check_interface(network, layers, interface)
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    _check_signature("inputs", inputs, interface.inputs(interface.dtype))
+    _check_signature("outputs", outputs, interface.outputs(interface.dtype))
+    read = {tensor.name for layer in layers for tensor in layer.inputs if tensor is not None}
+    if unread := sorted(tensor.name for tensor in inputs if tensor.name not in read):
+        raise CheckError(
+            f"no layer of the network reads the input {', '.join(unread)}: the parser dropped "
+            "what used it, or the graph never did"
+        )
     for layer in layers:
         if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
             _check_attention(layer)
@@ -135,55 +136,39 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
     return dict(sorted(kinds.items()))
 
 
-def _check_interface(network: Any, layers: list[Layer], interface: DecoderInterface) -> None:
-    """Names, dtypes and shapes; and every input is read by some layer."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    check_signature("the network's inputs", _signature(inputs), interface.inputs(interface.dtype))
-    check_signature(
-        "the network's outputs", _signature(outputs), interface.outputs(interface.dtype)
-    )
-    read = {tensor.name for layer in layers for tensor in layer.inputs if tensor is not None}
-    if unread := sorted(tensor.name for tensor in inputs if tensor.name not in read):
-        raise CheckError(
-            f"no layer of the network reads the input {', '.join(unread)}: the parser dropped "
-            "what used it, or the graph never did"
-        )
-
-
-def _signature(tensors: list[Any]) -> Signature:
-    return {
+def _check_signature(what: str, tensors: list[Any], wanted: Signature) -> None:
+    """Demand the names, dtypes and shapes of the decoder graph."""
+    got = {
         tensor.name: (
             NUMPY_NAMES.get(tensor.dtype.name, tensor.dtype.name),
             tuple(int(size) for size in tensor.shape),
         )
         for tensor in tensors
     }
+    faults = [f"{name} is missing" for name in wanted if name not in got]
+    faults += [f"{name} is not part of the decoder" for name in got if name not in wanted]
+    faults += [
+        f"{name} is {got[name]}, wanted {wanted[name]}"
+        for name in wanted
+        if name in got and got[name] != wanted[name]
+    ]
+    if faults:
+        raise CheckError(
+            f"the network's {what} differ from the decoder's interface: {'; '.join(faults)}; "
+            "the graph was written for another shape, or the parser dropped or changed a tensor"
+        )
 
 
 def _check_attention(layer: Layer) -> None:
     """One half of an attention: both halves refer to the same `IAttention`."""
-    attention = layer.layer.attention
-    faults = []
-    if attention.mask is None:
-        faults.append(
-            "has no mask: the graph gives none, or gives `nonpad_kv_seqlen`, which this parser "
-            "drops without a word"
-        )
-    elif attention.mask.dtype.name != "BOOL":
-        faults.append(f"has a mask of {attention.mask.dtype.name}, wanted BOOL")
-    if attention.causal_kind.name != "NONE":
-        faults.append(
-            f"has causal kind {attention.causal_kind.name}, wanted NONE: `is_causal=1` aligns "
-            "queries with the first keys of a static cache, not with the last ones"
-        )
-    for lengths in ("key_value_lengths", "query_lengths"):
-        if getattr(attention, lengths) is not None:
-            faults.append(f"has {lengths}, which the decoder graph never sets")
-    if faults:
+    mask, causal = layer.layer.attention.mask, layer.layer.attention.causal_kind.name
+    if mask is None or mask.dtype.name != "BOOL" or causal != "NONE":
         raise CheckError(
-            f"{layer} {'; '.join(faults)}. "
-            "Hide keys by the bool mask of the decoder graph, key_index <= position_ids"
+            f"{layer} has {'no mask' if mask is None else f'a mask of {mask.dtype.name}'}, wanted "
+            f"BOOL, and causal kind {causal}, wanted NONE: the graph gives no mask, or gives "
+            "`nonpad_kv_seqlen`, which this parser drops without a word, or `is_causal=1`, which "
+            "aligns queries with the first keys of a static cache, not with the last ones. Hide "
+            "keys by the bool mask of the decoder graph, key_index <= position_ids"
         )
 
 

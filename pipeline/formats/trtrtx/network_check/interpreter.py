@@ -7,7 +7,7 @@ the decoder graph becomes, with every attribute that matters, and refuses all el
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Any
 
 from pipeline.formats.trtrtx.network_check.network import CheckError, Layer, layers_of
@@ -17,20 +17,12 @@ Observe = Callable[[str, Array], Array]
 """Gets the name and value of a tensor as it is computed; returns the value to go on with."""
 
 
-@dataclass(frozen=True)
-class Constant:
-    """A constant of the network: TensorRT's name of its dtype, and its values as `rules` says."""
-
-    dtype: str
-    values: Array
-
-
 class NetworkInterpreter:
     """A network whose layers are known and sorted; what depends on constants only is computed.
 
     Args:
         network: An `INetworkDefinition`; the object that owns its weights must stay alive during
-            construction.
+            construction, and while constants are read.
 
     Attributes:
         constants: The CONSTANT layers by name, which is that of the ONNX initializer where there is
@@ -45,20 +37,20 @@ class NetworkInterpreter:
         layers = list(layers_of(network))
         for layer in layers:
             _check_known(layer)
-        self._inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        self._inputs = [network.get_input(i).name for i in range(network.num_inputs)]
         self._outputs = [network.get_output(i).name for i in range(network.num_outputs)]
-        constant, self._layers = _in_order(layers, {tensor.name for tensor in self._inputs})
+        self.constants = {layer.name: layer for layer in layers if layer.kind == "CONSTANT"}
+        self.quantized = {layer.inputs[0].name for layer in layers if layer.kind == "QUANTIZE"}
         values: dict[str, Array] = {}
-        self.constants: dict[str, Constant] = {}
-        for layer in constant:
-            tensor = layer.outputs[0]
-            values[tensor.name] = _evaluate(layer, values)
-            if layer.kind == "CONSTANT":
-                self.constants[layer.name] = Constant(tensor.dtype.name, values[tensor.name])
-        self.quantized = frozenset(
-            _input_names(layer)[0] for layer in layers if layer.kind == "QUANTIZE"
-        )
-        read = {name for layer in self._layers for name in _input_names(layer)}
+        self._layers = []
+        varying = set(self._inputs)
+        for layer in _in_order(layers, varying):
+            if varying.isdisjoint(tensor.name for tensor in layer.inputs):
+                values[layer.outputs[0].name] = _evaluate(layer, values)
+            else:
+                varying.add(layer.outputs[0].name)
+                self._layers.append(layer)
+        read = {tensor.name for layer in self._layers for tensor in layer.inputs}
         self._fixed = {name: values[name] for name in read & values.keys()}
 
     def run(self, feeds: Mapping[str, Array], observe: Observe | None = None) -> dict[str, Array]:
@@ -74,9 +66,7 @@ class NetworkInterpreter:
         Raises:
             CheckError: A value has another shape or dtype than the network states.
         """
-        values = dict(self._fixed)
-        for tensor in self._inputs:
-            values[tensor.name] = feeds[tensor.name]
+        values = {**self._fixed, **{name: feeds[name] for name in self._inputs}}
         for layer in self._layers:
             name = layer.outputs[0].name
             value = _evaluate(layer, values)
@@ -92,52 +82,37 @@ def _check_known(layer: Layer) -> None:
     if rule is None:
         raise unknown(layer, f"the kind {layer.kind}")
     offered = {name for name in dir(type(layer.layer)) if not name.startswith("_")}
-    common = {name for name in dir(trt.ILayer) if not name.startswith("_")}
-    if extra := offered - common - rule.attributes:
+    if extra := offered - set(dir(trt.ILayer)) - rule.attributes:
         raise unknown(layer, f"the attribute {', '.join(sorted(extra))}")
-    if layer.layer.num_outputs != 1:
-        raise unknown(layer, f"a form with {layer.layer.num_outputs} outputs")
+    if len(layer.outputs) != 1 or None in layer.inputs:
+        raise unknown(layer, f"a form with {len(layer.outputs)} outputs or an absent input")
 
 
-def _input_names(layer: Layer) -> list[str]:
-    return [tensor.name for tensor in layer.inputs if tensor is not None]
-
-
-def _in_order(layers: list[Layer], inputs: set[str]) -> tuple[list[Layer], list[Layer]]:
-    """Sort into an order of execution: layers on constants only, then those on inputs.
+def _in_order(layers: list[Layer], inputs: set[str]) -> list[Layer]:
+    """Sort into an order of execution.
 
     Raises:
-        CheckError: A tensor is made twice or never, or there is a cycle.
+        CheckError: A tensor is made twice or never.
     """
     made_by = {layer.outputs[0].name: layer for layer in layers}
+    reads = {name: {tensor.name for tensor in made_by[name].inputs} for name in made_by}
     if len(made_by) != len(layers) or made_by.keys() & inputs:
         raise CheckError(
             "the network has two tensors of one name; the check cannot tell them apart"
         )
-    depends_on_input = dict.fromkeys(inputs, True)
-    constant: list[Layer] = []
-    varying: list[Layer] = []
-    waiting = layers
-    while waiting:
-        blocked: list[Layer] = []
-        for layer in waiting:
-            names = _input_names(layer)
-            if not all(name in depends_on_input for name in names):
-                blocked.append(layer)
-                continue
-            varies = any(depends_on_input[name] for name in names)
-            depends_on_input[layer.outputs[0].name] = varies
-            (varying if varies else constant).append(layer)
-        if len(blocked) == len(waiting):
-            raise CheckError(f"{blocked[0]} waits for a tensor that no layer makes")
-        waiting = blocked
-    return constant, varying
+    if lost := set().union(*reads.values()) - made_by.keys() - inputs:
+        raise CheckError(f"no layer of the network makes the tensor {', '.join(sorted(lost))}")
+    order = TopologicalSorter(reads).static_order()
+    return [made_by[name] for name in order if name in made_by]
 
 
 def _evaluate(layer: Layer, values: Mapping[str, Array]) -> Array:
     """Compute a layer and hold the result against dtype and shape that the network states."""
-    inputs = [None if tensor is None else values[tensor.name] for tensor in layer.inputs]
-    value = RULES[layer.kind].evaluate(layer, inputs)
+    try:
+        inputs = [values[tensor.name] for tensor in layer.inputs]
+        value = RULES[layer.kind].evaluate(layer, *inputs)
+    except (IndexError, TypeError, ValueError) as error:
+        raise unknown(layer, f"a form that NumPy refuses ({error})") from error
     tensor = layer.outputs[0]
     shape = tuple(int(size) for size in tensor.shape)
     fits = len(shape) == value.ndim and all(

@@ -33,32 +33,6 @@ class CheckError(PipelineError):
     """
 
 
-LAYER_CLASSES: Mapping[str, str] = {
-    "ACTIVATION": "IActivationLayer",
-    "ATTENTION_INPUT": "IAttentionInputLayer",
-    "ATTENTION_OUTPUT": "IAttentionOutputLayer",
-    "CAST": "ICastLayer",
-    "CONCATENATION": "IConcatenationLayer",
-    "CONSTANT": "IConstantLayer",
-    "DEQUANTIZE": "IDequantizeLayer",
-    "ELEMENTWISE": "IElementWiseLayer",
-    "FILL": "IFillLayer",
-    "GATHER": "IGatherLayer",
-    "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
-    "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
-    "QUANTIZE": "IQuantizeLayer",
-    "REDUCE": "IReduceLayer",
-    "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
-    "SHAPE": "IShapeLayer",
-    "SHUFFLE": "IShuffleLayer",
-    "SLICE": "ISliceLayer",
-    "SQUEEZE": "ISqueezeLayer",
-    "UNARY": "IUnaryLayer",
-    "UNSQUEEZE": "IUnsqueezeLayer",
-}
-"""`LayerType` name -> class, for the kinds that the check knows: all that RTX 1.7.1's parser makes
-of our decoder graph (dumped 2026-11-24)."""
-
 NUMPY_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16",
     "BOOL": "bool",
@@ -68,7 +42,8 @@ NUMPY_NAMES: Mapping[str, str] = {
     "INT32": "int32",
     "INT64": "int64",
 }
-"""TensorRT dtype -> NumPy's (or ml_dtypes') name of it, for the dtypes that the check knows."""
+"""TensorRT dtype -> NumPy's (or ml_dtypes') name of it, for the dtypes that the check knows: all
+that RTX 1.7.1's parser makes of our decoder graph (dumped 2026-11-24)."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +104,15 @@ def parse_network(path: Path) -> ParsedNetwork:
 
 
 def layers_of(network: Any) -> Iterator[Layer]:
-    """All layers, in the network's order, which is not an order of execution.
-
-    A layer of a kind that `LAYER_CLASSES` lacks comes as a bare `ILayer`.
-    """
+    """All layers, in the network's order, which is not an order of execution."""
     import tensorrt_rtx as trt
 
+    classes = {name.lower(): name for name in dir(trt)}  # ELEMENTWISE -> IElementWiseLayer
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         kind = layer.type.name
-        if kind in LAYER_CLASSES:
-            layer.__class__ = getattr(trt, LAYER_CLASSES[kind])
+        if name := classes.get(f"i{kind.replace('_', '').lower()}layer"):
+            layer.__class__ = getattr(trt, name)
         yield Layer(kind, layer)
 
 
@@ -156,11 +129,7 @@ class _TypeInfo(ctypes.Structure):
 class _Weights(ctypes.Structure):
     """`nvinfer1::Weights`."""
 
-    _fields_ = (
-        ("type", ctypes.c_int32),
-        ("values", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-    )
+    _fields_ = (("type", ctypes.c_int32), ("values", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 def constant_values(layer: Layer) -> NDArray[Any]:

@@ -16,8 +16,14 @@ from pipeline.core.cache import StageCache
 from pipeline.core.stages import Stage
 from pipeline.formats.trtrtx.child import CheckJob, run_child
 from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
-from pipeline.formats.trtrtx.stage import CPU_CUT, GRAPH_CODE, RTX_CUT, cut_context, cut_layers
-from pipeline.model.spec import ModelSpec
+from pipeline.formats.trtrtx.stage import (
+    CPU_CUT,
+    GRAPH_CODE,
+    RTX_CUT,
+    cut_context,
+    cut_layers,
+    quantized_linears,
+)
 from pipeline.quant.unified import UnifiedCheckpoint
 
 _RESULT = "result.json"
@@ -27,22 +33,6 @@ STAGE = Stage(
     code=("pipeline.formats.trtrtx.network_check", "pipeline.formats.trtrtx.child", *GRAPH_CODE),
 )
 _TOOLS = ("tensorrt-rtx-cu13", "onnxruntime", "onnx")
-
-
-def interface_of(
-    spec: ModelSpec, *, num_layers: int, context: int, dtype: Literal["bfloat16", "float16"]
-) -> DecoderInterface:
-    """What the decoder graph of a model takes and gives."""
-    attention = spec.layers[0].attention
-    return DecoderInterface(
-        num_hidden_layers=num_layers,
-        num_key_value_heads=attention.kv_heads,
-        context=context,
-        head_dim=attention.head_dim,
-        rotary_dim=spec.rope.rotary_dim,
-        vocab_size=spec.vocab_size,
-        dtype=dtype,
-    )
 
 
 def check_network_once(
@@ -72,19 +62,16 @@ def check_network_once(
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)
-    interface = interface_of(
+    interface = DecoderInterface.of(
         checkpoint.spec,
-        num_layers=len(layers),
         context=cut_context(checkpoint.spec, context),
         dtype=dtype,
+        num_layers=len(layers),
     )
-    in_cut = tuple(f"model.layers.{layer}." for layer in layers)
     inputs = {
         "config": checkpoint.spec.to_json(),
         "interface": dataclasses.asdict(interface),
-        "quantized_linears": sorted(
-            n for n in checkpoint.quantized_linears if n.startswith(in_cut)
-        ),
+        "quantized_linears": sorted(quantized_linears(checkpoint, layers)),
         "tools": {name: version(name) for name in _TOOLS},
     }
 
