@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +11,7 @@ from pipeline.model.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 DeviceChoice = Literal["auto", "cuda", "layerwise", "cpu"]
-
-_CPU_FLOPS_PER_S = 1.0e11
-"""Rough fp32 rate of two AVX2 cores: 730 tokens/s of SmolLM2's 212 MFLOP per token are 1.5e11, a
-busy machine gave a third of it (measured 2026-11-24). Only for the estimate that is printed."""
 
 _LIVE_ACTIVATION_WIDTHS = 8
 """Tensors of the MLP's or hidden width alive at once in one layer: residual, norm, gate, up, their
@@ -38,10 +31,10 @@ class Placement:
     reason: str
 
 
-def activation_bytes(shape: ModelSpec, tokens: int, bytes_per_element: int) -> int:
-    """Estimate of the activations of one forward pass over `tokens` tokens."""
+def activation_bytes(shape: ModelSpec, tokens: int) -> int:
+    """Estimate of the bfloat16 activations of one forward pass over `tokens` tokens."""
     widest = max(shape.layers[0].linear("gate").rows, shape.hidden_size)
-    return _LIVE_ACTIVATION_WIDTHS * tokens * widest * bytes_per_element
+    return 2 * _LIVE_ACTIVATION_WIDTHS * tokens * widest
 
 
 def choose_placement(
@@ -58,10 +51,6 @@ def choose_placement(
     Raises:
         IncompatibleError: The recipe insists on a GPU and there is none, or too little memory.
     """
-    weights = 2 * shape.params  # bfloat16 on a GPU
-    whole = weights + activation_bytes(shape, batch_tokens, 2)
-    layer = 2 * shape.linear_params // shape.num_layers + 4 * shape.embedding_params
-    by_layer = layer + activation_bytes(shape, batch_tokens, 2)
     if choice == "cpu":
         return Placement("cpu", "the recipe says so")
     if free_vram_bytes is None:
@@ -71,6 +60,10 @@ def choose_placement(
                 "quantizer.device=auto or a machine with a GPU"
             )
         return Placement("cpu", "torch sees no CUDA device")
+    activations = activation_bytes(shape, batch_tokens)
+    whole = 2 * shape.params + activations  # bfloat16 on a GPU
+    layer = 2 * shape.linear_params // shape.num_layers + 4 * shape.embedding_params
+    by_layer = layer + activations
     free = f"{free_vram_bytes / 1e9:.1f} GB of device memory are free"
     if choice in ("auto", "cuda") and whole <= free_vram_bytes:
         return Placement("cuda", f"{free}, {whole / 1e9:.1f} GB are needed")
@@ -92,11 +85,6 @@ def cpu_dtype(shape: ModelSpec, available_bytes: int) -> Literal["float32", "bfl
     """
     needed = 5.2 * shape.params + 3.2e9
     return "float32" if needed <= available_bytes else "bfloat16"
-
-
-def estimated_cpu_s(shape: ModelSpec, tokens: int) -> float:
-    """Seconds that a CPU calibration takes: 2 FLOP per weight and token, lm_head skipped."""
-    return 2.0 * shape.linear_params * tokens / _CPU_FLOPS_PER_S
 
 
 def free_vram_bytes() -> int | None:

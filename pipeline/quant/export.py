@@ -37,24 +37,19 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation config, chat template, licence and notice files of a model folder."""
-    named = [folder / name for name in _COMPANIONS]
-    legal = [
-        path
-        for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-        for path in sorted(folder.glob(pattern))
-    ]
-    return [path for path in [*named, *legal] if path.is_file()]
-
-
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy a model folder's companion files."""
-    for path in companion_files(source):
-        shutil.copyfile(path, target / path.name)
+    """Copy tokenizer, generation config, chat template, licence and notice files of a model."""
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def normalize_export(
@@ -92,9 +87,11 @@ def normalize_export(
     config["quantization_config"] |= {"ignore": ignored, "quant_algo": precision.quant_algo}
     _write_config(config["quantization_config"], weights_dir, out_dir)
     quant_config = json.loads((exported / "hf_quant_config.json").read_text())
-    quant_config["quantization"]["quant_algo"] = precision.quant_algo
-    quant_config["quantization"]["kv_cache_quant_algo"] = None
-    quant_config["quantization"]["exclude_modules"] = ignored
+    quant_config["quantization"] |= {
+        "quant_algo": precision.quant_algo,
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ignored,
+    }
     _write_json(out_dir / "hf_quant_config.json", quant_config)
     copy_companions(weights_dir, out_dir)
 
@@ -111,48 +108,41 @@ def _write_config(quantization: dict[str, Any], weights_dir: Path, out_dir: Path
 def _normalize_shard(
     shard: Path, target: Path, quantized_dtype: str, cache_scales: Mapping[str, float]
 ) -> None:
-    """Move or copy a shard, its tensors as bfloat16 except quantized weights and scales.
+    """Move a shard, its tensors as bfloat16 except quantized weights and scales.
 
-    Where only scales change, as after calibrating in bfloat16, they are patched into the file that
-    ModelOpt wrote: four bytes each, where rewriting Phi-3 costs seconds.
+    Scales are patched into the file: after calibrating in bfloat16 nothing else changes, and
+    rewriting Phi-3 costs seconds.
     """
-    tensors = read_header(shard)
-    for name in tensors:
-        if name.endswith(_CACHE) and name not in cache_scales:
-            raise CorruptError(f"ModelOpt exported {name}, which calibration did not see")
+    dtypes = ("bfloat16", quantized_dtype)
     if not all(
-        entry.dtype == ("float32" if name.endswith(_SCALES) else "bfloat16")
-        or entry.dtype == quantized_dtype
-        for name, entry in tensors.items()
+        entry.dtype == "float32" if name.endswith(_SCALES) else entry.dtype in dtypes
+        for name, entry in read_header(shard).items()
     ):
-        _rewrite(shard, target, quantized_dtype, cache_scales)
-        return
-    scales = {name: entry for name, entry in tensors.items() if name.endswith(_SCALES)}
+        _round_to_bfloat16(shard, quantized_dtype)
     with shard.open("r+b") as stream:
-        for name, entry in scales.items():
-            stream.seek(entry.offset)
-            value = struct.unpack("<f", stream.read(_FLOAT32_BYTES))[0]
-            stream.seek(entry.offset)
-            stream.write(struct.pack("<f", _scale(name, value, cache_scales)))
+        for name, entry in read_header(shard).items():
+            if name.endswith(_SCALES):
+                stream.seek(entry.offset)
+                value = struct.unpack("<f", stream.read(_FLOAT32_BYTES))[0]
+                stream.seek(entry.offset)
+                stream.write(struct.pack("<f", _scale(name, value, cache_scales)))
     shard.replace(target)
 
 
-def _rewrite(
-    shard: Path, target: Path, quantized_dtype: str, cache_scales: Mapping[str, float]
-) -> None:
+def _round_to_bfloat16(shard: Path, quantized_dtype: str) -> None:
     """Write a shard anew."""
     import torch
     from safetensors.torch import load_file, save_file
 
     def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith(_SCALES):
-            return torch.tensor(_scale(name, float(tensor), cache_scales), dtype=torch.float32)
+            return tensor.float()
         if tensor.dtype == getattr(torch, quantized_dtype):
             return tensor
         return tensor.to(torch.bfloat16)
 
     tensors = {name: converted(name, tensor) for name, tensor in load_file(shard).items()}
-    save_file(tensors, target, metadata={"format": "pt"})
+    save_file(tensors, shard, metadata={"format": "pt"})
 
 
 def _scale(name: str, value: float, cache_scales: Mapping[str, float]) -> float:
@@ -163,9 +153,11 @@ def _scale(name: str, value: float, cache_scales: Mapping[str, float]) -> float:
     """
     import torch
 
-    if name.endswith(_CACHE):
-        return cache_scales[name]
-    return float(torch.tensor(value, dtype=torch.float32).to(torch.bfloat16))
+    if not name.endswith(_CACHE):
+        return float(torch.tensor(value, dtype=torch.float32).to(torch.bfloat16))
+    if name not in cache_scales:
+        raise CorruptError(f"ModelOpt exported {name}, which calibration did not see")
+    return cache_scales[name]
 
 
 def _write_json(path: Path, value: Any) -> None:

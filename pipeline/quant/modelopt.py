@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from pipeline.quant.device import (
     DeviceChoice,
     choose_placement,
     cpu_dtype,
-    estimated_cpu_s,
     free_vram_bytes,
     place,
 )
@@ -128,7 +127,7 @@ class ModelOptJob:
             "shared_scale": {label: list(names) for label, names in sorted(groups.items())},
             "quantized_linears": quantized,
             "kept_16bit": sorted(kept),
-            "ledger": ledger.to_json(),
+            "ledger": asdict(ledger),
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -150,9 +149,6 @@ class ModelOptJob:
         if placement.kind == "cpu":
             dtype = cpu_dtype(spec, psutil.virtual_memory().available)
         log.info("Calibrating on %s in %s: %s", placement.kind, dtype, placement.reason)
-        if placement.kind == "cpu":
-            estimate = estimated_cpu_s(spec, windows.size)
-            log.info("%d tokens, about %.0f s", windows.size, estimate)
         model = load_model(weights.dir, dtype)
         device = place(model, placement)
         batches = torch.split(torch.from_numpy(windows).to(device), self.calibration.batch_size)

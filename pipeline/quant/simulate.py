@@ -6,7 +6,6 @@ rounds its input as the precision says and multiplies with the dequantized codes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ def load_simulation(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
-    config_json = json.loads((checkpoint_dir / "config.json").read_text())
+    config_json = dict(checkpoint.config_json)
     config_json.pop("quantization_config", None)
     kept = tuple(range(config_json["num_hidden_layers"])) if layers is None else layers
     config_json["num_hidden_layers"] = len(kept)
@@ -67,18 +66,15 @@ def load_simulation(
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
-    round_input = checkpoint.precision.round_input
-    scales = {
-        _renumbered(name, kept): float(checkpoint.scalar(f"{name}.input_scale"))
-        for name in checkpoint.quantized_linears
-        if round_input is not None and _layer_of(name) in kept
-    }
+    roundings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    if (round_input := checkpoint.precision.round_input) is not None:
+        for name in checkpoint.quantized_linears:
+            if _layer_of(name) in kept:
+                scale = float(checkpoint.scalar(f"{name}.input_scale"))
+                roundings[_renumbered(name, kept)] = partial(round_input, scale=scale)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
-            rounded = None
-            if round_input is not None and name in scales:
-                rounded = partial(round_input, scale=scales[name])
-            _wrap(module, rounded, accumulate)
+        if isinstance(module, torch.nn.Linear) and (name in roundings or accumulate != "float32"):
+            _wrap(module, roundings.get(name), accumulate)
     if context is not None:
         _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.core.listing import marked_modules, read_mark
@@ -74,7 +73,6 @@ class QuantSpec:
         name: Of its module, of its option in conf/quantizer, and in variants.
         title: For people, such as `FP8`.
         weight_dtype: Type of the stored weight, by its NumPy (or ml_dtypes) name.
-        weights_per_element: How many weights one stored element packs.
         scales: Scale tensors stored beside a weight, by the ends of their names; one float32 for
             the whole tensor each.
         code_max: Largest finite code: a scale is amax / `code_max`. 0 without scales.
@@ -94,7 +92,6 @@ class QuantSpec:
     name: str
     title: str
     weight_dtype: str
-    weights_per_element: int = 1
     scales: tuple[str, ...] = ()
     code_max: float = 0.0
     relative_step: float = 0.0
@@ -108,17 +105,17 @@ class QuantSpec:
     onnx: OnnxPattern | None = None
 
     @property
-    def bytes_per_weight(self) -> float:
+    def bytes_per_weight(self) -> int:
         """Bytes that one weight takes, its scales not counted."""
-        return _ELEMENT_BYTES[self.weight_dtype] / self.weights_per_element
+        return _WEIGHT_BYTES[self.weight_dtype]
 
-    @cached_property
+    @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of one linear."""
         return _SCALE_BYTES * len(self.scales)
 
 
-_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
+_WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
 _SCALE_BYTES = 4  # float32
 
 

@@ -9,7 +9,7 @@ streams a checkpoint larger than memory, and bfloat16 and float8 arrive bit for 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,11 +142,9 @@ class UnifiedCheckpoint:
             ):
                 faults.append(f"tensor {name} has the dtype {entry.dtype}, which is not built")
         if faults:
-            more = f"\n    and {len(faults) - 8} more" if len(faults) > 8 else ""
-            listed = "".join(f"\n    {fault}" for fault in faults[:8])
             raise CorruptError(
                 f"{self.dir} does not hold the model of its config.json; make the checkpoint "
-                f"again:{listed}{more}"
+                f"again:{listed(faults)}"
             )
 
     def _is_companion(self, name: str) -> bool:
@@ -166,20 +164,24 @@ class UnifiedCheckpoint:
 
     def is_quantized(self, module: str) -> bool:
         """Whether the linear `module` is stored in the checkpoint's precision."""
-        entry = self.tensors.get(f"{module}.weight")
-        return entry is not None and self._in_precision(entry)
+        return module in self.quantized_linears
 
     @cached_property
     def quantized_linears(self) -> tuple[str, ...]:
         """Module names of all quantized linears."""
+        if self.precision is SIXTEEN_BIT:
+            return ()
         return tuple(
             name.removesuffix(".weight")
             for name, entry in self.tensors.items()
-            if name.endswith(".weight") and self._in_precision(entry)
+            if name.endswith(".weight") and entry.dtype == self.precision.weight_dtype
         )
 
-    def _in_precision(self, entry: TensorEntry) -> bool:
-        return self.precision is not SIXTEEN_BIT and entry.dtype == self.precision.weight_dtype
+
+def listed(faults: Sequence[str]) -> str:
+    """The first eight, one a line, and how many more there are."""
+    more = [f"and {len(faults) - 8} more"] if len(faults) > 8 else []
+    return "".join(f"\n    {fault}" for fault in [*faults[:8], *more])
 
 
 def all_finite(values: NDArray[Any]) -> bool:

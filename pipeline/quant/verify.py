@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import CorruptError
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
 from pipeline.quant.spec import QuantSpec
-from pipeline.quant.unified import UnifiedCheckpoint, all_finite, torch_view
+from pipeline.quant.unified import UnifiedCheckpoint, all_finite, listed, torch_view
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ _SLACK = 1.04
 by 2^-4: 3 % more."""
 _CHUNK_ROWS = 512
 """So that the intermediate values of a chunk stay in the processor's cache."""
-_MAX_LISTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +46,6 @@ class Ledger:
     relative_error: Mapping[str, float]
     kept_16bit: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "precision": self.precision,
-            "relative_error": dict(self.relative_error),
-            "kept_16bit": list(self.kept_16bit),
-        }
-
 
 def require_finite(source: UnifiedCheckpoint) -> None:
     """Refuse weights, norms and embeddings that hold NaN or infinite values.
@@ -64,9 +55,9 @@ def require_finite(source: UnifiedCheckpoint) -> None:
     """
     broken = [name for name in source.tensors if not all_finite(source.read(name))]
     if broken:
-        _refuse(
-            f"{source.dir} holds NaN or infinite values; fetch the weights again, or choose others",
-            broken,
+        raise CorruptError(
+            f"{source.dir} holds NaN or infinite values; fetch the weights again, or choose others:"
+            f"{listed(broken)}"
         )
 
 
@@ -103,89 +94,68 @@ def verify_checkpoint(
     errors = {}
     for name in sorted(wanted & found):
         module = name.removesuffix(".weight")
-        tensor = _Tensor(
-            checkpoint, source, name, precision if module in quantized_linears else SIXTEEN_BIT
-        )
-        fault = tensor.form_fault() or tensor.value_fault()
-        if fault:
-            faults.append(f"{name} {fault}")
+        stored = precision if module in quantized_linears else SIXTEEN_BIT
+        result = _compare(checkpoint, source, name, stored)
+        if isinstance(result, str):
+            faults.append(f"{name} {result}")
         elif module in quantized_linears:
-            errors[module] = float(f"{tensor.relative_error:.3g}")
+            errors[module] = float(f"{result:.3g}")
     for name in sorted(scales & found):
         value = float(checkpoint.scalar(name))
         if not 0 < value < float("inf"):
             faults.append(f"{name} is {value}")
     if faults:
-        _refuse("the exported checkpoint is not a faithful copy of its source", faults)
+        raise CorruptError(
+            f"the exported checkpoint is not a faithful copy of its source:{listed(faults)}"
+        )
     kept = tuple(name for name in source.spec.modules if name not in errors)
     return Ledger(precision=precision.name, relative_error=errors, kept_16bit=kept)
 
 
-@dataclass
-class _Tensor:
-    """One tensor of the checkpoint beside its source."""
+def _compare(
+    checkpoint: UnifiedCheckpoint, source: UnifiedCheckpoint, name: str, precision: QuantSpec
+) -> str | float:
+    """What is wrong with a tensor beside its source, or else its relative error."""
+    import torch
 
-    checkpoint: UnifiedCheckpoint
-    source: UnifiedCheckpoint
-    name: str
-    precision: QuantSpec
-    relative_error: float = 0.0
-
-    def form_fault(self) -> str | None:
-        """What is wrong with dtype or shape, or None."""
-        entry, origin = self.checkpoint.tensors[self.name], self.source.tensors[self.name]
-        if entry.dtype != self.precision.weight_dtype:
-            return f"has dtype {entry.dtype}, wanted {self.precision.weight_dtype}"
-        if entry.shape != origin.shape:
-            return f"has shape {entry.shape}, its source {origin.shape}"
-        return "is empty" if entry.size_bytes == 0 else None
-
-    def value_fault(self) -> str | None:
-        """What is wrong with the values, or None; finds the relative error."""
-        import torch
-
-        got = torch_view(self.checkpoint.read(self.name))
-        want = torch_view(self.source.read(self.name))
-        if self.precision is SIXTEEN_BIT:
-            if torch.equal(got.view(torch.int16), want.to(torch.bfloat16).view(torch.int16)):
-                return None
-            return "differs from its source rounded to bfloat16"
-        scale = float(self.checkpoint.scalar(f"{self.name}_scale"))
-        beyond, lost, worst, error_norm, norm, nonzero = 0, 0, 0.0, 0.0, 0.0, 0
-        for codes, rows in _chunks(got, want):
-            weights, rounded = rows.float(), self.precision.dequantize(codes, scale)
-            lost += int(((rounded == 0) & (weights != 0)).sum())
-            nonzero += int((weights != 0).sum())
-            norm += float(weights.square().sum())
-            error = rounded.sub_(weights).abs_()
-            error_norm += float(error.square().sum())
-            allowed = weights.abs_().mul_(self.precision.relative_step)
-            allowed = allowed.clamp_(min=scale * self.precision.absolute_step) * _SLACK
-            outside = ~(error <= allowed)  # not >: a NaN is outside, too
-            if outside.any():
-                beyond += int(outside.sum())
-                worst = max(worst, float((error / allowed).max()))
-        if beyond:
-            return (
-                f"has {beyond} of {got.numel()} values beyond {self.precision.title} error, the "
-                f"worst by {worst:.1f} x"
-            )
-        if lost > MAX_LOST_SHARE * max(nonzero, 1):
-            return (
-                f"lost {lost / nonzero:.0%} of its weights to zero ({MAX_LOST_SHARE:.0%} are "
-                "allowed): a few of them are far larger than the rest; list it under "
-                "quantizer.keep_16bit"
-            )
-        self.relative_error = (error_norm / norm) ** 0.5 if norm else 0.0
-        return None
+    entry, origin = checkpoint.tensors[name], source.tensors[name]
+    if entry.dtype != precision.weight_dtype:
+        return f"has dtype {entry.dtype}, wanted {precision.weight_dtype}"
+    if entry.shape != origin.shape:
+        return f"has shape {entry.shape}, its source {origin.shape}"
+    got, want = torch_view(checkpoint.read(name)), torch_view(source.read(name))
+    if precision is SIXTEEN_BIT:
+        if torch.equal(got.view(torch.int16), want.to(torch.bfloat16).view(torch.int16)):
+            return 0.0
+        return "differs from its source rounded to bfloat16"
+    scale = float(checkpoint.scalar(f"{name}_scale"))
+    beyond, lost, worst, error_norm, norm, nonzero = 0, 0, 0.0, 0.0, 0.0, 0
+    for codes, rows in _chunks(got, want):
+        weights, rounded = rows.float(), precision.dequantize(codes, scale)
+        lost += int(((rounded == 0) & (weights != 0)).sum())
+        nonzero += int((weights != 0).sum())
+        norm += float(weights.square().sum())
+        error = rounded.sub_(weights).abs_()
+        error_norm += float(error.square().sum())
+        allowed = weights.abs_().mul_(precision.relative_step)
+        allowed = allowed.clamp_(min=scale * precision.absolute_step) * _SLACK
+        outside = ~(error <= allowed)  # not >: a NaN is outside, too
+        if outside.any():
+            beyond += int(outside.sum())
+            worst = max(worst, float((error / allowed).max()))
+    if beyond:
+        return (
+            f"has {beyond} of {got.numel()} values beyond {precision.title} error, the worst by "
+            f"{worst:.1f} x"
+        )
+    if lost > MAX_LOST_SHARE * max(nonzero, 1):
+        return (
+            f"lost {lost / nonzero:.0%} of its weights to zero ({MAX_LOST_SHARE:.0%} are allowed): "
+            "a few of them are far larger than the rest; list it under quantizer.keep_16bit"
+        )
+    return float((error_norm / norm) ** 0.5 if norm else 0.0)
 
 
 def _chunks(got: torch.Tensor, want: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for start in range(0, len(got), _CHUNK_ROWS):
         yield got[start : start + _CHUNK_ROWS], want[start : start + _CHUNK_ROWS]
-
-
-def _refuse(what: str, faults: list[str]) -> None:
-    more = len(faults) - _MAX_LISTED
-    listed = "".join(f"\n    {fault}" for fault in faults[:_MAX_LISTED])
-    raise CorruptError(f"{what}:{listed}" + (f"\n    and {more} more" if more > 0 else ""))

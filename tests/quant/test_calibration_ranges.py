@@ -15,10 +15,8 @@ from tests.specs import tiny_spec
 
 SHAPE = tiny_spec(num_hidden_layers=30)
 TOKENS = 64
-WHOLE = 2 * SHAPE.params + activation_bytes(SHAPE, TOKENS, 2)
-LAYER = (
-    2 * SHAPE.linear_params // 30 + 4 * SHAPE.embedding_params + activation_bytes(SHAPE, TOKENS, 2)
-)
+WHOLE = 2 * SHAPE.params + activation_bytes(SHAPE, TOKENS)
+LAYER = 2 * SHAPE.linear_params // 30 + 4 * SHAPE.embedding_params + activation_bytes(SHAPE, TOKENS)
 
 
 def layers(*values: float) -> dict[str, float]:

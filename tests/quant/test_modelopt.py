@@ -29,7 +29,6 @@ PARTS = (
     "mlp.down_proj",
 )
 LINEARS = [f"model.layers.{layer}.{part}" for layer in range(3) for part in PARTS]
-KEPT = ("model.layers.0.*", "model.layers.*.mlp.down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -42,48 +41,6 @@ def made(root: Path) -> Checkpoint:
     return tiny_checkpoint(root)
 
 
-@pytest.fixture(scope="module")
-def mixed(root: Path, made: Checkpoint) -> Checkpoint:
-    """The same weights, some linears kept."""
-    cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*KEPT).quantize(made.weights, CALIBRATION, cache)
-
-
-def test_every_linear_is_fp8_with_its_scales(made: Checkpoint) -> None:
-    checkpoint = UnifiedCheckpoint(made.dir)
-    assert sorted(made.quantized_linears) == sorted(checkpoint.quantized_linears) == sorted(LINEARS)
-    assert made.kept_16bit == ()
-    scales = {f"{name}.{kind}_scale" for name in LINEARS for kind in ("weight", "input")}
-    kv_scales = {
-        f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale"
-        for layer in range(3)
-        for part in "kv"
-    }
-    source = set(UnifiedCheckpoint(made.weights.dir).tensors)
-    assert set(checkpoint.tensors) == source | scales | kv_scales
-
-
-def test_all_that_is_not_fp8_is_bfloat16(made: Checkpoint) -> None:
-    tensors = UnifiedCheckpoint(made.dir).tensors
-    others = {
-        entry.dtype
-        for name, entry in tensors.items()
-        if not name.endswith("_scale") and name.removesuffix(".weight") not in LINEARS
-    }
-    assert others == {"bfloat16"}
-
-
-def test_fused_linears_share_one_weight_scale(made: Checkpoint) -> None:
-    checkpoint = UnifiedCheckpoint(made.dir)
-    groups = checkpoint.spec.fused_modules()
-    assert len(groups) == 6
-    for names in groups.values():
-        assert len({float(checkpoint.scalar(f"{name}.weight_scale")) for name in names}) == 1
-    amax = made.calibration["amax"]
-    own = {amax[f"{name}.weight_quantizer"] for name in groups["model.layers.0.self_attn.qkv"]}
-    assert len(own) == 3, "this model would share its scales by itself; the test shows nothing"
-
-
 def test_every_scale_of_a_linear_is_exact_in_bfloat16(made: Checkpoint) -> None:
     import ml_dtypes
     import numpy as np
@@ -93,21 +50,6 @@ def test_every_scale_of_a_linear_is_exact_in_bfloat16(made: Checkpoint) -> None:
         for kind in ("weight", "input"):
             scale = checkpoint.scalar(f"{name}.{kind}_scale")
             assert scale == np.float32(scale.astype(ml_dtypes.bfloat16)), name
-
-
-def test_cache_scales_are_there_but_the_cache_is_declared_16_bit(made: Checkpoint) -> None:
-    config = json.loads((made.dir / "config.json").read_text())
-    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-    assert config["quantization_config"]["quant_algo"] == "FP8"
-    assert "kv_cache_scheme" not in config["quantization_config"]
-    declared = json.loads((made.dir / "hf_quant_config.json").read_text())["quantization"]
-    assert (declared["quant_algo"], declared["kv_cache_quant_algo"]) == ("FP8", None)
-
-
-def test_config_is_the_sources_own_with_the_quantization_added(made: Checkpoint) -> None:
-    config = json.loads((made.dir / "config.json").read_text())
-    del config["quantization_config"]
-    assert config == json.loads((made.weights.dir / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -146,42 +88,6 @@ def test_second_time_comes_from_the_cache(
     cache = StageCache(root=root / "cache")
     again = quantizer.quantize(made.weights, CALIBRATION, cache)
     assert again == made
-
-
-def test_kept_linears_stay_as_they_were(mixed: Checkpoint) -> None:
-    kept = [name for name in LINEARS if ".layers.0." in name or name.endswith("down_proj")]
-    assert sorted(mixed.kept_16bit) == sorted(kept)
-    assert sorted(mixed.quantized_linears) == sorted(set(LINEARS) - set(kept))
-    checkpoint, source = UnifiedCheckpoint(mixed.dir), UnifiedCheckpoint(mixed.weights.dir)
-    for name in kept:
-        assert checkpoint.tensors[f"{name}.weight"].dtype == "bfloat16"
-        got, want = (opened.read(f"{name}.weight") for opened in (checkpoint, source))
-        assert got.tobytes() == want.tobytes()
-        assert f"{name}.weight_scale" not in checkpoint.tensors
-
-
-def test_kept_linears_are_on_the_exclude_list(mixed: Checkpoint) -> None:
-    import fnmatch
-
-    declared = json.loads((mixed.dir / "hf_quant_config.json").read_text())["quantization"]
-    patterns = declared["exclude_modules"]
-
-    def excluded(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-    assert excluded("lm_head")
-    assert {name for name in LINEARS if excluded(name)} == set(mixed.kept_16bit)
-
-
-def test_keeping_half_of_a_fused_group_is_a_recipe_fault(root: Path, made: Checkpoint) -> None:
-    quantizer = tiny_quantizer("model.layers.1.self_attn.q_proj")
-    cache = StageCache(root=root / "cache")
-    with pytest.raises(RecipeError) as caught:
-        quantizer.quantize(made.weights, CALIBRATION, cache)
-    (fault,) = caught.value.faults
-    assert fault.path == "quantizer.keep_16bit"
-    assert "model.layers.1.self_attn." in fault.message
-    assert "keep all of them or none" in fault.message
 
 
 def test_too_little_text_is_a_recipe_fault_and_leaves_nothing(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,6 @@ def emptied(tensors: Tensors) -> None:
     tensors[WEIGHT] = tensors[WEIGHT][:0].clone()
 
 
-def emptied_norm(tensors: Tensors) -> None:
-    tensors[NORM] = tensors[NORM][:0].clone()
-
-
 def zeros(tensors: Tensors) -> None:
     import torch
 
@@ -73,10 +71,6 @@ def extra(tensors: Tensors) -> None:
     import torch
 
     tensors["model.layers.9.bias"] = torch.ones(1, dtype=torch.bfloat16)
-
-
-def transposed(tensors: Tensors) -> None:
-    tensors[WEIGHT] = tensors[WEIGHT].t().contiguous()
 
 
 def wrong_dtype(tensors: Tensors) -> None:
@@ -123,12 +117,10 @@ def one_code(tensors: Tensors) -> None:
     ("change", "message"),
     [
         (emptied, f"{WEIGHT} has shape (0, 64), its source (128, 64)"),
-        (emptied_norm, f"{NORM} has shape (0,), its source (64,)"),
         (zeros, f"{WEIGHT} has "),
         (missing, f"{WEIGHT} is missing"),
         (missing_scale, f"{LINEAR}.input_scale is missing"),
         (extra, "model.layers.9.bias was not asked for"),
-        (transposed, f"{WEIGHT} has shape (64, 128), its source (128, 64)"),
         (wrong_dtype, f"{NORM} has dtype float32, wanted bfloat16"),
         (not_quantized, f"{WEIGHT} has dtype bfloat16, wanted float8_e4m3fn"),
         (scale_doubled, f"{WEIGHT} has "),
@@ -148,12 +140,6 @@ def test_planted_fault_names_the_tensor(
         verify(made, folder)
     assert f"\n    {message}" in str(caught.value)
     assert caught.value.exit_code is ExitCode.CORRUPT
-
-
-def test_missing_weight_scale_is_named(made: Checkpoint, tmp_path: Path) -> None:
-    folder = planted(made, tmp_path / "copy", lambda tensors: tensors.pop(f"{WEIGHT}_scale"))
-    with pytest.raises(CorruptError, match=f"{WEIGHT}_scale is missing"):
-        verify(made, folder)
 
 
 def test_unchanged_copy_passes(made: Checkpoint, tmp_path: Path) -> None:
@@ -179,7 +165,7 @@ def test_ledger_says_what_rounding_cost_and_what_was_kept(made: Checkpoint) -> N
     assert set(ledger.relative_error) == set(made.quantized_linears)
     # E4M3's error is spread evenly up to 2^-4 of a value: 2.6 % of normally distributed weights.
     assert all(0.02 < error < 0.03 for error in ledger.relative_error.values())
-    assert ledger.to_json() == made.ledger
+    assert json.loads(json.dumps(asdict(ledger))) == made.ledger
 
 
 @pytest.mark.parametrize(("outlier", "lost"), [(3e4, False), (3e6, True)])

@@ -1,8 +1,8 @@
-"""The unified FP8 checkpoint, tensor by tensor, and recorded scales: equal under both sets.
+"""Recorded scales of the unified FP8 checkpoint: equal under both sets.
 
-The builder runs under today's packages and under those of the build image. The table says what the
-checkpoint of each architecture holds, `golden/scales.json` the values of its scales; whichever set
-runs the tests is compared with both. After a change of the tiny models or of calibration:
+The builder runs under today's packages and under those of the build image. `golden/scales.json`
+holds the values of each architecture's scales; whichever set runs the tests is compared with it.
+After a change of the tiny models or of calibration:
 
     python -m tests.quant.unified_contract
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +23,6 @@ from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer
 
 GOLDEN = Path(__file__).parent / "golden" / "scales.json"
-
-_SPLIT = {
-    "self_attn.q_proj": ("Q", "H"),
-    "self_attn.k_proj": ("K", "H"),
-    "self_attn.v_proj": ("K", "H"),
-    "self_attn.o_proj": ("H", "Q"),
-    "mlp.gate_proj": ("I", "H"),
-    "mlp.up_proj": ("I", "H"),
-    "mlp.down_proj": ("H", "I"),
-}
-_FUSED = {
-    "self_attn.qkv_proj": ("Q+2K", "H"),
-    "self_attn.o_proj": ("H", "Q"),
-    "mlp.gate_up_proj": ("2I", "H"),
-    "mlp.down_proj": ("H", "I"),
-}
-_BIASED = {"self_attn.q_proj": "Q", "self_attn.k_proj": "K", "self_attn.v_proj": "K"}
-_LINEARS: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    "LlamaForCausalLM": _SPLIT,
-    "MistralForCausalLM": _SPLIT,
-    "Qwen2ForCausalLM": _SPLIT,
-    "Phi3ForCausalLM": _FUSED,
-}
-"""Architecture -> linear of a layer -> shape [out, in]: H hidden, Q query heads, K key heads, I
-intermediate."""
-
-Form = dict[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> dtype and shape."""
-
-
-def expected_form(config: Mapping[str, Any]) -> Form:
-    """Every tensor of the checkpoint of a model with this `config.json`, nothing kept."""
-    (architecture,) = config["architectures"]
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    query, key = heads * head_dim, config["num_key_value_heads"] * head_dim
-    intermediate = config["intermediate_size"]
-    size = {
-        "H": hidden,
-        "Q": query,
-        "K": key,
-        "I": intermediate,
-        "Q+2K": query + 2 * key,
-        "2I": 2 * intermediate,
-    }
-    vocabulary = ("bfloat16", (config["vocab_size"], hidden))
-    form: Form = {
-        "model.embed_tokens.weight": vocabulary,
-        "model.norm.weight": ("bfloat16", (hidden,)),
-    }
-    if not config["tie_word_embeddings"]:
-        form["lm_head.weight"] = vocabulary
-    for number in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{number}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            form[f"{layer}.{norm}.weight"] = ("bfloat16", (hidden,))
-        for linear, (rows, columns) in _LINEARS[architecture].items():
-            form[f"{layer}.{linear}.weight"] = ("float8_e4m3fn", (size[rows], size[columns]))
-            form[f"{layer}.{linear}.weight_scale"] = ("float32", ())
-            form[f"{layer}.{linear}.input_scale"] = ("float32", ())
-        for part in "kv":
-            form[f"{layer}.self_attn.{part}_proj.{part}_scale"] = ("float32", ())
-        if architecture == "Qwen2ForCausalLM":
-            for linear, rows in _BIASED.items():
-                form[f"{layer}.{linear}.bias"] = ("bfloat16", (size[rows],))
-    return form
-
-
-def form_of(checkpoint_dir: Path) -> Form:
-    """What a checkpoint holds."""
-    tensors = UnifiedCheckpoint(checkpoint_dir).tensors
-    return {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
 
 
 def scales_of(checkpoint_dir: Path) -> dict[str, float]:

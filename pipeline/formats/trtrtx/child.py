@@ -32,14 +32,10 @@ class Profile:
 
     def shapes(self, name: str, dims: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Minimum, optimum and maximum shape of one input; `dims` holds its static sizes."""
-        per_case = zip(self.batch, self.sequence, self.logits, strict=True)
-        if name == "input_ids":
-            return [(batch, sequence) for batch, sequence, _ in per_case]
-        if name == "write_indices":
-            return [(batch,) for batch, _, _ in per_case]
-        if name == "logits_index":
-            return [(batch, logits) for batch, _, logits in per_case]
-        return [(batch, *dims[1:]) for batch, _, _ in per_case]
+        second = {"input_ids": self.sequence, "logits_index": self.logits}.get(name)
+        if second is not None:
+            return list(zip(self.batch, second, strict=True))
+        return [(batch, *dims[1:]) for batch in self.batch]
 
 
 @dataclass(frozen=True, kw_only=True)

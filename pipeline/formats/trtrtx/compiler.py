@@ -24,14 +24,23 @@ from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
-from pipeline.formats.trtrtx.child import CompileJob, Profile, run_child
+from pipeline.formats.trtrtx.child import CheckJob, CompileJob, Profile, run_child
 from pipeline.formats.trtrtx.linears import node_names
 from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
-from pipeline.formats.trtrtx.network_check.stage import check_network_once
 from pipeline.formats.trtrtx.onnx_graph import buildable_layer
 from pipeline.formats.trtrtx.plan_text import prove_plan
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
-from pipeline.formats.trtrtx.stage import RTX_GRAPH, GraphSettings, convert
+from pipeline.formats.trtrtx.stage import (
+    CPU_CUT,
+    GRAPH_CODE,
+    RTX_CUT,
+    RTX_GRAPH,
+    GraphSettings,
+    convert,
+    cut_context,
+    cut_layers,
+    quantized_linears,
+)
 from pipeline.model.spec import Attention
 from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import quant_spec
@@ -46,6 +55,15 @@ STAGE = Stage(
         "pipeline.formats.trtrtx.plan_text",
     ),
 )
+
+
+CHECK_STAGE = Stage(
+    name="network-check",
+    version=1,
+    code=("pipeline.formats.trtrtx.network_check", "pipeline.formats.trtrtx.child", *GRAPH_CODE),
+)
+_CHECK_TOOLS = (PACKAGE, "onnxruntime", "onnx")
+_CHECK_RESULT = "result.json"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -132,14 +150,7 @@ class TrtRtxCompiler:
         spec = UnifiedCheckpoint(checkpoint.dir).spec
         _check_attention_shape(buildable_layer(spec).attention)
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
-        network = check_network_once(
-            checkpoint.dir,
-            graphs.dir,
-            context=self.max_seq_len,
-            dtype=self.activation_dtype,
-            cache=cache,
-            log_path=log_dir / "network-check.log",
-        )
+        network = self._check_network(checkpoint.dir, graphs.dir, cache, log_dir)
         result = cache.run(
             STAGE,
             {
@@ -168,6 +179,41 @@ class TrtRtxCompiler:
     @property
     def _graph(self) -> GraphSettings:
         return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
+
+    def _check_network(
+        self, checkpoint_dir: Path, graphs: Path, cache: StageCache, log_dir: Path
+    ) -> dict[str, Any]:
+        """Check the cut of a converted model, unless one like it has passed before.
+
+        What the parser makes of a layer does not depend on the numbers in it, so the key holds the
+        model's configuration and which linears are quantized, not the weights.
+        """
+        checkpoint = UnifiedCheckpoint(checkpoint_dir)
+        spec, layers = checkpoint.spec, cut_layers(checkpoint)
+        interface = DecoderInterface.of(
+            spec,
+            context=cut_context(spec, self.max_seq_len),
+            dtype=self.activation_dtype,
+            num_layers=len(layers),
+        )
+        inputs = {
+            "config": spec.to_json(),
+            "interface": asdict(interface),
+            "quantized_linears": sorted(quantized_linears(checkpoint, layers)),
+            "tools": {name: version(name) for name in _CHECK_TOOLS},
+        }
+
+        def produce(out: Path) -> None:
+            job = CheckJob(
+                graph=graphs / RTX_CUT,
+                reference=graphs / CPU_CUT,
+                interface=interface,
+                result=out / _CHECK_RESULT,
+            )
+            run_child(job, out, stage=CHECK_STAGE.name, log_path=log_dir / "network-check.log")
+
+        found: dict[str, Any] = cache.run(CHECK_STAGE, inputs, produce).read_json(_CHECK_RESULT)
+        return found
 
     def _produce(
         self, checkpoint: Checkpoint, graphs: Path, target: Target, out: Path, log_dir: Path

@@ -63,7 +63,7 @@ class GraphWriter:
     dtype: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
-    _made: dict[str, str] = field(default_factory=dict)
+    _dtypes: dict[str, int] = field(default_factory=dict)
 
     def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Append a node with one output; the node is named like its output."""
@@ -76,10 +76,13 @@ class GraphWriter:
         """A small tensor held inside the graph file."""
         import onnx
 
-        if name not in self._made:
-            self._made[name] = name
-            self.initializers.append(onnx.numpy_helper.from_array(values, name))
+        if name not in self._dtypes:
+            self._add(onnx.numpy_helper.from_array(values, name))
         return name
+
+    def _add(self, tensor: onnx.TensorProto) -> None:
+        self._dtypes[tensor.name] = tensor.data_type
+        self.initializers.append(tensor)
 
     def weight(
         self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
@@ -94,10 +97,11 @@ class GraphWriter:
         Raises:
             CorruptError: There is no such tensor, or it has fewer rows.
         """
-        import ml_dtypes
+        import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
+        import numpy as np
         import onnx
 
-        if name in self._made:
+        if name in self._dtypes:
             return name
         entry = self.checkpoint.entry(stored or name)
         slot = self.slots[entry.name]
@@ -110,12 +114,7 @@ class GraphWriter:
         row_bytes = slot.size_bytes // entry.shape[0]
         tensor = onnx.TensorProto(
             name=name,
-            data_type={
-                "bfloat16": onnx.TensorProto.BFLOAT16,
-                "float16": onnx.TensorProto.FLOAT16,
-                "float32": onnx.TensorProto.FLOAT,
-                ml_dtypes.float8_e4m3fn.__name__: onnx.TensorProto.FLOAT8E4M3FN,
-            }[entry.dtype],
+            data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(entry.dtype)),
             dims=(end - first, *entry.shape[1:]),
             data_location=onnx.TensorProto.EXTERNAL,
         )
@@ -125,8 +124,7 @@ class GraphWriter:
             ("length", str((end - first) * row_bytes)),
         ):
             tensor.external_data.add(key=key, value=value)
-        self.initializers.append(tensor)
-        self._made[name] = name
+        self._add(tensor)
         return name
 
     def weight_as_activation(
@@ -134,13 +132,10 @@ class GraphWriter:
     ) -> str:
         """A weight cast to the activations' dtype; no cast where it has that dtype already."""
         source = self.weight(name, stored, rows)
-        cast = f"{name}.cast"
-        if self.initializer_type(name) == self.dtype:
+        if self._dtypes[name] == self.dtype:
             return source
-        if cast not in self._made:
-            self._made[cast] = self.op("Cast", [source], cast, to=self.dtype)
+        cast = f"{name}.cast"
+        if cast not in self._dtypes:
+            self._dtypes[cast] = self.dtype
+            self.op("Cast", [source], cast, to=self.dtype)
         return cast
-
-    def initializer_type(self, name: str) -> int:
-        """ONNX element type of an initializer."""
-        return next(int(tensor.data_type) for tensor in self.initializers if tensor.name == name)

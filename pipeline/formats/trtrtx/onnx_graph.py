@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.core.errors import RecipeError
 from pipeline.formats.trtrtx.graph_writer import GraphWriter, WeightSlot
@@ -33,7 +33,6 @@ from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built
 from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
 
 ActivationDtype = Literal["float32", "bfloat16", "float16"]
@@ -69,16 +68,14 @@ def build_decoder(
     Raises:
         CorruptError: A scale is missing or malformed.
     """
+    import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+    import numpy as np
     import onnx
 
     spec = checkpoint.spec
     attention = buildable_layer(spec).attention
     built = tuple(range(spec.num_layers)) if layers is None else layers
-    dtype = {
-        "float32": onnx.TensorProto.FLOAT,
-        "bfloat16": onnx.TensorProto.BFLOAT16,
-        "float16": onnx.TensorProto.FLOAT16,
-    }[activation]
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(activation))
     writer = GraphWriter(checkpoint, dict(slots), dtype)
     _Decoder(writer, spec, context).write(built)
 
@@ -140,33 +137,28 @@ class _Decoder:
         self._context = context
 
     def write(self, layers: tuple[int, ...]) -> None:
-        """Embedding, the layers, final norm, lm_head on the wanted positions."""
+        """Embedding, the layers, final norm, lm_head on the wanted positions.
+
+        Only those rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits. They leave
+        as float32 whatever the activations are.
+        """
+        import numpy as np
+        import onnx
+
         w = self._w
         embedding = w.weight_as_activation("model.embed_tokens.weight")
         hidden = w.op("Gather", [embedding, "input_ids"], "model.embed_tokens")  # [B, S, hidden]
         self._positions_and_mask()
         for slot, layer in enumerate(layers):
             hidden = self._layer(layer, slot, hidden)
-        # Only the wanted rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits.
-        hidden = w.op("GatherND", [hidden, self._logits_rows()], "logits_rows", batch_dims=1)
+        last = w.constant("axis_last", np.array([-1], np.int64))
+        rows = w.op("Unsqueeze", ["logits_index", last], "logits_index.column")  # [B, N, 1]
+        hidden = w.op("GatherND", [hidden, rows], "logits_rows", batch_dims=1)
         hidden = self._norm("model.norm", hidden)
         head = "model.embed_tokens.weight" if self._spec.tied else "lm_head.weight"
         transposed = w.op("Transpose", [w.weight_as_activation(head)], "lm_head.t", perm=[1, 0])
         logits = w.op("MatMul", [hidden, transposed], "lm_head")
-        self._cast_output(logits)
-
-    def _cast_output(self, logits: str) -> None:
-        """Logits leave as float32 whatever the activations are."""
-        import onnx
-
-        self._w.op("Cast", [logits], "logits", to=onnx.TensorProto.FLOAT)
-
-    def _logits_rows(self) -> str:
-        """`logits_index` [B, N] as GatherND indices [B, N, 1]."""
-        import numpy as np
-
-        last = self._w.constant("axis_last", np.array([-1], np.int64))
-        return self._w.op("Unsqueeze", ["logits_index", last], "logits_index.column")
+        w.op("Cast", [logits], "logits", to=onnx.TensorProto.FLOAT)
 
     def _positions_and_mask(self) -> None:
         """`position_ids` [B, S] and the bool `attention_mask` [B, 1, S, T], shared by all layers.
@@ -177,6 +169,7 @@ class _Decoder:
         nothing and is left out.
         """
         import numpy as np
+        import onnx
 
         w = self._w
         zero, one = (w.constant(f"int_{n}", np.array(n, np.int64)) for n in (0, 1))
@@ -201,8 +194,9 @@ class _Decoder:
             w.op("And", [causal, near], "attention_mask")
 
         cos, sin = rope_tables(self._spec.rope, context=self._context)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(w.dtype)
         for name, table in (("rope_cos", cos), ("rope_sin", sin)):
-            w.constant(name, table.astype(_numpy_dtype(w.dtype)))
+            w.constant(name, table.astype(dtype))
 
     def _layer(self, layer: int, slot: int, hidden: str) -> str:
         """One decoder layer with its two residual additions; `slot` numbers its cache."""
@@ -321,11 +315,3 @@ class _Decoder:
             interleaved=0,
             **partial,
         )
-
-
-def _numpy_dtype(onnx_type: int) -> np.dtype[Any]:
-    """NumPy (or ml_dtypes) dtype of an ONNX element type."""
-    import onnx
-
-    dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(onnx_type)
-    return dtype

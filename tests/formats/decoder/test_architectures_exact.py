@@ -34,6 +34,14 @@ class Case:
     overrides: dict[str, Any]
 
 
+_SHAPES: dict[str, dict[str, Any]] = {
+    "head_dim-not-hidden-over-heads": {"head_dim": 24},
+    "as-many-kv-heads-as-heads": {"num_key_value_heads": 4},
+    "one-layer-one-kv-head": {"num_hidden_layers": 1, "num_key_value_heads": 1},
+    "large-epsilon": {"rms_norm_eps": 0.1},
+}
+
+
 def _cases() -> dict[str, Case]:
     cases = {}
     for name in ARCHITECTURES:
@@ -45,6 +53,8 @@ def _cases() -> dict[str, Case]:
             cases[f"{name}-short-factors"] = Case(name, 128, (3, 29, 60), wide)
         else:
             cases[name] = Case(name, 192, (3, 40, 121), {})
+    for name, overrides in _SHAPES.items():
+        cases[name] = Case("llama", 128, (3, 17, 40), overrides)
     return cases
 
 

@@ -58,11 +58,6 @@ def bias_dropped(graph: Any, rope: Rope) -> None:
     pass_by(graph, "model.layers.1.self_attn.k_proj.biased")
 
 
-def bias_of_another_linear(graph: Any, rope: Rope) -> None:
-    (add,) = (n for n in graph.node if n.name == "model.layers.1.self_attn.k_proj.biased")
-    add.input[1] = add.input[1].replace("k_proj", "v_proj")
-
-
 def gate_and_up_swapped(graph: Any, rope: Rope) -> None:
     gate, up = (
         next(n for n in graph.node if n.name == f"model.layers.1.mlp.gate_up_proj.{part}")
@@ -83,10 +78,6 @@ def window_one_too_long(graph: Any, rope: Rope) -> None:
 
     window = onnx.numpy_helper.to_array(initializer(graph, "sliding_window"))
     replace(graph, "sliding_window", window + 1)
-
-
-def window_left_out(graph: Any, rope: Rope) -> None:
-    pass_by(graph, "attention_mask")
 
 
 def window_counted_from_the_cache_start(graph: Any, rope: Rope) -> None:
@@ -137,27 +128,33 @@ def llama3_scaling_left_out(graph: Any, rope: Rope) -> None:
     replace_tables(graph, Rope(theta=rope.theta, rotary_dim=rope.rotary_dim))
 
 
+def keys_written_one_row_off(graph: Any, rope: Rope) -> None:
+    import onnx
+
+    add = onnx.helper.make_node("Add", ["write_indices", "int_1"], ["row_off"])
+    graph.node.insert(0, add)
+    for node in graph.node:
+        if node.op_type == "TensorScatter":
+            node.input[2] = "row_off"
+
+
 def rest_of_the_attention_scale_left_out(graph: Any, rope: Rope) -> None:
     pass_by(graph, "model.layers.1.self_attn.q_scaled")
 
 
 FAULTS: list[tuple[str, Change]] = [
     ("qwen2.5", bias_dropped),
-    ("qwen2.5-0.5b", bias_of_another_linear),
     ("phi3", gate_and_up_swapped),
     ("phi4-mini", key_rows_off_by_one_head),
     ("phi3", rest_of_the_attention_scale_left_out),
-    ("phi3", window_one_too_long),
     ("mistral-sliding", window_one_too_long),
-    ("mistral-sliding", window_left_out),
     ("mistral-sliding", window_counted_from_the_cache_start),
     ("phi4-mini", whole_head_turned),
     ("phi4-mini", too_few_elements_turned),
-    ("phi3-long", attention_factor_left_out),
     ("phi4-mini", attention_factor_left_out),
     ("phi3-long", short_factors_beyond_the_original_context),
     ("llama3.1", llama3_scaling_left_out),
-    ("llama3.2", llama3_scaling_left_out),
+    ("llama", keys_written_one_row_off),
 ]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.core.cache import StageCache, digest_folder
-from pipeline.core.values import Checkpoint, Licence, Weights
+from pipeline.core.cache import StageCache
+from pipeline.core.values import Checkpoint
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import (
@@ -24,7 +24,7 @@ from tests.architectures import (
     tiny_fp8_architecture,
 )
 from tests.formats.decoder.decoders import graph_logits, model_logits, random_prompt, write_graph
-from tests.quant.tiny_quantized import CALIBRATION, tiny_quantizer
+from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer
 
 CONTEXT = 128
 PROMPT = random_prompt(100)  # beyond every window and every original context
@@ -37,14 +37,8 @@ def checkpoint(
     """The tiny model as ModelOpt quantizes it."""
     folder = tmp_path_factory.mktemp("fp8")
     model_dir = tiny_architecture(request.param, folder / "model")
-    weights = Weights(
-        dir=model_dir,
-        origin="local:tiny",
-        commit=None,
-        files=digest_folder(model_dir),
-        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
-    )
-    return tiny_quantizer().quantize(weights, CALIBRATION, StageCache(root=folder / "cache"))
+    cache = StageCache(root=folder / "cache")
+    return tiny_quantizer().quantize(local_weights(model_dir), CALIBRATION, cache)
 
 
 def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ...]) -> float:

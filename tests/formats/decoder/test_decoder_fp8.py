@@ -1,4 +1,4 @@
-"""FP8: the graph gives the simulation's codes, and its logits but for flipped codes."""
+"""FP8: the graph rounds as the simulation does, linear by linear."""
 
 from __future__ import annotations
 
@@ -20,30 +20,6 @@ from tests.formats.decoder.decoders import (
     random_prompt,
     write_graph,
 )
-
-
-@pytest.mark.parametrize("layers", [(0,), (1,), (0, 1), (1, 2)], ids=str)
-def test_graph_of_one_or_two_layers_agrees_with_the_simulation(
-    fp8_checkpoint: Checkpoint, tmp_path: Path, layers: tuple[int, ...]
-) -> None:
-    """Single positions may differ: where two right float32 sums differ in their last bit and lie
-    on both sides of a midpoint, they round to neighbouring E4M3 codes, 6 to 12 % apart."""
-    graph = write_graph(fp8_checkpoint.dir, tmp_path, layers=layers)
-    simulation = load_simulation(fp8_checkpoint.dir, layers=layers)
-    distances = []
-    for seed in range(3):
-        prompt = random_prompt(100, seed=seed)
-        wanted = model_logits(simulation, prompt)
-        distances.append(np.abs(graph_logits(graph, prompt) - wanted).max(axis=-1))
-    per_position = np.concatenate(distances)
-    assert np.median(per_position) < 1e-3
-    assert (per_position < 1e-3).mean() >= 0.9
-
-
-def test_fp8_is_seen_in_the_graph(fp8_graph: Path, plain_graph: Path) -> None:
-    prompt = random_prompt(50)
-    distance = np.abs(graph_logits(fp8_graph, prompt) - graph_logits(plain_graph, prompt))
-    assert np.median(distance.max(axis=-1)) > 0.01
 
 
 def e4m3_values() -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pipeline.core.cache import StageCache
-from pipeline.core.errors import PipelineError
 from pipeline.core.values import Checkpoint
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import PlanError, prove_plan, read_plan
@@ -67,17 +66,6 @@ def test_real_plan_is_proven(plan: bytes, asked: dict[str, Any]) -> None:
     assert (proof["profiles"], proof["quantized_gemms"], proof["quantized_linears"]) == (2, 24, 21)
 
 
-def test_fused_names_are_split(plan: bytes) -> None:
-    fused = {gemm.modules for gemm in read_plan(plan) if len(gemm.modules) == 3}
-    names = {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
-    assert names in [set(modules) for modules in fused]
-
-
-def test_lm_head_is_the_only_16_bit_gemm(plan: bytes) -> None:
-    other = {gemm for gemm in read_plan(plan) if not gemm.multiplies(E4M3)}
-    assert {gemm.modules for gemm in other} == {("lm_head",)}
-
-
 def test_another_sm_is_refused(plan: bytes, asked: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=r"is for \('sm89',\), sm120 was asked for"):
         prove_plan(plan, SPEC, **{**asked, "sm": 120})
@@ -102,12 +90,6 @@ def test_fp8_gemm_that_was_not_asked_for_is_named(plan: bytes, asked: dict[str, 
     wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
     with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
         prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted})
-
-
-def test_linear_kept_16_bit_must_not_be_fp8(plan: bytes, asked: dict[str, Any]) -> None:
-    wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
-    with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
-        prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted, "kept_16bit": [LINEAR]})
 
 
 def test_linear_computed_twice_is_named(plan: bytes, asked: dict[str, Any]) -> None:
@@ -138,22 +120,17 @@ def test_plan_of_another_version_is_refused(plan: bytes, position: int) -> None:
         read_plan(bytes(changed))
 
 
-@pytest.mark.parametrize("size", [0, 3, 63])
+@pytest.mark.parametrize("size", [0, 63])
 def test_truncated_header_is_refused(plan: bytes, size: int) -> None:
     with pytest.raises(PlanError, match="its header is missing"):
         read_plan(plan[:size])
 
 
-@pytest.mark.parametrize("missing", [1, 1000, 3_000_000])
+@pytest.mark.parametrize("missing", [1, 3_000_000])
 def test_plan_that_lacks_its_end_is_refused(plan: bytes, missing: int) -> None:
     size = len(plan)
     with pytest.raises(PlanError, match=f"has {size - missing} bytes, its header says {size}"):
         read_plan(plan[:-missing])
-
-
-def test_other_files_are_refused() -> None:
-    with pytest.raises(PlanError, match="its header is missing"):
-        read_plan(b"\0" * 100)
 
 
 def test_plan_without_sections_is_refused(plan: bytes) -> None:
@@ -169,7 +146,3 @@ def test_gemm_that_does_not_parse_is_refused(plan: bytes) -> None:
 def test_operand_whose_type_is_not_stated_is_refused(plan: bytes) -> None:
     with pytest.raises(PlanError, match="operand types of GEMM"):
         read_plan(replaced(plan, f"type={E4M3}".encode(), b"typo=fp8_e4m3"))
-
-
-def test_plan_error_is_one_that_users_see_as_a_message() -> None:
-    assert issubclass(PlanError, PipelineError)

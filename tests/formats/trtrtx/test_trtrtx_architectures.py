@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
-from pipeline.core.values import Checkpoint, Engine, Licence, Weights
+from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, WINDOW, tiny_architecture
-from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_quantizer
+from tests.quant.tiny_quantized import ADA, CALIBRATION, local_weights, tiny_quantizer
 
 E4M3 = "fp8_e4m3"
 
@@ -35,15 +35,8 @@ QUICK = ("qwen2.5", "phi3", "phi4-mini")
 
 def quantized(root: Path, name: str, *keep_16bit: str, **overrides: Any) -> Checkpoint:
     model_dir = tiny_architecture(name, root / "model", **overrides)
-    weights = Weights(
-        dir=model_dir,
-        origin="local:tiny",
-        commit=None,
-        files=digest_folder(model_dir),
-        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
-    )
     cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache)
+    return tiny_quantizer(*keep_16bit).quantize(local_weights(model_dir), CALIBRATION, cache)
 
 
 def compiled(root: Path, checkpoint: Checkpoint) -> Engine:

@@ -5,6 +5,7 @@ word: TensorRT-RTX 1.7.1 does so with `nonpad_kv_seqlen`. Hence two checks on th
 `INetworkDefinition`, the last thing before the compiler that can still be read:
 
 - `guard`: every build, whole network, milliseconds: interface, attention layers, cache updates.
-- `compare`: a cut of a few layers, once per architecture, RTX version and graph code: a small
-  interpreter computes what the parsed network says, ONNX Runtime computes the float32 graph.
+- `compare`: a cut of the model (embedding, two layers, final norm, lm_head), once per architecture,
+  RTX version and graph code: a small interpreter computes what the parsed network says, ONNX
+  Runtime computes the float32 graph.
 """

@@ -78,11 +78,11 @@ def _check_known(layer: Layer) -> None:
     """There is a rule for the kind, and it reads all attributes that the kind's class has."""
     import tensorrt_rtx as trt
 
-    rule = RULES.get(layer.kind)
-    if rule is None:
+    if layer.kind not in RULES:
         raise unknown(layer, f"the kind {layer.kind}")
+    _, attributes = RULES[layer.kind]
     offered = {name for name in dir(type(layer.layer)) if not name.startswith("_")}
-    if extra := offered - set(dir(trt.ILayer)) - rule.attributes:
+    if extra := offered - set(dir(trt.ILayer)) - attributes:
         raise unknown(layer, f"the attribute {', '.join(sorted(extra))}")
     if len(layer.outputs) != 1 or None in layer.inputs:
         raise unknown(layer, f"a form with {len(layer.outputs)} outputs or an absent input")
@@ -110,7 +110,8 @@ def _evaluate(layer: Layer, values: Mapping[str, Array]) -> Array:
     """Compute a layer and hold the result against dtype and shape that the network states."""
     try:
         inputs = [values[tensor.name] for tensor in layer.inputs]
-        value = RULES[layer.kind].evaluate(layer, *inputs)
+        evaluate, _ = RULES[layer.kind]
+        value = evaluate(layer, *inputs)
     except (IndexError, TypeError, ValueError) as error:
         raise unknown(layer, f"a form that NumPy refuses ({error})") from error
     tensor = layer.outputs[0]

@@ -16,7 +16,6 @@ Shapes: B batch, H query heads, N key/value heads, S sequence of this step, T co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -35,28 +34,16 @@ Array = NDArray[Any]
 _Evaluate = Callable[..., Array]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How to compute a kind of layer.
-
-    Attributes:
-        evaluate: (layer, values of its inputs) -> its one output value.
-        attributes: The attributes of this kind's class, beyond those of every layer.
-    """
-
-    evaluate: _Evaluate
-    attributes: frozenset[str]
-
-
-RULES: dict[str, Rule] = {}
-"""`LayerType` name -> rule."""
+RULES: dict[str, tuple[_Evaluate, frozenset[str]]] = {}
+"""`LayerType` name -> (layer, values of its inputs) -> its one output value, and the attributes of
+this kind's class, beyond those of every layer."""
 
 
 def _rule(kind: str, *attributes: str) -> Callable[[_Evaluate], _Evaluate]:
     """Enter a function as the rule of a kind that reads these attributes."""
 
     def enter(evaluate: _Evaluate) -> _Evaluate:
-        RULES[kind] = Rule(evaluate, frozenset(attributes))
+        RULES[kind] = (evaluate, frozenset(attributes))
         return evaluate
 
     return enter

@@ -1,3 +1,0 @@
-from tests.formats.decoder.conftest import fp8_checkpoint, plain_dir
-
-__all__ = ["fp8_checkpoint", "plain_dir"]
