@@ -58,14 +58,6 @@ def bias_dropped(graph: Any, rope: Rope) -> None:
     pass_by(graph, "model.layers.1.self_attn.k_proj.biased")
 
 
-def gate_and_up_swapped(graph: Any, rope: Rope) -> None:
-    gate, up = (
-        next(n for n in graph.node if n.name == f"model.layers.1.mlp.gate_up_proj.{part}")
-        for part in ("gate", "up")
-    )
-    gate.input[1], up.input[1] = up.input[1], gate.input[1]
-
-
 def key_rows_off_by_one_head(graph: Any, rope: Rope) -> None:
     key = initializer(graph, "model.layers.1.self_attn.qkv_proj.k.weight")
     (offset,) = (entry for entry in key.external_data if entry.key == "offset")
@@ -83,15 +75,6 @@ def window_one_too_long(graph: Any, rope: Rope) -> None:
 def window_counted_from_the_cache_start(graph: Any, rope: Rope) -> None:
     (near,) = (node for node in graph.node if node.name == "window_mask")
     near.op_type = "Less"
-
-
-def whole_head_turned(graph: Any, rope: Rope) -> None:
-    for node in graph.node:
-        if node.op_type == "RotaryEmbedding":
-            node.attribute.remove(
-                next(a for a in node.attribute if a.name == "rotary_embedding_dim")
-            )
-    replace_tables(graph, Rope(theta=rope.theta, rotary_dim=32))
 
 
 def too_few_elements_turned(graph: Any, rope: Rope) -> None:
@@ -144,12 +127,10 @@ def rest_of_the_attention_scale_left_out(graph: Any, rope: Rope) -> None:
 
 FAULTS: list[tuple[str, Change]] = [
     ("qwen2.5", bias_dropped),
-    ("phi3", gate_and_up_swapped),
     ("phi4-mini", key_rows_off_by_one_head),
     ("phi3", rest_of_the_attention_scale_left_out),
     ("mistral-sliding", window_one_too_long),
     ("mistral-sliding", window_counted_from_the_cache_start),
-    ("phi4-mini", whole_head_turned),
     ("phi4-mini", too_few_elements_turned),
     ("phi4-mini", attention_factor_left_out),
     ("phi3-long", short_factors_beyond_the_original_context),

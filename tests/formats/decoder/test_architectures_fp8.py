@@ -71,37 +71,6 @@ def test_foreign_checkpoint_whose_scales_differ_agrees_with_the_simulation(
         assert median_distance(folder, tmp_path / str(layer), (layer,)) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["phi3", "phi4-mini"])
-def test_parts_of_a_fused_linear_are_its_rows(name: str, tmp_path: Path) -> None:
-    import onnx
-    import torch
-    from safetensors.torch import load_file
-
-    folder = tiny_fp8_architecture(name, tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    config = UnifiedCheckpoint(folder).spec
-    rows = {linear.role: linear.rows for linear in config.layers[0].linears}
-    model = onnx.load(write_graph(folder, tmp_path / "graph"))
-    found = {
-        tensor.name: np.frombuffer(tensor.raw_data, np.uint8).reshape(tuple(tensor.dims))
-        for tensor in model.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN and tensor.dims
-    }
-    for layer in range(config.num_layers):
-        for module, parts in (
-            ("self_attn.qkv_proj", ("q", "k", "v")),
-            ("mlp.gate_up_proj", ("gate", "up")),
-        ):
-            prefix, start = f"model.layers.{layer}.{module}", 0
-            codes = tensors[f"{prefix}.weight"].view(torch.uint8).numpy()
-            for part in parts:
-                np.testing.assert_array_equal(
-                    found[f"{prefix}.{part}.weight"], codes[start : start + rows[part]]
-                )
-                start += rows[part]
-            assert start == len(codes)
-
-
 @pytest.fixture
 def longrope_dir(tmp_path: Path) -> Path:
     return tiny_fp8_architecture("phi3-long", tmp_path / "longrope")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.formats.decoder.decoders import (
-    generate_greedy,
     graph_logits,
     model_logits,
     open_graph,
