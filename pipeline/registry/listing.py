@@ -7,7 +7,6 @@ entry(store, "phi3:stable", terms)  # show: one
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from pipeline.core.cache import cache_root
@@ -15,6 +14,7 @@ from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
 from pipeline.registry.resolve import Resolved, Terms, examine, resolve
 from pipeline.registry.store import Place, Store
+from pipeline.registry.stores.objects import in_parallel
 from pipeline.registry.trust.channels import read_channels
 
 _JOBS = 16
@@ -73,8 +73,7 @@ def entries(store: Store, terms: Terms) -> list[Entry]:
         held = pointers.get((place, found.package.digest), ())
         return Entry(place=place, resolved=found, pointers=tuple(sorted(held)))
 
-    with ThreadPoolExecutor(max_workers=_JOBS) as pool:
-        return [one for one in pool.map(look, places) if one is not None]
+    return [one for one in in_parallel(look, places, _JOBS) if one is not None]
 
 
 def entry(store: Store, text: str, terms: Terms) -> Entry:

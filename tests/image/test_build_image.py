@@ -34,7 +34,7 @@ FOREIGN_UID = "4321:4321"
 
 _CONTEXT = (
     ".dockerignore", "Dockerfile.build", "LICENSE", "Makefile", "README.md", "conf",
-    "pipeline", "pyproject.toml", "recipes", "requirements-image.lock",
+    "image", "pipeline", "pyproject.toml", "recipes", "requirements-image.lock",
 )  # fmt: skip
 
 

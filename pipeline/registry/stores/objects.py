@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Protocol, TypeVar
 
 from pipeline.core.values import FileDigest
@@ -154,9 +155,29 @@ def readable(items: Iterable[_Item | None], what: str) -> list[_Item]:
 def in_parallel(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = 16
 ) -> Iterator[_Result]:
-    """`map`, by threads; after an error nothing more is begun."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="registry")
+    """`map`, by threads; after an error nothing more is begun, and Ctrl-C waits for no server."""
+    work = [(item, Future[_Result]()) for item in items]
+    shared = iter(work)
+
+    def run() -> None:
+        for item, result in shared:
+            if result.set_running_or_notify_cancel():
+                try:
+                    result.set_result(function(item))
+                except BaseException as error:  # raised again where the result is asked for
+                    result.set_exception(error)
+
+    running = [Thread(target=run, daemon=True) for _ in range(min(threads, len(work)))]
+    for thread in running:
+        thread.start()
     try:
-        yield from pool.map(function, items)
+        for _, result in work:
+            yield result.result()
+    except KeyboardInterrupt:
+        running.clear()  # they end with the process
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _, result in work:
+            result.cancel()
+        for thread in running:
+            thread.join()

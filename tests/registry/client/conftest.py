@@ -81,6 +81,7 @@ class Shop:
         verdict: VerdictName | None = "accepted",
         card: str = CARD,
         channel: str = "stable",
+        runtime: tuple[str, str] = RUNTIME,
         **label: Any,
     ) -> Reference:
         """Publish a package, with a verdict and a channel for a card unless `verdict` is None."""
@@ -92,13 +93,13 @@ class Shop:
                 **FILES,
             }
         folder = self.home / f"sealed-{os.urandom(4).hex()}"
-        package = sealed_package(folder, contents, **label)
+        package = sealed_package(folder, contents, runtime=runtime, **label)
         statements = [sign_package(package, self.key)] if signed else []
         self.store.put_package(package, statements, lambda count: None)
         shutil.rmtree(folder)
         reference = reference_of(package)
         if verdict is not None:
-            self.judge(reference, verdict, card)
+            self.judge(reference, verdict, card, runtime=runtime)
             self.point(reference, card, channel)
         return reference
 
