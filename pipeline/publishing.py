@@ -128,7 +128,8 @@ class Publisher:
         signed = self.signatory.sign_build(package, begun)
         with progress(f"Publishing {place}", size_bytes, BYTES) as on_bytes:
             new = self.store.put_package(package, signed, on_bytes)
-        log.info("%s %s", "Published" if new else "Already published:", place)
+        if not throwaway:
+            log.info("%s %s", "Published" if new else "Already published:", place)
         if not self.store.local:  # need not be fetched again to be used here
             with disk_errors(f"keep {place} in the cache", SETTING):
                 settle_read_only(package.dir)

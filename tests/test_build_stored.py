@@ -53,7 +53,7 @@ def test_build_publishes_to_a_server_and_the_next_machine_takes_it(
     (listed,) = json.loads(told.stdout)["packages"]
     assert listed["reference"] == reference
     shown = other.run("show", reference, "--registry", url, **environ)
-    assert "this machine's signing key" in shown.stdout, shown.stderr
+    assert "this machine's own key" in shown.stdout, shown.stderr
     verified = other.run("verify", reference, "--registry", url, **environ)
     assert verified.returncode == 0, verified.stderr
     stranger = {**environ, "ENGINESMITH_SIGNING_KEY": ""}
