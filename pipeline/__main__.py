@@ -22,10 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.answer import Answer, failure, tell
-from pipeline.commands.outcome import (
+from pipeline.commands.answer import Answer, answer_of, failure, tell
+from pipeline.commands.screen import file_logging, screen_logging, show_error
+from pipeline.config.compose import INFO, show_info
+from pipeline.config.folders import config_folders
+from pipeline.config.load import Job, Loaded, config_text, load
+from pipeline.core.errors import ExitCode, RecipeError
+from pipeline.outcome import (
     Outcome,
-    answer_of,
     append_github_output,
     failure_of,
     jobs_table,
@@ -34,11 +38,6 @@ from pipeline.commands.outcome import (
     worst,
     write_verdict,
 )
-from pipeline.commands.screen import file_logging, screen_logging, show_error
-from pipeline.config.compose import INFO, show_info
-from pipeline.config.folders import config_folders
-from pipeline.config.load import Job, Loaded, config_text, load
-from pipeline.core.errors import ExitCode, RecipeError
 
 log = logging.getLogger("pipeline.run")
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.acceptance.subject import Subject
 from pipeline.build import acceptance_key, fetch, plan_of, run_acceptance
-from pipeline.commands.outcome import Outcome
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
@@ -30,6 +29,7 @@ from pipeline.core.targets import target_of_card
 from pipeline.core.values import Engine, Limits, Package, Verdict, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
+from pipeline.outcome import Outcome
 from pipeline.plan import refuse
 from pipeline.publishing import Publisher
 from pipeline.registry.client.pull import PullRequest

@@ -16,7 +16,6 @@ from pipeline.acceptance.measure import measure
 from pipeline.acceptance.page.report_page import Signing
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
-from pipeline.commands.outcome import Outcome
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, cache_root, locked
 from pipeline.core.errors import ExitCode, RecipeError
@@ -31,6 +30,7 @@ from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, key_inputs
 from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
+from pipeline.outcome import Outcome
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
@@ -90,8 +90,8 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
         format_spec(engine.format).require_files(engine.dir)
-        if engine.twin_dir is not None:
-            cache.keep_cpu_graph(key, engine.twin_dir)
+        if engine.cpu_graph_dir is not None:
+            cache.keep_cpu_graph(key, engine.cpu_graph_dir)
         with publisher.staging() as staging:
             text = label(recipe, weights, checkpoint, key)
             package = seal(staging, engine, weights, text)

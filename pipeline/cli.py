@@ -14,7 +14,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.commands import building, copy, keys, lifecycle, measuring, packages, pull, race
-from pipeline.commands.answer import failure
+from pipeline.commands.answer import failure, tell
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 
 app = typer.Typer(
@@ -83,12 +83,9 @@ def main() -> int:
         error.show()
         return ExitCode.USAGE
     except Exception as error:
-        from pipeline.commands.outcome import failure_of
-        from pipeline.commands.screen import show_error
-
-        outcome = failure_of(error)
-        show_error(outcome.message)
-        return outcome.exit_code
+        answer = failure(error)
+        tell(answer)
+        return answer.exit_code
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_list_and_show_tell_what_was_published(built: Workplace) -> None:
     assert CARD in shown.stdout
 
 
-def test_generate_answers_from_the_cpu_twin_and_says_so(built: Workplace) -> None:
+def test_generate_answers_from_the_cpu_graph_and_says_so(built: Workplace) -> None:
     done = built.run("generate", "tiny:candidate", "hello", "--max-tokens", "6")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

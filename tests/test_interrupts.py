@@ -124,7 +124,7 @@ def test_build_completes_after_sigkill_in_the_compiler(built: Workplace, tmp_pat
     assert place.packages() == []
     done = place.build()
     assert done.returncode == 0, done.stderr
-    assert " compile: started" in done.stderr
+    assert " compile-trtrtx: started" in done.stderr
     assert finished_stages(place) == set(STAGES)
     assert len(place.packages()) == 1
     assert place.leftovers() == []

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands.outcome import (
+from pipeline.core.errors import ExitCode
+from pipeline.outcome import (
     WORST_FIRST,
     Outcome,
     closing_lines,
@@ -14,7 +15,6 @@ from pipeline.commands.outcome import (
     worst,
     write_verdict,
 )
-from pipeline.core.errors import ExitCode
 
 
 def test_every_exit_code_has_a_rank() -> None:

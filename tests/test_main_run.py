@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from pipeline.__main__ import Request, run
-from pipeline.commands.outcome import Outcome, failure_of, open_run
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
+from pipeline.outcome import Outcome, failure_of, open_run
 
 RECIPE = """
 defaults: [smollm2, _self_]

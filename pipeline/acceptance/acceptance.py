@@ -37,9 +37,9 @@ STAGE = Stage(
 )
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
 _RAM_BYTES_PER_PARAM = 12.0
-"""Peak of the larger of source (float32 weights, 4 bytes) and CPU twin (float32 weights, folded and
-transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's 134 M
-parameters, libraries included (measured 2026-11-24)."""
+"""Peak of the larger of source (float32 weights, 4 bytes) and CPU graph (float32 weights, folded
+and transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's
+134 M parameters, libraries included (measured 2026-11-24)."""
 _FLOPS_PER_S = 1.0e11
 """Rough float32 rate of two AVX2 cores, for the estimate against the time limit (2026-11-24)."""
 

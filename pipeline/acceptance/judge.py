@@ -33,7 +33,7 @@ def judge(
     Args:
         report: What was measured.
         limits: What quality may lose.
-        ran: Whether the engine, its twin or its checkpoint ran here at all.
+        ran: Whether the engine, its graph or its checkpoint ran here at all.
         on_target: Whether it ran on the card that it is for.
         more: Findings of parts that judge themselves: chat, spread, physics, conditions, sustained.
 

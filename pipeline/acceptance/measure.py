@@ -70,8 +70,8 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
     elif reason := reason or acceptance.too_much(subject.plan.request.shape, available_bytes()):
         log.warning("Not running the whole model: %s", reason)
         not_run.append(f"whole model: {reason}")
-        if engine.twin_dir is not None and subject.checkpoint_dir is not None:
-            checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.twin_dir)
+        if engine.cpu_graph_dir is not None and subject.checkpoint_dir is not None:
+            checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.cpu_graph_dir)
     else:
         measured = measure_on_cpu(acceptance, subject, cache)
     there = held is not None and held.card == target.card

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ExitCode, Fault
+from pipeline.outcome import Outcome, closing_lines, failure_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,10 +52,20 @@ class Answer:
 
 def failure(error: BaseException) -> Answer:
     """The answer of a command that ended with an exception."""
-    from pipeline.commands.outcome import failure_of
-
     outcome = failure_of(error)
     return Answer(exit_code=outcome.exit_code, message=outcome.message, faults=outcome.faults)
+
+
+def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "") -> Answer:
+    """What a command answers after one job.
+
+    Args:
+        outcome: Of the job.
+        document: Its `verdict.json`.
+        generate: The command that talks to the package; empty if there is nothing to say of it.
+    """
+    lines = [outcome.message, closing_lines(outcome, generate)] if outcome.verdict else []
+    return Answer(value=document, shown=lines, exit_code=outcome.exit_code, message=outcome.message)
 
 
 def tell(answer: Answer, *, as_json: bool = False) -> None:

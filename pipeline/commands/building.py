@@ -54,7 +54,7 @@ def plan(
     loaded = load(recipe, overrides or (), folders=folders, multirun=multirun)
     loaded.raise_faults()
     from pipeline.build import plan_of
-    from pipeline.commands.outcome import refused
+    from pipeline.outcome import refused
     from pipeline.plan import render
 
     plans = [plan_of(job.value) for job in loaded.jobs]

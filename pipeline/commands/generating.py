@@ -65,7 +65,7 @@ def _open_cpu_graph(package: Package) -> AbstractContextManager[Session]:
     """The graph that the engine was compiled from, on ONNX Runtime."""
     from pipeline.runners.onnxruntime import open_graph
 
-    graph = twin_of(package) / CPU_GRAPH
+    graph = cpu_graph_of(package) / CPU_GRAPH
     log.warning("Not the engine itself: its graph, on this CPU by ONNX Runtime")
     return open_graph(graph)
 
@@ -99,8 +99,8 @@ def _open_trtrtx(package: Package) -> AbstractContextManager[Session] | None:
     return runner.open_folder(package.engine_dir, package.digest)
 
 
-def twin_of(package: Package) -> Path:
-    """The stage-cache folder with the CPU twin of an RTX package.
+def cpu_graph_of(package: Package) -> Path:
+    """The stage-cache folder with the CPU graph of an RTX package.
 
     Raises:
         IncompatibleError: This machine's cache does not hold it.
@@ -109,8 +109,8 @@ def twin_of(package: Package) -> Path:
     if folder is None or not (folder / CPU_GRAPH).is_file():
         raise IncompatibleError(
             f"{reference_of(package)} needs a GPU with SM {package.manifest['match']['sm']}, and "
-            "the CPU twin of its graph is not in this machine's cache; make it with: enginesmith "
-            f"build {package.manifest['name']} --rebuild"
+            "its graph for a CPU is not in this machine's cache; make it with: enginesmith build "
+            f"{package.manifest['name']} --rebuild"
         )
     return folder
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.answer import Answer
+from pipeline.commands.answer import Answer, answer_of
 from pipeline.commands.answering import answering
 from pipeline.commands.arguments import ARTIFACTS, ConfigDir, Overrides, Policy, Registry
 
@@ -37,8 +37,8 @@ def accept(
     """Measure a package on this machine's GPU, and sign what came of it."""
     from pipeline.accept import AcceptRequest
     from pipeline.accept import accept as run
-    from pipeline.commands.outcome import answer_of, failure_of, open_run, write_verdict
     from pipeline.commands.screen import file_logging, screen_logging
+    from pipeline.outcome import failure_of, open_run, write_verdict
     from pipeline.registry.stores.opening import folder_of
 
     request = AcceptRequest(

@@ -164,7 +164,7 @@ class Engine:
         limits: What it was built for.
         min_vram_bytes: Device memory that it needs at its limits.
         serve_args: Arguments for the runtime's server, if it has one.
-        twin_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
+        cpu_graph_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
         tools: Name -> version of everything that shaped the bytes.
         checks: What was proven about it without running it, for the report.
     """
@@ -178,7 +178,7 @@ class Engine:
     limits: Limits
     min_vram_bytes: int
     serve_args: tuple[str, ...] = ()
-    twin_dir: Path | None = None
+    cpu_graph_dir: Path | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
 

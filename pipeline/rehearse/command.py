@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.answer import Answer
-from pipeline.commands.outcome import worst
 from pipeline.commands.screen import screen_logging
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, ExitCode
 from pipeline.machine import require_builder
+from pipeline.outcome import worst
 
 if TYPE_CHECKING:
     from rich.table import Table

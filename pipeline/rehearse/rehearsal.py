@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.build import BuildOptions, build
-from pipeline.commands.outcome import failure_of
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from pipeline.formats.trtllm.convert.stage import convert_trtllm
+from pipeline.outcome import failure_of
 from pipeline.registry.policy import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.random_source import RandomSource

@@ -154,14 +154,14 @@ class OnnxRuntimeRunner:
     threads: NonNegativeInt = 0
 
     def why_not(self, engine: Engine) -> str | None:
-        if engine.twin_dir is None:
+        if engine.cpu_graph_dir is None:
             return f"runner=onnxruntime runs the CPU graph of trtrtx engines, not {engine.format}"
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        if engine.twin_dir is None:
+        if engine.cpu_graph_dir is None:
             raise IncompatibleError(self.why_not(engine) or "")
-        return open_graph(engine.twin_dir / CPU_GRAPH, self.threads)
+        return open_graph(engine.cpu_graph_dir / CPU_GRAPH, self.threads)
 
 
 KIND = OnnxRuntimeRunner

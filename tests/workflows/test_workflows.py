@@ -168,7 +168,7 @@ def test_make_targets_exist(name: str) -> None:
 def test_outputs_that_the_workflows_read_are_those_that_a_run_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.commands.outcome import append_github_output
+    from pipeline.outcome import append_github_output
 
     output = tmp_path / "output"
     monkeypatch.setenv("GITHUB_OUTPUT", str(output))

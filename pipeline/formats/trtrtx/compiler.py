@@ -171,7 +171,7 @@ class TrtRtxCompiler:
             sms=(target.sm,),
             limits=self.limits,
             min_vram_bytes=(engine_dir / PLAN_FILE).stat().st_size + cache_bytes,
-            twin_dir=graphs.dir,
+            cpu_graph_dir=graphs.dir,
             tools={**checkpoint.calibration["tools"], PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
         )

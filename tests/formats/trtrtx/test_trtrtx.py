@@ -77,8 +77,8 @@ def test_engine_says_what_it_is(engine: Engine) -> None:
     plan_bytes = (engine.dir / PLAN_FILE).stat().st_size
     assert engine.min_vram_bytes == plan_bytes + 2 * 3 * (2 * 16) * 2 * 2 * 64
     assert {"tensorrt-rtx-cu13", "nvidia-modelopt"} <= set(engine.tools)
-    assert engine.twin_dir is not None
-    assert (engine.twin_dir / "cpu.onnx").is_file()
+    assert engine.cpu_graph_dir is not None
+    assert (engine.cpu_graph_dir / "cpu.onnx").is_file()
 
 
 def test_second_time_comes_from_the_cache(
@@ -96,9 +96,9 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
     root: Path, engine: Engine, checkpoint: Checkpoint
 ) -> None:
     """The library itself reports success when what it hands its pieces to fails."""
-    assert engine.twin_dir is not None
+    assert engine.cpu_graph_dir is not None
     job = CompileJob(
-        graph=engine.twin_dir / RTX_GRAPH,
+        graph=engine.cpu_graph_dir / RTX_GRAPH,
         interface=DecoderInterface.of(
             UnifiedCheckpoint(checkpoint.dir).spec, context=COMPILER.max_seq_len, dtype="bfloat16"
         ),
@@ -128,11 +128,11 @@ def test_card_that_the_compiler_does_not_know_fails_with_its_log(
 
 def planted_graph(root: Path, engine: Engine, place: Path, graph: bytes) -> StageCache:
     """A cache in which the compiler finds another graph than the converter wrote."""
-    assert engine.twin_dir is not None
+    assert engine.cpu_graph_dir is not None
     shutil.copytree(root / "cache", place)
     for finished in (place / "stages" / "compile-trtrtx").iterdir():
         shutil.rmtree(finished)
-    converted = place / "stages" / "convert" / engine.twin_dir.name
+    converted = place / "stages" / "convert" / engine.cpu_graph_dir.name
     (converted / RTX_GRAPH).write_bytes(graph)
     record = json.loads((converted / "stage.json").read_text())
     record["files"] = [f.to_json() for f in digest_folder(converted, frozenset({"stage.json"}))]
@@ -169,8 +169,8 @@ def test_weight_only_fp8_graph_builds_no_engine(
     checkpoint: Checkpoint,
     tmp_path: Path,
 ) -> None:
-    assert engine.twin_dir is not None
-    graph = without_activation_quantizers((engine.twin_dir / RTX_GRAPH).read_bytes())
+    assert engine.cpu_graph_dir is not None
+    graph = without_activation_quantizers((engine.cpu_graph_dir / RTX_GRAPH).read_bytes())
     cache = planted_graph(root, engine, tmp_path / "cache", graph)
     with pytest.raises(PlanError, match=r"does not compute 20 linears in FP8, first model\."):
         COMPILER.compile(checkpoint, ADA, cache, tmp_path / "logs")

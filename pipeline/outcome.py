@@ -1,4 +1,4 @@
-"""What a run ends with, and where that is told: verdict.json, `$GITHUB_OUTPUT`, the screen.
+"""What a run ends with, and where that is written: verdict.json, `$GITHUB_OUTPUT`, the screen.
 
 Every run, also one that was refused, leaves `<registry>/.runs/<time>-<pid>/verdict.json`; the link
 `latest` beside it points to the newest run.
@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.answer import Answer
 from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError
 
 if TYPE_CHECKING:
@@ -114,8 +113,8 @@ def refused(faults: Sequence[Fault]) -> Outcome:
 def failure_of(error: BaseException) -> Outcome:
     """The outcome of a job that ended with an exception.
 
-    What we raise on purpose, a full disk and missing permissions have a message and a code of their
-    own. Anything else is a bug: its traceback becomes the message.
+    What we raise on purpose, a package that is not installed, a full disk and missing permissions
+    have a message and a code of their own. Anything else is a bug: its traceback is the message.
     """
     if isinstance(error, RecipeError):
         return refused(error.faults)
@@ -231,18 +230,6 @@ def closing_lines(outcome: Outcome, generate: str) -> str:
         "try": generate if outcome.reference else None,
     }
     return "\n".join(f"{name:<8} {value}" for name, value in rows.items() if value)
-
-
-def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "") -> Answer:
-    """What a command answers after one job.
-
-    Args:
-        outcome: Of the job.
-        document: Its `verdict.json`.
-        generate: The command that talks to the package; empty if there is nothing to say of it.
-    """
-    lines = [outcome.message, closing_lines(outcome, generate)] if outcome.verdict else []
-    return Answer(value=document, shown=lines, exit_code=outcome.exit_code, message=outcome.message)
 
 
 def megabytes(size_bytes: int | None) -> str:
