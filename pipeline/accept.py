@@ -26,7 +26,7 @@ from pipeline.core.errors import CorruptError, ExitCode, Fault, IncompatibleErro
 from pipeline.core.hardware import Target, card_name
 from pipeline.core.nvml import read_conditions
 from pipeline.core.targets import target_of_card
-from pipeline.core.values import Engine, Limits, Package, Verdict, Weights
+from pipeline.core.values import Package, Verdict, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.outcome import Outcome
@@ -91,7 +91,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     recipe: Recipe = job.value
     plan = plan_of(recipe)
     refuse(plan)
-    engine = engine_of(package)
+    engine = package.engine
     if reason := recipe.runner.why_not(engine):
         raise IncompatibleError(reason)
     require_builder(engine.format)
@@ -177,24 +177,6 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
         [*overrides, *request.overrides],
         folders=folders,
     ).one_job()
-
-
-def engine_of(package: Package) -> Engine:
-    """The engine inside a package, as its manifest describes it."""
-    manifest = package.manifest
-    match, runtime = manifest["match"], manifest["match"]["runtime"]
-    return Engine(
-        dir=package.engine_dir,
-        digest=package.digest,
-        format=manifest["format"],
-        variant=manifest["variant"],
-        runtime=(runtime["name"], runtime["version"]),
-        sms=tuple(match["sm"]),
-        limits=Limits(**manifest["limits"]),
-        min_vram_bytes=match["min_vram_bytes"],
-        serve_args=tuple(manifest["serve"]["args"]),
-        tools=dict(manifest["build"]["tools"]),
-    )
 
 
 def same_weights(recipe: Recipe, package: Package) -> Weights:

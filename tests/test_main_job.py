@@ -55,4 +55,4 @@ def test_second_time_takes_the_package_and_starts_no_stage(built: Path) -> None:
 def test_package_answers_and_says_what_answers(built: Path) -> None:
     done = enginesmith(built, "generate", "smollm2:candidate", "What is the capital of France?")
     assert "Paris" in done.stdout
-    assert "CPU graph" in done.stderr
+    assert "onnxruntime answers for it" in done.stderr

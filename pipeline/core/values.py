@@ -201,6 +201,23 @@ class Package:
     def engine_dir(self) -> Path:
         return self.dir / "engine"
 
+    @property
+    def engine(self) -> Engine:
+        """The engine inside, as the manifest describes it."""
+        manifest, match = self.manifest, self.manifest["match"]
+        return Engine(
+            dir=self.engine_dir,
+            digest=self.digest,
+            format=manifest["format"],
+            variant=manifest["variant"],
+            runtime=(match["runtime"]["name"], match["runtime"]["version"]),
+            sms=tuple(match["sm"]),
+            limits=Limits(**manifest["limits"]),
+            min_vram_bytes=match["min_vram_bytes"],
+            serve_args=tuple(manifest["serve"]["args"]),
+            tools=dict(manifest["build"]["tools"]),
+        )
+
 
 VerdictName = Literal[
     "accepted",
