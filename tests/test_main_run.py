@@ -132,11 +132,6 @@ def test_unknown_recipe_records_its_verdict_in_artifacts() -> None:
     assert "did you mean toy?" in verdict("artifacts")["message"]
 
 
-def test_wrong_config_dir_is_a_usage_fault(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Request(recipes="toy", config_dir=Path("nowhere")), never) == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
-
-
 def raising(error: BaseException) -> Any:
     def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
         raise error
@@ -181,15 +176,6 @@ def test_bug_keeps_its_traceback_and_fails(
     assert "in work" in errors
     log = next(Path("packages/.runs/latest").glob("build.log")).read_text()
     assert "Traceback" in log
-
-
-def test_really_full_disk_is_transient() -> None:
-    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
-        with Path("/dev/full").open("w") as stream:
-            stream.write("x" * 100_000)
-        return PUBLISHED
-
-    assert run(request("toy"), work) == 9
 
 
 def test_failing_and_missing_jobs_do_not_stop_the_others(

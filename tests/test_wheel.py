@@ -33,6 +33,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work / "site")
     shutil.rmtree(checkout)
+    for name in ("conf", "recipes"):  # another package's, beside ours
+        (work / "site" / name).mkdir()
+        (work / "site" / name / "foreign.yaml").touch()
     return work / "site"
 
 
@@ -60,6 +63,13 @@ def test_wheel_plans_a_recipe_outside_the_checkout(site: Path, tmp_path: Path) -
     done = enginesmith(site, tmp_path, "plan", "smollm2", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
+
+
+def test_wheel_brings_its_own_recipes_alone(site: Path, tmp_path: Path) -> None:
+    done = enginesmith(site, tmp_path, "plan", "nosuch")
+    assert done.returncode == 2
+    assert "smollm2" in done.stderr
+    assert "foreign" not in done.stderr
 
 
 def test_wheel_refuses_a_bad_build_and_records_it(site: Path, tmp_path: Path) -> None:
