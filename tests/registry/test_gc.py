@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import NotFoundError
-from pipeline.core.values import Package
 from pipeline.registry import gc
 from pipeline.registry.gc import DAY_S, Collected, Rules, collect
-from pipeline.registry.promotion import promote, yank_package
-from pipeline.registry.reference import reference_of
 from tests.registry.packages import place_of, read_back
 from tests.registry.trust.conftest import Team, team
 
@@ -39,22 +36,11 @@ def run(team: Team, days: float, *, delete: bool = True, **rules: Any) -> Collec
     return collect(later, team.policy, Rules(**rules), delete=delete)
 
 
-def enter(team: Team, package: Package, channel: str = "stable") -> None:
-    promote(
-        team.store,
-        str(reference_of(package)),
-        channel=channel,
-        card=None,
-        author=team.author,
-        policy=team.policy,
-    )
-
-
 def test_what_no_channel_needs_goes_when_it_is_old_and_nothing_goes_before(team: Team) -> None:
     plans = (b"one", b"two", b"three", b"four")
     one, two, three, loose = [team.publish(plan, "accepted") for plan in plans]
     for package in (one, two, three):
-        enter(team, package)
+        team.enter(package)
     assert not any(fate.remove for fate in run(team, 29).fates)
     looked = run(team, 31, delete=False)
     assert {fate.place for fate in looked.fates if fate.remove} == {
@@ -105,23 +91,22 @@ def test_a_damaged_version_goes_only_when_asked_for(team: Team) -> None:
 
 def test_a_yank_is_a_statement_that_keeps_a_version(team: Team) -> None:
     package = team.publish()
-    yank_package(team.store, str(reference_of(package)), team.author, team.policy)
+    team.yank(package)
     assert run(team, 29).removed == ()
     assert run(team, 31).removed == (place_of(package),)
 
 
 def test_a_version_that_a_channel_took_meanwhile_stays(
-    team: Team,
-    monkeypatch: pytest.MonkeyPatch,
+    team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = team.publish(verdict="accepted")
     decide = gc._decide
     looks: list[object] = []
 
-    def promoted_after_the_first_look(*arguments: object) -> object:
-        fate = decide(*arguments)  # type: ignore[arg-type]
+    def promoted_after_the_first_look(*arguments: Any) -> object:
+        fate = decide(*arguments)
         if not looks:
-            enter(team, package)
+            team.enter(package)
         looks.append(fate)
         return fate
 
@@ -132,13 +117,12 @@ def test_a_version_that_a_channel_took_meanwhile_stays(
 
 def test_files_go_in_a_later_collection_and_not_before_a_day(team: Team) -> None:
     team.publish()
-    assert run(team, 90).leftovers == ()
     root = Path(team.store.url, "tiny")
-    assert list(root.rglob("model.plan"))
-    assert collect(team.store, team.policy, Rules(), delete=True).leftovers == ()
+    assert run(team, 90).leftovers == ()
+    assert run(team, 0).leftovers == ()
     assert list(root.rglob("model.plan"))
     for path in root.rglob("*"):
         then = path.lstat().st_mtime - 2 * DAY_S
         os.utime(path, (then, then))
-    assert len(collect(team.store, team.policy, Rules(), delete=True).leftovers) == 1
+    assert len(run(team, 0).leftovers) == 1
     assert not list(root.rglob("model.plan"))

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from pipeline.registry.listing import Pointer, entries, entry
-from pipeline.registry.promotion import promote, yank_package
-from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Terms
 from pipeline.registry.trust.keys import generate_key
 from tests.registry.packages import place_of
@@ -50,15 +48,11 @@ def terms(team: Team) -> Terms:
     return Terms(policy=team.policy)
 
 
-def enter(team: Team, text: str) -> None:
-    promote(team.store, text, channel="stable", card=None, author=team.author, policy=team.policy)
-
-
 def test_each_version_is_listed_with_what_is_true_of_it(team: Team) -> None:
     good, yanked = team.publish(b"good", "accepted"), team.publish(b"yanked")
     foreign, damaged = team.seal(b"foreign"), team.publish(b"damaged")
-    enter(team, str(reference_of(good)))
-    yank_package(team.store, str(reference_of(yanked)), team.author, team.policy)
+    team.enter(good)
+    team.yank(yanked)
     team.store.put_package(foreign, [], lambda _: None)
     team.test(foreign, "accepted", key=generate_key())
     path = Path(team.store.url) / "tiny" / place_of(damaged).variant / place_of(damaged).version
@@ -87,7 +81,7 @@ def test_the_second_list_reads_nothing_again_and_sees_what_is_new(team: Team) ->
     assert entries(remote, terms(team)) == first
     assert remote.calls == {}
     team.test(packages[0], "regression")
-    yank_package(team.store, str(reference_of(packages[1])), team.author, team.policy)
+    team.yank(packages[1])
     found = {one.place: one.resolved for one in entries(remote, terms(team))}
     assert remote.calls == {"read_statements": 2}
     regressed, yanked = found[place_of(packages[0])], found[place_of(packages[1])]
@@ -111,8 +105,8 @@ def test_what_is_remembered_is_verified_again(team: Team, cache: Path) -> None:
 
 def test_show_finds_one_with_its_channels(team: Team) -> None:
     package = team.publish(verdict="accepted")
-    enter(team, str(reference_of(package)))
-    yank_package(team.store, "tiny:stable", team.author, team.policy)
+    team.enter(package)
+    team.yank(package)
     found = entry(team.store, "tiny", terms(team))
     assert found.resolved is not None
     assert found.resolved.yank is not None

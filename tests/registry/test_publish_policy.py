@@ -10,7 +10,6 @@ import pytest
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.values import Licence
-from pipeline.registry.package import verify
 from pipeline.registry.policy import (
     is_throwaway,
     mark_throwaway,
@@ -18,7 +17,6 @@ from pipeline.registry.policy import (
     require_manifest_publishable,
     require_publishable,
 )
-from tests.registry.packages import make_engine, seal_engine
 
 LLAMA = "LicenseRef-Llama-3.1-Community"
 OPEN = Licence(spdx="MIT", redistribution="allowed")
@@ -59,27 +57,6 @@ def test_the_message_names_what_to_read_and_which_key_to_set() -> None:
         require_publishable(GATED, public=False)
     assert GATED.read_at in str(error.value)
     assert f"source.acknowledge_licence={LLAMA}" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("files", "wanted"),
-    [
-        ({"model.plan": b"plan"}, "Built with Llama\n"),
-        ({"NOTICE": b"by acme\n"}, "by acme\n\nBuilt with Llama\n"),
-        ({"Notice": b"by acme\n"}, "by acme\n\nBuilt with Llama\n"),
-    ],
-)
-def test_a_notice_travels_in_the_package_and_in_its_manifest(
-    tmp_path: Path, files: dict[str, bytes], wanted: str
-) -> None:
-    engine = make_engine(tmp_path / "engine", files)
-    package = seal_engine(tmp_path / "package", engine, licence=GATED)
-    assert (package.engine_dir / "NOTICE").read_text() == wanted
-    assert package.manifest["licence"]["notice"] == "Built with Llama"
-    assert "NOTICE" in package.manifest["licence"]["files"]
-    assert verify(package.dir).digest == package.digest
-    plain = seal_engine(tmp_path / "plain", make_engine(tmp_path / "plain-engine"))
-    assert not (plain.engine_dir / "NOTICE").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ from pipeline.core.errors import (
     RecipeError,
     UntrustedError,
 )
-from pipeline.core.values import Package
-from pipeline.registry.promotion import enter_channel, yank_package
 from pipeline.registry.reference import parse_reference, reference_of
 from pipeline.registry.resolve import (
     Resolved,
@@ -36,27 +34,11 @@ def find(team: Team, text: str, card: str | None = None, **more: bool) -> Resolv
     return resolve(team.store, text, Terms(policy=team.policy, **more), card)
 
 
-def enter(team: Team, package: Package, channel: str = "candidate", card: str = CARD) -> None:
-    enter_channel(
-        team.store,
-        team.examine(package),
-        channel=channel,
-        card=card,
-        author=team.author,
-        policy=team.policy,
-    )
-
-
-def yank(team: Team, package: Package, *, undo: bool = False) -> None:
-    text = str(reference_of(package))
-    yank_package(team.store, text, team.author, team.policy, undo=undo)
-
-
 def test_a_package_is_found_by_version_digest_and_channel(team: Team) -> None:
     package = team.publish(verdict="accepted")
     team.publish(b"another")
-    enter(team, package)
-    enter(team, package, "stable")
+    team.enter(package, "candidate")
+    team.enter(package)
     version = reference_of(package).version
     for text in (
         f"tiny:{version}",
@@ -102,8 +84,8 @@ def test_an_empty_registry_says_so(team: Team) -> None:
 def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Team) -> None:
     one, two = team.publish(b"one", "accepted"), team.publish(b"two")
     team.test(two, "accepted", OTHER_CARD)
-    enter(team, one)
-    enter(team, two, card=OTHER_CARD)
+    team.enter(one, "candidate")
+    team.enter(two, "candidate", OTHER_CARD)
     with pytest.raises(RecipeError, match=rf"ambiguous: .*\({CARD}\).*\({OTHER_CARD}\)"):
         find(team, "tiny:candidate")
     assert find(team, "tiny:candidate", OTHER_CARD).package.digest == two.digest
@@ -118,13 +100,13 @@ def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Tea
 
 def test_a_yanked_package_is_refused_until_the_yank_is_undone(team: Team) -> None:
     package = team.publish(verdict="accepted")
-    enter(team, package)
-    yank(team, package)
+    team.enter(package, "candidate")
+    team.yank(package)
     for text in ("tiny:candidate", str(reference_of(package)), f"tiny@sha256:{package.digest}"):
         with pytest.raises(UntrustedError, match="yanked by ada"):
             find(team, text)
         assert find(team, text, allow_yanked=True).yank is not None
-    yank(team, package, undo=True)
+    team.yank(package, undo=True)
     assert find(team, "tiny:candidate").yank is None
 
 
@@ -160,7 +142,7 @@ def test_a_channel_never_leads_to_another_digest_than_it_was_moved_to(team: Team
 
 def test_a_folder_of_no_registry_is_verified_by_the_statements_beside_it(team: Team) -> None:
     package = team.publish(verdict="accepted")
-    yank(team, package)
+    team.yank(package)
     raws = team.store.read_statements(place_of(package))
     terms = Terms(policy=team.policy, allow_yanked=True)
     assert examine_package(package, raws, terms, "here").yank is not None
@@ -180,7 +162,7 @@ def test_of_one_build_key_the_channels_package_stands_for_all_else_the_latest(te
     found = published(team)
     assert found is not None
     assert found.package.digest == second.digest
-    enter(team, first)
+    team.enter(first, "candidate")
     found = published(team)
     assert found is not None
     assert found.package.digest == first.digest
@@ -188,11 +170,11 @@ def test_of_one_build_key_the_channels_package_stands_for_all_else_the_latest(te
 
 def test_a_build_whose_packages_are_all_yanked_is_refused(team: Team) -> None:
     first, second = team.publish(b"one"), team.publish(b"two")
-    yank(team, second)
+    team.yank(second)
     found = published(team)
     assert found is not None
     assert found.package.digest == first.digest
-    yank(team, first)
+    team.yank(first)
     with pytest.raises(UntrustedError, match=r"--undo --registry .* --rebuild"):
         published(team)
 

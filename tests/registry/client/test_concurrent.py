@@ -86,30 +86,6 @@ def test_16_pullers_to_one_folder_all_succeed(shop: Shop, in_children: InChildre
     assert shop.left() == ["tiny"]
 
 
-def test_two_packages_at_once_do_not_disturb_each_other(
-    shop: Shop, in_children: InChildren
-) -> None:
-    first = shop.publish()
-    second = shop.publish({"model.plan": noise(9 * CHUNK_BYTES, 5)}, name="wide")
-
-    def pull(number: int) -> None:
-        name = "tiny" if number % 2 else "wide"
-        _counted_pull_of(shop, name, number)
-
-    assert in_children([partial(pull, number) for number in range(8)]) == [0] * 8
-    for number in range(8):
-        wanted = first if number % 2 else second
-        assert verify_layout(shop.home / f"to-{number}").digest == wanted.digest
-
-
-def _counted_pull_of(shop: Shop, name: str, number: int) -> None:
-    shop.pull(
-        name,
-        store=FaultyStore(store=shop.store, local=False),
-        to=shop.home / f"to-{number}",
-    )
-
-
 def _throttled(chunks: Any, file: Any, offset: int) -> Any:
     for chunk in chunks:
         for start in range(0, len(chunk), 1024):

@@ -142,16 +142,6 @@ def test_a_changed_statement_in_the_store_counts_for_nothing(
     assert shop.pull(f"tiny:{other.version}").digest != reference.digest
 
 
-def test_the_statements_of_another_package_prove_nothing(shop: Shop) -> None:
-    first = shop.publish(_FILES)
-    second = shop.publish({"model.plan": b"2"}, verdict=None, signed=False)
-    for raw in shop.store.read_statements(Place.of(first)):
-        shop.store.put_statement(Place.of(second), raw)
-    with pytest.raises(UntrustedError, match="about another package"):
-        shop.pull(f"tiny:{second.version}")
-    assert shop.left() == []
-
-
 _IN_FOLDER = [*_CHANGES, grow, extra, extra_git, hard_link]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.core.values import Package, VerdictName
+from pipeline.registry.promotion import Moved, promote, yank_package
+from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Resolved, Terms, examine
 from pipeline.registry.store import RawStatement, WritableStore
 from pipeline.registry.stores.opening import open_store
@@ -105,6 +107,22 @@ class Team:
         )
         self.store.put_statement(place_of(package), raw)
         return raw
+
+    def enter(self, package: Package, channel: str = "stable", card: str | None = None) -> Moved:
+        """Promote a package into a channel."""
+        return promote(
+            self.store,
+            str(reference_of(package)),
+            channel=channel,
+            card=card,
+            author=self.author,
+            policy=self.policy,
+        )
+
+    def yank(self, package: Package, *, undo: bool = False) -> tuple[Resolved, bool]:
+        """Yank a package, or undo that."""
+        text = str(reference_of(package))
+        return yank_package(self.store, text, self.author, self.policy, undo=undo)
 
     def examine(self, package: Package, policy: TrustPolicy | None = None) -> Resolved:
         """As a reader sees it."""

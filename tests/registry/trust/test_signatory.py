@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -35,18 +34,6 @@ def _policy(tmp_path: Path, **more: object) -> dict[str, str]:
     }
 
 
-def test_local_key_is_made_once_and_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    environ = {"ENGINESMITH_CONFIG": str(tmp_path)}
-    with caplog.at_level(logging.INFO):
-        first = signatory_for(environ, "run", own_folder=True)
-        again = signatory_for(environ, "run", own_folder=True)
-    assert caplog.text.count("Made a key") == 1
-    assert first.key.public == again.key.public
-    assert first.trust == machine_trust(environ, own_folder=True)
-
-
 def test_local_key_signs_nothing_that_leaves_the_machine(tmp_path: Path) -> None:
     environ = {"ENGINESMITH_CONFIG": str(tmp_path / "config")}
     with pytest.raises(RecipeError, match="enginesmith keygen"):
@@ -55,14 +42,6 @@ def test_local_key_signs_nothing_that_leaves_the_machine(tmp_path: Path) -> None
     signatory_for(environ, "run", own_folder=True)
     assert machine_trust(environ, own_folder=True).keys
     assert not machine_trust(environ, own_folder=False).keys
-
-
-def test_given_key_signs_everywhere(tmp_path: Path) -> None:
-    environ = _policy(tmp_path)
-    del environ["ENGINESMITH_POLICY"]
-    for own_folder in (True, False):
-        made = signatory_for(environ, "run", own_folder=own_folder)
-        assert made.trust == machine_trust(environ, own_folder=own_folder)
 
 
 @pytest.mark.parametrize("rights", [["builds"], ["verdicts"]])
@@ -112,8 +91,3 @@ def test_a_policy_decides_alone(tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"schema": 1}')
     assert machine_trust(environ, own_folder=True, policy=other).keys == ()
-
-
-def test_ci_without_a_key_has_no_trusted_keys(tmp_path: Path) -> None:
-    environ = {"ENGINESMITH_CONFIG": str(tmp_path), "CI": "true"}
-    assert machine_trust(environ, own_folder=True).keys == ()

@@ -13,7 +13,6 @@ from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.signatory import sign_package, sign_test
 from pipeline.registry.trust.statements import place_fields, sign_statement
 from pipeline.registry.trust.verification import (
@@ -27,7 +26,6 @@ from tests.registry.trust.conftest import (
     OTHER_CARD,
     RUNTIME,
     Team,
-    trusted,
 )
 
 REGISTRY = "1" * 32
@@ -193,15 +191,6 @@ def test_revoking_a_key_or_a_package_refuses_what_was_signed_before(
         require_usable(done, by_digest, origin="here", allow_unsigned=True, allow_yanked=True)
 
 
-def test_one_trusted_signer_of_several_is_enough(team: Team, package: Package) -> None:
-    second = generate_key()
-    policy = TrustPolicy(keys=(trusted(second, "builds", name="second"),))
-    raws = [*team.statements(package), sign_package(package, second)]
-    done = verify(team, package, *raws, policy=policy)
-    assert done.signer is not None
-    assert done.signer.name == "second"
-
-
 def test_an_unsigned_package_needs_the_explicit_flag(team: Team, package: Package) -> None:
     done = verify(team, package)
     with pytest.raises(UntrustedError, match="--allow-unsigned"):
@@ -241,9 +230,3 @@ def test_a_trusted_test_result_of_another_form_does_not_count(
     done = verify(team, package, raw)
     assert (done.verdicts, done.statements) == ((), ())
     assert len(done.ignored) == 1
-
-
-def test_a_yank_that_does_not_say_whether_does_not_count(team: Team, package: Package) -> None:
-    fields = {"registry": REGISTRY, "yanked": "yes", "actor": "ada", "reason": ""}
-    raw = sign_statement("yank", package.digest, fields, team.releaser)
-    assert verify(team, package, raw).yanks == ()
