@@ -51,14 +51,6 @@ def copy(
 ) -> Copied:
     """Copy one package with everything that trusted keys stated about it.
 
-    Args:
-        reference: As the user typed it, in the source.
-        source_url: Where it is.
-        target_url: Where it goes.
-        environ: Names the policy and this machine's key.
-        policy: File; None for the environment's, then the configuration folder's.
-        allow_unsigned: Copy a package without a signature.
-
     Raises:
         UntrustedError: The package is not signed by a key that is trusted in both places.
         CorruptError: Its bytes are wrong, here or there.

@@ -52,9 +52,7 @@ class Entry:
 def entries(store: Store, terms: Terms) -> list[Entry]:
     """Every published version, by its place.
 
-    Args:
-        store: Where to look.
-        terms: Whose statements count; yanked versions are listed, too.
+    Those that were yanked, too.
     """
     if not store.local:  # a folder of this machine is read as fast as what is remembered of it
         store = RememberingStore(store=store, root=cache_root())

@@ -14,12 +14,7 @@ _MARK = ".rehearsal"
 
 
 def publish_faults(licence: Licence, *, public: bool) -> Iterator[Fault]:
-    """Why weights must not be published; nothing if they may.
-
-    Args:
-        licence: Terms of the weights, as the recipe or the manifest states them.
-        public: Everybody can read the registry.
-    """
+    """Why weights must not be published; nothing if they may."""
     if licence.gated and licence.acknowledged != licence.spdx:
         got = f", got {licence.acknowledged}" if licence.acknowledged else ""
         yield Fault(

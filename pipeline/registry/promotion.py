@@ -74,13 +74,7 @@ def promote(
 ) -> Moved:
     """Move a channel to the package that a reference means.
 
-    Args:
-        store: Where both lie.
-        text: The reference; `phi3:candidate` is one, too.
-        channel: Where to.
-        card: For which card; None for the only one that has a test result.
-        author: Signs the move.
-        policy: Whom to trust.
+    Without a card: for the only one that has a test result.
 
     Raises:
         PipelineError: As in `resolve` and `enter_channel`.
@@ -103,14 +97,7 @@ def enter_channel(
 ) -> Moved:
     """Move a channel to a package, if the package may go there.
 
-    Args:
-        store: Where both lie.
-        found: The package, from `resolve` or `examine`.
-        channel: Where to.
-        card: For which card; None for the only one that has a test result.
-        author: Signs the move.
-        policy: Whom to trust.
-        seen: As in `move_channel`.
+    Without a card: for the only one that has a test result. `seen` is that of `move_channel`.
 
     Raises:
         RecipeError: No card was named, and several have results; lists them.
@@ -200,13 +187,7 @@ def rollback(
 
     A second rollback brings back what the first one left; `promote` goes further back.
 
-    Args:
-        store: Where the channel is.
-        text: `NAME` or `NAME/VARIANT`.
-        channel: Which one.
-        card: Whose; None for the only one that has this channel.
-        author: Signs the move.
-        policy: Whom to trust.
+    `text` is `NAME` or `NAME/VARIANT`; without a card: of the only one that has this channel.
 
     Raises:
         NotFoundError: No such channel, or nothing was there before.
@@ -239,11 +220,7 @@ def channels_of(
 ) -> list[tuple[str, str, Channel]]:
     """Channels with their name and variant.
 
-    Args:
-        store: Where they are.
-        policy: Whose moves count.
-        text: `NAME` or `NAME/VARIANT`; None for all.
-        channel: Only this one; None for all.
+    `text` is `NAME` or `NAME/VARIANT`; None for all, as for `channel`.
 
     Raises:
         RecipeError: `text` names a package.
@@ -294,13 +271,6 @@ def yank_package(
 ) -> tuple[Resolved, bool]:
     """Yank a package, or undo that; what is so already is a success.
 
-    Args:
-        store: Where it lies.
-        text: Its reference.
-        author: Who; a yank needs a reason.
-        policy: Must let the key sign channels.
-        undo: Make it usable again.
-
     Returns:
         The package as it is now, and whether anything changed.
 
@@ -349,12 +319,6 @@ def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustP
     """Sign a package with another key, and its provenance and test results, as far as trusted here.
 
     So what one machine built and tested for itself counts for others, who trust this key.
-
-    Args:
-        store: Where it lies.
-        text: Its reference.
-        key: Vouches for all of it.
-        policy: Whom this machine trusts.
 
     Returns:
         The package, as it was before.

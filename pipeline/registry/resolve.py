@@ -118,11 +118,7 @@ class _Offer:
 def examine(store: Store, place: Place, terms: Terms, digest: str | None = None) -> Resolved:
     """Read and verify what a version says of itself, and what was stated about it.
 
-    Args:
-        store: Where it lies.
-        place: The version.
-        terms: What is accepted.
-        digest: What its manifest must have; None for any.
+    With a digest, its manifest must have that one.
 
     Raises:
         CorruptError: The manifest is damaged, or not the one that belongs there.
@@ -183,11 +179,6 @@ def candidates(
 ) -> tuple[list[Resolved], list[Refused]]:
     """Every version that a reference may mean, for any machine.
 
-    Args:
-        store: Where to look.
-        wanted: The reference.
-        terms: What is accepted.
-
     Returns:
         Those that may be used, and those that may not with the reason.
 
@@ -209,11 +200,7 @@ def candidates(
 def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> Resolved:
     """The one package that a reference means.
 
-    Args:
-        store: Where to look.
-        text: The reference.
-        terms: What is accepted.
-        card: Only channels of this card are followed; None for all.
+    With a card, only channels of that card are followed.
 
     Raises:
         RecipeError: Not a reference, or several are meant; lists them.

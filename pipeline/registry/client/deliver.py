@@ -113,15 +113,12 @@ class Delivery:
             make_folders(to.parent)
             if not through_cache and not self._entry.is_dir():
                 with self._beside(to, keep=_can_go_on) as work:
-                    fetched = self._fetch(work, needed_again=0)
+                    fetched = self._fetch(work)
                     return self._show(work, to, receipt, "registry", fetched)
             return self._through_cache(to, receipt)
 
-    def to_cache(self, *, also: Path | None = None) -> tuple[Package, int]:
+    def to_cache(self) -> tuple[Package, int]:
         """Have the package in the cache, every byte verified now; and how many were fetched.
-
-        Args:
-            also: Another place on a disk that gets a copy, for the room that is needed.
 
         Raises:
             PipelineError: As in `to_folder`.
@@ -148,10 +145,8 @@ class Delivery:
                     f"{self.resolved.place} is not in {self.cache.dir}, or was damaged there; pull "
                     "it without --offline"
                 )
-            total = sum(file.size_bytes for file in self._files)
-            again = total if also is not None and _one_disk(self.cache.dir, also) else 0
             with work_folder(self.cache.dir, prefix, _can_go_on, setting=SETTING) as work:
-                fetched = self._fetch(work, needed_again=again)
+                fetched = self._fetch(work)
                 (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
                 settle_read_only(work.dir / PACKAGE)
                 move_into_place(work.dir / PACKAGE, entry)
@@ -180,7 +175,7 @@ class Delivery:
 
     def _through_cache(self, to: Path, receipt: Callable[[Origin], bytes]) -> Delivered:
         """From the cache to beside the goal, then there."""
-        package, fetched = self.to_cache(also=to.parent)
+        package, fetched = self.to_cache()
         origin: Origin = "registry" if fetched else "cache"
         _require_room(to.parent, sum(file.size_bytes for file in self._files))
         with self._beside(to, keep=None) as work:
@@ -213,19 +208,14 @@ class Delivery:
             to.parent, prefix, keep, setting="--to", shared_parent=self.shared_parent
         )
 
-    def _fetch(self, work: WorkFolder, *, needed_again: int) -> int:
-        """Fetch what is not there yet.
-
-        Args:
-            work: Gets the files.
-            needed_again: Bytes that this disk must hold a second time.
-        """
+    def _fetch(self, work: WorkFolder) -> int:
+        """Fetch what is not there yet."""
         files, package = self._files, work.dir / PACKAGE
         total = sum(file.size_bytes for file in files)
         if work.adopted:
             _drop_foreign(package, {file.path for file in files})
         landed = _landed_bytes(files, work.dir, self._digest, self.transfer.chunk_bytes)
-        _require_room(work.dir, total - landed + needed_again)
+        _require_room(work.dir, total - landed)
         package.mkdir(mode=0o755, exist_ok=True)
         place = self.resolved.place
         with progress(f"Pulling {place}", total, BYTES) as on_bytes:
@@ -266,7 +256,3 @@ def _require_room(folder: Path, needed_bytes: int) -> None:
             f"disk full: the package needs {needed_bytes / 1e9:.2f} GB in {folder}, "
             f"{free_bytes / 1e9:.2f} GB are free; free some and run the same command again"
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _one_disk(left: Path, right: Path) -> bool:
-    return left.stat().st_dev == right.stat().st_dev

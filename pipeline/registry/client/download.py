@@ -106,8 +106,7 @@ class Record:
     def writing(self, *, fresh: bool) -> Iterator[Callable[[int, int], None]]:
         """A function that adds a landed chunk.
 
-        Args:
-            fresh: Begin anew.
+        With `fresh` the record begins anew.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         path = self.folder / _RECORD

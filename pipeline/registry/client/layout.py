@@ -132,14 +132,7 @@ def _copy_file(source: Path, target: Path) -> None:
 def finish(
     folder: Path, resolved: Resolved, statements: Sequence[RawStatement], receipt: bytes
 ) -> None:
-    """Add to the fetched files all else that a pull leaves; settled and read-only.
-
-    Args:
-        folder: Has the files of the package.
-        resolved: The package.
-        statements: Trusted ones; files beside an envelope are what was signed.
-        receipt: Content of `pull.json`.
-    """
+    """Add to the fetched files all else that a pull leaves; settled and read-only."""
     (folder / MANIFEST).write_bytes(resolved.data)
     (folder / STATEMENTS).mkdir()
     write_statements(folder / STATEMENTS, statements)
@@ -205,12 +198,7 @@ def move_into_place(private: Path, target: Path) -> bool:
 
 
 def write_statements(folder: Path, statements: Sequence[RawStatement]) -> None:
-    """Write statements as `<name>/<file>`; one that is there stays, since names follow from bytes.
-
-    Args:
-        folder: Exists.
-        statements: Trusted ones.
-    """
+    """Write statements as `<name>/<file>`; one that is there stays: names follow from bytes."""
     for statement in statements:
         if not is_statement_name(statement.name):
             continue

@@ -90,8 +90,7 @@ class PullRequest:
     def terms(self, *, local: bool) -> Terms:
         """Whom this pull trusts, and what it takes all the same.
 
-        Args:
-            local: The package lies in a folder of this machine, for which a local key counts.
+        A local key counts for a package in a folder of this machine: `local`.
         """
         return Terms(
             policy=machine_trust(self.environ, own_folder=local, policy=self.policy),

@@ -18,11 +18,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
 from pipeline.registry.disk import read_bounded
+from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.store import ENVELOPE, NONE_KNOWN, Place, RawStatement, Store
 
 _MAX_FILE_BYTES = 64 << 20
@@ -73,12 +73,11 @@ class RememberingStore:
         return found
 
     def read_manifest(self, place: Place) -> bytes:
-        kept = self._read(place).get("manifest")
-        if isinstance(kept, str):
-            return kept.encode()
-        data = self.store.read_manifest(place)
-        self._keep(place, manifest=data)
-        return data
+        kept = self._read(place)
+        if MANIFEST not in kept:
+            kept[MANIFEST] = self.store.read_manifest(place)
+            self._keep(place, kept)
+        return kept[MANIFEST]
 
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
@@ -91,11 +90,11 @@ class RememberingStore:
         if names is None and place not in self._names:
             return self.store.read_statements(place)
         wanted = self._names[place] if names is None else names
-        kept = self._statements(place)
+        kept = self._read(place)
         if missing := [name for name in wanted if name not in kept]:
             read = self.store.read_statements(place, missing)
             kept |= {one.name: one.envelope for one in read}
-            self._keep(place, statements=kept)
+            self._keep(place, kept)
         return [
             RawStatement(name=name, files={ENVELOPE: kept[name]}) for name in wanted if name in kept
         ]
@@ -107,11 +106,11 @@ class RememberingStore:
         self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
     ) -> list[bytes]:
         place = Place(name=name, variant=variant, version=_MOVES)
-        kept = self._statements(place)
+        kept = self._read(place)
         found = self.store.read_moves(name, variant, kept | dict(known))
         now = {hashlib.sha256(data).hexdigest(): data for data in found}
         if now != kept:
-            self._keep(place, statements=now)
+            self._keep(place, now)
         return found
 
     def _path(self, place: Place) -> Path:
@@ -119,33 +118,19 @@ class RememberingStore:
         folder = self.root / "registries" / registry / place.name / place.variant
         return folder / f"{place.version}.json"
 
-    def _read(self, place: Place) -> dict[str, Any]:
-        with contextlib.suppress(CorruptError, ValueError, OSError):
+    def _read(self, place: Place) -> dict[str, bytes]:
+        """Name of a statement, SHA-256 of a move or `MANIFEST` -> its bytes."""
+        with contextlib.suppress(CorruptError, ValueError, OSError, AttributeError):
             value = json.loads(read_bounded(self._path(place), _MAX_FILE_BYTES))
-            if isinstance(value, dict):
-                return value
+            return {name: text.encode() for name, text in value.items()}
         return {}
 
-    def _statements(self, place: Place) -> dict[str, bytes]:
-        kept = self._read(place).get("statements")
-        pairs = kept.items() if isinstance(kept, dict) else ()
-        return {name: text.encode() for name, text in pairs if isinstance(text, str)}
-
-    def _keep(
-        self,
-        place: Place,
-        *,
-        manifest: bytes | None = None,
-        statements: Mapping[str, bytes] | None = None,
-    ) -> None:
+    def _keep(self, place: Place, kept: Mapping[str, bytes]) -> None:
         """Remember; what is no text, or cannot be written, is read again the next time."""
-        value, path = self._read(place), self._path(place)
+        path = self._path(place)
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            if manifest is not None:
-                value["manifest"] = manifest.decode()
-            if statements is not None:
-                value["statements"] = {name: data.decode() for name, data in statements.items()}
+            text = json.dumps({name: data.decode() for name, data in kept.items()})
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             private = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
-            private.write_text(json.dumps(value))
+            private.write_text(text)
             private.replace(path)

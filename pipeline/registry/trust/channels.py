@@ -95,12 +95,7 @@ def read_channels(
 ) -> list[Channel]:
     """The channels of a variant, by name and card.
 
-    Args:
-        store: Where the log lies.
-        policy: Whose moves count.
-        name: Recipe.
-        variant: Of it.
-        channel: Only this one; None for all.
+    Of all names where `channel` is None.
     """
     log_of_moves = store.read_moves(name, variant)
     identity = store.identity() if log_of_moves else None

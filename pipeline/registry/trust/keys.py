@@ -90,9 +90,7 @@ def generate_key() -> SigningKey:
 def parse_private_key(data: bytes, origin: str) -> SigningKey:
     """Read a private key in PEM.
 
-    Args:
-        data: The PEM.
-        origin: Where it comes from, for messages; the data itself is never shown.
+    `origin` says where it comes from, for messages; the data itself is never shown.
 
     Raises:
         RecipeError: It is no ECDSA P-256 key, or is encrypted.

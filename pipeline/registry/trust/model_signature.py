@@ -40,10 +40,6 @@ def available() -> bool:
 def sign_engine(manifest: Mapping[str, Any], key: SigningKey) -> bytes:
     """Sign the files of `engine/`; needs `available()`.
 
-    Args:
-        manifest: Of a package that was just sealed or verified.
-        key: Signs.
-
     Returns:
         The Sigstore bundle, without a transparency log: nothing is sent anywhere.
     """

@@ -113,10 +113,6 @@ class TrustPolicy:
     def signer(self, envelope: Envelope, role: Role) -> TrustedKey:
         """The key that signed an envelope, if this policy lets it.
 
-        Args:
-            envelope: Not trusted yet.
-            role: What it holds.
-
         Raises:
             UntrustedError: No trusted key did; gives the reason for each signature.
         """
@@ -195,11 +191,7 @@ def load_policy(path: Path) -> TrustPolicy:
 
 
 def policy_text(names: Mapping[str, PublicKey]) -> str:
-    """A policy file that gives every right to each of these keys.
-
-    Args:
-        names: Name for people -> key.
-    """
+    """A policy file that gives every right to each of these keys."""
     import yaml
 
     keys = [

@@ -42,12 +42,7 @@ class Signatory:
     invocation_id: str
 
     def sign_build(self, package: Package, started: datetime) -> list[RawStatement]:
-        """Signature and provenance of a package that this process sealed.
-
-        Args:
-            package: Sealed.
-            started: When the build began, with time zone.
-        """
+        """Signature and provenance of a package that this process sealed."""
         predicate = provenance_predicate(
             package.manifest,
             builder_id=self.builder_id,

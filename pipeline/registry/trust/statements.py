@@ -213,10 +213,6 @@ def sign_statement(
 def open_statement(envelope: bytes, policy: TrustPolicy) -> Statement:
     """Verify a statement: its signature, its signer's right, and its form.
 
-    Args:
-        envelope: As it lies in a store.
-        policy: Whose statements count.
-
     Raises:
         UntrustedError: It is none, or no key that may signed it.
     """
@@ -256,13 +252,7 @@ def open_statement(envelope: bytes, policy: TrustPolicy) -> Statement:
 
 
 def sign_again(one: Statement, key: SigningKey, files: Mapping[str, bytes]) -> RawStatement:
-    """The same statement by another key, signed now.
-
-    Args:
-        one: Trusted.
-        key: Signs.
-        files: Its files, from `verified_files`.
-    """
+    """The same statement by another key, signed now."""
     ours = {"schema", "kind", "signed_at", "files"}
     fields = {name: value for name, value in one.fields.items() if name not in ours}
     predicate = {name: value for name, value in one.predicate.items() if name != _OURS}
@@ -287,13 +277,7 @@ def verified_files(statement: Statement, raw: RawStatement) -> dict[str, bytes]:
 
 @functools.cache
 def warn_skipped(origin: str, what: str, reasons: tuple[str, ...]) -> None:
-    """Warn of statements that do not count, once for all and only once in a process.
-
-    Args:
-        origin: Where they lie.
-        what: Of one of them: `a statement`.
-        reasons: One for each.
-    """
+    """Warn of statements that do not count, once for all and only once in a process."""
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     log.warning("%s: %s does not count: %s%s", origin, what, reasons[0], more)
 

@@ -74,16 +74,12 @@ class Yank:
         actor: Who did it, for people.
         reason: Why.
         signed_at: As in `Statement`.
-        registry: Identity of the registry where it counts.
-        signer: Of the policy.
     """
 
     yanked: bool
     actor: str
     reason: str
     signed_at: str
-    registry: str
-    signer: TrustedKey
 
     def __str__(self) -> str:
         because = f": {self.reason}" if self.reason else ""
@@ -219,13 +215,6 @@ def require_usable(
 ) -> None:
     """Refuse a package that may not be loaded, run or promoted.
 
-    Args:
-        found: Of the package.
-        policy: By which it was verified.
-        origin: The package, for messages.
-        allow_unsigned: Take it although no trusted key signed it.
-        allow_yanked: Take it although it was yanked.
-
     Raises:
         UntrustedError: Revoked, yanked, or not signed by a trusted key.
     """
@@ -290,8 +279,6 @@ def _yank(found: Statement) -> Yank:
         actor=found.text("actor"),
         reason=found.text("reason"),
         signed_at=found.signed_at,
-        registry=found.text("registry"),
-        signer=found.signer,
     )
 
 
