@@ -226,14 +226,6 @@ def published_build(
     Of those that are verified and not yanked, the one that this card's `candidate` points to, else
     the latest by trusted provenance.
 
-    Args:
-        store: Where it would be published.
-        name: Of the package.
-        variant: Of the package.
-        build_key: Of the build.
-        terms: What is accepted.
-        card: Whose channel decides.
-
     Raises:
         UntrustedError: There are some, and all that a trusted key signed were yanked.
     """

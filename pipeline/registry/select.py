@@ -109,14 +109,6 @@ def best(
 ) -> Chosen:
     """The package to take.
 
-    Args:
-        found: Every version that the reference may mean and that may be used.
-        refused: Those that may not.
-        wanted: The reference.
-        facts: Of the machine.
-        format: Only this one; None for any.
-        accept_unproven: Take a package that is not proven on this card.
-
     Raises:
         IncompatibleError: None fits or is proven; gives the reason for each, the nearest first.
         UntrustedError: None is trusted.

@@ -111,14 +111,7 @@ def pull(
 ) -> Pulled:
     """Pull a package, as `enginesmith pull` does; `run` takes all its options.
 
-    Args:
-        reference: `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`.
-        to: Folder to make; None leaves the package in the cache.
-        registry: A folder, `file:///PATH`, `s3://BUCKET/PREFIX` or `oci://HOST/REPOSITORY`.
-        gpu: `auto` asks NVML; a card's id or name, `sm89`, or `none`.
-        runtime: What will load it: `vllm==0.29`.
-        policy: File with the trusted keys.
-        accept_unproven: Take a package that was not accepted on this card.
+    The arguments are those of `PullRequest`; `gpu` and `runtime` those of `Flags`.
 
     Returns:
         Where it is and what was believed.

@@ -83,10 +83,7 @@ def open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
     The folder is that of a folder registry, with `<folder>.statements` beside it, or what a pull
     left, with `statements/`, `engine/model.sig` and `pull.json` in it.
 
-    Args:
-        folder: With `manifest.json` and `engine/`.
-        terms: What is accepted.
-        store: Where it may have newer statements; None to ask nowhere.
+    A store is asked for newer statements about it; None to ask nowhere.
 
     Raises:
         CorruptError: It is damaged, or holds something else.

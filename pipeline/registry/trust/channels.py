@@ -184,14 +184,8 @@ def move_channel(
 
     Checks nothing of the package: see `pipeline.registry.promotion`.
 
-    Args:
-        store: Where both lie.
-        reference: The package.
-        channel: Such as `candidate`.
-        card: The card that it counts for.
-        author: Signs the move; the policy must let it sign channels.
-        policy: By which the log is read; readers should have the same.
-        seen: The newest move when the caller decided; None if that played no part.
+    The policy is the one by which the log is read; readers should have the same. `seen` is the
+    newest move when the caller decided; None if that played no part.
 
     Returns:
         The newest move, which points to the package.

@@ -28,12 +28,8 @@ def provenance_predicate(
 ) -> dict[str, Any]:
     """The predicate of a package's provenance.
 
-    Args:
-        manifest: Of the package.
-        builder_id: URI of what ran the build, such as a CI workflow; policies may name it.
-        invocation_id: Names the run in the builder's logs.
-        started: With time zone.
-        finished: With time zone.
+    `builder_id` is the URI of what ran the build, such as a CI workflow, which policies may name;
+    `invocation_id` names the run in its logs. Both times have a zone.
     """
     source = manifest["source"]
     weights: dict[str, Any] = {

@@ -137,10 +137,8 @@ def signatory_for(
 def machine_policy(environ: Mapping[str, str], path: Path | None = None) -> TrustPolicy | None:
     """The trust policy of a machine; None if it has none.
 
-    Args:
-        environ: The environment.
-        path: From the command line; comes first, then the environment's, then `policy.yaml` in the
-            configuration folder.
+    The command line's (`path`) comes first, then the environment's, then `policy.yaml` in the
+    configuration folder.
 
     Raises:
         RecipeError: It cannot be read.
@@ -161,11 +159,6 @@ def machine_trust(
     A policy decides alone. Without one, a key that was given to this machine to sign with is
     trusted, since whoever holds it could sign anything here anyway. A local key counts for this
     machine's own folder registry only, never for S3, OCI or another machine.
-
-    Args:
-        environ: The environment.
-        own_folder: The package lies in a folder of this machine (`Store.local`).
-        policy: From the command line.
 
     Raises:
         RecipeError: The policy or the key cannot be read.

@@ -164,13 +164,8 @@ def verify_statements(
 ) -> Verification:
     """Verify everything that was stated about a package.
 
-    Args:
-        package: Its manifest is what its digest says.
-        raws: As they lie in a store; envelopes suffice.
-        policy: Whom to trust.
-        registry: Identity of the registry; yanks of another one do not count. None where there is
-            none, as in a folder that was pulled: there every trusted yank counts.
-        origin: Where it all comes from, for the one warning about what is skipped.
+    The registry is its identity: yanks of another one do not count. It is None where there is none,
+    as in a folder that was pulled: there every trusted yank counts.
     """
     statements: list[Statement] = []
     verdicts: list[SignedVerdict] = []

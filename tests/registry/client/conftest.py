@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from pipeline.registry.store import Place, Store, WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.trust.channels import move_channel
 from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.policy import ROLES, TrustedKey, TrustPolicy
 from pipeline.registry.trust.signatory import sign_package, sign_test
 from pipeline.registry.trust.statements import Author
-from tests.registry.packages import VARIANT, sealed_package
+from tests.registry.packages import sealed_package
 
 CARD = "NVIDIA-GeForce-RTX-4090"
 OTHER_CARD = "NVIDIA-L4"
@@ -48,13 +48,6 @@ def noise(size_bytes: int, seed: int = 0) -> bytes:
     return b"".join(parts)[:size_bytes]
 
 
-def trusting(key: SigningKey, *roles: Role) -> TrustPolicy:
-    """A policy that trusts one key."""
-    pem = key.public.pem.decode()
-    may: tuple[Role, ...] = roles or ("builds", "verdicts", "channels")
-    return TrustPolicy(keys=(TrustedKey(name="release", public_key=pem, may_sign=may),))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shop:
     """A store with signed packages, and a machine that pulls from it.
@@ -68,6 +61,16 @@ class Shop:
     store: WritableStore
     home: Path
     key: SigningKey = field(default_factory=generate_key)
+
+    @property
+    def author(self) -> Author:
+        return Author(key=self.key, actor="ada", reason="crashes")
+
+    @property
+    def trust(self) -> TrustPolicy:
+        """Trusts the one key in everything."""
+        pem = self.key.public.pem.decode()
+        return TrustPolicy(keys=(TrustedKey(name="release", public_key=pem, may_sign=ROLES),))
 
     @property
     def to(self) -> Path:
@@ -104,53 +107,38 @@ class Shop:
         return reference
 
     def judge(
-        self,
-        reference: Reference,
-        verdict: VerdictName = "accepted",
-        card: str = CARD,
-        *,
-        key: SigningKey | None = None,
-        runtime: tuple[str, str] = RUNTIME,
-    ) -> str:
-        """Add a signed verdict; its name."""
+        self, reference: Reference, verdict: VerdictName = "accepted", card: str = CARD
+    ) -> None:
+        """Add a signed verdict."""
         report = json.dumps({"digest": reference.digest, "verdict": verdict}).encode()
         raw = sign_test(
             reference.digest,
-            key or self.key,
+            self.key,
             card=card,
-            runtime=runtime,
+            runtime=RUNTIME,
             verdict=verdict,
             files={"report.json": report},
         )
         self.store.put_statement(Place.of(reference), raw)
-        return raw.name
 
-    def point(
-        self,
-        reference: Reference,
-        card: str = CARD,
-        channel: str = "stable",
-        *,
-        key: SigningKey | None = None,
-    ) -> None:
+    def point(self, reference: Reference, card: str = CARD, channel: str = "stable") -> None:
         """Let a channel point to a package, by a signed move."""
-        author = Author(key=key or self.key, actor="ada")
-        policy = trusting(author.key)
         move_channel(
-            self.store, reference, channel=channel, card=card, author=author, policy=policy
+            self.store,
+            reference,
+            channel=channel,
+            card=card,
+            author=self.author,
+            policy=self.trust,
         )
 
-    def yank(
-        self, reference: Reference, *, key: SigningKey | None = None, undo: bool = False
-    ) -> None:
+    def yank(self, reference: Reference, *, undo: bool = False) -> None:
         """Yank a package, or undo that."""
-        author = Author(key=key or self.key, actor="ada", reason="crashes")
-        text = f"{reference.name}@sha256:{reference.digest}"
-        yank_package(self.store, text, author, trusting(author.key), undo=undo)
+        yank_package(self.store, str(reference), self.author, self.trust, undo=undo)
 
     def policy(self, **more: Any) -> Path:
         """The machine's trust policy, as a file."""
-        (key,) = trusting(self.key).keys
+        (key,) = self.trust.keys
         listed = {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
         path = self.home / "policy.json"
         private = self.home / f"policy-{os.getpid()}"  # many processes may pull at once
@@ -191,9 +179,6 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     return Shop(store=FolderRegistry(path=tmp_path / "registry").store(), home=home)
 
 
-ShopOf = Callable[[str], Shop]
-
-
 def engine_files(folder: Path) -> dict[str, bytes]:
     """Everything below `engine/`, less the model signature."""
     root = folder / "engine"
@@ -202,6 +187,3 @@ def engine_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name != "model.sig"
     }
-
-
-__all__ = ["CARD", "CHUNK_BYTES", "OTHER_CARD", "QUICK", "VARIANT", "Shop", "engine_files"]

@@ -85,12 +85,6 @@ def test_moving_to_where_a_channel_points_writes_nothing(
     assert len(team.store.read_moves(packages[0].name, packages[0].variant)) == 1
 
 
-def test_each_card_has_a_channel_of_its_own(team: Team, packages: list[Reference]) -> None:
-    move(team, packages[0])
-    move(team, packages[1], card=OTHER_CARD)
-    assert (stable(team), stable(team, card=OTHER_CARD)) == (packages[0], packages[1])
-
-
 def test_rubbish_in_a_log_changes_nothing_and_stops_no_move(
     team: Team, packages: list[Reference], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,24 +165,6 @@ def test_a_decision_about_an_older_state_is_refused(team: Team, packages: list[R
     with pytest.raises(ConflictError, match="look at it"):
         move(team, three, seen=seen)
     assert stable(team) == two
-
-
-def test_the_order_in_a_store_says_nothing(team: Team, packages: list[Reference]) -> None:
-    for reference in [*packages, *packages[:2]]:
-        move(team, reference)
-    name, variant = packages[0].name, packages[0].variant
-    data = team.store.read_moves(name, variant)
-    wanted = read_channels(team.store, team.policy, name, variant)
-
-    class Shuffled:
-        url = "here"
-        identity = team.store.identity
-
-        def read_moves(self, name: str, variant: str) -> list[bytes]:
-            return random.Random(7).sample(data * 2, 2 * len(data))
-
-    shuffled: Any = Shuffled()
-    assert read_channels(shuffled, team.policy, name, variant) == wanted
 
 
 @pytest.mark.parametrize("seed", range(8))
