@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.registry.store import WritableStore
+    from pipeline.registry.trust.policy import TrustPolicy
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name.", show_default=False)]
 Overrides = Annotated[
@@ -44,3 +49,12 @@ Policy = Annotated[
     ),
 ]
 ARTIFACTS = "artifacts"
+
+
+def open_registry(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolicy]:
+    """The store that a command works on, and whose statements count there."""
+    from pipeline.registry.stores.opening import open_store
+    from pipeline.registry.trust.signatory import machine_trust
+
+    store = open_store(registry)
+    return store, machine_trust(os.environ, own_folder=store.local, policy=policy)

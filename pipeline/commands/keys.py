@@ -10,7 +10,7 @@ import typer
 
 from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
-from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
+from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 
 @answering
@@ -82,12 +82,9 @@ def sign(
 ) -> Answer:
     """Sign a package that is trusted here, and its test results, with another key."""
     from pipeline.registry.promotion import countersign
-    from pipeline.registry.stores.opening import open_store
     from pipeline.registry.trust.keys import read_private_key
-    from pipeline.registry.trust.signatory import machine_trust
 
-    store = open_store(registry)
-    trust = machine_trust(os.environ, own_folder=store.local, policy=policy)
+    store, trust = open_registry(registry, policy)
     signing = read_private_key(key)
     found = countersign(store, reference, signing, trust)
     return Answer(

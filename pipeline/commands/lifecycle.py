@@ -10,7 +10,7 @@ import typer
 
 from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
-from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
+from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 if TYPE_CHECKING:
     from pipeline.registry.gc import Collected
@@ -135,7 +135,7 @@ def gc(
     from pipeline.registry.resolve import Terms, resolve
     from pipeline.registry.store import Place
 
-    store, trust = _open(registry, policy)
+    store, trust = open_registry(registry, policy)
     terms = Terms(policy=trust, allow_unsigned=True, allow_yanked=True)
     pins = frozenset(Place.of(resolve(store, text, terms).reference) for text in keep or ())
     rules = Rules(keep_days=keep_days, history=history, pins=pins, damaged=damaged)
@@ -157,7 +157,7 @@ def channels(
     from pipeline.commands.tables import make_table, printable
     from pipeline.registry.promotion import channels_of
 
-    store, trust = _open(registry, policy)
+    store, trust = open_registry(registry, policy)
     found = channels_of(store, trust, name)
     table = make_table(("channel", "card", "package", "by", "at", "why"))
     for _, _, channel in found:
@@ -181,21 +181,13 @@ def channels(
     return Answer(value=value, shown=[table if found else nothing])
 
 
-def _open(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolicy]:
-    from pipeline.registry.stores.opening import open_store
-    from pipeline.registry.trust.signatory import machine_trust
-
-    store = open_store(registry)
-    return store, machine_trust(os.environ, own_folder=store.local, policy=policy)
-
-
 def _open_to_sign(
     registry: str, policy: Path | None, reason: str
 ) -> tuple[WritableStore, TrustPolicy, Author]:
     from pipeline.registry.trust.keys import require_signing_key
     from pipeline.registry.trust.statements import Author, actor_of
 
-    store, trust = _open(registry, policy)
+    store, trust = open_registry(registry, policy)
     key = require_signing_key(os.environ, local=store.local)
     return store, trust, Author(key=key, actor=actor_of(os.environ), reason=reason)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from pipeline.commands.answer import Answer
 from pipeline.commands.answering import answering
-from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry
+from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,11 +127,8 @@ def generate(
 def _open(registry: str, policy: Path | None) -> tuple[WritableStore, Terms]:
     """A store, and whose statements count for what it shows."""
     from pipeline.registry.resolve import Terms
-    from pipeline.registry.stores.opening import open_store
-    from pipeline.registry.trust.signatory import machine_trust
 
-    store = open_store(registry)
-    trust = machine_trust(os.environ, own_folder=store.local, policy=policy)
+    store, trust = open_registry(registry, policy)
     return store, Terms(policy=trust, allow_unsigned=True)
 
 

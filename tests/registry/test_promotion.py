@@ -19,7 +19,7 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.statements import Author
 from tests.registry.packages import VARIANT, place_of
-from tests.registry.trust.conftest import CARD, OTHER_CARD, RUNTIME, Team, team
+from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
 
 __all__ = ["team"]
 
@@ -67,23 +67,6 @@ def test_a_channel_takes_what_its_verdict_allows(
     else:
         with pytest.raises(NotAcceptedError, match=f"is {verdict}, by"):
             team.enter(package, channel)
-
-
-def test_the_newest_verdict_of_the_card_decides(team: Team) -> None:
-    package = team.publish(verdict="accepted")
-    team.enter(package)
-    team.test(package, "regression")
-    with pytest.raises(NotAcceptedError, match="regression"):
-        team.enter(package, "candidate")
-    team.test(package, "accepted")
-    team.enter(package, "candidate")
-
-
-def test_accepted_with_another_runtime_does_not_open_stable(team: Team) -> None:
-    package = team.publish()
-    team.test(package, "accepted", runtime=(RUNTIME[0], "0.1"))
-    with pytest.raises(NotAcceptedError, match=r"accepted, by tensorrt-rtx 0\.1"):
-        team.enter(package)
 
 
 @pytest.mark.parametrize("fault", ["none", "stranger's", "another card's"])

@@ -64,11 +64,6 @@ def test_policy_with_a_fault_is_refused_whole(tmp_path: Path, value: Any, reason
         load_policy(_write(tmp_path, value))
 
 
-def test_missing_policy_is_a_usage_fault(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="missing"):
-        load_policy(tmp_path / "none.yaml")
-
-
 def test_one_good_signature_of_several_is_enough() -> None:
     policy = TrustPolicy(keys=(TrustedKey(name="ci", public_key=PEM, may_sign=("builds",)),))
     ours = json.loads(sign_envelope(b"x", KEY))
