@@ -107,7 +107,11 @@ class Shop:
         return reference
 
     def judge(
-        self, reference: Reference, verdict: VerdictName = "accepted", card: str = CARD
+        self,
+        reference: Reference,
+        verdict: VerdictName = "accepted",
+        card: str = CARD,
+        runtime: tuple[str, str] = RUNTIME,
     ) -> None:
         """Add a signed verdict."""
         report = json.dumps({"digest": reference.digest, "verdict": verdict}).encode()
@@ -115,7 +119,7 @@ class Shop:
             reference.digest,
             self.key,
             card=card,
-            runtime=RUNTIME,
+            runtime=runtime,
             verdict=verdict,
             files={"report.json": report},
         )
