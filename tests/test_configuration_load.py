@@ -395,8 +395,8 @@ def test_fault_in_an_option_that_a_compiler_brings_names_its_file(only: Only, wr
     [
         ("it's/here", "folder", ("path", "it's/here")),
         ("file:///srv/x", "folder", ("path", "/srv/x")),
-        ("s3://bucket/prefix", "stored", ("store", {"kind": "s3", "url": "s3://bucket/prefix"})),
-        ("oci://host/x", "stored", ("store", {"kind": "oci", "url": "oci://host/x"})),
+        ("s3://bucket/prefix", "s3", ("url", "s3://bucket/prefix")),
+        ("oci://host/x", "oci", ("url", "oci://host/x")),
     ],
 )
 def test_registry_option_of_a_build_is_the_recipes_registry(
