@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.judge import judge
 from pipeline.acceptance.measure import conditions_json, rates_of
-from pipeline.acceptance.pairs import PairSettings, Peer, measure_pairs
+from pipeline.acceptance.pairs import Peer, measure_pairs
 from pipeline.acceptance.peers import CARD_PEERS, TRANSFORMERS, card_peers, cpu_peer, engine_in_vllm
 from pipeline.acceptance.physics import judge_physics
 from pipeline.acceptance.report import REPORT_FILE, write_report
@@ -119,15 +119,16 @@ def race(request: RaceRequest) -> RaceResult:
     with ExitStack() as stack:
         held = None if request.cpu else stack.enter_context(held_card())
         weights, engine = make_artifact(recipe, request.folder)
-        settings = PairSettings(
-            workloads=workloads,
-            rounds=request.rounds,
-            seed=recipe.acceptance.seed,
-            vocab_size=recipe.shape.vocab_size,
-        )
         opened, peers = contenders(request, recipe, weights, engine, workloads)
         with opened as session:
-            speed, failed = measure_pairs(session, peers, settings)
+            speed, failed = measure_pairs(
+                session,
+                peers,
+                workloads,
+                rounds=request.rounds,
+                vocab_size=recipe.shape.vocab_size,
+                seed=recipe.acceptance.seed,
+            )
     report, verdict = judged(recipe, engine, speed, failed, held)
     files = write_report(report, verdict, request.folder, plan=plan.to_json())
     return RaceResult(

@@ -25,7 +25,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, paired
-from pipeline.acceptance.chat_prompts import CONVERSATIONS, Conversation
+from pipeline.acceptance.chat_prompts import CONVERSATIONS, Message
 from pipeline.core.settings import STRICT
 from pipeline.runners.chat import eos_ids
 from pipeline.runners.session import Session
@@ -124,18 +124,18 @@ class ChatProbe:
             context: Longest request of both, prompt and answer, tokens.
         """
         asked, left_out = [], []
-        known = CONVERSATIONS[: settings.prompts] if source_tokenizer.chat_template else ()
-        for conversation in known:
-            source = template_ids(source_tokenizer, conversation)
+        count = settings.prompts if source_tokenizer.chat_template else 0
+        for name, messages in itertools.islice(CONVERSATIONS.items(), count):
+            source = template_ids(source_tokenizer, messages)
             if source is None:
-                left_out.append(f"{conversation.name}: the source's template refuses it")
+                left_out.append(f"{name}: the source's template refuses it")
                 continue
-            engine = template_ids(engine_tokenizer, conversation)
+            engine = template_ids(engine_tokenizer, messages)
             need = max(len(source), len(engine or ())) + settings.max_new_tokens
             if need > context:
-                left_out.append(f"{conversation.name}: {need} tokens, the context has {context}")
+                left_out.append(f"{name}: {need} tokens, the context has {context}")
                 continue
-            asked.append(Asked(name=conversation.name, source=source, engine=engine))
+            asked.append(Asked(name=name, source=source, engine=engine))
         return ChatProbe(
             settings=settings,
             source_tokenizer=source_tokenizer,
@@ -203,7 +203,7 @@ class ChatProbe:
         }
 
 
-def template_ids(tokenizer: Any, conversation: Conversation) -> tuple[int, ...] | None:
+def template_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...] | None:
     """Token ids up to where the answer starts; None if the template refuses, or there is none."""
     from jinja2 import TemplateError
 
@@ -211,7 +211,7 @@ def template_ids(tokenizer: Any, conversation: Conversation) -> tuple[int, ...] 
         return None
     try:
         encoded = tokenizer.apply_chat_template(
-            list(conversation.messages), add_generation_prompt=True, return_dict=True
+            list(messages), add_generation_prompt=True, return_dict=True
         )
     except TemplateError:
         return None

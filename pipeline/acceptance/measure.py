@@ -26,6 +26,7 @@ from pipeline.acceptance.physics import MeasuredRate, ceiling_share, judge_physi
 from pipeline.acceptance.source import Source
 from pipeline.acceptance.speed import (
     ENGINE,
+    Waves,
     measure_speed,
     rate_findings,
     spread_findings,
@@ -143,16 +144,17 @@ def measure_on_card(
         answers = Comparison.of(asked, subject, source, cache)
     with subject.runner.open(subject.engine) as session:
         found = answers.compare(session)
+        speed: tuple[Mapping[str, Any], ...] = ()
         if subject.simulated:
-            found = _without_speed(found, subject)
+            found = replace(found, not_run=(*found.not_run, subject.speed_not_run))
         elif not isinstance(subject.runner, BenchRunner):
             speed = tuple(_timed(asked, subject, load, session) for load in workloads)
-            found = _with_speed(asked, found, speed)
         found = _with_sustained(asked, subject, found, session, workloads)
     if isinstance(subject.runner, BenchRunner):
-        found = _with_speed(asked, found, tuple(_benched(asked, subject, workloads)))
-    rates_kept = rate_findings(found.speed, demanded=on_target)
-    found = replace(found, findings=(*found.findings, *rates_kept))
+        speed = tuple(_benched(asked, subject, workloads))
+    scattered = spread_findings(speed, asked.max_spread)
+    behind = rate_findings(speed, demanded=on_target)
+    found = replace(found, speed=speed, findings=(*found.findings, *scattered, *behind))
     if not on_target:
         return found
     request = subject.plan.request
@@ -216,32 +218,28 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
 def _timed(
     asked: Acceptance, subject: Subject, workload: Workload, session: Session
 ) -> dict[str, Any]:
-    samples = measure_speed(
-        workload,
-        {ENGINE: session},
-        vocab_size=subject.plan.request.shape.vocab_size,
-        repeats=asked.repeats,
-        seed=asked.seed,
-        tokenizer=_tokenizer(subject, workload),
-        eos_token_ids=_ends(subject, workload),
-    )
+    waves = _waves(asked, subject, workload)
+    samples = measure_speed(workload, {ENGINE: session}, waves, asked.repeats)
     entry = summarize(workload, samples[ENGINE])
     log.info("%s: %.1f tok/s", workload.name, entry["output_tokens_per_s"])
     return entry
 
 
-def _tokenizer(subject: Subject, workload: Workload) -> Any | None:
-    """The tokenizer, for a workload whose prompts may be text."""
-    return load_tokenizer(subject.engine.dir) if workload.prompts_file else None
+def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
+    """What each run of a workload gives the session.
 
-
-def _ends(subject: Subject, workload: Workload) -> frozenset[int]:
-    """End-of-sequence ids of the model, for a workload whose answers end at them."""
+    Raises:
+        RecipeError: The workload's file of prompts does not fit.
+    """
     from pipeline.runners.chat import eos_ids
 
-    if workload.ignore_eos:
-        return frozenset()
-    return eos_ids(load_tokenizer(subject.engine.dir))
+    tokenizer, ends = None, frozenset[int]()
+    if workload.prompts_file or not workload.ignore_eos:
+        tokenizer = load_tokenizer(subject.engine.dir)
+        ends = eos_ids(tokenizer)
+    vocab_size = subject.plan.request.shape.vocab_size
+    prompts = workload.request_prompts(vocab_size, asked.seed, tokenizer)
+    return workload.waves(prompts, asked.seed, ends)
 
 
 def _benched(
@@ -267,18 +265,6 @@ def _benched(
         }
 
 
-def _without_speed(found: Measured, subject: Subject) -> Measured:
-    return replace(found, not_run=(*found.not_run, subject.speed_not_run))
-
-
-def _with_speed(
-    asked: Acceptance, found: Measured, speed: tuple[Mapping[str, Any], ...]
-) -> Measured:
-    return replace(
-        found, speed=speed, findings=(*found.findings, *spread_findings(speed, asked.max_spread))
-    )
-
-
 def _with_sustained(
     asked: Acceptance,
     subject: Subject,
@@ -291,16 +277,8 @@ def _with_sustained(
         return found
     asked_run, limits = asked.sustained, asked.sustained.limits
     log.info("Sustained run: %s for %.1f minutes", workload.name, asked_run.minutes)
-    run = partial(
-        run_sustained,
-        session,
-        workload,
-        asked_run,
-        vocab_size=subject.plan.request.shape.vocab_size,
-        seed=asked.seed,
-        tokenizer=_tokenizer(subject, workload),
-        eos_token_ids=_ends(subject, workload),
-    )
+    waves = _waves(asked, subject, workload)
+    run = partial(run_sustained, session, workload.osl, waves[0], asked_run.minutes)
     samples = run()
     cleared = run(clear=True) if asked_run.clear_cache else None
     return replace(

@@ -49,25 +49,14 @@ class Peer:
     max_rounds: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairSettings:
-    """What is run.
-
-    Attributes:
-        workloads: The loads.
-        rounds: Timed rounds of each pair at each workload.
-        seed: Of synthetic prompts.
-        vocab_size: Token ids are below it.
-    """
-
-    workloads: tuple[Workload, ...]
-    rounds: int
-    seed: int
-    vocab_size: int
-
-
 def measure_pairs(
-    engine: Session, peers: Sequence[Peer], settings: PairSettings
+    engine: Session,
+    peers: Sequence[Peer],
+    workloads: Sequence[Workload],
+    *,
+    rounds: int,
+    vocab_size: int,
+    seed: int,
 ) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
     """Measure an engine with each peer beside it, one peer after the other.
 
@@ -78,53 +67,50 @@ def measure_pairs(
     Args:
         engine: Stays loaded.
         peers: What it is compared with.
-        settings: What is run.
+        workloads: What is run.
+        rounds: Timed rounds of each pair at each workload.
+        vocab_size: Token ids are below it.
+        seed: Of synthetic prompts.
 
     Returns:
         One entry of the report's `speed` for each workload that at least one pair ran; its `peers`
         has, by name, the peer's label, figures and `ratio_of`. And what was not run, and why.
     """
-    runs: dict[str, list[SpeedSample]] = {load.name: [] for load in settings.workloads}
-    beside: dict[str, dict[str, Any]] = {load.name: {} for load in settings.workloads}
+    runs: dict[str, list[SpeedSample]] = {load.name: [] for load in workloads}
+    beside: dict[str, dict[str, Any]] = {load.name: {} for load in workloads}
     not_run = []
     for peer in peers:
         try:
             with peer.open() as session:
                 log.info("%s is loaded", peer.label)
-                for load in settings.workloads:
-                    ours, theirs = _take_turns(engine, session, peer, load, settings)
+                for load in workloads:
+                    waves = load.waves(load.request_prompts(vocab_size, seed), seed)
+                    pair = {ENGINE: engine, peer.name: session}
+                    turns = min(rounds, peer.max_rounds or rounds)
+                    samples = measure_speed(load, pair, waves, turns)
+                    ours, theirs = samples[ENGINE], samples[peer.name]
+                    ratio = ratio_of(ours, theirs)
+                    log.info(
+                        "%s, %s: the engine is %.2f x as fast",
+                        peer.label,
+                        load.name,
+                        ratio["median"],
+                    )
                     runs[load.name] += ours
                     beside[load.name][peer.name] = {
                         "label": peer.label,
                         **summarize(load, theirs),
-                        "ratio": ratio_of(ours, theirs),
+                        "ratio": ratio,
                     }
         except PipelineError as error:
             log.warning("%s: %s", peer.label, error)
             not_run.append(f"{peer.label}: {error}")
     entries = tuple(
         {**summarize(load, runs[load.name]), "peers": beside[load.name]}
-        for load in settings.workloads
+        for load in workloads
         if runs[load.name]
     )
     return entries, tuple(not_run)
-
-
-def _take_turns(
-    engine: Session, session: Session, peer: Peer, load: Workload, settings: PairSettings
-) -> tuple[list[SpeedSample], list[SpeedSample]]:
-    """The runs of both, in the same rounds."""
-    samples = measure_speed(
-        load,
-        {ENGINE: engine, peer.name: session},
-        vocab_size=settings.vocab_size,
-        repeats=min(settings.rounds, peer.max_rounds or settings.rounds),
-        seed=settings.seed,
-    )
-    ours, theirs = samples[ENGINE], samples[peer.name]
-    ratio = ratio_of(ours, theirs)["median"]
-    log.info("%s, %s: the engine is %.2f x as fast", peer.label, load.name, ratio)
-    return ours, theirs
 
 
 def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict[str, Any]:

@@ -7,14 +7,13 @@ log-probabilities are computed once and kept: an engine is always compared with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.progress import progress
-from pipeline.runners.session import Session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,48 +52,107 @@ class SourceFigures:
     top1: NDArray[np.int32]
 
 
-def read_source_figures(folder: Path) -> SourceFigures:
-    """What `write_source_figures` wrote."""
+@dataclass(frozen=True, kw_only=True)
+class EngineFigures:
+    """An engine against another model, one value per position: [W, N - 1] each."""
+
+    nll: NDArray[np.float32]
+    kl: NDArray[np.float32]
+    agrees: NDArray[np.bool_]
+
+
+Figures = TypeVar("Figures", SourceFigures, EngineFigures)
+
+
+def save_figures(figures: SourceFigures | EngineFigures, folder: Path, prefix: str = "") -> None:
+    """Write each array into a file whose name starts with `prefix`."""
     import numpy as np
 
-    names = (field.name for field in fields(SourceFigures))
-    return SourceFigures(**{name: np.load(folder / f"{name}.npy") for name in names})
+    for each in fields(figures):
+        np.save(folder / f"{prefix}{each.name}.npy", getattr(figures, each.name))
 
 
-def write_source_figures(
-    session: Session,
+def load_figures(kind: type[Figures], folder: Path, prefix: str = "") -> Figures:
+    """What `save_figures` wrote."""
+    import numpy as np
+
+    return kind(**{one.name: np.load(folder / f"{prefix}{one.name}.npy") for one in fields(kind)})
+
+
+Logits = Callable[[list[int]], "NDArray[np.float32]"]
+"""Token ids of a window -> logits [N, V]."""
+
+
+def source_figures(
+    logits_of: Logits,
     windows: NDArray[np.int64],
-    out: Path,
     what: str = "Source",
-    *,
-    beside: SourceFigures | None = None,
-) -> EngineFigures | None:
+    beside: Sequence[SourceFigures] = (),
+) -> tuple[SourceFigures, tuple[EngineFigures, ...]]:
     """Run a model that others are compared with over the windows [W, N].
 
     Args:
-        session: The model.
+        logits_of: The model.
         windows: Held-out text.
-        out: Folder to write into.
-        what: For progress.
-        beside: Another model, with which this one is compared on the way.
+        what: For progress and messages.
+        beside: Other models, with which this one is compared on the way.
 
-    Returns:
-        The comparison; None without `beside`.
+    Raises:
+        CorruptError: A logit is not finite.
     """
     import numpy as np
 
-    rows = []
-    compared = _Comparing(beside) if beside else None
+    rows, compared = [], [_Comparing(other) for other in beside]
+    for index, values in _log_probabilities(logits_of, windows, what):
+        rows.append(_source_row(values, windows[index]))
+        for each in compared:
+            each.add(index, values, windows[index])
+    own = SourceFigures(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    return own, tuple(each.figures() for each in compared)
+
+
+def figures_against(
+    logits_of: Logits,
+    windows: NDArray[np.int64],
+    sources: Sequence[SourceFigures],
+    what: str = "Engine",
+) -> tuple[EngineFigures, ...]:
+    """Run an engine over the windows and compare it with others, position by position.
+
+    KL is sum over tokens of p_source x (log p_source - log p_engine), in nats; see `KEPT_TOKENS`.
+
+    Args:
+        logits_of: The engine.
+        windows: Held-out text.
+        sources: What it is compared with; one may know the first windows only.
+        what: For progress and messages.
+
+    Raises:
+        CorruptError: A logit is not finite.
+    """
+    compared = [_Comparing(source) for source in sources]
+    for index, values in _log_probabilities(logits_of, windows, what):
+        for each in compared:
+            each.add(index, values, windows[index])
+    return tuple(each.figures() for each in compared)
+
+
+def _log_probabilities(
+    logits_of: Logits, windows: NDArray[np.int64], what: str
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Index of each window, and its log-probabilities [N - 1, V]."""
+    import numpy as np
+
     with progress(what, len(windows), "windows") as done:
         for index, window in enumerate(windows):
-            values = log_softmax(session.logits(window.tolist())[:-1])
-            rows.append(_source_row(values, window))
-            if compared:
-                compared.add(index, values, window)
+            raw = logits_of(window.tolist())[:-1]
+            if not np.isfinite(raw).all():
+                raise CorruptError(
+                    f"{what}: logits that are not finite in window {index}, so that quality cannot "
+                    "be measured: check the calibration's outliers and quantizer.keep_16bit"
+                )
+            yield index, log_softmax(raw)
             done(1)
-    for name in rows[0]:
-        np.save(out / f"{name}.npy", np.stack([row[name] for row in rows]))
-    return compared.figures() if compared else None
 
 
 def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -127,31 +185,6 @@ def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineFigures:
-    """An engine against another model, one value per position: [W, N - 1] each."""
-
-    nll: NDArray[np.float32]
-    kl: NDArray[np.float32]
-    agrees: NDArray[np.bool_]
-
-
-def read_engine_figures(folder: Path, name: str) -> EngineFigures:
-    """What `write_engine_figures` wrote."""
-    import numpy as np
-
-    names = (field.name for field in fields(EngineFigures))
-    return EngineFigures(**{each: np.load(folder / f"{name}-{each}.npy") for each in names})
-
-
-def write_engine_figures(figures: EngineFigures, folder: Path, name: str) -> None:
-    """Keep them beside others in a folder, under a name of their own."""
-    import numpy as np
-
-    for each in fields(figures):
-        np.save(folder / f"{name}-{each.name}.npy", getattr(figures, each.name))
-
-
 class _Comparing:
     """Compares one model with another, window by window."""
 
@@ -171,53 +204,6 @@ class _Comparing:
 
         nll, kl, agrees = zip(*self._rows, strict=True)
         return EngineFigures(nll=np.stack(nll), kl=np.stack(kl), agrees=np.stack(agrees))
-
-
-Logits = Callable[[list[int]], "NDArray[np.float32]"]
-"""Token ids of a window -> logits [N, V]."""
-
-
-def engine_figures(
-    logits_of: Logits, windows: NDArray[np.int64], source: SourceFigures, what: str = "Engine"
-) -> EngineFigures:
-    """Run an engine over the windows and compare it with the source, position by position.
-
-    KL is sum over tokens of p_source x (log p_source - log p_engine), in nats; see `KEPT_TOKENS`.
-
-    Raises:
-        CorruptError: A logit is not finite.
-    """
-    return figures_against(logits_of, windows, (source,), what)[0]
-
-
-def figures_against(
-    logits_of: Logits,
-    windows: NDArray[np.int64],
-    sources: Sequence[SourceFigures],
-    what: str = "Engine",
-) -> tuple[EngineFigures, ...]:
-    """As `engine_figures`, against several models; one may know the first windows only.
-
-    Raises:
-        CorruptError: A logit is not finite.
-    """
-    import numpy as np
-
-    compared = [_Comparing(source) for source in sources]
-    with progress(what, len(windows), "windows") as done:
-        for index, window in enumerate(windows):
-            raw = logits_of(window.tolist())[:-1]
-            if not np.isfinite(raw).all():
-                raise CorruptError(
-                    f"the engine gave logits that are not finite in window {index}; its quality "
-                    "cannot be measured: check the calibration's outliers and "
-                    "quantizer.keep_16bit"
-                )
-            values = log_softmax(raw)
-            for each in compared:
-                each.add(index, values, window)
-            done(1)
-    return tuple(each.figures() for each in compared)
 
 
 def divergence(

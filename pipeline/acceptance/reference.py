@@ -21,12 +21,11 @@ from pipeline.acceptance.quality import (
     EngineFigures,
     SourceFigures,
     agreement,
-    engine_figures,
-    read_engine_figures,
-    read_source_figures,
+    figures_against,
+    load_figures,
+    save_figures,
+    source_figures,
     summarize_quality,
-    write_engine_figures,
-    write_source_figures,
 )
 from pipeline.core.cache import StageCache
 from pipeline.core.stages import Stage
@@ -45,7 +44,7 @@ STAGE = Stage(
         "pipeline.runners",
     ),
 )
-_AGAINST_SOURCE, _NOISE = "source", "noise"
+_AGAINST_SOURCE, _NOISE = "source-", "noise-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +110,9 @@ def reference_of(
         lambda out: _write(checkpoint_dir, windows, source, context, out),
     )
     return Reference(
-        figures=read_source_figures(result.dir),
-        against_source=read_engine_figures(result.dir, _AGAINST_SOURCE),
-        noise=read_engine_figures(result.dir, _NOISE),
+        figures=load_figures(SourceFigures, result.dir),
+        against_source=load_figures(EngineFigures, result.dir, _AGAINST_SOURCE),
+        noise=load_figures(EngineFigures, result.dir, _NOISE),
     )
 
 
@@ -129,12 +128,11 @@ def _write(
 
     # One at a time: each takes 4 bytes a parameter.
     session = TransformersSession(load_simulation(checkpoint_dir, context=context))
-    against = write_source_figures(session, windows, out, "Checkpoint", beside=source)
-    assert against is not None
-    write_engine_figures(against, out, _AGAINST_SOURCE)
+    own, (against,) = source_figures(session.logits, windows, "Checkpoint", [source])
+    save_figures(own, out)
+    save_figures(against, out, _AGAINST_SOURCE)
     del session
     again = load_simulation(checkpoint_dir, context=context, accumulate="float32-reversed")
-    noise = engine_figures(
-        TransformersSession(again).logits, windows, read_source_figures(out), "Noise floor"
-    )
-    write_engine_figures(noise, out, _NOISE)
+    session = TransformersSession(again)
+    (noise,) = figures_against(session.logits, windows, [own], "Noise floor")
+    save_figures(noise, out, _NOISE)

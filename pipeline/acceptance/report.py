@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 from xml.etree import ElementTree
 
-from pipeline.acceptance.acceptance import Acceptance
-from pipeline.acceptance.page import Signing, render_page
+from pipeline.acceptance.page import About, render_page
 from pipeline.core.values import Report, Verdict
 
 REPORT_FILE = "report.json"
@@ -18,15 +17,7 @@ PAGE_FILE = "report.html"
 
 
 def write_report(
-    report: Report,
-    verdict: Verdict,
-    folder: Path,
-    *,
-    manifest: Mapping[str, Any] | None = None,
-    reference: str = "",
-    plan: Mapping[str, Any] | None = None,
-    limits: Acceptance | None = None,
-    signing: Signing | None = None,
+    report: Report, verdict: Verdict, folder: Path, **about: Unpack[About]
 ) -> dict[str, Path]:
     """Write the three files into `folder`; returns them by name.
 
@@ -34,21 +25,10 @@ def write_report(
         report: What was measured.
         verdict: What the judge says of it.
         folder: Where they go.
-        manifest: As in `render_page`, like all that follow; only the page needs them.
-        reference: Of the package.
-        plan: `Plan.to_json`.
-        limits: What quality may lose.
-        signing: Who signs it.
+        about: For the page only.
     """
     document = report.to_json(verdict)
-    page = render_page(
-        document,
-        manifest=manifest,
-        reference=reference,
-        plan=plan,
-        limits=limits,
-        signing=signing,
-    )
+    page = render_page(document, **about)
     files: dict[str, bytes] = {
         REPORT_FILE: (json.dumps(document, indent=1) + "\n").encode(),
         JUNIT_FILE: junit(document),

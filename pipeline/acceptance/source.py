@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.acceptance.chat_probe import Answer, ChatProbe
-from pipeline.acceptance.quality import SourceFigures, read_source_figures, write_source_figures
+from pipeline.acceptance.quality import SourceFigures, load_figures, save_figures, source_figures
 from pipeline.core.cache import StageCache
 from pipeline.core.stages import Stage
 from pipeline.core.values import Weights
@@ -86,12 +86,9 @@ class Source:
                 **self._key,
                 "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
             },
-            lambda out: self._write_figures(windows, out),
+            lambda out: save_figures(source_figures(self.session.logits, windows)[0], out),
         )
-        return read_source_figures(result.dir)
-
-    def _write_figures(self, windows: NDArray[np.int64], out: Path) -> None:
-        write_source_figures(self.session, windows, out)
+        return load_figures(SourceFigures, result.dir)
 
     def chat(self, probe: ChatProbe) -> tuple[Answer, ...]:
         """Its answers to the conversations of the chat probe."""

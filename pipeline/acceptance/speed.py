@@ -14,18 +14,12 @@ from pipeline.runners.workload import Workload
 
 ENGINE = "engine"
 PERCENTILES = (50, 90, 99)
-Waves = Sequence[tuple[list[list[int]], BatchOptions | None]]
+Wave = tuple[list[list[int]], BatchOptions | None]
+Waves = Sequence[Wave]
 
 
 def measure_speed(
-    workload: Workload,
-    contenders: Mapping[str, Session],
-    *,
-    vocab_size: int,
-    repeats: int,
-    seed: int,
-    tokenizer: Any | None = None,
-    eos_token_ids: frozenset[int] = frozenset(),
+    workload: Workload, contenders: Mapping[str, Session], waves: Waves, repeats: int
 ) -> dict[str, list[SpeedSample]]:
     """Time every contender on the same prompts.
 
@@ -36,18 +30,12 @@ def measure_speed(
     Args:
         workload: The load.
         contenders: Name -> what is measured; `engine` is the one that ships.
-        vocab_size: Synthetic token ids are below it.
+        waves: Of the workload: what each run gives the session.
         repeats: Timed runs of each.
-        seed: Of synthetic prompts, where the workload has none of its own.
-        tokenizer: For a workload whose file of prompts has text.
-        eos_token_ids: Of the model, for a workload whose answers end at them.
 
     Raises:
         PipelineError: A run gave too few tokens, or times that no run can have.
-        RecipeError: The workload's file of prompts does not fit.
     """
-    prompts = workload.request_prompts(vocab_size, seed, tokenizer)
-    waves = workload.waves(prompts, seed, eos_token_ids)
     samples: dict[str, list[SpeedSample]] = {name: [] for name in contenders}
     for run in range(workload.warm_ups + repeats):
         order = list(contenders.items())

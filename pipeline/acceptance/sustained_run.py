@@ -11,6 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.sampler import Samples, device_samples
+from pipeline.acceptance.speed import Wave
 from pipeline.acceptance.sustained import Sample, SustainedLimits
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.progress import progress
@@ -71,29 +72,23 @@ class SustainedRun:
 
 def run_sustained(
     session: Session,
-    workload: Workload,
-    asked: SustainedRun,
+    osl: int,
+    wave: Wave,
+    minutes: float,
     *,
-    vocab_size: int,
-    seed: int,
-    tokenizer: Any | None = None,
-    eos_token_ids: frozenset[int] = frozenset(),
     clear: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Sample]:
-    """Repeat a workload until the time is over; one sample for each batch.
+    """Repeat a batch until the time is over; one sample for each.
 
-    A batch is never cut short, so the run is longer than asked by less than one batch. Of a
-    workload in waves the first is repeated; where requests arrive at a rate, all of a run.
+    A batch is never cut short, so the run is longer than asked by less than one batch.
 
     Args:
         session: What runs.
-        workload: What is repeated.
-        asked: How long.
-        vocab_size: As in `measure_speed`, like the next three.
-        seed: Of synthetic prompts.
-        tokenizer: For a file of prompts with text.
-        eos_token_ids: Of the model.
+        osl: Output tokens of the longest request.
+        wave: What is repeated: the first of a workload in waves; all of a run where requests
+            arrive at a rate.
+        minutes: How long.
         clear: Free the allocator's cache after each batch; its time counts.
         clock: Seconds of a monotonic clock.
 
@@ -104,13 +99,11 @@ def run_sustained(
     if clear and not isinstance(session, CacheClearing):
         message = "this runner has no cache that can be cleared from here; set it to false"
         raise RecipeError([Fault("acceptance.sustained.clear_cache", message)])
-    prompts, options = workload.waves(
-        workload.request_prompts(vocab_size, seed, tokenizer), seed, eos_token_ids
-    )[0]
-    seconds = 60.0 * asked.minutes
+    prompts, options = wave
+    seconds = 60.0 * minutes
     taken: list[tuple[float, float]] = []
-    made = session.generate(prompts, workload.osl, options)  # compiles, allocates
-    require_possible(made, prompts, workload.osl, options)
+    made = session.generate(prompts, osl, options)  # compiles, allocates
+    require_possible(made, prompts, osl, options)
     with (
         device_samples(_INTERVAL_S) as readings,
         progress("Sustained run", int(seconds), "s") as done,
@@ -118,7 +111,7 @@ def run_sustained(
         started = clock()
         shown_s = 0
         while (now := clock() - started) < seconds:
-            made = session.generate(prompts, workload.osl, options)
+            made = session.generate(prompts, osl, options)
             if clear and isinstance(session, CacheClearing):
                 session.clear_cache()
             ended = clock() - started

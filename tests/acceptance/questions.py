@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.acceptance.acceptance import Acceptance
+from pipeline.acceptance.speed import measure_speed
+from pipeline.acceptance.speed_sample import SpeedSample
+from pipeline.runners.session import Session
+from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 
 
@@ -16,3 +21,17 @@ def acceptance(**changes: Any) -> Acceptance:
         "min_top1_agreement": 0.85, "repeats": 3, "time_limit_s": 600.0, "seed": 0,
     }  # fmt: skip
     return Acceptance(**{**given, **changes})
+
+
+def speed_of(
+    workload: Workload,
+    contenders: Mapping[str, Session],
+    *,
+    vocab_size: int,
+    repeats: int,
+    seed: int = 0,
+    eos_token_ids: frozenset[int] = frozenset(),
+) -> dict[str, list[SpeedSample]]:
+    """The runs of a workload with synthetic prompts."""
+    waves = workload.waves(workload.request_prompts(vocab_size, seed), seed, eos_token_ids)
+    return measure_speed(workload, contenders, waves, repeats)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -16,17 +13,14 @@ from pipeline.acceptance.quality import (
     KEPT_TOKENS,
     EngineFigures,
     SourceFigures,
-    engine_figures,
     figures_against,
+    load_figures,
     log_softmax,
-    read_engine_figures,
-    read_source_figures,
+    save_figures,
+    source_figures,
     summarize_quality,
-    write_engine_figures,
-    write_source_figures,
 )
 from pipeline.core.errors import CorruptError
-from pipeline.runners.session import Session
 
 WINDOWS = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 2, 2]], np.int64)
 VOCAB = 4
@@ -38,28 +32,14 @@ def random_logits(seed: int, width: int = VOCAB) -> dict[tuple[int, ...], NDArra
     return {tuple(w): rng.normal(size=(4, width)).astype(np.float32) * 3 for w in WINDOWS.tolist()}
 
 
-class Given:
-    """A session with these logits."""
-
-    def __init__(self, logits: dict[tuple[int, ...], NDArray[np.float32]]) -> None:
-        self._logits = logits
-
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        return self._logits[tuple(tokens)]
-
-    generate = stream = None
-
-
 def figures_of(logits: dict[tuple[int, ...], NDArray[np.float32]]) -> SourceFigures:
-    with tempfile.TemporaryDirectory() as folder:
-        write_source_figures(cast(Session, Given(logits)), WINDOWS, Path(folder))
-        return read_source_figures(Path(folder))
+    return source_figures(lambda tokens: logits[tuple(tokens)], WINDOWS)[0]
 
 
 def measure(
     engine: dict[tuple[int, ...], NDArray[np.float32]], source: SourceFigures
 ) -> EngineFigures:
-    return engine_figures(lambda tokens: engine[tuple(tokens)], WINDOWS, source)
+    return figures_against(lambda tokens: engine[tuple(tokens)], WINDOWS, [source])[0]
 
 
 def test_identical_logits_lose_nothing() -> None:
@@ -125,15 +105,13 @@ def test_divergence_of_many_tokens_is_that_of_the_kept_ones_and_one_class_for_th
 
 def test_checkpoint_of_fewer_windows_is_compared_on_the_way_and_kept(tmp_path: Path) -> None:
     source, other = figures_of(random_logits(7)), random_logits(8)
-    given = cast(Session, Given(other))
-    beside = write_source_figures(given, WINDOWS[:2], tmp_path, beside=source)
-    assert beside is not None
+    own, (beside,) = source_figures(lambda t: other[tuple(t)], WINDOWS[:2], "Checkpoint", [source])
     assert (beside.kl == measure(other, source).kl[:2]).all()
-    write_engine_figures(beside, tmp_path, "source")
-    assert (read_engine_figures(tmp_path, "source").kl == beside.kl).all()
-    both = figures_against(
-        lambda t: other[tuple(t)], WINDOWS, [source, read_source_figures(tmp_path)]
-    )
+    save_figures(own, tmp_path)
+    save_figures(beside, tmp_path, "beside-")
+    assert (load_figures(EngineFigures, tmp_path, "beside-").kl == beside.kl).all()
+    kept = load_figures(SourceFigures, tmp_path)
+    both = figures_against(lambda t: other[tuple(t)], WINDOWS, [source, kept])
     assert [len(found.kl) for found in both] == [3, 2]
     assert np.abs(both[1].kl).max() < 1e-3
 

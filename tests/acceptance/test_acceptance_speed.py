@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.acceptance.speed import measure_speed, summarize
-from pipeline.acceptance.speed_sample import SpeedSample
+from pipeline.acceptance.speed import summarize
 from pipeline.core.errors import RecipeError
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
-from tests.acceptance.questions import acceptance
+from tests.acceptance.questions import acceptance, speed_of
 from tests.specs import tiny_spec
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4, min_output_tokens_per_s=1.0)
@@ -53,18 +52,11 @@ class Scripted:
         raise NotImplementedError
 
 
-def test_figures_follow_their_definitions() -> None:
-    sample = SpeedSample.of_waves([generation(0.5, 2.0)], [([[1]] * 2, None)], 4)
-    assert sample.output_tokens_per_s == pytest.approx(2 * 4 / 2.0)
-    assert sample.ttft_ms == pytest.approx(500.0)
-    assert sample.itl_ms == pytest.approx(1500.0 / 3)
-
-
 def test_contenders_alternate_on_the_same_prompts_and_warm_up_is_discarded() -> None:
     turns: list[str] = []
     engine = Scripted("engine", [100.0, 1.0, 2.0, 4.0], turns)
     baseline = Scripted("transformers", [100.0, 4.0, 4.0, 4.0], turns)
-    samples = measure_speed(
+    samples = speed_of(
         LOAD, {"engine": engine, "transformers": baseline}, vocab_size=9, repeats=3, seed=0
     )
     assert turns == ["engine", "transformers", "transformers", "engine"] * 2
@@ -74,14 +66,6 @@ def test_contenders_alternate_on_the_same_prompts_and_warm_up_is_discarded() -> 
     assert entry["output_tokens_per_s"] == 4.0
     assert entry["samples"] == [8.0, 4.0, 2.0]
     assert entry["min_output_tokens_per_s"] == 1.0
-
-
-def test_prompts_are_the_same_for_the_same_seed_and_in_the_vocabulary() -> None:
-    first = LOAD.request_prompts(7, seed=1)
-    assert [len(prompt) for prompt in first] == [5, 5]
-    assert first == LOAD.request_prompts(7, seed=1) != LOAD.request_prompts(7, seed=2)
-    many = dataclasses.replace(LOAD, batch=100).request_prompts(7, seed=1)
-    assert {token for prompt in many for token in prompt} == set(range(7))
 
 
 def test_digest_of_a_workload_leaves_thresholds_and_name_out() -> None:

@@ -142,10 +142,6 @@ def test_throttle_reasons_are_those_of_the_installed_nvml() -> None:
     )
 
 
-def test_a_quiet_card_has_nothing_to_say() -> None:
-    assert kinds(QUIET, QUIET) == []
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_another_compute_process_makes_a_measurement_inconclusive(when: str) -> None:
     other = (ComputeProcess(pid=4711, memory_bytes=1 << 30),)

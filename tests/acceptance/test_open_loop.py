@@ -15,12 +15,13 @@ import pytest
 from pipeline.acceptance.page import render_page
 from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, judge_physics
 from pipeline.acceptance.slope import theil_sen_slope
-from pipeline.acceptance.speed import measure_speed, rate_findings, summarize
+from pipeline.acceptance.speed import rate_findings, summarize
 from pipeline.acceptance.speed_sample import achieved_rate
 from pipeline.plan.ceilings import Roofline
 from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload
+from tests.acceptance.questions import speed_of
 from tests.acceptance.report_pages import Page, on_card
 
 LOAD = Workload(name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200)
@@ -128,7 +129,7 @@ class Server:
 
 def measured(capacity: float, workload: Workload = LOAD) -> dict[str, Any]:
     server = Server(capacity)
-    samples = measure_speed(workload, {"engine": server}, vocab_size=9, repeats=3, seed=0)
+    samples = speed_of(workload, {"engine": server}, vocab_size=9, repeats=3, seed=0)
     assert len(server.asked) == 4  # one warm-up
     return summarize(workload, samples["engine"])
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.acceptance.speed import measure_speed, summarize
+from pipeline.acceptance.speed import summarize
 from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
@@ -18,6 +17,7 @@ from pipeline.runners.onnxruntime import graph_session
 from pipeline.runners.session import UNUSED_TOKEN, BatchOptions, Generation, Session
 from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Workload
+from tests.acceptance.questions import speed_of
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -104,7 +104,7 @@ def test_static_batch_refuses_requests_that_arrive(sessions: dict[str, Session])
 def test_rate_counts_the_tokens_that_were_generated(sessions: dict[str, Session]) -> None:
     workload = load(requests=6, osl_distribution=Lengths(min=2, mean=5.0, stdev=3.0))
     contenders = {"engine": sessions["onnxruntime"], "transformers": sessions["transformers"]}
-    samples = measure_speed(workload, contenders, vocab_size=VOCAB_SIZE, repeats=2, seed=0)
+    samples = speed_of(workload, contenders, vocab_size=VOCAB_SIZE, repeats=2, seed=0)
     wanted = sum(workload.output_lengths(0))
     assert wanted < 6 * 12
     assert {run.output_tokens for runs in samples.values() for run in runs} == {wanted}
@@ -125,7 +125,7 @@ def test_end_of_sequence_makes_a_run_shorter_and_says_so(sessions: dict[str, Ses
     prompts = workload.request_prompts(VOCAB_SIZE, 0)
     full = session.generate(prompts, 12).tokens
     ends = frozenset({int(full[0, 3])})
-    samples = measure_speed(
+    samples = speed_of(
         workload, {"engine": session}, vocab_size=VOCAB_SIZE, repeats=1, seed=0, eos_token_ids=ends
     )
     (run,) = samples["engine"]
@@ -136,7 +136,7 @@ def test_end_of_sequence_makes_a_run_shorter_and_says_so(sessions: dict[str, Ses
 
 def test_end_of_sequence_of_a_model_that_has_none_is_a_fault(sessions: dict[str, Session]) -> None:
     with pytest.raises(RecipeError, match="leave ignore_eos out"):
-        measure_speed(
+        speed_of(
             load(ignore_eos=False), {"engine": sessions["onnxruntime"]},
             vocab_size=9, repeats=1, seed=0,
         )  # fmt: skip
@@ -169,18 +169,3 @@ def test_answer_that_is_short_without_an_end_is_no_measurement() -> None:
 def test_ragged_answers_are_refused_where_equal_ones_were_asked() -> None:
     with pytest.raises(PipelineError, match="its speed cannot be measured"):
         SpeedSample.of_waves([ragged(4, 1, 7)], [(PROMPTS, None)], 7)
-
-
-def test_new_keys_are_in_the_digest_unless_they_are_at_their_defaults(tmp_path: Path) -> None:
-    plain = load(requests=4)
-    assert load(requests=4, ignore_eos=True, request_rate=None).digest == plain.digest
-    others = [
-        load(requests=4, ignore_eos=False),
-        load(requests=4, osl_distribution=Lengths(min=1)),
-        load(requests=4, osl_distribution=Lengths(min=2)),
-        load(requests=4, isl_distribution=Lengths(min=2)),
-        load(requests=4, request_rate=1.0),
-        load(requests=4, request_rate=2.0),
-    ]
-    assert len({plain.digest, *(other.digest for other in others)}) == 7
-    assert all(not other.is_plain for other in others)

@@ -105,11 +105,6 @@ def test_rates_of_another_machine_are_not_held_against_the_card() -> None:
     assert "It says nothing about the speed on NVIDIA-GeForce-RTX-4090." in page.text
 
 
-def test_rates_of_another_card_are_not_held_against_the_card() -> None:
-    other = report(conditions={"device": "cuda", "card": "NVIDIA-H100-80GB-HBM3"})
-    assert "not run" in Page(render_page(other, plan=PLAN)).row("Targets on the card", "b1")
-
-
 def test_target_is_met_at_the_exact_rate_and_missed_below() -> None:
     page = Page(render_page(on_card(), plan=PLAN))
     assert "321.0 321.0 met" in page.row("Targets on the card", "b1")
@@ -212,11 +207,6 @@ def test_charts_are_drawn_in_the_colours_of_the_page() -> None:
             assert value.removeprefix("#") in ids
 
 
-def test_one_batch_gives_no_throughput_chart() -> None:
-    page = Page(render_page(report(speed=[entry("b1", 1, 321.0)])))
-    assert page.elements["svg"] == 0
-
-
 def test_page_without_matplotlib_says_so_and_keeps_its_tables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -245,7 +235,7 @@ def test_nothing_is_loaded_and_no_script_can_run() -> None:
 
 @pytest.mark.parametrize("build", [report, everything])
 def test_hostile_text_is_shown_and_never_markup(build: Any) -> None:
-    bad = {**poisoned(build()), "verdict": EVIL, EVIL: EVIL}
+    bad = {**poisoned(build()), "verdict": "checked", EVIL: EVIL}
     bad["findings"] = [{"kind": EVIL, "message": EVIL}]
     bad["conditions"] = {**bad["conditions"], EVIL: EVIL, "deep": {EVIL: {EVIL: [EVIL, None]}}}
     bad["checks"] = {EVIL: {EVIL: EVIL}, "network": {"layer_kinds": {EVIL: 1}}}

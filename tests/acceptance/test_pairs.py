@@ -13,7 +13,6 @@ import pytest
 
 from pipeline.acceptance.pairs import (
     DRAWS,
-    PairSettings,
     Peer,
     measure_pairs,
     median_interval,
@@ -27,8 +26,8 @@ from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Workload
 from tests.specs import tiny_spec
 
+FOUR: dict[str, int] = {"rounds": 4, "vocab_size": 9, "seed": 0}
 LOADS = (Workload(name="b1", batch=1, isl=4, osl=4), Workload(name="b2", batch=2, isl=4, osl=4))
-SETTINGS = PairSettings(workloads=LOADS, rounds=4, seed=0, vocab_size=9)
 
 
 @dataclass
@@ -71,7 +70,7 @@ def test_pairs_take_turns_and_one_peer_is_loaded_at_a_time() -> None:
     engine = Clocked("engine", 1.0, turns, drift)
     slow, same = Clocked("slow", 3.0, turns, drift), Clocked("same", 1.0, turns, drift)
     peers = (peer_of(slow, turns, max_rounds=2), peer_of(same, turns))
-    entries, not_run = measure_pairs(engine, peers, SETTINGS)
+    entries, not_run = measure_pairs(engine, peers, LOADS, **FOUR)
     assert not_run == ()
     abba = ["engine", "slow", "slow", "engine", "engine", "slow"]  # a warm-up and two rounds
     assert turns[:13] == ["slow", *abba, *abba]
@@ -99,12 +98,16 @@ def test_peer_that_fails_ends_its_pair_only(tmp_path: Path) -> None:
         Peer(name="vllm-fp8", label="vLLM, its online FP8", open=broken),
         peer_of(Clocked("same", 1.0, turns), turns),
     )
-    entries, not_run = measure_pairs(Clocked("engine", 1.0, turns), peers, SETTINGS)
+    entries, not_run = measure_pairs(
+        Clocked("engine", 1.0, turns), peers, LOADS, rounds=4, vocab_size=9, seed=0
+    )
     assert [list(entry["peers"]) for entry in entries] == [["same"]] * 2
     assert [line.splitlines()[0] for line in not_run] == [
         f"vLLM, its online FP8: x: vllm exited 1; its log is {tmp_path}"
     ]
-    entries, not_run = measure_pairs(Clocked("engine", 1.0, turns), peers[:1], SETTINGS)
+    entries, not_run = measure_pairs(
+        Clocked("engine", 1.0, turns), peers[:1], LOADS, rounds=4, vocab_size=9, seed=0
+    )
     assert entries == ()
     assert len(not_run) == 1
 

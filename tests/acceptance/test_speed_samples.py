@@ -17,7 +17,6 @@ from pipeline.acceptance import speed
 from pipeline.acceptance.sampler import Reading, Samples
 from pipeline.acceptance.speed import (
     latency_percentiles,
-    measure_speed,
     spread_findings,
     summarize,
 )
@@ -25,6 +24,7 @@ from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload
+from tests.acceptance.questions import speed_of
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
 PROMPTS = [[1, 2, 3, 4, 5]] * 2
@@ -75,7 +75,7 @@ def sample_of(*made: Generation) -> SpeedSample:
 def measured(*totals_s: float, load: Workload = LOAD) -> dict[str, Any]:
     """The entry of runs that took so long, after a warm-up."""
     session = Answers([ran(total) for total in (1.0, *totals_s)])
-    samples = measure_speed(load, {"engine": session}, vocab_size=9, repeats=len(totals_s), seed=0)
+    samples = speed_of(load, {"engine": session}, vocab_size=9, repeats=len(totals_s), seed=0)
     return summarize(load, samples["engine"])
 
 
@@ -114,7 +114,7 @@ def test_request_times_that_cannot_be_are_no_rate(bad: float) -> None:
 def test_short_warm_up_is_refused_too() -> None:
     session = Answers([ran(1.0, shape=(2, 3)), ran(1.0)])
     with pytest.raises(PipelineError, match="4 tokens of request 0, got 3"):
-        measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=1, seed=0)
+        speed_of(LOAD, {"engine": session}, vocab_size=9, repeats=1, seed=0)
 
 
 def test_prompt_tokens_count_in_the_total_rate() -> None:
@@ -125,7 +125,7 @@ def test_prompt_tokens_count_in_the_total_rate() -> None:
 
 def test_without_request_times_latencies_are_plain_medians() -> None:
     session = Answers([ran(9.0), ran(1.0, 0.2), ran(2.0, 0.5), ran(4.0, 0.7)])
-    samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
+    samples = speed_of(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
     entry = summarize(LOAD, samples["engine"])
     assert entry["ttft_ms"] == 500.0
     assert entry["itl_ms"] == 500.0
@@ -139,7 +139,7 @@ def test_percentiles_are_over_the_requests_of_all_runs() -> None:
     ]
     warm_up = timed(9.0, timing(999.0, 999.0), timing(999.0, 999.0))
     session = Answers([warm_up, *runs])
-    samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
+    samples = speed_of(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
     entry = summarize(LOAD, samples["engine"])
     times = [10.0, 15.0, 20.0, 25.0, 30.0, 35.0]
     for name, percent in (("p50", 50), ("p90", 90), ("p99", 99)):
@@ -207,7 +207,7 @@ def series(seconds: float, energy_j: float | None, *memory: int) -> Samples:
 def on_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(speed, "device_samples", card.samples)
     session = Answers([ran(1.0)] * 3)
-    samples = measure_speed(LOAD, {"engine": session}, vocab_size=9, repeats=2, seed=0)
+    samples = speed_of(LOAD, {"engine": session}, vocab_size=9, repeats=2, seed=0)
     return summarize(LOAD, samples["engine"])
 
 

@@ -92,10 +92,6 @@ def test_a_few_stalled_seconds_are_no_slowdown() -> None:
     assert kinds(run(lambda t_s: 0.0 if 1160 <= t_s <= 1170 else 1000.0)) == []
 
 
-def test_a_few_fast_seconds_at_the_start_are_no_slowdown() -> None:
-    assert kinds(run(lambda t_s: 9000.0 if 40 <= t_s <= 50 else 1000.0)) == []
-
-
 def test_slow_and_growing_warm_up_is_not_judged() -> None:
     samples = run(lambda t_s: 5000.0 if t_s < 30 else 1000.0, lambda t_s: 1e9 if t_s < 30 else 8e9)
     assert kinds(samples) == []
@@ -144,10 +140,6 @@ def test_window_samples_are_judged_at_the_exact_threshold() -> None:
 
 def test_run_that_generates_nothing_is_inconclusive_never_a_pass() -> None:
     assert kinds(run(lambda t_s: 0.0)) == ["inconclusive"]
-
-
-def test_run_that_dies_is_rejected() -> None:
-    assert kinds(run(lambda t_s: 1000.0 if t_s < 600 else 0.0)) == ["rejected"]
 
 
 def test_memory_that_was_not_read_throughout_is_a_note() -> None:

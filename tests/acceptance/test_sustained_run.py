@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.acceptance.page import render_page
 from pipeline.acceptance.sustained import Sample, SustainedLimits, judge_sustained, sustained_json
-from pipeline.acceptance.sustained_run import SustainedRun, run_sustained
+from pipeline.acceptance.sustained_run import run_sustained
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
 from pipeline.runners.lengths import Lengths
@@ -22,7 +22,6 @@ from tests.acceptance.report_pages import Page, on_card
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model
 
-ASKED = SustainedRun(minutes=0.1)
 LIMITS = SustainedLimits(
     max_throughput_drop=0.05, max_memory_growth_bytes=20 * 2**20, warm_up_s=10.0, window_s=20.0,
     min_duration_s=40.0,
@@ -59,9 +58,8 @@ def run(session: Any, **changes: Any) -> list[Sample]:
     """A run whose clock goes on by a second each time that it is read."""
     load = Workload(name="b2", batch=2, isl=8, osl=6, requests=4, osl_distribution=Lengths(min=2))
     seconds = itertools.count()
-    return run_sustained(
-        session, load, ASKED, vocab_size=VOCAB_SIZE, seed=0, clock=lambda: next(seconds), **changes
-    )
+    (wave, *_) = load.waves(load.request_prompts(VOCAB_SIZE, 0), 0)
+    return run_sustained(session, load.osl, wave, 0.1, clock=lambda: next(seconds), **changes)
 
 
 def test_first_wave_is_repeated_and_only_real_tokens_count(session: Watched) -> None:

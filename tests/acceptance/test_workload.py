@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,14 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.acceptance.speed import measure_speed, summarize
+from pipeline.acceptance.speed import summarize
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import digest_of
 from pipeline.runners.decode import DecoderSession
 from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import BatchOptions, Generation
-from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Workload
+from tests.acceptance.questions import speed_of
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -71,10 +70,15 @@ def test_every_part_of_the_load_is_in_the_digest(tmp_path: Path) -> None:
         load(seed=0),
         load(seed=1),
         load(warm_ups=2),
+        load(ignore_eos=False),
+        load(osl_distribution={"min": 1}),
+        load(requests=4, request_rate=1.0),
+        load(requests=4, request_rate=2.0),
         *(load(prompts_file=str(path)) for path in files),
     ]
     digests = [one.digest for one in loads]
     assert len(set(digests)) == len(loads)
+    assert load(ignore_eos=True, request_rate=None).digest == PLAIN.digest
     moved = one / "moved.jsonl"
     files[0].rename(moved)
     assert load(prompts_file=str(moved)).digest == digests[-2]
@@ -224,13 +228,6 @@ def test_what_cannot_be_executed_cannot_be_written(changes: dict[str, Any], told
         load(**changes)
 
 
-def test_share_of_the_ceiling_keeps_the_load() -> None:
-    share = load(requests=4, isl_distribution={"min": 1}, min_share_of_ceiling=0.5)
-    assert share.with_rate(100.0) == dataclasses.replace(
-        share, min_share_of_ceiling=None, min_output_tokens_per_s=50.0
-    )
-
-
 class Watched(DecoderSession):
     """A real session that notes what it is asked."""
 
@@ -258,7 +255,7 @@ def session(model_dir: Path, tmp_path: Path) -> Watched:
 
 def test_ragged_waves_run_on_a_real_session(session: Watched) -> None:
     workload = load(requests=6, isl_distribution={"min": 2}, warm_ups=2)
-    samples = measure_speed(workload, {"engine": session}, vocab_size=VOCAB_SIZE, repeats=3, seed=0)
+    samples = speed_of(workload, {"engine": session}, vocab_size=VOCAB_SIZE, repeats=3, seed=0)
     prompts = [list(prompt) for prompt in workload.request_prompts(VOCAB_SIZE, 0)]
     waves = [prompts[0:2], prompts[2:4], prompts[4:6]]
     assert session.asked == waves * 5
@@ -271,16 +268,3 @@ def test_ragged_waves_run_on_a_real_session(session: Watched) -> None:
     assert entry["load"] == workload.load
     assert entry["isl"] == 8
     assert json.loads(json.dumps(entry)) == entry
-
-
-def test_waves_of_equal_prompts_run_on_the_baseline_too(model_dir: Path, session: Watched) -> None:
-    from pipeline.model.hf import load_model
-
-    baseline = TransformersSession(load_model(model_dir, "float32"))
-    workload = load(requests=4)
-    samples = measure_speed(
-        workload, {"engine": session, "transformers": baseline},
-        vocab_size=VOCAB_SIZE, repeats=1, seed=0,
-    )  # fmt: skip
-    assert {run.output_tokens for runs in samples.values() for run in runs} == {16}
-    assert "mean_isl" not in summarize(PLAIN, samples["engine"])

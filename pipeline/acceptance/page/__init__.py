@@ -5,6 +5,6 @@ report_page.py  acceptance's report as such a page; measured.py has its timed pa
 charts.py       plots as inline SVG; matplotlib is imported there and nowhere else
 """
 
-from pipeline.acceptance.page.report_page import Signing, render_page
+from pipeline.acceptance.page.report_page import About, Signing, render_page
 
-__all__ = ["Signing", "render_page"]
+__all__ = ["About", "Signing", "render_page"]

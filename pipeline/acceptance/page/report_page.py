@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.page import measured
@@ -28,50 +28,51 @@ from pipeline.acceptance.page.words import DASH, number, shown, spoken
 
 Entry = Mapping[str, Any]
 
-_VERDICTS: dict[str, tuple[Tone, str]] = {
-    "accepted": ("good", "Ship it to {card}: it ran there and met every limit."),
+_VERDICTS: dict[str, tuple[Tone, str, str]] = {
+    "accepted": (
+        "good",
+        "Ship it to {card}: it ran there and met every limit.",
+        "`enginesmith promote {reference} --channel stable`",
+    ),
     "checked": (
         "checked",
         "Not proven on {card}: it ran on other hardware, where its answers met every limit. Speed "
         "and numerics on the card are not known.",
+        "run `enginesmith accept {reference}` on a machine with {card}",
     ),
     "compiled": (
         "plain",
         "Not proven on {card}: it was built, and nothing here could run it. Nothing was measured.",
+        "run `enginesmith accept {reference}` on a machine with {card}",
     ),
-    "rejected": ("bad", "Do not ship it: it misses at least one target on {card}."),
-    "regression": ("bad", "Do not ship it: it answers worse than its source by more than allowed."),
+    "rejected": (
+        "bad",
+        "Do not ship it: it misses at least one target on {card}.",
+        "see the findings, change sizes or the target, and build again",
+    ),
+    "regression": (
+        "bad",
+        "Do not ship it: it answers worse than its source by more than allowed.",
+        "see the findings; keep more linears in 16 bit (`quantizer.keep_16bit`)",
+    ),
     "anomalous": (
         "bad",
         "Do not ship it: a figure is better than it can be, so something was measured wrongly. No "
         "figure on this page can be relied on until the cause is found.",
+        "see the findings, and measure again once the cause is known",
     ),
     "inconclusive": (
         "warn",
         "Do not ship it yet: the measurement is not good enough. That is no pass.",
+        "see the findings, and measure again",
     ),
     "measured": (
         "plain",
         "A race: its speed was measured beside its peers. Its answers were not looked at.",
+        "build it, which looks at its answers",
     ),
 }
-_NEXT = {
-    "accepted": "`enginesmith promote {reference} --channel stable`",
-    "checked": "run `enginesmith accept {reference}` on a machine with {card}",
-    "compiled": "run `enginesmith accept {reference}` on a machine with {card}",
-    "rejected": "see the findings, change sizes or the target, and build again",
-    "regression": "see the findings; keep more linears in 16 bit (`quantizer.keep_16bit`)",
-    "anomalous": "see the findings, and measure again once the cause is known",
-    "inconclusive": "see the findings, and measure again",
-    "measured": "build it, which looks at its answers",
-}
-_KINDS: dict[str, Tone] = {
-    "rejected": "bad",
-    "regression": "bad",
-    "anomalous": "bad",
-    "inconclusive": "warn",
-    "note": "plain",
-}
+"""Verdict -> colour, what it means, and what to do next."""
 _CHECKS = {
     "plan": (
         "Quantized kernels in the compiled plan",
@@ -86,6 +87,14 @@ _CHECKS = {
         "The graph in ONNX Runtime against a simulation of the checkpoint, at the same tokens.",
     ),
 }
+_QUALITY = (
+    ("source_perplexity", "perplexity of the source", ".5g"),
+    ("engine_perplexity", "perplexity of the engine", ".5g"),
+    ("perplexity_change", "change of perplexity", "+.2%"),
+    ("mean_kl_nats", "mean KL(source \u2016 engine), nats", ".4g"),
+    ("top1_agreement", "same most likely token", ".2%"),
+)
+"""Key, name and format of each figure."""
 _LONGEST_ANSWER = 300
 """Characters of an answer that the page shows; `report.json` has all of it."""
 
@@ -103,30 +112,33 @@ class Signing:
     signed_at: str
 
 
-def render_page(
-    report: Entry,
-    *,
-    manifest: Entry | None = None,
-    reference: str = "",
-    plan: Entry | None = None,
-    limits: Acceptance | None = None,
-    signing: Signing | None = None,
-) -> str:
-    """A report as an HTML page.
+class About(TypedDict, total=False):
+    """What a page can have beside the report.
 
-    Args:
-        report: `Report.to_json`. Parts that a report lacks are left out of the page; measured rates
-            are held against the plan only if `conditions.card` is the report's card.
+    Attributes:
         manifest: The package's manifest; without it the page has the digest only.
-        reference: Of the package, such as `smollm2/any-checkpoint-fp8:1.0-…`; empty for none.
+        reference: Of the package, such as `smollm2/any-checkpoint-fp8:1.0-…`.
         plan: `Plan.to_json`, for targets and ceilings.
         limits: What quality may lose, to be shown beside the figures.
         signing: Who signs it.
-
-    Returns:
-        The page. Plots need matplotlib; without it the page says so and has its tables.
     """
-    manifest, plan = manifest or {}, plan or {}
+
+    manifest: Entry
+    reference: str
+    plan: Entry
+    limits: Acceptance
+    signing: Signing | None
+
+
+def render_page(report: Entry, **about: Unpack[About]) -> str:
+    """A report, `Report.to_json`, as an HTML page.
+
+    Parts that a report lacks are left out of the page; measured rates are held against the plan
+    only if `conditions.card` is the report's card. Plots need matplotlib; without it the page says
+    so and has its tables.
+    """
+    reference, limits = about.get("reference", ""), about.get("limits")
+    manifest, plan = about.get("manifest", {}), about.get("plan", {})
     name = str(manifest.get("name") or "Package")
     card = str(report["card"]).replace("-", " ")
     footer = f"Schema {report['schema']}. The same figures for programs: report.json, junit.xml."
@@ -154,7 +166,7 @@ def render_page(
         eyebrow=f"Acceptance report for {card}",
         name=name,
         subject=reference or f"sha256:{report['digest']}",
-        banner=_banner(report["verdict"], card, reference or "REFERENCE", signing),
+        banner=_banner(report["verdict"], card, reference or "REFERENCE", about.get("signing")),
         tiles=_tiles(report),
         sections=[section for section in sections if section is not None],
         footer=footer,
@@ -163,10 +175,8 @@ def render_page(
 
 
 def _banner(verdict: str, card: str, reference: str, signing: Signing | None) -> Banner:
-    tone, meaning = _VERDICTS.get(verdict, ("plain", "This page does not know this verdict."))
-    lines = []
-    if verdict in _NEXT:
-        lines.append(("next", _NEXT[verdict].format(reference=reference, card=card)))
+    tone, meaning, next_step = _VERDICTS[verdict]
+    lines = [("next", next_step.format(reference=reference, card=card))]
     if signing:
         lines.append(("signed by", f"{signing.signer}, {signing.signed_at}"))
     return Banner(word=verdict, tone=tone, meaning=meaning.format(card=card), lines=lines)
@@ -205,7 +215,7 @@ def _findings(report: Entry) -> Section | None:
         return None
     found.sort(key=lambda finding: bool(finding["kind"] == "note"))
     items = [
-        Cell(one["message"], small=one["kind"], tone=_KINDS.get(one["kind"], "plain"))
+        Cell(one["message"], small=one["kind"], tone=_VERDICTS.get(one["kind"], ("plain",))[0])
         for one in found
     ]
     return Section(title="Findings", blocks=[Bullets(items=items)])
@@ -237,42 +247,28 @@ def _quality(report: Entry, limits: Acceptance | None) -> Section | None:
     figures = report["quality"]
     if "perplexity_change" not in figures:
         return None
-    # Key, name, format, limit in words, and whether the figure keeps to it.
-    rows: list[tuple[str, str, str, str, bool | None]] = [
-        ("source_perplexity", "perplexity of the source", ".5g", "", None),
-        ("engine_perplexity", "perplexity of the engine", ".5g", "", None),
-    ]
-    change, kl, top1 = (
-        float(figures[key]["value"])
-        for key in ("perplexity_change", "mean_kl_nats", "top1_agreement")
-    )
-    kl_name, top1_name = "mean KL(source \u2016 engine), nats", "same most likely token"
+    kept_to: dict[str, tuple[str, bool]] = {}
     if limits:
-        most, kl_most, least = (
-            limits.max_perplexity_increase,
-            limits.max_mean_kl_nats,
-            limits.min_top1_agreement,
+        change, kl, top1 = (
+            float(figures[key]["value"])
+            for key in ("perplexity_change", "mean_kl_nats", "top1_agreement")
         )
-        rows += [
-            ("perplexity_change", "change of perplexity", "+.2%", f"at most {most:+.2%}",
-             change <= most),
-            ("mean_kl_nats", kl_name, ".4g", f"at most {kl_most:g}", kl <= kl_most),
-            ("top1_agreement", top1_name, ".2%", f"at least {least:.2%}", top1 >= least),
-        ]  # fmt: skip
-    else:
-        rows += [
-            ("perplexity_change", "change of perplexity", "+.2%", "", None),
-            ("mean_kl_nats", kl_name, ".4g", "", None),
-            ("top1_agreement", top1_name, ".2%", "", None),
-        ]
+        most, kl_most = limits.max_perplexity_increase, limits.max_mean_kl_nats
+        least = limits.min_top1_agreement
+        kept_to = {
+            "perplexity_change": (f"at most {most:+.2%}", change <= most),
+            "mean_kl_nats": (f"at most {kl_most:g}", kl <= kl_most),
+            "top1_agreement": (f"at least {least:.2%}", top1 >= least),
+        }
     cells = []
-    for key, name, form, limit, kept in rows:
+    for key, name, form in _QUALITY:
         entry = figures.get(key, {})
         value, low, high = (
             format(entry[part], form) if part in entry else DASH
             for part in ("value", "low", "high")
         )
-        cells.append((name, value, f"{low} to {high}", limit or DASH, measured.mark(kept)))
+        limit, kept = kept_to.get(key, (DASH, None))
+        cells.append((name, value, f"{low} to {high}", limit, measured.mark(kept)))
     headings = ("figure", "measured", "95 % interval", "limit", "result")
     lead = (
         f"{shown(figures.get('tokens'))} tokens of held-out text in {figures.get('windows')} "
