@@ -112,6 +112,10 @@ def buffer_bytes(free_bytes: int) -> int:
     return size_bytes
 
 
+_NO_DRIVER = "null"
+"""What the script prints where CUDA's driver library is missing."""
+
+
 def measure_bandwidth() -> float | None:
     """Bytes per second, read and written, of this process's first CUDA device; None without one.
 
@@ -141,6 +145,8 @@ def measure_bandwidth() -> float | None:
     run_tool(command, stage="bandwidth probe", log_path=log_path, timeout_s=_TIMEOUT_S)
     printed = last_lines(log_path)
     shutil.rmtree(log_path.parent)
+    if printed == (_NO_DRIVER,):
+        return None
     rates = json.loads(printed[-1]) if printed and printed[-1].startswith("[") else []
     if len(rates) != REPEATS or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise PipelineError(
@@ -151,4 +157,9 @@ def measure_bandwidth() -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(CardMemory(ctypes.CDLL("libcuda.so.1")).copy_rates()))
+    try:
+        _driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # NVML alone, as in a container without the capability `compute`
+        print(_NO_DRIVER)
+    else:
+        print(json.dumps(CardMemory(_driver).copy_rates()))
