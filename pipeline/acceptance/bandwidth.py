@@ -145,7 +145,7 @@ def measure_bandwidth() -> float | None:
     run_tool(command, stage="bandwidth probe", log_path=log_path, timeout_s=_TIMEOUT_S)
     printed = last_lines(log_path)
     shutil.rmtree(log_path.parent)
-    if printed == (_NO_DRIVER,):
+    if printed[-1:] == (_NO_DRIVER,):
         return None
     rates = json.loads(printed[-1]) if printed and printed[-1].startswith("[") else []
     if len(rates) != REPEATS or not all(math.isfinite(rate) and rate > 0 for rate in rates):
