@@ -132,15 +132,22 @@ def run_harness(
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "truncated": model.truncated,
-        "tasks": {
-            task: {
+        "tasks": dict(_tasks(found)),
+    }
+
+
+def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The library's results, task by task."""
+    for task, values in found["results"].items():
+        metrics = _metrics(task, values, found["higher_is_better"].get(task, {}))
+        yield (
+            task,
+            {
                 "version": found["versions"].get(task),
                 "samples": found["n-samples"].get(task, {}).get("effective"),
-                "metrics": dict(_metrics(task, values, found["higher_is_better"].get(task, {}))),
-            }
-            for task, values in found["results"].items()
-        },
-    }
+                "metrics": dict(metrics),
+            },
+        )
 
 
 def _manager(settings: HarnessSettings) -> Any:

@@ -89,19 +89,11 @@ def measure_pairs(
                     turns = min(rounds, peer.max_rounds or rounds)
                     samples = measure_speed(load, pair, waves, turns)
                     ours, theirs = samples[ENGINE], samples[peer.name]
-                    ratio = ratio_of(ours, theirs)
-                    log.info(
-                        "%s, %s: the engine is %.2f x as fast",
-                        peer.label,
-                        load.name,
-                        ratio["median"],
-                    )
+                    figures = {**summarize(load, theirs), "ratio": ratio_of(ours, theirs)}
+                    ratio = figures["ratio"]["median"]
+                    log.info("%s, %s: the engine is %.2f x as fast", peer.label, load.name, ratio)
                     runs[load.name] += ours
-                    beside[load.name][peer.name] = {
-                        "label": peer.label,
-                        **summarize(load, theirs),
-                        "ratio": ratio,
-                    }
+                    beside[load.name][peer.name] = {"label": peer.label, **figures}
         except PipelineError as error:
             log.warning("%s: %s", peer.label, error)
             not_run.append(f"{peer.label}: {error}")

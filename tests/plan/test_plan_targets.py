@@ -78,5 +78,6 @@ def test_disk_counts_the_log_probabilities_that_acceptance_keeps(ask: Ask) -> No
 
 def test_model_too_slow_for_this_cpu_keeps_none(ask: Ask) -> None:
     shape = ask("llama3.1").shape
-    assert acceptance().judged_positions(shape) == 0
-    assert acceptance(time_limit_s=1e9).judged_positions(shape) == (36 + 8) * 255
+    asked = {"windows": 36, "reference_windows": 8, "window_tokens": 256}
+    assert acceptance(**asked).judged_positions(shape) == 0
+    assert acceptance(**asked, time_limit_s=1e9).judged_positions(shape) == (36 + 8) * 255
