@@ -102,9 +102,7 @@ def run_harness(
     # runtimes have threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
     model = SessionModel(session, tokenizer, context)
-    library = logging.getLogger("lm_eval")
-    level = library.level
-    library.setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         with quiet():
             found = lm_eval.simple_evaluate(
@@ -125,8 +123,6 @@ def run_harness(
         raise PipelineError(
             f"lm_eval could not run {', '.join(settings.tasks)}: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        library.setLevel(level)
     return {
         "version": lm_eval.__version__,
         "limit": settings.limit,
