@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def _own_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         for name in _OF_THE_MACHINE:
             patched.delenv(name, raising=False)
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_outlives_its_test() -> Iterator[None]:
+    """A library that sets up the root logger in one test must not speak in the next ones."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
