@@ -109,7 +109,13 @@ class Delivery:
                 with contextlib.suppress(OSError), self._beside(to, keep=None):
                     pass  # what a run left that was killed after its last step is removed
                 return Delivered(dir=to, origin="present", fetched_bytes=0)
-            require_free(to)
+            try:
+                require_free(to)
+            except ConflictError:
+                if not is_pulled(to, self._digest):
+                    raise
+                # Another pull of the same package was faster.
+                return Delivered(dir=to, origin="present", fetched_bytes=0)
             make_folders(to.parent)
             if not through_cache and not self._entry.is_dir():
                 with self._beside(to, keep=_can_go_on) as work:
