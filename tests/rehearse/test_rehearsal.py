@@ -100,7 +100,7 @@ def test_a_wrong_recipe_is_not_rehearsed(tmp_path: Path) -> None:
 def test_kept_folder_must_be_empty(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine").touch()
-    done, _ = _rehearse(tmp_path, "phi3", "--keep", "kept")
+    done, _ = _rehearse(tmp_path, "phi3", "compiler=checkpoint", "--keep", "kept")
     assert done.returncode == 8
     assert "not empty" in done.stderr
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine"]
