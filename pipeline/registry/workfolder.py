@@ -23,6 +23,8 @@ from pipeline.core.errors import AccessError
 from pipeline.registry.ownership import require_unshared_parent
 
 _STALE_S = 24 * 3600.0
+_YOUNG = "new-"
+"""A folder that has no lock yet; it names the process that makes it."""
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -102,7 +104,7 @@ def require_private_parent(parent: Path, setting: str) -> None:
 def _make(parent: Path, prefix: str, locks: contextlib.ExitStack) -> Path:
     """A new folder, locked; it gets its name when it is, so that no process takes it for dead."""
     name = secrets.token_hex(8)
-    young = parent / f"{prefix}new-{name}"
+    young = parent / f"{prefix}{_YOUNG}{_namespace()}-{os.getpid()}-{name}"
     young.mkdir(mode=0o700)
     descriptor = _open_own(young)
     if descriptor is None:
@@ -129,6 +131,9 @@ def _dead(
         if descriptor is None:  # another user's, or gone
             continue
         locks.callback(os.close, descriptor)
+        if _died_young(folder.name.removeprefix(prefix)):
+            yield folder, False
+            continue
         with contextlib.suppress(OSError):
             visible = locking and folder.name.removeprefix(prefix).startswith(f"{_boot()}-")
             if visible:
@@ -138,6 +143,29 @@ def _dead(
                 dead = now_s - os.fstat(descriptor).st_mtime > _STALE_S
             if dead:
                 yield folder, visible
+
+
+def _died_young(name: str) -> bool:
+    """Whether a process that we can see made a folder of this name and ended before its lock."""
+    namespace, _, rest = name.removeprefix(_YOUNG).partition("-")
+    pid = rest.partition("-")[0]
+    if not name.startswith(_YOUNG) or namespace != _namespace() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)  # asks only whether it exists
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _namespace() -> str:
+    """Names the running kernel's PID namespace: in another one the same id is another process."""
+    try:
+        return f"{_boot()}.{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # not Linux
+        return f"{_boot()}.0"
 
 
 def _open_own(folder: Path) -> int | None:
