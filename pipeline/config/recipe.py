@@ -12,7 +12,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.hardware import Target
 from pipeline.core.kinds import OneOf
 from pipeline.core.settings import STRICT
-from pipeline.core.values import EngineCompiler, Quantizer, WeightSource
+from pipeline.core.stage_protocols import EngineCompiler, Quantizer, WeightSource
 from pipeline.model.read import Shape
 from pipeline.registry.reference import Part, check_part
 from pipeline.registry.store import Registry

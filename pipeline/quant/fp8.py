@@ -10,7 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import CalibrationText, Checkpoint, Weights
+from pipeline.core.stage_protocols import CalibrationText
+from pipeline.core.values import Checkpoint, Weights
 from pipeline.quant.device import DeviceChoice
 from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec

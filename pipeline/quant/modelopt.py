@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.cache import StageCache, require_files
 from pipeline.core.errors import RecipeError
 from pipeline.core.progress import progress
+from pipeline.core.stage_protocols import CalibrationText
 from pipeline.core.stages import Stage
-from pipeline.core.values import CalibrationText, Checkpoint, Weights
+from pipeline.core.values import Checkpoint, Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.calibration import cache_scales, check_amax

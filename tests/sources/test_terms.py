@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.values import Licence, WeightSource
+from pipeline.core.stage_protocols import WeightSource
+from pipeline.core.values import Licence
 from pipeline.sources.embedded import EmbeddedSource
 from pipeline.sources.hub import HubSource
 from pipeline.sources.local import LocalSource
