@@ -1,10 +1,8 @@
-"""SIGKILL at seeded moments while a real server is written or read; `make test-soak` has more."""
+"""SIGKILL at seeded steps while a real server is written or read; `make test-soak` has more."""
 
 from __future__ import annotations
 
-import random
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from pipeline.core.values import Package
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.store import WritableStore
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
-from tests.registry.client.kills import killed_after, points
+from tests.registry.client.kills import counted_steps, killed_at, seeded_steps
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 
 pytestmark = pytest.mark.services
@@ -42,21 +40,18 @@ def _assert_whole(store: WritableStore, package: Package) -> None:
 def test_a_killed_publisher_shows_nothing_half_and_the_rerun_completes(
     server_store: WritableStore, tmp_path: Path
 ) -> None:
-    packages = [
-        sealed_package(tmp_path / f"{number}", {"a.plan": noise(1 << 20, number), "b.plan": b"2"})
-        for number in range(points(3) + 1)
-    ]
-    started = time.monotonic()
-    _publish(server_store, packages[0])
-    whole_s = time.monotonic() - started
-    dice = random.Random(7)
+    def made(number: int) -> Package:
+        return sealed_package(
+            tmp_path / f"{number}", {"a.plan": noise(1 << 20, number), "b.plan": b"2"}
+        )
+
+    _publish(server_store, made(0))  # begins the registry, too
+    with counted_steps() as steps:
+        _publish(server_store, made(1))
     killed = 0
-    for package in packages[1:]:
-        work = partial(_publish, server_store, package)
-        if killed_after(work, dice.uniform(0.1, 0.9) * whole_s):
-            killed += 1
-        else:
-            whole_s /= 2  # the first one had to begin a registry, too
+    for number, step in enumerate(seeded_steps(len(steps), few=3)):
+        package = made(2 + number)
+        killed += killed_at(partial(_publish, server_store, package), step)
         if place_of(package) in server_store.places():
             _assert_whole(server_store, package)
         _publish(server_store, package)
@@ -72,17 +67,14 @@ def test_a_killed_puller_leaves_nothing_half_and_the_rerun_completes(
     shop = Shop(store=server_store, home=tmp_path / "home")
     wanted = {f"shard-{number}": noise(12 * CHUNK_BYTES + number, number) for number in range(2)}
     reference = shop.publish(wanted)
-    started = time.monotonic()
-    shop.pull()
-    whole_s = time.monotonic() - started
-    dice = random.Random(7)
+    shop.pull()  # remembers statements, too
+    shutil.rmtree(shop.to.parent)
+    with counted_steps() as steps:
+        shop.pull()
     killed = 0
-    for _ in range(points(3)):
+    for step in seeded_steps(len(steps), few=3):
         shutil.rmtree(shop.to.parent)
-        if killed_after(shop.pull, dice.uniform(0.1, 0.9) * whole_s):
-            killed += 1
-        else:
-            whole_s /= 2
+        killed += killed_at(shop.pull, step)
         if shop.to.exists():
             assert verify_layout(shop.to).digest == reference.digest
         shop.pull()
