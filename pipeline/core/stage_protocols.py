@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from pipeline.core.cache import StageCache
+from pipeline.core.cache import StageCache, StageResult
 from pipeline.core.hardware import Target
 from pipeline.core.values import Checkpoint, Engine, Format, Licence, Limits, Weights
 
@@ -122,4 +122,18 @@ class EngineCompiler(Protocol):
             ToolError: The compiler failed; its log is in `log_dir`.
             PipelineError: It succeeded, but not with what was asked.
         """
+        ...
+
+
+@runtime_checkable
+class CardCompiler(EngineCompiler, Protocol):
+    """A compiler that needs the card itself, and can do part of its work without."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What it runs on a machine with the card, with relative paths."""
+        ...
+
+    def convert(self, checkpoint: Checkpoint, cache: StageCache) -> StageResult:
+        """What it makes of the checkpoint on any machine."""
         ...

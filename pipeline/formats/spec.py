@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pipeline.core.cache import digest_folder
 from pipeline.core.errors import CorruptError, IncompatibleError
 from pipeline.core.hardware import Target
 from pipeline.core.listing import marked_modules, read_mark
-from pipeline.core.values import Limits
-from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec
+from pipeline.core.stage_protocols import EngineCompiler
+from pipeline.core.values import Checkpoint, Engine, Limits, digest_of
+from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec, quant_spec
+from pipeline.quant.unified import UnifiedCheckpoint
 
 _MARK, _MODULE = "SPEC", "spec"
 
@@ -86,7 +89,7 @@ class FormatSpec:
         substitute: Option of conf/runner that executes the same graph or checkpoint without the
             card; equal to `runner` where there is none.
         packages: Modules that building imports beside ModelOpt's.
-        files: Files that its folder must contain, as glob patterns.
+        files: Files that its folder must contain, as glob patterns; the weights last.
         serve_args: Arguments of the runtime's server.
         memory: Of the machine while it compiles; None where nothing is compiled.
         is_checkpoint: It is the quantized checkpoint itself, which Transformers and others read.
@@ -116,6 +119,45 @@ class FormatSpec:
         if self.bound_to is not None:
             parts += [f"b{limits.max_batch_size}", f"s{limits.max_seq_len}"]
         return "-".join(parts) + KV_CACHE_DTYPES[limits.kv_cache_dtype].suffix
+
+    def engine(
+        self,
+        compiler: EngineCompiler,
+        checkpoint: Checkpoint,
+        target: Target,
+        folder: Path,
+        **proven: Any,
+    ) -> Engine:
+        """A finished engine folder with what follows from the format.
+
+        It needs the memory of its weights and its cache, the cache of a paged runtime at least for
+        one request of full length.
+
+        Args:
+            compiler: What made it.
+            checkpoint: What it was made of.
+            target: What it was made for.
+            folder: Its files.
+            proven: The other fields of an `Engine`: `tools`, `checks` and the like.
+        """
+        limits = compiler.limits
+        rows = limits.max_batch_size if self.fit.static else 1
+        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
+            rows * limits.max_seq_len, KV_CACHE_DTYPES[limits.kv_cache_dtype].bytes_per_element
+        )
+        weight_bytes = sum(path.stat().st_size for path in folder.glob(self.files[-1]))
+        return Engine(
+            dir=folder,
+            digest=digest_of([file.to_json() for file in digest_folder(folder)]),
+            format=self.name,
+            variant=self.variant(quant_spec(checkpoint.precision), limits, target),
+            runtime=compiler.pinned_runtime,
+            sms=() if self.bound_to is None else (target.sm,),
+            limits=limits,
+            min_vram_bytes=weight_bytes + cache_bytes,
+            serve_args=self.serve_args(limits),
+            **proven,
+        )
 
     def require_files(self, folder: Path) -> None:
         """Refuse an engine folder that lacks what the runtime loads.

@@ -21,8 +21,7 @@ from pipeline.build import BuildOptions, build
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
-from pipeline.formats.trtllm.compiler import TrtLlmCompiler
-from pipeline.formats.trtllm.convert.stage import convert_trtllm
+from pipeline.core.stage_protocols import CardCompiler
 from pipeline.outcome import failure_of
 from pipeline.registry.policy import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
@@ -143,7 +142,7 @@ def _run(
 ) -> tuple[State, str, str]:
     """Build it; where the compiler cannot work here, do what comes before it."""
     compiler = recipe.compiler
-    if isinstance(compiler, TrtLlmCompiler):
+    if isinstance(compiler, CardCompiler):
         try:
             compiler.check_machine(recipe.target)
         except PipelineError as error:
@@ -159,13 +158,13 @@ def _run(
 
 
 def _up_to_the_command(
-    recipe: Recipe, compiler: TrtLlmCompiler, cache_dir: Path, reason: str
+    recipe: Recipe, compiler: CardCompiler, cache_dir: Path, reason: str
 ) -> tuple[str, str]:
     """Fetch, quantize, convert, verify; the command line that a machine with the card would run."""
     cache = StageCache(root=cache_dir)
     checkpoint = recipe.quantizer.quantize(recipe.source.fetch(), recipe.calibration, cache)
-    converted = convert_trtllm(checkpoint.dir, checkpoint.digest, compiler.conversion, cache)
-    size_bytes = (converted.dir / "rank0.safetensors").stat().st_size
-    reached = f"TensorRT-LLM checkpoint, {size_bytes / 1e6:.1f} MB, every tensor checked"
+    converted = compiler.convert(checkpoint, cache)
+    size_bytes = sum(file.size_bytes for file in converted.files)
+    reached = f"{compiler.format} checkpoint, {size_bytes / 1e6:.1f} MB, every tensor checked"
     first_line = reason.splitlines()[0]
     return reached, f"{first_line}; not run: {shlex.join(compiler.command)}"

@@ -21,6 +21,7 @@ from pipeline.formats.spec import format_spec
 from pipeline.formats.trtllm.container import Shared
 from pipeline.formats.trtllm.place import Place, Where, choose_place
 from pipeline.formats.trtllm.release import BENCH_PROGRAM, NAME, VERSION
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
 from pipeline.runners.runner import Ability, BenchResult, Device
 from pipeline.runners.session import Session
@@ -167,8 +168,12 @@ class TrtLlmRunner:
             for _ in range(repeats):
                 self._run_bench(place, command, [given, made, built], log_path)
                 documents.append(read_json_object(made.source / "report.json"))
+        quant_algo = UnifiedCheckpoint(checkpoint_dir).precision.quant_algo
         return BenchResult(
-            runs=tuple(read_report(one, workload, rounds=rounds) for one in documents),
+            runs=tuple(
+                read_report(one, workload, rounds=rounds, quant_algo=quant_algo)
+                for one in documents
+            ),
             tool=f"{BENCH_PROGRAM} {VERSION} {mode_of(workload)}",
             requests=workload.batch * rounds,
             percentiles=percentiles(documents[-1]),

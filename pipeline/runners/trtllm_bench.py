@@ -173,7 +173,9 @@ def write_model_dir(folder: Path, *, checkpoint_dir: Path, engine_dir: Path) -> 
     (folder / SINGLE).write_bytes(weights)
 
 
-def read_report(document: Mapping[str, Any], workload: Workload, *, rounds: int) -> BenchRun:
+def read_report(
+    document: Mapping[str, Any], workload: Workload, *, rounds: int, quant_algo: str | None
+) -> BenchRun:
     """The figures of one run.
 
     - `output_tokens_per_s`: output tokens of all requests over the time from the first start to the
@@ -185,7 +187,7 @@ def read_report(document: Mapping[str, Any], workload: Workload, *, rounds: int)
         PipelineError: Another engine, other requests or other lengths than asked for, or a figure
             that is none; lists all of it.
     """
-    faults = list(_faults(document, workload, rounds))
+    faults = list(_faults(document, workload, rounds, quant_algo))
     figures = {name: _at(document, path) for name, path in _FIGURES.items()}
     faults += [
         f"  {_FIGURES[name]} is {value!r}, wanted a positive number"
@@ -221,11 +223,13 @@ def percentiles(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _faults(document: Mapping[str, Any], workload: Workload, rounds: int) -> Iterator[str]:
+def _faults(
+    document: Mapping[str, Any], workload: Workload, rounds: int, quant_algo: str | None
+) -> Iterator[str]:
     wanted: tuple[tuple[str, Any], ...] = (
         ("engine.backend", "TRT"),
         ("engine.version", VERSION),
-        ("engine.quantization", "FP8"),
+        ("engine.quantization", quant_algo),
         ("world_info.world_size", 1),
         ("request_info.num_requests", workload.batch * rounds),
         ("request_info.avg_input_length", workload.isl),

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.cache import StageCache
 from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
-from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.checkpoint.spec import SPEC
-from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.spec import KV_CACHE_DTYPES
 
 STAGE = Stage(name="pack", version=1, code=("pipeline.formats.checkpoint",))
 
@@ -36,6 +35,8 @@ class CheckpointCompiler:
         runtime: Name and version that the package is meant for.
     """
 
+    format: ClassVar[Format] = SPEC.name
+
     max_batch_size: PositiveInt
     max_seq_len: PositiveInt
     max_num_tokens: PositiveInt
@@ -49,10 +50,6 @@ class CheckpointCompiler:
                 f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
                 f"({self.max_batch_size}); increase compiler.max_num_tokens"
             )
-
-    @property
-    def format(self) -> Format:
-        return SPEC.name
 
     @property
     def limits(self) -> Limits:
@@ -84,21 +81,11 @@ class CheckpointCompiler:
             {"checkpoint": checkpoint.digest, **self.inputs(target)},
             lambda out: self._produce(checkpoint.dir, out / "engine"),
         )
-        engine_dir = result.dir / "engine"
-        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
-            self.max_seq_len, KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
-        )
-        weight_bytes = sum(path.stat().st_size for path in engine_dir.glob("*.safetensors"))
-        return Engine(
-            dir=engine_dir,
-            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
-            format=SPEC.name,
-            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
-            runtime=(self.runtime, self.runtime_version),
-            sms=(),
-            limits=self.limits,
-            min_vram_bytes=weight_bytes + cache_bytes,
-            serve_args=SPEC.serve_args(self.limits),
+        return SPEC.engine(
+            self,
+            checkpoint,
+            target,
+            result.dir / "engine",
             tools=dict(checkpoint.calibration["tools"]),
             checks={"quantized_linears": len(checkpoint.quantized_linears)},
         )

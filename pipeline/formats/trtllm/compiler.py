@@ -7,18 +7,18 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, StageResult, digest_folder
+from pipeline.core.cache import StageCache, StageResult
 from pipeline.core.errors import IncompatibleError, ToolError
 from pipeline.core.hardware import GIB, Target
 from pipeline.core.process import last_lines
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
-from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.trtllm.command import (
     CHECKPOINT,
     ENGINE,
@@ -34,12 +34,10 @@ from pipeline.formats.trtllm.convert.stage import KvCacheDtype, TrtLlmSettings, 
 from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
 from pipeline.formats.trtllm.hints import explain_log
 from pipeline.formats.trtllm.place import Place, Where, choose_place, find_card
-from pipeline.formats.trtllm.read_back import ENGINE_FILE, expected_config, read_back
+from pipeline.formats.trtllm.read_back import expected_config, read_back
 from pipeline.formats.trtllm.release import NAME, VERSION
 from pipeline.formats.trtllm.spec import SPEC
 from pipeline.quant.export import copy_companions
-from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
-from pipeline.quant.unified import UnifiedCheckpoint
 
 STAGE = Stage(name="compile-trtllm", version=2, code=("pipeline.formats.trtllm",))
 
@@ -69,6 +67,9 @@ class TrtLlmCompiler:
         memory_gib: Limit of the container's memory; None for none.
         plugins: Kernel choices.
     """
+
+    format: ClassVar[Format] = SPEC.name
+    pinned_runtime: ClassVar[tuple[str, str]] = (NAME, VERSION)
 
     max_batch_size: PositiveInt
     max_seq_len: PositiveInt
@@ -114,10 +115,6 @@ class TrtLlmCompiler:
         return min(self.max_num_tokens, most)
 
     @property
-    def format(self) -> Format:
-        return SPEC.name
-
-    @property
     def limits(self) -> Limits:
         return Limits(
             max_batch_size=self.max_batch_size,
@@ -125,10 +122,6 @@ class TrtLlmCompiler:
             max_num_tokens=self._num_tokens,
             kv_cache_dtype="fp8" if self.kv_cache_dtype == "fp8" else self.dtype,
         )
-
-    @property
-    def pinned_runtime(self) -> tuple[str, str]:
-        return NAME, VERSION
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -162,7 +155,7 @@ class TrtLlmCompiler:
     ) -> Engine:
         place = self._place(target)
         environment = probe_environment(place, log_dir / "probe.log")
-        converted = convert_trtllm(checkpoint.dir, checkpoint.digest, self.conversion, cache)
+        converted = self.convert(checkpoint, cache)
         result = cache.run(
             STAGE,
             {
@@ -179,7 +172,20 @@ class TrtLlmCompiler:
                 log_dir / "compile.log",
             ),
         )
-        return self._engine(checkpoint, target, converted, result)
+        checks = result.read_json("checks.json")
+        built_with = Environment(**checks["environment"])
+        return SPEC.engine(
+            self,
+            checkpoint,
+            target,
+            result.dir / ENGINE,
+            tools={**checkpoint.calibration["tools"], **built_with.tools},
+            checks={"trtllm_build": checks, "conversion": converted.read_json("conversion.json")},
+        )
+
+    def convert(self, checkpoint: Checkpoint, cache: StageCache) -> StageResult:
+        """TensorRT-LLM's checkpoint, which needs no card."""
+        return convert_trtllm(checkpoint.dir, checkpoint.digest, self.conversion, cache)
 
     @property
     def conversion(self) -> TrtLlmSettings:
@@ -235,30 +241,6 @@ class TrtLlmCompiler:
             "command": list(self.command),
         }
         (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
-
-    def _engine(
-        self, checkpoint: Checkpoint, target: Target, converted: StageResult, result: StageResult
-    ) -> Engine:
-        engine_dir = result.dir / ENGINE
-        checks = result.read_json("checks.json")
-        built_with = Environment(**checks["environment"])
-        cache_bytes = UnifiedCheckpoint(checkpoint.dir).spec.kv_bytes(
-            self.max_seq_len, KV_CACHE_DTYPES[self.kv_cache_dtype].bytes_per_element
-        )
-        return Engine(
-            dir=engine_dir,
-            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
-            format=SPEC.name,
-            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
-            runtime=(NAME, built_with.tensorrt_llm),
-            sms=(target.sm,),
-            limits=self.limits,
-            # As for every paged runtime: what one request of full length needs, at least.
-            min_vram_bytes=(engine_dir / ENGINE_FILE).stat().st_size + cache_bytes,
-            serve_args=SPEC.serve_args(self.limits),
-            tools={**checkpoint.calibration["tools"], **built_with.tools},
-            checks={"trtllm_build": checks, "conversion": converted.read_json("conversion.json")},
-        )
 
 
 def _run_explained(

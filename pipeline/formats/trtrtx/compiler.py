@@ -13,17 +13,17 @@ import shutil
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
-from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.trtrtx.child import CheckJob, CompileJob, Profile, run_child
 from pipeline.formats.trtrtx.linears import node_names
 from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
@@ -79,6 +79,8 @@ class TrtRtxCompiler:
         kv_cache_dtype: Type of the static cache; TensorRT-RTX updates it in the activations' type.
     """
 
+    format: ClassVar[Format] = SPEC.name
+
     max_batch_size: PositiveInt
     opt_batch_size: PositiveInt
     max_prefill_batch_size: PositiveInt
@@ -93,10 +95,6 @@ class TrtRtxCompiler:
                 f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in the type of the "
                 "activations; for an FP8 cache use compiler=trtllm or compiler=checkpoint"
             )
-
-    @property
-    def format(self) -> Format:
-        return SPEC.name
 
     @property
     def limits(self) -> Limits:
@@ -160,17 +158,11 @@ class TrtRtxCompiler:
             },
             lambda out: self._produce(checkpoint, graphs.dir, target, out, log_dir),
         )
-        engine_dir = result.dir / "engine"
-        cache_bytes = spec.kv_bytes(self.max_batch_size * self.max_seq_len, 2)
-        return Engine(
-            dir=engine_dir,
-            digest=digest_of([file.to_json() for file in digest_folder(engine_dir)]),
-            format=SPEC.name,
-            variant=SPEC.variant(quant_spec(checkpoint.precision), self.limits, target),
-            runtime=(SPEC.runtime, compiler_version()),
-            sms=(target.sm,),
-            limits=self.limits,
-            min_vram_bytes=(engine_dir / PLAN_FILE).stat().st_size + cache_bytes,
+        return SPEC.engine(
+            self,
+            checkpoint,
+            target,
+            result.dir / "engine",
             cpu_graph_dir=graphs.dir,
             tools={**checkpoint.calibration["tools"], PACKAGE: compiler_version()},
             checks={**result.read_json("checks.json"), "network": network},
