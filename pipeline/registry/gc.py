@@ -18,7 +18,7 @@ collection takes the files, a day after that at the earliest, so that a reader w
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -27,7 +27,7 @@ from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
 from pipeline.registry.resolve import Terms, examine
 from pipeline.registry.store import Place, Store, WritableStore
-from pipeline.registry.stores.objects import in_parallel
+from pipeline.registry.stores.objects import in_parallel, readers
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
 
@@ -108,13 +108,17 @@ def collect(
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
     # Looking once reads many versions, and most of it never changes.
     reader = store if store.local else RememberingStore(store=store, root=cache_root())
-    places = sorted(reader.statement_names())
-    variants = dict.fromkeys((place.name, place.variant) for place in places)
+    names = reader.statement_names()
+    variants = dict.fromkeys((place.name, place.variant) for place in sorted(names))
     needed: dict[Place, str] = {}
     for name, variant in variants:
         needed |= _needed(reader, policy, name, variant, rules.history)
     now_s = store.now_s()
-    found = in_parallel(lambda place: _decide(reader, policy, rules, now_s, place, needed), places)
+
+    def look(place: Place) -> Fate | None:
+        return _decide(reader, policy, rules, now_s, place, needed, names[place])
+
+    found = in_parallel(look, sorted(names), readers(reader))
     fates = [fate for fate in found if fate is not None]
     removed: list[Place] = []
     freed_bytes = 0
@@ -160,13 +164,14 @@ def _decide(
     now_s: float,
     place: Place,
     needed: Mapping[Place, str],
+    names: Collection[str] | None = None,
 ) -> Fate | None:
     """The fate of a version; None if it is gone."""
     if place in needed or place in rules.pins:
         return Fate(place=place, remove=False, why=needed.get(place, "--keep names it"))
     try:
         terms = Terms(policy=policy, allow_unsigned=True, allow_yanked=True)
-        found = examine(store, place, terms)
+        found = examine(store, place, terms, names=names)
     except NotFoundError:
         return None
     except (CorruptError, UntrustedError) as error:

@@ -14,11 +14,8 @@ from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
 from pipeline.registry.resolve import Resolved, Terms, examine, resolve
 from pipeline.registry.store import Place, Store
-from pipeline.registry.stores.objects import in_parallel
+from pipeline.registry.stores.objects import in_parallel, readers
 from pipeline.registry.trust.channels import read_channels
-
-_JOBS = 16
-"""Manifests read at once: each is one small request that mostly waits."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -57,12 +54,13 @@ def entries(store: Store, terms: Terms) -> list[Entry]:
     if not store.local:  # a folder of this machine is read as fast as what is remembered of it
         store = RememberingStore(store=store, root=cache_root())
     shown = replace(terms, allow_yanked=True)
-    places = sorted(store.statement_names())
+    names = store.statement_names()
+    places = sorted(names)
     pointers = _pointers(store, places, terms)
 
     def look(place: Place) -> Entry | None:
         try:
-            found = examine(store, place, shown)
+            found = examine(store, place, shown, names=names[place])
         except NotFoundError:
             return None  # removed meanwhile
         except (CorruptError, UntrustedError) as error:
@@ -71,7 +69,7 @@ def entries(store: Store, terms: Terms) -> list[Entry]:
         held = pointers.get((place, found.package.digest), ())
         return Entry(place=place, resolved=found, pointers=tuple(sorted(held)))
 
-    return [one for one in in_parallel(look, places, _JOBS) if one is not None]
+    return [one for one in in_parallel(look, places, readers(store)) if one is not None]
 
 
 def entry(store: Store, text: str, terms: Terms) -> Entry:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,10 +115,21 @@ class _Offer:
         return _shown(self.place, self.cards)
 
 
-def examine(store: Store, place: Place, terms: Terms, digest: str | None = None) -> Resolved:
+def examine(
+    store: Store,
+    place: Place,
+    terms: Terms,
+    digest: str | None = None,
+    names: Collection[str] | None = None,
+) -> Resolved:
     """Read and verify what a version says of itself, and what was stated about it.
 
-    With a digest, its manifest must have that one.
+    Args:
+        store: Where it lies.
+        place: The version.
+        terms: What is accepted.
+        digest: What its manifest must have; None for any.
+        names: Of the statements about it, from a listing of the store; None lists them.
 
     Raises:
         CorruptError: The manifest is damaged, or not the one that belongs there.
@@ -132,7 +143,7 @@ def examine(store: Store, place: Place, terms: Terms, digest: str | None = None)
             f"{origin} has digest {own[:12]}, wanted {str(digest)[:12]}; publish it again"
         )
     package = Package(dir=Path(str(place)), manifest=manifest, digest=own)
-    raws = store.read_statements(place)
+    raws = store.read_statements(place, names)
     # Only a yank has to name the registry, so only for one is it asked.
     registry = store.identity() if any(raw.kind == "yank" for raw in raws) else None
     return examine_package(package, raws, terms, origin, registry)

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,6 @@ class RememberingStore:
 
     store: Store
     root: Path
-    _names: dict[Place, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -68,9 +67,7 @@ class RememberingStore:
     def statement_names(
         self, name: str | None = None, variant: str | None = None
     ) -> dict[Place, tuple[str, ...]]:
-        found = self.store.statement_names(name, variant)
-        self._names.update(found)
-        return found
+        return self.store.statement_names(name, variant)
 
     def read_manifest(self, place: Place) -> bytes:
         kept = self._read(place)
@@ -87,16 +84,15 @@ class RememberingStore:
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
-        if names is None and place not in self._names:
+        if names is None:
             return self.store.read_statements(place)
-        wanted = self._names[place] if names is None else names
         kept = self._read(place)
-        if missing := [name for name in wanted if name not in kept]:
+        if missing := [name for name in names if name not in kept]:
             read = self.store.read_statements(place, missing)
             kept |= {one.name: one.envelope for one in read}
             self._keep(place, kept)
         return [
-            RawStatement(name=name, files={ENVELOPE: kept[name]}) for name in wanted if name in kept
+            RawStatement(name=name, files={ENVELOPE: kept[name]}) for name in names if name in kept
         ]
 
     def read_statement(self, place: Place, name: str) -> RawStatement:

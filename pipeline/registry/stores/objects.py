@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Protocol, TypeVar
 
 from pipeline.core.values import FileDigest
-from pipeline.registry.store import KINDS, MAX_PER_KIND, OnBytes
+from pipeline.registry.store import KINDS, MAX_PER_KIND, OnBytes, Store
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +152,22 @@ def readable(items: Iterable[_Item | None], what: str) -> list[_Item]:
     return kept
 
 
+def readers(store: Store) -> int:
+    """How many threads read small objects of a store at once."""
+    return 1 if store.local else 16
+
+
 def in_parallel(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = 16
 ) -> Iterator[_Result]:
-    """`map`, by threads; after an error nothing more is begun, and Ctrl-C waits for no server."""
+    """`map`, by threads; after an error nothing more is begun, and Ctrl-C waits for no server.
+
+    With one thread, the caller's own does the work: threads gain where a server is waited for, and
+    lose where files of this machine are parsed.
+    """
+    if threads == 1:
+        yield from map(function, items)
+        return
     work = [(item, Future[_Result]()) for item in items]
     shared = iter(work)
 

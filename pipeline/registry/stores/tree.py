@@ -69,6 +69,7 @@ from pipeline.registry.stores.objects import (
     bounded_kinds,
     in_parallel,
     readable,
+    readers,
 )
 from pipeline.registry.stores.publication import (
     check_statement,
@@ -156,7 +157,7 @@ class TreeStore:
             data = self._read_small(f"{statements_key(place)}{name}/{ENVELOPE}")
             return None if data is None else RawStatement(name=name, files={ENVELOPE: data})
 
-        found = in_parallel(read, filter(is_statement_name, known))
+        found = in_parallel(read, filter(is_statement_name, known), readers(self))
         return readable(found, f"{self.url}: statements of {place}")
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
@@ -192,7 +193,7 @@ class TreeStore:
             return known.get(digest) or self._read_small(f"{prefix}{digest}.dsse.json")
 
         kept = bounded([digest for _, digest in dated], MAX_MOVES, what)
-        return readable(in_parallel(read, kept), what)
+        return readable(in_parallel(read, kept, readers(self)), what)
 
     def check_writable(self) -> None:
         self.objects.check_exclusive()

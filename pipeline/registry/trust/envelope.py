@@ -7,6 +7,7 @@ envelope.verifies(public_key)
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipeline.registry.trust.keys import PublicKey, SigningKey
 
 if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope as DsseEnvelope
+    from securesystemslib.signer import SSlibKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 """Payload type of an in-toto statement (in-toto attestation spec 1.0, "Envelope"); the statement
@@ -44,16 +46,22 @@ class Envelope:
 
     def verifies(self, key: PublicKey) -> bool:
         """Whether this key signed exactly this payload."""
-        from cryptography.hazmat.primitives.serialization import load_pem_public_key
         from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
-        from securesystemslib.signer import SSlibKey
 
-        ours = SSlibKey.from_crypto(load_pem_public_key(key.pem), keyid=key.keyid)
         try:
-            self.parsed.verify([ours], 1)
+            self.parsed.verify([_library_key(key)], 1)
         except (UnverifiedSignatureError, VerificationError, ValueError):
             return False
         return True
+
+
+@functools.lru_cache(maxsize=64)
+def _library_key(key: PublicKey) -> SSlibKey:
+    """A key as the library wants it, parsed once for all that it signed."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from securesystemslib.signer import SSlibKey
+
+    return SSlibKey.from_crypto(load_pem_public_key(key.pem), keyid=key.keyid)
 
 
 def sign_envelope(payload: bytes, key: SigningKey) -> bytes:
