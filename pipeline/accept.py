@@ -21,19 +21,18 @@ from pipeline.build import acceptance_key, fetch, plan_of, run_acceptance
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
-from pipeline.core.cache import StageCache, cache_root
+from pipeline.core.cache import StageCache
+from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, ExitCode, Fault, IncompatibleError, RecipeError
-from pipeline.core.hardware import Target, card_name
-from pipeline.core.nvml import read_conditions
-from pipeline.core.targets import target_of_card
+from pipeline.core.gpu import read_conditions
+from pipeline.core.hardware import Target, card_name, target_of_card
 from pipeline.core.values import Package, Verdict, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.outcome import Outcome
 from pipeline.plan import refuse
 from pipeline.publishing import Publisher
-from pipeline.registry.client.pull import PullRequest
-from pipeline.registry.client.verify import named_folder, open_target
+from pipeline.registry.client.pull import PullRequest, named_folder, open_target
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.trust.signatory import signatory_for

@@ -17,7 +17,8 @@ from pipeline.acceptance.page.report_page import Signing
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.subject import Subject
 from pipeline.config.recipe import Recipe
-from pipeline.core.cache import StageCache, cache_root, locked
+from pipeline.core.cache import StageCache
+from pipeline.core.data import cache_root
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.core.values import (
     Checkpoint,
@@ -26,6 +27,7 @@ from pipeline.core.values import (
     VerdictName,
     Weights,
 )
+from pipeline.core.workfolder import locked
 from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, key_inputs
 from pipeline.machine import require_builder, require_room

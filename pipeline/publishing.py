@@ -13,7 +13,7 @@ from pipeline.acceptance.page.report_page import Signing
 from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
-from pipeline.registry.client.cache import SETTING, package_cache
+from pipeline.registry.client.deliver import SETTING, cache_entry, locked_cache
 from pipeline.registry.client.layout import move_into_place, settle_read_only
 from pipeline.registry.client.pull import fetch
 from pipeline.registry.disk import disk_errors
@@ -133,9 +133,8 @@ class Publisher:
         if not self.store.local:  # need not be fetched again to be used here
             with disk_errors(f"keep {place} in the cache", SETTING):
                 settle_read_only(package.dir)
-                cache = package_cache()
-                with cache.locked(place):
-                    move_into_place(package.dir, cache.entry(place))
+                with locked_cache(place):
+                    move_into_place(package.dir, cache_entry(place))
         if not new:
             self._vouch(place, signed)
         return examine(self.store, place, self.terms, package.digest), new

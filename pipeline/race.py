@@ -25,8 +25,8 @@ from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
-from pipeline.core.cache import StageCache, cache_root
-from pipeline.core.data import shipped
+from pipeline.core.cache import StageCache
+from pipeline.core.data import cache_root, shipped
 from pipeline.core.errors import ConflictError, Fault, IncompatibleError, RecipeError
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
 from pipeline.machine import require_builder, require_room

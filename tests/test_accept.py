@@ -12,7 +12,7 @@ from pipeline import accept as module
 from pipeline.accept import AcceptRequest, accept
 from pipeline.core.cache import digest_folder
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError, UntrustedError
-from pipeline.core.targets import target_of_card
+from pipeline.core.hardware import target_of_card
 from pipeline.registry.store import ENVELOPE, Place
 from pipeline.registry.stores.folder import FolderRegistry
 from tests.tiny import tiny_model

@@ -13,7 +13,7 @@ import pytest
 from pipeline.acceptance import card
 from pipeline.commands.race import _answer
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError, RecipeError
-from pipeline.core.nvml import Conditions, conditions_of
+from pipeline.core.gpu import Conditions, conditions_of
 from pipeline.race import RaceRequest, race
 from tests.acceptance.test_conditions import nvml
 from tests.tiny_recipe import Workplace, make_workplace

@@ -30,7 +30,7 @@ STAGE = Stage(
     version=1,
     code=(
         "pipeline.acceptance",
-        "pipeline.core.nvml",
+        "pipeline.core.gpu",
         "pipeline.runners",
         "pipeline.sources.text.windows",
     ),

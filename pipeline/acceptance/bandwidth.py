@@ -133,7 +133,7 @@ def measure_bandwidth() -> float | None:
     from pathlib import Path
 
     from pipeline.core.errors import PipelineError
-    from pipeline.core.nvml import nvml_device
+    from pipeline.core.gpu import nvml_device
     from pipeline.core.process import last_lines, run_tool
 
     with nvml_device() as card:

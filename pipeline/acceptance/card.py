@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from pipeline.core.cache import cache_root, locked
+from pipeline.core.data import cache_root
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.gpu import Conditions, read_conditions
 from pipeline.core.hardware import card_name
-from pipeline.core.nvml import Conditions, read_conditions
 from pipeline.core.values import Finding
+from pipeline.core.workfolder import locked
 
 _SETTLE_S = 15.0
 """A process that has ended may still be in NVML's list for a moment, and its work in the

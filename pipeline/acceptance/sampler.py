@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from pipeline.core.nvml import nvml_device
+from pipeline.core.gpu import nvml_device
 
 INTERVAL_S = 0.1
 """NVML's power is an average over 25 ms or more, by card: a shorter interval tells nothing new."""

@@ -11,10 +11,17 @@ registry, each with `path` and `message`. What a command found nevertheless stan
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from pipeline.core.errors import ExitCode, Fault
 from pipeline.outcome import Outcome, closing_lines, failure_of
@@ -23,6 +30,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SCHEMA = 1
+_NAME = "as_json"
+_JSON = inspect.Parameter(
+    _NAME,
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object.")],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +96,57 @@ def tell(answer: Answer, *, as_json: bool = False) -> None:
                 stdout().print(part)
     if answer.exit_code and (as_json or not answer.shown):
         show_error(answer.message)
+
+
+def answering(command: Callable[..., Answer]) -> Callable[..., None]:
+    """A function that Typer can call: it has `--json`, tells the answer, exits with its code.
+
+    A command that shows something before it is done takes `as_json` itself, and shows nothing then.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    knows = _NAME in signature.parameters
+    others = [one for name, one in signature.parameters.items() if name != _NAME]
+
+    @functools.wraps(command)
+    def run(*, as_json: bool = False, **arguments: object) -> None:
+        if knows:
+            arguments[_NAME] = as_json
+        with _clean_stdout() if as_json else contextlib.nullcontext():
+            answer = _asked(functools.partial(command, **arguments))
+        if isinstance(answer, Answer):
+            tell(answer, as_json=as_json)
+            if answer.exit_code:
+                raise typer.Exit(answer.exit_code)
+            return
+        if as_json:
+            print(json.dumps(failure(answer).to_json()), flush=True)
+        raise answer  # the entry point tells people
+
+    # Typer reads both.
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*others, _JSON], return_annotation=None
+    )
+    run.__annotations__ = {one.name: one.annotation for one in (*others, _JSON)}
+    return run
+
+
+def _asked(command: Callable[[], Answer]) -> Answer | BaseException:
+    """The answer, or what ended the command."""
+    try:
+        return command()
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        return error
+
+
+@contextlib.contextmanager
+def _clean_stdout() -> Iterator[None]:
+    """Send to stderr what the block prints to stdout: libraries' banners, other programs' too."""
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as after:
+        with contextlib.suppress(OSError):  # somebody closed one of them
+            kept = os.dup(1)
+            after.callback(os.close, kept)
+            os.dup2(2, 1)
+            after.callback(os.dup2, kept, 1)
+        yield

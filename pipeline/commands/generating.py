@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from pipeline.core.cache import StageCache, cache_root
-from pipeline.core.data import shipped
+from pipeline.core.cache import StageCache
+from pipeline.core.data import cache_root, shipped
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.listing import read_mark
 from pipeline.core.values import Package

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.answer import Answer
-from pipeline.commands.answering import answering
+from pipeline.commands.answer import Answer, answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 

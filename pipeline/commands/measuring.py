@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.answer import Answer, answer_of
-from pipeline.commands.answering import answering
+from pipeline.commands.answer import Answer, answer_of, answering
 from pipeline.commands.arguments import ARTIFACTS, ConfigDir, Overrides, Policy, Registry
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.answer import Answer
-from pipeline.commands.answering import answering
+from pipeline.commands.answer import Answer, answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 if TYPE_CHECKING:
@@ -109,8 +108,7 @@ def generate(
 ) -> Answer:
     """Stream a chat answer from a package, verified first."""
     from pipeline.commands.generating import stream
-    from pipeline.registry.client.pull import PullRequest
-    from pipeline.registry.client.verify import open_target
+    from pipeline.registry.client.pull import PullRequest, open_target
 
     request = PullRequest(
         reference=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned

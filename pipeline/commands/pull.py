@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.answer import Answer
-from pipeline.commands.answering import answering
+from pipeline.commands.answer import Answer, answering
 from pipeline.commands.arguments import ARTIFACTS, Policy
 
 if TYPE_CHECKING:
-    from pipeline.registry.client.receipt import Pulled
+    from pipeline.registry.client.pull import Pulled
 
 _CARDS = "auto|CARD|sm89|none"
 _Runtime = Annotated[
@@ -160,9 +159,9 @@ def verify(
 ) -> Answer:
     """Verify every byte of a package, its signatures and yanks, and where it is proven."""
     from pipeline.commands.screen import screen_logging
-    from pipeline.registry.client import verify as client
     from pipeline.registry.client.machine import Flags
     from pipeline.registry.client.pull import PullRequest
+    from pipeline.registry.client.pull import verify as verify_target
 
     request = PullRequest(
         reference=target,
@@ -174,7 +173,7 @@ def verify(
         policy=policy,
     )
     with screen_logging():
-        done = client.verify(request)
+        done = verify_target(request)
     return Answer(value=done.to_json(), shown=_lines(done))
 
 

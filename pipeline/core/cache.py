@@ -13,23 +13,21 @@ each works in a folder of its own and the first rename wins.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.errors import CorruptError
 from pipeline.core.stages import Stage
 from pipeline.core.values import FileDigest, digest_of
+from pipeline.core.workfolder import atomic_folder, locked
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +35,6 @@ RECORD = "stage.json"
 """Beside the outputs: inputs, digest of every file, seconds. Written last."""
 
 _CHUNK_BYTES = 1 << 20
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-
-
-def cache_root() -> Path:
-    """`$ENGINESMITH_CACHE`, else `~/.cache/enginesmith`."""
-    configured = os.environ.get("ENGINESMITH_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "enginesmith"
 
 
 def sha256_file(path: Path) -> str:
@@ -81,22 +72,6 @@ def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
                 f"{path} is not the file that was fetched: its SHA-256 is another; remove {folder} "
                 "and run the same command again"
             )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path` (created when missing); says so when it has to wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("Another run is making %s; waiting for it", path.stem)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks: the first rename wins
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
 
 
 @dataclass(frozen=True, kw_only=True)

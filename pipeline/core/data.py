@@ -1,13 +1,20 @@
-"""Where the data files lie that come with this code: `conf/` and `recipes/`."""
+"""Where data lies: `conf/` and `recipes/`, which come with this code, and the cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def cache_root() -> Path:
+    """`$ENGINESMITH_CACHE`, else `~/.cache/enginesmith`."""
+    configured = os.environ.get("ENGINESMITH_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "enginesmith"
 
 
 def data_dir(name: Literal["conf", "recipes"]) -> Path:

@@ -53,3 +53,16 @@ class Target:
 def card_name(gpu: str) -> str:
     """A card as targets spell it, of what NVML calls it: spaces as dashes."""
     return gpu.replace(" ", "-")
+
+
+def target_of_card(card: str) -> Target | None:
+    """The target with this name of the card, such as `NVIDIA-H100-80GB-HBM3`; None for none."""
+    return next((target for target in known_targets() if target.card == card), None)
+
+
+def known_targets() -> tuple[Target, ...]:
+    """All cards that we know figures of, by id."""
+    from pipeline.core.data import data_dir, shipped  # with YAML, which a plan can do without
+
+    options = sorted((data_dir("conf") / "target").glob("*.yaml"))
+    return tuple(Target(**shipped(f"target/{path.stem}")) for path in options)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.values import FileDigest
+from pipeline.core.workfolder import sync
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -182,15 +183,6 @@ def _with_folder(target: Path, place: Callable[[], object]) -> None:
             return
     make_folders(target.parent)
     place()
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_system_now_s(folder: Path) -> float:

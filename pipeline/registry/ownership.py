@@ -53,6 +53,23 @@ def require_unshared_parent(folder: Path, way_out: str) -> None:
             _refuse(above, reason, way_out)
 
 
+def require_private_parent(parent: Path, setting: str) -> None:
+    """Demand that no other user can rename in `parent`, nor rename it or a folder above it.
+
+    Args:
+        parent: Exists.
+        setting: What chooses another one.
+
+    Raises:
+        AccessError: Another user can; names the folder and the ways out.
+    """
+    require_unshared_parent(
+        parent.resolve(),
+        f"choose another folder with {setting}, or, if you trust everyone who can write there (a "
+        "pod's own volume), add --allow-shared-parent",
+    )
+
+
 def writable_by_others(status: os.stat_result) -> str:
     """How another user may write to a file or into a folder; empty if none may.
 

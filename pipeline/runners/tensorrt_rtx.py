@@ -13,9 +13,9 @@ from typing import ClassVar
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import cache_root
+from pipeline.core.data import cache_root
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.nvml import read_conditions
+from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec

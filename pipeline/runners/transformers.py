@@ -16,7 +16,7 @@ from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.nvml import read_conditions
+from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec

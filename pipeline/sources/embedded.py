@@ -27,8 +27,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.atomic_folder import atomic_folder
-from pipeline.core.cache import digest_folder, locked, sha256_file
+from pipeline.core.cache import digest_folder, sha256_file
 from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
 from pipeline.core.json_files import read_json_object
 from pipeline.core.progress import BYTES, progress
@@ -36,6 +35,7 @@ from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights, digest_of
+from pipeline.core.workfolder import atomic_folder, locked
 from pipeline.model.hf import quiet
 from pipeline.sources import store
 from pipeline.sources.files import check_weights, terms_files

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import locked
 from pipeline.core.errors import AccessError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
+from pipeline.core.workfolder import locked
 from pipeline.sources import store
 from pipeline.sources.files import (
     check_listing,

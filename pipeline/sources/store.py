@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.core.cache import cache_root
+from pipeline.core.data import cache_root
 from pipeline.core.errors import AccessError, CorruptError, TransientError
 from pipeline.core.values import FileDigest
 from pipeline.sources.files import check_weights

@@ -16,7 +16,7 @@ from pipeline.acceptance.bandwidth import (
     buffer_bytes,
     measure_bandwidth,
 )
-from pipeline.core import nvml
+from pipeline.core import gpu
 from pipeline.core.errors import PipelineError, ToolError
 
 
@@ -93,13 +93,13 @@ def device(found: object) -> Iterator[object]:
 
 def child_with(monkeypatch: pytest.MonkeyPatch, folder: Path, ctypes_source: str) -> None:
     """Pretend a card, and let the child import another `ctypes`, its first import."""
-    monkeypatch.setattr(nvml, "nvml_device", lambda: device("a card"))
+    monkeypatch.setattr(gpu, "nvml_device", lambda: device("a card"))
     (folder / "ctypes.py").write_text(ctypes_source)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def test_machine_without_a_card_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "nvml_device", lambda: device(None))
+    monkeypatch.setattr(gpu, "nvml_device", lambda: device(None))
     assert measure_bandwidth() is None
 
 

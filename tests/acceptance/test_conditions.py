@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.acceptance.card import condition_findings, gpu_lock
 from pipeline.acceptance.sampler import Reading, Samples, device_samples, sampling
-from pipeline.core.nvml import (
+from pipeline.core.gpu import (
     THROTTLE_REASONS,
     ComputeProcess,
     Conditions,
@@ -276,7 +276,7 @@ def test_a_container_that_lists_not_even_this_process_hides_the_others_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert strangers([], 17, ours_is_there=True) is None
-    monkeypatch.setattr("pipeline.core.nvml._holds_context", lambda: True)
+    monkeypatch.setattr("pipeline.core.gpu._holds_context", lambda: True)
     hidden = conditions_of(nvml(DeviceGetComputeRunningProcesses=[]), 0)
     assert hidden.other_compute_processes is None
     assert hidden.to_json()["other_compute_processes"] is None

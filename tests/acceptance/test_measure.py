@@ -25,7 +25,7 @@ from pipeline.acceptance.subject import Subject
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError
-from pipeline.core.nvml import ComputeProcess, Conditions
+from pipeline.core.gpu import ComputeProcess, Conditions
 from pipeline.core.values import Checkpoint, Engine, Report, Verdict
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.formats.spec import format_spec

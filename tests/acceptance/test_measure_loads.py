@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.acceptance.report import write_report
 from pipeline.acceptance.sustained_run import SustainedRun
-from pipeline.core.nvml import Conditions
+from pipeline.core.gpu import Conditions
 from pipeline.core.values import Checkpoint
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.chat import eos_ids

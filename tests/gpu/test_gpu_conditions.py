@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.acceptance.card import disturbance, held_card
-from pipeline.core.nvml import nvml_device, read_conditions
+from pipeline.core.gpu import nvml_device, read_conditions
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from pipeline.acceptance.sampler import device_samples
 from pipeline.acceptance.speed import latency_percentiles
 from pipeline.acceptance.speed_sample import achieved_rate
 from pipeline.core.cache import StageCache
-from pipeline.core.nvml import Conditions, read_conditions
+from pipeline.core.gpu import Conditions, read_conditions
 from pipeline.core.values import Engine
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.model.random_model import write_random_model

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AccessError
-from pipeline.registry.ownership import require_unshared, writable_by_others
+from pipeline.registry.ownership import (
+    require_private_parent,
+    require_unshared,
+    writable_by_others,
+)
 
 
 @pytest.fixture
@@ -83,3 +87,38 @@ def test_what_belongs_to_another_user_is_refused(file: Path, which: str) -> None
     os.chown(file if which == "file" else file.parent, 12345, 12345)
     with pytest.raises(AccessError, match="user 12345"):
         require_unshared(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, so needs root")
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid", "reason"),
+    [
+        (0o777, 0, 0, "is writable by everyone"),
+        (0o775, 0, 7, "is writable by group 7"),
+        (0o755, 65534, 0, "belongs to"),
+        (0o1777, 65534, 0, "belongs to"),
+    ],
+)
+def test_a_parent_that_another_user_can_rename_in_is_refused_with_the_way_out(
+    tmp_path: Path, mode: int, uid: int, gid: int, reason: str
+) -> None:
+    shared = tmp_path / "shared"
+    parent = shared / "below"
+    parent.mkdir(parents=True)
+    os.chown(shared, uid, gid)
+    shared.chmod(mode)
+    for folder in (shared, parent):
+        with pytest.raises(AccessError, match=f"{shared} {reason}.*--to.*--allow-shared-parent"):
+            require_private_parent(folder, "--to")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, so needs root")
+@pytest.mark.parametrize(("mode", "gid"), [(0o1777, 0), (0o755, 7), (0o775, 0)])
+def test_a_sticky_parent_and_the_users_own_group_are_fine(
+    tmp_path: Path, mode: int, gid: int
+) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    os.chown(parent, 0, gid)
+    parent.chmod(mode)
+    require_private_parent(parent, "--to")

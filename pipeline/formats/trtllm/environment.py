@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.core.atomic_folder import PREFIX
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.hardware import card_name
 from pipeline.core.values import digest_of
+from pipeline.core.workfolder import PREFIX, work_folder
 from pipeline.formats.trtllm import probe
 from pipeline.formats.trtllm.command import TIMING_CACHE_FILE
 from pipeline.formats.trtllm.container import Shared
@@ -131,5 +131,5 @@ class TimingCache:
         if not written.is_file() or written.stat().st_size == 0:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.file.parent) as private:
-            Path(shutil.copyfile(written, Path(private) / written.name)).replace(self.file)
+        with work_folder(self.file.parent, PREFIX) as work:
+            shutil.copyfile(written, work.dir / written.name).replace(self.file)

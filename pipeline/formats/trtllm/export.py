@@ -14,10 +14,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.atomic_folder import atomic_folder
 from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.core.values import Limits
+from pipeline.core.workfolder import atomic_folder
 from pipeline.formats.trtllm.command import (
     TIMING_CACHE_FILE,
     BuildPaths,

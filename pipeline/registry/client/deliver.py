@@ -3,6 +3,10 @@
 Nothing shows before all of it is there, verified and on the disk; then one rename shows it all.
 What a broken pull leaves is a work folder beside the goal: the next pull goes on from it after a
 lost connection, Ctrl-C or a kill. After a full disk or wrong bytes it is removed at once.
+
+The cache, `$ENGINESMITH_CACHE/packages`, is a registry in a folder, without an identity and
+channels: one copy of a package for every pull on this machine, read-only, and beside it the trusted
+statements. A package there is verified whenever it is used; a damaged one is fetched again.
 """
 
 from __future__ import annotations
@@ -10,40 +14,75 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.core.data import cache_root
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.client.cache import SETTING, PackageCache
-from pipeline.registry.client.download import PACKAGE, Record, Transfer, download
+from pipeline.core.workfolder import WorkFolder, locked, remove_folder, work_folder
+from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room
 from pipeline.registry.client.layout import (
+    STATEMENTS_SUFFIX,
     copy_files,
     finish,
     is_pulled,
     move_into_place,
     require_free,
     settle_read_only,
+    write_statements,
 )
 from pipeline.registry.disk import disk_errors, make_folders
 from pipeline.registry.manifest import MANIFEST, files_of
+from pipeline.registry.ownership import require_private_parent
 from pipeline.registry.package import verify
 from pipeline.registry.resolve import Resolved
-from pipeline.registry.store import ENVELOPE, RawStatement, Store
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.trust.statements import verified_files
-from pipeline.registry.workfolder import WorkFolder, remove_folder, work_folder
 
 log = logging.getLogger(__name__)
 
 Origin = Literal["registry", "cache", "present"]
 """`registry`: fetched now. `cache`: fetched before. `present`: it was at the goal already."""
+SETTING = "ENGINESMITH_CACHE"
 _NAME_CHARS = 40
 """Of the goal's name in that of a work folder, which must fit NAME_MAX (255)."""
+
+
+def cache_dir() -> Path:
+    """Where packages are kept on this machine."""
+    return cache_root().absolute() / "packages"
+
+
+def cache_store() -> Store:
+    """What `--offline` pulls from: it came from anywhere, so a local key does not count."""
+    from pipeline.registry.stores.folder import FolderObjects
+    from pipeline.registry.stores.tree import TreeStore
+
+    return TreeStore(objects=FolderObjects(path=cache_dir()))
+
+
+def cache_entry(place: Place) -> Path:
+    """Where a package is kept, or would be."""
+    return cache_dir() / place.name / place.variant / place.version
+
+
+@contextlib.contextmanager
+def locked_cache(place: Place) -> Iterator[None]:
+    """Hold a version, so that one of many pullers downloads and the others take its entry.
+
+    Raises:
+        AccessError: Another user could replace what lies here.
+    """
+    folder = cache_dir()
+    with disk_errors(f"write {folder}", SETTING):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_private_parent(folder, SETTING)
+    with locked(cache_root() / "locks" / f"package-{place.version}.lock"):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +101,6 @@ class Delivery:
     Attributes:
         store: Where it lies.
         resolved: What is fetched.
-        cache: Shared by all pulls of this machine.
         transfer: How bytes are fetched.
         offline: Take it from the cache or fail.
         shared_parent: The user trusts who else may rename beside the goal.
@@ -70,14 +108,9 @@ class Delivery:
 
     store: Store
     resolved: Resolved
-    cache: PackageCache
     transfer: Transfer
     offline: bool = False
     shared_parent: bool = False
-
-    @property
-    def _entry(self) -> Path:
-        return self.cache.entry(self.resolved.place)
 
     @property
     def _digest(self) -> str:
@@ -105,23 +138,26 @@ class Delivery:
         """
         to = to.absolute()
         with disk_errors(f"write {to}", "--to"):
-            if is_pulled(to, self._digest):
-                with contextlib.suppress(OSError), self._beside(to, keep=None):
-                    pass  # what a run left that was killed after its last step is removed
-                return Delivered(dir=to, origin="present", fetched_bytes=0)
             try:
                 require_free(to)
             except ConflictError:
                 if not is_pulled(to, self._digest):
                     raise
-                # Another pull of the same package was faster.
+                with contextlib.suppress(OSError), self._beside(to, keep=None):
+                    pass  # what a run left that was killed after its last step is removed
                 return Delivered(dir=to, origin="present", fetched_bytes=0)
             make_folders(to.parent)
-            if not through_cache and not self._entry.is_dir():
+            if not through_cache and not cache_entry(self.resolved.place).is_dir():
                 with self._beside(to, keep=_can_go_on) as work:
                     fetched = self._fetch(work)
                     return self._show(work, to, receipt, "registry", fetched)
-            return self._through_cache(to, receipt)
+            package, fetched = self.to_cache()
+            origin: Origin = "registry" if fetched else "cache"
+            require_room(to.parent, sum(file.size_bytes for file in self._files))
+            with self._beside(to, keep=None) as work:
+                # The entry was verified a moment ago, and only we can write to it.
+                copy_files(self._files, package.dir, work.dir / PACKAGE)
+                return self._show(work, to, receipt, origin, fetched)
 
     def to_cache(self) -> tuple[Package, int]:
         """Have the package in the cache, every byte verified now; and how many were fetched.
@@ -129,34 +165,41 @@ class Delivery:
         Raises:
             PipelineError: As in `to_folder`.
         """
-        entry, fetched = self._entry, 0
-        prefix = f".pull-{self._digest[:12]}-"
-        with (
-            self.cache.locked(self.resolved.place),
-            disk_errors(f"write {self.cache.dir}", SETTING),
-        ):
-            self.cache.keep_statements(self.resolved.place, self._statements())
-            if entry.is_dir():
-                try:
-                    if verify(entry).digest == self._digest:
-                        with work_folder(self.cache.dir, prefix, setting=SETTING):
-                            pass  # what a run left that was killed after its last step is removed
-                        return self._package_at(entry), 0
-                    raise CorruptError(f"{entry} holds another package than its name says")
-                except CorruptError as error:
-                    log.warning("%s; fetching it again", error)
-                    remove_folder(entry)
-            if self.offline:
-                raise NotFoundError(
-                    f"{self.resolved.place} is not in {self.cache.dir}, or was damaged there; pull "
-                    "it without --offline"
-                )
-            with work_folder(self.cache.dir, prefix, _can_go_on, setting=SETTING) as work:
-                fetched = self._fetch(work)
-                (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
-                settle_read_only(work.dir / PACKAGE)
-                move_into_place(work.dir / PACKAGE, entry)
-        return self._package_at(entry), fetched
+        folder, entry = cache_dir(), cache_entry(self.resolved.place)
+        prefix, fetched = f".pull-{self._digest[:12]}-", 0
+        with locked_cache(self.resolved.place), disk_errors(f"write {folder}", SETTING):
+            beside = entry.with_name(f"{entry.name}{STATEMENTS_SUFFIX}")
+            beside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_statements(beside, self._statements())
+            if not self._is_kept(entry):
+                if self.offline:
+                    raise NotFoundError(
+                        f"{self.resolved.place} is not in {folder}, or was damaged there; pull it "
+                        "without --offline"
+                    )
+                with work_folder(folder, prefix, _can_go_on) as work:
+                    fetched = self._fetch(work)
+                    (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
+                    settle_read_only(work.dir / PACKAGE)
+                    move_into_place(work.dir / PACKAGE, entry)
+            else:
+                with work_folder(folder, prefix):
+                    pass  # what a run left that was killed after its last step is removed
+        package = self.resolved.package
+        return Package(dir=entry, manifest=package.manifest, digest=package.digest), fetched
+
+    def _is_kept(self, entry: Path) -> bool:
+        """Whether the cache has the package, every byte verified; a damaged one is removed."""
+        if not entry.is_dir():
+            return False
+        try:
+            if verify(entry).digest == self._digest:
+                return True
+            raise CorruptError(f"{entry} holds another package than its name says")
+        except CorruptError as error:
+            log.warning("%s; fetching it again", error)
+            remove_folder(entry)
+            return False
 
     def _statements(self) -> list[RawStatement]:
         """The trusted statements, the one with the model signature whole."""
@@ -174,20 +217,6 @@ class Delivery:
                     name=raw.name, files={ENVELOPE: raw.envelope, **files}
                 )
         return statements
-
-    def _package_at(self, folder: Path) -> Package:
-        package = self.resolved.package
-        return Package(dir=folder, manifest=package.manifest, digest=package.digest)
-
-    def _through_cache(self, to: Path, receipt: Callable[[Origin], bytes]) -> Delivered:
-        """From the cache to beside the goal, then there."""
-        package, fetched = self.to_cache()
-        origin: Origin = "registry" if fetched else "cache"
-        _require_room(to.parent, sum(file.size_bytes for file in self._files))
-        with self._beside(to, keep=None) as work:
-            # The entry was verified a moment ago, and only we can write to it.
-            copy_files(self._files, package.dir, work.dir / PACKAGE)
-            return self._show(work, to, receipt, origin, fetched)
 
     def _show(
         self,
@@ -209,21 +238,16 @@ class Delivery:
         self, to: Path, keep: Callable[[BaseException], bool] | None
     ) -> contextlib.AbstractContextManager[WorkFolder]:
         """A work folder beside the goal."""
-        prefix = f".{to.name[:_NAME_CHARS]}.pulling-"
-        return work_folder(
-            to.parent, prefix, keep, setting="--to", shared_parent=self.shared_parent
-        )
+        if not self.shared_parent:
+            require_private_parent(to.parent, "--to")
+        return work_folder(to.parent, f".{to.name[:_NAME_CHARS]}.pulling-", keep)
 
     def _fetch(self, work: WorkFolder) -> int:
         """Fetch what is not there yet."""
-        files, package = self._files, work.dir / PACKAGE
-        total = sum(file.size_bytes for file in files)
+        files, place = self._files, self.resolved.place
         if work.adopted:
-            _drop_foreign(package, {file.path for file in files})
-        landed = _landed_bytes(files, work.dir, self._digest, self.transfer.chunk_bytes)
-        _require_room(work.dir, total - landed)
-        package.mkdir(mode=0o755, exist_ok=True)
-        place = self.resolved.place
+            _drop_foreign(work.dir / PACKAGE, {file.path for file in files})
+        total = sum(file.size_bytes for file in files)
         with progress(f"Pulling {place}", total, BYTES) as on_bytes:
             return download(self.store, place, files, work, self._digest, self.transfer, on_bytes)
 
@@ -238,27 +262,8 @@ def _drop_foreign(package: Path, listed: set[str]) -> None:
             path.unlink()
 
 
-def _landed_bytes(files: list[FileDigest], folder: Path, digest: str, chunk_bytes: int) -> int:
-    """Bytes that an earlier run left in a work folder."""
-    record = Record(folder=folder, digest=digest, chunk_bytes=chunk_bytes)
-    return sum(
-        max(0, min(chunk_bytes, files[file].size_bytes - chunk * chunk_bytes))
-        for file, chunk in record.read()
-        if 0 <= file < len(files) and chunk >= 0
-    )
-
-
 def _can_go_on(error: BaseException) -> bool:
     """Whether what has landed is worth keeping: not after a full disk, nor after wrong bytes."""
     if isinstance(error, TransientError):
         return getattr(error.__cause__, "errno", None) not in {errno.ENOSPC, errno.EDQUOT}
     return isinstance(error, KeyboardInterrupt)
-
-
-def _require_room(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise TransientError(
-            f"disk full: the package needs {needed_bytes / 1e9:.2f} GB in {folder}, "
-            f"{free_bytes / 1e9:.2f} GB are free; free some and run the same command again"
-        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

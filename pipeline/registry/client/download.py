@@ -1,42 +1,45 @@
 """Fetch the files of a package: chunks in parallel, resumed, every byte verified.
 
-The record (JSON lines) names the chunks that landed in a work folder, so that a killed pull goes on
-from them. The SHA-256 of a file can only be taken in order while its chunks land in any: whoever
-lands the chunk that the hash waits for takes it along, reading the bytes back from the page cache.
-A file that is wrong as a whole is fetched once more, in case bytes were damaged on their way; wrong
-again, it is wrong in the registry. Not a byte more than the manifest says is written.
+A record in the work folder names the chunks that landed, so that a killed pull goes on from them.
+The SHA-256 of a file can only be taken in order while its chunks land in any: whoever lands the
+chunk that the hash waits for takes it along, reading the bytes back from the page cache. A file
+that is wrong as a whole is fetched once more, in case bytes were damaged on their way; wrong again,
+it is wrong in the registry. Not a byte more than the manifest says is written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import hashlib
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError, TransientError
 from pipeline.core.values import FileDigest
-from pipeline.registry.client.landing import LandingFile
+from pipeline.core.workfolder import WorkFolder
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.store import OnBytes, Place, Store
-from pipeline.registry.workfolder import WorkFolder
 
 log = logging.getLogger(__name__)
 
 PACKAGE = "package"
 """Folder in the work folder that the files land in."""
-_RECORD = "landed.jsonl"
+RECORD = "landed"
+_LANDED = b"x"
 _MAX_RECORD_BYTES = 64 << 20
 _WINDOW_BYTES = 512 << 20
 """How far the newest chunk may be ahead of the hash: what the page cache of a machine that serves
 models holds, and what a kill can cost where disk and network are faster than the hash."""
+_READ_BYTES = 1 << 20
 _TICK_S = 1.0
 _STOP_WAIT_S = 10.0
 _LEAST_BYTES = 16 << 10
@@ -50,7 +53,7 @@ class Transfer:
 
     Attributes:
         jobs: Chunks on their way at once.
-        chunk_bytes: Size of a chunk: one line of the record, one request, and what a kill can cost
+        chunk_bytes: Size of a chunk: one mark in the record, one request, and what a kill can cost
             per job. With 16 MiB docker-registry took a quarter more of the processor than with 32
             (measured on 2026-11-29).
         tries: Attempts in a row that bring next to nothing, for one chunk.
@@ -72,63 +75,77 @@ class Transfer:
         return whole * random.uniform(0.5, 1.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """Which chunks of a package have landed in a work folder.
+@dataclass(kw_only=True)
+class _File:
+    """A file whose chunks land; an empty file has one, which is empty.
 
     Attributes:
-        folder: The work folder.
-        digest: Of the package.
-        chunk_bytes: Size of a chunk; a record of another size is worth nothing.
+        file: What it must become.
+        path: Where it lands.
+        chunk_bytes: Size of all chunks but the last.
+        first: Number of its first chunk among all of the package.
+        landed: Chunks that an earlier run fetched.
+        there: Those that the hash may take in.
+        hashed: How many chunks the hash has taken in.
+        hashing: A thread is at it.
+        again: It was wrong once, and is fetched for the second and last time.
     """
 
-    folder: Path
-    digest: str
+    file: FileDigest
+    path: Path
     chunk_bytes: int
+    first: int
+    landed: set[int] = field(default_factory=set)
+    there: set[int] = field(default_factory=set)
+    hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    hashed: int = 0
+    hashing: bool = False
+    again: bool = False
+    _descriptor: int | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def _head(self) -> dict[str, object]:
-        return {"digest": self.digest, "chunk_bytes": self.chunk_bytes}
+    def chunks(self) -> int:
+        return max(1, -(-self.file.size_bytes // self.chunk_bytes))
 
-    def read(self) -> set[tuple[int, int]]:
-        """(number of a file, number of a chunk) of all that landed; empty if it is of others.
+    def span(self, chunk: int) -> tuple[int, int]:
+        """First byte of a chunk, and the first byte after it."""
+        start = chunk * self.chunk_bytes
+        return start, min(start + self.chunk_bytes, self.file.size_bytes)
 
-        A line that a crash tore off counts for nothing.
-        """
-        with contextlib.suppress(CorruptError, ValueError):
-            data = read_bounded(self.folder / _RECORD, _MAX_RECORD_BYTES)
-            head, *lines = data.decode().split("\n")
-            if json.loads(head) == self._head:
-                return {pair for line in lines if (pair := _pair(line)) is not None}
-        return set()
+    def open(self) -> int:
+        """Its descriptor; made with its full size, so that chunks can be written anywhere."""
+        with self._opening:
+            if self._descriptor is None:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._descriptor = os.open(self.path, flags, 0o600)
+                os.ftruncate(self._descriptor, self.file.size_bytes)
+            return self._descriptor
 
-    @contextlib.contextmanager
-    def writing(self, *, fresh: bool) -> Iterator[Callable[[int, int], None]]:
-        """A function that adds a landed chunk.
+    def close(self, *, sync: bool = False) -> None:
+        """Close it; with `sync` its bytes are on the disk then."""
+        if self._descriptor is not None:
+            if sync:
+                os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
 
-        With `fresh` the record begins anew.
-        """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        path = self.folder / _RECORD
-        descriptor = os.open(path, flags | (os.O_TRUNC if fresh else 0), 0o600)
+    def write(self, data: memoryview, at: int) -> None:
+        while data:
+            count = os.pwrite(self.open(), data, at)
+            data, at = data[count:], at + count
 
-        def add(*values: object) -> None:
-            os.write(descriptor, f"{json.dumps(values)}\n".encode())  # whole lines, any thread
-
-        try:
-            # An empty line closes one that was torn off.
-            os.write(descriptor, f"{json.dumps(self._head) if fresh else ''}\n".encode())
-            yield add
-        finally:
-            os.close(descriptor)
-
-
-def _pair(line: str) -> tuple[int, int] | None:
-    try:
-        file, chunk = json.loads(line)
-    except (ValueError, TypeError):
-        return None
-    return (file, chunk) if isinstance(file, int) and isinstance(chunk, int) else None
+    def hash_next(self) -> None:
+        """Hash the bytes of the next chunk as they lie in the file."""
+        descriptor, buffer = self.open(), memoryview(bytearray(_READ_BYTES))
+        at, end = self.span(self.hashed)
+        while at < end:
+            count = os.preadv(descriptor, [buffer[: end - at]], at)
+            if not count:
+                raise CorruptError(f"{self.path} was shortened while it was fetched; pull again")
+            self.hash.update(buffer[:count])
+            at += count
 
 
 def download(
@@ -159,28 +176,59 @@ def download(
         TransientError: The store failed too often or is too slow, or the disk is full.
         AccessError: The store refuses, or the folder is not writable.
     """
-    record = Record(folder=work.dir, digest=digest, chunk_bytes=transfer.chunk_bytes)
-    with disk_errors(f"write {work.dir.parent}"):
-        landed = record.read()
-        with record.writing(fresh=not landed) as add:
-            run = _Download(
-                store=store,
-                place=place,
-                transfer=transfer,
-                landed=landed,
-                add=add,
-                on_bytes=on_bytes,
-                files=[
-                    LandingFile(
-                        number=number,
-                        file=file,
-                        path=work.dir / PACKAGE / file.path,
-                        chunk_bytes=transfer.chunk_bytes,
-                    )
-                    for number, file in enumerate(files)
-                ],
-            )
-            return run.run(work.touch)
+    folder, landing, first = work.dir / PACKAGE, [], 0
+    for file in files:
+        path, size = folder / file.path, transfer.chunk_bytes
+        landing.append(_File(file=file, path=path, chunk_bytes=size, first=first))
+        first += landing[-1].chunks
+    with disk_errors(f"write {work.dir.parent}"), contextlib.ExitStack() as closing:
+        head = f"{digest} {transfer.chunk_bytes}\n".encode()
+        landed = _landed(work.dir / RECORD, head)
+        for one in landing:
+            one.landed = {chunk for chunk in range(one.chunks) if one.first + chunk in landed}
+        there = sum(end - start for one in landing for start, end in map(one.span, one.landed))
+        require_room(work.dir, sum(file.size_bytes for file in files) - there)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        record = os.open(work.dir / RECORD, flags if landed else flags | os.O_TRUNC, 0o600)
+        closing.callback(os.close, record)
+        os.pwrite(record, head, 0)
+        folder.mkdir(mode=0o755, exist_ok=True)
+        run = _Download(
+            store=store,
+            place=place,
+            transfer=transfer,
+            mark=lambda number: os.pwrite(record, _LANDED, len(head) + number),
+            on_bytes=on_bytes,
+            files=landing,
+        )
+        return run.run(work.touch)
+
+
+def _landed(record: Path, head: bytes) -> set[int]:
+    """Numbers of the chunks that an earlier run fetched; none if the record is of others.
+
+    A record has a head, then one byte for each chunk of the package.
+    """
+    with contextlib.suppress(CorruptError):
+        data = read_bounded(record, _MAX_RECORD_BYTES)
+        if data.startswith(head):
+            marks = data.removeprefix(head)
+            return {number for number, mark in enumerate(marks) if mark == _LANDED[0]}
+    return set()
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Demand that so much is free where a folder lies.
+
+    Raises:
+        TransientError: It is not.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise TransientError(
+            f"disk full: the package needs {needed_bytes / 1e9:.2f} GB in {folder}, "
+            f"{free_bytes / 1e9:.2f} GB are free; free some and run the same command again"
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class _StoppedError(Exception):
@@ -192,11 +240,10 @@ class _Download:
     store: Store
     place: Place
     transfer: Transfer
-    landed: set[tuple[int, int]]
-    add: Callable[[int, int], None]
+    mark: Callable[[int], object]
     on_bytes: OnBytes
-    files: Sequence[LandingFile]
-    _queue: deque[tuple[LandingFile, int]] = field(default_factory=deque)
+    files: Sequence[_File]
+    _queue: deque[tuple[_File, int]] = field(default_factory=deque)
     _open: int = 0  # files that are not right yet
     _fetched_bytes: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -243,11 +290,10 @@ class _Download:
         except _StoppedError:
             return
         except BaseException as error:
-            with self._changed:
-                self._errors.append(error)
+            self._errors.append(error)
             self._halt()
 
-    def _next(self) -> tuple[LandingFile, int] | None:
+    def _next(self) -> tuple[_File, int] | None:
         """The next chunk, not too far ahead of its file's hash; None when all is done.
 
         The chunk that a hash waits for was handed out before, so waiting ends.
@@ -262,49 +308,62 @@ class _Download:
                 self._changed.wait()
         return None
 
-    def _land(self, file: LandingFile, chunk: int) -> None:
+    def _land(self, file: _File, chunk: int) -> None:
+        """Fetch a chunk, and hash its file as far as chunks are there, unless a thread is at it."""
         file.open()
-        if (file.number, chunk) in self.landed:
-            self._report(file.chunk_size(chunk), fetched=0)
+        start, end = file.span(chunk)
+        if chunk in file.landed:
+            self._report(end - start, fetched=0)
         else:
-            self._fetch(file, chunk)
-            self.add(file.number, chunk)
-        if file.take(chunk, self._hashed):
-            self._finish(file)
-
-    def _hashed(self) -> None:
+            self._fetch(file, start, end)
+            self.mark(file.first + chunk)
         with self._changed:
-            self._changed.notify_all()
-        if self._stop.is_set():
-            raise _StoppedError
+            file.there.add(chunk)
+            if file.hashing:
+                return
+            file.hashing = True
+        while self._may_hash(file):
+            file.hash_next()
+            with self._changed:
+                file.hashed += 1
+                self._changed.notify_all()
+            if self._stop.is_set():
+                raise _StoppedError
+            if file.hashed == file.chunks:
+                return self._finish(file)
 
-    def _finish(self, file: LandingFile) -> None:
+    def _may_hash(self, file: _File) -> bool:
+        with self._changed:
+            file.hashing = file.hashed in file.there
+        return file.hashing
+
+    def _finish(self, file: _File) -> None:
         """All chunks of a file are there: it is right, or fetched once more."""
-        if file.sha256 == file.file.sha256:
+        sha256 = file.hash.hexdigest()
+        if sha256 == file.file.sha256:
             file.close(sync=True)
             with self._changed:
                 self._open -= 1
                 self._changed.notify_all()
             return
         fault = (
-            f"{self.store.url}: {file.file.path} of {self.place} has SHA-256 {file.sha256}, "
+            f"{self.store.url}: {file.file.path} of {self.place} has SHA-256 {sha256}, "
             f"its manifest says {file.file.sha256}"
         )
         if file.again:
             raise CorruptError(f"{fault}; nothing was kept. Publish it again, or pull another one")
         log.warning("%s; fetching it once more", fault)
-        file.begin_again()
         self._report(-file.file.size_bytes, fetched=0)
         with self._changed:
-            self.landed = {pair for pair in self.landed if pair[0] != file.number}
+            file.again, file.hashing, file.landed, file.there = True, False, set(), set()
+            file.hash, file.hashed = hashlib.sha256(), 0
             self._queue.extendleft((file, chunk) for chunk in reversed(range(file.chunks)))
             self._changed.notify_all()
 
-    def _fetch(self, file: LandingFile, chunk: int) -> None:
-        """Fetch a chunk into its file; on from where an answer ended."""
-        at, end = file.span(chunk)
+    def _fetch(self, file: _File, at: int, end: int) -> None:
+        """Fetch bytes into a file; on from where an answer ended."""
         in_a_row = 0
-        while True:
+        while at < end:
             before = at
             fault: PipelineError = CorruptError(
                 f"{self.store.url}: {file.file.path} of {self.place} ends before byte {end}, its "
@@ -312,8 +371,8 @@ class _Download:
             )
             try:
                 # A generator: so a fault of our disk is not taken for one of the store's.
-                with contextlib.closing(self._chunks(file, at, end)) as chunks:
-                    for data in chunks:
+                with contextlib.closing(self._pieces(file.file, at, end)) as pieces:
+                    for data in pieces:
                         file.write(data, at)
                         at += len(data)
                         self._report(len(data), fetched=len(data))
@@ -329,22 +388,18 @@ class _Download:
             if self._stop.wait(wait_s):
                 raise _StoppedError
 
-    def _chunks(self, file: LandingFile, at: int, end: int) -> Generator[memoryview, None, None]:
-        """What the store sends from `at` on, to `end` at most.
-
-        Raises:
-            CorruptError: The file is not there.
-        """
+    def _pieces(self, file: FileDigest, at: int, end: int) -> Generator[memoryview, None, None]:
+        """What the store sends from `at` on, to `end` at most."""
         try:
-            with self.store.open_file(self.place, file.file, at, end) as chunks:
-                while at < end and (data := next(chunks, None)) is not None:
+            with self.store.open_file(self.place, file, at, end) as pieces:
+                while at < end and (data := next(pieces, None)) is not None:
                     if self._stop.is_set():
                         raise _StoppedError
                     view = memoryview(data)[: end - at]
                     at += len(view)
                     yield view
         except NotFoundError as error:
-            raise CorruptError(f"{self.place} has no {file.file.path}: {error}") from error
+            raise CorruptError(f"{self.place} has no {file.path}: {error}") from error
 
     def _report(self, count: int, *, fetched: int) -> None:
         with self._changed:

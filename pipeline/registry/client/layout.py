@@ -25,7 +25,8 @@ from pathlib import Path
 
 from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.disk import make_folders, open_regular, read_bounded, sync
+from pipeline.core.workfolder import sync
+from pipeline.registry.disk import make_folders, open_regular, read_bounded
 from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest
 from pipeline.registry.ownership import writable_by_others
 from pipeline.registry.package import verify

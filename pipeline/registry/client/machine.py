@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, IncompatibleError, RecipeError
-from pipeline.core.hardware import card_name
-from pipeline.core.targets import known_targets
+from pipeline.core.hardware import card_name, known_targets
 from pipeline.registry.reference import check_part
 
 Origin = Literal["given", "probed", "known of the card"]
@@ -61,14 +60,8 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """Every fact, with its origin; null is unknown."""
-        facts = {
-            "sm": self.sm,
-            "card": self.card,
-            "vram_bytes": self.vram_bytes,
-            "driver": self.driver,
-            "cuda": self.cuda,
-            "runtime": str(self.runtime) if self.runtime else None,
-        }
+        facts = {name: value for name, value in vars(self).items() if name != "origins"}
+        facts["runtime"] = str(self.runtime) if self.runtime else None
         return {
             name: None if value is None else {"value": value, "origin": self.origins[name]}
             for name, value in facts.items()
@@ -102,8 +95,10 @@ def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
     given: dict[str, Any] = {
         "runtime": parse_runtime(flags.runtime) if flags.runtime else None,
         "vram_bytes": parse_size(flags.vram) if flags.vram else None,
-        "driver": _check_version("--driver", flags.driver) if flags.driver else None,
+        "driver": flags.driver,
     }
+    if flags.driver is not None and version_key(flags.driver) is None:
+        raise _fault("--driver", f"{flags.driver!r} is not a version; write it like 580.65.06")
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     for origin, found in (("given", given), *_gpu_facts(flags.gpu, environ)):
@@ -116,7 +111,7 @@ def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
 def _gpu_facts(gpu: str, environ: Mapping[str, str]) -> Iterator[tuple[Origin, Mapping[str, Any]]]:
     """What `--gpu` tells, the most certain first."""
     if gpu == "auto":
-        yield "probed", probe(environ)
+        yield "probed", _probe(environ.get("CUDA_VISIBLE_DEVICES"))
     elif match := _SM.fullmatch(gpu):
         yield "given", {"sm": int(match["number"])}
     elif gpu != "none":
@@ -138,7 +133,7 @@ def _gpu_facts(gpu: str, environ: Mapping[str, str]) -> Iterator[tuple[Origin, M
             yield "given", {"card": check_part("card", card)}
 
 
-def probe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def _probe(visible: str | None) -> dict[str, Any]:
     """Ask NVML about the cards that CUDA would see.
 
     The engine runs on one card. Of several of one kind the one with the most free memory counts.
@@ -147,63 +142,29 @@ def probe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         IncompatibleError: No NVML, no card, or one that is split by MIG.
         RecipeError: Several kinds of cards.
     """
+    from pipeline.core.gpu import cuda_version, nvml_devices
+
     advice = "say what the engine will run on with --gpu rtx4090 (or --gpu none: not checked)"
     try:
-        import pynvml as nvml
-    except ImportError:
-        raise IncompatibleError(
-            f"--gpu auto needs nvidia-ml-py (pip install nvidia-ml-py); or {advice}"
-        ) from None
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        raise IncompatibleError(f"no NVIDIA GPU here ({error}); {advice}") from None
-    try:
-        return _ask(nvml, environ.get("CUDA_VISIBLE_DEVICES"), advice)
-    except nvml.NVMLError as error:
-        raise IncompatibleError(f"NVML does not answer ({error}); {advice}") from None
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _ask(nvml: Any, visible: str | None, advice: str) -> dict[str, Any]:
-    devices = list(_devices(nvml, visible))
-    if not devices:
-        raise IncompatibleError(f"no NVIDIA GPU is visible here; {advice}")
-    cards = sorted({card_name(nvml.nvmlDeviceGetName(device)) for device in devices})
-    if len(cards) > 1:
-        raise _fault("--gpu", f"this machine has {', '.join(cards)}; say which with --gpu")
-    if any(_split(nvml, device) for device in devices):
-        raise IncompatibleError(
-            f"{cards[0]} is split by MIG, and a part is not the card; {advice}, and --vram"
-        )
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(devices[0])
-    cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
-    return {
-        "sm": 10 * major + minor,
-        "card": cards[0],
-        "vram_bytes": max(int(nvml.nvmlDeviceGetMemoryInfo(device).free) for device in devices),
-        "driver": nvml.nvmlSystemGetDriverVersion(),
-        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-    }
-
-
-def _devices(nvml: Any, visible: str | None) -> Iterator[Any]:
-    """Handles of the cards that `CUDA_VISIBLE_DEVICES` leaves; all if it is not set.
-
-    The list ends at the first entry that names no card (CUDA C++ Programming Guide, environment
-    variables).
-    """
-    count = nvml.nvmlDeviceGetCount()
-    wanted = [str(index) for index in range(count)] if visible is None else visible.split(",")
-    for entry in map(str.strip, wanted):
-        try:
-            if entry.isdigit():
-                yield nvml.nvmlDeviceGetHandleByIndex(int(entry))
-            else:
-                yield nvml.nvmlDeviceGetHandleByUUID(entry)
-        except nvml.NVMLError:
-            return
+        with nvml_devices(visible) as (nvml, devices):
+            if not devices:
+                raise IncompatibleError("no NVIDIA GPU is visible here")
+            cards = sorted({card_name(nvml.nvmlDeviceGetName(device)) for device in devices})
+            if len(cards) > 1:
+                raise _fault("--gpu", f"this machine has {', '.join(cards)}; say which with --gpu")
+            if any(_split(nvml, device) for device in devices):
+                advice += ", and --vram"
+                raise IncompatibleError(f"{cards[0]} is split by MIG, and a part is not the card")
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(devices[0])
+            return {
+                "sm": 10 * major + minor,
+                "card": cards[0],
+                "vram_bytes": max(int(nvml.nvmlDeviceGetMemoryInfo(one).free) for one in devices),
+                "driver": nvml.nvmlSystemGetDriverVersion(),
+                "cuda": cuda_version(nvml.nvmlSystemGetCudaDriverVersion_v2()),
+            }
+    except IncompatibleError as error:
+        raise IncompatibleError(f"{error}; {advice}") from None
 
 
 def _split(nvml: Any, device: Any) -> bool:
@@ -248,12 +209,6 @@ def version_key(text: str) -> tuple[int, ...] | None:
     while len(numbers) > 1 and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
-
-
-def _check_version(flag: str, text: str) -> str:
-    if version_key(text) is None:
-        raise _fault(flag, f"{text!r} is not a version; write it like 580.65.06")
-    return text
 
 
 def _fault(path: str, message: str) -> RecipeError:

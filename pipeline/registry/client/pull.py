@@ -1,37 +1,49 @@
-"""The straight line of a pull, and its Python API.
+"""Pull a package, or verify it where it is; the Python API of both.
 
     from pipeline.registry import pull
 
     pulled = pull("phi3", to="/models/phi3", registry="s3://bucket/engines", gpu="rtx4090")
     print(pulled.engine_dir, pulled.digest)
+    verified = verify(PullRequest(reference="/models/phi3", flags=Flags(gpu="auto")))
 
 Resolve once; read manifests and statements; hold them against trust policy and machine; choose.
 Only then the first large byte moves. A registry in a folder of this machine is copied straight to
 where the package goes; any other goes through the cache, so that the next pull of the same digest
-moves nothing.
+moves nothing. To verify asks the same of one package, and writes nothing into its folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
+from pipeline import __version__
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
 from pipeline.core.values import Format, Package
-from pipeline.registry.client.cache import package_cache
-from pipeline.registry.client.deliver import Delivery
+from pipeline.registry.client.deliver import Delivery, Origin, cache_store
 from pipeline.registry.client.download import Transfer
-from pipeline.registry.client.machine import Flags, facts_of
-from pipeline.registry.client.receipt import Pulled
-from pipeline.registry.package import verify
-from pipeline.registry.reference import ParsedReference, parse_reference
-from pipeline.registry.resolve import Resolved, Terms, candidates
-from pipeline.registry.select import best
-from pipeline.registry.store import Store
+from pipeline.registry.client.layout import (
+    STATEMENTS,
+    STATEMENTS_SUFFIX,
+    check_model_signature,
+    read_statements,
+    verify_layout,
+)
+from pipeline.registry.client.machine import Facts, Flags, facts_of
+from pipeline.registry.manifest import MANIFEST
+from pipeline.registry.package import verify as verify_package
+from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
+from pipeline.registry.resolve import Resolved, Terms, candidates, examine_package, resolve
+from pipeline.registry.select import Chosen, best
+from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.stores.opening import open_store, package_dir
 from pipeline.registry.trust.signatory import machine_trust
 
@@ -98,6 +110,116 @@ class PullRequest:
             allow_yanked=self.allow_yanked,
         )
 
+    @property
+    def wanted(self) -> ParsedReference:
+        """The reference, with the channel of `--channel` if it names none itself.
+
+        Raises:
+            RecipeError: It is none, or names a version or channel itself.
+        """
+        text = self.reference
+        if self.channel is not None:
+            if ":" in text or "@" in text:
+                fault = f"{text} already names a version; leave one of the two out"
+                raise RecipeError([Fault("--channel", fault)])
+            text = f"{text}:{self.channel}"
+        wanted = parse_reference(text)
+        if self.allow_yanked and wanted.digest is None:
+            fault = f"name the package by its digest: {wanted.name}@sha256:..., not {text}"
+            raise RecipeError([Fault("--allow-yanked", fault)])
+        return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """A package that is ready to be loaded.
+
+    Attributes:
+        chosen: The package, why it was taken, and the other ones with the reason.
+        dir: Folder with `manifest.json` and `engine/`.
+        registry: Where it was looked up.
+        origin: How it came; `verified`: a folder that was only verified.
+        facts: Of the machine: given, probed, unknown.
+        fetched_bytes: Sent by the registry, now.
+        seconds: Wall clock.
+    """
+
+    chosen: Chosen
+    dir: Path
+    registry: str
+    origin: Origin | Literal["verified"]
+    facts: Facts
+    fetched_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def resolved(self) -> Resolved:
+        return self.chosen.resolved
+
+    @property
+    def digest(self) -> str:
+        return self.resolved.package.digest
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        return self.resolved.package.manifest
+
+    @property
+    def engine_dir(self) -> Path:
+        """What a runtime loads."""
+        return self.dir / "engine"
+
+    @property
+    def size_bytes(self) -> int:
+        """All files of the package."""
+        return sum(file["size"] for file in self.manifest["files"])
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            **self._believed(),
+            "dir": str(self.dir.absolute()),
+            "came_from": self.origin,
+            "size_bytes": self.size_bytes,
+            "fetched_bytes": self.fetched_bytes,
+            "seconds": round(self.seconds, 3),
+            "serve_args": list(self.manifest["serve"]["args"]),
+            "runtime": dict(self.manifest["match"]["runtime"]),
+            "format": self.manifest["format"],
+            "rejected": list(self.chosen.rejected),
+        }
+
+    def receipt(self) -> bytes:
+        """`pull.json`: what was pulled and believed, what was not known; when and by what."""
+        value = {
+            "schema": 1,
+            "pulled": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "enginesmith": __version__,
+            **self._believed(),
+        }
+        return (json.dumps(value, indent=1) + "\n").encode()
+
+    def _believed(self) -> dict[str, Any]:
+        proof, verification = self.chosen.proof, self.resolved.verification
+        signer, yank = verification.signer, self.resolved.yank
+        return {
+            "reference": str(self.resolved.place),
+            "digest": self.digest,
+            "registry": self.registry,
+            "signer": signer.to_json() if signer else None,
+            "unsigned_allowed": signer is None,
+            "builder_id": verification.builder_id or None,
+            "verdicts": [one.to_json() for one in verification.verdicts],
+            "verdict": proof.verdict,
+            "proven": proof.kind,
+            "unproven_accepted": proof.kind == "unproven",
+            "proven_cards": list(proof.cards),
+            "facts": self.facts.to_json(),
+            "unknown": list(self.chosen.unknown),
+            "ignored": list(verification.ignored),
+            "yanked_accepted": str(yank) if yank else None,
+        }
+
 
 def pull(
     reference: str,
@@ -143,10 +265,9 @@ def run(request: PullRequest) -> Pulled:
         AccessError: Another user could replace what is written.
         TransientError: The connection broke too often or is too slow, or the disk is full.
     """
-    wanted = wanted_of(request)
     if not request.offline:
         return pull_from(open_store(request.registry or ARTIFACTS), request)
-    store = package_cache().store
+    store, wanted = cache_store(), request.wanted
     if wanted.channel is not None:
         held = ", ".join(map(str, store.places(wanted.name)))
         raise NotFoundError(
@@ -156,30 +277,10 @@ def run(request: PullRequest) -> Pulled:
     return pull_from(store, request)
 
 
-def wanted_of(request: PullRequest) -> ParsedReference:
-    """The reference, with the channel of `--channel` if it names none itself.
-
-    Raises:
-        RecipeError: It is none, or names a version or channel itself.
-    """
-    text = request.reference
-    if request.channel is not None:
-        if ":" in text or "@" in text:
-            fault = f"{text} already names a version; leave one of the two out"
-            raise RecipeError([Fault("--channel", fault)])
-        text = f"{text}:{request.channel}"
-    wanted = parse_reference(text)
-    if request.allow_yanked and wanted.digest is None:
-        fault = f"name the package by its digest: {wanted.name}@sha256:..., not {text}"
-        raise RecipeError([Fault("--allow-yanked", fault)])
-    return wanted
-
-
 def pull_from(store: Store, request: PullRequest) -> Pulled:
     """Pull from an open store."""
     started_s = time.monotonic()
-    wanted = wanted_of(request)
-    facts = facts_of(request.flags, request.environ)
+    facts, wanted = facts_of(request.flags, request.environ), request.wanted
     found, refused = candidates(store, wanted, request.terms(local=store.local))
     chosen = best(
         found,
@@ -198,7 +299,7 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
         origin="registry",
         facts=facts,
     )
-    delivery = delivery_of(store, chosen.resolved, request)
+    delivery = _delivery(store, chosen.resolved, request)
     if request.to is None:
         package, fetched_bytes = delivery.to_cache()
         pulled = replace(pulled, dir=package.dir, origin="registry" if fetched_bytes else "cache")
@@ -214,13 +315,12 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     return replace(pulled, fetched_bytes=fetched_bytes, seconds=time.monotonic() - started_s)
 
 
-def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
+def _delivery(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
     """How a request brings a package here."""
     jobs = request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS)
     return Delivery(
         store=store,
         resolved=resolved,
-        cache=package_cache(),
         transfer=replace(request.transfer, jobs=jobs),
         offline=request.offline,
         shared_parent=request.allow_shared_parent,
@@ -235,5 +335,87 @@ def fetch(store: Store, resolved: Resolved) -> Package:
         TransientError: The connection broke too often, or the disk is full.
     """
     if folder := package_dir(store, resolved.place):
-        return verify(folder)
-    return delivery_of(store, resolved, PullRequest(reference="")).to_cache()[0]
+        return verify_package(folder)
+    return _delivery(store, resolved, PullRequest(reference="")).to_cache()[0]
+
+
+def verify(request: PullRequest) -> Pulled:
+    """Verify bytes, signatures, yanks and fit of one package.
+
+    Raises:
+        CorruptError: Bytes changed.
+        UntrustedError: A signature is missing or not by a trusted key, or it was yanked.
+        IncompatibleError: It does not fit the machine, or is not proven on it.
+        NotFoundError: No such package.
+        RecipeError: Not a reference, or a flag or the policy cannot be read.
+    """
+    started_s = time.monotonic()
+    facts = facts_of(request.flags, request.environ)
+    resolved, package, where = open_target(request)
+    wanted = ParsedReference(
+        name=resolved.place.name, variant=resolved.place.variant, digest=package.digest
+    )
+    # Without a card there is none that it could be unproven on: what it is proven on is told.
+    accept = request.accept_unproven or request.flags.gpu == "none"
+    return Pulled(
+        chosen=best([resolved], [], wanted, facts, accept_unproven=accept),
+        dir=package.dir,
+        registry=where,
+        origin="verified",
+        facts=facts,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
+    """A package in a folder of this machine, fit to be loaded: all verified but its fit.
+
+    Returns:
+        What was verified about it, the package in its folder, and where it was looked up.
+
+    Raises:
+        PipelineError: As in `verify`.
+    """
+    if folder := named_folder(request.reference):
+        store = open_store(request.registry) if request.registry else None
+        resolved = _open_folder(folder, request.terms(local=True), store)
+        return resolved, resolved.package, store.url if store else str(folder)
+    store = open_store(request.registry or ARTIFACTS)
+    resolved = resolve(store, request.reference, request.terms(local=store.local))
+    return resolved, fetch(store, resolved), store.url
+
+
+def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
+    """A package in a folder, every byte verified.
+
+    The folder is that of a folder registry, with `<folder>.statements` beside it, or what a pull
+    left, with `statements/`, `engine/model.sig` and `pull.json` in it. A store is asked for newer
+    statements about it.
+
+    Raises:
+        CorruptError: It is damaged, or holds something else.
+        UntrustedError: As in `resolve`, or `engine/model.sig` is not the one that was signed.
+    """
+    beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
+    published = beside.is_dir()
+    package = verify_package(folder) if published else verify_layout(folder)
+    found: list[RawStatement] = []
+    if store is not None:
+        with contextlib.suppress(NotFoundError):
+            found = store.read_statements(Place.of(reference_of(package)))
+    found += read_statements(beside if published else folder / STATEMENTS)
+    statements = {one.name: one for one in found}
+    resolved = examine_package(package, list(statements.values()), terms, str(folder))
+    check_model_signature(folder, resolved)
+    return resolved
+
+
+def named_folder(target: str) -> Path | None:
+    """The folder that was named; None for a reference.
+
+    A reference has no leading dot or slash, and never names a folder with a manifest by accident.
+    """
+    path = Path(target).expanduser()
+    if target.startswith((".", "/", "~")) or (path / MANIFEST).exists():
+        return path.resolve()
+    return None

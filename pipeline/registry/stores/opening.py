@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.core.cache import cache_root
+from pipeline.core.data import cache_root
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.registry.store import Place, Store, WritableStore
 

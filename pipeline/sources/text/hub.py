@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import locked
 from pipeline.core.errors import NotFoundError
 from pipeline.core.settings import STRICT
+from pipeline.core.workfolder import locked
 from pipeline.sources import store
 from pipeline.sources.text.file import read_documents
 

@@ -12,7 +12,8 @@ import pytest
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
-from pipeline.core.cache import StageCache, cache_root
+from pipeline.core.cache import StageCache
+from pipeline.core.data import cache_root
 from pipeline.core.values import Weights
 from pipeline.model.hf import load_tokenizer
 from pipeline.quant.simulate import Accumulation, load_simulation

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.values import FileDigest
+from pipeline.registry.client.download import RECORD
 from pipeline.registry.client.layout import verify_layout
 from tests.registry.client.conftest import CHUNK_BYTES, QUICK, Shop, noise
 from tests.registry.client.faulty_store import (
@@ -193,29 +194,21 @@ def test_a_dead_runs_chunks_are_hashed_and_a_damaged_one_is_fetched_again(shop: 
     assert verify_layout(shop.to).digest == pulled.digest
 
 
-def _torn(text: str) -> str:
-    return text[:-5]
-
-
-def _garbled(text: str) -> str:
-    head, rest = text.split("\n", 1)
-    return f'{head}\n[99, 1]\n[0, -3]\n["a", 1]\n7\n{{}}\n\x00\n{rest}'
-
-
-def _of_other_chunks(text: str) -> str:
-    return text.replace(" 4096", " 8192", 1)
-
-
 @pytest.mark.parametrize(
     ("damage", "missing"),
-    [(_torn, 3), (_garbled, 2), (_of_other_chunks, 6), (lambda text: "", 6)],
+    [
+        (lambda data: data[:-1], 3),
+        (lambda data: data + b"\x00?", 2),
+        (lambda data: data.replace(b" 4096\n", b" 8192\n"), 6),
+        (lambda data: b"", 6),
+    ],
     ids=["torn", "garbled", "of other chunks", "empty"],
 )
 def test_a_damaged_record_costs_what_it_does_not_name_and_no_more(
     shop: Shop, damage: Any, missing: int
 ) -> None:
-    record = _interrupted(shop) / "landed.jsonl"
-    record.write_text(damage(record.read_text()))
+    record = _interrupted(shop) / RECORD
+    record.write_bytes(damage(record.read_bytes()))
     pulled = shop.pull(jobs=1)
     assert pulled.fetched_bytes == missing * CHUNK_BYTES
     assert verify_layout(shop.to).digest == pulled.digest
@@ -248,7 +241,7 @@ def test_ctrl_c_keeps_what_has_landed(shop: Shop, monkeypatch: pytest.MonkeyPatc
     def interrupted(self: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.registry.workfolder.WorkFolder.touch", interrupted)
+    monkeypatch.setattr("pipeline.core.workfolder.WorkFolder.touch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shop.pull(store=FaultyStore(store=shop.store, always=_dripping), jobs=1)
     monkeypatch.undo()

@@ -201,9 +201,7 @@ def test_a_full_disk_is_found_out_before_the_first_byte(
 ) -> None:
     shop.publish()
     usage = shutil.disk_usage(shop.home)
-    monkeypatch.setattr(
-        "pipeline.registry.client.deliver.shutil.disk_usage", lambda path: usage._replace(free=100)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100))
     store = FaultyStore(store=shop.store)
     with pytest.raises(TransientError, match="disk full"):
         shop.pull(store=store)

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.nvml import conditions_of
+from pipeline.core.gpu import conditions_of
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from tests.acceptance.test_conditions import nvml

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.nvml import conditions_of
+from pipeline.core.gpu import conditions_of
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.vllm import VllmRunner, engine_arguments
 from tests.acceptance.test_conditions import nvml

@@ -6,21 +6,33 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AccessError
-from pipeline.registry import workfolder
-from pipeline.registry.workfolder import WorkFolder, require_private_parent, work_folder
+from pipeline.core import workfolder
+from pipeline.core.workfolder import PREFIX, atomic_folder, work_folder
 
 _STRANGER = 65534
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import sys, time
+from pathlib import Path
+from pipeline.core.workfolder import atomic_folder
+
+with atomic_folder(Path(sys.argv[1])) as private:
+    (private / "half").write_text("x")
+    print(private, flush=True)
+    time.sleep(60)
+"""
 
 
-def _work(parent: Path, keep: Any = lambda error: True, **more: Any) -> Any:
-    return work_folder(parent, ".p-", keep, setting="--to", **more)
+def _work(parent: Path, keep: Any = lambda error: True) -> Any:
+    return work_folder(parent, ".p-", keep)
 
 
 def _left_by_a_killed_process(parent: Path, size_bytes: int = 0) -> Path:
@@ -143,42 +155,61 @@ def test_a_planted_folder_is_neither_adopted_nor_touched(tmp_path: Path, plant: 
     assert (folder / "landed.jsonl").read_text() == "planted"
 
 
-@needs_root
-@pytest.mark.parametrize(
-    ("mode", "uid", "gid", "reason"),
-    [
-        (0o777, 0, 0, "is writable by everyone"),
-        (0o775, 0, 7, "is writable by group 7"),
-        (0o755, _STRANGER, 0, "belongs to"),
-        (0o1777, _STRANGER, 0, "belongs to"),
-    ],
-)
-def test_a_parent_that_another_user_can_rename_in_is_refused_with_the_way_out(
-    tmp_path: Path, mode: int, uid: int, gid: int, reason: str
-) -> None:
-    shared = tmp_path / "shared"
-    parent = shared / "below"
-    parent.mkdir(parents=True)
-    os.chown(shared, uid, gid)
-    shared.chmod(mode)
-    for folder in (shared, parent):
-        with pytest.raises(AccessError, match=f"{shared} {reason}.*--to.*--allow-shared-parent"):
-            require_private_parent(folder, "--to")
-        with pytest.raises(AccessError), _work(folder):
-            pass
-        assert not list(folder.glob(".p-*"))
-    with _work(parent, shared_parent=True) as work:
-        assert isinstance(work, WorkFolder)
+def start_child(target: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process at work on `target`, and its private folder."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    return child, Path(child.stdout.readline().strip())
 
 
-@needs_root
-@pytest.mark.parametrize(("mode", "gid"), [(0o1777, 0), (0o755, 7), (0o775, 0)])
-def test_a_sticky_parent_and_the_users_own_group_are_fine(
-    tmp_path: Path, mode: int, gid: int
+def make(target: Path) -> None:
+    with atomic_folder(target) as private:
+        (private / "who").write_text("me")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_next_run_removes_what_a_killed_one_left_and_spares_one_at_work(
+    tmp_path: Path, number: signal.Signals
 ) -> None:
-    parent = tmp_path / "parent"
-    parent.mkdir()
-    os.chown(parent, 0, gid)
-    parent.chmod(mode)
-    with _work(parent) as work:
-        assert work.dir.parent == parent
+    child, private = start_child(tmp_path / "target")
+    make(tmp_path / "other")
+    assert (private / "half").exists()
+    child.send_signal(number)
+    child.communicate(timeout=10)
+    assert private.exists()
+    make(tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
+
+
+def test_what_others_left_is_never_swept(tmp_path: Path) -> None:
+    old = time.time() - 1e6
+    link, shared, file = (tmp_path / f"{PREFIX}{name}" for name in ("link", "shared", "file"))
+    stranger, elsewhere = tmp_path / ".partial-stranger", tmp_path / "elsewhere"
+    for folder in (stranger, shared, elsewhere):
+        folder.mkdir(mode=0o755)
+        (folder / "theirs").write_text("theirs")
+        os.utime(folder, (old, old))
+    link.symlink_to(elsewhere)
+    file.write_text("theirs")
+    make(tmp_path / "target")
+    assert all(path.exists() for path in (link, file, *(f / "theirs" for f in (stranger, shared))))
+
+
+def test_exception_leaves_nothing_and_the_finished_folder_is_readable(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a" / "target"):
+        raise KeyboardInterrupt
+    assert list((tmp_path / "a").iterdir()) == []
+    make(tmp_path / "a" / "target")
+    assert (tmp_path / "a" / "target").stat().st_mode & 0o777 == 0o755
+
+
+def test_of_two_at_work_the_first_rename_wins(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with atomic_folder(target) as late:
+        (late / "who").write_text("late")
+        with atomic_folder(target) as early:
+            (early / "who").write_text("early")
+    assert (target / "who").read_text() == "early"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -1,0 +1,229 @@
+"""Locks, and work folders: private to one process, and taken over by the next if that one dies.
+
+A work folder is made by us, with a random name and mode 0700. Its owner holds a lock (flock) on the
+folder itself, which the kernel gives back when the process ends, however it ends. A dead process's
+folder is adopted or removed only if it is still ours, 0700 and no link, its owner ran under this
+kernel and its lock is free; one whose owner we cannot see is removed after a day by the file
+system's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.errors import AccessError
+
+log = logging.getLogger(__name__)
+
+PREFIX = ".enginesmith-work-"
+"""Of the folders of `atomic_folder`."""
+_STALE_S = 24 * 3600.0
+_TRIES = 100
+_YOUNG = "new-"
+"""A folder that has no lock yet: it is empty, so none is adopted."""
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on `path` (created when missing); says so when it has to wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        if _lock(stream.fileno()) is False:
+            log.info("Another run is making %s; waiting for it", path.stem)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield  # on a file system without locks, too: the first rename wins
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A private folder beside `target` that becomes `target` by one rename when the block ends.
+
+    On any exception, Ctrl-C included, the private folder is removed. If `target` was filled
+    meanwhile, it stays and the private folder is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(target.parent, PREFIX) as work:
+        yield work.dir
+        for path in [*work.dir.rglob("*"), work.dir]:  # or a crash may empty what the rename shows
+            if path.is_file() or path == work.dir:
+                sync(path)
+        work.dir.chmod(0o755)
+        try:
+            work.dir.rename(target)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkFolder:
+    """A folder that no other process writes to.
+
+    Attributes:
+        dir: The folder.
+        adopted: It was begun by a process that died.
+    """
+
+    dir: Path
+    adopted: bool
+
+    def touch(self) -> None:
+        """Show other machines that the owner lives."""
+        with contextlib.suppress(OSError):
+            os.utime(self.dir)
+
+
+@contextlib.contextmanager
+def work_folder(
+    parent: Path, prefix: str, keep: Callable[[BaseException], bool] | None = None
+) -> Iterator[WorkFolder]:
+    """A work folder in `parent`, removed after the block unless that renamed it.
+
+    Args:
+        parent: Exists; no user who is not trusted may rename in it.
+        prefix: Says what the folder is for.
+        keep: Whether a later process can go on from where the block ended with this exception;
+            then a dead process's folder is adopted, if there is one. None: always begin anew.
+
+    Raises:
+        AccessError: Another user replaces what is made there.
+        OSError: `parent` is not writable.
+    """
+    parent = parent.resolve()
+    with contextlib.ExitStack() as locks:
+        folder = _make(parent, prefix, locks)
+        adopted = False
+        for dead, ours in list(_dead(parent, prefix, folder, locks)):
+            if ours and keep is not None and not adopted:
+                dead, folder, adopted = folder, dead, True
+            remove_folder(dead)
+        try:
+            yield WorkFolder(dir=folder, adopted=adopted)
+        except BaseException as error:
+            if keep is None or not keep(error):
+                remove_folder(folder)
+            raise
+        remove_folder(folder)
+
+
+def _make(parent: Path, prefix: str, locks: contextlib.ExitStack) -> Path:
+    """A new folder, locked; another one if a process took it for dead before it was."""
+    for _ in range(_TRIES):
+        name = f"{_boot()}-{secrets.token_hex(8)}"
+        young = parent / f"{prefix}{_YOUNG}{name}"
+        young.mkdir(mode=0o700)
+        if (descriptor := _open_own(young)) is None:
+            with contextlib.suppress(OSError):
+                young.rmdir()
+            continue
+        locks.callback(os.close, descriptor)
+        if _lock(descriptor) is not False and _leads_to(young, descriptor):
+            return young.rename(parent / f"{prefix}{name}")
+    raise AccessError(
+        f"a folder that is made in {parent} is replaced at once; another user can write there, or "
+        "its file system keeps no modes"
+    )
+
+
+def _dead(
+    parent: Path, prefix: str, ours: Path, locks: contextlib.ExitStack
+) -> Iterator[tuple[Path, bool]]:
+    """Folders of dead processes, and whether each may be adopted: we hold its lock."""
+    now_s = ours.stat().st_mtime  # by the clock that dates the others, too
+    locking = _locks_work(ours)
+    for folder in sorted(parent.iterdir()):
+        if not folder.name.startswith(prefix) or folder == ours:
+            continue
+        if (descriptor := _open_own(folder)) is None:  # another user's, or gone
+            continue
+        locks.callback(os.close, descriptor)
+        with contextlib.suppress(OSError):
+            name = folder.name.removeprefix(prefix)
+            visible = locking and name.removeprefix(_YOUNG).startswith(f"{_boot()}-")
+            if visible:
+                # The path is looked at again: its owner may have removed it before we locked it.
+                dead = _lock(descriptor) is True and _leads_to(folder, descriptor)
+            else:
+                dead = now_s - os.fstat(descriptor).st_mtime > _STALE_S
+            if dead:
+                yield folder, visible and not name.startswith(_YOUNG)
+
+
+def _open_own(folder: Path) -> int | None:
+    """A descriptor of a folder that is ours alone; None for any other, or a link."""
+    try:
+        descriptor = os.open(folder, _OPEN_FOLDER)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _leads_to(folder: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open folder."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the lock: whether it was free; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _locks_work(ours: Path) -> bool:
+    """Whether a lock that we hold is refused to others: some file systems grant every wish."""
+    second = os.open(ours, _OPEN_FOLDER)
+    try:
+        return _lock(second) is False
+    finally:
+        os.close(second)
+
+
+def _boot() -> str:
+    """Names the running kernel."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:  # not Linux
+        return "".join(char for char in os.uname().nodename if char.isalnum())[:16] or "here"
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours, read-only folders in it included."""
+    for root, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            Path(root).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
