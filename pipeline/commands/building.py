@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -164,7 +165,7 @@ def export_trtllm(
     with screen_logging():
         record = export.write()
     value = {
-        **record.to_json(),
+        **asdict(record),
         "checkpoint_dir": str(out_dir.absolute()),
         "command": export.command,
     }

@@ -23,33 +23,11 @@ from typing import Any
 from pipeline.core.errors import CorruptError
 from pipeline.core.safetensors_files import read_header
 from pipeline.quant.spec import QuantSpec
+from pipeline.quant.unified import DECLARATION, copy_companions
 
 _CACHE = (".k_scale", ".v_scale")
 _SCALES = (".weight_scale", ".input_scale", *_CACHE)
 _FLOAT32_BYTES = 4
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template, licence and notice files of a model."""
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
 
 
 def normalize_export(
@@ -86,13 +64,13 @@ def normalize_export(
     ignored = ["lm_head", "model.embed_tokens", *kept_16bit]
     config["quantization_config"] |= {"ignore": ignored, "quant_algo": precision.quant_algo}
     _write_config(config["quantization_config"], weights_dir, out_dir)
-    quant_config = json.loads((exported / "hf_quant_config.json").read_text())
+    quant_config = json.loads((exported / DECLARATION).read_text())
     quant_config["quantization"] |= {
         "quant_algo": precision.quant_algo,
         "kv_cache_quant_algo": None,
         "exclude_modules": ignored,
     }
-    _write_json(out_dir / "hf_quant_config.json", quant_config)
+    _write_json(out_dir / DECLARATION, quant_config)
     copy_companions(weights_dir, out_dir)
 
 

@@ -18,9 +18,8 @@ from pipeline.core.json_files import read_json_object
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
-from pipeline.formats.trtllm.container import Shared
-from pipeline.formats.trtllm.place import Place, Where, choose_place
-from pipeline.formats.trtllm.release import BENCH_PROGRAM, NAME, VERSION
+from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place
+from pipeline.formats.trtllm.spec import BENCH_PROGRAM, NAME, VERSION
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
 from pipeline.runners.runner import Ability, BenchResult, Device
@@ -114,7 +113,7 @@ class TrtLlmRunner:
                 "attention_window": window,
                 "chunked_prefill": bool(chunked and built["max_num_tokens"] < built["max_seq_len"]),
             },
-            start=lambda: place.interactive(command, (children, engine), stage="runner"),
+            start=lambda: place.started(command, (children, engine), stage="runner"),
         )
         return open_child(program, Timeouts(load_s=self.timeout_s, answer_s=self.timeout_s))
 

@@ -18,9 +18,8 @@ from typing import Any, Literal
 from pipeline.core.errors import PipelineError
 from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_header
 from pipeline.core.values import Engine
-from pipeline.formats.trtllm.release import BENCH_PROGRAM, VERSION
-from pipeline.quant.export import copy_companions
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.formats.trtllm.spec import BENCH_PROGRAM, VERSION
+from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 from pipeline.runners.runner import BenchRun
 from pipeline.runners.workload import Workload
 

@@ -19,7 +19,7 @@ from pipeline.core.process import last_lines
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
-from pipeline.formats.trtllm.command import (
+from pipeline.formats.trtllm.build_tool import (
     CHECKPOINT,
     ENGINE,
     TIMING,
@@ -27,17 +27,16 @@ from pipeline.formats.trtllm.command import (
     BuildPaths,
     Plugins,
     build_command,
+    expected_config,
+    explain,
+    read_back,
 )
-from pipeline.formats.trtllm.container import Shared
-from pipeline.formats.trtllm.convert.config import Dtype
-from pipeline.formats.trtllm.convert.stage import KvCacheDtype, TrtLlmSettings, convert_trtllm
+from pipeline.formats.trtllm.config import Dtype
+from pipeline.formats.trtllm.convert import KvCacheDtype, TrtLlmSettings, convert_trtllm
 from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
-from pipeline.formats.trtllm.hints import explain_log
-from pipeline.formats.trtllm.place import Place, Where, choose_place, find_card
-from pipeline.formats.trtllm.read_back import expected_config, read_back
-from pipeline.formats.trtllm.release import NAME, VERSION
-from pipeline.formats.trtllm.spec import SPEC
-from pipeline.quant.export import copy_companions
+from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
+from pipeline.formats.trtllm.spec import NAME, SPEC, VERSION
+from pipeline.quant.unified import copy_companions
 
 STAGE = Stage(name="compile-trtllm", version=2, code=("pipeline.formats.trtllm",))
 
@@ -120,12 +119,18 @@ class TrtLlmCompiler:
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
             max_num_tokens=self._num_tokens,
-            kv_cache_dtype="fp8" if self.kv_cache_dtype == "fp8" else self.dtype,
+            kv_cache_dtype=self.conversion.kv_cache_dtype,
         )
 
     @property
+    def conversion(self) -> TrtLlmSettings:
+        """How the unified checkpoint becomes TensorRT-LLM's."""
+        cache_dtype: KvCacheDtype = "fp8" if self.kv_cache_dtype == "fp8" else self.dtype
+        return TrtLlmSettings(kv_cache_dtype=cache_dtype, dtype=self.dtype)
+
+    @property
     def command(self) -> tuple[str, ...]:
-        """The build, with relative paths: what a rehearsal shows and an export prints."""
+        """The build, with relative paths."""
         return self._command(BuildPaths())
 
     def _command(self, paths: BuildPaths) -> tuple[str, ...]:
@@ -154,24 +159,20 @@ class TrtLlmCompiler:
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
     ) -> Engine:
         place = self._place(target)
-        environment = probe_environment(place, log_dir / "probe.log")
+        environment = probe_environment(place, target, log_dir / "probe.log")
         converted = self.convert(checkpoint, cache)
-        result = cache.run(
-            STAGE,
-            {
-                "checkpoint": converted.digest,
-                "environment": environment.shaping,
-                **self.inputs(target),
-            },
-            lambda out: self._produce(
-                checkpoint.dir,
-                converted.dir,
-                out,
-                place,
-                TimingCache(cache.root, environment),
-                log_dir / "compile.log",
-            ),
-        )
+        inputs = {
+            "checkpoint": converted.digest,
+            "environment": environment.shaping,
+            **self.inputs(target),
+        }
+
+        def produce(out: Path) -> None:
+            timing = TimingCache(cache.root, environment)
+            self._build(converted.dir, out, place, timing, log_dir / "compile.log")
+            copy_companions(checkpoint.dir, out / ENGINE)
+
+        result = cache.run(STAGE, inputs, produce)
         checks = result.read_json("checks.json")
         built_with = Environment(**checks["environment"])
         return SPEC.engine(
@@ -187,11 +188,6 @@ class TrtLlmCompiler:
         """TensorRT-LLM's checkpoint, which needs no card."""
         return convert_trtllm(checkpoint.dir, checkpoint.digest, self.conversion, cache)
 
-    @property
-    def conversion(self) -> TrtLlmSettings:
-        """How the unified checkpoint becomes TensorRT-LLM's."""
-        return TrtLlmSettings(kv_cache_dtype=self.kv_cache_dtype, dtype=self.dtype)
-
     def _place(self, target: Target) -> Place:
         try:
             return choose_place(
@@ -205,15 +201,10 @@ class TrtLlmCompiler:
                 f"compiler=trtllm cannot build here: {error}\n{WAYS_ON}"
             ) from error
 
-    def _produce(
-        self,
-        unified_dir: Path,
-        converted_dir: Path,
-        out: Path,
-        place: Place,
-        timing: TimingCache,
-        log_path: Path,
+    def _build(
+        self, converted_dir: Path, out: Path, place: Place, timing: TimingCache, log_path: Path
     ) -> None:
+        """Fill `out / ENGINE`, and write what was checked beside it."""
         engine_dir, timing_dir = out / ENGINE, out / TIMING
         checkpoint = Shared(name=CHECKPOINT, source=converted_dir)
         engine = Shared(name=ENGINE, source=engine_dir, read_only=False)
@@ -227,45 +218,37 @@ class TrtLlmCompiler:
             timing_cache_in=f"{place.path(kernels)}/{lent.name}" if lent else None,
             timing_cache_out=f"{place.path(kernels)}/{TIMING_CACHE_FILE}",
         )
-        shared = (checkpoint, engine, kernels)
-        _run_explained(place, self._command(paths), shared, log_path, self.timeout_s)
+        self._run(place, paths, (checkpoint, engine, kernels), log_path)
         config = json.loads((converted_dir / "config.json").read_text())
         expected = expected_config(self.limits, self.opt_num_tokens, self.plugins, config)
-        effective = read_back(engine_dir, expected)
-        copy_companions(unified_dir, engine_dir)
-        timing.keep(timing_dir)
-        shutil.rmtree(timing_dir)
         checks = {
-            "effective": effective,
+            "effective": read_back(engine_dir, expected),
             "environment": asdict(timing.environment),
             "command": list(self.command),
         }
+        timing.keep(timing_dir)
+        shutil.rmtree(timing_dir)
         (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
 
-
-def _run_explained(
-    place: Place,
-    command: tuple[str, ...],
-    shared: tuple[Shared, ...],
-    log_path: Path,
-    timeout_s: float,
-) -> None:
-    """Run the build; a failure with a known cause says what to change."""
-    started = time.monotonic()
-    try:
-        place.run(command, shared, stage="compile", log_path=log_path, timeout_s=timeout_s)
-    except ToolError as error:
-        timed_out = time.monotonic() - started >= timeout_s  # its own message says so
-        if not timed_out and (hint := explain_log(error.log_path, error.returncode)):
+    def _run(
+        self, place: Place, paths: BuildPaths, shared: tuple[Shared, ...], log_path: Path
+    ) -> None:
+        """Run the build; a failure with a known cause says what to change."""
+        command, started = self._command(paths), time.monotonic()
+        try:
+            place.run(command, shared, stage="compile", log_path=log_path, timeout_s=self.timeout_s)
+        except ToolError as error:
+            timed_out = time.monotonic() - started >= self.timeout_s  # its own message says so
+            if timed_out or not (hint := explain(log_path, error.returncode)):
+                raise
             raise ToolError(
                 stage=error.stage,
                 command=error.command,
                 returncode=error.returncode,
-                log_path=error.log_path,
-                last_lines=last_lines(error.log_path),
+                log_path=log_path,
+                last_lines=last_lines(log_path),
                 hint=hint,
             ) from error
-        raise
 
 
 KIND = TrtLlmCompiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import tempfile
@@ -10,16 +11,49 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.hardware import card_name
+from pipeline.core.hardware import Target
 from pipeline.core.values import digest_of
 from pipeline.core.workfolder import PREFIX, work_folder
-from pipeline.formats.trtllm import probe
-from pipeline.formats.trtllm.command import TIMING_CACHE_FILE
-from pipeline.formats.trtllm.container import Shared
-from pipeline.formats.trtllm.place import Place
-from pipeline.formats.trtllm.release import NAME, VERSION
+from pipeline.formats.trtllm.build_tool import TIMING_CACHE_FILE
+from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.spec import NAME, VERSION
 
 _TIMEOUT_S = 300.0
+
+
+def _write_versions(path: str) -> None:
+    """Write the versions of what builds the engine as JSON.
+
+    Its source is run by the interpreter that has TensorRT-LLM, where this project need not be
+    installed: it imports the standard library only, and nothing that touches a GPU. TensorRT's
+    version is not in the engine's `config.json`, although an engine loads only in that version.
+    """
+    import contextlib
+    import importlib.metadata
+    import importlib.util
+    import json
+    import runpy
+    from pathlib import Path
+
+    found = {"cuda": ""}
+    for name in ("tensorrt_llm", "tensorrt"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    if not found["tensorrt"]:  # the image's own build of it may have left no record for pip
+        with contextlib.suppress(ImportError):
+            found["tensorrt"] = str(importlib.import_module("tensorrt").__version__)
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        version_file = Path(torch.origin).parent / "version.py"
+        if version_file.is_file():
+            found["cuda"] = str(runpy.run_path(str(version_file)).get("cuda") or "")
+    Path(path).write_text(json.dumps(found))
+
+
+PROBE = f"{inspect.getsource(_write_versions)}\nimport sys\n_write_versions(sys.argv[1])\n"
+"""Program for `python3 -P -c`; its argument is the file to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +95,28 @@ class Environment:
         return {name: value for name, value in named.items() if value}
 
 
-def probe_environment(place: Place, log_path: Path) -> Environment:
-    """Ask the place for its versions.
+def probe_environment(place: Place, target: Target, log_path: Path) -> Environment:
+    """Ask the place, which has the target's card, for its versions.
 
     Raises:
         IncompatibleError: It has no TensorRT-LLM, or another release.
         ToolError: The probe did not run.
     """
     with tempfile.TemporaryDirectory(prefix="enginesmith-probe-") as folder:
-        script = Shared(name="probe.py", source=Path(probe.__file__))
         answers = Shared(name="answers", source=Path(folder), read_only=False)
         place.run(
-            [place.python, place.path(script), f"{place.path(answers)}/versions.json"],
-            [script, answers],
+            [place.python, "-P", "-c", PROBE, f"{place.path(answers)}/versions.json"],
+            [answers],
             stage="probe",
             log_path=log_path,
             timeout_s=_TIMEOUT_S,
         )
         versions = json.loads((Path(folder) / "versions.json").read_text())
     environment = Environment(
-        tensorrt_llm=versions[NAME],
-        tensorrt=versions["tensorrt"],
-        cuda=versions["cuda"],
-        card=card_name(place.gpu.name),
-        sm=place.gpu.sm or 0,
-        driver=place.gpu.driver,
+        **versions,
+        card=target.card,
+        sm=target.sm,
+        driver=place.gpu.driver if place.gpu else "",
         image=place.image_digest,
     )
     if environment.tensorrt_llm != VERSION or not environment.tensorrt:
@@ -100,14 +131,10 @@ def probe_environment(place: Place, log_path: Path) -> Environment:
 
 @dataclass(frozen=True)
 class TimingCache:
-    """Measured kernels of one environment, so that the next build skips measuring them.
+    """Measured kernels of one environment, below the stage cache's `root`: the next build's start.
 
     TensorRT takes a cache only from the same version and card; so do we, by the folder's name. The
     file is replaced by one rename: a build that runs beside it reads an old one or a new one.
-
-    Attributes:
-        root: Of the stage cache.
-        environment: What the kernels were measured in.
     """
 
     root: Path

@@ -18,23 +18,21 @@ from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.core.values import Limits
 from pipeline.core.workfolder import atomic_folder
-from pipeline.formats.trtllm.command import (
+from pipeline.formats.trtllm.build_tool import (
     TIMING_CACHE_FILE,
     BuildPaths,
     Plugins,
     build_command,
 )
-from pipeline.formats.trtllm.convert.config import Dtype
-from pipeline.formats.trtllm.convert.stage import (
+from pipeline.formats.trtllm.config import Dtype
+from pipeline.formats.trtllm.convert import (
     ConversionRecord,
     KvCacheDtype,
     TrtLlmSettings,
     write_checkpoint,
 )
 from pipeline.model.spec import ModelSpec
-from pipeline.quant.declared import declared_quantization
-from pipeline.quant.export import copy_companions
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.unified import UnifiedCheckpoint, copy_companions, declared_quantization
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +123,20 @@ def plan_export(
         )
     place = _replaceable(out_dir)
     spec = UnifiedCheckpoint(checkpoint_dir).spec
-    settings = _settings(checkpoint_dir, kv_cache_dtype, dtype)
+    cache_dtype = kv_cache_dtype or _declared_cache(checkpoint_dir, dtype)
+    if cache_dtype not in {"fp8", dtype}:
+        message = f"is {cache_dtype}; beside dtype {dtype} it is fp8 or {dtype}"
+        raise RecipeError([Fault("--kv-cache-dtype", message)])
     plugins = Plugins(**shipped("compiler/trtllm")["plugins"])
-    limits = _limits(
-        spec,
-        settings,
-        batch=max_batch_size,
-        seq_len=max_seq_len,
-        num_tokens=max_num_tokens,
-        block=plugins.tokens_per_block,
+    context = spec.max_position_embeddings
+    length = max_seq_len or min(context, spec.window or context, _SEQ_LEN)
+    tokens = min(max_num_tokens or _NUM_TOKENS, max_batch_size * length)
+    _check_sizes(spec, batch=max_batch_size, length=length, tokens=tokens)
+    limits = Limits(
+        max_batch_size=max_batch_size,
+        max_seq_len=length,
+        max_num_tokens=max(tokens, plugins.tokens_per_block),
+        kv_cache_dtype=cache_dtype,
     )
     paths = BuildPaths(
         checkpoint_dir=str(out_dir),
@@ -144,7 +147,7 @@ def plan_export(
         checkpoint_dir=checkpoint_dir,
         out_dir=place,
         architecture=spec.architecture,
-        settings=settings,
+        settings=TrtLlmSettings(kv_cache_dtype=cache_dtype, dtype=dtype),
         command=shlex.join(build_command(limits, plugins, paths)),
     )
 
@@ -154,10 +157,6 @@ def _replaceable(out_dir: Path) -> Path:
 
     An empty folder is removed and made again: only that tells a mount point, or a parent that is
     not ours.
-
-    Raises:
-        ConflictError: It is not empty, or no folder.
-        RecipeError: It cannot be replaced, or cannot be made.
     """
     place = out_dir.resolve()
     below = next(parent for parent in place.parents if parent.exists())
@@ -184,53 +183,21 @@ def _replaceable(out_dir: Path) -> Path:
     return place
 
 
-def _settings(
-    checkpoint_dir: Path, kv_cache_dtype: KvCacheDtype | None, dtype: Dtype
-) -> TrtLlmSettings:
-    """Types of the converted checkpoint, the cache's by its declaration where none is chosen."""
-    if kv_cache_dtype is None:
-        declared = declared_quantization(checkpoint_dir)
-        if declared.kv_cache not in {None, "FP8"}:
-            raise RecipeError(
-                [
-                    Fault(
-                        f"{declared.file}: kv_cache_quant_algo",
-                        f"is {declared.kv_cache}, which is not converted; choose fp8 or a 16-bit "
-                        "type with --kv-cache-dtype",
-                    )
-                ]
-            )
-        kv_cache_dtype = "fp8" if declared.kv_cache else dtype
-    if kv_cache_dtype not in {"fp8", dtype}:
-        raise RecipeError(
-            [
-                Fault(
-                    "--kv-cache-dtype",
-                    f"is {kv_cache_dtype}; beside dtype {dtype} it is fp8 or {dtype}",
-                )
-            ]
+def _declared_cache(checkpoint_dir: Path, dtype: Dtype) -> KvCacheDtype:
+    """The cache's type where none is chosen."""
+    declared = declared_quantization(checkpoint_dir)
+    if declared.kv_cache not in {None, "FP8"}:
+        message = (
+            f"is {declared.kv_cache}, which is not converted; choose fp8 or a 16-bit type with "
+            "--kv-cache-dtype"
         )
-    return TrtLlmSettings(kv_cache_dtype=kv_cache_dtype, dtype=dtype)
+        raise RecipeError([Fault(f"{declared.file}: kv_cache_quant_algo", message)])
+    return "fp8" if declared.kv_cache else dtype
 
 
-def _limits(
-    spec: ModelSpec,
-    settings: TrtLlmSettings,
-    *,
-    batch: int,
-    seq_len: int | None,
-    num_tokens: int | None,
-    block: int,
-) -> Limits:
-    """Sizes of the printed command; see `plan_export`.
-
-    Raises:
-        RecipeError: They contradict each other or the model.
-    """
-    context = spec.max_position_embeddings
-    length = seq_len or min(context, spec.window or context, _SEQ_LEN)
-    tokens = min(num_tokens or _NUM_TOKENS, batch * length)
-    faults = []
+def _check_sizes(spec: ModelSpec, *, batch: int, length: int, tokens: int) -> None:
+    """Refuse sizes of the printed command that contradict each other or the model."""
+    faults, context = [], spec.max_position_embeddings
     if tokens < batch:
         message = f"({tokens}) must be >= max_batch_size ({batch}); increase it"
         faults.append(Fault("max_num_tokens", message))
@@ -239,9 +206,3 @@ def _limits(
         faults.append(Fault("max_seq_len", message))
     if faults:
         raise RecipeError(faults)
-    return Limits(
-        max_batch_size=batch,
-        max_seq_len=length,
-        max_num_tokens=max(tokens, block),
-        kv_cache_dtype=settings.kv_cache_dtype,
-    )

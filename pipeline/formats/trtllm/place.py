@@ -1,40 +1,105 @@
 """Where TensorRT-LLM's programs run: on this machine, or in a container of the build image.
 
     place = choose_place("auto", image=image, card=lambda: find_card(target))
-    place.run([..., place.path(engine)], [checkpoint, engine], stage="compile", log_path=log)
+    place.run([..., place.path(engine)], [checkpoint, engine], stage="compile", log_path=log, ...)
 
 Both run the same command; only the paths in it differ. Nothing reaches the network: a container has
-none, and on this machine the Hub's clients are told to stay offline.
+none, and here the Hub's clients are told to stay offline. A container writes as the caller, sees
+only what is mounted, and is removed whatever happens; what a killed process leaves behind, the next
+run removes: a label names each container's owner. Only a local Docker engine will do: one behind
+tcp:// or ssh:// would look for the folders on its own disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.core.errors import IncompatibleError
+from pipeline.core.errors import AccessError, IncompatibleError, PipelineError, ToolError
 from pipeline.core.gpu import Gpu, find_gpu, probe_gpus
 from pipeline.core.hardware import Target, card_name
-from pipeline.core.process import Started, run_tool
-from pipeline.formats.trtllm.container import (
-    Container,
-    Shared,
-    interactive_container,
-    preflight,
-    run_container,
-)
-from pipeline.formats.trtllm.release import BUILD_PROGRAM, SHM_BYTES, VERSION
+from pipeline.core.process import Started, last_lines, run_tool
+from pipeline.formats.trtllm.spec import BUILD_PROGRAM, CUDA, OLDEST_DRIVER, VERSION
+
+log = logging.getLogger(__name__)
 
 Where = Literal["auto", "local", "docker"]
 
+OWNER_LABEL = "enginesmith.owner"
+SHM_BYTES = 1 << 30
+"""For a container without the host's IPC namespace: what NVIDIA's framework containers ask for
+with `--shm-size=1g`, since Docker's 64 MB are too small for PyTorch."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+_HOME = "/home/enginesmith"
+_ANSWER_TIMEOUT_S = 300.0
+_DOCKER_FAILED = 125
+"""Exit code of `docker run` where Docker failed and not the program in the container."""
+
+_NO_GPU_RUNTIME = (
+    "Docker cannot give a container the GPU here: install the NVIDIA Container Toolkit "
+    "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/), then run "
+    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+)
+_GPU_HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")
+"""`docker run --gpus` needs one of them on the engine's PATH, not the `nvidia` runtime (Moby, pull
+request 50228): an engine that does not list the runtime may still do."""
+
+_CAUSES: Mapping[str, tuple[type[PipelineError], str]] = {
+    r"permission denied while trying to connect": (
+        AccessError,
+        "no permission to use Docker's socket: add yourself to the docker group "
+        "(sudo usermod -aG docker $USER), then log in again",
+    ),
+    r"Cannot connect to the Docker daemon|failed to connect to the docker API": (
+        IncompatibleError,
+        "no Docker engine here: install one (https://docs.docker.com/engine/install/), start it "
+        "(sudo systemctl start docker), or set DOCKER_HOST to its socket; in a pod, run the pod "
+        "itself from the build image, where trtllm-build is on the PATH",
+    ),
+    r"[Nn]o such image": (
+        IncompatibleError,
+        "the image is not on this machine; get it: make image, or docker pull where its name "
+        "begins with a registry",
+    ),
+    r"could not select device driver": (IncompatibleError, _NO_GPU_RUNTIME),
+    r"nvidia-container": (
+        IncompatibleError,
+        "NVIDIA's container runtime refused the image; see whether nvidia-smi works here, and "
+        "whether the driver is new enough for the image",
+    ),
+    r"bind source path does not exist": (
+        IncompatibleError,
+        "if the folder exists here, the Docker engine sees another file system (that of a host "
+        "around this container, or of a virtual machine): use a folder that both see",
+    ),
+}
+"""What Docker prints (28.2) -> what it means and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A file or folder of this machine that a program sees; in a container as `/mnt/<name>`."""
+
+    name: str
+    source: Path
+    read_only: bool = True
+
+    @property
+    def target(self) -> str:
+        """Where a container has it."""
+        return f"/mnt/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +107,15 @@ class Place:
     """Runs TensorRT-LLM's programs.
 
     Attributes:
-        gpu: The one card that they see.
+        gpu: The one card that they see; None for none.
         program: Path of `trtllm-build` on this machine, which is usually the inside of the build
             image; None for a container of `image`.
-        image: Name with tag or digest; empty on this machine.
-        image_digest: Its identity; empty on this machine.
-        memory_bytes: Limit of a container's memory; None for none.
+        image: Name with tag or digest, of an image on this machine.
+        image_digest: Its identity; empty without one.
+        memory_bytes: Limit of a container's memory, swap included; None for none.
     """
 
-    gpu: Gpu
+    gpu: Gpu | None
     program: Path | None = None
     image: str = ""
     image_digest: str = ""
@@ -74,6 +139,37 @@ class Place:
         """Where a program finds it."""
         return shared.target if self.program is None else str(shared.source)
 
+    @contextlib.contextmanager
+    def started(
+        self, command: Sequence[str], shared: Sequence[Shared], *, stage: str
+    ) -> Iterator[Started]:
+        """What starts a program; leaving the context removes what was made for it.
+
+        Args:
+            command: Program and arguments, with paths from `path`.
+            shared: All that it sees of this machine's files.
+            stage: Names the work in messages.
+
+        Raises:
+            IncompatibleError: No `docker` program or engine.
+            AccessError: The user may not use Docker.
+        """
+        env = dict(_OFFLINE)
+        if self.gpu is not None:
+            env["CUDA_VISIBLE_DEVICES"] = self.gpu.uuid
+        if self.program is not None:
+            # A caller with a foreign uid in an image has a HOME that it cannot write.
+            with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
+                yield Started(command=tuple(command), env={**env, "HOME": home})
+            return
+        _remove_stale()
+        name = f"enginesmith-{stage}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        options = ["--name", name, *self._options(env, shared)]
+        try:
+            yield Started(command=("docker", "run", *options, self.image, *command))
+        finally:
+            _remove(name)
+
     def run(
         self,
         command: Sequence[str],
@@ -83,63 +179,76 @@ class Place:
         log_path: Path,
         timeout_s: float,
     ) -> None:
-        """Run a program to its end; its output is appended to `log_path`.
-
-        Args:
-            command: Program and arguments, with paths from `path`.
-            shared: All that it sees of this machine's files.
-            stage: Names the work in messages.
-            log_path: Gets the command line and the output.
-            timeout_s: After so long it is stopped.
+        """Run a program to its end on the terms of `run_tool`; arguments as of `started`.
 
         Raises:
-            ToolError: It failed, ran out of memory or ran out of time.
-            IncompatibleError: The container could not be started here.
+            ToolError: It failed, a process of it hit the memory limit, or time ran out.
+            IncompatibleError: No engine, image or GPU runtime, or the engine sees other folders.
+            AccessError: The user may not use Docker.
+            PipelineError: The engine could not start it, or went away.
         """
-        if self.program is None:
-            container = self._container(command, shared)
-            run_container(container, stage=stage, log_path=log_path, timeout_s=timeout_s)
-            return
-        with self._local(command) as local:
-            run_tool(
-                local.command, stage=stage, log_path=log_path, env=local.env, timeout_s=timeout_s
-            )
+        with self.started(command, shared, stage=stage) as started:
+            failure = None
+            try:
+                run_tool(
+                    started.command,
+                    stage=stage,
+                    log_path=log_path,
+                    env=started.env,
+                    timeout_s=timeout_s,
+                )
+            except ToolError as error:
+                failure = error
+            if self.program is None:
+                self._check_container(started.command, failure, stage, log_path)
+            if failure is not None:
+                raise failure
 
-    def interactive(
-        self, command: Sequence[str], shared: Sequence[Shared], *, stage: str
-    ) -> AbstractContextManager[Started]:
-        """What starts a program that the caller speaks with over its standard streams.
+    def _check_container(
+        self, command: Sequence[str], failure: ToolError | None, stage: str, log_path: Path
+    ) -> None:
+        """Raise what a container failed of, where the program's exit code does not say it."""
+        if failure is not None and failure.returncode == _DOCKER_FAILED:
+            raise _fault("\n".join(last_lines(log_path, 3)), self.image) from failure
+        # A killed child of the program may leave the program's own exit code at 0.
+        name = command[command.index("--name") + 1]
+        if _docker("inspect", "--format", "{{.State.OOMKilled}}", name) == "true":
+            raise ToolError(
+                stage=stage,
+                command=command,
+                returncode=failure.returncode if failure else 0,
+                log_path=log_path,
+                last_lines=last_lines(log_path),
+                hint="a process in the container was killed at its memory limit, so the output is "
+                "not whole; allow it more memory, or give it less to do",
+            ) from failure
 
-        Leaving the context removes what was made for it; the caller has ended it by then. The
-        arguments are those of `run`.
-
-        Raises:
-            IncompatibleError: No `docker` program or engine.
-        """
-        if self.program is None:
-            return interactive_container(self._container(command, shared), stage=stage)
-        return self._local(command)
-
-    @property
-    def _env(self) -> dict[str, str]:
-        return {**_OFFLINE, "CUDA_VISIBLE_DEVICES": self.gpu.uuid}
-
-    @contextlib.contextmanager
-    def _local(self, command: Sequence[str]) -> Iterator[Started]:
-        """On this machine: a caller with a foreign uid in an image has a HOME it cannot write."""
-        with tempfile.TemporaryDirectory(prefix="enginesmith-home-") as home:
-            yield Started(command=tuple(command), env={**self._env, "HOME": home})
-
-    def _container(self, command: Sequence[str], shared: Sequence[Shared]) -> Container:
-        return Container(
-            image=self.image,
-            command=tuple(command),
-            shared=tuple(shared),
-            env=self._env,
-            memory_bytes=self.memory_bytes,
-            shm_bytes=SHM_BYTES,
-            gpus=True,
-        )
+    def _options(self, env: Mapping[str, str], shared: Sequence[Shared]) -> list[str]:
+        """Of `docker run`."""
+        options = [
+            *("--pull", "never", "--network", "none", "--interactive"),
+            "--init",  # reaps, and passes SIGTERM on
+            # The output is read as it comes; Docker's own log would be a second copy.
+            *("--log-driver", "none"),
+            *("--label", f"{OWNER_LABEL}={owner_of(os.getpid())}"),
+            *("--user", f"{os.getuid()}:{os.getgid()}"),  # what it writes belongs to the caller
+            # exec: Triton loads what it compiled below HOME
+            *("--tmpfs", f"{_HOME}:exec,mode=1777", "--shm-size", str(SHM_BYTES)),
+        ]
+        if self.gpu is not None:
+            options += ["--gpus", "all"]
+        if self.memory_bytes:
+            limit = str(self.memory_bytes)
+            options += ["--memory", limit, "--memory-swap", limit]
+        # The image's /etc/passwd does not know the uid; getpass, and so torch, then asks USER.
+        for key, value in {"HOME": _HOME, "USER": "enginesmith", **env}.items():
+            options += ["--env", f"{key}={value}"]
+        for item in shared:
+            source = str(item.source.resolve()).replace('"', '""')
+            # `--volume` would make an empty folder where a source is missing; quoted as CSV.
+            mount = f'type=bind,"source={source}",target={item.target}'
+            options += ["--mount", f"{mount},readonly" if item.read_only else mount]
+        return options
 
 
 def choose_place(
@@ -158,7 +267,7 @@ def choose_place(
         where: The recipe's wish.
         image: The build image.
         card: Finds the card that is needed, or raises IncompatibleError.
-        memory_bytes: Limit of a container's memory; None for none.
+        memory_bytes: As of a `Place`.
         section: Section of the recipe that holds the wish, for messages.
 
     Raises:
@@ -184,16 +293,12 @@ def choose_place(
 
 
 def find_card(target: Target) -> Gpu:
-    """The target's own card in this machine.
-
-    Another card of the same SM will not do: kernels are chosen by timing, and the package says
-    which card it was tuned for.
+    """The target's own card in this machine; another one of the same SM will not do.
 
     Raises:
         IncompatibleError: It is not here; says what is.
     """
-    gpus = probe_gpus()
-    for gpu in gpus:
+    for gpu in probe_gpus():
         if gpu.sm == target.sm and card_name(gpu.name) == target.card:
             return gpu
     found = find_gpu(target.sm)
@@ -202,3 +307,132 @@ def find_card(target: Target) -> Gpu:
         f"same sm_{target.sm}, but TensorRT chooses kernels by timing them, so an engine is built "
         "on the card that it is for; build there, or choose the target that is here (target=NAME)"
     )
+
+
+def preflight(image: str, gpu: Gpu) -> str:
+    """Make every check of Docker that starts nothing, those first that an image would not cure.
+
+    Returns:
+        What a manifest records of the image: `repository@sha256:…`, for one built here its id.
+
+    Raises:
+        IncompatibleError: Engine, GPU runtime, driver or image is missing, too old or remote.
+        AccessError: The user may not use Docker.
+    """
+    host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+    if not host.startswith("unix://"):
+        raise IncompatibleError(
+            f"Docker's host is {host}: a remote engine does not see this machine's folders; run "
+            "on the engine's own machine, with DOCKER_HOST unset or a unix:// socket"
+        )
+    require_gpu_runtime(json.loads(_docker("info", "--format", "{{json .}}")))
+    require_driver(gpu)
+    found = json.loads(_docker("image", "inspect", "--format", "{{json .}}", image))
+    return str(next(iter(found["RepoDigests"] or ()), found["Id"]))
+
+
+def require_gpu_runtime(info: Mapping[str, object]) -> None:
+    """Demand that Docker can hand out GPUs, by what `docker info` tells of the engine.
+
+    Raises:
+        IncompatibleError: It has no NVIDIA runtime and no NVIDIA CDI device, and we see no hook.
+    """
+    known = json.dumps([info.get("Runtimes"), info.get("DiscoveredDevices")])
+    found = re.search(r'"nvidia"|"nvidia\.com/gpu', known)
+    if not found and not any(map(shutil.which, _GPU_HOOKS)):
+        raise IncompatibleError(_NO_GPU_RUNTIME)
+
+
+def require_driver(gpu: Gpu) -> None:
+    """Demand an NVIDIA driver (such as `580.65.06`) that runs the image's CUDA.
+
+    Raises:
+        IncompatibleError: It is older.
+    """
+    major = gpu.driver.partition(".")[0]
+    if not major.isdigit() or int(major) < OLDEST_DRIVER:
+        raise IncompatibleError(
+            f"{gpu.name}: driver {gpu.driver} is too old for CUDA {CUDA}, which needs "
+            f"{OLDEST_DRIVER} or newer; install a newer driver"
+        )
+
+
+def _docker(*arguments: str) -> str:
+    """What a short `docker` command prints.
+
+    Raises:
+        PipelineError: It failed; of the kind and with the advice that `_CAUSES` has.
+    """
+    try:
+        done = subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_TIMEOUT_S,
+        )
+    except FileNotFoundError as error:
+        raise IncompatibleError(
+            "no Docker here: the docker program is not on the PATH; install Docker "
+            "(https://docs.docker.com/engine/install/)"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise _fault(f"no answer in {_ANSWER_TIMEOUT_S:.0f} s", arguments[-1]) from error
+    if done.returncode:
+        raise _fault(done.stderr, arguments[-1])
+    return done.stdout.strip()
+
+
+def _fault(text: str, name: str) -> PipelineError:
+    """Docker's message about `name`, with the next step where the cause is known."""
+    text = " ".join(text.split())
+    for pattern, (kind, advice) in _CAUSES.items():
+        if re.search(pattern, text):
+            return kind(f"{advice} (Docker, {name}: {text})")
+    return PipelineError(
+        f"Docker failed, {name}: {text}; see whether `docker info` answers, and the log of dockerd"
+    )
+
+
+def _remove(name: str) -> None:
+    """Remove a container, running or not; should that fail, it hides no other error."""
+    try:
+        _docker("rm", "--force", "--volumes", name)
+    except PipelineError as error:
+        log.warning("A container is left; remove it: docker rm -f %s (%s)", name, error)
+
+
+def _remove_stale() -> None:
+    """Remove the containers that killed processes of this machine left behind."""
+    shown = f'{{{{.Names}}}}\t{{{{.Label "{OWNER_LABEL}"}}}}'
+    listed = _docker("ps", "--all", "--filter", f"label={OWNER_LABEL}", "--format", shown)
+    for line in listed.splitlines():
+        name, _, owner = line.partition("\t")
+        if is_stale(owner):
+            log.warning("Removing %s, left behind by a run that was killed", name)
+            _remove(name)
+
+
+def owner_of(pid: int) -> str:
+    """Names a process beyond its end: PID namespace, id, start in ticks since boot.
+
+    The namespace, because in another one (a container with the engine's socket) the same id means
+    another process; the start, because ids are used again.
+    """
+    # After the command's closing parenthesis comes the third field; the start is the 22nd.
+    start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{Path('/proc/self/ns/pid').readlink()} {pid} {start}"
+
+
+def is_stale(owner: str) -> bool:
+    """Whether the process that a label names has ended; False when that cannot be known."""
+    namespace, pid, _ = owner.split()
+    if namespace != str(Path("/proc/self/ns/pid").readlink()):
+        return False
+    try:
+        os.kill(int(pid), 0)  # asks only whether it exists
+        return owner_of(int(pid)) != owner
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's, which /proc may hide from us
+        return False

@@ -1,11 +1,24 @@
-"""TensorRT-LLM engines, built by `trtllm-build` on the card that they are for."""
+"""TensorRT-LLM engines of one release, built by `trtllm-build` on the card that they are for."""
 
 from __future__ import annotations
 
 from pipeline.core.values import Limits
 from pipeline.formats.spec import PAGED, CompileMemory, FormatSpec
-from pipeline.formats.trtllm.release import NAME
 from pipeline.quant.spec import QuantSpec
+
+NAME = "tensorrt-llm"
+VERSION = "1.2.1"
+"""The last final release whose engines exist: the engine backend was removed in the 1.3 line
+(TensorRT-LLM PRs 15918 and 16369; pins of 1.3.0rc22 on PyPI)."""
+BUILD_PROGRAM = "trtllm-build"
+BENCH_PROGRAM = "trtllm-bench"
+CUDA = "13.1"
+"""CUDA in the release image: README badge of 1.2.1 (PyPI sdist), base image pytorch:25.12."""
+OLDEST_DRIVER = 580
+"""Major version of the oldest NVIDIA driver (Linux) that runs any release of CUDA 13; NVIDIA's
+forward compatibility package is not counted on, since GeForce cards cannot use it. Source: CUDA
+Compatibility, "Minor Version Compatibility", table 1,
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 
 
 def _holds(precision: QuantSpec) -> bool:

@@ -42,9 +42,8 @@ from pipeline.formats.trtrtx.stage import (
     quantized_linears,
 )
 from pipeline.model.spec import Attention
-from pipeline.quant.export import copy_companions
 from pipeline.quant.spec import quant_spec
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 
 STAGE = Stage(
     name="compile-trtrtx",

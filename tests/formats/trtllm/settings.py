@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.formats.trtllm.command import Plugins
+from pipeline.formats.trtllm.build_tool import Plugins
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 
 ADA_PLUGINS = Plugins(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.values import Limits
-from pipeline.formats.trtllm.command import BuildPaths, build_command
+from pipeline.formats.trtllm.build_tool import BuildPaths, build_command
 from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.formats.trtllm import probe
-from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
+from pipeline.formats.trtllm.environment import (
+    PROBE,
+    Environment,
+    TimingCache,
+    probe_environment,
+)
 from pipeline.formats.trtllm.place import choose_place, find_card
 from tests.formats.trtllm.fakes import card_machine, package_records
 from tests.quant.tiny_quantized import ADA
@@ -30,7 +34,7 @@ KNOWN = Environment(
 
 def probed(folder: Path) -> Environment:
     place = choose_place("local", image="", card=lambda: find_card(ADA))
-    return probe_environment(place, folder / "probe.log")
+    return probe_environment(place, ADA, folder / "probe.log")
 
 
 def test_versions_card_and_driver_are_recorded(
@@ -55,13 +59,18 @@ def test_other_release_is_refused_before_the_build(
         probed(tmp_path)
 
 
+def versions(folder: Path, *flags: str) -> dict[str, str]:
+    """What the probe says under an interpreter that sees the packages of `folder`, and not ours."""
+    out = folder / "versions.json"
+    command = [sys.executable, *flags, "-S", "-c", PROBE, str(out)]
+    subprocess.run(command, check=True, cwd=folder, env={"PYTHONPATH": str(folder)})
+    found: dict[str, str] = json.loads(out.read_text())
+    return found
+
+
 def test_probe_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
-    """It runs in the image under another interpreter, with this project out of reach."""
-    out = tmp_path / "versions.json"
-    subprocess.run(
-        [sys.executable, "-I", "-S", probe.__file__, str(out)], check=True, cwd=tmp_path, env={}
-    )
-    assert set(json.loads(out.read_text())) == {"tensorrt-llm", "tensorrt", "cuda"}
+    found = versions(tmp_path, "-I")
+    assert found == {"tensorrt_llm": "", "tensorrt": "", "cuda": ""}
 
 
 def test_cuda_is_that_of_the_installed_pytorch_which_is_not_imported(tmp_path: Path) -> None:
@@ -69,20 +78,14 @@ def test_cuda_is_that_of_the_installed_pytorch_which_is_not_imported(tmp_path: P
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError('imported')\n")
     (package / "version.py").write_text("__version__ = '2.9.1'\ncuda = '13.1'\n")
-    out = tmp_path / "versions.json"
-    env = {"PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-S", probe.__file__, str(out)], check=True, env=env)
-    assert json.loads(out.read_text())["cuda"] == "13.1"
+    assert versions(tmp_path)["cuda"] == "13.1"
 
 
 def test_tensorrt_without_a_record_is_asked_itself(tmp_path: Path) -> None:
     package = tmp_path / "tensorrt"
     package.mkdir()
     (package / "__init__.py").write_text("__version__ = '10.14.1'\n")
-    out = tmp_path / "versions.json"
-    env = {"PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-S", probe.__file__, str(out)], check=True, env=env)
-    assert json.loads(out.read_text())["tensorrt"] == "10.14.1"
+    assert versions(tmp_path)["tensorrt"] == "10.14.1"
 
 
 def test_timing_cache_comes_back_for_the_same_environment_only(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.formats.trtllm.hints import CAUSES, explain, explain_log
+from pipeline.formats.trtllm.build_tool import CAUSES, explain
 
 SNIPPETS = {
     # TensorRT-LLM issue 1677
@@ -35,9 +35,14 @@ SNIPPETS = {
 }
 
 
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "compile.log"
+
+
 @pytest.mark.parametrize("line", SNIPPETS)
-def test_known_cause_says_what_to_change(line: str) -> None:
-    log = f"[TRT-LLM] [I] Build TensorRT engine\n{line}\nmore output\n"
+def test_known_cause_says_what_to_change(line: str, log: Path) -> None:
+    log.write_text(f"[TRT-LLM] [I] Build TensorRT engine\n{line}\nmore output\n")
     assert SNIPPETS[line] in explain(log, 1)
 
 
@@ -46,27 +51,24 @@ def test_every_cause_has_a_snippet() -> None:
         assert any(re.search(pattern, line) for line in SNIPPETS), pattern
 
 
-def test_skipped_kernel_is_no_cause() -> None:
+def test_skipped_kernel_and_unknown_failure_are_no_cause(log: Path) -> None:
     """Builds that end well print this (TensorRT-LLM issues 493 and 436)."""
-    log = (
+    log.write_text(
         "[TRT] [W] Tactic Device request: 66048MB Available: 32510MB. Device memory is insufficient"
         " to use tactic.\n[TRT] [W] UNSUPPORTED_STATESkipping tactic 4 due to insufficient memory "
         "on requested size of 66048 detected for tactic 0x000000000000001f.\n"
         "[TRT] [W] Requested amount of GPU memory (33555480576 bytes) could not be allocated.\n"
+        "Traceback\nKeyError: 'x'\n"
     )
     assert explain(log, 1) == ""
 
 
 @pytest.mark.parametrize("returncode", [-9, 137])
-def test_killed_process_points_to_host_memory(returncode: int) -> None:
-    assert "compiler.memory_gib" in explain("loading\n", returncode)
+def test_killed_process_points_to_host_memory(returncode: int, log: Path) -> None:
+    log.write_text("loading\n")
+    assert "compiler.memory_gib" in explain(log, returncode)
 
 
-def test_unknown_failure_says_nothing() -> None:
-    assert explain("Traceback\nKeyError: 'x'\n", 1) == ""
-
-
-def test_cause_is_found_at_the_end_of_a_long_log(tmp_path: Path) -> None:
-    log = tmp_path / "compile.log"
+def test_cause_is_found_at_the_end_of_a_long_log(log: Path) -> None:
     log.write_bytes(b"\xff progress\n" * 200_000 + b"CUDA out of memory\n")
-    assert "ran out of memory" in explain_log(log, 1)
+    assert "ran out of memory" in explain(log, 1)

@@ -34,6 +34,7 @@ def test_program_on_the_path_is_taken(
     programs = card_machine(tmp_path, monkeypatch)
     place = choose(where)
     assert place.program == programs / "trtllm-build"
+    assert place.gpu is not None
     assert place.gpu.uuid == GPU_UUID
     assert place.python == sys.executable
 
@@ -78,7 +79,7 @@ def test_own_card_is_found_among_others(tmp_path: Path, monkeypatch: pytest.Monk
         "echo '0, NVIDIA L40S, 8.9, 46068, 590.44.01, GPU-other'\n"
         f"echo '1, NVIDIA Ada, 8.9, 24564, 590.44.01, {GPU_UUID}'\n",
     )
-    assert choose().gpu.uuid == GPU_UUID
+    assert find_card(ADA).uuid == GPU_UUID
 
 
 def test_program_runs_on_the_card_offline_with_a_home_of_its_own(

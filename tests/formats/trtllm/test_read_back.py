@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.formats.trtllm.read_back import expected_config, read_back
+from pipeline.formats.trtllm.build_tool import expected_config, read_back
 from tests.formats.trtllm.settings import compiler
 
 CHECKPOINT: dict[str, Any] = {

@@ -8,10 +8,20 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.core.gpu import Gpu
+
 if TYPE_CHECKING:
     from docker import DockerClient
 
 IMAGE = "enginesmith-build:test"
+CARD = Gpu(
+    index=0,
+    name="NVIDIA GeForce RTX 4090",
+    sm=89,
+    memory_bytes=24564 << 20,
+    driver="580.65.06",
+    uuid="GPU-1",
+)
 
 _DOCKERFILE = b"""
 FROM scratch

@@ -10,28 +10,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.gpu import Gpu
-from pipeline.formats.trtllm.container import (
+from pipeline.formats.trtllm.place import (
     is_stale,
     owner_of,
     preflight,
     require_driver,
     require_gpu_runtime,
 )
-from tests.formats.trtllm.containers.image import IMAGE
+from tests.formats.trtllm.containers.image import CARD, IMAGE
 from tests.formats.trtllm.containers.users import run_as
 
 if TYPE_CHECKING:
     from docker import DockerClient
-
-CARD = Gpu(
-    index=0,
-    name="NVIDIA GeForce RTX 4090",
-    sm=89,
-    memory_bytes=24564 << 20,
-    driver="580.65.06",
-    uuid="GPU-1",
-)
 
 
 @pytest.mark.parametrize("driver", ["579.99", "535.1", "[N/A]"])

@@ -7,17 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
-from pipeline.formats.trtllm.container import (
-    Container,
-    Shared,
-    run_container,
-)
-from tests.formats.trtllm.containers.image import IMAGE
+from pipeline.core.gpu import Gpu
+from pipeline.formats.trtllm.place import Place, Shared
+from tests.formats.trtllm.containers.image import CARD, IMAGE
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -27,10 +24,19 @@ pytestmark = [pytest.mark.services, pytest.mark.usefixtures("client")]
 OTHER_UID = 12345
 
 
-def output_of(script: str, log_path: Path, timeout_s: float = 60.0, **settings: Any) -> list[str]:
+def output_of(
+    script: str,
+    log_path: Path,
+    *shared: Shared,
+    timeout_s: float = 60.0,
+    gpu: Gpu | None = None,
+    image: str = IMAGE,
+    memory_bytes: int | None = None,
+) -> list[str]:
     """What a shell script prints in a container."""
-    container = Container(image=IMAGE, command=("sh", "-c", script), **settings)
-    run_container(container, stage="compile", log_path=log_path, timeout_s=timeout_s)
+    place = Place(gpu=gpu, image=image, memory_bytes=memory_bytes)
+    command = ("sh", "-c", script)
+    place.run(command, shared, stage="compile", log_path=log_path, timeout_s=timeout_s)
     return log_path.read_text().splitlines()[1:]
 
 
@@ -123,28 +129,27 @@ def test_full_disk_below_the_log_ends_the_run(tmp_path: Path) -> None:
 
 def test_without_gpu_runtime_the_way_on_is_named_and_nothing_stays(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="nvidia-ctk runtime configure"):
-        output_of("true", tmp_path / "log", gpus=True)
+        output_of("true", tmp_path / "log", gpu=CARD)
 
 
 def test_missing_bind_source_is_refused_and_not_made(tmp_path: Path) -> None:
     source = tmp_path / "nowhere"
     with pytest.raises(IncompatibleError, match="if the folder exists here"):
-        output_of("true", tmp_path / "log", shared=(Shared(name="x", source=source),))
+        output_of("true", tmp_path / "log", Shared(name="x", source=source))
     assert not source.exists()
 
 
 def test_missing_image_is_never_pulled(tmp_path: Path) -> None:
-    container = Container(image="registry.invalid/no:1", command=("true",))
     with pytest.raises(IncompatibleError, match=r"get it: make image.*registry\.invalid/no:1"):
-        run_container(container, stage="compile", log_path=tmp_path / "log")
+        output_of("true", tmp_path / "log", image="registry.invalid/no:1")
 
 
 def test_read_only_bind_cannot_be_written_whatever_its_name(tmp_path: Path) -> None:
     folder = tmp_path / 'a, "b"'
     folder.mkdir()
     script = "touch /mnt/data/new 2>/dev/null || echo refused"
-    shared = (Shared(name="data", source=folder),)
-    assert output_of(script, tmp_path / "log", shared=shared) == ["refused"]
+    shared = Shared(name="data", source=folder)
+    assert output_of(script, tmp_path / "log", shared) == ["refused"]
     assert list(folder.iterdir()) == []
 
 
@@ -159,7 +164,7 @@ def test_what_is_written_belongs_to_the_caller(
     monkeypatch.setattr(os, "getuid", lambda: OTHER_UID)
     monkeypatch.setattr(os, "getgid", lambda: OTHER_UID)
     writable = Shared(name="engine", source=shared, read_only=False)
-    output_of("touch /mnt/engine/file", shared / "log", shared=(writable,))
+    output_of("touch /mnt/engine/file", shared / "log", writable)
     written = (shared / "file").stat()
     assert (written.st_uid, written.st_gid) == (OTHER_UID, OTHER_UID)
 
@@ -170,8 +175,7 @@ def test_home_is_private_writable_and_may_hold_programs(tmp_path: Path) -> None:
 
 
 def test_env_and_shared_memory_are_as_asked(tmp_path: Path) -> None:
-    script = 'echo "$ADDED"; df -m /dev/shm | tail -n 1'
-    settings: dict[str, Any] = {"env": {"ADDED": "yes"}, "shm_bytes": 200 << 20}
-    lines = output_of(script, tmp_path / "log", **settings)
-    assert lines[0] == "yes"
-    assert lines[1].split()[1] == "200"
+    script = 'echo "$HF_HUB_OFFLINE"; df -m /dev/shm | tail -n 1'
+    lines = output_of(script, tmp_path / "log")
+    assert lines[0] == "1"
+    assert lines[1].split()[1] == "1024"

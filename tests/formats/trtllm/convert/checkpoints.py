@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Licence, Weights
-from pipeline.formats.trtllm.convert.stage import TrtLlmSettings, convert_trtllm
+from pipeline.formats.trtllm.convert import TrtLlmSettings, convert_trtllm
 from tests.architectures import tiny_architecture
 from tests.quant.tiny_quantized import CALIBRATION, tiny_quantizer
 

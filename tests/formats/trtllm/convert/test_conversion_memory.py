@@ -18,7 +18,7 @@ _CHILD = """
 import json, sys
 from pathlib import Path
 import ml_dtypes, numpy
-from pipeline.formats.trtllm.convert.stage import TrtLlmSettings, write_checkpoint
+from pipeline.formats.trtllm.convert import TrtLlmSettings, write_checkpoint
 
 def peak_bytes():
     # Not getrusage: a child's peak starts with its parent's there.

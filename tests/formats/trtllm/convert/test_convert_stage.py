@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.cache import StageCache
-from pipeline.formats.trtllm.convert.stage import (
+from pipeline.formats.trtllm.convert import (
     TrtLlmSettings,
     convert_trtllm,
 )

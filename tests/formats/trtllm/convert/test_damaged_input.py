@@ -177,7 +177,7 @@ def test_model_without_fp8_is_refused(tmp_path: Path) -> None:
 def test_value_beyond_float16_is_refused(
     llama: Path, tmp_path: Path, name: str, value: float
 ) -> None:
-    from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
+    from pipeline.formats.trtllm.convert import TrtLlmSettings
 
     loud = edited(llama, tmp_path / "loud", _put(name, value))
     assert convert(loud, tmp_path / "bfloat16").record["dtype"] == "bfloat16"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
+from pipeline.formats.trtllm.convert import TrtLlmSettings
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited, modelopt_checkpoint
 from tests.formats.trtllm.convert.comparison import (
     LOGIT_BOUND,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline.core.errors import CorruptError, RecipeError
-from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
+from pipeline.formats.trtllm.convert import TrtLlmSettings
 from pipeline.quant.fp8 import round_to_e4m3
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited
 from tests.formats.trtllm.convert.comparison import prompts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.formats.trtllm.convert.stage import TrtLlmSettings
+from pipeline.formats.trtllm.convert import TrtLlmSettings
 from tests.architectures import ARCHITECTURES, WINDOW
 from tests.formats.trtllm.convert.checkpoints import convert, unified_checkpoint
 from tests.formats.trtllm.convert.comparison import (

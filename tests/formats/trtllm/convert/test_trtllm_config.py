@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import ExitCode, RecipeError
-from pipeline.formats.trtllm.convert.config import trtllm_config
+from pipeline.formats.trtllm.config import trtllm_config
 from pipeline.model.read import read_spec
 from tests.specs import published, tiny_config
 

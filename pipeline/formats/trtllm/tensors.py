@@ -1,9 +1,19 @@
 """Plans `rank0.safetensors`: which source goes where, and with which scale.
 
-Nothing is read but headers and scales. TensorRT-LLM has one matrix for q, k and v, so they share a
-scale by layout; and `trtllm-build` fuses gate and up (`use_fused_mlp`, on by default), rounding to
-the larger scale where theirs differ. The converter does that itself, for both, so that what was
-checked is what runs, and says what it cost. Our own checkpoints share scales already: exact bytes.
+| TensorRT-LLM | Llama, Mistral, Qwen2 | Phi-3 |
+| --- | --- | --- |
+| `attention.qkv` | q_proj, k_proj, v_proj on top of each other | qkv_proj, as it is |
+| `attention.dense` | o_proj | o_proj |
+| `mlp.fc` | gate_proj | gate_up_proj, halves swapped: up, then gate |
+| `mlp.gate` | up_proj | |
+| `mlp.proj` | down_proj | down_proj |
+
+The halves are swapped since the activation `swiglu` lets the second half of its input gate the
+first. Nothing is read but headers and scales. TensorRT-LLM has one matrix for q, k and v, so they
+share a scale by layout; and `trtllm-build` fuses gate and up (`use_fused_mlp`, on by default),
+rounding to the larger scale where theirs differ. The converter does that itself, for both, so that
+what was checked is what runs, and says what it cost. Our own checkpoints share scales already:
+exact bytes.
 
 `trtllm-build` casts both scales of an FP8 linear to the 16-bit dtype (with `gemm_plugin` fp8, that
 of the activations only). The checkpoint keeps float32; ours are bfloat16 values anyway.
@@ -18,14 +28,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
-from pipeline.formats.trtllm.convert.config import Dtype
-from pipeline.formats.trtllm.convert.linears import Linear, layer_linears
-from pipeline.model.spec import ModelSpec, layer_name
-from pipeline.quant.declared import declared_quantization
-from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.formats.trtllm.config import Dtype
+from pipeline.model.spec import EMBEDDING, FINAL_NORM, LM_HEAD, Layer, Linear, layer_name
+from pipeline.quant.unified import UnifiedCheckpoint, declared_quantization
 
 FP8 = "float8_e4m3fn"
 """NumPy (ml_dtypes) name of E4M3."""
@@ -83,23 +91,6 @@ class PlannedTensor:
     value: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorPlan:
-    """The whole file.
-
-    Attributes:
-        tensors: In file order.
-        fp8: TensorRT-LLM's names of the FP8 linears.
-        excluded: Those of the 16-bit ones, lm_head first: `exclude_modules`.
-        merged_inputs: Linears whose parts had different activation scales; the largest is used.
-    """
-
-    tensors: tuple[PlannedTensor, ...]
-    fp8: tuple[str, ...]
-    excluded: tuple[str, ...]
-    merged_inputs: tuple[str, ...]
-
-
 def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -> TensorPlan:
     """Map every tensor of a unified FP8 checkpoint.
 
@@ -127,162 +118,205 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
             "holds no FP8 linear; quantize the model first (enginesmith build, or ModelOpt's "
             "export_hf_checkpoint)",
         )
-    planner = _Planner(checkpoint, dtype)
-    spec = checkpoint.spec
-    norm = (spec.hidden_size,)
-    planner.plain("transformer.vocab_embedding.weight", "model.embed_tokens.weight",
-                  (spec.vocab_size, spec.hidden_size))  # fmt: skip
+    plan, spec = TensorPlan(checkpoint, dtype), checkpoint.spec
+    norm, table = (spec.hidden_size,), (spec.vocab_size, spec.hidden_size)
+    plan.add_plain("transformer.vocab_embedding.weight", f"{EMBEDDING}.weight", table)
     for number, layer in enumerate(spec.layers):
         source, target = layer_name(number), f"transformer.layers.{number}"
-        planner.plain(f"{target}.input_layernorm.weight", f"{source}.input_layernorm.weight", norm)
-        for linear in layer_linears(layer, number):
-            planner.linear(linear)
-        planner.kv_scale(number, wanted=kv_fp8)
-        planner.plain(f"{target}.post_layernorm.weight",
-                      f"{source}.post_attention_layernorm.weight", norm)  # fmt: skip
-    planner.plain("transformer.ln_f.weight", "model.norm.weight", norm)
-    planner.head(spec)
-    return planner.finish()
+        before_mlp = f"{source}.post_attention_layernorm.weight"
+        plan.add_plain(f"{target}.input_layernorm.weight", f"{source}.input_layernorm.weight", norm)
+        for name, parts in _linears(layer).items():
+            plan.add_linear(f"{target}.{name}", source, layer, parts)
+        plan.add_kv_scale(number, wanted=kv_fp8)
+        plan.add_plain(f"{target}.post_layernorm.weight", before_mlp, norm)
+    plan.add_plain("transformer.ln_f.weight", f"{FINAL_NORM}.weight", norm)
+    plan.add_head()
+    plan.require_all_used()
+    return plan
 
 
-class _Planner:
-    """Collects tensors; every method raises what `plan_tensors` raises."""
+def _linears(layer: Layer) -> dict[str, tuple[Linear, ...]]:
+    """TensorRT-LLM's linears and what they are made of, top to bottom."""
+    gate, up = layer.linear("gate"), layer.linear("up")
+    return {
+        "attention.qkv": layer.group("qkv"),
+        "attention.dense": (layer.linear("o"),),
+        "mlp.fc": (up, gate) if layer.fused_mlp else (gate,),
+        **({} if layer.fused_mlp else {"mlp.gate": (up,)}),
+        "mlp.proj": (layer.linear("down"),),
+    }
 
-    def __init__(self, checkpoint: UnifiedCheckpoint, dtype: Dtype) -> None:
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._tensors: list[PlannedTensor] = []
-        self._used: set[str] = set()
-        self._fp8: list[str] = []
-        self._excluded = ["lm_head"]
-        self._merged_inputs: list[str] = []
 
-    def plain(self, target: str, source: str, shape: tuple[int, ...]) -> None:
+@dataclass
+class TensorPlan:
+    """The whole file; every method raises what `plan_tensors` raises.
+
+    Attributes:
+        checkpoint: Source.
+        dtype: Type of what is not FP8.
+        tensors: In file order.
+        fp8: TensorRT-LLM's names of the FP8 linears.
+        excluded: Those of the 16-bit ones, lm_head first: `exclude_modules`.
+        merged_inputs: Linears whose parts had different activation scales; the largest is used.
+    """
+
+    checkpoint: UnifiedCheckpoint
+    dtype: Dtype
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    fp8: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=lambda: [LM_HEAD])
+    merged_inputs: list[str] = field(default_factory=list)
+    _used: set[str] = field(default_factory=set)
+
+    def add_plain(self, target: str, source: str, shape: tuple[int, ...]) -> None:
         """One 16-bit tensor."""
         self._take(source, shape, _FLOATS)
-        self._add(target, self._dtype, shape, [Piece(tensor=source)])
+        self._add(target, self.dtype, shape, [Piece(tensor=source)])
 
-    def head(self, spec: ModelSpec) -> None:
+    def add_head(self) -> None:
         """lm_head, also where it is the embedding.
 
         TensorRT-LLM accepts a file without it and then uses the embedding, also for a model that is
         not tied: wrong, and no message. With it always there, its absence is always a fault. The
         builder finds equal tables and keeps one. A tied model may store it, but only as a copy.
         """
-        stored, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        stored, embedding = f"{LM_HEAD}.weight", f"{EMBEDDING}.weight"
+        spec = self.checkpoint.spec
         shape = (spec.vocab_size, spec.hidden_size)
-        if not spec.tied and self._checkpoint.is_quantized("lm_head"):
-            raise _unfit("lm_head", "is FP8; it is converted as 16-bit only")
-        self.plain(stored, embedding if spec.tied else stored, shape)
-        if spec.tied and stored in self._checkpoint.tensors:
+        if not spec.tied and self.checkpoint.is_quantized(LM_HEAD):
+            raise _unfit(LM_HEAD, "is FP8; it is converted as 16-bit only")
+        self.add_plain(stored, embedding if spec.tied else stored, shape)
+        if spec.tied and stored in self.checkpoint.tensors:
             self._take(stored, shape, _FLOATS)
-            copies = [self._checkpoint.read(name) for name in (stored, embedding)]
-            if copies[0].dtype != copies[1].dtype or copies[0].tobytes() != copies[1].tobytes():
+            head, table = (self.checkpoint.read(name) for name in (stored, embedding))
+            if head.dtype != table.dtype or head.tobytes() != table.tobytes():
                 raise self._corrupt(
                     f"{stored} differs from {embedding}, although config.json ties them "
                     "(tie_word_embeddings)"
                 )
 
-    def linear(self, linear: Linear) -> None:
-        """Weight, scales and bias of one of TensorRT-LLM's linears."""
-        for name in linear.sharing:
-            if f"{name}.weight" not in self._checkpoint.tensors:
+    def add_linear(self, target: str, source: str, layer: Layer, parts: Sequence[Linear]) -> None:
+        """Weight, scales and bias of one of TensorRT-LLM's linears.
+
+        Args:
+            target: Its name.
+            source: Name of the layer.
+            layer: The layer.
+            parts: What it is made of, top to bottom.
+        """
+        group = layer.group(parts[0].fused) if parts[0].fused else parts
+        sharing = tuple(dict.fromkeys(f"{source}.{part.module}" for part in group))
+        for name in sharing:
+            if f"{name}.weight" not in self.checkpoint.tensors:
                 raise self._corrupt(f"{name}.weight is missing")
-        kept = [name for name in linear.sharing if not self._checkpoint.is_quantized(name)]
-        if kept and len(kept) < len(linear.sharing):
+        kept = [name for name in sharing if not self.checkpoint.is_quantized(name)]
+        if kept and len(kept) < len(sharing):
             raise _unfit(
-                linear.target,
+                target,
                 f"mixes precisions: {', '.join(kept)} is not FP8, but is fused with what is; "
                 "keep all of a group in 16 bits or none (quantizer.keep_16bit)",
             )
-        for module, rows in linear.stored.items():
-            self._take(f"{module}.weight", (rows, linear.columns), _FLOATS if kept else {FP8})
-        if kept:
-            self._excluded.append(linear.target)
-            pieces = [Piece(tensor=f"{name}.weight", rows=rows) for name, rows in linear.pieces]
-            shape = (linear.rows, linear.columns)
-            self._add(f"{linear.target}.weight", self._dtype, shape, pieces)
-        else:
-            self._fp8_weight(linear)
-        if linear.bias:
-            for module, rows in linear.stored.items():
-                self._take(f"{module}.bias", (rows,), _FLOATS)
-            pieces = [Piece(tensor=f"{name}.bias", rows=rows) for name, rows in linear.pieces]
-            self._add(f"{linear.target}.bias", self._dtype, (linear.rows,), pieces)
-
-    def _fp8_weight(self, linear: Linear) -> None:
-        """The matrix with the largest scales of those that share."""
-        scales = {name: self._scale(f"{name}.weight_scale") for name in linear.sharing}
-        inputs = {self._scale(f"{name}.input_scale") for name in linear.sharing}
-        shared = max(scales.values())
+        stored = {f"{source}.{part.module}": layer.modules[part.module] for part in parts}
         pieces = [
-            Piece(tensor=f"{name}.weight", rows=rows, old_scale=scales[name], new_scale=shared)
-            for name, rows in linear.pieces
+            (f"{source}.{part.module}", (part.first_row, part.first_row + part.rows))
+            for part in parts
         ]
-        self._fp8.append(linear.target)
-        self._add(f"{linear.target}.weight", FP8, (linear.rows, linear.columns), pieces)
+        shape = (sum(part.rows for part in parts), parts[0].columns)
+        for module, size in stored.items():
+            self._take(f"{module}.weight", size, _FLOATS if kept else {FP8})
+        if kept:
+            self.excluded.append(target)
+            self._add(
+                f"{target}.weight",
+                self.dtype,
+                shape,
+                [Piece(tensor=f"{name}.weight", rows=rows) for name, rows in pieces],
+            )
+        else:
+            self._add_fp8(target, sharing, shape, pieces)
+        if parts[0].bias:
+            for module, (rows, _) in stored.items():
+                self._take(f"{module}.bias", (rows,), _FLOATS)
+            biases = [Piece(tensor=f"{name}.bias", rows=rows) for name, rows in pieces]
+            self._add(f"{target}.bias", self.dtype, shape[:1], biases)
+
+    def _add_fp8(
+        self,
+        target: str,
+        sharing: Sequence[str],
+        shape: tuple[int, ...],
+        pieces: Sequence[tuple[str, tuple[int, int]]],
+    ) -> None:
+        """The matrix with the largest scales of those that share."""
+        scales = {name: self._scale(f"{name}.weight_scale") for name in sharing}
+        inputs = {self._scale(f"{name}.input_scale") for name in sharing}
+        shared = max(scales.values())
+        self.fp8.append(target)
+        self._add(
+            f"{target}.weight",
+            FP8,
+            shape,
+            [
+                Piece(tensor=f"{name}.weight", rows=rows, old_scale=scales[name], new_scale=shared)
+                for name, rows in pieces
+            ],
+        )
         if len(inputs) > 1:
-            self._merged_inputs.append(linear.target)
+            self.merged_inputs.append(target)
         for kind, value in (("weights", shared), ("activation", max(inputs))):
-            name = f"{linear.target}.{kind}_scaling_factor"
+            name = f"{target}.{kind}_scaling_factor"
             least, most = _FLOAT16_SCALES
-            if self._dtype == "float16" and not least <= value <= most:
+            if self.dtype == "float16" and not least <= value <= most:
                 raise _unfit(name, f"is {value:g}, beyond the range of float16; use bfloat16")
-            self._scalar(name, value)
+            self._add_number(name, value)
 
     def _scale(self, name: str) -> float:
         """One positive number."""
         self._used.add(name)
-        entry = self._checkpoint.tensors.get(name)
+        entry = self.checkpoint.tensors.get(name)
         if entry is None:
             kind = name.rpartition(".")[2]
-            if any(other.endswith(f".{kind}") for other in self._checkpoint.tensors):
+            if any(other.endswith(f".{kind}") for other in self.checkpoint.tensors):
                 raise self._corrupt(f"{name} is missing; static per-tensor FP8 needs it")
             raise _unfit(kind, "is in no linear; only FP8 with static scales is converted")
         if math.prod(entry.shape) != 1:
             raise _unfit(name, f"has shape {entry.shape}; only one scale for a tensor is converted")
-        value = float(self._checkpoint.scalar(name))
+        value = float(self.checkpoint.scalar(name))
         if not 0 < value < math.inf:
             raise self._corrupt(f"{name} is {value}, no positive number")
         return value
 
-    def kv_scale(self, layer: int, *, wanted: bool) -> None:
+    def add_kv_scale(self, layer: int, *, wanted: bool) -> None:
         """One scale for keys and values: the larger one, and no less than `KV_SCALE_FLOOR`.
 
         TensorRT-LLM's loader takes the maximum as well. The separate `k_cache_scaling_factor` and
         `v_cache_scaling_factor` would override ours, so they are not written.
         """
-        attention = f"model.layers.{layer}.self_attn"
+        attention = f"{layer_name(layer)}.self_attn"
         names = [f"{attention}.{part}_proj.{part}_scale" for part in ("k", "v")]
         self._used.update(names)
         if not wanted:
             return
-        if not any(name in self._checkpoint.tensors for name in names):
+        if not any(name in self.checkpoint.tensors for name in names):
             raise _unfit(
                 attention,
                 "has no k_scale and v_scale for an FP8 KV cache; use kv_cache_dtype=bfloat16 or "
                 "calibrate the cache (ModelOpt's FP8_KV_CFG)",
             )
         value = max(KV_SCALE_FLOOR, *(self._scale(name) for name in names))
-        self._scalar(f"transformer.layers.{layer}.attention.kv_cache_scaling_factor", value)
+        self._add_number(f"transformer.layers.{layer}.attention.kv_cache_scaling_factor", value)
 
-    def finish(self) -> TensorPlan:
-        """The plan, unless something is left over."""
-        for name in sorted(self._checkpoint.tensors.keys() - self._used):
+    def require_all_used(self) -> None:
+        """Refuse tensors that nothing of the plan reads."""
+        for name in sorted(self.checkpoint.tensors.keys() - self._used):
             if not name.endswith(".rotary_emb.inv_freq"):  # follows from the config
-                architecture = self._checkpoint.spec.architecture
+                architecture = self.checkpoint.spec.architecture
                 raise self._corrupt(f"{name} is no tensor of {architecture}, and no scale of one")
-        return TensorPlan(
-            tensors=tuple(self._tensors),
-            fp8=tuple(self._fp8),
-            excluded=tuple(self._excluded),
-            merged_inputs=tuple(self._merged_inputs),
-        )
 
     def _take(self, name: str, shape: tuple[int, ...], dtypes: Set[str]) -> None:
         """Mark a source tensor, which must be as `config.json` implies, as used."""
         self._used.add(name)
-        entry = self._checkpoint.tensors.get(name)
+        entry = self.checkpoint.tensors.get(name)
         if entry is None:
             raise self._corrupt(f"{name} is missing")
         if entry.dtype not in dtypes:
@@ -292,16 +326,16 @@ class _Planner:
             raise self._corrupt(f"{name} has shape {entry.shape}, config.json implies {shape}")
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
-        self._tensors.append(
+        self.tensors.append(
             PlannedTensor(name=name, dtype=dtype, shape=shape, pieces=tuple(pieces))
         )
 
-    def _scalar(self, name: str, value: float) -> None:
-        self._tensors.append(PlannedTensor(name=name, dtype="float32", shape=(1,), value=value))
+    def _add_number(self, name: str, value: float) -> None:
+        self.tensors.append(PlannedTensor(name=name, dtype="float32", shape=(1,), value=value))
 
     def _corrupt(self, fault: str) -> CorruptError:
         return CorruptError(
-            f"{self._checkpoint.dir} cannot be converted: {fault}; make the checkpoint again"
+            f"{self.checkpoint.dir} cannot be converted: {fault}; make the checkpoint again"
         )
 
 

@@ -1,0 +1,323 @@
+"""The TensorRT-LLM convert stage: one folder with config, weights and a record of what was done.
+
+The weights are streamed: their header is written first, since every size is known from the plan;
+then tensor after tensor goes through a memory map in pieces. Resident at a time: at most one source
+tensor. E4M3 codes move to a larger scale by a table of 256 entries, and what that costs follows
+from how often each code occurs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.cache import StageCache, StageResult
+from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.progress import progress
+from pipeline.core.safetensors_files import TensorSpec, read_header, safetensors_header
+from pipeline.core.settings import STRICT
+from pipeline.core.stages import Stage
+from pipeline.formats.trtllm.config import Dtype, trtllm_config
+from pipeline.formats.trtllm.tensors import Piece, PlannedTensor, TensorPlan, plan_tensors
+from pipeline.quant.unified import UnifiedCheckpoint, all_finite
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "rank0.safetensors"
+MAX_ADDED_ERROR = 0.1
+"""Largest relative error of a tensor that rounding to the scale of its group may add. Rounding
+E4M3 once more costs 0.02 to 0.04 (q, k, v, gate and up of SmolLM2, 2026-11-24); ten percent means
+that most values fell below the smallest code, and 1.0 that all of them became 0."""
+_CHUNK_BYTES = 1 << 20
+"""Counting codes takes eight times as much: NumPy counts in 64-bit integers."""
+
+KvCacheDtype = Literal["fp8", "bfloat16", "float16"]
+"""A 16-bit cache has the type of the activations."""
+
+STAGE = Stage(
+    name="convert-trtllm",
+    version=1,
+    code=(
+        "pipeline.formats.trtllm.config",
+        "pipeline.formats.trtllm.convert",
+        "pipeline.formats.trtllm.tensors",
+        "pipeline.model",
+        "pipeline.core.safetensors_files",
+        "pipeline.quant.unified",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrtLlmSettings:
+    """What the TensorRT-LLM checkpoint depends on beside the unified one.
+
+    Attributes:
+        kv_cache_dtype: `fp8`, which needs the calibrated scales of the cache, or `dtype`.
+        dtype: Type of activations and of tensors that are not FP8.
+    """
+
+    kv_cache_dtype: KvCacheDtype
+    dtype: Dtype
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_dtype not in {"fp8", self.dtype}:
+            raise ValueError(
+                f"kv_cache_dtype ({self.kv_cache_dtype}) must be fp8 or dtype ({self.dtype}): a "
+                "16-bit cache has the type of the activations"
+            )
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything but the checkpoint that shapes the bytes."""
+        return {**STAGE.identity, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionRecord:
+    """What the conversion did: `conversion.json`.
+
+    Attributes:
+        architecture: TensorRT-LLM's model class.
+        dtype: Type of activations and of tensors that are not FP8.
+        kv_cache_dtype: `fp8`, or the 16-bit type.
+        max_position_embeddings: Longest context of the model, tokens.
+        quantized_linears: How many of TensorRT-LLM's linears are FP8.
+        kept_16bit: Names of those that are not (`exclude_modules`).
+        requantized: Source module -> relative error that rounding to the scale of its group added:
+            root of the summed squared changes over that of the squared values.
+        merged_inputs: Linears whose parts had different activation scales; they got the largest.
+        attention_window: `max_attention_window` that the runtime must be told; None for no window.
+        notes: What a reader must know before building or serving.
+    """
+
+    schema: int = 1
+    architecture: str
+    dtype: Dtype
+    kv_cache_dtype: str
+    max_position_embeddings: int
+    quantized_linears: int
+    kept_16bit: tuple[str, ...]
+    requantized: dict[str, float]
+    merged_inputs: tuple[str, ...]
+    attention_window: int | None
+    notes: tuple[str, ...]
+
+
+def convert_trtllm(
+    checkpoint_dir: Path, checkpoint_digest: str, settings: TrtLlmSettings, cache: StageCache
+) -> StageResult:
+    """Convert a unified FP8 checkpoint, or take the conversion from the cache.
+
+    Returns:
+        A folder with `config.json`, `rank0.safetensors` and `conversion.json`.
+
+    Raises:
+        RecipeError: TensorRT-LLM cannot express this model or this checkpoint.
+        CorruptError: The checkpoint is damaged.
+    """
+
+    def produce(out_dir: Path) -> None:
+        write_checkpoint(checkpoint_dir, settings, out_dir)
+
+    return cache.run(STAGE, {"checkpoint": checkpoint_digest, **settings.inputs()}, produce)
+
+
+def write_checkpoint(
+    checkpoint_dir: Path, settings: TrtLlmSettings, out_dir: Path
+) -> ConversionRecord:
+    """Write config, weights and record into the folder `out_dir`; see `convert_trtllm`."""
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    spec, kv_fp8 = checkpoint.spec, settings.kv_cache_dtype == "fp8"
+    plan = plan_tensors(checkpoint, dtype=settings.dtype, kv_fp8=kv_fp8)
+    config = trtllm_config(spec, dtype=settings.dtype, kv_fp8=kv_fp8, exclude=plan.excluded)
+    errors = _write_tensors(plan, out_dir / WEIGHTS_FILE)
+    window = spec.window
+    if window is not None and window >= spec.max_position_embeddings:
+        window = None
+    record = ConversionRecord(
+        architecture=spec.architecture,
+        dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        max_position_embeddings=spec.max_position_embeddings,
+        quantized_linears=len(plan.fp8),
+        kept_16bit=tuple(plan.excluded),
+        requantized=errors,
+        merged_inputs=tuple(plan.merged_inputs),
+        attention_window=window,
+        notes=tuple(_notes(plan, errors, window, kv_fp8=kv_fp8)),
+    )
+    for note in record.notes:
+        log.info("%s", note)
+    contents = {"config.json": config, "conversion.json": dataclasses.asdict(record)}
+    for name, content in contents.items():
+        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n")
+    return record
+
+
+def _notes(
+    plan: TensorPlan, errors: dict[str, float], window: int | None, *, kv_fp8: bool
+) -> Iterator[str]:
+    """What a reader must know.
+
+    A window is not written into the checkpoint: TensorRT-LLM's Llama and Phi-3 classes have no key
+    for it, and the `runtime_defaults` that could carry it cannot be saved with the engine
+    (`ConfigEncoder` in `builder.py`, index number 205252225; TensorRT-LLM issue 2912).
+    """
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        yield (
+            f"{len(errors)} linears were rounded a second time, to the scale of those they are "
+            f"fused with; this adds a relative weight error of {mean:.4f} on average, "
+            f"{errors[worst]:.4f} at worst ({worst}). Checkpoints of enginesmith share scales and "
+            "lose nothing here"
+        )
+    if plan.merged_inputs:
+        yield (
+            f"{len(plan.merged_inputs)} linears had parts with different activation scales and got "
+            f"the largest, such as {plan.merged_inputs[0]}"
+        )
+    if window is not None:
+        yield (
+            f"the model attends to the last {window} tokens only, which the engine does not know: "
+            f"with max_seq_len above {window}, the runtime must be told "
+            f"kv_cache_config.max_attention_window=[{window}]"
+        )
+    dense = [name for name in plan.excluded if name.endswith(".attention.dense")]
+    if kv_fp8 and dense:
+        yield (
+            f"{dense[0]} is 16-bit while the KV cache is FP8; FP8 context attention then has no "
+            "scale for its output, which was not tried with TensorRT-LLM 1.2.1"
+        )
+
+
+def _write_tensors(plan: TensorPlan, path: Path) -> dict[str, float]:
+    """Write the weights, and check the file.
+
+    Returns:
+        Relative error that rounding a second time added, by source module.
+
+    Raises:
+        RecipeError: A value does not fit the 16-bit dtype, or rounding a second time loses more
+            than `MAX_ADDED_ERROR`.
+        CorruptError: A source tensor is damaged or holds NaN or infinite values, or the written
+            file is not what was planned.
+    """
+    errors: dict[str, float] = {}
+    with (
+        path.open("wb") as stream,
+        progress("Converting", len(plan.tensors), "tensors") as done,
+    ):
+        stream.write(
+            safetensors_header(TensorSpec(one.name, one.dtype, one.shape) for one in plan.tensors)
+        )
+        for tensor in plan.tensors:
+            errors |= _write_tensor(plan.checkpoint, tensor, stream)
+            done(1)
+    planned = {one.name: (one.dtype, one.shape) for one in plan.tensors}
+    written = {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
+    if written != planned:
+        raise CorruptError(f"{path} is not as planned; convert again")
+    return errors
+
+
+def _write_tensor(
+    checkpoint: UnifiedCheckpoint, tensor: PlannedTensor, stream: BinaryIO
+) -> dict[str, float]:
+    """Append one tensor; returns the error of each module in it that was rounded again."""
+    if tensor.value is not None:
+        stream.write(struct.pack("<f", tensor.value))
+    errors: dict[str, float] = {}
+    for piece in tensor.pieces:
+        if piece.old_scale != piece.new_scale:
+            module = piece.tensor.removesuffix(".weight")
+            errors[module] = _write_requantized(checkpoint, piece, stream)
+        else:
+            for rows in _row_blocks(checkpoint, piece):
+                stream.write(_cast(rows, tensor).tobytes())
+    return errors
+
+
+def _row_blocks(checkpoint: UnifiedCheckpoint, piece: Piece) -> Iterator[NDArray[Any]]:
+    """The piece in blocks of some megabytes."""
+    array = checkpoint.read(piece.tensor)
+    start, stop = piece.rows or (0, array.shape[0])
+    step = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
+    for first in range(start, stop, step):
+        rows = array[first : min(first + step, stop)]
+        if not all_finite(rows):
+            raise CorruptError(
+                f"{checkpoint.entry(piece.tensor).file}: tensor {piece.tensor} holds NaN or "
+                "infinite values; make the checkpoint again"
+            )
+        yield rows
+
+
+def _cast(rows: NDArray[Any], tensor: PlannedTensor) -> NDArray[Any]:
+    """The rows in the tensor's dtype, unchanged where they have it.
+
+    Raises:
+        RecipeError: A finite value became infinite: float16 ends at 65504.
+    """
+    import numpy as np
+
+    wanted = np.dtype(tensor.dtype)
+    if rows.dtype == wanted:
+        return rows
+    with np.errstate(over="ignore"):
+        cast: NDArray[Any] = rows.astype(np.float32).astype(wanted)
+    if (np.isinf(cast) & np.isfinite(rows)).any():
+        raise RecipeError(
+            [Fault(tensor.name, f"has values beyond the range of {tensor.dtype}; use bfloat16")]
+        )
+    return cast
+
+
+def _write_requantized(checkpoint: UnifiedCheckpoint, piece: Piece, stream: BinaryIO) -> float:
+    """Append codes moved to the new scale; returns the relative error of that.
+
+    The error is the root of the sum of squared changes over that of squared values: 0.02 is 2 %.
+
+    A code becomes the one nearest to `value * old_scale / new_scale`, in float32 and in this order
+    of operations, as `FP8Linear.postprocess` of TensorRT-LLM does it (`quantization/layers.py`,
+    index number 790827869). NaN stays NaN; nothing overflows, as the new scale is the larger one.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    e4m3 = ml_dtypes.float8_e4m3fn
+    values = np.arange(256, dtype=np.uint8).view(e4m3).astype(np.float32)
+    moved = values * np.float32(piece.old_scale) / np.float32(piece.new_scale)
+    table = moved.astype(e4m3).view(np.uint8)  # [256]: old code -> new code
+    counts = np.zeros(256, np.int64)
+    for rows in _row_blocks(checkpoint, piece):
+        codes = rows.view(np.uint8)
+        counts += np.bincount(codes.ravel(), minlength=256)
+        stream.write(table[codes].tobytes())
+    exact = values.astype(np.float64)
+    seen = (counts > 0) & np.isfinite(exact)
+    counts, old, new = (
+        counts[seen],
+        exact[seen] * piece.old_scale,
+        exact[table][seen] * piece.new_scale,
+    )
+    total, changed = float((counts * old**2).sum()), float((counts * (new - old) ** 2).sum())
+    error = (changed / total) ** 0.5 if total else 0.0
+    if error > MAX_ADDED_ERROR:
+        message = (
+            f"has scale {piece.old_scale:g}, a linear that it is fused with {piece.new_scale:g}; "
+            f"rounding to that adds a relative error of {error:.2f}, at most {MAX_ADDED_ERROR} is "
+            "allowed: quantize again with one scale for q, k, v and one for gate, up"
+        )
+        raise RecipeError([Fault(piece.tensor, message)])
+    return error
