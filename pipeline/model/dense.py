@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from pipeline.model.config_keys import ConfigKeys
-from pipeline.model.rope import read_rope
+from pipeline.model.read import ConfigKeys
+from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope, longrope_gain
 from pipeline.model.spec import Attention, Layer, Linear, ModelSpec, Norm
 
 _MAX_LAYERS = 4096  # far beyond any model; a typo must not fill the memory
@@ -152,3 +153,97 @@ def _group(
         )
         start += rows
     return linears
+
+
+def read_rope(keys: ConfigKeys, head_dim: int, max_position_embeddings: int) -> Rope:
+    """Read the rope settings in either spelling (Transformers 4 and 5).
+
+    What is wrong or not built becomes a fault of `keys`.
+    """
+    found = ConfigKeys(_settings(keys), "rope_parameters.")
+    found.ignore(*_KNOWN)
+    theta = found.number("rope_theta", 10000.0)
+    partial = found.number("partial_rotary_factor", 1.0)
+    kind = found.take("rope_type", "default")
+    rotary_dim = int(head_dim * min(partial, 1.0))
+    if not (keys.faults or found.faults) and (partial > 1 or rotary_dim < 2 or rotary_dim % 2):
+        found.fault("partial_rotary_factor", f"{partial} of {head_dim} is no even size")
+    scaling: Llama3Scaling | LongRopeScaling | None = None
+    if kind == "llama3":
+        scaling = _llama3_scaling(found)
+    elif kind == "longrope":
+        scaling = _longrope_scaling(found, max_position_embeddings, rotary_dim)
+    elif kind != "default":
+        found.fault("rope_type", f"{kind!r} is none of default, llama3, longrope")
+    found.check_all_known()
+    keys.faults += found.faults
+    keys.read |= found.read
+    return Rope(theta=theta, rotary_dim=rotary_dim, scaling=scaling)
+
+
+_KNOWN = ("factor", "original_max_position_embeddings")
+"""Settings that configs carry also where their kind of scaling does not read them."""
+
+
+def _settings(keys: ConfigKeys) -> dict[str, Any]:
+    """All rope settings, wherever the config states them; twice is fine, two values are not.
+
+    Transformers 4 has `rope_scaling` beside `rope_theta`, and called its `rope_type` `type`;
+    Transformers 5 has all in `rope_parameters`, and Phi-3 repeats its factor and its original
+    context at the top level, where they take precedence.
+    """
+    top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    keys.ignore(*top)
+    found: dict[str, Any] = {}
+    for section in (
+        keys.section_of("rope_scaling"),
+        keys.section_of("rope_parameters"),
+        {key: keys.config[key] for key in top if key in keys.config},
+    ):
+        for stated, value in section.items():
+            key = "rope_type" if stated == "type" else stated
+            if value is None:
+                continue
+            kept = found.setdefault(key, value)
+            if kept is not value and kept != value:
+                message = f"is stated twice, as {kept!r} and as {value!r}"
+                keys.fault(f"rope_parameters.{key}", message)
+                return {}
+    return found
+
+
+def _llama3_scaling(found: ConfigKeys) -> Llama3Scaling:
+    scaling = Llama3Scaling(
+        factor=found.number("factor"),
+        low_freq_factor=found.number("low_freq_factor"),
+        high_freq_factor=found.number("high_freq_factor"),
+        original_max_position_embeddings=found.integer("original_max_position_embeddings"),
+    )
+    if not found.faults and not scaling.low_freq_factor < scaling.high_freq_factor:
+        found.fault(
+            "low_freq_factor",
+            f"({scaling.low_freq_factor}) must be below high_freq_factor "
+            f"({scaling.high_freq_factor})",
+        )
+    return scaling
+
+
+def _longrope_scaling(
+    found: ConfigKeys, max_position_embeddings: int, rotary_dim: int
+) -> LongRopeScaling:
+    """The factors, and the attention factor as Transformers computes it where none is stated."""
+    original = found.integer("original_max_position_embeddings")
+    short, long = found.numbers("short_factor"), found.numbers("long_factor")
+    if not found.faults and not len(short) == len(long) == rotary_dim // 2:
+        found.fault(
+            "long_factor",
+            f"longrope has {len(short)} short and {len(long)} long factors for "
+            f"{rotary_dim // 2} frequencies",
+        )
+    ratio = found.number("factor", max_position_embeddings / original)
+    return LongRopeScaling(
+        short_factors=short,
+        long_factors=long,
+        original_max_position_embeddings=original,
+        attention_factor=found.number("attention_factor", longrope_gain(ratio, original)),
+    )

@@ -1,4 +1,9 @@
-"""From a `config.json`, or the same keys in `recipes/shapes`, to a ModelSpec."""
+"""From a `config.json`, or the same keys in `recipes/shapes`, to a ModelSpec.
+
+A key that a reader overlooks is an engine that is silently wrong. So families ask for keys by name
+and type, and whatever was not asked for is a fault, as is each value of the wrong type or range;
+all of them are reported together.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -14,10 +19,160 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.json_files import read_json_object
 from pipeline.model import families
-from pipeline.model.config_keys import IRRELEVANT, REQUIRED, ConfigKeys
 from pipeline.model.spec import ModelSpec
 
-CONFIG_FILE = "config.json"
+_MISSING: Any = object()
+_T = TypeVar("_T")
+_LARGEST = 1e300  # a JSON integer may be longer than any float
+
+IRRELEVANT = frozenset(
+    {
+        # about files, training, outputs or other programs, not about the forward pass
+        "_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
+        "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+        "id2label", "initializer_range", "label2id", "output_attentions",
+        "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
+        "return_dict", "torch_dtype", "transformers.js_config",
+        "transformers_version", "unk_token_id", "unsloth_fixed", "use_cache",
+        # defaults of `generate`, from a time before generation_config.json, and base-class fields
+        "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
+        "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+        "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+        "output_scores", "prefix", "remove_invalid_values", "repetition_penalty",
+        "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+        "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torchscript",
+        "typical_p",
+    }
+)  # fmt: skip
+REQUIRED: Mapping[str, Any] = {
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+    # What Transformers 4 writes where a config is dumped whole.
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "use_bfloat16": False,
+}
+"""Keys of every family that must have the one value that changes nothing, where they are stated."""
+
+
+class ConfigKeys:
+    """Reads typed values and collects faults; a faulty value has a stand-in, so reading goes on.
+
+    Attributes:
+        config: Key -> value.
+        section: What a key's path starts with, such as `rope_scaling.`.
+        faults: All that is wrong so far; paths are keys.
+        read: Effective value of each key that was read, defaults included.
+    """
+
+    def __init__(self, config: Mapping[str, Any], section: str = "") -> None:
+        self.config = config
+        self.section = section
+        self.faults: list[Fault] = []
+        self.read: dict[str, Any] = {}
+        self._known: set[str] = set()
+
+    def fault(self, key: str, message: str) -> None:
+        """Note that a key is wrong."""
+        self.faults.append(Fault(self.section + key, message))
+
+    def take(self, key: str, default: Any = _MISSING) -> Any:
+        """The value as it is; null counts as absent. A fault where an absent one has no default."""
+        self._known.add(key)
+        value = self.config.get(key)
+        if value is None:
+            if default is _MISSING:
+                self.fault(key, "is missing")
+                return None
+            value = default
+        self.read[self.section + key] = value
+        return value
+
+    def integer(self, key: str, default: Any = _MISSING) -> int:
+        """A whole number, 1 or more."""
+        value = self.take(key, default)
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _LARGEST:
+            return value
+        return self._wrong(key, value, "a whole number >= 1", 1)
+
+    def optional_integer(self, key: str, *, absent: int | None) -> int | None:
+        """As `integer`; a stated null is None, an absent key `absent`."""
+        self._known.add(key)
+        if key in self.config and self.config[key] is None:
+            self.read[self.section + key] = None
+            return None
+        return None if key not in self.config and absent is None else self.integer(key, absent)
+
+    def number(self, key: str, default: Any = _MISSING) -> float:
+        """A finite number above 0."""
+        value = self.take(key, default)
+        if _is_positive(value):
+            return float(value)
+        return self._wrong(key, value, "a number > 0", 1.0)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0."""
+        value = self.take(key)
+        if isinstance(value, list) and all(_is_positive(one) for one in value):
+            return tuple(float(one) for one in value)
+        return self._wrong(key, value, "a list of numbers > 0", ())
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.take(key, default)
+        return value if isinstance(value, bool) else self._wrong(key, value, "true or false", False)
+
+    def section_of(self, key: str) -> Mapping[str, Any]:
+        """A mapping; empty where it is absent."""
+        value = self.take(key, {})
+        return value if isinstance(value, Mapping) else self._wrong(key, value, "a section", {})
+
+    def require(self, key: str, wanted: Any) -> None:
+        """Demand one value where the key is stated."""
+        self._known.add(key)
+        value = self.config.get(key, wanted)
+        if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
+            self.fault(key, f"is {value!r}; only {wanted!r} is built for this model type")
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that leave the forward pass alone."""
+        self._known.update(keys)
+
+    def check_all_known(self) -> None:
+        """A fault for each key that was neither read, required nor ignored."""
+        for key in sorted(map(str, self.config.keys() - self._known)):
+            self.fault(
+                key,
+                "is not known for this model type; if it leaves the forward pass alone, ignore it "
+                "in pipeline/model/families, with the reason",
+            )
+
+    def raise_faults(self, where: str = "config.json: ") -> None:
+        """Stop if anything is wrong.
+
+        Raises:
+            RecipeError: With every fault.
+        """
+        if self.faults:
+            raise RecipeError([Fault(where + each.path, each.message) for each in self.faults])
+
+    def _wrong(self, key: str, value: Any, wanted: str, stand_in: _T) -> _T:
+        if value is not None:  # a missing one has its fault
+            self.fault(key, f"is {_shown(value)}; it must be {wanted}")
+        return stand_in
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def model_types() -> tuple[str, ...]:
@@ -42,7 +197,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     Raises:
         CorruptError: It is no JSON object.
     """
-    return read_json_object(folder / CONFIG_FILE)
+    return read_json_object(folder / "config.json")
 
 
 def spec_faults(spec: ModelSpec, config: Mapping[str, Any]) -> list[Fault]:

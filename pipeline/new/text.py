@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.model.config_keys import IRRELEVANT
+from pipeline.model.read import IRRELEVANT
 from pipeline.model.spec import ModelSpec
 from pipeline.runners.workload import Workload
 

@@ -18,7 +18,7 @@ from pipeline.plan.fit import Fit, fit_of
 from pipeline.plan.request import PlanRequest
 from pipeline.plan.sizes import BuildNeeds, Sizes, build_needs, sizes_of
 from pipeline.plan.workloads import WorkloadPlan, plan_workload
-from pipeline.quant.keep import keep_16bit_faults
+from pipeline.quant.spec import keep_16bit_faults
 
 
 @dataclass(frozen=True, kw_only=True)

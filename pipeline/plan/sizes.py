@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.core.hardware import GIB
 from pipeline.plan.request import PlanRequest
-from pipeline.quant.keep import select
-from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype
+from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype, select
 
 _QUANTIZE_BASE_BYTES = 3_200_000_000
 """Libraries, calibration activations and GGUF loading: what the model does not explain of the 3.9

@@ -12,7 +12,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.stage_protocols import CalibrationText
 from pipeline.core.values import Checkpoint, Weights
-from pipeline.quant.device import DeviceChoice
+from pipeline.quant.calibration import DeviceChoice
 from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec
 

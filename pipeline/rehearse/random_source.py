@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.core.cache import digest_folder
 from pipeline.core.values import Licence, Weights
-from pipeline.model.random_model import write_random_model
+from pipeline.model.hf import write_random_model
 from pipeline.model.spec import ModelSpec
 
 _TERMS = Licence(spdx="CC0-1.0", files=("LICENSE",), redistribution="allowed")

@@ -10,7 +10,7 @@ from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
-from pipeline.quant.keep import select
+from pipeline.quant.spec import select
 
 CONTEXT = 128
 """Longest request of the small engine, tokens; beyond its model's window, if that has one."""

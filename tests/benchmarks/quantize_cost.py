@@ -30,7 +30,7 @@ from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.quant import modelopt
-from pipeline.quant.device import free_vram_bytes
+from pipeline.quant.calibration import free_vram_bytes
 from pipeline.quant.fp8 import Fp8Quantizer, modelopt_config
 from pipeline.rehearse.random_source import RandomSource
 from pipeline.sources.text import calibration

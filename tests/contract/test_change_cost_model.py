@@ -19,7 +19,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.formats.trtllm.config import trtllm_config
 from pipeline.formats.trtrtx.stage import CPU_GRAPH, GraphSettings, write_graphs
 from pipeline.model import families
-from pipeline.model.random_model import write_random_model
+from pipeline.model.hf import write_random_model
 from pipeline.model.read import model_types, read_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
@@ -27,7 +27,7 @@ from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 FAMILY = '''\
 """Toy: Qwen's biases on Phi's stored tensors, and a key of its own for the window."""
 
-from pipeline.model.config_keys import ConfigKeys
+from pipeline.model.read import ConfigKeys
 from pipeline.model.dense import dense_decoder
 from pipeline.model.spec import ModelSpec
 

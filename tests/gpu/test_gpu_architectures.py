@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint, Weights
-from pipeline.quant.device import DeviceChoice
+from pipeline.quant.calibration import DeviceChoice
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.quant.device import DeviceChoice
+from pipeline.quant.calibration import DeviceChoice
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.sources.text.calibration import Calibration

@@ -21,7 +21,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.gpu import Conditions, read_conditions
 from pipeline.core.values import Engine
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
-from pipeline.model.random_model import write_random_model
+from pipeline.model.hf import write_random_model
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.child import ChildSession

@@ -7,9 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import CorruptError, IncompatibleError
-from pipeline.quant.calibration import OUTLIER_FACTOR, check_amax
-from pipeline.quant.device import DeviceChoice, activation_bytes, choose_placement, cpu_dtype
-from pipeline.quant.sharing import bf16_scale_amax
+from pipeline.quant.calibration import (
+    OUTLIER_FACTOR,
+    DeviceChoice,
+    activation_bytes,
+    bf16_scale_amax,
+    check_amax,
+    choose_placement,
+    cpu_dtype,
+)
 from pipeline.quant.spec import FP8_E4M3_MAX
 from tests.specs import tiny_spec
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.quant.keep import keep_16bit_faults, select
+from pipeline.quant.spec import keep_16bit_faults, select
 from tests.specs import shape
 
 

@@ -11,8 +11,8 @@ import pytest
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import Checkpoint
 from pipeline.model.read import read_spec
-from pipeline.quant.export import normalize_export
 from pipeline.quant.fp8 import SPEC
+from pipeline.quant.modelopt import normalize_export
 from pipeline.quant.spec import FP8_E4M3_MAX
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.model.hf import load_model, load_tokenizer
-from pipeline.model.random_model import write_random_model
+from pipeline.model.hf import load_model, load_tokenizer, write_random_model
 from pipeline.model.read import read_spec
 from pipeline.model.rope import LongRopeScaling
 from pipeline.rehearse.shrink import CONTEXT, small_spec

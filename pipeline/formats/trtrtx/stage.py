@@ -26,7 +26,6 @@ _CUT_CONTEXT = 64
 """Cache length of the cut, tokens: longer than the check's prompts, and fast to evaluate."""
 
 GRAPH_CODE = (
-    "pipeline.model.config_keys",
     "pipeline.model.dense",
     "pipeline.model.families",
     "pipeline.model.read",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.model.config_keys import ConfigKeys
 from pipeline.model.dense import dense_decoder, window_from_layer
+from pipeline.model.read import ConfigKeys
 from pipeline.model.spec import ModelSpec
 
 ARCHITECTURE = "Qwen2ForCausalLM"
