@@ -1,4 +1,4 @@
-"""Build recipes: compose, check everything, build, tell the outcome.
+"""Build a recipe: compose, check everything, build, tell the outcome.
 
     enginesmith build smollm2 compiler.max_batch_size=4
     python -m pipeline --config-dir recipes --config-name smollm2 compiler.max_batch_size=4
@@ -17,25 +17,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.commands.answer import Answer, answer_of, failure, tell
 from pipeline.commands.screen import file_logging, screen_logging, show_error
 from pipeline.config.compose import INFO, show_info
 from pipeline.config.folders import config_folders
-from pipeline.config.load import Job, Loaded, config_text, load
+from pipeline.config.load import Job, load
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.outcome import (
     Outcome,
     append_github_output,
     failure_of,
-    jobs_table,
     open_run,
     refused,
-    worst,
     write_verdict,
 )
 
@@ -49,16 +46,14 @@ class Request:
     """A command line.
 
     Attributes:
-        recipes: A recipe; with `multirun` several, with commas between.
+        recipe: Its name.
         overrides: In Hydra's grammar.
-        multirun: Sweeps are allowed; each combination is a job.
         rebuild: Build although a package with the same build key is published.
         config_dir: Folder with the user's recipes, searched first.
     """
 
-    recipes: str
+    recipe: str
     overrides: tuple[str, ...] = ()
-    multirun: bool = False
     rebuild: bool = False
     config_dir: Path | None = None
 
@@ -85,10 +80,7 @@ def run(request: Request, work: Work = build_job) -> ExitCode:
 
 
 def answer(request: Request, work: Work = build_job) -> Answer:
-    """Check all jobs, run the good ones, and record the outcome.
-
-    A job that fails or misses its target does not stop the others; Ctrl-C and SIGTERM do.
-    """
+    """Check everything, do the work, and record its outcome."""
     try:
         with _terminable(), screen_logging():
             return _run(request, work)
@@ -98,104 +90,35 @@ def answer(request: Request, work: Work = build_job) -> Answer:
 
 def _run(request: Request, work: Work) -> Answer:
     try:
-        folders = config_folders(request.config_dir)
-        loaded = load(
-            request.recipes, request.overrides, folders=folders, multirun=request.multirun
-        )
+        job = load(request.recipe, request.overrides, folders=config_folders(request.config_dir))
     except RecipeError as error:
-        loaded = Loaded(jobs=(), faults=error.faults)
+        job = Job(recipe=request.recipe, config={}, typed=None, faults=error.faults)
+    section = job.config.get("registry")
+    registry = section if isinstance(section, dict) else {}
+    folder = DEFAULT_REGISTRY  # where also the runs of other registries stay
+    if isinstance(path := registry.get("path"), str) and path and "://" not in path:
+        folder = Path(path)
     try:
-        run_dir = open_run(_registry_dir(loaded))
+        run_dir = open_run(folder)
     except OSError as error:
-        return _nowhere_to_write(loaded, error)
-    if loaded.faults or not request.multirun:
-        return _run_single(request, loaded, run_dir, work)
-    return _run_jobs(request, loaded.jobs, run_dir, work)
-
-
-def _registry_dir(loaded: Loaded) -> Path:
-    """The folder registry of the first job that names one; runs of other registries stay local."""
-    for job in loaded.jobs:
-        registry = job.config.get("registry")
-        path = registry.get("path") if isinstance(registry, dict) else None
-        if isinstance(path, str) and path and "://" not in path:
-            return Path(path)
-    return DEFAULT_REGISTRY
-
-
-def _registry_url(loaded: Loaded) -> str:
-    """What `--registry` takes to find the packages of a job."""
-    for job in loaded.jobs:
-        registry = job.config.get("registry")
-        if isinstance(registry, dict) and isinstance(url := registry.get("url"), str):
-            return url
-    return str(_registry_dir(loaded))
-
-
-def _nowhere_to_write(loaded: Loaded, error: OSError) -> Answer:
-    """Report that there can be no run folder; faults in the recipe count more."""
-    faults = loaded.all_faults
-    outcome = refused(faults) if faults else failure_of(error)
-    if not faults and outcome.exit_code is ExitCode.FAILED:
-        message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
-        outcome = replace(outcome, message=message)
-    document = outcome.to_json("", ())
-    append_github_output(document)
-    return answer_of(outcome, document)
-
-
-def _run_single(request: Request, loaded: Loaded, run_dir: Path, work: Work) -> Answer:
-    """One job, or a command line that is wrong for all jobs."""
-    if loaded.faults:
-        outcome = refused(loaded.all_faults)
-    else:
-        outcome = _attempt(loaded.jobs[0], run_dir, request, work)
-    document = outcome.to_json(request.recipes, request.overrides)
-    _record(run_dir, document)
-    return answer_of(outcome, document, _generate_command(outcome, _registry_url(loaded)))
-
-
-def _run_jobs(request: Request, jobs: Sequence[Job], run_dir: Path, work: Work) -> Answer:
-    """Every job in turn, each in a folder of its own; a table at the end."""
-    for job in jobs:
-        if job.faults:
-            log.warning("%s cannot be built: %s", _label(job), "; ".join(map(str, job.faults)))
-    rows: list[tuple[str, Sequence[str], Outcome]] = []
-    stopped = False
-    for number, job in enumerate(jobs, start=1):
-        if stopped:
-            outcome = Outcome(exit_code=ExitCode.INTERRUPTED, message="not started")
-        else:
-            if not job.faults:
-                log.info("Job %d of %d: %s", number, len(jobs), _label(job))
-            job_dir = run_dir / f"{number:0{len(str(len(jobs)))}d}"
-            outcome = _attempt(job, job_dir, request, work)
-            if outcome.verdict is None and not job.faults:
-                show_error(outcome.message)
-            stopped = outcome.exit_code is ExitCode.INTERRUPTED
-            write_verdict(job_dir, outcome.to_json(job.recipe, job.swept))
-        rows.append((job.recipe, job.swept, outcome))
-    code = worst(outcome.exit_code for _, _, outcome in rows)
-    good = sum(outcome.exit_code is ExitCode.OK for _, _, outcome in rows)
-    whole = Outcome(
-        exit_code=code,
-        message=f"{good} of {len(rows)} jobs are good",
-        seconds=sum(outcome.seconds for _, _, outcome in rows),
-    )
-    document = whole.to_json(request.recipes, request.overrides)
-    document["jobs"] = [outcome.to_json(recipe, swept) for recipe, swept, outcome in rows]
-    _record(run_dir, document)
-    return Answer(value=document, shown=[jobs_table(rows)], exit_code=code, message=whole.message)
-
-
-def _record(run_dir: Path, document: Mapping[str, Any]) -> None:
-    """Tell programs, before people: a closed terminal must not cost the verdict."""
+        return _nowhere_to_write(request, job, error)
+    outcome = _attempt(job, run_dir, request, work)
+    document = outcome.to_json(request.recipe, request.overrides)
+    # Programs first: a closed terminal must not cost the verdict.
     write_verdict(run_dir, document)
     append_github_output(document)
+    return answer_of(outcome, document, _generate_command(outcome, registry.get("url") or folder))
 
 
-def _label(job: Job) -> str:
-    return " ".join([job.recipe, *job.swept])
+def _nowhere_to_write(request: Request, job: Job, error: OSError) -> Answer:
+    """Report that there can be no run folder; faults in the recipe count more."""
+    outcome = refused(job.faults) if job.faults else failure_of(error)
+    if not job.faults and outcome.exit_code is ExitCode.FAILED:
+        message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
+        outcome = replace(outcome, message=message)
+    document = outcome.to_json(request.recipe, request.overrides)
+    append_github_output(document)
+    return answer_of(outcome, document)
 
 
 def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
@@ -212,19 +135,18 @@ def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
     return replace(outcome, seconds=time.perf_counter() - started)
 
 
-def _generate_command(outcome: Outcome, registry: str) -> str:
+def _generate_command(outcome: Outcome, registry: str | Path) -> str:
     """The command line that talks to the package, as it works in this shell."""
     script = Path(sys.executable).parent / "enginesmith"
+    command = [sys.executable, "-m", "pipeline.cli"]
     if shutil.which("enginesmith"):
         command = ["enginesmith"]
     elif script.is_file():
         here = script.is_relative_to(Path.cwd())
         command = [str(script.relative_to(Path.cwd()) if here else script)]
-    else:
-        command = [sys.executable, "-m", "pipeline.cli"]
     command += ["generate", str(outcome.reference)]
-    if registry != str(DEFAULT_REGISTRY):
-        command += ["--registry", registry]
+    if registry != DEFAULT_REGISTRY:
+        command += ["--registry", str(registry)]
     return shlex.join(command) + ' "Why is the sky blue?"'
 
 
@@ -248,16 +170,17 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _show(
-    recipe: str, overrides: Sequence[str], config_dir: Path | None, info: str | None
-) -> ExitCode:
+def _show(request: Request, info: str | None) -> ExitCode:
     """Print how a recipe is composed, as `info` or whole; what Hydra's own flags do."""
     try:
-        folders = config_folders(config_dir)
+        folders = config_folders(request.config_dir)
         if info:
-            show_info(info, recipe, overrides, folders)
+            show_info(info, request.recipe, request.overrides, folders)
         else:
-            print(config_text(load(recipe, overrides, folders=folders).one_job().config))
+            job = load(request.recipe, request.overrides, folders=folders)
+            if job.faults:
+                raise RecipeError(job.faults)
+            print(job.text)
     except RecipeError as error:
         show_error(refused(error.faults).message)
         return error.exit_code
@@ -268,26 +191,21 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
     """`python -m pipeline`: Hydra's own flags, as far as they mean something here."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Build recipes.")
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Build a recipe.")
     parser.add_argument("--config-dir", "-cd", type=Path, help="folder with recipes of your own")
     parser.add_argument("--config-name", "-cn", required=True, help="the recipe")
-    parser.add_argument("--multirun", "-m", action="store_true", help="several recipes, sweeps")
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed recipe, and stop")
     parser.add_argument("--info", "-i", choices=INFO, help="print how Hydra composed it, and stop")
     parser.add_argument("--rebuild", action="store_true", help="build what is already published")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_intermixed_args(arguments)
-    if given.cfg or given.info:
-        return _show(given.config_name, given.overrides, given.config_dir, given.info)
-    return run(
-        Request(
-            recipes=given.config_name,
-            overrides=tuple(given.overrides),
-            multirun=given.multirun,
-            rebuild=given.rebuild,
-            config_dir=given.config_dir,
-        )
+    request = Request(
+        recipe=given.config_name,
+        overrides=tuple(given.overrides),
+        rebuild=given.rebuild,
+        config_dir=given.config_dir,
     )
+    return _show(request, given.info) if given.cfg or given.info else run(request)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
         request.recipe or name,
         [*overrides, *request.overrides],
         folders=folders,
-    ).one_job()
+    )
 
 
 def same_weights(recipe: Recipe, package: Package) -> Weights:

@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pipeline.core.values import VerdictName
 
 log = logging.getLogger(__name__)
@@ -128,7 +126,10 @@ def failure_of(error: BaseException) -> Outcome:
         return Outcome(exit_code=ExitCode.INTERRUPTED, message="stopped before it was done")
     where = getattr(error, "filename", None) or "the file system"
     if _is_full(error):
-        message = f"disk full at {where}; free some space and run the same command again"
+        message = (
+            f"disk full at {where}; free some space, or set ENGINESMITH_CACHE to a folder on a "
+            "larger disk, and run the same command again"
+        )
         return Outcome(exit_code=ExitCode.TRANSIENT, message=message)
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:
         message = f"cannot write or read {where}: {error.strerror}; change its owner or mode"
@@ -194,8 +195,6 @@ def append_github_output(document: Mapping[str, Any]) -> None:
         return
     keys = ["exit_code", "verdict", "reference", "digest", "report", "message"]
     values = {key: document.get(key) for key in keys}
-    if "jobs" in document:
-        values["jobs"] = json.dumps(document["jobs"])
     text = "".join(_github_line(key, value) for key, value in values.items())
     try:
         with Path(path).open("a", encoding="utf-8") as stream:
@@ -235,29 +234,3 @@ def closing_lines(outcome: Outcome, generate: str) -> str:
 def megabytes(size_bytes: int | None) -> str:
     """Such as `142.3 MB` (10^6 bytes); empty for None."""
     return "" if size_bytes is None else f"{size_bytes / 1e6:.1f} MB"
-
-
-def jobs_table(rows: Sequence[tuple[str, Sequence[str], Outcome]]) -> Table:
-    """One line per job: recipe, the overrides that tell it from the others, and its outcome."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("recipe", "overrides", "verdict"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("digest", no_wrap=True)
-    table.add_column("exit", justify="right", no_wrap=True)
-    for recipe, overrides, outcome in rows:
-        style = "" if outcome.exit_code is ExitCode.OK else "red"
-        verdict = outcome.verdict or outcome.exit_code.name.lower().replace("_", " ")
-        table.add_row(
-            recipe,
-            " ".join(overrides),
-            verdict + (" (taken)" if outcome.taken else ""),
-            megabytes(outcome.size_bytes),
-            (outcome.digest or "")[:12],
-            str(int(outcome.exit_code)),
-            style=style,
-        )
-    return table

@@ -151,7 +151,7 @@ def compose(request: RaceRequest) -> Recipe:
         [*implied, *request.overrides],
         folders=config_folders(request.config_dir),
     )
-    return loaded.one_job().value
+    return loaded.value
 
 
 def workloads_of(request: RaceRequest, recipe: Recipe) -> tuple[Workload, ...]:

@@ -181,24 +181,6 @@ def test_missed_target_is_told_and_publishes_nothing(unpublished: Workplace) -> 
     assert unpublished.leftovers() == []
 
 
-def test_missed_target_in_a_multirun_does_not_stop_the_others(unpublished: Workplace) -> None:
-    told = unpublished.root / "github.txt"
-    told.write_text("before=1\n")
-    done = unpublished.build(
-        "-m", "acceptance.max_mean_kl_nats=1e-12,1000.0", GITHUB_OUTPUT=str(told)
-    )
-    verdict = unpublished.verdict()
-    assert done.returncode == 3, done.stderr
-    assert [job["exit_code"] for job in verdict["jobs"]] == [3, 0]
-    assert [job["verdict"] for job in verdict["jobs"]] == ["regression", "checked"]
-    assert "1 of 2" in verdict["message"]
-    assert "acceptance.max_mean_kl_nats=1e-12" in done.stdout
-    assert len(unpublished.packages()) == 1
-    lines = told.read_text().splitlines()
-    assert lines[0] == "before=1"
-    assert "exit_code=3" in lines
-
-
 def test_rebuild_of_the_same_bytes_is_the_same_version_and_of_others_is_another(
     place: Workplace,
 ) -> None:

@@ -90,13 +90,12 @@ def test_build_is_the_same_request_as_hydras_flags(monkeypatch: pytest.MonkeyPat
         return Answer(exit_code=ExitCode.NOT_ACCEPTED)
 
     monkeypatch.setattr("pipeline.__main__.answer", answer)
-    done = invoke("build", "smollm2,phi3", "a.b=1,2", "-m", "~c", "--config-dir", "x")
+    done = invoke("build", "smollm2", "a.b=1", "~c", "--config-dir", "x")
     assert done.exit_code == 3
     assert seen == [
         Request(
-            recipes="smollm2,phi3",
-            overrides=("a.b=1,2", "~c"),
-            multirun=True,
+            recipe="smollm2",
+            overrides=("a.b=1", "~c"),
             config_dir=Path("x"),
         )
     ]
@@ -116,7 +115,7 @@ def test_plan_of_a_bad_recipe_tells_people_and_programs() -> None:
     done = process("plan", "nosuch", "x=1,2", "--json")
     assert done.returncode == 2
     faults = json.loads(done.stdout)["faults"]
-    assert [fault["path"] for fault in faults] == ["x", ""]
+    assert [fault["path"] for fault in faults] == ["", "x"]
     assert "there is no recipe 'nosuch'" in done.stderr
     assert not Path("artifacts").exists()
 

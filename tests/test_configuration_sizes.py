@@ -42,8 +42,7 @@ def compiler_of(job: Job) -> Any:
 
 
 def only(folders: ConfigFolders, *overrides: str, recipe: str = "own.1") -> Job:
-    (job,) = load(recipe, overrides, folders=folders).jobs
-    return job
+    return load(recipe, overrides, folders=folders)
 
 
 def test_each_compiler_gets_its_own_sizes_and_keeps_the_rest_of_its_option(
@@ -71,11 +70,6 @@ def test_command_line_wins_over_the_sizes(folders: ConfigFolders, compiler: str)
 def test_key_of_another_compiler_is_still_a_fault(folders: ConfigFolders) -> None:
     (fault,) = only(folders, "compiler.opt_batch_size=4").faults
     assert fault.path == "compiler.opt_batch_size"
-
-
-def test_sweep_over_compilers_gives_each_job_its_sizes(folders: ConfigFolders) -> None:
-    loaded = load("own.1", ["compiler=checkpoint,trtrtx"], folders=folders, multirun=True)
-    assert [compiler_of(job).max_seq_len for job in loaded.jobs] == [700, 900]
 
 
 def test_compiler_without_sizes_keeps_those_of_its_option(folders: ConfigFolders) -> None:

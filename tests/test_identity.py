@@ -29,7 +29,7 @@ WEIGHTS = Weights(
 
 def recipe(*overrides: str, compiler: str = "checkpoint") -> Recipe:
     given = ["name=own", f"compiler={compiler}", "target=rtx4090", *overrides]
-    return load("smollm2", given, folders=config_folders(None)).one_job().value
+    return load("smollm2", given, folders=config_folders(None)).value
 
 
 def key(*overrides: str, compiler: str = "checkpoint") -> str:

@@ -19,16 +19,15 @@ def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> 
         return ExitCode.OK
 
     monkeypatch.setattr("pipeline.__main__.run", run)
-    main(["--config-dir", "own", "--config-name", "toy", "size=1,2", "-m", "~x", "+y=3"])
+    main(["--config-dir", "own", "--config-name", "toy", "size=1", "~x", "+y=3"])
     main(["-cn", "toy", "--rebuild"])
     assert seen == [
         Request(
-            recipes="toy",
-            overrides=("size=1,2", "~x", "+y=3"),
-            multirun=True,
+            recipe="toy",
+            overrides=("size=1", "~x", "+y=3"),
             config_dir=Path("own"),
         ),
-        Request(recipes="toy", rebuild=True),
+        Request(recipe="toy", rebuild=True),
     ]
 
 

@@ -18,8 +18,7 @@ from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, RecipeError
 from pipeline.model.read import spec_faults
-from pipeline.new.command import NewRecipe, new_recipe, report
-from pipeline.new.place import place
+from pipeline.new.command import NewRecipe, new_recipe, place, report
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.specs import published
 from tests.tiny_recipe import ROOT
@@ -47,7 +46,7 @@ def new(folder: Path, name: str = "mine", **options: Any) -> NewRecipe:
 
 
 def loaded(name: str = "mine", *overrides: str, config_dir: Path | None = None) -> Recipe:
-    (job,) = load(name, overrides, folders=config_folders(config_dir)).jobs
+    job = load(name, overrides, folders=config_folders(config_dir))
     assert job.faults == ()
     recipe: Recipe = job.value
     return recipe
@@ -133,7 +132,7 @@ def test_card_without_a_format_leaves_its_sizes_out_and_says_why() -> None:
     assert "TensorRT-RTX has no Hopper" in made.left_out["trtrtx"]
     assert any("TensorRT-RTX has no Hopper" in line for line in report(made, None))
     assert loaded().target.id == "h100"
-    (job,) = load("mine", ["compiler=trtrtx"], folders=config_folders(None)).jobs
+    job = load("mine", ["compiler=trtrtx"], folders=config_folders(None))
     assert "TensorRT-RTX has no Hopper" in plan_of(job.value).faults[0].message
 
 
@@ -302,10 +301,11 @@ class Stopped(dict[Path, str]):
         super().__init__(SET)
         self._stop = stop
 
-    def __getitem__(self, path: Path) -> str:
-        if path == self._stop:
-            raise KeyboardInterrupt
-        return super().__getitem__(path)
+    def items(self) -> Any:
+        for path, text in super().items():
+            if path == self._stop:
+                raise KeyboardInterrupt
+            yield path, text
 
 
 @pytest.mark.parametrize("stop", SET)

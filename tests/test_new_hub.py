@@ -54,7 +54,7 @@ def new(origin: str = REPO, **options: Any) -> NewRecipe:
 
 
 def loaded() -> Recipe:
-    (job,) = load("mine", [], folders=config_folders(None)).jobs
+    job = load("mine", [], folders=config_folders(None))
     assert job.faults == ()
     recipe: Recipe = job.value
     return recipe

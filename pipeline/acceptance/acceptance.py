@@ -32,7 +32,7 @@ STAGE = Stage(
         "pipeline.acceptance",
         "pipeline.core.gpu",
         "pipeline.runners",
-        "pipeline.sources.text.windows",
+        "pipeline.sources.text.corpus",
     ),
 )
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")

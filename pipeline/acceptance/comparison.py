@@ -20,7 +20,7 @@ from pipeline.formats.spec import format_spec
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.session import Session
-from pipeline.sources.text.windows import pack_windows
+from pipeline.sources.text.corpus import pack_windows
 
 if TYPE_CHECKING:
     import numpy as np

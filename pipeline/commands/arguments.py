@@ -24,9 +24,6 @@ Overrides = Annotated[
 ConfigDir = Annotated[
     Path | None, typer.Option(help="Folder with recipes of your own; ./recipes is searched too.")
 ]
-Multirun = Annotated[
-    bool, typer.Option("-m", "--multirun", help="Several recipes (a,b) or values (key=1,2).")
-]
 Registry = Annotated[
     str,
     typer.Option(

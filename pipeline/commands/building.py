@@ -10,15 +10,14 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.answer import Answer, answering
-from pipeline.commands.arguments import ConfigDir, Multirun, Overrides, Recipe, RecipesRegistry
-from pipeline.core.errors import ExitCode
+from pipeline.commands.arguments import ConfigDir, Overrides, Recipe, RecipesRegistry
+from pipeline.core.errors import ExitCode, RecipeError
 
 
 @answering
 def build(
     recipe: Recipe,
     overrides: Overrides = None,
-    multirun: Multirun = False,
     registry: RecipesRegistry = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build again what is already published.")
@@ -27,12 +26,11 @@ def build(
 ) -> Answer:
     """Build, check and publish the engine of a recipe."""
     from pipeline.__main__ import Request, answer
-    from pipeline.config.registry import registry_overrides
+    from pipeline.config.load import registry_overrides
 
     request = Request(
-        recipes=recipe,
+        recipe=recipe,
         overrides=(*(overrides or ()), *registry_overrides(registry)),
-        multirun=multirun,
         rebuild=rebuild,
         config_dir=config_dir,
     )
@@ -43,31 +41,24 @@ def build(
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    multirun: Multirun = False,
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Show size, fit and speed ceilings of a recipe, without downloading anything."""
     from pipeline.config.folders import config_folders
     from pipeline.config.load import load
 
-    folders = config_folders(config_dir)
-    loaded = load(recipe, overrides or (), folders=folders, multirun=multirun)
-    loaded.raise_faults()
+    composed = load(recipe, overrides or (), folders=config_folders(config_dir)).value
     from pipeline.build import plan_of
     from pipeline.outcome import refused
     from pipeline.plan import render
 
-    plans = [plan_of(job.value) for job in loaded.jobs]
-    faults = tuple(fault for made in plans for fault in made.faults)
-    shown = []
-    for job, made in zip(loaded.jobs, plans, strict=True):
-        shown += [" ".join([job.recipe, *job.swept]), render(made)] if multirun else [render(made)]
+    made = plan_of(composed)
     return Answer(
-        value={"jobs": [made.to_json() for made in plans]} if multirun else plans[0].to_json(),
-        shown=shown,
-        exit_code=ExitCode.USAGE if faults else ExitCode.OK,
-        message=refused(faults).message,
-        faults=faults,
+        value=made.to_json(),
+        shown=[render(made)],
+        exit_code=ExitCode.USAGE if made.faults else ExitCode.OK,
+        message=refused(made.faults).message,
+        faults=made.faults,
     )
 
 
@@ -79,10 +70,12 @@ def config(
 ) -> Answer:
     """Print a recipe as it is composed: every value, defaults and overrides merged."""
     from pipeline.config.folders import config_folders
-    from pipeline.config.load import config_text, load
+    from pipeline.config.load import load
 
-    job = load(recipe, overrides or (), folders=config_folders(config_dir)).one_job()
-    return Answer(value={"config": job.config}, shown=[config_text(job.config)])
+    job = load(recipe, overrides or (), folders=config_folders(config_dir))
+    if job.faults:
+        raise RecipeError(job.faults)
+    return Answer(value={"config": job.config}, shown=[job.text])
 
 
 @answering
@@ -145,9 +138,8 @@ def export_trtllm(
 ) -> Answer:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
     from pipeline.commands.screen import screen_logging
-    from pipeline.core.errors import RecipeError
     from pipeline.formats.trtllm.export import plan_export
-    from pipeline.plan.known_bad import checkpoint_faults
+    from pipeline.plan.findings import checkpoint_faults
 
     export = plan_export(
         checkpoint_dir,

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.cache import StageCache
 from pipeline.core.data import cache_root, shipped
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.listing import read_mark
+from pipeline.core.settings import read_mark
 from pipeline.core.values import Package
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder

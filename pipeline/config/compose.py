@@ -1,4 +1,4 @@
-"""One combination -> one Hydra configuration, with what could not be applied as faults.
+"""A recipe and its overrides -> one Hydra configuration, with what could not be applied as faults.
 
 Hydra stops at its first error, so what fails together is tried one by one. A misspelt key is no
 error here: it is set, and the validation of the whole refuses it with the keys that there are.
@@ -11,7 +11,7 @@ That option chooses the runner, unless `runner=` does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,21 +19,35 @@ from typing import cast
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.closest import closest, suggestion
-from pipeline.config.folders import ConfigFolders
-from pipeline.config.locate import ConfigFile, config_files
-from pipeline.config.sweep import Combination
+from pipeline.config.folders import ConfigFolders, suggestion
 from pipeline.core.errors import Fault, RecipeError
 
 _COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError
 )  # fmt: skip
 """What a bad file or override raises: Hydra lets PyYAML's and Python's own errors through."""
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""What Hydra can tell about a composition."""
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A YAML file that takes part in a configuration.
+
+    Attributes:
+        path: The file.
+        section: Dotted path of the section that it fills; empty for the whole.
+    """
+
+    path: Path
+    section: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,68 +58,72 @@ class Composed:
         config: The configuration, interpolations not yet resolved; None if there is none.
         faults: What could not be applied.
         files: Those that it was made of, the strongest first.
-        stand_in: The recipe does not exist; `config` is another one, to check the overrides with.
     """
 
     config: DictConfig | None
     faults: tuple[Fault, ...]
     files: tuple[ConfigFile, ...] = ()
-    stand_in: bool = False
 
 
-def compose_combination(combination: Combination, folders: ConfigFolders) -> Composed:
-    """Compose the recipe with the overrides that are good; the others become faults.
+def read_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+    """Overrides in Hydra's grammar, the last one of each key, and what cannot be read."""
+    parser = OverridesParser.create()
+    found: dict[str, Override] = {}
+    faults = []
+    for text in texts:
+        try:
+            (override,) = parser.parse_overrides([text])
+        except HydraException:
+            override = None
+        if override is None or not override.key_or_group:
+            message = (
+                f"cannot read the override {text!r}; write key=value, key=[a,b] for a list, "
+                "or 'key=\"any text\"' in quotes"
+            )
+            faults.append(Fault("", message))
+        elif override.is_sweep_override():
+            message = (
+                f"{text!r} names several values, and a run builds one: repeat the command for "
+                "each, or write [a,b] for a list and 'a,b' in quotes for text"
+            )
+            faults.append(Fault(override.key_or_group, message))
+        else:
+            found[override.key_or_group] = override
+    return list(found.values()), faults
 
-    For an unknown recipe the most similar one stands in, so that the overrides are checked as well.
-    """
-    name, overrides = combination.recipe, combination.overrides
-    recipe_dir = folders.recipe_dir(name)
-    if recipe_dir is not None:
-        return _compose(name, recipe_dir, overrides, folders)
-    known = folders.recipe_names()
-    unknown = Fault("", f"there is no recipe {name!r}; {suggestion(name, known)}")
-    stand_in = closest(name, known) or "build"
-    composed = _compose(stand_in, folders.recipe_dir(stand_in) or folders.conf, overrides, folders)
-    return Composed(config=composed.config, faults=(unknown, *composed.faults), stand_in=True)
 
-
-def _compose(
-    recipe: str, recipe_dir: Path, overrides: Sequence[Override], folders: ConfigFolders
-) -> Composed:
+def compose_recipe(recipe: str, overrides: Sequence[Override], folders: ConfigFolders) -> Composed:
+    """Compose the recipe with the overrides that are good; the others become faults."""
+    recipe_dir = folders.recipe_dir(recipe) or folders.conf
     faults: list[Fault] = []
     groups: list[str] = []
-    values: list[Override] = []
+    values: list[str] = []
     for override in overrides:
-        options = folders.options(override.key_or_group)
+        key, line = override.key_or_group, str(override.input_line)
+        section, _, name = key.rpartition(".")
         if override.is_hydra_override():
-            message = "Hydra itself is not configured here; leave it out"
-            faults.append(Fault(override.key_or_group, message))
-        elif not options and override.package is None:
-            values.append(override)
-        elif (fault := _group_fault(override, options)) is not None:
-            faults.append(fault)
-        else:
-            groups.append(str(override.input_line))
+            faults.append(Fault(key, "Hydra itself is not configured here; leave it out"))
+        elif (options := folders.options(key)) and not isinstance(override.value(), str):
+            allowed = f"choose one of {', '.join(options)}, and set its values by {key}.KEY=VALUE"
+            faults.append(Fault(key, f"got {line}; {allowed}"))
+        elif options or override.package is not None:
+            groups.append(line)
+        elif name == "kind":
+            faults.append(Fault(key, f"cannot be set; choose another option, {section}=OPTION"))
+        else:  # pydantic knows which keys exist
+            values.append(line if override.is_delete() else "++" + line.lstrip("+"))
     try:
         with warnings.catch_warnings(), initialize_config_dir(str(recipe_dir), version_base="1.3"):
             warnings.simplefilter("ignore", UserWarning)  # a defaults list without `_self_`
             search = _search_path(folders, recipe_dir)
-            lines = [_value_line(override) for override in values]
-            faults += [line for line in lines if isinstance(line, Fault)]
-            good = [line for line in lines if isinstance(line, str)]
-            config, refused = _apply(recipe, search, [*groups, *good])
-            faults += refused
+            config, refused = _apply(recipe, search, [*groups, *values])
     except _COMPOSITION_ERRORS as error:
         return Composed(config=None, faults=(*faults, _recipe_fault(recipe, error)))
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
-    files = config_files(recipe, dict(cast("dict[str, object]", choices)), folders.search)
-    return Composed(config=config, faults=tuple(faults), files=files)
-
-
-INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-"""What Hydra can tell about a composition."""
+    files = _config_files(recipe, cast("dict[str, object]", choices), folders.search)
+    return Composed(config=config, faults=(*faults, *refused), files=tuple(files))
 
 
 def show_info(what: str, recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> None:
@@ -154,51 +172,97 @@ def _apply(recipe: str, search: str, lines: Sequence[str]) -> tuple[DictConfig, 
             taken.append(line)
         except _COMPOSITION_ERRORS as error:
             key = line.lstrip("+~").partition("=")[0]
-            faults.append(Fault(key, _first_sentences(error)))
+            faults.append(Fault(key, _reason(error)))
     return config, faults
-
-
-def _group_fault(override: Override, options: Sequence[str]) -> Fault | None:
-    """What is wrong with the choice of an option, such as `compiler=trtrtx`."""
-    group = override.key_or_group
-    value = override.value()
-    if override.is_delete():
-        return Fault(group, f"cannot be left out; allowed: {', '.join(options)}")
-    if not options:
-        return Fault(group, "there is no such group of options")
-    if not isinstance(value, str):
-        wanted = f"choose one of {', '.join(options)}, and set its values by {group}.KEY=VALUE"
-        return Fault(group, f"got {override.get_value_string()}; {wanted}")
-    if value not in options:
-        return Fault(group, f"there is no option {value!r}; {suggestion(value, options)}")
-    return None
-
-
-def _value_line(override: Override) -> str | Fault:
-    """The line that sets a value, or why it may not be set; pydantic knows which keys exist."""
-    key, line = override.key_or_group, str(override.input_line)
-    if key.rpartition(".")[2] == "kind":
-        section = key.rpartition(".")[0]
-        return Fault(key, f"cannot be set; choose another option, {section}=OPTION")
-    return line if override.is_delete() else "++" + line.lstrip("+")
 
 
 def _recipe_fault(recipe: str, error: Exception) -> Fault:
     """Why a recipe cannot be composed, whatever the overrides."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if error.options:
-            hint = suggestion(option, error.options)
-            return Fault(group, f"recipe {recipe} asks for {option!r}; {hint}")
-    return Fault("", f"recipe {recipe} cannot be read: {_first_sentences(error)}")
+    group = str(getattr(error, "missing_cfg_file", "") or "").rpartition("/")[0]
+    return Fault(group, f"recipe {recipe} cannot be read: {_reason(error)}")
 
 
-def _first_sentences(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Hydra's message in one line, less the search path that it appends."""
     if isinstance(error, RecursionError):
         return "it contains itself"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        option = str(error.missing_cfg_file).rpartition("/")[2]
+        return f"there is no option {option!r}; {suggestion(option, error.options)}"
     text = str(error)
     if not text or text.startswith("Error merging override"):
         text = str(error.__cause__ or error)
     text = text.partition("Config search path")[0]
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _config_files(
+    recipe: str, choices: Mapping[str, object], search: Sequence[Path]
+) -> Iterator[ConfigFile]:
+    """The files of a recipe, the strongest first: itself, those it starts from, then options.
+
+    Args:
+        recipe: Its name.
+        choices: What Hydra chose: `group` or `group@section` -> option.
+        search: Folders, as Hydra searches them.
+    """
+    yield from _chain(recipe, "", search)
+    # Sizes and shapes, which name their section, come after the option that they refine.
+    for key, option in sorted(choices.items(), key=lambda choice: "@" not in choice[0]):
+        group, _, section = key.partition("@")
+        if isinstance(option, str) and not key.startswith("hydra/"):
+            section = section.removeprefix("_global_.") or group.replace("/", ".")
+            yield from _chain(f"{group.lstrip('/')}/{option}", section, search)
+
+
+def _chain(name: str, section: str, search: Sequence[Path]) -> Iterator[ConfigFile]:
+    """A file and those that its defaults list merges into the same section."""
+    path = next((dir / f"{name}.yaml" for dir in search if (dir / f"{name}.yaml").is_file()), None)
+    if path is None:
+        return
+    yield ConfigFile(path, section)
+    _, defaults = _child(_node(path), "defaults")
+    for entry in defaults.value if isinstance(defaults, yaml.SequenceNode) else ():
+        if isinstance(entry, yaml.ScalarNode) and entry.value not in ("_self_", name):
+            group, slash, _ = name.rpartition("/")
+            yield from _chain(f"{group}{slash}{entry.value}", section, search)
+
+
+def locate(path: str, files: Sequence[ConfigFile]) -> str:
+    """`FILE:LINE` of the strongest file that sets a key; empty where none does."""
+    for file in files:
+        inner = f"{path}.".removeprefix(f"{file.section}." if file.section else "")
+        if file.section and inner == f"{path}.":
+            continue
+        node: yaml.Node | None = _node(file.path)
+        line = None
+        for part in inner.split(".")[:-1]:
+            line, node = _child(node, part)
+            if line is None:
+                break
+        if line is not None:
+            shown = file.path
+            if shown.is_relative_to(Path.cwd()):
+                shown = shown.relative_to(Path.cwd())
+            return f"{shown}:{line}"
+    return ""
+
+
+def _node(path: Path) -> yaml.Node | None:
+    try:
+        node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return node
+
+
+def _child(node: yaml.Node | None, key: str) -> tuple[int | None, yaml.Node | None]:
+    """The line of a key or list item, from 1, and what it holds."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value == key:
+                return name.start_mark.line + 1, value
+    if isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
+        item = node.value[int(key)]
+        return item.start_mark.line + 1, item
+    return None, None

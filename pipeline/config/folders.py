@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ class ConfigFolders:
     """The search path of configuration.
 
     Attributes:
-        recipes: Folders with recipes; the first that has a recipe wins. They may hold options as
-            well, which are looked for in the recipe's own folder first, then in this order.
+        recipes: Folders with recipes, and options as well; the first that has one wins.
         conf: Our base configuration and options.
     """
 
@@ -28,7 +28,6 @@ class ConfigFolders:
         return (*self.recipes, self.conf)
 
     def recipe_names(self) -> tuple[str, ...]:
-        """Every recipe that can be named."""
         return _stems(self.recipes)
 
     def recipe_dir(self, recipe: str) -> Path | None:
@@ -58,3 +57,17 @@ def config_folders(config_dir: Path | None) -> ConfigFolders:
     wanted = [config_dir, Path("recipes"), data_dir("recipes")]
     present = [dir.resolve() for dir in wanted if dir is not None and dir.is_dir()]
     return ConfigFolders(recipes=tuple(dict.fromkeys(present)), conf=data_dir("conf"))
+
+
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like `name`, upper and lower case alike; None if none is similar."""
+    by_lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def suggestion(name: str, options: Iterable[str]) -> str:
+    """What to write instead of `name`: `did you mean a? allowed: a, b, c`."""
+    allowed = sorted(set(options))
+    match = closest(name, allowed)
+    return (f"did you mean {match}? " if match else "") + f"allowed: {', '.join(allowed) or 'none'}"

@@ -1,19 +1,17 @@
-"""Recipes and overrides -> jobs, each with its object or with all of its faults."""
+"""A recipe's name and overrides -> one job: its typed recipe, or all of its faults."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
-from pipeline.config.compose import compose_combination
-from pipeline.config.folders import ConfigFolders
-from pipeline.config.locate import ConfigFile, locate
+from pipeline.config.compose import ConfigFile, compose_recipe, locate, read_overrides
+from pipeline.config.folders import ConfigFolders, closest, suggestion
 from pipeline.config.recipe import Recipe
-from pipeline.config.sweep import Combination, combinations
 from pipeline.config.validate import validate
 from pipeline.core.errors import Fault, RecipeError
 
@@ -25,18 +23,16 @@ _SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One recipe with one value for each override.
+    """One recipe with its overrides.
 
     Attributes:
         recipe: Name of the recipe.
-        swept: The overrides in which this job differs from its neighbours.
         config: Resolved configuration, plain dicts and lists; empty if it could not be composed.
         typed: The recipe as an object; None if there are faults.
-        faults: All of them.
+        faults: All of them, those of the command line first.
     """
 
     recipe: str
-    swept: tuple[str, ...]
     config: Mapping[str, Any]
     typed: Recipe | None
     faults: tuple[Fault, ...]
@@ -52,96 +48,79 @@ class Job:
             raise RecipeError(self.faults)
         return self.typed
 
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """The jobs of a run, and the faults of the command line, which belong to all of them."""
-
-    jobs: tuple[Job, ...]
-    faults: tuple[Fault, ...]
-
     @property
-    def all_faults(self) -> tuple[Fault, ...]:
-        """Those of the command line and of every job, each once."""
-        return tuple(dict.fromkeys([*self.faults, *(f for job in self.jobs for f in job.faults)]))
-
-    def one_job(self) -> Job:
-        """The job of a command line without sweeps.
-
-        Raises:
-            RecipeError: With all faults.
-        """
-        self.raise_faults()
-        return self.jobs[0]
-
-    def raise_faults(self) -> None:
-        """Go on only with what is good.
-
-        Raises:
-            RecipeError: With all faults.
-        """
-        if self.all_faults:
-            raise RecipeError(self.all_faults)
+    def text(self) -> str:
+        """The composed recipe as YAML."""
+        text: str = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
+        return text.rstrip()
 
 
-def load(
-    recipes: str,
-    overrides: Sequence[str],
-    *,
-    folders: ConfigFolders,
-    multirun: bool = False,
-) -> Loaded:
+def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Job:
     """Compose and check everything; pure but for reading YAML.
 
     Args:
-        recipes: Name of a recipe; with `multirun` several, with commas between.
+        recipe: Its name. For an unknown one the most similar stands in, so that the overrides are
+            checked as well.
         overrides: In Hydra's grammar: `compiler=trtrtx`, `compiler.max_batch_size=8`.
-        folders: Where they lie.
-        multirun: One job for each combination of recipes and values.
+        folders: Where recipes and options lie.
     """
-    found, faults = combinations(recipes, overrides, multirun=multirun, folders=folders)
-    return Loaded(
-        jobs=tuple(_job(combination, folders) for combination in found), faults=tuple(faults)
+    name, known = recipe.removesuffix(".yaml"), folders.recipe_names()
+    given, faults = read_overrides(overrides)
+    unknown = name not in known
+    if unknown:
+        faults.insert(0, Fault("", f"there is no recipe {name!r}; {suggestion(name, known)}"))
+    composed = compose_recipe(
+        (closest(name, known) or "build") if unknown else name, given, folders
     )
-
-
-def config_text(config: Mapping[str, Any]) -> str:
-    """A composed recipe as YAML."""
-    text: str = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    return text.rstrip()
-
-
-def _job(combination: Combination, folders: ConfigFolders) -> Job:
-    composed = compose_combination(combination, folders)
-    faults = [*composed.faults, *_unnamed_source(combination)]
+    keys = [override.key_or_group for override in given]
+    found = [*composed.faults, *_unnamed_source(name, keys)]
     config: Mapping[str, Any] = {}
     typed = None
-    keys = tuple(override.key_or_group for override in combination.overrides)
-    values = tuple(key for key in keys if not folders.options(key))
     if composed.config is not None:
-        checked = validate(composed.config)
-        config, typed = checked.config, checked.recipe
+        config, typed, broken = validate(composed.config)
+        values = [key for key in keys if not folders.options(key)]
         if typed is not None and "compiler.max_batch_size" in keys:
             config, typed = _with_fitting_targets(config, typed, keys)
-        faults += [_located(fault, values, composed.files) for fault in checked.faults]
-    if composed.stand_in:
-        below = tuple(f"{key}." for key in values)
-        faults = [
-            fault
-            for fault in faults
-            if fault is composed.faults[0] or fault.path in keys or fault.path.startswith(below)
-        ]
+        found += [_located(fault, values, composed.files) for fault in broken]
+    if unknown:
+        found = [fault for fault in found if any(_within(fault.path, key) for key in keys)]
+        config = {}
+    faults += found
     return Job(
-        recipe=combination.recipe,
-        swept=combination.swept,
-        config={} if composed.stand_in else config,
+        recipe=name,
+        config=config,
         typed=None if faults else typed,
         faults=tuple(dict.fromkeys(faults)),
     )
 
 
+def registry_overrides(url: str | None) -> tuple[str, ...]:
+    """The overrides that `--registry URL` stands for; none for None.
+
+    Raises:
+        RecipeError: There is no such kind of registry.
+    """
+    if url is None:
+        return ()
+    scheme, found, path = url.partition("://")
+    quoted = "'" + url.replace("'", "\\'") + "'"
+    if not found:
+        return ("registry=folder", f"registry.path={quoted}")
+    if scheme == "file":
+        return registry_overrides(path)
+    if scheme not in ("s3", "oci"):
+        message = f"{url!r} is no registry: write a folder, file:///PATH, s3://... or oci://..."
+        raise RecipeError([Fault("--registry", message)])
+    return (f"registry={scheme}", f"registry.url={quoted}")
+
+
+def _within(path: str, key: str) -> bool:
+    """Whether a config path is a key or lies below it."""
+    return f"{path}.".startswith(f"{key}.")
+
+
 def _with_fitting_targets(
-    config: Mapping[str, Any], recipe: Recipe, keys: Sequence[str]
+    config: Mapping[str, Any], recipe: Recipe, keys: Collection[str]
 ) -> tuple[Mapping[str, Any], Recipe]:
     """Less the recipe's targets at a larger batch than the command line asks for, and says so."""
     acceptance, limit = recipe.acceptance, recipe.compiler.limits.max_batch_size
@@ -160,20 +139,17 @@ def _with_fitting_targets(
 
 def _located(fault: Fault, keys: Sequence[str], files: Sequence[ConfigFile]) -> Fault:
     """The fault with its file and line, unless the command line set the value."""
-    path = f"{fault.path}."
-    if any(path.startswith(f"{key}.") or f"{key}.".startswith(path) for key in keys):
+    if any(_within(fault.path, key) or _within(key, fault.path) for key in keys):
         return fault
     return replace(fault, where=locate(fault.path, files))
 
 
-def _unnamed_source(combination: Combination) -> list[Fault]:
+def _unnamed_source(recipe: str, keys: Collection[str]) -> list[Fault]:
     """Other weights need another name: nobody's fine-tune is to be published as `phi3`."""
-    keys = [override.key_or_group for override in combination.overrides]
     sources = [key for key in keys if key.split(".")[0] == "source" and key not in _SAME_WEIGHTS]
     if not sources or "name" in keys:
         return []
     message = (
-        f"other weights would be published as {combination.recipe!r}; "
-        "say under which name instead: name=NAME"
+        f"other weights would be published as {recipe!r}; say under which name instead: name=NAME"
     )
     return [Fault(sources[0], message)]

@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.acceptance import Acceptance
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.hardware import Target
-from pipeline.core.kinds import OneOf
-from pipeline.core.settings import STRICT
-from pipeline.core.stage_protocols import EngineCompiler, Quantizer, WeightSource
+from pipeline.core.settings import STRICT, OneOf
+from pipeline.core.values import Checkpoint, Licence, Weights
+from pipeline.formats.spec import EngineCompiler
 from pipeline.model.read import Shape
 from pipeline.registry.reference import Part, check_part
 from pipeline.registry.store import Registry
 from pipeline.runners.runner import Runner
-from pipeline.sources.text.calibration import Calibration
+from pipeline.sources.text.corpus import Calibration
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """Brings a Hugging Face folder into the weight cache."""
+
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence; known before anything is fetched."""
+        ...
+
+    def fetch(self) -> Weights:
+        """Download or convert, unless the cache holds it; verified, atomic.
+
+        Raises:
+            NotFoundError: No such repository, commit, folder or package.
+            AccessError: Gated or private.
+            CorruptError: Bytes are not what they claim to be.
+            TransientError: Network or disk; trying again may work.
+        """
+        ...
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Turns weights into the unified checkpoint."""
+
+    @property
+    def precision(self) -> str:
+        """What it quantizes to: a name that `pipeline.quant.spec` knows."""
+        ...
+
+    @property
+    def keep_16bit(self) -> tuple[str, ...]:
+        """Patterns (fnmatch) of linears that stay 16-bit."""
+        ...
+
+    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
+        """Everything that shapes the checkpoint's bytes, as JSON values."""
+        ...
+
+    def quantize(self, weights: Weights, calibration: Calibration, cache: StageCache) -> Checkpoint:
+        """Make the checkpoint, or take it from the cache."""
+        ...
 
 
 def _part(part: Part) -> AfterValidator:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
@@ -13,64 +12,23 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from omegaconf.grammar_parser import parse
 from pydantic import ValidationError
 
-from pipeline.config.closest import closest, suggestion
+from pipeline.config.folders import closest, suggestion
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import Fault
-from pipeline.core.kinds import OneOf, validated
+from pipeline.core.settings import OneOf, validated
 
-_WANTED = {
-    "bool_type": "true or false",
-    "dataclass_type": "a section",
-    "dict_type": "a section",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "greater_than": "a number > {gt}",
-    "greater_than_equal": "a number >= {ge}",
-    "int_from_float": "a whole number",
-    "int_type": "a whole number",
-    "kind": "one of {allowed}",
-    "less_than": "a number < {lt}",
-    "less_than_equal": "a number <= {le}",
-    "list_type": "a list",
-    "literal_error": "{expected}",
-    "none_required": "null",
-    "path_type": "a path",
-    "section": "a section; choose one: {section}=OPTION",
-    "string_pattern_mismatch": "text that matches {pattern}",
-    "string_too_long": "at most {max_length} characters",
-    "string_type": "text",
-    "tuple_type": "a list",
-}
-"""pydantic's error types in the words of a recipe; the others keep pydantic's message."""
-
-
-class _Broken:
-    """Stands where a value should be that already has its fault."""
-
-
-_BROKEN = _Broken()
 Location = tuple[int | str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Validated:
-    """What a configuration stands for.
+def validate(config: DictConfig) -> tuple[Mapping[str, Any], Recipe | None, list[Fault]]:
+    """Resolve a configuration and check it whole.
 
-    Attributes:
-        config: The configuration as plain dicts and lists, resolved; broken values are missing.
-        recipe: None if there are faults.
-        faults: All of them.
+    Returns:
+        It as plain dicts and lists, without the values that are missing or cannot be resolved; the
+        recipe, None if there are faults; all faults.
     """
-
-    config: Mapping[str, Any]
-    recipe: Recipe | None
-    faults: tuple[Fault, ...]
-
-
-def validate(config: DictConfig) -> Validated:
-    """Resolve a configuration and check it whole, as `Recipe`."""
     broken: dict[str, str] = {}
-    plain = _without_broken(_resolved(config, "", broken))
+    plain = _resolved(config, "", broken)
     faults = [Fault(path, message) for path, message in broken.items() if message]
     recipe = None
     try:
@@ -78,7 +36,7 @@ def validate(config: DictConfig) -> Validated:
     except ValidationError as error:
         found = _validation_faults(error, plain)
         faults += [fault for fault in found if not _follows_from(broken, fault)]
-    return Validated(config=plain, recipe=None if faults else recipe, faults=tuple(faults))
+    return plain, None if faults else recipe, faults
 
 
 def _follows_from(broken: Mapping[str, str], fault: Fault) -> bool:
@@ -87,45 +45,38 @@ def _follows_from(broken: Mapping[str, str], fault: Fault) -> bool:
 
 
 def _resolved(node: Any, path: str, broken: dict[str, str]) -> Any:
-    """Plain dicts and lists; what is missing or cannot be resolved is `_BROKEN`.
+    """Plain dicts and lists, less what is missing or cannot be resolved.
 
     Args:
         node: Of the configuration.
         path: Its dotted path.
-        broken: Gets the path of every broken value, with its fault or, where that is another's, "".
+        broken: Gets the path of every such value, with its fault or, where that is another's, "".
     """
-    if isinstance(node, DictConfig):
-        keys: list[Any] = list(node)
-    elif isinstance(node, ListConfig):
-        keys = list(range(len(node)))
-    else:
+    if not isinstance(node, DictConfig | ListConfig):
         return node
-    children = {
-        key: _resolved_child(node, key, f"{path}.{key}" if path else str(key), broken)
-        for key in keys
-    }
+    keys: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
+    children = {}
+    for key in keys:
+        below = f"{path}.{key}" if path else str(key)
+        try:
+            raw = node._get_node(key)
+            if isinstance(raw, Node) and _calls_resolver(raw._value()):
+                broken[below] = (
+                    "a recipe holds data only; ${NAME:...} is not resolved, write the value"
+                )
+            elif OmegaConf.is_missing(node, key):
+                broken[below] = _required(below)
+            else:
+                children[key] = _resolved(node[key], below, broken)
+        except InterpolationToMissingValueError:
+            broken[below] = ""
+        except OmegaConfBaseException as error:
+            broken[below] = f"cannot be resolved: {str(error).splitlines()[0]}"
     return children if isinstance(node, DictConfig) else list(children.values())
 
 
-def _resolved_child(
-    node: DictConfig | ListConfig, key: Any, path: str, broken: dict[str, str]
-) -> Any:
-    try:
-        raw = node._get_node(key)
-        if isinstance(raw, Node) and _calls_resolver(raw._value()):
-            broken[path] = "a recipe holds data only; ${NAME:...} is not resolved, write the value"
-            return _BROKEN
-        if OmegaConf.is_missing(node, key):
-            broken[path] = f"is required; set {path}=VALUE or put it in the recipe"
-            return _BROKEN
-        child = node[key]
-    except InterpolationToMissingValueError:
-        broken[path] = ""
-        return _BROKEN
-    except OmegaConfBaseException as error:
-        broken[path] = f"cannot be resolved: {str(error).splitlines()[0]}"
-        return _BROKEN
-    return _resolved(child, path, broken)
+def _required(path: str) -> str:
+    return f"is required; set {path}=VALUE or put it in the recipe"
 
 
 def _calls_resolver(raw: Any) -> bool:
@@ -138,14 +89,6 @@ def _calls_resolver(raw: Any) -> bool:
         return type(tree).__name__ == "InterpolationResolverContext" or any(map(calls, inner))
 
     return calls(parse(raw))
-
-
-def _without_broken(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _without_broken(child) for key, child in node.items() if child is not _BROKEN}
-    if isinstance(node, list):
-        return [_without_broken(child) for child in node if child is not _BROKEN]
-    return node
 
 
 def _validation_faults(error: ValidationError, config: Mapping[str, Any]) -> list[Fault]:
@@ -174,30 +117,23 @@ def _config_location(loc: Location, config: Any) -> Location:
 
 
 def _message(detail: Mapping[str, Any], location: Location, config: Mapping[str, Any]) -> str:
-    """What was got, and what is wanted."""
-    kind, context, path = detail["type"], detail.get("ctx", {}), ".".join(map(str, location))
+    """What was got, and what is allowed, in pydantic's words."""
+    kind, path = detail["type"], ".".join(map(str, location))
     if kind in {"value_error", "assertion_error"}:
-        return str(context["error"])
+        return str(detail["ctx"]["error"])
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         return f"there is no such key; {_key_suggestion(location, config)}"
     if kind in {"missing", "missing_keyword_only_argument"}:
-        return f"is required; set {path}=VALUE or put it in the recipe"
-    got = _shown(detail["input"])
-    if kind not in _WANTED:
-        return f"got {got}: {detail['msg']}"
-    message = f"got {got}, wanted {_WANTED[kind].format(**{'section': path, **context})}"
-    options = {"kind": context.get("allowed", "").split(", ")}.get(kind) or re.findall(
-        r"'([^']*)'", context.get("expected", "")
-    )
-    if isinstance(detail["input"], str) and (match := closest(detail["input"], options)):
-        message += f"; did you mean {match}?"
-    return message
+        return _required(path)
+    wanted = re.sub(r"^\w+ should\b", "must", detail["msg"])
+    choose = f"; choose one: {path}=OPTION" if kind == "section" else ""
+    return f"got {_shown(detail['input'])}, {wanted}{choose}"
 
 
 def _key_suggestion(location: Location, config: Mapping[str, Any]) -> str:
     """The keys that are allowed beside a misspelt one; else the same key in another section."""
     *section, key = location
-    allowed = fields_at(section, config)
+    allowed = _fields_at(section, config)
     if closest(str(key), allowed) is None:
         elsewhere = [path for path in _paths(config) if path.rpartition(".")[2] == key]
         elsewhere = [path for path in elsewhere if path != ".".join(map(str, location))]
@@ -207,7 +143,7 @@ def _key_suggestion(location: Location, config: Mapping[str, Any]) -> str:
     return suggestion(f"{prefix}{key}", [f"{prefix}{name}" for name in allowed])
 
 
-def fields_at(section: Sequence[int | str], config: Any) -> tuple[str, ...]:
+def _fields_at(section: Sequence[int | str], config: Any) -> tuple[str, ...]:
     """The keys that a section of a recipe may have; empty if there is no such section."""
     cls: Any = Recipe
     for key in section:

@@ -5,9 +5,8 @@
 `inputs` names everything that influences the bytes: digests of what goes in, settings, versions of
 tools; the stage adds its own version. Every byte of a kept folder is digested again before it is
 used, and a damaged one is made again. A folder becomes visible by one rename after `produce`
-returned, so a killed run leaves nothing that is taken for finished. Two runs that want the same key
-wait for each other through a lock; should the lock not work (a network file system may ignore it),
-each works in a folder of its own and the first rename wins.
+returned. Two runs that want the same key wait for each other through a lock; on a file system
+without locks each works in a folder of its own and the first rename wins.
 """
 
 from __future__ import annotations
@@ -146,10 +145,7 @@ class StageCache:
     def _read(self, target: Path, key: str, *, made: bool) -> StageResult | None:
         """The finished stage at `target`, or None; a damaged one is removed, to be made again.
 
-        Args:
-            target: Its folder.
-            key: Digest of its inputs.
-            made: It was written just now, and need not be digested again.
+        `made`: it was written just now, and need not be digested again.
         """
         if not target.is_dir():
             return None

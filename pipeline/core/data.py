@@ -1,12 +1,15 @@
-"""Where data lies: `conf/` and `recipes/`, which come with this code, and the cache."""
+"""Where data lies: `conf/` and `recipes/`, which come with this code, the cache; JSON of others."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from pipeline.core.errors import CorruptError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -33,3 +36,18 @@ def shipped(option: str) -> dict[str, Any]:
     """The keys of an option as it ships, such as `runner/vllm`, less its `kind` and `defaults`."""
     values = yaml.safe_load((data_dir("conf") / f"{option}.yaml").read_text(encoding="utf-8"))
     return {name: value for name, value in values.items() if name not in ("kind", "defaults")}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        CorruptError: It is something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path}: not JSON: {error}; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path}: a JSON {type(value).__name__}, wanted an object")
+    return value

@@ -1,10 +1,8 @@
 """Every exception that this package raises on purpose, each with its exit code.
 
-Only the entry points (`pipeline.__main__`, `pipeline.cli`) catch these: they print the message and
-exit with `exit_code`. Anything else that escapes is a bug and keeps its traceback. A missed target
-is no exception: it is a `Verdict`.
-
-A message says what was got, what was wanted, and the next step.
+Only the entry points (`pipeline.__main__`, `pipeline.cli`) catch these. Anything else that escapes
+is a bug and keeps its traceback. A missed target is a `Verdict`. A message says what was got, what
+was wanted, and the next step.
 """
 
 from __future__ import annotations

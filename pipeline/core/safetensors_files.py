@@ -11,13 +11,14 @@ import json
 import logging
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError
-from pipeline.core.json_files import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class TensorSpec(NamedTuple):
 def safetensors_header(
     tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Length, then JSON with dtype, shape and byte range of every tensor, one behind the other.
+    """Length, then JSON with dtype, shape and byte range of every tensor.
 
     Args:
         tensors: In the order of their data, which begins right after what is returned.
@@ -238,16 +239,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a key that appears twice would hide one of two tensors."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"duplicate key {twice!r}")
-    return value
+    counts = Counter(key for key, _ in pairs)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(f"duplicate key {twice[0]!r}")
+    return dict(pairs)
 
 
 def _entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
-    """One tensor of a header whose data begins at byte `start`."""
     try:
         shape, (begin, end) = fields["shape"], fields["data_offsets"]
         dtype = _NAMES[fields["dtype"]]
@@ -267,11 +265,8 @@ def _covered_bytes(path: Path, entries: Iterable[TensorEntry], start: int) -> in
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
         if entry.offset != covered:
             fault = "overlaps the tensor before it" if entry.offset < covered else "leaves a gap"
-            raise _bad_header(
-                path,
-                f"{entry.name} {fault} (offset {entry.offset - start:,}, wanted "
-                f"{covered - start:,})",
-            )
+            where = f"offset {entry.offset - start:,}, wanted {covered - start:,}"
+            raise _bad_header(path, f"{entry.name} {fault} ({where})")
         covered += entry.size_bytes
     return covered - start
 

@@ -50,7 +50,6 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """Of the code as it is here."""
         return code_digest(self.code)
 
     @property
@@ -60,7 +59,6 @@ class Stage:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Its line in `stages.yaml`."""
         return {"version": self.version, "code": self.digest}
 
 
@@ -81,11 +79,6 @@ def code_digest(modules: tuple[str, ...]) -> str:
 
 
 def _files(module: str) -> list[Path]:
-    """The files of a module, which is located, not imported.
-
-    Raises:
-        ModuleNotFoundError: There is none.
-    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
@@ -114,7 +107,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _form(node: object) -> str:
-    """A node as text: its kind and what it holds, less positions, and less what is empty.
+    """A node as text: its kind and what it holds, less positions and what is empty.
 
     Fields that are new in a version of Python are empty in code that does not use them.
     """

@@ -1,24 +1,19 @@
-"""The frozen values that stages hand to each other, and the Protocols that produce them.
+"""The frozen values that stages hand to each other.
 
     Weights -> Checkpoint -> Engine -> Package -> Report -> Verdict -> Reference
 
-Each stage takes the value before it and returns the next one; mypy proves the order. Every folder
-that a value names is complete and never changes again: it became visible by one rename.
+Every folder that a value names is complete and never changes again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import rfc8785
-
-if TYPE_CHECKING:
-    pass
-
 
 Format = str
 """Name of an engine format: a folder of pipeline/formats that has a `spec`."""
@@ -44,7 +39,6 @@ class FileDigest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FileDigest:
-        """What `to_json` gave."""
         return cls(path=value["path"], size_bytes=value["size"], sha256=value["sha256"])
 
 
@@ -77,13 +71,12 @@ class Weights:
 
     Attributes:
         dir: The folder, in the weight cache.
-        origin: Where the bytes come from, for people and for the manifest, such as
-            `hub:microsoft/Phi-3-mini-4k-instruct`.
+        origin: For people and the manifest: `hub:microsoft/Phi-3-mini-4k-instruct`.
         commit: Hub commit (40 hex digits), or None where there is none.
         files: Digest of every file in `dir`; together they identify the weights.
         licence: Terms.
         note: What a reader must know about these weights, such as that they were 4-bit once.
-        random: They are random numbers, for a rehearsal; such a package is published nowhere.
+        random: Random numbers, for a rehearsal; such a package is published nowhere.
     """
 
     dir: Path
@@ -110,7 +103,7 @@ class Checkpoint:
         weights: What it was made from.
         precision: Of its quantized linears: a name that `pipeline.quant.spec` knows.
         quantized_linears: Hugging Face module names of the linears stored in that precision.
-        kept_16bit: Module names of linears left in bfloat16 (lm_head not among them).
+        kept_16bit: Of those left in bfloat16 (lm_head not among them).
         calibration: The calibration record: text digest, token count, amax per layer.
     """
 
@@ -139,12 +132,7 @@ class Limits:
     kv_cache_dtype: str
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "max_batch_size": self.max_batch_size,
-            "max_seq_len": self.max_seq_len,
-            "max_num_tokens": self.max_num_tokens,
-            "kv_cache_dtype": self.kv_cache_dtype,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +145,7 @@ class Engine:
         format: Which runtime family reads it.
         variant: Middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`.
         runtime: Name and exact version of the runtime that it needs.
-        sms: Compute capabilities it runs on (89 = Ada); empty for any.
+        sms: Compute capabilities x 10 it runs on (89 = Ada); empty for any.
         limits: What it was built for.
         min_vram_bytes: Device memory that it needs at its limits.
         serve_args: Arguments for the runtime's server, if it has one.
@@ -187,7 +175,7 @@ class Package:
     Attributes:
         dir: The folder; in the registry, or in its private staging area before it is published.
         manifest: Parsed `manifest.json`.
-        digest: SHA-256 of the bytes of `manifest.json`.
+        digest: SHA-256 of its bytes.
     """
 
     dir: Path
@@ -216,16 +204,8 @@ class Package:
         )
 
 
-VerdictName = Literal[
-    "accepted",
-    "checked",
-    "compiled",
-    "rejected",
-    "regression",
-    "anomalous",
-    "inconclusive",
-    "measured",
-]
+_Failing = Literal["rejected", "regression", "anomalous", "inconclusive"]
+VerdictName = Literal["accepted", "checked", "compiled", _Failing, "measured"]
 """`measured`: a race, which measures speed only; like a failing verdict it enters no channel."""
 PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
 
@@ -235,15 +215,15 @@ class Finding:
     """One thing that acceptance noticed.
 
     Attributes:
-        kind: What it counts as: a failing verdict name, or `note`.
+        kind: What it counts as.
         message: Measured, required, and what to do.
     """
 
-    kind: Literal["rejected", "regression", "anomalous", "inconclusive", "note"]
+    kind: Literal[_Failing, "note"]
     message: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "message": self.message}
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +240,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What acceptance measured; `to_json` is `report.json`, schema 1.
+    """What acceptance measured; `to_json` is `report.json`, schema 1. What was not asked is empty.
 
     Attributes:
         digest: The package that it speaks of.
@@ -270,11 +250,10 @@ class Report:
         quality: Perplexities, KL, agreement, with intervals.
         not_run: What was not run here, and why.
         checks: What was proven about the engine without running it.
-        chat: The chat probe (pipeline.acceptance.chat_probe); empty if it was not asked.
-        lm_eval: Task -> metric -> value, of the lm-eval harness; empty if it was not asked.
-        sustained: The sustained run (pipeline.acceptance.sustained); empty without one.
-        physics: Bandwidth of the card, and each workload's share of its ceiling; empty without the
-            card.
+        chat: The chat probe (pipeline.acceptance.chat_probe).
+        lm_eval: Task -> metric -> value, of the lm-eval harness.
+        sustained: The sustained run (pipeline.acceptance.sustained).
+        physics: Bandwidth of the card, and each workload's share of its ceiling.
     """
 
     digest: str

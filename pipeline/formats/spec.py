@@ -11,17 +11,16 @@ format's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from pipeline.core.cache import digest_folder
+from pipeline.core.cache import StageCache, StageResult, digest_folder
 from pipeline.core.errors import CorruptError, IncompatibleError
 from pipeline.core.hardware import Target
-from pipeline.core.listing import marked_modules, read_mark
-from pipeline.core.stage_protocols import EngineCompiler
-from pipeline.core.values import Checkpoint, Engine, Limits, digest_of
+from pipeline.core.settings import marked_modules, read_mark
+from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
@@ -31,6 +30,63 @@ PAGED_SHARE = 0.9
 """Share of device memory that a paged runtime gives to weights, workspace and cache: vLLM's
 `gpu_memory_utilization` and TensorRT-LLM's `free_gpu_memory_fraction` are 0.9 unless set. The rest
 is for CUDA graphs, fragmentation and a desktop."""
+
+
+@runtime_checkable
+class EngineCompiler(Protocol):
+    """Turns a checkpoint into something a runtime loads."""
+
+    @property
+    def format(self) -> Format:
+        """Which runtime family reads the result."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """Batch and context sizes that it builds for."""
+        ...
+
+    @property
+    def pinned_runtime(self) -> tuple[str, str]:
+        """Name and version of what will run the engine; an empty version where it is not known."""
+        ...
+
+    def check_machine(self, target: Target) -> None:
+        """Find out in seconds, before any download, whether this machine can compile.
+
+        Raises:
+            IncompatibleError: It cannot; names the ways on.
+        """
+        ...
+
+    def inputs(self, target: Target) -> Mapping[str, Any]:
+        """Everything but the checkpoint that shapes the engine's bytes, as JSON values."""
+        ...
+
+    def compile(
+        self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
+    ) -> Engine:
+        """Convert and compile, or take it from the cache.
+
+        Raises:
+            ToolError: The compiler failed; its log is in `log_dir`.
+            PipelineError: It succeeded, but not with what was asked.
+        """
+        ...
+
+
+@runtime_checkable
+class CardCompiler(EngineCompiler, Protocol):
+    """A compiler that needs the card itself, and can do part of its work without."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What it runs on a machine with the card, with relative paths."""
+        ...
+
+    def convert(self, checkpoint: Checkpoint, cache: StageCache) -> StageResult:
+        """What it makes of the checkpoint on any machine."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

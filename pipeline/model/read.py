@@ -16,8 +16,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.json_files import read_json_object
 from pipeline.model import families
 from pipeline.model.spec import ModelSpec
 

@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.closest import suggestion
-from pipeline.config.folders import ConfigFolders, config_folders
+from pipeline.config.folders import ConfigFolders, config_folders, suggestion
 from pipeline.config.load import load
-from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, Fault, RecipeError
 from pipeline.formats.spec import format_spec, format_specs
-from pipeline.model.read import read_spec
+from pipeline.model.read import IRRELEVANT, read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.new.fitting import Fitted, largest, most_batch, smallest, targets
 from pipeline.new.origin import Origin, read_origin
-from pipeline.new.place import place
-from pipeline.new.text import recipe_text, shape_text, sizes_text
 from pipeline.registry.reference import check_part
 
 _BOUND_FIRST = ("card", "sm", None)
 """A new recipe's own format is the first of these that fits: what is made for less is faster."""
+_WINDOW_TOKENS = 256
+"""`window_tokens` of conf/acceptance/cpu.yaml, which needs as much context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,13 @@ def new_recipe(
     check_part("name", name)
     folders = config_folders(config_dir)
     folder = config_dir or (Path("recipes") if Path("recipes").is_dir() else Path())
-    _check_free(name, folder, folders)
+    own = [folder / "shapes" / f"{name}.yaml", folder / "sizes" / name]
+    taken = [folders.recipe_dir(name), folders.conf if name == "build" else None]
+    where = [f"{found}/{name}.yaml" for found in taken if found is not None]
+    if where := [*where, *(str(path) for path in own if path.exists())]:
+        raise ConflictError(
+            f"{where[0]} exists, and is not overwritten; choose another name, or remove it first"
+        )
     known = folders.options("target")
     if target not in known:
         message = f"there is no option {target!r}; {suggestion(target, known)}"
@@ -91,15 +95,11 @@ def new_recipe(
         message = "these weights are quantized already; start from the 16-bit model"
         raise RecipeError([Fault("config.json: quantization_config", message)])
     draft = _Draft(name=name, target=target, origin=found, shape=read_spec(found.config))
-    sizes, left_out = _fit(draft, folders)
+    sizes, left_out = draft.fit(folders)
     texts = draft.texts(sizes)
     place(texts, folder)
     return NewRecipe(
-        folder=folder,
-        files=tuple(texts),
-        sizes=sizes,
-        left_out=left_out,
-        source=found.source,
+        folder=folder, files=tuple(texts), sizes=sizes, left_out=left_out, source=found.source
     )
 
 
@@ -112,102 +112,133 @@ class _Draft:
     origin: Origin
     shape: ModelSpec
 
+    def fit(self, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict[str, str]]:
+        """Sizes of every compiler that can have some, and why the others have none.
+
+        Raises:
+            RecipeError: None can.
+        """
+        sizes: dict[str, Fitted] = {}
+        refused: dict[str, RecipeError] = {}
+        formats = sorted(
+            format_specs().values(), key=lambda spec: _BOUND_FIRST.index(spec.bound_to)
+        )
+        for compiler in (spec.name for spec in formats):
+            if compiler not in folders.options("compiler"):
+                continue
+            with _staged(self.texts({compiler: smallest(compiler, self.shape)}), folders) as staged:
+                recipe = load(self.name, [f"compiler={compiler}"], folders=staged).value
+            try:
+                sizes[compiler] = largest(recipe)
+            except RecipeError as error:
+                refused[compiler] = error
+        if not sizes:
+            raise next(iter(refused.values()))
+        return sizes, {compiler: str(error) for compiler, error in refused.items()}
+
     def texts(self, sizes: Mapping[str, Fitted]) -> dict[Path, str]:
         """Path -> content of every file, the recipe last: what makes the others count."""
-        batch = min(fitted.batch for fitted in sizes.values())
-        context = min(fitted.context for fitted in sizes.values())
-        files = {
-            Path("sizes", self.name, f"{compiler}.yaml"): sizes_text(
-                fitted.settings, self.target, most_batch(format_spec(compiler))
+        files = {}
+        for compiler, fitted in sizes.items():
+            most = most_batch(format_spec(compiler))
+            files[Path("sizes", self.name, f"{compiler}.yaml")] = (
+                f"# The largest batch up to {most} that `enginesmith plan` accepts for "
+                f"{self.target} here.\n" + _yaml(fitted.settings)
             )
-            for compiler, fitted in sizes.items()
-        }
-        files[Path("shapes", f"{self.name}.yaml")] = shape_text(self.shape, self.origin.described)
-        files[Path(f"{self.name}.yaml")] = recipe_text(
-            name=self.name,
-            option=self.origin.option,
-            source=self.origin.source,
-            target=self.target,
-            compiler=next(iter(sizes)),
-            targets=targets(batch, context),
-            window_tokens=context if context < _WINDOW_TOKENS else None,
-        )
+        shape = {key: value for key, value in self.shape.config.items() if key not in IRRELEVANT}
+        files[Path("shapes", f"{self.name}.yaml")] = f"# {self.origin.described}.\n" + _yaml(shape)
+        files[Path(f"{self.name}.yaml")] = self.recipe_text(sizes)
         return files
 
+    def recipe_text(self, sizes: Mapping[str, Fitted]) -> str:
+        """`NAME.yaml`, for the first of the compilers."""
+        batch = min(fitted.batch for fitted in sizes.values())
+        context = min(fitted.context for fitted in sizes.values())
+        source = self.origin.source
+        command = f"enginesmith build {self.name}"
+        if source.get("gated"):
+            command += f" source.acknowledge_licence={source['licence']}  (once you have read it)"
+        defaults = [
+            "build",
+            {"shapes@shape": self.name},
+            {f"optional sizes/{self.name}@compiler": "${compiler}"},
+            {"override source": self.origin.option},
+            {"override target": self.target},
+            {"override compiler": next(iter(sizes))},
+            "_self_",
+        ]
+        keys = ("name", "batch", "isl", "osl", "min_share_of_ceiling")
+        acceptance = {
+            **({"window_tokens": context} if context < _WINDOW_TOKENS else {}),
+            "targets": [{k: getattr(load, k) for k in keys} for load in targets(batch, context)],
+        }
+        # Hydra must take nothing in the values for an interpolation.
+        escaped = {
+            key: value.replace("${", "\\${") if isinstance(value, str) else value
+            for key, value in source.items()
+        }
+        head = {"name": self.name, "version": "1.0.0", "source": escaped}
+        parts = [_yaml({"defaults": defaults}, flow=False), _yaml(head, flow=False)]
+        return f"# {command}\n" + "\n".join(parts) + _yaml({"acceptance": acceptance})
 
-_WINDOW_TOKENS = 256
-"""`window_tokens` of conf/acceptance/cpu.yaml, which needs as much context."""
 
+def _yaml(value: Mapping[str, Any], *, flow: bool | None = None) -> str:
+    """A mapping as YAML; lists and mappings without others in them on one line each."""
+    import yaml
 
-def _check_free(name: str, folder: Path, folders: ConfigFolders) -> None:
-    """Refuse a name that is taken: nothing is ever overwritten.
-
-    Raises:
-        ConflictError: It is.
-    """
-    own = [folder / "shapes" / f"{name}.yaml", folder / "sizes" / name]
-    taken = [folders.recipe_dir(name), folders.conf if name == "build" else None]
-    where = [f"{found}/{name}.yaml" for found in taken if found is not None]
-    where += [str(path) for path in own if path.exists()]
-    if where:
-        raise ConflictError(
-            f"{where[0]} exists, and is not overwritten; choose another name, or remove it first"
-        )
-
-
-def _fit(draft: _Draft, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict[str, str]]:
-    """Sizes of every compiler that can have some, and why the others have none.
-
-    Raises:
-        RecipeError: None can.
-    """
-    sizes: dict[str, Fitted] = {}
-    refused: dict[str, RecipeError] = {}
-    formats = sorted(format_specs().values(), key=lambda spec: _BOUND_FIRST.index(spec.bound_to))
-    for compiler in (spec.name for spec in formats):
-        if compiler not in folders.options("compiler"):
-            continue
-        texts = draft.texts({compiler: smallest(compiler, draft.shape)})
-        with _staged(texts, folders) as staged:
-            recipe = _loaded(draft.name, compiler, staged)
-        try:
-            sizes[compiler] = largest(recipe)
-        except RecipeError as error:
-            refused[compiler] = error
-    if not sizes:
-        raise next(iter(refused.values()))
-    return sizes, {compiler: str(error) for compiler, error in refused.items()}
+    text: str = yaml.safe_dump(
+        dict(value),
+        default_flow_style=flow,
+        sort_keys=False,
+        width=100 if flow is None else 10_000,  # a notice is one line
+        allow_unicode=True,
+    )
+    return text
 
 
 @contextlib.contextmanager
 def _staged(texts: Mapping[Path, str], folders: ConfigFolders) -> Iterator[ConfigFolders]:
     """The files in a private folder, and the search path that finds them there."""
     with tempfile.TemporaryDirectory(prefix="enginesmith-new-") as private:
-        for path, text in texts.items():
-            (Path(private) / path).parent.mkdir(parents=True, exist_ok=True)
-            (Path(private) / path).write_text(text, "utf-8")
+        place(texts, Path(private))
         yield ConfigFolders(recipes=(Path(private), *folders.recipes), conf=folders.conf)
 
 
-def _loaded(name: str, compiler: str, folders: ConfigFolders) -> Recipe:
-    """The recipe as an object.
+def place(texts: Mapping[Path, str], folder: Path) -> None:
+    """Write files below `folder` in order; if anything stops that, what was made is removed.
 
     Raises:
-        RecipeError: It has faults.
+        ConflictError: One of them exists; it is left as it is.
+        OSError: The disk is full, or may not be written.
     """
-    return load(name, [f"compiler={compiler}"], folders=folders).one_job().value
+    made: list[Path] = []
+    try:
+        for path, text in texts.items():
+            target = folder / path
+            for parent in reversed(target.parents):
+                if not parent.is_dir():
+                    parent.mkdir()
+                    made.append(parent)
+            with target.open("x", encoding="utf-8") as stream:
+                made.append(target)
+                stream.write(text)
+    except BaseException as error:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        if isinstance(error, FileExistsError):
+            message = f"{error.filename} exists, and is not overwritten; nothing was written"
+            raise ConflictError(message) from error
+        raise
 
 
 def report(new: NewRecipe, config_dir: Path | None) -> Sequence[str]:
     """Lines for people: what was written, and the next two commands."""
     lines = ["Wrote"] + [f"  {new.folder / path}" for path in reversed(new.files)]
     for compiler, fitted in new.sizes.items():
-        settings = fitted.settings
-        cache = settings.get("kv_cache_dtype", "static, 16-bit")
-        lines.append(
-            f"{compiler}: batch {settings['max_batch_size']} x context {fitted.context}, "
-            f"KV cache {cache}"
-        )
+        cache = fitted.settings.get("kv_cache_dtype", "static, 16-bit")
+        size = f"batch {fitted.settings['max_batch_size']} x context {fitted.context}"
+        lines.append(f"{compiler}: {size}, KV cache {cache}")
     lines += [f"{compiler} has no sizes: {why}" for compiler, why in new.left_out.items()]
     source = new.source
     if source.get("redistribution", "forbidden") == "forbidden":

@@ -1,4 +1,4 @@
-"""Which model a `config.json` describes, and the largest sizes of it that fit a card."""
+"""The largest sizes of a model that fit a card."""
 
 from __future__ import annotations
 
@@ -44,14 +44,9 @@ def targets(batch: int, context: int) -> tuple[Workload, ...]:
     """Workloads of a new recipe: four requests at once, and the largest batch that fits."""
     isl = min(_ISL, max(context // 3, 1))
     osl = min(_OSL, max(2 * context // 3, 1))
+    share = REACHABLE_SHARE
     return tuple(
-        Workload(
-            name=f"gpu-b{size}",
-            batch=size,
-            isl=isl,
-            osl=osl,
-            min_share_of_ceiling=REACHABLE_SHARE,
-        )
+        Workload(name=f"gpu-b{size}", batch=size, isl=isl, osl=osl, min_share_of_ceiling=share)
         for size in sorted({min(_SMALL_BATCH, batch), batch})
     )
 
@@ -83,16 +78,13 @@ def largest(recipe: Recipe) -> Fitted:
             size = partial(_fitted, spec, context=context, kv_cache_dtype=kv_cache_dtype)
             faults = _faults(recipe, size(batch))
             if not faults:
-                return size(_grown(batch, most_batch(spec), partial(_refused, recipe, size)))
+                larger = range(batch + 1, min(2 * batch, most_batch(spec) + 1))
+                refused = partial(_refused, recipe, size)
+                return size(batch + bisect.bisect(larger, False, key=refused))
             if any(fault.path == "compiler.kv_cache_dtype" for fault in faults):
                 break
     last = f"at batch {batch} x context {context}, the smallest that is tried"
     raise RecipeError([Fault(fault.path, f"{last}: {fault.message}") for fault in faults])
-
-
-def _grown(batch: int, most: int, refused: Callable[[int], bool]) -> int:
-    """The largest batch up to `most` that is not refused; twice `batch` is, or is beyond it."""
-    return batch + bisect.bisect(range(batch + 1, min(2 * batch, most + 1)), False, key=refused)
 
 
 def _refused(recipe: Recipe, size: Callable[[int], Fitted], batch: int) -> bool:
@@ -100,7 +92,6 @@ def _refused(recipe: Recipe, size: Callable[[int], Fitted], batch: int) -> bool:
 
 
 def _faults(recipe: Recipe, fitted: Fitted) -> tuple[Fault, ...]:
-    """What the plan has against the recipe with these sizes and the workloads that go with them."""
     plan = plan_of(
         replace(
             recipe,
@@ -159,10 +150,5 @@ def _contexts(shape: ModelSpec) -> list[int]:
     for edge in (shape.window, shape.short_rope_context):
         if edge is not None and edge >= FLOOR_CONTEXT:
             start = min(start, edge)
-    halves = [start]
-    step = START_CONTEXT
-    while step >= FLOOR_CONTEXT:
-        if step < start:
-            halves.append(step)
-        step //= 2
-    return halves
+    halves = [START_CONTEXT >> half for half in range(START_CONTEXT // FLOOR_CONTEXT)]
+    return [start, *(step for step in halves if FLOOR_CONTEXT <= step < start)]

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
-from pipeline.core.json_files import read_json_object
-from pipeline.sources.files import CONFIG, check_listing
 from pipeline.sources.hub import is_repo_id
 from pipeline.sources.hub_client import HubClient
-from pipeline.sources.store import disk_faults_explained
-from pipeline.sources.terms import licence_of_hub
-
-_BRANCH = "main"  # every repository on the Hub has it
+from pipeline.sources.weights import CONFIG, check_listing, licence_of_hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +33,17 @@ class Origin:
 
 
 def read_origin(text: str, revision: str | None) -> Origin:
-    """Find the model that `--from` names.
+    """Find the model that `--from` names: a folder, else a Hub repository.
 
     Args:
-        text: A folder, else a Hub repository.
+        text: The name.
         revision: Commit, branch or tag on the Hub, which is resolved to a commit; None for `main`.
 
     Raises:
         NotFoundError: No such folder, repository or revision, or no model in it.
-        AccessError: Gated or private.
         RecipeError: Neither a folder nor a name that the Hub could have; weights that are pickles.
         CorruptError: `config.json` is no JSON object.
-        TransientError: The network or the Hub fails again and again.
-        IncompatibleError: The Hub's client is not installed.
+        PipelineError: As `HubClient`.
     """
     folder = Path(text).expanduser()
     if folder.is_dir():
@@ -62,14 +56,13 @@ def read_origin(text: str, revision: str | None) -> Origin:
     if not is_repo_id(text):
         message = f"{text!r} is neither a folder nor <owner>/<name>, as repositories on the Hub are"
         raise RecipeError([Fault("--from", message)])
-    return _hub(text, revision or _BRANCH)
+    return _hub(text, revision or "main")
 
 
 def _local(folder: Path) -> Origin:
     if not (folder / CONFIG).is_file():
         raise NotFoundError(f"--from: {folder} has no {CONFIG}; it must hold a model")
-    with disk_faults_explained():
-        config = read_json_object(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     source = {"path": str(folder), "licence": licence_of_hub(None).licence}
     return Origin(described=f"The folder {folder}", config=config, option="local", source=source)
 
@@ -79,19 +72,17 @@ def _hub(repo_id: str, revision: str) -> Origin:
     client = HubClient(repo_id, found.commit)
     remote = client.list_files()
     check_listing(remote, f"{repo_id}@{found.commit[:12]}")
-    with tempfile.TemporaryDirectory() as folder, disk_faults_explained():
+    with tempfile.TemporaryDirectory() as folder:
         client.download(remote[CONFIG], Path(folder))
         config = read_json_object(Path(folder) / CONFIG)
     terms = licence_of_hub(found.licence)
-    source: dict[str, Any] = {
+    source = {
         "repo_id": repo_id,
         "revision": found.commit,
         "licence": terms.licence,
         "redistribution": terms.redistribution,
+        **({"gated": True} if found.gated else {}),
+        **({"notice": terms.notice} if terms.notice else {}),
     }
-    if found.gated:
-        source["gated"] = True
-    if terms.notice:
-        source["notice"] = terms.notice
     described = f"{repo_id} on the Hugging Face Hub at commit {found.commit}"
     return Origin(described=described, config=config, option="hub", source=source)

@@ -7,11 +7,10 @@
 Pure: nothing here reads the network, a GPU or an environment variable, or imports torch.
 """
 
+from pipeline.plan.ceilings import WorkloadPlan
 from pipeline.plan.findings import Note
-from pipeline.plan.plan import Plan, make_plan, refuse
-from pipeline.plan.render import render
-from pipeline.plan.request import PlannedWorkload, PlanRequest
-from pipeline.plan.workloads import WorkloadPlan
+from pipeline.plan.plan import Plan, make_plan, refuse, render
+from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 
 __all__ = [
     "Note",

@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.plan.request import PlanRequest
-from pipeline.plan.sizes import Sizes
+from pipeline.plan.sizes import Fit, PlannedWorkload, PlanRequest, Sizes
 
 REACHABLE_SHARE = 0.65
 """Share of the ceiling that is held to be reachable. TensorRT-LLM with Mistral-7B INT4 AWQ on an
@@ -38,7 +37,7 @@ class Roofline:
         kv_bytes_per_token: Cache that a decode step reads for each token of context.
         windows: Attention window of each layer, beyond which context is not read; None for all.
         layer_s_per_token: Tensor time of the layers' linears for one token, at peak.
-        lm_head_s_per_token: Tensor time of lm_head for one token, at peak.
+        lm_head_s_per_token: The same of lm_head.
     """
 
     bandwidth_bytes_per_s: float
@@ -49,16 +48,10 @@ class Roofline:
     lm_head_s_per_token: float
 
     def decode_tokens_per_s(self, batch: int, context: float) -> float:
-        """Ceiling of a whole batch while it generates.
-
-        Args:
-            batch: Sequences decoded together.
-            context: Tokens of cache that each of them reads; 0 for the ceiling without KV cache.
-        """
+        """Ceiling of a whole batch whose sequences read `context` tokens of cache each."""
         return batch / max(self._memory_s(batch, context), self._compute_s(batch))
 
     def decode_bound(self, batch: int, context: float) -> str:
-        """What sets that ceiling: `memory` or `compute`."""
         return "memory" if self._memory_s(batch, context) >= self._compute_s(batch) else "compute"
 
     def _memory_s(self, batch: int, context: float) -> float:
@@ -94,16 +87,7 @@ class Roofline:
     def reachable_batch(
         self, tokens_per_s: float, context: float, fits: Callable[[int], bool]
     ) -> int | None:
-        """Smallest batch at which a target is at most `REACHABLE_SHARE` of the ceiling.
-
-        Args:
-            tokens_per_s: Target of the whole batch.
-            context: As in `decode_tokens_per_s`.
-            fits: Whether the card's memory holds a batch of that many.
-
-        Returns:
-            The batch, or None if no batch that fits makes the target reachable.
-        """
+        """Smallest batch that `fits` and has the target at `REACHABLE_SHARE` of its ceiling."""
         for batch in range(1, _MAX_BATCH + 1):
             if not fits(batch):
                 return None
@@ -124,4 +108,75 @@ def roofline(request: PlanRequest, sizes: Sizes) -> Roofline:
         layer_s_per_token=2
         * (sizes.quantized_params / quantized_flops + sizes.linear_16bit_params / fp16_flops),
         lm_head_s_per_token=2 * shape.embedding_params / fp16_flops,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadPlan:
+    """What the card allows at one workload. All rates are tokens per second of the whole batch.
+
+    Attributes:
+        name: Name of the workload.
+        batch: Requests running at once.
+        isl: Prompt tokens of each.
+        osl: Output tokens of each.
+        ceiling: Most output tokens per second while it decodes, reading its KV cache.
+        ceiling_without_kv: The same if no cache had to be read.
+        bound: `memory` or `compute`: what sets the ceiling.
+        target: Wanted output tokens per second, or None; a wanted share of the ceiling counts.
+        share: Target over ceiling, or None.
+        reachable_batch: Smallest batch that fits and reaches the target, or None.
+        prefill_tokens_per_s: Most prompt tokens per second.
+        ttft_floor_ms: Least time to first token of one prompt alone.
+    """
+
+    name: str
+    batch: int
+    isl: int
+    osl: int
+    ceiling: float
+    ceiling_without_kv: float
+    bound: str
+    target: float | None
+    share: float | None
+    reachable_batch: int | None
+    prefill_tokens_per_s: float
+    ttft_floor_ms: float
+
+
+def plan_workload(
+    workload: PlannedWorkload, request: PlanRequest, roofline: Roofline, fit: Fit
+) -> WorkloadPlan:
+    """Ceilings of one workload; where lengths differ, of the mean request.
+
+    Answers that vary make a token's mean context longer than that, which lowers what is reached.
+    """
+    isl = workload.isl if workload.mean_isl is None else workload.mean_isl
+    osl = workload.osl if workload.mean_osl is None else workload.mean_osl
+    context = roofline.mean_context(isl, osl)
+    ceiling = roofline.decode_tokens_per_s(workload.batch, context)
+    share = workload.min_share_of_ceiling
+    target = workload.min_output_tokens_per_s if share is None else share * ceiling
+    if share is None and target is not None:
+        share = target / ceiling
+    total = workload.isl + workload.osl
+    # A static cache holds every sequence at full context, however short it is.
+    held = request.limits.max_seq_len if fit.static_kv_bytes else total
+    return WorkloadPlan(
+        name=workload.name,
+        batch=workload.batch,
+        isl=workload.isl,
+        osl=workload.osl,
+        ceiling=ceiling,
+        ceiling_without_kv=roofline.decode_tokens_per_s(workload.batch, 0),
+        bound=roofline.decode_bound(workload.batch, context),
+        target=target,
+        share=share,
+        reachable_batch=(
+            None
+            if target is None
+            else roofline.reachable_batch(target, context, lambda batch: fit.holds(batch, held))
+        ),
+        prefill_tokens_per_s=roofline.prefill_tokens_per_s(),
+        ttft_floor_ms=roofline.ttft_floor_ms(isl),
     )

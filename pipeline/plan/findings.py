@@ -1,18 +1,21 @@
-"""What a plan objects to: faults that refuse the build, and notes that are only shown."""
+"""What a plan objects to: faults that refuse the build, and notes that are only shown.
+
+The known-bad table is a data file of conditions, so that a lesson costs a row and no code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
 from typing import Any, Literal
 
+from pydantic.dataclasses import dataclass
+
 from pipeline.core.errors import Fault
-from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.plan.fit import Fit
-from pipeline.plan.known_bad import conditions_of, known_bad_table
-from pipeline.plan.request import PlanRequest
-from pipeline.plan.sizes import gib
-from pipeline.plan.workloads import WorkloadPlan
+from pipeline.core.settings import STRICT
+from pipeline.plan.ceilings import REACHABLE_SHARE, WorkloadPlan
+from pipeline.plan.sizes import Fit, PlanRequest, gib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,6 @@ class Note:
     path: str
     message: str
     source: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return vars(self).copy()
 
 
 def limit_faults(request: PlanRequest) -> Iterator[Fault]:
@@ -172,3 +172,94 @@ def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
             yield Fault(row.path, f"{row.message} ({row.source})")
         else:
             yield Note(severity=row.severity, path=row.path, message=row.message, source=row.source)
+
+
+CONDITIONS: Mapping[str, type] = {
+    "architecture": list,
+    "format": list,
+    "precision": list,
+    "kv_cache_dtype": list,
+    "sm": list,  # compute capability x 10 of the card
+    "sm_below": int,
+    "beyond_sliding_window": bool,  # max_seq_len exceeds the model's sliding window
+    "beyond_original_context": bool,  # ... the context up to which LongRoPE's short factors hold
+}
+"""What a row's `when` may state: any of a list, less than a number, or that something is so."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KnownBad:
+    """One row of the table; its fields are explained at the top of the data file."""
+
+    id: str
+    when: dict[str, Any]
+    severity: Literal["error", "warning", "note"]
+    path: str
+    message: str
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.when:
+            raise ValueError("a row without conditions would fire for every recipe")
+        for name, value in self.when.items():
+            if name not in CONDITIONS or type(value) is not CONDITIONS[name]:
+                raise ValueError(f"{name}: {value!r} is no condition of this table")
+
+    def holds(self, given: Mapping[str, Any]) -> bool:
+        """Whether every condition holds; one on what is not given does not."""
+        return all(
+            name in given and _holds(name, value, given[name]) for name, value in self.when.items()
+        )
+
+
+def _holds(name: str, value: Any, found: Any) -> bool:
+    if isinstance(value, list):
+        return found in value
+    return bool(found < value if name == "sm_below" else found is value)
+
+
+def conditions_of(request: PlanRequest) -> dict[str, Any]:
+    """What the conditions of a row are held against."""
+    shape, context = request.shape, request.limits.max_seq_len
+    return {
+        "architecture": shape.architecture,
+        "format": request.format.name,
+        "precision": request.precision.name,
+        "kv_cache_dtype": request.limits.kv_cache_dtype,
+        "sm": request.target.sm,
+        "sm_below": request.target.sm,
+        "beyond_sliding_window": context > (shape.window or context),
+        "beyond_original_context": context > (shape.short_rope_context or context),
+    }
+
+
+def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
+    """Errors of the table that hold for a checkpoint whatever the card and the runtime."""
+    given = {"architecture": architecture, "kv_cache_dtype": kv_cache_dtype}
+    return [
+        Fault("kv_cache_dtype", f"{row.message} ({row.source})")
+        for row in known_bad_table()
+        if row.severity == "error" and row.holds(given)
+    ]
+
+
+@cache
+def known_bad_table() -> tuple[KnownBad, ...]:
+    """The table that travels with the package."""
+    return parse_table(files("pipeline.plan").joinpath("known_bad.yaml").read_text("utf-8"))
+
+
+def parse_table(text: str) -> tuple[KnownBad, ...]:
+    """Read a table.
+
+    Raises:
+        ValueError: A row has an unknown key or condition, a wrong type, no condition, or the id of
+            another.
+    """
+    import yaml  # 8 ms, and only plans need it
+
+    rows = tuple(KnownBad(**row) for row in yaml.safe_load(text))
+    ids = [row.id for row in rows]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"two rows share an id: {sorted(ids)}")
+    return rows

@@ -1,14 +1,87 @@
-"""How many bytes a model takes: on disk, in the engine, in the KV cache, and while it is built."""
+"""What a plan is asked about, and how many bytes that takes: stored, on the card, while building.
+
+A paged runtime takes KV cache as sequences grow, so it must hold what the workloads hold at their
+end; more requests wait in its queue. A static cache is allocated whole: its largest batch at full
+context must fit, past and present in one buffer.
+"""
 
 from __future__ import annotations
 
+import bisect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.core.hardware import GIB
-from pipeline.plan.request import PlanRequest
-from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype, select
+from pipeline.core.errors import Fault
+from pipeline.core.hardware import GIB, Target
+from pipeline.core.values import Limits
+from pipeline.formats.spec import FormatSpec
+from pipeline.model.spec import ModelSpec
+from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype, QuantSpec, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWorkload:
+    """One workload that acceptance will measure on the target card.
+
+    Attributes:
+        name: Name in the report, such as `b64`.
+        batch: Requests running at once.
+        isl: Input sequence length, tokens of each prompt.
+        osl: Output sequence length, tokens generated for each prompt.
+        min_output_tokens_per_s: Wanted rate of the whole batch; None without a target.
+        min_share_of_ceiling: The same as a share of this workload's ceiling, above 0 and at most 1.
+        mean_isl: Mean prompt length, tokens; None where all have `isl`.
+        mean_osl: Mean output length, tokens; None where all have `osl`.
+        path: Config path, for faults; by default `acceptance.targets[<index>]`.
+    """
+
+    name: str
+    batch: int
+    isl: int
+    osl: int
+    min_output_tokens_per_s: float | None = None
+    min_share_of_ceiling: float | None = None
+    mean_isl: float | None = None
+    mean_osl: float | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """All that a plan depends on: one recipe, as far as sizes and ceilings need it.
+
+    Attributes:
+        name: Recipe name.
+        shape: Shape of the model.
+        target: Card that the engine is for.
+        format: What is built; decides how the KV cache is laid out.
+        precision: Of the linears in the layers.
+        keep_16bit: Patterns (fnmatch) of linears that stay 16-bit.
+        limits: What the engine is built for.
+        workloads: What acceptance will measure on the card.
+        runtime: Name and version of what will run the engine; an empty version where not known.
+        judged_positions: Tokens of held-out text whose predictions acceptance keeps, of source and
+            checkpoint together; 0 where the whole model is not run.
+        faults: What is wrong beyond sizes, such as a workload that the runner does not execute.
+    """
+
+    name: str
+    shape: ModelSpec
+    target: Target
+    format: FormatSpec
+    precision: QuantSpec
+    keep_16bit: tuple[str, ...] = ()
+    limits: Limits
+    workloads: tuple[PlannedWorkload, ...] = ()
+    runtime: tuple[str, str]
+    judged_positions: int = 0
+    faults: tuple[Fault, ...] = ()
+
+    def workload_path(self, index: int) -> str:
+        return self.workloads[index].path or f"acceptance.targets[{index}]"
+
 
 _QUANTIZE_BASE_BYTES = 3_200_000_000
 """Libraries, calibration activations and GGUF loading: what the model does not explain of the 3.9
@@ -31,10 +104,10 @@ class Sizes:
         linear_16bit_params: Weights of the layers' linears that are 16-bit.
         kept_16bit: How many linears `keep_16bit` picks; 0 where nothing is quantized.
         kept_16bit_extra_bytes: What keeping them costs.
-        weight_bytes: Weights and scales as stored: safetensors of the checkpoint.
+        weight_bytes: Safetensors of the checkpoint: weights and scales.
         engine_bytes: The engine; an estimate.
-        step_weight_bytes: Weights that one decode step reads: everything but the embedding table,
-            of which it reads a row for each sequence. lm_head counts, tied or not.
+        step_weight_bytes: Weights that one decode step reads: all but the embedding table, of which
+            it reads a row for each sequence. lm_head counts, tied or not.
         kv_cache: Type of the KV cache; an unknown one, which is a fault, counts as 16-bit.
         kv_bytes_per_token: Keys and values of one token in all layers.
     """
@@ -93,8 +166,7 @@ class BuildNeeds:
     """Disk and memory of the machine that builds; estimates, shown and not refused.
 
     Attributes:
-        disk_bytes: Artefact -> bytes, all kept at once: fetched weights (16-bit), checkpoint, what
-            the compiler reads, engine, the source's log-probabilities on the held-out text.
+        disk_bytes: Artefact -> bytes, all kept at once.
         quantize_ram_bytes: Memory for quantizing on a CPU in float32.
         quantize_ram_min_bytes: The same in bfloat16, which is taken where float32 does not fit.
         compile_ram_bytes: Memory for the compiler; 0 where nothing is compiled.
@@ -141,3 +213,102 @@ def gib(size_bytes: float) -> str:
     if size_bytes < 0.1 * GIB:
         return f"{size_bytes / (1 << 20):.0f} MiB"
     return f"{size_bytes / GIB:.2f} GiB"
+
+
+_CONTEXT_BYTES = GIB // 2
+"""CUDA context and kernels of one process; an estimate: 0.3 GB for PyTorch with lazy loading
+(PyTorch issue 107667), 0.1 to 0.55 GiB bare, growing with the card (llama.cpp PR 23604)."""
+
+
+def workspace_bytes(request: PlanRequest, limits: Limits) -> int:
+    """Device memory for everything but weights and cache; an estimate, never measured.
+
+    - CUDA context.
+    - Logits of one step in float32, and their softmax: 2 x batch x vocabulary x 4 B.
+    - Activations at the widest point of a layer, 16-bit, for all tokens of one step.
+    - The attention mask of one step, where the format has one.
+    """
+    widest = max(layer.widest_features for layer in request.shape.layers)
+    total = _CONTEXT_BYTES + 2 * 4 * limits.max_batch_size * request.shape.vocab_size
+    total += 2 * limits.max_num_tokens * widest
+    return total + request.format.fit.mask_bytes * limits.max_num_tokens * limits.max_seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Device memory, and what is left of it for the KV cache.
+
+    Attributes:
+        usable_bytes: What the runtime may use of the card.
+        engine_bytes: Weights as loaded.
+        workspace_bytes: See `workspace_bytes`.
+        kv_bytes_per_token: Cache of one token.
+        state_bytes: What a sequence holds beside its cache, whatever its length.
+        static_kv_bytes: Cache of the largest batch at full context, if allocated whole; else 0.
+        full_length_sequences: Largest batch at `max_seq_len` that fits, with its own workspace; at
+            most `max_num_tokens`, of which a decode step takes one for each sequence.
+        max_context: Longest context at `max_batch_size`, at most what the model was trained for.
+    """
+
+    usable_bytes: int
+    engine_bytes: int
+    workspace_bytes: int
+    kv_bytes_per_token: int
+    state_bytes: int
+    static_kv_bytes: int
+    full_length_sequences: int
+    max_context: int
+
+    @property
+    def kv_budget_bytes(self) -> int:
+        """What weights and workspace leave; negative if they do not fit themselves."""
+        return self.usable_bytes - self.engine_bytes - self.workspace_bytes
+
+    def holds(self, batch: int, context: int) -> bool:
+        return batch * self.sequence_bytes(context) <= self.kv_budget_bytes
+
+    def sequence_bytes(self, context: int) -> int:
+        return context * self.kv_bytes_per_token + self.state_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "kv_budget_bytes": self.kv_budget_bytes}
+
+
+def fit_of(request: PlanRequest, sizes: Sizes) -> Fit:
+    """What fits the request's card."""
+    limits, shape, rule = request.limits, request.shape, request.format.fit
+    usable = int(request.target.memory_bytes * rule.usable_share)
+
+    def sequence_bytes(context: int) -> int:
+        return context * sizes.kv_bytes_per_token + shape.state_bytes
+
+    def fits(batch: int, context: int) -> bool:
+        tried = replace(limits, max_batch_size=batch, max_seq_len=context)
+        if rule.static:  # its prefill takes whole prompts
+            tokens = limits.max_num_tokens * context // max(limits.max_seq_len, 1)
+            tried = replace(tried, max_num_tokens=tokens)
+        elif batch < limits.max_batch_size:  # its workspace is that of the limits
+            tried = replace(tried, max_batch_size=limits.max_batch_size)
+        held = sizes.engine_bytes + workspace_bytes(request, tried)
+        return held + batch * sequence_bytes(context) <= usable
+
+    full_batch = limits.max_batch_size * sequence_bytes(limits.max_seq_len)
+    return Fit(
+        usable_bytes=usable,
+        engine_bytes=sizes.engine_bytes,
+        workspace_bytes=workspace_bytes(request, limits),
+        kv_bytes_per_token=sizes.kv_bytes_per_token,
+        state_bytes=shape.state_bytes,
+        static_kv_bytes=full_batch if rule.static else 0,
+        full_length_sequences=_largest(
+            limits.max_num_tokens, lambda batch: fits(batch, limits.max_seq_len)
+        ),
+        max_context=_largest(
+            shape.max_position_embeddings, lambda context: fits(limits.max_batch_size, context)
+        ),
+    )
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest size from 1 to `most` that fits, if all smaller ones do; 0 if none does."""
+    return bisect.bisect(range(1, most + 1), False, key=lambda size: not fits(size))

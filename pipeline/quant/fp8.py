@@ -10,11 +10,11 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.stage_protocols import CalibrationText
 from pipeline.core.values import Checkpoint, Weights
 from pipeline.quant.calibration import DeviceChoice
 from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec
+from pipeline.sources.text.corpus import Calibration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,15 +113,13 @@ class Fp8Quantizer:
     def precision(self) -> str:
         return SPEC.name
 
-    def inputs(self, weights: Weights, calibration: CalibrationText) -> Mapping[str, Any]:
+    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
         return self._job(calibration).inputs(weights)
 
-    def quantize(
-        self, weights: Weights, calibration: CalibrationText, cache: StageCache
-    ) -> Checkpoint:
+    def quantize(self, weights: Weights, calibration: Calibration, cache: StageCache) -> Checkpoint:
         return self._job(calibration).quantize(weights, cache)
 
-    def _job(self, calibration: CalibrationText) -> ModelOptJob:
+    def _job(self, calibration: Calibration) -> ModelOptJob:
         return ModelOptJob(
             precision=SPEC,
             calibration=calibration,

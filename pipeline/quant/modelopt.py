@@ -21,7 +21,6 @@ from pipeline.core.cache import StageCache, require_files
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.safetensors_files import read_header
-from pipeline.core.stage_protocols import CalibrationText
 from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
@@ -39,6 +38,7 @@ from pipeline.quant.calibration import (
 from pipeline.quant.spec import QuantSpec, keep_16bit_faults, select
 from pipeline.quant.unified import DECLARATION, UnifiedCheckpoint, copy_companions
 from pipeline.quant.verify import require_finite, verify_checkpoint
+from pipeline.sources.text.corpus import Calibration
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class ModelOptJob:
     """
 
     precision: QuantSpec
-    calibration: CalibrationText
+    calibration: Calibration
     keep_16bit: tuple[str, ...]
     device: DeviceChoice
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.core.errors import Fault
-from pipeline.core.listing import marked_modules, read_mark
+from pipeline.core.settings import marked_modules, read_mark
 from pipeline.model.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError, Fault, RecipeError
-from pipeline.core.json_files import read_json_object
 from pipeline.core.safetensors_files import TensorEntry, folder_tensors
 from pipeline.model.read import load_config, read_spec
 from pipeline.model.spec import ModelSpec

@@ -85,7 +85,7 @@ def compose(
     Raises:
         RecipeError: The recipe itself is wrong, or there is none.
     """
-    job = load(recipe, overrides, folders=folders).one_job()
+    job = load(recipe, overrides, folders=folders)
     composed: dict[str, tuple[Recipe, Mapping[str, Any]]] = {
         job.value.compiler.format: (job.value, job.config)
     }
@@ -93,8 +93,8 @@ def compose(
         return composed
     for name in folders.options("compiler"):
         other = load(recipe, [*overrides, f"compiler={name}"], folders=folders)
-        if name not in composed and not other.all_faults:
-            composed[name] = (other.jobs[0].value, other.jobs[0].config)
+        if name not in composed and not other.faults:
+            composed[name] = (other.value, other.config)
     return composed
 
 

@@ -21,7 +21,7 @@ from pipeline.build import BuildOptions, build
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
-from pipeline.core.stage_protocols import CardCompiler
+from pipeline.formats.spec import CardCompiler
 from pipeline.outcome import failure_of
 from pipeline.registry.policy import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry

@@ -12,9 +12,9 @@ from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.gpu import find_gpu
-from pipeline.core.json_files import read_json_object
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec

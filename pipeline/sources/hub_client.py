@@ -2,14 +2,13 @@
 
 `huggingface_hub` downloads, retries and shows its progress. It never compares digests, so here
 every file must have the digest that the commit's listing gives. `HF_ENDPOINT` and `HF_TOKEN` are
-read when a client is made, not when the library is imported, and no token is taken from elsewhere.
+read when a client is made, and no token is taken from elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pipeline.core.cache import sha256_file
 from pipeline.core.errors import (
@@ -89,7 +88,7 @@ class RemoteFile:
 
 
 class HubClient:
-    """One repository at one commit.
+    """One repository at one commit; errors have a next step.
 
     Args:
         repo_id: Such as `microsoft/Phi-3-mini-4k-instruct`.
@@ -98,6 +97,9 @@ class HubClient:
 
     Raises:
         IncompatibleError: `huggingface_hub` is not installed.
+        NotFoundError: No such repository or revision.
+        AccessError: Gated or private, or the token is not valid.
+        TransientError: The network or the Hub fails again and again.
     """
 
     def __init__(
@@ -119,13 +121,7 @@ class HubClient:
         logging.getLogger("httpx").setLevel(logging.WARNING)
 
     def describe(self) -> RepoFacts:
-        """The commit that the revision names, and the repository's terms.
-
-        Raises:
-            NotFoundError: No such repository or revision.
-            AccessError: It is private, or the token is not valid.
-            TransientError: The network or the Hub fails again and again.
-        """
+        """The commit that the revision names, and the repository's terms."""
         info = self._info(files_metadata=False)
         if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
             raise PipelineError(
@@ -137,7 +133,6 @@ class HubClient:
         return RepoFacts(commit=info.sha, gated=bool(info.gated), licence=licence)
 
     def _info(self, *, files_metadata: bool) -> Any:
-        """The Hub's answer about the repository at the revision."""
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self._endpoint, token=self._token or False)
@@ -152,13 +147,7 @@ class HubClient:
         )
 
     def list_files(self) -> dict[str, RemoteFile]:
-        """The commit's files by name.
-
-        Raises:
-            NotFoundError: No such repository or commit.
-            AccessError: It is private, or the token is not valid.
-            TransientError: The network or the Hub fails again and again.
-        """
+        """The commit's files by name."""
         info = self._info(files_metadata=True)
         if info.sha != self._revision:
             raise CorruptError(
@@ -183,9 +172,7 @@ class HubClient:
         """Bring `file` into `folder`, unless it lies there with the right bytes.
 
         Raises:
-            AccessError: Gated, and the token (if any) has no access.
             CorruptError: It arrived with other bytes than the Hub lists.
-            TransientError: The network or the Hub fails again and again.
         """
         from huggingface_hub import hf_hub_download
 
@@ -212,68 +199,64 @@ class HubClient:
 
     def _explained(self, attempt: Callable[[], _Result]) -> _Result:
         """Result of `attempt`; what the library raises becomes an error with a next step."""
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return attempt()
-        except _download_errors() as error:
-            causes = _causes(error)
-            if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-                raise AccessError(
-                    f"HF_HUB_OFFLINE is set and {self._repo_id}@{self._revision[:12]} is not in "
-                    "the cache; unset it, or fetch on a machine with network"
-                ) from error
-            status = next((s for cause in causes if (s := _status_of(cause))), None)
-            if status is not None and status not in {408, 429} and status < 500:
-                self._explain(error, status)
+        except _errors() as error:
             if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError):
                 raise  # the disk's
+            raise self._meaning(error) from error
+
+    def _meaning(self, error: Exception) -> PipelineError:
+        """What the Hub's refusal, or a failing network, means to the user."""
+        from huggingface_hub import errors
+
+        causes = _causes(error)
+        status = next((s for cause in causes if (s := _status_of(cause))), None)
+        token = self._token
+        page = f"{self._endpoint}/{'datasets/' * (self._repo_type == 'dataset')}{self._repo_id}"
+        if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+            return AccessError(
+                f"HF_HUB_OFFLINE is set and {self._repo_id}@{self._revision[:12]} is not in "
+                "the cache; unset it, or fetch on a machine with network"
+            )
+        if status is None or status in {408, 429} or status >= 500:
             if "Consistency check" in str(error):
-                raise CorruptError(
+                return CorruptError(
                     f"{self._repo_id}: {str(error).splitlines()[0]} Run the same command again, "
                     "and if that repeats, suspect the mirror or proxy in between"
-                ) from error
+                )
             reason = f"HTTP {status}" if status else str(causes[-1]) or type(causes[-1]).__name__
-            raise TransientError(
+            return TransientError(
                 f"{self._endpoint}: {reason}; whole files are kept: run the same command again "
                 "later"
-            ) from error
-
-    def _explain(self, error: Exception, status: int) -> NoReturn:
-        """Raise what a refusal by the Hub means to the user."""
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        folder = "datasets/" if self._repo_type == "dataset" else ""
-        page = f"{self._endpoint}/{folder}{self._repo_id}"
-        if isinstance(error, GatedRepoError) or status == 403:
+            )
+        if isinstance(error, errors.GatedRepoError) or status == 403:
             step = (
                 f"the token in HF_TOKEN has no access: accept the licence at {page} with its "
                 "account, wait if the owner must approve, and let the token read gated repositories"
-                if self._token
+                if token
                 else f"accept its licence at {page}, then set HF_TOKEN to a token of that account"
             )
-            raise AccessError(f"{self._repo_id} is gated; {step}") from error
-        if isinstance(error, RevisionNotFoundError):
-            raise NotFoundError(
+            return AccessError(f"{self._repo_id} is gated; {step}")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return NotFoundError(
                 f"{self._repo_id} has no revision {self._revision}; copy the full commit from "
                 f"{page}/commits/main"
-            ) from error
-        if isinstance(error, RepositoryNotFoundError) or status == 404:
-            step = "the token in HF_TOKEN may not see it" if self._token else "HF_TOKEN is not set"
-            raise NotFoundError(
+            )
+        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+            step = "the token in HF_TOKEN may not see it" if token else "HF_TOKEN is not set"
+            return NotFoundError(
                 f"{self._endpoint} has no {self._repo_type} {self._repo_id} (or it is private and "
                 f"{step}); check the spelling of repo_id"
-            ) from error
+            )
         if status == 401:
-            step = "make a new one" if self._token else "there is none"
-            raise AccessError(
+            step = "make a new one" if token else "there is none"
+            return AccessError(
                 f"{page}: HTTP 401: the Hub does not take the token in HF_TOKEN; {step}"
-            ) from error
-        raise PipelineError(f"{page}: HTTP {status}: {error}") from error
+            )
+        return PipelineError(f"{page}: HTTP {status}: {error}")
 
 
 def _git_sha1(path: Path) -> str:
@@ -292,15 +275,14 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _status_of(error: BaseException) -> int | None:
-    """HTTP status of an answer that an error carries."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def _download_errors() -> tuple[type[Exception], ...]:
-    """The library's own errors, which are OSErrors, and those of either HTTP library below it."""
-    found: list[type[Exception]] = [OSError]
-    for module, name in (("httpx", "TransportError"), ("requests", "RequestException")):
-        with contextlib.suppress(ImportError):
-            found.append(getattr(importlib.import_module(module), name))
-    return tuple(found)
+def _errors() -> tuple[type[Exception], ...]:
+    """What the library raises: OSErrors, and those of httpx, which is below it since version 1."""
+    with contextlib.suppress(ImportError):
+        from httpx import TransportError
+
+        return (OSError, TransportError)
+    return (OSError,)

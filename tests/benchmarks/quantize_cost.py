@@ -33,16 +33,15 @@ from pipeline.quant import modelopt
 from pipeline.quant.calibration import free_vram_bytes
 from pipeline.quant.fp8 import Fp8Quantizer, modelopt_config
 from pipeline.rehearse.random_source import RandomSource
-from pipeline.sources.text import calibration
-from pipeline.sources.text.calibration import Calibration
+from pipeline.sources.text import corpus
+from pipeline.sources.text.corpus import Calibration, pack_windows
 from pipeline.sources.text.topics import PydocTopics
-from pipeline.sources.text.windows import pack_windows
 
 REPEATS = 2
 APART = (
     (modelopt, "load_model"),
     (modelopt, "place"),
-    (calibration, "pack_windows"),
+    (corpus, "pack_windows"),
     (modelopt, "verify_checkpoint"),
     (cache, "digest_folder"),
     (cache, "_sync"),

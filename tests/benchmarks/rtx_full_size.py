@@ -134,8 +134,8 @@ def _kib(text: str) -> int:
 
 def main(name: str) -> None:
     """Convert, check, compile, prove; print what it took."""
-    loaded = load(name, ["compiler=trtrtx"], folders=config_folders(None))
-    recipe: Recipe = loaded.jobs[0].value
+    job = load(name, ["compiler=trtrtx"], folders=config_folders(None))
+    recipe: Recipe = job.value
     with tempfile.TemporaryDirectory(prefix="rtx-full-size-") as folder:
         root = Path(folder)
         (root / "checkpoint").mkdir()

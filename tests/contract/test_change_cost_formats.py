@@ -191,7 +191,7 @@ def joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
     folders = ConfigFolders(recipes=(folder / "conf", data_dir("recipes")), conf=data_dir("conf"))
-    (job,) = load("smollm2", overrides, folders=folders).jobs
+    job = load("smollm2", overrides, folders=folders)
     assert job.faults == ()
     return job.value
 

@@ -82,7 +82,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_toy_architecture_is_one_file_and_a_shape(recipes: Path, tmp_path: Path) -> None:
     assert "toy" in model_types()
-    job = load("toy", (), folders=config_folders(recipes)).one_job()
+    job = load("toy", (), folders=config_folders(recipes))
     spec = job.value.shape
     plan = plan_of(job.value)
     assert plan.faults == ()
@@ -107,7 +107,7 @@ def test_toy_architecture_is_one_file_and_a_shape(recipes: Path, tmp_path: Path)
 
 
 def test_its_unknown_keys_and_wrong_values_are_refused_as_for_any_family(recipes: Path) -> None:
-    config = load("toy", (), folders=config_folders(recipes)).one_job().value.shape.config
+    config = load("toy", (), folders=config_folders(recipes)).value.shape.config
     with pytest.raises(RecipeError) as refused:
         read_spec({**config, "toy_mode": "fast", "toy_window": 0, "toy_gain": 2})
     paths = [fault.path for fault in refused.value.faults]

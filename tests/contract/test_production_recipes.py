@@ -25,7 +25,7 @@ PAGED = ("checkpoint", "trtllm")
 
 
 def recipe(name: str, compiler: str, *overrides: str) -> Recipe:
-    (job,) = load(name, [f"compiler={compiler}", *overrides], folders=config_folders(None)).jobs
+    job = load(name, [f"compiler={compiler}", *overrides], folders=config_folders(None))
     assert job.faults == ()
     value: Recipe = job.value
     return value
@@ -33,7 +33,7 @@ def recipe(name: str, compiler: str, *overrides: str) -> Recipe:
 
 def test_default_compiler_is_trtllm_and_the_card_an_rtx_4090() -> None:
     for name in PRODUCTION:
-        (job,) = load(name, [], folders=config_folders(None)).jobs
+        job = load(name, [], folders=config_folders(None))
         assert job.faults == ()
         assert (job.value.compiler.format, job.value.target.id) == ("trtllm", "rtx4090")
 
@@ -128,11 +128,11 @@ def test_gated_recipe_is_refused_before_any_download_until_it_is_acknowledged(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
     licence = recipe(name, "checkpoint").source.terms.spdx
-    assert run(Request(recipes=name, overrides=("compiler=checkpoint",))) is ExitCode.USAGE
+    assert run(Request(recipe=name, overrides=("compiler=checkpoint",))) is ExitCode.USAGE
     assert f"set source.acknowledge_licence={licence}" in capsys.readouterr().err
     assert hub.requests == []
 
     acknowledged = ("compiler=checkpoint", f"source.acknowledge_licence={licence}")
     # The server has another repository: this far it now comes.
-    assert run(Request(recipes=name, overrides=acknowledged)) is ExitCode.NOT_FOUND
+    assert run(Request(recipe=name, overrides=acknowledged)) is ExitCode.NOT_FOUND
     assert hub.requests != []

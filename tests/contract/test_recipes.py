@@ -38,7 +38,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def loaded(recipe: str, *overrides: str) -> Job:
-    (job,) = load(recipe, overrides, folders=config_folders(None)).jobs
+    job = load(recipe, overrides, folders=config_folders(None))
     return job
 
 

@@ -9,7 +9,7 @@ from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.quant.calibration import DeviceChoice
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.unified import UnifiedCheckpoint
-from pipeline.sources.text.calibration import Calibration
+from pipeline.sources.text.corpus import Calibration
 from pipeline.sources.text.topics import PydocTopics
 from tests.tiny import tiny_model
 

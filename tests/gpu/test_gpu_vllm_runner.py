@@ -29,7 +29,7 @@ from pipeline.runners.session import BatchOptions, CacheClearing
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
-from pipeline.sources.text.calibration import Calibration
+from pipeline.sources.text.corpus import Calibration
 from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights
 from tests.specs import tiny_spec
 from tests.tiny import TEXT

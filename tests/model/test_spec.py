@@ -362,7 +362,7 @@ def test_all_faults_of_a_config_are_reported_together() -> None:
 
 def test_recipe_gets_every_fault_of_its_shape_at_its_key() -> None:
     overrides = ["shape.rms_norm_eps=-1", "shape.hidden_size=wide", "version=0"]
-    (job,) = load("smollm2", overrides, folders=config_folders(None)).jobs
+    job = load("smollm2", overrides, folders=config_folders(None))
     paths = [fault.path for fault in job.faults]
     assert {"shape.rms_norm_eps", "shape.hidden_size", "version"} <= set(paths)
 

@@ -10,7 +10,7 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.model.read import read_spec
 from pipeline.plan import PlanRequest, make_plan
-from pipeline.plan.known_bad import conditions_of, known_bad_table, parse_table
+from pipeline.plan.findings import conditions_of, known_bad_table, parse_table
 from tests.specs import published
 
 Ask = Callable[..., PlanRequest]
@@ -58,7 +58,7 @@ def test_every_row_has_a_case() -> None:
 def test_row_fires_for_a_recipe_as_people_ask_for_it(row_id: str) -> None:
     (row,) = [row for row in known_bad_table() if row.id == row_id]
     recipe, *overrides = COMMANDS[row_id]
-    (job,) = load(recipe, overrides, folders=config_folders(None)).jobs
+    job = load(recipe, overrides, folders=config_folders(None))
     assert job.faults == ()
     plan = plan_of(job.value)
     messages = [*map(str, plan.faults), *(note.message for note in plan.notes)]

@@ -11,7 +11,7 @@ from pipeline.core.hardware import Target
 from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.fp8 import Fp8Quantizer
-from pipeline.sources.text.calibration import Calibration
+from pipeline.sources.text.corpus import Calibration
 from tests.specs import spec_of_folder
 from tests.tiny import TEXT, tiny_model
 

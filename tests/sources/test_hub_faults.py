@@ -11,9 +11,11 @@ import pytest
 from pipeline.core.errors import (
     AccessError,
     CorruptError,
+    ExitCode,
     NotFoundError,
     TransientError,
 )
+from pipeline.outcome import failure_of
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_fetch import SOURCE, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, HubServer
@@ -118,5 +120,6 @@ def test_disk_that_fills_up_is_transient(hub: HubServer, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
 
-    with pytest.raises(TransientError, match="disk full"):
+    with pytest.raises(OSError, match="No space left") as caught:
         SOURCE.fetch()
+    assert failure_of(caught.value).exit_code is ExitCode.TRANSIENT

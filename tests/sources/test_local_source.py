@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import (
-    AccessError,
     CorruptError,
     NotFoundError,
-    PipelineError,
     RecipeError,
 )
 from pipeline.sources.local import LocalSource
@@ -105,17 +103,3 @@ def test_pickles_only_is_a_recipe_fault(folder: Path) -> None:
     (folder / INDEX).unlink()
     with pytest.raises(RecipeError, match=r"only as pytorch_model\.bin.*save_pretrained"):
         source(folder).fetch()
-
-
-def test_unreadable_file_is_an_access_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Root may read everything, so the refusal is made here rather than with chmod.
-    def refuse(path: Path, *_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "open", refuse)
-
-    with pytest.raises(AccessError, match="Permission denied") as caught:
-        source(folder).fetch()
-
-    assert isinstance(caught.value, PipelineError)
-    assert caught.value.exit_code == 1

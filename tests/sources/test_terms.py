@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.stage_protocols import WeightSource
+from pipeline.config.recipe import WeightSource
 from pipeline.core.values import Licence
 from pipeline.sources.embedded import EmbeddedSource
 from pipeline.sources.hub import HubSource
 from pipeline.sources.local import LocalSource
-from pipeline.sources.terms import known_licences, licence_of_hub
+from pipeline.sources.weights import known_licences, licence_of_hub
 from tests.sources.tiny_model import tiny_repository
 
 HUB: dict[str, Any] = {"repo_id": "acme/tiny", "revision": "0" * 40, "licence": "MIT"}

@@ -1,14 +1,21 @@
-"""What a text is: documents with a digest; and the check that two texts do not overlap."""
+"""Text for calibration and evaluation: documents with a digest, cut into windows of tokens."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.kinds import OneOf
+from pipeline.core.settings import STRICT, OneOf
 from pipeline.core.values import digest_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NGRAM_WORDS = 13
 """Length of a shared run of words that counts as overlap: 13, as in GPT-3's contamination study
@@ -35,6 +42,84 @@ class TextCorpus(Protocol):
 
 Text = Annotated[TextCorpus, OneOf("pipeline.sources.text")]
 """A section of a recipe that names a text."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Calibration:
+    """Which text sets the activation scales.
+
+    Attributes:
+        text: Where it comes from.
+        calib_size: Windows of `seq_len` tokens.
+        seq_len: Tokens per window.
+        batch_size: Windows per forward pass.
+        seed: Chooses the windows when the text holds more.
+    """
+
+    text: Text
+    calib_size: PositiveInt
+    seq_len: PositiveInt
+    batch_size: PositiveInt
+    seed: NonNegativeInt
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything about it that shapes scales."""
+        settings = ("calib_size", "seq_len", "batch_size", "seed")
+        return {
+            "text": text_digest(self.text.documents()),
+            "calibration": {name: getattr(self, name) for name in settings},
+        }
+
+    def record(self) -> dict[str, str]:
+        """Which text it was, for the calibration record."""
+        return {"origin": self.text.origin, "digest": text_digest(self.text.documents())}
+
+    def windows(self, tokenizer: Any) -> NDArray[np.int64]:
+        """Tokens that calibration reads, [calib_size, seq_len]; as `pack_windows`."""
+        return pack_windows(
+            self.text.documents(),
+            tokenizer,
+            seq_len=self.seq_len,
+            count=self.calib_size,
+            seed=self.seed,
+        )
+
+
+def pack_windows(
+    documents: Sequence[str], tokenizer: Any, *, seq_len: int, count: int, seed: int | None
+) -> NDArray[np.int64]:
+    """Tokenize, join with the end-of-text token, cut into windows [count, seq_len].
+
+    Full windows only, so that padding never enters a statistic.
+
+    Args:
+        documents: The text.
+        tokenizer: A Transformers tokenizer.
+        seq_len: Tokens per window.
+        count: Windows wanted.
+        seed: Draws `count` of the windows at random, in text order; None takes the first.
+
+    Raises:
+        RecipeError: The text is too short.
+    """
+    import numpy as np
+
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for encoded in tokenizer(list(documents), add_special_tokens=False)["input_ids"]:
+        tokens += encoded + separator
+    available = len(tokens) // seq_len
+    if available < count:
+        message = (
+            f"the text has {len(tokens)} tokens, {available} windows of {seq_len}; {count} are "
+            "wanted: use a longer text or fewer windows"
+        )
+        raise RecipeError([Fault("text", message)])
+    windows = np.array(tokens[: available * seq_len], np.int64).reshape(available, seq_len)
+    if seed is None:
+        return windows[:count]
+    chosen = np.random.default_rng(seed).permutation(available)[:count]
+    return windows[np.sort(chosen)]
 
 
 def text_digest(documents: Iterable[str]) -> str:

@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import NotFoundError
 from pipeline.core.settings import STRICT
 from pipeline.core.workfolder import locked
-from pipeline.sources import store
 from pipeline.sources.text.file import read_documents
+from pipeline.sources.weights import lock_path, weights_root
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -53,15 +53,14 @@ class HubText:
         """The file in the weight cache, downloaded and verified like a model's unless it is there.
 
         Raises:
-            NotFoundError: No such dataset, commit or file.
-            CorruptError: It arrived with other bytes than the Hub lists.
-            TransientError: Network, rate limit or full disk.
+            NotFoundError: The dataset has no such file.
+            PipelineError: As `HubClient`.
         """
         slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
-        folder = store.weights_root() / "hub-datasets" / slug / self.revision
+        folder = weights_root() / "hub-datasets" / slug / self.revision
         target = folder / self.file
-        lock_path = store.lock_path(f"dataset-{slug}-{commit}")
-        with store.disk_faults_explained(), locked(lock_path):
+        lock = lock_path(f"dataset-{slug}-{commit}")
+        with locked(lock):
             # The client gives a file its name only when its digest was right.
             if target.is_file():
                 return target

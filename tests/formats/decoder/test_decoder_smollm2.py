@@ -18,8 +18,8 @@ from pipeline.core.values import Weights
 from pipeline.model.hf import load_tokenizer
 from pipeline.quant.simulate import Accumulation, load_simulation
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
+from pipeline.sources.text.corpus import pack_windows
 from pipeline.sources.text.topics import PydocTopics
-from pipeline.sources.text.windows import pack_windows
 from tests.formats.decoder.decoders import (
     generate_greedy,
     model_greedy,
@@ -41,7 +41,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    (job,) = load("smollm2", [], folders=config_folders(None)).jobs
+    job = load("smollm2", [], folders=config_folders(None))
     assert isinstance(job.value, Recipe), job.faults
     return job.value
 

@@ -1,0 +1,258 @@
+"""Weights as every source hands them on: files that count, the cache that keeps them, their terms.
+
+    <cache>/weights/hub/<owner>--<name>/<commit>/         made visible by one rename
+        weights.json                                      origin, commit, SHA-256 of every file
+        files/                                            what `Weights.dir` names
+
+Weights are safetensors or nothing: a pickle (`*.bin`, `*.pth`) can run code when it is read. A
+finished folder is taken by sizes, record and safetensors headers: milliseconds, no network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.dataclasses import dataclass
+
+from pipeline.core.data import cache_root, read_json_object
+from pipeline.core.errors import (
+    CorruptError,
+    Fault,
+    NotFoundError,
+    RecipeError,
+)
+from pipeline.core.safetensors_files import (
+    INDEX,
+    SINGLE,
+    TensorEntry,
+    check_index,
+    check_shards,
+    read_header,
+    read_index,
+)
+from pipeline.core.settings import STRICT
+from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
+from pipeline.core.workfolder import locked
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+RECORD = "weights.json"
+FILES = "files"
+
+_TOKENIZER = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
+"""Any one of these is a tokenizer; the other tokenizer files only adorn it."""
+
+_SUPPORT = _TOKENIZER | {
+    CONFIG,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+}
+_TERMS = re.compile(r"(licen[cs]e|notice|use_policy|copying)", re.IGNORECASE)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Licensed:
+    """What every source of a recipe says about the terms of its weights.
+
+    Attributes:
+        licence: SPDX identifier, or `LicenseRef-...` for terms that have none. Of a fine-tune,
+            those of the model that was tuned count too.
+        redistribution: Whether they let a package go where everybody can read it.
+        notice: Text that must travel with the weights.
+    """
+
+    licence: str
+    redistribution: Redistribution = "forbidden"
+    notice: str = ""
+
+    def __post_init__(self) -> None:
+        if self.redistribution == "with-notice" and not self.notice.strip():
+            raise ValueError(
+                "redistribution is with-notice, and there is no notice; set source.notice to the "
+                "text that the licence asks for"
+            )
+
+    @property
+    def origin(self) -> str:
+        """For people and the manifest."""
+        raise NotImplementedError
+
+    @property
+    def terms(self) -> Licence:
+        """What the recipe says about the licence."""
+        return Licence(spdx=self.licence, redistribution=self.redistribution, notice=self.notice)
+
+    def weights(
+        self, dir: Path, files: tuple[FileDigest, ...], commit: str | None = None, note: str = ""
+    ) -> Weights:
+        """The value that the next stage takes."""
+        return Weights(
+            dir=dir,
+            origin=self.origin,
+            commit=commit,
+            files=files,
+            licence=replace(self.terms, files=terms_files(file.path for file in files)),
+            note=note,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownLicence:
+    """A row of `licences.yaml`; its fields are explained at the top of that file."""
+
+    hub: str
+    licence: str
+    redistribution: Redistribution
+    notice: str = ""
+
+
+def licence_of_hub(tag: str | None) -> KnownLicence:
+    """The terms behind the licence tag of a Hub repository, such as `apache-2.0`; None for none.
+
+    A tag that the table does not have forbids redistribution until a person has read the terms.
+    """
+    name = tag or "unstated"
+    unknown = KnownLicence(hub=name, licence=f"LicenseRef-{name}", redistribution="forbidden")
+    return known_licences().get(name, unknown)
+
+
+@cache
+def known_licences() -> dict[str, KnownLicence]:
+    """The table that travels with the package, by Hub tag."""
+    text = resource_files("pipeline.sources").joinpath("licences.yaml").read_text("utf-8")
+    rows: list[dict[str, Any]] = yaml.safe_load(text)
+    return {row["hub"]: KnownLicence(**row) for row in rows}
+
+
+def check_listing(names: Collection[str], where: str) -> None:
+    """Refuse a folder or repository, called `where` in messages, by its top-level names alone.
+
+    Raises:
+        NotFoundError: No `config.json`, tokenizer or weights.
+        RecipeError: Weights there are, but only as pickles.
+    """
+    if CONFIG not in names:
+        raise NotFoundError(
+            f"{where} has no {CONFIG}; it must be a model that Transformers can load, not an "
+            "adapter or another runtime's files"
+        )
+    if SINGLE not in names and INDEX not in names:
+        pickles = [name for name in sorted(names, key=len) if name.endswith(_PICKLES)]
+        if pickles:
+            message = (
+                f"{where} has its weights only as {pickles[0]}, which can run code when it is "
+                "read; safetensors are required: choose a commit that has them, or save the model "
+                "with save_pretrained() and use source=local"
+            )
+            raise RecipeError([Fault("source", message)])
+        raise NotFoundError(f"{where} has no weights: neither {SINGLE} nor {INDEX}")
+    if not _TOKENIZER & set(names):
+        raise NotFoundError(
+            f"{where} has no tokenizer, wanted one of {', '.join(sorted(_TOKENIZER))}; "
+            "copy it from the model that this one was made from"
+        )
+
+
+def support_files(names: Iterable[str]) -> tuple[str, ...]:
+    """What a build needs besides the weights: configuration, tokenizer, terms, at the top level."""
+    present = set(names)
+    wanted = _SUPPORT if SINGLE in present else _SUPPORT | {INDEX}
+    return tuple(sorted(present & wanted) + sorted(terms_files(present)))
+
+
+def terms_files(names: Iterable[str]) -> tuple[str, ...]:
+    """Licence, notice and use-policy files among top-level `names`."""
+    found = (name for name in names if _TERMS.match(name) and "/" not in name)
+    return tuple(sorted(name for name in found if not name.endswith((".py", *_PICKLES))))
+
+
+def weight_files(names: Collection[str], folder: Path, where: str) -> tuple[str, ...]:
+    """The safetensors to load: `model.safetensors`, else what the index in `folder` names.
+
+    Transformers looks in the same order. A second copy (`consolidated*.safetensors`) is in neither.
+
+    Raises:
+        CorruptError: The index is unreadable, or names files that are not among `names`.
+    """
+    if SINGLE in names:
+        return (SINGLE,)
+    return tuple(check_shards(read_index(folder / INDEX), names, where))
+
+
+def check_weights(folder: Path, shards: Iterable[str]) -> None:
+    """Check `config.json`, every shard's header and length, and the index if there is one.
+
+    Raises:
+        CorruptError: Names the file and its fault.
+    """
+    read_json_object(folder / CONFIG)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        tensors |= read_header(folder / shard)
+    if SINGLE not in shards:
+        check_index(folder, read_index(folder / INDEX), tensors)
+
+
+def weights_root() -> Path:
+    """Folder of the weight cache."""
+    return cache_root() / "weights"
+
+
+def lock_path(name: str) -> Path:
+    """Lock that the makers of one cache entry wait for."""
+    return cache_root() / "locks" / f"weights-{name}.lock"
+
+
+def cached_files(
+    folder: Path, lock: str, make: Callable[[], tuple[FileDigest, ...]]
+) -> tuple[FileDigest, ...]:
+    """Digests of the files of a cached folder, which `make` fills where it is absent or damaged."""
+    if (files := finished_files(folder)) is not None:
+        return files
+    with locked(lock_path(lock)):  # another run may have finished it while we waited
+        return finished_files(folder) or make()
+
+
+def write_record(
+    folder: Path, *, origin: str, commit: str | None, files: Sequence[FileDigest]
+) -> None:
+    """Write the record of `folder`, the last thing before the folder becomes visible."""
+    record = {"origin": origin, "commit": commit, "files": [file.to_json() for file in files]}
+    with (folder / RECORD).open("w") as stream:
+        json.dump(record, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def finished_files(folder: Path) -> tuple[FileDigest, ...] | None:
+    """The recorded digests of a finished folder; None when it is absent or damaged."""
+    if not folder.is_dir():
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        files = tuple(FileDigest.from_json(file) for file in record["files"])
+        present = {path.name: path.stat().st_size for path in (folder / FILES).iterdir()}
+        if present != {file.path: file.size_bytes for file in files}:
+            raise ValueError("its files are not those of its record")
+        check_weights(folder / FILES, [path for path in present if path.endswith(".safetensors")])
+    except (CorruptError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s); making it again", folder, error)
+        return None
+    return files
