@@ -65,7 +65,7 @@ bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 
 	$(RUN) -m tests.benchmarks.registry $(ARGS)
 
 test-gpu: $(READY) ## on a machine with a CUDA device: a missing one is a failure
-	$(RUN) -m pytest -q -m gpu tests/gpu tests/runners/trtrtx/test_device.py $(ARGS)
+	$(RUN) -m pytest -q -m gpu tests/gpu $(ARGS)
 
 check: $(READY) ## lint, format and types
 	$(RUN) -m ruff check .

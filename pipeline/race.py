@@ -31,8 +31,7 @@ from pipeline.core.errors import ConflictError, Fault, IncompatibleError, Recipe
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
 from pipeline.machine import require_builder, require_room
 from pipeline.plan.ceilings import roofline
-from pipeline.rehearse.random_source import RandomSource
-from pipeline.rehearse.shrink import small_calibration, small_quantizer
+from pipeline.rehearse.shrink import RandomSource, small_calibration, small_quantizer
 from pipeline.runners.runner import Runner
 from pipeline.runners.session import Session
 from pipeline.runners.vllm import VllmRunner

@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, paired
 from pipeline.acceptance.chat_prompts import CONVERSATIONS, Message
 from pipeline.core.settings import STRICT
-from pipeline.runners.chat import eos_ids
+from pipeline.runners.prompts import eos_ids
 from pipeline.runners.session import Session
 
 

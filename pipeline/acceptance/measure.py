@@ -231,7 +231,7 @@ def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
     Raises:
         RecipeError: The workload's file of prompts does not fit.
     """
-    from pipeline.runners.chat import eos_ids
+    from pipeline.runners.prompts import eos_ids
 
     tokenizer, ends = None, frozenset[int]()
     if workload.prompts_file or not workload.ignore_eos:

@@ -17,7 +17,7 @@ from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.model.hf import load_tokenizer
 from pipeline.registry.reference import reference_of
-from pipeline.runners.chat import chat_prompt, eos_ids
+from pipeline.runners.prompts import chat_prompt, eos_ids
 from pipeline.runners.runner import Runner
 from pipeline.runners.session import Session
 

@@ -1,4 +1,4 @@
-"""Rehearse a recipe: the whole line on random weights, in every format that the recipe offers.
+"""`enginesmith rehearse`: the whole line on random weights, in every format that a recipe offers.
 
 Everything goes into one throw-away folder: weights, cache, runs and a registry that is marked as a
 rehearsal's. A format whose compiler cannot work on this machine goes as far as it can, and the
@@ -11,22 +11,30 @@ import contextlib
 import dataclasses
 import logging
 import shlex
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.table import Table
+
 from pipeline.build import BuildOptions, build
+from pipeline.commands.answer import Answer
+from pipeline.commands.screen import screen_logging
+from pipeline.config.folders import ConfigFolders, config_folders
+from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
-from pipeline.core.errors import ExitCode, IncompatibleError, PipelineError
+from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
 from pipeline.formats.spec import CardCompiler
-from pipeline.outcome import failure_of
+from pipeline.machine import require_builder
+from pipeline.outcome import failure_of, worst
 from pipeline.registry.policy import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.rehearse.random_source import RandomSource
 from pipeline.rehearse.shrink import (
+    RandomSource,
     small_acceptance,
     small_calibration,
     small_quantizer,
@@ -37,7 +45,9 @@ from pipeline.sources.text.topics import PydocTopics
 
 log = logging.getLogger(__name__)
 
-State = Literal["good", "stopped", "failed"]
+Composed = Mapping[str, tuple[Recipe, Mapping[str, Any]]]
+"""Compiler name -> the recipe composed with it, and its plain configuration."""
+_WORDS = {"good": "done", "stopped": "as far as this machine goes", "failed": "FAILED"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,117 +64,175 @@ class Rehearsed:
     """
 
     format: str
-    state: State
+    state: Literal["good", "stopped", "failed"]
     reached: str
     detail: str
-    exit_code: ExitCode
-    seconds: float
+    exit_code: ExitCode = ExitCode.OK
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "exit_code": int(self.exit_code), "seconds": round(self.seconds, 2)}
 
 
-def rehearse(
-    recipes: Mapping[str, tuple[Recipe, Mapping[str, Any]]], folder: Path, *, full_size: bool
-) -> tuple[Rehearsed, ...]:
-    """Rehearse each format in turn; one that fails does not stop the others.
+def run_rehearsal(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    full_size: bool,
+    keep: Path | None,
+    config_dir: Path | None,
+) -> Answer:
+    """Rehearse a recipe; exits with the worst exit code of its formats.
 
     Args:
-        recipes: Compiler name -> the recipe composed with it, and its plain configuration.
-        folder: An empty folder; gets everything.
-        full_size: Keep the real shape and the real sizes; only the weights are random.
+        recipe: Its name.
+        overrides: In Hydra's grammar; one that chooses a compiler rehearses that one only.
+        full_size: Keep the real shape.
+        keep: Folder for what is made; None throws it away.
+        config_dir: Folder with the user's recipes.
+
+    Raises:
+        RecipeError: The recipe is wrong.
+        IncompatibleError: Packages that building needs are not installed.
+        ConflictError: `keep` exists and is not empty.
     """
-    mark_throwaway(folder / "registry")
-    done = []
-    for name, (recipe, config) in recipes.items():
-        log.info("Rehearsing compiler=%s", name)
-        started = time.perf_counter()
-        prepared = _rehearsed(recipe, folder, full_size=full_size)
-        run_dir = folder / "runs" / name
-        run_dir.mkdir(parents=True)
-        try:
-            with _registry_silent():
-                state, reached, detail = _run(prepared, config, folder / "cache", run_dir)
-            code = ExitCode.OK if state != "failed" else ExitCode.NOT_ACCEPTED
-        except Exception as error:
-            failure = failure_of(error)
-            state, reached, detail, code = "failed", "", failure.message, failure.exit_code
-        seconds = time.perf_counter() - started
-        done.append(
-            Rehearsed(
-                format=name,
-                state=state,
-                reached=reached,
-                detail=detail,
-                exit_code=code,
-                seconds=seconds,
-            )
+    started = time.perf_counter()
+    composed = compose(recipe, overrides, config_folders(config_dir))
+    for engine_format in composed:
+        require_builder(engine_format)
+    # What the registry logs is of a key and of packages that are thrown away.
+    logging.getLogger("pipeline.registry").setLevel(logging.WARNING)
+    with screen_logging(), _folder(keep) as folder:
+        mark_throwaway(folder / "registry")
+        done = [
+            _rehearse(name, *one, folder, full_size=full_size) for name, one in composed.items()
+        ]
+    seconds = time.perf_counter() - started
+    code = worst(result.exit_code for result in done)
+    table = Table("format", "state", "reached", "s")
+    for one in done:
+        table.add_row(one.format, _WORDS[one.state], one.reached, f"{one.seconds:.0f}")
+    details = [f"{one.format}: {one.detail}" for one in done if one.state != "good"]
+    size = "full size" if full_size else "a tiny model of the same architecture"
+    verdict = "good" if code is ExitCode.OK else "failed"
+    summary = f"Rehearsal of {recipe} {verdict}: random weights, {size}; {seconds:.0f} s"
+    return Answer(
+        value={
+            "recipe": recipe,
+            "seconds": round(seconds, 2),
+            "formats": [result.to_json() for result in done],
+        },
+        shown=[table, *details, summary, *([f"Kept in {keep}"] if keep is not None else [])],
+        exit_code=code,
+        message="\n".join([summary, *details]),
+    )
+
+
+def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Composed:
+    """The recipe with each compiler; its own compiler first.
+
+    A compiler that the recipe was not written for (no sizes, wrong keys) is left out, its own is
+    not.
+
+    Raises:
+        RecipeError: The recipe itself is wrong, or there is none.
+    """
+    job = load(recipe, overrides, folders=folders)
+    composed: dict[str, tuple[Recipe, Mapping[str, Any]]] = {
+        job.value.compiler.format: (job.value, job.config)
+    }
+    if any(override.split("=")[0] == "compiler" for override in overrides):
+        return composed
+    for name in folders.options("compiler"):
+        other = load(recipe, [*overrides, f"compiler={name}"], folders=folders)
+        if name not in composed and not other.faults:
+            composed[name] = (other.value, other.config)
+    return composed
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    """An empty folder; removed afterwards unless it is to be kept."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="enginesmith-rehearsal-") as folder:
+            yield Path(folder)
+        return
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise ConflictError(f"{keep} exists and is not empty; name a new folder")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep
+
+
+def _rehearse(
+    name: str, recipe: Recipe, config: Mapping[str, Any], folder: Path, *, full_size: bool
+) -> Rehearsed:
+    """Rehearse one format; one that fails does not stop the others."""
+    log.info("Rehearsing compiler=%s", name)
+    started = time.perf_counter()
+    run_dir = folder / "runs" / name
+    run_dir.mkdir(parents=True)
+    try:
+        done = _run(name, _rehearsed(recipe, folder, full_size=full_size), config, run_dir)
+    except Exception as error:
+        failure = failure_of(error)
+        done = Rehearsed(
+            format=name,
+            state="failed",
+            reached="",
+            detail=failure.message,
+            exit_code=failure.exit_code,
         )
-    return tuple(done)
+    return dataclasses.replace(done, seconds=time.perf_counter() - started)
 
 
 def _rehearsed(recipe: Recipe, folder: Path, *, full_size: bool) -> Recipe:
     """The recipe on random weights and little text, in small sizes unless they are to stay."""
     calibrate, judge = PydocTopics(part="calibrate"), PydocTopics(part="judge")
-    shape = recipe.shape if full_size else small_spec(recipe.shape)
-    acceptance = small_acceptance(recipe.acceptance, judge)
-    if full_size:
-        limit_s = recipe.acceptance.time_limit_s
-        acceptance = dataclasses.replace(acceptance, time_limit_s=limit_s)
+    shape, compiler, weights = recipe.shape, recipe.compiler, folder / "weights"
+    if not full_size:
+        shape, compiler = small_spec(shape), small_settings(compiler)
     return dataclasses.replace(
         recipe,
         shape=shape,
-        source=RandomSource(
-            shape=shape, folder=folder / "weights", documents=calibrate.documents()
-        ),
+        source=RandomSource(shape=shape, folder=weights, documents=calibrate.documents()),
         calibration=small_calibration(recipe.calibration, calibrate),
         quantizer=small_quantizer(recipe.quantizer, shape),
-        compiler=recipe.compiler if full_size else small_settings(recipe.compiler),
-        acceptance=acceptance,
+        compiler=compiler,
+        acceptance=small_acceptance(recipe.acceptance, judge),
         registry=FolderRegistry(path=folder / "registry"),
     )
 
 
-@contextlib.contextmanager
-def _registry_silent() -> Iterator[None]:
-    """Hide what the registry logs: its key and its packages are thrown away."""
-    registry = logging.getLogger("pipeline.registry")
-    before = registry.level
-    registry.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        registry.setLevel(before)
-
-
-def _run(
-    recipe: Recipe, config: Mapping[str, Any], cache_dir: Path, run_dir: Path
-) -> tuple[State, str, str]:
+def _run(name: str, recipe: Recipe, config: Mapping[str, Any], run_dir: Path) -> Rehearsed:
     """Build it; where the compiler cannot work here, do what comes before it."""
-    compiler = recipe.compiler
+    folder, compiler = run_dir.parent.parent, recipe.compiler
     if isinstance(compiler, CardCompiler):
         try:
             compiler.check_machine(recipe.target)
-        except PipelineError as error:
-            if not isinstance(error, IncompatibleError):
-                raise
-            return "stopped", *_up_to_the_command(recipe, compiler, cache_dir, str(error))
+        except IncompatibleError as error:
+            reached = _converted(recipe, compiler, folder / "cache")
+            reason = str(error).splitlines()[0]
+            detail = f"{reason}; not run: {shlex.join(compiler.command)}"
+            return Rehearsed(format=name, state="stopped", reached=reached, detail=detail)
     # A key of its own, in CI too: a rehearsal proves nothing, and leaves nothing behind.
-    environ = {"ENGINESMITH_CONFIG": str(run_dir.parent.parent / "config")}
-    options = BuildOptions(rebuild=False, config=config, cache_dir=cache_dir, environ=environ)
+    environ = {"ENGINESMITH_CONFIG": str(folder / "config")}
+    options = BuildOptions(
+        rebuild=False, config=config, cache_dir=folder / "cache", environ=environ
+    )
     outcome = build(recipe, run_dir, options)
-    state: State = "good" if outcome.exit_code is ExitCode.OK else "failed"
-    return state, f"package {outcome.reference}", outcome.message
+    good = outcome.exit_code is ExitCode.OK
+    return Rehearsed(
+        format=name,
+        state="good" if good else "failed",
+        reached=f"package {outcome.reference}",
+        detail=outcome.message,
+        exit_code=ExitCode.OK if good else ExitCode.NOT_ACCEPTED,
+    )
 
 
-def _up_to_the_command(
-    recipe: Recipe, compiler: CardCompiler, cache_dir: Path, reason: str
-) -> tuple[str, str]:
-    """Fetch, quantize, convert, verify; the command line that a machine with the card would run."""
+def _converted(recipe: Recipe, compiler: CardCompiler, cache_dir: Path) -> str:
+    """Fetch, quantize, convert, verify."""
     cache = StageCache(root=cache_dir)
     checkpoint = recipe.quantizer.quantize(recipe.source.fetch(), recipe.calibration, cache)
-    converted = compiler.convert(checkpoint, cache)
-    size_bytes = sum(file.size_bytes for file in converted.files)
-    reached = f"{compiler.format} checkpoint, {size_bytes / 1e6:.1f} MB, every tensor checked"
-    first_line = reason.splitlines()[0]
-    return reached, f"{first_line}; not run: {shlex.join(compiler.command)}"
+    size_bytes = sum(file.size_bytes for file in compiler.convert(checkpoint, cache).files)
+    return f"{compiler.format} checkpoint, {size_bytes / 1e6:.1f} MB, every tensor checked"

@@ -1,13 +1,18 @@
-"""A recipe made small: the same architecture, fusions and ratios, in sizes that take seconds."""
+"""A recipe made small, on random weights: the same architecture, fusions and ratios, in seconds."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.acceptance.chat_probe import ChatSettings
 from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.core.cache import digest_folder
+from pipeline.core.values import Licence, Weights
+from pipeline.model.hf import write_random_model
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import select
@@ -19,8 +24,55 @@ LAYERS = 5
 _MIN_HEADS = 4
 _MIN_HEAD_DIM = 16
 """TensorRT-RTX 1.7.1 has no attention kernel for fewer query heads or smaller heads."""
+_SIZES = {
+    "max_batch_size": 2,
+    "opt_batch_size": 1,
+    "max_prefill_batch_size": 1,
+    "max_seq_len": CONTEXT,
+    "max_num_tokens": CONTEXT,
+}
 _VOCAB = 512
 _MAX_POSITION = 256
+
+
+_TERMS = Licence(spdx="CC0-1.0", files=("LICENSE",), redistribution="allowed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSource:
+    """Random weights as a source: nothing is downloaded, and everything made of them says so.
+
+    Attributes:
+        shape: The model.
+        folder: Where its files go.
+        documents: Text for the tokenizer.
+        seed: Of the weights.
+    """
+
+    shape: ModelSpec
+    folder: Path
+    documents: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def terms(self) -> Licence:
+        return _TERMS
+
+    def fetch(self) -> Weights:
+        """Write the model unless an earlier call did."""
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            documents = list(self.documents)
+            write_random_model(self.shape, self.folder, documents=documents, seed=self.seed)
+        return Weights(
+            dir=self.folder,
+            origin=f"random:{self.shape.architecture}",
+            commit=None,
+            files=digest_folder(self.folder),
+            licence=_TERMS,
+            note="a rehearsal: these weights are random numbers",
+            random=True,
+        )
 
 
 def small_spec(spec: ModelSpec) -> ModelSpec:
@@ -74,15 +126,8 @@ def _small_rope(settings: Mapping[str, Any], pairs: int) -> dict[str, Any]:
 
 def small_settings(settings: Any) -> Any:
     """A compiler's settings with small sizes; every other choice stays as the recipe made it."""
-    sizes = {
-        "max_batch_size": 2,
-        "opt_batch_size": 1,
-        "max_prefill_batch_size": 1,
-        "max_seq_len": CONTEXT,
-        "max_num_tokens": CONTEXT,
-    }
     names = {field.name for field in dataclasses.fields(settings)}
-    return dataclasses.replace(settings, **{k: v for k, v in sizes.items() if k in names})
+    return dataclasses.replace(settings, **{k: v for k, v in _SIZES.items() if k in names})
 
 
 def small_calibration(calibration: Any, text: Any) -> Any:
@@ -92,10 +137,8 @@ def small_calibration(calibration: Any, text: Any) -> Any:
 
 def small_quantizer(quantizer: Any, spec: ModelSpec) -> Any:
     """The quantizer without patterns for layers that the small model lacks."""
-    return dataclasses.replace(
-        quantizer,
-        keep_16bit=tuple(p for p in quantizer.keep_16bit if select([p], spec.modules)),
-    )
+    kept = tuple(pattern for pattern in quantizer.keep_16bit if select([pattern], spec.modules))
+    return dataclasses.replace(quantizer, keep_16bit=kept)
 
 
 def small_acceptance(acceptance: Any, text: Any) -> Any:

@@ -10,23 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipeline
-from pipeline.core.errors import (
-    CorruptError,
-    Fault,
-    IncompatibleError,
-    OutOfMemoryError,
-    PipelineError,
-    RecipeError,
-    ToolError,
-    TransientError,
-)
+from pipeline.core import errors
+from pipeline.core.errors import CorruptError, Fault, PipelineError, RecipeError, ToolError
 from pipeline.core.process import Started, kill_group, last_lines
 from pipeline.runners.children import main as protocol
 from pipeline.runners.session import (
@@ -45,13 +38,6 @@ if TYPE_CHECKING:
 CHILDREN = Path(protocol.__file__).parent
 """The folder of what runs in a child; a container needs nothing else of this package."""
 
-_ERRORS: Mapping[str, Callable[[str], PipelineError]] = {
-    "CorruptError": CorruptError,
-    "IncompatibleError": IncompatibleError,
-    "OutOfMemoryError": OutOfMemoryError,
-    "RecipeError": lambda message: RecipeError([Fault("", message)]),
-    "TransientError": TransientError,
-}
 _FULL_CARD = ("CUDA out of memory", "OutOfMemoryError", "CUDA error: out of memory")
 """How PyTorch writes that a card is full; vLLM's own process says so in its log only."""
 _SLICE_S = 0.2
@@ -61,7 +47,6 @@ _END_S = 20.0
 _CHUNK_BYTES = 1 << 20
 _MOST_NOISE_BYTES = 1 << 20
 """Text before the first frame, such as the greeting of an image, goes to the log, up to this."""
-_LOAD, _ANSWER = "runner.load_timeout_s", "runner.answer_timeout_s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,187 +87,49 @@ class Program:
     )
 
 
-def session_program(name: str, opener: str, **arguments: Any) -> Program:
-    """A program that holds a session of this package, under this interpreter.
+class ChildSession:
+    """`pipeline.runners.session.Session`; the model is in the other process.
 
-    Args:
-        name: Of the runtime, for messages.
-        opener: `module:function`, which gives a context manager of a session.
-        arguments: Of the function, as JSON has them.
-    """
-    return Program(
-        name=name,
-        model=str(CHILDREN / "session_model.py"),
-        arguments={"opener": opener, **arguments},
-        paths=(str(Path(pipeline.__file__).parents[1]),),
-    )
-
-
-class ChildProcess:
-    """A running child, and the frames to and from it.
-
-    After any error but that of a single request it is of no more use.
+    Every method also raises `ToolError` when that process ended, hangs or writes nonsense; after
+    any error but that of a single request the session is of no more use.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], log_path: Path, name: str) -> None:
-        self.name = name
         self.log_path = log_path
+        self.context: int | None = None
+        self._answer_s = 0.0
+        self._name = name
         self._process = process
         self._buffer = bytearray()
         self._in_step = False
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Hand over one request.
-
-        Raises:
-            ToolError: The process has ended.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(protocol.pack(dict(message)))
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("") from None
-
-    def receive(self, timeout_s: float, setting: str) -> tuple[dict[str, Any], bytes]:
-        """The next message, and the raw bytes of its array.
-
-        Args:
-            timeout_s: Longest time to wait for it.
-            setting: Config path of that time, for the message.
-
-        Raises:
-            ToolError: The process ended, did not answer in time, or wrote something else.
-            PipelineError: It reports that the request failed, in the class that the error had.
-        """
-        deadline = time.monotonic() + timeout_s
-        header = protocol.HEADER
-
-        def take(size: int) -> bytes:
-            while len(self._buffer) < size:
-                self._fill(deadline, timeout_s, setting)
-            data = bytes(self._buffer[:size])
-            del self._buffer[:size]
-            return data
-
-        while not self._skip_noise():
-            self._fill(deadline, timeout_s, setting)
-        magic, text_size, data_size = header.unpack(take(header.size))
-        if magic != protocol.MAGIC:
-            raise self._failure(
-                f"it wrote {magic!r} where a frame begins: a library writes to the pipe of the "
-                "frames; see the log and report it"
-            )
-        message: dict[str, Any] = json.loads(take(text_size))
-        data = take(data_size)
-        if message["kind"] == "error":
-            raise self._reported(message)
-        return message, data
-
-    def _skip_noise(self) -> bool:
-        """Drop what comes before the first frame; whether that has begun."""
-        if self._in_step:
-            return True
-        start = self._buffer.find(protocol.MAGIC)
-        if start < 0 and len(self._buffer) <= _MOST_NOISE_BYTES:
-            return False
-        noise = bytes(self._buffer[: max(start, 0)])
-        if noise:
-            with self.log_path.open("ab") as stream:
-                stream.write(noise)
-            del self._buffer[: len(noise)]
-        self._in_step = True
-        return True
-
-    def _fill(self, deadline: float, timeout_s: float, setting: str) -> None:
-        """Take what has come, or wait a little."""
-        stream = self._process.stdout
-        assert stream is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            ready = selector.select(_SLICE_S)
-        if ready:
-            data = os.read(stream.fileno(), _CHUNK_BYTES)
-            self._buffer += data
-            if data:
-                return
-        if ready or self._process.poll() is not None:
-            raise self._failure("")
-        if time.monotonic() > deadline:
-            raise self._failure(
-                f"it did not answer for {timeout_s:.0f} s and was stopped; if it only needs "
-                f"longer, raise {setting}"
-            )
-
-    def _reported(self, message: Mapping[str, Any]) -> PipelineError:
-        """The error of a request in the class that it had in the child."""
-        text, code = str(message["message"]), str(message["code"])
-        lines = "\n".join((text, *last_lines(self.log_path)))
-        if code not in _ERRORS and any(words in lines for words in _FULL_CARD):
-            code = "OutOfMemoryError"
-        if code == "OutOfMemoryError":
-            text += "; free the card, take a smaller batch or context, or one with more memory"
-        make = _ERRORS.get(code, PipelineError)
-        return make(f"{self.name} failed: {text}; see {self.log_path}")
-
-    def _failure(self, hint: str) -> ToolError:
-        """What is known of a process that ended, hangs or writes nonsense; it is ended."""
-        if not hint:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_S)
-        kill_group(self._process)
-        arguments = self._process.args
-        assert isinstance(arguments, list)
-        return ToolError(
-            stage=f"runner {self.name.lower()}",
-            command=[str(part) for part in arguments],
-            returncode=self._process.returncode,
-            log_path=self.log_path,
-            last_lines=last_lines(self.log_path),
-            hint=hint,
+    def load(self, program: Program, timeouts: Timeouts) -> None:
+        """Let the process load; before anything else."""
+        self._send(
+            "load", model=program.model, paths=program.paths, arguments=dict(program.arguments)
         )
-
-    def end(self) -> None:
-        """Let it end by itself, and end what is left of it."""
-        with contextlib.suppress(ToolError):
-            self.send({"kind": "end"})
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_S)
-        kill_group(self._process)
-
-
-class ChildSession:
-    """`pipeline.runners.session.Session`; the model is in the other process.
-
-    Every method also raises `ToolError` when that process ended, hangs or writes nonsense.
-    """
-
-    def __init__(self, child: ChildProcess, answer_s: float, context: int | None) -> None:
-        """Speak with a child that is ready; `context` as in `children.main.Model`."""
-        self._child = child
-        self._answer_s = answer_s
-        self.context = context
+        self.context = self._receive(timeouts.load_s, "load")[0]["context"]
+        self._answer_s = timeouts.answer_s
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         import numpy as np
 
         require_fit([tokens], 0, self.context)
-        self._child.send({"kind": "logits", "tokens": list(tokens)})
+        self._send("logits", tokens=list(tokens))
         answer, data = self._receive()
         rows, vocab = answer["shape"]
         values = np.frombuffer(data, answer["dtype"]).reshape(rows, vocab)
-        name, log_path = self._child.name, self._child.log_path
         if rows != len(tokens):
             raise PipelineError(
-                f"asked {name} for the logits of {len(tokens)} positions, got {rows}; "
-                f"see {log_path}"
+                f"asked {self._name} for the logits of {len(tokens)} positions, got {rows}; "
+                f"see {self.log_path}"
             )
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
             raise CorruptError(
-                f"{name} gave logits that are not finite at {int((~finite).sum())} of {rows} "
+                f"{self._name} gave logits that are not finite at {int((~finite).sum())} of {rows} "
                 "positions; the engine cannot be judged: check the calibration's outliers and "
-                f"quantizer.keep_16bit; see {log_path}"
+                f"quantizer.keep_16bit; see {self.log_path}"
             )
         return values
 
@@ -292,17 +139,11 @@ class ChildSession:
         import numpy as np
 
         require_fit(prompts, osl, self.context)
-        self._child.send(
-            {
-                "kind": "generate",
-                "prompts": [list(prompt) for prompt in prompts],
-                "osl": osl,
-                "options": None if options is None else asdict(options),
-            }
-        )
+        asked = None if options is None else asdict(options)
+        self._send("generate", prompts=[list(one) for one in prompts], osl=osl, options=asked)
         # The last request cannot be answered before it arrives.
         arriving_s = max(options.arrivals_s, default=0.0) if options else 0.0
-        answer, _ = self._receive(arriving_s)
+        answer, _ = self._receive(self._answer_s + arriving_s)
         rows: list[list[int]] = answer["tokens"]
         tokens = np.full((len(rows), max(map(len, rows), default=0)), UNUSED_TOKEN, np.int64)
         for target, row in zip(tokens, rows, strict=True):
@@ -322,14 +163,8 @@ class ChildSession:
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
         require_fit([prompt], 1, self.context)
-        self._child.send(
-            {
-                "kind": "stream",
-                "prompt": list(prompt),
-                "max_new_tokens": max_new_tokens,
-                "eos_token_ids": sorted(eos_token_ids),
-            }
-        )
+        asked = {"max_new_tokens": max_new_tokens, "eos_token_ids": sorted(eos_token_ids)}
+        self._send("stream", prompt=list(prompt), **asked)
         ended = False
         try:
             while (message := self._receive()[0])["kind"] == "token":
@@ -340,18 +175,128 @@ class ChildSession:
             raise
         finally:
             if not ended:  # the caller wants no more: the next answer must not be this stream's
-                self._child.send({"kind": "cancel"})
+                self._send("cancel")
                 with contextlib.suppress(PipelineError):
                     while self._receive()[0]["kind"] == "token":
                         pass
 
     def clear_cache(self) -> None:
         """Give back what the allocator of the child keeps; only of a model that has one."""
-        self._child.send({"kind": "clear_cache"})
+        self._send("clear_cache")
         self._receive()
 
-    def _receive(self, more_s: float = 0.0) -> tuple[dict[str, Any], bytes]:
-        return self._child.receive(self._answer_s + more_s, _ANSWER)
+    def end(self) -> None:
+        """Let the process end by itself, and end what is left of it."""
+        with contextlib.suppress(ToolError):
+            self._send("end")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        kill_group(self._process)
+
+    def _send(self, kind: str, **values: Any) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(protocol.pack({"kind": kind, **values}))
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def _receive(
+        self, timeout_s: float | None = None, setting: str = "answer"
+    ) -> tuple[dict[str, Any], bytes]:
+        """The next message, and the raw bytes of its array.
+
+        Args:
+            timeout_s: Longest time to wait for it; None for that of an answer.
+            setting: Which setting of the runner that time is.
+
+        Raises:
+            PipelineError: It reports that the request failed, in the class that the error had.
+        """
+        limit_s = self._answer_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit_s
+        while (frame := self._next_frame()) is None:
+            if not self._fill() and time.monotonic() > deadline:
+                raise self._failure(
+                    f"it did not answer for {limit_s:.0f} s and was stopped; if it only needs "
+                    f"longer, raise runner.{setting}_timeout_s"
+                )
+        if frame[0]["kind"] == "error":
+            raise self._reported(frame[0])
+        return frame
+
+    def _next_frame(self) -> tuple[dict[str, Any], bytes] | None:
+        """Cut the first frame off what has come; None while it is not whole."""
+        buffer, header = self._buffer, protocol.HEADER
+        if not self._in_step:
+            start = buffer.find(protocol.MAGIC)
+            if start < 0 and len(buffer) <= _MOST_NOISE_BYTES:
+                return None
+            with self.log_path.open("ab") as stream:
+                stream.write(buffer[: max(start, 0)])
+            del buffer[: max(start, 0)]
+            self._in_step = True
+        if len(buffer) < header.size:
+            return None
+        magic, text_size, data_size = header.unpack_from(buffer)
+        if magic != protocol.MAGIC:
+            raise self._failure(
+                f"it wrote {magic!r} where a frame begins: a library writes to the pipe of the "
+                "frames; see the log and report it"
+            )
+        text_end = header.size + text_size
+        if len(buffer) < text_end + data_size:
+            return None
+        message: dict[str, Any] = json.loads(buffer[header.size : text_end])
+        data = bytes(buffer[text_end : text_end + data_size])
+        del buffer[: text_end + data_size]
+        return message, data
+
+    def _fill(self) -> bool:
+        """Take what has come, or wait a little; whether something came."""
+        stream = self._process.stdout
+        assert stream is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            ready = selector.select(_SLICE_S)
+        data = os.read(stream.fileno(), _CHUNK_BYTES) if ready else b""
+        self._buffer += data
+        if not data and (ready or self._process.poll() is not None):
+            raise self._failure()
+        return bool(data)
+
+    def _reported(self, message: Mapping[str, Any]) -> PipelineError:
+        """The error of a request in the class that it had in the child."""
+        text, code = str(message["message"]), str(message["code"])
+        lines = "\n".join((text, *last_lines(self.log_path)))
+        if code == "PipelineError" and any(words in lines for words in _FULL_CARD):
+            code = "OutOfMemoryError"
+        if code == "OutOfMemoryError":
+            text += "; free the card, take a smaller batch or context, or one with more memory"
+        text = f"{self._name} failed: {text}; see {self.log_path}"
+        if code == "RecipeError":
+            return RecipeError([Fault("", text)])
+        made: PipelineError = getattr(errors, code if code in protocol.CODES else "PipelineError")(
+            text
+        )
+        return made
+
+    def _failure(self, hint: str = "") -> ToolError:
+        """What is known of a process that ended, hangs or writes nonsense; it is ended."""
+        if not hint:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+        kill_group(self._process)
+        arguments = self._process.args
+        assert isinstance(arguments, list)
+        return ToolError(
+            stage=f"runner {self._name.lower()}",
+            command=[str(part) for part in arguments],
+            returncode=self._process.returncode,
+            log_path=self.log_path,
+            last_lines=last_lines(self.log_path),
+            hint=hint,
+        )
 
 
 @contextlib.contextmanager
@@ -369,17 +314,11 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
     os.close(descriptor)
     log_path = Path(path)
     try:
-        with program.start() as started, _running(started, log_path, program.name) as child:
-            child.send(
-                {
-                    "kind": "load",
-                    "model": program.model,
-                    "paths": list(program.paths),
-                    "arguments": dict(program.arguments),
-                }
-            )
-            ready, _ = child.receive(timeouts.load_s, _LOAD)
-            yield ChildSession(child, timeouts.answer_s, ready["context"])
+        with program.start() as started, _running(started, log_path) as process:
+            session = ChildSession(process, log_path, program.name)
+            session.load(program, timeouts)
+            yield session
+            session.end()
     except PipelineError:
         raise  # its message names the log
     except BaseException:
@@ -389,7 +328,7 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
 
 
 @contextlib.contextmanager
-def _running(started: Started, log_path: Path, name: str) -> Iterator[ChildProcess]:
+def _running(started: Started, log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose standard error is the log; ended with all that it started."""
     command = list(started.command)
     log_path.write_text(f"$ {command!r}\n")
@@ -403,12 +342,66 @@ def _running(started: Started, log_path: Path, name: str) -> Iterator[ChildProce
             start_new_session=True,
         )
     try:
-        child = ChildProcess(process, log_path, name)
-        yield child
-        child.end()
+        yield process
     finally:
         kill_group(process)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+def session_program(name: str, opener: str, **arguments: Any) -> Program:
+    """A program that holds a session of this package, under this interpreter.
+
+    Args:
+        name: Of the runtime, for messages.
+        opener: `module:function`, which gives a context manager of a session.
+        arguments: Of the function, as JSON has them.
+    """
+    return Program(
+        name=name,
+        model=__file__,
+        arguments={"opener": opener, **arguments},
+        paths=(str(Path(pipeline.__file__).parents[1]),),
+    )
+
+
+def load(opener: str, **arguments: Any) -> SessionModel:
+    """In the child: what `session_program` says."""
+    module, _, function = opener.partition(":")
+    return SessionModel(getattr(import_module(module), function)(**arguments))
+
+
+class SessionModel:
+    """`pipeline.runners.children.main.Model` on a `pipeline.runners.session.Session`."""
+
+    def __init__(self, opened: AbstractContextManager[Any]) -> None:
+        self._opened = opened
+        self._session = opened.__enter__()
+        self.context: int | None = getattr(self._session, "context", None)
+        self.logits = self._session.logits
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], osl: int, options: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        asked = None if options is None else BatchOptions(**options)
+        made = self._session.generate(prompts, osl, asked)
+        rows = zip(made.tokens.tolist(), made.output_lengths, strict=True)
+        return {
+            "tokens": [row[:length] for row, length in rows],
+            "ttft_s": made.ttft_s,
+            "total_s": made.total_s,
+            "requests": [asdict(request) for request in made.requests],
+        }
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]
+    ) -> Generator[int, None, None]:
+        yield from self._session.stream(prompt, max_new_tokens, frozenset(eos_token_ids))
+
+    def clear_cache(self) -> None:
+        self._session.clear_cache()
+
+    def close(self) -> None:
+        self._opened.__exit__(None, None, None)

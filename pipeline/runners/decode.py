@@ -1,8 +1,8 @@
 """The decode loop, shared by every runtime that executes the decoder graph.
 
-A runtime only has to run one step on a cache that it keeps in place (`BoundDecoder.step`); ragged
-prompts, positions and stopping are handled here, once. Prompts of unequal length are padded on the
-right: pads lie behind a row's end, no query sees them, and the row's next token overwrites them.
+A runtime only has to run one step on a cache that it keeps in place (`BoundDecoder.step`). Prompts
+of unequal length are padded on the right: pads lie behind a row's end, no query sees them, and the
+row's next token overwrites them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Ids = NDArray[np.int64]
+
 _PAD_ID = 0
 """Any valid token does: no query ever attends to it."""
 
@@ -26,26 +28,16 @@ _PAD_ID = 0
 class BoundDecoder(Protocol):
     """A loaded graph with a cache for a fixed number of rows, updated in place."""
 
-    @property
-    def batch(self) -> int:
-        """Rows of the cache."""
-        ...
+    batch: int
+    """Rows of the cache."""
+    context: int
+    """Static length of the cache, tokens."""
 
-    @property
-    def context(self) -> int:
-        """Static length of the cache, tokens."""
-        ...
-
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        write_indices: NDArray[np.int64],
-        logits_index: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
+    def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
         """Run one step.
 
         Args:
-            input_ids: [batch, sequence].
+            ids: [batch, sequence].
             write_indices: [batch], tokens that each row's cache already holds.
             logits_index: [batch, n], positions inside this step whose logits are wanted.
 
@@ -87,9 +79,7 @@ def prefill(decoder: BoundDecoder, prompts: Sequence[Sequence[int]]) -> Prefille
 def greedy_steps(
     decoder: BoundDecoder, state: Prefilled, max_new_tokens: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the next token of every row [batch], `max_new_tokens` times at most.
-
-    Ends early when the longest row has filled the context.
+    """Yield the next token of every row [batch] until the longest row has filled the context.
 
     Raises:
         CorruptError: A row's logits are not finite: with a NaN among them, it is the largest.
@@ -115,23 +105,23 @@ def greedy_steps(
 
 
 class Rows:
-    """Which rows of a batch still go on, and how far each came.
+    """Which rows of a static batch still go on, and how far each came.
 
-    The batch is static: a row that has ended is computed on until the last one ends, and its
-    further tokens count for nothing.
+    A row that has ended is computed on until the last one ends; its further tokens do not count.
+
+    Args:
+        rows: How many.
+        osl: Output tokens of each, where `options` do not have them.
+        options: As of `Session.generate`.
+
+    Attributes:
+        ended: Rows that have ended [rows].
+
+    Raises:
+        RecipeError: The requests arrive one by one; a batch has to start together.
     """
 
     def __init__(self, rows: int, osl: int, options: BatchOptions | None) -> None:
-        """Nothing has come yet.
-
-        Args:
-            rows: How many.
-            osl: Output tokens of each, where `options` do not have them.
-            options: Of the batch; None for `osl` tokens of each row.
-
-        Raises:
-            RecipeError: The requests arrive one by one; a batch has to start together.
-        """
         import numpy as np
 
         if options is not None and options.arrivals_s:
@@ -140,7 +130,7 @@ class Rows:
         limits = (osl,) * rows if options is None else options.osl_each
         self._limits = np.array(limits, np.int64)
         self._eos = np.array(sorted(options.eos_token_ids) if options else [], np.int64)
-        self._ended = np.zeros(rows, bool)
+        self.ended = np.zeros(rows, bool)
         self._lengths = np.zeros(rows, np.int64)
         self._differ = options is not None
 
@@ -148,25 +138,17 @@ class Rows:
         """Count the next token of each row [rows]; whether all have ended by now."""
         import numpy as np
 
-        self._lengths += ~self._ended
-        self._ended |= (self._lengths >= self._limits) | np.isin(tokens, self._eos)
-        return bool(self._ended.all())
-
-    @property
-    def ended(self) -> NDArray[np.bool_]:
-        """Rows that have ended [rows]."""
-        return self._ended
+        self._lengths += ~self.ended
+        self.ended |= (self._lengths >= self._limits) | np.isin(tokens, self._eos)
+        return bool(self.ended.all())
 
     def generation(
         self, tokens: NDArray[np.int64], started: float, first: float, ended: float
     ) -> Generation:
         """What the batch gave.
 
-        Args:
-            tokens: [rows, steps]; what lies behind the end of a row is not looked at.
-            started: Seconds of a monotonic clock.
-            first: When every row had its first token.
-            ended: When the last token was there.
+        `tokens` [rows, steps] may hold anything behind the end of a row; the times are seconds of a
+        monotonic clock: the start, every row's first token, the last token.
         """
         import numpy as np
 
@@ -174,25 +156,23 @@ class Rows:
         if self._differ:
             behind = np.arange(tokens.shape[1]) >= self._lengths[:, None]
             tokens = np.where(behind, UNUSED_TOKEN, tokens)
-            lengths = tuple(int(length) for length in self._lengths)
-        return Generation(
-            tokens=tokens, ttft_s=first - started, total_s=ended - started, lengths=lengths
-        )
+            lengths = tuple(self._lengths.tolist())
+        ttft_s, total_s = first - started, ended - started
+        return Generation(tokens=tokens, ttft_s=ttft_s, total_s=total_s, lengths=lengths)
 
 
 class DecoderSession:
-    """`pipeline.runners.session.Session` on a decoder graph, whatever executes it."""
+    """`pipeline.runners.session.Session` on a decoder graph, whatever executes it.
+
+    Args:
+        bind: Makes a decoder with a cache for so many rows.
+        context: Static length of the cache, tokens.
+        logits_per_step: Most positions of a step whose logits can be had.
+    """
 
     def __init__(
         self, bind: Callable[[int], BoundDecoder], *, context: int, logits_per_step: int
     ) -> None:
-        """Take a loaded graph.
-
-        Args:
-            bind: Makes a decoder with a cache for so many rows.
-            context: Static length of the cache, tokens.
-            logits_per_step: Most positions of a step whose logits can be had.
-        """
         self.context = context
         self._bind = bind
         self._logits_per_step = logits_per_step

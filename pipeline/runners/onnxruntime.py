@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.runners.decode import Ids
+
 
 class OnnxRuntimeGraph:
     """A loaded graph; `bind` gives it a cache."""
@@ -52,15 +54,10 @@ class OnnxRuntimeGraph:
             )
         except Exception as error:  # its exception classes share no public parent
             raise CorruptError(f"{graph} cannot be loaded by ONNX Runtime: {error}") from error
-        cache = next(x for x in self.session.get_inputs() if x.name.startswith("past_"))
-        self.cache_names = [x.name for x in self.session.get_inputs() if x.name.startswith("past_")]
-        self.cache_shape: tuple[int, int, int] = tuple(cache.shape[1:])
-        self.vocab_size: int = self.session.get_outputs()[0].shape[-1]
-
-    @property
-    def context(self) -> int:
-        """Static cache length, tokens."""
-        return self.cache_shape[1]
+        caches = [x for x in self.session.get_inputs() if x.name.startswith("past_")]
+        self.cache_names = [x.name.removeprefix("past_") for x in caches]
+        self.cache_shape: tuple[int, int, int] = tuple(caches[0].shape[1:])
+        self.context = self.cache_shape[1]
 
     def bind(self, batch: int) -> OnnxRuntimeDecoder:
         """A decoder for `batch` rows with a zeroed cache of its own."""
@@ -74,58 +71,23 @@ class OnnxRuntimeDecoder:
         import numpy as np
         import onnxruntime
 
-        self._graph = graph
-        self._batch = batch
+        self.batch, self.context = batch, graph.context
+        self._session = graph.session
         self._binding: Any = graph.session.io_binding()
-        self._inputs: dict[str, Any] = {}
-        self._logits: Any = None
         for name in graph.cache_names:
             zeros = np.zeros((batch, *graph.cache_shape), np.float32)
             cache = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
-            self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_ortvalue_output(name.replace("past_", "present_"), cache)
+            self._binding.bind_ortvalue_input(f"past_{name}", cache)
+            self._binding.bind_ortvalue_output(f"present_{name}", cache)
 
-    @property
-    def batch(self) -> int:
-        return self._batch
-
-    @property
-    def context(self) -> int:
-        return self._graph.context
-
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        write_indices: NDArray[np.int64],
-        logits_index: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        self._bind_input("input_ids", input_ids)
-        self._bind_input("write_indices", write_indices)
-        self._bind_input("logits_index", logits_index)
-        self._bind_logits((*logits_index.shape, self._graph.vocab_size))
-        self._graph.session.run_with_iobinding(self._binding)
-        logits: NDArray[np.float32] = self._logits.numpy()
+    def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
+        self._binding.bind_cpu_input("input_ids", ids)
+        self._binding.bind_cpu_input("write_indices", write_indices)
+        self._binding.bind_cpu_input("logits_index", logits_index)
+        self._binding.bind_output("logits")  # new memory: its shape follows logits_index
+        self._session.run_with_iobinding(self._binding)
+        logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
         return logits
-
-    def _bind_input(self, name: str, values: NDArray[np.int64]) -> None:
-        """Update a bound input in place, or bind a new one when its shape changed."""
-        import onnxruntime
-
-        bound = self._inputs.get(name)
-        if bound is not None and bound.shape() == list(values.shape):
-            bound.update_inplace(values)
-            return
-        # An OrtValue aliases the array that it is made from: give it one of its own.
-        self._inputs[name] = onnxruntime.OrtValue.ortvalue_from_numpy(values.copy())
-        self._binding.bind_ortvalue_input(name, self._inputs[name])
-
-    def _bind_logits(self, shape: tuple[int, ...]) -> None:
-        import numpy as np
-        import onnxruntime
-
-        if self._logits is None or self._logits.shape() != list(shape):
-            self._logits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
-            self._binding.bind_ortvalue_output("logits", self._logits)
 
 
 def graph_session(graph: OnnxRuntimeGraph) -> DecoderSession:

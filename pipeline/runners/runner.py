@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -27,9 +28,8 @@ BATCHES: frozenset[Ability] = frozenset(
 )
 """All that static batches can execute: of ragged prompts, until the last row has ended."""
 
-_BATCH_RUNNERS = "runner=vllm, tensorrt_rtx and onnxruntime do"
 WHO_CAN: dict[Ability, str] = {
-    **dict.fromkeys(BATCHES, _BATCH_RUNNERS),
+    **dict.fromkeys(BATCHES, "runner=vllm, tensorrt_rtx and onnxruntime do"),
     "request_rate": "runner=vllm does",
     "clear_cache": "runner=transformers does",
 }
@@ -113,12 +113,12 @@ class BenchRunner(Protocol):
         seed: int,
         log_path: Path,
     ) -> BenchResult:
-        """Measure one workload.
+        """Measure one workload of those that `abilities` allow.
 
         Args:
             engine: What to measure.
             checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
-            workload: What `abilities` allow.
+            workload: The load.
             repeats: Runs of the tool.
             seed: Of the prompts.
             log_path: Gets its output.
@@ -128,15 +128,16 @@ class BenchRunner(Protocol):
 
 def needed_abilities(workload: Workload) -> tuple[Ability, ...]:
     """What a workload asks beyond one batch of equal requests."""
-    asked: tuple[tuple[Ability, bool], ...] = (
-        ("requests", workload.request_rate is None and workload.total_requests != workload.batch),
-        ("isl_distribution", workload.isl_distribution is not None),
-        ("prompts_file", workload.prompts_file is not None),
-        ("osl_distribution", workload.osl_distribution is not None),
-        ("ignore_eos", not workload.ignore_eos),
-        ("request_rate", workload.request_rate is not None),
-    )
-    return tuple(ability for ability, wanted in asked if wanted)
+    waves = workload.request_rate is None and workload.total_requests != workload.batch
+    asked: dict[Ability, bool] = {
+        "requests": waves,
+        "isl_distribution": workload.isl_distribution is not None,
+        "prompts_file": workload.prompts_file is not None,
+        "osl_distribution": workload.osl_distribution is not None,
+        "ignore_eos": not workload.ignore_eos,
+        "request_rate": workload.request_rate is not None,
+    }
+    return tuple(ability for ability, wanted in asked.items() if wanted)
 
 
 def why_not_workload(runner: Runner, workload: Workload) -> tuple[str, ...]:
@@ -146,4 +147,29 @@ def why_not_workload(runner: Runner, workload: Workload) -> tuple[str, ...]:
         f"({WHO_CAN[key]}); leave it out of workload {workload.name}, or choose another runner"
         for key in needed_abilities(workload)
         if key not in runner.abilities
+    )
+
+
+NO_CARD = (
+    "NVML shows this process none; see nvidia-smi, CUDA_VISIBLE_DEVICES and that nvidia-ml-py is "
+    "installed"
+)
+
+
+def installed_version(package: str) -> str:
+    """Of a distribution, which is not imported; empty where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def torch_fault() -> str | None:
+    """What is wrong with the PyTorch that is installed; None where it is built for CUDA."""
+    torch = installed_version("torch")
+    if torch and not torch.endswith("+cpu"):
+        return None
+    return (
+        f"needs PyTorch built for CUDA, got {torch or 'none'}: install one as "
+        "https://pytorch.org/get-started says"
     )

@@ -21,7 +21,7 @@ UNUSED_TOKEN = -1
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """What a batch asks beyond its prompts and the longest answer; made again from its JSON.
+    """What a batch asks beyond its prompts and the longest answer.
 
     Attributes:
         osl_each: Most output tokens of each request.
@@ -41,10 +41,10 @@ class RequestTiming:
     """The times of one request, where the runtime keeps them.
 
     Attributes:
-        ttft_ms: Milliseconds from its arrival to its first token; waiting for others is in it.
-        request_latency_ms: Milliseconds from its arrival to its last token.
-        itl_ms: (request_latency_ms - ttft_ms) / (tokens - 1), the mean gap between its tokens; None
-            if it has one token. vLLM's benchmark calls it TPOT.
+        ttft_ms: From its arrival to its first token; waiting for others is in it.
+        request_latency_ms: From its arrival to its last token.
+        itl_ms: (request_latency_ms - ttft_ms) / (tokens - 1); None if it has one token. vLLM's
+            benchmark calls it TPOT.
         arrival_s: When it arrived, seconds after the first; None where all started together.
     """
 
@@ -75,14 +75,12 @@ class Generation:
     @property
     def output_lengths(self) -> tuple[int, ...]:
         """New tokens of each request."""
-        if self.lengths is not None:
-            return self.lengths
-        return (int(self.tokens.shape[-1]),) * len(self.tokens)
+        return self.lengths or (int(self.tokens.shape[-1]),) * len(self.tokens)
 
     @property
     def output_tokens(self) -> int:
         """New tokens of all requests."""
-        return int(self.tokens.size) if self.lengths is None else sum(self.lengths)
+        return sum(self.output_lengths)
 
 
 class Session(Protocol):
@@ -107,9 +105,8 @@ class Session(Protocol):
         Args:
             prompts: Token ids of each request.
             osl: Output tokens of the longest request.
-            options: What the requests ask beyond that; None for exactly `osl` tokens of each,
-                end-of-sequence ignored, all at once. What a session does not execute, its runner
-                lists in advance: `pipeline.runners.runner`.
+            options: What the requests ask beyond that, as far as the runner's `abilities` go; None
+                for exactly `osl` tokens of each, end-of-sequence ignored, all at once.
 
         Raises:
             RecipeError: A prompt and its answer do not fit the context together.
@@ -132,17 +129,14 @@ class CacheClearing(Protocol):
     """A session whose allocator keeps freed memory, and can give it back."""
 
     def clear_cache(self) -> None:
-        """Give back what is not in use; changes nothing that is computed."""
+        """Give back what is not in use."""
         ...
 
 
 def require_fit(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None) -> None:
-    """Refuse prompts that leave no room for their answers, before anything is computed.
+    """Refuse prompts that leave no room for `new_tokens` more each, before anything is computed.
 
-    Args:
-        prompts: Token ids of each request.
-        new_tokens: Output tokens that each must have room for, at least.
-        context: Most tokens of one request, prompt and answer together; None if not known.
+    `context` is the most tokens of one request, prompt and answer together; None if not known.
 
     Raises:
         RecipeError: No prompt, an empty one, or one that is too long; says by how much.
@@ -169,12 +163,6 @@ def require_possible(
     options: BatchOptions | None = None,
 ) -> None:
     """Refuse what no run can have given: a rate made of it would be worth nothing.
-
-    Args:
-        generation: What a session gave back.
-        prompts: What it was given.
-        osl: As in `Session.generate`, like `options`.
-        options: See `osl`.
 
     Raises:
         PipelineError: Other answers than were asked for, or times that are none.

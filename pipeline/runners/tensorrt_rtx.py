@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,17 +18,19 @@ from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
-from pipeline.formats.trtrtx.spec import PLAN_FILE
+from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE
 from pipeline.runners.child import ChildSession, Program, Timeouts, open_child, session_program
-from pipeline.runners.cuda import NO_CARD, torch_fault
 from pipeline.runners.decode import DecoderSession
-from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.rtx_engine import CudaDevice, KernelSpecialization, RtxDecoder, RtxEngine
+from pipeline.runners.runner import (
+    BATCHES,
+    NO_CARD,
+    Ability,
+    Device,
+    installed_version,
+    torch_fault,
+)
 from pipeline.runners.session import Session
-from pipeline.runners.trtrtx.decoder import RtxDecoder
-from pipeline.runners.trtrtx.device import CudaDevice
-from pipeline.runners.trtrtx.engine import KernelSpecialization, RtxEngine
-
-_PACKAGE = "tensorrt-rtx-cu13"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -62,20 +63,9 @@ class TrtRtxRunner:
     def why_not(self, engine: Engine) -> str | None:
         if format_spec(engine.format).runner != "tensorrt_rtx":
             return f"runner=tensorrt_rtx does not run {engine.format} engines"
-        return self.why_not_here(engine.sms, engine.runtime[1])
-
-    def why_not_here(self, sms: tuple[int, ...], runtime_version: str) -> str | None:
-        """Why no engine of this kind runs on this machine; None when it can.
-
-        Args:
-            sms: Compute capabilities x 10 that it was compiled for.
-            runtime_version: Version of TensorRT-RTX that compiled it.
-        """
-        reason = _missing_package(runtime_version) or _wrong_card(sms)
-        return (
-            reason
-            and f"runner=tensorrt_rtx {reason}; or take runner=onnxruntime, its graph on a CPU"
-        )
+        if reason := _missing_package(engine.runtime[1]) or _wrong_card(engine.sms):
+            return f"runner=tensorrt_rtx {reason}; or take runner=onnxruntime, its graph on a CPU"
+        return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
         if reason := self.why_not(engine):
@@ -83,16 +73,11 @@ class TrtRtxRunner:
         return self.open_folder(engine.dir, engine.digest)
 
     def open_folder(self, engine_dir: Path, digest: str) -> AbstractContextManager[ChildSession]:
-        """Load the engine of a package's `engine/` folder.
-
-        Args:
-            engine_dir: The folder.
-            digest: Identity of its bytes; names its runtime cache.
+        """Load the engine of a package's `engine/` folder; `digest` names its runtime cache.
 
         Raises:
             ToolError: The process that loads it ended or hangs.
-            IncompatibleError: The engine is not for this card.
-            CorruptError: It is damaged, or no decoder engine of this pipeline.
+            PipelineError: As `RtxEngine`.
         """
         timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
         return open_child(self.program(engine_dir, digest), timeouts)
@@ -118,36 +103,27 @@ def open_plan(
     runtime_cache: str | None,
     open_device: Callable[[], CudaDevice] = CudaDevice,
 ) -> Iterator[DecoderSession]:
-    """An engine in this process; its compiled kernels are kept at the end.
-
-    Args:
-        plan: The serialized engine.
-        kernel_specialization: As of the runner.
-        runtime_cache: File that keeps compiled kernels from one load to the next; None for none.
-        open_device: Where it computes.
-    """
+    """An engine in this process, as `RtxEngine`; its compiled kernels are kept at the end."""
     kernels = None if runtime_cache is None else Path(runtime_cache)
     engine = RtxEngine(Path(plan), open_device(), kernel_specialization, kernels)
     yield DecoderSession(
         lambda batch: RtxDecoder(engine, batch),
-        context=engine.signature.context,
-        logits_per_step=engine.signature.logits_per_step,
+        context=engine.context,
+        logits_per_step=engine.logits_per_step,
     )
     engine.save_runtime_cache()
 
 
 def _missing_package(wanted: str) -> str | None:
     """What is not installed, without importing it."""
+    wanted_package = f"{PACKAGE}=={wanted}"
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return f"needs the package {_PACKAGE}: pip install {_PACKAGE}=={wanted}"
-    try:
-        installed = version(_PACKAGE)
-    except PackageNotFoundError:
-        installed = ""
+        return f"needs the package {PACKAGE}: pip install {wanted_package}"
+    installed = installed_version(PACKAGE)
     if installed != wanted:
         return (
-            f"needs {_PACKAGE} {wanted}, which compiled the engine; got {installed or 'another'}: "
-            f"pip install {_PACKAGE}=={wanted}"
+            f"needs {PACKAGE} {wanted}, which compiled the engine; got {installed or 'another'}: "
+            f"pip install {wanted_package}"
         )
     return torch_fault()
 

@@ -6,6 +6,7 @@ The slow baseline that an engine is compared with, and the reference for its qua
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,9 +24,8 @@ from pipeline.formats.spec import format_spec
 from pipeline.model.hf import load_model, quiet
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.child import ChildSession, Timeouts, open_child, session_program
-from pipeline.runners.cuda import NO_CARD, torch_fault
 from pipeline.runners.decode import Rows
-from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.runner import BATCHES, NO_CARD, Ability, Device, torch_fault
 from pipeline.runners.session import BatchOptions, Generation, Session, require_fit
 
 if TYPE_CHECKING:
@@ -39,16 +39,12 @@ EQUAL_PROMPTS: frozenset[Ability] = BATCHES - {"isl_distribution", "prompts_file
 
 
 class TransformersSession:
-    """`pipeline.runners.session.Session` on a Transformers model."""
+    """`pipeline.runners.session.Session` on a Transformers model that is on `device` already.
+
+    `context` is the most tokens of one request; None for what the model itself takes.
+    """
 
     def __init__(self, model: Any, device: Device = "cpu", context: int | None = None) -> None:
-        """Take a model that is on `device` already.
-
-        Args:
-            model: The model.
-            device: Where it is.
-            context: Most tokens of one request; None for what the model itself takes.
-        """
         self.context = context
         self._model = model
         self._device = device
@@ -65,7 +61,7 @@ class TransformersSession:
     def generate(
         self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
-        """As the Protocol says; prompts must be equally long, so that no padding is timed."""
+        """Prompts must be equally long, so that no padding is timed."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -97,8 +93,6 @@ class TransformersSession:
 
     def clear_cache(self) -> None:
         """Give freed memory back: Python's unreachable objects, then the CUDA allocator's cache."""
-        import gc
-
         import torch
 
         gc.collect()
@@ -114,8 +108,7 @@ class TransformersSession:
         room = max_new_tokens
         if self.context is not None:
             room = min(room, self.context - len(prompt))
-        ids = self._ids([prompt])
-        cache = None
+        ids, cache = self._ids([prompt]), None
         with torch.inference_mode():
             for _ in range(room):
                 output = self._model(ids, past_key_values=cache, use_cache=True)
@@ -148,13 +141,7 @@ def open_source(
 def open_checkpoint(
     checkpoint_dir: Path | str, context: int, device: Device = "cpu"
 ) -> Iterator[TransformersSession]:
-    """An FP8 checkpoint, simulated in float32 in this process.
-
-    Args:
-        checkpoint_dir: Unified checkpoint.
-        context: Longest request, tokens.
-        device: Where it computes.
-    """
+    """A unified FP8 checkpoint, simulated in float32 in this process; `context` in tokens."""
     model: Any = load_simulation(Path(checkpoint_dir), context=context)
     yield TransformersSession(model.to(device), device, context)
 
@@ -162,13 +149,7 @@ def open_checkpoint(
 def open_in_child(
     opener: Literal["open_source", "open_checkpoint"], timeouts: Timeouts, **arguments: Any
 ) -> AbstractContextManager[ChildSession]:
-    """What a function of this module opens, in a process of its own.
-
-    Args:
-        opener: Name of the function.
-        timeouts: How long to wait.
-        arguments: Of the function, as JSON has them.
-    """
+    """What a function of this module opens, in a process of its own."""
     program = session_program("Transformers", f"{__name__}:{opener}", **arguments)
     return open_child(program, timeouts)
 
@@ -177,8 +158,7 @@ def open_in_child(
 class TransformersRunner:
     """Runs a checkpoint engine as a float32 simulation of its FP8 linears.
 
-    It gives the engine's answers, on a card too; its speed is not the engine's. So what it runs is
-    `checked` at best, wherever it runs.
+    It gives the engine's answers, not its speed: what it runs is `checked` at best, on a card too.
 
     Attributes:
         device: `cpu`, or `cuda` for a process of its own on this machine's card, whose memory ends

@@ -18,8 +18,7 @@ from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
-from pipeline.runners.cuda import NO_CARD
-from pipeline.runners.runner import BATCHES, Ability, Device
+from pipeline.runners.runner import BATCHES, NO_CARD, Ability, Device
 from pipeline.runners.session import Session
 
 FP8_SM = 89
@@ -54,11 +53,7 @@ class VllmRunner:
         return self.why_not_here(engine.runtime)
 
     def why_not_here(self, runtime: tuple[str, str] = ("vllm", "0.24.0")) -> str | None:
-        """Why nothing runs on this machine; None when vLLM and a card for FP8 are there.
-
-        Args:
-            runtime: Name and version that the next step names.
-        """
+        """Why nothing runs on this machine; `runtime` is what the next step names."""
         if importlib.util.find_spec("vllm") is None:
             wanted = "==".join(runtime) if runtime[0] == "vllm" else "vllm"
             return (
@@ -91,45 +86,36 @@ class VllmRunner:
         """Load any folder that vLLM reads: a package's `engine/`, or a source model.
 
         Its logits are log-probabilities, and come with one generated token, so a window must be
-        shorter than `--max-model-len`.
-
-        Args:
-            model_dir: The folder.
-            serve_args: `serve.args` of the manifest; for a source model those to compare with,
-                such as `--quantization fp8`.
+        shorter than `--max-model-len`. `serve_args` are those of the manifest, or for a source
+        model those to compare with, such as `--quantization fp8`.
 
         Raises:
             ToolError: vLLM did not load it.
         """
-        share = ("--gpu-memory-utilization", str(self.gpu_memory_utilization))
-        more = (*share, *self.arguments)
-        program = Program(
-            name="vLLM",
-            model=str(CHILDREN / "vllm_model.py"),
-            arguments={"arguments": engine_arguments(model_dir, serve_args, more)},
+        model, arguments = (
+            str(CHILDREN / "vllm_model.py"),
+            self.engine_arguments(model_dir, serve_args),
         )
-        return open_child(
-            program, Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        program = Program(name="vLLM", model=model, arguments={"arguments": arguments})
+        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        return open_child(program, timeouts)
+
+    def engine_arguments(self, model_dir: Path, serve_args: Sequence[str]) -> tuple[str, ...]:
+        """Arguments of vLLM's engine for a measurement; the package's own come first.
+
+        What follows changes nothing that is computed: no tokenizer is needed for token ids, a
+        prefix that is cached would not be computed and so not be measured, and all
+        log-probabilities may be asked for.
+        """
+        return (
+            *("--model", str(model_dir)),
+            *serve_args,
+            "--skip-tokenizer-init",
+            "--no-enable-prefix-caching",
+            "--max-logprobs=-1",
+            *("--gpu-memory-utilization", str(self.gpu_memory_utilization)),
+            *self.arguments,
         )
-
-
-def engine_arguments(
-    model_dir: Path, serve_args: Sequence[str], more: Sequence[str]
-) -> tuple[str, ...]:
-    """Arguments of vLLM's engine for a measurement.
-
-    The package's own come first. What follows changes nothing that is computed: no tokenizer is
-    needed for token ids, a prefix that is cached would not be computed and so not be measured, and
-    all log-probabilities may be asked for.
-    """
-    return (
-        *("--model", str(model_dir)),
-        *serve_args,
-        "--skip-tokenizer-init",
-        "--no-enable-prefix-caching",
-        "--max-logprobs=-1",
-        *more,
-    )
 
 
 KIND = VllmRunner

@@ -8,20 +8,24 @@ times count from each arrival. Which runner executes what is in `pipeline.runner
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from statistics import NormalDist
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
-from pydantic import Strict
+from pydantic import ConfigDict, Strict
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import PathField
 from pipeline.core.values import digest_of
-from pipeline.runners.lengths import ITEM, Count, Lengths, Rate
-from pipeline.runners.prompts_file import read_prompts, tokenized
+from pipeline.runners.prompts import read_prompts, tokenized
 from pipeline.runners.session import BatchOptions
 
+_ITEM = ConfigDict(extra="forbid")
+Count = Annotated[int, Strict(), Gt(0)]
+Rate = Annotated[float, Strict(), Gt(0)]
 Share = Annotated[float, Strict(), Gt(0), Le(1)]
 Seed = Annotated[int, Strict(), Ge(0)]
 Prompts = tuple[tuple[int, ...], ...]
@@ -30,7 +34,46 @@ _ISL_STREAM, _OSL_STREAM, _ARRIVAL_STREAM = 1, 2, 3
 """Second part of a random stream's name; see `Lengths.draw`."""
 
 
-@dataclass(frozen=True, kw_only=True, config=ITEM)
+@dataclass(frozen=True, kw_only=True, config=_ITEM)
+class Lengths:
+    """How long prompts or answers are, from `min` to the workload's `isl` or `osl`, tokens.
+
+    Attributes:
+        min: The shortest.
+        mean: Centre of a normal distribution that is cut off at `min` and the longest, so that the
+            mean of what is drawn lies nearer to their middle; with `stdev`. Without both, every
+            length is equally likely.
+        stdev: Its standard deviation before it is cut off.
+    """
+
+    min: Count
+    mean: Rate | None = None
+    stdev: Rate | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.stdev is None):
+            raise ValueError("a distribution's mean and stdev go together; give both or neither")
+
+    def draw(self, longest: int, count: int, stream: tuple[int, int]) -> list[int]:
+        """`count` lengths from `min` to `longest`; the same for the same stream.
+
+        `stream` is a seed and what is drawn with it: each has random numbers of its own, or the
+        lengths would follow the ids of the prompts.
+        """
+        import numpy as np
+
+        rng = np.random.default_rng(stream)
+        if self.mean is None or self.stdev is None:
+            return [int(length) for length in rng.integers(self.min, longest + 1, count)]
+        normal = NormalDist(self.mean, self.stdev)
+        # By the inverse of the distribution: drawing again until it fits might never end.
+        low, high = normal.cdf(self.min - 0.5), normal.cdf(longest + 0.5)
+        shares = np.clip(rng.uniform(low, high, count), 1e-12, 1 - 1e-12)  # it has no end at 0
+        lengths = (round(normal.inv_cdf(float(share))) for share in shares)
+        return [min(max(length, self.min), longest) for length in lengths]
+
+
+@dataclass(frozen=True, kw_only=True, config=_ITEM)
 class Workload:
     """Prompts of up to `isl` tokens and `osl` new ones each, `batch` of them at once.
 
@@ -38,7 +81,7 @@ class Workload:
         name: Name in the report.
         batch: Requests at once: those that start together. With `request_rate` the most at once
             (vLLM's benchmark calls that max concurrency): one that arrives when so many run waits,
-            and its waiting counts. So it is what the card's memory must hold in both.
+            and its waiting counts. It is what the card's memory must hold in both.
         isl: Input sequence length, tokens: of every prompt, or of the longest where
             `isl_distribution` or `prompts_file` make them differ.
         osl: Output sequence length, tokens: of every request, or the most where `osl_distribution`
@@ -56,7 +99,7 @@ class Workload:
         ignore_eos: Whether every request generates all its output tokens. If not, an answer ends
             at any end-of-sequence id of the model, which counts as a token; for prompts that mean
             something, since synthetic ones end anywhere or nowhere.
-        prompts_file: JSON lines (`pipeline.runners.prompts_file`), of which the first `requests`
+        prompts_file: JSON lines (`pipeline.runners.prompts`), of which the first `requests`
             are taken; None for synthetic token ids.
         seed: Of synthetic prompts, drawn lengths and arrivals; None for the acceptance's.
         warm_ups: Runs that are discarded before the timed ones.
@@ -78,48 +121,51 @@ class Workload:
     warm_ups: Count = 1
 
     def __post_init__(self) -> None:
-        if self.request_rate is not None:
-            self._require_open_loop(self.request_rate)
-        elif self.total_requests % self.batch:
-            raise ValueError(
-                f"workload {self.name}: requests ({self.requests}) must be a multiple of batch "
-                f"({self.batch}): a wave that is not full would count as one that is"
-            )
-        lengths = self.isl_distribution
-        if lengths is not None and self.prompts_file is not None:
-            raise ValueError(
-                f"workload {self.name} has both isl_distribution and prompts_file; the file's "
-                "prompts have lengths of their own, keep one of them"
-            )
-        for drawn, key, longest_key, longest in (
-            (lengths, "isl_distribution", "isl", self.isl),
-            (self.osl_distribution, "osl_distribution", "osl", self.osl),
-        ):
-            if drawn is not None and (fault := drawn.fault(key, longest_key, longest)):
-                raise ValueError(f"workload {self.name}: {fault}")
-        if self.min_output_tokens_per_s is not None and self.min_share_of_ceiling is not None:
-            raise ValueError(
-                f"workload {self.name} has both min_output_tokens_per_s and min_share_of_ceiling; "
-                "keep one of them"
-            )
+        for fault in self._own_faults():
+            raise ValueError(f"workload {self.name}{fault}")
 
-    def _require_open_loop(self, rate: float) -> None:
-        """What must hold where requests arrive at a rate."""
+    def _own_faults(self) -> Iterator[str]:
+        """What is wrong whatever the model is; each goes on after the name."""
+        if self.request_rate is not None:
+            yield from self._open_loop_faults(self.request_rate)
+        elif self.total_requests % self.batch:
+            yield (
+                f": requests ({self.requests}) must be a multiple of batch ({self.batch}): a wave "
+                "that is not full would count as one that is"
+            )
+        if self.isl_distribution is not None and self.prompts_file is not None:
+            yield (
+                " has both isl_distribution and prompts_file; the file's prompts have lengths of "
+                "their own, keep one of them"
+            )
+        for drawn, key, longest in (
+            (self.isl_distribution, "isl", self.isl),
+            (self.osl_distribution, "osl", self.osl),
+        ):
+            if drawn is not None and not drawn.min <= (drawn.mean or longest) <= longest:
+                yield (
+                    f": {key}_distribution must have min ({drawn.min}) <= mean ({drawn.mean}) <= "
+                    f"{key} ({longest})"
+                )
+        if self.min_output_tokens_per_s is not None and self.min_share_of_ceiling is not None:
+            yield " has both min_output_tokens_per_s and min_share_of_ceiling; keep one of them"
+
+    def _open_loop_faults(self, rate: float) -> Iterator[str]:
         if self.requests is None or self.requests < 2:
-            raise ValueError(
-                f"workload {self.name}: request_rate needs requests, how many arrive in one run; "
-                "2 or more, and enough that the run is many times as long as one request"
+            yield (
+                ": request_rate needs requests, how many arrive in one run; 2 or more, and enough "
+                "that the run is many times as long as one request"
             )
         if self.min_share_of_ceiling is not None:
-            raise ValueError(
-                f"workload {self.name}: min_share_of_ceiling is a share of what a batch reaches "
-                "that is always full; with request_rate use min_output_tokens_per_s"
+            yield (
+                ": min_share_of_ceiling is a share of what a batch reaches that is always full; "
+                "with request_rate use min_output_tokens_per_s"
             )
         wanted, brought = self.min_output_tokens_per_s, rate * self.osl
         if wanted is not None and wanted > brought:
-            raise ValueError(
-                f"workload {self.name}: request_rate x osl brings {brought:g} output tokens per "
-                f"second at most, min_output_tokens_per_s is {wanted:g}; change one of them"
+            yield (
+                f": request_rate x osl brings {brought:g} output tokens per second at most, "
+                f"min_output_tokens_per_s is {wanted:g}; change one of them"
             )
 
     def with_rate(self, ceiling: float) -> Workload:
@@ -152,7 +198,7 @@ class Workload:
 
     @property
     def load(self) -> dict[str, Any]:
-        """The load itself, thresholds and name left out; of a file, its content.
+        """The load itself, thresholds, name and defaults left out; of a file, its content.
 
         Raises:
             OSError: The file of prompts is not there; `faults` tells that in time.
@@ -173,7 +219,7 @@ class Workload:
 
     @property
     def digest(self) -> str:
-        """Identity of `load`. What is at its default is not in it."""
+        """Identity of `load`."""
         return digest_of(self.load)
 
     def request_prompts(
@@ -185,7 +231,7 @@ class Workload:
 
         Args:
             vocab_size: Ids are below it.
-            seed: Of synthetic prompts, where the workload has none of its own.
+            seed: Of what is drawn, where the workload has none of its own.
             tokenizer: For a file whose prompts are text.
             config_path: Of this workload, for messages.
 
@@ -196,34 +242,32 @@ class Workload:
             return self._file_prompts(vocab_size, tokenizer, config_path, whole=True)
         import numpy as np
 
-        own = self._own(seed)
-        count = self.total_requests
-        drawn = np.random.default_rng(own).integers(0, vocab_size, (count, self.isl)).tolist()
-        if self.isl_distribution is None:
-            return tuple(tuple(row) for row in drawn)
-        lengths = self.isl_distribution.draw(self.isl, count, (own, _ISL_STREAM))
+        shape, own = (self.total_requests, self.isl), self._own(seed)
+        drawn = np.random.default_rng(own).integers(0, vocab_size, shape).tolist()
+        lengths = self._drawn(self.isl_distribution, self.isl, seed, _ISL_STREAM)
         return tuple(tuple(row[:length]) for row, length in zip(drawn, lengths, strict=True))
 
     def output_lengths(self, seed: int) -> tuple[int, ...]:
         """Output tokens of each request of one run, at most; `seed` as in `request_prompts`."""
-        count = self.total_requests
-        if self.osl_distribution is None:
-            return (self.osl,) * count
-        stream = (self._own(seed), _OSL_STREAM)
-        return tuple(self.osl_distribution.draw(self.osl, count, stream))
+        return self._drawn(self.osl_distribution, self.osl, seed, _OSL_STREAM)
 
     def mean_isl(self, seed: int) -> float:
         """Mean prompt length of one run, tokens; of a file that is not read here, `isl`."""
-        if self.isl_distribution is None:
-            return float(self.isl)
-        stream = (self._own(seed), _ISL_STREAM)
-        drawn = self.isl_distribution.draw(self.isl, self.total_requests, stream)
-        return sum(drawn) / len(drawn)
+        lengths = self._drawn(self.isl_distribution, self.isl, seed, _ISL_STREAM)
+        return sum(lengths) / len(lengths)
 
     def mean_osl(self, seed: int) -> float:
         """Mean of `output_lengths`; where end-of-sequence ends answers, their real mean is less."""
-        drawn = self.output_lengths(seed)
-        return sum(drawn) / len(drawn)
+        lengths = self.output_lengths(seed)
+        return sum(lengths) / len(lengths)
+
+    def _drawn(
+        self, lengths: Lengths | None, longest: int, seed: int, stream: int
+    ) -> tuple[int, ...]:
+        count = self.total_requests
+        if lengths is None:
+            return (longest,) * count
+        return tuple(lengths.draw(longest, count, (self._own(seed), stream)))
 
     def arrivals_s(self, seed: int) -> tuple[float, ...]:
         """When each request of one run arrives, seconds from the first; empty for batches.
@@ -246,10 +290,7 @@ class Workload:
     ) -> tuple[tuple[list[list[int]], BatchOptions | None], ...]:
         """What a session is given, one call after the other: prompts, and what they ask beyond.
 
-        Args:
-            prompts: Of `request_prompts`.
-            seed: The same.
-            eos_token_ids: Of the model; used unless `ignore_eos`.
+        `prompts` and `seed` are those of `request_prompts`.
 
         Raises:
             RecipeError: End-of-sequence should end answers, and the model has no ids of it.
@@ -279,11 +320,9 @@ class Workload:
         return seed if self.seed is None else self.seed
 
     def faults(self, config_path: str, *, tokenizer: Any | None = None) -> tuple[Fault, ...]:
-        """What is wrong with it that can be known without a model.
+        """What is wrong with its file; without a tokenizer the length of a text is not known.
 
-        Args:
-            config_path: Of this workload, such as `acceptance.targets[0]`.
-            tokenizer: Where it is there already; without it the length of a text is not known.
+        `config_path` is that of this workload, such as `acceptance.targets[0]`.
         """
         if self.prompts_file is None:
             return ()
@@ -310,11 +349,5 @@ class Workload:
         if whole and tokenizer is None and any(prompt.prompt for _, prompt in taken):
             message = f"{self.prompts_file} has text, and this runner has no tokenizer for it"
             raise RecipeError([Fault(path, f"{message}; use token_ids")])
-        return tokenized(
-            taken,
-            self.prompts_file,
-            path,
-            isl=self.isl,
-            vocab_size=vocab_size,
-            tokenizer=tokenizer,
-        )
+        sizes: dict[str, Any] = {"isl": self.isl, "vocab_size": vocab_size}
+        return tokenized(taken, self.prompts_file, path, tokenizer=tokenizer, **sizes)

@@ -16,10 +16,9 @@ from pipeline.acceptance.sustained_run import SustainedRun
 from pipeline.core.gpu import Conditions
 from pipeline.core.values import Checkpoint
 from pipeline.model.hf import load_tokenizer
-from pipeline.runners.chat import eos_ids
-from pipeline.runners.lengths import Lengths
+from pipeline.runners.prompts import eos_ids
 from pipeline.runners.runner import BATCHES, Ability
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 from tests.acceptance.test_measure import (
     LOAD,
     CardRunner,

@@ -18,9 +18,8 @@ from pipeline.acceptance.slope import theil_sen_slope
 from pipeline.acceptance.speed import rate_findings, summarize
 from pipeline.acceptance.speed_sample import achieved_rate
 from pipeline.plan.ceilings import Roofline
-from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 from tests.acceptance.questions import speed_of
 from tests.acceptance.report_pages import Page, on_card
 

@@ -12,11 +12,10 @@ from pipeline.acceptance.speed import summarize
 from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
-from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import graph_session
 from pipeline.runners.session import UNUSED_TOKEN, BatchOptions, Generation, Session
 from pipeline.runners.transformers import TransformersSession
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 from tests.acceptance.questions import speed_of
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model

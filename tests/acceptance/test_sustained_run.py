@@ -13,11 +13,10 @@ from pipeline.acceptance.sustained import Sample, SustainedLimits, judge_sustain
 from pipeline.acceptance.sustained_run import run_sustained
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
-from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import graph_session
 from pipeline.runners.session import BatchOptions, CacheClearing, Generation
 from pipeline.runners.transformers import TransformersSession
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 from tests.acceptance.report_pages import Page, on_card
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model

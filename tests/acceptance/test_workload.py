@@ -15,9 +15,8 @@ from pipeline.acceptance.speed import summarize
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import digest_of
 from pipeline.runners.decode import DecoderSession
-from pipeline.runners.lengths import Lengths
 from pipeline.runners.session import BatchOptions, Generation
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 from tests.acceptance.questions import speed_of
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer

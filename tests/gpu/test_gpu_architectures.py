@@ -47,3 +47,7 @@ def test_every_way_of_calibrating_gives_the_same_checkpoint(
             elif name.endswith("_scale"):  # activations in bfloat16
                 got, want = float(checkpoint.scalar(name)), float(cpu.scalar(name))
                 assert got == pytest.approx(want, rel=0.05), name
+
+
+def test_auto_takes_the_gpu_when_the_model_fits(weights: Weights, tmp_path: Path) -> None:
+    assert quantized(weights, "auto", tmp_path).calibration["device"] == "cuda"

@@ -1,4 +1,4 @@
-"""A stranger on a CUDA device: whatever NVML lists in this container, its work is seen."""
+"""A CUDA device: a stranger's work is seen whatever NVML lists here, and copies are in order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.acceptance.card import disturbance, held_card
 from pipeline.core.gpu import nvml_device, read_conditions
+from pipeline.runners.rtx_engine import CudaDevice
 
 pytestmark = pytest.mark.gpu
 
@@ -63,3 +66,19 @@ def test_a_stranger_makes_a_measurement_inconclusive_until_it_has_ended(
     quiet = read_conditions()
     assert quiet is not None
     assert disturbance(quiet) is None
+
+
+def test_a_copy_from_a_card_is_there_when_the_stream_is_synchronized() -> None:
+    device = CudaDevice()
+    assert device.stream == torch.cuda.current_stream().cuda_stream != 0
+    ids: Any = device.zeros(10, "int64")
+    device.upload(np.array([[1, 2], [3, 4]]), ids)
+    assert ids.tolist() == [1, 2, 3, 4, 0, 0, 0, 0, 0, 0]
+    assert device.zeros(3, "bfloat16").element_size() == 2
+    values: Any = device.zeros(1 << 20, "float32")
+    torch.cuda._sleep(10**9)  # type: ignore[no-untyped-call]  # cycles: half a second or more
+    values += 7
+    copied = device.download(values, (1 << 18, 2))
+    assert not torch.cuda.current_stream().query()  # nothing has waited yet
+    device.synchronize()
+    assert (copied == 7).all()

@@ -17,7 +17,7 @@ from pipeline.core.errors import IncompatibleError, RecipeError
 from pipeline.registry.manifest import manifest_at
 from pipeline.registry.policy import require_manifest_publishable
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.rehearse.command import compose, run_rehearsal
+from pipeline.rehearse.rehearsal import compose, run_rehearsal
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))

@@ -12,14 +12,13 @@ from pipeline.config import load as config
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import RecipeError
 from pipeline.plan import Plan, refuse
-from pipeline.runners.lengths import Lengths
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner
 from pipeline.runners.runner import Ability, Runner, needed_abilities, why_not_workload
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.trtllm import TrtLlmRunner
 from pipeline.runners.vllm import VllmRunner
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 
 PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)
 LOADS: dict[Ability, Workload] = {

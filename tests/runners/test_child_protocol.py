@@ -177,20 +177,12 @@ def test_prompt_that_leaves_no_room_is_refused_with_both_numbers() -> None:
         assert len(list(opened.stream([1] * 15, 1, frozenset()))) == 1
 
 
-def test_stream_that_is_left_early_does_not_disturb_what_follows() -> None:
-    with session() as opened:
-        stream = opened.stream([9], 100_000, frozenset())
-        assert [next(stream) for _ in range(3)] == continued([9], 3)
-        stream.close()  # type: ignore[attr-defined]  # a generator
-        assert opened.generate([[1]], 2).tokens.tolist() == [continued([1], 2)]
-
-
 @pytest.mark.parametrize("fault", ["grandchild-load", "grandchild-generate"])
 def test_what_the_child_started_ends_with_it(fault: str) -> None:
     """Also a process that ignores SIGTERM."""
     with session(fault) as opened:
         opened.generate([[1]], 1)
-        found = re.search(r"grandchild (\d+)", opened._child.log_path.read_text())
+        found = re.search(r"grandchild (\d+)", opened.log_path.read_text())
     assert found is not None
     deadline = time.monotonic() + 5
     while not ended(int(found[1])) and time.monotonic() < deadline:
@@ -201,7 +193,7 @@ def test_what_the_child_started_ends_with_it(fault: str) -> None:
 def test_nothing_stays_after_an_error_of_the_caller(temporary: Path) -> None:
     with pytest.raises(ZeroDivisionError), session() as opened:
         1 / len(opened.generate([[1]], 1).tokens[1:])
-    assert opened._child._process.poll() is not None
+    assert opened._process.poll() is not None
     assert list(temporary.iterdir()) == []
 
 

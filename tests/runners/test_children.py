@@ -107,7 +107,7 @@ def _rtx(model_dir: Path, folder: Path, patch: pytest.MonkeyPatch, own: Session)
         load_timeout_s=60.0,
         answer_timeout_s=60.0,
     )
-    program = runner.program(plan.parent, "d" * 64, "tests.runners.trtrtx.host_plan:open_on_host")
+    program = runner.program(plan.parent, "d" * 64, "tests.runners.trtrtx.engines:open_on_host")
     return Case("TensorRT-RTX", lambda: open_child(program, TIMES), own, CONTEXT)
 
 

@@ -1,8 +1,13 @@
 """TensorRT-RTX: compiles the decoder graph ahead of time for one SM, with no GPU.
 
+    python -m pipeline.formats.trtrtx.compiler JOB.json
+
 No GPU is there to run the engine, so three proofs stand in for it: the guard and the network check
 (the compiler was handed the graph that we wrote), and the plan's own text (FP8 asked is FP8
 delivered). Any of them failing fails the build.
+
+Check and compilation each run in a process of their own: TensorRT-RTX prints internal errors to
+stderr past its logger, and a crash of the library must not take the pipeline along.
 """
 
 from __future__ import annotations
@@ -10,23 +15,24 @@ from __future__ import annotations
 import json
 import mmap
 import shutil
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache
-from pipeline.core.errors import Fault, IncompatibleError, RecipeError
+from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.hardware import Target
+from pipeline.core.process import run_tool
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
-from pipeline.formats.trtrtx.child import CheckJob, CompileJob, Profile, run_child
-from pipeline.formats.trtrtx.linears import node_names
-from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
+from pipeline.formats.trtrtx.graph_writer import node_names
+from pipeline.formats.trtrtx.network import DecoderInterface, guard_network, parse_network
 from pipeline.formats.trtrtx.onnx_graph import buildable_layer
 from pipeline.formats.trtrtx.plan_text import prove_plan
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
@@ -48,21 +54,159 @@ from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 STAGE = Stage(
     name="compile-trtrtx",
     version=1,
-    code=(
-        "pipeline.formats.trtrtx.compiler",
-        "pipeline.formats.trtrtx.child",
-        "pipeline.formats.trtrtx.plan_text",
-    ),
+    code=("pipeline.formats.trtrtx.compiler", "pipeline.formats.trtrtx.plan_text"),
 )
-
-
 CHECK_STAGE = Stage(
     name="network-check",
     version=1,
-    code=("pipeline.formats.trtrtx.network_check", "pipeline.formats.trtrtx.child", *GRAPH_CODE),
+    code=(
+        "pipeline.formats.trtrtx.network",
+        "pipeline.formats.trtrtx.interpreter",
+        "pipeline.formats.trtrtx.network_check",
+        "pipeline.formats.trtrtx.compiler",
+        *GRAPH_CODE,
+    ),
 )
 _CHECK_TOOLS = (PACKAGE, "onnxruntime", "onnx")
 _CHECK_RESULT = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One optimization profile: (min, opt, max) of each dynamic dimension."""
+
+    batch: tuple[int, int, int]
+    sequence: tuple[int, int, int]
+    logits: tuple[int, int, int]
+
+    def shapes(self, name: str, dims: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Minimum, optimum and maximum shape of one input; `dims` holds its static sizes."""
+        second = {"input_ids": self.sequence, "logits_index": self.logits}.get(name)
+        if second is not None:
+            return list(zip(self.batch, second, strict=True))
+        return [(batch, *dims[1:]) for batch in self.batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileJob:
+    """What to compile.
+
+    Attributes:
+        graph: ONNX file, weights beside it.
+        interface: What the guard requires of the parsed network.
+        plan: Where the engine is written.
+        sm: Compute capability; the engine runs on this one only.
+        profiles: In the order in which a runtime selects them.
+    """
+
+    graph: Path
+    interface: DecoderInterface
+    plan: Path
+    sm: int
+    profiles: tuple[Profile, ...]
+
+    def run(self) -> None:
+        """Parse, guard, compile, write the plan.
+
+        Raises:
+            CheckError: The parsed network is not the graph that was written.
+            RuntimeError: The compiler refused; its messages are on stderr.
+            OSError: The plan cannot be written.
+        """
+        import tensorrt_rtx as trt
+
+        parsed = parse_network(self.graph)
+        guard_network(parsed.network, self.interface)
+        config = parsed.builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{self.sm}"), 0)
+        # The names of layers and their types stay readable in the plan: the proof reads them.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        for profile in self.profiles:
+            shapes = parsed.builder.create_optimization_profile()
+            for index in range(parsed.network.num_inputs):
+                tensor = parsed.network.get_input(index)
+                shapes.set_shape(tensor.name, *profile.shapes(tensor.name, tuple(tensor.shape)))
+            config.add_optimization_profile(shapes)
+        # Piece by piece into the file: a plan built in memory is one more copy of the weights, and
+        # with it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
+        with self.plan.open("wb") as stream:
+            writer = _writer(stream)
+            built = parsed.builder.build_serialized_network_to_stream(
+                parsed.network, config, writer
+            )
+        if writer.fault is not None:
+            raise writer.fault
+        if not built:
+            raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
+
+
+def _writer(stream: BinaryIO) -> Any:
+    """What the compiler hands the pieces of the plan to; `fault` is the first that failed."""
+    import tensorrt_rtx as trt
+
+    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]  # the library has no types
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.fault: OSError | None = None
+
+        def write(self, piece: Any) -> int:
+            # The library prints what is raised here and reports success (1.7.1, disk full).
+            if self.fault is None:
+                try:
+                    return stream.write(piece)
+                except OSError as error:
+                    self.fault = error
+            return 0
+
+    return PlanWriter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckJob:
+    """The arguments of `check_network`, and the file that appears when the network passed."""
+
+    graph: Path
+    reference: Path
+    interface: DecoderInterface
+    result: Path
+
+    def run(self) -> None:
+        """Check.
+
+        Raises:
+            CheckError: It did not pass.
+        """
+        from pipeline.formats.trtrtx.network_check import check_network
+
+        found = check_network(self.graph, self.reference, interface=self.interface)
+        self.result.write_text(json.dumps(asdict(found), indent=1) + "\n")
+
+
+_JOB: TypeAdapter[CompileJob | CheckJob] = TypeAdapter(CompileJob | CheckJob)
+
+
+def run_child(job: CompileJob | CheckJob, folder: Path, *, stage: str, log_path: Path) -> None:
+    """Run a job in a child process; its file is in `folder` meanwhile.
+
+    Raises:
+        ToolError: It failed; the message has the last lines of the log.
+    """
+    job_file = folder / "job.json"
+    job_file.write_bytes(_JOB.dump_json(job))
+    command = [sys.executable, "-m", "pipeline.formats.trtrtx.compiler", str(job_file)]
+    run_tool(command, stage=stage, log_path=log_path)
+    job_file.unlink()
+
+
+def main(job_file: Path) -> int:
+    """Run one job; returns the exit code, with the reason on stderr."""
+    try:
+        _JOB.validate_json(job_file.read_bytes()).run()
+    except PipelineError as error:
+        sys.stderr.write(f"{error}\n")
+        return int(error.exit_code)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -107,8 +251,8 @@ class TrtRtxCompiler:
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         try:
-            return SPEC.runtime, version(PACKAGE)
-        except PackageNotFoundError:  # a plan needs no compiler
+            return SPEC.runtime, compiler_version()
+        except IncompatibleError:  # a plan needs no compiler
             return SPEC.runtime, ""
 
     @property
@@ -125,6 +269,10 @@ class TrtRtxCompiler:
             Profile(batch=decode, sequence=one, logits=one),
             Profile(batch=(1, 1, self._prefill_batch), sequence=lengths, logits=one),
         )
+
+    @property
+    def _graph(self) -> GraphSettings:
+        return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
 
     def check_machine(self, target: Target) -> None:
         """Any machine will do."""
@@ -148,13 +296,10 @@ class TrtRtxCompiler:
         _check_attention_shape(buildable_layer(spec).attention)
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
         network = self._check_network(checkpoint.dir, graphs.dir, cache, log_dir)
+        made_of = {"checkpoint": checkpoint.digest, "graph": graphs.digest}
         result = cache.run(
             STAGE,
-            {
-                "checkpoint": checkpoint.digest,
-                "graph": graphs.digest,
-                **self._compile_inputs(target),
-            },
+            {**made_of, **self._compile_inputs(target)},
             lambda out: self._produce(checkpoint, graphs.dir, target, out, log_dir),
         )
         return SPEC.engine(
@@ -167,10 +312,6 @@ class TrtRtxCompiler:
             checks={**result.read_json("checks.json"), "network": network},
         )
 
-    @property
-    def _graph(self) -> GraphSettings:
-        return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
-
     def _check_network(
         self, checkpoint_dir: Path, graphs: Path, cache: StageCache, log_dir: Path
     ) -> dict[str, Any]:
@@ -182,10 +323,7 @@ class TrtRtxCompiler:
         checkpoint = UnifiedCheckpoint(checkpoint_dir)
         spec, layers = checkpoint.spec, cut_layers(checkpoint)
         interface = DecoderInterface.of(
-            spec,
-            context=cut_context(spec, self.max_seq_len),
-            dtype=self.activation_dtype,
-            num_layers=len(layers),
+            spec, cut_context(spec, self.max_seq_len), self.activation_dtype, len(layers)
         )
         inputs = {
             "config": spec.to_json(),
@@ -215,9 +353,7 @@ class TrtRtxCompiler:
         spec = UnifiedCheckpoint(checkpoint.dir).spec
         job = CompileJob(
             graph=graphs / RTX_GRAPH,
-            interface=DecoderInterface.of(
-                spec, context=self.max_seq_len, dtype=self.activation_dtype
-            ),
+            interface=DecoderInterface.of(spec, self.max_seq_len, self.activation_dtype),
             plan=plan,
             sm=target.sm,
             profiles=self.profiles,
@@ -268,3 +404,6 @@ def compiler_version() -> str:
 
 
 KIND = TrtRtxCompiler
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

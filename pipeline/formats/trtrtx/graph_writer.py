@@ -1,12 +1,21 @@
-"""Writes an ONNX graph node by node; weights stay in one external file shared by several graphs."""
+"""Writes an ONNX graph node by node; weights stay in one external file shared by several graphs.
+
+A linear is quantized or 16-bit, with or without a bias, stored fused or not. Phi-3 stores q/k/v and
+gate/up as one tensor each; the graph has a MatMul per part all the same, on the part's rows, which
+share its scale. TensorRT-RTX 1.7.1 fuses separate MatMuls into one GEMM that carries their names;
+one MatMul whose output is split it may take apart instead and forget the name (so with Phi-3's
+three equal parts; both measured 2026-11-25), and what has no name proves nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CorruptError
+from pipeline.model.spec import Layer, ModelSpec, layer_name
 from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "weights.bin"
 _ALIGNMENT_BYTES = 4096
 """Lets a loader memory-map each tensor (ONNX's external-data guidance: page size)."""
+
+Rows = tuple[int, int] | None
+"""First row of a stored weight and the one after the last; None for all."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +92,23 @@ class GraphWriter:
             self._add(onnx.numpy_helper.from_array(values, name))
         return name
 
+    def integers(self, name: str, values: int | Sequence[int]) -> str:
+        """A constant of int64."""
+        import numpy as np
+
+        return self.constant(name, np.array(values, np.int64))
+
     def _add(self, tensor: onnx.TensorProto) -> None:
         self._dtypes[tensor.name] = tensor.data_type
         self.initializers.append(tensor)
 
-    def weight(
-        self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
-    ) -> str:
+    def weight(self, name: str, stored: str | None = None, rows: Rows = None) -> str:
         """A tensor of the checkpoint in the external file, with the checkpoint's dtype.
 
         Args:
             name: Of the initializer.
             stored: Of the tensor, where it differs.
-            rows: First row and the one after the last, for a part of the tensor; None for all.
+            rows: Of the tensor.
 
         Raises:
             CorruptError: There is no such tensor, or it has fewer rows.
@@ -127,9 +143,7 @@ class GraphWriter:
         self._add(tensor)
         return name
 
-    def weight_as_activation(
-        self, name: str, stored: str | None = None, rows: tuple[int, int] | None = None
-    ) -> str:
+    def weight_as_activation(self, name: str, stored: str | None = None, rows: Rows = None) -> str:
         """A weight cast to the activations' dtype; no cast where it has that dtype already."""
         source = self.weight(name, stored, rows)
         if self._dtypes[name] == self.dtype:
@@ -139,3 +153,75 @@ class GraphWriter:
             self._dtypes[cast] = self.dtype
             self.op("Cast", [source], cast, to=self.dtype)
         return cast
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """One linear of one layer.
+
+    Attributes:
+        module: Hugging Face name of the module that stores its weight.
+        name: Name of the node: the module's, and the role where the module holds several linears.
+        rows: Of the stored weight.
+    """
+
+    module: str
+    name: str
+    rows: Rows
+
+
+def matmuls(layer: Layer, number: int) -> dict[str, MatMul]:
+    """The linears of a layer by their role."""
+    made = {}
+    for linear in layer.linears:
+        module = f"{layer_name(number)}.{linear.module}"
+        if linear.rows == layer.modules[linear.module][0]:
+            made[linear.role] = MatMul(module, module, None)
+        else:
+            rows = (linear.first_row, linear.first_row + linear.rows)
+            made[linear.role] = MatMul(module, f"{module}.{linear.role}", rows)
+    return made
+
+
+def node_names(spec: ModelSpec, modules: Iterable[str]) -> tuple[str, ...]:
+    """Names of the MatMuls that compute these modules; the names that a compiled plan shows."""
+    names: dict[str, list[str]] = {}
+    for number, layer in enumerate(spec.layers):
+        for matmul in matmuls(layer, number).values():
+            names.setdefault(matmul.module, []).append(matmul.name)
+    return tuple(name for module in modules for name in names[module])
+
+
+def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str]:
+    """Linears of one input [.., in], quantized once where they share its scale; outputs [.., out].
+
+    Those whose module has a `.bias` in the checkpoint add it.
+    """
+    import numpy as np
+
+    pattern = w.checkpoint.precision.onnx
+    rounded: dict[float, str] = {}
+    outputs = []
+    for linear in linears:
+        stored = f"{linear.module}.weight"
+        read = x
+        if pattern is not None and w.checkpoint.is_quantized(linear.module):
+            if pattern.input is not None:
+                scale = w.checkpoint.scalar(f"{linear.module}.input_scale")
+                if float(scale) not in rounded:
+                    rounded[float(scale)] = pattern.input(w, linear.module, x, scale)
+                read = rounded[float(scale)]
+            scale_name = f"{stored}_scale"
+            w.constant(scale_name, np.array(w.checkpoint.scalar(scale_name), np.float32))
+            codes = w.weight(f"{linear.name}.weight", stored, linear.rows)
+            weight = pattern.weight(w, codes, scale_name)
+        else:
+            weight = w.weight_as_activation(f"{linear.name}.weight", stored, linear.rows)
+        transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])
+        product = w.op("MatMul", [read, transposed], linear.name)
+        if f"{linear.module}.bias" in w.checkpoint.tensors:
+            stored = f"{linear.module}.bias"
+            bias = w.weight_as_activation(f"{linear.name}.bias", stored, linear.rows)
+            product = w.op("Add", [product, bias], f"{linear.name}.biased")
+        outputs.append(product)
+    return outputs

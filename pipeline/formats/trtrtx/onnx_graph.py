@@ -26,8 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.core.errors import RecipeError
-from pipeline.formats.trtrtx.graph_writer import GraphWriter, WeightSlot
-from pipeline.formats.trtrtx.linears import MatMul, matmuls, write_linears
+from pipeline.formats.trtrtx.graph_writer import (
+    GraphWriter,
+    MatMul,
+    WeightSlot,
+    matmuls,
+    write_linears,
+)
 from pipeline.model.rope import rope_tables
 from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -38,13 +43,8 @@ if TYPE_CHECKING:
 ActivationDtype = Literal["float32", "bfloat16", "float16"]
 
 OPSET = 24
-"""The first with RMSNormalization's and RotaryEmbedding's companions TensorScatter and Swish."""
+"""The first with TensorScatter and Swish."""
 IR_VERSION = 11
-
-
-def cache_names(kind: Literal["past", "present"], num_layers: int) -> list[str]:
-    """Names of the cache tensors, keys and values of layer 0 first."""
-    return [f"{kind}_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
 
 
 def build_decoder(
@@ -59,11 +59,11 @@ def build_decoder(
 
     Args:
         checkpoint: Unified checkpoint or plain weights.
-        slots: Result of `write_weights`.
+        slots: Of `write_weights`.
         context: Static cache length, tokens.
         activation: Dtype of activations and cache.
-        layers: Build only these decoder layers, in this order (embedding, final norm and lm_head
-            stay); None for all. Cache tensors are numbered by position, modules keep their names.
+        layers: Only these decoder layers, in this order; None for all. Cache tensors are numbered
+            by position, modules keep their names.
 
     Raises:
         CorruptError: A scale is missing or malformed.
@@ -80,7 +80,12 @@ def build_decoder(
     _Decoder(writer, spec, context).write(built)
 
     integer, info = onnx.TensorProto.INT64, onnx.helper.make_tensor_value_info
-    cache = ["batch", attention.kv_heads, context, attention.head_dim]
+    shape = ["batch", attention.kv_heads, context, attention.head_dim]
+
+    def caches(kind: str) -> list[onnx.ValueInfoProto]:
+        names = (f"{kind}_{part}.{n}" for n in range(len(built)) for part in ("key", "value"))
+        return [info(name, dtype, shape) for name in names]
+
     graph = onnx.helper.make_graph(
         writer.nodes,
         "decoder",
@@ -88,11 +93,11 @@ def build_decoder(
             info("input_ids", integer, ["batch", "sequence"]),
             info("write_indices", integer, ["batch"]),
             info("logits_index", integer, ["batch", "logits_count"]),
-            *(info(name, dtype, cache) for name in cache_names("past", len(built))),
+            *caches("past"),
         ],
         [
             info("logits", onnx.TensorProto.FLOAT, ["batch", "logits_count", spec.vocab_size]),
-            *(info(name, dtype, cache) for name in cache_names("present", len(built))),
+            *caches("present"),
         ],
         writer.initializers,
     )
@@ -123,7 +128,7 @@ def buildable_layer(spec: ModelSpec) -> Layer:
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph file; its weights must lie beside it as `weights.bin`."""
+    """Write the graph file; its weights must lie beside it."""
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -142,7 +147,6 @@ class _Decoder:
         Only those rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits. They leave
         as float32 whatever the activations are.
         """
-        import numpy as np
         import onnx
 
         w = self._w
@@ -151,7 +155,7 @@ class _Decoder:
         self._positions_and_mask()
         for slot, layer in enumerate(layers):
             hidden = self._layer(layer, slot, hidden)
-        last = w.constant("axis_last", np.array([-1], np.int64))
+        last = w.integers("axis_last", [-1])
         rows = w.op("Unsqueeze", ["logits_index", last], "logits_index.column")  # [B, N, 1]
         hidden = w.op("GatherND", [hidden, rows], "logits_rows", batch_dims=1)
         hidden = self._norm("model.norm", hidden)
@@ -168,26 +172,25 @@ class _Decoder:
         positions, the query's own included; a window that no context of this graph exceeds hides
         nothing and is left out.
         """
-        import numpy as np
         import onnx
 
         w = self._w
-        zero, one = (w.constant(f"int_{n}", np.array(n, np.int64)) for n in (0, 1))
-        first = w.constant("axis_first", np.array([0], np.int64))
+        zero, one = (w.integers(f"int_{n}", n) for n in (0, 1))
+        first = w.integers("axis_first", [0])
         shape = w.op("Shape", ["input_ids"], "input_ids.shape", start=1, end=2)
         length = w.op("Squeeze", [shape, first], "sequence_length")
         steps = w.op("Range", [zero, length, one], "steps")
-        last = w.constant("axis_last", np.array([-1], np.int64))
+        last = w.integers("axis_last", [-1])
         start = w.op("Unsqueeze", ["write_indices", last], "write_indices.column")
         w.op("Add", [start, steps], "position_ids")
-        keys = w.constant("key_index", np.arange(self._context, dtype=np.int64))
-        axes = w.constant("mask_axes", np.array([1, 3], np.int64))
+        keys = w.integers("key_index", range(self._context))
+        axes = w.integers("mask_axes", [1, 3])
         queries = w.op("Unsqueeze", ["position_ids", axes], "query_index")  # [B, 1, S, 1]
         window = self._attended.window
         if window is None or window >= self._context:
             w.op("LessOrEqual", [keys, queries], "attention_mask")
         else:
-            width = w.constant("sliding_window", np.array(window, np.int64))
+            width = w.integers("sliding_window", window)
             hidden = w.op("Sub", [queries, width], "last_hidden_key")
             causal = w.op("LessOrEqual", [keys, queries], "causal_mask")
             near = w.op("Greater", [keys, hidden], "window_mask")
@@ -206,9 +209,8 @@ class _Decoder:
         attended = self._attention(slot, f"{prefix}.self_attn", linears, normed)
         hidden = w.op("Add", [hidden, attended], f"{prefix}.attention_residual")
         normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
-        return w.op(
-            "Add", [hidden, self._mlp(f"{prefix}.mlp", linears, normed)], f"{prefix}.residual"
-        )
+        mlp = self._mlp(f"{prefix}.mlp", linears, normed)
+        return w.op("Add", [hidden, mlp], f"{prefix}.residual")
 
     def _attention(self, slot: int, prefix: str, linears: Mapping[str, MatMul], hidden: str) -> str:
         """Grouped-query attention over the whole static cache, masked."""
@@ -219,16 +221,11 @@ class _Decoder:
         query, scale = self._scale_query(prefix, query)
         key = self._rotate(f"{prefix}.k_rope", self._split_heads(key, kv_heads))
         value = self._split_heads(value, kv_heads)
-        cached = [
-            w.op(
-                "TensorScatter",
-                [f"past_{part}.{slot}", new, "write_indices"],
-                f"present_{part}.{slot}",
-                axis=2,
-                mode="linear",
-            )
-            for part, new in (("key", key), ("value", value))
-        ]
+        cached = []
+        for part, new in (("key", key), ("value", value)):
+            inputs = [f"past_{part}.{slot}", new, "write_indices"]
+            name = f"present_{part}.{slot}"
+            cached.append(w.op("TensorScatter", inputs, name, axis=2, mode="linear"))
         attended = w.op(  # [B, H, S, D]
             "Attention", [query, *cached, "attention_mask"], f"{prefix}.attention", scale=scale
         )
@@ -270,48 +267,31 @@ class _Decoder:
 
     def _norm(self, module: str, x: str) -> str:
         """RMS norm over the last axis, accumulated in float32."""
+        inputs, epsilon = [x, self._w.weight_as_activation(f"{module}.weight")], self._spec.norm_eps
         return self._w.op(
-            "RMSNormalization",
-            [x, self._w.weight_as_activation(f"{module}.weight")],
-            module,
-            axis=-1,
-            epsilon=self._spec.norm_eps,
-            stash_type=1,
+            "RMSNormalization", inputs, module, axis=-1, epsilon=epsilon, stash_type=1
         )
 
     def _split_heads(self, x: str, heads: int) -> str:
         """[B, S, heads * D] -> [B, heads, S, D]."""
-        import numpy as np
-
-        target = np.array([0, 0, heads, self._attended.head_dim], np.int64)
-        shape = self._w.constant(f"split_{heads}_heads", target)
+        shape = self._w.integers(f"split_{heads}_heads", [0, 0, heads, self._attended.head_dim])
         reshaped = self._w.op("Reshape", [x, shape], f"{x}.heads")
         return self._w.op("Transpose", [reshaped], f"{x}.by_head", perm=[0, 2, 1, 3])
 
     def _merge_heads(self, prefix: str, x: str) -> str:
         """[B, H, S, D] -> [B, S, H * D]."""
-        import numpy as np
-
-        target = np.array([0, 0, self._attended.heads * self._attended.head_dim], np.int64)
-        shape = self._w.constant("merge_heads", target)
+        width = self._attended.heads * self._attended.head_dim
+        shape = self._w.integers("merge_heads", [0, 0, width])
         transposed = self._w.op("Transpose", [x], f"{prefix}.by_token", perm=[0, 2, 1, 3])
         return self._w.op("Reshape", [transposed, shape], f"{prefix}.merged")
 
     def _rotate(self, name: str, x: str) -> str:
         """Rotary embedding on [B, heads, S, D], half-split pairs.
 
-        Where only the leading `rotary_dim` elements turn, the operator is told so: ONNX Runtime
-        passes the rest on unchanged, and so does the kernel that TensorRT-RTX 1.7.1 writes, whose
-        CUDA source stands in the plan (read 2026-11-25).
+        Where only the leading elements turn, ONNX Runtime passes the rest on unchanged, and so does
+        the kernel that TensorRT-RTX 1.7.1 writes (its CUDA source in the plan, read 2026-11-25).
         """
-        rotary_dim = self._spec.rope.rotary_dim
-        partial = (
-            {} if rotary_dim == self._attended.head_dim else {"rotary_embedding_dim": rotary_dim}
-        )
-        return self._w.op(
-            "RotaryEmbedding",
-            [x, "rope_cos", "rope_sin", "position_ids"],
-            name,
-            interleaved=0,
-            **partial,
-        )
+        turned = self._spec.rope.rotary_dim
+        partial = {} if turned == self._attended.head_dim else {"rotary_embedding_dim": turned}
+        inputs = [x, "rope_cos", "rope_sin", "position_ids"]
+        return self._w.op("RotaryEmbedding", inputs, name, interleaved=0, **partial)

@@ -31,7 +31,6 @@ GRAPH_CODE = (
     "pipeline.model.read",
     "pipeline.model.spec",
     "pipeline.formats.trtrtx.graph_writer",
-    "pipeline.formats.trtrtx.linears",
     "pipeline.formats.trtrtx.onnx_graph",
     "pipeline.formats.trtrtx.stage",
     "pipeline.model.rope",
@@ -55,11 +54,8 @@ class GraphSettings:
 
     def inputs(self) -> dict[str, Any]:
         """Everything but the checkpoint that shapes the graphs' bytes."""
-        return {
-            **STAGE.identity,
-            **dataclasses.asdict(self),
-            "tools": {"onnx": version("onnx")},
-        }
+        tools = {"onnx": version("onnx")}
+        return {**STAGE.identity, **dataclasses.asdict(self), "tools": tools}
 
 
 def convert(

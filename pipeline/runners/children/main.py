@@ -43,6 +43,8 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 Message = dict[str, Any]
+Array = Any
+"""As much of a NumPy array as a frame needs: `dtype`, `shape`, `tobytes()`."""
 
 MAGIC = b"\x00ESF"
 HEADER = struct.Struct(">4sIQ")
@@ -56,18 +58,6 @@ CODES = (
 )
 """Names of the classes in `pipeline.core.errors` that an error keeps on its way to the caller; the
 last is that of all other errors. PyTorch's own class for a full card is called so too."""
-
-
-class Array(Protocol):
-    """As much of a NumPy array as a frame needs."""
-
-    @property
-    def dtype(self) -> Any: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def tobytes(self) -> bytes: ...
 
 
 class Model(Protocol):
@@ -98,7 +88,7 @@ class Model(Protocol):
         ...
 
 
-def pack(message: Message, array: Array | None = None) -> bytes:
+def pack(message: Message, array: Array = None) -> bytes:
     """One frame."""
     data = b""
     if array is not None:
@@ -114,58 +104,41 @@ class Channel:
     def __init__(self, source: int, sink: int) -> None:
         """Read requests from one file descriptor, write answers to the other."""
         self._source, self._sink = source, sink
-        self._requests: queue.Queue[Message] = queue.Queue()
+        self.requests: queue.Queue[Message] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         """Read the descriptor itself: a file object's lock would stay locked in a fork."""
-        while True:
-            try:
-                _, size, _ = HEADER.unpack(self._exactly(HEADER.size))
-                request: Message = json.loads(self._exactly(size))
-            except EOFError:
-                os.killpg(0, signal.SIGKILL)
-            self._requests.put(request)
-            if request["kind"] == "end":
-                return
+        kind = ""
+        while kind != "end":
+            _, size, _ = HEADER.unpack(self._exactly(HEADER.size))
+            request: Message = json.loads(self._exactly(size))
+            kind = request["kind"]
+            self.requests.put(request)
 
     def _exactly(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
             part = os.read(self._source, size - len(data))
             if not part:
-                raise EOFError
+                os.killpg(0, signal.SIGKILL)
             data += part
         return data
 
-    def receive(self) -> Message:
-        """The next request; waits."""
-        return self._requests.get()
-
-    def waiting(self) -> bool:
-        """The caller has sent something while a stream was on: it wants no more of it."""
-        return not self._requests.empty()
-
-    def send(self, message: Message, array: Array | None = None) -> None:
-        frame = memoryview(pack(message, array))
+    def send(self, kind: str, array: Array = None, **values: Any) -> None:
+        frame = memoryview(pack({"kind": kind, **values}, array))
         while frame:
             frame = frame[os.write(self._sink, frame) :]
 
-
-def code_of(error: BaseException) -> str:
-    """The class that the caller raises for an error."""
-    if isinstance(error, MemoryError):
-        return "OutOfMemoryError"
-    names = (one.__name__ for one in type(error).__mro__)
-    return next((name for name in names if name in CODES), CODES[-1])
-
-
-def send_error(channel: Channel, error: Exception) -> None:
-    """Report an error; the log has the traceback."""
-    traceback.print_exception(error)
-    code = code_of(error)
-    text = str(error) if code == type(error).__name__ else f"{type(error).__name__}: {error}"
-    channel.send({"kind": "error", "code": code, "message": text})
+    def send_error(self, error: Exception) -> None:
+        """In the class that the caller raises; the log has the traceback."""
+        traceback.print_exception(error)
+        names = [one.__name__ for one in type(error).__mro__]
+        code = next((name for name in names if name in CODES), CODES[-1])
+        if isinstance(error, MemoryError):
+            code = "OutOfMemoryError"
+        text = str(error) if code == names[0] else f"{names[0]}: {error}"
+        self.send("error", code=code, message=text)
 
 
 def load_model(order: Message) -> Model:
@@ -183,19 +156,19 @@ def load_model(order: Message) -> Model:
 
 def serve(channel: Channel, model: Model) -> None:
     """Answer requests in their order until `end`."""
-    channel.send({"kind": "ready", "context": model.context})
-    while (request := channel.receive())["kind"] != "end":
+    channel.send("ready", context=model.context)
+    while (request := channel.requests.get())["kind"] != "end":
         if request["kind"] == "cancel":
             continue
         try:
             answer, array = answer_of(channel, model, request)
         except Exception as error:  # the caller raises it
-            send_error(channel, error)
+            channel.send_error(error)
         else:
-            channel.send({"kind": "result", **answer}, array)
+            channel.send("result", array, **answer)
 
 
-def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message, Array | None]:
+def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message, Array]:
     """The answer to one request; the tokens of a stream are sent at once."""
     kind = request["kind"]
     if kind == "logits":
@@ -208,8 +181,8 @@ def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message
         return {}, None
     tokens = model.stream(request["prompt"], request["max_new_tokens"], request["eos_token_ids"])
     for token in tokens:
-        channel.send({"kind": "token", "token": int(token)})
-        if channel.waiting():
+        channel.send("token", token=int(token))
+        if not channel.requests.empty():  # the caller wants no more of it
             break
     tokens.close()  # aborts what is left of it
     return {}, None
@@ -226,9 +199,9 @@ def main() -> None:
     os.dup2(2, 1)
     channel = Channel(source, sink)
     try:
-        model = load_model(channel.receive())
+        model = load_model(channel.requests.get())
     except Exception as error:
-        send_error(channel, error)
+        channel.send_error(error)
         sys.exit(1)
     serve(channel, model)
     if (close := getattr(model, "close", None)) is not None:

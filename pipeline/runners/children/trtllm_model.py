@@ -15,11 +15,6 @@ class RecipeError(Exception):
     """Known to the caller by its name."""
 
 
-def load(**settings: Any) -> TrtLlmModel:
-    """Load an engine; see `TrtLlmModel`."""
-    return TrtLlmModel(**settings)
-
-
 class TrtLlmModel:
     """An engine in `tensorrt_llm._tensorrt_engine.LLM`, greedy, end-of-sequence ignored.
 
@@ -41,15 +36,7 @@ class TrtLlmModel:
         attention_window: int | None,
         chunked_prefill: bool,
     ) -> None:
-        """Load an engine.
-
-        Args:
-            engine_dir: Folder with `config.json` and `rank0.engine`.
-            context: Its max_seq_len.
-            kv_cache_fraction: Share of the memory left after loading that the KV cache gets.
-            attention_window: Sliding window that the runtime needs, tokens; None for none.
-            chunked_prefill: Prompts longer than `max_num_tokens` are prefilled in pieces.
-        """
+        """Load an engine: what `TrtLlmRunner.open_folder` says."""
         from tensorrt_llm import SamplingParams
         from tensorrt_llm._tensorrt_engine import LLM
         from tensorrt_llm.llmapi import KvCacheConfig
@@ -72,17 +59,15 @@ class TrtLlmModel:
 
     def logits(self, tokens: Sequence[int]) -> _Rows:
         prefixes = [list(tokens[: end + 1]) for end in range(len(tokens))]
-        outputs = self._llm.generate(
-            prefixes, self._params(1, return_generation_logits=True), use_tqdm=False
-        )
-        rows, vocab = [], 0
-        for output in outputs:
-            found = output.outputs[0].generation_logits
-            vocab = int(found.shape[-1])
-            # There may be more rows than tokens: "nvbug 5324291" in executor/result.py.
-            first = found.float().cpu().reshape(-1, vocab)[0]
-            rows.append(first.numpy().tobytes())
-        return _Rows((len(rows), vocab), b"".join(rows))
+        params = self._params(1, return_generation_logits=True)
+        outputs = self._llm.generate(prefixes, params, use_tqdm=False)
+        found = [output.outputs[0].generation_logits for output in outputs]
+        vocab = int(found[0].shape[-1])
+        # There may be more rows than tokens: "nvbug 5324291" in executor/result.py.
+        firsts = [one.float().cpu().reshape(-1, vocab)[0].numpy().tobytes() for one in found]
+        rows = _Rows(b"".join(firsts))
+        rows.shape = (len(firsts), vocab)
+        return rows
 
     def generate(
         self, prompts: Sequence[Sequence[int]], osl: int, options: Mapping[str, Any] | None
@@ -98,9 +83,8 @@ class TrtLlmModel:
         return {"tokens": tokens, "ttft_s": min(first - started, total_s), "total_s": total_s}
 
     def _tokens(self, prompts: Sequence[Sequence[int]], osl: int) -> list[list[int]]:
-        outputs = self._llm.generate(
-            [list(prompt) for prompt in prompts], self._params(osl), use_tqdm=False
-        )
+        batch = [list(prompt) for prompt in prompts]
+        outputs = self._llm.generate(batch, self._params(osl), use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def stream(
@@ -126,14 +110,14 @@ class TrtLlmModel:
         return self._sampling(max_tokens=max_tokens, end_id=-1, pad_id=-1, top_k=1, **more)
 
 
-class _Rows:
+class _Rows(bytes):
     """Logits as a frame takes them, without NumPy."""
 
     dtype = "<f4"
-
-    def __init__(self, shape: tuple[int, int], data: bytes) -> None:
-        self.shape = shape
-        self._data = data
+    shape: tuple[int, int]
 
     def tobytes(self) -> bytes:
-        return self._data
+        return self
+
+
+load = TrtLlmModel

@@ -15,16 +15,11 @@ class CorruptError(Exception):
     """Known to the caller by its name."""
 
 
-def load(arguments: Sequence[str]) -> VllmModel:
-    """Load what the arguments of `vllm serve` say."""
-    return VllmModel(arguments)
-
-
 class VllmModel:
     """A model in vLLM, greedy.
 
-    `arguments` are read by vLLM's own parser, so that the engine is set up as its server would be,
-    statistics included: without them a request has no metrics.
+    `arguments` are those of `vllm serve`, read by vLLM's own parser, so that the engine is set up
+    as its server would be, statistics included: without them a request has no metrics.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -187,3 +182,6 @@ def _timing(stats: Any, arrival_s: float | None) -> dict[str, Any]:
         "itl_ms": decode_ms / gaps if gaps > 0 else None,
         "arrival_s": arrival_s,
     }
+
+
+load = VllmModel

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import onnx
 
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, WeightSlot, write_weights
-from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
+from pipeline.formats.trtrtx.network import DecoderInterface
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import tiny_fp8_architecture

@@ -17,9 +17,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from pipeline.core.errors import ToolError
-from pipeline.formats.trtrtx.child import CheckJob, run_child
-from pipeline.formats.trtrtx.network_check.compare import NetworkCheckResult, check_network
-from pipeline.formats.trtrtx.network_check.network import CheckError
+from pipeline.formats.trtrtx.compiler import CheckJob, run_child
+from pipeline.formats.trtrtx.network import CheckError
+from pipeline.formats.trtrtx.network_check import NetworkCheckResult, check_network
 from tests.formats.trtrtx.network_check_graph import TinyDecoder, insert_after, node
 
 Plant = Callable[[onnx.ModelProto], None]

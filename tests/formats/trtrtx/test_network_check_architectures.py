@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from pipeline.formats.trtrtx.network_check.compare import NetworkCheckResult, check_network
-from pipeline.formats.trtrtx.network_check.network import CheckError
+from pipeline.formats.trtrtx.network import CheckError
+from pipeline.formats.trtrtx.network_check import NetworkCheckResult, check_network
 from tests.architectures import ARCHITECTURES, WINDOW
 from tests.formats.trtrtx.network_check_graph import TinyDecoder, node
 

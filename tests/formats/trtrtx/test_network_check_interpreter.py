@@ -14,9 +14,9 @@ import pytest
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.formats.trtrtx.network_check import network as weights
-from pipeline.formats.trtrtx.network_check.interpreter import NetworkInterpreter
-from pipeline.formats.trtrtx.network_check.network import (
+from pipeline.formats.trtrtx import network as weights
+from pipeline.formats.trtrtx.interpreter import NetworkInterpreter
+from pipeline.formats.trtrtx.network import (
     CheckError,
     constant_values,
     parse_network,

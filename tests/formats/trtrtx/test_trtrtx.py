@@ -13,9 +13,8 @@ import pytest
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
-from pipeline.formats.trtrtx.child import CompileJob, Profile
-from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
-from pipeline.formats.trtrtx.network_check.guard import DecoderInterface
+from pipeline.formats.trtrtx.compiler import CompileJob, Profile, TrtRtxCompiler
+from pipeline.formats.trtrtx.network import DecoderInterface
 from pipeline.formats.trtrtx.plan_text import PlanError, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,7 @@ import pytest
 from pipeline.core.errors import PipelineError, RecipeError, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.runners.runner import BenchResult, BenchRun
-from pipeline.runners.trtllm import TrtLlmRunner
-from pipeline.runners.trtllm_bench import (
-    bench_command,
-    mode_of,
-    percentiles,
-    read_report,
-    write_dataset,
-    write_model_dir,
-)
+from pipeline.runners.trtllm import TrtLlmRunner, mode_of, percentiles, write_model_dir
 from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import tiny_checkpoint
 from tests.runners.trtllm.engines import built_engine, runner_machine
@@ -40,44 +33,16 @@ RUNNER = TrtLlmRunner(
 )
 
 
-def command(workload: Workload, *, options: bool = False) -> tuple[str, ...]:
-    return bench_command(
-        workload,
-        rounds=3,
-        warmup=2,
-        kv_cache_fraction=0.9,
-        given="/mnt/input",
-        made="/mnt/output",
-        engine_dir="/mnt/engine",
-        options=options,
-    )
-
-
-def test_throughput_command() -> None:
-    assert command(B4) == (
-        "trtllm-bench",
-        *("--model", "b4"),
-        *("--model_path", "/mnt/input/model"),
-        *("--workspace", "/mnt/output/workspace"),
-        *("--log_level", "info"),
-        "throughput",
-        *("--backend", "tensorrt"),
-        *("--engine_dir", "/mnt/engine"),
-        *("--dataset", "/mnt/input/dataset.jsonl"),
-        *("--num_requests", "12"),
-        *("--concurrency", "4"),
-        *("--warmup", "2"),
-        *("--kv_cache_free_gpu_mem_fraction", "0.9"),
-        *("--report_json", "/mnt/output/report.json"),
-        *("--eos_id", "-1"),
-        "--streaming",
-    )
-
-
 @pytest.mark.parametrize("workload", [B1, B4], ids=["latency", "throughput"])
 def test_every_option_is_one_that_release_1_2_takes(workload: Workload) -> None:
-    line = list(command(workload, options=True)[1:])
+    folders = ("/mnt/input", "/mnt/output", "/mnt/engine")
+    line = list(RUNNER.bench_command(workload, *folders, options=True)[1:])
     mode = mode_of(workload)
+    pairs = dict(itertools.pairwise(line))
+    assert pairs["--num_requests"] == str(2 * workload.batch)
+    assert pairs["--concurrency"] == str(workload.batch)
+    assert (pairs["--warmup"], pairs["--kv_cache_free_gpu_mem_fraction"]) == ("2", "0.9")
+    assert pairs.get("--eos_id") == ("-1" if mode == "throughput" else None)
     split = line.index(mode)
     for known, part in ((OPTIONS["global"], line[:split]), (OPTIONS[mode], line[split + 1 :])):
         while part:
@@ -91,9 +56,9 @@ def test_every_option_is_one_that_release_1_2_takes(workload: Workload) -> None:
 
 def test_dataset_is_the_workload_and_always_the_same(tmp_path: Path) -> None:
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
-    write_dataset(first, B4, vocab_size=320, seed=1, rounds=2)
-    write_dataset(second, B4, vocab_size=320, seed=1, rounds=2)
-    write_dataset(other, B4, vocab_size=320, seed=2, rounds=2)
+    RUNNER.write_dataset(first, B4, 320, seed=1)
+    RUNNER.write_dataset(second, B4, 320, seed=1)
+    RUNNER.write_dataset(other, B4, 320, seed=2)
     assert first.read_bytes() == second.read_bytes() != other.read_bytes()
     requests = [json.loads(line) for line in first.read_text().splitlines()]
     assert [request["task_id"] for request in requests] == list(range(8))
@@ -135,7 +100,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_report_becomes_the_pipelines_own_figures() -> None:
-    sample = read_report(REPORT, B4, rounds=2, quant_algo="FP8")
+    sample = RUNNER.read_report(REPORT, B4, "FP8")
     assert sample == BenchRun(output_tokens_per_s=400.0, ttft_ms=20.5, itl_ms=9.25)
     assert percentiles(REPORT)["itl_ms"] == {"p50": 9.0, "p90": 9.5, "p99": 9.9}
     assert percentiles({}) == {}
@@ -155,7 +120,7 @@ def test_report_becomes_the_pipelines_own_figures() -> None:
 )
 def test_report_of_another_run_is_refused(path: str, value: Any) -> None:
     with pytest.raises(PipelineError, match=path.split(".")[-1] if value is not ... else "is None"):
-        read_report(changed(path, value), B4, rounds=2, quant_algo="FP8")
+        RUNNER.read_report(changed(path, value), B4, "FP8")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +159,7 @@ def test_model_folder_has_what_the_tool_reads_and_no_weights(
     config = json.loads((checkpoint.dir / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_phi3.Phi3Config"}
     (source / "config.json").write_text(json.dumps(config))
-    write_model_dir(tmp_path / "model", checkpoint_dir=source, engine_dir=engine.dir)
+    write_model_dir(tmp_path / "model", source, engine.dir)
 
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer

@@ -1,16 +1,20 @@
-"""Plans of the stand-in for TensorRT-RTX, and the stand-in itself."""
+"""Plans of the stand-in for TensorRT-RTX, the stand-in itself, and an engine in host memory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.spec import PLAN_FILE
+from pipeline.runners.decode import DecoderSession
+from pipeline.runners.tensorrt_rtx import open_plan
 
 PACKAGES = Path(__file__).parent / "fake_packages"
 CONTEXT = 48
@@ -34,6 +38,15 @@ def fake_tensorrt_rtx() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def open_on_host(**arguments: Any) -> Iterator[DecoderSession]:
+    """As `open_plan`, in a child whose TensorRT-RTX is the stand-in, in this machine's memory."""
+    from tensorrt_rtx import HostDevice
+
+    with open_plan(**arguments, open_device=HostDevice) as session:
+        yield session
 
 
 def write_plan(

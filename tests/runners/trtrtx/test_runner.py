@@ -41,8 +41,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise importlib.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr("pipeline.runners.tensorrt_rtx.version", version)
-    monkeypatch.setattr("pipeline.runners.cuda.version", version)
+    monkeypatch.setattr("pipeline.runners.runner.version", version)
     return versions
 
 

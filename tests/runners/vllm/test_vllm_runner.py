@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import conditions_of
 from pipeline.core.values import Engine, Limits
-from pipeline.runners.vllm import VllmRunner, engine_arguments
+from pipeline.runners.vllm import VllmRunner
 from tests.acceptance.test_conditions import nvml
 
 RUNNER = VllmRunner(
@@ -49,6 +50,7 @@ def test_a_missing_or_too_old_card_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_packages_own_arguments_are_kept_and_the_users_come_last() -> None:
-    arguments = engine_arguments(Path("/engine"), ENGINE.serve_args, ("--kv-cache-dtype", "auto"))
+    runner = dataclasses.replace(RUNNER, arguments=("--kv-cache-dtype", "auto"))
+    arguments = runner.engine_arguments(Path("/engine"), ENGINE.serve_args)
     assert arguments[:4] == ("--model", "/engine", "--kv-cache-dtype", "fp8")
     assert arguments[-2:] == ("--kv-cache-dtype", "auto")

@@ -1,6 +1,6 @@
 """Stands in for TensorRT-RTX where no card is: an engine runs its ONNX twin on the CPU.
 
-Every class and method here is one of tensorrt_rtx 1.7.1, which test_contract.py compares; what its
+Every class and method here is one of tensorrt_rtx 1.7.1, which test_decoder.py compares; what its
 documentation forbids is refused. A stream is a queue: what is put on it happens when it is
 synchronized, so that a caller who does not wait reads nothing. `FAKE_RTX` names a fault, `FAKE_SM`
 the card.
@@ -151,15 +151,11 @@ class ICudaEngine:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        if name in self._plan["faults"].get("dtype", {}):
-            return DataType[self._plan["faults"]["dtype"][name]]
         if name.startswith(("past_", "present_")):
             return DataType[self._plan["cache"]]
         return DataType.FLOAT if name == "logits" else DataType.INT64
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        if name in self._plan["faults"].get("shape", {}):
-            return tuple(self._plan["faults"]["shape"][name])
         return tuple(x if isinstance(x, int) else -1 for x in self._tensors[name].shape)
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
@@ -284,7 +280,7 @@ def _view(address: int, shape: tuple[int, ...], dtype: DataType) -> Any:
 
 
 class HostDevice:
-    """`pipeline.runners.trtrtx.device.CudaDevice` in this process's memory; no part of the API.
+    """`pipeline.runners.rtx_engine.CudaDevice` in this process's memory; no part of the API.
 
     Its copies are queued with the engine's steps, in one order.
     """

@@ -1,12 +1,13 @@
-"""Prompts of a workload from a JSON-lines file.
+"""Prompts: of a JSON-lines file, or of a chat; and what ends answers.
 
-Each line is an object with one of two keys: `{"prompt": "text"}`, which the model's tokenizer turns
-into ids with the special tokens that it adds by itself and without a chat template, or
-`{"token_ids": [1, 2, 3]}`. Empty lines are skipped.
+Each line of a file is an object with one of two keys: `{"prompt": "text"}`, which the model's
+tokenizer turns into ids with the special tokens that it adds by itself and without a chat template,
+or `{"token_ids": [1, 2, 3]}`. Empty lines are skipped.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,9 +39,7 @@ _LINE = TypeAdapter(FilePrompt)
 def read_prompts(path: Path, config_path: str) -> tuple[tuple[int, FilePrompt], ...]:
     """All prompts of a file with the numbers of their lines, not yet tokenized.
 
-    Args:
-        path: The file.
-        config_path: Of the setting that names it, for messages.
+    `config_path` is that of the setting which names it, for messages.
 
     Raises:
         RecipeError: It cannot be read, is empty, or a line is not a prompt.
@@ -77,8 +76,8 @@ def tokenized(
     """Token ids of prompts, held against the workload.
 
     Args:
-        prompts: Of `read_prompts`.
-        path: Their file, for messages.
+        prompts: Of `read_prompts`, like the two next.
+        path: Their file.
         config_path: Of the setting that names it.
         isl: Longest prompt allowed, tokens.
         vocab_size: Ids must be below it; None to leave that unchecked.
@@ -107,3 +106,30 @@ def tokenized(
 
 def _fault(config_path: str, message: str) -> RecipeError:
     return RecipeError([Fault(config_path, message)])
+
+
+def chat_prompt(tokenizer: Any, message: str) -> list[int]:
+    """Token ids of one user message in the chat template, up to where the answer starts.
+
+    A tokenizer without a template gets the plain text.
+    """
+    if not tokenizer.chat_template:
+        plain: list[int] = tokenizer(message)["input_ids"]
+        return plain
+    encoded = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def eos_ids(tokenizer: Any) -> frozenset[int]:
+    """Every id that ends an answer: those of `generation_config.json`, else the tokenizer's.
+
+    `eos_token_id` may be one id or a list, such as Llama 3.1's three.
+    """
+    path = Path(tokenizer.name_or_path) / "generation_config.json"
+    declared = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    if declared is None:
+        declared = tokenizer.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(one for one in ids if one is not None)

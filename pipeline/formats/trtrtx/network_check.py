@@ -24,14 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.formats.trtrtx.network_check.guard import DecoderInterface, guard_network
-from pipeline.formats.trtrtx.network_check.interpreter import NetworkInterpreter
-from pipeline.formats.trtrtx.network_check.network import (
+from pipeline.formats.trtrtx.interpreter import Array, NetworkInterpreter
+from pipeline.formats.trtrtx.network import (
     CheckError,
+    DecoderInterface,
     constant_values,
+    guard_network,
     parse_network,
 )
-from pipeline.formats.trtrtx.network_check.rules import Array
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the value's own magnitude plus the tensor's root mean square.
@@ -47,15 +47,12 @@ _DECODE_STEPS = 2
 
 @dataclass
 class Difference:
-    """How far two sides are apart, over all tensors of one sort and all steps.
-
-    Attributes:
-        values: How many numbers were compared.
-        max_relative: Largest difference of two values, relative as `TOLERANCE` says.
-    """
+    """How far two sides are apart, over all tensors of one sort and all steps."""
 
     values: int = 0
+    """Numbers compared."""
     max_relative: float = 0.0
+    """Largest difference of two values, relative as `TOLERANCE` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class NetworkCheckResult:
 
     Attributes:
         layer_kinds: How many layers of each kind were evaluated.
-        constants_equal: How many constants of the network equal the reference's initializers.
+        constants_equal: How many constants equal the reference's initializers.
         constants_rounded: Those that are the 16-bit rounding of the reference's.
         differences: `logits`, `caches`, and, in quantized graphs, `quantizer_inputs` and
             `quantized_values`.
@@ -127,8 +124,7 @@ def _compare_constants(
 ) -> tuple[int, dict[str, Array]]:
     """Compare each constant of the network with the reference's initializer of that name.
 
-    Constants that the parser made of attributes have no namesake; the comparison of values covers
-    them.
+    Those that the parser made of attributes have no namesake: the comparison of values covers them.
 
     Returns:
         How many are equal, and the values of those that are the reference's rounded to `dtype`.
@@ -137,9 +133,8 @@ def _compare_constants(
     rounded: dict[str, Array] = {}
     for name in interpreter.constants.keys() & reference.initializers.keys():
         values, wanted = constant_values(interpreter.constants[name]), reference.initializer(name)
-        if (values.dtype, values.shape) == (wanted.dtype, wanted.shape) and np.array_equal(
-            values.reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8)
-        ):
+        same_type = (values.dtype, values.shape) == (wanted.dtype, wanted.shape)
+        if same_type and values.tobytes() == wanted.tobytes():
             equal += 1
         elif values.dtype.name == dtype and _is_rounding(values, wanted):
             rounded[name] = values.astype(np.float32)
@@ -171,7 +166,7 @@ def _describe(values: Array) -> str:
 
 
 def _stale_caches(interface: DecoderInterface, seed: int) -> dict[str, Array]:
-    """Caches as an earlier request left them: values within +-2, exact in every 16-bit format."""
+    """As an earlier request left them: values within +-2, exact in every 16-bit format."""
     rng = np.random.default_rng(seed)
     return {
         name: rng.integers(-128, 128, (len(_PROMPT_LENGTHS), *shape[1:]), np.int8) / np.float32(64)
@@ -186,7 +181,6 @@ def _as_past(outputs: Mapping[str, Array], interface: DecoderInterface) -> dict[
 
 
 def _steps(interface: DecoderInterface, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Name and token inputs of each step."""
     rng = np.random.default_rng(seed + 1)
     lengths = np.array(_PROMPT_LENGTHS, np.int64)
     rows, longest = len(lengths), max(_PROMPT_LENGTHS)
@@ -214,7 +208,7 @@ def _steps(interface: DecoderInterface, seed: int) -> Iterator[tuple[str, dict[s
 
 @dataclass
 class _Comparison:
-    """Compares one step; the first tensor beyond the tolerance ends the check."""
+    """One step; the first tensor beyond the tolerance ends the check."""
 
     step: str
     reference: ReferenceModel
@@ -239,11 +233,6 @@ class _Comparison:
             self._compare("logits" if name == "logits" else "caches", name, got[name])
 
     def _compare(self, sort: str, name: str, got: Array) -> None:
-        """Compare one tensor.
-
-        Raises:
-            CheckError: Another shape, or further apart than the tolerance.
-        """
         what, wanted = f"{name} ({self.step})", self.wanted[name]
         if got.shape != wanted.shape:
             raise CheckError(f"{what} is {got.shape}, the reference has {wanted.shape}")
@@ -288,7 +277,6 @@ class ReferenceModel:
         }
 
     def initializer(self, name: str) -> Array:
-        """Values of an initializer in its own dtype."""
         import onnx
 
         found: Array = onnx.numpy_helper.to_array(self.initializers[name], str(self._dir))
@@ -297,10 +285,7 @@ class ReferenceModel:
     def start(
         self, replaced: Mapping[str, Array]
     ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-        """Start ONNX Runtime on the graph.
-
-        Args:
-            replaced: Initializers that get these values instead.
+        """Start ONNX Runtime on the graph, some initializers replaced.
 
         Returns:
             A function from the inputs to all outputs and observed tensors, by name.

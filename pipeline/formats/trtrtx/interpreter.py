@@ -1,38 +1,39 @@
-"""What each kind of layer computes, with NumPy, and how tensors are represented.
+"""Computes what a parsed TensorRT-RTX network says, with NumPy: a rule for each kind of layer.
 
 Values are NumPy arrays. float32, float16 and bfloat16 tensors are all computed in float32 and
 *not* rounded to 16 bit: the check asks whether the network means what the graph means, and without
 rounding the answer is sharp. FP8 tensors hold E4M3 codes (`ml_dtypes.float8_e4m3fn`).
 
 A rule lists the attributes that it reads. An attribute that the binding offers and no rule reads
-may change the meaning, so a layer class with an unlisted one is refused. What a rule says about a
-kind is read from TensorRT's documentation, not measured on a GPU. A rule takes the layer and the
-values of its inputs; what NumPy refuses, and a result of another type or shape than the network
-states, are refused where rules are applied (`interpreter`).
+may change the meaning, so a layer class with an unlisted one is refused, like an unknown kind. What
+a rule says about a kind is read from TensorRT's documentation, not measured on a GPU.
 
 Shapes: B batch, H query heads, N key/value heads, S sequence of this step, T context, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from graphlib import TopologicalSorter
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.formats.trtrtx.network_check.network import (
+from pipeline.formats.trtrtx.network import (
     NUMPY_NAMES,
     CheckError,
     Layer,
     constant_values,
+    layers_of,
 )
 from pipeline.quant.spec import FP8_E4M3_MAX
 
 Array = NDArray[Any]
+Observe = Callable[[str, Array], Array]
+"""Gets the name and value of a tensor as it is computed; returns the value to go on with."""
 _Evaluate = Callable[..., Array]
-
 
 RULES: dict[str, tuple[_Evaluate, frozenset[str]]] = {}
 """`LayerType` name -> (layer, values of its inputs) -> its one output value, and the attributes of
@@ -58,21 +59,14 @@ def unknown(layer: Layer, what: str) -> CheckError:
 
 
 def representation(layer: Layer, dtype: Any) -> np.dtype[Any]:
-    """NumPy dtype of the arrays that stand for a tensor of TensorRT's `dtype`.
-
-    Raises:
-        CheckError: No rule knows this dtype.
-    """
+    """NumPy dtype of the arrays that stand for a tensor of TensorRT's `dtype`."""
     if dtype.name not in NUMPY_NAMES:
         raise unknown(layer, f"dtype {dtype.name}")
     return np.dtype("float32" if dtype.name in ("BF16", "HALF") else NUMPY_NAMES[dtype.name])
 
 
 def require(layer: Layer, **wanted: Any) -> None:
-    """Refuse a layer unless its attributes have the only values that a rule covers.
-
-    Enum attributes are compared by name.
-    """
+    """Refuse other values of attributes than a rule covers; enums are compared by name."""
     for name, value in wanted.items():
         got = getattr(layer.layer, name)
         got = getattr(got, "name", got)
@@ -117,12 +111,12 @@ def _shuffle(layer: Layer, x: Array, shape: Array | None = None) -> Array:
 
 @_rule("SQUEEZE")
 def _squeeze(layer: Layer, x: Array, axes: Array) -> Array:
-    return np.squeeze(x, tuple(int(axis) for axis in axes))
+    return np.squeeze(x, tuple(axes.tolist()))
 
 
 @_rule("UNSQUEEZE")
 def _unsqueeze(layer: Layer, x: Array, axes: Array) -> Array:
-    return np.expand_dims(x, tuple(int(axis) for axis in axes))
+    return np.expand_dims(x, tuple(axes.tolist()))
 
 
 @_rule("CONCATENATION", "axis")
@@ -336,3 +330,105 @@ def _attention_output(layer: Layer, x: Array) -> Array:
     if layer.layer.attention.get_output(0).name != layer.outputs[0].name:
         raise unknown(layer, "an output that is not the attention's only one")
     return x
+
+
+class NetworkInterpreter:
+    """A network whose layers are known and sorted; what depends on constants only is computed.
+
+    What owns the network's weights must stay alive while it is made and its constants are read.
+
+    Attributes:
+        constants: The CONSTANT layers by name: that of the ONNX initializer where there is one.
+        quantized: Names of the tensors that QUANTIZE layers read.
+
+    Raises:
+        CheckError: A layer kind or attribute that is not known.
+    """
+
+    def __init__(self, network: Any) -> None:
+        layers = list(layers_of(network))
+        for layer in layers:
+            _check_known(layer)
+        self._inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+        self._outputs = [network.get_output(i).name for i in range(network.num_outputs)]
+        self.constants = {layer.name: layer for layer in layers if layer.kind == "CONSTANT"}
+        self.quantized = {layer.inputs[0].name for layer in layers if layer.kind == "QUANTIZE"}
+        values: dict[str, Array] = {}
+        self._layers = []
+        varying = set(self._inputs)
+        for layer in _in_order(layers, varying):
+            if varying.isdisjoint(tensor.name for tensor in layer.inputs):
+                values[layer.outputs[0].name] = _evaluate(layer, values)
+            else:
+                varying.add(layer.outputs[0].name)
+                self._layers.append(layer)
+        read = {tensor.name for layer in self._layers for tensor in layer.inputs}
+        self._fixed = {name: values[name] for name in read & values.keys()}
+
+    def run(self, feeds: Mapping[str, Array], observe: Observe | None = None) -> dict[str, Array]:
+        """Values of all outputs, from those of all inputs, 16-bit ones as float32.
+
+        `observe` is called for each tensor that depends on an input.
+
+        Raises:
+            CheckError: A value has another shape or dtype than the network states.
+        """
+        values = {**self._fixed, **{name: feeds[name] for name in self._inputs}}
+        for layer in self._layers:
+            name = layer.outputs[0].name
+            value = _evaluate(layer, values)
+            values[name] = observe(name, value) if observe else value
+        return {name: values[name] for name in self._outputs}
+
+
+def _check_known(layer: Layer) -> None:
+    """There is a rule for the kind, and it reads all attributes that the kind's class has."""
+    import tensorrt_rtx as trt
+
+    if layer.kind not in RULES:
+        raise unknown(layer, f"the kind {layer.kind}")
+    _, attributes = RULES[layer.kind]
+    offered = {name for name in dir(type(layer.layer)) if not name.startswith("_")}
+    if extra := offered - set(dir(trt.ILayer)) - attributes:
+        raise unknown(layer, f"the attribute {', '.join(sorted(extra))}")
+    if len(layer.outputs) != 1 or None in layer.inputs:
+        raise unknown(layer, f"a form with {len(layer.outputs)} outputs or an absent input")
+
+
+def _in_order(layers: list[Layer], inputs: set[str]) -> list[Layer]:
+    """Sort into an order of execution.
+
+    Raises:
+        CheckError: A tensor is made twice or never.
+    """
+    made_by = {layer.outputs[0].name: layer for layer in layers}
+    reads = {name: {tensor.name for tensor in made_by[name].inputs} for name in made_by}
+    if len(made_by) != len(layers) or made_by.keys() & inputs:
+        raise CheckError(
+            "the network has two tensors of one name; the check cannot tell them apart"
+        )
+    if lost := set().union(*reads.values()) - made_by.keys() - inputs:
+        raise CheckError(f"no layer of the network makes the tensor {', '.join(sorted(lost))}")
+    order = TopologicalSorter(reads).static_order()
+    return [made_by[name] for name in order if name in made_by]
+
+
+def _evaluate(layer: Layer, values: Mapping[str, Array]) -> Array:
+    """Compute a layer and hold the result against dtype and shape that the network states."""
+    try:
+        inputs = [values[tensor.name] for tensor in layer.inputs]
+        evaluate, _ = RULES[layer.kind]
+        value = evaluate(layer, *inputs)
+    except (IndexError, TypeError, ValueError) as error:
+        raise unknown(layer, f"a form that NumPy refuses ({error})") from error
+    tensor = layer.outputs[0]
+    shape = tuple(int(size) for size in tensor.shape)
+    fits = len(shape) == value.ndim and all(
+        stated in (-1, size) for stated, size in zip(shape, value.shape, strict=False)
+    )
+    if not fits or value.dtype != representation(layer, tensor.dtype):
+        raise CheckError(
+            f"{layer} should give {tensor.dtype.name} {shape}, the network check computed "
+            f"{value.dtype} {value.shape}: it does not understand this layer"
+        )
+    return value

@@ -1,0 +1,357 @@
+"""A parsed TensorRT-RTX network: how it is read from Python, and the guard of every build.
+
+No GPU is here to notice a wrong engine, and a parser may drop what it does not support without a
+word: TensorRT-RTX 1.7.1 parses an Attention node with `nonpad_kv_seqlen` and `is_causal=1` into a
+layer without mask and lengths whose causal kind is UPPER_LEFT, which would build, and attend to the
+wrong keys in every decode step. So the *parsed* `INetworkDefinition`, the last thing before the
+compiler that can still be read, is checked twice:
+
+- `guard_network` here: every build, the whole network, no weight, milliseconds. It states the
+  interface a second time, apart from the code that writes the graph, so that an input which got
+  lost on the way is found.
+- `network_check`: a cut of the model (embedding, two layers, final norm, lm_head), once per
+  architecture, RTX version and graph code: `interpreter` computes what the parsed network says,
+  ONNX Runtime computes the float32 graph.
+
+`network.get_layer(i)` returns a bare `ILayer`; the attributes of its kind appear once its
+`__class__` is set to the class of that kind (TensorRT's documented way).
+
+The binding returns the weights of a constant as a NumPy array where NumPy has the dtype, and an
+opaque `Weights` object otherwise (1.7.1: BF16 and FP8). Of such an object the address of its
+`nvinfer1::Weights` struct is asked through pybind11's interoperability method
+`_pybind11_conduit_v1_` (pybind11 2.13.6 and later, its release notes); the struct is TensorRT's
+public ABI (`NvInferRuntimeBase.h`: type, pointer, count). Type and count must equal what the
+binding says, or nothing is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.core.errors import PipelineError
+from pipeline.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class CheckError(PipelineError):
+    """What TensorRT-RTX's parser made of the graph is not, or may not be, what the graph says."""
+
+
+NUMPY_NAMES: Mapping[str, str] = {
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "FLOAT": "float32",
+    "FP8": "float8_e4m3fn",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+}
+"""TensorRT dtype -> NumPy's (or ml_dtypes') name of it, for all that RTX 1.7.1's parser makes of
+our decoder graph (dumped 2026-11-24)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its kind (`LayerType` name) and the layer with its attributes readable.
+
+    The kind is kept apart because some classes hide `ILayer.type` behind an attribute of their own.
+    """
+
+    kind: str
+    layer: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.layer.name)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Input tensors; None where an optional one is absent."""
+        return [self.layer.get_input(i) for i in range(self.layer.num_inputs)]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.layer.get_output(i) for i in range(self.layer.num_outputs)]
+
+    def __str__(self) -> str:
+        return f"{self.kind} layer {self.name!r}"
+
+
+@dataclass(frozen=True)
+class ParsedNetwork:
+    """A network, its builder, and what must outlive both: weights lie in the parser's memory."""
+
+    network: Any
+    builder: Any
+    _owners: tuple[Any, ...]
+
+
+def parse_network(path: Path) -> ParsedNetwork:
+    """Parse an ONNX file, strongly typed.
+
+    Raises:
+        CheckError: The parser refused it; its own messages are quoted.
+    """
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        faults = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise CheckError(
+            f"TensorRT-RTX {trt.__version__} cannot parse {path}: {'; '.join(faults)}; "
+            "change the graph to what this version supports"
+        )
+    return ParsedNetwork(network, builder, (logger, parser))
+
+
+def layers_of(network: Any) -> Iterator[Layer]:
+    """All layers, in the network's order, which is none of execution."""
+    import tensorrt_rtx as trt
+
+    classes = {name.lower(): name for name in dir(trt)}  # ELEMENTWISE -> IElementWiseLayer
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kind = layer.type.name
+        if name := classes.get(f"i{kind.replace('_', '').lower()}layer"):
+            layer.__class__ = getattr(trt, name)
+        yield Layer(kind, layer)
+
+
+_WEIGHTS_TYPE_NAME = b"N8nvinfer17WeightsE"
+"""`typeid(nvinfer1::Weights).name()` in the Itanium C++ ABI."""
+
+
+class _TypeInfo(ctypes.Structure):
+    """A `std::type_info` as the conduit uses it: only its name is compared."""
+
+    _fields_ = (("vtable", ctypes.c_void_p), ("name", ctypes.c_char_p))
+
+
+class _Weights(ctypes.Structure):
+    """`nvinfer1::Weights`."""
+
+    _fields_ = (("type", ctypes.c_int32), ("values", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def constant_values(layer: Layer) -> NDArray[Any]:
+    """Values of a CONSTANT layer, in their own dtype and shape; a copy.
+
+    Raises:
+        CheckError: They cannot be read.
+    """
+    import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
+    import numpy as np
+
+    weights = layer.layer.weights
+    shape = tuple(layer.layer.shape)
+    if isinstance(weights, np.ndarray):
+        return weights.reshape(shape).copy()
+    dtype = NUMPY_NAMES.get(weights.dtype.name)
+    if dtype is None:
+        raise CheckError(f"{layer} holds {weights.dtype.name}, which the network check cannot read")
+    header = _struct_of(weights, layer)
+    if header.type != int(weights.dtype) or header.count != weights.size or not header.values:
+        raise CheckError(
+            f"{layer}: its weights in memory ({header.count} of type {header.type}) are not what "
+            f"the binding says ({weights.size} of {weights.dtype}); this TensorRT-RTX version "
+            "lays them out in another way"
+        )
+    raw = ctypes.string_at(header.values, weights.nbytes)
+    return np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
+
+
+def _struct_of(weights: Any, layer: Layer) -> _Weights:
+    """The C++ struct behind a `Weights` object, which must outlive the result."""
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype = ctypes.py_object
+    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype = ctypes.c_void_p
+    get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    type_info = _TypeInfo(None, _WEIGHTS_TYPE_NAME)
+    capsule = new_capsule(ctypes.addressof(type_info), b"St9type_info", None)
+    # The ABI tag that the conduit wants stands in the name of a class attribute.
+    names = (
+        re.fullmatch(r"__pybind11_module_local_v\d+_(.+)__", one) for one in dir(type(weights))
+    )
+    abi = next((match[1].encode() for match in names if match), b"")
+    found = weights._pybind11_conduit_v1_(abi, capsule, b"raw_pointer_ephemeral")
+    if found is None:
+        raise CheckError(
+            f"{layer}: this build of TensorRT-RTX does not show where its {weights.dtype.name} "
+            "weights lie; the network check cannot vouch for them"
+        )
+    return _Weights.from_address(get_pointer(found, _WEIGHTS_TYPE_NAME))
+
+
+ANY = -1
+"""A dynamic dimension."""
+
+Signature = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> dtype name (NumPy's words) and shape, `ANY` for dynamic dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderInterface:
+    """Sizes that the decoder's inputs and outputs follow from.
+
+    Attributes:
+        num_hidden_layers: Decoder layers in this graph, the cut's number for a cut.
+        num_key_value_heads: Key and value heads.
+        context: Static cache length, tokens.
+        head_dim: Size of one head.
+        rotary_dim: How many of its leading elements the rotary embedding turns.
+        vocab_size: Columns of the logits.
+        dtype: Dtype of the cache in the graph for RTX.
+    """
+
+    num_hidden_layers: int
+    num_key_value_heads: int
+    context: int
+    head_dim: int
+    rotary_dim: int
+    vocab_size: int
+    dtype: Literal["bfloat16", "float16"]
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        context: int,
+        dtype: Literal["bfloat16", "float16"],
+        num_layers: int | None = None,
+    ) -> DecoderInterface:
+        """That of a model's graph; of so many layers, or of all."""
+        attention = spec.layers[0].attention
+        return cls(
+            num_hidden_layers=spec.num_layers if num_layers is None else num_layers,
+            num_key_value_heads=attention.kv_heads,
+            context=context,
+            head_dim=attention.head_dim,
+            rotary_dim=spec.rope.rotary_dim,
+            vocab_size=spec.vocab_size,
+            dtype=dtype,
+        )
+
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        """Cache tensors without their `past_` or `present_`."""
+        layers = range(self.num_hidden_layers)
+        return tuple(f"{part}.{layer}" for layer in layers for part in ("key", "value"))
+
+    def inputs(self, dtype: str) -> Signature:
+        """Inputs of the graph whose activations are `dtype`."""
+        return {
+            "input_ids": ("int64", (ANY, ANY)),
+            "write_indices": ("int64", (ANY,)),
+            "logits_index": ("int64", (ANY, ANY)),
+            **self._caches("past", dtype),
+        }
+
+    def outputs(self, dtype: str) -> Signature:
+        """Outputs of the graph whose activations are `dtype`; logits are always float32."""
+        return {
+            "logits": ("float32", (ANY, ANY, self.vocab_size)),
+            **self._caches("present", dtype),
+        }
+
+    def _caches(self, prefix: str, dtype: str) -> Signature:
+        shape = (ANY, self.num_key_value_heads, self.context, self.head_dim)
+        return {f"{prefix}_{name}": (dtype, shape) for name in self.cache_names}
+
+
+_LAYERS_OF_EACH = {
+    "ATTENTION_INPUT": 1,
+    "ATTENTION_OUTPUT": 1,
+    "KV_CACHE_UPDATE": 2,
+    "ROTARY_EMBEDDING": 2,
+}
+"""Kind -> layers of it in one decoder layer."""
+
+
+def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int]:
+    """Check interface, attention layers and cache updates of a parsed decoder.
+
+    Returns:
+        How many layers there are of each kind.
+
+    Raises:
+        CheckError: Something is missing, left over or different; names the layer and the cause.
+    """
+    layers = list(layers_of(network))
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    _check_signature("inputs", inputs, interface.inputs(interface.dtype))
+    _check_signature("outputs", outputs, interface.outputs(interface.dtype))
+    read = {tensor.name for layer in layers for tensor in layer.inputs if tensor is not None}
+    if unread := sorted(tensor.name for tensor in inputs if tensor.name not in read):
+        raise CheckError(
+            f"no layer of the network reads the input {', '.join(unread)}: the parser dropped "
+            "what used it, or the graph never did"
+        )
+    for layer in layers:
+        if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
+            _check_attention(layer)
+        elif layer.kind == "ROTARY_EMBEDDING":
+            _check_rotary(layer, interface)
+    kinds, decoders = Counter(layer.kind for layer in layers), interface.num_hidden_layers
+    for kind, wanted in _LAYERS_OF_EACH.items():
+        if kinds[kind] != wanted * decoders:
+            raise CheckError(
+                f"the network has {kinds[kind]} {kind} layers, wanted {wanted * decoders} for "
+                f"{decoders} decoder layers: the parser took an Attention, RotaryEmbedding or "
+                "TensorScatter node apart, or the graph lacks one"
+            )
+    return dict(sorted(kinds.items()))
+
+
+def _check_signature(what: str, tensors: list[Any], wanted: Signature) -> None:
+    got = {
+        tensor.name: (NUMPY_NAMES.get(tensor.dtype.name, tensor.dtype.name), tuple(tensor.shape))
+        for tensor in tensors
+    }
+    faults = [f"{name} is missing" for name in wanted if name not in got]
+    faults += [f"{name} is not part of the decoder" for name in got if name not in wanted]
+    for name in got.keys() & wanted.keys():
+        if got[name] != wanted[name]:
+            faults.append(f"{name} is {got[name]}, wanted {wanted[name]}")
+    if faults:
+        raise CheckError(
+            f"the network's {what} differ from the decoder's interface: {'; '.join(faults)}; "
+            "the graph was written for another shape, or the parser dropped or changed a tensor"
+        )
+
+
+def _check_attention(layer: Layer) -> None:
+    mask, causal = layer.layer.attention.mask, layer.layer.attention.causal_kind.name
+    if mask is None or mask.dtype.name != "BOOL" or causal != "NONE":
+        raise CheckError(
+            f"{layer} has {'no mask' if mask is None else f'a mask of {mask.dtype.name}'}, wanted "
+            f"BOOL, and causal kind {causal}, wanted NONE: the graph gives no mask, or gives "
+            "`nonpad_kv_seqlen`, which this parser drops without a word, or `is_causal=1`, which "
+            "aligns queries with the first keys of a static cache, not with the last ones. Hide "
+            "keys by the bool mask of the decoder graph, key_index <= position_ids"
+        )
+
+
+def _check_rotary(layer: Layer, interface: DecoderInterface) -> None:
+    rotary = layer.layer
+    turned = rotary.rotary_embedding_dim or interface.head_dim  # 0: all.
+    if rotary.interleaved or turned != interface.rotary_dim:
+        raise CheckError(
+            f"{layer} turns {turned} elements of a head, "
+            f"{'neighbours' if rotary.interleaved else 'half-split pairs'}; wanted "
+            f"{interface.rotary_dim} in half-split pairs: the parser dropped an attribute, or the "
+            "graph was written for another model"
+        )

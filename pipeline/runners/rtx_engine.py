@@ -1,0 +1,427 @@
+"""A TensorRT-RTX engine with a cache on the card: `pipeline.runners.decode.BoundDecoder`.
+
+Names and signatures are those of tensorrt_rtx 1.7.1. Written without a card to run it on: the API
+was read from the installed package, and the calls were tried on a stand-in that refuses what the
+package's documentation forbids.
+
+Past and present of a layer are one buffer, as in `pipeline.runners.onnxruntime`. A prefill takes
+fewer rows than the cache has, so its rows go in groups, each on its own part of the same buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.core.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from pipeline.runners.decode import Ids
+
+KernelSpecialization = Literal["lazy", "eager", "none"]
+ALIGNMENT_BYTES = 256
+"""Of every address that is bound: what TensorRT-RTX asks of device memory that it is given
+(docstring of `IExecutionContext.set_device_memory`, 1.7.1)."""
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+"""Names of `tensorrt_rtx.DataType` -> NumPy's words."""
+
+
+class CudaDevice:
+    """The first CUDA device of this process, by way of PyTorch.
+
+    Work is done in the order in which it was asked for: the stream becomes PyTorch's current one,
+    so that its allocations and copies and the engine's kernels are in one order. It is not the
+    default stream, which TensorRT would synchronize with the whole device (docstring of
+    `execute_async_v3`, 1.7.1).
+
+    Raises:
+        IncompatibleError: PyTorch sees none.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise IncompatibleError(
+                f"PyTorch {torch.__version__} sees no CUDA device; see nvidia-smi and "
+                "CUDA_VISIBLE_DEVICES, install a PyTorch built for CUDA, or take "
+                "runner=onnxruntime, its graph on a CPU"
+            )
+        self._torch = torch
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._stream)
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream, for `IExecutionContext.execute_async_v3`."""
+        return int(self._stream.cuda_stream)
+
+    def zeros(self, count: int, dtype: str) -> torch.Tensor:
+        """New memory for `count` elements; `dtype` in NumPy's words, `bfloat16` among them."""
+        return self._torch.zeros(count, dtype=getattr(self._torch, dtype), device="cuda")
+
+    def upload(self, values: Ids, target: torch.Tensor) -> None:
+        """Copy to the start of `target`; `values` may change as soon as this returns."""
+        # Blocking, from pageable memory: it returns when `values` has been read.
+        target[: values.size].copy_(self._torch.from_numpy(values.reshape(-1)))
+
+    def download(self, source: torch.Tensor, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A copy of the start of `source`, to be read only after `synchronize`."""
+        # Page-locked: only then is the copy asynchronous, and at the bus's speed.
+        host = self._torch.empty(shape, dtype=source.dtype, pin_memory=True)
+        host.view(-1).copy_(source[: host.numel()], non_blocking=True)
+        copied: NDArray[np.float32] = host.numpy()
+        return copied
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
+        self._stream.synchronize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProfile:
+    """One optimization profile: the smallest and largest step that it computes.
+
+    Attributes:
+        index: Its number in the engine.
+        batch: Rows.
+        sequence: Tokens of a row.
+        logits: Positions of a row whose logits are wanted.
+    """
+
+    index: int
+    batch: tuple[int, int]
+    sequence: tuple[int, int]
+    logits: tuple[int, int]
+
+    def takes(self, sequence: int, logits: int) -> bool:
+        """Whether it computes such a step, of few enough rows."""
+        (low, high), (fewest, most) = self.sequence, self.logits
+        return low <= sequence <= high and fewest <= logits <= most
+
+
+class StepContext:
+    """One execution context on one profile; remembers what is set, and sets only what changed."""
+
+    def __init__(self, context: Any, profile: StepProfile, device: CudaDevice) -> None:
+        self.profile = profile
+        self._context = context
+        self._device = device
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        if not context.set_optimization_profile_async(profile.index, device.stream):
+            raise _refused(f"profile {profile.index}")
+        device.synchronize()
+
+    def run(
+        self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], logits: tuple[int, ...]
+    ) -> None:
+        """Put one step on the stream.
+
+        Args:
+            shapes: Of every input.
+            addresses: Of every input and output.
+            logits: Shape that the engine must announce for its output.
+
+        Raises:
+            PipelineError: The engine refuses a shape, an address or the step.
+        """
+        if shapes != self._shapes:
+            self._shapes = {}  # if one is refused, all are set anew
+            for name, shape in shapes.items():
+                if not self._context.set_input_shape(name, shape):
+                    raise _refused(f"shape {shape} of {name} in profile {self.profile}")
+            if unknown := self._context.infer_shapes():
+                raise _refused(f"the shapes of a step: {unknown} are not known to it")
+            announced = tuple(self._context.get_tensor_shape("logits"))
+            if announced != logits:
+                raise _refused(f"logits of shape {logits} and announces {announced}")
+            self._shapes = shapes
+        for name, address in addresses.items():
+            if self._addresses.get(name) != address:
+                if not self._context.set_tensor_address(name, address):
+                    raise _refused(f"the memory of {name}")
+                self._addresses[name] = address
+        if not self._context.execute_async_v3(self._device.stream):
+            raise _refused("a step")
+
+
+class RtxEngine:
+    """A loaded engine with one execution context for each profile; `RtxDecoder` gives it a cache.
+
+    Its kernels come as source and are compiled while it is loaded.
+
+    Args:
+        plan: The serialized engine.
+        device: Where it computes.
+        kernel_specialization: As of `TrtRtxRunner`.
+        runtime_cache: File that keeps compiled kernels for the next load; None for none.
+
+    Attributes:
+        caches: Cache tensors without their `past_` and `present_`.
+        cache_shape: Key-value heads, static length in tokens, head size.
+        cache_dtype: In NumPy's words.
+        vocab_size: Columns of the logits.
+        contexts: In the order of the engine's profiles; decode comes first.
+
+    Raises:
+        IncompatibleError: It is not for this card or this version of TensorRT-RTX.
+        CorruptError: The file is damaged or no decoder engine of this pipeline.
+        PipelineError: TensorRT-RTX refuses to make it ready.
+    """
+
+    def __init__(
+        self,
+        plan: Path,
+        device: CudaDevice,
+        kernel_specialization: KernelSpecialization,
+        runtime_cache: Path | None,
+    ) -> None:
+        import tensorrt_rtx as trt
+
+        self.device = device
+        # Each must outlive what was made from it.
+        self._logger = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._deserialize(plan)
+        self.caches, self.cache_shape, self.cache_dtype = cache_tensors(self._engine)
+        self.context = self.cache_shape[1]
+        self.vocab_size = int(self._engine.get_tensor_shape("logits")[-1])
+        self._cache_file = runtime_cache
+        self._runtime_cache: Any = None
+        self._config = self._runtime_config(kernel_specialization)
+        self.contexts = [self._new_context(profile) for profile in step_profiles(self._engine)]
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row of one cache tensor."""
+        return math.prod(self.cache_shape) * {"float32": 4}.get(self.cache_dtype, 2)
+
+    @property
+    def max_batch(self) -> int:
+        """Rows of the largest decode step."""
+        return max(one.profile.batch[1] for one in self.contexts if one.profile.takes(1, 1))
+
+    @property
+    def logits_per_step(self) -> int:
+        """Most positions of a step whose logits can be had."""
+        return max(min(one.profile.sequence[1], one.profile.logits[1]) for one in self.contexts)
+
+    def context_for(self, sequence: int, logits: int) -> StepContext:
+        """The context of the first profile that computes such a step.
+
+        Raises:
+            RecipeError: None does.
+        """
+        for context in self.contexts:
+            if context.profile.takes(sequence, logits):
+                return context
+        profiles = "; ".join(
+            f"{p.sequence[0]} to {p.sequence[1]} tokens, {p.logits[0]} to {p.logits[1]} logits"
+            for p in (context.profile for context in self.contexts)
+        )
+        message = f"got a step of {sequence} tokens and {logits} logits a row"
+        raise RecipeError([Fault("", f"{message}; the engine's profiles take: {profiles}")])
+
+    def save_runtime_cache(self) -> None:
+        """Keep the kernels that were compiled, for the next load."""
+        if self._runtime_cache is None or self._cache_file is None:
+            return
+        serialized = self._runtime_cache.serialize()
+        if serialized is None:
+            return
+        self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+        # Its own name for each process: two that end at once must not mix their bytes.
+        part = self._cache_file.with_name(f"{self._cache_file.name}.{os.getpid()}")
+        part.write_bytes(memoryview(serialized))
+        part.replace(self._cache_file)
+
+    def _deserialize(self, plan: Path) -> Any:
+        try:
+            with plan.open("rb") as stream:
+                content = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:  # a ValueError: the file is empty
+            raise CorruptError(
+                f"{plan} cannot be read: {error}; build or pull the package again"
+            ) from error
+        with contextlib.closing(content):
+            engine = self._runtime.deserialize_cuda_engine(content)
+            if engine is not None:
+                return engine
+            header = content[: self._runtime.engine_header_size]
+        validity, diagnostics = self._runtime.get_engine_validity(header)
+        raise IncompatibleError(
+            f"TensorRT-RTX cannot load {plan} (validity {validity.name}, diagnostics "
+            f"{diagnostics}); it wants the card's SM and the version that compiled it, or take "
+            "runner=onnxruntime, its graph on a CPU"
+        )
+
+    def _runtime_config(self, kernel_specialization: KernelSpecialization) -> Any:
+        import tensorrt_rtx as trt
+
+        config = self._engine.create_runtime_config()
+        # The default gives every context the memory of the largest profile.
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        )
+        config.dynamic_shapes_kernel_specialization_strategy = getattr(
+            trt.DynamicShapesKernelSpecializationStrategy, kernel_specialization.upper()
+        )
+        if self._cache_file is not None:
+            self._runtime_cache = config.create_runtime_cache()
+            with contextlib.suppress(FileNotFoundError):
+                # False where they are of another driver, card or version.
+                if not self._runtime_cache.deserialize(self._cache_file.read_bytes()):
+                    print(f"{self._cache_file} does not fit here; not used", file=sys.stderr)
+            if not config.set_runtime_cache(self._runtime_cache):
+                raise _refused("a runtime cache")
+        return config
+
+    def _new_context(self, profile: StepProfile) -> StepContext:
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise PipelineError(
+                f"TensorRT-RTX made no execution context for profile {profile.index}; its memory "
+                "may not fit the card: free it, or build with a smaller "
+                "compiler.max_prefill_batch_size"
+            )
+        return StepContext(context, profile, self.device)
+
+
+def cache_tensors(engine: Any) -> tuple[tuple[str, ...], tuple[int, int, int], str]:
+    """Names, shape of a row and type of the cache tensors; as of `RtxEngine`.
+
+    The guard of its build has compared the whole interface. `get_aliased_input_tensor` names the
+    input whose memory an output shares; its docstring (1.7.1) has KVCacheUpdate as the example,
+    which is what our TensorScatter becomes.
+
+    Raises:
+        CorruptError: It is no decoder engine of ours, or its cache is not updated in place.
+    """
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    caches = tuple(name.removeprefix("past_") for name in names if name.startswith("past_"))
+    apart = [n for n in caches if engine.get_aliased_input_tensor(f"present_{n}") != f"past_{n}"]
+    if not caches or "logits" not in names or apart:
+        fault = f"past and present of {apart} do not share memory" if apart else f"it has {names}"
+        raise CorruptError(
+            f"the engine's interface is not that of a decoder of this pipeline: {fault}; build it "
+            "again with: enginesmith build RECIPE --rebuild"
+        )
+    heads, context, size = tuple(engine.get_tensor_shape(f"past_{caches[0]}"))[1:]
+    dtype = _DTYPES[engine.get_tensor_dtype(f"past_{caches[0]}").name]
+    return caches, (heads, context, size), dtype
+
+
+def step_profiles(engine: Any) -> list[StepProfile]:
+    """The optimization profiles of an engine."""
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        low, _, high = engine.get_tensor_profile_shape("input_ids", index)
+        fewest, _, most = engine.get_tensor_profile_shape("logits_index", index)
+        spans = [(low[0], high[0]), (low[1], high[1]), (fewest[1], most[1])]
+        batch, sequence, logits = spans
+        profiles.append(StepProfile(index=index, batch=batch, sequence=sequence, logits=logits))
+    return profiles
+
+
+def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Split rows into groups (start, end) of `max_rows` at most, each aligned in the cache.
+
+    `row_bytes` is the size of one row of one cache tensor.
+
+    Raises:
+        RecipeError: No group of `max_rows` or fewer ends at an aligned address.
+    """
+    if batch <= max_rows:
+        return [(0, batch)]
+    unit = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row_bytes)
+    rows = max_rows // unit * unit
+    if rows == 0:
+        message = (
+            f"got {batch} prompts at once; this engine takes {max_rows}: a row of its cache has "
+            f"{row_bytes} bytes, and only every {unit}th is aligned. Make compiler.max_seq_len a "
+            "multiple of 16"
+        )
+        raise RecipeError([Fault("", message)])
+    return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+
+class RtxDecoder:
+    """A loaded engine with a zeroed cache for a fixed number of rows.
+
+    Raises:
+        RecipeError: The engine does not decode so many rows.
+    """
+
+    def __init__(self, engine: RtxEngine, batch: int) -> None:
+        if not 1 <= batch <= engine.max_batch:
+            message = f"got {batch} prompts; wanted 1 to {engine.max_batch}"
+            raise RecipeError([Fault("", message)])
+        self.batch, self.context = batch, engine.context
+        self._engine, self._device = engine, engine.device
+        self._buffers: dict[str, torch.Tensor] = {}
+        count = batch * math.prod(engine.cache_shape)
+        self._caches = {
+            name: self._device.zeros(count, engine.cache_dtype) for name in engine.caches
+        }
+
+    def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
+        """Run one step and wait for it.
+
+        Raises:
+            RecipeError: The engine has no profile for such a step.
+            PipelineError: It refuses the step.
+        """
+        import numpy as np
+
+        context = self._engine.context_for(ids.shape[1], logits_index.shape[1])
+        groups = row_groups(self.batch, context.profile.batch[1], self._engine.row_bytes)
+        inputs = {"input_ids": ids, "write_indices": write_indices, "logits_index": logits_index}
+        pieces = [
+            self._run(context, start, {name: all_[start:end] for name, all_ in inputs.items()})
+            for start, end in groups
+        ]
+        self._device.synchronize()
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _run(self, context: StepContext, start: int, inputs: dict[str, Ids]) -> NDArray[np.float32]:
+        """Put one group of rows on the stream; its logits are there after `synchronize`."""
+        engine = self._engine
+        wanted = (*inputs["logits_index"].shape, engine.vocab_size)
+        logits = self._buffer("logits", math.prod(wanted), "float32")
+        shapes, addresses = {}, {"logits": logits.data_ptr()}
+        for name, values in inputs.items():
+            buffer = self._buffer(name, values.size, "int64")
+            self._device.upload(values, buffer)
+            shapes[name], addresses[name] = values.shape, buffer.data_ptr()
+        for name, cache in self._caches.items():
+            shapes[f"past_{name}"] = (wanted[0], *engine.cache_shape)
+            address = cache.data_ptr() + start * engine.row_bytes
+            addresses[f"past_{name}"] = addresses[f"present_{name}"] = address
+        context.run(shapes, addresses, wanted)
+        return self._device.download(logits, wanted)
+
+    def _buffer(self, name: str, count: int, dtype: str) -> torch.Tensor:
+        """Memory for one tensor of a step, kept while it is large enough.
+
+        Groups share it: the stream keeps their order. The first group is the largest, so none is
+        freed while a step uses it.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name] = self._device.zeros(count, dtype)
+        return buffer
+
+
+def _refused(what: str) -> PipelineError:
+    return PipelineError(f"TensorRT-RTX refuses {what}")

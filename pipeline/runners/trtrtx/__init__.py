@@ -1,1 +1,0 @@
-"""Executes TensorRT-RTX engines on their card, in a process of their own."""
