@@ -67,9 +67,9 @@ Work = Callable[[Job, Path, bool], Outcome]
 
 def build_job(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
     """Hand the recipe of a job to the pipeline."""
-    from pipeline.build import BuildOptions, build
+    from pipeline.build import build
 
-    return build(job.value, run_dir, BuildOptions(rebuild=rebuild, config=job.config))
+    return build(job.value, run_dir, config=job.config, rebuild=rebuild)
 
 
 def run(request: Request, work: Work = build_job) -> ExitCode:

@@ -15,21 +15,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.report import REPORT_FILE
-from pipeline.acceptance.subject import Subject
 from pipeline.build import acceptance_key, fetch, plan_of, run_acceptance
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.data import cache_root
-from pipeline.core.errors import CorruptError, ExitCode, Fault, IncompatibleError, RecipeError
+from pipeline.core.errors import CorruptError, Fault, IncompatibleError, RecipeError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.hardware import Target, card_name, target_of_card
-from pipeline.core.values import Package, Verdict, Weights
+from pipeline.core.values import Package, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
-from pipeline.outcome import Outcome
+from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import refuse
 from pipeline.publishing import Publisher
 from pipeline.registry.client.pull import PullRequest, named_folder, open_target
@@ -98,18 +98,19 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
         engine=engine,
         package_digest=package.digest,
         weights=same_weights(recipe, package),
-        checkpoint_dir=engine.dir if engine.format == "checkpoint" else None,
+        checkpoint_dir=engine.dir if format_spec(engine.format).is_checkpoint else None,
         plan=plan,
         runner=recipe.runner,
     )
-    cache, signing = StageCache(root=cache_root()), publisher.signing if publisher else None
-    verdict, files = run_acceptance(recipe, subject, package, cache, run_dir, signing)
+    cache = StageCache(root=cache_root())
+    verdict, files = run_acceptance(recipe, subject, package, cache, run_dir, publisher)
     if publisher is not None:
         publisher.add_result(resolved, verdict, files, acceptance_key(recipe, package, job.config))
     else:
         log.warning("No statement was added: use --publish with a reference in a registry")
-    seconds = time.perf_counter() - started
-    return outcome_of(package, verdict, files[REPORT_FILE], seconds=seconds)
+    done = f"{'' if verdict.passed else 'not '}{verdict.name}: {reference_of(package)}"
+    made = outcome_of(package, verdict, files[REPORT_FILE], done)
+    return replace(made, seconds=time.perf_counter() - started)
 
 
 def publisher_of(request: AcceptRequest, target: Target, run: str) -> Publisher | None:
@@ -194,25 +195,3 @@ def same_weights(recipe: Recipe, package: Package) -> Weights:
             f"{weights.digest[:12]}; name the recipe that it was built with: --recipe"
         )
     return weights
-
-
-def outcome_of(package: Package, verdict: Verdict, report: Path, *, seconds: float) -> Outcome:
-    """What the run ends with."""
-    reasons = [f"  {found.message}" for found in verdict.findings if found.kind != "note"]
-    message = f"{verdict.name}: {reference_of(package)}"
-    done = Outcome(
-        exit_code=ExitCode.OK,
-        verdict=verdict.name,
-        reference=str(reference_of(package)),
-        digest=package.digest,
-        report=report,
-        package_dir=package.dir,
-        size_bytes=sum(file["size"] for file in package.manifest["files"]),
-        message=message,
-        seconds=seconds,
-    )
-    if verdict.passed:
-        return done
-    return replace(
-        done, exit_code=ExitCode.NOT_ACCEPTED, message="\n".join([f"not {message}", *reasons])
-    )

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.acceptance.abilities import ability_faults
+from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.measure import measure
-from pipeline.acceptance.page.report_page import Signing
 from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.acceptance.subject import Subject
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.data import cache_root
-from pipeline.core.errors import ExitCode, RecipeError
-from pipeline.core.values import (
-    Checkpoint,
-    Package,
-    Verdict,
-    VerdictName,
-    Weights,
-)
+from pipeline.core.errors import RecipeError
+from pipeline.core.values import Checkpoint, Package, Verdict, Weights
 from pipeline.core.workfolder import locked
 from pipeline.formats.spec import format_spec
 from pipeline.identity import build_key, key_inputs
 from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
-from pipeline.outcome import Outcome
+from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
@@ -43,51 +33,43 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Resolved
 from pipeline.registry.trust.signatory import signatory_for
 
-log = logging.getLogger(__name__)
 
+def build(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    config: Mapping[str, Any],
+    rebuild: bool = False,
+    cache_dir: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Outcome:
+    """Build, check, sign and publish one recipe.
 
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How to build, beside the recipe.
-
-    Attributes:
-        rebuild: Build although a package with the same build key is published.
+    Args:
+        recipe: What to build.
+        run_dir: For logs and the report.
         config: The resolved recipe as plain values, of which acceptance's key is made.
+        rebuild: Build although a package with the same build key is published.
         cache_dir: Stage cache; None for the user's.
         environ: Names the key to sign with and whom to believe.
-    """
-
-    rebuild: bool
-    config: Mapping[str, Any]
-    cache_dir: Path | None = None
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
-
-
-def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
-    """Build, check, sign and publish one recipe.
 
     Raises:
         PipelineError: Anything but a missed target, which is an outcome.
     """
-    started, begun = time.perf_counter(), datetime.now(UTC)
+    begun = datetime.now(UTC)
     plan = plan_of(recipe)
     refuse(plan)
-    store = recipe.registry.store()
-    require_publishable(recipe.source.terms, public=store.public)
-    signatory = signatory_for(options.environ, run_dir.name, own_folder=store.local)
-    signatory.trust.require_may(signatory.key.public, "channels")
-    publisher = Publisher(store=store, signatory=signatory, card=recipe.target.card)
-    store.check_writable()
+    publisher = publisher_of(recipe, run_dir, environ)
     recipe.compiler.check_machine(recipe.target)
     require_builder(recipe.compiler.format)
-    cache = StageCache(root=options.cache_dir or cache_root())
+    cache = StageCache(root=cache_dir or cache_root())
     weights = fetch(recipe)
     key = build_key(recipe, weights)
     # The second of two runs waits here, and then takes what the first one published.
     with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
-        found = None if options.rebuild else publisher.find(recipe.name, variant_of(recipe), key)
-        if found and (taken := take(recipe, found, publisher, run_dir, options)):
-            return finished(*taken, started=started, taken=True)
+        found = None if rebuild else publisher.find(recipe.name, variant_of(recipe), key)
+        if found and (taken := take(recipe, found, publisher, run_dir, config, environ)):
+            return taken
         require_room(plan, cache.root)
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
@@ -95,8 +77,7 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
         if engine.cpu_graph_dir is not None:
             cache.keep_cpu_graph(key, engine.cpu_graph_dir)
         with publisher.staging() as staging:
-            text = label(recipe, weights, checkpoint, key)
-            package = seal(staging, engine, weights, text)
+            package = seal(staging, engine, weights, label(recipe, weights, checkpoint, key))
             subject = Subject(
                 engine=engine,
                 package_digest=package.digest,
@@ -105,18 +86,34 @@ def build(recipe: Recipe, run_dir: Path, options: BuildOptions) -> Outcome:
                 plan=plan,
                 runner=recipe.runner,
             )
-            verdict, files = run_acceptance(
-                recipe, subject, package, cache, run_dir, publisher.signing
-            )
+            verdict, files = run_acceptance(recipe, subject, package, cache, run_dir, publisher)
             if not verdict.passed:
-                return missed(package, verdict, files[REPORT_FILE], started=started)
+                done = "built, but not accepted; nothing is published:"
+                made = outcome_of(package, verdict, files[REPORT_FILE], done)
+                return replace(made, reference=None, package_dir=None, size_bytes=None)
             published, new = publisher.publish(package, begun)
-        question = acceptance_key(recipe, published.package, options.config)
-        publisher.add_result(published, verdict, files, question)
+        publisher.add_result(
+            published, verdict, files, acceptance_key(recipe, published.package, config)
+        )
         published = publisher.read_back(published)
-        publisher.enter_candidate(published, options.environ, before=found)
-        package, report = publisher.local_copy(published), files[REPORT_FILE]
-        return finished(package, verdict.name, report, started=started, taken=not new)
+        publisher.enter_candidate(published, environ, before=found)
+        return outcome_of(
+            publisher.local_copy(published), verdict, files[REPORT_FILE], taken=not new
+        )
+
+
+def publisher_of(recipe: Recipe, run_dir: Path, environ: Mapping[str, str]) -> Publisher:
+    """What publishes the package, known to be able and allowed to.
+
+    Raises:
+        PipelineError: The registry cannot be written, the licence forbids it, or the key may not.
+    """
+    store = recipe.registry.store()
+    require_publishable(recipe.source.terms, public=store.public)
+    signatory = signatory_for(environ, run_dir.name, own_folder=store.local)
+    signatory.trust.require_may(signatory.key.public, "channels")
+    store.check_writable()
+    return Publisher(store=store, signatory=signatory, card=recipe.target.card)
 
 
 def take(
@@ -124,17 +121,18 @@ def take(
     found: Resolved,
     publisher: Publisher,
     run_dir: Path,
-    options: BuildOptions,
-) -> tuple[Package, VerdictName, Path] | None:
+    config: Mapping[str, Any],
+    environ: Mapping[str, str],
+) -> Outcome | None:
     """A published package that passed exactly this acceptance; None if it has yet to be asked."""
-    question = acceptance_key(recipe, found.package, options.config)
+    question = acceptance_key(recipe, found.package, config)
     known = publisher.known_result(found, question, run_dir)
     if known is None:
         return None
     verdict, files = known
     package = publisher.local_copy(found)
-    publisher.enter_candidate(found, options.environ)  # should an earlier run have been stopped
-    return package, verdict, files[REPORT_FILE]
+    publisher.enter_candidate(found, environ)  # should an earlier run have been stopped
+    return outcome_of(package, Verdict(name=verdict), files[REPORT_FILE], taken=True)
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -163,7 +161,7 @@ def plan_of(recipe: Recipe) -> Plan:
             ),
             runtime=recipe.compiler.pinned_runtime,
             judged_positions=recipe.acceptance.judged_positions(recipe.shape),
-            faults=ability_faults(recipe.acceptance, recipe.runner),
+            faults=recipe.acceptance.ability_faults(recipe.runner),
         )
     )
 
@@ -197,7 +195,7 @@ def run_acceptance(
     package: Package,
     cache: StageCache,
     run_dir: Path,
-    signing: Signing | None,
+    publisher: Publisher | None,
 ) -> tuple[Verdict, dict[str, Path]]:
     """The verdict on a package, and the files of the report in `run_dir` by their names."""
     report, verdict = measure(recipe.acceptance, subject, cache)
@@ -209,7 +207,7 @@ def run_acceptance(
         reference=str(reference_of(package)),
         plan=subject.plan.to_json(),
         limits=recipe.acceptance,
-        signing=signing,
+        signed_by=publisher.signed_by if publisher else "",
     )
     return verdict, files
 
@@ -230,37 +228,4 @@ def label(recipe: Recipe, weights: Weights, checkpoint: Checkpoint, key: str) ->
         config=key_inputs(recipe, weights),
         quantization=checkpoint.precision,
         ledger=checkpoint.calibration.get("ledger", {}),
-    )
-
-
-def missed(package: Package, verdict: Verdict, report: Path, *, started: float) -> Outcome:
-    """The outcome of a package that did not show what it must; it is not published."""
-    reasons = [f"  {found.message}" for found in verdict.findings if found.kind != "note"]
-    return Outcome(
-        exit_code=ExitCode.NOT_ACCEPTED,
-        verdict=verdict.name,
-        digest=package.digest,
-        report=report,
-        message="\n".join(["built, but not accepted; nothing is published:", *reasons]),
-        seconds=time.perf_counter() - started,
-    )
-
-
-def finished(
-    package: Package, verdict: VerdictName, report: Path, *, started: float, taken: bool
-) -> Outcome:
-    """The outcome of a published package."""
-    reference = reference_of(package)
-    size_bytes = sum(file["size"] for file in package.manifest["files"])
-    return Outcome(
-        exit_code=ExitCode.OK,
-        verdict=verdict,
-        reference=str(reference),
-        digest=package.digest,
-        report=report,
-        package_dir=package.dir,
-        size_bytes=size_bytes,
-        message=f"{'Taken, published before' if taken else 'Published'}: {reference}",
-        seconds=time.perf_counter() - started,
-        taken=taken,
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.commands import building, copy, keys, lifecycle, measuring, packages, pull, race
+from pipeline.commands import building, copy, keys, lifecycle, measuring, packages, pull
 from pipeline.commands.answer import failure, tell
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 
@@ -49,7 +49,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "rehearse": building.rehearse,
     "export-trtllm": building.export_trtllm,
     "accept": measuring.accept,
-    "race": race.race,
+    "race": measuring.race,
     "list": packages.list_packages,
     "show": packages.show,
     "verify": pull.verify,

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError
+from pipeline.registry.reference import reference_of
 
 if TYPE_CHECKING:
-    from pipeline.core.values import VerdictName
+    from pipeline.core.values import Package, Verdict, VerdictName
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,34 @@ def refused(faults: Sequence[Fault]) -> Outcome:
     if len(lines) > 1:
         lines = [f"{len(lines)} faults, nothing is built:", *(f"  {line}" for line in lines)]
     return Outcome(exit_code=ExitCode.USAGE, message="\n".join(lines), faults=tuple(faults))
+
+
+def outcome_of(
+    package: Package, verdict: Verdict, report: Path, done: str = "", *, taken: bool = False
+) -> Outcome:
+    """The outcome of a package that reached a verdict.
+
+    Args:
+        package: What was judged.
+        verdict: Of the judge.
+        report: `report.json`.
+        done: First line of the message; by default that it was published, or taken.
+        taken: Nothing was built.
+    """
+    reference = str(reference_of(package))
+    done = done or f"{'Taken, published before' if taken else 'Published'}: {reference}"
+    failing = [found for found in verdict.findings if found.kind != "note"]
+    return Outcome(
+        exit_code=ExitCode.OK if verdict.passed else ExitCode.NOT_ACCEPTED,
+        message="\n".join([done, *(f"  {found.message}" for found in failing)]),
+        verdict=verdict.name,
+        reference=reference,
+        digest=package.digest,
+        report=report,
+        package_dir=package.dir,
+        size_bytes=sum(file["size"] for file in package.manifest["files"]),
+        taken=taken,
+    )
 
 
 def failure_of(error: BaseException) -> Outcome:

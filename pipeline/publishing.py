@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.acceptance.page.report_page import Signing
 from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
@@ -48,11 +47,11 @@ class Publisher:
     card: str
 
     @property
-    def signing(self) -> Signing:
-        """Who signs a report that is written now, for its page."""
+    def signed_by(self) -> str:
+        """Who signs a report that is written now, and when, for its page."""
         key = self.signatory.key.public
         names = [str(one) for one in self.signatory.trust.keys if one.key.keyid == key.keyid]
-        return Signing(signer=(names or [key.keyid[:12]])[0], signed_at=now_text()[:19] + "Z")
+        return f"{(names or [key.keyid[:12]])[0]}, {now_text()[:19]}Z"
 
     @property
     def terms(self) -> Terms:

@@ -2,48 +2,97 @@
 
 The same clock, judge, report and page as acceptance. It measures speed only, so its verdict is
 `measured` at best, which enters no channel.
+
+**Pairs.** What drifts (clocks, heat, the host's other work) hits both runs of a round alike, so the
+ratio is taken within each round, and the median over rounds is the result. Its interval is the
+percentile bootstrap of that median: rounds are drawn with replacement, the ratio of a round stays
+whole. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+
+**Peers** are the source weights in vLLM and in Transformers. In vLLM all get the artifact's server
+limits and the same number of cached tokens. Two processes share one card. vLLM measures the card's
+free memory while it loads and takes what another process frees or takes meanwhile for its own;
+`--kv-cache-memory-bytes` sets the cache and skips that measurement
+(`Worker.determine_available_memory`, v1/worker/gpu_worker.py, 0.24.0). What is left is a check that
+`--gpu-memory-utilization` of the card is free (`request_memory`, v1/worker/utils.py), so that share
+is small.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.acceptance.card import HeldCard, held_card
-from pipeline.acceptance.judge import judge
-from pipeline.acceptance.measure import conditions_json, rates_of
-from pipeline.acceptance.pairs import Peer, measure_pairs
-from pipeline.acceptance.peers import CARD_PEERS, TRANSFORMERS, card_peers, cpu_peer, engine_in_vllm
-from pipeline.acceptance.physics import judge_physics
+from pipeline.acceptance.judge import judge, judge_physics
+from pipeline.acceptance.measure import conditions_json
 from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.acceptance.speed import spread_findings
+from pipeline.acceptance.speed import (
+    ENGINE,
+    SpeedSample,
+    measure_speed,
+    spread_findings,
+    summarize,
+)
 from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.data import cache_root, shipped
-from pipeline.core.errors import ConflictError, Fault, IncompatibleError, RecipeError
+from pipeline.core.errors import (
+    ConflictError,
+    Fault,
+    IncompatibleError,
+    PipelineError,
+    RecipeError,
+)
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
 from pipeline.machine import require_builder, require_room
+from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline
+from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.rehearse.shrink import RandomSource, small_calibration, small_quantizer
+from pipeline.runners.child import Timeouts
 from pipeline.runners.runner import Runner
 from pipeline.runners.session import Session
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+log = logging.getLogger(__name__)
+
+TRANSFORMERS = "transformers"
+VLLM_PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "vllm-bf16": ("vLLM, bfloat16", ()),
+    "vllm-fp8": ("vLLM, its online FP8", ("--quantization", "fp8")),
+}
+"""Name -> label, and how it differs from plain bfloat16."""
+CARD_PEERS = (*VLLM_PEERS, TRANSFORMERS)
 
 _CARD_LOADS = (1, 8, 64, 128), 128, 256
 _CPU_LOADS = (1, 8), 64, 64
 """Batches up to the engine's limit, isl and osl, where the command line names no others."""
+_MEMORY_SHARE = 0.05
+_BLOCK_TOKENS = 16
+"""vLLM's cache comes in blocks of so many tokens (`CacheConfig.DEFAULT_BLOCK_SIZE`, 0.24.0)."""
+_SLACK = 1.1
+_KV_DTYPE = "--kv-cache-dtype"
+_SLOW_ROUNDS = 3
+"""A round of Phi-3-mini's shape in Transformers at batches 1 to 128 takes over a minute (71 s by
+the rates of an H200, 2026-11-24); of a ratio that large the second digit does not matter."""
+LEVEL = 0.95
+DRAWS = 10_000
+"""Draws of the bootstrap: the ends of the interval repeat to less than its width over a hundred."""
+MIN_ROUNDS = 3
+"""With fewer rounds there is no interval. With three it is their whole range: a median of three
+draws is the smallest of them in 26 % of all cases."""
+_SEED = 20_251_125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +102,7 @@ class RaceRequest:
     Attributes:
         recipe: Name of the recipe.
         overrides: In Hydra's grammar.
+        out: Folder of the report.
         cpu: Race the engine's graph in ONNX Runtime on this CPU, against Transformers.
         only: Peers to race; empty for all.
         batches: Requests at once, one workload each; empty for the defaults.
@@ -60,12 +110,12 @@ class RaceRequest:
         osl: Output tokens of every request; None for the default.
         rounds: Timed rounds of each pair at each workload.
         random_weights: Race on random weights of the recipe's shape.
-        out: Folder of the report; None for `artifacts/.runs/race-<recipe>`.
         config_dir: Folder with the user's recipes.
     """
 
     recipe: str
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...]
+    out: Path
     cpu: bool = False
     only: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
@@ -73,16 +123,11 @@ class RaceRequest:
     osl: int | None = None
     rounds: int = 10
     random_weights: bool = False
-    out: Path | None = None
     config_dir: Path | None = None
 
     @property
-    def folder(self) -> Path:
-        return self.out or Path("artifacts") / ".runs" / f"race-{self.recipe}"
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return self.only or ((TRANSFORMERS,) if self.cpu else CARD_PEERS)
+    def known_peers(self) -> tuple[str, ...]:
+        return (TRANSFORMERS,) if self.cpu else CARD_PEERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +138,23 @@ class RaceResult:
     report: Path
     verdict: Verdict
     failed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A model in a runtime that an engine is compared with.
+
+    Attributes:
+        name: Short name.
+        label: What it is, for people.
+        open: Loads it beside the engine; leaving the context frees it.
+        max_rounds: Most rounds with it, where it is slow.
+    """
+
+    name: str
+    label: str
+    open: Callable[[], AbstractContextManager[Session]]
+    max_rounds: int | None = None
 
 
 def race(request: RaceRequest) -> RaceResult:
@@ -108,16 +170,19 @@ def race(request: RaceRequest) -> RaceResult:
     if not request.cpu and (reason := vllm_of(recipe).why_not_here(recipe.compiler.pinned_runtime)):
         raise IncompatibleError(f"a race runs in vLLM on a GPU, or with --cpu: {reason}")
     require_builder(recipe.compiler.format)
-    if request.folder.exists() and any(request.folder.iterdir()):
-        raise ConflictError(f"{request.folder} is not empty; name another folder with --out")
+    if request.out.exists() and any(request.out.iterdir()):
+        raise ConflictError(f"{request.out} is not empty; name another folder with --out")
     plan = plan_of(recipe)
     require_room(plan, cache_root())
     if request.random_weights:
         recipe = on_random_weights(recipe, cache_root())
-    request.folder.mkdir(parents=True, exist_ok=True)
+    request.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         held = None if request.cpu else stack.enter_context(held_card())
-        weights, engine = make_artifact(recipe, request.folder)
+        cache = StageCache(root=cache_root())
+        weights = recipe.source.fetch()
+        checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
+        engine = recipe.compiler.compile(checkpoint, recipe.target, cache, request.out)
         opened, peers = contenders(request, recipe, weights, engine, workloads)
         with opened as session:
             speed, failed = measure_pairs(
@@ -129,7 +194,7 @@ def race(request: RaceRequest) -> RaceResult:
                 seed=recipe.acceptance.seed,
             )
     report, verdict = judged(recipe, engine, speed, failed, held)
-    files = write_report(report, verdict, request.folder, plan=plan.to_json())
+    files = write_report(report, verdict, request.out, plan=plan.to_json())
     return RaceResult(
         document=report.to_json(verdict), report=files[REPORT_FILE], verdict=verdict, failed=failed
     )
@@ -162,7 +227,7 @@ def workloads_of(request: RaceRequest, recipe: Recipe) -> tuple[Workload, ...]:
     limits = recipe.compiler.limits
     batches, isl, osl = _CPU_LOADS if request.cpu else _CARD_LOADS
     isl, osl = request.isl or isl, request.osl or osl
-    known = (TRANSFORMERS,) if request.cpu else CARD_PEERS
+    known = request.known_peers
     faults = [
         Fault("--only", f"{name!r} is no peer here; there are {', '.join(known)}")
         for name in request.only
@@ -198,13 +263,13 @@ def on_random_weights(recipe: Recipe, cache_dir: Path) -> Recipe:
     next command finds the weights again.
     """
     calibrate = PydocTopics(part="calibrate")
-    name = digest_of({"shape": dataclasses.asdict(recipe.shape)})[:24]
+    name = digest_of({"shape": asdict(recipe.shape)})[:24]
     source = RandomSource(
         shape=recipe.shape,
         folder=cache_dir / "random-weights" / name,
         documents=calibrate.documents(),
     )
-    return dataclasses.replace(
+    return replace(
         recipe,
         source=source,
         calibration=small_calibration(recipe.calibration, calibrate),
@@ -212,27 +277,163 @@ def on_random_weights(recipe: Recipe, cache_dir: Path) -> Recipe:
     )
 
 
-def make_artifact(recipe: Recipe, log_dir: Path) -> tuple[Weights, Engine]:
-    """Fetch, quantize and compile, or take it from the cache."""
-    cache = StageCache(root=cache_root())
-    weights = recipe.source.fetch()
-    checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
-    return weights, recipe.compiler.compile(checkpoint, recipe.target, cache, log_dir)
-
-
 def contenders(
     request: RaceRequest,
     recipe: Recipe,
     weights: Weights,
     engine: Engine,
-    workloads: tuple[Workload, ...],
+    workloads: Sequence[Workload],
 ) -> tuple[AbstractContextManager[Session], Sequence[Peer]]:
-    """What opens the engine, and its peers."""
+    """What opens the engine, and its peers.
+
+    On a card the artifact runs as its own manifest says how to serve it, with room for a peer.
+    """
+    from pipeline.runners.transformers import open_in_child, open_source
+
     if request.cpu:
-        return recipe.runner.open(engine), (cpu_peer(weights.dir),)
-    runner, shape = vllm_of(recipe), recipe.shape
-    peers = card_peers(request.peers, runner, weights.dir, engine, shape, workloads)
-    return engine_in_vllm(runner, engine, shape, workloads), peers
+        label, opener = "Hugging Face generate, float32", partial(open_source, weights.dir)
+        return recipe.runner.open(engine), (Peer(name=TRANSFORMERS, label=label, open=opener),)
+    runner = vllm_of(recipe)
+
+    def sharing(element_bytes: int) -> VllmRunner:
+        cache = cache_bytes(recipe.shape, workloads, engine, element_bytes)
+        arguments = (*runner.arguments, "--kv-cache-memory-bytes", str(cache))
+        return replace(runner, gpu_memory_utilization=_MEMORY_SHARE, arguments=arguments)
+
+    peers = []
+    for name in request.only or request.known_peers:
+        if name == TRANSFORMERS:
+            timeouts = Timeouts(load_s=runner.load_timeout_s, answer_s=runner.answer_timeout_s)
+            source = {"weights_dir": str(weights.dir), "dtype": "bfloat16", "device": "cuda"}
+            child = partial(open_in_child, "open_source", timeouts, **source)
+            label = "Hugging Face generate, bfloat16"
+            peers.append(Peer(name=name, label=label, open=child, max_rounds=_SLOW_ROUNDS))
+            continue
+        label, difference = VLLM_PEERS[name]
+        serve = ("--dtype", "bfloat16", *shared_arguments(engine.serve_args), *difference)
+        server = partial(sharing(2).open_folder, weights.dir, serve)
+        peers.append(Peer(name=name, label=label, open=server))
+    element_bytes = KV_CACHE_DTYPES[engine.limits.kv_cache_dtype].bytes_per_element
+    return sharing(element_bytes).open_folder(engine.dir, engine.serve_args), peers
+
+
+def shared_arguments(serve_args: Sequence[str]) -> tuple[str, ...]:
+    """The artifact's serve arguments less its KV cache's dtype: the limits that all get."""
+    kept = list(serve_args)
+    if _KV_DTYPE in kept:
+        at = kept.index(_KV_DTYPE)
+        del kept[at : at + 2]
+    return tuple(kept)
+
+
+def cache_bytes(
+    shape: ModelSpec, workloads: Sequence[Workload], engine: Engine, element_bytes: int
+) -> int:
+    """Bytes of KV cache for the largest workload, in whole blocks, with a tenth to spare.
+
+    vLLM also demands room for one request of full length, the engine's `max_seq_len`.
+    """
+
+    def blocks(tokens: int) -> int:
+        return -(-tokens // _BLOCK_TOKENS)
+
+    held = max(load.batch * blocks(load.isl + load.osl) for load in workloads)
+    wanted = int(_SLACK * max(held, blocks(engine.limits.max_seq_len))) + 1
+    return shape.kv_bytes(wanted * _BLOCK_TOKENS, element_bytes)
+
+
+def measure_pairs(
+    engine: Session,
+    peers: Sequence[Peer],
+    workloads: Sequence[Workload],
+    *,
+    rounds: int,
+    vocab_size: int,
+    seed: int,
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
+    """Measure an engine, which stays loaded, with each peer beside it, one after the other.
+
+    Loads never overlap a round: while it loads, vLLM picks kernels by timing them (Inductor's
+    `benchmark_combo_kernel`, FlashInfer's autotuning: config/compilation.py and config/kernel.py of
+    vLLM 0.24.0), and what runs beside it would change its choice for good.
+
+    Args:
+        engine: What ships.
+        peers: What it is compared with.
+        workloads: What is run.
+        rounds: Timed rounds of each pair at each workload.
+        vocab_size: Token ids of the prompts are below it.
+        seed: Of the prompts.
+
+    Returns:
+        One entry of the report's `speed` for each workload that at least one pair ran; its `peers`
+        has, by name, the peer's label, figures and `ratio_of`. And what was not run, and why.
+    """
+    runs: dict[str, list[SpeedSample]] = {load.name: [] for load in workloads}
+    beside: dict[str, dict[str, Any]] = {load.name: {} for load in workloads}
+    not_run = []
+    for peer in peers:
+        try:
+            with peer.open() as session:
+                log.info("%s is loaded", peer.label)
+                for load in workloads:
+                    waves = load.waves(load.request_prompts(vocab_size, seed), seed)
+                    pair = {ENGINE: engine, peer.name: session}
+                    turns = min(rounds, peer.max_rounds or rounds)
+                    samples = measure_speed(load, pair, waves, turns)
+                    ours, theirs = samples[ENGINE], samples[peer.name]
+                    figures = {**summarize(load, theirs), "ratio": ratio_of(ours, theirs)}
+                    ratio = figures["ratio"]["median"]
+                    log.info("%s, %s: the engine is %.2f x as fast", peer.label, load.name, ratio)
+                    runs[load.name] += ours
+                    beside[load.name][peer.name] = {"label": peer.label, **figures}
+        except PipelineError as error:
+            log.warning("%s: %s", peer.label, error)
+            not_run.append(f"{peer.label}: {error}")
+    entries = tuple(
+        {**summarize(load, runs[load.name]), "peers": beside[load.name]}
+        for load in workloads
+        if runs[load.name]
+    )
+    return entries, tuple(not_run)
+
+
+def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict[str, Any]:
+    """Output tokens per second, ours over theirs, by round.
+
+    Returns:
+        `median`, `low` and `high` of the 95 % interval (None with fewer than `MIN_ROUNDS`),
+        `level`, `rounds`.
+    """
+    ratios = [
+        mine.output_tokens_per_s / other.output_tokens_per_s
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    low, high = median_interval(ratios)
+    return {
+        "median": round(statistics.median(ratios), 5),
+        "low": None if low is None else round(low, 5),
+        "high": None if high is None else round(high, 5),
+        "level": LEVEL,
+        "rounds": len(ratios),
+    }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Ends of the 95 % percentile bootstrap interval of the median; the same for the same values.
+
+    Returns:
+        None and None with fewer than `MIN_ROUNDS` values.
+    """
+    import numpy as np
+
+    if len(values) < MIN_ROUNDS:
+        return None, None
+    rng = np.random.default_rng(_SEED)
+    drawn = rng.choice(np.asarray(values, np.float64), (DRAWS, len(values)))
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.median(drawn, axis=1), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def judged(
@@ -251,7 +452,7 @@ def judged(
     if held is not None and held.card == target.card:
         plan = plan_of(recipe)
         line = roofline(plan.request, plan.sizes)
-        findings += judge_physics(rates_of(speed), line)
+        findings += judge_physics(speed, line)
     else:
         not_run.insert(0, f"{target.card}: no such card here; speed on it")
     report = Report(
@@ -265,5 +466,5 @@ def judged(
     )
     verdict = judge(report, recipe.acceptance, ran=bool(speed), on_target=False, more=findings)
     if verdict.passed and speed:
-        verdict = dataclasses.replace(verdict, name="measured")
+        verdict = replace(verdict, name="measured")
     return report, verdict

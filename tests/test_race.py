@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.acceptance import card
-from pipeline.commands.race import _answer
+from pipeline.commands.measuring import race_answer
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError, RecipeError
 from pipeline.core.gpu import Conditions, conditions_of
 from pipeline.race import RaceRequest, race
@@ -101,7 +101,7 @@ def test_race_on_a_card_measures_each_peer_beside_the_engine(
     assert [one["quantization"] for one in seen] == [None, None, "fp8"]
     assert {one["gpu_memory_utilization"] for one in seen} == {0.05}
     assert all(one["kv_cache_memory_bytes"] > 0 for one in seen)
-    answer = _answer(result)
+    answer = race_answer(result)
     assert answer.exit_code is ExitCode.OK
     with pytest.raises(ConflictError, match="is not empty; name another folder with --out"):
         race(request(place))
@@ -116,7 +116,7 @@ def test_peer_that_does_not_load_fails_the_race_and_not_the_others(
     assert list(entry["peers"]) == ["vllm-bf16"]
     assert len(result.failed) == 1
     assert "no kernel for this quantization" in result.failed[0]
-    assert _answer(result).exit_code is ExitCode.FAILED
+    assert race_answer(result).exit_code is ExitCode.FAILED
 
 
 def test_stranger_on_the_card_makes_a_race_inconclusive(
@@ -125,7 +125,7 @@ def test_stranger_on_the_card_makes_a_race_inconclusive(
     h100.processes = [SimpleNamespace(pid=77, usedGpuMemory=None)]
     result = race(request(place, only=("vllm-bf16",), batches=(1,), rounds=1))
     assert result.verdict.name == "inconclusive"
-    assert _answer(result).exit_code is ExitCode.NOT_ACCEPTED
+    assert race_answer(result).exit_code is ExitCode.NOT_ACCEPTED
 
 
 def test_race_on_random_weights_leaves_the_source_alone(
@@ -146,7 +146,7 @@ def test_race_on_a_cpu_is_between_the_real_runtimes(place: Workplace) -> None:
         assert peer["ratio"]["rounds"] == 3
         assert peer["ratio"]["low"] <= peer["ratio"]["median"] <= peer["ratio"]["high"]
     assert result.document["conditions"]["runner"] == "onnxruntime"
-    assert _answer(result).exit_code is ExitCode.OK
+    assert race_answer(result).exit_code is ExitCode.OK
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,29 @@
-"""What acceptance asks of an engine; `pipeline.acceptance.measure` asks it."""
+"""What acceptance asks, and of what; `pipeline.acceptance.measure` asks it."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.chat_probe import ChatSettings
+from pipeline.acceptance.chat import ChatSettings
 from pipeline.acceptance.harness import HarnessSettings, check_harness
-from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.acceptance.sustained import SustainedRun
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.stages import Stage
-from pipeline.core.values import digest_of
+from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.spec import ModelSpec
-from pipeline.runners.runner import Device, Runner
+from pipeline.plan import Plan
+from pipeline.runners.runner import WHO_CAN, Device, Runner, why_not_workload
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
-
-log = logging.getLogger(__name__)
 
 STAGE = Stage(
     name="acceptance",
@@ -36,6 +36,7 @@ STAGE = Stage(
     ),
 )
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
+_SIMULATIONS = frozenset({"transformers"})
 _RAM_BYTES_PER_PARAM = 12.0
 """Peak of the larger of source (float32 weights, 4 bytes) and CPU graph (float32 weights, folded
 and transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's
@@ -149,6 +150,26 @@ class Acceptance:
         if faults:
             raise RecipeError(faults)
 
+    def ability_faults(self, runner: Runner) -> tuple[Fault, ...]:
+        """What acceptance asks of a runner that it does not execute.
+
+        Only what would run: no speed is measured on a CPU.
+        """
+        faults = []
+        for index, load in enumerate(self.targets if runner.device == "cuda" else ()):
+            path = f"acceptance.targets[{index}]"
+            faults += [Fault(path, why) for why in why_not_workload(runner, load)]
+        sustained = self.sustained
+        if sustained.clear_cache and "clear_cache" not in runner.abilities:
+            faults.append(
+                Fault(
+                    "acceptance.sustained.clear_cache",
+                    f"runner {runner.name} has no cache that can be cleared from here "
+                    f"({WHO_CAN['clear_cache']}); set it to false, or choose another runner",
+                )
+            )
+        return tuple(faults)
+
     def check_text(self, calibration: tuple[str, ...]) -> None:
         """Demand that calibration has not seen the text.
 
@@ -185,3 +206,30 @@ def tool_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        engine: The engine.
+        package_digest: The sealed package that holds it.
+        weights: The source model that it is compared with.
+        checkpoint_dir: The unified checkpoint that it was made from; None where only the package
+            is at hand.
+        plan: What follows from its recipe: shape, card, ceilings.
+        runner: What executes it here.
+    """
+
+    engine: Engine
+    package_digest: str
+    weights: Weights
+    checkpoint_dir: Path | None
+    plan: Plan
+    runner: Runner
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the runner only simulates it: its answers tell about it, its speed does not."""
+        return self.runner.name in _SIMULATIONS

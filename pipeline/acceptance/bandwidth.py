@@ -122,7 +122,7 @@ def measure_bandwidth() -> float | None:
     It is the median of `REPEATS` copies: what the card does again and again, where the best of them
     may be one that the clocks favoured. Nor would the best be a bound: reading alone can be faster
     than copying, so who looks for the impossible takes the larger of this and the listed bandwidth
-    (`pipeline.acceptance.physics`).
+    (`pipeline.acceptance.judge`).
 
     Raises:
         ToolError: The probe failed; the message has its last lines.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pipeline.acceptance.chat_probe import end_ids
+from pipeline.acceptance.chat import end_ids
 from pipeline.acceptance.quality import log_softmax
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.progress import progress

@@ -10,32 +10,27 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.acceptance.acceptance import Acceptance, tool_versions
+from pipeline.acceptance.acceptance import Acceptance, Subject, tool_versions
+from pipeline.acceptance.answers import Comparison, Measured, Source, compare_cut
 from pipeline.acceptance.bandwidth import measure_bandwidth
 from pipeline.acceptance.card import HeldCard, held_card
-from pipeline.acceptance.comparison import Comparison
-from pipeline.acceptance.cut import compare_cut
-from pipeline.acceptance.judge import judge
-from pipeline.acceptance.physics import MeasuredRate, ceiling_share, judge_physics
-from pipeline.acceptance.source import Source
+from pipeline.acceptance.judge import ceiling_share, judge, judge_physics
 from pipeline.acceptance.speed import (
     ENGINE,
+    SpeedSample,
     Waves,
     measure_speed,
     rate_findings,
     spread_findings,
     summarize,
 )
-from pipeline.acceptance.speed_sample import SpeedSample
-from pipeline.acceptance.subject import Measured, Subject
-from pipeline.acceptance.sustained import judge_sustained, sustained_json
-from pipeline.acceptance.sustained_run import run_sustained
+from pipeline.acceptance.sustained import judge_sustained, run_sustained, sustained_json
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Report, Verdict
 from pipeline.machine import available_bytes
@@ -63,7 +58,7 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
     """
     engine, runner, target = subject.engine, subject.runner, subject.plan.request.target
     checks, not_run = dict(engine.checks), list[str]()
-    held, measured = None, Measured(quality={})
+    held, measured = None, Measured()
     reason = runner.why_not(engine)
     if reason is None and runner.device == "cuda":
         with held_card() as held:
@@ -87,14 +82,9 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
         digest=subject.package_digest,
         card=target.card,
         conditions=conditions_json(runner, acceptance.text, held),
-        speed=measured.speed,
-        quality=measured.quality,
-        chat=measured.chat,
-        lm_eval=measured.lm_eval,
-        sustained=measured.sustained,
-        physics=measured.physics,
         not_run=[*not_run, *measured.not_run],
         checks=checks,
+        **measured.parts,
     )
     findings = (*measured.findings, *(held.findings() if held else ()))
     ran = reason is None
@@ -125,8 +115,8 @@ def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Me
 
     No speed: how fast a CPU is says nothing about the engine (`enginesmith race --cpu`).
     """
-    with _source(asked, subject, cache, on_card=False) as source:
-        answers = Comparison.of(asked, subject, source, cache)
+    source = _source(asked, subject, cache, on_card=False)
+    answers = Comparison.of(asked, subject, source, cache)
     with subject.runner.open(subject.engine) as session:
         return answers.compare(session)
 
@@ -136,65 +126,42 @@ def measure_on_card(
 ) -> Measured:
     """Quality, chat, speed and sustained load on a card; each model in a process of its own."""
     on_target = held.card == subject.plan.request.target.card and not subject.simulated
-    workloads = demanded(asked, subject.plan) if on_target else undemanded(asked)
+    workloads = _workloads(asked, subject.plan, demanded=on_target)
     bandwidth = measure_bandwidth()
     if bandwidth is not None:
         log.info("The card copies %.0f GB/s", bandwidth / 1e9)
-    with _source(asked, subject, cache, on_card=True) as source:
-        answers = Comparison.of(asked, subject, source, cache)
+    source = _source(asked, subject, cache, on_card=True)
+    answers = Comparison.of(asked, subject, source, cache)
+    speed: tuple[Mapping[str, Any], ...] = ()
     with subject.runner.open(subject.engine) as session:
         found = answers.compare(session)
-        speed: tuple[Mapping[str, Any], ...] = ()
         if subject.simulated:
-            found = replace(found, not_run=(*found.not_run, subject.speed_not_run))
+            found.not_run.append(f"speed: runner {subject.runner.name} only simulates the engine")
         elif not isinstance(subject.runner, BenchRunner):
             speed = tuple(_timed(asked, subject, load, session) for load in workloads)
-        found = _with_sustained(asked, subject, found, session, workloads)
+        _sustain(asked, subject, found, session, workloads)
     if isinstance(subject.runner, BenchRunner):
         speed = tuple(_benched(asked, subject, workloads))
-    scattered = spread_findings(speed, asked.max_spread)
-    behind = rate_findings(speed, demanded=on_target)
-    found = replace(found, speed=speed, findings=(*found.findings, *scattered, *behind))
-    if not on_target:
-        return found
-    request = subject.plan.request
-    line = roofline(request, subject.plan.sizes)
-    rates = rates_of(found.speed)
-    return replace(
-        found,
-        physics={
+    found.parts["speed"] = speed
+    found.findings += spread_findings(speed, asked.max_spread)
+    found.findings += rate_findings(speed, demanded=on_target)
+    if on_target:
+        line = roofline(subject.plan.request, subject.plan.sizes)
+        found.parts["physics"] = {
             "bandwidth_bytes_per_s": bandwidth,
-            "shares": [ceiling_share(rate, line, bandwidth) for rate in rates],
-        },
-        findings=(*found.findings, *judge_physics(rates, line, bandwidth)),
-    )
+            "shares": [ceiling_share(entry, line, bandwidth) for entry in speed],
+        }
+        found.findings += judge_physics(speed, line, bandwidth)
+    return found
 
 
-def rates_of(speed: Sequence[Mapping[str, Any]]) -> tuple[MeasuredRate, ...]:
-    """Entries of the report's `speed` as the physics check takes them."""
-    return tuple(
-        MeasuredRate(
-            name=entry["workload"],
-            batch=entry["batch"],
-            isl=entry.get("mean_isl", entry["isl"]),
-            osl=entry.get("mean_osl", entry["osl"]),
-            output_tokens_per_s=entry["output_tokens_per_s"],
-            open_loop="request_rate" in entry,
-        )
-        for entry in speed
-    )
-
-
-def demanded(asked: Acceptance, plan: Plan) -> tuple[Workload, ...]:
-    """The targets, a wanted share of the ceiling as the rate that it is on this card."""
+def _workloads(asked: Acceptance, plan: Plan, *, demanded: bool) -> tuple[Workload, ...]:
+    """The targets, a wanted share of the ceiling as the rate that it is; else without demands."""
     ceilings = {planned.name: planned.ceiling for planned in plan.workloads}
-    return tuple(load.with_rate(ceilings[load.name]) for load in asked.targets)
-
-
-def undemanded(asked: Acceptance) -> tuple[Workload, ...]:
-    """The targets as plain workloads."""
     return tuple(
-        replace(load, min_output_tokens_per_s=None, min_share_of_ceiling=None)
+        load.with_rate(ceilings[load.name])
+        if demanded
+        else replace(load, min_output_tokens_per_s=None, min_share_of_ceiling=None)
         for load in asked.targets
     )
 
@@ -265,24 +232,22 @@ def _benched(
         }
 
 
-def _with_sustained(
+def _sustain(
     asked: Acceptance,
     subject: Subject,
     found: Measured,
     session: Session,
     workloads: tuple[Workload, ...],
-) -> Measured:
+) -> None:
+    """Run under load for minutes, where that is asked."""
     workload = asked.sustained.chosen(workloads) if asked.sustained.minutes else None
     if workload is None:
-        return found
+        return
     asked_run, limits = asked.sustained, asked.sustained.limits
     log.info("Sustained run: %s for %.1f minutes", workload.name, asked_run.minutes)
     waves = _waves(asked, subject, workload)
     run = partial(run_sustained, session, workload.osl, waves[0], asked_run.minutes)
     samples = run()
     cleared = run(clear=True) if asked_run.clear_cache else None
-    return replace(
-        found,
-        sustained=sustained_json(samples, limits, workload.name, cleared),
-        findings=(*found.findings, *judge_sustained(samples, limits)),
-    )
+    found.parts["sustained"] = sustained_json(samples, limits, workload.name, cleared)
+    found.findings += judge_sustained(samples, limits)

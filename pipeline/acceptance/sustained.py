@@ -1,22 +1,36 @@
-"""A sustained run, judged: does throughput fall, does memory grow? Pure: samples in, findings out.
+"""A sustained run: one workload again and again for minutes, the card's state beside it, judged.
 
-Both figures are robust, because one slow second or one late allocation is neither throttling nor a
-leak. Throughput is compared between the medians of a first and a last window; memory by the median
-of the slopes between all pairs of samples (`pipeline.acceptance.slope`).
+Does throughput fall, does memory grow? Both figures are robust, because one slow second or one late
+allocation is neither throttling nor a leak. Throughput is compared between the medians of a first
+and a last window; memory by the median of the slopes between all pairs of samples.
 """
 
 from __future__ import annotations
 
+import bisect
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
 from typing import Any
 
-from pipeline.acceptance.slope import theil_sen_slope
+from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from pipeline.acceptance.card import Samples, device_samples
+from pipeline.acceptance.speed import Wave, theil_sen_slope
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.progress import progress
+from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
+from pipeline.runners.session import CacheClearing, Session, require_possible
+from pipeline.runners.workload import Workload
+
+_INTERVAL_S = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
+@plain_dataclass(frozen=True, kw_only=True)
 class Sample:
     """What was seen in one interval.
 
@@ -35,7 +49,7 @@ class Sample:
     power_w: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@plain_dataclass(frozen=True, kw_only=True)
 class SustainedLimits:
     """What a sustained run may lose, and how much of one is needed to say so.
 
@@ -60,14 +74,128 @@ class SustainedLimits:
     min_window_samples: int = 5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SustainedRun:
+    """How long, and what it may lose; see `SustainedLimits` for where the defaults come from.
+
+    Only a card is put under sustained load, not the CPU that stands in for one.
+
+    Attributes:
+        minutes: Length; 0 for none.
+        workload: Name of the target that is repeated; empty for the one with the largest batch.
+        max_throughput_drop: Allowed loss of throughput, first against last window.
+        max_memory_growth_mib: Allowed growth of device memory, MiB.
+        clear_cache: Run a second time as long, the allocator's cache freed after each batch, and
+            report both: what that costs in throughput, and whether it ends a growth of memory,
+            which then is the allocator's and no leak. The first run is the one that is judged.
+            Changes nothing that is computed. For a runner that can: see its abilities.
+    """
+
+    minutes: NonNegativeFloat = 0.0
+    workload: str = ""
+    max_throughput_drop: PositiveFloat = 0.05
+    max_memory_growth_mib: PositiveFloat = 20.0
+    clear_cache: bool = False
+
+    @property
+    def limits(self) -> SustainedLimits:
+        """Windows that fit the length: of 20 minutes one of warm-up, two of each window.
+
+        Raises:
+            ValueError: There is no sustained run.
+        """
+        seconds = 60.0 * self.minutes
+        if not seconds:
+            raise ValueError("acceptance.sustained.minutes is 0")
+        return SustainedLimits(
+            max_throughput_drop=self.max_throughput_drop,
+            max_memory_growth_bytes=int(self.max_memory_growth_mib * 2**20),
+            warm_up_s=min(60.0, seconds / 12),
+            window_s=min(120.0, seconds / 4),
+            min_duration_s=0.8 * seconds,
+        )
+
+    def chosen(self, workloads: tuple[Workload, ...]) -> Workload | None:
+        """The workload that is repeated; None where there is none of that name."""
+        if not self.workload:
+            return max(workloads, key=lambda load: load.batch, default=None)
+        return next((load for load in workloads if load.name == self.workload), None)
+
+
+def run_sustained(
+    session: Session,
+    osl: int,
+    wave: Wave,
+    minutes: float,
+    *,
+    clear: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Sample]:
+    """Repeat a batch until the time is over; one sample for each.
+
+    A batch is never cut short, so the run is longer than asked by less than one batch.
+
+    Args:
+        session: What runs.
+        osl: Output tokens of the longest request.
+        wave: What is repeated: the first of a workload in waves; all of a run where requests
+            arrive at a rate.
+        minutes: How long.
+        clear: Free the allocator's cache after each batch; its time counts.
+        clock: Seconds of a monotonic clock.
+
+    Raises:
+        PipelineError: The first batch gave too few tokens, or times that no run can have.
+        RecipeError: The session has no cache that can be cleared.
+    """
+    if clear and not isinstance(session, CacheClearing):
+        message = "this runner has no cache that can be cleared from here; set it to false"
+        raise RecipeError([Fault("acceptance.sustained.clear_cache", message)])
+    prompts, options = wave
+    seconds = 60.0 * minutes
+    taken: list[tuple[float, float]] = []
+    made = session.generate(prompts, osl, options)  # compiles, allocates
+    require_possible(made, prompts, osl, options)
+    with (
+        device_samples(_INTERVAL_S) as readings,
+        progress("Sustained run", int(seconds), "s") as done,
+    ):
+        started = clock()
+        shown_s = 0
+        while (now := clock() - started) < seconds:
+            made = session.generate(prompts, osl, options)
+            if clear and isinstance(session, CacheClearing):
+                session.clear_cache()
+            ended = clock() - started
+            taken.append((ended, made.output_tokens / (ended - now)))
+            done(min(int(ended), int(seconds)) - shown_s)
+            shown_s = min(int(ended), int(seconds))
+    return [_sample(started, at_s, rate, readings) for at_s, rate in taken]
+
+
+def _sample(started: float, at_s: float, rate: float, readings: Samples) -> Sample:
+    """A batch, with the last reading of the card before its end."""
+    times = [reading.at_s for reading in readings.readings]
+    index = bisect.bisect_right(times, started + at_s) - 1
+    beside: dict[str, Any] = {}
+    if index >= 0:
+        reading = readings.readings[index]
+        beside = {
+            "memory_bytes": reading.memory_used_bytes,
+            "temperature_c": reading.temperature_c,
+            "power_w": reading.power_w,
+        }
+    return Sample(t_s=round(at_s, 3), output_tokens_per_s=round(rate, 2), **beside)
+
+
+@plain_dataclass(frozen=True, kw_only=True)
 class SustainedFigures:
-    """A sustained run in numbers.
+    """A sustained run in numbers: medians of its first and last window, and what became of memory.
 
     Attributes:
         duration_s: Length of the judged part.
-        first_tokens_per_s: Median throughput of the first window.
-        last_tokens_per_s: Median throughput of the last window.
+        first_tokens_per_s: Of the first window.
+        last_tokens_per_s: Of the last window.
         throughput_drop: 1 - last / first; negative where it became faster.
         memory_growth_bytes: Slope x duration; None where memory was not read in the whole run.
     """
@@ -99,16 +227,18 @@ def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> Sus
     before, after = statistics.median(first), statistics.median(last)
     if before == 0.0:
         return "no token came in the first window after the warm-up: see the runner's log"
+    memory = [(s.t_s, s.memory_bytes) for s in judged if s.memory_bytes is not None]
+    known = len(memory) == len(judged)
     return SustainedFigures(
         duration_s=duration_s,
         first_tokens_per_s=before,
         last_tokens_per_s=after,
         throughput_drop=(before - after) / before,
-        memory_growth_bytes=_memory_growth(judged, duration_s),
+        memory_growth_bytes=theil_sen_slope(memory) * duration_s if known else None,
     )
 
 
-def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple[Finding, ...]:
+def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Iterator[Finding]:
     """Findings of a sustained run; none for a healthy one.
 
     Returns:
@@ -117,8 +247,8 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple
     """
     figures = sustained_figures(samples, limits)
     if isinstance(figures, str):
-        return (Finding(kind="inconclusive", message=f"sustained run: {figures}"),)
-    findings = []
+        yield Finding(kind="inconclusive", message=f"sustained run: {figures}")
+        return
     if figures.throughput_drop > limits.max_throughput_drop:
         message = (
             f"sustained run: {figures.first_tokens_per_s:.1f} tok/s fell to "
@@ -126,11 +256,11 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple
             f"{figures.duration_s / 60:.1f} minutes, {limits.max_throughput_drop:.1%} allowed: "
             "look at the temperatures and throttle reasons of the same run"
         )
-        findings.append(Finding(kind="rejected", message=message))
+        yield Finding(kind="rejected", message=message)
     growth = figures.memory_growth_bytes
     if growth is None:
         message = "sustained run: device memory was not read throughout; its growth is not judged"
-        findings.append(Finding(kind="note", message=message))
+        yield Finding(kind="note", message=message)
     elif growth > limits.max_memory_growth_bytes:
         message = (
             f"sustained run: memory grew by {growth / 2**20:.1f} MiB in "
@@ -139,8 +269,7 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> tuple
             f"{limits.max_memory_growth_bytes / 2**20:.1f} MiB allowed: a leak in the runtime, or "
             "a cache that has no bound"
         )
-        findings.append(Finding(kind="rejected", message=message))
-    return tuple(findings)
+        yield Finding(kind="rejected", message=message)
 
 
 def sustained_json(
@@ -157,11 +286,7 @@ def sustained_json(
         workload: Its name.
         cleared: Of the second run, the allocator's cache freed after each batch; None without one.
     """
-    document = {
-        "workload": workload,
-        "limits": asdict(limits),
-        **_run_json(samples, limits),
-    }
+    document = {"workload": workload, "limits": asdict(limits), **_run_json(samples, limits)}
     if cleared is not None:
         effect = _effect(samples, cleared, limits)
         document["cache_cleared"] = {**_run_json(cleared, limits), "effect": effect}
@@ -194,11 +319,3 @@ def _effect(
     if all(len(known) == len(run) for known, run in zip(memory, kept, strict=True)):
         changes["memory_change_bytes"] = statistics.median(memory[1]) - statistics.median(memory[0])
     return changes
-
-
-def _memory_growth(judged: Sequence[Sample], duration_s: float) -> float | None:
-    """Theil-Sen slope of memory times the duration; None if any sample has no memory."""
-    points = [(s.t_s, s.memory_bytes) for s in judged if s.memory_bytes is not None]
-    if len(points) < len(judged):
-        return None
-    return theil_sen_slope(points) * duration_s

@@ -250,7 +250,7 @@ class Report:
         quality: Perplexities, KL, agreement, with intervals.
         not_run: What was not run here, and why.
         checks: What was proven about the engine without running it.
-        chat: The chat probe (pipeline.acceptance.chat_probe).
+        chat: The chat probe (pipeline.acceptance.chat).
         lm_eval: Task -> metric -> value, of the lm-eval harness.
         sustained: The sustained run (pipeline.acceptance.sustained).
         physics: Bandwidth of the card, and each workload's share of its ceiling.

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from pipeline.build import BuildOptions, build
+from pipeline.build import build
 from pipeline.commands.answer import Answer
 from pipeline.commands.screen import screen_logging
 from pipeline.config.folders import ConfigFolders, config_folders
@@ -216,10 +216,7 @@ def _run(name: str, recipe: Recipe, config: Mapping[str, Any], run_dir: Path) ->
             return Rehearsed(format=name, state="stopped", reached=reached, detail=detail)
     # A key of its own, in CI too: a rehearsal proves nothing, and leaves nothing behind.
     environ = {"ENGINESMITH_CONFIG": str(folder / "config")}
-    options = BuildOptions(
-        rebuild=False, config=config, cache_dir=folder / "cache", environ=environ
-    )
-    outcome = build(recipe, run_dir, options)
+    outcome = build(recipe, run_dir, config=config, cache_dir=folder / "cache", environ=environ)
     good = outcome.exit_code is ExitCode.OK
     return Rehearsed(
         format=name,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.acceptance.chat import ChatSettings
+from pipeline.acceptance.sustained import SustainedRun
 from pipeline.core.cache import digest_folder
 from pipeline.core.values import Licence, Weights
 from pipeline.model.hf import write_random_model

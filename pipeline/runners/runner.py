@@ -75,7 +75,7 @@ class SourceRunner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRun:
-    """One run of a runtime's own tool; the figures as in `pipeline.acceptance.speed_sample`."""
+    """One run of a runtime's own tool; the figures as in `pipeline.acceptance.speed`."""
 
     output_tokens_per_s: float
     ttft_ms: float

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.acceptance.acceptance import Acceptance
-from pipeline.acceptance.speed import measure_speed
-from pipeline.acceptance.speed_sample import SpeedSample
+from pipeline.acceptance.speed import SpeedSample, measure_speed
 from pipeline.runners.session import Session
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics

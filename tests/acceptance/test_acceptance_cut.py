@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.acceptance.cut import compare_cut
+from pipeline.acceptance.answers import compare_cut
 from pipeline.core.errors import CorruptError
 from pipeline.formats.trtrtx.stage import GraphSettings, write_graphs
 from tests.architectures import tiny_fp8_architecture

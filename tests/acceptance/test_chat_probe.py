@@ -17,20 +17,18 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pipeline.acceptance.chat_judge import (
+from pipeline.acceptance.chat import (
+    CONVERSATIONS,
     LEAST_STOPS,
     LEVEL,
-    chance_of_loss,
-    chat_findings,
-)
-from pipeline.acceptance.chat_probe import (
     Answer,
     ChatProbe,
     ChatSettings,
     answer,
+    chance_of_loss,
+    chat_findings,
     end_ids,
 )
-from pipeline.acceptance.chat_prompts import CONVERSATIONS
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import graph_session
 from pipeline.runners.session import BatchOptions, Generation, Session

@@ -14,8 +14,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.card import condition_findings, gpu_lock
-from pipeline.acceptance.sampler import Reading, Samples, device_samples, sampling
+from pipeline.acceptance.card import (
+    Reading,
+    Samples,
+    condition_findings,
+    device_samples,
+    gpu_lock,
+    sampling,
+)
 from pipeline.core.gpu import (
     THROTTLE_REASONS,
     ComputeProcess,

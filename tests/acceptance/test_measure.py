@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.acceptance import measure as measuring
-from pipeline.acceptance.acceptance import Acceptance
+from pipeline.acceptance.acceptance import Acceptance, Subject
 from pipeline.acceptance.card import HeldCard
-from pipeline.acceptance.chat_probe import ChatSettings
-from pipeline.acceptance.subject import Subject
-from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.acceptance.chat import ChatSettings
+from pipeline.acceptance.sustained import SustainedRun
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError
 from pipeline.core.gpu import ComputeProcess, Conditions

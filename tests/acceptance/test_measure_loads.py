@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.acceptance.report import write_report
-from pipeline.acceptance.sustained_run import SustainedRun
+from pipeline.acceptance.sustained import SustainedRun
 from pipeline.core.gpu import Conditions
 from pipeline.core.values import Checkpoint
 from pipeline.model.hf import load_tokenizer

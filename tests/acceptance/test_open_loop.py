@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.page import render_page
-from pipeline.acceptance.physics import MeasuredRate, PhysicsLimits, judge_physics
-from pipeline.acceptance.slope import theil_sen_slope
-from pipeline.acceptance.speed import rate_findings, summarize
-from pipeline.acceptance.speed_sample import achieved_rate
+from pipeline.acceptance.judge import PhysicsLimits, judge_physics
+from pipeline.acceptance.report import render_page
+from pipeline.acceptance.speed import achieved_rate, rate_findings, summarize, theil_sen_slope
 from pipeline.plan.ceilings import Roofline
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Lengths, Workload
@@ -175,9 +173,12 @@ def test_slow_arrivals_are_no_slow_engine_but_too_fast_is_a_fault_still() -> Non
     )  # fmt: skip
     limits = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=0)
     for open_loop, rate in itertools.product((True, False), (10.0, 1e9)):
-        load = MeasuredRate(
-            name="r", batch=8, isl=8.5, osl=4.25, output_tokens_per_s=rate, open_loop=open_loop
-        )
+        load: dict[str, Any] = {
+            "workload": "r", "batch": 8, "isl": 9, "osl": 5, "mean_isl": 8.5, "mean_osl": 4.25,
+            "output_tokens_per_s": rate,
+        }  # fmt: skip
+        if open_loop:
+            load["request_rate"] = {"asked": 1.0, "achieved": 1.0}
         kinds = [finding.kind for finding in judge_physics([load], line, limits=limits)]
         assert kinds == (["anomalous"] if rate == 1e9 else [] if open_loop else ["note"])
 

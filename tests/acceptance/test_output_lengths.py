@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.speed import summarize
-from pipeline.acceptance.speed_sample import SpeedSample
+from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
 from pipeline.runners.onnxruntime import graph_session

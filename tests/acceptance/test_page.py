@@ -11,9 +11,8 @@ from typing import Any, get_args
 
 import pytest
 
-from pipeline.acceptance.page import Signing, render_page
-from pipeline.acceptance.page.charts import installed
-from pipeline.acceptance.report import write_report
+from pipeline.acceptance.charts import installed
+from pipeline.acceptance.report import render_page, write_report
 from pipeline.core.values import Finding, Report, Verdict, VerdictName
 from tests.acceptance.questions import acceptance
 from tests.acceptance.report_pages import (
@@ -56,9 +55,9 @@ def test_every_verdict_comes_first_in_words_and_colour(name: str) -> None:
 
 
 def test_verdict_says_what_to_do_next_and_who_signs_it() -> None:
-    signing = Signing(signer="ci (key 0123)", signed_at="2026-11-30T10:00:00Z")
+    signed_by = "ci (key 0123), 2026-11-30T10:00:00Z"
     page = Page(
-        render_page(report(), manifest=MANIFEST, reference="tiny:1.0.0-abc", signing=signing)
+        render_page(report(), manifest=MANIFEST, reference="tiny:1.0.0-abc", signed_by=signed_by)
     )
     banner = page.source.split('class="verdict')[1].split("</section>")[0]
     assert "<code>enginesmith accept tiny:1.0.0-abc</code>" in banner

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.pairs import (
+from pipeline.acceptance.speed import SpeedSample
+from pipeline.core.errors import ToolError
+from pipeline.core.values import Engine, Limits
+from pipeline.race import (
     DRAWS,
     Peer,
+    cache_bytes,
     measure_pairs,
     median_interval,
     ratio_of,
+    shared_arguments,
 )
-from pipeline.acceptance.peers import cache_bytes, shared_arguments
-from pipeline.acceptance.speed_sample import SpeedSample
-from pipeline.core.errors import ToolError
-from pipeline.core.values import Engine, Limits
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Workload
 from tests.specs import tiny_spec

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pipeline.acceptance.physics import (
-    MeasuredRate,
+from pipeline.acceptance.judge import (
     PhysicsLimits,
     ceiling_share,
     judge_physics,
@@ -27,11 +28,13 @@ LINE = Roofline(
 LIMITS = PhysicsLimits(tolerance=0.0, min_share=0.25, l2_cache_bytes=0)
 
 
-def load(rate: float = 1.0, *, batch: int = 1, isl: int = 128, osl: int = 256) -> MeasuredRate:
-    return MeasuredRate(name="b", batch=batch, isl=isl, osl=osl, output_tokens_per_s=rate)
+def load(rate: float = 1.0, *, batch: int = 1, isl: int = 128, osl: int = 256) -> Mapping[str, Any]:
+    return {
+        "workload": "b", "batch": batch, "isl": isl, "osl": osl, "output_tokens_per_s": rate,
+    }  # fmt: skip
 
 
-def ceiling(measured: MeasuredRate, bandwidth: float = 1024e9, cached: int = 0) -> float:
+def ceiling(measured: Mapping[str, Any], bandwidth: float = 1024e9, cached: int = 0) -> float:
     value, _ = run_ceiling(
         measured, LINE, bandwidth_bytes_per_s=bandwidth, cached_weight_bytes=cached
     )

@@ -14,13 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.acceptance import speed
-from pipeline.acceptance.sampler import Reading, Samples
+from pipeline.acceptance.card import Reading, Samples
 from pipeline.acceptance.speed import (
+    SpeedSample,
     latency_percentiles,
     spread_findings,
     summarize,
 )
-from pipeline.acceptance.speed_sample import SpeedSample
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.page import render_page
-from pipeline.acceptance.sustained import Sample, SustainedLimits, judge_sustained, sustained_json
-from pipeline.acceptance.sustained_run import run_sustained
+from pipeline.acceptance.report import render_page
+from pipeline.acceptance.sustained import (
+    Sample,
+    SustainedLimits,
+    judge_sustained,
+    run_sustained,
+    sustained_json,
+)
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
 from pipeline.runners.onnxruntime import graph_session

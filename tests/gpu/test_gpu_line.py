@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.accept import AcceptRequest as Request
 from pipeline.accept import composed, same_weights, this_card
+from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.measure import measure
-from pipeline.acceptance.subject import Subject
 from pipeline.build import plan_of
 from pipeline.core.cache import StageCache
 from pipeline.registry.package import verify

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.acceptance.card import condition_findings
+from pipeline.acceptance.card import condition_findings, device_samples
 from pipeline.acceptance.quality import log_softmax
-from pipeline.acceptance.sampler import device_samples
-from pipeline.acceptance.speed import latency_percentiles
-from pipeline.acceptance.speed_sample import achieved_rate
+from pipeline.acceptance.speed import achieved_rate, latency_percentiles
 from pipeline.core.cache import StageCache
 from pipeline.core.gpu import Conditions, read_conditions
 from pipeline.core.values import Engine

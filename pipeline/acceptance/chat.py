@@ -10,25 +10,57 @@ bound on the answer's length, and five things are looked at:
 - no end-of-sequence id stands inside an answer;
 - the engine ends no fewer answers within the bound than the source, and has no more empty ones.
 
-The last is a count with noise in it; `pipeline.acceptance.chat_judge` says how that is judged.
+The last is a count with noise in it: an FP8 engine words an answer differently, and a longer answer
+may run into the bound. The answers are pairs, so the exact test of McNemar applies (Psychometrika
+12, 1947; its exact form is the sign test on the pairs that differ). Of the pairs in which one side
+ended and the other did not, an engine that ends like its source loses each with probability 1/2;
+the chance to lose as many or more is the sum over k >= lost of C(lost + gained, k) / 2^(lost +
+gained). Below `LEVEL` it is a regression. Where the engine gains none it may lose four answers
+(p = 1/16), the fifth (1/32) is one too many: so a source that itself ends fewer than `LEAST_STOPS`
+answers cannot show anything.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from importlib.resources import files
 from typing import Annotated, Any
 
+import yaml
 from annotated_types import Ge, Le
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.chat_judge import LEAST_STOPS, LEVEL, paired
-from pipeline.acceptance.chat_prompts import CONVERSATIONS, Message
 from pipeline.core.settings import STRICT
+from pipeline.core.values import Finding
 from pipeline.runners.prompts import eos_ids
 from pipeline.runners.session import Session
+
+LEVEL = 0.05
+"""A healthy engine is called worse in no more than one of twenty probes; the usual level."""
+LEAST_STOPS = 5
+"""The fewest lost answers that can fall below `LEVEL`: 1/2^5 < 0.05 < 1/2^4."""
+Message = dict[str, str]
+"""Keys `role` and `content`, as chat templates take them."""
+
+
+def _conversation(turns: Sequence[str], system: str = "") -> tuple[Message, ...]:
+    """User and assistant take turns; the user has the first word and the last."""
+    start = [{"role": "system", "content": system}] if system else []
+    roles = itertools.cycle(("user", "assistant"))
+    return (*start, *({"role": next(roles), "content": content} for content in turns))
+
+
+CONVERSATIONS: dict[str, tuple[Message, ...]] = {
+    name: _conversation(**said)
+    for name, said in yaml.safe_load(
+        files(__package__).joinpath("chat_prompts.yaml").read_text(encoding="utf-8")
+    ).items()
+}
+"""Name in the report -> what comes before the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -74,8 +106,7 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
 
     vLLM takes both (vllm/sampling_params.py, `update_from_generation_config`, 0.24.0).
     """
-    own = tokenizer.eos_token_id
-    return eos_ids(tokenizer) | (frozenset() if own is None else {own})
+    return eos_ids(tokenizer) | ({tokenizer.eos_token_id} - {None})
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -83,16 +114,7 @@ class ChatProbe:
     """What is asked, and what ends an answer; made by `prepare`, which needs no model.
 
     Source and engine need not be loaded at the same time: `ask_source`, then `ask_engine` with its
-    answers.
-
-    Attributes:
-        settings: How much is asked.
-        source_tokenizer: Of the source's folder.
-        engine_tokenizer: Of the engine's folder.
-        source_eos: Ids that end an answer of the source.
-        engine_eos: Ids that end an answer of the engine.
-        asked: The conversations.
-        left_out: Those that are not asked, with the reason.
+    answers. `left_out` has the conversations that are not asked, with the reason.
     """
 
     settings: ChatSettings
@@ -111,17 +133,11 @@ class ChatProbe:
         *,
         context: int,
     ) -> ChatProbe:
-        """Put the conversations through both templates.
+        """Put the conversations through the templates of both folders.
 
         Left out is what the source's own template refuses (some know no system prompt), and what
-        does not fit into the context: an answer that the context cuts off would look as if it had
-        ended.
-
-        Args:
-            source_tokenizer: Of the source's folder.
-            engine_tokenizer: Of the engine's folder.
-            settings: How much is asked.
-            context: Longest request of both, prompt and answer, tokens.
+        does not fit into the `context` of both, prompt and answer: an answer that it cuts off would
+        look as if it had ended.
         """
         asked, left_out = [], []
         count = settings.prompts if source_tokenizer.chat_template else 0
@@ -152,14 +168,9 @@ class ChatProbe:
         return tuple(answer(session, one.source, bound, self.source_eos) for one in self.asked)
 
     def ask_engine(self, session: Session, source_answers: Sequence[Answer]) -> dict[str, Any]:
-        """Ask the engine too; `chat_findings` judges what comes.
+        """Ask the engine too, for the report's `chat`, which `chat_findings` judges.
 
-        Args:
-            session: What ships.
-            source_answers: Of `ask_source`.
-
-        Returns:
-            The report's `chat`; only `not_run` where the source has no chat template.
+        It is only `not_run` where the source has no chat template.
         """
         if not self.source_tokenizer.chat_template:
             return {"not_run": "the source has no chat template"}
@@ -255,3 +266,79 @@ def _shown(given: Answer, tokenizer: Any) -> dict[str, Any]:
         "stopped": given.stopped,
         "text": tokenizer.decode(list(given.tokens), skip_special_tokens=False),
     }
+
+
+def paired(outcomes: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """How often source and engine did it, and the chance of so large a loss without a cause."""
+    lost = sum(source and not engine for source, engine in outcomes)
+    gained = sum(engine and not source for source, engine in outcomes)
+    return {
+        "source": sum(source for source, _ in outcomes),
+        "engine": sum(engine for _, engine in outcomes),
+        "lost": lost,
+        "gained": gained,
+        "p_value": round(chance_of_loss(lost, gained), 6),
+    }
+
+
+def chance_of_loss(lost: int, gained: int) -> float:
+    """McNemar's exact test, one-sided: P(X >= lost) for X ~ Binomial(lost + gained, 1/2)."""
+    pairs = lost + gained
+    ways = sum(math.comb(pairs, count) for count in range(lost, pairs + 1))
+    return float(ways / 2**pairs)
+
+
+def chat_findings(chat: Mapping[str, Any]) -> Iterator[Finding]:
+    """Judge the report's `chat`; pure.
+
+    Returns:
+        `regression` for each of the five that fails, `inconclusive` where the source ended too few
+        answers for a comparison, a note where nothing was asked.
+    """
+    if reason := chat.get("not_run"):
+        yield Finding(kind="note", message=f"not run: chat probe: {reason}")
+        return
+    for message in _regressions(chat):
+        yield Finding(kind="regression", message=f"chat: {message}")
+    source, least = chat["stopped"]["source"], chat["min_source_stops"]
+    if source < least:
+        yield Finding(
+            kind="inconclusive",
+            message=f"chat: the source ended {source} of {len(chat['answers'])} answers within "
+            f"{chat['max_new_tokens']} tokens, {least} are needed to compare; raise "
+            "acceptance.chat.max_new_tokens"
+            + (f" ({len(chat['left_out'])} prompts were left out)" if chat["left_out"] else ""),
+        )
+
+
+def _regressions(chat: Mapping[str, Any]) -> Iterator[str]:
+    if differs := chat["template_differs"]:
+        yield (
+            f"the chat template gives other tokens from the engine's folder than from the source's "
+            f"for {_some(differs)} of {chat['prompts']} prompts; compare tokenizer.json, "
+            "tokenizer_config.json and chat_template.jinja of both"
+        )
+    if missing := chat["eos"]["missing"]:
+        yield (
+            f"the engine's folder does not declare the source's end-of-sequence ids {missing} "
+            f"(it has {chat['eos']['engine']}); see eos_token_id in its generation_config.json"
+        )
+    if chat["stop_id_ignored"]:
+        yield "the runtime went on behind a token id that it was told to end at"
+    if inside := chat["eos_inside"]:
+        yield f"an end-of-sequence id stands inside {_some(inside)} answers"
+    for key, what in (("stopped", "ended by themselves"), ("not_empty", "had any text")):
+        pairs = chat[key]
+        if pairs["p_value"] < chat["level"]:
+            yield (
+                f"{pairs['engine']} of {len(chat['answers'])} answers {what}, "
+                f"{pairs['source']} of the source's: {pairs['lost']} lost and {pairs['gained']} "
+                f"gained, which chance does with p = {pairs['p_value']:.2g} "
+                f"(level {chat['level']:g})"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and the first few by name."""
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} ({shown})"

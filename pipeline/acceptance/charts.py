@@ -1,6 +1,7 @@
-"""Plots as inline SVG that follow the page's colours, light and dark.
+"""The report's plots as inline SVG that follow the page's colours, light and dark.
 
-matplotlib draws with stand-in colours; each is then replaced by the style sheet's variable.
+matplotlib is imported here and nowhere else. It draws with stand-in colours; each is then replaced
+by the style sheet's variable.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,17 +63,14 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 Plot = tuple[str, str]
 """Caption, and SVG that is markup."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """Points of one colour: `look` is a key of `LOOKS`; `raw` holds single runs behind them."""
-
-    label: str
-    look: str
-    x: Sequence[float]
-    y: Sequence[float]
-    raw: Sequence[tuple[float, float]] = field(default=())
+Entry = Mapping[str, Any]
+LATENCIES = {
+    "ttft_ms": "time to first token",
+    "itl_ms": "between tokens",
+    "request_latency_ms": "whole request",
+}
+"""Figure of a workload -> its name for people."""
+PERCENTILES = ("p50", "p90", "p99")
 
 
 def installed() -> bool:
@@ -85,8 +82,41 @@ def installed() -> bool:
     return True
 
 
-def throughput_chart(series: Sequence[Series], caption: str) -> Plot:
-    """Output tokens per second over batch, both axes logarithmic."""
+def throughput_plots(entries: Sequence[Entry], planned: Sequence[Entry]) -> list[Plot]:
+    """Rates over batch: one plot for each pair of lengths that has at least two batches.
+
+    Args:
+        entries: The report's `speed`.
+        planned: The plan's workloads, with ceiling and target.
+    """
+    if not installed():
+        return []
+    # What arrives at a rate is not faster with a larger batch.
+    entries = [entry for entry in entries if not entry.get("request_rate")]
+    plots = []
+    for isl, osl in sorted({(load["isl"], load["osl"]) for load in (*entries, *planned)}):
+        mine, plan = (
+            sorted(
+                (load for load in loads if (load["isl"], load["osl"]) == (isl, osl)),
+                key=lambda load: int(load["batch"]),
+            )
+            for loads in (entries, planned)
+        )
+        if len({load["batch"] for load in (*mine, *plan)}) < 2:
+            continue
+        wanted = [load for load in plan if load["target"] is not None]
+        series = [
+            ("engine", "engine", mine, "output_tokens_per_s"),
+            ("ceiling of the card", "ceiling", plan, "ceiling"),
+            ("target", "target", wanted, "target"),
+        ]
+        caption = f"Throughput over batch, {isl} prompt and {osl} output tokens"
+        plots.append(_throughput_plot([one for one in series if one[2]], caption))
+    return plots
+
+
+def _throughput_plot(series: Sequence[tuple[str, str, Sequence[Entry], str]], caption: str) -> Plot:
+    """Lines over batch, both axes logarithmic: label, key of `LOOKS`, workloads, key of theirs."""
 
     def draw(figure: Figure) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
@@ -94,12 +124,15 @@ def throughput_chart(series: Sequence[Series], caption: str) -> Plot:
         axes = figure.subplots()
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for one in series:
-            axes.plot(one.x, one.y, label=one.label, **LOOKS[one.look])
-            if one.raw:
-                at, rates = zip(*one.raw, strict=True)
-                axes.scatter(at, rates, s=9, color=LOOKS[one.look]["color"], alpha=0.35)
-        batches = sorted({x for one in series for x in one.x})
+        for label, look, loads, key in series:
+            x = [load["batch"] for load in loads]
+            axes.plot(x, [load[key] for load in loads], label=label, **LOOKS[look])
+            # Single runs behind the medians.
+            raw = [(load["batch"], rate) for load in loads for rate in load.get("samples", ())]
+            if raw:
+                at, rates = zip(*raw, strict=True)
+                axes.scatter(at, rates, s=9, color=LOOKS[look]["color"], alpha=0.35)
+        batches = sorted({load["batch"] for _, _, loads, _ in series for load in loads})
         axes.set_xticks(batches, [f"{batch:g}" for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -128,7 +161,23 @@ def _plain(value: float, _: int) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:g}"
 
 
-def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Plot:
+def percentiles(entries: Sequence[Entry], key: str) -> list[tuple[str, list[float]]]:
+    """Workload, and p50, p90 and p99 of one of `LATENCIES`, where all three are known."""
+    return [
+        (str(entry["workload"])[:24], [float(entry[key][p]) for p in PERCENTILES])
+        for entry in entries
+        if isinstance(entry.get(key), Mapping) and entry[key].keys() >= set(PERCENTILES)
+    ]
+
+
+def latency_plots(entries: Sequence[Entry]) -> list[Plot]:
+    """Percentiles of each latency that has some."""
+    known = {name: percentiles(entries, key) for key, name in LATENCIES.items()}
+    drawn = {name: rows for name, rows in known.items() if rows} if installed() else {}
+    return [_latency_plot(rows, name.capitalize()) for name, rows in drawn.items()]
+
+
+def _latency_plot(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Plot:
     """p50, p90 and p99 of each workload in milliseconds, as a line with three marks."""
 
     def draw(figure: Figure) -> None:
@@ -138,7 +187,7 @@ def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> 
         axes.set_xscale("log")
         for place, (_, values) in enumerate(rows):
             axes.plot(values, [place] * 3, color=_ACCENT, alpha=0.45, linewidth=3)
-        for index, (label, marker) in enumerate((("p50", "o"), ("p90", "D"), ("p99", "|"))):
+        for index, (label, marker) in enumerate(zip(PERCENTILES, "oD|", strict=True)):
             axes.plot(
                 [values[index] for _, values in rows], range(len(rows)), linestyle="none",
                 marker=marker, color=_ACCENT, label=label, markersize=(6, 5, 13)[index],
@@ -156,15 +205,47 @@ def latency_chart(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> 
     return _svg(draw, caption, height=1.5 + 0.34 * len(rows))
 
 
-def time_chart(
+def sustained_plots(run: Entry | None) -> list[Plot]:
+    """Rate, memory, temperature and power of a sustained run, as far as they were sampled."""
+    if not run or not run["samples"] or not installed():
+        return []
+    samples, limits, figures = run["samples"], run["limits"], run.get("figures")
+    minutes = [sample["t_s"] / 60 for sample in samples]
+    windows = []
+    if figures:
+        start = min(one for one in minutes if one >= limits["warm_up_s"] / 60)
+        end, width = minutes[-1], limits["window_s"] / 60
+        windows = [
+            (start, start + width, figures["first_tokens_per_s"]),
+            (end - width, end, figures["last_tokens_per_s"]),
+        ]
+    plots = []
+    for key, caption, unit in (
+        ("output_tokens_per_s", "Throughput over time", "output tokens per second"),
+        ("memory_bytes", "Device memory against its start", "MiB"),
+        ("temperature_c", "Temperature over time", "\u00b0C"),
+        ("power_w", "Power over time", "W"),
+    ):
+        values, least, shaded = [sample.get(key) for sample in samples], 1.0, windows
+        if None in values:
+            continue
+        if key == "memory_bytes":
+            # The change: a leak of megabytes cannot be seen beside gigabytes of weights.
+            values = [(value - values[0]) / 2**20 for value in values]
+            least = limits["max_memory_growth_bytes"] / 2**20
+        if key != "output_tokens_per_s":
+            shaded = []
+        plots.append(_time_plot(minutes, values, caption, unit, shaded, least))
+    return plots
+
+
+def _time_plot(
     minutes: Sequence[float],
     values: Sequence[float],
     caption: str,
     unit: str,
-    *,
-    shaded: Sequence[tuple[float, float]] = (),
-    levels: Sequence[float] = (),
-    least_span: float = 1.0,
+    windows: Sequence[tuple[float, float, float]],
+    least_span: float,
 ) -> Plot:
     """One figure over time.
 
@@ -173,8 +254,7 @@ def time_chart(
         values: What.
         caption: Heading.
         unit: Label of the axis.
-        shaded: Windows that are compared, in minutes.
-        levels: Their medians, one for each window.
+        windows: Begin and end of those that are compared, in minutes, and their medians.
         least_span: The axis goes at least this far, so that noise does not look like a trend.
     """
 
@@ -183,7 +263,7 @@ def time_chart(
 
         axes = figure.subplots()
         axes.plot(minutes, values, color=_ACCENT, linewidth=1.2)
-        for (start, end), level in zip(shaded, levels, strict=True):
+        for start, end, level in windows:
             axes.axvspan(start, end, color=_WARN, alpha=0.12, linewidth=0)
             axes.plot([start, end], [level, level], color=_WARN, linewidth=2.4)
         # From zero, so that noise does not look like a fall.

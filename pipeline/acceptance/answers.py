@@ -1,0 +1,421 @@
+"""What source, checkpoint and engine answer to the same questions, and how the engine compares.
+
+The source's answers are computed once and kept: an engine is always compared with the same numbers,
+and the source need not be loaded beside it.
+
+An engine differs from its source by FP8, which is in the checkpoint, and by what a runtime makes of
+the checkpoint. The reference tells the two apart: the checkpoint simulated in float32 PyTorch
+(`pipeline.quant.simulate`), which has the first difference and not the second. Two right runtimes
+of one FP8 checkpoint never agree token by token: sums in another order move a value over the edge
+of an FP8 code, and all later layers differ. So the engine is held against the reference's distance
+from itself, its linears summed from the last input to the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.acceptance.acceptance import Acceptance, Subject
+from pipeline.acceptance.chat import Answer, ChatProbe, chat_findings
+from pipeline.acceptance.harness import harness_findings, run_harness
+from pipeline.acceptance.quality import (
+    EngineFigures,
+    SourceFigures,
+    agreement,
+    figures_against,
+    load_figures,
+    save_figures,
+    source_figures,
+    summarize_quality,
+)
+from pipeline.core.cache import StageCache
+from pipeline.core.errors import CorruptError
+from pipeline.core.stages import Stage
+from pipeline.core.values import Finding, Weights
+from pipeline.formats.spec import format_spec
+from pipeline.formats.trtrtx.stage import CPU_CUT, cut_layers
+from pipeline.machine import available_bytes
+from pipeline.model.hf import load_tokenizer
+from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.runners.session import Session
+from pipeline.sources.text.corpus import pack_windows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.quant.simulate import Accumulation
+
+log = logging.getLogger(__name__)
+
+FIGURES = Stage(
+    name="source-logits", version=1, code=("pipeline.acceptance.quality", "pipeline.runners")
+)
+CHAT = Stage(name="source-chat", version=1, code=("pipeline.acceptance.chat", "pipeline.runners"))
+REFERENCE = Stage(
+    name="reference-logits",
+    version=1,
+    code=(
+        "pipeline.acceptance.answers",
+        "pipeline.acceptance.quality",
+        "pipeline.quant.simulate",
+        "pipeline.runners",
+    ),
+)
+_ANSWERS = "answers.json"
+_AGAINST_SOURCE, _NOISE = "source-", "noise-"
+MAX_MEDIAN_DIFFERENCE = 1e-3
+"""Largest median over positions of the largest logit difference, where the noise is below it. Two
+layers of SmolLM2 agree to 3e-5 at the median; single positions differ by up to 0.2 where a last-bit
+difference flips an E4M3 code (2026-11-24)."""
+NOISE_FACTOR = 2.0
+"""How much more than the simulation differs from itself is allowed. A wide model has so many codes
+that some flip at every position: two layers of Phi-3's shape differ by 0.074 at the median, and the
+simulation from itself by 0.076 when its linears only add up in float64 (2026-11-25)."""
+_TOKENS = 48
+_WAYS: tuple[Accumulation, Accumulation] = ("float32", "float64")
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What a run gave.
+
+    Attributes:
+        parts: Of the report, by its keys: `quality`, `speed`, `chat` and others.
+        findings: What the parts that judge themselves found.
+        not_run: What was left out, and why.
+    """
+
+    parts: dict[str, Any] = field(default_factory=lambda: {"speed": (), "quality": {}})
+    findings: list[Finding] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
+
+
+class Source:
+    """The source model; loaded when something is asked that is not kept yet.
+
+    Args:
+        weights: The model.
+        cache: Where its answers are kept.
+        opener: Loads it.
+        runtime: Names what executes it: other runtimes, other numbers.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        cache: StageCache,
+        opener: Callable[[], AbstractContextManager[Session]],
+        runtime: str,
+    ) -> None:
+        self._weights = weights
+        self._cache = cache
+        self._opener = opener
+        self._key = {
+            "weights": weights.digest,
+            "runtime": runtime,
+            "tools": {name: version(name) for name in ("torch", "transformers")},
+        }
+        self._stack = ExitStack()
+        self._opened: Session | None = None
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._opened = None  # else the model stays in memory beside those that follow
+        self._stack.close()
+
+    @property
+    def session(self) -> Session:
+        """The loaded model."""
+        if self._opened is None:
+            self._opened = self._stack.enter_context(self._opener())
+        return self._opened
+
+    def figures(self, windows: NDArray[np.int64]) -> SourceFigures:
+        """What it says about every window."""
+        result = self._cache.run(
+            FIGURES,
+            {**self._key, "windows": hashlib.sha256(windows.tobytes()).hexdigest()},
+            lambda out: save_figures(source_figures(self.session.logits, windows)[0], out),
+        )
+        return load_figures(SourceFigures, result.dir)
+
+    def chat(self, probe: ChatProbe) -> tuple[Answer, ...]:
+        """Its answers to the conversations of the chat probe."""
+
+        def write(out: Path) -> None:
+            log.info("The source answers %d chat prompts", len(probe.asked))
+            answers = [asdict(given) for given in probe.ask_source(self.session)]
+            (out / _ANSWERS).write_text(json.dumps(answers))
+
+        result = self._cache.run(
+            CHAT,
+            {
+                **self._key,
+                "prompts": [list(one.source) for one in probe.asked],
+                "max_new_tokens": probe.settings.max_new_tokens,
+                "eos": sorted(probe.source_eos),
+            },
+            write,
+        )
+        return tuple(
+            Answer(tokens=tuple(given["tokens"]), stopped=given["stopped"])
+            for given in result.read_json(_ANSWERS)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The checkpoint's own figures.
+
+    Attributes:
+        figures: Of the first windows.
+        against_source: The checkpoint against the source, on the same windows.
+        noise: The checkpoint, its sums rounded otherwise, against itself; on the same windows.
+    """
+
+    figures: SourceFigures
+    against_source: EngineFigures
+    noise: EngineFigures
+
+    def to_json(self, source: SourceFigures, engine: EngineFigures, seed: int) -> dict[str, Any]:
+        """The report's `fp8_reference`; `engine`: it against this reference."""
+        few = len(self.against_source.kl)
+        own = summarize_quality(source.nll[:few], self.against_source, seed)
+        return {
+            "windows": few,
+            "perplexity": own["engine_perplexity"],
+            **{key: own[key] for key in ("perplexity_change", "mean_kl_nats", "top1_agreement")},
+            "engine": agreement(engine, seed),
+            "noise_floor": agreement(self.noise, seed),
+        }
+
+
+def reference_of(
+    checkpoint_dir: Path,
+    digest: str,
+    windows: NDArray[np.int64],
+    source: SourceFigures,
+    context: int,
+    cache: StageCache,
+) -> Reference:
+    """Simulate a checkpoint over the windows [W, N], or take what an earlier run kept.
+
+    Args:
+        checkpoint_dir: Unified checkpoint.
+        digest: Names its bytes.
+        windows: Held-out text.
+        source: The source's figures of these windows, and perhaps of more.
+        context: Of the engine, tokens.
+        cache: Where the figures are kept.
+    """
+
+    def write(out: Path) -> None:
+        from pipeline.quant.simulate import load_simulation
+        from pipeline.runners.transformers import TransformersSession
+
+        def simulated(accumulate: Accumulation) -> TransformersSession:
+            model = load_simulation(checkpoint_dir, context=context, accumulate=accumulate)
+            return TransformersSession(model)
+
+        # One at a time: each takes 4 bytes a parameter, and the second twice as much.
+        logits = simulated("float32").logits
+        own, (against,) = source_figures(logits, windows, "Checkpoint", [source])
+        del logits
+        logits = simulated("float32-reversed").logits
+        (noise,) = figures_against(logits, windows, [own], "Noise floor")
+        for figures, prefix in ((own, ""), (against, _AGAINST_SOURCE), (noise, _NOISE)):
+            save_figures(figures, out, prefix)
+
+    result = cache.run(
+        REFERENCE,
+        {
+            "checkpoint": digest,
+            "context": context,
+            "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
+            "source": hashlib.sha256(source.nll.tobytes()).hexdigest(),
+            "tools": {name: version(name) for name in ("torch", "transformers")},
+        },
+        write,
+    )
+    return Reference(
+        figures=load_figures(SourceFigures, result.dir),
+        against_source=load_figures(EngineFigures, result.dir, _AGAINST_SOURCE),
+        noise=load_figures(EngineFigures, result.dir, _NOISE),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What source and checkpoint say, ready for an engine.
+
+    Attributes:
+        no_reference: Why there is no reference; empty where it would say nothing new.
+    """
+
+    asked: Acceptance
+    subject: Subject
+    windows: NDArray[np.int64]
+    source: SourceFigures
+    chat: ChatProbe | None
+    source_chat: tuple[Answer, ...]
+    source_tasks: Mapping[str, Any] | None
+    reference: Reference | None
+    no_reference: str
+
+    @classmethod
+    def of(
+        cls, asked: Acceptance, subject: Subject, source: Source, cache: StageCache
+    ) -> Comparison:
+        """Ask the source, then the checkpoint once the source is out of memory."""
+        tokenizer = load_tokenizer(subject.engine.dir)
+        windows = pack_windows(
+            asked.text.documents(),
+            tokenizer,
+            seq_len=asked.window_tokens,
+            count=asked.windows,
+            seed=None,
+        )
+        chat = None
+        if asked.chat is not None:
+            chat = ChatProbe.prepare(
+                load_tokenizer(subject.weights.dir),
+                tokenizer,
+                asked.chat,
+                context=subject.engine.limits.max_seq_len,
+            )
+        with source:
+            figures = source.figures(windows)
+            source_chat = source.chat(chat) if chat else ()
+            source_tasks = _tasks(asked, subject, source.session) if asked.lm_eval else None
+        reference, no_reference = _reference(asked, subject, windows, figures, cache)
+        return cls(
+            asked=asked,
+            subject=subject,
+            windows=windows,
+            source=figures,
+            chat=chat,
+            source_chat=source_chat,
+            source_tasks=source_tasks,
+            reference=reference,
+            no_reference=no_reference,
+        )
+
+    def compare(self, session: Session) -> Measured:
+        """The engine against the source."""
+        asked, found = self.asked, Measured()
+        beside = [self.source, *([self.reference.figures] if self.reference else [])]
+        figures = figures_against(session.logits, self.windows, beside)
+        found.parts["quality"] = quality = summarize_quality(
+            self.source.nll, figures[0], asked.seed
+        )
+        if self.reference:
+            quality["fp8_reference"] = {
+                **self.reference.to_json(self.source, figures[1], asked.seed),
+                # A card computes in 16 bit, with an FP8 KV cache even; the floor has neither.
+                "judged": self.subject.runner.device == "cpu",
+            }
+        if self.no_reference:
+            found.not_run.append(f"FP8 reference: {self.no_reference}")
+        if self.chat is not None:
+            log.info("The engine answers %d chat prompts", len(self.chat.asked))
+            found.parts["chat"] = chat = self.chat.ask_engine(session, self.source_chat)
+            for shown in chat.get("answers", ())[:1]:
+                log.info("%s: %s", shown["name"], shown["engine"]["text"].replace("\n", " "))
+            found.findings += chat_findings(chat)
+        if asked.lm_eval is not None and self.source_tasks is not None:
+            tasks = _tasks(asked, self.subject, session)
+            found.parts["lm_eval"] = {"source": self.source_tasks, "engine": tasks}
+            found.findings += harness_findings(self.source_tasks, tasks, asked.lm_eval.max_drop)
+        return found
+
+
+def _reference(
+    asked: Acceptance,
+    subject: Subject,
+    windows: NDArray[np.int64],
+    source: SourceFigures,
+    cache: StageCache,
+) -> tuple[Reference | None, str]:
+    """What the checkpoint itself says; else why it is not asked."""
+    engine = subject.engine
+    if subject.simulated:
+        return None, ""  # it is the reference
+    is_checkpoint = format_spec(engine.format).is_checkpoint
+    folder = engine.dir if is_checkpoint else subject.checkpoint_dir
+    if folder is None:
+        return None, "the package of a compiled engine has no checkpoint"
+    reason = asked.too_much(subject.plan.request.shape, available_bytes())
+    if reason:
+        return None, f"its simulation {reason}"
+    # A checkpoint package is named by its own digest: it holds an lm_head that its source may not.
+    digest = subject.package_digest if is_checkpoint else folder.name
+    few = windows[: asked.reference_windows]
+    return reference_of(folder, digest, few, source, engine.limits.max_seq_len, cache), ""
+
+
+def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, Any]:
+    """Results of the lm-eval harness for one session."""
+    assert asked.lm_eval is not None
+    log.info("lm-eval: %s", ", ".join(asked.lm_eval.tasks))
+    return run_harness(
+        session,
+        load_tokenizer(subject.engine.dir),
+        asked.lm_eval,
+        context=subject.engine.limits.max_seq_len,
+        seed=asked.seed,
+    )
+
+
+def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
+    """Compare the two-layer cut on ONNX Runtime with a PyTorch simulation of the checkpoint.
+
+    The measure of what is allowed is taken beside it: the simulation against itself in another
+    summation order.
+
+    Raises:
+        CorruptError: They disagree by more.
+    """
+    import numpy as np
+
+    from pipeline.quant.simulate import load_simulation
+    from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
+    from pipeline.runners.transformers import TransformersSession
+
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    layers = cut_layers(checkpoint)
+    tokens = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, _TOKENS).tolist()
+    simulated, again = (
+        TransformersSession(
+            load_simulation(checkpoint_dir, layers=layers, accumulate=accumulate)
+        ).logits(tokens)
+        for accumulate in _WAYS
+    )
+    graph = graph_session(OnnxRuntimeGraph(graphs_dir / CPU_CUT)).logits(tokens)
+    worst = np.abs(simulated - graph).max(axis=-1)  # [tokens]
+    median = float(np.median(worst))
+    noise = float(np.median(np.abs(simulated - again).max(axis=-1)))
+    allowed = max(MAX_MEDIAN_DIFFERENCE, NOISE_FACTOR * noise)
+    if not median <= allowed:
+        raise CorruptError(
+            f"layers {layers} of the graph differ from a simulation of the checkpoint "
+            f"by {median:.2g} at the median position, {allowed:.2g} is allowed: "
+            "this is a bug in the converter, please report it with the model's config.json"
+        )
+    return {
+        "layers": list(layers),
+        "positions": _TOKENS,
+        "median_difference": median,
+        "median_noise": noise,
+        "positions_within_1e-3": int((worst <= 1e-3).sum()),
+    }
