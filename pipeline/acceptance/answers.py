@@ -13,6 +13,9 @@ from itself, its linears summed from the last input to the first.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import logging
@@ -131,8 +134,9 @@ class Source:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._opened = None  # else the model stays in memory beside those that follow
+        self._opened = None
         self._stack.close()
+        _give_back_memory()
 
     @property
     def session(self) -> Session:
@@ -201,6 +205,17 @@ class Reference:
         }
 
 
+def _give_back_memory() -> None:
+    """Free a model that is not used any more, before the next one is loaded beside it.
+
+    Its modules hold each other, so only the collector finds them; and the C library keeps what is
+    freed, about 2 GB for SmolLM2, unless it is told not to.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reference_of(
     checkpoint_dir: Path,
     digest: str,
@@ -232,8 +247,11 @@ def reference_of(
         logits = simulated("float32").logits
         own, (against,) = source_figures(logits, windows, "Checkpoint", [source])
         del logits
+        _give_back_memory()
         logits = simulated("float32-reversed").logits
         (noise,) = figures_against(logits, windows, [own], "Noise floor")
+        del logits
+        _give_back_memory()
         for figures, prefix in ((own, ""), (against, _AGAINST_SOURCE), (noise, _NOISE)):
             save_figures(figures, out, prefix)
 
