@@ -26,12 +26,10 @@ from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
-from pipeline.registry.manifest import Label
-from pipeline.registry.package import seal
-from pipeline.registry.policy import require_publishable
+from pipeline.registry.package import Label, require_publishable, seal
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Resolved
-from pipeline.registry.trust.signatory import signatory_for
+from pipeline.registry.trust.signing import signatory_for
 
 
 def build(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.commands import building, copy, keys, lifecycle, measuring, packages, pull
+from pipeline.commands import building, lifecycle, measuring, packages, pull
 from pipeline.commands.answer import failure, tell
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 
@@ -54,11 +54,11 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": packages.show,
     "verify": pull.verify,
     "pull": pull.pull,
-    "copy": copy.copy,
+    "copy": packages.copy,
     "generate": packages.generate,
-    "keygen": keys.keygen,
-    "policy": keys.policy,
-    "sign": keys.sign,
+    "keygen": lifecycle.keygen,
+    "policy": lifecycle.policy,
+    "sign": lifecycle.sign,
     "promote": lifecycle.promote,
     "rollback": lifecycle.rollback,
     "yank": lifecycle.yank,

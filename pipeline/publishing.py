@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.core.errors import CorruptError, NotFoundError
+from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
 from pipeline.registry.client.deliver import SETTING, cache_entry, locked_cache
 from pipeline.registry.client.layout import move_into_place, settle_read_only
 from pipeline.registry.client.pull import fetch
 from pipeline.registry.disk import disk_errors
-from pipeline.registry.policy import is_throwaway, require_manifest_publishable
-from pipeline.registry.promotion import enter_channel
+from pipeline.registry.package import is_throwaway, require_manifest_publishable
+from pipeline.registry.promotion import Releaser
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import Resolved, Terms, examine, published_build
+from pipeline.registry.resolve import Resolved, examine
 from pipeline.registry.staging import private_folder
-from pipeline.registry.store import Place, RawStatement, WritableStore
+from pipeline.registry.store import Place, WritableStore
 from pipeline.registry.stores.opening import staging_area
-from pipeline.registry.trust.signatory import Signatory, sign_test
-from pipeline.registry.trust.statements import Author, actor_of, now_text, verified_files
+from pipeline.registry.trust.channels import read_channels
+from pipeline.registry.trust.signing import Author, Signatory, actor_of, now_text, sign_test
+from pipeline.registry.trust.statements import verified_files
+from pipeline.registry.trust.verification import Terms
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +61,43 @@ class Publisher:
         return Terms(policy=self.signatory.trust)
 
     def find(self, name: str, variant: str, build_key: str) -> Resolved | None:
-        """The published package that stands for a build, if there is one.
+        """The published package that stands for all of a build key; None if there is none.
+
+        Of those that are verified and not yanked, the one that this card's `candidate` points to,
+        else the latest by trusted provenance.
 
         Raises:
-            UntrustedError: All that were published were yanked.
+            UntrustedError: There are some, and all that a trusted key signed were yanked.
         """
-        found = published_build(self.store, name, variant, build_key, self.terms, self.card)
+        usable: list[Resolved] = []
+        yanked: UntrustedError | None = None
+        for place in self.store.places(name, variant):
+            if f"-{build_key[:8]}-" not in place.version:
+                continue
+            try:
+                one = examine(self.store, place, replace(self.terms, allow_yanked=True))
+            except (CorruptError, UntrustedError, NotFoundError) as error:
+                log.warning("%s does not stand for this build: %s", place, error)
+                continue
+            if one.package.manifest["build_key"] != build_key:
+                continue
+            if one.yank is None:
+                usable.append(one)
+            else:
+                yanked = UntrustedError(
+                    f"{place} was yanked {one.yank}; this recipe would build the same again, so "
+                    "nothing is built. Change the recipe, take the yank back with enginesmith yank "
+                    f"{place} --undo --registry {self.store.url}, or build once more with --rebuild"
+                )
+        if yanked is not None and not usable:
+            raise yanked
+        channels = read_channels(self.store, self.terms.policy, name, variant, CHANNEL)
+        pointed = {one.newest.reference.digest for one in channels if one.card == self.card}
+        found = max(
+            usable,
+            key=lambda one: (one.package.digest in pointed, one.verification.built_at),
+            default=None,
+        )
         if found is not None:
             log.info("%s was built before from the same inputs", found.place)
         return found
@@ -72,12 +105,9 @@ class Publisher:
     def known_result(
         self, found: Resolved, question: str, folder: Path
     ) -> tuple[VerdictName, Mapping[str, Path]] | None:
-        """An earlier passing answer to a question about a package, with the files of its report.
+        """An earlier passing answer to a question about a package; `folder` gets its report.
 
-        Args:
-            found: The package.
-            question: Key of the acceptance.
-            folder: Gets the files.
+        `question` is the key of the acceptance.
         """
         statements = {one.name: one for one in found.verification.statements}
         for verdict in found.verification.verdicts:
@@ -104,11 +134,7 @@ class Publisher:
             yield folder
 
     def publish(self, package: Package, begun: datetime) -> tuple[Resolved, bool]:
-        """Sign a sealed package and publish it.
-
-        Args:
-            package: From `staging`.
-            begun: When its build began.
+        """Sign a sealed package, whose build began at `begun`, and publish it.
 
         Returns:
             The package as it is published, and whether it is new.
@@ -134,28 +160,17 @@ class Publisher:
                 settle_read_only(package.dir)
                 with locked_cache(place):
                     move_into_place(package.dir, cache_entry(place))
-        if not new:
-            self._vouch(place, signed)
-        return examine(self.store, place, self.terms, package.digest), new
-
-    def _vouch(self, place: Place, signed: Sequence[RawStatement]) -> None:
-        """Sign a package that lies there with the same bytes and no signature that is trusted."""
         unsigned = replace(self.terms, allow_unsigned=True, allow_yanked=True)
-        if examine(self.store, place, unsigned).verification.signer is None:
+        if not new and examine(self.store, place, unsigned).verification.signer is None:
+            # The same bytes lie there, with no signature that is trusted.
             for raw in signed:
                 self.store.put_statement(place, raw)
+        return examine(self.store, place, self.terms, package.digest), new
 
     def add_result(
         self, found: Resolved, verdict: Verdict, files: Mapping[str, Path], question: str
     ) -> None:
-        """Sign a test result and add it to a package.
-
-        Args:
-            found: The package.
-            verdict: Of the judge.
-            files: Of the report, by name.
-            question: Key of the acceptance.
-        """
+        """Sign a verdict, with its report's files by name, and add it to a package."""
         runtime = found.package.manifest["match"]["runtime"]
         raw = sign_test(
             found.package.digest,
@@ -194,19 +209,12 @@ class Publisher:
         if before is not None and before.package.digest != found.package.digest:
             old, new = (one.verification.standing(self.card) for one in (before, found))
             if old is not None and new is not None and old.verdict == new.verdict:
-                log.info(
-                    "%s stays: %s is of the same build and %s",
-                    *(CHANNEL, before.place, old.verdict),
-                )
+                kept = (CHANNEL, before.place, old.verdict)
+                log.info("%s stays: %s is of the same build and %s", *kept)
                 return
-        enter_channel(
-            self.store,
-            found,
-            channel=CHANNEL,
-            card=self.card,
-            author=Author(key=self.signatory.key, actor=actor_of(environ)),
-            policy=self.signatory.trust,
-        )
+        author = Author(key=self.signatory.key, actor=actor_of(environ))
+        releaser = Releaser(store=self.store, author=author, policy=self.signatory.trust)
+        releaser.enter(found, CHANNEL, self.card)
 
     def local_copy(self, found: Resolved) -> Package:
         """A package in a folder of this machine, every byte verified."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.registry.store import ENVELOPE
-from pipeline.registry.trust.model_signature import available
+from pipeline.registry.trust.signing import can_sign_models
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 CARD = "NVIDIA-GeForce-RTX-4090"
@@ -65,7 +65,7 @@ def test_build_leaves_one_sealed_package_its_statement_and_its_pointer(built: Wo
     (signature,) = package.parent.glob("*.statements/signature-*")
     (provenance,) = package.parent.glob("*.statements/provenance-*")
     (move,) = package.parent.glob("channels/log/*.dsse.json")
-    model_sig = [f"{beside}/{signature.name}/model.sig"] if available() else []
+    model_sig = [f"{beside}/{signature.name}/model.sig"] if can_sign_models() else []
     assert below == {
         "registry.json",
         f"tiny/{VARIANT}/{name}/manifest.json",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.registry.trust.keys import generate_key, write_key_pair
-from pipeline.registry.trust.model_signature import available
 from pipeline.registry.trust.policy import policy_text
+from pipeline.registry.trust.signing import can_sign_models
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 CARD = "NVIDIA-GeForce-RTX-4090"
@@ -49,7 +49,7 @@ def test_plain_build_is_signed_by_this_machines_key_and_verifies(built: Workplac
     (package,) = built.packages()
     statements = _statements(package)
     assert set(statements) == {"signature", "provenance", "test"}
-    assert (statements["signature"] / "model.sig").exists() is available()
+    assert (statements["signature"] / "model.sig").exists() is can_sign_models()
     assert {path.name for path in statements["test"].iterdir()} == {
         "statement.dsse.json", "report.json", "report.html", "junit.xml",
     }  # fmt: skip

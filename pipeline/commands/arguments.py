@@ -51,7 +51,7 @@ ARTIFACTS = "artifacts"
 def open_registry(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolicy]:
     """The store that a command works on, and whose statements count there."""
     from pipeline.registry.stores.opening import open_store
-    from pipeline.registry.trust.signatory import machine_trust
+    from pipeline.registry.trust.policy import machine_trust
 
     store = open_store(registry)
     return store, machine_trust(os.environ, own_folder=store.local, policy=policy)

@@ -1,4 +1,4 @@
-"""Commands that move channels and remove versions: promote, rollback, yank, gc, channels."""
+"""Commands for those who sign: keygen, policy, sign, promote, rollback, yank; channels and gc."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, 
 
 if TYPE_CHECKING:
     from pipeline.registry.gc import Collected
-    from pipeline.registry.promotion import Moved
-    from pipeline.registry.store import WritableStore
+    from pipeline.registry.promotion import Moved, Releaser
     from pipeline.registry.trust.channels import Move
-    from pipeline.registry.trust.policy import TrustPolicy
-    from pipeline.registry.trust.statements import Author
 
 _Channel = Annotated[str, typer.Option(metavar="NAME", help="stable, candidate, or your own.")]
 _Card = Annotated[
@@ -33,6 +30,83 @@ _Name = Annotated[str, typer.Argument(metavar="NAME[/VARIANT]", show_default=Fal
 
 
 @answering
+def keygen(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="By default signing.key in ~/.config/enginesmith."),
+    ] = None,
+) -> Answer:
+    """Make a key pair to sign packages with."""
+    from pipeline.registry.trust.keys import KEY_PATH, config_root, generate_key, write_key_pair
+
+    path = out if out is not None else config_root(os.environ) / "signing.key"
+    key = generate_key()
+    public = write_key_pair(key, path)
+    return Answer(
+        value={
+            "private_key": str(path.absolute()),
+            "public_key": str(public.absolute()),
+            "keyid": key.public.keyid,
+        },
+        shown=[
+            f"private key {path} (mode 0600; sign with {KEY_PATH}={path})",
+            f"public key  {public} (for enginesmith policy)",
+            f"key id      {key.public.keyid}",
+        ],
+    )
+
+
+@answering
+def policy(
+    keys: Annotated[
+        list[Path],
+        typer.Argument(metavar="KEY.pub...", help="Public keys.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Replaces nothing.")] = Path(
+        "policy.yaml"
+    ),
+) -> Answer:
+    """Write a trust policy that gives every right to these keys."""
+    from pipeline.core.errors import ConflictError
+    from pipeline.registry.disk import disk_errors, write_new
+    from pipeline.registry.trust.keys import read_public_key
+    from pipeline.registry.trust.policy import POLICY_PATH, policy_text
+
+    named = {path.name.removesuffix(".pub").removesuffix(".key"): path for path in keys}
+    text = policy_text({name: read_public_key(path) for name, path in named.items()})
+    with disk_errors(f"write {out}"):
+        try:
+            write_new(out, text.encode())
+        except FileExistsError:
+            raise ConflictError(f"{out} exists; edit it, or choose another with --out") from None
+    return Answer(
+        value={"policy": str(out.absolute()), "keys": list(named)},
+        shown=[f"policy {out} trusts {', '.join(named)} (use it with {POLICY_PATH}={out})"],
+    )
+
+
+@answering
+def sign(
+    reference: Reference,
+    key: Annotated[
+        Path,
+        typer.Option(metavar="PATH", help="A private key of enginesmith keygen."),
+    ],
+    registry: Registry = ARTIFACTS,
+    policy: Policy = None,
+) -> Answer:
+    """Sign a package that is trusted here, and its test results, with another key."""
+    from pipeline.registry.promotion import countersign
+    from pipeline.registry.trust.keys import read_private_key
+
+    store, trust = open_registry(registry, policy)
+    signing = read_private_key(key)
+    found, keyid = countersign(store, reference, signing, trust), signing.public.keyid
+    value = {"reference": str(found.reference), "digest": found.package.digest, "keyid": keyid}
+    return Answer(value=value, shown=[f"{found.place} is signed by key {keyid[:12]}, too"])
+
+
+@answering
 def promote(
     reference: Reference,
     channel: _Channel = "stable",
@@ -42,13 +116,7 @@ def promote(
     policy: Policy = None,
 ) -> Answer:
     """Move a channel to a package whose trusted test result is good enough for it."""
-    from pipeline.registry import promotion
-
-    store, trust, author = _open_to_sign(registry, policy, reason)
-    done = promotion.promote(
-        store, reference, channel=channel, card=card, author=author, policy=trust
-    )
-    return _moved(done)
+    return _moved(_releaser(registry, policy, reason).promote(reference, channel, card))
 
 
 @answering
@@ -61,11 +129,7 @@ def rollback(
     policy: Policy = None,
 ) -> Answer:
     """Move a channel back to the package before; promote goes further back."""
-    from pipeline.registry import promotion
-
-    store, trust, author = _open_to_sign(registry, policy, reason)
-    done = promotion.rollback(store, name, channel=channel, card=card, author=author, policy=trust)
-    return _moved(done)
+    return _moved(_releaser(registry, policy, reason).rollback(name, channel, card))
 
 
 @answering
@@ -77,14 +141,14 @@ def yank(
     policy: Policy = None,
 ) -> Answer:
     """Stop a package from being pulled, but by its digest and with --allow-yanked."""
-    from pipeline.registry.promotion import channels_of, yank_package
+    from pipeline.registry.trust.channels import channels_of
 
-    store, trust, author = _open_to_sign(registry, policy, reason)
-    found, changed = yank_package(store, reference, author, trust, undo=undo)
+    releaser = _releaser(registry, policy, reason)
+    found, changed = releaser.yank(reference, undo=undo)
     what = f"{found.reference.name}/{found.reference.variant}"
     pointing = [
         channel
-        for _, _, channel in channels_of(store, trust, what)
+        for _, _, channel in channels_of(releaser.store, releaser.policy, what)
         if channel.newest.reference == found.reference and not undo
     ]
     state = f"yanked {found.yank}" if found.yank else "not yanked any more"
@@ -102,11 +166,50 @@ def yank(
         "digest": found.package.digest,
         "yanked": found.yank is not None,
         "changed": changed,
-        "actor": author.actor,
-        "reason": author.reason,
+        "actor": releaser.author.actor,
+        "reason": reason,
         "channels": [{"channel": one.name, "card": one.card} for one in pointing],
     }
     return Answer(value=value, shown=lines)
+
+
+@answering
+def channels(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME[/VARIANT]", help="By default all.", show_default=False),
+    ] = None,
+    history: Annotated[bool, typer.Option("--history", help="All moves, newest first.")] = False,
+    registry: Registry = ARTIFACTS,
+    policy: Policy = None,
+) -> Answer:
+    """Show where the channels point, by their signed moves."""
+    from pipeline.commands.screen import make_table
+    from pipeline.registry.trust.channels import channels_of
+
+    store, trust = open_registry(registry, policy)
+    found = channels_of(store, trust, name)
+    rows = [
+        (channel.name, channel.card, str(move.reference), f"{move.actor} ({move.signer.name})",
+         move.signed_at[:19], move.reason)
+        for _, _, channel in found
+        for move in reversed(channel.moves if history else channel.moves[-1:])
+    ]  # fmt: skip
+    table = make_table(("channel", "card", "package", "by", "at", "why"), rows)
+    nothing = f"{store.url} has no channels{f' of {name}' if name else ''}"
+    value = {
+        "channels": [
+            {
+                "name": name,
+                "variant": variant,
+                "channel": channel.name,
+                "card": channel.card,
+                "moves": [_move_json(move) for move in channel.moves],
+            }
+            for name, variant, channel in found
+        ]
+    }
+    return Answer(value=value, shown=[table if found else nothing])
 
 
 @answering
@@ -131,83 +234,35 @@ def gc(
 ) -> Answer:
     """Show which versions nothing needs any more, and remove them with --delete."""
     from pipeline.registry.gc import Rules, collect
-    from pipeline.registry.resolve import Terms, resolve
+    from pipeline.registry.resolve import resolve
     from pipeline.registry.store import Place
+    from pipeline.registry.trust.verification import Terms
 
     store, trust = open_registry(registry, policy)
     terms = Terms(policy=trust, allow_unsigned=True, allow_yanked=True)
     pins = frozenset(Place.of(resolve(store, text, terms).reference) for text in keep or ())
     rules = Rules(keep_days=keep_days, history=history, pins=pins, damaged=damaged)
-    done = collect(store, trust, rules, delete=delete)
-    return _collected(done, delete=delete)
-
-
-@answering
-def channels(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME[/VARIANT]", help="By default all.", show_default=False),
-    ] = None,
-    history: Annotated[bool, typer.Option("--history", help="All moves, newest first.")] = False,
-    registry: Registry = ARTIFACTS,
-    policy: Policy = None,
-) -> Answer:
-    """Show where the channels point, by their signed moves."""
-    from pipeline.commands.tables import make_table, printable
-    from pipeline.registry.promotion import channels_of
-
-    store, trust = open_registry(registry, policy)
-    found = channels_of(store, trust, name)
-    table = make_table(("channel", "card", "package", "by", "at", "why"))
-    for _, _, channel in found:
-        for move in reversed(channel.moves if history else channel.moves[-1:]):
-            by = f"{move.actor} ({move.signer.name})"
-            row = (channel.name, channel.card, str(move.reference), by, move.signed_at[:19])
-            table.add_row(*map(printable, (*row, move.reason)))
-    nothing = f"{store.url} has no channels{f' of {name}' if name else ''}"
-    value = {
-        "channels": [
-            {
-                "name": name,
-                "variant": variant,
-                "channel": channel.name,
-                "card": channel.card,
-                "moves": [_move_json(move) for move in channel.moves],
-            }
-            for name, variant, channel in found
-        ]
-    }
-    return Answer(value=value, shown=[table if found else nothing])
-
-
-def _open_to_sign(
-    registry: str, policy: Path | None, reason: str
-) -> tuple[WritableStore, TrustPolicy, Author]:
-    from pipeline.registry.trust.keys import require_signing_key
-    from pipeline.registry.trust.statements import Author, actor_of
-
-    store, trust = open_registry(registry, policy)
-    key = require_signing_key(os.environ, local=store.local)
-    return store, trust, Author(key=key, actor=actor_of(os.environ), reason=reason)
+    return _collected(collect(store, trust, rules, delete=delete), delete=delete)
 
 
 def _collected(done: Collected, *, delete: bool) -> Answer:
     from rich.filesize import decimal
 
-    from pipeline.commands.tables import make_table, printable
+    from pipeline.commands.screen import make_table, printable
 
-    table = make_table(("", "package", "size", "why"))
-    for fate in sorted(done.fates, key=lambda one: (not one.remove, one.place)):
-        what = printable("remove", "yellow") if fate.remove else printable("keep")
-        size = "?" if fate.size_bytes is None else decimal(fate.size_bytes)
-        table.add_row(what, *map(printable, (str(fate.place), size, fate.why)))
+    remove = printable("remove", "yellow")
+    table = make_table(
+        ("", "package", "size", "why"),
+        (
+            (remove if fate.remove else "keep", str(fate.place),
+             "?" if fate.size_bytes is None else decimal(fate.size_bytes), fate.why)
+            for fate in sorted(done.fates, key=lambda one: (not one.remove, one.place))
+        ),
+    )  # fmt: skip
     go = [fate.size_bytes or 0 for fate in done.fates if fate.remove]
-    lines = [
-        f"removed {len(done.removed)} versions; a later gc frees their {done.freed_bytes} bytes"
-        if delete
-        else f"{len(go)} versions of {sum(go)} bytes would go; nothing was removed, "
-        "--delete removes"
-    ]
+    would = f"{len(go)} versions of {sum(go)} bytes would go; nothing was removed, --delete removes"
+    gone = f"removed {len(done.removed)} versions; a later gc frees their {done.freed_bytes} bytes"
+    lines = [gone if delete else would]
     lines += [f"{'removed' if delete else 'left over'}: {words}" for words in done.leftovers]
     value = {
         "deleted": delete,
@@ -227,9 +282,19 @@ def _collected(done: Collected, *, delete: bool) -> Answer:
     return Answer(value=value, shown=[*([table] if done.fates else []), *lines])
 
 
+def _releaser(registry: str, policy: Path | None, reason: str) -> Releaser:
+    from pipeline.registry.promotion import Releaser
+    from pipeline.registry.trust.keys import require_signing_key
+    from pipeline.registry.trust.signing import Author, actor_of
+
+    store, trust = open_registry(registry, policy)
+    key = require_signing_key(os.environ, local=store.local)
+    author = Author(key=key, actor=actor_of(os.environ), reason=reason)
+    return Releaser(store=store, author=author, policy=trust)
+
+
 def _moved(done: Moved) -> Answer:
-    move = done.move
-    was = f"it was {done.before}" if done.before else "it was nowhere"
+    move, was = done.move, f"it was {done.before or 'nowhere'}"
     lines = [
         f"{move.channel} of {move.card} is {move.reference} "
         f"({was if done.changed else 'it was so already'})",
@@ -247,13 +312,10 @@ def _moved(done: Moved) -> Answer:
 
 def _move_json(move: Move) -> dict[str, Any]:
     """A move, for programs."""
+    names = ("channel", "card", "actor", "reason", "signed_at")
     return {
         "reference": str(move.reference),
         "digest": move.reference.digest,
-        "channel": move.channel,
-        "card": move.card,
-        "actor": move.actor,
-        "reason": move.reason,
-        "signed_at": move.signed_at,
+        **{name: getattr(move, name) for name in names},
         "signer": move.signer.name,
     }

@@ -1,8 +1,9 @@
-"""Commands that look at packages: list, show, generate."""
+"""Commands that look at packages and bring them elsewhere: list, show, generate, copy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,10 @@ from pipeline.commands.answer import Answer, answering
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pipeline.registry.listing import Entry
-    from pipeline.registry.resolve import Resolved, Terms
+    from pipeline.registry.resolve import Resolved
     from pipeline.registry.store import WritableStore
+    from pipeline.registry.trust.verification import Terms
 
 _STYLES = {
     "accepted": "green",
@@ -31,21 +31,17 @@ _STYLES = {
 @answering
 def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
     """List the published packages, with what trusted keys state about them."""
-    from pipeline.commands.tables import make_table, printable
+    from pipeline.commands.screen import make_table, printable
     from pipeline.registry.listing import entries
 
-    store, terms = _open(registry, policy)
-    found = entries(store, terms)
-    table = make_table(("reference", "size", "state", "channels"))
-    table.columns[1].justify = "right"
+    found = entries(*_open(registry, policy))
+    rows = []
     for entry in found:
         state, size = _state(entry), _size(entry.resolved) if entry.resolved else "?"
-        table.add_row(
-            printable(str(entry.place)),
-            size,
-            printable(state, _STYLES.get(state.split()[0], "yellow")),
-            printable(_channels(entry)),
-        )
+        styled = printable(state, _STYLES.get(state.split()[0], "yellow"))
+        rows.append((str(entry.place), size, styled, _channels(entry)))
+    table = make_table(("reference", "size", "state", "channels"), rows)
+    table.columns[1].justify = "right"
     nothing = f"{registry} has no packages; make one with: enginesmith build RECIPE"
     return Answer(
         value={"packages": [_summary(entry) for entry in found]},
@@ -59,21 +55,22 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
     from rich.console import Group
     from rich.filesize import decimal
 
-    from pipeline.commands.tables import printable
+    from pipeline.commands.screen import make_table, printable
     from pipeline.registry.listing import entry
 
     store, terms = _open(registry, policy)
     found = entry(store, reference, terms)
     assert found.resolved is not None  # an error says why not
-    manifest, title = found.resolved.package.manifest, printable(str(found.place), "bold")
+    manifest = found.resolved.package.manifest
+    facts = _facts(found, found.resolved).items()
     parts = (
-        title,
-        _pairs_table(_facts(found, found.resolved)),
-        _rows_table(
+        printable(str(found.place), "bold"),
+        make_table(("", ""), ((printable(name, "dim"), value) for name, value in facts)),
+        make_table(
             ("file", "size", "sha256"),
             ((file["path"], decimal(file["size"]), file["sha256"]) for file in manifest["files"]),
         ),
-        _rows_table(
+        make_table(
             ("card", "verdict", "runtime", "signed by", "at", "statement"),
             (
                 (one.card, one.verdict, " ".join(one.runtime), str(one.signer), one.signed_at[:19],
@@ -122,9 +119,54 @@ def generate(
     return Answer(value={"reference": target, "prompt": prompt, "text": text}, shown=[""])
 
 
+@answering
+def copy(
+    reference: Reference,
+    source: Annotated[
+        str, typer.Option("--from", metavar="URL", help="Where it is.", show_default=False)
+    ],
+    target: Annotated[
+        str, typer.Option("--to", metavar="URL", help="Where it goes.", show_default=False)
+    ],
+    policy: Policy = None,
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Copy a package without a signature.")
+    ] = False,
+) -> Answer:
+    """Copy a package, its signatures and its test results to another registry, byte for byte."""
+    from pipeline.commands.screen import screen_logging
+    from pipeline.registry import copying
+
+    with screen_logging():
+        done = copying.copy(
+            reference, source, target, os.environ, policy=policy, allow_unsigned=allow_unsigned
+        )
+    found, signer = done.resolved, done.resolved.verification.signer
+    return Answer(
+        value={
+            "reference": str(found.reference),
+            "digest": found.package.digest,
+            "from": source,
+            "to": target,
+            "new": done.new,
+            "statements_added": done.added,
+            "signer": signer.name if signer else None,
+            "allow_unsigned": allow_unsigned,
+        },
+        shown=[
+            f"{'Copied' if done.new else 'Already there'}: {found.place}, "
+            f"{f'signed by {signer}' if signer else 'UNSIGNED'}",
+            f"digest      sha256:{found.package.digest}",
+            f"from        {source}",
+            f"to          {target}",
+            f"statements  {done.added} new there; no channel was moved",
+        ],
+    )
+
+
 def _open(registry: str, policy: Path | None) -> tuple[WritableStore, Terms]:
     """A store, and whose statements count for what it shows."""
-    from pipeline.registry.resolve import Terms
+    from pipeline.registry.trust.verification import Terms
 
     store, trust = open_registry(registry, policy)
     return store, Terms(policy=trust, allow_unsigned=True)
@@ -168,11 +210,16 @@ def _state(entry: Entry) -> str:
 
 def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
     manifest, verification = found.package.manifest, found.verification
-    source = manifest["source"]
+    source, match = manifest["source"], manifest["match"]
     commit = f" at {source['commit']}" if source["commit"] else ""
     note = f" ({source['note']})" if source["note"] else ""
     proven = ", ".join(verification.proven_cards)
     signer = f"signed by {verification.signer}" if verification.signer else "no trusted signature"
+    fits = ", ".join(match["cards"]) or ", ".join(f"sm_{sm}" for sm in match["sm"]) or "any GPU"
+    needs = [f"{match['min_vram_bytes'] / 2**30:.2f} GiB free"]
+    needs += [" ".join((match["runtime"]["name"], match["runtime"]["version"]))]
+    needs += [f"CUDA {match['cuda']}"] if match["cuda"] else []
+    needs += [f"driver >= {match['driver_min']}"] if match["driver_min"] else []
     return {
         "digest": f"sha256:{found.package.digest}",
         "state": _state(entry),
@@ -184,7 +231,7 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         "builder": verification.builder_id or "no trusted provenance",
         "format": f"{manifest['format']}, {manifest['quantization']}",
         "size": _size(found),
-        "fits": _fits(manifest["match"]),
+        "fits": f"{fits}; {', '.join(needs)}",
         "limits": _joined(manifest["limits"]),
         "serve": " ".join(manifest["serve"]["args"]) or "no server arguments",
         "source": f"{source['origin']}{commit}{note}",
@@ -193,36 +240,6 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         "tools": _joined(manifest["build"]["tools"]),
         "ignored": "; ".join(verification.ignored) or "nothing",
     }
-
-
-def _fits(match: Mapping[str, Any]) -> str:
-    """Where it runs, in words."""
-    where = ", ".join(match["cards"]) or ", ".join(f"sm_{sm}" for sm in match["sm"]) or "any GPU"
-    runtime = match["runtime"]
-    needs = [f"{match['min_vram_bytes'] / 2**30:.2f} GiB free"]
-    needs += [f"{runtime['name']} {runtime['version']}"]
-    needs += [f"CUDA {match['cuda']}"] if match["cuda"] else []
-    needs += [f"driver >= {match['driver_min']}"] if match["driver_min"] else []
-    return f"{where}; {', '.join(needs)}"
-
-
-def _pairs_table(pairs: Mapping[str, str]) -> Table:
-    from pipeline.commands.tables import make_table, printable
-
-    table = make_table(("", ""))
-    table.show_header = False
-    for name, value in pairs.items():
-        table.add_row(printable(name, "dim"), printable(value))
-    return table
-
-
-def _rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    from pipeline.commands.tables import make_table, printable
-
-    table = make_table(columns)
-    for row in rows:
-        table.add_row(*map(printable, row))
-    return table
 
 
 def _channels(entry: Entry) -> str:

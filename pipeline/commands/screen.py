@@ -1,4 +1,7 @@
-"""Where messages go: short lines on stderr, results on stdout, every detail in build.log."""
+"""Where messages go: short lines on stderr, results on stdout, every detail in build.log.
+
+Tables may show text that a package or a store brought: it is shown, never obeyed.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +39,26 @@ def show_error(message: str) -> None:
 
     text = Text.assemble(("error: ", "bold red"), message)
     Console(stderr=True).print(text, soft_wrap=True)
+
+
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]] = ()) -> Table:
+    """A table without lines."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+def printable(text: str, style: str = "") -> Text:
+    """Text without markup or control characters."""
+    from rich.text import Text
+
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return Text(shown, style=style)
 
 
 class _ScreenHandler(logging.Handler):

@@ -15,12 +15,13 @@ from pathlib import Path
 from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
 from pipeline.core.progress import BYTES, progress
 from pipeline.registry.client.pull import fetch
-from pipeline.registry.policy import require_manifest_publishable
-from pipeline.registry.resolve import Resolved, Terms, examine, resolve
+from pipeline.registry.package import require_manifest_publishable
+from pipeline.registry.resolve import Resolved, examine, resolve
 from pipeline.registry.store import ENVELOPE, RawStatement, Store
 from pipeline.registry.stores.opening import open_store
-from pipeline.registry.trust.signatory import machine_trust
+from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.statements import verified_files
+from pipeline.registry.trust.verification import Terms
 
 log = logging.getLogger(__name__)
 

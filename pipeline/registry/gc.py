@@ -25,11 +25,12 @@ from datetime import datetime
 from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
-from pipeline.registry.resolve import Terms, examine
+from pipeline.registry.resolve import examine
 from pipeline.registry.store import Place, Store, WritableStore
 from pipeline.registry.stores.objects import in_parallel, readers
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.trust.verification import Terms
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,18 @@ wherever it is sealed.
 
 Reading is strict, since a manifest decides what is loaded into a GPU: bounded, canonical bytes
 only, the known schema only, and paths that cannot leave the package. Unknown keys are refused: a
-`match` rule that a reader does not know could be the one that says "not on this card".
+`match` rule that a reader does not know could be the one that says "not on this card". So is a
+folder (`verify`): an extra file, a link or a FIFO is damage, since nothing checks what is not
+listed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,17 +28,15 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.settings import STRICT
-from pipeline.core.values import Engine, FileDigest, Licence, Redistribution, Weights
-from pipeline.registry.disk import read_bounded
-from pipeline.registry.paths import paths_fault
+from pipeline.core.values import FileDigest, Package, Redistribution
+from pipeline.registry.disk import disk_errors, file_fault, open_regular, read_bounded
+from pipeline.registry.paths import folders_of, paths_fault
 from pipeline.registry.reference import check_part, derive_version
 from pipeline.registry.store import Place, Store
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ENGINE = "engine"
-NOTICE = "NOTICE"
-"""File of the engine folder that carries the notice that a licence asks for."""
 MAX_MANIFEST_BYTES = 4 << 20
 """About 30,000 files; an engine has some ten. The manifest limit of OCI registries, too
 (distribution-spec 1.1, "Pushing manifests")."""
@@ -157,99 +158,6 @@ class Manifest:
                 raise ValueError(f"files: {path!r} is not below engine/")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Label:
-    """What a package says that neither its engine nor its weights know.
-
-    Attributes:
-        name: The recipe.
-        recipe_version: The recipe's own version, such as `1.0`.
-        build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
-        config: The resolved recipe less acceptance and registry; JSON values.
-        cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
-        quantization: Precision of the quantized linears, such as `fp8`.
-        ledger: What was quantized and how far it is from the weights; JSON values.
-        cuda: CUDA version that it needs, such as `13.0`; None for any.
-        driver_min: Oldest driver, such as `580.65.06`; None for any.
-    """
-
-    name: str
-    recipe_version: str
-    build_key: str
-    config: Mapping[str, Any]
-    quantization: str
-    ledger: Mapping[str, Any]
-    cards: Sequence[str] = ()
-    cuda: str | None = None
-    driver_min: str | None = None
-
-
-def make_manifest(
-    engine: Engine, weights: Weights, label: Label, files: Sequence[FileDigest]
-) -> dict[str, Any]:
-    """The manifest of a package.
-
-    Args:
-        engine: What is in it.
-        weights: What the engine was made from.
-        label: Its name, version and build.
-        files: Every file, with paths relative to the package: `engine/...`.
-
-    Returns:
-        Exactly what `parse_manifest` gives for its bytes.
-
-    Raises:
-        RecipeError: Name, variant, version or card breaks the grammar of references.
-        CorruptError: A path may not be in a package, or a value is of no use; names it.
-    """
-    check_part("name", label.name)
-    check_part("variant", engine.variant)
-    check_part("recipe_version", label.recipe_version)
-    runtime_name, runtime_version = engine.runtime
-    manifest = {
-        "schema": SCHEMA,
-        "name": label.name,
-        "variant": engine.variant,
-        "recipe_version": label.recipe_version,
-        "build_key": label.build_key,
-        "format": engine.format,
-        "quantization": label.quantization,
-        "files": [file.to_json() for file in sorted(files, key=lambda file: file.path)],
-        "match": {
-            "sm": list(engine.sms),
-            "cards": [check_part("card", card) for card in label.cards],
-            "min_vram_bytes": engine.min_vram_bytes,
-            "runtime": {"name": runtime_name, "version": runtime_version},
-            "cuda": label.cuda,
-            "driver_min": label.driver_min,
-        },
-        "limits": engine.limits.to_json(),
-        "serve": {"args": list(engine.serve_args)},
-        "source": {
-            "origin": weights.origin,
-            "commit": weights.commit,
-            "digest": weights.digest,
-            "note": weights.note,
-            "random": weights.random,
-        },
-        "ledger": dict(label.ledger),
-        "build": {"tools": dict(engine.tools), "config": dict(label.config)},
-        "licence": _licence_json(weights.licence),
-    }
-    return parse_manifest(manifest_bytes(manifest), f"manifest of {label.name}")
-
-
-def _licence_json(licence: Licence) -> dict[str, Any]:
-    """Terms for a manifest."""
-    files = dict.fromkeys((*licence.files, *([NOTICE] if licence.notice else [])))
-    return {
-        "spdx": licence.spdx,
-        "files": list(files),
-        "redistribution": licence.redistribution,
-        "notice": licence.notice,
-    }
-
-
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """The bytes whose SHA-256 is the package's digest.
 
@@ -268,14 +176,7 @@ def digest_bytes(data: bytes) -> str:
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """Read and check a `manifest.json`.
-
-    Returns:
-        Its content and its digest.
-
-    Raises:
-        CorruptError: It breaks any rule; names the rule.
-    """
+    """Content and digest of a `manifest.json`; raises like `parse_manifest`."""
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     return parse_manifest(data, str(path)), digest_bytes(data)
 
@@ -290,11 +191,8 @@ def manifest_at(store: Store, place: Place) -> tuple[dict[str, Any], str]:
     """
     data = store.read_manifest(place)
     manifest, digest = parse_manifest(data, f"{store.url}: manifest of {place}"), digest_bytes(data)
-    own = Place(
-        name=manifest["name"],
-        variant=manifest["variant"],
-        version=derive_version(manifest, digest),
-    )
+    version = derive_version(manifest, digest)
+    own = Place(name=manifest["name"], variant=manifest["variant"], version=version)
     if own != place:
         raise CorruptError(
             f"{store.url}: what lies under {place} is {own}; who may write there put it in the "
@@ -312,11 +210,7 @@ def files_of(manifest: Mapping[str, Any]) -> list[FileDigest]:
 
 
 def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
-    """Check the bytes of a manifest and return its content.
-
-    Args:
-        data: The bytes.
-        origin: Where they come from, for messages.
+    """Check the bytes of a manifest and return its content; `origin` is for messages.
 
     Raises:
         CorruptError: It breaks any rule; names the rule.
@@ -352,13 +246,87 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys: set[str] = set()
-    for key, _ in pairs:
-        if key in keys:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
             raise ValueError(f"key {key!r} is there twice")
-        keys.add(key)
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
+
+
+def verify(
+    package_dir: Path, *, deep: bool = True, beside: Callable[[str], bool] = lambda path: False
+) -> Package:
+    """Check that a folder is a whole, unchanged package.
+
+    Args:
+        package_dir: The folder.
+        deep: Read every file and compare its SHA-256; otherwise only names and sizes are compared.
+        beside: Whether a path may be there although no manifest lists it; such a file must be a
+            plain one. A package in a registry has none.
+
+    Raises:
+        CorruptError: Anything is missing, too much, or different; names it.
+    """
+    with disk_errors(f"verify {package_dir}"):
+        manifest, digest = read_manifest(package_dir / MANIFEST)
+        wanted = {file.path: file for file in files_of(manifest)}
+        folders = {folder for path in wanted for folder in folders_of(path)}
+        found = walk(package_dir, lambda path: path in folders or beside(path))
+        for path, status in sorted(found.items()):
+            if status.st_nlink != 1:
+                raise CorruptError(
+                    f"{package_dir}: {path!r} has {status.st_nlink} hard links, so another name "
+                    "may change it; put a copy in its place"
+                )
+        found.pop(MANIFEST, None)
+        if missing := wanted.keys() - found.keys():
+            raise CorruptError(f"{package_dir}: {min(missing)!r} is missing")
+        if extra := {path for path in found.keys() - wanted.keys() if not beside(path)}:
+            raise CorruptError(f"{package_dir}: {min(extra)!r} is not in its manifest")
+        for path, file in sorted(wanted.items()):
+            if found[path].st_size != file.size_bytes:
+                raise CorruptError(
+                    f"{package_dir}: {path!r} has {found[path].st_size} bytes, "
+                    f"its manifest says {file.size_bytes}"
+                )
+        for path, file in wanted.items() if deep else ():
+            with open_regular(package_dir / path) as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            if sha256 != file.sha256:
+                raise CorruptError(
+                    f"{package_dir}: {path!r} has SHA-256 {sha256}, its manifest says {file.sha256}"
+                )
+    return Package(dir=package_dir, manifest=manifest, digest=digest)
+
+
+def walk(
+    folder: Path, may_be_folder: Callable[[str], bool] = lambda path: True
+) -> dict[str, os.stat_result]:
+    """Every file below `folder`, by relative POSIX path; all but files and folders is damage.
+
+    `may_be_folder` tells whether a folder may be there.
+    """
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        raise CorruptError(f"{folder} is not a folder")
+    found: dict[str, os.stat_result] = {}
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                path = f"{prefix}{entry.name}"
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    if not may_be_folder(path):
+                        raise CorruptError(f"{folder}: folder {path!r} is not in its manifest")
+                    pending.append(f"{path}/")
+                elif fault := file_fault(status.st_mode):
+                    raise CorruptError(f"{folder}: {path!r} {fault}")
+                else:
+                    found[path] = status
+    return found

@@ -1,38 +1,123 @@
-"""Seal a folder into a package, and verify one.
+"""Seal an engine folder into a package, and where a package may be published.
 
     package = seal(staging, engine, weights, label)
-    package = verify(folder)                          # every byte, before anything is loaded
 
-A package is `manifest.json` and the files that it names below `engine/`, and nothing else: an extra
-file, a link or a FIFO is damage, since what is not listed is not checked.
+Licences decide where: what is gated needs an acknowledgement, what may not be passed on goes to no
+registry that everybody can read, and a rehearsal's random weights to its throw-away one alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.cache import RECORD
-from pipeline.core.errors import CorruptError
-from pipeline.core.values import Engine, FileDigest, Package, Weights
-from pipeline.registry.disk import disk_errors, file_fault, open_regular, write_new
+from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.values import Engine, FileDigest, Licence, Package, Weights
+from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular, write_new
 from pipeline.registry.manifest import (
     ENGINE,
     MANIFEST,
-    NOTICE,
-    Label,
+    SCHEMA,
     digest_bytes,
-    files_of,
-    make_manifest,
     manifest_bytes,
-    read_manifest,
+    parse_manifest,
+    walk,
 )
-from pipeline.registry.paths import folders_of
+from pipeline.registry.reference import check_part
 
-_CHUNK_BYTES = 1 << 20
+NOTICE = "NOTICE"
+"""File of the engine folder that carries the notice that a licence asks for."""
+_REHEARSAL = ".rehearsal"
+"""Top-level file of a folder registry that is removed after one rehearsal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What a package says that neither its engine nor its weights know.
+
+    Attributes:
+        name: The recipe.
+        recipe_version: The recipe's own version, such as `1.0`.
+        build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
+        config: The resolved recipe less acceptance and registry; JSON values.
+        cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
+        quantization: Precision of the quantized linears, such as `fp8`.
+        ledger: What was quantized and how far it is from the weights; JSON values.
+        cuda: CUDA version that it needs, such as `13.0`; None for any.
+        driver_min: Oldest driver, such as `580.65.06`; None for any.
+    """
+
+    name: str
+    recipe_version: str
+    build_key: str
+    config: Mapping[str, Any]
+    quantization: str
+    ledger: Mapping[str, Any]
+    cards: Sequence[str] = ()
+    cuda: str | None = None
+    driver_min: str | None = None
+
+
+def make_manifest(
+    engine: Engine, weights: Weights, label: Label, files: Sequence[FileDigest]
+) -> dict[str, Any]:
+    """The manifest of a package.
+
+    Args:
+        engine: What is in it.
+        weights: What the engine was made from.
+        label: Its name, version and build.
+        files: Every file, with paths relative to the package: `engine/...`.
+
+    Returns:
+        Exactly what `parse_manifest` gives for its bytes.
+
+    Raises:
+        RecipeError: Name, variant, version or card breaks the grammar of references.
+        CorruptError: A path may not be in a package, or a value is of no use; names it.
+    """
+    check_part("name", label.name)
+    check_part("variant", engine.variant)
+    check_part("recipe_version", label.recipe_version)
+    licence = weights.licence
+    texts = dict.fromkeys((*licence.files, *([NOTICE] if licence.notice else [])))
+    manifest = {
+        "schema": SCHEMA,
+        "name": label.name,
+        "variant": engine.variant,
+        "recipe_version": label.recipe_version,
+        "build_key": label.build_key,
+        "format": engine.format,
+        "quantization": label.quantization,
+        "files": [file.to_json() for file in sorted(files, key=lambda file: file.path)],
+        "match": {
+            "sm": list(engine.sms),
+            "cards": [check_part("card", card) for card in label.cards],
+            "min_vram_bytes": engine.min_vram_bytes,
+            "runtime": dict(zip(("name", "version"), engine.runtime, strict=True)),
+            "cuda": label.cuda,
+            "driver_min": label.driver_min,
+        },
+        "limits": engine.limits.to_json(),
+        "serve": {"args": list(engine.serve_args)},
+        "source": {
+            name: getattr(weights, name)
+            for name in ("origin", "commit", "digest", "note", "random")
+        },
+        "ledger": dict(label.ledger),
+        "build": {"tools": dict(engine.tools), "config": dict(label.config)},
+        "licence": {
+            "spdx": licence.spdx,
+            "files": list(texts),
+            "redistribution": licence.redistribution,
+            "notice": licence.notice,
+        },
+    }
+    return parse_manifest(manifest_bytes(manifest), f"manifest of {label.name}")
 
 
 def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> Package:
@@ -58,7 +143,7 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     with disk_errors(f"copy the engine to {staging_dir}"):
         files = [
             _copy(engine.dir / path, staging_dir / ENGINE / path, f"{ENGINE}/{path}")
-            for path in sorted(_walk(engine.dir))
+            for path in sorted(walk(engine.dir))
             if path != RECORD
         ]
         if not files:
@@ -71,85 +156,13 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     return Package(dir=staging_dir, manifest=manifest, digest=digest_bytes(data))
 
 
-def verify(
-    package_dir: Path, *, deep: bool = True, beside: Callable[[str], bool] = lambda path: False
-) -> Package:
-    """Check that a folder is a whole, unchanged package.
-
-    Args:
-        package_dir: The folder.
-        deep: Read every file and compare its SHA-256; otherwise only names and sizes are compared.
-        beside: Whether a path may be there although no manifest lists it; such a file must be a
-            plain one. A package in a registry has none.
-
-    Raises:
-        CorruptError: Anything is missing, too much, or different; names it.
-    """
-    with disk_errors(f"verify {package_dir}"):
-        manifest, digest = read_manifest(package_dir / MANIFEST)
-        wanted = {file.path: file for file in files_of(manifest)}
-        folders = {folder for path in wanted for folder in folders_of(path)}
-        found = _walk(package_dir, lambda path: path in folders or beside(path))
-        for path, status in sorted(found.items()):
-            if status.st_nlink != 1:
-                raise CorruptError(
-                    f"{package_dir}: {path!r} has {status.st_nlink} hard links, so another name "
-                    "may change it; put a copy in its place"
-                )
-        found.pop(MANIFEST, None)
-        if missing := wanted.keys() - found.keys():
-            raise CorruptError(f"{package_dir}: {min(missing)!r} is missing")
-        if extra := {path for path in found.keys() - wanted.keys() if not beside(path)}:
-            raise CorruptError(f"{package_dir}: {min(extra)!r} is not in its manifest")
-        for path, file in sorted(wanted.items()):
-            if found[path].st_size != file.size_bytes:
-                raise CorruptError(
-                    f"{package_dir}: {path!r} has {found[path].st_size} bytes, "
-                    f"its manifest says {file.size_bytes}"
-                )
-        if deep:
-            for file in wanted.values():
-                _check_bytes(package_dir, file)
-    return Package(dir=package_dir, manifest=manifest, digest=digest)
-
-
-def _walk(
-    folder: Path, may_be_folder: Callable[[str], bool] = lambda path: True
-) -> dict[str, os.stat_result]:
-    """Every file below `folder`, by relative POSIX path; all but files and folders is damage.
-
-    Args:
-        folder: Where to look.
-        may_be_folder: Whether a folder may be there.
-    """
-    if not stat.S_ISDIR(folder.lstat().st_mode):
-        raise CorruptError(f"{folder} is not a folder")
-    found: dict[str, os.stat_result] = {}
-    pending = [""]
-    while pending:
-        prefix = pending.pop()
-        with os.scandir(folder / prefix) as entries:
-            for entry in entries:
-                path = f"{prefix}{entry.name}"
-                status = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode):
-                    if not may_be_folder(path):
-                        raise CorruptError(f"{folder}: folder {path!r} is not in its manifest")
-                    pending.append(f"{path}/")
-                elif fault := file_fault(status.st_mode):
-                    raise CorruptError(f"{folder}: {path!r} {fault}")
-                else:
-                    found[path] = status
-    return found
-
-
 def _copy(source: Path, target: Path, path: str) -> FileDigest:
     """Copy one file, hashing what is written."""
     digest = hashlib.sha256()
     size_bytes = 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_regular(source) as reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
+        while chunk := reader.read(CHUNK_BYTES):
             digest.update(chunk)
             writer.write(chunk)
             size_bytes += len(chunk)
@@ -170,11 +183,66 @@ def _with_notice(files: list[FileDigest], staging_dir: Path, notice: str) -> lis
     return [*(file for file in files if file.path != present), added]
 
 
-def _check_bytes(package_dir: Path, file: FileDigest) -> None:
-    """Compare a file's SHA-256."""
-    with open_regular(package_dir / file.path) as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != file.sha256:
-        raise CorruptError(
-            f"{package_dir}: {file.path!r} has SHA-256 {found}, its manifest says {file.sha256}"
+def publish_faults(licence: Licence, *, public: bool) -> Iterator[Fault]:
+    """Why weights must not be published; nothing if they may."""
+    if licence.gated and licence.acknowledged != licence.spdx:
+        got = f", got {licence.acknowledged}" if licence.acknowledged else ""
+        yield Fault(
+            "source.acknowledge_licence",
+            f"these weights are gated, and passing them on binds you to their licence: read it at "
+            f"{licence.read_at}, then set source.acknowledge_licence={licence.spdx}{got}",
         )
+    if public and licence.redistribution == "forbidden":
+        yield Fault(
+            "registry",
+            f"everybody can read this registry, and the recipe does not say that {licence.spdx} "
+            "allows to pass the weights on; choose a private registry, or read the licence and set "
+            "source.redistribution to what it says: allowed or with-notice",
+        )
+
+
+def require_publishable(licence: Licence, *, public: bool) -> None:
+    """Stop a build, before any download, whose package could not be published.
+
+    Raises:
+        RecipeError: With all faults of `publish_faults`.
+    """
+    if faults := tuple(publish_faults(licence, public=public)):
+        raise RecipeError(faults)
+
+
+def require_manifest_publishable(
+    manifest: Mapping[str, Any], *, public: bool, throwaway: bool = False
+) -> None:
+    """Stop a sealed package that may not go where it is about to go.
+
+    Args:
+        manifest: Of the package.
+        public: Everybody can read the registry.
+        throwaway: The registry is removed after one rehearsal; see `is_throwaway`.
+
+    Raises:
+        RecipeError: Its licence does not allow it, or its weights are a rehearsal's random ones.
+    """
+    if manifest["source"]["random"]:
+        if throwaway:
+            return
+        fault = (
+            "this is a rehearsal: its weights are random, so only the throw-away registry of "
+            "`enginesmith rehearse` takes it; build the recipe itself to publish an engine"
+        )
+        raise RecipeError([Fault("registry", fault)])
+    licence = manifest["licence"]
+    terms = Licence(spdx=licence["spdx"], redistribution=licence["redistribution"])
+    require_publishable(terms, public=public)
+
+
+def mark_throwaway(registry_dir: Path) -> None:
+    """Make a registry folder one that takes packages of random weights."""
+    registry_dir.mkdir(parents=True, exist_ok=True)
+    (registry_dir / _REHEARSAL).touch()
+
+
+def is_throwaway(registry_dir: Path) -> bool:
+    """Whether a registry folder takes packages of random weights."""
+    return (registry_dir / _REHEARSAL).exists()

@@ -1,12 +1,24 @@
-"""Promote a package into a channel, roll a channel back, yank a package, sign it with another key.
+"""Move channels and yank packages in one author's name; sign a package with another key.
+
+    releaser = Releaser(store=store, author=author, policy=policy)
+    releaser.promote("phi3:candidate", "stable", card)
 
 `stable` takes packages that are proven on the card, every other channel also those whose newest
 verdict for the card is `checked` or `compiled`. A yanked version stays where it is; readers refuse
 it (exit 5). Undoing a yank is a later yank with `yanked: false`.
+
+Of two moves after the same one the earlier signed counts, and the other's author gets a
+`ConflictError`. No store is asked for a lock: an author looks at the log again after as much time
+as its own move took to be written. Two clocks that differ may still let an author believe that a
+move counts which an earlier one, slow to arrive, replaces; the log then says so to everyone alike.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.core.errors import (
@@ -14,31 +26,29 @@ from pipeline.core.errors import (
     Fault,
     NotAcceptedError,
     NotFoundError,
+    PipelineError,
     RecipeError,
+    TransientError,
     UntrustedError,
 )
 from pipeline.core.values import PASSING, Reference
-from pipeline.registry.reference import check_part, parse_reference
-from pipeline.registry.resolve import Resolved, Terms, examine, resolve
-from pipeline.registry.store import Place, Store, WritableStore
-from pipeline.registry.trust.channels import (
-    Channel,
-    Move,
-    move_channel,
-    read_channel,
-    read_channels,
-)
+from pipeline.registry.reference import check_part
+from pipeline.registry.resolve import Resolved, examine, resolve
+from pipeline.registry.store import Place, WritableStore
+from pipeline.registry.trust.channels import Channel, Move, channels_of, read_channels
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.signatory import sign_package
-from pipeline.registry.trust.statements import (
+from pipeline.registry.trust.signing import (
     Author,
     place_fields,
     sign_again,
+    sign_package,
     sign_statement,
-    verified_files,
 )
-from pipeline.registry.trust.verification import SignedVerdict, Verification, Yank
+from pipeline.registry.trust.statements import open_statement, verified_files
+from pipeline.registry.trust.verification import SignedVerdict, Terms, Verification
+
+log = logging.getLogger(__name__)
 
 _STABLE = "stable"
 
@@ -63,80 +73,198 @@ class Moved:
         return self.before != self.move.reference
 
 
-def promote(
-    store: WritableStore,
-    text: str,
-    *,
-    channel: str,
-    card: str | None,
-    author: Author,
-    policy: TrustPolicy,
-) -> Moved:
-    """Move a channel to the package that a reference means.
+@dataclass(frozen=True, kw_only=True)
+class Releaser:
+    """Moves channels and yanks packages.
 
-    Without a card: for the only one that has a test result.
-
-    Raises:
-        PipelineError: As in `resolve` and `enter_channel`.
+    Attributes:
+        store: Whose.
+        author: Signs; an UntrustedError unless the policy lets this key.
+        policy: By which the registry is read; its readers should have the same.
     """
-    check_part("channel", channel)
-    policy.require_may(author.key.public, "channels")  # before anything is read from far away
-    found = resolve(store, text, Terms(policy=policy), card)
-    return enter_channel(store, found, channel=channel, card=card, author=author, policy=policy)
+
+    store: WritableStore
+    author: Author
+    policy: TrustPolicy
+
+    def __post_init__(self) -> None:
+        self.policy.require_may(self.author.key.public, "channels")
+
+    def promote(self, text: str, channel: str, card: str | None = None) -> Moved:
+        """Move a channel to the package that a reference means; raises like `enter`."""
+        check_part("channel", channel)
+        return self.enter(resolve(self.store, text, Terms(policy=self.policy), card), channel, card)
+
+    def enter(
+        self, found: Resolved, channel: str, card: str | None, *, seen: Move | None = None
+    ) -> Moved:
+        """Move a channel to a package, if the package may go there.
+
+        Without a card: for the only one that has a test result. `seen` is that of `move`.
+
+        Raises:
+            RecipeError: No card was named, and several have results; lists them.
+            UntrustedError: It is unsigned, or has no trusted result for the card.
+            NotAcceptedError: Its result does not suffice.
+            ConflictError: As in `move`.
+        """
+        reference = found.reference
+        verdict = _require_enterable(found.verification, channel, card)
+        held = self._channel(reference, channel, verdict.card)
+        move = self.move(reference, channel, verdict.card, seen=seen)
+        try:
+            self.store.read_manifest(Place.of(reference))
+        except NotFoundError as error:  # by a collector that could not see the move yet
+            raise NotFoundError(
+                f"{reference} was removed while {channel} was moved to it; publish it again, or "
+                "roll the channel back"
+            ) from error
+        before = held.newest.reference if held else None
+        return Moved(move=move, before=before, verdict=verdict)
+
+    def rollback(self, text: str, channel: str, card: str | None = None) -> Moved:
+        """Move a channel to where it pointed before: a new move, like any other.
+
+        A second rollback brings back what the first one left; `promote` goes further back. `text`
+        is `NAME` or `NAME/VARIANT`; without a card: of the only one that has this channel.
+
+        Raises:
+            NotFoundError: No such channel, or nothing was there before.
+            RecipeError: Several are meant.
+            PipelineError: As in `enter`: what was good enough once must still be.
+        """
+        check_part("channel", channel)
+        found = {
+            f"{name}/{variant} --card {held.card}": held
+            for name, variant, held in channels_of(self.store, self.policy, text, channel)
+            if card in {None, held.card}
+        }
+        if len(found) > 1:
+            fault = f"{channel} of {text} is ambiguous: {', '.join(found)}; specify one"
+            raise RecipeError([Fault("", fault)])
+        if not found:
+            raise NotFoundError(
+                f"{text} has no {channel}{f' for {card}' if card else ''} that a trusted move "
+                "made; `enginesmith channels` shows those that there are"
+            )
+        (held,) = found.values()
+        newest = held.newest
+        earlier = [move.reference for move in held.moves if move.reference != newest.reference]
+        if not earlier:
+            raise NotFoundError(
+                f"{channel} of {text} for {held.card} never pointed anywhere but to "
+                f"{newest.reference}, so there is nothing to roll back to"
+            )
+        terms = Terms(policy=self.policy)
+        old = examine(self.store, Place.of(earlier[-1]), terms, earlier[-1].digest)
+        return self.enter(old, channel, held.card, seen=newest)
+
+    def move(
+        self, reference: Reference, channel: str, card: str, *, seen: Move | None = None
+    ) -> Move:
+        """Point a channel to a package, whatever it is; nothing if it points there already.
+
+        `seen` is the newest move when the caller decided; None if that played no part.
+
+        Returns:
+            The newest move, which points to the package.
+
+        Raises:
+            ConflictError: Another author moved it elsewhere meanwhile; names who and where to.
+            TransientError: The move was written and does not show.
+        """
+        check_part("channel", channel)
+        check_part("card", card)
+        held = self._channel(reference, channel, card)
+        newest = held.newest if held else None
+        if newest is not None and newest.reference == reference:
+            return newest
+        if newest is not None and seen is not None and newest.id != seen.id:
+            raise _moved_away(newest, reference)
+        started_s = time.monotonic()
+        more = {"channel": channel, "card": card, "predecessor": newest.id if newest else None}
+        fields, key = self._fields(reference, more), self.author.key
+        after = newest.signed_at if newest else ""
+        envelope = sign_statement("move", reference.digest, fields, key, after=after).envelope
+        self.store.put_move(reference.name, reference.variant, envelope)
+        time.sleep(time.monotonic() - started_s)  # what a rival signed before us shows by then
+        ours = open_statement(envelope, self.policy).id
+        done = _landed(self._channel(reference, channel, card), ours, reference, channel)
+        log.info("%s of %s for %s is now %s", channel, reference.name, card, reference)
+        self._write_hint(done)
+        return done
+
+    def _channel(self, reference: Reference, channel: str, card: str) -> Channel | None:
+        """A channel of a card; None if no move of it counts."""
+        of = (reference.name, reference.variant, channel)
+        found = read_channels(self.store, self.policy, *of)
+        return next((one for one in found if one.card == card), None)
+
+    def _fields(self, reference: Reference, more: Mapping[str, object]) -> dict[str, object]:
+        """The fields of a move or a yank: `more`, and those that both have."""
+        return {
+            "registry": self.store.identity() or self.store.create_identity(),
+            **place_fields(reference),
+            **more,
+            "actor": self.author.actor,
+            "reason": self.author.reason,
+        }
+
+    def _write_hint(self, move: Move) -> None:
+        """Show people where the channel points; a hint that stays behind undoes no move."""
+        reference, channel, card = move.reference, move.channel, move.card
+        value = {
+            **place_fields(reference),
+            "channel": channel,
+            "card": card,
+            "digest": reference.digest,
+            "actor": move.actor,
+            "reason": move.reason,
+            "signed_at": move.signed_at,
+            "move": move.id,
+        }
+        data = (json.dumps(value, indent=1) + "\n").encode()
+        try:
+            self.store.put_hint(reference.name, reference.variant, channel, card, data)
+        except PipelineError as error:
+            log.warning("%s of %s was moved; its hint was not: %s", channel, card, error)
+
+    def yank(self, text: str, *, undo: bool = False) -> tuple[Resolved, bool]:
+        """Yank a package, or undo that; what is so already is a success.
+
+        Returns:
+            The package as it is now, and whether anything changed.
+
+        Raises:
+            NotFoundError: No such package.
+            RecipeError: No reason, or an undo where nothing is yanked.
+            ConflictError: The yank was written and does not count.
+        """
+        if not undo and not self.author.reason:
+            raise RecipeError([Fault("--reason", "give one, for those whose pull it stops")])
+        # What is to be yanked need not be signed, nor by a key that is still trusted.
+        lenient = replace(self.policy, revoked_digests=(), builder_ids=())
+        terms = Terms(policy=lenient, allow_unsigned=True, allow_yanked=True)
+        found = resolve(self.store, text, terms)
+        latest = next(iter(found.verification.yanks), None)
+        if latest is None and undo:
+            raise RecipeError([Fault("--undo", f"{found.place} is not yanked")])
+        if latest is not None and latest.yanked is not undo:
+            return found, False
+        fields = self._fields(found.reference, {"yanked": not undo})
+        after = latest.signed_at if latest else ""
+        raw = sign_statement("yank", found.package.digest, fields, self.author.key, after=after)
+        self.store.put_statement(found.place, raw)
+        done = examine(self.store, found.place, terms, found.package.digest)
+        if (done.yank is None) is not undo:
+            raise ConflictError(
+                f"others yank {found.place} at the same time; look at it, then try again"
+            )
+        return done, True
 
 
-def enter_channel(
-    store: WritableStore,
-    found: Resolved,
-    *,
-    channel: str,
-    card: str | None,
-    author: Author,
-    policy: TrustPolicy,
-    seen: Move | None = None,
-) -> Moved:
-    """Move a channel to a package, if the package may go there.
-
-    Without a card: for the only one that has a test result. `seen` is that of `move_channel`.
-
-    Raises:
-        RecipeError: No card was named, and several have results; lists them.
-        UntrustedError: It is unsigned, or has no trusted result for the card.
-        NotAcceptedError: Its result does not suffice.
-        ConflictError: As in `move_channel`.
-    """
-    reference = found.reference
-    verdict = require_enterable(found.verification, channel, card)
-    of = (reference.name, reference.variant, channel, verdict.card)
-    held = read_channel(store, policy, *of)
-    before = held.newest.reference if held else None
-    move = move_channel(
-        store,
-        reference,
-        channel=channel,
-        card=verdict.card,
-        author=author,
-        policy=policy,
-        seen=seen,
-    )
-    try:
-        store.read_manifest(Place.of(reference))
-    except NotFoundError as error:  # by a collector that could not see the move yet
-        raise NotFoundError(
-            f"{reference} was removed while {channel} was moved to it; publish it again, or roll "
-            "the channel back"
-        ) from error
-    return Moved(move=move, before=before, verdict=verdict)
-
-
-def require_enterable(found: Verification, channel: str, card: str | None) -> SignedVerdict:
-    """The test result that lets a package into a channel of a card; pure.
-
-    Raises:
-        UntrustedError: The package is unsigned, or has no trusted result for the card.
-        NotAcceptedError: The result does not suffice.
-        RecipeError: No card was named, and several have results; lists them.
-    """
+def _require_enterable(found: Verification, channel: str, card: str | None) -> SignedVerdict:
+    """The test result that lets a package into a channel of a card; raises like `enter`."""
     manifest = found.package.manifest
     what = f"{manifest['name']}/{manifest['variant']}@sha256:{found.package.digest[:12]}"
     if found.signer is None:
@@ -144,175 +272,46 @@ def require_enterable(found: Verification, channel: str, card: str | None) -> Si
             f"{what} may not enter {channel}: no trusted key signed it; sign it with "
             "enginesmith sign"
         )
-    card = card or _only_card(found, what)
-    verdict = found.standing(card)
+    cards = sorted({verdict.card for verdict in found.verdicts})
+    if card is None and len(cards) > 1:
+        fault = f"{what} has results for {', '.join(cards)}; specify one"
+        raise RecipeError([Fault("--card", fault)])
+    card = card or (cards[0] if cards else None)
+    verdict = found.standing(card) if card else None
     if verdict is None:
         raise UntrustedError(
-            f"{what} may not enter {channel} of {card}: it has no trusted test result for this "
-            "card; run enginesmith accept there"
+            f"{what} may not enter {channel} of {card or 'any card'}: it has no trusted test "
+            "result for it; run enginesmith accept on the card"
         )
-    proven = found.proof(card) is not None
-    if not (proven if channel == _STABLE else verdict.verdict in PASSING):
-        wanted = "accepted" if channel == _STABLE else " or ".join(sorted(PASSING))
-        raise NotAcceptedError(
-            f"{what} may not enter {channel} of {card}: its newest trusted verdict is "
-            f"{verdict.verdict}, by {' '.join(verdict.runtime)}, and it needs {wanted}"
-        )
-    return verdict
-
-
-def _only_card(found: Verification, what: str) -> str:
-    cards = sorted({verdict.card for verdict in found.verdicts})
-    if not cards:
-        raise UntrustedError(
-            f"{what} has no trusted test result; run enginesmith accept on the card that it is for"
-        )
-    if len(cards) > 1:
-        raise RecipeError(
-            [Fault("--card", f"{what} has results for {', '.join(cards)}; specify one")]
-        )
-    return cards[0]
-
-
-def rollback(
-    store: WritableStore,
-    text: str,
-    *,
-    channel: str,
-    card: str | None,
-    author: Author,
-    policy: TrustPolicy,
-) -> Moved:
-    """Move a channel to where it pointed before: a new move, like any other.
-
-    A second rollback brings back what the first one left; `promote` goes further back.
-
-    `text` is `NAME` or `NAME/VARIANT`; without a card: of the only one that has this channel.
-
-    Raises:
-        NotFoundError: No such channel, or nothing was there before.
-        RecipeError: Several are meant.
-        PipelineError: As in `enter_channel`: what was good enough once must still be.
-    """
-    policy.require_may(author.key.public, "channels")
-    held = _find_channel(store, text, channel, card, policy)
-    newest = held.newest
-    earlier = [move.reference for move in held.moves if move.reference != newest.reference]
-    if not earlier:
-        raise NotFoundError(
-            f"{channel} of {text} for {held.card} never pointed anywhere but to "
-            f"{newest.reference}, so there is nothing to roll back to"
-        )
-    found = examine(store, Place.of(earlier[-1]), Terms(policy=policy), earlier[-1].digest)
-    return enter_channel(
-        store,
-        found,
-        channel=channel,
-        card=held.card,
-        author=author,
-        policy=policy,
-        seen=newest,
+    if channel == _STABLE and found.proof(verdict.card) is not None:
+        return verdict
+    if channel != _STABLE and verdict.verdict in PASSING:
+        return verdict
+    wanted = "accepted" if channel == _STABLE else " or ".join(sorted(PASSING))
+    raise NotAcceptedError(
+        f"{what} may not enter {channel} of {verdict.card}: its newest trusted verdict is "
+        f"{verdict.verdict}, by {' '.join(verdict.runtime)}, and it needs {wanted}"
     )
 
 
-def channels_of(
-    store: Store, policy: TrustPolicy, text: str | None = None, channel: str | None = None
-) -> list[tuple[str, str, Channel]]:
-    """Channels with their name and variant.
-
-    `text` is `NAME` or `NAME/VARIANT`; None for all, as for `channel`.
-
-    Raises:
-        RecipeError: `text` names a package.
-        NotFoundError: There is nothing of this name or variant.
-    """
-    if text is not None and (":" in text or "@" in text):
-        raise RecipeError([Fault("", f"{text} names a package; write NAME or NAME/VARIANT")])
-    wanted = parse_reference(text) if text is not None else None
-    places = store.places(wanted.name, wanted.variant) if wanted else store.places()
-    if wanted and not places:
-        raise NotFoundError(f"{store.url} has no {text}; `enginesmith list` shows what it has")
-    return [
-        (name, variant, found)
-        for name, variant in dict.fromkeys((place.name, place.variant) for place in places)
-        for found in read_channels(store, policy, name, variant, channel)
-    ]
+def _landed(held: Channel | None, ours: str, reference: Reference, channel: str) -> Move:
+    """Our move, if the log has it; another one that points where ours does is as good."""
+    moves: Sequence[Move] = held.moves if held else ()
+    if not moves:
+        raise TransientError(f"the move of {channel} was written and does not show yet; try again")
+    for move in moves:
+        if move.id == ours:
+            return move
+    if moves[-1].reference == reference:
+        return moves[-1]
+    raise _moved_away(moves[-1], reference)
 
 
-def _find_channel(
-    store: Store, text: str, channel: str, card: str | None, policy: TrustPolicy
-) -> Channel:
-    """The one channel that is meant."""
-    check_part("channel", channel)
-    found = {
-        f"{name}/{variant} --card {held.card}": held
-        for name, variant, held in channels_of(store, policy, text, channel)
-        if card in {None, held.card}
-    }
-    if len(found) > 1:
-        raise RecipeError(
-            [Fault("", f"{channel} of {text} is ambiguous: {', '.join(found)}; specify one")]
-        )
-    if not found:
-        raise NotFoundError(
-            f"{text} has no {channel}{f' for {card}' if card else ''} that a trusted move made; "
-            "`enginesmith channels` shows those that there are"
-        )
-    return next(iter(found.values()))
-
-
-def yank_package(
-    store: WritableStore,
-    text: str,
-    author: Author,
-    policy: TrustPolicy,
-    *,
-    undo: bool = False,
-) -> tuple[Resolved, bool]:
-    """Yank a package, or undo that; what is so already is a success.
-
-    Returns:
-        The package as it is now, and whether anything changed.
-
-    Raises:
-        UntrustedError: The key may not.
-        NotFoundError: No such package.
-        RecipeError: No reason, or an undo where nothing is yanked.
-        ConflictError: The yank was written and does not count.
-    """
-    policy.require_may(author.key.public, "channels")
-    if not undo and not author.reason:
-        raise RecipeError([Fault("--reason", "give one, for those whose pull it stops")])
-    # What is to be yanked need not be signed, nor by a key that is still trusted.
-    lenient = replace(policy, revoked_digests=(), builder_ids=())
-    terms = Terms(policy=lenient, allow_unsigned=True, allow_yanked=True)
-    found = resolve(store, text, terms)
-    latest = _latest(found)
-    if latest is None and undo:
-        raise RecipeError([Fault("--undo", f"{found.place} is not yanked")])
-    if latest is not None and latest.yanked is not undo:
-        return found, False
-    fields = {
-        "registry": store.identity() or store.create_identity(),
-        **place_fields(found.reference),
-        "yanked": not undo,
-        "actor": author.actor,
-        "reason": author.reason,
-    }
-    after = latest.signed_at if latest else ""
-    raw = sign_statement("yank", found.package.digest, fields, author.key, after=after)
-    store.put_statement(found.place, raw)
-    done = examine(store, found.place, terms, found.package.digest)
-    if (now := _latest(done)) is None or now.yanked is undo:
-        raise ConflictError(
-            f"others yank {found.place} at the same time; look at it, then try again"
-        )
-    return done, True
-
-
-def _latest(found: Resolved) -> Yank | None:
-    yanks = found.verification.yanks
-    return yanks[0] if yanks else None
+def _moved_away(newest: Move, reference: Reference) -> ConflictError:
+    return ConflictError(
+        f"{newest.actor} moved {newest.channel} of {newest.card} to {newest.reference} at "
+        f"{newest.signed_at}, while it was to be moved to {reference}; look at it, then try again"
+    )
 
 
 def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustPolicy) -> Resolved:

@@ -10,9 +10,7 @@ yanks were asked for, before anything of it is loaded or shown.
 
 from __future__ import annotations
 
-import difflib
-import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,28 +29,14 @@ from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.verification import (
+    Terms,
     Verification,
     Yank,
     require_usable,
     verify_statements,
 )
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What a reader accepts.
-
-    Attributes:
-        policy: Whom it trusts.
-        allow_unsigned: Take what no trusted key signed.
-        allow_yanked: Take what was yanked. A command allows that only for a reference by digest.
-    """
-
-    policy: TrustPolicy
-    allow_unsigned: bool = False
-    allow_yanked: bool = False
+_MOST_LISTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +98,14 @@ class _Offer:
     def __str__(self) -> str:
         return _shown(self.place, self.cards)
 
+    def examine(self, store: Store, terms: Terms) -> Resolved:
+        found = examine(store, self.place, terms, self.digest)
+        return replace(found, channel=self.channel, cards=self.cards)
+
+
+def _shown(place: Place, cards: Sequence[str]) -> str:
+    return f"{place} ({', '.join(cards)})" if cards else str(place)
+
 
 def examine(
     store: Store,
@@ -169,13 +161,7 @@ def examine_package(
         UntrustedError: As in `examine`.
     """
     done = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
-    require_usable(
-        done,
-        terms.policy,
-        origin=origin,
-        allow_unsigned=terms.allow_unsigned,
-        allow_yanked=terms.allow_yanked,
-    )
+    require_usable(done, terms, origin)
     trusted = {one.name for one in done.statements}
     return Resolved(
         place=Place.of(reference_of(package)),
@@ -200,11 +186,9 @@ def candidates(
     refused: list[Refused] = []
     for offer in _offers(store, wanted, terms.policy, None):
         try:
-            one = examine(store, offer.place, terms, offer.digest)
+            found.append(offer.examine(store, terms))
         except (CorruptError, UntrustedError, NotFoundError) as error:
             refused.append(Refused(what=str(offer.place), error=error))
-        else:
-            found.append(replace(one, channel=offer.channel, cards=offer.cards))
     return found, refused
 
 
@@ -224,49 +208,7 @@ def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> R
     if len(offers) > 1:
         choices = ", ".join(map(str, offers))
         raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; specify one")])
-    (offer,) = offers
-    found = examine(store, offer.place, terms, offer.digest)
-    return replace(found, channel=offer.channel, cards=offer.cards)
-
-
-def published_build(
-    store: Store, name: str, variant: str, build_key: str, terms: Terms, card: str
-) -> Resolved | None:
-    """The published package of a build key that stands for all of that key; None if there is none.
-
-    Of those that are verified and not yanked, the one that this card's `candidate` points to, else
-    the latest by trusted provenance.
-
-    Raises:
-        UntrustedError: There are some, and all that a trusted key signed were yanked.
-    """
-    found: list[Resolved] = []
-    yanked: UntrustedError | None = None
-    for place in store.places(name, variant):
-        if f"-{build_key[:8]}-" not in place.version:
-            continue
-        try:
-            one = examine(store, place, replace(terms, allow_yanked=True))
-        except (CorruptError, UntrustedError, NotFoundError) as error:
-            log.warning("%s does not stand for this build: %s", place, error)
-            continue
-        if one.package.manifest["build_key"] != build_key:
-            continue
-        if one.yank is None:
-            found.append(one)
-        else:
-            yanked = UntrustedError(
-                f"{place} was yanked {one.yank}; this recipe would build the same again, so "
-                "nothing is built. Change the recipe, take the yank back with enginesmith yank "
-                f"{place} --undo --registry {store.url}, or build once more with --rebuild"
-            )
-    if not found:
-        if yanked is not None:
-            raise yanked
-        return None
-    channels = read_channels(store, terms.policy, name, variant, "candidate")
-    pointed = {one.newest.reference.digest for one in channels if one.card == card}
-    return max(found, key=lambda one: (one.package.digest in pointed, one.verification.built_at))
+    return offers[0].examine(store, terms)
 
 
 def _offers(
@@ -277,29 +219,34 @@ def _offers(
     Raises:
         NotFoundError: None; says what there is.
     """
-    everything = store.places(wanted.name)
-    if not everything:
-        raise _no_such_name(store, wanted.name)
-    places = [place for place in everything if wanted.variant in {None, place.variant}]
-    if not places:
-        variants = ", ".join(dict.fromkeys(place.variant for place in everything))
-        raise NotFoundError(f"{wanted.name} has no variant {wanted.variant}; it has {variants}")
-    if wanted.channel is not None:
-        return _channel_offers(store, wanted, places, policy, card)
+    named = store.places(wanted.name)
+    places = [place for place in named if wanted.variant in {None, place.variant}]
+    there, missing = list(map(str, places or named)), f"{store.url} has no {wanted}"
+    found: list[_Offer] = []
     if wanted.version is not None:
         found = [_Offer(place=place) for place in places if place.version == wanted.version]
-    else:
-        digest = str(wanted.digest)
+    elif wanted.digest is not None:
         # A version ends in the first digits of its digest, so nothing is read to find it.
         found = [
-            _Offer(place=place, digest=digest)
+            _Offer(place=place, digest=wanted.digest)
             for place in places
-            if place.version.endswith(f"-{digest[:12]}")
+            if place.version.endswith(f"-{wanted.digest[:12]}")
         ]
-    if not found:
-        near = difflib.get_close_matches(str(wanted), [str(place) for place in places], n=3)
-        raise NotFoundError(f"there is no {wanted}; there is {_listed(near or places)}")
-    return found
+    elif places:
+        found, others = _channel_offers(store, wanted, places, policy, card)
+        for_card = f" for {card}" if card else ""
+        missing = f"{store.url}: no trusted move makes {wanted}{for_card} point anywhere"
+        there = others or there
+    if found:
+        return found
+    there = there or list(dict.fromkeys(place.name for place in store.places()))
+    if not there:
+        raise NotFoundError(
+            f"{missing}; it is empty, so make one with `make engine MODEL={wanted.name}`"
+        )
+    more = len(there) - _MOST_LISTED
+    listed = ", ".join(there[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+    raise NotFoundError(f"{missing}; there is {listed}")
 
 
 def _channel_offers(
@@ -308,7 +255,8 @@ def _channel_offers(
     places: Sequence[Place],
     policy: TrustPolicy,
     card: str | None,
-) -> list[_Offer]:
+) -> tuple[list[_Offer], list[str]]:
+    """Where a channel points, for each card or for one; and the other channels, in words."""
     cards: dict[Reference, list[str]] = {}
     others: list[str] = []
     for variant in dict.fromkeys(place.variant for place in places):
@@ -317,13 +265,7 @@ def _channel_offers(
                 cards.setdefault(channel.newest.reference, []).append(channel.card)
             else:
                 others.append(f"{wanted.name}/{variant}:{channel.name} of {channel.card}")
-    if not cards:
-        for_card = f" for {card}" if card else ""
-        raise NotFoundError(
-            f"no trusted move makes {wanted}{for_card} point anywhere; "
-            f"there is {_listed(others or places)}"
-        )
-    return [
+    offers = [
         _Offer(
             place=Place.of(reference),
             digest=reference.digest,
@@ -332,24 +274,4 @@ def _channel_offers(
         )
         for reference, held in cards.items()
     ]
-
-
-def _shown(place: Place, cards: Sequence[str]) -> str:
-    return f"{place} ({', '.join(cards)})" if cards else str(place)
-
-
-def _no_such_name(store: Store, name: str) -> NotFoundError:
-    names = list(dict.fromkeys(place.name for place in store.places()))
-    if close := difflib.get_close_matches(name, names, n=3):
-        hint = f"did you mean {_listed(close)}?"
-    elif names:
-        hint = f"it has {_listed(names)}"
-    else:
-        hint = f"it is empty; make one with `make engine MODEL={name}`"
-    return NotFoundError(f"{store.url} has no {name}; {hint}")
-
-
-def _listed(items: Iterable[object], most: int = 8) -> str:
-    texts = [str(item) for item in items]
-    shown = ", ".join(texts[:most])
-    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
+    return offers, others

@@ -28,10 +28,11 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.hardware import GIB
-from pipeline.core.values import PASSING, Format
+from pipeline.core.values import Format
 from pipeline.registry.client.machine import Facts, Runtime, version_key
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.resolve import Refused, Resolved
+from pipeline.registry.trust.verification import NOT_RUN
 
 _PROOFS = ("accepted", "checked", "compiled")
 
@@ -119,12 +120,22 @@ def best(
     fitting = sorted((one for one in fits if not one.reasons), key=lambda one: one.rank)
     if not fitting:
         raise _none(fits, refused, wanted)
-    first = fitting[0]
-    _require_one(first, fitting[1:], wanted, blind=facts.card is None and facts.sm is None)
-    rejected = [str(one) for one in fits if one.reasons]
-    rejected += [
-        f"{one.resolved.place}: it fits, {first.resolved.place} is preferred" for one in fitting[1:]
+    first, *rest = fitting
+    # Never guessed: two of one variant, or several where nothing is known of the GPU.
+    blind = facts.card is None and facts.sm is None
+    rivals = [
+        one
+        for one in rest
+        if one.resolved.package.digest != first.resolved.package.digest
+        and (blind or one.rank == first.rank)
     ]
+    if rivals:
+        choices = ", ".join(str(one.resolved) for one in (first, *rivals))
+        advice = "specify one, or the card with --gpu" if blind else "specify one"
+        raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; {advice}")])
+    place = first.resolved.place
+    rejected = [str(one) for one in fits if one.reasons]
+    rejected += [f"{one.resolved.place}: it fits, {place} is preferred" for one in rest]
     rejected += [f"{one.what}: {one.error}" for one in refused]
     return Chosen(
         resolved=first.resolved,
@@ -136,85 +147,75 @@ def best(
 
 def prove(found: Resolved, facts: Facts) -> Proof:
     """Whether trusted verdicts say that the package ran on this card and passed."""
-    done = found.verification
+    done, card = found.verification, facts.card
     cards = done.proven_cards
-    elsewhere = f"it is proven on {', '.join(cards)}" if cards else "it is proven on no card"
-    if facts.card is None:
+    elsewhere = f"it is proven on {', '.join(cards) or 'no card'}"
+    if card is None:
         if not cards:
             return Proof(kind="unproven", why="no card is known to have run it and passed")
-        why = f"the card: {elsewhere}"
-        return Proof(kind="unknown", verdict="accepted", cards=cards, why=why)
-    verdict = done.standing(facts.card)
-    name = verdict.verdict if verdict else None
-    if done.proof(facts.card) is None:
-        if verdict is None:
-            why = f"never run on {facts.card} with a trusted result"
-        elif name == "checked":
-            why = f"checked on another device, never run on {facts.card}"
-        elif name == "compiled":
-            why = f"compiled, never run on {facts.card}"
-        else:
-            with_runtime = " ".join(verdict.runtime)
-            why = f"its newest trusted verdict on {facts.card} is {name}, with {with_runtime}"
-        passing = name if name in PASSING and name != "accepted" else None
-        return Proof(kind="unproven", verdict=passing, cards=cards, why=f"{why}; {elsewhere}")
-    if found.cards and facts.card not in found.cards:
+        return Proof(kind="unknown", verdict="accepted", cards=cards, why=f"the card: {elsewhere}")
+    verdict, proven = done.standing(card), done.proof(card) is not None
+    if proven and (not found.cards or card in found.cards):
+        return Proof(kind="proven", verdict="accepted", cards=cards)
+    shown = verdict.verdict if verdict and (proven or verdict.verdict in NOT_RUN) else None
+    if proven:
         why = f"{found.channel} points to it for {', '.join(found.cards)} only"
-        return Proof(kind="unproven", verdict=name, cards=cards, why=why)
-    return Proof(kind="proven", verdict=name, cards=cards)
+    elif verdict is None:
+        why = f"never run on {card} with a trusted result; {elsewhere}"
+    elif shown:
+        how = "checked on another device" if shown == "checked" else shown
+        why = f"{how}, never run on {card}; {elsewhere}"
+    else:
+        result = f"{verdict.verdict}, with {' '.join(verdict.runtime)}"
+        why = f"its newest trusted verdict on {card} is {result}; {elsewhere}"
+    return Proof(kind="unproven", verdict=shown, cards=cards, why=why)
 
 
 def _fit(found: Resolved, facts: Facts, format: Format | None, accept_unproven: bool) -> _Fit:
-    checks = list(_checks(found.package.manifest, facts, format))
-    proof = prove(found, facts)
-    reasons = [text for kind, text in checks if kind == "misfit"]
+    manifest, proof = found.package.manifest, prove(found, facts)
+    reasons, unknown = [], []
+    if format not in {None, manifest["format"]}:
+        reasons.append(f"its format is {manifest['format']}, wanted {format}")
+    for fact, needs, fits, here in _checks(manifest["match"], facts):
+        if fits is None:
+            unknown.append(f"the {fact}: {needs}")
+        elif not fits:
+            reasons.append(f"{needs}, {here}")
     if proof.kind == "unproven" and not accept_unproven:
         reasons.append(proof.why)
-    unknown = [text for kind, text in checks if kind == "unknown"]
     if proof.kind == "unknown":
         unknown.append(proof.why)
     return _Fit(resolved=found, proof=proof, reasons=tuple(reasons), unknown=tuple(unknown))
 
 
-_Check = tuple[Literal["misfit", "unknown"], str]
-
-
-def _checks(manifest: Mapping[str, Any], facts: Facts, format: Format | None) -> Iterator[_Check]:
-    match = manifest["match"]
-    if format not in {None, manifest["format"]}:
-        yield "misfit", f"its format is {manifest['format']}, wanted {format}"
+def _checks(
+    match: Mapping[str, Any], facts: Facts
+) -> Iterator[tuple[str, str, bool | None, object]]:
+    """Fact, what is needed of it, whether it is so (None: not known), and what there is."""
     if sms := match["sm"]:
         needs = "it is compiled for " + " or ".join(f"SM {sm}" for sm in sms)
         fits = None if facts.sm is None else facts.sm in sms
-        yield from _check("SM", needs, fits, f"this machine has SM {facts.sm}")
+        yield "SM", needs, fits, f"this machine has SM {facts.sm}"
     if cards := match["cards"]:
         fits = None if facts.card is None else facts.card in cards
         needs = f"it is tuned for {', '.join(cards)}"
-        yield from _check("card", needs, fits, f"this machine has {facts.card}")
+        yield "card", needs, fits, f"this machine has {facts.card}"
     if needed := match["min_vram_bytes"]:
         fits = None if facts.vram_bytes is None else facts.vram_bytes >= needed
         needs = f"it needs {needed / GIB:.1f} GiB of device memory"
         there = f"there are {(facts.vram_bytes or 0) / GIB:.1f} GiB"
-        yield from _check("device memory", needs, fits, there)
+        yield "device memory", needs, fits, there
     name, version = match["runtime"]["name"].lower().replace("_", "-"), match["runtime"]["version"]
     fits = _runs(facts.runtime, name, version)
-    yield from _check("runtime", f"it needs {name} {version}", fits, f"it is {facts.runtime}")
+    yield "runtime", f"it needs {name} {version}", fits, f"it is {facts.runtime}"
     for fact, least, found in (
         ("driver", match["driver_min"], facts.driver),
         ("cuda", match["cuda"], facts.cuda),
     ):
         if least is not None:
-            fits = None if found is None else _at_least(found, least)
-            needs = f"it needs {fact} {least} or newer"
-            yield from _check(fact, needs, fits, f"this machine has {found}")
-
-
-def _check(fact: str, needs: str, fits: bool | None, found: str) -> Iterator[_Check]:
-    """Nothing if it fits; a fact that is not known rejects nothing."""
-    if fits is None:
-        yield "unknown", f"the {fact}: {needs}"
-    elif not fits:
-        yield "misfit", f"{needs}, {found}"
+            has, wants = found and version_key(found), version_key(least)
+            fits = None if found is None else bool(has and wants and has >= wants)
+            yield fact, f"it needs {fact} {least} or newer", fits, f"this machine has {found}"
 
 
 def _runs(runtime: Runtime | None, name: str, version: str) -> bool | None:
@@ -224,28 +225,6 @@ def _runs(runtime: Runtime | None, name: str, version: str) -> bool | None:
     key = version_key(version)
     same = runtime.version == version or (key is not None and key == version_key(runtime.version))
     return runtime.name == name and same
-
-
-def _at_least(found: str, least: str) -> bool:
-    has, wants = version_key(found), version_key(least)
-    return has is not None and wants is not None and has >= wants
-
-
-def _require_one(
-    first: _Fit, rest: Sequence[_Fit], wanted: ParsedReference, *, blind: bool
-) -> None:
-    """Refuse to guess: two of one variant, or several where nothing is known of the GPU."""
-    rivals = [
-        one
-        for one in rest
-        if one.resolved.package.digest != first.resolved.package.digest
-        and (blind or one.rank == first.rank)
-    ]
-    if not rivals:
-        return
-    choices = ", ".join(str(one.resolved) for one in (first, *rivals))
-    advice = "specify one" if not blind else "specify one, or the card with --gpu"
-    raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; {advice}")])
 
 
 def _none(

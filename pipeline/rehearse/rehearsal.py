@@ -31,7 +31,7 @@ from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
 from pipeline.formats.spec import CardCompiler
 from pipeline.machine import require_builder
 from pipeline.outcome import failure_of, worst
-from pipeline.registry.policy import mark_throwaway
+from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.shrink import (
     RandomSource,

@@ -80,10 +80,10 @@ FOLDER = (Contest(name="folder pull", ours="pull", other="cp, sha256sum", wanted
 
 def publish(url: str, package_dir: Path, out: Path) -> None:
     """Sign, hash and publish."""
-    from pipeline.registry.package import verify
+    from pipeline.registry.manifest import verify
     from pipeline.registry.stores.opening import open_store
     from pipeline.registry.trust.keys import parse_private_key
-    from pipeline.registry.trust.signatory import sign_package
+    from pipeline.registry.trust.signing import sign_package
 
     package = verify(package_dir, deep=False)
     key = parse_private_key((package_dir.parent / _KEY).read_bytes(), "the benchmark's key")

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.registry.stores.opening import open_store
-from tests.registry.trust.conftest import Team
+from tests.registry.team import Team
 from tests.services import seaweed
 
 _VERSIONS = 20

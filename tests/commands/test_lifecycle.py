@@ -1,4 +1,4 @@
-"""promote, rollback, yank and channels, as the command line has them."""
+"""keygen, policy, sign, promote, rollback, yank, channels and gc, as the command line has them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pipeline.commands import lifecycle
-from pipeline.core.errors import ExitCode, PipelineError, RecipeError
+from pipeline.core.errors import ConflictError, ExitCode, PipelineError, RecipeError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import reference_of
-from pipeline.registry.trust.policy import policy_text
-from tests.registry.packages import VARIANT
-from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
-
-__all__ = ["team"]
+from pipeline.registry.resolve import resolve
+from pipeline.registry.trust.keys import generate_key, read_private_key, read_public_key
+from pipeline.registry.trust.policy import ROLES, load_policy, own_trust, policy_text
+from pipeline.registry.trust.signing import Author
+from pipeline.registry.trust.verification import Terms
+from tests.registry.packages import VARIANT, place_of
+from tests.registry.team import CARD, OTHER_CARD, Team
 
 _APP = typer.Typer()
-for _command in ("promote", "rollback", "yank", "gc", "channels"):
+for _command in (
+    "keygen", "policy", "sign", "promote", "rollback", "yank", "gc", "channels"
+):  # fmt: skip
     _APP.command(_command)(getattr(lifecycle, _command))
+
+
+def run(home: Path, *words: str, **environ: str | None) -> Result:
+    """A command with nothing of this machine's configuration."""
+    unset = {name: None for name in os.environ if name.startswith(("ENGINESMITH_", "GITHUB_"))}
+    env = {**unset, "CI": None, "ENGINESMITH_CONFIG": str(home), **environ}
+    return CliRunner().invoke(_APP, words, env=env)
 
 
 @dataclass(frozen=True)
@@ -36,15 +47,12 @@ class Terminal:
 
     def run(self, *words: str, **environ: str | None) -> Result:
         """A command in an environment with the releaser's key and the team's policy."""
-        unset = {name: None for name in os.environ if name.startswith(("ENGINESMITH_", "GITHUB_"))}
         given = {
-            "ENGINESMITH_CONFIG": str(self.home),
             "ENGINESMITH_ACTOR": "ada",
             "ENGINESMITH_SIGNING_KEY_PEM": self.team.releaser.private_pem().decode(),
-            "ENGINESMITH_POLICY": str(self.home / "policy.json"),
+            "ENGINESMITH_POLICY": str(self.team.policy_file()),
         }
-        env = {**unset, "CI": None, **given, **environ}
-        return CliRunner().invoke(_APP, [*words, "--registry", self.team.store.url], env=env)
+        return run(self.home, *words, "--registry", self.team.store.url, **{**given, **environ})
 
     def ask(self, *words: str, code: int = ExitCode.OK) -> dict[str, Any]:
         """The JSON of a command; its exit code is in it, and is the process's too."""
@@ -65,11 +73,6 @@ class Terminal:
 def terminal(team: Team, tmp_path: Path) -> Terminal:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
-    entries = [
-        {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
-        for key in team.policy.keys
-    ]
-    (home / "policy.json").write_text(json.dumps({"schema": 1, "keys": entries}))
     return Terminal(team=team, home=home)
 
 
@@ -188,3 +191,71 @@ def test_gc_shows_what_would_go_and_keeps_the_young(terminal: Terminal) -> None:
     assert [one["reference"] for one in value["versions"]] == sorted(map(str, (first, second)))
     assert not any(one["remove"] for one in value["versions"])
     terminal.ask("gc", "--keep", "tiny:nightly", code=ExitCode.NOT_FOUND)
+
+
+def test_keygen_makes_one_key_and_replaces_none(tmp_path: Path) -> None:
+    done = run(tmp_path, "keygen", "--out", str(tmp_path / "ci.key"))
+    assert done.exit_code == 0
+    assert read_public_key(tmp_path / "ci.key.pub").keyid in done.stdout
+    secret = (tmp_path / "ci.key").read_text()
+    assert secret.splitlines()[1] not in done.output
+    again = run(tmp_path, "keygen", "--out", str(tmp_path / "ci.key"))
+    assert isinstance(again.exception, ConflictError)
+    assert (tmp_path / "ci.key").read_text() == secret
+    assert run(tmp_path, "keygen").exit_code == 0
+    assert (tmp_path / "signing.key").exists()
+
+
+def test_a_policy_of_some_keys_trusts_them_in_everything(tmp_path: Path) -> None:
+    for name in ("ci", "ada"):
+        run(tmp_path, "keygen", "--out", str(tmp_path / f"{name}.key"))
+    files = [str(tmp_path / f"{name}.key.pub") for name in ("ci", "ada")]
+    out = tmp_path / "policy.yaml"
+    value = json.loads(run(tmp_path, "policy", *files, "--out", str(out), "--json").stdout)
+    assert value["keys"] == ["ci", "ada"]
+    policy = load_policy(out)
+    assert {key.name: key.may_sign for key in policy.keys} == {"ci": ROLES, "ada": ROLES}
+    before = out.read_bytes()
+    assert isinstance(run(tmp_path, "policy", *files, "--out", str(out)).exception, ConflictError)
+    assert out.read_bytes() == before
+    private = run(tmp_path, "policy", str(tmp_path / "ci.key"), "--out", str(tmp_path / "new"))
+    assert isinstance(private.exception, RecipeError)
+    assert not (tmp_path / "new").exists()
+
+
+def test_sign_makes_what_one_machine_built_and_tested_count_for_those_who_trust_another_key(
+    team: Team, tmp_path: Path
+) -> None:
+    package = team.publish(verdict="rejected")
+    team.test(package, "accepted")
+    run(tmp_path, "keygen", "--out", str(tmp_path / "ci.key"))
+    text = str(reference_of(package))
+    words = ("sign", text, "--registry", team.store.url, "--key", str(tmp_path / "ci.key"))
+    done = run(tmp_path, *words, "--policy", str(team.policy_file()))
+    assert done.exit_code == 0, done.output
+    key = read_private_key(tmp_path / "ci.key")
+    ours = own_trust(key.public)
+    found = resolve(team.store, text, Terms(policy=ours))
+    assert [one.verdict for one in found.verification.verdicts] == ["accepted", "rejected"]
+    assert found.verification.builder_id
+    releaser = team.releasing(author=Author(key=key, actor="ci"), policy=ours)
+    assert releaser.promote(text, "stable", CARD).changed
+    newest = found.verification.verdicts[0]
+    raw = team.store.read_statement(place_of(package), newest.statement)
+    assert raw.files["report.html"] == b"<p>"
+
+
+@pytest.mark.parametrize("stranger", [True, False])
+def test_sign_vouches_for_nothing_that_is_not_trusted_here(
+    team: Team, tmp_path: Path, stranger: bool
+) -> None:
+    package = team.publish()
+    run(tmp_path, "keygen", "--out", str(tmp_path / "ci.key"))
+    before = team.store.read_statements(place_of(package))
+    if stranger:
+        (tmp_path / "local.key").write_bytes(generate_key().private_pem())
+        (tmp_path / "local.key").chmod(0o600)
+    text = str(reference_of(package))
+    words = ("sign", text, "--registry", team.store.url, "--key", str(tmp_path / "ci.key"))
+    assert run(tmp_path, *words).exception is not None
+    assert team.store.read_statements(place_of(package)) == before

@@ -16,7 +16,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.data import data_dir
 from pipeline.core.errors import ExitCode
 from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.registry.policy import publish_faults
+from pipeline.registry.package import publish_faults
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_server import HubServer
 

@@ -24,7 +24,7 @@ from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.measure import measure
 from pipeline.build import plan_of
 from pipeline.core.cache import StageCache
-from pipeline.registry.package import verify
+from pipeline.registry.manifest import verify
 
 pytestmark = pytest.mark.gpu
 

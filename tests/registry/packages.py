@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.values import Engine, Licence, Limits, Package, Weights
-from pipeline.registry.manifest import Label, files_of
-from pipeline.registry.package import seal
+from pipeline.core.values import Engine, Licence, Limits, Package, Reference, Weights
+from pipeline.registry.manifest import files_of
+from pipeline.registry.package import Label, seal
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 
@@ -89,9 +89,9 @@ def sealed_package(
     return seal_engine(folder, engine, **label)
 
 
-def place_of(package: Package) -> Place:
+def place_of(package: Package | Reference) -> Place:
     """Where a package is published."""
-    return Place.of(reference_of(package))
+    return Place.of(reference_of(package) if isinstance(package, Package) else package)
 
 
 def raw_statement(kind: str = "signature", text: str = "1", **files: bytes) -> RawStatement:

@@ -12,9 +12,7 @@ from pipeline.core.errors import NotFoundError
 from pipeline.registry import gc
 from pipeline.registry.gc import DAY_S, Collected, Rules, collect
 from tests.registry.packages import place_of, read_back
-from tests.registry.trust.conftest import Team, team
-
-__all__ = ["team"]
+from tests.registry.team import Team
 
 
 class Later:

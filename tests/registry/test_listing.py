@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.registry.listing import Pointer, entries, entry
-from pipeline.registry.resolve import Terms
 from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of
-from tests.registry.trust.conftest import CARD, Team, team
-
-__all__ = ["team"]
+from tests.registry.team import CARD, Team
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,12 @@ from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.values import Engine, FileDigest, Licence, Limits, Weights
 from pipeline.registry.manifest import (
     MAX_MANIFEST_BYTES,
-    Label,
     digest_bytes,
-    make_manifest,
     manifest_bytes,
     parse_manifest,
     read_manifest,
 )
+from pipeline.registry.package import Label, make_manifest
 
 _GOLDEN = Path(__file__).parent / "golden" / "manifest.json"
 _GOLDEN_DIGEST = "da7118f10d5f2382428b9e7fc6ffacee61d8fb1f8c577432f9f87fc8757edfbd"

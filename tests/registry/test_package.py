@@ -14,7 +14,7 @@ import pytest
 from pipeline.core.cache import RECORD
 from pipeline.core.errors import CorruptError, TransientError
 from pipeline.core.values import Engine, Licence
-from pipeline.registry.package import verify
+from pipeline.registry.manifest import verify
 from tests.registry.packages import make_engine, seal_engine, sealed_package
 
 

@@ -14,19 +14,17 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.values import Package
-from pipeline.registry.promotion import Moved, channels_of, promote, rollback, yank_package
+from pipeline.registry.promotion import Moved
 from pipeline.registry.reference import reference_of
+from pipeline.registry.trust.channels import channels_of
 from pipeline.registry.trust.keys import generate_key
-from pipeline.registry.trust.statements import Author
+from pipeline.registry.trust.signing import Author
 from tests.registry.packages import VARIANT, place_of
-from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
-
-__all__ = ["team"]
+from tests.registry.team import CARD, OTHER_CARD, Team, trusted
 
 
-def back(team: Team, text: str = "tiny", **more: Any) -> Moved:
-    given = {"channel": "stable", "card": None, "author": team.author, "policy": team.policy}
-    return rollback(team.store, text, **{**given, **more})
+def back(team: Team, text: str = "tiny", channel: str = "stable", **more: Any) -> Moved:
+    return team.releasing().rollback(text, channel, **more)
 
 
 def in_stable(team: Team, *plans: bytes) -> list[Package]:
@@ -148,17 +146,15 @@ def test_yanking_twice_is_doing_nothing_and_a_yank_needs_a_reason(team: Team) ->
     package = team.publish()
     silent = Author(key=team.releaser, actor="ada")
     with pytest.raises(RecipeError, match="--reason"):
-        yank_package(team.store, str(reference_of(package)), silent, team.policy)
+        team.yank(package, author=silent)
     with pytest.raises(RecipeError, match="is not yanked"):
-        yank_package(team.store, str(reference_of(package)), silent, team.policy, undo=True)
+        team.yank(package, author=silent, undo=True)
     done, changed = team.yank(package)
     assert changed
     assert done.yank is not None
     assert done.yank.reason == "it is slow"
     assert not team.yank(package)[1]
-    done, changed = yank_package(
-        team.store, str(reference_of(package)), silent, team.policy, undo=True
-    )
+    done, changed = team.yank(package, author=silent, undo=True)
     assert (done.yank, changed) == (None, True)
 
 
@@ -166,18 +162,10 @@ def test_a_strangers_yank_does_not_stop_an_honest_one(team: Team) -> None:
     package = team.publish()
     stranger = Author(key=generate_key(), actor="eve", reason="spite")
     own = replace(
-        team.policy,
-        keys=(
-            *team.policy.keys,
-            replace(
-                team.policy.keys[2],
-                name="stranger",
-                public_key=stranger.key.public.pem.decode(),
-            ),
-        ),
+        team.policy, keys=(*team.policy.keys, trusted(stranger.key, "channels", name="stranger"))
     )
-    yank_package(team.store, str(reference_of(package)), stranger, own)
-    yank_package(team.store, str(reference_of(package)), stranger, own, undo=True)
+    team.yank(package, author=stranger, policy=own)
+    team.yank(package, author=stranger, policy=own, undo=True)
     assert team.examine(package).yank is None
     assert team.yank(package)[1]
     with pytest.raises(UntrustedError, match="yanked by ada"):
@@ -188,27 +176,11 @@ def test_what_is_revoked_or_unsigned_may_still_be_yanked(team: Team) -> None:
     package = team.seal()
     team.store.put_package(package, [], lambda _: None)
     policy = replace(team.policy, revoked_digests=(package.digest,))
-    done, changed = yank_package(team.store, str(reference_of(package)), team.author, policy)
+    done, changed = team.yank(package, policy=policy)
     assert changed
     assert done.place == place_of(package)
 
 
-def test_a_key_that_may_not_speak_for_channels_neither_yanks_nor_promotes(team: Team) -> None:
-    package = team.publish(verdict="accepted")
-    eve = Author(key=team.builder, actor="eve", reason="spite")
+def test_a_key_that_may_not_sign_channels_neither_yanks_nor_promotes(team: Team) -> None:
     with pytest.raises(UntrustedError, match="may not sign channels"):
-        yank_package(team.store, str(reference_of(package)), eve, team.policy)
-    with pytest.raises(UntrustedError, match="may not sign channels"):
-        promote(
-            team.store,
-            str(reference_of(package)),
-            channel="x",
-            card=None,
-            author=eve,
-            policy=team.policy,
-        )
-    assert {raw.kind for raw in team.store.read_statements(place_of(package))} == {
-        "signature",
-        "provenance",
-        "test",
-    }
+        team.releasing(author=Author(key=team.builder, actor="eve", reason="spite"))

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.values import Licence
-from pipeline.registry.policy import (
+from pipeline.registry.package import (
     is_throwaway,
     mark_throwaway,
     publish_faults,

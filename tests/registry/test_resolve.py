@@ -13,21 +13,20 @@ from pipeline.core.errors import (
     RecipeError,
     UntrustedError,
 )
+from pipeline.publishing import Publisher
 from pipeline.registry.reference import parse_reference, reference_of
 from pipeline.registry.resolve import (
     Resolved,
-    Terms,
     candidates,
     examine,
     examine_package,
-    published_build,
     resolve,
 )
 from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.trust.signing import Signatory
+from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import VARIANT, place_of
-from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, team
-
-__all__ = ["team"]
+from tests.registry.team import CARD, OTHER_CARD, Team
 
 
 def find(team: Team, text: str, card: str | None = None, **more: bool) -> Resolved:
@@ -63,11 +62,11 @@ def test_a_package_is_found_by_version_digest_and_channel(team: Team) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("tinny", "did you mean tiny"),
-        ("tiny/other:1.0-bbbbbbbb-000000000000", f"it has {VARIANT}"),
+        ("tinny", "there is tiny$"),
+        ("tiny/other:1.0-bbbbbbbb-000000000000", f"there is tiny/{VARIANT}:"),
         ("tiny:9.9-bbbbbbbb-000000000000", "there is tiny/"),
         ("tiny:stable", "no trusted move makes tiny:stable point anywhere"),
-        (f"tiny@sha256:{'0' * 64}", "there is no tiny@sha256"),
+        (f"tiny@sha256:{'0' * 64}", "has no tiny@sha256"),
     ],
 )
 def test_what_is_not_there_is_answered_with_what_is(team: Team, text: str, reason: str) -> None:
@@ -151,8 +150,9 @@ def test_a_folder_of_no_registry_is_verified_by_the_statements_beside_it(team: T
 
 
 def published(team: Team) -> Resolved | None:
-    terms = Terms(policy=team.policy)
-    return published_build(team.store, "tiny", VARIANT, "b" * 64, terms, CARD)
+    signatory = Signatory(key=team.builder, trust=team.policy, builder_id="", invocation_id="")
+    publisher = Publisher(store=team.store, signatory=signatory, card=CARD)
+    return publisher.find("tiny", VARIANT, "b" * 64)
 
 
 def test_of_one_build_key_the_channels_package_stands_for_all_else_the_latest(team: Team) -> None:

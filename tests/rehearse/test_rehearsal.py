@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.folders import config_folders
 from pipeline.core.errors import IncompatibleError, RecipeError
 from pipeline.registry.manifest import manifest_at
-from pipeline.registry.policy import require_manifest_publishable
+from pipeline.registry.package import require_manifest_publishable
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.rehearsal import compose, run_rehearsal
 

@@ -36,9 +36,8 @@ from pipeline.registry.client.layout import (
     write_statements,
 )
 from pipeline.registry.disk import disk_errors, make_folders
-from pipeline.registry.manifest import MANIFEST, files_of
+from pipeline.registry.manifest import MANIFEST, files_of, verify
 from pipeline.registry.ownership import require_private_parent
-from pipeline.registry.package import verify
 from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.trust.statements import verified_files

@@ -27,9 +27,8 @@ from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError
 from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import sync
 from pipeline.registry.disk import make_folders, open_regular, read_bounded
-from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest
+from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest, verify
 from pipeline.registry.ownership import writable_by_others
-from pipeline.registry.package import verify
 from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import (
     ENVELOPE,
@@ -38,7 +37,7 @@ from pipeline.registry.store import (
     is_attachment_name,
     is_statement_name,
 )
-from pipeline.registry.trust.model_signature import MODEL_SIGNATURE
+from pipeline.registry.trust.statements import MODEL_SIGNATURE
 
 STATEMENTS = "statements"
 RECEIPT = "pull.json"

@@ -39,13 +39,14 @@ from pipeline.registry.client.layout import (
 )
 from pipeline.registry.client.machine import Facts, Flags, facts_of
 from pipeline.registry.manifest import MANIFEST
-from pipeline.registry.package import verify as verify_package
+from pipeline.registry.manifest import verify as verify_package
 from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
-from pipeline.registry.resolve import Resolved, Terms, candidates, examine_package, resolve
+from pipeline.registry.resolve import Resolved, candidates, examine_package, resolve
 from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.stores.opening import open_store, package_dir
-from pipeline.registry.trust.signatory import machine_trust
+from pipeline.registry.trust.policy import machine_trust
+from pipeline.registry.trust.verification import Terms
 
 log = logging.getLogger(__name__)
 

@@ -39,16 +39,12 @@ KEY_PATH = "ENGINESMITH_SIGNING_KEY"
 KEY_TEXT = "ENGINESMITH_SIGNING_KEY_PEM"
 """Environment variable: the private key itself, for systems that hand out secrets like this."""
 _MAX_KEY_BYTES = 16 << 10  # a P-256 key in PEM has some 240
+_KEYGEN = "make one with enginesmith keygen"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublicKey:
-    """The half that verifies.
-
-    Attributes:
-        pem: SubjectPublicKeyInfo in PEM.
-        keyid: SHA-256 (64 hex digits) of the same in DER.
-    """
+    """The half that verifies: SubjectPublicKeyInfo in PEM, and the SHA-256 (hex) of it in DER."""
 
     pem: bytes
     keyid: str
@@ -58,17 +54,12 @@ class PublicKey:
         """From the library's object."""
         der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        keyid = hashlib.sha256(der).hexdigest()
-        return cls(pem=pem, keyid=keyid)
+        return cls(pem=pem, keyid=hashlib.sha256(der).hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigningKey:
-    """A key pair; its repr shows the public half only.
-
-    Attributes:
-        private: The half that signs.
-    """
+    """A key pair; its repr shows the public half only."""
 
     private: ec.EllipticCurvePrivateKey = field(repr=False)
 
@@ -88,9 +79,7 @@ def generate_key() -> SigningKey:
 
 
 def parse_private_key(data: bytes, origin: str) -> SigningKey:
-    """Read a private key in PEM.
-
-    `origin` says where it comes from, for messages; the data itself is never shown.
+    """Read a private key in PEM; messages show `origin`, never the data.
 
     Raises:
         RecipeError: It is no ECDSA P-256 key, or is encrypted.
@@ -98,13 +87,11 @@ def parse_private_key(data: bytes, origin: str) -> SigningKey:
     try:
         key = load_pem_private_key(data, password=None)
     except TypeError:
-        raise _key_fault(origin, "is encrypted; give one without a password") from None
+        raise _fault(origin, "is encrypted; give one without a password") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise _key_fault(
-            origin, "is not a private key in PEM; make one with enginesmith keygen"
-        ) from None
+        raise _fault(origin, f"is not a private key in PEM; {_KEYGEN}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
-        raise _key_fault(origin, "is not an ECDSA P-256 key; make one with enginesmith keygen")
+        raise _fault(origin, f"is not an ECDSA P-256 key; {_KEYGEN}")
     return SigningKey(private=key)
 
 
@@ -117,19 +104,35 @@ def parse_public_key(data: bytes, origin: str) -> PublicKey:
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
-        raise _key_fault(origin, "is not a public key in PEM") from None
+        raise _fault(origin, "is not a public key in PEM") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-        raise _key_fault(origin, "is not an ECDSA P-256 key")
+        raise _fault(origin, "is not an ECDSA P-256 key")
     return PublicKey.of(key)
 
 
-def _key_fault(origin: str, fault: str) -> RecipeError:
-    return RecipeError([Fault(origin, fault)])
+def read_private_key(path: Path) -> SigningKey:
+    """Read the file of a private key; Kubernetes mounts some with mode 0644, which is fine.
+
+    Raises:
+        RecipeError: It is missing, or no usable key.
+        AccessError: Another user may replace it.
+    """
+    return parse_private_key(_read_key(path), str(path))
 
 
-def public_path(private: Path) -> Path:
-    """Where the public half lies: beside the private one."""
-    return private.with_name(f"{private.name}.pub")
+def read_public_key(path: Path) -> PublicKey:
+    """Read the file of a public key; raises like `read_private_key`."""
+    return parse_public_key(_read_key(path), str(path))
+
+
+def _read_key(path: Path) -> bytes:
+    with disk_errors(f"read {path}"):
+        try:
+            data = read_bounded(path.resolve(), _MAX_KEY_BYTES)
+        except CorruptError as error:
+            raise _fault(str(path), f"no such key ({error}); {_KEYGEN}") from None
+        require_unshared(path)
+    return data
 
 
 def write_key_pair(key: SigningKey, path: Path) -> Path:
@@ -142,31 +145,33 @@ def write_key_pair(key: SigningKey, path: Path) -> Path:
         ConflictError: One of the two files exists.
         AccessError: Not writable.
     """
-    public = public_path(path)
-    for taken in (path, public):
-        if os.path.lexists(taken):
-            raise ConflictError(f"{taken} exists; it stays as it is, so choose another with --out")
+    public = path.with_name(f"{path.name}.pub")
+    for target in (path, public):
+        if os.path.lexists(target):
+            raise _taken(target)
+    folder = path.absolute().parent
     with disk_errors(f"write {path}"):
-        folder = path.absolute().parent
         for missing in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
             missing.mkdir(0o700, exist_ok=True)
-        # The public half last: what is half done has the half that can be made again from.
-        _write_exclusive(path, key.private_pem(), 0o600)
-        _write_exclusive(public, key.public.pem, 0o644)
+        # The public half last: what is half done has the half that it can be made again from.
+        for target, data, mode in (
+            (path, key.private_pem(), 0o600),
+            (public, key.public.pem, 0o644),
+        ):
+            with tempfile.NamedTemporaryFile(prefix=".key-", dir=folder) as stream:
+                os.fchmod(stream.fileno(), mode)
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                try:
+                    os.link(stream.name, target)
+                except FileExistsError:
+                    raise _taken(target) from None
     return public
 
 
-def _write_exclusive(path: Path, data: bytes, mode: int) -> None:
-    """Write a whole file, durable, under a name that was free; `link` decides who comes first."""
-    with tempfile.NamedTemporaryFile(prefix=".key-", dir=path.absolute().parent) as stream:
-        os.fchmod(stream.fileno(), mode)
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-        try:
-            os.link(stream.name, path)
-        except FileExistsError:
-            raise ConflictError(f"{path} exists; it stays as it is, so choose another") from None
+def _taken(path: Path) -> ConflictError:
+    return ConflictError(f"{path} exists; it stays as it is, so choose another with --out")
 
 
 def config_root(environ: Mapping[str, str]) -> Path:
@@ -202,7 +207,7 @@ def signing_key(
     """
     path, text = environ.get(KEY_PATH), environ.get(KEY_TEXT)
     if path and text:
-        raise _key_fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")
+        raise _fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")
     if text:
         return parse_private_key(text.encode(), KEY_TEXT)
     if path:
@@ -229,45 +234,15 @@ def signing_key(
 def require_signing_key(
     environ: Mapping[str, str], *, local: bool, make: bool = False
 ) -> SigningKey:
-    """As `signing_key`, where there must be one.
-
-    Raises:
-        RecipeError: There is none, too.
-    """
+    """As `signing_key`, where there must be one; a RecipeError if there is none."""
     if (key := signing_key(environ, local=local, make=make)) is not None:
         return key
-    raise _key_fault(
+    raise _fault(
         KEY_PATH,
         "no key is given to sign with, and this machine's local key counts for a folder of its own "
-        "only, and never in CI; make one with enginesmith keygen and set this variable to its path",
+        f"only, and never in CI; {_KEYGEN} and set this variable to its path",
     )
 
 
-def read_private_key(path: Path) -> SigningKey:
-    """Read the file of a private key; Kubernetes mounts some with mode 0644, which is fine.
-
-    Raises:
-        RecipeError: It is missing, or no usable key.
-        AccessError: Another user may replace it.
-    """
-    return parse_private_key(_read_key(path, "make one with enginesmith keygen"), str(path))
-
-
-def read_public_key(path: Path) -> PublicKey:
-    """Read the file of a public key.
-
-    Raises:
-        RecipeError: It is missing, or no usable key.
-        AccessError: Another user may replace it.
-    """
-    return parse_public_key(_read_key(path, "enginesmith keygen makes one"), str(path))
-
-
-def _read_key(path: Path, advice: str) -> bytes:
-    with disk_errors(f"read {path}"):
-        try:
-            data = read_bounded(path.resolve(), _MAX_KEY_BYTES)
-        except CorruptError as error:
-            raise _key_fault(str(path), f"no such key ({error}); {advice}") from None
-        require_unshared(path)
-    return data
+def _fault(origin: str, fault: str) -> RecipeError:
+    return RecipeError([Fault(origin, fault)])

@@ -12,34 +12,40 @@
     builder_ids: []                # if there are any, provenance by one of them is required
 
 What a policy names counts, and nothing else. A key counts until it is revoked. Without a policy,
-a machine trusts the key that it signs with (`own_trust`).
+a machine trusts the key that it signs with.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.settings import STRICT, Listed
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.ownership import require_unshared
-from pipeline.registry.trust.envelope import Envelope
-from pipeline.registry.trust.keys import PublicKey, parse_public_key
+from pipeline.registry.trust.keys import PublicKey, config_root, parse_public_key, signing_key
 
 if TYPE_CHECKING:
     import yaml
 
+POLICY_PATH = "ENGINESMITH_POLICY"
+"""Environment variable: path of the trust policy."""
 Role = Literal["builds", "verdicts", "channels"]
-ROLES: tuple[Role, ...] = ("builds", "verdicts", "channels")
-_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+ROLES: tuple[Role, ...] = get_args(Role)
 _MAX_POLICY_BYTES = 1 << 20
+_Digest = Annotated[
+    str,
+    BeforeValidator(lambda text: text.removeprefix("sha256:") if isinstance(text, str) else text),
+    Field(pattern="^[0-9a-f]{64}$"),  # a revocation with a typing error would revoke nothing
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,54 +81,31 @@ class TrustedKey:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrustPolicy:
-    """Whose signatures count on this machine.
-
-    Attributes:
-        schema: Of the file.
-        keys: Signers.
-        revoked_keys: Ids of keys whose signatures count no more, whenever they were made.
-        revoked_digests: Packages that may not be used, whoever signed them.
-        builder_ids: SLSA builders that are trusted; empty for any, and provenance may be missing.
-    """
+    """Whose signatures count on this machine; the fields are those of the file."""
 
     schema: Literal[1] = 1
     keys: Listed[TrustedKey] = ()
-    revoked_keys: Listed[str] = ()
-    revoked_digests: Listed[str] = ()
+    revoked_keys: Listed[_Digest] = ()
+    revoked_digests: Listed[_Digest] = ()
     builder_ids: Listed[str] = ()
 
     def __post_init__(self) -> None:
-        for kind in ("revoked_keys", "revoked_digests"):
-            for value in getattr(self, kind):
-                # A revocation with a typing error would revoke nothing.
-                if not _HEX_DIGEST.fullmatch(value.removeprefix("sha256:")):
-                    raise ValueError(f"{kind}: {value!r} is not 64 lowercase hex digits")
         ids = [key.key.keyid for key in self.keys]
         if len(set(ids)) != len(ids):
             raise ValueError("keys: one key is listed twice; give it all its rights in one entry")
 
-    def require_not_revoked(self, digest: str) -> None:
-        """Refuse a package that was revoked.
-
-        Raises:
-            UntrustedError: It was.
-        """
-        if digest in {value.removeprefix("sha256:") for value in self.revoked_digests}:
-            raise UntrustedError(f"package {digest[:12]} is revoked; use another version")
-
-    def signer(self, envelope: Envelope, role: Role) -> TrustedKey:
-        """The key that signed an envelope, if this policy lets it.
-
-        Raises:
-            UntrustedError: No trusted key did; gives the reason for each signature.
-        """
-        reasons = []
-        for keyid in envelope.keyids:
-            key, reason = self._find(keyid, role)
-            if key is not None and envelope.verifies(key.key):
-                return key
-            reasons.append(reason or f"the signature by {keyid[:12]} does not match its content")
-        raise UntrustedError("; ".join(reasons) or "it has no signature")
+    def find(self, keyid: str, role: Role) -> tuple[TrustedKey | None, str]:
+        """The key of this id if it may sign, else None and why it may not."""
+        key = next((key for key in self.keys if key.key.keyid == keyid), None)
+        name = f"{keyid[:12]} ({key.name})" if key else keyid[:12]
+        if keyid in self.revoked_keys:
+            return None, f"key {name} is revoked"
+        if key is None:
+            advice = "if you know its owner, add it to the policy"
+            return None, f"key {name} is not trusted here; {advice}"
+        if role not in key.may_sign:
+            return None, f"key {name} may not sign {role}, only {', '.join(key.may_sign)}"
+        return key, ""
 
     def require_may(self, key: PublicKey, role: Role) -> None:
         """Stop before something is signed that readers with this policy would refuse.
@@ -130,24 +113,9 @@ class TrustPolicy:
         Raises:
             UntrustedError: This key may not.
         """
-        found, reason = self._find(key.keyid, role)
+        found, reason = self.find(key.keyid, role)
         if found is None:
             raise UntrustedError(f"{reason}; sign with another key, or change the policy")
-
-    def _find(self, keyid: str, role: Role) -> tuple[TrustedKey | None, str]:
-        """The key that may sign, or why it may not."""
-        key = next((key for key in self.keys if key.key.keyid == keyid), None)
-        name = f"{keyid[:12]} ({key.name})" if key else keyid[:12]
-        if keyid in {value.removeprefix("sha256:") for value in self.revoked_keys}:
-            return None, f"key {name} is revoked"
-        if key is None:
-            return (
-                None,
-                f"key {name} is not trusted here; if you know its owner, add it to the policy",
-            )
-        if role not in key.may_sign:
-            return None, f"key {name} may not sign {role}, only {', '.join(key.may_sign)}"
-        return key, ""
 
 
 def own_trust(key: PublicKey) -> TrustPolicy:
@@ -155,6 +123,41 @@ def own_trust(key: PublicKey) -> TrustPolicy:
     pem = key.pem.decode()
     own = TrustedKey(name="this machine's own key", public_key=pem, may_sign=ROLES)
     return TrustPolicy(keys=(own,))
+
+
+def machine_policy(environ: Mapping[str, str], path: Path | None = None) -> TrustPolicy | None:
+    """The trust policy of a machine; None if it has none.
+
+    The command line's (`path`) comes first, then the environment's, then `policy.yaml` in the
+    configuration folder.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    if path is None and (named := environ.get(POLICY_PATH)):
+        path = Path(named)
+    usual = config_root(environ) / "policy.yaml"
+    if path is None and not os.path.lexists(usual):
+        return None
+    return load_policy(path or usual)
+
+
+def machine_trust(
+    environ: Mapping[str, str], *, own_folder: bool, policy: Path | None = None
+) -> TrustPolicy:
+    """Whom this machine trusts; makes no key.
+
+    A policy decides alone. Without one, a key that was given to this machine to sign with is
+    trusted, since who holds it could sign anything here anyway. A local key counts for this
+    machine's own folder registry only, never for S3, OCI or another machine.
+
+    Raises:
+        RecipeError: The policy or the key cannot be read.
+    """
+    if (loaded := machine_policy(environ, policy)) is not None:
+        return loaded
+    key = signing_key(environ, local=own_folder)
+    return own_trust(key.public) if key else TrustPolicy()
 
 
 def load_policy(path: Path) -> TrustPolicy:
@@ -173,9 +176,7 @@ def load_policy(path: Path) -> TrustPolicy:
             require_unshared(path)
         value = yaml.load(data, _unique_keys_loader())
         if not isinstance(value, dict) or "schema" not in value:
-            raise RecipeError(
-                [Fault(str(path), "is not a policy: wanted a mapping with schema: 1")]
-            )
+            raise ValueError("wanted a mapping with schema: 1")
         # As JSON: there pydantic makes objects of mappings although it is strict.
         return TypeAdapter(TrustPolicy).validate_json(json.dumps(value, default=str))
     except ValidationError as error:

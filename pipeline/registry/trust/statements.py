@@ -18,51 +18,58 @@ and the fields of its kind:
 
 Signatures, provenance and test results hold wherever the package lies, so `copy` carries them;
 yanks and moves are a registry's own. Of several, the one with the latest signed time counts; names
-and dates in a store count for nothing.
+and dates in a store count for nothing. This module reads them; signing.py makes them.
 """
 
 from __future__ import annotations
 
 import functools
-import getpass
 import hashlib
 import json
 import logging
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
 
-import rfc8785
-
-from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import Part, check_digest, check_part
-from pipeline.registry.store import ENVELOPE, Place, RawStatement, is_attachment_name
-from pipeline.registry.trust.envelope import parse_envelope, sign_envelope
-from pipeline.registry.trust.keys import SigningKey
+from pipeline.registry.store import MAX_ENVELOPE_BYTES, RawStatement, is_attachment_name
+from pipeline.registry.trust.keys import PublicKey
 from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
+
+if TYPE_CHECKING:
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import SSlibKey
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["signature", "provenance", "test", "yank", "move"]
-SCHEMA = 1
-_STATEMENT = "https://in-toto.io/Statement/v1"
-_OURS = "enginesmith_statement"
 # Kind -> type of the predicate, and the right that its signer needs. Types of ours are identifiers,
 # not pages.
-_KINDS: Mapping[Kind, tuple[str, Role]] = {
+KINDS: Mapping[Kind, tuple[str, Role]] = {
     "signature": ("https://enginesmith.dev/signature/v1", "builds"),
     "provenance": ("https://slsa.dev/provenance/v1", "builds"),
     "test": ("https://in-toto.io/attestation/test-result/v0.1", "verdicts"),
     "yank": ("https://enginesmith.dev/yank/v1", "channels"),
     "move": ("https://enginesmith.dev/move/v1", "channels"),
 }
-_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
+SCHEMA = 1
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+OURS = "enginesmith_statement"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+"""Payload type of an in-toto statement (in-toto attestation spec 1.0, "Envelope"); the statement
+itself says of which kind it is, and the signature covers that."""
+SIGNED_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
+MODEL_SIGNATURE = "model.sig"
+"""File beside a signature: the OpenSSF model signature of `engine/` (signing.py)."""
 _MAX_TEXT = 500
 """Characters of an actor or a reason: a line or two for people."""
 _MAX_FILES = 16
+_MAX_KEYIDS = 8
+"""Signatures of one envelope that are looked at: ours have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +81,7 @@ class Statement:
         digest: The package that it is about.
         signed_at: RFC 3339, UTC, microseconds: text that sorts as time.
         signer: Of the policy.
-        fields: Of its kind; see the module. Their form is checked by whoever uses them, by `text`,
-            `part` and `place`.
+        fields: Of its kind; see the module. `text`, `part` and `reference` check their form.
         files: Name -> SHA-256 (hex) of every file beside the envelope.
         predicate: The whole predicate.
         id: SHA-256 (hex) of the payload.
@@ -96,70 +102,23 @@ class Statement:
         return f"{self.kind}-{self.id[:16]}"
 
     def text(self, field: str) -> str:
-        """A field that people read: one line, printable.
-
-        Raises:
-            UntrustedError: It is not that.
-        """
+        """A field that people read; an UntrustedError unless it is one printable line."""
         value = self.fields.get(field)
         if not isinstance(value, str) or text_fault(value):
             raise UntrustedError(f"its {field} is not one printable line of text")
         return value
 
     def part(self, field: Part) -> str:
-        """A field that is part of a reference.
-
-        Raises:
-            UntrustedError: It breaks the grammar.
-        """
+        """A field that is part of a reference; an UntrustedError if it breaks the grammar."""
         try:
             return check_part(field, self.text(field))
         except RecipeError as error:
             raise UntrustedError(f"its {field} cannot be used: {error}") from error
 
     def reference(self) -> Reference:
-        """The package that a yank or a move names.
-
-        Raises:
-            UntrustedError: It names none.
-        """
-        return Reference(
-            name=self.part("name"),
-            variant=self.part("variant"),
-            version=self.part("version"),
-            digest=self.digest,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Author:
-    """Who yanks a package or moves a channel: with which key, by which name, and why.
-
-    Attributes:
-        key: Signs.
-        actor: For people; the key is what counts.
-        reason: For people; may be empty.
-    """
-
-    key: SigningKey
-    actor: str
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        for kind, text in (("actor", self.actor), ("reason", self.reason)):
-            if fault := text_fault(text):
-                raise RecipeError([Fault(kind, fault)])
-
-
-def actor_of(environ: Mapping[str, str]) -> str:
-    """Who acts, for people: `$ENGINESMITH_ACTOR`, else CI's user, else the login name."""
-    for name in ("ENGINESMITH_ACTOR", "GITHUB_ACTOR", "GITLAB_USER_LOGIN"):
-        if environ.get(name):
-            return environ[name]
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that /etc/passwd does not know
-        return f"uid-{os.getuid()}"
+        """The package that a yank or a move names; an UntrustedError if it names none."""
+        name, variant, version = self.part("name"), self.part("variant"), self.part("version")
+        return Reference(name=name, variant=variant, version=version, digest=self.digest)
 
 
 def text_fault(text: str) -> str:
@@ -169,67 +128,26 @@ def text_fault(text: str) -> str:
     return "" if text.isprintable() else "has a line break or an unprintable character"
 
 
-def sign_statement(
-    kind: Kind,
-    digest: str,
-    fields: Mapping[str, Any],
-    key: SigningKey,
-    *,
-    files: Mapping[str, bytes] | None = None,
-    predicate: Mapping[str, Any] | None = None,
-    after: str = "",
-) -> RawStatement:
-    """Sign a statement.
-
-    Args:
-        kind: What it states.
-        digest: The package.
-        fields: Of its kind; JSON values.
-        key: Signs.
-        files: What goes beside the envelope.
-        predicate: Of a type that other tools read; JSON values.
-        after: A time that the signed one must be later than, should this clock be behind.
-    """
-    beside = dict(files or {})
-    ours = {
-        "schema": SCHEMA,
-        "kind": kind,
-        "signed_at": now_text(after),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()},
-        **fields,
-    }
-    payload = rfc8785.dumps(
-        {
-            "_type": _STATEMENT,
-            "subject": [{"name": "manifest.json", "digest": {"sha256": digest}}],
-            "predicateType": _KINDS[kind][0],
-            "predicate": {**(predicate or {}), _OURS: ours},
-        }
-    )
-    name = f"{kind}-{hashlib.sha256(payload).hexdigest()[:16]}"
-    return RawStatement(name=name, files={ENVELOPE: sign_envelope(payload, key), **beside})
-
-
-def open_statement(envelope: bytes, policy: TrustPolicy) -> Statement:
-    """Verify a statement: its signature, its signer's right, and its form.
+def open_statement(data: bytes, policy: TrustPolicy) -> Statement:
+    """Verify an envelope: its signature, its signer's right, and its statement's form.
 
     Raises:
-        UntrustedError: It is none, or no key that may signed it.
+        UntrustedError: It holds no statement, or no key that may signed it.
     """
-    parsed = parse_envelope(envelope)
+    envelope = parse_envelope(data)
     try:
-        value = json.loads(parsed.payload)
-        ours = value["predicate"][_OURS]
+        value = json.loads(envelope.payload)
+        ours = value["predicate"][OURS]
         kind: Kind = ours["kind"]
-        predicate_type, role = _KINDS[kind]
+        predicate_type, role = KINDS[kind]
         (subject,) = value["subject"]
-        if (value["_type"], value["predicateType"]) != (_STATEMENT, predicate_type):
+        if (value["_type"], value["predicateType"]) != (STATEMENT_TYPE, predicate_type):
             raise ValueError(f"a {kind} with predicateType {value['predicateType']!r}")
         if ours["schema"] != SCHEMA:
             raise ValueError(f"schema {ours['schema']!r}; this program reads {SCHEMA}, upgrade it")
         digest, signed_at, files = subject["digest"]["sha256"], ours["signed_at"], ours["files"]
         check_digest(digest)
-        if datetime.strptime(signed_at, _TIME).strftime(_TIME) != signed_at:
+        if datetime.strptime(signed_at, SIGNED_TIME).strftime(SIGNED_TIME) != signed_at:
             raise ValueError(f"signed_at {signed_at!r}")
         if len(files) > _MAX_FILES:
             raise ValueError(f"{len(files)} files")
@@ -243,20 +161,71 @@ def open_statement(envelope: bytes, policy: TrustPolicy) -> Statement:
         kind=kind,
         digest=digest,
         signed_at=signed_at,
-        signer=policy.signer(parsed, role),
+        signer=signer_of(envelope, policy, role),
         fields=ours,
         files=files,
         predicate=value["predicate"],
-        id=hashlib.sha256(parsed.payload).hexdigest(),
+        id=hashlib.sha256(envelope.payload).hexdigest(),
     )
 
 
-def sign_again(one: Statement, key: SigningKey, files: Mapping[str, bytes]) -> RawStatement:
-    """The same statement by another key, signed now."""
-    ours = {"schema", "kind", "signed_at", "files"}
-    fields = {name: value for name, value in one.fields.items() if name not in ours}
-    predicate = {name: value for name, value in one.predicate.items() if name != _OURS}
-    return sign_statement(one.kind, one.digest, fields, key, files=files, predicate=predicate)
+def parse_envelope(data: bytes) -> Envelope:
+    """Read a DSSE envelope (github.com/secure-systems-lab/dsse, version 1); verifies no signature.
+
+    Raises:
+        UntrustedError: It is none, or not one of an in-toto statement.
+    """
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import FormatError
+
+    try:
+        if len(data) > MAX_ENVELOPE_BYTES:
+            raise ValueError(f"more than {MAX_ENVELOPE_BYTES} bytes")
+        envelope = Envelope.from_dict(json.loads(data))
+        if envelope.payload_type != PAYLOAD_TYPE:
+            raise ValueError(f"its payloadType is not {PAYLOAD_TYPE}")
+        if not all(isinstance(keyid, str) for keyid in envelope.signatures):
+            raise ValueError("a keyid is not text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FormatError) as error:
+        fault = f"{type(error).__name__}: {str(error)[:200]!r}"
+        raise UntrustedError(f"not a DSSE envelope ({fault})") from error
+    return envelope
+
+
+def signer_of(envelope: Envelope, policy: TrustPolicy, role: Role) -> TrustedKey:
+    """The key that signed an envelope, if the policy lets it.
+
+    Raises:
+        UntrustedError: No trusted key did; gives the reason for each signature.
+    """
+    reasons = []
+    keyids = [keyid for keyid in envelope.signatures if re.fullmatch("[0-9a-f]{64}", keyid)]
+    for keyid in keyids[:_MAX_KEYIDS]:
+        key, reason = policy.find(keyid, role)
+        if key is not None and _signed_by(key.key, envelope):
+            return key
+        reasons.append(reason or f"the signature by {keyid[:12]} does not match its content")
+    raise UntrustedError("; ".join(reasons) or "it has no signature")
+
+
+def _signed_by(key: PublicKey, envelope: Envelope) -> bool:
+    """Whether this key signed exactly this payload."""
+    from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
+
+    try:
+        envelope.verify([_library_key(key)], 1)
+    except (UnverifiedSignatureError, VerificationError, ValueError):
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=64)
+def _library_key(key: PublicKey) -> SSlibKey:
+    """A key as the library wants it, parsed once for all that it signed."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from securesystemslib.signer import SSlibKey
+
+    return SSlibKey.from_crypto(load_pem_public_key(key.pem), keyid=key.keyid)
 
 
 def verified_files(statement: Statement, raw: RawStatement) -> dict[str, bytes]:
@@ -280,17 +249,3 @@ def warn_skipped(origin: str, what: str, reasons: tuple[str, ...]) -> None:
     """Warn of statements that do not count, once for all and only once in a process."""
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     log.warning("%s: %s does not count: %s%s", origin, what, reasons[0], more)
-
-
-def now_text(after: str = "") -> str:
-    """The time now, as statements state it; a microsecond after `after` if that is not past yet."""
-    now = datetime.now(UTC)
-    if after and now.strftime(_TIME) <= after:
-        now = datetime.strptime(after, _TIME).replace(tzinfo=UTC) + timedelta(microseconds=1)
-    return now.strftime(_TIME)
-
-
-def place_fields(reference: Reference) -> dict[str, str]:
-    """The fields of a yank or a move that name its package."""
-    place = Place.of(reference)
-    return {"name": place.name, "variant": place.variant, "version": place.version}

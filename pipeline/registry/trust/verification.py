@@ -2,8 +2,7 @@
 
 Statements are append-only, and whoever may write to a store can add some. So one that no trusted
 key signed, that is about another package, or that lies under a name that is not its own is skipped;
-it never stops a reader and is never counted. What is missing is the caller's to refuse
-(`Verification.require_usable`).
+it never stops a reader and is never counted. What is missing is refused by `require_usable`.
 
 What this cannot see: that a statement was removed. Whoever may delete in a store can take away the
 newest test result, or a yank, and leave older ones.
@@ -12,23 +11,41 @@ newest test result, or a yank, and leave older ones.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Package, VerdictName
 from pipeline.registry.store import ENVELOPE, RawStatement
-from pipeline.registry.trust.model_signature import MODEL_SIGNATURE
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
-from pipeline.registry.trust.provenance import builder_of
-from pipeline.registry.trust.statements import Statement, open_statement, warn_skipped
+from pipeline.registry.trust.statements import (
+    MODEL_SIGNATURE,
+    Statement,
+    open_statement,
+    warn_skipped,
+)
 
 log = logging.getLogger(__name__)
 
-_NOT_RUN = frozenset({"checked", "compiled"})
+NOT_RUN = frozenset({"checked", "compiled"})
 """Verdicts about an engine that the card did not run: they neither prove it there nor disprove what
 ran there before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a reader accepts.
+
+    Attributes:
+        policy: Whom it trusts.
+        allow_unsigned: Take what no trusted key signed.
+        allow_yanked: Take what was yanked. A command allows that only for a reference by digest.
+    """
+
+    policy: TrustPolicy
+    allow_unsigned: bool = False
+    allow_yanked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +56,8 @@ class SignedVerdict:
         card: The card that it counts for.
         runtime: Name and version of what ran the engine.
         verdict: Such as `accepted`.
-        signed_at: As in `Statement`.
+        signed_at: As in `Statement`, like `signer`.
         statement: Name of the statement, which has the report.
-        signer: Of the policy.
         question: Key of the acceptance that was asked; empty where none is named.
     """
 
@@ -67,14 +83,7 @@ class SignedVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Yank:
-    """A package was yanked, or the yank was undone.
-
-    Attributes:
-        yanked: False if this undoes a yank.
-        actor: Who did it, for people.
-        reason: Why.
-        signed_at: As in `Statement`.
-    """
+    """A package was yanked, or that was undone (`yanked` is false); by whom and why, for people."""
 
     yanked: bool
     actor: str
@@ -121,27 +130,17 @@ class Verification:
         signed = (one for one in self.statements if one.kind == "signature")
         return next((one for one in signed if MODEL_SIGNATURE in one.files), None)
 
-    def newest(self, card: str) -> SignedVerdict | None:
-        """The newest verdict for a card; None if there is none."""
-        return next((found for found in self.verdicts if found.card == card), None)
+    def proof(self, card: str) -> SignedVerdict | None:
+        """What proves the engine on a card: `accepted` there, by the package's own runtime.
 
-    def run_on(self, card: str) -> SignedVerdict | None:
-        """The newest verdict of an engine that this card ran, with the package's own runtime."""
+        Only the newest verdict of an engine that this card ran with that runtime counts.
+        """
         runtime = self.package.manifest["match"]["runtime"]
         wanted = (runtime["name"], runtime["version"])
-        return next(
-            (
-                found
-                for found in self.verdicts
-                if found.card == card and found.verdict not in _NOT_RUN and found.runtime == wanted
-            ),
-            None,
-        )
-
-    def proof(self, card: str) -> SignedVerdict | None:
-        """What proves the engine on a card: `accepted` there is the newest that was run there."""
-        found = self.run_on(card)
-        return found if found is not None and found.verdict == "accepted" else None
+        for found in self.verdicts:
+            if found.card == card and found.verdict not in NOT_RUN and found.runtime == wanted:
+                return found if found.verdict == "accepted" else None
+        return None
 
     @property
     def proven_cards(self) -> tuple[str, ...]:
@@ -151,7 +150,8 @@ class Verification:
 
     def standing(self, card: str) -> SignedVerdict | None:
         """The verdict that says most about a card now: its proof, else the newest one."""
-        return self.proof(card) or self.newest(card)
+        of_card = (found for found in self.verdicts if found.card == card)
+        return self.proof(card) or next(of_card, None)
 
 
 def verify_statements(
@@ -186,12 +186,16 @@ def verify_statements(
         warn_skipped(origin, "a statement", tuple(ignored))
     statements.sort(key=lambda one: (one.signed_at, one.id), reverse=True)
     signature = next((one for one in statements if one.kind == "signature"), None)
-    provenance = next((one for one in statements if _provenance_counts(one, policy)), None)
+    built = ((one, _builder(one.predicate)) for one in statements if one.kind == "provenance")
+    wanted = policy.builder_ids
+    built_at, builder_id = next(
+        ((one.signed_at, by) for one, by in built if not wanted or by in wanted), ("", "")
+    )
     return Verification(
         package=package,
         signer=signature.signer if signature else None,
-        builder_id=builder_of(provenance.predicate) if provenance else "",
-        built_at=provenance.signed_at if provenance else "",
+        builder_id=builder_id,
+        built_at=built_at,
         verdicts=tuple(sorted(verdicts, key=lambda one: one.signed_at, reverse=True)),
         # At one and the same time, the one that forbids comes first.
         yanks=tuple(sorted(yanks, key=lambda one: (one.signed_at, one.yanked), reverse=True)),
@@ -200,22 +204,16 @@ def verify_statements(
     )
 
 
-def require_usable(
-    found: Verification,
-    policy: TrustPolicy,
-    *,
-    origin: str,
-    allow_unsigned: bool = False,
-    allow_yanked: bool = False,
-) -> None:
+def require_usable(found: Verification, terms: Terms, origin: str) -> None:
     """Refuse a package that may not be loaded, run or promoted.
 
     Raises:
         UntrustedError: Revoked, yanked, or not signed by a trusted key.
     """
-    digest = found.package.digest
-    policy.require_not_revoked(digest)
-    if found.signer is None and not allow_unsigned:
+    digest, policy = found.package.digest, terms.policy
+    if digest in policy.revoked_digests:
+        raise UntrustedError(f"package {digest[:12]} is revoked; use another version")
+    if found.signer is None and not terms.allow_unsigned:
         why = next((one for one in found.ignored if one.startswith("signature-")), "")
         raise UntrustedError(
             f"{origin}: no trusted key signed it ({why or 'it has no signature'}); sign it with "
@@ -228,7 +226,7 @@ def require_usable(
         )
     if (yank := found.yank) is None:
         return
-    if not allow_yanked:
+    if not terms.allow_yanked:
         name = str(found.package.manifest["name"])
         raise UntrustedError(
             f"{origin} was yanked {yank}; use another version, or take it all the same as "
@@ -269,15 +267,13 @@ def _yank(found: Statement) -> Yank:
     yanked = found.fields.get("yanked")
     if not isinstance(yanked, bool):
         raise UntrustedError(f"is not a yank: yanked {yanked!r}")
-    return Yank(
-        yanked=yanked,
-        actor=found.text("actor"),
-        reason=found.text("reason"),
-        signed_at=found.signed_at,
-    )
+    actor, reason = found.text("actor"), found.text("reason")
+    return Yank(yanked=yanked, actor=actor, reason=reason, signed_at=found.signed_at)
 
 
-def _provenance_counts(found: Statement, policy: TrustPolicy) -> bool:
-    if found.kind != "provenance":
-        return False
-    return not policy.builder_ids or builder_of(found.predicate) in policy.builder_ids
+def _builder(predicate: Mapping[str, Any]) -> str:
+    """The SLSA builder that provenance names; empty if it names none."""
+    try:
+        return str(predicate["runDetails"]["builder"]["id"])
+    except (KeyError, TypeError):
+        return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,20 +16,14 @@ from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import Pulled, PullRequest, pull_from, verify
-from pipeline.registry.promotion import yank_package
 from pipeline.registry.reference import reference_of
-from pipeline.registry.store import Place, Store, WritableStore
+from pipeline.registry.store import Store, WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.registry.trust.channels import move_channel
 from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.policy import ROLES, TrustedKey, TrustPolicy
-from pipeline.registry.trust.signatory import sign_package, sign_test
-from pipeline.registry.trust.statements import Author
+from pipeline.registry.trust.signing import sign_package
 from tests.registry.packages import sealed_package
+from tests.registry.team import CARD, RUNTIME, Team
 
-CARD = "NVIDIA-GeForce-RTX-4090"
-OTHER_CARD = "NVIDIA-L4"
-RUNTIME = ("tensorrt-rtx", "1.7.1.116")
 CHUNK_BYTES = 4096
 QUICK = Transfer(chunk_bytes=CHUNK_BYTES, tries=3, first_wait_s=0.001)
 FILES: Mapping[str, bytes] = {
@@ -61,14 +54,10 @@ class Shop:
     key: SigningKey = field(default_factory=generate_key)
 
     @property
-    def author(self) -> Author:
-        return Author(key=self.key, actor="ada", reason="crashes")
-
-    @property
-    def trust(self) -> TrustPolicy:
-        """Trusts the one key in everything."""
-        pem = self.key.public.pem.decode()
-        return TrustPolicy(keys=(TrustedKey(name="release", public_key=pem, may_sign=ROLES),))
+    def team(self) -> Team:
+        """Those who publish: one key with every right."""
+        key = self.key
+        return Team(dir=self.home, store=self.store, builder=key, tester=key, releaser=key)
 
     @property
     def to(self) -> Path:
@@ -100,7 +89,7 @@ class Shop:
         shutil.rmtree(folder)
         reference = reference_of(package)
         if verdict is not None:
-            self.judge(reference, verdict, card, runtime=runtime)
+            self.judge(reference, verdict, card, runtime)
             self.point(reference, card, channel)
         return reference
 
@@ -112,40 +101,19 @@ class Shop:
         runtime: tuple[str, str] = RUNTIME,
     ) -> None:
         """Add a signed verdict."""
-        report = json.dumps({"digest": reference.digest, "verdict": verdict}).encode()
-        raw = sign_test(
-            reference.digest,
-            self.key,
-            card=card,
-            runtime=runtime,
-            verdict=verdict,
-            files={"report.json": report},
-        )
-        self.store.put_statement(Place.of(reference), raw)
+        self.team.test(reference, verdict, card, runtime)
 
     def point(self, reference: Reference, card: str = CARD, channel: str = "stable") -> None:
-        """Let a channel point to a package, by a signed move."""
-        move_channel(
-            self.store,
-            reference,
-            channel=channel,
-            card=card,
-            author=self.author,
-            policy=self.trust,
-        )
+        """Let a channel point to a package, whatever it is."""
+        self.team.releasing().move(reference, channel, card)
 
     def yank(self, reference: Reference, *, undo: bool = False) -> None:
         """Yank a package, or undo that."""
-        yank_package(self.store, str(reference), self.author, self.trust, undo=undo)
+        self.team.releasing().yank(str(reference), undo=undo)
 
     def policy(self, **more: Any) -> Path:
         """The machine's trust policy, as a file."""
-        (key,) = self.trust.keys
-        listed = {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
-        path = self.home / "policy.json"
-        private = self.home / f"policy-{os.getpid()}"  # many processes may pull at once
-        private.write_text(json.dumps({"schema": 1, "keys": [listed], **more}))
-        return private.replace(path)
+        return self.team.policy_file(**more)
 
     def request(self, reference: str = "tiny", **more: Any) -> PullRequest:
         """A pull for a 4090 that is not there, in small chunks and without patience."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import IncompatibleError, UntrustedError
-from tests.registry.client.conftest import OTHER_CARD, Shop
+from tests.registry.client.conftest import Shop
+from tests.registry.team import OTHER_CARD
 
 
 def published_folder(shop: Shop) -> Path:

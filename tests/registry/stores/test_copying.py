@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,13 +9,13 @@ import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, RecipeError, UntrustedError
 from pipeline.registry.copying import Copied, copy
-from pipeline.registry.promotion import channels_of, promote, yank_package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.trust.channels import channels_of
 from pipeline.registry.trust.keys import generate_key
 from tests.registry.packages import place_of, read_back
-from tests.registry.trust.conftest import CARD, Team
+from tests.registry.team import CARD, Team
 
 
 @pytest.fixture(params=["folder", "memory_s3"])
@@ -33,20 +32,10 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
     return Team(dir=tmp_path / "work", store=FolderRegistry(path=tmp_path / "source").store())
 
 
-def policy_of(team: Team) -> Path:
-    entries = [
-        {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
-        for key in team.policy.keys
-    ]
-    path = team.dir / "policy.json"
-    path.write_text(json.dumps({"schema": 1, "keys": entries}))
-    return path
-
-
 def run(
     team: Team, target: WritableStore, text: str, environ: Mapping[str, str] | None = None
 ) -> Copied:
-    policy = None if environ is not None else policy_of(team)
+    policy = None if environ is not None else team.policy_file()
     return copy(text, team.store.url, target.url, environ or {}, policy=policy)
 
 
@@ -54,8 +43,7 @@ def test_a_copy_has_the_bytes_the_signatures_and_the_results_and_no_channel(
     team: Team, target: WritableStore
 ) -> None:
     package = team.publish(verdict="accepted")
-    text = str(reference_of(package))
-    promote(team.store, text, channel="stable", card=None, author=team.author, policy=team.policy)
+    team.enter(package)
     team.test(package, "rejected", key=generate_key())
     done = run(team, target, "tiny")
     assert (done.new, done.added) == (True, 3)
@@ -83,7 +71,7 @@ def test_copying_again_brings_only_what_is_new(team: Team, target: WritableStore
 
 def test_what_may_not_be_used_is_not_copied(team: Team, target: WritableStore) -> None:
     yanked, unsigned = team.publish(), team.seal(b"unsigned")
-    yank_package(team.store, str(reference_of(yanked)), team.author, team.policy)
+    team.yank(yanked)
     team.store.put_package(unsigned, [], lambda _: None)
     for package, reason in ((yanked, "yanked"), (unsigned, "no trusted key")):
         with pytest.raises(UntrustedError, match=reason):
@@ -95,15 +83,15 @@ def test_a_yank_stays_in_the_registry_that_it_names(team: Team, target: Writable
     package = team.publish()
     text = str(reference_of(package))
     run(team, target, text)
-    yank_package(team.store, text, team.author, team.policy)
+    team.yank(package)
     for raw in team.store.read_statements(place_of(package)):
         if raw.kind == "yank":
             target.put_statement(place_of(package), raw)
-    yank_package(target, text, team.author, team.policy)
-    yank_package(target, text, team.author, team.policy, undo=True)
+    team.yank(package, store=target)
+    team.yank(package, store=target, undo=True)
     with pytest.raises(UntrustedError, match="yanked"):
         team.examine(package)
-    yank_package(team.store, text, team.author, team.policy, undo=True)
+    team.yank(package, undo=True)
     assert run(team, target, text).resolved.yank is None
 
 

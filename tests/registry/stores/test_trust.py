@@ -11,37 +11,22 @@ import pytest
 
 from pipeline.core.errors import ConflictError, UntrustedError
 from pipeline.core.values import Package
-from pipeline.registry.promotion import channels_of, promote, rollback, yank_package
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import Terms, resolve
+from pipeline.registry.resolve import resolve
 from pipeline.registry.store import ENVELOPE, RawStatement, WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.trust.channels import channels_of
 from pipeline.registry.trust.keys import generate_key
-from pipeline.registry.trust.signatory import sign_package
-from pipeline.registry.trust.statements import place_fields, sign_statement
+from pipeline.registry.trust.signing import place_fields, sign_package, sign_statement
+from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of, raw_statement
-from tests.registry.trust.conftest import CARD, Team
+from tests.registry.team import CARD, Team
 
 
 @pytest.fixture
 def team(store: WritableStore, tmp_path: Path) -> Team:
     (tmp_path / "work").mkdir()
     return Team(dir=tmp_path / "work", store=store)
-
-
-def name(package: Package) -> str:
-    return str(reference_of(package))
-
-
-def enter(team: Team, package: Package, channel: str = "stable") -> None:
-    promote(
-        team.store,
-        name(package),
-        channel=channel,
-        card=CARD,
-        author=team.author,
-        policy=team.policy,
-    )
 
 
 def add_junk(team: Team, package: Package, good: RawStatement) -> None:
@@ -78,7 +63,7 @@ def add_junk(team: Team, package: Package, good: RawStatement) -> None:
 
 def test_what_others_add_to_a_store_changes_nothing(team: Team) -> None:
     good, other = team.publish(b"good", "accepted"), team.publish(b"other", "accepted")
-    enter(team, good)
+    team.enter(good, card=CARD)
     before = team.examine(other).verification
     old = team.test(other, "accepted")
     team.test(other, "regression")
@@ -89,11 +74,9 @@ def test_what_others_add_to_a_store_changes_nothing(team: Team) -> None:
     assert done.proof(CARD) is None  # the replayed result outranks nothing
     assert resolve(team.store, "tiny", Terms(policy=team.policy)).package.digest == good.digest
     team.test(other, "accepted")
-    enter(team, other)
+    team.enter(other, card=CARD)
     assert resolve(team.store, "tiny", Terms(policy=team.policy)).package.digest == other.digest
-    rollback(
-        team.store, "tiny", channel="stable", card=None, author=team.author, policy=team.policy
-    )
+    team.releasing().rollback("tiny", "stable")
     assert resolve(team.store, "tiny", Terms(policy=team.policy)).package.digest == good.digest
 
 
@@ -101,10 +84,10 @@ def test_a_yank_counts_and_is_undone_beside_junk(team: Team) -> None:
     package = team.publish(verdict="accepted")
     add_junk(team, package, team.test(package, "accepted"))
     for _ in range(2):
-        assert yank_package(team.store, name(package), team.author, team.policy)[1]
+        assert team.yank(package)[1]
         with pytest.raises(UntrustedError, match="yanked by ada"):
             team.examine(package)
-        assert yank_package(team.store, name(package), team.author, team.policy, undo=True)[1]
+        assert team.yank(package, undo=True)[1]
         assert team.examine(package).yank is None
 
 
@@ -112,7 +95,7 @@ def test_a_channel_log_copied_to_another_registry_moves_nothing_there(
     team: Team, tmp_path: Path
 ) -> None:
     package = team.publish(verdict="accepted")
-    enter(team, package)
+    team.enter(package, card=CARD)
     target = FolderRegistry(path=tmp_path / "production").store()
     target.put_package(package, team.store.read_statements(place_of(package)), lambda _: None)
     variant = place_of(package).variant
@@ -128,7 +111,7 @@ def test_simultaneous_promoters_leave_one_channel_that_every_reader_sees_alike(t
     def job(package: Package) -> Callable[[], bool]:
         def run() -> bool:
             try:
-                enter(team, package)
+                team.enter(package, card=CARD)
             except ConflictError:
                 return False
             return True
@@ -140,6 +123,6 @@ def test_simultaneous_promoters_leave_one_channel_that_every_reader_sees_alike(t
     assert any(landed)
     ((_, _, channel),) = channels_of(team.store, team.policy, "tiny")
     assert channel.newest.reference.digest in {one.digest for one in packages}
-    enter(team, packages[0])
+    team.enter(packages[0], card=CARD)
     ((_, _, channel),) = channels_of(team.store, team.policy, "tiny")
     assert channel.newest.reference.digest == packages[0].digest

@@ -16,16 +16,13 @@ from pipeline.core.errors import AccessError, ConflictError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE
-from pipeline.registry.trust.channels import Move, move_channel, read_channel, read_channels
+from pipeline.registry.trust.channels import Channel, Move, read_channels
 from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.statements import (
-    Author,
-    open_statement,
-    place_fields,
-    sign_statement,
-)
-from tests.registry.trust.conftest import CARD, OTHER_CARD, Team, trusted
+from pipeline.registry.trust.signing import Author, place_fields, sign_statement
+from pipeline.registry.trust.statements import open_statement
+from tests.registry.packages import VARIANT
+from tests.registry.team import CARD, Team, trusted
 
 InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
 
@@ -35,20 +32,22 @@ def packages(team: Team) -> list[Reference]:
     return [reference_of(team.publish(plan)) for plan in (b"one", b"two", b"three")]
 
 
-def move(team: Team, reference: Reference, card: str = CARD, **more: Any) -> Move:
-    given = {"channel": "stable", "author": team.author, "policy": team.policy, **more}
-    return move_channel(team.store, reference, card=card, **given)
+def move(team: Team, reference: Reference, *, seen: Move | None = None, **more: Any) -> Move:
+    return team.releasing(**more).move(reference, "stable", CARD, seen=seen)
 
 
-def stable(team: Team, policy: TrustPolicy | None = None, card: str = CARD) -> Reference | None:
-    reference = reference_of(team.publish(b"one"))
-    of = (reference.name, reference.variant, "stable", card)
-    found = read_channel(team.store, policy or team.policy, *of)
-    return found.newest.reference if found else None
+def channel(team: Team, policy: TrustPolicy | None = None) -> Channel:
+    (found,) = read_channels(team.store, policy or team.policy, "tiny", VARIANT)
+    assert (found.name, found.card) == ("stable", CARD)
+    return found
+
+
+def stable(team: Team, policy: TrustPolicy | None = None) -> Reference:
+    return channel(team, policy).newest.reference
 
 
 def signed_move(team: Team, reference: Reference, **fields: Any) -> bytes:
-    """A move that did not go through `move_channel`."""
+    """A move that did not go through a `Releaser`."""
     key = fields.pop("key", team.releaser)
     after = fields.pop("after", "")
     given = {
@@ -71,10 +70,8 @@ def put(team: Team, reference: Reference, data: bytes) -> None:
 def test_a_channel_points_where_the_last_move_says(team: Team, packages: list[Reference]) -> None:
     moves = [move(team, reference) for reference in packages]
     assert stable(team) == packages[-1]
-    (channel,) = read_channels(team.store, team.policy, packages[0].name, packages[0].variant)
-    assert channel.moves == tuple(moves)
+    assert channel(team).moves == tuple(moves)
     assert [one.predecessor for one in moves] == [None, moves[0].id, moves[1].id]
-    assert stable(team, card=OTHER_CARD) is None
 
 
 def test_moving_to_where_a_channel_points_writes_nothing(
@@ -120,9 +117,7 @@ def test_of_two_successors_the_earlier_signed_counts_and_what_follows_the_other_
     early = signed_move(team, two, predecessor=first.id)
     late = signed_move(team, three, predecessor=first.id)
     put(team, one, late)
-    loser = read_channel(team.store, team.policy, one.name, one.variant, "stable", CARD)
-    assert loser is not None
-    put(team, one, signed_move(team, one, predecessor=loser.newest.id))
+    put(team, one, signed_move(team, one, predecessor=channel(team).newest.id))
     put(team, one, early)
     assert stable(team) == two
 
@@ -145,16 +140,8 @@ def test_an_author_whose_move_was_overtaken_gets_a_conflict(
             team.store.put_move(name, variant, rival)
             return written
 
-    store: Any = Slow()
     with pytest.raises(ConflictError, match="eve moved stable"):
-        move_channel(
-            store,
-            three,
-            channel="stable",
-            card=CARD,
-            author=team.author,
-            policy=team.policy,
-        )
+        move(team, three, store=Slow())
     assert stable(team) == two
 
 
@@ -174,19 +161,13 @@ def test_a_later_rival_of_any_earlier_move_changes_nothing(
     chance = random.Random(seed)
     for _ in range(4):
         move(team, chance.choice(packages))
-    before = read_channel(
-        team.store, team.policy, packages[0].name, packages[0].variant, "stable", CARD
-    )
-    assert before is not None
+    before = channel(team)
     known = [None, *(one.id for one in before.moves[:-1])]
     for _ in range(12):
         rival = signed_move(team, chance.choice(packages), predecessor=chance.choice(known))
         put(team, packages[0], rival)
         known.append(open_statement(rival, team.policy).id)
-    after = read_channel(
-        team.store, team.policy, packages[0].name, packages[0].variant, "stable", CARD
-    )
-    assert after == before
+    assert channel(team) == before
 
 
 def test_a_revoked_key_takes_its_moves_out_and_stops_no_channel(
@@ -232,10 +213,7 @@ def test_a_hint_that_cannot_be_written_undoes_no_move(
         def put_hint(self, *args: Any) -> None:
             raise AccessError("read-only")
 
-    store: Any = NoHints()
-    move_channel(
-        store, packages[0], channel="stable", card=CARD, author=team.author, policy=team.policy
-    )
+    move(team, packages[0], store=NoHints())
     assert stable(team) == packages[0]
     assert "its hint was not" in caplog.text
 
@@ -248,9 +226,8 @@ def test_simultaneous_authors_leave_one_chain_and_each_knows_how_it_ended(
     codes = in_children([functools.partial(move, team, target) for target in targets])
     assert set(codes) <= {0, 8}
     assert 0 in codes
-    (channel,) = read_channels(team.store, team.policy, packages[0].name, packages[0].variant)
-    assert channel.newest.reference in packages[1:]
+    assert stable(team) in packages[1:]
     before: Move | None = None
-    for one in channel.moves:
+    for one in channel(team).moves:
         assert one.predecessor == (before.id if before else None)
         before = one

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline.registry.trust.keys import generate_key, write_key_pair
-from pipeline.registry.trust.model_signature import available, sign_engine
+from pipeline.registry.trust.signing import can_sign_models, sign_engine
 from tests.registry.packages import sealed_package
 
 KEY = generate_key()
 
-pytestmark = pytest.mark.skipif(not available(), reason="the extra `sign` is not installed")
+pytestmark = pytest.mark.skipif(not can_sign_models(), reason="the extra `sign` is not installed")
 
 
 @pytest.fixture

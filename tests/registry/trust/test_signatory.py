@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.core.errors import RecipeError, UntrustedError
 from pipeline.registry.trust.keys import generate_key, write_key_pair
-from pipeline.registry.trust.provenance import LOCAL_BUILDER, builder
-from pipeline.registry.trust.signatory import machine_trust, signatory_for
+from pipeline.registry.trust.policy import machine_trust
+from pipeline.registry.trust.signing import LOCAL_BUILDER, builder, signatory_for
 
 _GITHUB = {
     "GITHUB_ACTIONS": "true",

@@ -12,16 +12,15 @@ import rfc8785
 
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.registry.store import ENVELOPE
-from pipeline.registry.trust.envelope import sign_envelope
-from pipeline.registry.trust.statements import (
+from pipeline.registry.trust.signing import (
     Author,
     actor_of,
     now_text,
-    open_statement,
+    sign_envelope,
     sign_statement,
-    verified_files,
 )
-from tests.registry.trust.conftest import Team
+from pipeline.registry.trust.statements import open_statement, verified_files
+from tests.registry.team import Team
 
 DIGEST = "d" * 64
 

@@ -13,14 +13,14 @@ from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.signatory import sign_package, sign_test
-from pipeline.registry.trust.statements import place_fields, sign_statement
+from pipeline.registry.trust.signing import place_fields, sign_package, sign_statement, sign_test
 from pipeline.registry.trust.verification import (
+    Terms,
     Verification,
     require_usable,
     verify_statements,
 )
-from tests.registry.trust.conftest import (
+from tests.registry.team import (
     BUILDER,
     CARD,
     OTHER_CARD,
@@ -80,7 +80,7 @@ def test_trusted_statements_tell_who_built_and_tested_a_package(
     (verdict,) = done.verdicts
     assert (verdict.card, verdict.verdict, verdict.signer.name) == (CARD, "accepted", "tester")
     assert {one.name for one in done.statements} == {raw.name for raw in raws}
-    require_usable(done, team.policy, origin="here")
+    require_usable(done, Terms(policy=team.policy), "here")
 
 
 def junk(team: Team, package: Package, other: Package) -> list[RawStatement]:
@@ -119,7 +119,7 @@ def test_junk_alone_makes_no_package_trusted(team: Team, package: Package) -> No
     done = verify(team, package, *junk(team, package, team.seal(b"other")))
     assert (done.signer, done.verdicts, done.yanks) == (None, (), ())
     with pytest.raises(UntrustedError, match="no trusted key"):
-        require_usable(done, team.policy, origin="here")
+        require_usable(done, Terms(policy=team.policy), "here")
 
 
 def test_the_latest_signed_time_counts_whatever_the_order_in_the_store(
@@ -129,9 +129,7 @@ def test_the_latest_signed_time_counts_whatever_the_order_in_the_store(
     new = result(team.tester, package, "regression")
     for raws in ((old, new), (new, old)):
         done = verify(team, package, *raws)
-        newest = done.newest(CARD)
-        assert newest is not None
-        assert newest.verdict == "regression"
+        assert [one.verdict for one in done.verdicts] == ["regression", "accepted"]
         assert done.proof(CARD) is None
 
 
@@ -172,8 +170,8 @@ def test_the_latest_yank_counts_and_may_be_undone(
     done = verify(team, package, *signed, first, registry=registry)
     assert done.yank is not None
     with pytest.raises(UntrustedError, match=r"yanked by ada at .*: slow.*--allow-yanked"):
-        require_usable(done, team.policy, origin="here")
-    require_usable(done, team.policy, origin="here", allow_yanked=True)
+        require_usable(done, Terms(policy=team.policy), "here")
+    require_usable(done, Terms(policy=team.policy, allow_yanked=True), "here")
     assert verify(team, package, undone, first, registry=registry).yank is None
     assert verify(team, package, again, undone, first, registry=registry).yank is not None
 
@@ -184,18 +182,20 @@ def test_revoking_a_key_or_a_package_refuses_what_was_signed_before(
     raws = team.statements(package)
     by_key = replace(team.policy, revoked_keys=(team.builder.public.keyid,))
     with pytest.raises(UntrustedError, match="is revoked"):
-        require_usable(verify(team, package, *raws, policy=by_key), by_key, origin="here")
+        require_usable(verify(team, package, *raws, policy=by_key), Terms(policy=by_key), "here")
     by_digest = replace(team.policy, revoked_digests=(f"sha256:{package.digest}",))
     done = verify(team, package, *raws, policy=by_digest)
     with pytest.raises(UntrustedError, match="is revoked"):
-        require_usable(done, by_digest, origin="here", allow_unsigned=True, allow_yanked=True)
+        require_usable(
+            done, Terms(policy=by_digest, allow_unsigned=True, allow_yanked=True), "here"
+        )
 
 
 def test_an_unsigned_package_needs_the_explicit_flag(team: Team, package: Package) -> None:
     done = verify(team, package)
     with pytest.raises(UntrustedError, match="--allow-unsigned"):
-        require_usable(done, team.policy, origin="here")
-    require_usable(done, team.policy, origin="here", allow_unsigned=True)
+        require_usable(done, Terms(policy=team.policy), "here")
+    require_usable(done, Terms(policy=team.policy, allow_unsigned=True), "here")
 
 
 def test_a_policy_that_names_builders_requires_provenance_by_one_of_them(
@@ -204,12 +204,12 @@ def test_a_policy_that_names_builders_requires_provenance_by_one_of_them(
     signature, provenance = team.statements(package)
     good = replace(team.policy, builder_ids=("https://else.example", BUILDER))
     done = verify(team, package, signature, provenance, policy=good)
-    require_usable(done, good, origin="here")
+    require_usable(done, Terms(policy=good), "here")
     bad = replace(team.policy, builder_ids=("https://else.example",))
     for policy, raws in ((good, [signature]), (bad, [signature, provenance])):
         done = verify(team, package, *raws, policy=policy)
         with pytest.raises(UntrustedError, match="builder_ids"):
-            require_usable(done, policy, origin="here")
+            require_usable(done, Terms(policy=policy), "here")
 
 
 @pytest.mark.parametrize(

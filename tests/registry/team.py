@@ -1,8 +1,10 @@
-"""A registry in a folder, three keys with one right each, and what they sign."""
+"""A registry, the keys of those who build, test and release, and what they sign."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.values import Package, VerdictName
-from pipeline.registry.promotion import Moved, promote, yank_package
+from pipeline.core.values import Package, Reference, VerdictName
+from pipeline.registry.promotion import Moved, Releaser
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import Resolved, Terms, examine
+from pipeline.registry.resolve import Resolved, examine
 from pipeline.registry.store import RawStatement, WritableStore
 from pipeline.registry.stores.opening import open_store
 from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
-from pipeline.registry.trust.signatory import Signatory, sign_test
-from pipeline.registry.trust.statements import Author
+from pipeline.registry.trust.policy import ROLES, Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.signing import Author, Signatory, sign_test
+from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of, sealed_package
 
 CARD = "NVIDIA-GeForce-RTX-4090"
@@ -36,14 +38,14 @@ def trusted(key: SigningKey, *roles: Role, name: str = "ci") -> TrustedKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Team:
-    """A store, and the keys of those who build, test and release.
+    """A store, and the keys of those who build, test and release; one key may have several rights.
 
     Attributes:
-        dir: For packages that are sealed.
-        store: A registry in a folder.
-        builder: May sign builds alone.
-        tester: May sign verdicts alone.
-        releaser: May sign channels alone.
+        dir: For packages that are sealed, and for the policy's file.
+        store: Any registry.
+        builder: May sign builds.
+        tester: May sign verdicts.
+        releaser: May sign channels.
     """
 
     dir: Path
@@ -55,17 +57,36 @@ class Team:
 
     @property
     def policy(self) -> TrustPolicy:
-        return TrustPolicy(
-            keys=(
-                trusted(self.builder, "builds", name="builder"),
-                trusted(self.tester, "verdicts", name="tester"),
-                trusted(self.releaser, "channels", name="releaser"),
-            )
-        )
+        rights: dict[str, tuple[SigningKey, str, list[Role]]] = {}
+        for key, name, role in zip(
+            (self.builder, self.tester, self.releaser),
+            ("builder", "tester", "releaser"),
+            ROLES,
+            strict=True,
+        ):
+            rights.setdefault(key.public.keyid, (key, name, []))[2].append(role)
+        keys = (trusted(key, *roles, name=name) for key, name, roles in rights.values())
+        return TrustPolicy(keys=tuple(keys))
+
+    def policy_file(self, **more: Any) -> Path:
+        """The policy for commands; many processes may ask at once."""
+        keys = [
+            {"name": key.name, "public_key": key.public_key, "may_sign": list(key.may_sign)}
+            for key in self.policy.keys
+        ]
+        private = self.dir / f"policy-{os.getpid()}"
+        private.write_text(json.dumps({"schema": 1, "keys": keys, **more}))
+        return private.replace(self.dir / "policy.json")
 
     @property
     def author(self) -> Author:
         return Author(key=self.releaser, actor="ada", reason="it is slow")
+
+    def releasing(self, **more: Any) -> Releaser:
+        """What moves channels and yanks; `more` in place of the team's own."""
+        return Releaser(
+            **{"store": self.store, "author": self.author, "policy": self.policy, **more}
+        )
 
     def seal(self, plan: bytes = b"plan", **more: Any) -> Package:
         """A package that is published nowhere."""
@@ -89,7 +110,7 @@ class Team:
 
     def test(
         self,
-        package: Package,
+        of: Package | Reference,
         verdict: str,
         card: str = CARD,
         runtime: tuple[str, str] = RUNTIME,
@@ -98,31 +119,23 @@ class Team:
         """Publish a test result."""
         name: VerdictName = verdict  # type: ignore[assignment]  # a bad one is a test of its own
         raw = sign_test(
-            package.digest,
+            of.digest,
             key or self.tester,
             card=card,
             runtime=runtime,
             verdict=name,
             files={"report.json": b"{}", "report.html": b"<p>"},
         )
-        self.store.put_statement(place_of(package), raw)
+        self.store.put_statement(place_of(of), raw)
         return raw
 
     def enter(self, package: Package, channel: str = "stable", card: str | None = None) -> Moved:
         """Promote a package into a channel."""
-        return promote(
-            self.store,
-            str(reference_of(package)),
-            channel=channel,
-            card=card,
-            author=self.author,
-            policy=self.policy,
-        )
+        return self.releasing().promote(str(reference_of(package)), channel, card)
 
-    def yank(self, package: Package, *, undo: bool = False) -> tuple[Resolved, bool]:
+    def yank(self, package: Package, *, undo: bool = False, **more: Any) -> tuple[Resolved, bool]:
         """Yank a package, or undo that."""
-        text = str(reference_of(package))
-        return yank_package(self.store, text, self.author, self.policy, undo=undo)
+        return self.releasing(**more).yank(str(reference_of(package)), undo=undo)
 
     def examine(self, package: Package, policy: TrustPolicy | None = None) -> Resolved:
         """As a reader sees it."""

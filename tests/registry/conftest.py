@@ -1,0 +1,3 @@
+from tests.registry.team import team
+
+__all__ = ["team"]
