@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine: as `nvidia-smi` tells them, and their state, by NVML.
+"""The NVIDIA GPUs of this machine, and what state they are in, by NVML.
 
 Take a card's state before the first CUDA context of a measurement and after the last: then every
 compute process that NVML shows is this one, if it calibrated on the card, or somebody else's.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,113 +19,12 @@ from typing import Any
 
 from pipeline.core.errors import IncompatibleError
 
-_COMMAND = (
-    "nvidia-smi",
-    "--query-gpu=index,name,compute_cap,memory.total,driver_version,uuid",
-    "--format=csv,noheader,nounits",
-)
-_TIMEOUT_S = 60.0  # without persistence mode the first call takes seconds for each card
-
 _WAYS_ON = {
-    "Driver/library version mismatch": "the driver was updated while it was loaded; reboot",
-    "couldn't communicate with the NVIDIA driver": "install the NVIDIA driver, or load it (sudo "
-    "modprobe nvidia); in a container, start that one with docker run --gpus all",
-    "not a valid field to query": "the driver is too old to tell its compute capability; install "
-    "a newer one",
-    "No devices were found": "the driver runs but sees no card; see dmesg",
+    "mismatch": "; the driver was updated while it was loaded, so reboot",
+    "Not Loaded": "; load the driver (sudo modprobe nvidia)",
+    "Not Found": "; install the NVIDIA driver; start a container with docker run --gpus all",
 }
-"""By what nvidia-smi prints."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One card.
-
-    Attributes:
-        index: Number of the card in nvidia-smi, which is not always CUDA's.
-        name: Such as `NVIDIA GeForce RTX 4090`.
-        sm: Compute capability x 10: 89 for 8.9; None if the driver does not tell.
-        memory_bytes: Its own memory; None for a card that shares the machine's.
-        driver: Version of the NVIDIA driver.
-        uuid: `GPU-…`; names the card in CUDA_VISIBLE_DEVICES.
-    """
-
-    index: int
-    name: str
-    sm: int | None
-    memory_bytes: int | None
-    driver: str
-    uuid: str
-
-
-def find_gpu(sm: int) -> Gpu:
-    """The first card of this machine with compute capability `sm` / 10.
-
-    Raises:
-        IncompatibleError: There is no card, none of this SM, or the driver does not work.
-    """
-    gpus = probe_gpus()
-    for gpu in gpus:
-        if gpu.sm == sm:
-            return gpu
-    found = ", ".join(f"{gpu.name} (sm_{gpu.sm or '?'})" for gpu in gpus)
-    raise IncompatibleError(
-        f"this needs a GPU with sm_{sm}, found {found}: an engine runs only on the SM that it was "
-        "built on; use a machine with such a card, or a target that is the card here"
-    )
-
-
-def probe_gpus() -> tuple[Gpu, ...]:
-    """All cards of this machine, at least one.
-
-    Raises:
-        IncompatibleError: There is no card, or the driver is missing or does not work.
-    """
-    try:
-        done = subprocess.run(
-            _COMMAND,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_TIMEOUT_S,
-        )
-    except FileNotFoundError as error:
-        raise IncompatibleError(
-            "no NVIDIA GPU here: nvidia-smi is missing, and it comes with the driver"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise IncompatibleError(
-            f"nvidia-smi gave no answer in {_TIMEOUT_S:.0f} s: the driver hangs; see dmesg, reboot"
-        ) from error
-    if done.returncode == 0 and (gpus := parse_gpus(done.stdout)):
-        return gpus
-    said = " ".join(done.stdout.split()) or "nothing"
-    ways_on = [way_on for text, way_on in _WAYS_ON.items() if text in said]
-    raise IncompatibleError(
-        f"no usable NVIDIA GPU here: nvidia-smi exited {done.returncode} and said: {said}"
-        + "".join(f"; {way_on}" for way_on in ways_on)
-    )
-
-
-def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """Read what nvidia-smi printed; a line that is no card (a warning, a fault) is left out."""
-    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
-    return tuple(
-        Gpu(
-            index=int(row[0]),
-            name=row[1],
-            sm=int(digits) if (digits := row[2].replace(".", "")).isdigit() else None,
-            memory_bytes=int(row[3]) << 20 if row[3].isdigit() else None,  # it counts in MiB
-            driver=row[4],
-            uuid=row[5],
-        )
-        for row in rows
-        if len(row) == 6 and row[0].isdigit()
-    )
-
-
+"""By what NVML says."""
 THROTTLE_REASONS = {
     0x001: "gpu_idle",
     0x002: "applications_clocks_setting",
@@ -230,7 +128,6 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
         except (nvml.NVMLError, AttributeError):  # not of this card, or not of this driver
             return None
 
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     cuda = ask("nvmlSystemGetCudaDriverVersion_v2")
     memory = ask("nvmlDeviceGetMemoryInfo", handle)
     limit = ask("nvmlDeviceGetEnforcedPowerLimit", handle)
@@ -247,7 +144,7 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
     return Conditions(
         gpu=nvml.nvmlDeviceGetName(handle),
         uuid=nvml.nvmlDeviceGetUUID(handle),
-        sm=10 * major + minor,
+        sm=sm_of(nvml, handle),
         driver=nvml.nvmlSystemGetDriverVersion(),
         cuda_driver=None if cuda is None else cuda_version(cuda),
         memory_total_bytes=None if memory is None else int(memory.total),
@@ -306,6 +203,62 @@ def _holds_context() -> bool:
     return not failed and bool(active.value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One card.
+
+    Attributes:
+        name: Such as `NVIDIA GeForce RTX 4090`.
+        sm: Compute capability x 10: 89 for 8.9.
+        driver: Version of the NVIDIA driver.
+        uuid: `GPU-…`; names the card in CUDA_VISIBLE_DEVICES.
+    """
+
+    name: str
+    sm: int
+    driver: str
+    uuid: str
+
+
+def find_gpu(sm: int) -> Gpu:
+    """The first card of this machine with compute capability `sm` / 10.
+
+    Raises:
+        IncompatibleError: There is no card, none of this SM, or the driver does not work.
+    """
+    gpus = probe_gpus()
+    for gpu in gpus:
+        if gpu.sm == sm:
+            return gpu
+    found = ", ".join(f"{gpu.name} (sm_{gpu.sm})" for gpu in gpus)
+    raise IncompatibleError(
+        f"this needs a GPU with sm_{sm}, found {found}: an engine runs only on the SM that it was "
+        "built on; use a machine with such a card, or a target that is the card here"
+    )
+
+
+def probe_gpus() -> tuple[Gpu, ...]:
+    """All cards of this machine, at least one, whatever CUDA_VISIBLE_DEVICES leaves.
+
+    Raises:
+        IncompatibleError: There is no card, or the driver is missing or does not work.
+    """
+    with nvml_devices(None) as (nvml, devices):
+        if not devices:
+            raise IncompatibleError(
+                "no NVIDIA GPU here: the driver runs but sees no card; see dmesg"
+            )
+        return tuple(
+            Gpu(
+                name=nvml.nvmlDeviceGetName(device),
+                sm=sm_of(nvml, device),
+                driver=nvml.nvmlSystemGetDriverVersion(),
+                uuid=nvml.nvmlDeviceGetUUID(device),
+            )
+            for device in devices
+        )
+
+
 @contextlib.contextmanager
 def nvml_devices(visible: str | None) -> Iterator[tuple[Any, list[Any]]]:
     """`pynvml` and handles of the cards that CUDA shows, its device 0 first.
@@ -318,29 +271,30 @@ def nvml_devices(visible: str | None) -> Iterator[tuple[Any, list[Any]]]:
             no card (CUDA C++ Programming Guide, environment variables).
 
     Raises:
-        IncompatibleError: No NVML, no driver, or it does not answer.
+        IncompatibleError: No NVML, no driver, or it does not answer; says what to do.
     """
     try:
         import pynvml as nvml
     except ImportError:
-        raise IncompatibleError(
-            "asking for a GPU needs nvidia-ml-py (pip install nvidia-ml-py)"
-        ) from None
+        fault = "asking for a GPU needs nvidia-ml-py (pip install nvidia-ml-py)"
+        raise IncompatibleError(fault) from None
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        raise IncompatibleError(f"no NVIDIA GPU here ({error})") from None
+        way_on = "".join(way for text, way in _WAYS_ON.items() if text in str(error))
+        raise IncompatibleError(f"no NVIDIA GPU here: NVML says {error}{way_on}") from None
     try:
         yield nvml, list(_handles(nvml, visible))
     except nvml.NVMLError as error:
-        raise IncompatibleError(f"NVML does not answer ({error})") from None
+        raise IncompatibleError(f"NVML does not answer: {error}; see dmesg") from None
     finally:
         nvml.nvmlShutdown()
 
 
 def _handles(nvml: Any, visible: str | None) -> Iterator[Any]:
-    every = [str(index) for index in range(nvml.nvmlDeviceGetCount())] if visible is None else []
-    for entry in map(str.strip, every if visible is None else visible.split(",")):
+    if visible is None:
+        visible = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+    for entry in map(str.strip, visible.split(",")):
         try:
             if entry.isdigit():
                 yield nvml.nvmlDeviceGetHandleByIndex(int(entry))
@@ -366,3 +320,9 @@ def nvml_device() -> Iterator[tuple[Any, Any] | None]:
 def cuda_version(number: int) -> str:
     """A CUDA version as NVML numbers it: 13020 is `13.2`."""
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def sm_of(nvml: Any, device: Any) -> int:
+    """Compute capability x 10."""
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(device)
+    return int(10 * major + minor)

@@ -142,7 +142,7 @@ def _probe(visible: str | None) -> dict[str, Any]:
         IncompatibleError: No NVML, no card, or one that is split by MIG.
         RecipeError: Several kinds of cards.
     """
-    from pipeline.core.gpu import cuda_version, nvml_devices
+    from pipeline.core.gpu import cuda_version, nvml_devices, sm_of
 
     advice = "say what the engine will run on with --gpu rtx4090 (or --gpu none: not checked)"
     try:
@@ -155,9 +155,8 @@ def _probe(visible: str | None) -> dict[str, Any]:
             if any(_split(nvml, device) for device in devices):
                 advice += ", and --vram"
                 raise IncompatibleError(f"{cards[0]} is split by MIG, and a part is not the card")
-            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(devices[0])
             return {
-                "sm": 10 * major + minor,
+                "sm": sm_of(nvml, devices[0]),
                 "card": cards[0],
                 "vram_bytes": max(int(nvml.nvmlDeviceGetMemoryInfo(one).free) for one in devices),
                 "driver": nvml.nvmlSystemGetDriverVersion(),

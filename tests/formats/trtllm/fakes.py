@@ -1,4 +1,4 @@
-"""Puts a fake `trtllm-build`, a fake `nvidia-smi` and TensorRT-LLM's package records on PATH."""
+"""Puts a fake `trtllm-build`, a fake card and TensorRT-LLM's package records on PATH."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.nvml import Card, nvml
 
 HERE = Path(__file__).parent
 GPU_UUID = "GPU-3f2504e0-4f89-11d3-9a0c-0305e82c3301"
@@ -20,12 +23,16 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
-def fake_nvidia_smi(
-    folder: Path, *, name: str = "NVIDIA Ada", capability: str = "8.9", driver: str = "590.44.01"
+def fake_card(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    name: str = "NVIDIA Ada",
+    sm: tuple[int, int] = (8, 9),
+    driver: str = "590.44.01",
 ) -> None:
-    """A machine with one card."""
-    line = f"0, {name}, {capability}, 24564, {driver}, {GPU_UUID}"
-    write_script(folder / "nvidia-smi", f"#!/bin/sh\necho '{line}'\n")
+    """This machine has one card."""
+    card = Card(name=name, sm=sm, uuid=GPU_UUID)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(card, driver=driver))
 
 
 def fake_build_program(folder: Path, python: str = sys.executable) -> None:
@@ -43,10 +50,10 @@ def package_records(folder: Path, *, trtllm: str = "1.2.1", tensorrt: str = "10.
         record.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def card_machine(folder: Path, monkeypatch: pytest.MonkeyPatch, **card: str) -> Path:
+def card_machine(folder: Path, monkeypatch: pytest.MonkeyPatch, **card: Any) -> Path:
     """This machine with the target's card, TensorRT-LLM 1.2.1 and the fake program on its PATH."""
     programs, packages = folder / "bin", folder / "packages"
-    fake_nvidia_smi(programs, **card)
+    fake_card(monkeypatch, **card)
     fake_build_program(programs)
     package_records(packages)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -59,4 +66,6 @@ def bare_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = folder / "bin"
     programs.mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("PATH", str(programs))
+    fault = "NVML Shared Library Not Found"
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(fault=fault))
     return programs

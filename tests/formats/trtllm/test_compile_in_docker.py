@@ -20,7 +20,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
-from tests.formats.trtllm.fakes import fake_nvidia_smi, write_script
+from tests.formats.trtllm.fakes import fake_card, write_script
 from tests.formats.trtllm.python_image import IMAGE, build_python_image, misbehaving_image
 from tests.formats.trtllm.settings import compiler
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
@@ -38,7 +38,6 @@ HOOK = "nvidia-container-runtime-hook"
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a machine with a card and NVIDIA's toolkit has on its PATH; no `trtllm-build`."""
     folder = tmp_path_factory.mktemp("programs")
-    fake_nvidia_smi(folder)
     write_script(folder / HOOK, "#!/bin/sh\ncat > /dev/null\n")
     return folder
 
@@ -46,6 +45,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine_host(programs: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
+        fake_card(patch)
         patch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
         with running_dockerd() as host:
             yield host

@@ -14,10 +14,11 @@ from tests.formats.trtllm.fakes import (
     GPU_UUID,
     bare_machine,
     card_machine,
-    fake_nvidia_smi,
+    fake_card,
     write_script,
 )
 from tests.formats.trtllm.settings import compiler
+from tests.nvml import Card, nvml
 from tests.quant.tiny_quantized import ADA
 
 IMAGE = "enginesmith-build:1.2.1"
@@ -42,7 +43,8 @@ def test_program_on_the_path_is_taken(
 def test_docker_is_tried_when_the_program_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_nvidia_smi(bare_machine(tmp_path, monkeypatch))
+    bare_machine(tmp_path, monkeypatch)
+    fake_card(monkeypatch)
     with pytest.raises(
         IncompatibleError, match="trtllm-build is not on the PATH, and no Docker here"
     ):
@@ -58,7 +60,7 @@ def test_local_without_the_program_names_the_release(
 
 
 def test_gpu_of_another_sm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card_machine(tmp_path, monkeypatch, name="NVIDIA A100-SXM4-80GB", capability="8.0")
+    card_machine(tmp_path, monkeypatch, name="NVIDIA A100-SXM4-80GB", sm=(8, 0))
     with pytest.raises(IncompatibleError, match=r"sm_89.*found NVIDIA A100-SXM4-80GB \(sm_80\)"):
         choose()
 
@@ -72,13 +74,9 @@ def test_other_card_of_the_same_sm_is_refused(
 
 
 def test_own_card_is_found_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = card_machine(tmp_path, monkeypatch)
-    write_script(
-        programs / "nvidia-smi",
-        "#!/bin/sh\n"
-        "echo '0, NVIDIA L40S, 8.9, 46068, 590.44.01, GPU-other'\n"
-        f"echo '1, NVIDIA Ada, 8.9, 24564, 590.44.01, {GPU_UUID}'\n",
-    )
+    card_machine(tmp_path, monkeypatch)
+    cards = (Card(name="NVIDIA L40S", uuid="GPU-other"), Card(name="NVIDIA Ada", uuid=GPU_UUID))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(*cards))
     assert find_card(ADA).uuid == GPU_UUID
 
 
@@ -111,7 +109,7 @@ def test_interpreter_is_the_one_of_the_program(
     first_line: str, wanted: str, tmp_path: Path
 ) -> None:
     program = write_script(tmp_path / "trtllm-build", f"{first_line}\n")
-    gpu = Gpu(index=0, name="x", sm=89, memory_bytes=None, driver="1", uuid=GPU_UUID)
+    gpu = Gpu(name="x", sm=89, driver="1", uuid=GPU_UUID)
     assert Place(gpu=gpu, program=program).python == wanted
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -19,63 +15,15 @@ from pipeline.registry.client.machine import (
     parse_size,
     version_key,
 )
+from tests.nvml import Card, nvml
 
 ADA = "NVIDIA-GeForce-RTX-4090"
-
-
-class NVMLError(Exception):
-    pass
-
-
-@dataclass
-class Card:
-    name: str = "NVIDIA GeForce RTX 4090"
-    free: int = 20 << 30
-    mig: bool = False
-
-
-def nvml(cards: Sequence[Card], *, driver: bool = True) -> Any:
-    """Answers as NVML does on a machine with these cards."""
-
-    def by_index(index: int) -> Card:
-        if index >= len(cards):
-            raise NVMLError("Invalid Argument")
-        return cards[index]
-
-    def by_uuid(uuid: str) -> Card:
-        if not uuid.startswith("GPU-"):
-            raise NVMLError("Not Found")
-        return by_index(int(uuid.removeprefix("GPU-")))
-
-    def mig(card: Card) -> tuple[int, int]:
-        if "4090" in card.name:
-            raise NVMLError("Not Supported")
-        return int(card.mig), 0
-
-    def init() -> None:
-        if not driver:
-            raise NVMLError("Driver Not Loaded")
-
-    return SimpleNamespace(
-        NVMLError=NVMLError,
-        nvmlInit=init,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: len(cards),
-        nvmlDeviceGetHandleByIndex=by_index,
-        nvmlDeviceGetHandleByUUID=by_uuid,
-        nvmlDeviceGetName=lambda card: card.name,
-        nvmlDeviceGetMigMode=mig,
-        nvmlDeviceGetCudaComputeCapability=lambda card: (8, 9),
-        nvmlDeviceGetMemoryInfo=lambda card: SimpleNamespace(free=card.free, total=24 << 30),
-        nvmlSystemGetDriverVersion=lambda: "580.65.06",
-        nvmlSystemGetCudaDriverVersion_v2=lambda: 13000,
-    )
 
 
 def test_auto_asks_nvml_and_takes_the_card_with_the_most_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([Card(free=1), Card(free=9 << 30)]))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(Card(free=1), Card(free=9 << 30)))
     facts = facts_of(Flags(), {})
     assert (facts.sm, facts.card, facts.vram_bytes) == (89, ADA, 9 << 30)
     assert (facts.driver, facts.cuda, facts.runtime) == ("580.65.06", "13.0", None)
@@ -88,7 +36,7 @@ def test_auto_asks_nvml_and_takes_the_card_with_the_most_room(
 def test_auto_looks_only_at_the_cards_that_cuda_sees(
     monkeypatch: pytest.MonkeyPatch, visible: str, free: int
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([Card(free=1), Card(free=9)]))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(Card(free=1), Card(free=9)))
     assert facts_of(Flags(), {"CUDA_VISIBLE_DEVICES": visible}).vram_bytes == free
 
 
@@ -96,7 +44,7 @@ def test_auto_looks_only_at_the_cards_that_cuda_sees(
 def test_auto_without_a_visible_card_says_which_flag_helps(
     monkeypatch: pytest.MonkeyPatch, visible: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([Card()]))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(Card()))
     with pytest.raises(IncompatibleError, match="--gpu rtx4090"):
         facts_of(Flags(), {"CUDA_VISIBLE_DEVICES": visible})
 
@@ -104,7 +52,7 @@ def test_auto_without_a_visible_card_says_which_flag_helps(
 def test_auto_without_nvml_or_driver_says_which_flag_helps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([], driver=False))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(fault="Driver Not Loaded"))
     with pytest.raises(IncompatibleError, match=r"Driver Not Loaded.*--gpu none"):
         facts_of(Flags(), {})
     monkeypatch.setitem(sys.modules, "pynvml", None)
@@ -115,17 +63,17 @@ def test_auto_without_nvml_or_driver_says_which_flag_helps(
 def test_auto_does_not_choose_between_kinds_of_cards_nor_take_a_part_for_a_card(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([Card(), Card(name="NVIDIA L4")]))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(Card(), Card(name="NVIDIA L4")))
     with pytest.raises(RecipeError, match=f"{ADA}, NVIDIA-L4"):
         facts_of(Flags(), {})
     part = Card(name="NVIDIA H100 80GB HBM3", mig=True)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([part]))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(part))
     with pytest.raises(IncompatibleError, match="MIG"):
         facts_of(Flags(), {})
 
 
 def test_flags_come_before_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml([Card()]))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(Card()))
     facts = facts_of(Flags(vram="8GiB", driver="999.1"), {})
     assert (facts.vram_bytes, facts.driver) == (8 << 30, "999.1")
     assert facts.origins["vram_bytes"] == "given"

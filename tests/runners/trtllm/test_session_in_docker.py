@@ -16,7 +16,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Engine
 from pipeline.runners.trtllm import TrtLlmRunner
-from tests.formats.trtllm.fakes import fake_nvidia_smi, write_script
+from tests.formats.trtllm.fakes import fake_card, write_script
 from tests.formats.trtllm.python_image import IMAGE, build_python_image
 from tests.formats.trtllm.settings import compiler
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
@@ -44,9 +44,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerClient]:
     import docker
 
     programs = tmp_path_factory.mktemp("programs")
-    fake_nvidia_smi(programs)
     write_script(programs / "nvidia-container-runtime-hook", "#!/bin/sh\ncat > /dev/null\n")
     with pytest.MonkeyPatch.context() as patch:
+        fake_card(patch)
         patch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
         with running_dockerd() as host:
             patch.setenv("DOCKER_HOST", host)

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 IMAGE = "enginesmith-build:test"
 CARD = Gpu(
-    index=0,
     name="NVIDIA GeForce RTX 4090",
     sm=89,
-    memory_bytes=24564 << 20,
     driver="580.65.06",
     uuid="GPU-1",
 )
