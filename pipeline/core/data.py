@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pipeline.core.errors import CorruptError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -34,6 +32,8 @@ def data_dir(name: Literal["conf", "recipes"]) -> Path:
 
 def shipped(option: str) -> dict[str, Any]:
     """The keys of an option as it ships, such as `runner/vllm`, less its `kind` and `defaults`."""
+    import yaml
+
     values = yaml.safe_load((data_dir("conf") / f"{option}.yaml").read_text(encoding="utf-8"))
     return {name: value for name, value in values.items() if name not in ("kind", "defaults")}
 

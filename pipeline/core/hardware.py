@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.data import data_dir, shipped
 from pipeline.core.settings import STRICT
 
 GIB = 1 << 30
@@ -62,7 +63,5 @@ def target_of_card(card: str) -> Target | None:
 
 def known_targets() -> tuple[Target, ...]:
     """All cards that we know figures of, by id."""
-    from pipeline.core.data import data_dir, shipped  # with YAML, which a plan can do without
-
     options = sorted((data_dir("conf") / "target").glob("*.yaml"))
     return tuple(Target(**shipped(f"target/{path.stem}")) for path in options)

@@ -19,8 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 RECORD_FILE = Path(__file__).parent / "stages.yaml"
 """Stage -> version and digest of its code; one line each. `make record-stages` writes it."""
 
@@ -64,6 +62,8 @@ class Stage:
 
 @cache
 def _records() -> dict[str, Any]:
+    import yaml
+
     records: dict[str, Any] = yaml.safe_load(RECORD_FILE.read_text(encoding="utf-8")) or {}
     return records
 
