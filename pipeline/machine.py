@@ -17,11 +17,7 @@ _BUILDER = ("torch", "transformers", "modelopt", "safetensors", "numpy", "psutil
 
 
 def require_builder(engine_format: str) -> None:
-    """Demand the packages that building this format imports.
-
-    Raises:
-        IncompatibleError: Some are not installed; names them and the command that installs them.
-    """
+    """Demand the packages that building this format imports."""
     wanted = (*_BUILDER, *format_spec(engine_format).packages)
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         raise IncompatibleError(
@@ -31,11 +27,7 @@ def require_builder(engine_format: str) -> None:
 
 
 def require_room(plan: Plan, cache_dir: Path) -> None:
-    """Demand the disk that the plan foresees; warn about too little memory.
-
-    Raises:
-        TransientError: Too little is free where the cache lies.
-    """
+    """Demand the disk that the plan foresees; warn about too little memory."""
     existing = next(folder for folder in (cache_dir, *cache_dir.parents) if folder.exists())
     free_bytes = shutil.disk_usage(existing).free
     needed_bytes = sum(plan.build.disk_bytes.values())

@@ -25,16 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def stream(package: Package, prompt: str, max_tokens: int) -> Iterator[str]:
-    """Yield the pieces of a greedy chat answer.
-
-    Args:
-        package: Every byte and every signature verified.
-        prompt: One user message.
-        max_tokens: The answer ends after so many.
-
-    Raises:
-        IncompatibleError: Its format does not run on this machine.
-    """
+    """Yield the pieces of a greedy chat answer by a package that was verified."""
     require_builder(package.manifest["format"])
     tokenizer = load_tokenizer(package.engine_dir)
     with open_package(package) as session:
@@ -43,11 +34,7 @@ def stream(package: Package, prompt: str, max_tokens: int) -> Iterator[str]:
 
 
 def open_package(package: Package) -> AbstractContextManager[Session]:
-    """Load what can run here, and say what that is: the engine itself where its card is.
-
-    Raises:
-        IncompatibleError: Neither the engine nor its graph or checkpoint runs on this machine.
-    """
+    """Load what can run here, and say what that is: the engine itself where its card is."""
     engine, spec = package.engine, format_spec(package.manifest["format"])
     runner = shipped_runner(spec.runner)
     if (reason := runner.why_not(engine)) is None:

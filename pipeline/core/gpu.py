@@ -64,15 +64,9 @@ class Conditions:
         sm: Compute capability x 10.
         driver: Version of the NVIDIA driver.
         cuda_driver: Newest CUDA that the driver serves, such as `13.0`.
-        memory_total_bytes: Memory of the card.
-        memory_used_bytes: Used now, by anybody.
-        power_limit_w: Enforced limit, watts.
-        power_limit_default_w: The card's own limit, watts.
-        sm_clock_mhz: Clock of the multiprocessors now.
-        memory_clock_mhz: Clock of the memory now.
-        temperature_c: Of the GPU.
+        memory_used_bytes: By anybody.
+        power_limit_w: The enforced limit; `power_limit_default_w` is the card's own.
         throttle_reasons: Why the clocks are not higher now, names of `THROTTLE_REASONS`.
-        ecc_enabled: Whether the memory corrects errors.
         ecc_uncorrected: Errors since the driver was loaded that were not corrected.
         utilization_percent: Share of the last sampling period, 1/6 to 1 s, in which a kernel of
             anybody's ran.
@@ -115,12 +109,7 @@ def read_conditions() -> Conditions | None:
 
 
 def conditions_of(nvml: Any, handle: Any) -> Conditions:
-    """Ask NVML about one card.
-
-    Args:
-        nvml: The module `pynvml`.
-        handle: Of the card.
-    """
+    """What `pynvml` tells of one card."""
 
     def ask(name: str, *arguments: Any) -> Any:
         try:
@@ -172,16 +161,11 @@ def conditions_of(nvml: Any, handle: Any) -> Conditions:
 def strangers(
     processes: Sequence[ComputeProcess], own_pid: int, *, ours_is_there: bool
 ) -> tuple[ComputeProcess, ...] | None:
-    """The processes that are not this one; None if NVML hides processes here.
+    """The processes on the card that are not this one; None if NVML hides processes here.
 
     In a container NVML gives the host's numbers, and this process does not know its own there. If
-    it holds a CUDA context, exactly one of the list is it, whichever: one is left out. A list in
-    which not even this process stands hides the others too.
-
-    Args:
-        processes: On the card.
-        own_pid: Of this process, as it sees itself.
-        ours_is_there: This process holds a CUDA context.
+    it holds a CUDA context (`ours_is_there`), exactly one of the list is it, whichever: one is left
+    out. A list in which not even this process stands hides the others too.
     """
     others = tuple(process for process in processes if process.pid != own_pid)
     if ours_is_there and len(others) == len(processes):
@@ -221,11 +205,7 @@ class Gpu:
 
 
 def find_gpu(sm: int) -> Gpu:
-    """The first card of this machine with compute capability `sm` / 10.
-
-    Raises:
-        IncompatibleError: There is no card, none of this SM, or the driver does not work.
-    """
+    """The first card of this machine with compute capability `sm` / 10; raises if there is none."""
     gpus = probe_gpus()
     for gpu in gpus:
         if gpu.sm == sm:
@@ -238,11 +218,7 @@ def find_gpu(sm: int) -> Gpu:
 
 
 def probe_gpus() -> tuple[Gpu, ...]:
-    """All cards of this machine, at least one, whatever CUDA_VISIBLE_DEVICES leaves.
-
-    Raises:
-        IncompatibleError: There is no card, or the driver is missing or does not work.
-    """
+    """All cards of this machine, at least one, whatever CUDA_VISIBLE_DEVICES leaves."""
     with nvml_devices(None) as (nvml, devices):
         if not devices:
             raise IncompatibleError(

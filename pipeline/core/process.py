@@ -33,12 +33,7 @@ _LAUNCH = (sys.executable, "-I", "-S", launch.__file__)
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """How a program is started.
-
-    Attributes:
-        command: Program and arguments, never a shell string.
-        env: Variables set in addition to the current ones.
-    """
+    """How a program is started: its arguments, and variables in addition to the current ones."""
 
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -53,12 +48,12 @@ def run_tool(
     timeout_s: float = 24 * 3600.0,
     heartbeat_s: float = 15.0,
 ) -> None:
-    """Run `command` to its end; its output is appended to `log_path`.
+    """Run `command` to its end; command line and output are appended to `log_path`.
 
     Args:
         command: Program and arguments.
         stage: Names the work in messages.
-        log_path: Gets the command line, then everything that the program prints.
+        log_path: A file.
         env: Variables set in addition to the current ones.
         timeout_s: After this long it is killed.
         heartbeat_s: How often a line says that it still runs.
@@ -99,41 +94,32 @@ def _wait(
 ) -> bool:
     """Wait for the process; True if it ran out of time."""
     started = time.monotonic()
-    next_beat = started + heartbeat_s
-    while process.poll() is None:
-        now = time.monotonic()
-        if now - started > timeout_s:
-            return True
-        if now >= next_beat:
-            log.info("%s: still running after %.0f s", stage, now - started)
-            next_beat = now + heartbeat_s
-        time.sleep(_POLL_S)
-    return False
+    while (left_s := started + timeout_s - time.monotonic()) > 0:
+        try:
+            process.wait(min(heartbeat_s, left_s))
+            return False
+        except subprocess.TimeoutExpired:
+            log.info("%s: still running after %.0f s", stage, time.monotonic() - started)
+    return True
 
 
 def kill_group(process: subprocess.Popen[bytes], grace_s: float = _GRACE_S) -> None:
-    """End a process and all that it started; harmless when they ended by themselves.
+    """End the leader of a group (`start_new_session`) and all that it started, if they still run.
 
-    The one way to end a child. Whoever is left of the group is killed although its leader ended in
-    time, and before the leader is reaped: until then no other process can have its number.
-
-    Args:
-        process: Leader of a group of its own (`start_new_session`).
-        grace_s: How long it may take to end by itself after SIGTERM.
+    Whoever is left of the group is killed although its leader ended within `grace_s` of SIGTERM,
+    and before the leader is reaped: until then no other process can have its number.
     """
     deadline = time.monotonic() + grace_s
     with contextlib.suppress(ProcessLookupError):
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
-            while not _has_ended(process.pid) and time.monotonic() < deadline:
+            ended_unreaped = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while os.waitid(os.P_PID, process.pid, ended_unreaped) is None:
+                if time.monotonic() > deadline:
+                    break
                 time.sleep(_POLL_S)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; it is not reaped."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def last_lines(path: Path, count: int = _LAST_LINES) -> tuple[str, ...]:

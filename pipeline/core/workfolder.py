@@ -89,7 +89,7 @@ class WorkFolder:
 def work_folder(
     parent: Path, prefix: str, keep: Callable[[BaseException], bool] | None = None
 ) -> Iterator[WorkFolder]:
-    """A work folder in `parent`, removed after the block unless that renamed it.
+    """A work folder in `parent`, removed after the block.
 
     Args:
         parent: Exists; no user who is not trusted may rename in it.

@@ -22,7 +22,7 @@ from typing import Literal
 from pipeline.core.data import cache_root
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
 from pipeline.core.progress import BYTES, progress
-from pipeline.core.values import FileDigest, Package
+from pipeline.core.values import FileDigest
 from pipeline.core.workfolder import WorkFolder, locked, remove_folder, work_folder
 from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room
 from pipeline.registry.client.layout import (
@@ -71,11 +71,7 @@ def cache_entry(place: Place) -> Path:
 
 @contextlib.contextmanager
 def locked_cache(place: Place) -> Iterator[None]:
-    """Hold a version, so that one of many pullers downloads and the others take its entry.
-
-    Raises:
-        AccessError: Another user could replace what lies here.
-    """
+    """Hold a version, so that one of many pullers downloads and the others take its entry."""
     folder = cache_dir()
     with disk_errors(f"write {folder}", SETTING):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -132,8 +128,6 @@ class Delivery:
         Raises:
             ConflictError: Something else is at the goal.
             CorruptError: The bytes are wrong; nothing is left.
-            TransientError: The connection broke, or no space.
-            NotFoundError: Offline, and it is not in the cache.
         """
         to = to.absolute()
         with disk_errors(f"write {to}", "--to"):
@@ -150,19 +144,18 @@ class Delivery:
                 with self._beside(to, keep=_can_go_on) as work:
                     fetched = self._fetch(work)
                     return self._show(work, to, receipt, "registry", fetched)
-            package, fetched = self.to_cache()
-            origin: Origin = "registry" if fetched else "cache"
+            kept = self.to_cache()
             require_room(to.parent, sum(file.size_bytes for file in self._files))
             with self._beside(to, keep=None) as work:
                 # The entry was verified a moment ago, and only we can write to it.
-                copy_files(self._files, package.dir, work.dir / PACKAGE)
-                return self._show(work, to, receipt, origin, fetched)
+                copy_files(self._files, kept.dir, work.dir / PACKAGE)
+                return self._show(work, to, receipt, kept.origin, kept.fetched_bytes)
 
-    def to_cache(self) -> tuple[Package, int]:
-        """Have the package in the cache, every byte verified now; and how many were fetched.
+    def to_cache(self) -> Delivered:
+        """Have the package in the cache, every byte verified now.
 
         Raises:
-            PipelineError: As in `to_folder`.
+            NotFoundError: Offline, and it is not there.
         """
         folder, entry = cache_dir(), cache_entry(self.resolved.place)
         prefix, fetched = f".pull-{self._digest[:12]}-", 0
@@ -184,8 +177,8 @@ class Delivery:
             else:
                 with work_folder(folder, prefix):
                     pass  # what a run left that was killed after its last step is removed
-        package = self.resolved.package
-        return Package(dir=entry, manifest=package.manifest, digest=package.digest), fetched
+        origin: Origin = "registry" if fetched else "cache"
+        return Delivered(dir=entry, origin=origin, fetched_bytes=fetched)
 
     def _is_kept(self, entry: Path) -> bool:
         """Whether the cache has the package, every byte verified; a damaged one is removed."""

@@ -157,7 +157,7 @@ def download(
     transfer: Transfer,
     on_bytes: OnBytes,
 ) -> int:
-    """Fetch all files of a package into `work.dir / PACKAGE`.
+    """Fetch all files of a package into `work.dir / PACKAGE`; how many bytes the store sent.
 
     Args:
         store: Where they lie.
@@ -167,9 +167,6 @@ def download(
         digest: Of the package.
         transfer: How.
         on_bytes: Called with numbers of bytes that are there, fetched or found; may be negative.
-
-    Returns:
-        How many bytes the store sent.
 
     Raises:
         CorruptError: A file is not what the manifest says, also when fetched again.
@@ -218,11 +215,7 @@ def _landed(record: Path, head: bytes) -> set[int]:
 
 
 def require_room(folder: Path, needed_bytes: int) -> None:
-    """Demand that so much is free where a folder lies.
-
-    Raises:
-        TransientError: It is not.
-    """
+    """Demand that so much is free where a folder lies."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise TransientError(
@@ -251,7 +244,6 @@ class _Download:
     _errors: list[BaseException] = field(default_factory=list)
 
     def run(self, touch: Callable[[], None]) -> int:
-        """Fetch everything; raises what the first failing thread raised."""
         self._open = len(self.files)
         self._queue.extend((file, chunk) for file in self.files for chunk in range(file.chunks))
         # Daemons: a store that hangs must not keep the process alive after Ctrl-C.

@@ -54,18 +54,13 @@ _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 
 
 def verify_layout(folder: Path) -> Package:
-    """Check that a folder is a whole package, with what a pull puts beside it and nothing else.
+    """Check that a folder is a whole package, with what a pull puts beside it and nothing else."""
 
-    Raises:
-        CorruptError: Anything is missing, too much, or different; names it.
-    """
-    return verify(folder, beside=_is_beside)
+    def beside(path: str) -> bool:
+        parts = path.split("/")
+        return path in {SIGNATURE, RECEIPT} or (parts[0] == STATEMENTS and len(parts) <= 3)
 
-
-def _is_beside(path: str) -> bool:
-    """Whether a pull may have put this file or folder there."""
-    parts = path.split("/")
-    return path in {SIGNATURE, RECEIPT} or (parts[0] == STATEMENTS and len(parts) <= 3)
+    return verify(folder, beside=beside)
 
 
 def require_free(to: Path) -> None:
@@ -107,26 +102,24 @@ def is_pulled(to: Path, digest: str) -> bool:
 
 
 def copy_files(files: Sequence[FileDigest], source: Path, target: Path) -> None:
-    """Copy the files of a package that this process has just verified."""
+    """Copy the files of a package that this process has just verified.
+
+    By the kernel: it shares the blocks where it can.
+    """
 
     def copy(file: FileDigest) -> None:
-        _copy_file(source / file.path, target / file.path)
+        (target / file.path).parent.mkdir(parents=True, exist_ok=True)
+        with open_regular(source / file.path) as reader, (target / file.path).open("xb") as writer:
+            try:
+                while os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_BYTES):
+                    pass
+            except OSError as error:
+                if error.errno not in _NO_COPY_RANGE:
+                    raise
+                shutil.copyfileobj(reader, writer, 1 << 20)
 
     with ThreadPoolExecutor(max_workers=_COPY_JOBS) as pool:
         list(pool.map(copy, files))
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    """Copy by the kernel: it shares the blocks where it can."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open_regular(source) as reader, target.open("xb") as writer:
-        try:
-            while os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_BYTES):
-                pass
-        except OSError as error:
-            if error.errno not in _NO_COPY_RANGE:
-                raise
-            shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 def finish(
@@ -146,11 +139,7 @@ def finish(
 
 
 def check_model_signature(folder: Path, resolved: Resolved) -> None:
-    """Demand that `engine/model.sig` of a folder, if there is one, is the one that was signed.
-
-    Raises:
-        UntrustedError: It is another one.
-    """
+    """Demand that `engine/model.sig` of a folder, if there is one, is the one that was signed."""
     path, signed = folder / SIGNATURE, resolved.verification.model_signature
     if not path.exists() or signed is None:
         return
@@ -200,12 +189,10 @@ def move_into_place(private: Path, target: Path) -> bool:
 def write_statements(folder: Path, statements: Sequence[RawStatement]) -> None:
     """Write statements as `<name>/<file>`; one that is there stays: names follow from bytes."""
     for statement in statements:
-        if not is_statement_name(statement.name):
-            continue
         target = folder / statement.name
-        private = folder / f".{statement.name}-{os.urandom(8).hex()}"
-        if target.exists():
+        if not is_statement_name(statement.name) or target.exists():
             continue
+        private = folder / f".{statement.name}-{os.urandom(8).hex()}"
         private.mkdir(mode=0o755)
         try:
             for name, data in statement.files.items():

@@ -90,7 +90,7 @@ def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
 
     Raises:
         RecipeError: A flag cannot be read, or the machine has several kinds of cards.
-        IncompatibleError: `auto`, and there is no GPU to ask.
+        IncompatibleError: `auto`, and there is no card, or one that is split by MIG.
     """
     given: dict[str, Any] = {
         "runtime": parse_runtime(flags.runtime) if flags.runtime else None,
@@ -134,14 +134,7 @@ def _gpu_facts(gpu: str, environ: Mapping[str, str]) -> Iterator[tuple[Origin, M
 
 
 def _probe(visible: str | None) -> dict[str, Any]:
-    """Ask NVML about the cards that CUDA would see.
-
-    The engine runs on one card. Of several of one kind the one with the most free memory counts.
-
-    Raises:
-        IncompatibleError: No NVML, no card, or one that is split by MIG.
-        RecipeError: Several kinds of cards.
-    """
+    """What NVML tells of the cards that CUDA would see; of several the one with the most memory."""
     from pipeline.core.gpu import cuda_version, nvml_devices, sm_of
 
     advice = "say what the engine will run on with --gpu rtx4090 (or --gpu none: not checked)"
@@ -174,11 +167,7 @@ def _split(nvml: Any, device: Any) -> bool:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `24GiB`, `24 GB`, `512MiB` or a plain number.
-
-    Raises:
-        RecipeError: It is none.
-    """
+    """Bytes of `24GiB`, `24 GB`, `512MiB` or a plain number."""
     match = _SIZE.fullmatch(text)
     if match is None or match["unit"] not in _UNITS:
         raise _fault("--vram", f"{text!r} is not a size; write 24GiB or 24GB")
@@ -186,11 +175,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_runtime(text: str) -> Runtime:
-    """`vllm==0.29`, or `vllm` alone.
-
-    Raises:
-        RecipeError: It is neither.
-    """
+    """`vllm==0.29`, or `vllm` alone."""
     name, _, version = text.partition("==")
     name = name.strip().lower().replace("_", "-")
     if not re.fullmatch(r"[a-z0-9]+(?:-[a-z0-9]+)*", name) or (

@@ -140,7 +140,7 @@ class Pulled:
         dir: Folder with `manifest.json` and `engine/`.
         registry: Where it was looked up.
         origin: How it came; `verified`: a folder that was only verified.
-        facts: Of the machine: given, probed, unknown.
+        facts: Of the machine.
         fetched_bytes: Sent by the registry, now.
         seconds: Wall clock.
     """
@@ -167,16 +167,13 @@ class Pulled:
 
     @property
     def engine_dir(self) -> Path:
-        """What a runtime loads."""
         return self.dir / "engine"
 
     @property
     def size_bytes(self) -> int:
-        """All files of the package."""
         return sum(file["size"] for file in self.manifest["files"])
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
         return {
             **self._believed(),
             "dir": str(self.dir.absolute()),
@@ -235,22 +232,17 @@ def pull(
     """Pull a package, as `enginesmith pull` does; `run` takes all its options.
 
     The arguments are those of `PullRequest`; `gpu` and `runtime` those of `Flags`.
-
-    Returns:
-        Where it is and what was believed.
-
-    Raises:
-        PipelineError: See `pipeline.core.errors`: each kind of failure is a class of its own.
     """
-    request = PullRequest(
-        reference=reference,
-        to=None if to is None else Path(to),
-        registry=registry,
-        flags=Flags(gpu=gpu, runtime=runtime),
-        policy=None if policy is None else Path(policy),
-        accept_unproven=accept_unproven,
+    return run(
+        PullRequest(
+            reference=reference,
+            to=None if to is None else Path(to),
+            registry=registry,
+            flags=Flags(gpu=gpu, runtime=runtime),
+            policy=None if policy is None else Path(policy),
+            accept_unproven=accept_unproven,
+        )
     )
-    return run(request)
 
 
 def run(request: PullRequest) -> Pulled:
@@ -293,17 +285,10 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     )
     for reason in chosen.rejected:
         log.info("Rejected %s", reason)
-    pulled = Pulled(
-        chosen=chosen,
-        dir=request.to or Path(),
-        registry=store.url,
-        origin="registry",
-        facts=facts,
-    )
+    pulled = Pulled(chosen=chosen, dir=Path(), registry=store.url, origin="registry", facts=facts)
     delivery = _delivery(store, chosen.resolved, request)
     if request.to is None:
-        package, fetched_bytes = delivery.to_cache()
-        pulled = replace(pulled, dir=package.dir, origin="registry" if fetched_bytes else "cache")
+        done = delivery.to_cache()
     else:
         through_cache = request.through_cache
         done = delivery.to_folder(
@@ -311,9 +296,7 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
             lambda origin: replace(pulled, origin=origin).receipt(),
             through_cache=not store.local if through_cache is None else through_cache,
         )
-        fetched_bytes = done.fetched_bytes
-        pulled = replace(pulled, dir=done.dir, origin=done.origin)
-    return replace(pulled, fetched_bytes=fetched_bytes, seconds=time.monotonic() - started_s)
+    return replace(pulled, **vars(done), seconds=time.monotonic() - started_s)
 
 
 def _delivery(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
@@ -329,27 +312,15 @@ def _delivery(store: Store, resolved: Resolved, request: PullRequest) -> Deliver
 
 
 def fetch(store: Store, resolved: Resolved) -> Package:
-    """A resolved package in a folder of this machine, every byte verified, ready to be loaded.
-
-    Raises:
-        CorruptError: Its bytes are not what its manifest says.
-        TransientError: The connection broke too often, or the disk is full.
-    """
+    """A resolved package in a folder of this machine, every byte verified, ready to be loaded."""
     if folder := package_dir(store, resolved.place):
         return verify_package(folder)
-    return _delivery(store, resolved, PullRequest(reference="")).to_cache()[0]
+    done = _delivery(store, resolved, PullRequest(reference="")).to_cache()
+    return replace(resolved.package, dir=done.dir)
 
 
 def verify(request: PullRequest) -> Pulled:
-    """Verify bytes, signatures, yanks and fit of one package.
-
-    Raises:
-        CorruptError: Bytes changed.
-        UntrustedError: A signature is missing or not by a trusted key, or it was yanked.
-        IncompatibleError: It does not fit the machine, or is not proven on it.
-        NotFoundError: No such package.
-        RecipeError: Not a reference, or a flag or the policy cannot be read.
-    """
+    """Verify bytes, signatures, yanks and fit of one package; raises like `run`."""
     started_s = time.monotonic()
     facts = facts_of(request.flags, request.environ)
     resolved, package, where = open_target(request)
@@ -369,13 +340,10 @@ def verify(request: PullRequest) -> Pulled:
 
 
 def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
-    """A package in a folder of this machine, fit to be loaded: all verified but its fit.
+    """A package in a folder of this machine, all verified but its fit; raises like `run`.
 
     Returns:
         What was verified about it, the package in its folder, and where it was looked up.
-
-    Raises:
-        PipelineError: As in `verify`.
     """
     if folder := named_folder(request.reference):
         store = open_store(request.registry) if request.registry else None
@@ -392,10 +360,6 @@ def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
     The folder is that of a folder registry, with `<folder>.statements` beside it, or what a pull
     left, with `statements/`, `engine/model.sig` and `pull.json` in it. A store is asked for newer
     statements about it.
-
-    Raises:
-        CorruptError: It is damaged, or holds something else.
-        UntrustedError: As in `resolve`, or `engine/model.sig` is not the one that was signed.
     """
     beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
     published = beside.is_dir()
