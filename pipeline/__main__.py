@@ -137,13 +137,8 @@ def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
 
 def _generate_command(outcome: Outcome, registry: str | Path) -> str:
     """The command line that talks to the package, as it works in this shell."""
-    script = Path(sys.executable).parent / "enginesmith"
-    command = [sys.executable, "-m", "pipeline.cli"]
-    if shutil.which("enginesmith"):
-        command = ["enginesmith"]
-    elif script.is_file():
-        here = script.is_relative_to(Path.cwd())
-        command = [str(script.relative_to(Path.cwd()) if here else script)]
+    installed = shutil.which("enginesmith") is not None
+    command = ["enginesmith"] if installed else [sys.executable, "-m", "pipeline.cli"]
     command += ["generate", str(outcome.reference)]
     if registry != DEFAULT_REGISTRY:
         command += ["--registry", str(registry)]

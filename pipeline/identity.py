@@ -1,11 +1,9 @@
 """The build key: what determines a package.
 
-The build key is the digest of a list of what may count; what is not on it does not. Each class says
-which of its fields shape bytes (`Quantizer.inputs`, `EngineCompiler.inputs`), each stage its
-version, and the rest is what a manifest states: a corrected licence is another build. Not on it:
-module paths, citations, power limits, where things lie, how they are judged, and the card of a
-format that is bound to none. A manifest holds the list, so that everybody can see which of its
-values differs between two builds.
+It is the digest of a list of what may count; what is not on it does not. Each class says which of
+its fields shape bytes (`inputs`), each stage its version, and the rest is what a manifest states: a
+corrected licence is another build. Not on it: module paths, citations, power limits, where things
+lie, how they are judged, and the card of a format that is bound to none. A manifest holds the list.
 """
 
 from __future__ import annotations

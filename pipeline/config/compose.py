@@ -39,12 +39,7 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A YAML file that takes part in a configuration.
-
-    Attributes:
-        path: The file.
-        section: Dotted path of the section that it fills; empty for the whole.
-    """
+    """A YAML file, and the dotted path of the section that it fills; empty for the whole."""
 
     path: Path
     section: str
@@ -127,11 +122,7 @@ def compose_recipe(recipe: str, overrides: Sequence[Override], folders: ConfigFo
 
 
 def show_info(what: str, recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> None:
-    """Let Hydra print how it composes a recipe.
-
-    Raises:
-        RecipeError: There is no such recipe, or it cannot be composed.
-    """
+    """Let Hydra print how it composes a recipe; a `RecipeError` where it cannot."""
     recipe_dir = folders.recipe_dir(recipe)
     if recipe_dir is None:
         hint = suggestion(recipe, folders.recipe_names())
@@ -201,10 +192,7 @@ def _config_files(
 ) -> Iterator[ConfigFile]:
     """The files of a recipe, the strongest first: itself, those it starts from, then options.
 
-    Args:
-        recipe: Its name.
-        choices: What Hydra chose: `group` or `group@section` -> option.
-        search: Folders, as Hydra searches them.
+    `choices` is what Hydra chose: `group` or `group@section` -> option.
     """
     yield from _chain(recipe, "", search)
     # Sizes and shapes, which name their section, come after the option that they refine.

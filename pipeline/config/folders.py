@@ -31,13 +31,11 @@ class ConfigFolders:
         return _stems(self.recipes)
 
     def recipe_dir(self, recipe: str) -> Path | None:
-        """The folder that `recipe` is taken from; None if there is no such recipe."""
         if recipe not in self.recipe_names():
             return None
         return next(dir for dir in self.recipes if (dir / f"{recipe}.yaml").is_file())
 
     def options(self, group: str) -> tuple[str, ...]:
-        """The options of a group; empty if there is no such group."""
         return _stems([dir / group for dir in self.search])
 
 

@@ -26,7 +26,7 @@ class Job:
     """One recipe with its overrides.
 
     Attributes:
-        recipe: Name of the recipe.
+        recipe: Its name.
         config: Resolved configuration, plain dicts and lists; empty if it could not be composed.
         typed: The recipe as an object; None if there are faults.
         faults: All of them, those of the command line first.
@@ -50,7 +50,6 @@ class Job:
 
     @property
     def text(self) -> str:
-        """The composed recipe as YAML."""
         text: str = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
         return text.rstrip()
 
@@ -58,11 +57,7 @@ class Job:
 def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Job:
     """Compose and check everything; pure but for reading YAML.
 
-    Args:
-        recipe: Its name. For an unknown one the most similar stands in, so that the overrides are
-            checked as well.
-        overrides: In Hydra's grammar: `compiler=trtrtx`, `compiler.max_batch_size=8`.
-        folders: Where recipes and options lie.
+    For an unknown recipe the most similar one stands in, so that the overrides are checked as well.
     """
     name, known = recipe.removesuffix(".yaml"), folders.recipe_names()
     given, faults = read_overrides(overrides)
@@ -115,7 +110,6 @@ def registry_overrides(url: str | None) -> tuple[str, ...]:
 
 
 def _within(path: str, key: str) -> bool:
-    """Whether a config path is a key or lies below it."""
     return f"{path}.".startswith(f"{key}.")
 
 

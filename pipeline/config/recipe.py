@@ -28,7 +28,7 @@ class WeightSource(Protocol):
 
     @property
     def terms(self) -> Licence:
-        """What the recipe says about the licence; known before anything is fetched."""
+        """Known before anything is fetched."""
         ...
 
     def fetch(self) -> Weights:
@@ -38,7 +38,7 @@ class WeightSource(Protocol):
             NotFoundError: No such repository, commit, folder or package.
             AccessError: Gated or private.
             CorruptError: Bytes are not what they claim to be.
-            TransientError: Network or disk; trying again may work.
+            TransientError: Network; trying again may work.
         """
         ...
 
@@ -84,7 +84,7 @@ class Recipe:
 
     Attributes:
         name: First part of the reference.
-        version: The recipe's own version; the package's adds its build key and its digest.
+        version: The recipe's own; the package's adds its build key and its digest.
         shape: The model, as far as the plan needs it.
         source: Where the weights come from.
         target: The card that the engine is for.

@@ -47,10 +47,7 @@ def _follows_from(broken: Mapping[str, str], fault: Fault) -> bool:
 def _resolved(node: Any, path: str, broken: dict[str, str]) -> Any:
     """Plain dicts and lists, less what is missing or cannot be resolved.
 
-    Args:
-        node: Of the configuration.
-        path: Its dotted path.
-        broken: Gets the path of every such value, with its fault or, where that is another's, "".
+    `broken` gets the path of every such value, with its fault or, where that is another's, "".
     """
     if not isinstance(node, DictConfig | ListConfig):
         return node

@@ -59,7 +59,7 @@ def digest_folder(folder: Path, skip: frozenset[str] = frozenset()) -> tuple[Fil
 
 
 def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
-    """Digest files again before what is made of them becomes anybody's package.
+    """Digest files again before what is made of them enters a package.
 
     Raises:
         CorruptError: One is not what its digest says; names it.
@@ -113,7 +113,7 @@ class StageCache:
         """Return the finished folder for `inputs`, calling `produce` to fill it when it is missing.
 
         Args:
-            stage: What is done; its name is part of the path, its version of the key.
+            stage: Its name is part of the path, its version of the key.
             inputs: JSON values that name everything else which influences the bytes.
             produce: Fills the (empty, private) folder that it is given, or raises.
         """

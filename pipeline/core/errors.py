@@ -42,7 +42,7 @@ class Fault:
     Attributes:
         path: Dotted config path, such as `compiler.max_batch_size`; empty for the command line.
         message: What was got, what is allowed, and the next step.
-        where: `FILE:LINE` that set the value; empty for the command line and for what no file sets.
+        where: `FILE:LINE` that set the value; empty where no file did.
     """
 
     path: str

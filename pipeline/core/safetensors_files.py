@@ -115,8 +115,8 @@ def folder_tensors(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint folder, by name, in file order.
 
     The files that count are those that `model.safetensors.index.json` names; without an index,
-    `model.safetensors`; without that, every `*.safetensors` but a second copy in another layout
-    (`consolidated*`). What is left out is logged.
+    `model.safetensors`; without that, all but a second copy in another layout (`consolidated*`).
+    What is left out is logged.
 
     Raises:
         CorruptError: There is none, the index does not fit its shards, a file breaks the format, or
@@ -169,11 +169,7 @@ def check_shards(weight_map: Mapping[str, str], present: Iterable[str], where: s
 def check_index(
     folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
 ) -> None:
-    """Demand that every tensor is in the shard that the index names.
-
-    Raises:
-        CorruptError: One is not.
-    """
+    """Demand that every tensor is in the shard that the index names; else a `CorruptError`."""
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CorruptError(

@@ -40,12 +40,9 @@ _MARK = "KIND"
 
 
 def marked_modules(room: str, mark: str, module: str = "") -> dict[str, str]:
-    """Name -> full module name of all that have the line `MARK = ...`, in the order of their names.
+    """Name -> full module name of all in the package `room` that have a line `MARK = ...`.
 
-    Args:
-        room: Package whose folder is listed.
-        mark: Name that the line assigns, such as `SPEC`.
-        module: Where an entry is a package, its module with that line; empty where none is.
+    `module` is where an entry that is a package has that line; empty where none is.
     """
     return dict(_listed(room, mark, module, tuple(importlib.import_module(room).__path__)))
 

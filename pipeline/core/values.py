@@ -22,7 +22,7 @@ Redistribution = Literal["allowed", "with-notice", "forbidden"]
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of the RFC 8785 canonical JSON of `value`: equal values, equal digests."""
+    """SHA-256 (hex) of the RFC 8785 canonical JSON of `value`."""
     return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
 
 
@@ -51,7 +51,7 @@ class Licence:
         files: The files in `Weights.dir` that state them.
         redistribution: Whether a package may go where everybody can read it.
         notice: Text that must travel with the weights; empty for none.
-        gated: The weights are given only to who accepted the terms.
+        gated: The weights are given only to those who accepted the terms.
         acknowledged: Licence that the recipe says has been read and accepted, or None.
         read_at: Where a person can read the terms.
     """
@@ -101,7 +101,7 @@ class Checkpoint:
         dir: The folder.
         digest: Identity of its bytes.
         weights: What it was made from.
-        precision: Of its quantized linears: a name that `pipeline.quant.spec` knows.
+        precision: A name that `pipeline.quant.spec` knows.
         quantized_linears: Hugging Face module names of the linears stored in that precision.
         kept_16bit: Of those left in bfloat16 (lm_head not among them).
         calibration: The calibration record: text digest, token count, amax per layer.
@@ -170,13 +170,7 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A sealed folder: `manifest.json` and `engine/`.
-
-    Attributes:
-        dir: The folder; in the registry, or in its private staging area before it is published.
-        manifest: Parsed `manifest.json`.
-        digest: SHA-256 of its bytes.
-    """
+    """A sealed folder: `engine/` and `manifest.json`, whose bytes have the SHA-256 `digest`."""
 
     dir: Path
     manifest: Mapping[str, Any]
@@ -212,12 +206,7 @@ PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that acceptance noticed.
-
-    Attributes:
-        kind: What it counts as.
-        message: Measured, required, and what to do.
-    """
+    """One thing that acceptance noticed: measured, required, and what to do."""
 
     kind: Literal[_Failing, "note"]
     message: str
@@ -250,9 +239,9 @@ class Report:
         quality: Perplexities, KL, agreement, with intervals.
         not_run: What was not run here, and why.
         checks: What was proven about the engine without running it.
-        chat: The chat probe (pipeline.acceptance.chat).
+        chat: The chat probe.
         lm_eval: Task -> metric -> value, of the lm-eval harness.
-        sustained: The sustained run (pipeline.acceptance.sustained).
+        sustained: The sustained run.
         physics: Bandwidth of the card, and each workload's share of its ceiling.
     """
 

@@ -1,4 +1,4 @@
-"""Make a recipe of a model: read it, find its sizes, prove that it plans, and write it."""
+"""Make a recipe of a model: find it, find its sizes, prove that it plans, and write it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,92 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config.folders import ConfigFolders, config_folders, suggestion
 from pipeline.config.load import load
-from pipeline.core.errors import ConflictError, Fault, RecipeError
+from pipeline.core.data import read_json_object
+from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.formats.spec import format_spec, format_specs
 from pipeline.model.read import IRRELEVANT, read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.new.fitting import Fitted, largest, most_batch, smallest, targets
-from pipeline.new.origin import Origin, read_origin
 from pipeline.registry.reference import check_part
+from pipeline.sources.hub import is_repo_id
+from pipeline.sources.hub_client import HubClient
+from pipeline.sources.weights import CONFIG, check_listing, licence_of_hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A model that a recipe can be made from.
+
+    Attributes:
+        described: For the comment of its shape file.
+        config: Its `config.json`.
+        option: Option of the group `source`.
+        source: What the recipe's `source` section says.
+    """
+
+    described: str
+    config: Mapping[str, Any]
+    option: Literal["hub", "local"]
+    source: Mapping[str, Any]
+
+
+def read_origin(text: str, revision: str | None) -> Origin:
+    """Find the model that `--from` names: a folder, else a Hub repository.
+
+    Args:
+        text: The name.
+        revision: Commit, branch or tag on the Hub, which is resolved to a commit; None for `main`.
+
+    Raises:
+        NotFoundError: No such folder, repository or revision, or no model in it.
+        RecipeError: Neither a folder nor a name that the Hub could have; weights that are pickles.
+        CorruptError: `config.json` is no JSON object.
+        PipelineError: As `HubClient`.
+    """
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            message = f"{text} is a folder, and only a Hub repository has revisions; leave it out"
+            raise RecipeError([Fault("--revision", message)])
+        return _local(folder.resolve())
+    if text.startswith(("/", ".", "~")):
+        raise NotFoundError(f"--from: {text} is not a folder; it must hold a model's {CONFIG}")
+    if not is_repo_id(text):
+        message = f"{text!r} is neither a folder nor <owner>/<name>, as repositories on the Hub are"
+        raise RecipeError([Fault("--from", message)])
+    return _hub(text, revision or "main")
+
+
+def _local(folder: Path) -> Origin:
+    if not (folder / CONFIG).is_file():
+        raise NotFoundError(f"--from: {folder} has no {CONFIG}; it must hold a model")
+    config = read_json_object(folder / CONFIG)
+    source = {"path": str(folder), "licence": licence_of_hub(None).licence}
+    return Origin(described=f"The folder {folder}", config=config, option="local", source=source)
+
+
+def _hub(repo_id: str, revision: str) -> Origin:
+    found = HubClient(repo_id, revision).describe()
+    check_listing(found.files, f"{repo_id}@{found.commit[:12]}")
+    with tempfile.TemporaryDirectory() as folder:
+        HubClient(repo_id, found.commit).download(found.files[CONFIG], Path(folder))
+        config = read_json_object(Path(folder) / CONFIG)
+    terms = licence_of_hub(found.licence)
+    source = {
+        "repo_id": repo_id,
+        "revision": found.commit,
+        "licence": terms.licence,
+        "redistribution": terms.redistribution,
+        **({"gated": True} if found.gated else {}),
+        **({"notice": terms.notice} if terms.notice else {}),
+    }
+    described = f"{repo_id} on the Hugging Face Hub at commit {found.commit}"
+    return Origin(described=described, config=config, option="hub", source=source)
+
 
 _BOUND_FIRST = ("card", "sm", None)
 """A new recipe's own format is the first of these that fits: what is made for less is faster."""
@@ -73,7 +148,6 @@ def new_recipe(
     Raises:
         ConflictError: There is such a recipe, or one of its files.
         RecipeError: A bad name or target, an unsupported model, or one that does not fit.
-        OSError: The files cannot be written.
         PipelineError: As `read_origin`.
     """
     check_part("name", name)
@@ -113,11 +187,7 @@ class _Draft:
     shape: ModelSpec
 
     def fit(self, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict[str, str]]:
-        """Sizes of every compiler that can have some, and why the others have none.
-
-        Raises:
-            RecipeError: None can.
-        """
+        """Sizes of every compiler that can have some, and why others have none; one at least."""
         sizes: dict[str, Fitted] = {}
         refused: dict[str, RecipeError] = {}
         formats = sorted(
@@ -205,12 +275,7 @@ def _staged(texts: Mapping[Path, str], folders: ConfigFolders) -> Iterator[Confi
 
 
 def place(texts: Mapping[Path, str], folder: Path) -> None:
-    """Write files below `folder` in order; if anything stops that, what was made is removed.
-
-    Raises:
-        ConflictError: One of them exists; it is left as it is.
-        OSError: The disk is full, or may not be written.
-    """
+    """Write new files below `folder` in order; if anything stops that, none of them is left."""
     made: list[Path] = []
     try:
         for path, text in texts.items():

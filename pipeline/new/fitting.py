@@ -27,13 +27,7 @@ _PREFILL_TOKENS = 4096  # of one prefill step of TensorRT-RTX; what a step holds
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """Sizes of one compiler that fit.
-
-    Attributes:
-        settings: Keys of the compiler.
-        batch: Largest batch whose workload fits with them.
-        context: `max_seq_len`.
-    """
+    """Settings of one compiler that fit, and the largest batch whose workload fits with them."""
 
     settings: Mapping[str, Any]
     batch: int
@@ -66,8 +60,8 @@ def smallest(engine_format: str, shape: ModelSpec) -> Fitted:
 def largest(recipe: Recipe) -> Fitted:
     """The largest sizes of the recipe's compiler that its plan has no fault with.
 
-    Contexts and batches go down by halves until the plan accepts; then the batch grows as far as it
-    does. The KV cache has the smallest type that the format holds and the known-bad table allows.
+    Contexts and batches go down by halves until the plan accepts; then the batch grows. The KV
+    cache has the smallest type that the format holds and the known-bad table allows.
 
     Raises:
         RecipeError: Not even the smallest fit, or the plan refuses the model or card altogether.
@@ -141,10 +135,9 @@ def _fitted(spec: FormatSpec, batch: int, context: int, kv_cache_dtype: str) -> 
 
 
 def _contexts(shape: ModelSpec) -> list[int]:
-    """Contexts to try, longest first.
+    """Contexts to try, longest first, up to the sliding window and LongRoPE's original context.
 
-    Up to the sliding window every runtime attends to the same tokens, and up to LongRoPE's original
-    context every one takes the same factors; so neither is passed where it is long enough.
+    Up to them every runtime attends to the same tokens with the same factors.
     """
     start = min(START_CONTEXT, shape.max_position_embeddings)
     for edge in (shape.window, shape.short_rope_context):

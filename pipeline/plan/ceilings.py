@@ -116,10 +116,7 @@ class WorkloadPlan:
     """What the card allows at one workload. All rates are tokens per second of the whole batch.
 
     Attributes:
-        name: Name of the workload.
-        batch: Requests running at once.
-        isl: Prompt tokens of each.
-        osl: Output tokens of each.
+        name: As the workload's, like `batch`, `isl` and `osl`.
         ceiling: Most output tokens per second while it decodes, reading its KV cache.
         ceiling_without_kv: The same if no cache had to be read.
         bound: `memory` or `compute`: what sets the ceiling.

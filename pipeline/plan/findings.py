@@ -145,10 +145,8 @@ def _impossible(workload: WorkloadPlan) -> str:
         wanted, ceiling = f"{workload.target:.2f}", f"{workload.ceiling:.2f}"
     without_kv = rate(workload.ceiling_without_kv)
     aside = f" ({without_kv} without its KV cache)" if without_kv != ceiling else ""
-    return (
-        f"{wanted} tok/s at batch {workload.batch} is above this card's ceiling of "
-        f"{ceiling}{aside}{_advice(workload)}"
-    )
+    above = f"above this card's ceiling of {ceiling}{aside}"
+    return f"{wanted} tok/s at batch {workload.batch} is {above}{_advice(workload)}"
 
 
 def _advice(workload: WorkloadPlan) -> str:
@@ -160,18 +158,6 @@ def _advice(workload: WorkloadPlan) -> str:
 def rate(tokens_per_s: float | None) -> str:
     """Tokens per second for people: whole numbers."""
     return "-" if tokens_per_s is None else f"{tokens_per_s:.0f}"
-
-
-def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
-    """Rows of the known-bad table that hold; those of severity `error` are faults."""
-    given = conditions_of(request)
-    for row in known_bad_table():
-        if not row.holds(given):
-            continue
-        if row.severity == "error":
-            yield Fault(row.path, f"{row.message} ({row.source})")
-        else:
-            yield Note(severity=row.severity, path=row.path, message=row.message, source=row.source)
 
 
 CONDITIONS: Mapping[str, type] = {
@@ -199,8 +185,6 @@ class KnownBad:
     source: str
 
     def __post_init__(self) -> None:
-        if not self.when:
-            raise ValueError("a row without conditions would fire for every recipe")
         for name, value in self.when.items():
             if name not in CONDITIONS or type(value) is not CONDITIONS[name]:
                 raise ValueError(f"{name}: {value!r} is no condition of this table")
@@ -233,6 +217,27 @@ def conditions_of(request: PlanRequest) -> dict[str, Any]:
     }
 
 
+@cache
+def known_bad_table() -> tuple[KnownBad, ...]:
+    """The table that travels with the package."""
+    import yaml  # 8 ms, and only plans need it
+
+    rows = yaml.safe_load(files("pipeline.plan").joinpath("known_bad.yaml").read_text("utf-8"))
+    return tuple(KnownBad(**row) for row in rows)
+
+
+def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
+    """Rows of the known-bad table that hold; those of severity `error` are faults."""
+    given = conditions_of(request)
+    for row in known_bad_table():
+        if not row.holds(given):
+            continue
+        if row.severity == "error":
+            yield Fault(row.path, f"{row.message} ({row.source})")
+        else:
+            yield Note(severity=row.severity, path=row.path, message=row.message, source=row.source)
+
+
 def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
     """Errors of the table that hold for a checkpoint whatever the card and the runtime."""
     given = {"architecture": architecture, "kv_cache_dtype": kv_cache_dtype}
@@ -241,25 +246,3 @@ def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
         for row in known_bad_table()
         if row.severity == "error" and row.holds(given)
     ]
-
-
-@cache
-def known_bad_table() -> tuple[KnownBad, ...]:
-    """The table that travels with the package."""
-    return parse_table(files("pipeline.plan").joinpath("known_bad.yaml").read_text("utf-8"))
-
-
-def parse_table(text: str) -> tuple[KnownBad, ...]:
-    """Read a table.
-
-    Raises:
-        ValueError: A row has an unknown key or condition, a wrong type, no condition, or the id of
-            another.
-    """
-    import yaml  # 8 ms, and only plans need it
-
-    rows = tuple(KnownBad(**row) for row in yaml.safe_load(text))
-    ids = [row.id for row in rows]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"two rows share an id: {sorted(ids)}")
-    return rows

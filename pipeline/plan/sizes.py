@@ -28,10 +28,10 @@ class PlannedWorkload:
     Attributes:
         name: Name in the report, such as `b64`.
         batch: Requests running at once.
-        isl: Input sequence length, tokens of each prompt.
-        osl: Output sequence length, tokens generated for each prompt.
+        isl: Tokens of each prompt.
+        osl: Tokens generated for each prompt.
         min_output_tokens_per_s: Wanted rate of the whole batch; None without a target.
-        min_share_of_ceiling: The same as a share of this workload's ceiling, above 0 and at most 1.
+        min_share_of_ceiling: The same as a share of this workload's ceiling, at most 1.
         mean_isl: Mean prompt length, tokens; None where all have `isl`.
         mean_osl: Mean output length, tokens; None where all have `osl`.
         path: Config path, for faults; by default `acceptance.targets[<index>]`.

@@ -103,7 +103,7 @@ class HubSource(Licensed):
         partial = _partial_folder(folder)
         arriving = partial / FILES
         client = HubClient(self.repo_id, self.revision)
-        remote = client.list_files()
+        remote = client.describe().files
         where = f"{self.repo_id}@{self.revision[:12]}"
         check_listing(remote, where)
         arriving.mkdir(parents=True, exist_ok=True)

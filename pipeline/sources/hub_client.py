@@ -32,22 +32,8 @@ from pipeline.core.values import FileDigest
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 20.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepoFacts:
-    """What the Hub says about a repository at a revision.
-
-    Attributes:
-        commit: The full commit that the revision names.
-        gated: Its files need an account that accepted the licence.
-        licence: The repository's licence tag, such as `apache-2.0`; None where it states none.
-    """
-
-    commit: str
-    gated: bool
-    licence: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +53,7 @@ class RemoteFile:
     git_sha1: str
 
     def verify(self, path: Path) -> FileDigest:
-        """Digest of the file at `path`, which must have this file's bytes; others are removed.
-
-        Raises:
-            CorruptError: Other bytes.
-        """
+        """Digest of the file at `path`; with other bytes it is removed and a `CorruptError`."""
         found = FileDigest(path=self.name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
         if self.sha256 is not None:
             kind, got, wanted = "SHA-256", found.sha256, self.sha256
@@ -85,6 +67,23 @@ class RemoteFile:
                 "the mirror or proxy in between"
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """What the Hub says about a repository at a revision.
+
+    Attributes:
+        commit: The full commit that the revision names.
+        gated: Its files need an account that accepted the licence.
+        licence: The repository's licence tag, such as `apache-2.0`; None where it states none.
+        files: The commit's files by name.
+    """
+
+    commit: str
+    gated: bool
+    licence: str | None
+    files: dict[str, RemoteFile]
 
 
 class HubClient:
@@ -120,53 +119,50 @@ class HubClient:
         # At INFO this library logs addresses of the CDN, whose signatures grant access.
         logging.getLogger("httpx").setLevel(logging.WARNING)
 
-    def describe(self) -> RepoFacts:
-        """The commit that the revision names, and the repository's terms."""
-        info = self._info(files_metadata=False)
-        if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-            raise PipelineError(
-                f"{self._endpoint} gives no commit for {self._repo_id}@{self._revision}; use an "
-                "endpoint that does (unset HF_ENDPOINT)"
-            )
-        tags = (tag.partition(":") for tag in info.tags or ())
-        licence = next((value for kind, _, value in tags if kind == "license"), None)
-        return RepoFacts(commit=info.sha, gated=bool(info.gated), licence=licence)
-
-    def _info(self, *, files_metadata: bool) -> Any:
+    def describe(self) -> Repository:
+        """The commit that the revision names, its files, and the repository's terms."""
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self._endpoint, token=self._token or False)
-        return self._explained(
+        info: Any = self._explained(
             lambda: api.repo_info(
                 self._repo_id,
                 revision=self._revision,
                 repo_type=self._repo_type,
-                files_metadata=files_metadata,
+                files_metadata=True,
                 timeout=_TIMEOUT_S,
             )
         )
-
-    def list_files(self) -> dict[str, RemoteFile]:
-        """The commit's files by name."""
-        info = self._info(files_metadata=True)
-        if info.sha != self._revision:
+        commit = info.sha or ""
+        if not _COMMIT.fullmatch(commit):
+            raise PipelineError(
+                f"{self._endpoint} gives no commit for {self._repo_id}@{self._revision}; use an "
+                "endpoint that does (unset HF_ENDPOINT)"
+            )
+        if _COMMIT.fullmatch(self._revision) and commit != self._revision:
             raise CorruptError(
-                f"{self._endpoint} answered with commit {info.sha}, asked for {self._revision}"
+                f"{self._endpoint} answered with commit {commit}, asked for {self._revision}"
             )
-        files = {}
-        for entry in info.siblings or ():
-            if entry.size is None or entry.blob_id is None:
-                raise PipelineError(
-                    f"{self._endpoint} lists {entry.rfilename} without size and digest, so it "
-                    "cannot be verified; use an endpoint that gives them (unset HF_ENDPOINT)"
-                )
-            files[entry.rfilename] = RemoteFile(
-                name=entry.rfilename,
-                size_bytes=entry.size,
-                sha256=entry.lfs.sha256 if entry.lfs else None,
-                git_sha1=entry.blob_id,
+        tags = (tag.partition(":") for tag in info.tags or ())
+        return Repository(
+            commit=commit,
+            gated=bool(info.gated),
+            licence=next((value for kind, _, value in tags if kind == "license"), None),
+            files={entry.rfilename: self._remote_file(entry) for entry in info.siblings or ()},
+        )
+
+    def _remote_file(self, entry: Any) -> RemoteFile:
+        if entry.size is None or entry.blob_id is None:
+            raise PipelineError(
+                f"{self._endpoint} lists {entry.rfilename} without size and digest, so it cannot "
+                "be verified; use an endpoint that gives them (unset HF_ENDPOINT)"
             )
-        return files
+        return RemoteFile(
+            name=entry.rfilename,
+            size_bytes=entry.size,
+            sha256=entry.lfs.sha256 if entry.lfs else None,
+            git_sha1=entry.blob_id,
+        )
 
     def download(self, file: RemoteFile, folder: Path) -> FileDigest:
         """Bring `file` into `folder`, unless it lies there with the right bytes.

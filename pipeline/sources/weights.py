@@ -124,9 +124,9 @@ class KnownLicence:
 
 
 def licence_of_hub(tag: str | None) -> KnownLicence:
-    """The terms behind the licence tag of a Hub repository, such as `apache-2.0`; None for none.
+    """The terms behind a Hub licence tag, such as `apache-2.0`; None for none.
 
-    A tag that the table does not have forbids redistribution until a person has read the terms.
+    One that the table does not have forbids redistribution until a person has read the terms.
     """
     name = tag or "unstated"
     unknown = KnownLicence(hub=name, licence=f"LicenseRef-{name}", redistribution="forbidden")

@@ -67,7 +67,7 @@ class HubText:
             from pipeline.sources.hub_client import HubClient
 
             client = HubClient(self.repo_id, self.revision, "dataset")
-            remote = client.list_files()
+            remote = client.describe().files
             if self.file not in remote:
                 have = ", ".join(sorted(remote))
                 message = f"{self.repo_id}@{commit} has no file {self.file!r}; it has {have}"
