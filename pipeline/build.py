@@ -41,18 +41,10 @@ def build(
     cache_dir: Path | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Outcome:
-    """Build, check, sign and publish one recipe.
+    """Build, check, sign and publish one recipe; a missed target is an outcome.
 
-    Args:
-        recipe: What to build.
-        run_dir: For logs and the report.
-        config: The resolved recipe as plain values, of which acceptance's key is made.
-        rebuild: Build although a package with the same build key is published.
-        cache_dir: Stage cache; None for the user's.
-        environ: Names the key to sign with and whom to believe.
-
-    Raises:
-        PipelineError: Anything but a missed target, which is an outcome.
+    `config` is the recipe as plain values, of which acceptance's key is made; `environ` names the
+    key to sign with and whom to believe.
     """
     begun = datetime.now(UTC)
     plan = plan_of(recipe)

@@ -38,7 +38,7 @@ from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
 from pipeline.quant.spec import KV_CACHE_DTYPES
-from pipeline.runners.runner import BenchRunner, Runner, SourceRunner
+from pipeline.runners.runner import BenchRunner, BenchTask, Runner, SourceRunner
 from pipeline.runners.session import Session
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus
@@ -216,14 +216,14 @@ def _benched(
     assert isinstance(subject.runner, BenchRunner)
     folder = Path(tempfile.mkdtemp(prefix="enginesmith-bench-"))
     for workload in workloads:
-        found = subject.runner.bench(
-            subject.engine,
-            subject.checkpoint_dir or subject.weights.dir,
-            workload,
+        task = BenchTask(
+            checkpoint_dir=subject.checkpoint_dir or subject.weights.dir,
+            workload=workload,
             repeats=asked.repeats,
             seed=asked.seed,
             log_path=folder / f"{workload.name}.log",
         )
+        found = subject.runner.bench(subject.engine, task)
         yield {
             **summarize(workload, [SpeedSample(**asdict(run)) for run in found.runs]),
             "tool": found.tool,

@@ -12,13 +12,16 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from xml.etree import ElementTree
 
 from pipeline.acceptance import charts
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.speed import MIN_ACHIEVED_SHARE
 from pipeline.core.values import Report, Verdict
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 REPORT_FILE = "report.json"
 JUNIT_FILE = "junit.xml"
@@ -107,13 +110,58 @@ def junit(document: Entry) -> bytes:
 
 def render_page(report: Entry, **about: Unpack[About]) -> str:
     """A report, `Report.to_json`, as a complete page: no outside resource, no script."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     manifest, plan = about.get("manifest", {}), about.get("plan", {})
     limits, folder = about.get("limits"), files(__package__)
     # Whether it was measured on the card that the plan's ceilings are of.
     here = bool(report["conditions"].get("card") == report["card"])
+    skipped = {f"not run: {what}" for what in report["not_run"]}
+    findings = [found for found in report["findings"] if found["message"] not in skipped]
+    planned: Sequence[Entry] = plan.get("workloads", ())
+    return (
+        _environment()
+        .from_string(folder.joinpath("report.html.j2").read_text())
+        .render(
+            report=report,
+            style=Markup(folder.joinpath("report.css").read_text()),
+            name=str(manifest.get("name") or "Package"),
+            card=str(report["card"]).replace("-", " "),
+            reference=about.get("reference", ""),
+            signed_by=about.get("signed_by", ""),
+            note=manifest.get("source", {}).get("note"),
+            limits=limits,
+            on_card=here,
+            tiles=list(_tiles(report)),
+            findings=sorted(findings, key=lambda found: bool(found["kind"] == "note")),
+            rows={
+                "answers": _answers(report),
+                "endings": _endings(report),
+                "package": _package(report, manifest),
+                **_speed(report),
+                "planned": _planned(report["speed"] if here else (), planned),
+                "latency": _latency(report),
+                "quality": _quality(report, limits),
+                "checkpoint": _checkpoint(report["quality"]),
+                "lm_eval": _lm_eval(report),
+            },
+            percentiles_known=any(
+                charts.percentiles(report["speed"], key) for key in charts.LATENCIES
+            ),
+            plots={
+                "speed": [] if here else charts.throughput_plots(report["speed"], ()),
+                "planned": charts.throughput_plots(report["speed"] if here else (), planned),
+                "latency": charts.latency_plots(report["speed"]),
+                "sustained": charts.sustained_plots(report.get("sustained")),
+            },
+        )
+    )
+
+
+def _environment() -> Environment:
+    """What the template may use; everything that it prints is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -134,40 +182,7 @@ def render_page(report: Entry, **about: Unpack[About]) -> str:
         "min_achieved_share": MIN_ACHIEVED_SHARE,
         "plots_installed": charts.installed(),
     }
-    skipped = {f"not run: {what}" for what in report["not_run"]}
-    findings = [found for found in report["findings"] if found["message"] not in skipped]
-    planned: Sequence[Entry] = plan.get("workloads", ())
-    return environment.from_string(folder.joinpath("report.html.j2").read_text()).render(
-        report=report,
-        style=Markup(folder.joinpath("report.css").read_text()),
-        name=str(manifest.get("name") or "Package"),
-        card=str(report["card"]).replace("-", " "),
-        reference=about.get("reference", ""),
-        signed_by=about.get("signed_by", ""),
-        note=manifest.get("source", {}).get("note"),
-        limits=limits,
-        on_card=here,
-        tiles=list(_tiles(report)),
-        findings=sorted(findings, key=lambda found: bool(found["kind"] == "note")),
-        rows={
-            "answers": _answers(report),
-            "endings": _endings(report),
-            "package": _package(report, manifest),
-            **_speed(report),
-            "planned": _planned(report["speed"] if here else (), planned),
-            "latency": _latency(report),
-            "quality": _quality(report, limits),
-            "checkpoint": _checkpoint(report["quality"]),
-            "lm_eval": _lm_eval(report),
-        },
-        percentiles_known=any(charts.percentiles(report["speed"], key) for key in charts.LATENCIES),
-        plots={
-            "speed": [] if here else charts.throughput_plots(report["speed"], ()),
-            "planned": charts.throughput_plots(report["speed"] if here else (), planned),
-            "latency": charts.latency_plots(report["speed"]),
-            "sustained": charts.sustained_plots(report.get("sustained")),
-        },
-    )
+    return environment
 
 
 def _tiles(report: Entry) -> Iterator[tuple[str, str]]:

@@ -77,6 +77,22 @@ def accept(
     return answer_of(outcome, document)
 
 
+_Only = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,…",
+        help="Peers: vllm-bf16, vllm-fp8, transformers; by default all that run here.",
+    ),
+]
+_Workloads = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bN,…",
+        help="Batches; by default b1,b8,b64,b128 up to compiler.max_batch_size (CPU: b1,b8).",
+    ),
+]
+
+
 @answering
 def race(
     recipe: Recipe,
@@ -87,20 +103,8 @@ def race(
             "--cpu", help="Race on this CPU: the graph in ONNX Runtime against Transformers."
         ),
     ] = False,
-    only: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,…",
-            help="Peers: vllm-bf16, vllm-fp8, transformers; by default all that run here.",
-        ),
-    ] = None,
-    workloads: Annotated[
-        str | None,
-        typer.Option(
-            metavar="bN,…",
-            help="Batches; by default b1,b8,b64,b128 up to compiler.max_batch_size (CPU: b1,b8).",
-        ),
-    ] = None,
+    only: _Only = None,
+    workloads: _Workloads = None,
     isl: Annotated[
         int | None, typer.Option(min=1, help="Tokens of every prompt; 128 (CPU: 64).")
     ] = None,

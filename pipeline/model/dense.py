@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from pipeline.model.read import ConfigKeys
@@ -55,27 +56,14 @@ def dense_decoder(
     windows = [window if number >= first_window_layer else None for number in range(count)]
     _check_layer_types(keys, windows)
     linears = _linears(hidden, inner, heads * head_dim, kv_heads * head_dim, qkv_bias, fused)
-    norms = [
-        Norm(module=name, size=hidden) for name in ("input_layernorm", "post_attention_layernorm")
-    ]
-    if qk_norm:
-        norms += [Norm(module=f"self_attn.{name}_norm", size=head_dim) for name in ("q", "k")]
-    layers = {
-        each: Layer(
-            attention=Attention(
-                heads=heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                scale=1 / math.sqrt(head_dim),
-                window=each,
-                qk_norm=qk_norm,
-            ),
-            linears=linears,
-            norms=tuple(norms),
-            activation="silu",
-        )
-        for each in set(windows)
-    }
+    attention = Attention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=1 / math.sqrt(head_dim),
+        qk_norm=qk_norm,
+    )
+    layers = {each: _layer(replace(attention, window=each), linears, hidden) for each in windows}
     return ModelSpec(
         architecture=keys.config["architectures"][0],
         hidden_size=hidden,
@@ -87,6 +75,14 @@ def dense_decoder(
         layers=tuple(layers[each] for each in windows),
         config=keys.config,
     )
+
+
+def _layer(attention: Attention, linears: tuple[Linear, ...], hidden: int) -> Layer:
+    sizes = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if attention.qk_norm:
+        sizes |= {f"self_attn.{name}_norm": attention.head_dim for name in ("q", "k")}
+    norms = tuple(Norm(module=name, size=size) for name, size in sizes.items())
+    return Layer(attention=attention, linears=linears, norms=norms, activation="silu")
 
 
 def window_from_layer(keys: ConfigKeys) -> tuple[int | None, int]:

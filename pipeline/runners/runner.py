@@ -99,30 +99,31 @@ class BenchResult:
     percentiles: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchTask:
+    """One workload for a runtime's own tool, of those that `abilities` allow.
+
+    Attributes:
+        checkpoint_dir: The unified checkpoint that the engine was made from, for the model's config.
+        workload: The load.
+        repeats: Runs of the tool.
+        seed: Of the prompts.
+        log_path: Gets its output.
+    """
+
+    checkpoint_dir: Path
+    workload: Workload
+    repeats: int
+    seed: int
+    log_path: Path
+
+
 @runtime_checkable
 class BenchRunner(Protocol):
     """A runner whose speed is measured by a tool of its runtime, which loads the engine anew."""
 
-    def bench(
-        self,
-        engine: Engine,
-        checkpoint_dir: Path,
-        workload: Workload,
-        *,
-        repeats: int,
-        seed: int,
-        log_path: Path,
-    ) -> BenchResult:
-        """Measure one workload of those that `abilities` allow.
-
-        Args:
-            engine: What to measure.
-            checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
-            workload: The load.
-            repeats: Runs of the tool.
-            seed: Of the prompts.
-            log_path: Gets its output.
-        """
+    def bench(self, engine: Engine, task: BenchTask) -> BenchResult:
+        """Measure the engine."""
         ...
 
 

@@ -33,7 +33,7 @@ from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place
 from pipeline.formats.trtllm.spec import BENCH_PROGRAM, NAME, VERSION
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
-from pipeline.runners.runner import Ability, BenchResult, BenchRun, Device
+from pipeline.runners.runner import Ability, BenchResult, BenchRun, BenchTask, Device
 from pipeline.runners.session import Session
 from pipeline.runners.workload import Workload
 
@@ -125,28 +125,20 @@ class TrtLlmRunner:
         )
         return open_child(program, Timeouts(load_s=self.timeout_s, answer_s=self.timeout_s))
 
-    def bench(
-        self,
-        engine: Engine,
-        checkpoint_dir: Path,
-        workload: Workload,
-        *,
-        repeats: int,
-        seed: int,
-        log_path: Path,
-    ) -> BenchResult:
-        """Run `trtllm-bench` `repeats` times; each run loads the engine anew.
+    def bench(self, engine: Engine, task: BenchTask) -> BenchResult:
+        """Run `trtllm-bench` `task.repeats` times; each run loads the engine anew.
 
         Raises:
             RecipeError: The workload asks for one token only.
             ToolError: The tool failed.
             PipelineError: It reported another run than was asked for, or none.
         """
+        workload, log_path = task.workload, task.log_path
         if workload.osl < 2:
             fault = "osl must be 2 or more: trtllm-bench divides by the time after the first token"
             raise RecipeError([Fault(f"workload {workload.name}", fault)])
         place, documents = self._place(engine.sms[0]), []
-        checkpoint = UnifiedCheckpoint(checkpoint_dir)
+        checkpoint = UnifiedCheckpoint(task.checkpoint_dir)
         quant_algo = checkpoint.precision.quant_algo
         with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
             given = Shared(name="input", source=Path(name) / "input")
@@ -154,15 +146,15 @@ class TrtLlmRunner:
             built = Shared(name="engine", source=engine.dir)
             given.source.mkdir()
             made.source.mkdir()
-            write_model_dir(given.source / "model", checkpoint_dir, engine.dir)
+            write_model_dir(given.source / "model", task.checkpoint_dir, engine.dir)
             dataset = given.source / "dataset.jsonl"
-            self.write_dataset(dataset, workload, checkpoint.spec.vocab_size, seed)
+            self.write_dataset(dataset, workload, checkpoint.spec.vocab_size, task.seed)
             more = self._write_options(given.source / "options.yaml", attention_window(engine))
             command = self.bench_command(
                 workload, place.path(given), place.path(made), place.path(built), options=more
             )
             report = made.source / "report.json"
-            for _ in range(repeats):
+            for _ in range(task.repeats):
                 report.unlink(missing_ok=True)
                 place.run(
                     command,

@@ -100,21 +100,19 @@ def plan_export(
     Args:
         checkpoint_dir: Unified FP8 checkpoint.
         out_dir: A new or empty folder.
-        kv_cache_dtype: None takes what the checkpoint declares. Ours declare 16 bits and hold the
-            scales for `fp8`.
+        kv_cache_dtype: None takes what the checkpoint declares; ours hold scales for `fp8` too.
         dtype: Type of activations and of tensors that are not FP8.
         max_batch_size: Of the printed command: requests at once.
         max_seq_len: Prompt + output tokens of one request; None for the model's context, its window
             or 4096, whichever is least.
-        max_num_tokens: Tokens scheduled in one iteration; None for 8192. More than
-            `max_batch_size * max_seq_len` could never be scheduled, and is lowered to that, but not
-            below one block of the paged cache, to which `trtllm-build` would raise it.
+        max_num_tokens: Tokens scheduled in one iteration; None for 8192. Lowered to what could be,
+            `max_batch_size * max_seq_len`, but not below one block of the paged cache.
 
     Raises:
         NotFoundError: There is no checkpoint.
         ConflictError: `out_dir` exists and is not empty.
-        RecipeError: `out_dir` cannot be replaced by a finished folder, sizes or types contradict
-            each other or the model, or the model is not understood.
+        RecipeError: `out_dir` cannot be replaced, sizes or types contradict each other or the
+            model, or the model is not understood.
         CorruptError: The checkpoint's declaration is damaged.
     """
     if not (checkpoint_dir / "config.json").is_file():
@@ -123,10 +121,7 @@ def plan_export(
         )
     place = _replaceable(out_dir)
     spec = UnifiedCheckpoint(checkpoint_dir).spec
-    cache_dtype = kv_cache_dtype or _declared_cache(checkpoint_dir, dtype)
-    if cache_dtype not in {"fp8", dtype}:
-        message = f"is {cache_dtype}; beside dtype {dtype} it is fp8 or {dtype}"
-        raise RecipeError([Fault("--kv-cache-dtype", message)])
+    cache_dtype = _cache_dtype(kv_cache_dtype or _declared_cache(checkpoint_dir, dtype), dtype)
     plugins = Plugins(**shipped("compiler/trtllm")["plugins"])
     context = spec.max_position_embeddings
     length = max_seq_len or min(context, spec.window or context, _SEQ_LEN)
@@ -138,10 +133,10 @@ def plan_export(
         max_num_tokens=max(tokens, plugins.tokens_per_block),
         kv_cache_dtype=cache_dtype,
     )
+    engine = f"{out_dir}-engine"
+    timing_cache = f"{engine}.{TIMING_CACHE_FILE}"
     paths = BuildPaths(
-        checkpoint_dir=str(out_dir),
-        engine_dir=f"{out_dir}-engine",
-        timing_cache_out=f"{out_dir}-engine.{TIMING_CACHE_FILE}",
+        checkpoint_dir=str(out_dir), engine_dir=engine, timing_cache_out=timing_cache
     )
     return Export(
         checkpoint_dir=checkpoint_dir,
@@ -150,6 +145,13 @@ def plan_export(
         settings=TrtLlmSettings(kv_cache_dtype=cache_dtype, dtype=dtype),
         command=shlex.join(build_command(limits, plugins, paths)),
     )
+
+
+def _cache_dtype(wanted: KvCacheDtype, dtype: Dtype) -> KvCacheDtype:
+    if wanted not in {"fp8", dtype}:
+        message = f"is {wanted}; beside dtype {dtype} it is fp8 or {dtype}"
+        raise RecipeError([Fault("--kv-cache-dtype", message)])
+    return wanted
 
 
 def _replaceable(out_dir: Path) -> Path:

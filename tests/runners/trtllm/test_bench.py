@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.core.errors import PipelineError, RecipeError, ToolError
 from pipeline.core.values import Checkpoint, Engine
-from pipeline.runners.runner import BenchResult, BenchRun
+from pipeline.runners.runner import BenchResult, BenchRun, BenchTask
 from pipeline.runners.trtllm import TrtLlmRunner, mode_of, percentiles, write_model_dir
 from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import tiny_checkpoint
@@ -135,9 +135,11 @@ def engine(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def bench(engine: Engine, checkpoint: Checkpoint, folder: Path, load: Workload) -> BenchResult:
-    return RUNNER.bench(
-        engine, checkpoint.dir, load, repeats=2, seed=3, log_path=folder / "bench.log"
+    log_path = folder / "bench.log"
+    task = BenchTask(
+        checkpoint_dir=checkpoint.dir, workload=load, repeats=2, seed=3, log_path=log_path
     )
+    return RUNNER.bench(engine, task)
 
 
 @pytest.mark.parametrize("workload", [B1, B4], ids=["latency", "throughput"])

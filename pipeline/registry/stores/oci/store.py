@@ -136,9 +136,6 @@ class OciStore:
             raise TransientError(f"{repository} lost its identity while it was made; try again")
         return made
 
-    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return sorted(self._tagged(name, variant))
-
     def statement_names(
         self, name: str | None = None, variant: str | None = None
     ) -> dict[Place, tuple[str, ...]]:
@@ -148,6 +145,9 @@ class OciStore:
             place: tuple(names if native is None else native)
             for (place, names), native in zip(tagged.items(), listed, strict=True)
         }
+
+    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
+        return sorted(self._tagged(name, variant))
 
     def read_manifest(self, place: Place) -> bytes:
         return self._image(place).manifest

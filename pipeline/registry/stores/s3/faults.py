@@ -83,11 +83,7 @@ def raced(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def s3_errors(doing: str, bucket: str) -> Iterator[None]:
-    """Turn an exception of botocore into one of ours.
-
-    Args:
-        doing: What was being done, for the message: `publish to s3://...`.
-        bucket: The bucket's name.
+    """Turn an exception of botocore into one of ours; `doing` says what, for the message.
 
     Raises:
         AccessError: No credentials, wrong ones, or not enough of them.
