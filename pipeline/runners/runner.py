@@ -104,7 +104,7 @@ class BenchTask:
     """One workload for a runtime's own tool, of those that `abilities` allow.
 
     Attributes:
-        checkpoint_dir: The unified checkpoint that the engine was made from, for the model's config.
+        checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
         workload: The load.
         repeats: Runs of the tool.
         seed: Of the prompts.
