@@ -227,8 +227,8 @@ class OciStore:
         statements: Sequence[RawStatement],
         on_bytes: OnBytes = lambda _: None,
     ) -> bool:
-        place = Place.of(reference_of(package))
         manifest = sealed_manifest(package)
+        place = Place.of(reference_of(package))
         if self._published(place, manifest):
             return False
         self.create_identity()
