@@ -34,7 +34,7 @@ from pipeline.plan import refuse
 from pipeline.publishing import Publisher
 from pipeline.registry.client.pull import PullRequest, named_folder, open_target
 from pipeline.registry.reference import reference_of
-from pipeline.registry.stores.opening import open_store
+from pipeline.registry.stores import open_store
 from pipeline.registry.trust.signing import signatory_for
 
 log = logging.getLogger(__name__)

@@ -12,17 +12,17 @@ from pathlib import Path
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
+from pipeline.core.workfolder import work_folder
 from pipeline.registry.client.deliver import SETTING, cache_entry, locked_cache
 from pipeline.registry.client.layout import move_into_place, settle_read_only
 from pipeline.registry.client.pull import fetch
-from pipeline.registry.disk import disk_errors
+from pipeline.registry.disk import disk_errors, make_folders
 from pipeline.registry.package import is_throwaway, require_manifest_publishable
 from pipeline.registry.promotion import Releaser
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Resolved, examine
-from pipeline.registry.staging import private_folder
 from pipeline.registry.store import Place, WritableStore
-from pipeline.registry.stores.opening import staging_area
+from pipeline.registry.stores import staging_area
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.signing import Author, Signatory, actor_of, now_text, sign_test
 from pipeline.registry.trust.statements import verified_files
@@ -130,8 +130,9 @@ class Publisher:
         area = staging_area(self.store)
         with contextlib.ExitStack() as stack:
             with disk_errors(f"prepare a package in {area}", SETTING):
-                folder = stack.enter_context(private_folder(area))
-            yield folder
+                make_folders(area)
+                work = stack.enter_context(work_folder(area, "seal-"))
+            yield work.dir
 
     def publish(self, package: Package, begun: datetime) -> tuple[Resolved, bool]:
         """Sign a sealed package, whose build began at `begun`, and publish it.

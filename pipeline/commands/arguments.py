@@ -50,7 +50,7 @@ ARTIFACTS = "artifacts"
 
 def open_registry(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolicy]:
     """The store that a command works on, and whose statements count there."""
-    from pipeline.registry.stores.opening import open_store
+    from pipeline.registry.stores import open_store
     from pipeline.registry.trust.policy import machine_trust
 
     store = open_store(registry)

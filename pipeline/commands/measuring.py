@@ -53,7 +53,7 @@ def accept(
     from pipeline.accept import accept as run
     from pipeline.commands.screen import file_logging, screen_logging
     from pipeline.outcome import failure_of, open_run, write_verdict
-    from pipeline.registry.stores.opening import folder_of
+    from pipeline.registry.stores import folder_of
 
     request = AcceptRequest(
         target=target,

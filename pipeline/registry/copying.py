@@ -18,7 +18,7 @@ from pipeline.registry.client.pull import fetch
 from pipeline.registry.package import require_manifest_publishable
 from pipeline.registry.resolve import Resolved, examine, resolve
 from pipeline.registry.store import ENVELOPE, RawStatement, Store
-from pipeline.registry.stores.opening import open_store
+from pipeline.registry.stores import open_reader, open_store
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.statements import verified_files
 from pipeline.registry.trust.verification import Terms
@@ -60,7 +60,7 @@ def copy(
     """
     if source_url == target_url:
         raise RecipeError([Fault("--to", "is the same registry as --from; name another one")])
-    source, target = open_store(source_url), open_store(target_url)
+    source, target = open_reader(source_url), open_store(target_url)
     # This machine's own key counts for its own folders only: elsewhere it is a stranger's.
     trust = machine_trust(environ, own_folder=source.local and target.local, policy=policy)
     terms = Terms(policy=trust, allow_unsigned=allow_unsigned)

@@ -13,8 +13,7 @@ from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
 from pipeline.registry.resolve import Resolved, examine, resolve
-from pipeline.registry.store import Place, Store
-from pipeline.registry.stores.objects import in_parallel, readers
+from pipeline.registry.store import Place, Store, in_parallel, readers
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.verification import Terms
 

@@ -17,14 +17,21 @@ An OCI registry holds the package as an image, statements as its referrers, move
 
 from __future__ import annotations
 
+import json
+import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from threading import Thread
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
+from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.values import FileDigest, Package, Reference
+
+log = logging.getLogger(__name__)
 
 ENVELOPE = "statement.dsse.json"
 """The file of a statement that is signed; it names the SHA-256 of every other file."""
@@ -46,19 +53,16 @@ NONE_KNOWN: Mapping[str, bytes] = MappingProxyType({})
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were sent or received, from any thread; for progress."""
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
 _STATEMENT_NAME = re.compile(rf"(?:{'|'.join(KINDS)})-[0-9a-f]{{16}}")
 _ATTACHMENT_NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+){0,7}")
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Place:
-    """One published version.
-
-    Attributes:
-        name: Recipe.
-        variant: Format, precision, shape and SM or card.
-        version: Immutable version, derived from the manifest.
-    """
+    """One published version: recipe, variant of it, and the version that its manifest gives."""
 
     name: str
     variant: str
@@ -66,7 +70,6 @@ class Place:
 
     @classmethod
     def of(cls, reference: Reference) -> Place:
-        """Where a package with this reference lies."""
         return cls(name=reference.name, variant=reference.variant, version=reference.version)
 
     def __str__(self) -> str:
@@ -87,12 +90,10 @@ class RawStatement:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`, as its name claims."""
         return self.name.rpartition("-")[0]
 
     @property
     def envelope(self) -> bytes:
-        """What is signed."""
         return self.files[ENVELOPE]
 
 
@@ -158,7 +159,7 @@ class Store(Protocol):
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """The bytes of one file of a package from `offset` on, in chunks of the store's choice.
+        """The bytes of one file of a package, in chunks of the store's choice.
 
         Nothing is promised of them: there may be too few, too many or wrong ones.
 
@@ -166,8 +167,7 @@ class Store(Protocol):
             place: The version.
             file: Which, as its manifest lists it.
             offset: First byte.
-            end: First byte that the caller will not read, so that nothing is sent in vain; None
-                for all that there is.
+            end: First byte that the caller will not read, so that nothing is sent in vain.
 
         Raises:
             NotFoundError: No such file.
@@ -178,13 +178,9 @@ class Store(Protocol):
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
-        """Statements about a version: their envelopes only, so that a thousand cost little.
+        """Statements about a version, or those with `names`: their envelopes only.
 
         What is too large, unreadable or beyond `MAX_PER_KIND` is skipped with one warning.
-
-        Args:
-            place: The version.
-            names: Only these; None for all.
         """
         ...
 
@@ -202,12 +198,8 @@ class Store(Protocol):
     ) -> list[bytes]:
         """The log of a variant's channels: envelopes in no order that means anything.
 
-        What is too large or beyond `MAX_MOVES` is skipped with one warning.
-
-        Args:
-            name: Recipe.
-            variant: Of it.
-            known: SHA-256 (hex) -> envelopes that the reader has; they are not sent again.
+        What is too large or beyond `MAX_MOVES` is skipped with one warning. Those in `known`
+        (SHA-256 in hex -> envelope) are not sent again.
         """
         ...
 
@@ -231,19 +223,11 @@ class WritableStore(Store, Protocol):
     def put_package(
         self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
     ) -> bool:
-        """Make a sealed package visible, whole and for ever.
+        """Make a sealed package visible, whole and for ever; False if it was there.
 
         In this order: the registry's identity, if it has none; lease, statements, files, sizes and
         checksums asked back, manifest, lease removed. After an interruption the same call completes
         what was begun, whole file by whole file.
-
-        Args:
-            package: Its manifest says where it goes.
-            statements: Such as the signature: they are there before the package shows.
-            on_bytes: For progress.
-
-        Returns:
-            Whether it is new; False if it was there.
 
         Raises:
             CorruptError: A file is not what the manifest says, here or in the store.
@@ -283,9 +267,7 @@ class WritableStore(Store, Protocol):
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         """What no reader sees, of interrupted or removed publications, in words.
 
-        Args:
-            min_age_s: What was touched since may be of a run that goes on.
-            delete: Remove it.
+        What was touched in the last `min_age_s` may be of a run that goes on, and stays.
         """
         ...
 
@@ -294,6 +276,114 @@ class WritableStore(Store, Protocol):
 class Registry(Protocol):
     """A registry as a recipe names it; opening it reads nothing."""
 
-    def store(self) -> WritableStore:
-        """Where it keeps its packages."""
+    def reader(self) -> Store:
+        """Where it keeps its packages; without what only a publisher needs."""
         ...
+
+    def store(self) -> WritableStore:
+        """The same, to publish, too."""
+        ...
+
+
+def parse_identity(data: bytes, origin: str) -> str:
+    """The identity that a `registry.json` states.
+
+    Raises:
+        CorruptError: It states none.
+    """
+    try:
+        value = json.loads(data)
+        identity = value["id"]
+        if value["schema"] == 1 and _IDENTITY.fullmatch(identity):
+            return str(identity)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise CorruptError(
+        f"{origin} is not the identity of a registry, which moves and yanks name; restore it from "
+        "a backup, or make a new registry and copy the packages there"
+    )
+
+
+def bounded(items: list[_Item], limit: int, what: str) -> list[_Item]:
+    """At most `limit` items: the first half and the last half, with a warning that says so.
+
+    They come sorted by age where the store dates them, so that neither what comes before nor what
+    comes after can crowd an item out.
+    """
+    if len(items) <= limit:
+        return items
+    half = limit // 2
+    fault = "%s: there are %d, only the %d oldest and newest are read; remove what is not yours"
+    log.warning(fault, what, len(items), 2 * half)
+    return [*items[:half], *items[-half:]]
+
+
+def bounded_kinds(names: Iterable[str], what: str) -> list[str]:
+    """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`; see `bounded`."""
+    of_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name in names:
+        of_kind[name.rpartition("-")[0]].append(name)
+    kept = (bounded(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
+    return [name for some in kept for name in some]
+
+
+def read_each(
+    read: Callable[[str], bytes | None], names: Iterable[str], what: str, threads: int = 16
+) -> dict[str, bytes]:
+    """What can be read under these names; one warning counts what is damaged or gone."""
+
+    def attempt(name: str) -> bytes | None:
+        try:
+            return read(name)
+        except (CorruptError, NotFoundError):
+            return None
+
+    wanted = list(names)
+    found = zip(wanted, in_parallel(attempt, wanted, threads), strict=True)
+    kept = {name: data for name, data in found if data is not None}
+    if len(kept) < len(wanted):
+        log.warning("%s: %d cannot be read; skipped", what, len(wanted) - len(kept))
+    return kept
+
+
+def readers(store: Store) -> int:
+    """How many threads read small objects of a store at once."""
+    return 1 if store.local else 16
+
+
+def in_parallel(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int = 16
+) -> Iterator[_Result]:
+    """`map`, by threads; after an error nothing more is begun, and Ctrl-C waits for no server.
+
+    With one thread, the caller's own does the work: threads gain where a server is waited for, and
+    lose where files of this machine are parsed.
+    """
+    if threads == 1:
+        yield from map(function, items)
+        return
+    work = [(item, Future[_Result]()) for item in items]
+    shared = iter(work)
+
+    def run() -> None:
+        for item, result in shared:
+            if result.set_running_or_notify_cancel():
+                try:
+                    result.set_result(function(item))
+                except BaseException as error:  # raised again where the result is asked for
+                    result.set_exception(error)
+
+    running = [Thread(target=run, daemon=True) for _ in range(min(threads, len(work)))]
+    for thread in running:
+        thread.start()
+    try:
+        for _, result in work:
+            yield result.result()
+    except KeyboardInterrupt:
+        running.clear()  # they end with the process
+        raise
+    finally:
+        for _, result in work:
+            result.cancel()
+        for thread in running:
+            thread.join()

@@ -81,7 +81,7 @@ FOLDER = (Contest(name="folder pull", ours="pull", other="cp, sha256sum", wanted
 def publish(url: str, package_dir: Path, out: Path) -> None:
     """Sign, hash and publish."""
     from pipeline.registry.manifest import verify
-    from pipeline.registry.stores.opening import open_store
+    from pipeline.registry.stores import open_store
     from pipeline.registry.trust.keys import parse_private_key
     from pipeline.registry.trust.signing import sign_package
 
@@ -191,7 +191,7 @@ def _modules(name: str, scheme: str) -> Iterator[str]:
     if name in {"publish", "pull", "pull without fsync"}:
         yield "pipeline.registry.client.pull"
         yield from {
-            "s3": ["boto3", "pipeline.registry.stores.s3.registry"],
+            "s3": ["boto3", "pipeline.registry.stores.s3"],
             "oci": ["pipeline.registry.stores.oci.registry"],
         }.get(scheme, [])
     elif not name.startswith("cp"):

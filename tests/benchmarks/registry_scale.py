@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.registry.stores.opening import open_store
+from pipeline.registry.stores import open_store
 from tests.registry.team import Team
 from tests.services import seaweed
 

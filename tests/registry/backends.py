@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.registry.store import WritableStore
-from pipeline.registry.stores.opening import open_store
+from pipeline.registry.stores import open_store
 from tests.services import docker_registry, seaweed
 
 backends = [

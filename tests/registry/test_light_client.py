@@ -17,7 +17,7 @@ REGISTRY = ROOT / "pipeline" / "registry"
 _HEAVY = {"torch", "transformers", "modelopt", "onnx", "onnxruntime", "numpy", "hydra", "omegaconf"}
 _STORES = {
     "folder": "pipeline.registry.stores.folder",
-    "s3": "pipeline.registry.stores.s3.registry",
+    "s3": "pipeline.registry.stores.s3",
     "oci": "pipeline.registry.stores.oci.registry",
 }
 _MOST_LINES = {"folder": 8200, "s3": 8900, "oci": 9800}

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.oci.registry import OciRegistry
-from pipeline.registry.stores.oci.store import OciStore
 
 INSTALL = "apt-get install -y --no-install-recommends docker-registry"
 
@@ -45,7 +45,7 @@ class RunningRegistry:
     def url(self) -> str:
         return f"oci://{self.host}"
 
-    def store(self, prefix: str = "engines", **more: Any) -> OciStore:
+    def store(self, prefix: str = "engines", **more: Any) -> WritableStore:
         return OciRegistry(url=f"{self.url}/{prefix}", **more).store()
 
     def start(self) -> None:

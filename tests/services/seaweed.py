@@ -80,7 +80,7 @@ class SeaweedServer:
 
         All stores share a bucket, since the server keeps seven volumes for each.
         """
-        from pipeline.registry.stores.s3.registry import S3Registry
+        from pipeline.registry.stores.s3 import S3Registry
 
         url = f"s3://{BUCKET}/{secrets.token_hex(6)}/{prefix}"
         return S3Registry(url=url, **settings).store()

@@ -44,7 +44,7 @@ from pipeline.registry.reference import ParsedReference, parse_reference, refere
 from pipeline.registry.resolve import Resolved, candidates, examine_package, resolve
 from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import Place, RawStatement, Store
-from pipeline.registry.stores.opening import open_store, package_dir
+from pipeline.registry.stores import open_reader, package_dir
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.verification import Terms
 
@@ -259,7 +259,7 @@ def run(request: PullRequest) -> Pulled:
         TransientError: The connection broke too often or is too slow, or the disk is full.
     """
     if not request.offline:
-        return pull_from(open_store(request.registry or ARTIFACTS), request)
+        return pull_from(open_reader(request.registry or ARTIFACTS), request)
     store, wanted = cache_store(), request.wanted
     if wanted.channel is not None:
         held = ", ".join(map(str, store.places(wanted.name)))
@@ -346,10 +346,10 @@ def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
         What was verified about it, the package in its folder, and where it was looked up.
     """
     if folder := named_folder(request.reference):
-        store = open_store(request.registry) if request.registry else None
+        store = open_reader(request.registry) if request.registry else None
         resolved = _open_folder(folder, request.terms(local=True), store)
         return resolved, resolved.package, store.url if store else str(folder)
-    store = open_store(request.registry or ARTIFACTS)
+    store = open_reader(request.registry or ARTIFACTS)
     resolved = resolve(store, request.reference, request.terms(local=store.local))
     return resolved, fetch(store, resolved), store.url
 

@@ -1,10 +1,80 @@
 """Where packages lie: a folder, S3, an OCI registry; bytes in, bytes out.
 
-    opening.py      a URL -> its store
-    tree.py         a store over a tree of objects
-    objects.py      what a tree of objects can do: folder.py, s3/
-    oci/            a package as a valid image
-    transfer.py     one deadline and one floor for everything that goes over a network
+    folder.py s3.py oci/    a kind each, opened here by its URL
+    tree.py                 what a folder and a bucket have in common; publication.py writes it
+    transfer.py             one deadline and one floor for everything that goes over a network
 
-Nothing here believes what it reads: digests and signatures are checked above.
+A new kind is one file with a line `KIND = `, named like the scheme of its URLs; nothing lists it.
+What only a publisher needs lies in modules that readers do not import. Nothing here believes what
+it reads: digests and signatures are checked above.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pipeline.core.data import cache_root
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.settings import marked_modules, read_mark
+from pipeline.registry.store import Place, Registry, Store, WritableStore
+
+
+def open_reader(url: str) -> Store:
+    """The store that a URL names, for readers only; see `open_store`."""
+    return _registry(url).reader()
+
+
+def open_store(url: str) -> WritableStore:
+    """The store that a URL names; nothing is read yet.
+
+    Args:
+        url: A folder, `file:///PATH`, `s3://BUCKET[/PREFIX]` or `oci://HOST[:PORT]/REPOSITORY`.
+            What else a store needs comes from its environment variables (see each).
+
+    Raises:
+        RecipeError: It is none of them.
+    """
+    return _registry(url).store()
+
+
+def _registry(url: str) -> Registry:
+    kinds = marked_modules(__name__, "KIND", "registry")
+    if folder := folder_of(url):
+        made: Registry = read_mark(kinds["folder"], "KIND")(path=folder)
+        return made
+    scheme = urlsplit(url).scheme
+    if scheme == "folder" or scheme not in kinds:
+        known = " or ".join(f"{kind}://..." for kind in kinds if kind != "folder")
+        fault = f"{url!r} is not a registry; write a folder, file:///PATH, {known}"
+        raise RecipeError([Fault("registry", fault)])
+    made = read_mark(kinds[scheme], "KIND")(url=url)
+    return made
+
+
+def folder_of(url: str) -> Path | None:
+    """The folder that a URL names; None if it names something else."""
+    if "://" not in url:
+        return Path(url)
+    parts = urlsplit(url)
+    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
+        return Path(unquote(parts.path))
+    return None
+
+
+def package_dir(store: Store, place: Place) -> Path | None:
+    """The folder of a package that a runtime can load in place; None unless the store is local."""
+    if not store.local:
+        return None
+    from pipeline.registry.stores.tree import version_key
+
+    return Path(store.url) / version_key(place)
+
+
+def staging_area(store: Store) -> Path:
+    """Where to seal a package for a store: its own file system, so that files are moved there."""
+    if not store.local:
+        return cache_root() / "staging"
+    from pipeline.registry.stores.folder import STAGING
+
+    return Path(store.url) / STAGING

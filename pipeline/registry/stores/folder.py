@@ -22,22 +22,22 @@ import pydantic.dataclasses
 from pipeline.core.errors import AccessError, NotFoundError
 from pipeline.core.settings import STRICT, PathField
 from pipeline.core.values import FileDigest
+from pipeline.core.workfolder import remove_folder, work_folder
 from pipeline.registry.disk import (
     CHUNK_BYTES,
     checked_chunks,
     disk_errors,
     file_system_now_s,
     link_new,
+    make_folders,
     open_regular,
     read_bounded,
     replace_file,
     settle,
     write_new,
 )
-from pipeline.registry.staging import abandoned, private_folder, remove_abandoned
-from pipeline.registry.store import OnBytes
-from pipeline.registry.stores.objects import Found
-from pipeline.registry.stores.tree import TreeStore
+from pipeline.registry.store import OnBytes, WritableStore
+from pipeline.registry.stores.tree import Found, TreeStore
 
 STAGING = ".staging"
 
@@ -52,25 +52,24 @@ class FolderRegistry:
 
     path: PathField
 
-    def store(self) -> TreeStore:
-        """The registry; nothing is read yet."""
+    def reader(self) -> TreeStore:
         return TreeStore(objects=FolderObjects(path=self.path), local=True)
+
+    def store(self) -> WritableStore:
+        from pipeline.registry.stores.publication import WritableTree
+
+        return WritableTree(objects=FolderObjects(path=self.path), local=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderObjects:
-    """`pipeline.registry.stores.objects.Objects`, in a folder; made when something is written."""
+    """`WritableObjects` of `pipeline.registry.stores.publication`, in a folder."""
 
     path: Path
 
     @property
     def url(self) -> str:
         return str(self.path)
-
-    @property
-    def staging(self) -> Path:
-        """Where private folders lie; on the registry's own file system."""
-        return self.path / STAGING
 
     def find(self, key: str) -> Found | None:
         with disk_errors(f"read {self.path / key}"):
@@ -101,29 +100,28 @@ class FolderObjects:
                 yield iter(lambda: stream.read(CHUNK_BYTES), b"")
 
     def create(self, key: str, data: bytes) -> bool:
-        with disk_errors(f"write {self.path / key}"), private_folder(self.staging) as private:
-            write_new(private / "new", data)
-            settle(private)
-            return link_new(private / "new", self.path / key)
+        with self._written(key) as new:
+            write_new(new, data)
+            settle(new.parent)
+            return link_new(new, self.path / key)
 
     def replace(self, key: str, data: bytes) -> None:
-        with disk_errors(f"write {self.path / key}"), private_folder(self.staging) as private:
-            write_new(private / "new", data)
-            replace_file(private / "new", self.path / key)
+        with self._written(key) as new:
+            write_new(new, data)
+            replace_file(new, self.path / key)
 
     def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
-        with disk_errors(f"publish {self.path / key}"), private_folder(self.staging) as private:
-            ours = source.is_relative_to(self.staging)
-            copied = contextlib.nullcontext() if ours else (private / "new").open("xb")
-            with copied as writer:
+        with self._written(key) as new:
+            ours = source.resolve().is_relative_to(new.parents[1])
+            with contextlib.nullcontext() if ours else new.open("xb") as writer:
                 for chunk in checked_chunks(source, file):
                     if writer is not None:
                         writer.write(chunk)
                     on_bytes(len(chunk))
             if ours:
-                source.rename(private / "new")
-            settle(private)
-            replace_file(private / "new", self.path / key)
+                source.rename(new)
+            settle(new.parent)
+            replace_file(new, self.path / key)
 
     def holds(self, key: str, source: Path, file: FileDigest) -> bool:
         found = self.find(key)
@@ -149,12 +147,15 @@ class FolderObjects:
             return time.time()
 
     def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
-        """See the Protocol; of a run that is over, whatever its age."""
+        """See the Protocol; what is younger goes when something is published the next time."""
+        newest_s, staging = self.now_s() - min_age_s, self.path / STAGING
         with disk_errors(f"clean {self.path}"):
-            for path in abandoned(self.staging):
-                if delete:
-                    remove_abandoned(path)
-                yield f"{path.relative_to(self.path)} (left by a run)"
+            for path in sorted(staging.iterdir()) if staging.is_dir() else ():
+                with contextlib.suppress(FileNotFoundError):  # its owner has ended
+                    if path.lstat().st_mtime <= newest_s:
+                        if delete:
+                            remove_folder(path)
+                        yield f"{path.relative_to(self.path)} (left by a run)"
 
     def check_exclusive(self) -> None:
         with disk_errors(f"publish to {self.path}", "registry.path="):
@@ -169,6 +170,14 @@ class FolderObjects:
             with tempfile.NamedTemporaryFile(prefix=".writable-", dir=existing) as stream:
                 stream.write(b"\0")  # a full disk still makes empty files
                 stream.flush()
+
+    @contextlib.contextmanager
+    def _written(self, key: str) -> Iterator[Path]:
+        """Where to write what becomes `key`; on the same file system."""
+        with disk_errors(f"write {self.path / key}"):
+            make_folders(self.path / STAGING)
+            with work_folder(self.path / STAGING, "write-") as work:
+                yield work.dir / "new"
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[Found]:

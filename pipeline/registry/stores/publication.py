@@ -1,23 +1,79 @@
-"""What every store checks of a package and of a statement before it takes them."""
+"""Publishing: what every store checks, and how a tree of objects is written.
+
+A package becomes visible in this order:
+
+    1. lease       `<version>.lease`, dated by the store: gc leaves the version alone
+    2. statements  attachments first, then the envelope, which is what counts
+    3. files       hashed on their way, size and checksum asked back from the store; one that is
+                   there whole is skipped
+    4. manifest    created exclusively: from here on the version is there for ever
+    5. the lease goes
+
+A version carries the digest of its manifest, so two publishers of one version send the same bytes
+and need not know of each other. A run that was killed anywhere leaves what no reader counts; the
+same call goes on there.
+
+A removal takes the manifest, and with it the version. Its files stay for those who read them, under
+a fresh lease; `leftovers` takes what has no manifest a day after the newest object of it, which is
+that lease. So gc never takes files that are being published.
+"""
 
 from __future__ import annotations
 
-from pipeline.core.errors import ConflictError, CorruptError
-from pipeline.core.values import Package
-from pipeline.registry.manifest import digest_bytes, manifest_bytes
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
+from pipeline.core.values import FileDigest, Package
+from pipeline.registry.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    digest_bytes,
+    files_of,
+    manifest_bytes,
+)
+from pipeline.registry.reference import check_part, reference_of
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
     MAX_ENVELOPE_BYTES,
+    OnBytes,
     Place,
     RawStatement,
+    in_parallel,
     is_attachment_name,
     is_statement_name,
 )
+from pipeline.registry.stores.tree import (
+    IDENTITY,
+    Found,
+    Objects,
+    TreeStore,
+    manifest_key,
+    moves_key,
+    parse_key,
+    statements_key,
+    variant_key,
+    version_key,
+)
+
+_LEASE = ".lease"
+_SMALL_BYTES = 8 << 20
+"""Files up to here are sent side by side; a larger one is sent in parts side by side."""
 
 
-def sealed_manifest(package: Package) -> bytes:
-    """The bytes of a package's manifest.
+def new_identity() -> bytes:
+    """A new identity of a registry, as `registry.json`."""
+    return json.dumps({"schema": 1, "id": secrets.token_hex(16)}).encode() + b"\n"
+
+
+def sealed_manifest(package: Package) -> tuple[Place, bytes]:
+    """Where a package goes, and the bytes of its manifest.
 
     Raises:
         CorruptError: They do not have its digest.
@@ -25,7 +81,7 @@ def sealed_manifest(package: Package) -> bytes:
     data = manifest_bytes(package.manifest)
     if digest_bytes(data) != package.digest:
         raise CorruptError(f"{package.dir} does not have the digest {package.digest}; get it again")
-    return data
+    return Place.of(reference_of(package)), data
 
 
 def check_statement(statement: RawStatement) -> None:
@@ -42,14 +98,206 @@ def check_statement(statement: RawStatement) -> None:
         raise ValueError(f"statement {statement.name} is too large")
 
 
-def require_same_manifest(there: bytes, data: bytes, url: str, place: Place) -> None:
-    """Stop if another manifest lies under a version.
+def require_same(there: bytes | None, data: bytes, url: str, what: Place | str) -> None:
+    """Stop if other bytes lie under a version (a `Place`) or under a statement's name.
 
     Raises:
-        ConflictError: It is another one.
+        ConflictError: They do, or none can be read there.
     """
-    if there != data:
+    if there == data:
+        return
+    if isinstance(what, Place):
         raise ConflictError(
-            f"{url}: another manifest lies under {place}, whose name follows from its own; "
+            f"{url}: another manifest lies under {what}, whose name follows from its own; "
             "who may write there put it in the wrong place: remove it, and publish again"
         )
+    raise ConflictError(
+        f"{url}: something else lies under {what}, and statements are only ever added; sign this "
+        "one again, which gives it another name"
+    )
+
+
+class WritableObjects(Objects, Protocol):
+    """Writes, too."""
+
+    def find(self, key: str) -> Found | None:
+        """What is known of one object; None if there is none."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a small object unless its key is taken; whether this call has created it."""
+        ...
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write a small object in place of what was there."""
+        ...
+
+    def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
+        """Write a file of a package, hashed on its way, in place of what was there.
+
+        Raises:
+            CorruptError: It is not what `file` says, and nothing of it shows; or the store does
+                not have it as it was sent.
+        """
+        ...
+
+    def holds(self, key: str, source: Path, file: FileDigest) -> bool:
+        """Whether a key holds a file's bytes: by size and by a checksum of the whole object."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects, those that are there."""
+        ...
+
+    def now_s(self) -> float:
+        """Unix time by the clock that dates objects."""
+        ...
+
+    def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
+        """What interrupted runs left that is no object, at least so old, in words."""
+        ...
+
+    def check_exclusive(self) -> None:
+        """Write, and see that a second creation of the same name fails; leaves no trace.
+
+        Raises:
+            AccessError: Not writable, or not exclusively.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritableTree(TreeStore):
+    """`pipeline.registry.store.WritableStore`, over any `WritableObjects`."""
+
+    objects: WritableObjects
+
+    def create_identity(self) -> str:
+        if (there := self.identity()) is not None:
+            return there
+        self.objects.create(IDENTITY, new_identity())
+        made = self.identity()
+        if made is None:
+            raise NotFoundError(f"{self.url}: {IDENTITY} was removed while it was made; try again")
+        return made
+
+    def check_writable(self) -> None:
+        self.objects.check_exclusive()
+
+    def put_package(
+        self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
+    ) -> bool:
+        place, manifest = sealed_manifest(package)
+        self.create_identity()
+        if self._published(place, manifest):
+            return False
+        self.objects.replace(_lease_key(place), b"published")
+        for statement in statements:
+            self._put_statement(place, statement)
+
+        def send(file: FileDigest) -> None:
+            key, source = f"{version_key(place)}/{file.path}", package.dir / file.path
+            if self.objects.holds(key, source, file):
+                on_bytes(file.size_bytes)
+            else:
+                self.objects.put_file(key, source, file, on_bytes)
+
+        files = files_of(package.manifest)
+        for _ in in_parallel(send, [file for file in files if file.size_bytes <= _SMALL_BYTES]):
+            pass
+        for file in files:
+            if file.size_bytes > _SMALL_BYTES:
+                send(file)
+        created = self.objects.create(manifest_key(place), manifest)
+        if not self._published(place, manifest):
+            raise TransientError(f"{place} was removed while it was published; publish it again")
+        self.objects.delete([_lease_key(place)])
+        return created
+
+    def put_statement(self, place: Place, statement: RawStatement) -> bool:
+        if self.objects.find(manifest_key(place)) is None:
+            raise NotFoundError(f"{self.url} has no {place}; publish it first")
+        return self._put_statement(place, statement)
+
+    def put_move(self, name: str, variant: str, data: bytes) -> bool:
+        file = f"{hashlib.sha256(data).hexdigest()}.dsse.json"
+        return self.objects.create(f"{moves_key(name, variant)}{file}", data)
+
+    def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
+        file = f"{check_part('channel', channel)}.{check_part('card', card)}.json"
+        self.objects.replace(f"{variant_key(name, variant)}/channels/{file}", data)
+
+    def delete_package(self, place: Place) -> int:
+        manifest = manifest_key(place)
+        if self.objects.find(manifest) is None:
+            return 0
+        freed = sum(found.size_bytes for found in self.objects.listed(f"{version_key(place)}/"))
+        self.objects.replace(_lease_key(place), b"removed")
+        self.objects.delete([manifest])
+        return freed
+
+    def now_s(self) -> float:
+        return self.objects.now_s()
+
+    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
+        newest_s = self.objects.now_s() - min_age_s
+        words = list(self.objects.unfinished(min_age_s, delete=delete))
+        versions: dict[Place, dict[str, Found]] = {}
+        for found in self.objects.listed(""):
+            if (parsed := parse_key(found.key)) is not None:
+                versions.setdefault(parsed[0], {})[parsed[1]] = found
+        for place, objects in sorted(versions.items(), key=lambda one: one[0]):
+            lease, published = objects.get(_LEASE), f"/{MANIFEST}" in objects
+            if published and lease and lease.modified_s <= newest_s:
+                words.append(f"{place} (lease of a publication that is over)")
+                if delete:
+                    self.objects.delete([_lease_key(place)])
+            elif not published and max(one.modified_s for one in objects.values()) <= newest_s:
+                size_bytes = sum(one.size_bytes for one in objects.values())
+                words.append(
+                    f"{place} ({len(objects)} files without a manifest, {size_bytes} bytes)"
+                )
+                if delete:
+                    self._remove(place, newest_s)
+        return words
+
+    def _put_statement(self, place: Place, statement: RawStatement) -> bool:
+        check_statement(statement)
+        prefix = f"{statements_key(place)}{statement.name}/"
+        there = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        for file, data in statement.files.items():
+            if file != ENVELOPE and (there is None or self.objects.find(f"{prefix}{file}") is None):
+                self.objects.replace(f"{prefix}{file}", data)
+        if there is None and self.objects.create(f"{prefix}{ENVELOPE}", statement.envelope):
+            return True
+        there = there or self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        require_same(there, statement.envelope, self.url, f"statement {statement.name} of {place}")
+        return False
+
+    def _published(self, place: Place, manifest: bytes) -> bool:
+        """Whether exactly these bytes are the version's manifest; False if it has none."""
+        try:
+            there = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
+        except CorruptError:
+            there = b""
+        if there is not None:
+            require_same(there, manifest, self.url, place)
+        return there is not None
+
+    def _remove(self, place: Place, newest_s: float) -> None:
+        """Remove all of a version, unless a publisher has come meanwhile; the lease last."""
+        keys = []
+        for prefix in (f"{version_key(place)}/", statements_key(place)):
+            for found in self.objects.listed(prefix):
+                if found.modified_s > newest_s or found.key == manifest_key(place):
+                    return
+                keys.append(found.key)
+        lease = self.objects.find(_lease_key(place))
+        if lease is None or lease.modified_s <= newest_s:
+            self.objects.delete(keys)
+            self.objects.delete([_lease_key(place)])
+
+
+def _lease_key(place: Place) -> str:
+    """The object that says that a version is being published, or was removed a moment ago."""
+    return f"{version_key(place)}{_LEASE}"

@@ -9,7 +9,7 @@ reads a large file goes on where it broke off.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import socket
 import threading
 import time
@@ -29,6 +29,8 @@ ATTEMPTS = 4
 CHUNK_BYTES = 256 << 10
 """1 GB in pieces of 64 MiB with 8 threads, SHA-256 included, took 1.4 s; with chunks of 512 KiB 1.2
 to 2.2 s, with 1 MiB 3.3 s (loopback, 2 cores, medians, measured 2026-11-25; why is not known)."""
+_MAX_SKIP_BYTES = 64 << 20
+"""What is read and thrown away where a server ignores `Range`."""
 CONNECTIONS = 32
 """More than one command opens: the pull client reads 16 pieces at once."""
 
@@ -77,48 +79,33 @@ def joined(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
     return bytes(data)
 
 
-class _Watchdog:
-    """Shuts down connections whose reply is late; one thread for all of a process."""
+def window(chunks: Iterator[bytes], skip: int, size_bytes: int, what: str) -> Iterator[bytes]:
+    """What is left without the first `skip` bytes, and at most `size_bytes` of that.
 
-    def __init__(self) -> None:
-        self._deadlines: dict[object, tuple[float, socket.socket]] = {}
-        self._lock = threading.Lock()
-        self._pid = 0
-
-    def watch(self, connection: object, sock: socket.socket, seconds: float) -> None:
-        with self._lock:
-            if self._pid != os.getpid():  # a forked child has none of its parent's threads
-                self._deadlines.clear()
-                threading.Thread(target=self._run, name="deadlines", daemon=True).start()
-                self._pid = os.getpid()
-            self._deadlines[connection] = time.monotonic() + seconds, sock
-
-    def release(self, connection: object) -> bool:
-        """Stop watching; False if the connection was shut down."""
-        with self._lock:
-            return self._deadlines.pop(connection, None) is not None
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(1.0)
-            now_s = time.monotonic()
-            with self._lock:
-                late = [key for key, (end_s, _) in self._deadlines.items() if end_s < now_s]
-                for key in late:
-                    _, sock = self._deadlines.pop(key)
-                    try:
-                        sock.shutdown(socket.SHUT_RDWR)
-                    except OSError:  # closed meanwhile
-                        continue
-
-
-_WATCHDOG = _Watchdog()
+    Raises:
+        TransientError: The server ignores `Range`, and too much precedes what was asked.
+    """
+    if skip > _MAX_SKIP_BYTES:
+        raise TransientError(
+            f"{what}: the server ignores Range, so a file cannot be read from its middle; read it "
+            "from its start, or ask who runs its cache or proxy"
+        )
+    for chunk in chunks:
+        data = chunk[skip:]
+        skip = max(skip - len(chunk), 0)
+        if data:
+            yield data[:size_bytes]
+        size_bytes -= min(size_bytes, len(data))
+        if not size_bytes:
+            return
 
 
 class Deadline:
     """Mixed into a urllib3 connection: the head of a reply is there in time, or never."""
 
     sock: socket.socket | None
+    _timer: threading.Timer
+    _late: bool
 
     def request(
         self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
@@ -126,13 +113,15 @@ class Deadline:
         """Send a request; see `urllib3.connection.HTTPConnection.request`."""
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]  # of the connection that this is mixed into
-        if self.sock is not None:
-            seconds = SILENCE_S + _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
-            _WATCHDOG.watch(self, self.sock, seconds)
+        self._late = False
+        seconds = SILENCE_S + _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
+        self._timer = threading.Timer(seconds, self._give_up, [self.sock])
+        self._timer.daemon = True
+        self._timer.start()
         try:
             super().request(method, url, body=body, headers=headers, **more)  # type: ignore[misc]
         except BaseException:
-            _WATCHDOG.release(self)
+            self._timer.cancel()
             raise
 
     def getresponse(self) -> Any:
@@ -141,23 +130,22 @@ class Deadline:
         Raises:
             TimeoutError: It is late; without this, half a head would pass for one.
         """
-        in_time = False
         try:
             response = super().getresponse()  # type: ignore[misc]  # as above
         finally:
-            in_time = _WATCHDOG.release(self)
-        if not in_time:
+            self._timer.cancel()
+        if self._late:
             raise TimeoutError("the reply did not come in time")
         return response
 
+    def _give_up(self, sock: socket.socket) -> None:
+        self._late = True
+        with contextlib.suppress(OSError):  # closed meanwhile
+            sock.shutdown(socket.SHUT_RDWR)
+
 
 def timed_pools(plain: type, secure: type) -> dict[str, Any]:
-    """What `urllib3.PoolManager.pool_classes_by_scheme` needs for connections with a deadline.
-
-    Args:
-        plain: Class of connections without TLS.
-        secure: And with TLS.
-    """
+    """What `urllib3.PoolManager.pool_classes_by_scheme` needs for connections with a deadline."""
     kinds = {"http": (HTTPConnectionPool, plain), "https": (HTTPSConnectionPool, secure)}
     return {
         scheme: type("Pool", (pool,), {"ConnectionCls": type("Timed", (Deadline, connection), {})})

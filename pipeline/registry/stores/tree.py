@@ -1,39 +1,22 @@
-"""A registry in a tree of objects: what a folder and a bucket have in common.
+"""Reading a registry in a tree of objects: what a folder and a bucket have in common.
 
 `pipeline.registry.store` has the layout. Names in the tree are hints: what is no valid name is not
-ours and is skipped; what counts is signed. A package becomes visible in this order:
-
-    1. lease       `<version>.lease`, dated by the store: gc leaves the version alone
-    2. statements  attachments first, then the envelope, which is what counts
-    3. files       hashed on their way, size and checksum asked back from the store; one that is
-                   there whole is skipped
-    4. manifest    created exclusively: from here on the version is there for ever
-    5. the lease goes
-
-A version carries the digest of its manifest, so two publishers of one version send the same bytes
-and need not know of each other. A run that was killed anywhere leaves what no reader counts; the
-same call goes on there.
-
-A removal takes the manifest, and with it the version. Its files stay for those who read them, under
-a fresh lease; `leftovers` takes what has no manifest a day after the newest object of it, which is
-that lease. So gc never takes files that are being published.
+ours and is skipped; what counts is signed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
-from pipeline.core.values import FileDigest, Package
-from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES, files_of
+from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
+from pipeline.core.values import FileDigest
+from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from pipeline.registry.paths import path_fault
-from pipeline.registry.reference import check_part, reference_of
+from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
@@ -41,51 +24,115 @@ from pipeline.registry.store import (
     MAX_MOVES,
     MAX_PER_KIND,
     NONE_KNOWN,
-    OnBytes,
     Place,
     RawStatement,
-    is_attachment_name,
-    is_statement_name,
-)
-from pipeline.registry.stores.layout import (
-    IDENTITY,
-    LEASE,
-    STATEMENTS,
-    lease_key,
-    listing_key,
-    manifest_key,
-    moves_key,
-    new_identity,
-    parse_identity,
-    parse_key,
-    statements_key,
-    variant_key,
-    version_key,
-)
-from pipeline.registry.stores.objects import (
-    Found,
-    Objects,
     bounded,
     bounded_kinds,
-    in_parallel,
-    readable,
+    is_attachment_name,
+    is_statement_name,
+    parse_identity,
+    read_each,
     readers,
 )
-from pipeline.registry.stores.publication import (
-    check_statement,
-    require_same_manifest,
-    sealed_manifest,
-)
 
+IDENTITY = "registry.json"
+_STATEMENTS = ".statements/"
 _MAX_ATTACHMENTS = 16
-_SMALL_BYTES = 8 << 20
-"""Files up to here are sent side by side; a larger one is sent in parts side by side."""
 _MOVE = re.compile(r"([0-9a-f]{64})\.dsse\.json")
+_REST = re.compile(r"(?P<version>[^/]*?)(?P<rest>\.lease|\.statements/.*|/.*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An object, unread.
+
+    Attributes:
+        key: Its key, relative to the registry.
+        size_bytes: Its size.
+        modified_s: When it was written, Unix time, by the store's clock.
+    """
+
+    key: str
+    size_bytes: int
+    modified_s: float
+
+
+class Objects(Protocol):
+    """Objects by key. Keys are relative to the registry; several threads may use it at once.
+
+    Every method may raise AccessError (refused) and TransientError (try again).
+    """
+
+    @property
+    def url(self) -> str:
+        """Names the place in messages; no secrets."""
+        ...
+
+    def listed(self, prefix: str) -> Iterator[Found]:
+        """All objects whose key starts so; `prefix` is empty or ends in `/`."""
+        ...
+
+    def read(self, key: str, limit_bytes: int) -> bytes | None:
+        """A small object; None if there is none.
+
+        Raises:
+            CorruptError: It is longer than `limit_bytes`; not read then.
+        """
+        ...
+
+    def stream(
+        self, key: str, offset: int, end: int | None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """The bytes of an object from `offset` on; see `Store.open_file`."""
+        ...
+
+
+def variant_key(name: str, variant: str) -> str:
+    """The folder of a variant, without `/` at its end.
+
+    Raises:
+        RecipeError: Not a name, or not a variant.
+    """
+    return f"{check_part('name', name)}/{check_part('variant', variant)}"
+
+
+def version_key(place: Place) -> str:
+    """The folder of a version, without `/` at its end."""
+    return f"{variant_key(place.name, place.variant)}/{check_part('version', place.version)}"
+
+
+def manifest_key(place: Place) -> str:
+    """The object that makes a version visible."""
+    return f"{version_key(place)}/{MANIFEST}"
+
+
+def statements_key(place: Place) -> str:
+    """The folder of the statements about a version, `/` at its end."""
+    return f"{version_key(place)}{_STATEMENTS}"
+
+
+def moves_key(name: str, variant: str) -> str:
+    """The folder of a variant's moves, `/` at its end."""
+    return f"{variant_key(name, variant)}/channels/log/"
+
+
+def parse_key(key: str) -> tuple[Place, str] | None:
+    """The version that a key is of, and what follows the version; None if it is none of ours."""
+    parts = key.split("/", 2)
+    match = _REST.fullmatch(parts[2]) if len(parts) == 3 else None
+    if match is None:
+        return None
+    try:
+        place = Place(name=parts[0], variant=parts[1], version=match["version"])
+        version_key(place)
+    except RecipeError:
+        return None
+    return place, match["rest"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeStore:
-    """`pipeline.registry.store.WritableStore`, over any `Objects`.
+    """`pipeline.registry.store.Store`, over any `Objects`.
 
     Attributes:
         objects: Where its files lie.
@@ -105,31 +152,25 @@ class TreeStore:
         data = self.objects.read(IDENTITY, MAX_ENVELOPE_BYTES)
         return None if data is None else parse_identity(data, f"{self.url}: {IDENTITY}")
 
-    def create_identity(self) -> str:
-        if (there := self.identity()) is not None:
-            return there
-        self.objects.create(IDENTITY, new_identity())
-        made = self.identity()
-        if made is None:
-            raise NotFoundError(f"{self.url}: {IDENTITY} was removed while it was made; try again")
-        return made
-
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
         return sorted(self.statement_names(name, variant))
 
     def statement_names(
         self, name: str | None = None, variant: str | None = None
     ) -> dict[Place, tuple[str, ...]]:
+        prefix = "" if name is None else f"{check_part('name', name)}/"
+        if variant is not None:
+            prefix += f"{check_part('variant', variant)}/"
         published: set[Place] = set()
         names: dict[Place, list[str]] = {}
-        for found in self.objects.listed(listing_key(name, variant)):
+        for found in self.objects.listed(prefix):
             if (parsed := parse_key(found.key)) is None:
                 continue
             place, rest = parsed
-            statement, _, file = rest.removeprefix(STATEMENTS).partition("/")
+            statement, _, file = rest.removeprefix(_STATEMENTS).partition("/")
             if rest == f"/{MANIFEST}":
                 published.add(place)
-            elif rest.startswith(STATEMENTS) and file == ENVELOPE and is_statement_name(statement):
+            elif rest.startswith(_STATEMENTS) and file == ENVELOPE and is_statement_name(statement):
                 names.setdefault(place, []).append(statement)
         return {place: tuple(names.get(place, ())) for place in published}
 
@@ -141,7 +182,7 @@ class TreeStore:
 
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
-    ) -> contextlib.AbstractContextManager[Iterator[bytes]]:
+    ) -> AbstractContextManager[Iterator[bytes]]:
         if fault := path_fault(file.path):
             raise CorruptError(f"{place}: {file.path!r} {fault}")
         return self.objects.stream(f"{version_key(place)}/{file.path}", offset, end)
@@ -149,24 +190,30 @@ class TreeStore:
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
+        prefix, what = statements_key(place), f"{self.url}: statements of {place}"
         known = names
         if known is None or len(known) > MAX_PER_KIND:  # else nothing need be listed
-            known = self._envelopes(place, names)
-
-        def read(name: str) -> RawStatement | None:
-            data = self._read_small(f"{statements_key(place)}{name}/{ENVELOPE}")
-            return None if data is None else RawStatement(name=name, files={ENVELOPE: data})
-
-        found = in_parallel(read, filter(is_statement_name, known), readers(self))
-        return readable(found, f"{self.url}: statements of {place}")
+            dated: list[tuple[float, str]] = []
+            for found in self.objects.listed(prefix):
+                name, _, file = found.key.removeprefix(prefix).partition("/")
+                if file == ENVELOPE and (names is None or name in names):
+                    dated.append((found.modified_s, name))
+            known = [name for _, name in sorted(dated)]
+        kept = bounded_kinds(filter(is_statement_name, known), what)
+        read = read_each(
+            lambda name: self.objects.read(f"{prefix}{name}/{ENVELOPE}", MAX_ENVELOPE_BYTES),
+            kept,
+            what,
+            readers(self),
+        )
+        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read.items()]
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
-        if not is_statement_name(name):
-            raise NotFoundError(f"{self.url}: {place} has no statement {name!r}")
-        prefix = f"{statements_key(place)}{name}/"
-        envelope = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        prefix, envelope = f"{statements_key(place)}{name}/", None
+        if is_statement_name(name):
+            envelope = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
         if envelope is None:
-            raise NotFoundError(f"{self.url}: {place} has no statement {name}")
+            raise NotFoundError(f"{self.url}: {place} has no statement {name!r}")
         files = {ENVELOPE: envelope}
         for found in self.objects.listed(prefix):
             file = found.key.removeprefix(prefix)
@@ -190,149 +237,8 @@ class TreeStore:
         )
 
         def read(digest: str) -> bytes | None:
-            return known.get(digest) or self._read_small(f"{prefix}{digest}.dsse.json")
+            key = f"{prefix}{digest}.dsse.json"
+            return known.get(digest) or self.objects.read(key, MAX_ENVELOPE_BYTES)
 
         kept = bounded([digest for _, digest in dated], MAX_MOVES, what)
-        return readable(in_parallel(read, kept, readers(self)), what)
-
-    def check_writable(self) -> None:
-        self.objects.check_exclusive()
-
-    def put_package(
-        self,
-        package: Package,
-        statements: Sequence[RawStatement],
-        on_bytes: OnBytes = lambda _: None,
-    ) -> bool:
-        place = Place.of(reference_of(package))
-        manifest = sealed_manifest(package)
-        self.create_identity()
-        if self._published(place, manifest):
-            return False
-        self.objects.replace(lease_key(place), b"published")
-        for statement in statements:
-            self._put_statement(place, statement)
-        files = files_of(package.manifest)
-        send = functools.partial(self._send, place, package.dir, on_bytes)
-        for _ in in_parallel(send, [file for file in files if file.size_bytes <= _SMALL_BYTES]):
-            pass
-        for file in files:
-            if file.size_bytes > _SMALL_BYTES:
-                send(file)
-        created = self.objects.create(manifest_key(place), manifest)
-        if not self._published(place, manifest):
-            raise TransientError(f"{place} was removed while it was published; publish it again")
-        self.objects.delete([lease_key(place)])
-        return created
-
-    def put_statement(self, place: Place, statement: RawStatement) -> bool:
-        if self.objects.find(manifest_key(place)) is None:
-            raise NotFoundError(f"{self.url} has no {place}; publish it first")
-        return self._put_statement(place, statement)
-
-    def put_move(self, name: str, variant: str, data: bytes) -> bool:
-        file = f"{hashlib.sha256(data).hexdigest()}.dsse.json"
-        return self.objects.create(f"{moves_key(name, variant)}{file}", data)
-
-    def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
-        file = f"{check_part('channel', channel)}.{check_part('card', card)}.json"
-        self.objects.replace(f"{variant_key(name, variant)}/channels/{file}", data)
-
-    def delete_package(self, place: Place) -> int:
-        manifest = manifest_key(place)
-        if self.objects.find(manifest) is None:
-            return 0
-        freed = sum(found.size_bytes for found in self.objects.listed(f"{version_key(place)}/"))
-        self.objects.replace(lease_key(place), b"removed")
-        self.objects.delete([manifest])
-        return freed
-
-    def now_s(self) -> float:
-        return self.objects.now_s()
-
-    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
-        newest_s = self.objects.now_s() - min_age_s
-        words = list(self.objects.unfinished(min_age_s, delete=delete))
-        versions: dict[Place, dict[str, Found]] = {}
-        for found in self.objects.listed(""):
-            if (parsed := parse_key(found.key)) is not None:
-                versions.setdefault(parsed[0], {})[parsed[1]] = found
-        for place, objects in sorted(versions.items(), key=lambda one: one[0]):
-            lease, published = objects.get(LEASE), f"/{MANIFEST}" in objects
-            if published and lease and lease.modified_s <= newest_s:
-                words.append(f"{place} (lease of a publication that is over)")
-                if delete:
-                    self.objects.delete([lease_key(place)])
-            elif not published and max(one.modified_s for one in objects.values()) <= newest_s:
-                size_bytes = sum(one.size_bytes for one in objects.values())
-                words.append(
-                    f"{place} ({len(objects)} files without a manifest, {size_bytes} bytes)"
-                )
-                if delete:
-                    self._remove(place, newest_s)
-        return words
-
-    def _put_statement(self, place: Place, statement: RawStatement) -> bool:
-        check_statement(statement)
-        prefix = f"{statements_key(place)}{statement.name}/"
-        there = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
-        for file, data in statement.files.items():
-            if file != ENVELOPE and (there is None or self.objects.find(f"{prefix}{file}") is None):
-                self.objects.replace(f"{prefix}{file}", data)
-        if there is None and self.objects.create(f"{prefix}{ENVELOPE}", statement.envelope):
-            return True
-        there = there or self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
-        if there != statement.envelope:
-            raise ConflictError(
-                f"{self.url}: another file lies under statement {statement.name} of {place}, and "
-                "statements are only ever added; sign this one again, which gives it another name"
-            )
-        return False
-
-    def _send(self, place: Place, folder: Path, on_bytes: OnBytes, file: FileDigest) -> None:
-        key, source = f"{version_key(place)}/{file.path}", folder / file.path
-        if self.objects.holds(key, source, file):
-            on_bytes(file.size_bytes)
-        else:
-            self.objects.put_file(key, source, file, on_bytes)
-
-    def _published(self, place: Place, manifest: bytes) -> bool:
-        """Whether exactly these bytes are the version's manifest; False if it has none."""
-        try:
-            there = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
-        except CorruptError:
-            there = b""
-        if there is not None:
-            require_same_manifest(there, manifest, self.url, place)
-        return there is not None
-
-    def _remove(self, place: Place, newest_s: float) -> None:
-        """Remove all of a version, unless a publisher has come meanwhile; the lease last."""
-        keys = []
-        for prefix in (f"{version_key(place)}/", statements_key(place)):
-            for found in self.objects.listed(prefix):
-                if found.modified_s > newest_s or found.key == manifest_key(place):
-                    return
-                keys.append(found.key)
-        lease = self.objects.find(lease_key(place))
-        if lease is None or lease.modified_s <= newest_s:
-            self.objects.delete(keys)
-            self.objects.delete([lease_key(place)])
-
-    def _envelopes(self, place: Place, names: Collection[str] | None) -> list[str]:
-        """Names of statements about a version, as many as are read; the oldest first."""
-        prefix = statements_key(place)
-        dated: list[tuple[float, str]] = []
-        for found in self.objects.listed(prefix):
-            name, _, file = found.key.removeprefix(prefix).partition("/")
-            if file == ENVELOPE and is_statement_name(name) and (names is None or name in names):
-                dated.append((found.modified_s, name))
-        kept = [name for _, name in sorted(dated)]
-        return bounded_kinds(kept, f"{self.url}: statements of {place}")
-
-    def _read_small(self, key: str) -> bytes | None:
-        """A small object; None if it is not there, too long, or a link."""
-        try:
-            return self.objects.read(key, MAX_ENVELOPE_BYTES)
-        except CorruptError:
-            return None
+        return list(read_each(read, kept, what, readers(self)).values())

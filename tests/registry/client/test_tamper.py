@@ -18,7 +18,7 @@ from pipeline.core.errors import (
 from pipeline.core.values import Reference
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.store import ENVELOPE, Place
-from pipeline.registry.stores.opening import package_dir
+from pipeline.registry.stores import package_dir
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, noise
 
 _FILES = {"config.json": b"{}", "model.plan": noise(3 * CHUNK_BYTES + 1), "rank1/model.plan": b"1"}

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.registry.stores.s3.registry import S3Registry
+from pipeline.registry.stores.s3 import S3Registry
 from tests.registry.stores.oci.server import FakeRegistry, fake_registry
 from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3
 from tests.services.docker_registry import RunningRegistry, running_server
@@ -44,7 +44,7 @@ def folder_store(tmp_path: Path) -> WritableStore:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter deadlines, which a test can wait for; asked for before a store connects."""
-    for module in ("transfer", "s3.connection", "oci.transport"):
+    for module in ("transfer", "s3", "oci.transport"):
         name = f"pipeline.registry.stores.{module}"
         monkeypatch.setattr(f"{name}.SILENCE_S", 0.7)
         monkeypatch.setattr(f"{name}.ATTEMPTS", 2)
@@ -99,7 +99,7 @@ def memory_oci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker-config"))
     for name in ("HOST", "USERNAME", "PASSWORD"):
         monkeypatch.delenv(f"ENGINESMITH_OCI_{name}", raising=False)
-    monkeypatch.setattr("pipeline.registry.stores.oci.store.SETTLE_S", 0.5)
+    monkeypatch.setattr("pipeline.registry.stores.oci.writing.SETTLE_S", 0.5)
     monkeypatch.setattr("pipeline.registry.stores.oci.transport.BACKOFF_S", 0.02)
     with fake_registry() as running:
         yield running

@@ -15,7 +15,7 @@ from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import files_of
 from pipeline.registry.store import WritableStore
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.s3.registry import S3Registry
+from pipeline.registry.stores.s3 import S3Registry
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.stores.s3_server import (
     BUCKET,
@@ -310,7 +310,7 @@ def test_a_listing_without_end_is_an_error(
     publish(store, package)
     memory_s3.page = 1
     assert_whole(store, package)
-    monkeypatch.setattr("pipeline.registry.stores.s3.objects._MAX_PAGES", 2)
+    monkeypatch.setattr("pipeline.registry.stores.s3._MAX_PAGES", 2)
     with pytest.raises(PipelineError, match="more than 2 pages"):
         store.places()
 

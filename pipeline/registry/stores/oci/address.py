@@ -17,7 +17,6 @@ creation, but a name that follows from the content needs none. Neither a variant
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -25,14 +24,14 @@ from urllib.parse import urlsplit
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import Place, is_statement_name
+from pipeline.registry.stores.oci.transport import is_loopback
 
 MAX_TAG = 128
 """Characters (distribution-spec 1.1, "Pulling manifests")."""
 _MAX_REPOSITORY = 255
 """Characters, host included (distribution-spec 1.1, "Pulling manifests")."""
-_REPOSITORY = re.compile(
-    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
-)
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
 _LONGEST_NAME = 64  # pipeline.registry.reference
 _HUB, _HUB_API = "docker.io", "registry-1.docker.io"
 
@@ -44,7 +43,7 @@ class Address:
     Attributes:
         host: As the user wrote it, with its port: the key of Docker's `config.json`.
         api: Start of every URL, such as `https://host`.
-        prefix: Path of the repositories; may be empty.
+        prefix: What our repositories start with: empty, or it ends in `/`.
     """
 
     host: str
@@ -53,16 +52,14 @@ class Address:
 
     def repository(self, name: str) -> str:
         """The repository of a recipe."""
-        check_part("name", name)
-        return f"{self.prefix}/{name}" if self.prefix else name
+        return f"{self.prefix}{check_part('name', name)}"
 
     def name_of(self, repository: str) -> str | None:
         """The recipe that a repository is of; None if it is not ours."""
-        start = f"{self.prefix}/" if self.prefix else ""
-        if not repository.startswith(start):
+        if not repository.startswith(self.prefix):
             return None
         try:
-            return check_part("name", repository[len(start) :])
+            return check_part("name", repository.removeprefix(self.prefix))
         except RecipeError:
             return None
 
@@ -79,42 +76,38 @@ def parse_address(url: str, plain_http: bool | None) -> Address:
     """
     parts = urlsplit(url)
     try:
-        host, port, has_user = parts.hostname, parts.port, "@" in parts.netloc
+        host, port = parts.hostname or "", parts.port
     except ValueError as error:
-        raise _fault(f"{url!r} is not an OCI registry: {error}") from error
-    if has_user:
-        raise _fault(
+        raise RecipeError(
+            [Fault("registry", f"{url!r} is not an OCI registry: {error}")]
+        ) from error
+    prefix = parts.path.strip("/")
+    netloc = f"[{host}]" if ":" in host else host
+    if port is not None:
+        netloc += f":{port}"
+    fault = ""
+    if "@" in parts.netloc:
+        fault = (
             "an oci:// URL has no user and no password: set ENGINESMITH_OCI_USERNAME and "
             "ENGINESMITH_OCI_PASSWORD, or use `docker login`"
         )
-    if parts.scheme != "oci" or not host or parts.query or parts.fragment:
-        raise _fault(f"{url!r} is not an OCI registry; write oci://HOST[:PORT]/REPOSITORY")
-    prefix = parts.path.strip("/")
-    if prefix and not _REPOSITORY.fullmatch(prefix):
-        raise _fault(
+    elif parts.scheme != "oci" or not host or parts.query or parts.fragment:
+        fault = f"{url!r} is not an OCI registry; write oci://HOST[:PORT]/REPOSITORY"
+    elif prefix and not _REPOSITORY.fullmatch(prefix):
+        fault = (
             f"{prefix!r} is no OCI repository: lowercase letters and digits, joined by dots, "
             "dashes, underscores or slashes"
         )
-    shown = f"[{host}]" if ":" in host else host
-    netloc = shown if port is None else f"{shown}:{port}"
-    if len(f"{netloc}/{prefix}/") + _LONGEST_NAME > _MAX_REPOSITORY:
-        raise _fault(f"{url!r} is too long: host and repository have {_MAX_REPOSITORY} characters")
+    elif len(f"{netloc}/{prefix}/") + _LONGEST_NAME > _MAX_REPOSITORY:
+        fault = f"{url!r} is too long: host and repository have {_MAX_REPOSITORY} characters"
+    if fault:
+        raise RecipeError([Fault("registry", fault)])
     scheme = "http" if (is_loopback(host) if plain_http is None else plain_http) else "https"
     return Address(
         host=netloc,
         api=f"{scheme}://{_HUB_API if netloc == _HUB else netloc}",
-        prefix=prefix,
+        prefix=f"{prefix}/" if prefix else "",
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only mean this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def version_tag(place: Place) -> str:
@@ -125,12 +118,9 @@ def version_tag(place: Place) -> str:
 def parse_version_tag(name: str, tag: str) -> Place | None:
     """The version of a recipe that an image's tag is of; None if the tag is something else."""
     variant, _, version = tag.partition("_")
+    place = Place(name=name, variant=variant, version=version)
     try:
-        return Place(
-            name=name,
-            variant=check_part("variant", variant),
-            version=check_part("version", version),
-        )
+        return place if version_tag(place) == tag else None
     except RecipeError:
         return None
 
@@ -146,14 +136,9 @@ def parse_statement_tag(tag: str) -> tuple[str, str] | None:
     return (statement, place) if is_statement_name(statement) else None
 
 
-def move_tag(variant: str, data: bytes) -> str:
-    """The tag of a move."""
-    return f"{move_start(variant)}{hashlib.sha256(data).hexdigest()[:40]}"
-
-
-def move_start(variant: str) -> str:
-    """What the tags of all moves of a variant start with."""
-    return f"{check_part('variant', variant)}_move-"
+def move_tag(variant: str, digest: str) -> str:
+    """The tag of a move by its SHA-256 (hex); without it, what they all start with."""
+    return f"{check_part('variant', variant)}_move-{digest[:40]}"
 
 
 def channel_tag(variant: str, channel: str, card: str) -> str:
@@ -165,7 +150,3 @@ def channel_tag(variant: str, channel: str, card: str) -> str:
     start = f"{check_part('variant', variant)}_{check_part('channel', channel)}."
     tag = start + check_part("card", card)
     return tag if len(tag) <= MAX_TAG else start + hashlib.sha256(card.encode()).hexdigest()[:16]
-
-
-def _fault(message: str) -> RecipeError:
-    return RecipeError([Fault("registry", message)])

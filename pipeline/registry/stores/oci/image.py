@@ -1,4 +1,4 @@
-"""A package as a valid image: which tar layers it has, and where each file's bytes lie in them.
+"""A package as a valid image: its documents, its tar layers, where each file's bytes lie in them.
 
 Everything here follows from `manifest.json` alone, so a reader computes the place of a file and
 trusts no index:
@@ -15,102 +15,105 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
-import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
 
-from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
-from pipeline.registry.disk import checked_chunks
 from pipeline.registry.manifest import MANIFEST, digest_bytes
 from pipeline.registry.paths import folders_of
-from pipeline.registry.store import Place
-from pipeline.registry.stores.oci.documents import (
-    CREATED,
-    MAX_DOCUMENT_BYTES,
-    TITLE,
-    Descriptor,
-    Manifest,
-    describe,
-    parse,
-)
 
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ARTIFACT_TYPE = "application/vnd.enginesmith.package.v1"
-CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
-LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
-ROOT = "models"
+TITLE = "org.opencontainers.image.title"
+PACKAGE_MANIFEST = "io.enginesmith.package.manifest"
+MAX_DOCUMENT_BYTES = 4 << 20
+"""What registries take at least (distribution-spec 1.1, "Pushing manifests"), and most take."""
 LARGE_BYTES = 8 << 20
 """From this size on a file has a layer of its own."""
 MAX_LARGE_LAYERS = 100
 """Docker's overlay2 stacks at most 128 layers (docker/docker 20.10, `overlay2.maxDepth`); this
 leaves some to an image that is built on ours."""
-
-_MANIFEST = "io.enginesmith.package.manifest"
-_EPOCH = "1970-01-01T00:00:00Z"
-_END = bytes(2 * tarfile.BLOCKSIZE)
+END = bytes(2 * tarfile.BLOCKSIZE)
 """Two zero blocks end an archive."""
+_ROOT = "models"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One file in a tar.
+class _Value(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, alias_generator=to_camel, populate_by_name=True
+    )
+
+
+class Descriptor(_Value):
+    """Names bytes by their digest.
 
     Attributes:
-        file: Path below `/models`, size, SHA-256.
-        header: What precedes its bytes: entries of folders, its own.
-        offset: Of its first byte in the tar.
+        media_type: Of the bytes.
+        digest: `sha256:` and 64 hex digits.
+        size: Of the bytes.
+        artifact_type: Of the manifest that it names.
+        annotations: Text about it.
+        data: The bytes themselves in base64, when they travel with it; not yet compared.
     """
 
-    file: FileDigest
-    header: bytes
-    offset: int
+    media_type: str
+    digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+    size: Annotated[int, Field(ge=0, lt=2**53)]
+    artifact_type: str | None = None
+    annotations: dict[str, str] | None = None
+    data: str | None = None
+
+    def annotation(self, key: str) -> str:
+        """The text about it under a key; empty if there is none."""
+        return (self.annotations or {}).get(key, "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A tar of some files, as a plan."""
+class Manifest(_Value):
+    """An image or an artifact."""
 
-    members: tuple[Member, ...]
+    artifact_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    subject: Descriptor | None = None
+    annotations: dict[str, str] | None = None
 
-    @property
-    def size_bytes(self) -> int:
-        """Of the whole tar."""
-        last = self.members[-1]
-        return last.offset + _padded(last.file.size_bytes) + len(_END)
 
-    def content(self, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
-        """The tar, in chunks; never all of it in memory.
+class Listing(_Value):
+    """One page of manifests, tags or repositories."""
 
-        Args:
-            package_dir: Where the files are.
-            manifest: Stands for `manifest.json`.
+    manifests: list[Descriptor] | None = None
+    tags: list[str] | None = None
+    repositories: list[str] | None = None
 
-        Raises:
-            CorruptError: A file is not what the manifest says; when its last byte has been read.
-        """
-        for member in self.members:
-            yield member.header
-            if member.file.path == MANIFEST:
-                yield manifest
-            else:
-                yield from checked_chunks(package_dir / member.file.path, member.file)
-            yield bytes(_padded(member.file.size_bytes) - member.file.size_bytes)
-        yield _END
 
-    def describe(self, package_dir: Path, manifest: bytes) -> Descriptor:
-        """Read it through, and name it.
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
 
-        Raises:
-            CorruptError: A file is not what the manifest says.
-        """
-        whole = hashlib.sha256()
-        for chunk in self.content(package_dir, manifest):
-            whole.update(chunk)
-        digest = f"sha256:{whole.hexdigest()}"
-        return Descriptor(media_type=LAYER_TYPE, digest=digest, size=self.size_bytes)
+
+def parse(kind: type[_Parsed], data: bytes, origin: str) -> _Parsed:
+    """Read a document.
+
+    Raises:
+        CorruptError: It is none of this kind; unknown keys are left out.
+    """
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step) for step in fault["loc"])
+        raise CorruptError(
+            f"{origin} is not an OCI {kind.__name__.lower()}: {where} {fault['msg']}"
+        ) from error
+
+
+def digest_of(data: bytes) -> str:
+    """The OCI digest of bytes."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +131,54 @@ class Image:
     manifest: bytes
 
 
-def plan_layers(manifest: bytes, files: Sequence[FileDigest]) -> tuple[Layer, ...]:
-    """The layers of a package.
+def parse_image(document: bytes, origin: str) -> Image:
+    """Read an image manifest.
 
-    Args:
-        manifest: The bytes of `manifest.json`.
-        files: Those that it lists.
+    Raises:
+        CorruptError: It is not of a package.
     """
+    manifest = parse(Manifest, document, origin)
+    stated = (manifest.annotations or {}).get(PACKAGE_MANIFEST)
+    if manifest.artifact_type != ARTIFACT_TYPE or not manifest.layers or not stated:
+        raise CorruptError(f"{origin} is not a package of this program; remove that tag")
+    return Image(document=document, layers=manifest.layers, manifest=stated.encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One file in a tar.
+
+    Attributes:
+        file: Path below `/models`, size, SHA-256.
+        header: What precedes its bytes: entries of folders, its own.
+        offset: Of its first byte in the tar.
+    """
+
+    file: FileDigest
+    header: bytes
+    offset: int
+
+    @property
+    def padding(self) -> int:
+        """Zeros after its bytes."""
+        return -self.file.size_bytes % tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A tar of some files, as a plan."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole tar."""
+        last = self.members[-1]
+        return last.offset + last.file.size_bytes + last.padding + len(END)
+
+
+def plan_layers(manifest: bytes, files: Sequence[FileDigest]) -> tuple[Layer, ...]:
+    """The layers of a package, from the bytes of `manifest.json` and the files that it lists."""
     own = FileDigest(path=MANIFEST, size_bytes=len(manifest), sha256=digest_bytes(manifest))
     small = [file for file in files if file.size_bytes < LARGE_BYTES]
     large = [file for file in files if file.size_bytes >= LARGE_BYTES]
@@ -149,64 +193,13 @@ def plan_layer(files: Sequence[FileDigest]) -> Layer:
     folders: set[str] = set()
     position = 0
     for file in files:
-        path = f"{ROOT}/{file.path}"
+        path = f"{_ROOT}/{file.path}"
         new = [folder for folder in folders_of(path) if folder not in folders]
         folders.update(new)
         header = b"".join(map(_header, new)) + _header(path, file.size_bytes)
-        position += len(header)
-        members.append(Member(file=file, header=header, offset=position))
-        position += _padded(file.size_bytes)
+        members.append(Member(file=file, header=header, offset=position + len(header)))
+        position = members[-1].offset + file.size_bytes + members[-1].padding
     return Layer(members=tuple(members))
-
-
-def image_config(layers: Sequence[Descriptor]) -> bytes:
-    """The image config; uncompressed layers, so their digests are the diff ids.
-
-    `architecture` is that of every card that we know; runtimes refuse to mount an image that is
-    for another one, whatever it holds.
-    """
-    value: dict[str, Any] = {
-        "architecture": "amd64",
-        "os": "linux",
-        "created": _EPOCH,
-        "config": {},
-        "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
-        "history": [{"created": _EPOCH, "created_by": "enginesmith"} for _ in layers],
-    }
-    return rfc8785.dumps(value)
-
-
-def make_image(place: Place, manifest: bytes, config: bytes, layers: Sequence[Descriptor]) -> bytes:
-    """The image manifest.
-
-    Raises:
-        PipelineError: It lists more files than an image can.
-    """
-    document = Manifest(
-        artifact_type=ARTIFACT_TYPE,
-        config=describe(config, CONFIG_TYPE),
-        layers=tuple(layers),
-        annotations={TITLE: str(place), CREATED: _EPOCH, _MANIFEST: manifest.decode()},
-    ).document()
-    if len(document) > MAX_DOCUMENT_BYTES:
-        raise PipelineError(
-            f"{place} has too many files for an OCI registry, whose manifests have at most "
-            f"{MAX_DOCUMENT_BYTES} bytes; publish it to a folder or to S3"
-        )
-    return document
-
-
-def parse_image(document: bytes, origin: str) -> Image:
-    """Read an image manifest.
-
-    Raises:
-        CorruptError: It is not of a package.
-    """
-    manifest = parse(Manifest, document, origin)
-    stated = (manifest.annotations or {}).get(_MANIFEST)
-    if manifest.artifact_type != ARTIFACT_TYPE or not manifest.layers or not stated:
-        raise CorruptError(f"{origin} is not a package of this program; remove that tag")
-    return Image(document=document, layers=manifest.layers, manifest=stated.encode())
 
 
 def _header(path: str, size_bytes: int | None = None) -> bytes:
@@ -221,8 +214,3 @@ def _header(path: str, size_bytes: int | None = None) -> bytes:
     entry.mode = 0o755 if size_bytes is None else 0o444
     entry.size = size_bytes or 0
     return entry.tobuf(tarfile.PAX_FORMAT)
-
-
-def _padded(size_bytes: int) -> int:
-    """What a file takes in a tar."""
-    return size_bytes + -size_bytes % tarfile.BLOCKSIZE

@@ -1,16 +1,81 @@
-"""A registry that speaks the OCI distribution API: settings, and the store that they open."""
+"""An OCI registry as a store: versions are images, statements their referrers, each with a tag.
+
+Every document and every small blob is bounded in size and compared to its digest here. Files are
+streamed unchecked; their reader knows what they must be. Calls are those of distribution-spec 1.1.
+"""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import functools
 import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urljoin, urlsplit
 
 import pydantic.dataclasses
 
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.settings import STRICT
-from pipeline.registry.stores.oci.address import parse_address
-from pipeline.registry.stores.oci.auth import find_credentials
-from pipeline.registry.stores.oci.store import OciStore
-from pipeline.registry.stores.oci.transport import Transport
+from pipeline.core.values import FileDigest
+from pipeline.registry.manifest import MANIFEST, files_of, parse_manifest
+from pipeline.registry.reference import check_part
+from pipeline.registry.store import (
+    ENVELOPE,
+    MAX_ATTACHMENT_BYTES,
+    MAX_ENVELOPE_BYTES,
+    MAX_MOVES,
+    NONE_KNOWN,
+    Place,
+    RawStatement,
+    WritableStore,
+    bounded,
+    bounded_kinds,
+    in_parallel,
+    is_attachment_name,
+    is_statement_name,
+    parse_identity,
+    read_each,
+)
+from pipeline.registry.stores.oci.address import (
+    Address,
+    move_tag,
+    parse_address,
+    parse_statement_tag,
+    parse_version_tag,
+    statement_tag,
+    version_tag,
+)
+from pipeline.registry.stores.oci.image import (
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    TITLE,
+    Descriptor,
+    Image,
+    Layer,
+    Listing,
+    Manifest,
+    digest_of,
+    parse,
+    parse_image,
+    plan_layers,
+)
+from pipeline.registry.stores.oci.transport import Reply, Request, Transport, find_credentials
+from pipeline.registry.stores.transfer import window
+
+STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
+MOVE_TYPE = "application/vnd.enginesmith.move.v1"
+IDENTITY_TYPE = "application/vnd.enginesmith.registry.v1"
+NAME = "io.enginesmith.statement.name"
+CONTENT = "content.json"
+IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
+_MAX_PAGES = 3_000
+"""Three million names; a server that lists more is not a registry, or never ends."""
+_PAGE = 1000
+_LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,15 +96,389 @@ class OciRegistry:
     def __post_init__(self) -> None:
         parse_address(self.url, self.plain_http)
 
-    def store(self) -> OciStore:
-        """The registry; nothing is asked yet."""
-        address = parse_address(self.url, self.plain_http)
-        return OciStore(
-            url=self.url,
-            public=self.public,
-            address=address,
-            transport=Transport(address.api, find_credentials(address.host, os.environ)),
+    def reader(self) -> OciStore:
+        address, transport = self._way()
+        return OciStore(url=self.url, public=self.public, address=address, transport=transport)
+
+    def store(self) -> WritableStore:
+        from pipeline.registry.stores.oci.writing import WritableOciStore
+
+        address, transport = self._way()
+        return WritableOciStore(
+            url=self.url, public=self.public, address=address, transport=transport
         )
+
+    def _way(self) -> tuple[Address, Transport]:
+        address = parse_address(self.url, self.plain_http)
+        return address, Transport(address.api, find_credentials(address.host, os.environ))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """One repository of a registry, to read.
+
+    Attributes:
+        transport: The way there.
+        name: Such as `engines/phi3`; empty for the registry itself, which has a catalog only.
+    """
+
+    transport: Transport
+    name: str
+
+    def __str__(self) -> str:
+        return f"{urlsplit(self.transport.api).netloc}/{self.name}"
+
+    def manifest(self, reference: str) -> bytes | None:
+        """The manifest or index with a tag or digest; None if there is none.
+
+        Raises:
+            CorruptError: Its bytes have not the digest that was asked, or that the server states.
+        """
+        origin = f"{self}:{reference}"
+        accept = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
+        reply = self.transport.ask(
+            self.request("GET", f"manifests/{reference}", also=(404,), headers=accept)
+        )
+        if reply.status == 404:
+            return None
+        if reply.is_page:
+            raise TransientError(f"{origin} is answered by a web page; is a proxy in the way?")
+        found = digest_of(reply.body)
+        stated = reply.headers.get("Docker-Content-Digest", found)
+        wanted = reference if reference.startswith("sha256:") else found
+        if not found == stated == wanted:
+            raise CorruptError(
+                f"{origin} has digest {found}, wanted {wanted} and the registry says "
+                f"{stated[:80]!r}"
+            )
+        return reply.body
+
+    def blobs(self, reference: str, artifact_type: str) -> dict[str, Descriptor]:
+        """File name -> blob of an artifact with a tag or digest.
+
+        Raises:
+            NotFoundError: There is none.
+            CorruptError: It is of another type.
+        """
+        document = self.manifest(reference)
+        if document is None:
+            raise NotFoundError(f"{self} has no {artifact_type} {reference}")
+        manifest = parse(Manifest, document, f"{self}:{reference}")
+        if manifest.artifact_type != artifact_type:
+            raise CorruptError(
+                f"{self}:{reference} is of type {manifest.artifact_type!r}; remove it"
+            )
+        return {blob.annotation(TITLE): blob for blob in manifest.layers}
+
+    def content(self, reference: str, artifact_type: str, file: str) -> bytes:
+        """The small file of an artifact that all readers read; errors as in `blobs`."""
+        blob = self.blobs(reference, artifact_type).get(file)
+        if blob is None:
+            raise CorruptError(f"{self}: a {artifact_type} has no {file}; remove it")
+        return self.blob(blob, MAX_ENVELOPE_BYTES)
+
+    def blob(self, blob: Descriptor, limit_bytes: int) -> bytes:
+        """A small blob, checked.
+
+        Raises:
+            NotFoundError: It is not there.
+            CorruptError: It has other bytes, or more than `limit_bytes`.
+        """
+        if blob.size > limit_bytes:
+            raise CorruptError(
+                f"{self}: a blob of {blob.size} bytes; at most {limit_bytes} are read"
+            )
+        if blob.data is None:
+            request = self.request("GET", f"blobs/{blob.digest}")
+            data = self.transport.ask(request, blob.size).body
+        else:
+            try:
+                data = base64.b64decode(blob.data, validate=True)
+            except ValueError as error:
+                raise CorruptError(f"{self}: blob {blob.digest} is not base64") from error
+        found = digest_of(data)
+        if found != blob.digest:
+            raise CorruptError(f"{self}: blob {blob.digest} has digest {found}")
+        return data
+
+    @contextlib.contextmanager
+    def open_blob(self, digest: str, start: int, end: int) -> Iterator[Iterator[bytes]]:
+        """The bytes of a blob from `start` up to and without `end`, unchecked, in chunks.
+
+        Raises:
+            NotFoundError: No such blob.
+            CorruptError: It is shorter than `start`.
+            TransientError: The connection broke, also while iterating; or `window` says why.
+        """
+        span = {"Range": f"bytes={start}-{end - 1}"}
+        request = self.request("GET", f"blobs/{digest}", also=(416,), headers=span)
+        with self.transport.open(request) as (reply, chunks):
+            if reply.status == 416:
+                raise CorruptError(f"{self}: blob {digest} is shorter than {start} bytes")
+            if reply.status == 206:
+                stated = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
+                if stated is None or int(stated[1]) != start:
+                    raise TransientError(f"{self}: blob {digest} came in another range; try again")
+            yield window(chunks, start if reply.status == 200 else 0, end - start, str(self))
+
+    def tags(self) -> list[str]:
+        """All tags; empty if there is no such repository."""
+        replies = self._pages(f"tags/list?n={_PAGE}", also=(404,))
+        return [tag for reply in replies for tag in _listing(reply).tags or ()]
+
+    def catalog(self) -> list[str]:
+        """All repositories of the registry.
+
+        Raises:
+            AccessError: It does not list them.
+        """
+        replies = self._pages(f"_catalog?n={_PAGE}")
+        return [name for reply in replies for name in _listing(reply).repositories or ()]
+
+    def referrers(self, digest: str) -> tuple[Descriptor, ...] | None:
+        """Manifests that have this one as their subject; None if the registry has no such API."""
+        found: tuple[Descriptor, ...] | None = None
+        for reply in self._pages(f"referrers/{digest}", also=(404,)):
+            if reply.is_page:
+                return None
+            found = (*(found or ()), *(_listing(reply).manifests or ()))
+        return found
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        also: tuple[int, ...] = (),
+        push: bool = False,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> Request:
+        """A request of a path below the repository, or of a URL; see `Request`.
+
+        It is a part of pushing if `push` or its method says so.
+        """
+        base = f"{self.transport.api}/v2/{self.name}/" if self.name else f"{self.transport.api}/v2/"
+        actions, verb = "pull", "read from"
+        if push or method in {"PUT", "POST", "PATCH"}:
+            actions, verb = "pull,push", "upload to"
+        elif method == "DELETE":
+            actions, verb = "delete", "delete from"
+        return Request(
+            method=method,
+            url=path if "://" in path else base + path,
+            scope=f"repository:{self.name}:{actions}" if self.name else "registry:catalog:*",
+            doing=f"{verb} {self}",
+            also=also,
+            headers=headers or {},
+            body=body,
+        )
+
+    def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
+        """The pages of a list, none if it answers 404."""
+        for _ in range(_MAX_PAGES):
+            reply = self.transport.ask(self.request("GET", path, also=also))
+            if reply.status == 404:
+                return
+            yield reply
+            following = _LINK.search(reply.headers.get("Link", ""))  # RFC 8288
+            if following is None:
+                return
+            path = urljoin(reply.url, following[1])
+
+
+def _listing(reply: Reply) -> Listing:
+    return parse(Listing, reply.body, reply.url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OciStore:
+    """`pipeline.registry.store.Store`, in an OCI registry.
+
+    Attributes:
+        url: For messages.
+        public: Whether everybody can read it.
+        address: What of the registry is ours.
+        transport: The way there.
+    """
+
+    url: str
+    public: bool
+    address: Address
+    transport: Transport
+    _images: dict[Place, Image] = field(default_factory=dict)
+    """Of versions that were read: a version never changes, and a pull asks for many pieces."""
+
+    @property
+    def local(self) -> bool:
+        return False
+
+    def identity(self) -> str | None:
+        repository = self.repository(IDENTITY_REPOSITORY)
+        if repository.manifest(IDENTITY) is None:
+            return None
+        data = repository.content(IDENTITY, IDENTITY_TYPE, CONTENT)
+        return parse_identity(data, f"{repository}:{IDENTITY}")
+
+    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
+        return sorted(self._tagged(name, variant))
+
+    def statement_names(
+        self, name: str | None = None, variant: str | None = None
+    ) -> dict[Place, tuple[str, ...]]:
+        tagged = self._tagged(name, variant)
+        listed = in_parallel(self._referrers, tagged)
+        return {
+            place: tuple(names if native is None else native)
+            for (place, names), native in zip(tagged.items(), listed, strict=True)
+        }
+
+    def read_manifest(self, place: Place) -> bytes:
+        return self.image(place).manifest
+
+    @contextlib.contextmanager
+    def open_file(
+        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        digest, start = self._find(place, file)
+        stop = file.size_bytes if end is None else min(end, file.size_bytes)
+        if offset >= stop:
+            yield iter(())
+            return
+        blob = self.repository(place.name).open_blob(digest, start + offset, start + stop)
+        with blob as chunks:
+            yield chunks
+
+    def read_statements(
+        self, place: Place, names: Collection[str] | None = None
+    ) -> list[RawStatement]:
+        what, repository = f"{self.url}: statements of {place}", self.repository(place.name)
+        found = self.listed_statements(place, names)
+        read = read_each(
+            lambda name: repository.content(found[name], STATEMENT_TYPE, ENVELOPE),
+            bounded_kinds(sorted(found), what),
+            what,
+        )
+        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read.items()]
+
+    def read_statement(self, place: Place, name: str) -> RawStatement:
+        found, repository = self.listed_statements(place, {name}), self.repository(place.name)
+        if name not in found:
+            raise NotFoundError(f"{repository} has no statement {name} of {place}")
+        blobs = repository.blobs(found[name], STATEMENT_TYPE)
+        files = {
+            file: repository.blob(blob, MAX_ATTACHMENT_BYTES)
+            for file, blob in blobs.items()
+            if is_attachment_name(file)
+        }
+        envelope = repository.content(found[name], STATEMENT_TYPE, ENVELOPE)
+        return RawStatement(name=name, files={ENVELOPE: envelope, **files})
+
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
+        repository, start = self.repository(name), move_tag(variant, "")
+        what = f"{self.url}: moves of {name}/{variant}"
+        tags = sorted(tag for tag in repository.tags() if tag.startswith(start))
+        held = {move_tag(variant, digest): data for digest, data in known.items()}
+
+        def read(tag: str) -> bytes:
+            return held.get(tag) or repository.content(tag, MOVE_TYPE, CONTENT)
+
+        return list(read_each(read, bounded(tags, MAX_MOVES, what), what).values())
+
+    def repository(self, name: str) -> Repository:
+        """The repository of a recipe."""
+        return Repository(transport=self.transport, name=self.address.repository(name))
+
+    def image(self, place: Place) -> Image:
+        """The image of a version.
+
+        Raises:
+            NotFoundError: No such version.
+            CorruptError: It is no package.
+        """
+        if place not in self._images:
+            repository, tag = self.repository(place.name), version_tag(place)
+            document = repository.manifest(tag)
+            if document is None:
+                raise NotFoundError(f"{self.url} has no {place}")
+            self._images[place] = parse_image(document, f"{repository}:{tag}")
+        return self._images[place]
+
+    def listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
+        """Statement -> digest or tag."""
+        found = self._referrers(place)
+        if found is None:
+            known = names
+            if known is None:
+                known = self._tagged(place.name, place.variant).get(place, [])
+            found = {name: statement_tag(place, name) for name in known}
+        return {name: where for name, where in found.items() if names is None or name in names}
+
+    def _names(self) -> list[str]:
+        try:
+            found = Repository(transport=self.transport, name="").catalog()
+        except (NotFoundError, AccessError) as error:
+            raise AccessError(
+                f"{error}. Many registries do not list what they have: name the package"
+            ) from error
+        return [name for one in found if (name := self.address.name_of(one))]
+
+    def _tagged(self, name: str | None, variant: str | None) -> dict[Place, list[str]]:
+        """Places by the tags of recipes, with the statements that have a tag."""
+        names = self._names() if name is None else [check_part("name", name)]
+        found: dict[Place, list[str]] = {}
+        tags_of = in_parallel(lambda one: self.repository(one).tags(), names)
+        for one, tags in zip(names, tags_of, strict=True):
+            statements: dict[str, list[str]] = {}
+            for tag in tags:
+                if (statement := parse_statement_tag(tag)) is not None:
+                    statements.setdefault(statement[1], []).append(statement[0])
+            for tag in tags:
+                place = parse_version_tag(one, tag)
+                if place is not None and variant in {None, place.variant}:
+                    about = statement_tag(place, "").removeprefix("_")
+                    found[place] = statements.get(about, [])
+        return found
+
+    def _referrers(self, place: Place) -> dict[str, str] | None:
+        """Statement -> digest, as the registry itself lists them; None if it has no such list.
+
+        Who may push can move a tag, but not take an entry from this list.
+        """
+        try:
+            subject = digest_of(self.image(place).document)
+        except (CorruptError, NotFoundError):  # its reader hears of it
+            return {}
+        listed = self.repository(place.name).referrers(subject)
+        if listed is None:
+            return None
+        return {
+            name: one.digest
+            for one in listed
+            if one.artifact_type in {None, "", STATEMENT_TYPE}
+            and is_statement_name(name := one.annotation(NAME))
+        }
+
+    def _find(self, place: Place, file: FileDigest) -> tuple[str, int]:
+        """The layer that has a file, and where in the layer its bytes begin."""
+        image = self.image(place)
+        for layer, descriptor in zip(_planned(image.manifest), image.layers, strict=False):
+            for member in layer.members:
+                if member.file.path == file.path:
+                    if layer.size_bytes != descriptor.size:
+                        raise CorruptError(
+                            f"{place} has a layer of {descriptor.size} bytes where its "
+                            f"manifest makes {layer.size_bytes}; publish it again"
+                        )
+                    return descriptor.digest, member.offset
+        raise NotFoundError(f"{place} has no file {file.path}")
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(manifest: bytes) -> tuple[Layer, ...]:
+    return plan_layers(manifest, files_of(parse_manifest(manifest, MANIFEST)))
 
 
 KIND = OciRegistry

@@ -1,16 +1,31 @@
-"""HTTP to a registry: authorization, redirects, bounded retries, and errors that say what to do."""
+"""HTTP to a registry: credentials, tokens, redirects, bounded retries, errors that say what to do.
+
+Credentials come from ENGINESMITH_OCI_USERNAME and ENGINESMITH_OCI_PASSWORD for the registry that
+ENGINESMITH_OCI_HOST names, else from `auths` in Docker's `config.json` ($DOCKER_CONFIG, else
+~/.docker), which names hosts, too. Credential helpers are not called.
+
+They go to the host that they are for, and to its token service: the same host, or one of the same
+domain. They go in clear to this machine only. Nothing of them is ever logged or put into a message.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
+import ipaddress
 import json
 import os
+import re
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urljoin, urlsplit
+from pathlib import Path
+from urllib.parse import urlencode, urljoin, urlsplit
 
 import urllib3
+from pydantic import BaseModel
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.response import BaseHTTPResponse
@@ -22,9 +37,7 @@ from pipeline.core.errors import (
     PipelineError,
     TransientError,
 )
-from pipeline.registry.stores.oci.address import is_loopback
-from pipeline.registry.stores.oci.auth import Authorizer, Credentials, keeps_secrets
-from pipeline.registry.stores.oci.documents import MAX_DOCUMENT_BYTES
+from pipeline.registry.stores.oci.image import MAX_DOCUMENT_BYTES, parse
 from pipeline.registry.stores.transfer import (
     ATTEMPTS,
     CHUNK_BYTES,
@@ -44,6 +57,156 @@ _MAX_REDIRECTS = 5
 _MAX_SMALL_BYTES = 1 << 20
 """Of a reply that needs no body: an error, a token."""
 _BUSY = (408, 429, 500, 502, 503, 504)
+
+HOST, USERNAME, PASSWORD = (f"ENGINESMITH_OCI_{part}" for part in ("HOST", "USERNAME", "PASSWORD"))
+_SET_THEM = (
+    f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
+)
+_HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
+_PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """A user of a registry."""
+
+    username: str
+    password: str = field(repr=False)
+
+    def header(self) -> str:
+        """Value of `Authorization`."""
+        return f"Basic {base64.b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
+
+
+def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | None:
+    """The credentials for a host and port as the user wrote them; None for anonymous.
+
+    Raises:
+        AccessError: Docker's `config.json` cannot be read.
+    """
+    if environ.get(HOST) == host and environ.get(USERNAME) and environ.get(PASSWORD):
+        return Credentials(username=environ[USERNAME], password=environ[PASSWORD])
+    folder = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME", "~")).expanduser() / ".docker"
+    path = Path(folder, "config.json")
+    try:
+        auths = json.loads(path.read_bytes()).get("auths") or {}
+        keys = (host, f"https://{host}", *([_HUB_KEY] if host == _HUB else []))
+        found: dict[str, str] = next((auths[key] for key in keys if key in auths), {})
+        secret = base64.b64decode(found.get("auth") or "").decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, TypeError, binascii.Error):
+        # The cause might quote the file.
+        raise AccessError(f"{path} cannot be read as Docker's configuration; {_SET_THEM}") from None
+    username, _, password = secret.partition(":")
+    return Credentials(username=username, password=password) if password else None
+
+
+class _Token(BaseModel):
+    """What a token service answers (docs.docker.com, "Token authentication specification")."""
+
+    token: str | None = None
+    access_token: str | None = None
+
+
+@dataclass(kw_only=True)
+class Authorizer:
+    """Keeps the tokens of one registry; several threads may use it.
+
+    Attributes:
+        api: Start of the registry's URLs.
+        credentials: None for anonymous.
+        fetch: GET of a token service's URL with headers -> status and body.
+    """
+
+    api: str
+    credentials: Credentials | None
+    fetch: Callable[[str, Mapping[str, str]], tuple[int, bytes]]
+    _tokens: dict[str, str] = field(default_factory=dict, repr=False)
+    """Scope -> value of `Authorization`; one that has ended is refused, and then renewed."""
+    _basic: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def header(self, scope: str) -> str | None:
+        """Value of `Authorization` for a request, as far as is known what the registry wants."""
+        with self._lock:
+            if self._basic and self.credentials:
+                return self.credentials.header()
+            return self._tokens.get(scope)
+
+    def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
+        """Get what a 401 asks for. False if there is nothing more to offer.
+
+        Args:
+            scope: What the request needs, such as `repository:a/b:pull`.
+            challenge: The reply's `WWW-Authenticate`.
+            sent: The `Authorization` that was refused.
+
+        Raises:
+            AccessError: No token for us, or the registry wants a password in clear.
+        """
+        kind, _, rest = challenge.partition(" ")
+        if self.credentials is not None and not keeps_secrets(self.api):
+            raise AccessError(
+                f"{self.api} wants credentials, which would go there in clear; use a registry "
+                "with TLS"
+            )
+        with self._lock:
+            if kind.lower() == "basic":
+                self._basic = self.credentials is not None
+                return self.credentials is not None and sent != self.credentials.header()
+            if kind.lower() != "bearer":
+                return False
+            if self._tokens.get(scope, sent) == sent:  # else a thread got one just now
+                asked = {"scope": scope, **dict(_PARAMETER.findall(rest))}
+                self._tokens[scope] = self._token(asked)
+            return True
+
+    def _token(self, challenge: Mapping[str, str]) -> str:
+        """Ask the registry's token service; value of `Authorization`."""
+        realm = challenge.get("realm", "")
+        if not _is_token_service(self.api, realm):
+            raise AccessError(
+                f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
+                "domain or not https; credentials were not sent there"
+            )
+        query = urlencode({key: challenge.get(key, "") for key in ("service", "scope")})
+        headers = {"Authorization": self.credentials.header()} if self.credentials else {}
+        status, body = self.fetch(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
+        if status != 200:
+            who = repr(self.credentials.username) if self.credentials else "anonymous"
+            raise AccessError(
+                f"{self.api} refused {who} a token for {challenge['scope']} ({status}); {_SET_THEM}"
+            )
+        granted = parse(_Token, body, f"the token for {self.api}")
+        token = granted.token or granted.access_token
+        if not token or not token.isprintable() or not token.isascii():
+            raise CorruptError(f"{self.api} was answered without a token; try again later")
+        return f"Bearer {token}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def keeps_secrets(url: str) -> bool:
+    """Whether what is sent to a URL is encrypted, or stays on this machine."""
+    parts = urlsplit(url)
+    return parts.scheme == "https" or is_loopback(parts.hostname or "")
+
+
+def _is_token_service(api: str, realm: str) -> bool:
+    """Whether a registry's credentials may go to a token service."""
+    ours, theirs = urlsplit(api).hostname or "", urlsplit(realm).hostname or ""
+    if urlsplit(realm).scheme not in {"http", "https"} or not keeps_secrets(realm):
+        return False
+    domain = ".".join(ours.split(".")[-2:])
+    named = "." in domain and not ours.replace(".", "").isdecimal()  # an address has no domain
+    return theirs == ours or (named and (theirs == domain or theirs.endswith(f".{domain}")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +234,17 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer, read whole."""
+    """An answer."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
     url: str
+    body: bytes = b""
 
     @property
-    def media_type(self) -> str:
-        """Of the body, without parameters."""
-        return self.headers.get("Content-Type", "").partition(";")[0].strip()
+    def is_page(self) -> bool:
+        """Whether it is a web page, which no registry sends."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip() == "text/html"
 
 
 class Transport:
@@ -121,9 +284,9 @@ class Transport:
             read is a TransientError.
         """
         response = self._respond(request)
-        reply = Reply(status=response.status, headers=response.headers, body=b"", url=request.url)
+        reply = Reply(status=response.status, headers=response.headers, url=request.url)
         try:
-            yield reply, at_pace(_reader(response, request.url), _shown(request.url))
+            yield reply, _chunks(response, request.url)
         finally:
             _discard(response)
 
@@ -134,7 +297,7 @@ class Transport:
     def _ask(self, request: Request, limit_bytes: int) -> Reply:
         with self.open(request) as (reply, chunks):
             body = joined(chunks, limit_bytes, _shown(request.url))
-        return Reply(status=reply.status, headers=reply.headers, body=body, url=request.url)
+        return Reply(status=reply.status, headers=reply.headers, url=request.url, body=body)
 
     def _respond(self, request: Request) -> BaseHTTPResponse:
         """Send, with authorization; the body of an expected reply is not read yet."""
@@ -144,29 +307,29 @@ class Transport:
             _discard(response)
             challenge = response.headers.get("WWW-Authenticate", "")
             if not self._auth.answer(request.scope, challenge, sent):
-                raise self._auth.refused(request.doing)
+                raise self._refused(request)
             response, _, _ = self._send(request)
-        try:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise TransientError(
-                    f"{_shown(request.url)} is compressed on the way, which was refused; is a "
-                    "proxy in the way?"
-                )
-            if response.status // 100 != 2 and response.status not in request.also:
-                raise self._fault(request, response)
-            if response.length_remaining is None and not getattr(response, "chunked", False):
-                # Then its end could be a connection that broke.
-                raise TransientError(f"{_shown(request.url)} comes without its size; try again")
-        except BaseException:
+        fault: PipelineError | None = None
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            fault = TransientError(
+                f"{_shown(request.url)} is compressed on the way, which was refused; is a "
+                "proxy in the way?"
+            )
+        elif response.status // 100 != 2 and response.status not in request.also:
+            fault = self._fault(request, response)
+        elif response.length_remaining is None and not getattr(response, "chunked", False):
+            # Then its end could be a connection that broke.
+            fault = TransientError(f"{_shown(request.url)} comes without its size; try again")
+        if fault is not None:
             _discard(response)
-            raise
+            raise fault
         return response
 
     def _send(self, request: Request) -> tuple[BaseHTTPResponse, str, str | None]:
         """Send, follow redirects of reads; also gives the last URL and `Authorization`."""
         url = request.url
         for _ in range(_MAX_REDIRECTS + 1):
-            headers = {"Accept-Encoding": "identity", **request.headers}
+            headers = dict(request.headers)
             sent = self._auth.header(request.scope) if self.is_own(url) else None
             if sent:  # never to another host: it gets a link of its own
                 headers["Authorization"] = sent
@@ -182,7 +345,7 @@ class Transport:
         raise TransientError(f"{_shown(request.url)} redirects more than {_MAX_REDIRECTS} times")
 
     def _open(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> BaseHTTPResponse:
         retries = urllib3.Retry(
             total=ATTEMPTS - 1,
@@ -198,7 +361,7 @@ class Transport:
                 method,
                 url,
                 body=body,
-                headers=headers,
+                headers={"Accept-Encoding": "identity", **headers},
                 retries=retries,
                 redirect=False,
                 preload_content=False,
@@ -207,11 +370,10 @@ class Transport:
 
     def _fault(self, request: Request, response: BaseHTTPResponse) -> PipelineError:
         """What an unexpected status means."""
-        status = response.status
-        stated = _stated(response)
+        status, stated = response.status, _stated(response)
         message = f"cannot {request.doing}: {_shown(request.url)} answered {status}{stated}"
         if status in {401, 403}:
-            return self._auth.refused(request.doing)
+            return self._refused(request)
         if status in _BUSY or status >= 500:
             return TransientError(f"{message}; try again later")
         if "MANIFEST_BLOB_UNKNOWN" in stated:
@@ -228,13 +390,18 @@ class Transport:
             return AccessError(f"{message}; switch on {what} in the registry's configuration")
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
+    def _refused(self, request: Request) -> AccessError:
+        """The error for a request that is not allowed, whatever we offer."""
+        known = self._auth.credentials
+        who = f"as {known.username!r}" if known else "without credentials"
+        return AccessError(f"{self.api} does not let us {request.doing} {who}; {_SET_THEM}")
+
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        response = self._open("GET", url, {"Accept-Encoding": "identity", **headers}, None)
+        response = self._open("GET", url, headers)
         try:
             if response.status in _BUSY:
                 raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
-            chunks = at_pace(_reader(response, url), _shown(url))
-            return response.status, joined(chunks, _MAX_SMALL_BYTES, _shown(url))
+            return response.status, joined(_chunks(response, url), _MAX_SMALL_BYTES, _shown(url))
         finally:
             _discard(response)
 
@@ -279,14 +446,14 @@ def _connection_errors(url: str) -> Iterator[None]:
         ) from error
 
 
-def _reader(response: BaseHTTPResponse, url: str) -> Callable[[int], bytes]:
-    """Reads what has arrived of a body."""
+def _chunks(response: BaseHTTPResponse, url: str) -> Iterator[bytes]:
+    """A body, as it arrives."""
 
     def read(count: int) -> bytes:
         with _connection_errors(url):
             return response.read1(count, decode_content=False)
 
-    return read
+    return at_pace(read, _shown(url))
 
 
 def _discard(response: BaseHTTPResponse) -> None:
@@ -301,19 +468,17 @@ def _discard(response: BaseHTTPResponse) -> None:
 def _shown(url: str) -> str:
     """A URL for a message: its query may hold a signature, and a server may have chosen it."""
     parts = urlsplit(url)
-    return _printable(f"{parts.scheme}://{parts.netloc}{parts.path}"[:300])
+    return _printable(f"{parts.scheme}://{parts.netloc}{parts.path}")
 
 
 def _stated(response: BaseHTTPResponse) -> str:
     """What the registry says of an error, made printable; empty if nothing."""
-    with contextlib.suppress(
-        PipelineError, HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError
-    ):
-        body = joined(at_pace(_reader(response, ""), "an error"), _MAX_SMALL_BYTES, "an error")
+    with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
+        body = joined(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
         texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]
-        return ": " + _printable("; ".join(texts)[:300])
+        return f": {_printable('; '.join(texts))}"
     return ""
 
 
 def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:300])

@@ -19,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.oci.registry import OciRegistry
-from pipeline.registry.stores.oci.store import OciStore
 
 USER, PASSWORD = "builder", "s3cret"
 Fault = Callable[["Handler"], bool]
@@ -53,7 +53,7 @@ class FakeRegistry:
     manifests: dict[tuple[str, str], tuple[str, bytes]] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
 
-    def store(self, prefix: str = "engines", **more: Any) -> OciStore:
+    def store(self, prefix: str = "engines", **more: Any) -> WritableStore:
         return OciRegistry(url=f"oci://{self.host}/{prefix}", **more).store()
 
     def referrers(self, repository: str, subject: str) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from pipeline.registry.stores.oci.address import (
     statement_tag,
     version_tag,
 )
-from pipeline.registry.stores.oci.auth import Authorizer, Credentials, find_credentials
 from pipeline.registry.stores.oci.registry import OciRegistry
+from pipeline.registry.stores.oci.transport import Authorizer, Credentials, find_credentials
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_every_tag_fits_and_means_one_thing() -> None:
     tags = [
         version_tag(place),
         statement_tag(place, "provenance-0123456789abcdef"),
-        move_tag(LONG, b"move"),
+        move_tag(LONG, "0" * 64),
         channel_tag(LONG, "c" * 32, "C" * 64),
         channel_tag(LONG, "c" * 32, "D" * 64),
         channel_tag("any", "move", "L4"),

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.errors import AccessError, PipelineError
 from pipeline.core.values import Package
-from pipeline.registry.stores.oci import distribution
+from pipeline.registry.stores.oci import writing
 from tests.registry.packages import place_of
 from tests.registry.stores.oci.conftest import assert_readable, put, read
 from tests.registry.stores.oci.server import (
@@ -103,7 +103,7 @@ def test_a_token_that_ended_is_renewed_once(
 def test_a_token_that_ends_during_an_upload_is_renewed(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distribution, "PART_BYTES", 256 << 10)
+    monkeypatch.setattr(writing, "PART_BYTES", 256 << 10)
     fake.auth = "bearer"
     log_in(monkeypatch, fake)
     parts = 0

@@ -14,9 +14,9 @@ from pipeline.core.errors import AccessError, CorruptError, PipelineError, Trans
 from pipeline.core.values import Package
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.oci import distribution
+from pipeline.registry.stores.oci import writing
 from pipeline.registry.stores.oci.address import statement_tag, version_tag
-from pipeline.registry.stores.oci.documents import digest_of
+from pipeline.registry.stores.oci.image import digest_of
 from tests.registry.packages import place_of, raw_statement
 from tests.registry.stores.oci.conftest import PLAN, assert_readable, file_of, put, read
 from tests.registry.stores.oci.server import FakeRegistry, Handler, once
@@ -70,7 +70,7 @@ def test_a_passing_fault_of_any_request_is_tried_again(
 def test_an_upload_goes_on_where_the_registry_says_that_it_stopped(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distribution, "PART_BYTES", 256 << 10)
+    monkeypatch.setattr(writing, "PART_BYTES", 256 << 10)
     fake.faults += [
         once("PATCH", part="/uploads/", act=lambda h: h.error(416, "BLOB_UPLOAD_INVALID")),
         once("PATCH", part="/uploads/", act=lambda h: h.error(404, "BLOB_UPLOAD_UNKNOWN")),
@@ -166,7 +166,7 @@ def test_a_server_that_ignores_range_still_gives_the_right_bytes_within_a_bound(
     put(fake.store(), package)
     fake.ranges = False
     assert_readable(fake.store(), package)
-    monkeypatch.setattr(distribution, "_MAX_SKIP_BYTES", 100_000)
+    monkeypatch.setattr(transfer, "_MAX_SKIP_BYTES", 100_000)
     assert read(fake.store(), package) == (package.dir / PLAN).read_bytes()
     with pytest.raises(TransientError, match="ignores Range"):
         read(fake.store(), package, offset=500_000)
@@ -301,7 +301,7 @@ def test_who_may_push_hides_no_statement_from_a_registry_that_lists_referrers(
 def test_a_thousand_junk_statements_hide_no_yank_and_stop_nothing(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.registry.stores.objects.MAX_PER_KIND", 4)
+    monkeypatch.setattr("pipeline.registry.store.MAX_PER_KIND", 4)
     store = fake.store()
     put(store, package)
     place = place_of(package)

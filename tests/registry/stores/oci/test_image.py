@@ -15,17 +15,16 @@ from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest
 from pipeline.registry.store import Place
 from pipeline.registry.stores.oci import image as images
-from pipeline.registry.stores.oci.documents import MANIFEST_TYPE, Descriptor
 from pipeline.registry.stores.oci.image import (
-    LAYER_TYPE,
+    MANIFEST_TYPE,
     MAX_LARGE_LAYERS,
+    Descriptor,
     Layer,
-    image_config,
-    make_image,
     parse_image,
     plan_layer,
     plan_layers,
 )
+from pipeline.registry.stores.oci.writing import LAYER_TYPE, image_config, make_image
 
 PLACE = Place(name="tiny", variant="any-checkpoint-fp8", version="1.0-01234567-0123456789ab")
 MANIFEST = b'{"a":1}'

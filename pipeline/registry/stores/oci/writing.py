@@ -1,0 +1,510 @@
+"""Publishing to an OCI registry.
+
+A version is there as soon as its tag is, and not before: layers, config, the image manifest under
+its digest, statements, sizes asked back, then the tag. Blobs have the name of their digest, so what
+is there is right. Tags have no exclusive creation, but a name that follows from its content needs
+none: who may push may overwrite, and readers find that out.
+
+A large blob goes out in parts (chunked upload), in bounded memory, since many registries and
+proxies refuse one request of several gigabytes. A part that failed is repeated by urllib3. Where
+the registry has lost its place (docker-registry 2.8 drops an upload whose part broke off, tried
+2026-11-25), the blob starts anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import rfc8785
+
+from pipeline.core.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    PipelineError,
+    RecipeError,
+    TransientError,
+)
+from pipeline.core.values import Package
+from pipeline.registry.disk import checked_chunks
+from pipeline.registry.manifest import MANIFEST, files_of
+from pipeline.registry.reference import check_part
+from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
+from pipeline.registry.stores.oci.address import (
+    channel_tag,
+    move_tag,
+    statement_tag,
+    version_tag,
+)
+from pipeline.registry.stores.oci.image import (
+    ARTIFACT_TYPE,
+    END,
+    MANIFEST_TYPE,
+    MAX_DOCUMENT_BYTES,
+    PACKAGE_MANIFEST,
+    TITLE,
+    Descriptor,
+    Layer,
+    Manifest,
+    digest_of,
+    plan_layers,
+)
+from pipeline.registry.stores.oci.registry import (
+    CONTENT,
+    IDENTITY,
+    IDENTITY_REPOSITORY,
+    IDENTITY_TYPE,
+    MOVE_TYPE,
+    NAME,
+    STATEMENT_TYPE,
+    OciStore,
+    Repository,
+)
+from pipeline.registry.stores.oci.transport import Reply
+from pipeline.registry.stores.publication import (
+    check_statement,
+    new_identity,
+    require_same,
+    sealed_manifest,
+)
+from pipeline.registry.stores.transfer import ATTEMPTS
+
+log = logging.getLogger(__name__)
+
+PART_BYTES = 32 << 20
+"""Of an upload: what is in memory at a time, twice."""
+SETTLE_S = 1.0
+"""After it, what others began to write under a tag that they saw free has arrived."""
+CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
+_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+_FILE_TYPE = "application/octet-stream"
+_EPOCH = "1970-01-01T00:00:00Z"
+_PROBE = "writable-check"
+
+
+def tar_of(layer: Layer, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
+    """A layer's tar, in chunks; never all of it in memory.
+
+    Raises:
+        CorruptError: A file is not what the manifest says; when its last byte has been read.
+    """
+    for member in layer.members:
+        yield member.header
+        if member.file.path == MANIFEST:
+            yield manifest
+        else:
+            yield from checked_chunks(package_dir / member.file.path, member.file)
+        yield bytes(member.padding)
+    yield END
+
+
+def describe(
+    data: bytes, media_type: str, title: str | None = None, *, inline: bool = False
+) -> Descriptor:
+    """Name bytes that we hold.
+
+    Args:
+        data: The bytes.
+        media_type: Of them.
+        title: The file name that they have in an artifact.
+        inline: They travel in the descriptor, so that reading them needs no further request
+            (image-spec 1.1, "Embedded Content").
+    """
+    return Descriptor(
+        media_type=media_type,
+        digest=digest_of(data),
+        size=len(data),
+        annotations=None if title is None else {TITLE: title},
+        data=base64.b64encode(data).decode() if inline else None,
+    )
+
+
+def document_of(manifest: Manifest) -> bytes:
+    """The bytes of a manifest; the same for the same content."""
+    value = manifest.model_dump(by_alias=True, exclude_none=True)
+    return rfc8785.dumps({"schemaVersion": 2, "mediaType": MANIFEST_TYPE, **value})
+
+
+def image_config(layers: Sequence[Descriptor]) -> bytes:
+    """The image config; uncompressed layers, so their digests are the diff ids.
+
+    `architecture` is that of every card that we know; runtimes refuse to mount an image that is
+    for another one, whatever it holds.
+    """
+    return rfc8785.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "created": _EPOCH,
+            "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
+            "history": [{"created": _EPOCH, "created_by": "enginesmith"} for _ in layers],
+        }
+    )
+
+
+def make_image(place: Place, manifest: bytes, config: bytes, layers: Sequence[Descriptor]) -> bytes:
+    """The image manifest.
+
+    Raises:
+        PipelineError: It lists more files than an image can.
+    """
+    annotations = {
+        TITLE: str(place),
+        "org.opencontainers.image.created": _EPOCH,
+        PACKAGE_MANIFEST: manifest.decode(),
+    }
+    document = document_of(
+        Manifest(
+            artifact_type=ARTIFACT_TYPE,
+            config=describe(config, CONFIG_TYPE),
+            layers=tuple(layers),
+            annotations=annotations,
+        )
+    )
+    if len(document) > MAX_DOCUMENT_BYTES:
+        raise PipelineError(
+            f"{place} has too many files for an OCI registry, whose manifests have at most "
+            f"{MAX_DOCUMENT_BYTES} bytes; publish it to a folder or to S3"
+        )
+    return document
+
+
+class WritableRepository(Repository):
+    """One repository of a registry, to write."""
+
+    def put_manifest(self, reference: str, document: bytes) -> None:
+        """Write a manifest under a tag or its digest; what the tag named is replaced."""
+        request = self.request(
+            "PUT", f"manifests/{reference}", headers={"Content-Type": MANIFEST_TYPE}, body=document
+        )
+        for attempt in range(1, ATTEMPTS):
+            with contextlib.suppress(TransientError):  # a blob that was uploaded is not seen yet
+                self.transport.ask(request)
+                return
+            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
+        self.transport.ask(request)
+
+    def delete_manifest(self, digest: str) -> None:
+        """Remove a manifest and its tags, if it is there.
+
+        Raises:
+            AccessError: The registry is not set to delete.
+        """
+        self.transport.ask(self.request("DELETE", f"manifests/{digest}", also=(404,)))
+
+    def has_blob(self, blob: Descriptor) -> bool:
+        """Whether a blob of this digest and size is there."""
+        reply = self.transport.ask(
+            self.request("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
+        )
+        return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size)
+
+    def put_blob(
+        self, data: bytes, media_type: str, title: str | None = None, *, inline: bool = False
+    ) -> Descriptor:
+        """Upload a small blob, unless it is there; see `describe`."""
+        blob = describe(data, media_type, title, inline=inline)
+        if not self.has_blob(blob):
+            self._finish_upload(self._begin_upload(), blob.digest, data)
+        return blob
+
+    def put_artifact(
+        self,
+        artifact_type: str,
+        files: Mapping[str, bytes],
+        annotations: dict[str, str] | None = None,
+        subject: Descriptor | None = None,
+    ) -> bytes:
+        """Upload the blobs of an artifact; its manifest, the same for the same files."""
+        # image-spec 1.1, "Guidance for an Empty Descriptor".
+        config = self.put_blob(b"{}", _EMPTY_TYPE)
+        layers = [
+            self.put_blob(data, _FILE_TYPE, file, inline=file in {ENVELOPE, CONTENT})
+            for file, data in sorted(files.items())
+        ]
+        return document_of(
+            Manifest(
+                artifact_type=artifact_type,
+                config=config,
+                layers=tuple(layers),
+                subject=subject,
+                annotations=annotations,
+            )
+        )
+
+    def upload(
+        self, blob: Descriptor, content: Callable[[], Iterator[bytes]], on_bytes: OnBytes
+    ) -> None:
+        """Upload a large blob.
+
+        Args:
+            blob: What it is.
+            content: Begins its bytes anew; called again after a fault.
+            on_bytes: For progress; steps back after a fault.
+
+        Raises:
+            CorruptError: The registry got other bytes.
+            TransientError: It broke `ATTEMPTS` times.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            location, offset = self._begin_upload(), 0
+            try:
+                for part in _parts(content()):
+                    location = self._send_part(location, offset, part)
+                    offset += len(part)
+                    on_bytes(len(part))
+                self._finish_upload(location, blob.digest)
+                return
+            except (TransientError, NotFoundError) as error:
+                if self.has_blob(blob):  # only the reply was lost
+                    return
+                if attempt == ATTEMPTS:
+                    raise
+                on_bytes(-offset)
+                log.info("Sending %s to %s again: %s", blob.digest, self, error)
+            except BaseException:
+                with contextlib.suppress(PipelineError):
+                    self._cancel_upload(location)
+                raise
+
+    def check_upload(self) -> None:
+        """Begin an upload and give it up.
+
+        Raises:
+            AccessError: Not allowed.
+            NotFoundError: The registry wants repositories to be made beforehand.
+        """
+        location = self._begin_upload()
+        with contextlib.suppress(TransientError, NotFoundError, AccessError):
+            self._cancel_upload(location)
+
+    def _begin_upload(self) -> str:
+        """Open an upload; returns where it takes bytes."""
+        return self._location(self.transport.ask(self.request("POST", "blobs/uploads/")))
+
+    def _send_part(self, location: str, offset: int, part: bytes) -> str:
+        """Send the next part; where the one after it goes."""
+        span = {
+            "Content-Type": _FILE_TYPE,
+            "Content-Range": f"{offset}-{offset + len(part) - 1}",
+        }
+        reply = self.transport.ask(
+            self.request("PATCH", location, also=(404, 416), headers=span, body=part)
+        )
+        if reply.status in {404, 416}:
+            raise TransientError(f"{self} lost an upload ({reply.status}); try again")
+        return self._location(reply)
+
+    def _finish_upload(self, location: str, digest: str, data: bytes = b"") -> None:
+        """Close an upload under its digest.
+
+        Raises:
+            CorruptError: The registry has other bytes.
+        """
+        url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
+        kind = {"Content-Type": _FILE_TYPE}
+        self.transport.ask(self.request("PUT", url, headers=kind, body=data))
+
+    def _cancel_upload(self, location: str) -> None:
+        """Give an upload up, as far as the registry can; it expires anyway."""
+        self.transport.ask(self.request("DELETE", location, also=(404, 405, 416), push=True))
+
+    def _location(self, reply: Reply) -> str:
+        """Where an upload goes on: at the registry itself, never another host.
+
+        Raises:
+            AccessError: The reply does not say, or names another host.
+        """
+        target = reply.headers.get("Location")
+        if not target:
+            raise AccessError(f"{self} does not say where an upload goes; is it an OCI registry?")
+        url = urljoin(reply.url, target)
+        if not self.transport.is_own(url):
+            host = urlsplit(url).netloc
+            raise AccessError(
+                f"{self} sends an upload to another host ({host!r}); nothing was sent"
+            )
+        return url
+
+
+def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of `PART_BYTES`; the last one may be shorter."""
+    held = bytearray()
+    for chunk in chunks:
+        held += chunk
+        while len(held) >= PART_BYTES:
+            yield bytes(held[:PART_BYTES])
+            del held[:PART_BYTES]
+    if held:
+        yield bytes(held)
+
+
+class WritableOciStore(OciStore):
+    """`pipeline.registry.store.WritableStore`, in an OCI registry."""
+
+    def repository(self, name: str) -> WritableRepository:
+        return WritableRepository(transport=self.transport, name=self.address.repository(name))
+
+    def create_identity(self) -> str:
+        began_s = time.monotonic()
+        if (there := self.identity()) is not None:
+            return there
+        repository = self.repository(IDENTITY_REPOSITORY)
+        document = repository.put_artifact(IDENTITY_TYPE, {CONTENT: new_identity()})
+        if self.identity() is None:
+            repository.put_manifest(IDENTITY, document)
+        time.sleep(max(SETTLE_S, 2 * (time.monotonic() - began_s)))  # others took as long as we
+        made = self.identity()
+        if made is None:
+            raise TransientError(f"{repository} lost its identity while it was made; try again")
+        return made
+
+    def check_writable(self) -> None:
+        try:
+            self.repository(_PROBE).check_upload()
+        except NotFoundError:  # it wants repositories made beforehand
+            log.info(
+                "%s takes no new repositories; publishing tells whether it takes ours", self.url
+            )
+
+    def put_package(
+        self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
+    ) -> bool:
+        place, manifest = sealed_manifest(package)
+        if self._published(place, manifest):
+            return False
+        self.create_identity()
+        repository = self.repository(place.name)
+        blobs = [
+            _put_layer(repository, layer, package, manifest, on_bytes)
+            for layer in plan_layers(manifest, files_of(package.manifest))
+        ]
+        config = image_config(blobs)
+        image = make_image(place, manifest, config, blobs)
+        blobs.append(repository.put_blob(config, CONFIG_TYPE))
+        repository.put_manifest(digest_of(image), image)
+        for statement in statements:
+            self._put_statement(place, image, statement)
+        for blob in blobs:
+            if not repository.has_blob(blob):
+                raise CorruptError(
+                    f"{repository} does not have {blob.digest}, which it took; nothing shows yet: "
+                    "look after the registry, then run the same command again"
+                )
+        repository.put_manifest(version_tag(place), image)
+        if not self._published(place, manifest):
+            raise TransientError(f"{place} was removed while it was published; publish it again")
+        return True
+
+    def put_statement(self, place: Place, statement: RawStatement) -> bool:
+        try:
+            image = self.image(place).document
+        except NotFoundError as error:
+            raise NotFoundError(f"{self.url} has no {place}; publish it first") from error
+        return self._put_statement(place, image, statement)
+
+    def put_move(self, name: str, variant: str, data: bytes) -> bool:
+        repository = self.repository(name)
+        tag = move_tag(variant, hashlib.sha256(data).hexdigest())
+        document = repository.put_artifact(MOVE_TYPE, {CONTENT: data})
+        if repository.manifest(tag) == document:
+            return False
+        repository.put_manifest(tag, document)
+        return True
+
+    def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
+        """See the Protocol: a tag for those who mount the image that a channel means."""
+        try:
+            version = check_part("version", json.loads(data)["version"])
+            image = self.image(Place(name=name, variant=variant, version=version)).document
+        except (ValueError, KeyError, TypeError, RecipeError, NotFoundError) as error:
+            log.warning("%s of %s gets no image tag: %s", channel, variant, error)
+            return
+        self.repository(name).put_manifest(channel_tag(variant, channel, card), image)
+
+    def delete_package(self, place: Place) -> int:
+        """See the Protocol; the registry's own collector frees the layers, which no tag names."""
+        try:
+            image = self.image(place)
+        except NotFoundError:
+            return 0
+        repository = self.repository(place.name)
+        found = self.listed_statements(place, None)
+        repository.delete_manifest(digest_of(image.document))
+        self._images.pop(place, None)
+        for reference in found.values():
+            if (document := repository.manifest(reference)) is not None:
+                repository.delete_manifest(digest_of(document))
+        return sum(layer.size for layer in image.layers)
+
+    def now_s(self) -> float:
+        """This machine's clock: a registry dates nothing."""
+        return time.time()
+
+    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
+        """None: uploads that broke off expire in the registry, and nothing lists them."""
+        return []
+
+    def _published(self, place: Place, manifest: bytes) -> bool:
+        """Whether exactly this manifest has the version's tag."""
+        self._images.pop(place, None)
+        try:
+            there = self.image(place).manifest
+        except NotFoundError:
+            return False
+        except CorruptError:
+            there = b""
+        require_same(there, manifest, self.url, place)
+        return True
+
+    def _put_statement(self, place: Place, image: bytes, statement: RawStatement) -> bool:
+        check_statement(statement)
+        repository, tag = self.repository(place.name), statement_tag(place, statement.name)
+        subject = describe(image, MANIFEST_TYPE)
+        name = {NAME: statement.name}
+        document = repository.put_artifact(STATEMENT_TYPE, statement.files, name, subject)
+        there = repository.manifest(tag)
+        if there is None:
+            repository.put_manifest(tag, document)
+            return True
+        require_same(there, document, str(repository), f"the tag {tag}")
+        return False
+
+
+def _put_layer(
+    repository: WritableRepository,
+    layer: Layer,
+    package: Package,
+    manifest: bytes,
+    on_bytes: OnBytes,
+) -> Descriptor:
+    """Upload a layer, unless it is there; counts the bytes of its files."""
+    whole = hashlib.sha256()
+    for chunk in tar_of(layer, package.dir, manifest):
+        whole.update(chunk)
+    digest = f"sha256:{whole.hexdigest()}"
+    blob = Descriptor(media_type=LAYER_TYPE, digest=digest, size=layer.size_bytes)
+    total = sum(one.file.size_bytes for one in layer.members if one.file.path != MANIFEST)
+    sent = counted = 0
+
+    def on_sent(count: int) -> None:
+        nonlocal sent, counted
+        sent += count
+        on_bytes(total * sent // blob.size - counted)
+        counted = total * sent // blob.size
+
+    if not repository.has_blob(blob):
+        repository.upload(blob, lambda: tar_of(layer, package.dir, manifest), on_sent)
+    on_sent(blob.size - sent)
+    return blob

@@ -1,0 +1,398 @@
+"""A registry in a bucket: settings, connection, errors, and what readers ask; s3_writing.py writes.
+
+Endpoint, region and credentials are found as by every program that uses boto3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import pydantic.dataclasses
+from pydantic import Field
+
+from pipeline.core.errors import (
+    AccessError,
+    Fault,
+    NotFoundError,
+    PipelineError,
+    RecipeError,
+    TransientError,
+)
+from pipeline.core.settings import STRICT
+from pipeline.registry.store import WritableStore
+from pipeline.registry.stores.transfer import (
+    ATTEMPTS,
+    CONNECT_S,
+    CONNECTIONS,
+    SILENCE_S,
+    at_pace,
+    joined,
+    timed_pools,
+    window,
+)
+from pipeline.registry.stores.tree import Found, TreeStore
+
+# Amazon S3 User Guide, "General purpose bucket naming rules"; access point ARNs are not taken.
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
+_MAX_PAGES = 3_000
+"""Three million objects; a server that lists more is not a registry, or never ends."""
+
+_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
+_ADVICE: tuple[tuple[str, type[PipelineError], str], ...] = (
+    (
+        "RequestTimeTooSkewed",
+        AccessError,
+        "this machine's clock is wrong: set it, such as with NTP",
+    ),
+    (
+        "ExpiredToken|TokenRefreshRequired|InvalidToken|RequestExpired",
+        AccessError,
+        "the credentials have expired: log in again",
+    ),
+    ("InvalidAccessKeyId|SignatureDoesNotMatch|NotSignedUp", AccessError, f"check {_CREDENTIALS}"),
+    (
+        "PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraintException",
+        PipelineError,
+        "set AWS_REGION to the region of the bucket",
+    ),
+    (
+        "RequestTimeout|Throttling.*|TooManyRequests|OperationAborted"
+        "|BadDigest|IncompleteBody|XAmzContentSHA256Mismatch",  # damaged on their way
+        TransientError,
+        "try again later",
+    ),
+)
+"""Codes (a pattern), error, advice; Amazon S3 API Reference, "Error responses"."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class S3Registry:
+    """A registry in a bucket, as a recipe names it.
+
+    Endpoint, region, credentials and whether checksums are sent come from where boto3 finds them:
+    `AWS_ENDPOINT_URL_S3`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, and `AWS_REQUEST_CHECKSUM_CALCULATION`
+    (`when_required` for servers that refuse checksums; then what was sent is read back).
+
+    Attributes:
+        url: `s3://BUCKET[/PREFIX]`.
+        public: Whether everybody can read the bucket. Then it is read without credentials, if there
+            are none.
+        part_bytes: Size of the parts of a large file; 5 MiB is the least that S3 takes (Amazon S3
+            User Guide, "Multipart upload limits").
+    """
+
+    url: str
+    public: bool = False
+    part_bytes: Annotated[int, Field(ge=5 << 20, le=64 << 20)] = 8 << 20
+
+    def __post_init__(self) -> None:
+        parse_address(self.url)
+
+    def reader(self) -> TreeStore:
+        bucket, root = parse_address(self.url)
+        objects = S3Objects(url=self.url, bucket=bucket, root=root, public=self.public)
+        return TreeStore(objects=objects, public=self.public)
+
+    def store(self) -> WritableStore:
+        from pipeline.registry.stores.publication import WritableTree
+        from pipeline.registry.stores.s3_writing import WritableS3Objects
+
+        bucket, root = parse_address(self.url)
+        objects = WritableS3Objects(
+            url=self.url, bucket=bucket, root=root, public=self.public, part_bytes=self.part_bytes
+        )
+        return WritableTree(objects=objects, public=self.public)
+
+
+def parse_address(url: str) -> tuple[str, str]:
+    """Bucket, and what our keys in it start with, of `s3://BUCKET[/PREFIX]`.
+
+    Raises:
+        RecipeError: It is not such a URL; says why.
+    """
+    parts = urlsplit(url)
+    prefix = parts.path.strip("/")
+    fault = ""
+    if parts.scheme != "s3" or parts.query or parts.fragment:
+        fault = f"{url!r} is not an S3 registry; write s3://BUCKET/PREFIX"
+    elif "@" in parts.netloc:
+        fault = "an S3 URL holds no credentials; put them into AWS_ACCESS_KEY_ID and so on"
+    elif not _BUCKET.fullmatch(parts.netloc):
+        fault = (
+            f"{parts.netloc!r} in {url!r} is not a bucket's name: 3 to 63 lowercase letters, "
+            "digits, dots and dashes"
+        )
+    for segment in prefix.split("/") if prefix and not fault else ():
+        if not _SEGMENT.fullmatch(segment) or segment in {".", ".."}:
+            fault = (
+                f"{segment!r} in {url!r} may not be in a prefix: letters, digits, dots, dashes "
+                "and underscores"
+            )
+    if fault:
+        raise RecipeError([Fault("registry", fault)])
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Objects:
+    """`pipeline.registry.stores.tree.Objects`, in a bucket.
+
+    Attributes:
+        url: For messages.
+        bucket: Its name.
+        root: What all our keys start with: empty, or it ends in `/`.
+        public: Read without credentials, if there are none.
+    """
+
+    url: str
+    bucket: str
+    root: str
+    public: bool
+    _clients: dict[int, Any] = field(default_factory=dict)
+    """Of each process: two processes that read one socket mix up replies."""
+    _locks: dict[int, threading.Lock] = field(default_factory=dict)
+    """The same: the parent may have held its own while it forked."""
+
+    def listed(self, prefix: str) -> Iterator[Found]:
+        with self.errors("list"):
+            for page in self.pages("list_objects_v2", Prefix=f"{self.root}{prefix}"):
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"].removeprefix(self.root)
+                    yield found_in(key, entry.get("Size", -1), entry.get("LastModified"))
+
+    def read(self, key: str, limit_bytes: int) -> bytes | None:
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+        from urllib3.exceptions import HTTPError
+
+        broken = HTTPClientError, IncompleteReadError, HTTPError, ConnectionError, TimeoutError
+        with self.errors(f"read {key} in"):
+            for _ in range(ATTEMPTS - 1):
+                with contextlib.suppress(*broken):
+                    return self._read(key, limit_bytes)
+            return self._read(key, limit_bytes)
+
+    @contextlib.contextmanager
+    def stream(self, key: str, offset: int, end: int | None) -> Iterator[Iterator[bytes]]:
+        what = f"{self.url}: {key}"
+        with self.errors(f"read {key} in"), contextlib.ExitStack() as stack:
+            response = None
+            if end is None or end > offset:
+                asked = f"bytes={offset}-{'' if end is None else end - 1}"
+                response = self._get(key, Range=asked)
+            if response is None:
+                yield iter(())
+                return
+            body = stack.enter_context(contextlib.closing(response["Body"]))
+            stated = response.get("ContentRange")
+            if stated is not None and not str(stated).startswith(f"bytes {offset}-"):
+                raise TransientError(f"asked {what} from byte {offset} on, got {stated!r}")
+            skip = offset if stated is None else 0  # a server that knows no ranges sends all
+            yield window(at_pace(_reader(body), what), skip, sys.maxsize, what)
+
+    def client(self) -> Any:
+        """The boto3 client of this process."""
+        pid = os.getpid()
+        with self._locks.setdefault(pid, threading.Lock()):
+            if pid not in self._clients:
+                self._clients[pid] = self._connect()
+        return self._clients[pid]
+
+    def call(self, operation: str, key: str | None = None, **arguments: Any) -> Any:
+        """Send one request; botocore repeats it a few times."""
+        if key is not None:
+            arguments["Key"] = f"{self.root}{key}"
+        send: Callable[..., Any] = getattr(self.client(), operation)
+        return send(Bucket=self.bucket, **arguments)
+
+    def pages(self, operation: str, **arguments: Any) -> Iterator[Any]:
+        """The pages of a list, as many as a registry has at most."""
+        pages = self.client().get_paginator(operation).paginate(Bucket=self.bucket, **arguments)
+        for number, page in enumerate(pages):
+            if number >= _MAX_PAGES:
+                raise PipelineError(f"{self.url} lists more than {_MAX_PAGES} pages; check the URL")
+            yield page
+
+    @contextlib.contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Turn an exception of botocore into one of ours.
+
+        Raises:
+            AccessError: No credentials, wrong ones, or not enough of them.
+            NotFoundError: No such bucket or object.
+            TransientError: The server is busy or cannot be reached; botocore tried several times.
+            PipelineError: Anything else that a server says.
+        """
+        try:
+            yield
+        except PipelineError:
+            raise
+        except Exception as error:
+            explained = _explained(error, f"cannot {doing} {self.url}", self.bucket)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _connect(self) -> Any:
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
+        from botocore.config import Config
+
+        session = boto3.session.Session()
+        signs = not (self.public and session.get_credentials() is None)
+        config = Config(
+            connect_timeout=CONNECT_S,
+            read_timeout=SILENCE_S,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            max_pool_connections=CONNECTIONS,
+            tcp_keepalive=True,
+            # Every byte is compared with the manifest's SHA-256.
+            response_checksum_validation="when_required",
+            **({} if signs else {"signature_version": UNSIGNED}),
+        )
+        client = session.client("s3", config=config)
+        # botocore has no setting for its connection classes; urllib3's pool manager has.
+        manager = client._endpoint.http_session._manager
+        manager.pool_classes_by_scheme = timed_pools(AWSHTTPConnection, AWSHTTPSConnection)
+        return client
+
+    def _read(self, key: str, limit_bytes: int) -> bytes | None:
+        response = self._get(key)
+        if response is None:
+            return None
+        what = f"{self.url}: {key}"
+        with contextlib.closing(response["Body"]) as body:
+            if "ContentLength" not in response:  # then its end could be a connection that broke
+                raise TransientError(f"{what} comes without its size; try again")
+            return joined(at_pace(_reader(body), what), limit_bytes, what)
+
+    def _get(self, key: str, **arguments: str) -> Any:
+        """The response to a GET; None if there is no such object, or no such byte."""
+        from botocore.exceptions import ClientError
+
+        try:
+            return self.call("get_object", key, **arguments)
+        except ClientError as error:
+            code, status = code_and_status(error)
+            if status == 416 or code == "InvalidRange" or (missing(error) and not arguments):
+                return None
+            raise
+
+
+def code_and_status(error: Exception) -> tuple[str, int]:
+    """Code of a botocore `ClientError`, such as `NoSuchKey`, and HTTP status; 0 if it has none."""
+    response: Any = getattr(error, "response", {})
+    metadata = response.get("ResponseMetadata", {})
+    return str(response.get("Error", {}).get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
+
+
+def missing(error: Exception) -> bool:
+    """Whether the object, not the bucket, is not there; a HEAD tells its status only."""
+    code, status = code_and_status(error)
+    known = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "404"}
+    return code in known or (status == 404 and not code)
+
+
+def taken(error: Exception) -> bool:
+    """Whether a condition (`If-Match`, `If-None-Match`) did not hold."""
+    code, status = code_and_status(error)
+    return status == 412 or code == "PreconditionFailed"
+
+
+def raced(error: Exception) -> bool:
+    """Whether another writer was at the same key in the same moment; do it again."""
+    code, status = code_and_status(error)
+    return status == 409 and code in {"", "409", "ConditionalRequestConflict"}
+
+
+def found_in(key: str, size_bytes: int, modified: datetime | None) -> Found:
+    """An object; one that the server does not date is new, so that nothing removes it."""
+    modified_s = time.time() if modified is None else modified.timestamp()
+    return Found(key=key, size_bytes=size_bytes, modified_s=modified_s)
+
+
+def _explained(error: Exception, fault: str, bucket: str) -> PipelineError | None:
+    """What to raise instead of an exception; None if it is not of botocore or the network."""
+    from botocore import exceptions as botocore
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    # One line of a terminal.
+    message = re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]
+    if isinstance(error, botocore.ClientError):
+        return _refusal(error, f"{fault}: {message}", bucket)
+    if isinstance(
+        error,
+        botocore.NoCredentialsError
+        | botocore.PartialCredentialsError
+        | botocore.CredentialRetrievalError
+        | botocore.TokenRetrievalError
+        | botocore.MetadataRetrievalError
+        | botocore.SSOError
+        | botocore.ProfileNotFound
+        | botocore.ConfigNotFound
+        | botocore.ConfigParseError,
+    ):
+        return AccessError(
+            f"{fault}: there are no credentials ({message}); log in, or set {_CREDENTIALS}"
+        )
+    if isinstance(error, botocore.SSLError):
+        return PipelineError(
+            f"{fault}: the server's certificate is not trusted ({message}); name the file of "
+            "your authority in AWS_CA_BUNDLE"
+        )
+    broken = botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError
+    if isinstance(error, broken | HTTPError | ConnectionError | TimeoutError):
+        return TransientError(
+            f"{fault}: {message}; check the endpoint and the network, and try again"
+        )
+    if isinstance(error, ResponseParserError):
+        return PipelineError(
+            f"{fault}: what answers is no S3 server; check the endpoint, and whether the network "
+            "wants you to log in"
+        )
+    if isinstance(error, botocore.BotoCoreError):
+        return PipelineError(f"{fault}: {message}; check the URL, the region and the endpoint")
+    return None
+
+
+def _refusal(error: Exception, message: str, bucket: str) -> PipelineError:
+    """What a reply of the server means."""
+    code, status = code_and_status(error)
+    if code == "NoSuchBucket":
+        return NotFoundError(f"{message}; there is no bucket {bucket}: check the URL and endpoint")
+    for codes, kind, advice in _ADVICE:
+        if re.fullmatch(codes, code):
+            return kind(f"{message}; {advice}")
+    if status in {401, 403}:
+        return AccessError(
+            f"{message}; ask for permission on bucket {bucket}, or use other credentials: "
+            f"{_CREDENTIALS}"
+        )
+    if status == 429 or status >= 500:
+        return TransientError(f"{message}; try again later")
+    if status == 404 or missing(error):
+        return NotFoundError(f"{message}; check the reference")
+    if taken(error) or raced(error):
+        return TransientError(f"{message}; another writer was there: run the same command again")
+    return PipelineError(f"{message}; check that the endpoint speaks S3")
+
+
+def _reader(body: Any) -> Callable[[int], bytes]:
+    """Reads what has arrived of a body; botocore's own methods wait until a chunk is full."""
+    read: Callable[[int], bytes] = body._raw_stream.read1
+    return read
+
+
+KIND = S3Registry
