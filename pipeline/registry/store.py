@@ -82,7 +82,7 @@ class RawStatement:
 
     Attributes:
         name: `<kind>-<first 16 hex digits of SHA-256(payload)>`; a claim until it is compared.
-        files: File name -> content; `ENVELOPE` is always among them.
+        files: File name -> content; `ENVELOPE`, which is signed, is always among them.
     """
 
     name: str
@@ -129,8 +129,7 @@ class Store(Protocol):
     def identity(self) -> str | None:
         """The registry's random identity, 32 hex digits; None if nothing was published yet.
 
-        Raises:
-            CorruptError: It is there and cannot be read as one.
+        CorruptError if it cannot be read as one.
         """
         ...
 
@@ -150,28 +149,18 @@ class Store(Protocol):
     def read_manifest(self, place: Place) -> bytes:
         """The bytes of `manifest.json`.
 
-        Raises:
-            NotFoundError: No such version.
-            CorruptError: Longer than a manifest may be.
+        NotFoundError if there is no such version, CorruptError if they are more than may be.
         """
         ...
 
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """The bytes of one file of a package, in chunks of the store's choice.
+        """The bytes of one file of a package from `offset` on, in chunks of the store's choice.
 
-        Nothing is promised of them: there may be too few, too many or wrong ones.
-
-        Args:
-            place: The version.
-            file: Which, as its manifest lists it.
-            offset: First byte.
-            end: First byte that the caller will not read, so that nothing is sent in vain.
-
-        Raises:
-            NotFoundError: No such file.
-            TransientError: The connection broke or is too slow; also while iterating.
+        Nothing is promised of them: there may be too few, too many or wrong ones. What lies from
+        `end` on the caller will not read, so it need not be sent. NotFoundError if there is no such
+        file; TransientError also while iterating, if the connection broke or is too slow.
         """
         ...
 
@@ -187,9 +176,7 @@ class Store(Protocol):
     def read_statement(self, place: Place, name: str) -> RawStatement:
         """One statement with all its attachments.
 
-        Raises:
-            NotFoundError: No such statement.
-            CorruptError: It is larger than a statement may be.
+        NotFoundError if there is none, CorruptError if it is larger than a statement may be.
         """
         ...
 
@@ -211,8 +198,7 @@ class WritableStore(Store, Protocol):
     def check_writable(self) -> None:
         """Find out, before any work, whether packages can be published here; leaves no trace.
 
-        Raises:
-            AccessError: They cannot, or the store cannot create exclusively; says what to change.
+        AccessError, which says what to change, if not, or if it cannot create exclusively.
         """
         ...
 
@@ -239,9 +225,7 @@ class WritableStore(Store, Protocol):
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
         """Add a statement; whole or not at all to its readers. False if it was there.
 
-        Raises:
-            ConflictError: Other bytes are there under this name.
-            NotFoundError: No such version.
+        ConflictError if other bytes are there under this name, NotFoundError without the version.
         """
         ...
 

@@ -20,7 +20,7 @@ _STORES = {
     "s3": "pipeline.registry.stores.s3",
     "oci": "pipeline.registry.stores.oci.registry",
 }
-_MOST_LINES = {"folder": 8200, "s3": 8900, "oci": 9800}
+_MOST_LINES = {"folder": 7350, "s3": 7700, "oci": 8400}
 """What it is today, so that it grows no more; the aim is 6,000."""
 
 _SCRIPT = """

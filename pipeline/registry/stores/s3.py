@@ -50,10 +50,11 @@ _MAX_PAGES = 3_000
 
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 _ADVICE: tuple[tuple[str, type[PipelineError], str], ...] = (
+    ("NoSuchBucket", NotFoundError, "there is no such bucket: check the URL and the endpoint"),
     (
         "RequestTimeTooSkewed",
         AccessError,
-        "this machine's clock is wrong: set it, such as with NTP",
+        "this machine's clock is wrong: set it, as with NTP",
     ),
     (
         "ExpiredToken|TokenRefreshRequired|InvalidToken|RequestExpired",
@@ -72,8 +73,25 @@ _ADVICE: tuple[tuple[str, type[PipelineError], str], ...] = (
         TransientError,
         "try again later",
     ),
+    (
+        "(NoCredentials|PartialCredentials|.*Retrieval|SSO.*|UnauthorizedSSOToken|ConfigParse)Error"
+        "|ProfileNotFound|ConfigNotFound",
+        AccessError,
+        f"there are no credentials: log in, or set {_CREDENTIALS}",
+    ),
+    (
+        "SSLError",
+        PipelineError,
+        "the server's certificate is not trusted: name the file of your authority in AWS_CA_BUNDLE",
+    ),
+    (
+        "ResponseParserError",
+        PipelineError,
+        "what answers is no S3 server: check the endpoint, and whether the network wants a login",
+    ),
 )
-"""Codes (a pattern), error, advice; Amazon S3 API Reference, "Error responses"."""
+"""Codes of a server (Amazon S3 API Reference, "Error responses") and exceptions of botocore, as a
+pattern; error; advice."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -238,7 +256,7 @@ class S3Objects:
         except PipelineError:
             raise
         except Exception as error:
-            explained = _explained(error, f"cannot {doing} {self.url}", self.bucket)
+            explained = _explained(error, f"cannot {doing} {self.url}")
             if explained is None:
                 raise
             raise explained from error
@@ -292,7 +310,7 @@ class S3Objects:
 
 def code_and_status(error: Exception) -> tuple[str, int]:
     """Code of a botocore `ClientError`, such as `NoSuchKey`, and HTTP status; 0 if it has none."""
-    response: Any = getattr(error, "response", {})
+    response: Any = getattr(error, "response", None) or {}
     metadata = response.get("ResponseMetadata", {})
     return str(response.get("Error", {}).get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
 
@@ -322,63 +340,30 @@ def found_in(key: str, size_bytes: int, modified: datetime | None) -> Found:
     return Found(key=key, size_bytes=size_bytes, modified_s=modified_s)
 
 
-def _explained(error: Exception, fault: str, bucket: str) -> PipelineError | None:
+def _explained(error: Exception, fault: str) -> PipelineError | None:
     """What to raise instead of an exception; None if it is not of botocore or the network."""
     from botocore import exceptions as botocore
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
+    of_network = botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError
+    broken = isinstance(error, of_network | HTTPError | ConnectionError | TimeoutError)
+    known = botocore.ClientError | botocore.BotoCoreError | ResponseParserError
+    if not broken and not isinstance(error, known):
+        return None
     # One line of a terminal.
-    message = re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]
-    if isinstance(error, botocore.ClientError):
-        return _refusal(error, f"{fault}: {message}", bucket)
-    if isinstance(
-        error,
-        botocore.NoCredentialsError
-        | botocore.PartialCredentialsError
-        | botocore.CredentialRetrievalError
-        | botocore.TokenRetrievalError
-        | botocore.MetadataRetrievalError
-        | botocore.SSOError
-        | botocore.ProfileNotFound
-        | botocore.ConfigNotFound
-        | botocore.ConfigParseError,
-    ):
-        return AccessError(
-            f"{fault}: there are no credentials ({message}); log in, or set {_CREDENTIALS}"
-        )
-    if isinstance(error, botocore.SSLError):
-        return PipelineError(
-            f"{fault}: the server's certificate is not trusted ({message}); name the file of "
-            "your authority in AWS_CA_BUNDLE"
-        )
-    broken = botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError
-    if isinstance(error, broken | HTTPError | ConnectionError | TimeoutError):
-        return TransientError(
-            f"{fault}: {message}; check the endpoint and the network, and try again"
-        )
-    if isinstance(error, ResponseParserError):
-        return PipelineError(
-            f"{fault}: what answers is no S3 server; check the endpoint, and whether the network "
-            "wants you to log in"
-        )
-    if isinstance(error, botocore.BotoCoreError):
-        return PipelineError(f"{fault}: {message}; check the URL, the region and the endpoint")
-    return None
-
-
-def _refusal(error: Exception, message: str, bucket: str) -> PipelineError:
-    """What a reply of the server means."""
-    code, status = code_and_status(error)
-    if code == "NoSuchBucket":
-        return NotFoundError(f"{message}; there is no bucket {bucket}: check the URL and endpoint")
-    for codes, kind, advice in _ADVICE:
-        if re.fullmatch(codes, code):
+    text = re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]
+    message, (code, status) = f"{fault}: {text}", code_and_status(error)
+    for pattern, kind, advice in _ADVICE:
+        if re.fullmatch(pattern, code or type(error).__name__):
             return kind(f"{message}; {advice}")
+    if broken:
+        return TransientError(f"{message}; check the endpoint and the network, and try again")
+    if not isinstance(error, botocore.ClientError):
+        return PipelineError(f"{message}; check the URL, the region and the endpoint")
     if status in {401, 403}:
         return AccessError(
-            f"{message}; ask for permission on bucket {bucket}, or use other credentials: "
-            f"{_CREDENTIALS}"
+            f"{message}; ask for permission on the bucket, or use other credentials: {_CREDENTIALS}"
         )
     if status == 429 or status >= 500:
         return TransientError(f"{message}; try again later")

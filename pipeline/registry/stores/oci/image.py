@@ -13,6 +13,7 @@ request fetches it. Equal packages are equal images: statements are not in them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tarfile
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from pipeline.core.errors import CorruptError
+from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.values import FileDigest
-from pipeline.registry.manifest import MANIFEST, digest_bytes
+from pipeline.registry.manifest import MANIFEST, digest_bytes, files_of, parse_manifest
 from pipeline.registry.paths import folders_of
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -51,16 +52,7 @@ class _Value(BaseModel):
 
 
 class Descriptor(_Value):
-    """Names bytes by their digest.
-
-    Attributes:
-        media_type: Of the bytes.
-        digest: `sha256:` and 64 hex digits.
-        size: Of the bytes.
-        artifact_type: Of the manifest that it names.
-        annotations: Text about it.
-        data: The bytes themselves in base64, when they travel with it; not yet compared.
-    """
+    """Names bytes by their digest; `data` are these bytes in base64, when they travel with it."""
 
     media_type: str
     digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
@@ -117,34 +109,6 @@ def digest_of(data: bytes) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Image:
-    """What an image manifest says of a package; nothing of it is proven.
-
-    Attributes:
-        document: Its bytes.
-        layers: Names the tars.
-        manifest: What it says the bytes of `manifest.json` are.
-    """
-
-    document: bytes
-    layers: tuple[Descriptor, ...]
-    manifest: bytes
-
-
-def parse_image(document: bytes, origin: str) -> Image:
-    """Read an image manifest.
-
-    Raises:
-        CorruptError: It is not of a package.
-    """
-    manifest = parse(Manifest, document, origin)
-    stated = (manifest.annotations or {}).get(PACKAGE_MANIFEST)
-    if manifest.artifact_type != ARTIFACT_TYPE or not manifest.layers or not stated:
-        raise CorruptError(f"{origin} is not a package of this program; remove that tag")
-    return Image(document=document, layers=manifest.layers, manifest=stated.encode())
-
-
-@dataclass(frozen=True, kw_only=True)
 class Member:
     """One file in a tar.
 
@@ -172,7 +136,6 @@ class Layer:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole tar."""
         last = self.members[-1]
         return last.offset + last.file.size_bytes + last.padding + len(END)
 
@@ -200,6 +163,61 @@ def plan_layer(files: Sequence[FileDigest]) -> Layer:
         members.append(Member(file=file, header=header, offset=position + len(header)))
         position = members[-1].offset + file.size_bytes + members[-1].padding
     return Layer(members=tuple(members))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """What an image manifest says of a package; nothing of it is proven.
+
+    Attributes:
+        document: Its bytes.
+        layers: Names the tars.
+        manifest: What it says the bytes of `manifest.json` are.
+    """
+
+    document: bytes
+    layers: tuple[Descriptor, ...]
+    manifest: bytes
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[Descriptor, Layer, int]]:
+        """File -> the layer that it is in, what it should be, and where its bytes begin."""
+        planned = plan_layers(self.manifest, files_of(parse_manifest(self.manifest, MANIFEST)))
+        return {
+            member.file.path: (blob, layer, member.offset)
+            for blob, layer in zip(self.layers, planned, strict=False)
+            for member in layer.members
+        }
+
+    def find(self, path: str) -> tuple[str, int]:
+        """The digest of the layer that has a file, and where in it the file's bytes begin.
+
+        Raises:
+            NotFoundError: There is no such file.
+            CorruptError: The layer has not the size that the manifest makes.
+        """
+        if path not in self._places:
+            raise NotFoundError(f"the image has no file {path}")
+        blob, layer, offset = self._places[path]
+        if layer.size_bytes != blob.size:
+            raise CorruptError(
+                f"{path} is in a layer of {blob.size} bytes where its manifest makes "
+                f"{layer.size_bytes}; publish it again"
+            )
+        return blob.digest, offset
+
+
+def parse_image(document: bytes, origin: str) -> Image:
+    """Read an image manifest.
+
+    Raises:
+        CorruptError: It is not of a package.
+    """
+    manifest = parse(Manifest, document, origin)
+    stated = (manifest.annotations or {}).get(PACKAGE_MANIFEST)
+    if manifest.artifact_type != ARTIFACT_TYPE or not manifest.layers or not stated:
+        raise CorruptError(f"{origin} is not a package of this program; remove that tag")
+    return Image(document=document, layers=manifest.layers, manifest=stated.encode())
 
 
 def _header(path: str, size_bytes: int | None = None) -> bytes:

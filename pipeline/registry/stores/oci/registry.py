@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +19,6 @@ import pydantic.dataclasses
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest
-from pipeline.registry.manifest import MANIFEST, files_of, parse_manifest
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
@@ -54,13 +52,11 @@ from pipeline.registry.stores.oci.image import (
     TITLE,
     Descriptor,
     Image,
-    Layer,
     Listing,
     Manifest,
     digest_of,
     parse,
     parse_image,
-    plan_layers,
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport, find_credentials
 from pipeline.registry.stores.transfer import window
@@ -340,7 +336,7 @@ class OciStore:
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> Iterator[Iterator[bytes]]:
-        digest, start = self._find(place, file)
+        digest, start = self.image(place).find(file.path)
         stop = file.size_bytes if end is None else min(end, file.size_bytes)
         if offset >= stop:
             yield iter(())
@@ -460,25 +456,6 @@ class OciStore:
             if one.artifact_type in {None, "", STATEMENT_TYPE}
             and is_statement_name(name := one.annotation(NAME))
         }
-
-    def _find(self, place: Place, file: FileDigest) -> tuple[str, int]:
-        """The layer that has a file, and where in the layer its bytes begin."""
-        image = self.image(place)
-        for layer, descriptor in zip(_planned(image.manifest), image.layers, strict=False):
-            for member in layer.members:
-                if member.file.path == file.path:
-                    if layer.size_bytes != descriptor.size:
-                        raise CorruptError(
-                            f"{place} has a layer of {descriptor.size} bytes where its "
-                            f"manifest makes {layer.size_bytes}; publish it again"
-                        )
-                    return descriptor.digest, member.offset
-        raise NotFoundError(f"{place} has no file {file.path}")
-
-
-@functools.lru_cache(maxsize=64)
-def _planned(manifest: bytes) -> tuple[Layer, ...]:
-    return plan_layers(manifest, files_of(parse_manifest(manifest, MANIFEST)))
 
 
 KIND = OciRegistry

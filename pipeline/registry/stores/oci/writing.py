@@ -496,15 +496,14 @@ def _put_layer(
     digest = f"sha256:{whole.hexdigest()}"
     blob = Descriptor(media_type=LAYER_TYPE, digest=digest, size=layer.size_bytes)
     total = sum(one.file.size_bytes for one in layer.members if one.file.path != MANIFEST)
-    sent = counted = 0
+    sent = 0
 
     def on_sent(count: int) -> None:
-        nonlocal sent, counted
+        nonlocal sent
         sent += count
-        on_bytes(total * sent // blob.size - counted)
-        counted = total * sent // blob.size
+        on_bytes(count)
 
     if not repository.has_blob(blob):
         repository.upload(blob, lambda: tar_of(layer, package.dir, manifest), on_sent)
-    on_sent(blob.size - sent)
+    on_bytes(total - sent)  # without what the tar adds
     return blob
