@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, RecipeError
@@ -49,56 +49,42 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FileEntry:
-    """One file; `path` is relative to the package."""
+class _Part(BaseModel):
+    model_config = STRICT
 
-    path: _Text
+
+class _File(_Part):
+    path: _Text  # relative to the package
     size: _Bytes
     sha256: _Sha256
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Runtime:
-    """What loads the engine, in exactly this version."""
-
+class _Runtime(_Part):
     name: _Text
     version: _Text
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Match:
-    """Where the engine runs; an empty list or null means any."""
-
+class _Match(_Part):  # an empty list or null means any
     sm: list[_Count]
     cards: list[_Text]
     min_vram_bytes: _Bytes
-    runtime: Runtime
+    runtime: _Runtime
     cuda: _Text | None
     driver_min: _Text | None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LimitsEntry:
-    """`pipeline.core.values.Limits`."""
-
+class _Limits(_Part):
     max_batch_size: _Count
     max_seq_len: _Count
     max_num_tokens: _Count
     kv_cache_dtype: _Text
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Serve:
-    """Arguments for the runtime's server."""
-
+class _Serve(_Part):
     args: list[str]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Source:
-    """Whose weights these are; `digest` identifies their bytes."""
-
+class _Source(_Part):
     origin: _Text
     commit: _Text | None
     digest: _Sha256
@@ -106,18 +92,12 @@ class Source:
     random: bool
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class BuildEntry:
-    """Versions of the tools, and the resolved configuration."""
-
+class _Build(_Part):
     tools: dict[str, str]
     config: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LicenceEntry:
-    """Terms of the weights."""
-
+class _Licence(_Part):
     spdx: _Text
     files: list[_Text]
     redistribution: Redistribution
@@ -125,9 +105,7 @@ class LicenceEntry:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Manifest:
-    """`manifest.json`."""
-
+class _Manifest:
     schema: Literal[1]
     name: str
     variant: str
@@ -135,14 +113,14 @@ class Manifest:
     build_key: _Sha256
     format: _Text
     quantization: _Text
-    files: Annotated[list[FileEntry], Field(min_length=1)]
-    match: Match
-    limits: LimitsEntry
-    serve: Serve
-    source: Source
+    files: Annotated[list[_File], Field(min_length=1)]
+    match: _Match
+    limits: _Limits
+    serve: _Serve
+    source: _Source
     ledger: dict[str, Any]
-    build: BuildEntry
-    licence: LicenceEntry
+    build: _Build
+    licence: _Licence
 
     def __post_init__(self) -> None:
         check_part("name", self.name)
@@ -233,7 +211,7 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
     if not canonical:
         raise CorruptError(f"{origin} is not RFC 8785 canonical JSON, so its digest means nothing")
     try:
-        TypeAdapter(Manifest).validate_json(data)
+        TypeAdapter(_Manifest).validate_json(data)
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}".removeprefix(": ")
@@ -258,16 +236,10 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
 
 
-def verify(
-    package_dir: Path, *, deep: bool = True, beside: Callable[[str], bool] = lambda path: False
-) -> Package:
-    """Check that a folder is a whole, unchanged package.
+def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False) -> Package:
+    """Check that a folder is a whole, unchanged package: names, sizes, and every byte.
 
-    Args:
-        package_dir: The folder.
-        deep: Read every file and compare its SHA-256; otherwise only names and sizes are compared.
-        beside: Whether a path may be there although no manifest lists it; such a file must be a
-            plain one. A package in a registry has none.
+    `beside` tells whether a path may be there, as a plain file, although no manifest lists it.
 
     Raises:
         CorruptError: Anything is missing, too much, or different; names it.
@@ -294,7 +266,7 @@ def verify(
                     f"{package_dir}: {path!r} has {found[path].st_size} bytes, "
                     f"its manifest says {file.size_bytes}"
                 )
-        for path, file in wanted.items() if deep else ():
+        for path, file in wanted.items():
             with open_regular(package_dir / path) as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             if sha256 != file.sha256:

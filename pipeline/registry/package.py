@@ -9,7 +9,7 @@ registry that everybody can read, and a rehearsal's random weights to its throw-
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,9 @@ class Label:
 def make_manifest(
     engine: Engine, weights: Weights, label: Label, files: Sequence[FileDigest]
 ) -> dict[str, Any]:
-    """The manifest of a package.
+    """The manifest of a package: exactly what `parse_manifest` gives for its bytes.
 
-    Args:
-        engine: What is in it.
-        weights: What the engine was made from.
-        label: Its name, version and build.
-        files: Every file, with paths relative to the package: `engine/...`.
-
-    Returns:
-        Exactly what `parse_manifest` gives for its bytes.
+    The paths of `files` are relative to the package: `engine/...`.
 
     Raises:
         RecipeError: Name, variant, version or card breaks the grammar of references.
@@ -127,16 +120,10 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     the engine folder stays behind: it holds times. So do empty folders. A notice that the licence
     asks for is added to the engine folder's `NOTICE`.
 
-    Args:
-        staging_dir: An empty folder; becomes the package.
-        engine: What to package; its folder stays as it is.
-        weights: What the engine was made from.
-        label: Name, version and build.
-
     Raises:
         CorruptError: The engine folder is empty, or holds something that no package may: a link, a
             FIFO, a path that means another file elsewhere.
-        RecipeError: Name, variant, version or card breaks the grammar of references.
+        RecipeError: As in `make_manifest`.
         TransientError: The disk is full.
         AccessError: The staging folder is not writable.
     """
@@ -151,8 +138,7 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
         if weights.licence.notice:
             files = _with_notice(files, staging_dir, weights.licence.notice)
         manifest = make_manifest(engine, weights, label, files)
-        data = manifest_bytes(manifest)
-        write_new(staging_dir / MANIFEST, data)
+        write_new(staging_dir / MANIFEST, data := manifest_bytes(manifest))
     return Package(dir=staging_dir, manifest=manifest, digest=digest_bytes(data))
 
 
@@ -183,31 +169,28 @@ def _with_notice(files: list[FileDigest], staging_dir: Path, notice: str) -> lis
     return [*(file for file in files if file.path != present), added]
 
 
-def publish_faults(licence: Licence, *, public: bool) -> Iterator[Fault]:
-    """Why weights must not be published; nothing if they may."""
-    if licence.gated and licence.acknowledged != licence.spdx:
-        got = f", got {licence.acknowledged}" if licence.acknowledged else ""
-        yield Fault(
-            "source.acknowledge_licence",
-            f"these weights are gated, and passing them on binds you to their licence: read it at "
-            f"{licence.read_at}, then set source.acknowledge_licence={licence.spdx}{got}",
-        )
-    if public and licence.redistribution == "forbidden":
-        yield Fault(
-            "registry",
-            f"everybody can read this registry, and the recipe does not say that {licence.spdx} "
-            "allows to pass the weights on; choose a private registry, or read the licence and set "
-            "source.redistribution to what it says: allowed or with-notice",
-        )
-
-
 def require_publishable(licence: Licence, *, public: bool) -> None:
     """Stop a build, before any download, whose package could not be published.
 
     Raises:
-        RecipeError: With all faults of `publish_faults`.
+        RecipeError: It could not; gives every reason.
     """
-    if faults := tuple(publish_faults(licence, public=public)):
+    faults = []
+    if licence.gated and licence.acknowledged != licence.spdx:
+        got = f", got {licence.acknowledged}" if licence.acknowledged else ""
+        fault = (
+            f"these weights are gated, and passing them on binds you to their licence: read it at "
+            f"{licence.read_at}, then set source.acknowledge_licence={licence.spdx}{got}"
+        )
+        faults.append(Fault("source.acknowledge_licence", fault))
+    if public and licence.redistribution == "forbidden":
+        fault = (
+            f"everybody can read this registry, and the recipe does not say that {licence.spdx} "
+            "allows to pass the weights on; choose a private registry, or read the licence and set "
+            "source.redistribution to what it says: allowed or with-notice"
+        )
+        faults.append(Fault("registry", fault))
+    if faults:
         raise RecipeError(faults)
 
 
@@ -216,10 +199,7 @@ def require_manifest_publishable(
 ) -> None:
     """Stop a sealed package that may not go where it is about to go.
 
-    Args:
-        manifest: Of the package.
-        public: Everybody can read the registry.
-        throwaway: The registry is removed after one rehearsal; see `is_throwaway`.
+    The registry can be read by everybody (`public`), or is removed after one rehearsal.
 
     Raises:
         RecipeError: Its licence does not allow it, or its weights are a rehearsal's random ones.

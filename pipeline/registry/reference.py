@@ -24,12 +24,13 @@ DEFAULT_CHANNEL = "stable"
 
 Part = Literal["name", "variant", "recipe_version", "version", "channel", "card"]
 
+_NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _WORDS = "lowercase letters and digits, joined by single dots or dashes"
 # part -> grammar, longest allowed, the grammar in words. An OCI tag holds 128 characters
 # (distribution-spec 1.1, "Pulling manifests"): variant, a separator and version fit into one.
 _GRAMMAR: dict[Part, tuple[re.Pattern[str], int, str]] = {
-    "name": (re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"), 64, _WORDS),
-    "variant": (re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"), 64, _WORDS),
+    "name": (_NAME, 64, _WORDS),
+    "variant": (_NAME, 64, _WORDS),
     "recipe_version": (
         re.compile(r"[0-9][a-z0-9]*(?:[.-][a-z0-9]+)*"),
         41,
@@ -62,14 +63,9 @@ _REFERENCE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedReference:
-    """What a reference says; exactly one of `version`, `channel` and `digest` is set.
+    """What a reference says; exactly one of `version`, `channel` and `digest` (hex) is set.
 
-    Attributes:
-        name: The recipe's name.
-        variant: Format, precision, shape and SM or card; None leaves the choice open.
-        version: An immutable version.
-        channel: A pointer that moves.
-        digest: SHA-256 (64 hex digits) of the bytes of the package's manifest.
+    Without a variant the choice among them is left open.
     """
 
     name: str
@@ -78,15 +74,10 @@ class ParsedReference:
     channel: str | None = None
     digest: str | None = None
 
-    @property
-    def what(self) -> str:
-        """The reference up to and without its version, channel or digest."""
-        return self.name if self.variant is None else f"{self.name}/{self.variant}"
-
     def __str__(self) -> str:
-        if self.digest is not None:
-            return f"{self.what}@sha256:{self.digest}"
-        return f"{self.what}:{self.version or self.channel}"
+        what = self.name if self.variant is None else f"{self.name}/{self.variant}"
+        tail = f":{self.version or self.channel}"
+        return what + (tail if self.digest is None else f"@sha256:{self.digest}")
 
 
 def parse_reference(text: str) -> ParsedReference:
@@ -120,13 +111,13 @@ def check_part(part: Part, text: str) -> str:
     Raises:
         RecipeError: It is not; says what is allowed, and what may have been meant.
     """
-    pattern, longest, words = _GRAMMAR[part]
+    (pattern, longest, words), called = _GRAMMAR[part], part.replace("_", " ")
     if is_device_name(text):
-        raise _fault(f"{text[:longest]!r} is not a {words_of(part)}: Windows keeps it for a device")
+        raise _fault(f"{text[:longest]!r} is not a {called}: Windows keeps it for a device")
     if len(text) <= longest and pattern.fullmatch(text):
         return text
     shown = text if len(text) <= longest else f"{text[:longest]}..."
-    message = f"{shown!r} is not a {words_of(part)}: {words}; at most {longest} characters"
+    message = f"{shown!r} is not a {called}: {words}; at most {longest} characters"
     lowered = text.lower().replace("_", "-")
     if lowered != text and len(text) <= longest and pattern.fullmatch(lowered):
         message += f"; did you mean {lowered}?"
@@ -134,11 +125,7 @@ def check_part(part: Part, text: str) -> str:
 
 
 def check_digest(text: str) -> str:
-    """Return `text` if it is a SHA-256 in hex.
-
-    Raises:
-        RecipeError: It is not.
-    """
+    """Return `text` if it is a SHA-256 in hex, else raise a RecipeError."""
     if not _DIGEST.fullmatch(text):
         raise _fault(f"{text[:80]!r} is not a digest: 64 lowercase hex digits")
     return text
@@ -147,11 +134,6 @@ def check_digest(text: str) -> str:
 def is_device_name(text: str) -> bool:
     """Whether Windows takes a file name for a device."""
     return _RESERVED.fullmatch(text) is not None
-
-
-def words_of(part: Part) -> str:
-    """How a message calls a part."""
-    return part.replace("_", " ")
 
 
 def derive_version(manifest: Mapping[str, Any], digest: str) -> str:

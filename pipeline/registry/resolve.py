@@ -46,7 +46,7 @@ class Resolved:
     Attributes:
         place: Where it lies.
         package: Manifest and digest; its folder is `place` as text for a package of a store.
-        statements: Those that count, as they lie in the store; envelopes, perhaps without files.
+        statements: Those that count, as they lie in the store; perhaps without attachments.
         verification: What they say.
         channel: The channel that was followed; empty for none.
         cards: Cards whose channel points here.
@@ -66,7 +66,7 @@ class Resolved:
 
     @property
     def yank(self) -> Yank | None:
-        """The yank that counts; None if there is none."""
+        """As in `Verification`."""
         return self.verification.yank
 
     def __str__(self) -> str:
@@ -116,12 +116,8 @@ def examine(
 ) -> Resolved:
     """Read and verify what a version says of itself, and what was stated about it.
 
-    Args:
-        store: Where it lies.
-        place: The version.
-        terms: What is accepted.
-        digest: What its manifest must have; None for any.
-        names: Of the statements about it, from a listing of the store; None lists them.
+    Its manifest must have the `digest`, if one is given; `names` are those of the statements about
+    it, if the store was listed already.
 
     Raises:
         CorruptError: The manifest is damaged, or not the one that belongs there.
@@ -148,14 +144,10 @@ def examine_package(
     origin: str,
     registry: str | None = None,
 ) -> Resolved:
-    """Verify what was stated about a package whose manifest is what its digest says.
+    """Verify the statements about a package whose manifest is what its digest says.
 
-    Args:
-        package: From a store, or in a folder.
-        raws: The statements about it, as they lie there.
-        terms: What is accepted.
-        origin: The package, for messages.
-        registry: Identity of the registry; None for a folder that belongs to none.
+    `origin` names it in messages; `registry` is the identity of the registry, None for a folder
+    that belongs to none.
 
     Raises:
         UntrustedError: As in `examine`.
@@ -174,10 +166,7 @@ def examine_package(
 def candidates(
     store: Store, wanted: ParsedReference, terms: Terms
 ) -> tuple[list[Resolved], list[Refused]]:
-    """Every version that a reference may mean, for any machine.
-
-    Returns:
-        Those that may be used, and those that may not with the reason.
+    """Every version that a reference may mean: those that may be used, and those that may not.
 
     Raises:
         NotFoundError: There is none; says what there is.
@@ -193,15 +182,12 @@ def candidates(
 
 
 def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> Resolved:
-    """The one package that a reference means.
-
-    With a card, only channels of that card are followed.
+    """The one package that a reference means; with a card, only its channels are followed.
 
     Raises:
         RecipeError: Not a reference, or several are meant; lists them.
         NotFoundError: There is none; says what there is.
-        CorruptError: As in `examine`, like
-        UntrustedError: this.
+        PipelineError: As in `examine`.
     """
     wanted = parse_reference(text)
     offers = _offers(store, wanted, terms.policy, card)
@@ -214,11 +200,7 @@ def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> R
 def _offers(
     store: Store, wanted: ParsedReference, policy: TrustPolicy, card: str | None
 ) -> list[_Offer]:
-    """The published versions that a reference may mean; at least one.
-
-    Raises:
-        NotFoundError: None; says what there is.
-    """
+    """The published versions that a reference may mean; a NotFoundError if there is none."""
     named = store.places(wanted.name)
     places = [place for place in named if wanted.variant in {None, place.variant}]
     there, missing = list(map(str, places or named)), f"{store.url} has no {wanted}"

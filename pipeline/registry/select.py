@@ -15,7 +15,7 @@ before portable; room for more tokens (batch x sequence).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.core.errors import (
@@ -56,29 +56,21 @@ class Proof:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The choice.
+    """A package, compared with a machine.
 
     Attributes:
-        resolved: The package that is taken.
+        resolved: The package.
         proof: Whether it is proven here.
         unknown: What is not known of the machine and would have to be so.
+        reasons: Why it cannot be taken; none for the choice.
         rejected: Every other one with the reason, `name/variant:version: reason`.
     """
 
     resolved: Resolved
     proof: Proof
     unknown: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    """A package, compared with a machine; `reasons` say why it is rejected."""
-
-    resolved: Resolved
-    proof: Proof
-    reasons: tuple[str, ...]
-    unknown: tuple[str, ...]
 
     @property
     def rank(self) -> tuple[Any, ...]:
@@ -137,12 +129,7 @@ def best(
     rejected = [str(one) for one in fits if one.reasons]
     rejected += [f"{one.resolved.place}: it fits, {place} is preferred" for one in rest]
     rejected += [f"{one.what}: {one.error}" for one in refused]
-    return Chosen(
-        resolved=first.resolved,
-        proof=first.proof,
-        unknown=first.unknown,
-        rejected=tuple(rejected),
-    )
+    return replace(first, rejected=tuple(rejected))
 
 
 def prove(found: Resolved, facts: Facts) -> Proof:
@@ -171,7 +158,7 @@ def prove(found: Resolved, facts: Facts) -> Proof:
     return Proof(kind="unproven", verdict=shown, cards=cards, why=why)
 
 
-def _fit(found: Resolved, facts: Facts, format: Format | None, accept_unproven: bool) -> _Fit:
+def _fit(found: Resolved, facts: Facts, format: Format | None, accept_unproven: bool) -> Chosen:
     manifest, proof = found.package.manifest, prove(found, facts)
     reasons, unknown = [], []
     if format not in {None, manifest["format"]}:
@@ -185,7 +172,7 @@ def _fit(found: Resolved, facts: Facts, format: Format | None, accept_unproven: 
         reasons.append(proof.why)
     if proof.kind == "unknown":
         unknown.append(proof.why)
-    return _Fit(resolved=found, proof=proof, reasons=tuple(reasons), unknown=tuple(unknown))
+    return Chosen(resolved=found, proof=proof, reasons=tuple(reasons), unknown=tuple(unknown))
 
 
 def _checks(
@@ -228,7 +215,7 @@ def _runs(runtime: Runtime | None, name: str, version: str) -> bool | None:
 
 
 def _none(
-    fits: Sequence[_Fit], refused: Sequence[Refused], wanted: ParsedReference
+    fits: Sequence[Chosen], refused: Sequence[Refused], wanted: ParsedReference
 ) -> PipelineError:
     """The error when nothing can be taken: that of the one version, or all reasons together."""
     if not fits and len(refused) == 1:
@@ -240,12 +227,9 @@ def _none(
         kinds: tuple[type[PipelineError], ...] = (UntrustedError, CorruptError, NotFoundError)
         kind = next(one for one in kinds if any(isinstance(each.error, one) for each in refused))
         return kind(f"nothing of {wanted} can be taken\n  {listed}")
-    unproven = near[0].reasons == (near[0].proof.why,)
-    advice = (
-        "to take it nevertheless: --accept-unproven"
-        if unproven
-        else "`enginesmith list` shows what there is"
-    )
+    advice = "`enginesmith list` shows what there is"
+    if near[0].reasons == (near[0].proof.why,):
+        advice = "to take it nevertheless: --accept-unproven"
     if len(lines) == 1:
         return IncompatibleError(f"{lines[0]}; {advice}")
     return IncompatibleError(

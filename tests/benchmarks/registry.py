@@ -85,7 +85,7 @@ def publish(url: str, package_dir: Path, out: Path) -> None:
     from pipeline.registry.trust.keys import parse_private_key
     from pipeline.registry.trust.signing import sign_package
 
-    package = verify(package_dir, deep=False)
+    package = verify(package_dir)
     key = parse_private_key((package_dir.parent / _KEY).read_bytes(), "the benchmark's key")
     store = open_store(url)
     store.check_writable()

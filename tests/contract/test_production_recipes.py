@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.data import data_dir
-from pipeline.core.errors import ExitCode
+from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.registry.package import publish_faults
+from pipeline.registry.package import require_publishable
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_server import HubServer
 
@@ -102,7 +103,8 @@ def test_weights_are_pinned_and_their_shape_names_the_same_commit(name: str) -> 
 def test_terms_of_the_weights(name: str, gated: bool, redistribution: str) -> None:
     terms = recipe(name, "checkpoint").source.terms
     assert (terms.gated, terms.redistribution) == (gated, redistribution)
-    assert bool(list(publish_faults(terms, public=True))) == gated
+    with pytest.raises(RecipeError) if gated else nullcontext():
+        require_publishable(terms, public=True)
     assert terms.acknowledged is None, "that is for the user to say"
 
 

@@ -6,15 +6,23 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.core.cache import RECORD
-from pipeline.core.errors import CorruptError, TransientError
+from pipeline.core.errors import CorruptError, RecipeError, TransientError
 from pipeline.core.values import Engine, Licence
 from pipeline.registry.manifest import verify
+from pipeline.registry.package import (
+    is_throwaway,
+    mark_throwaway,
+    require_manifest_publishable,
+    require_publishable,
+)
 from tests.registry.packages import make_engine, seal_engine, sealed_package
 
 
@@ -133,11 +141,6 @@ def test_damage_is_found_and_named(package_dir: Path, fault: str) -> None:
     str(raised.value).encode()  # can be printed, whatever the file is called
 
 
-def test_shallow_verify_reads_no_file_but_the_manifest(package_dir: Path) -> None:
-    _other_bytes(package_dir / "engine" / "model.plan")
-    verify(package_dir, deep=False)
-
-
 def test_stage_record_and_empty_folders_stay_behind(engine: Engine, tmp_path: Path) -> None:
     (engine.dir / RECORD).write_text('{"seconds": 1.5}')
     (engine.dir / "empty").mkdir()
@@ -155,11 +158,11 @@ def test_hard_linked_engine_file_is_copied(engine: Engine, tmp_path: Path) -> No
     assert verify(seal_engine(tmp_path / "p", engine).dir)
 
 
-@pytest.mark.parametrize("kind", ["symlink", "fifo", "backslash", "colon", "device", "empty"])
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "colon", "device", "empty"])
 def test_engine_that_no_package_may_hold_is_refused(
     engine: Engine, tmp_path: Path, kind: str
 ) -> None:
-    names = {"backslash": "a\\b", "colon": "a:b", "device": "CON"}
+    names = {"colon": "a:b", "device": "CON"}
     if kind == "symlink":
         (engine.dir / "x").symlink_to("/etc/hostname")
     elif kind == "fifo":
@@ -201,3 +204,57 @@ def test_a_notice_travels_in_the_package_and_joins_the_one_that_the_weights_have
     assert (package.engine_dir / "NOTICE").read_text() == f"{before}Built with Llama\n"
     assert package.manifest["licence"]["notice"] == "Built with Llama"
     assert verify(package.dir) == package
+
+
+GATED = Licence(
+    spdx="LicenseRef-Llama", gated=True, redistribution="with-notice", read_at="the Hub"
+)
+OPEN = Licence(spdx="MIT", redistribution="allowed")
+
+
+@pytest.mark.parametrize(
+    ("licence", "private", "public"),
+    [
+        (OPEN, [], []),
+        (Licence(spdx="MIT"), [], ["registry"]),
+        (GATED, ["source.acknowledge_licence"], ["source.acknowledge_licence"]),
+        (replace(GATED, acknowledged="MIT"), *[["source.acknowledge_licence"]] * 2),
+        (replace(GATED, acknowledged=GATED.spdx), [], []),
+    ],
+)
+def test_weights_are_published_where_their_licence_allows(
+    licence: Licence, private: list[str], public: list[str]
+) -> None:
+    for everybody, paths in ((False, private), (True, public)):
+        with pytest.raises(RecipeError) if paths else nullcontext() as caught:
+            require_publishable(licence, public=everybody)
+        if caught is not None:
+            assert [fault.path for fault in caught.value.faults] == paths
+            assert licence.spdx in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("random", "redistribution", "public", "throwaway", "allowed"),
+    [
+        (False, "allowed", True, False, True),
+        (False, "forbidden", False, False, True),
+        (False, "forbidden", True, False, False),
+        (True, "allowed", False, False, False),
+        (True, "forbidden", False, True, True),
+    ],
+)
+def test_a_sealed_package_goes_where_its_manifest_allows(
+    random: bool, redistribution: str, public: bool, throwaway: bool, allowed: bool
+) -> None:
+    manifest: dict[str, Any] = {
+        "source": {"random": random},
+        "licence": {"spdx": "MIT", "redistribution": redistribution},
+    }
+    with nullcontext() if allowed else pytest.raises(RecipeError, match="registry"):
+        require_manifest_publishable(manifest, public=public, throwaway=throwaway)
+
+
+def test_only_a_rehearsals_own_registry_is_marked(tmp_path: Path) -> None:
+    assert not is_throwaway(tmp_path)
+    mark_throwaway(tmp_path / "new")
+    assert is_throwaway(tmp_path / "new")

@@ -29,16 +29,10 @@ from pipeline.registry.trust.statements import open_statement, warn_skipped
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """A move of a channel that a trusted key signed.
+    """A move that a trusted key signed: where the channel of a card points from then on.
 
-    Attributes:
-        channel: Such as `stable`.
-        card: As NVML calls it, spaces as dashes.
-        reference: Where the channel points from then on.
-        predecessor: Id of the move before; None for the first.
-        actor: Who moved it, for people.
-        reason: Why; may be empty.
-        signed_at: As in `Statement`, like `signer` and `id`.
+    `predecessor` is the id of the move before, None for the first; `actor` and `reason` are for
+    people; `signed_at`, `signer` and `id` are those of its statement.
     """
 
     channel: str
@@ -135,7 +129,7 @@ def _read_move(data: bytes, policy: TrustPolicy, of: tuple[str, str], identity: 
 
 
 def _chain(moves: Iterable[Move]) -> tuple[Move, ...]:
-    """The moves that count, oldest first; pure.
+    """The moves that count, oldest first.
 
     A move whose predecessor is not among them (its key was revoked, or it was deleted) begins a
     piece of the chain; pieces follow each other by the signed time of their first move.

@@ -198,9 +198,6 @@ def signing_key(
         local: Whether the local key counts here.
         make: Make the local key if it is missing, and log that.
 
-    Returns:
-        None if there is no key that counts here.
-
     Raises:
         RecipeError: The environment names two keys, or one that cannot be used.
         AccessError: Another user may read the local key, or replace any key.

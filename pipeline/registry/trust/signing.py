@@ -51,22 +51,16 @@ from pipeline.registry.trust.statements import (
 log = logging.getLogger(__name__)
 
 BUILD_TYPE = "https://enginesmith.dev/build/v1"
-"""Names the meaning of `externalParameters`: the recipe's name and its resolved configuration. An
-identifier, not a page."""
+"""Identifies what SLSA's `externalParameters` mean: the recipe and its resolved configuration."""
 LOCAL_BUILDER = "https://enginesmith.dev/builder/local/v1"
-"""SLSA builder id of a build that a person started on a machine of theirs; the key tells which. An
-identifier, not a page."""
+"""SLSA builder id of a build that a person started on a machine of theirs; the key tells which."""
 _TIMESTAMP = "%Y-%m-%dT%H:%M:%SZ"
 """In-toto's Timestamp: RFC 3339 in UTC, whole seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Author:
-    """Who yanks a package or moves a channel: the key counts, `actor` and `reason` are for people.
-
-    Raises:
-        RecipeError: A text is not one printable line.
-    """
+    """Who yanks a package or moves a channel: the key counts, the texts are for people."""
 
     key: SigningKey
     actor: str
@@ -99,7 +93,7 @@ def sign_statement(
     predicate: Mapping[str, Any] | None = None,
     after: str = "",
 ) -> RawStatement:
-    """Sign a statement.
+    """Sign a statement about the package of a digest.
 
     Args:
         kind: What it states.
@@ -250,7 +244,7 @@ def sign_test(
     files: Mapping[str, bytes],
     question: str = "",
 ) -> RawStatement:
-    """Sign a test result: an in-toto test result with fields of ours.
+    """Sign an in-toto test result of a package, with fields of ours.
 
     Args:
         digest: The package that was tested.
@@ -261,14 +255,10 @@ def sign_test(
         files: `report.json`, `report.html` and `junit.xml`, as they will be published.
         question: Key of the acceptance that was asked, so that it need not be asked again.
     """
-    fields = {
-        "question": question,
-        "card": card,
-        "runtime": {"name": runtime[0], "version": runtime[1]},
-        "verdict": verdict,
-    }
+    ran = {"name": runtime[0], "version": runtime[1]}
+    fields = {"question": question, "card": card, "runtime": ran, "verdict": verdict}
     result = "PASSED" if verdict in PASSING else "FAILED"
-    predicate = {"result": result, "configuration": []}
+    predicate: dict[str, Any] = {"result": result, "configuration": []}
     return sign_statement("test", digest, fields, key, files=files, predicate=predicate)
 
 
@@ -310,13 +300,10 @@ class Signatory:
         return {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {
-                    "recipe": manifest["name"],
-                    "config": dict(build["config"]),
-                },
+                "externalParameters": {"recipe": manifest["name"], "config": build["config"]},
                 "internalParameters": {
                     "build_key": manifest["build_key"],
-                    "tools": dict(build["tools"]),
+                    "tools": build["tools"],
                 },
                 "resolvedDependencies": [weights],
             },
@@ -340,7 +327,7 @@ def signatory_for(
         environ: Names the key and the policy; in CI also the workflow.
         run: Names the run in this machine's records.
         own_folder: The packages go into a folder of this machine.
-        builds: Packages are signed, too; else verdicts alone, which a key of their own may do.
+        builds: Packages are signed, too, not verdicts alone.
 
     Raises:
         RecipeError: No key is given where one must be, or it cannot be used.
@@ -362,10 +349,9 @@ def signatory_for(
 
 
 def builder(environ: Mapping[str, str], run: str) -> tuple[str, str]:
-    """Builder and invocation id of a build; `run` names it in this machine's records.
+    """SLSA builder and invocation id of a build; `run` names it in this machine's records.
 
-    In GitHub Actions both come from its default environment variables: the workflow file at its
-    ref, and the attempt of the run.
+    In GitHub Actions they are the workflow file at its ref, and the attempt of the run.
     """
     server, repository = environ.get("GITHUB_SERVER_URL"), environ.get("GITHUB_REPOSITORY")
     workflow, run_id = environ.get("GITHUB_WORKFLOW_REF"), environ.get("GITHUB_RUN_ID")

@@ -81,7 +81,7 @@ class Statement:
         digest: The package that it is about.
         signed_at: RFC 3339, UTC, microseconds: text that sorts as time.
         signer: Of the policy.
-        fields: Of its kind; see the module. `text`, `part` and `reference` check their form.
+        fields: Of its kind; `text`, `part` and `reference` check their form.
         files: Name -> SHA-256 (hex) of every file beside the envelope.
         predicate: The whole predicate.
         id: SHA-256 (hex) of the payload.
@@ -129,11 +129,7 @@ def text_fault(text: str) -> str:
 
 
 def open_statement(data: bytes, policy: TrustPolicy) -> Statement:
-    """Verify an envelope: its signature, its signer's right, and its statement's form.
-
-    Raises:
-        UntrustedError: It holds no statement, or no key that may signed it.
-    """
+    """Verify an envelope: the signature, the signer's right and the form, else UntrustedError."""
     envelope = parse_envelope(data)
     try:
         value = json.loads(envelope.payload)
@@ -170,10 +166,10 @@ def open_statement(data: bytes, policy: TrustPolicy) -> Statement:
 
 
 def parse_envelope(data: bytes) -> Envelope:
-    """Read a DSSE envelope (github.com/secure-systems-lab/dsse, version 1); verifies no signature.
+    """Read a DSSE envelope (github.com/secure-systems-lab/dsse, version 1) of an in-toto statement.
 
     Raises:
-        UntrustedError: It is none, or not one of an in-toto statement.
+        UntrustedError: It is none. Its signatures are not verified yet.
     """
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import FormatError

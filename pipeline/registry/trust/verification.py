@@ -50,15 +50,10 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True)
 class SignedVerdict:
-    """A test result by a trusted key.
+    """A test result by a trusted key, about a card and the runtime (name, version) that ran there.
 
-    Attributes:
-        card: The card that it counts for.
-        runtime: Name and version of what ran the engine.
-        verdict: Such as `accepted`.
-        signed_at: As in `Statement`, like `signer`.
-        statement: Name of the statement, which has the report.
-        question: Key of the acceptance that was asked; empty where none is named.
+    `statement` names the one that has the report; `question` is the key of the acceptance that was
+    asked, empty where none is named.
     """
 
     card: str
@@ -71,14 +66,8 @@ class SignedVerdict:
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
-        return {
-            "card": self.card,
-            "runtime": " ".join(self.runtime),
-            "verdict": self.verdict,
-            "signed_at": self.signed_at,
-            "statement": self.statement,
-            "signer": self.signer.to_json(),
-        }
+        same = {name: getattr(self, name) for name in ("card", "verdict", "signed_at", "statement")}
+        return {**same, "runtime": " ".join(self.runtime), "signer": self.signer.to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +153,8 @@ def verify_statements(
 ) -> Verification:
     """Verify everything that was stated about a package.
 
-    The registry is its identity: yanks of another one do not count. It is None where there is none,
-    as in a folder that was pulled: there every trusted yank counts.
+    Yanks of another registry than this identity do not count; where there is none, as in a folder
+    that was pulled, every trusted yank counts.
     """
     statements: list[Statement] = []
     verdicts: list[SignedVerdict] = []

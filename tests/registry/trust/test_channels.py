@@ -74,6 +74,25 @@ def test_a_channel_points_where_the_last_move_says(team: Team, packages: list[Re
     assert [one.predecessor for one in moves] == [None, moves[0].id, moves[1].id]
 
 
+def test_a_hint_shows_people_the_newest_move_and_one_that_fails_undoes_none(
+    team: Team, packages: list[Reference], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = move(team, packages[0])
+    (hint,) = tmp_path.glob("artifacts/**/channels/stable.*.json")
+    assert json.loads(hint.read_text())["move"] == newest.id
+
+    class NoHints:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(team.store, name)
+
+        def put_hint(self, *args: Any) -> None:
+            raise AccessError("read-only")
+
+    move(team, packages[1], store=NoHints())
+    assert stable(team) == packages[1]
+    assert "its hint was not" in caplog.text
+
+
 def test_moving_to_where_a_channel_points_writes_nothing(
     team: Team, packages: list[Reference]
 ) -> None:
@@ -154,7 +173,7 @@ def test_a_decision_about_an_older_state_is_refused(team: Team, packages: list[R
     assert stable(team) == two
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_later_rival_of_any_earlier_move_changes_nothing(
     team: Team, packages: list[Reference], seed: int
 ) -> None:
@@ -193,29 +212,6 @@ def test_a_clock_that_is_behind_moves_a_channel_all_the_same(
     move(team, packages[1])
     move(team, packages[2])
     assert stable(team) == packages[2]
-
-
-def test_people_find_the_newest_move_beside_the_log(
-    team: Team, packages: list[Reference], tmp_path: Path
-) -> None:
-    newest = move(team, packages[0])
-    (hint,) = tmp_path.glob("artifacts/**/channels/stable.*.json")
-    assert json.loads(hint.read_text())["move"] == newest.id
-
-
-def test_a_hint_that_cannot_be_written_undoes_no_move(
-    team: Team, packages: list[Reference], caplog: pytest.LogCaptureFixture
-) -> None:
-    class NoHints:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(team.store, name)
-
-        def put_hint(self, *args: Any) -> None:
-            raise AccessError("read-only")
-
-    move(team, packages[0], store=NoHints())
-    assert stable(team) == packages[0]
-    assert "its hint was not" in caplog.text
 
 
 def test_simultaneous_authors_leave_one_chain_and_each_knows_how_it_ended(

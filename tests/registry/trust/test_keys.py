@@ -92,7 +92,7 @@ def home(tmp_path: Path) -> dict[str, str]:
     return {"ENGINESMITH_CONFIG": str(tmp_path / "config")}
 
 
-@pytest.mark.parametrize("ci", ["", "0", "false", "true", "1", "yes", "TRUE"])
+@pytest.mark.parametrize("ci", ["", "0", "false", "1", "TRUE"])
 def test_a_given_key_comes_first_and_a_local_one_counts_at_home_only(
     home: dict[str, str], tmp_path: Path, ci: str
 ) -> None:
@@ -111,11 +111,6 @@ def test_a_given_key_comes_first_and_a_local_one_counts_at_home_only(
     if in_ci:
         with pytest.raises(RecipeError, match=KEY_PATH):
             require_signing_key(environ, local=True, make=True)
-
-
-def test_two_keys_in_the_environment_are_refused(home: dict[str, str]) -> None:
-    with pytest.raises(RecipeError, match=KEY_TEXT):
-        signing_key({**home, KEY_PATH: "/k", KEY_TEXT: "pem"}, local=True)
 
 
 def test_configuration_folder_is_not_the_cache() -> None:
@@ -150,23 +145,19 @@ def test_two_first_builds_end_with_one_local_key(
     assert len({(tmp_path / f"id-{number}").read_text() for number in range(8)}) == 1
 
 
-def test_missing_key_file_is_a_usage_fault(tmp_path: Path) -> None:
+def test_a_missing_key_or_two_keys_are_a_usage_fault(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=KEY_TEXT):
+        signing_key({KEY_PATH: "/k", KEY_TEXT: "pem"}, local=True)
     with pytest.raises(RecipeError, match=r"nowhere\.key.*enginesmith keygen"):
         signing_key({KEY_PATH: str(tmp_path / "nowhere.key")}, local=True)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("which", ["ci.key", "ci.key.pub"])
-def test_a_key_that_others_may_replace_is_refused(tmp_path: Path, which: str) -> None:
+def test_a_key_that_others_may_replace_is_refused(tmp_path: Path) -> None:
     write_key_pair(generate_key(), tmp_path / "ci.key")
-    (tmp_path / which).chmod(0o662)
-
-    def load() -> object:
-        if which.endswith(".pub"):
-            return read_public_key(tmp_path / which)
-        return read_private_key(tmp_path / which)
-
-    with pytest.raises(AccessError, match="chmod go-w"):
-        load()
-    (tmp_path / which).chmod(0o644)
-    load()
+    for name, load in (("ci.key", read_private_key), ("ci.key.pub", read_public_key)):
+        (tmp_path / name).chmod(0o662)
+        with pytest.raises(AccessError, match="chmod go-w"):
+            load(tmp_path / name)
+        (tmp_path / name).chmod(0o644)
+        load(tmp_path / name)

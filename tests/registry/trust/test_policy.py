@@ -102,7 +102,8 @@ def test_signature_covers_the_payload_type() -> None:
         b"[" * 100_000,
         b'{"payload":"!","payloadType":"x","signatures":[]}',
         b'{"payload":"eA==","payloadType":1,"signatures":[]}',
-        b'{"payload":"eA==","payloadType":"x","signatures":[{"keyid":1,"sig":"eA=="}]}',
+        b'{"payload":"eA==","payloadType":"application/vnd.in-toto+json","signatures":'
+        b'[{"keyid":1,"sig":"eA=="}]}',
         b'{"payload":"eA==","payloadType":"x","signatures":[{"sig":"eA=="}]}',
         b'{"payload":"eA==","payloadType":"x","signatures":7}',
         b"\xff\xfe",

@@ -14,7 +14,6 @@ from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.signing import (
     Author,
-    actor_of,
     now_text,
     sign_envelope,
     sign_statement,
@@ -73,42 +72,32 @@ def test_every_changed_byte_of_an_envelope_is_seen(team: Team) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("ours", "change"),
     [
-        {"_type": "https://in-toto.io/Statement/v0.1"},
-        {"predicateType": "https://slsa.dev/provenance/v1"},
-        {"subject": []},
-        {"subject": [{"digest": {"sha256": "x"}}]},
-        {"subject": [{"digest": {"sha256": DIGEST}}, {"digest": {"sha256": "e" * 64}}]},
-        {"predicate": {}},
-        {"predicate": []},
+        (False, {"_type": "https://in-toto.io/Statement/v0.1"}),
+        (False, {"predicateType": "https://slsa.dev/provenance/v1"}),
+        (False, {"subject": []}),
+        (False, {"subject": [{"digest": {"sha256": "x"}}]}),
+        (False, {"subject": [{"digest": {"sha256": DIGEST}}, {"digest": {"sha256": "e" * 64}}]}),
+        (False, {"predicate": {}}),
+        (False, {"predicate": []}),
+        (True, {"schema": 2}),
+        (True, {"kind": "rumour"}),
+        (True, {"kind": ["test"]}),
+        (True, {"signed_at": "2026-11-25T09:00:00Z"}),
+        (True, {"signed_at": "2026-13-25T09:00:00.000000Z"}),
+        (True, {"signed_at": 1}),
+        (True, {"files": {"../x": "a" * 64}}),
+        (True, {"files": {"report.json": "short"}}),
+        (True, {"files": {f"f{number}": "a" * 64 for number in range(17)}}),
+        (True, {"files": ["report.json"]}),
     ],
 )
-def test_what_is_signed_in_another_form_is_no_statement(team: Team, change: Any) -> None:
+def test_what_is_signed_in_another_form_is_no_statement(
+    team: Team, ours: bool, change: Any
+) -> None:
     value = payload_of(sign_statement("test", DIGEST, {}, team.tester).envelope)
-    envelope = sign_envelope(rfc8785.dumps({**value, **change}), team.tester)
-    with pytest.raises(UntrustedError, match="not a statement of ours"):
-        open_statement(envelope, team.policy)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"schema": 2},
-        {"kind": "rumour"},
-        {"kind": ["test"]},
-        {"signed_at": "2026-11-25T09:00:00Z"},
-        {"signed_at": "2026-13-25T09:00:00.000000Z"},
-        {"signed_at": 1},
-        {"files": {"../x": "a" * 64}},
-        {"files": {"report.json": "short"}},
-        {"files": {f"f{number}": "a" * 64 for number in range(17)}},
-        {"files": ["report.json"]},
-    ],
-)
-def test_our_own_fields_are_read_strictly(team: Team, change: Any) -> None:
-    value = payload_of(sign_statement("test", DIGEST, {}, team.tester).envelope)
-    value["predicate"]["enginesmith_statement"].update(change)
+    (value["predicate"]["enginesmith_statement"] if ours else value).update(change)
     envelope = sign_envelope(rfc8785.dumps(value), team.tester)
     with pytest.raises(UntrustedError, match="not a statement of ours"):
         open_statement(envelope, team.policy)
@@ -136,63 +125,17 @@ def test_text_that_is_not_one_printable_line_is_neither_signed_nor_shown(
         found.part("card")
 
 
-@pytest.mark.parametrize("data", [None, b"ACCEPTED"])
-def test_a_file_that_is_not_what_was_signed_is_not_given_out(
-    team: Team, data: bytes | None
-) -> None:
+def test_a_file_that_is_not_what_was_signed_is_not_given_out(team: Team) -> None:
     raw = sign_statement("test", DIGEST, {}, team.tester, files={"report.html": b"rejected"})
     found = open_statement(raw.envelope, team.policy)
-    files = {ENVELOPE: raw.envelope, **({"report.html": data} if data else {})}
-    with pytest.raises(CorruptError, match=r"report\.html"):
-        verified_files(found, replace(raw, files=files))
-
-
-def test_a_file_that_is_not_signed_is_left_out(team: Team) -> None:
-    raw = sign_statement("test", DIGEST, {}, team.tester, files={"report.json": b"{}"})
-    more = replace(raw, files={**raw.files, "report.html": b"<script>"})
-    found = open_statement(raw.envelope, team.policy)
-    assert verified_files(found, more) == {"report.json": b"{}"}
+    more = {**raw.files, "report.json": b"nobody signed this"}
+    assert verified_files(found, replace(raw, files=more)) == {"report.html": b"rejected"}
+    for files in ({}, {"report.html": b"ACCEPTED"}):
+        with pytest.raises(CorruptError, match=r"report\.html"):
+            verified_files(found, replace(raw, files={ENVELOPE: raw.envelope, **files}))
 
 
 def test_a_clock_that_is_behind_still_signs_later_than_what_it_follows() -> None:
     ahead = "2199-01-01T00:00:00.999999Z"
     assert now_text(ahead) == "2199-01-01T00:00:01.000000Z"
     assert now_text() < ahead
-
-
-def test_the_actor_is_the_ci_systems_user_before_the_login_name() -> None:
-    assert actor_of({"GITHUB_ACTOR": "octo", "ENGINESMITH_ACTOR": "ada"}) == "ada"
-    assert actor_of({"GITLAB_USER_LOGIN": "tanuki"}) == "tanuki"
-    assert actor_of({})
-
-
-def test_provenance_is_what_slsa_wants(team: Team) -> None:
-    package = team.seal()
-    raw = team.statements(package)[-1]
-    value = payload_of(raw.envelope)
-    assert value["subject"] == [{"name": "manifest.json", "digest": {"sha256": package.digest}}]
-    assert value["predicateType"] == "https://slsa.dev/provenance/v1"
-    (weights,) = value["predicate"]["buildDefinition"]["resolvedDependencies"]
-    assert weights["digest"] == {"gitCommit": "0" * 40}
-    run = value["predicate"]["runDetails"]
-    assert run["builder"]["id"] == "https://ci.example/build"
-    assert run["metadata"]["startedOn"] == "2026-11-25T09:00:00Z"
-
-
-def test_the_reference_library_of_in_toto_reads_what_is_signed(team: Team) -> None:
-    pytest.importorskip("in_toto_attestation", reason="comes with the extra `sign`")
-    from google.protobuf import json_format
-    from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
-    from in_toto_attestation.v1 import statement_pb2
-    from in_toto_attestation.v1.statement import Statement
-
-    package = team.publish()
-    raws = [*team.statements(package), team.test(package, "accepted")]
-    for raw in raws:
-        value = payload_of(raw.envelope)
-        message = json_format.Parse(json.dumps(value), statement_pb2.Statement())
-        Statement.copy_from_pb(message).validate()
-        if raw.kind == "provenance":
-            predicate = value["predicate"]
-            del predicate["enginesmith_statement"]
-            json_format.Parse(json.dumps(predicate), provenance_pb2.Provenance())

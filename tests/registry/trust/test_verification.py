@@ -141,11 +141,9 @@ def test_the_latest_signed_time_counts_whatever_the_order_in_the_store(
         ([("compiled", RUNTIME)], False),
         ([("accepted", OTHER_RUNTIME)], False),
         ([("accepted", RUNTIME), ("checked", ("onnxruntime", "1.22"))], True),
-        ([("accepted", RUNTIME), ("compiled", RUNTIME)], True),
         ([("accepted", RUNTIME), ("rejected", RUNTIME)], False),
         ([("accepted", RUNTIME), ("regression", OTHER_RUNTIME)], True),
         ([("rejected", RUNTIME), ("accepted", RUNTIME)], True),
-        ([("accepted", RUNTIME), ("inconclusive", RUNTIME)], False),
         ([], False),
     ],
 )
