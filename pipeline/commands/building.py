@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -157,7 +156,7 @@ def export_trtllm(
     with screen_logging():
         record = export.write()
     value = {
-        **asdict(record),
+        **record,
         "checkpoint_dir": str(out_dir.absolute()),
         "command": export.command,
     }

@@ -1,12 +1,9 @@
 """`trtllm-build` 1.2.1: its command line, what its log means, and what it wrote; pure.
 
 Flags and values are those of `tensorrt_llm/commands/build.py` and `plugin/plugin.py` of the 1.2
-line; `tests/formats/trtllm/trtllm_build_options.json` lists them all, and a test holds every
-command against that list. What is left out on purpose:
-
-- `--max_input_len`: ignored where padding is removed and context FMHA is on, as here.
-- `--kv_cache_type`: paged is the default; the engine's config is read back.
-- `--build_config`: a JSON file with it would silence the size flags.
+line; a test holds every command against the list in `trtllm_build_options.json`. Left out on
+purpose: `--max_input_len` (ignored where padding is removed and context FMHA is on, as here),
+`--kv_cache_type` (paged is the default) and `--build_config` (it would silence the size flags).
 
 The tool changes values that do not go together and only warns (attention rules and size checks of
 `builder.py`, `check_max_num_tokens` in `_common.py`); the effective ones stand in the engine's
@@ -81,12 +78,8 @@ class Plugins:
 class BuildPaths:
     """Paths as the tool sees them; by default relative to a folder that holds the checkpoint.
 
-    Attributes:
-        checkpoint_dir: TensorRT-LLM checkpoint.
-        engine_dir: Gets the engine.
-        timing_cache_in: An existing timing cache, or None: a path without a file only earns a
-            warning.
-        timing_cache_out: Gets the new one. Without this flag it lands in the working directory.
+    `timing_cache_in` is an existing cache or None: a path without a file only earns a warning.
+    Without `timing_cache_out` the new one would land in the working directory.
     """
 
     checkpoint_dir: str = CHECKPOINT
@@ -100,12 +93,8 @@ def build_command(
 ) -> tuple[str, ...]:
     """Program and arguments, never a shell string.
 
-    Args:
-        limits: Sizes, and the type of the cache.
-        plugins: Kernel choices.
-        paths: As the tool sees them.
-        opt_num_tokens: Token count that kernels are chosen for; None with several profiles, or for
-            `max_batch_size`.
+    `opt_num_tokens` is the token count that kernels are chosen for; None with several profiles, or
+    for `max_batch_size`.
     """
     flags: dict[str, str | bool | int | None] = {
         "checkpoint_dir": paths.checkpoint_dir,
@@ -160,11 +149,8 @@ def expected_config(
 ) -> dict[str, Any]:
     """Dotted path -> value of everything that must be so in the engine's config.
 
-    Args:
-        limits: As of `build_command`.
-        opt_num_tokens: The same.
-        plugins: The same.
-        checkpoint: Parsed `config.json` of the TensorRT-LLM checkpoint.
+    `checkpoint` is the `config.json` of the TensorRT-LLM checkpoint, the rest as of
+    `build_command`.
     """
     build = {
         "max_batch_size": limits.max_batch_size,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from pipeline.core.hardware import GIB, Target
 from pipeline.core.process import last_lines
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
-from pipeline.core.values import Checkpoint, Engine, Format, Limits
+from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtllm.build_tool import (
     CHECKPOINT,
     ENGINE,
@@ -33,12 +34,20 @@ from pipeline.formats.trtllm.build_tool import (
 )
 from pipeline.formats.trtllm.config import Dtype
 from pipeline.formats.trtllm.convert import KvCacheDtype, TrtLlmSettings, convert_trtllm
-from pipeline.formats.trtllm.environment import Environment, TimingCache, probe_environment
 from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
 from pipeline.formats.trtllm.spec import NAME, SPEC, VERSION
 from pipeline.quant.unified import copy_companions
 
 STAGE = Stage(name="compile-trtllm", version=2, code=("pipeline.formats.trtllm",))
+
+_TOOLS = {
+    NAME: "tensorrt_llm",
+    "tensorrt": "tensorrt",
+    "cuda": "cuda",
+    "build-image": "image",
+}
+"""Name in a manifest -> in the environment. An engine loads in its own version of TensorRT only."""
+_PROBE_TIMEOUT_S = 300.0
 
 WAYS_ON = """\
 three ways on:
@@ -147,12 +156,7 @@ class TrtLlmCompiler:
         }
 
     def check_machine(self, target: Target) -> None:
-        """Find out in seconds, before any download, whether this machine can build at all.
-
-        Raises:
-            IncompatibleError: It cannot; names the ways on.
-            AccessError: The user may not use Docker.
-        """
+        """Find out in seconds, before any download, whether this machine can build at all."""
         self._place(target)
 
     def compile(
@@ -160,27 +164,30 @@ class TrtLlmCompiler:
     ) -> Engine:
         place = self._place(target)
         environment = probe_environment(place, target, log_dir / "probe.log")
+        shaping = {name: value for name, value in environment.items() if name != "driver"}
+        timing = cache.root / "timing" / digest_of(shaping)[:24] / TIMING_CACHE_FILE
         converted = self.convert(checkpoint, cache)
-        inputs = {
-            "checkpoint": converted.digest,
-            "environment": environment.shaping,
-            **self.inputs(target),
-        }
 
         def produce(out: Path) -> None:
-            timing = TimingCache(cache.root, environment)
-            self._build(converted.dir, out, place, timing, log_dir / "compile.log")
+            effective = self._build(converted.dir, out, place, timing, log_dir / "compile.log")
             copy_companions(checkpoint.dir, out / ENGINE)
+            checks = {
+                "effective": effective,
+                "environment": environment,
+                "command": list(self.command),
+            }
+            (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
 
+        inputs = {"checkpoint": converted.digest, "environment": shaping, **self.inputs(target)}
         result = cache.run(STAGE, inputs, produce)
         checks = result.read_json("checks.json")
-        built_with = Environment(**checks["environment"])
+        tools = {name: checks["environment"][key] for name, key in _TOOLS.items()}
         return SPEC.engine(
             self,
             checkpoint,
             target,
             result.dir / ENGINE,
-            tools={**checkpoint.calibration["tools"], **built_with.tools},
+            tools={**checkpoint.calibration["tools"], **{k: v for k, v in tools.items() if v}},
             checks={"trtllm_build": checks, "conversion": converted.read_json("conversion.json")},
         )
 
@@ -202,33 +209,41 @@ class TrtLlmCompiler:
             ) from error
 
     def _build(
-        self, converted_dir: Path, out: Path, place: Place, timing: TimingCache, log_path: Path
-    ) -> None:
-        """Fill `out / ENGINE`, and write what was checked beside it."""
-        engine_dir, timing_dir = out / ENGINE, out / TIMING
+        self, converted_dir: Path, out: Path, place: Place, timing: Path, log_path: Path
+    ) -> dict[str, Any]:
+        """Fill `out / ENGINE`; returns its effective values.
+
+        Args:
+            converted_dir: TensorRT-LLM checkpoint.
+            out: Folder of the stage.
+            place: Where to run.
+            timing: Kernels that builds in the same environment have timed; the file may not exist.
+                It is replaced by one rename: who reads it has an old one or a new one.
+            log_path: Gets the output.
+        """
         checkpoint = Shared(name=CHECKPOINT, source=converted_dir)
-        engine = Shared(name=ENGINE, source=engine_dir, read_only=False)
-        kernels = Shared(name=TIMING, source=timing_dir, read_only=False)
-        engine_dir.mkdir()
-        timing_dir.mkdir()
-        lent = timing.lend(timing_dir)
+        known = Shared(name="known", source=timing.parent)
+        engine = Shared(name=ENGINE, source=out / ENGINE, read_only=False)
+        kernels = Shared(name=TIMING, source=out / TIMING, read_only=False)
+        engine.source.mkdir()
+        kernels.source.mkdir()
+        lent = [known] if timing.is_file() else []
         paths = BuildPaths(
             checkpoint_dir=place.path(checkpoint),
             engine_dir=place.path(engine),
-            timing_cache_in=f"{place.path(kernels)}/{lent.name}" if lent else None,
-            timing_cache_out=f"{place.path(kernels)}/{TIMING_CACHE_FILE}",
+            timing_cache_in=f"{place.path(known)}/{timing.name}" if lent else None,
+            timing_cache_out=f"{place.path(kernels)}/{timing.name}",
         )
-        self._run(place, paths, (checkpoint, engine, kernels), log_path)
+        self._run(place, paths, (checkpoint, engine, kernels, *lent), log_path)
         config = json.loads((converted_dir / "config.json").read_text())
         expected = expected_config(self.limits, self.opt_num_tokens, self.plugins, config)
-        checks = {
-            "effective": read_back(engine_dir, expected),
-            "environment": asdict(timing.environment),
-            "command": list(self.command),
-        }
-        timing.keep(timing_dir)
-        shutil.rmtree(timing_dir)
-        (out / "checks.json").write_text(json.dumps(checks, indent=1) + "\n")
+        effective = read_back(engine.source, expected)
+        written = kernels.source / timing.name
+        if written.is_file() and written.stat().st_size > 0:
+            timing.parent.mkdir(parents=True, exist_ok=True)
+            written.replace(timing)
+        shutil.rmtree(kernels.source)
+        return effective
 
     def _run(
         self, place: Place, paths: BuildPaths, shared: tuple[Shared, ...], log_path: Path
@@ -249,6 +264,71 @@ class TrtLlmCompiler:
                 last_lines=last_lines(log_path),
                 hint=hint,
             ) from error
+
+
+def _write_versions(path: str) -> None:
+    """Write the versions of what builds the engine as JSON.
+
+    Its source is run by the interpreter that has TensorRT-LLM, where this project need not be
+    installed: it imports the standard library only, and nothing that touches a GPU. TensorRT's
+    version is not in the engine's `config.json`, although an engine loads only in that version.
+    """
+    import contextlib
+    import importlib.metadata
+    import importlib.util
+    import json
+    import runpy
+    from pathlib import Path
+
+    found = {"tensorrt_llm": "", "tensorrt": "", "cuda": ""}
+    for name in ("tensorrt_llm", "tensorrt"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if not found["tensorrt"]:  # the image's own build of it may have left no record for pip
+        with contextlib.suppress(ImportError):
+            found["tensorrt"] = str(importlib.import_module("tensorrt").__version__)
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        version_file = Path(torch.origin).parent / "version.py"
+        if version_file.is_file():
+            found["cuda"] = str(runpy.run_path(str(version_file)).get("cuda") or "")
+    Path(path).write_text(json.dumps(found))
+
+
+PROBE = f"{inspect.getsource(_write_versions)}\nimport sys\n_write_versions(sys.argv[1])\n"
+"""Program for `python3 -P -c`; its argument is the file to write."""
+
+
+def probe_environment(place: Place, target: Target, log_path: Path) -> dict[str, str | int]:
+    """What shapes an engine beside its inputs, and the driver; a version is empty if unknown.
+
+    Raises:
+        IncompatibleError: The place has no TensorRT-LLM, or another release.
+    """
+    with tempfile.TemporaryDirectory(prefix="enginesmith-probe-") as folder:
+        answers = Shared(name="answers", source=Path(folder), read_only=False)
+        place.run(
+            [place.python, "-P", "-c", PROBE, f"{place.path(answers)}/versions.json"],
+            [answers],
+            stage="probe",
+            log_path=log_path,
+            timeout_s=_PROBE_TIMEOUT_S,
+        )
+        versions = json.loads((Path(folder) / "versions.json").read_text())
+    if versions["tensorrt_llm"] != VERSION or not versions["tensorrt"]:
+        where = f"the image {place.image_digest}" if place.image_digest else "this machine"
+        raise IncompatibleError(
+            f"compiler=trtllm needs TensorRT-LLM {VERSION} with its TensorRT; {where} has "
+            f"TensorRT-LLM {versions['tensorrt_llm'] or 'none'} and TensorRT "
+            f"{versions['tensorrt'] or 'none'}; use the build image (make image)"
+        )
+    return {
+        **versions,
+        "card": target.card,
+        "sm": target.sm,
+        "driver": place.gpu.driver if place.gpu else "",
+        "image": place.image_digest,
+    }
 
 
 KIND = TrtLlmCompiler

@@ -46,7 +46,7 @@ def trtllm_config(
 
     Raises:
         RecipeError: TensorRT-LLM's class for this architecture would silently ignore something
-            that this model needs (see the sources above).
+            that this model needs.
     """
     if spec.architecture not in _FAMILIES:
         message = f"is {spec.architecture}; the converter for TensorRT-LLM has "
@@ -86,13 +86,11 @@ def trtllm_config(
 
 
 def _rope(spec: ModelSpec) -> dict[str, Any]:
-    """Rotary settings; `rotary_scaling` is null for the plain embedding.
+    """Rotary settings; `rotary_scaling` is null for the plain embedding, as no type is `default`.
 
-    TensorRT-LLM has no type `default` (ValueError). It takes the type of a scaling from `type`,
-    else from `rope_type`; both are written, since older readers know one of them only.
-
-    LongRoPE goes through keys of its own, which change the layers; `position_embedding_type`
-    changes the tables. One without the other is an assertion at best.
+    A scaling's type is read from `type`, else from `rope_type`; both are written, since older
+    readers know one of them only. LongRoPE goes through keys of its own, which change the layers;
+    `position_embedding_type` changes the tables: one without the other is an assertion at best.
     """
     rope, head_dim = spec.rope, spec.layers[0].attention.head_dim
     keys: dict[str, Any] = {
@@ -123,11 +121,7 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _rotary_pct(rope: Rope, head_dim: int) -> float:
-    """The share of each head that is rotated, such that TensorRT-LLM computes our size from it.
-
-    It takes `int(head_size * rotary_pct)`, which falls short by one where the quotient was rounded
-    down.
-    """
+    """The share of each head that is rotated: `int(head_size * rotary_pct)` must give our size."""
     share = rope.rotary_dim / head_dim
     if int(head_dim * share) < rope.rotary_dim:
         share = math.nextafter(share, math.inf)

@@ -1,9 +1,8 @@
 """The TensorRT-LLM convert stage: one folder with config, weights and a record of what was done.
 
-The weights are streamed: their header is written first, since every size is known from the plan;
-then tensor after tensor goes through a memory map in pieces. Resident at a time: at most one source
-tensor. E4M3 codes move to a larger scale by a table of 256 entries, and what that costs follows
-from how often each code occurs.
+The header of the weights is written first, since every size is known from the plan; then tensor
+after tensor goes through a memory map in pieces: at most one source tensor is resident. E4M3 codes
+move to a larger scale by a table, and what that costs follows from how often each code occurs.
 """
 
 from __future__ import annotations
@@ -82,44 +81,10 @@ class TrtLlmSettings:
         return {**STAGE.identity, **dataclasses.asdict(self)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConversionRecord:
-    """What the conversion did: `conversion.json`.
-
-    Attributes:
-        architecture: TensorRT-LLM's model class.
-        dtype: Type of activations and of tensors that are not FP8.
-        kv_cache_dtype: `fp8`, or the 16-bit type.
-        max_position_embeddings: Longest context of the model, tokens.
-        quantized_linears: How many of TensorRT-LLM's linears are FP8.
-        kept_16bit: Names of those that are not (`exclude_modules`).
-        requantized: Source module -> relative error that rounding to the scale of its group added:
-            root of the summed squared changes over that of the squared values.
-        merged_inputs: Linears whose parts had different activation scales; they got the largest.
-        attention_window: `max_attention_window` that the runtime must be told; None for no window.
-        notes: What a reader must know before building or serving.
-    """
-
-    schema: int = 1
-    architecture: str
-    dtype: Dtype
-    kv_cache_dtype: str
-    max_position_embeddings: int
-    quantized_linears: int
-    kept_16bit: tuple[str, ...]
-    requantized: dict[str, float]
-    merged_inputs: tuple[str, ...]
-    attention_window: int | None
-    notes: tuple[str, ...]
-
-
 def convert_trtllm(
     checkpoint_dir: Path, checkpoint_digest: str, settings: TrtLlmSettings, cache: StageCache
 ) -> StageResult:
     """Convert a unified FP8 checkpoint, or take the conversion from the cache.
-
-    Returns:
-        A folder with `config.json`, `rank0.safetensors` and `conversion.json`.
 
     Raises:
         RecipeError: TensorRT-LLM cannot express this model or this checkpoint.
@@ -134,8 +99,16 @@ def convert_trtllm(
 
 def write_checkpoint(
     checkpoint_dir: Path, settings: TrtLlmSettings, out_dir: Path
-) -> ConversionRecord:
-    """Write config, weights and record into the folder `out_dir`; see `convert_trtllm`."""
+) -> dict[str, Any]:
+    """Write config, weights and record into the folder `out_dir`; see `convert_trtllm`.
+
+    Returns:
+        What `conversion.json` says: `quantized_linears` (how many of TensorRT-LLM's are FP8),
+        `kept_16bit` (names of the others), `requantized` (source module -> relative error that
+        rounding to the scale of its group added), `merged_inputs` (linears whose parts had
+        different activation scales; they got the largest), `attention_window` (what the runtime
+        must be told; null for no window), `notes` for who builds or serves, and the settings.
+    """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     spec, kv_fp8 = checkpoint.spec, settings.kv_cache_dtype == "fp8"
     plan = plan_tensors(checkpoint, dtype=settings.dtype, kv_fp8=kv_fp8)
@@ -144,21 +117,23 @@ def write_checkpoint(
     window = spec.window
     if window is not None and window >= spec.max_position_embeddings:
         window = None
-    record = ConversionRecord(
-        architecture=spec.architecture,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        max_position_embeddings=spec.max_position_embeddings,
-        quantized_linears=len(plan.fp8),
-        kept_16bit=tuple(plan.excluded),
-        requantized=errors,
-        merged_inputs=tuple(plan.merged_inputs),
-        attention_window=window,
-        notes=tuple(_notes(plan, errors, window, kv_fp8=kv_fp8)),
-    )
-    for note in record.notes:
+    notes = list(_notes(plan, errors, window, kv_fp8=kv_fp8))
+    record = {
+        "schema": 1,
+        "architecture": spec.architecture,
+        "dtype": settings.dtype,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "quantized_linears": len(plan.fp8),
+        "kept_16bit": plan.excluded,
+        "requantized": errors,
+        "merged_inputs": plan.merged_inputs,
+        "attention_window": window,
+        "notes": notes,
+    }
+    for note in notes:
         log.info("%s", note)
-    contents = {"config.json": config, "conversion.json": dataclasses.asdict(record)}
+    contents = {"config.json": config, "conversion.json": record}
     for name, content in contents.items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n")
     return record
@@ -202,17 +177,7 @@ def _notes(
 
 
 def _write_tensors(plan: TensorPlan, path: Path) -> dict[str, float]:
-    """Write the weights, and check the file.
-
-    Returns:
-        Relative error that rounding a second time added, by source module.
-
-    Raises:
-        RecipeError: A value does not fit the 16-bit dtype, or rounding a second time loses more
-            than `MAX_ADDED_ERROR`.
-        CorruptError: A source tensor is damaged or holds NaN or infinite values, or the written
-            file is not what was planned.
-    """
+    """Write the weights, and check the file; returns the error of each module rounded again."""
     errors: dict[str, float] = {}
     with (
         path.open("wb") as stream,
@@ -264,11 +229,7 @@ def _row_blocks(checkpoint: UnifiedCheckpoint, piece: Piece) -> Iterator[NDArray
 
 
 def _cast(rows: NDArray[Any], tensor: PlannedTensor) -> NDArray[Any]:
-    """The rows in the tensor's dtype, unchanged where they have it.
-
-    Raises:
-        RecipeError: A finite value became infinite: float16 ends at 65504.
-    """
+    """The rows in the tensor's dtype; a fault where a finite value became infinite (float16)."""
     import numpy as np
 
     wanted = np.dtype(tensor.dtype)

@@ -13,6 +13,7 @@ import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
@@ -25,12 +26,7 @@ from pipeline.formats.trtllm.build_tool import (
     build_command,
 )
 from pipeline.formats.trtllm.config import Dtype
-from pipeline.formats.trtllm.convert import (
-    ConversionRecord,
-    KvCacheDtype,
-    TrtLlmSettings,
-    write_checkpoint,
-)
+from pipeline.formats.trtllm.convert import KvCacheDtype, TrtLlmSettings, write_checkpoint
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions, declared_quantization
 
@@ -50,8 +46,8 @@ class Export:
         out_dir: New or empty, without links in its path.
         architecture: The model's.
         settings: Types of the converted checkpoint.
-        command: The `trtllm-build` command for it, quoted for a shell. Kernel choices are those of
-            `conf/compiler/trtllm.yaml`; engine and timing cache go beside the checkpoint.
+        command: The `trtllm-build` command, quoted for a shell: kernel choices as in
+            `conf/compiler/trtllm.yaml`, engine and timing cache beside the checkpoint.
     """
 
     checkpoint_dir: Path
@@ -60,7 +56,7 @@ class Export:
     settings: TrtLlmSettings
     command: str
 
-    def write(self) -> ConversionRecord:
+    def write(self) -> dict[str, Any]:
         """Convert into `out_dir`, which appears when it is complete, with the companion files.
 
         Raises:
@@ -77,10 +73,10 @@ class Export:
         log.info(
             "%s: %d FP8 linears, %d in %s, KV cache %s",
             self.out_dir,
-            record.quantized_linears,
-            len(record.kept_16bit),
-            record.dtype,
-            record.kv_cache_dtype,
+            record["quantized_linears"],
+            len(record["kept_16bit"]),
+            self.settings.dtype,
+            self.settings.kv_cache_dtype,
         )
         return record
 
@@ -102,11 +98,10 @@ def plan_export(
         out_dir: A new or empty folder.
         kv_cache_dtype: None takes what the checkpoint declares; ours hold scales for `fp8` too.
         dtype: Type of activations and of tensors that are not FP8.
-        max_batch_size: Of the printed command: requests at once.
-        max_seq_len: Prompt + output tokens of one request; None for the model's context, its window
-            or 4096, whichever is least.
-        max_num_tokens: Tokens scheduled in one iteration; None for 8192. Lowered to what could be,
-            `max_batch_size * max_seq_len`, but not below one block of the paged cache.
+        max_batch_size: Of the printed command, as the two that follow.
+        max_seq_len: None for the model's context, its window or 4096, whichever is least.
+        max_num_tokens: None for 8192. Lowered to `max_batch_size * max_seq_len`, but not below one
+            block of the paged cache, to which `trtllm-build` would raise it.
 
     Raises:
         NotFoundError: There is no checkpoint.

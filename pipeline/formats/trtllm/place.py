@@ -3,11 +3,11 @@
     place = choose_place("auto", image=image, card=lambda: find_card(target))
     place.run([..., place.path(engine)], [checkpoint, engine], stage="compile", log_path=log, ...)
 
-Both run the same command; only the paths in it differ. Nothing reaches the network: a container has
-none, and here the Hub's clients are told to stay offline. A container writes as the caller, sees
-only what is mounted, and is removed whatever happens; what a killed process leaves behind, the next
-run removes: a label names each container's owner. Only a local Docker engine will do: one behind
-tcp:// or ssh:// would look for the folders on its own disk.
+Only the paths in a command differ. Nothing reaches the network: a container has none, and here the
+Hub's clients are told to stay offline. A container writes as the caller, sees only what is mounted,
+and is removed whatever happens; what a killed process leaves behind, the next run removes: a label
+names each container's owner. Only a local Docker engine will do: one behind tcp:// or ssh:// would
+look for the folders on its own disk.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Place:
 
     Attributes:
         gpu: The one card that they see; None for none.
-        program: Path of `trtllm-build` on this machine, which is usually the inside of the build
-            image; None for a container of `image`.
+        program: Path of `trtllm-build` here, usually the inside of the build image; None for a
+            container of `image`.
         image: Name with tag or digest, of an image on this machine.
         image_digest: Its identity; empty without one.
         memory_bytes: Limit of a container's memory, swap included; None for none.
@@ -123,10 +123,7 @@ class Place:
 
     @property
     def python(self) -> str:
-        """The interpreter that has TensorRT-LLM.
-
-        On this machine the one that pip wrote into the program's first line, else our own.
-        """
+        """The interpreter that has TensorRT-LLM: that of the program's first line, else our own."""
         if self.program is None:
             return "python3"
         with self.program.open("rb") as stream:
@@ -149,10 +146,6 @@ class Place:
             command: Program and arguments, with paths from `path`.
             shared: All that it sees of this machine's files.
             stage: Names the work in messages.
-
-        Raises:
-            IncompatibleError: No `docker` program or engine.
-            AccessError: The user may not use Docker.
         """
         env = dict(_OFFLINE)
         if self.gpu is not None:
@@ -261,10 +254,8 @@ def choose_place(
 ) -> Place:
     """Choose where to run, and make every check that needs no download and starts nothing.
 
-    `auto` takes this machine when `trtllm-build` is on the PATH, else Docker.
-
     Args:
-        where: The recipe's wish.
+        where: The recipe's wish; `auto` is here when `trtllm-build` is on the PATH, else Docker.
         image: The build image.
         card: Finds the card that is needed, or raises IncompatibleError.
         memory_bytes: As of a `Place`.
@@ -312,12 +303,7 @@ def find_card(target: Target) -> Gpu:
 def preflight(image: str, gpu: Gpu) -> str:
     """Make every check of Docker that starts nothing, those first that an image would not cure.
 
-    Returns:
-        What a manifest records of the image: `repository@sha256:…`, for one built here its id.
-
-    Raises:
-        IncompatibleError: Engine, GPU runtime, driver or image is missing, too old or remote.
-        AccessError: The user may not use Docker.
+    Returns what a manifest records of the image: `repository@sha256:…`, for one built here its id.
     """
     host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
     if not host.startswith("unix://"):
@@ -332,11 +318,7 @@ def preflight(image: str, gpu: Gpu) -> str:
 
 
 def require_gpu_runtime(info: Mapping[str, object]) -> None:
-    """Demand that Docker can hand out GPUs, by what `docker info` tells of the engine.
-
-    Raises:
-        IncompatibleError: It has no NVIDIA runtime and no NVIDIA CDI device, and we see no hook.
-    """
+    """Demand an NVIDIA runtime or CDI device of what `docker info` says, or else a hook here."""
     known = json.dumps([info.get("Runtimes"), info.get("DiscoveredDevices")])
     found = re.search(r'"nvidia"|"nvidia\.com/gpu', known)
     if not found and not any(map(shutil.which, _GPU_HOOKS)):
@@ -344,11 +326,7 @@ def require_gpu_runtime(info: Mapping[str, object]) -> None:
 
 
 def require_driver(gpu: Gpu) -> None:
-    """Demand an NVIDIA driver (such as `580.65.06`) that runs the image's CUDA.
-
-    Raises:
-        IncompatibleError: It is older.
-    """
+    """Demand an NVIDIA driver (such as `580.65.06`) that runs the image's CUDA."""
     major = gpu.driver.partition(".")[0]
     if not major.isdigit() or int(major) < OLDEST_DRIVER:
         raise IncompatibleError(
@@ -358,11 +336,7 @@ def require_driver(gpu: Gpu) -> None:
 
 
 def _docker(*arguments: str) -> str:
-    """What a short `docker` command prints.
-
-    Raises:
-        PipelineError: It failed; of the kind and with the advice that `_CAUSES` has.
-    """
+    """What a short `docker` command prints; a failure has the kind and the advice of `_CAUSES`."""
     try:
         done = subprocess.run(
             ["docker", *arguments],

@@ -57,14 +57,7 @@ _FLOATS = frozenset({"bfloat16", "float16", "float32"})
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Some rows of one source tensor.
-
-    Attributes:
-        tensor: Its name.
-        rows: First and one past the last row; None for all.
-        old_scale: Weight scale of its codes; equal to `new_scale` where nothing is rounded.
-        new_scale: Weight scale that they get.
-    """
+    """Some rows of one source tensor (None: all); codes move from `old_scale` to `new_scale`."""
 
     tensor: str
     rows: tuple[int, int] | None = None
@@ -92,10 +85,10 @@ class PlannedTensor:
 
 
 def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -> TensorPlan:
-    """Map every tensor of a unified FP8 checkpoint.
+    """Map every tensor of a unified checkpoint of any exporter, per-tensor static FP8.
 
     Args:
-        checkpoint: From any exporter of ModelOpt's unified format, per-tensor static FP8.
+        checkpoint: Source.
         dtype: Type of what is not FP8.
         kv_fp8: Write the scales of an FP8 KV cache.
 
@@ -196,14 +189,7 @@ class TensorPlan:
                 )
 
     def add_linear(self, target: str, source: str, layer: Layer, parts: Sequence[Linear]) -> None:
-        """Weight, scales and bias of one of TensorRT-LLM's linears.
-
-        Args:
-            target: Its name.
-            source: Name of the layer.
-            layer: The layer.
-            parts: What it is made of, top to bottom.
-        """
+        """Weight, scales and bias of a linear, made of `parts` of a layer, top to bottom."""
         group = layer.group(parts[0].fused) if parts[0].fused else parts
         sharing = tuple(dict.fromkeys(f"{source}.{part.module}" for part in group))
         for name in sharing:

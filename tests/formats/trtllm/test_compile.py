@@ -139,6 +139,17 @@ def test_timing_cache_of_one_build_is_lent_to_the_next(
     assert kept.read_bytes() == b"entry\nentry\n"
 
 
+@pytest.mark.parametrize("content", ["", "-"])
+def test_build_without_timings_leaves_the_known_ones(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    build(checkpoint, tmp_path)
+    monkeypatch.setenv("FAKE_TRTLLM", f"timings:{content}")
+    build(checkpoint, tmp_path, compiler(max_batch_size=2))
+    (kept,) = (tmp_path / "cache" / "timing").glob("*/*")
+    assert kept.read_bytes() == b"entry\n"
+
+
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,28 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import IncompatibleError
-from pipeline.formats.trtllm.environment import (
-    PROBE,
-    Environment,
-    TimingCache,
-    probe_environment,
-)
+from pipeline.formats.trtllm.compiler import PROBE, probe_environment
 from pipeline.formats.trtllm.place import choose_place, find_card
 from tests.formats.trtllm.fakes import card_machine, package_records
 from tests.quant.tiny_quantized import ADA
 
-KNOWN = Environment(
-    tensorrt_llm="1.2.1",
-    tensorrt="10.14.1.48",
-    cuda="13.1",
-    card="NVIDIA-Ada",
-    sm=89,
-    driver="590.44.01",
-    image="",
-)
 
-
-def probed(folder: Path) -> Environment:
+def probed(folder: Path) -> dict[str, str | int]:
     place = choose_place("local", image="", card=lambda: find_card(ADA))
     return probe_environment(place, ADA, folder / "probe.log")
 
@@ -42,10 +26,9 @@ def test_versions_card_and_driver_are_recorded(
 ) -> None:
     card_machine(tmp_path, monkeypatch)
     found = probed(tmp_path)
-    assert (found.tensorrt_llm, found.tensorrt) == ("1.2.1", "10.14.1.48")
-    assert (found.card, found.sm, found.driver) == ("NVIDIA-Ada", 89, "590.44.01")
-    assert found.tools["tensorrt"] == "10.14.1.48"
-    assert "build-image" not in found.tools
+    assert (found["tensorrt_llm"], found["tensorrt"]) == ("1.2.1", "10.14.1.48")
+    assert (found["card"], found["sm"], found["driver"]) == ("NVIDIA-Ada", 89, "590.44.01")
+    assert found["image"] == ""
 
 
 def test_other_release_is_refused_before_the_build(
@@ -86,34 +69,3 @@ def test_tensorrt_without_a_record_is_asked_itself(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text("__version__ = '10.14.1'\n")
     assert versions(tmp_path)["tensorrt"] == "10.14.1"
-
-
-def test_timing_cache_comes_back_for_the_same_environment_only(tmp_path: Path) -> None:
-    lent, written = tmp_path / "lent", tmp_path / "written"
-    lent.mkdir()
-    written.mkdir()
-    mine, other = (
-        TimingCache(tmp_path, environment)
-        for environment in (KNOWN, dataclasses.replace(KNOWN, card="NVIDIA-L40S"))
-    )
-    assert mine.lend(lent) is None
-    (written / "model.cache").write_bytes(b"timings")
-    mine.keep(written)
-    assert mine.lend(lent) == lent / "lent.cache"
-    assert (lent / "lent.cache").read_bytes() == b"timings"
-    assert other.lend(lent) is None
-
-
-@pytest.mark.parametrize("content", [None, b""])
-def test_build_without_timings_leaves_the_known_ones(tmp_path: Path, content: bytes | None) -> None:
-    cache = TimingCache(tmp_path, KNOWN)
-    folder = tmp_path / "written"
-    folder.mkdir()
-    (folder / "model.cache").write_bytes(b"timings")
-    cache.keep(folder)
-    (folder / "model.cache").unlink()
-    if content is not None:
-        (folder / "model.cache").write_bytes(content)
-    cache.keep(folder)
-    assert cache.file.read_bytes() == b"timings"
-    assert [path.name for path in cache.file.parent.iterdir()] == ["model.cache"]
