@@ -4,9 +4,8 @@
     spec.variant(quant_spec("fp8"), compiler.limits, target)  # sm89-trtrtx-fp8-b64-s1024
 
 A format is one folder of this package: its module `spec` has a line `SPEC = ...`, its module
-`compiler` a line `KIND = ...`, the settings class that recipes choose by `compiler.kind`. It is
-found by listing the folder. Code outside this package asks a `FormatSpec`, and never compares a
-format's name.
+`compiler` a line `KIND = ...`, the settings class that recipes choose by `compiler.kind`. Code
+outside this package asks a `FormatSpec`, and never compares a format's name.
 """
 
 from __future__ import annotations
@@ -113,13 +112,7 @@ PAGED = FitRule(static=False, usable_share=PAGED_SHARE)
 
 @dataclass(frozen=True, kw_only=True)
 class CompileMemory:
-    """Memory of the machine that a compiler takes.
-
-    Attributes:
-        per_byte: Bytes for each byte of weights.
-        least_bytes: At least so much.
-        source: Where the figures come from.
-    """
+    """Memory of the machine that a compiler takes: `per_byte` of weights, and at least so much."""
 
     per_byte: float
     least_bytes: int = 0
@@ -186,8 +179,8 @@ class FormatSpec:
     ) -> Engine:
         """A finished engine folder with what follows from the format.
 
-        It needs the memory of its weights and its cache, the cache of a paged runtime at least for
-        one request of full length.
+        It needs the memory of its weights and its cache; that of a paged runtime holds at least one
+        request of full length.
 
         Args:
             compiler: What made it.
@@ -216,11 +209,7 @@ class FormatSpec:
         )
 
     def require_files(self, folder: Path) -> None:
-        """Refuse an engine folder that lacks what the runtime loads.
-
-        Raises:
-            CorruptError: Names the patterns that no file matches.
-        """
+        """Refuse an engine folder that lacks what the runtime loads (CorruptError)."""
         if missing := [pattern for pattern in self.files if not any(folder.glob(pattern))]:
             raise CorruptError(
                 f"the {self.name} engine in {folder} has no {', '.join(missing)}; build it again "

@@ -56,12 +56,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(folder: Path, dtype: str) -> Any:
-    """A causal language model in evaluation mode, on the CPU.
-
-    Args:
-        folder: Hugging Face folder with safetensors.
-        dtype: Name of a torch dtype, such as `float32`.
-    """
+    """A causal language model in evaluation mode, on the CPU; `dtype` names one of torch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -110,9 +105,6 @@ def transformers4_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Version 5 keeps all rotary settings in `rope_parameters`. Version 4 does not know that key and
     takes its default theta instead, without a word. (The reverse needs nothing: 5 reads both.)
-
-    Args:
-        config: With or without `rope_parameters`.
     """
     old = {key: value for key, value in config.items() if key != "rope_parameters"}
     rope = dict(config.get("rope_parameters") or {})
@@ -133,11 +125,11 @@ def transformers4_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_random_model(spec: ModelSpec, folder: Path, *, documents: list[str], seed: int) -> None:
-    """Write a model of this spec into `folder`, which must exist.
+    """Write a model of this spec into `folder`, tensor by tensor: full size needs little memory.
 
     Args:
         spec: Its config and tensors.
-        folder: Gets the files.
+        folder: Gets `config.json`, safetensors shards, a tokenizer, a licence; must exist.
         documents: Text that the tokenizer is trained on.
         seed: Of the weights; the same seed gives the same bytes.
     """

@@ -63,7 +63,6 @@ class ConfigKeys:
     """Reads typed values and collects faults; a faulty value has a stand-in, so reading goes on.
 
     Attributes:
-        config: Key -> value.
         section: What a key's path starts with, such as `rope_scaling.`.
         faults: All that is wrong so far; paths are keys.
         read: Effective value of each key that was read, defaults included.
@@ -152,11 +151,7 @@ class ConfigKeys:
             )
 
     def raise_faults(self, where: str = "config.json: ") -> None:
-        """Stop if anything is wrong.
-
-        Raises:
-            RecipeError: With every fault.
-        """
+        """Stop if anything is wrong: a RecipeError with every fault."""
         if self.faults:
             raise RecipeError([Fault(where + each.path, each.message) for each in self.faults])
 
@@ -181,22 +176,14 @@ def model_types() -> tuple[str, ...]:
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Read a config.
-
-    Raises:
-        RecipeError: All that is wrong or not understood, one fault a key.
-    """
+    """Read a config; all that is wrong or not understood is one RecipeError, a fault each."""
     spec, keys = _read(config)
     keys.raise_faults()
     return spec
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a model folder.
-
-    Raises:
-        CorruptError: It is no JSON object.
-    """
+    """The `config.json` of a model folder; CorruptError if it is no JSON object."""
     return read_json_object(folder / "config.json")
 
 
@@ -218,11 +205,7 @@ def spec_faults(spec: ModelSpec, config: Mapping[str, Any]) -> list[Fault]:
 
 
 def _read(config: Mapping[str, Any]) -> tuple[ModelSpec, ConfigKeys]:
-    """The spec, which counts only if the keys have no faults.
-
-    Raises:
-        RecipeError: There is no such family, or too much is wrong to go on.
-    """
+    """The spec, which counts only if the keys have no faults; RecipeError if too much is wrong."""
     keys = ConfigKeys(config)
     known = model_types()
     model_type = str(keys.take("model_type", "")).replace("-", "_").replace(".", "_")

@@ -68,9 +68,7 @@ class Rope:
 def longrope_gain(ratio: float, original: int) -> float:
     """LongRoPE's attention factor: sqrt(1 + ln(ratio) / ln(original)), 1 for a ratio up to 1.
 
-    Args:
-        ratio: Longest context over the original one (arXiv:2402.13753, section 3.3).
-        original: Context that the model was first trained with, tokens.
+    `ratio` is the longest context over the original one (arXiv:2402.13753, section 3.3).
     """
     return math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 < original else 1.0
 

@@ -1,7 +1,7 @@
 """ModelSpec: what an architecture is, as far as plans, quantizers and converters need to know.
 
-A frozen value without a line about any runtime. Families (`pipeline.model.families`) make it from
-the keys of a `config.json`; nothing else lists the linears of a model.
+A frozen value without a line about any runtime. Families (`pipeline.model.families`) make it from a
+`config.json`; nothing else lists the linears of a model.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class Attention:
     """Grouped-query attention.
 
     Attributes:
-        heads: Query heads.
         kv_heads: Key and value heads, a divisor of `heads`.
-        head_dim: Size of one head.
         scale: Multiplies the scores.
         window: How many keys a query sees, its own included; None for all.
         qk_norm: Each head of q and k has a norm before its rotation.
@@ -79,14 +77,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One decoder layer.
-
-    Attributes:
-        attention: Its attention.
-        linears: Its linears, in the order of the forward pass.
-        norms: Its norms, those of heads included.
-        activation: Of the MLP, between gate and up.
-    """
+    """One decoder layer: its linears in the order of the forward pass, and all its norms."""
 
     attention: Attention
     linears: tuple[Linear, ...]
@@ -147,9 +138,7 @@ class ModelSpec:
         vocab_size: Rows of the embedding.
         max_position_embeddings: Longest context the model was trained for, tokens.
         norm_eps: Added to the mean square in every norm.
-        rope: Rotary embedding.
         tied: lm_head is the embedding, stored once.
-        layers: The decoder layers.
         state_bytes: State of fixed size that one sequence holds beside its KV cache.
         config: The `config.json` that it was read from.
     """
@@ -189,11 +178,7 @@ class ModelSpec:
         return scaling.original_max_position_embeddings
 
     def uniform_layer(self) -> Layer:
-        """The layer that all are like.
-
-        Raises:
-            RecipeError: Layers differ.
-        """
+        """The layer that all are like; RecipeError where they differ."""
         if len(set(self.layers)) > 1:
             message = "mixes layers of different kinds, which this format does not build"
             raise RecipeError([not_built("layer_types", message)])
@@ -223,10 +208,7 @@ class ModelSpec:
         return {label: tuple(parts) for label, parts in groups.items() if len(parts) > 1}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor but scales: Hugging Face name and shape, [out, in] of a linear.
-
-        lm_head is missing where it is tied.
-        """
+        """Hugging Face name and shape ([out, in]) of all but scales and a tied lm_head."""
         shapes: dict[str, tuple[int, ...]] = {
             f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size)
         }

@@ -80,10 +80,10 @@ def choose_placement(
 
 
 def cpu_dtype(shape: ModelSpec, available_bytes: int) -> Literal["float32", "bfloat16"]:
-    """float32 on a CPU, unless only bfloat16 fits its memory.
+    """float32 on a CPU, unless only bfloat16 fits its memory, which is several times slower there.
 
     float32 takes 4 bytes a weight, 1.2 for the export beside it, and 3.2 GB for libraries and
-    activations (see `pipeline.plan.sizes`); bfloat16 multiplies several times slower there.
+    activations (see `pipeline.plan.sizes`).
     """
     needed = 5.2 * shape.params + 3.2e9
     return "float32" if needed <= available_bytes else "bfloat16"
@@ -117,11 +117,8 @@ def place(model: Any, placement: Placement) -> torch.device:
 def check_amax(amax: Mapping[str, float]) -> list[str]:
     """Refuse amax values that cannot be scales; name the outliers among the activations.
 
-    Args:
-        amax: Quantizer name -> largest magnitude seen.
-
     Raises:
-        CorruptError: NaN, infinite, zero or negative: the layer is named.
+        CorruptError: NaN, infinite, zero or negative: the quantizers are named.
     """
     broken = {name: value for name, value in amax.items() if not 0 < value < math.inf}
     if broken:
@@ -174,9 +171,8 @@ def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tupl
 
     TensorRT-LLM and vLLM fuse q/k/v and gate/up into one matrix with one scale, and requantize the
     parts whose scale differs. Rounding twice costs 12 to 35 % more weight error than rounding once
-    with the shared scale, which itself costs nothing (SmolLM2, measured 2026-11-24). So the weight
-    amax of each group becomes the group's maximum before anything is rounded. TensorRT-LLM casts
-    scales to 16 bits: one that is exact in bfloat16 means the same numbers in every runtime.
+    with the shared scale, which itself costs nothing (SmolLM2, measured 2026-11-24). TensorRT-LLM
+    casts scales to 16 bits: one that is exact in bfloat16 means the same numbers in every runtime.
 
     Args:
         model: A calibrated ModelOpt model, weights not yet rounded.

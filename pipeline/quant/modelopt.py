@@ -1,8 +1,7 @@
 """Quantizing with NVIDIA ModelOpt: calibrate, share scales, export, check every tensor.
 
 A precision's module says how (its `QuantSpec`), and its settings class runs a `ModelOptJob`. The KV
-cache's scales are calibrated beside the linears', whatever their precision. Linears that match
-`keep_16bit` stay bfloat16.
+cache's scales are calibrated beside the linears', whatever their precision.
 """
 
 from __future__ import annotations
@@ -58,14 +57,7 @@ _SCALES = (".weight_scale", ".input_scale", *_CACHE)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptJob:
-    """One quantization.
-
-    Attributes:
-        precision: What linears become.
-        calibration: Text that sets the activation scales.
-        keep_16bit: fnmatch patterns of linears that stay bfloat16.
-        device: Where calibration runs.
-    """
+    """One quantization; linears that match `keep_16bit` (fnmatch) stay bfloat16."""
 
     precision: QuantSpec
     calibration: Calibration
@@ -227,14 +219,6 @@ def normalize_export(
     choice. These are written from the calibrated amax: ModelOpt 0.37 would raise each to at least
     1.0, 0.47 does not, and one model must give the same checkpoint under both.
 
-    Args:
-        exported: What ModelOpt wrote.
-        weights_dir: The source model's folder.
-        out_dir: Gets the checkpoint.
-        precision: Of the other linears.
-        kept_16bit: Linears of the layers that stay bfloat16.
-        cache_scales: Value of every `k_scale` and `v_scale` tensor.
-
     Raises:
         CorruptError: The export lacks its quantization config or its weights, or has a cache scale
             that was not calibrated.
@@ -269,8 +253,7 @@ def _normalize_shard(
 ) -> None:
     """Move a shard, its tensors as bfloat16 except quantized weights and scales.
 
-    Scales are patched into the file: after calibrating in bfloat16 nothing else changes, and
-    rewriting Phi-3 costs seconds.
+    Scales are patched into the file: after calibrating in bfloat16 nothing else changes.
     """
     dtypes = ("bfloat16", quantized_dtype)
     if not all(

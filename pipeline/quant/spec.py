@@ -4,8 +4,8 @@
     weights = spec.dequantize(codes, scale)
 
 A precision is one module of this package that has a line `SPEC = ...`, and `KIND = ...` (the
-settings class of its quantizer) where recipes can choose it. It is found by listing the folder.
-Code outside this package asks a `QuantSpec`, and never compares a precision's name.
+settings class of its quantizer) where recipes can choose it. Code outside this package asks a
+`QuantSpec`, and never compares a precision's name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MARK = "SPEC"
 
 
 class OnnxWriter(Protocol):
-    """What an ONNX pattern writes into: a graph under construction."""
+    """A graph under construction, which an ONNX pattern writes into."""
 
     @property
     def dtype(self) -> int:
@@ -84,9 +84,8 @@ class QuantSpec:
         quant_algo: Its name in `hf_quant_config.json` and in TensorRT-LLM; None for 16-bit.
         operands: Operand type of its multiplication, one of `Target.tflops`.
         native_sm: Least compute capability x 10 that multiplies these operands.
-        dequantize: Stored codes and scale -> weights in float32. Simulation, verification and the
-            noise floor compute with it.
-        round_input: What activations become before they are multiplied; None where they stay.
+        dequantize: Stored codes and scale -> weights in float32, for all that computes with them.
+        round_input: (x, calibrated scale) -> what is multiplied; None where activations stay.
         modelopt_config: Names of the linears that stay 16-bit -> config for `mtq.quantize`; None
             where ModelOpt does not make it.
         onnx: Its pattern in a graph; None where there is none.
@@ -131,7 +130,6 @@ class KvCacheDtype:
         bytes_per_element: Of one key or value.
         quant_algo: `kv_cache_quant_algo` in `hf_quant_config.json`; None for 16-bit types, which
             need no calibrated scales.
-        code_max: Largest finite code: a scale is amax / `code_max`.
     """
 
     title: str
@@ -162,11 +160,7 @@ def quant_specs() -> dict[str, QuantSpec]:
 
 
 def quant_spec(name: str) -> QuantSpec:
-    """One precision.
-
-    Raises:
-        KeyError: There is none of this name.
-    """
+    """One precision; KeyError if there is none of this name."""
     found: QuantSpec = read_mark(marked_modules(__package__, _MARK)[name], _MARK)
     return found
 

@@ -1,9 +1,8 @@
 """Reads a Hugging Face folder without a model class: config, and tensors as NumPy views.
 
 Works on a unified checkpoint (`X.weight` in its precision's type, with scales such as
-`X.weight_scale` beside it) and on plain weights alike. Tensors are memory maps, so that converting
-streams a checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (through
-`ml_dtypes`).
+`X.weight_scale` beside it) and on plain weights alike. Tensors are memory maps: converting streams
+a checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (`ml_dtypes`).
 """
 
 from __future__ import annotations
@@ -93,11 +92,7 @@ class UnifiedCheckpoint:
         return folder_tensors(self.dir)
 
     def entry(self, name: str) -> TensorEntry:
-        """Where a tensor lies.
-
-        Raises:
-            CorruptError: There is no such tensor.
-        """
+        """Where a tensor lies; CorruptError if there is no such tensor."""
         if name not in self.tensors:
             raise CorruptError(f"{self.dir}: tensor {name} is missing; make the checkpoint again")
         return self.tensors[name]
@@ -123,11 +118,7 @@ class UnifiedCheckpoint:
         return raw.view(dtype).reshape(entry.shape)
 
     def scalar(self, name: str) -> np.float32:
-        """A scale: a tensor with one element, as float32.
-
-        Raises:
-            CorruptError: There is no such tensor, or it has more elements.
-        """
+        """A scale, as float32; CorruptError if it is missing or has more elements than one."""
         import numpy as np
 
         values = self.read(name).reshape(-1)
@@ -144,8 +135,7 @@ class UnifiedCheckpoint:
         is silently wrong, as a config key would.
 
         Raises:
-            CorruptError: Lists what is missing, left over, of another shape or of a dtype that does
-                not belong there.
+            CorruptError: Lists what is missing, left over or of another shape.
         """
         wanted = self.spec.tensors()
         linears = {f"{module}.weight" for module in self.spec.modules}
@@ -240,7 +230,7 @@ def torch_view(values: NDArray[Any]) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DeclaredQuantization:
-    """What was read.
+    """What a checkpoint says about its own quantization.
 
     Attributes:
         file: Where it is declared; `config.json` if nowhere.
@@ -255,11 +245,7 @@ class DeclaredQuantization:
 
 
 def declared_quantization(folder: Path) -> DeclaredQuantization:
-    """Read the declaration of a checkpoint.
-
-    Raises:
-        CorruptError: A file is not JSON, or a value has another type than the format demands.
-    """
+    """Read the declaration, in the files of any exporter; CorruptError where it is damaged."""
     path = folder / DECLARATION
     if path.is_file():
         declared = _object(path, read_json_object(path), "quantization")

@@ -1,7 +1,6 @@
 """Checks every tensor of an exported checkpoint against the weights that it was made from.
 
-An exporter can drop, empty or zero a tensor and still succeed; nothing later would notice before a
-reader of nonsense does. What rounding cost is kept in the ledger.
+An exporter can drop, empty or zero a tensor and still succeed.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ _CHUNK_ROWS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What was rounded, and what it cost.
+    """What was rounded to a precision, and what it cost.
 
     Attributes:
-        precision: Name of the precision.
+        precision: Its name.
         relative_error: Linear -> norm of its rounding error over the norm of its weights, three
             digits: the order of a sum does not show in them.
         kept_16bit: Linears that were rounded to bfloat16 only.
@@ -48,11 +47,7 @@ class Ledger:
 
 
 def require_finite(source: UnifiedCheckpoint) -> None:
-    """Refuse weights, norms and embeddings that hold NaN or infinite values.
-
-    Raises:
-        CorruptError: Names the tensors.
-    """
+    """Refuse weights, norms and embeddings that hold NaN or infinite values (CorruptError)."""
     broken = [name for name in source.tensors if not all_finite(source.read(name))]
     if broken:
         raise CorruptError(

@@ -32,7 +32,7 @@ class CheckpointCompiler:
         max_seq_len: Prompt + output tokens of one request.
         max_num_tokens: Tokens that the server schedules in one iteration.
         kv_cache_dtype: `fp8` uses the checkpoint's calibrated scales.
-        runtime: Name and version that the package is meant for.
+        runtime: What the package is meant for.
     """
 
     format: ClassVar[Format] = SPEC.name
