@@ -7,7 +7,6 @@ rounds its input as the precision says and multiplies with the dequantized codes
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,15 +64,15 @@ def load_simulation(
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
-    roundings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-    if (round_input := checkpoint.precision.round_input) is not None:
+    round_input, scales = checkpoint.precision.round_input, dict[str, float]()
+    if round_input is not None:
         for name in checkpoint.quantized_linears:
             if _layer_of(name) in kept:
                 scale = float(checkpoint.scalar(f"{name}.input_scale"))
-                roundings[_renumbered(name, kept)] = partial(round_input, scale=scale)
+                scales[_renumbered(name, kept)] = scale
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (name in roundings or accumulate != "float32"):
-            _wrap(module, roundings.get(name), accumulate)
+        if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
+            _wrap(module, round_input, scales.get(name), accumulate)
     if context is not None:
         _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()
@@ -81,7 +80,8 @@ def load_simulation(
 
 def _wrap(
     linear: Any,
-    round_input: Callable[[torch.Tensor], torch.Tensor] | None,
+    round_input: Callable[[torch.Tensor, float], torch.Tensor] | None,
+    scale: float | None,
     accumulate: Accumulation,
 ) -> None:
     """Let a linear round its input before it multiplies, and sum in that way."""
@@ -95,7 +95,7 @@ def _wrap(
         other = linear.weight.data.to(dtype).flip(flipped).contiguous()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rounded = x if round_input is None else round_input(x)
+        rounded = x if round_input is None or scale is None else round_input(x, scale)
         if other is None:
             product = torch.nn.functional.linear(rounded, linear.weight)
         else:

@@ -60,14 +60,6 @@ class OnnxPattern:
     operands: str
 
 
-class RoundInput(Protocol):
-    """What activations become before they are multiplied."""
-
-    def __call__(self, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """Round `x` with its calibrated scale."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """A precision of a linear's weights and activations.
@@ -102,7 +94,7 @@ class QuantSpec:
     operands: str
     native_sm: int
     dequantize: Callable[[torch.Tensor, float], torch.Tensor]
-    round_input: RoundInput | None = None
+    round_input: Callable[[torch.Tensor, float], torch.Tensor] | None = None
     modelopt_config: Callable[[Sequence[str]], dict[str, Any]] | None = None
     onnx: OnnxPattern | None = None
 
@@ -135,7 +127,6 @@ class KvCacheDtype:
     title: str
     bytes_per_element: int
     quant_algo: str | None = None
-    code_max: float = 0.0
 
     @property
     def suffix(self) -> str:
@@ -147,7 +138,7 @@ FP8_E4M3_MAX = 448.0
 """Largest finite E4M3 value (OCP 8-bit Floating Point Specification, table 1)."""
 
 KV_CACHE_DTYPES = {
-    "fp8": KvCacheDtype(title="FP8", bytes_per_element=1, quant_algo="FP8", code_max=FP8_E4M3_MAX),
+    "fp8": KvCacheDtype(title="FP8", bytes_per_element=1, quant_algo="FP8"),
     "bfloat16": KvCacheDtype(title="16-bit", bytes_per_element=2),
     "float16": KvCacheDtype(title="16-bit", bytes_per_element=2),
 }

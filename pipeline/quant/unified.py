@@ -19,7 +19,7 @@ from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.safetensors_files import TensorEntry, folder_tensors
 from pipeline.model.read import load_config, read_spec
-from pipeline.model.spec import ModelSpec
+from pipeline.model.spec import EMBEDDING, LM_HEAD, ModelSpec
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
 from pipeline.quant.spec import QuantSpec, quant_specs, spec_of_algo
 
@@ -75,13 +75,16 @@ class UnifiedCheckpoint:
             RecipeError: It declares a precision that is not known here.
             CorruptError: Its declaration is damaged.
         """
-        algorithm = declared_quantization(self.dir).algorithm
-        if algorithm is not None:
+        declared = declared_quantization(self.dir)
+        if (algorithm := declared.algorithm) is not None:
             if spec := spec_of_algo(algorithm):
                 return spec
             known = ", ".join(spec.quant_algo for spec in quant_specs().values() if spec.quant_algo)
-            message = f"is {algorithm}, which is not supported; only {known}"
-            raise RecipeError([Fault(f"{self.dir}: quant_algo", message)])
+            message = (
+                f"declares {algorithm}; only {known} is converted. Serve the checkpoint as it is "
+                f"(vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to {known}"
+            )
+            raise RecipeError([Fault(str(self.dir / declared.file), message)])
         dtypes = {entry.dtype for entry in self.tensors.values()}
         stored = (spec for spec in quant_specs().values() if spec.quant_algo)
         return next((spec for spec in stored if spec.weight_dtype in dtypes), SIXTEEN_BIT)
@@ -135,23 +138,34 @@ class UnifiedCheckpoint:
         is silently wrong, as a config key would.
 
         Raises:
-            CorruptError: Lists what is missing, left over or of another shape.
+            CorruptError: Lists what is missing, left over or of another shape; or a tied lm_head
+                that is stored is no copy of the embedding.
+            RecipeError: Tensors are of dtypes that no converter reads.
         """
         wanted = self.spec.tensors()
         linears = {f"{module}.weight" for module in self.spec.modules}
         faults = [f"tensor {name} is missing" for name in wanted if name not in self.tensors]
+        others = []
         for name, entry in self.tensors.items():
             if name not in wanted:
                 if not self._is_companion(name):
                     faults.append(f"tensor {name} is not known to the converters")
+                continue
+            known = {*_PLAIN_DTYPES, *([self.precision.weight_dtype] if name in linears else [])}
+            if entry.dtype not in known:
+                message = f"has dtype {entry.dtype}; {' or '.join(sorted(known))} is converted"
+                others.append(Fault(name, message))
             elif entry.shape != wanted[name]:
                 faults.append(
                     f"tensor {name} has the shape {entry.shape}, config.json implies {wanted[name]}"
                 )
-            elif entry.dtype not in _PLAIN_DTYPES and not (
-                name in linears and entry.dtype == self.precision.weight_dtype
-            ):
-                faults.append(f"tensor {name} has the dtype {entry.dtype}, which is not built")
+        if others:
+            raise RecipeError(others[:8])
+        if not faults and not self._head_is_embedding():
+            faults.append(
+                f"{LM_HEAD}.weight differs from {EMBEDDING}.weight, although config.json ties them "
+                "(tie_word_embeddings)"
+            )
         if faults:
             raise CorruptError(
                 f"{self.dir} does not hold the model of its config.json; make the checkpoint "
@@ -170,8 +184,15 @@ class UnifiedCheckpoint:
         if kind in ("k_scale", "v_scale"):
             return ".self_attn" in module
         return name.endswith(".rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and self.spec.tied
+            name == f"{LM_HEAD}.weight" and self.spec.tied
         )
+
+    def _head_is_embedding(self) -> bool:
+        """Whether a tied lm_head, where it is stored, is the embedding."""
+        if not self.spec.tied or f"{LM_HEAD}.weight" not in self.tensors:
+            return True
+        head, table = (self.read(f"{module}.weight") for module in (LM_HEAD, EMBEDDING))
+        return head.dtype == table.dtype and head.tobytes() == table.tobytes()
 
     def is_quantized(self, module: str) -> bool:
         """Whether the linear `module` is stored in the checkpoint's precision."""

@@ -14,7 +14,8 @@ and `model.py` (#663997685), `models/qwen/config.py` (373970a8) and `model.py` (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, RecipeError
@@ -52,7 +53,7 @@ def trtllm_config(
         message = f"is {spec.architecture}; the converter for TensorRT-LLM has "
         raise RecipeError([not_built("architectures", message + ", ".join(_FAMILIES))])
     layer = spec.uniform_layer()
-    if faults := _phi3_faults(spec, layer) if layer.fused_mlp else _plain_faults(spec, layer):
+    if faults := list(_faults(spec, layer)):
         raise RecipeError(faults)
     attention = layer.attention
     return {
@@ -102,14 +103,7 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
     }
     scaling = rope.scaling
     if isinstance(scaling, Llama3Scaling):
-        keys["rotary_scaling"] = {
-            "type": "llama3",
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
+        keys["rotary_scaling"] = {"type": "llama3", "rope_type": "llama3", **asdict(scaling)}
     elif isinstance(scaling, LongRopeScaling):
         keys |= {
             "position_embedding_type": "long_rope",
@@ -144,51 +138,36 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
 """Model classes of TensorRT-LLM that we convert for, and the keys that only their config has."""
 
 
-def _plain_faults(spec: ModelSpec, layer: Layer) -> list[Fault]:
-    """The Llama and Qwen layers rotate whole heads and know no LongRoPE."""
-    faults = []
-    head_dim = layer.attention.head_dim
-    if spec.rope.rotary_dim != head_dim:
-        message = f"rotates {spec.rope.rotary_dim} of {head_dim} elements; TensorRT-LLM's "
-        message += f"{spec.architecture} rotates all"
-        faults.append(not_built("partial_rotary_factor", message))
-    if isinstance(spec.rope.scaling, LongRopeScaling):
-        message = f"is longrope, which its {spec.architecture} does not have"
-        faults.append(not_built("rope_type", message))
-    return faults
+def _faults(spec: ModelSpec, layer: Layer) -> Iterator[Fault]:
+    """What the layers of TensorRT-LLM's class would silently ignore.
 
-
-def _phi3_faults(spec: ModelSpec, layer: Layer) -> list[Fault]:
-    """The Phi-3 layer ignores `head_size` and `rotary_scaling`, and computes its own LongRoPE gain.
-
-    The gain is sqrt(1 + ln(f) / ln(original)), f = max_position_embeddings / original
+    The Llama and Qwen layers rotate whole heads and know no LongRoPE. The Phi-3 layer ignores
+    `head_size` and `rotary_scaling`, and computes its own LongRoPE gain: sqrt(1 + ln(f) /
+    ln(original)), f = max_position_embeddings / original
     (`create_sinusoidal_positions_long_rope_for_attention_plugin` in `functional.py`); the keys
     `longrope_short_mscale` and `longrope_long_mscale` are read for Phi-3-small and PhiMoE only.
     """
-    faults = []
-    attention = layer.attention
-    if attention.head_dim * attention.heads != spec.hidden_size:
-        faults.append(
-            not_built(
-                "head_dim",
-                f"is {attention.head_dim}; TensorRT-LLM's Phi3ForCausalLM takes hidden_size / "
-                f"num_attention_heads = {spec.hidden_size / attention.heads:g} instead",
-            )
-        )
-    scaling = spec.rope.scaling
+    attention, rope, scaling = layer.attention, spec.rope, spec.rope.scaling
+    head_dim, longest = attention.head_dim, spec.max_position_embeddings
+    if not layer.fused_mlp:
+        if rope.rotary_dim != head_dim:
+            message = f"rotates {rope.rotary_dim} of {head_dim} elements; TensorRT-LLM's "
+            message += f"{spec.architecture} rotates all"
+            yield not_built("partial_rotary_factor", message)
+        if isinstance(scaling, LongRopeScaling):
+            message = f"is longrope, which its {spec.architecture} does not have"
+            yield not_built("rope_type", message)
+        return
+    if head_dim * attention.heads != spec.hidden_size:
+        message = f"is {head_dim}; TensorRT-LLM's Phi3ForCausalLM takes hidden_size / "
+        message += f"num_attention_heads = {spec.hidden_size / attention.heads:g} instead"
+        yield not_built("head_dim", message)
     if isinstance(scaling, Llama3Scaling):
-        faults.append(not_built("rope_type", "is llama3, which its Phi3ForCausalLM ignores"))
-    elif isinstance(scaling, LongRopeScaling):
-        gain = longrope_gain(
-            spec.max_position_embeddings / scaling.original_max_position_embeddings,
-            scaling.original_max_position_embeddings,
-        )
+        yield not_built("rope_type", "is llama3, which its Phi3ForCausalLM ignores")
+    if isinstance(scaling, LongRopeScaling):
+        original = scaling.original_max_position_embeddings
+        gain = longrope_gain(longest / original, original)
         if not math.isclose(gain, scaling.attention_factor, rel_tol=1e-6):
-            faults.append(
-                not_built(
-                    "attention_factor",
-                    f"is {scaling.attention_factor:g}; TensorRT-LLM computes {gain:g} from "
-                    f"max_position_embeddings and takes no other",
-                )
-            )
-    return faults
+            message = f"is {scaling.attention_factor:g}; TensorRT-LLM computes {gain:g} from "
+            message += "max_position_embeddings and takes no other"
+            yield not_built("attention_factor", message)

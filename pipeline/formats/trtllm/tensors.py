@@ -27,13 +27,13 @@ Sources in NVIDIA/TensorRT-LLM (see config.py on the numbers): `models/modeling_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.formats.trtllm.config import Dtype
 from pipeline.model.spec import EMBEDDING, FINAL_NORM, LM_HEAD, Layer, Linear, layer_name
-from pipeline.quant.unified import UnifiedCheckpoint, declared_quantization
+from pipeline.quant.unified import UnifiedCheckpoint
 
 FP8 = "float8_e4m3fn"
 """NumPy (ml_dtypes) name of E4M3."""
@@ -51,8 +51,6 @@ larger than need be costs little."""
 _FLOAT16_SCALES = (2.0**-14, 65504.0)
 """Smallest and largest normal float16 (IEEE 754): `trtllm-build` casts the scales of FP8 linears to
 the 16-bit dtype, where one outside loses precision, becomes 0 or infinite."""
-
-_FLOATS = frozenset({"bfloat16", "float16", "float32"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,33 +96,27 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
         RecipeError: The checkpoint is whole but cannot be expressed: no FP8 in it, half of a fused
             group FP8, another kind of quantization, no KV scales although they were asked for.
     """
-    declared = declared_quantization(checkpoint.dir)
-    if declared.algorithm not in {None, "FP8"}:
-        raise _unfit(
-            declared.file,
-            f"declares {declared.algorithm}; only per-tensor FP8 is converted. Serve the "
-            "checkpoint as it is (vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to FP8",
-        )
-    if all(entry.dtype != FP8 for entry in checkpoint.tensors.values()):
+    if checkpoint.precision.quant_algo != "FP8":
         raise _unfit(
             str(checkpoint.dir),
             "holds no FP8 linear; quantize the model first (enginesmith build, or ModelOpt's "
             "export_hf_checkpoint)",
         )
+    checkpoint.check_tensors()
     plan, spec = TensorPlan(checkpoint, dtype), checkpoint.spec
-    norm, table = (spec.hidden_size,), (spec.vocab_size, spec.hidden_size)
-    plan.add_plain("transformer.vocab_embedding.weight", f"{EMBEDDING}.weight", table)
+    plan.add_plain("transformer.vocab_embedding", EMBEDDING)
     for number, layer in enumerate(spec.layers):
         source, target = layer_name(number), f"transformer.layers.{number}"
-        before_mlp = f"{source}.post_attention_layernorm.weight"
-        plan.add_plain(f"{target}.input_layernorm.weight", f"{source}.input_layernorm.weight", norm)
+        plan.add_plain(f"{target}.input_layernorm", f"{source}.input_layernorm")
         for name, parts in _linears(layer).items():
             plan.add_linear(f"{target}.{name}", source, layer, parts)
-        plan.add_kv_scale(number, wanted=kv_fp8)
-        plan.add_plain(f"{target}.post_layernorm.weight", before_mlp, norm)
-    plan.add_plain("transformer.ln_f.weight", f"{FINAL_NORM}.weight", norm)
-    plan.add_head()
-    plan.require_all_used()
+        if kv_fp8:
+            plan.add_kv_scale(number)
+        plan.add_plain(f"{target}.post_layernorm", f"{source}.post_attention_layernorm")
+    plan.add_plain("transformer.ln_f", FINAL_NORM)
+    # TensorRT-LLM accepts a file without lm_head and then uses the embedding, also for a model that
+    # is not tied: wrong, and no message. The builder finds equal tables and keeps one.
+    plan.add_plain(LM_HEAD, EMBEDDING if spec.tied else LM_HEAD)
     return plan
 
 
@@ -159,42 +151,17 @@ class TensorPlan:
     fp8: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=lambda: [LM_HEAD])
     merged_inputs: list[str] = field(default_factory=list)
-    _used: set[str] = field(default_factory=set)
 
-    def add_plain(self, target: str, source: str, shape: tuple[int, ...]) -> None:
-        """One 16-bit tensor."""
-        self._take(source, shape, _FLOATS)
-        self._add(target, self.dtype, shape, [Piece(tensor=source)])
-
-    def add_head(self) -> None:
-        """lm_head, also where it is the embedding.
-
-        TensorRT-LLM accepts a file without it and then uses the embedding, also for a model that is
-        not tied: wrong, and no message. With it always there, its absence is always a fault. The
-        builder finds equal tables and keeps one. A tied model may store it, but only as a copy.
-        """
-        stored, embedding = f"{LM_HEAD}.weight", f"{EMBEDDING}.weight"
-        spec = self.checkpoint.spec
-        shape = (spec.vocab_size, spec.hidden_size)
-        if not spec.tied and self.checkpoint.is_quantized(LM_HEAD):
-            raise _unfit(LM_HEAD, "is FP8; it is converted as 16-bit only")
-        self.add_plain(stored, embedding if spec.tied else stored, shape)
-        if spec.tied and stored in self.checkpoint.tensors:
-            self._take(stored, shape, _FLOATS)
-            head, table = (self.checkpoint.read(name) for name in (stored, embedding))
-            if head.dtype != table.dtype or head.tobytes() != table.tobytes():
-                raise self._corrupt(
-                    f"{stored} differs from {embedding}, although config.json ties them "
-                    "(tie_word_embeddings)"
-                )
+    def add_plain(self, target: str, source: str) -> None:
+        """One 16-bit weight."""
+        name = f"{source}.weight"
+        shape = self.checkpoint.entry(name).shape
+        self._add(f"{target}.weight", self.dtype, shape, [Piece(tensor=name)])
 
     def add_linear(self, target: str, source: str, layer: Layer, parts: Sequence[Linear]) -> None:
         """Weight, scales and bias of a linear, made of `parts` of a layer, top to bottom."""
         group = layer.group(parts[0].fused) if parts[0].fused else parts
         sharing = tuple(dict.fromkeys(f"{source}.{part.module}" for part in group))
-        for name in sharing:
-            if f"{name}.weight" not in self.checkpoint.tensors:
-                raise self._corrupt(f"{name}.weight is missing")
         kept = [name for name in sharing if not self.checkpoint.is_quantized(name)]
         if kept and len(kept) < len(sharing):
             raise _unfit(
@@ -202,51 +169,38 @@ class TensorPlan:
                 f"mixes precisions: {', '.join(kept)} is not FP8, but is fused with what is; "
                 "keep all of a group in 16 bits or none (quantizer.keep_16bit)",
             )
-        stored = {f"{source}.{part.module}": layer.modules[part.module] for part in parts}
-        pieces = [
+        rows = [
             (f"{source}.{part.module}", (part.first_row, part.first_row + part.rows))
             for part in parts
         ]
         shape = (sum(part.rows for part in parts), parts[0].columns)
-        for module, size in stored.items():
-            self._take(f"{module}.weight", size, _FLOATS if kept else {FP8})
         if kept:
             self.excluded.append(target)
-            self._add(
-                f"{target}.weight",
-                self.dtype,
-                shape,
-                [Piece(tensor=f"{name}.weight", rows=rows) for name, rows in pieces],
-            )
+            pieces = [Piece(tensor=f"{name}.weight", rows=some) for name, some in rows]
+            self._add(f"{target}.weight", self.dtype, shape, pieces)
         else:
-            self._add_fp8(target, sharing, shape, pieces)
+            self._add_fp8(target, sharing, shape, rows)
         if parts[0].bias:
-            for module, (rows, _) in stored.items():
-                self._take(f"{module}.bias", (rows,), _FLOATS)
-            biases = [Piece(tensor=f"{name}.bias", rows=rows) for name, rows in pieces]
-            self._add(f"{target}.bias", self.dtype, shape[:1], biases)
+            pieces = [Piece(tensor=f"{name}.bias", rows=some) for name, some in rows]
+            self._add(f"{target}.bias", self.dtype, shape[:1], pieces)
 
     def _add_fp8(
         self,
         target: str,
         sharing: Sequence[str],
         shape: tuple[int, ...],
-        pieces: Sequence[tuple[str, tuple[int, int]]],
+        rows: Sequence[tuple[str, tuple[int, int]]],
     ) -> None:
         """The matrix with the largest scales of those that share."""
         scales = {name: self._scale(f"{name}.weight_scale") for name in sharing}
         inputs = {self._scale(f"{name}.input_scale") for name in sharing}
         shared = max(scales.values())
+        pieces = [
+            Piece(tensor=f"{name}.weight", rows=some, old_scale=scales[name], new_scale=shared)
+            for name, some in rows
+        ]
         self.fp8.append(target)
-        self._add(
-            f"{target}.weight",
-            FP8,
-            shape,
-            [
-                Piece(tensor=f"{name}.weight", rows=rows, old_scale=scales[name], new_scale=shared)
-                for name, rows in pieces
-            ],
-        )
+        self._add(f"{target}.weight", FP8, shape, pieces)
         if len(inputs) > 1:
             self.merged_inputs.append(target)
         for kind, value in (("weights", shared), ("activation", max(inputs))):
@@ -258,7 +212,6 @@ class TensorPlan:
 
     def _scale(self, name: str) -> float:
         """One positive number."""
-        self._used.add(name)
         entry = self.checkpoint.tensors.get(name)
         if entry is None:
             kind = name.rpartition(".")[2]
@@ -272,7 +225,7 @@ class TensorPlan:
             raise self._corrupt(f"{name} is {value}, no positive number")
         return value
 
-    def add_kv_scale(self, layer: int, *, wanted: bool) -> None:
+    def add_kv_scale(self, layer: int) -> None:
         """One scale for keys and values: the larger one, and no less than `KV_SCALE_FLOOR`.
 
         TensorRT-LLM's loader takes the maximum as well. The separate `k_cache_scaling_factor` and
@@ -280,9 +233,6 @@ class TensorPlan:
         """
         attention = f"{layer_name(layer)}.self_attn"
         names = [f"{attention}.{part}_proj.{part}_scale" for part in ("k", "v")]
-        self._used.update(names)
-        if not wanted:
-            return
         if not any(name in self.checkpoint.tensors for name in names):
             raise _unfit(
                 attention,
@@ -291,25 +241,6 @@ class TensorPlan:
             )
         value = max(KV_SCALE_FLOOR, *(self._scale(name) for name in names))
         self._add_number(f"transformer.layers.{layer}.attention.kv_cache_scaling_factor", value)
-
-    def require_all_used(self) -> None:
-        """Refuse tensors that nothing of the plan reads."""
-        for name in sorted(self.checkpoint.tensors.keys() - self._used):
-            if not name.endswith(".rotary_emb.inv_freq"):  # follows from the config
-                architecture = self.checkpoint.spec.architecture
-                raise self._corrupt(f"{name} is no tensor of {architecture}, and no scale of one")
-
-    def _take(self, name: str, shape: tuple[int, ...], dtypes: Set[str]) -> None:
-        """Mark a source tensor, which must be as `config.json` implies, as used."""
-        self._used.add(name)
-        entry = self.checkpoint.tensors.get(name)
-        if entry is None:
-            raise self._corrupt(f"{name} is missing")
-        if entry.dtype not in dtypes:
-            wanted = " or ".join(sorted(dtypes))
-            raise _unfit(name, f"has dtype {entry.dtype}; {wanted} is converted")
-        if entry.shape != shape:
-            raise self._corrupt(f"{name} has shape {entry.shape}, config.json implies {shape}")
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
         self.tensors.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import CorruptError
+from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.values import Checkpoint
 from pipeline.formats.trtrtx.graph_writer import write_weights
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -99,8 +99,6 @@ def packed_integers(tensors: dict[str, Any]) -> None:
         (with_a_bias, "layers.1.self_attn.o_proj.bias is not known to the converters"),
         (with_a_smoothing_scale, "layers.1.mlp.up_proj.pre_quant_scale is not known"),
         (scale_of_a_16_bit_linear, "layers.2.mlp.down_proj.input_scale is not known"),
-        (fp8_embedding, "model.embed_tokens.weight has the dtype float8_e4m3fn"),
-        (packed_integers, "layers.0.mlp.up_proj.weight has the dtype uint8"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -114,6 +112,24 @@ def test_tensor_that_would_be_misread_or_not_be_read_is_refused(
     with pytest.raises(CorruptError, match=shown) as refused:
         write_graph(broken, tmp_path / "graph")
     assert "does not hold the model of its config.json" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (fp8_embedding, "model.embed_tokens.weight: has dtype float8_e4m3fn; .* is converted"),
+        (packed_integers, "layers.0.mlp.up_proj.weight: has dtype uint8; .* is converted"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_another_dtype_is_another_format_and_no_damage(
+    fp8_checkpoint: Checkpoint,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    shown: str,
+) -> None:
+    with pytest.raises(RecipeError, match=shown):
+        write_graph(changed(fp8_checkpoint.dir, tmp_path, change), tmp_path / "graph")
 
 
 def test_scale_per_channel_is_refused(fp8_checkpoint: Checkpoint, tmp_path: Path) -> None:

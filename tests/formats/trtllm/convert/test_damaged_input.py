@@ -73,19 +73,19 @@ def _copy(name: str, copied: str) -> Callable[[Tensors], object]:
         ),
         (
             _resize(f"{_LAYER}.self_attn.v_proj.weight"),
-            f"{_LAYER}.self_attn.v_proj.weight has shape (31, 64), config.json implies (32, 64)",
+            f"{_LAYER}.self_attn.v_proj.weight has the shape (31, 64), config.json implies",
         ),
         (
             _resize("model.norm.weight"),
-            "model.norm.weight has shape (63,), config.json implies (64,)",
+            "model.norm.weight has the shape (63,), config.json implies (64,)",
         ),
         (
             _copy("model.norm.weight", f"{_LAYER}.self_attn.q_norm.weight"),
-            f"{_LAYER}.self_attn.q_norm.weight is no tensor of LlamaForCausalLM",
+            f"{_LAYER}.self_attn.q_norm.weight is not known to the converters",
         ),
         (
             _copy("model.norm.weight", f"{_LAYER}.self_attn.q_proj.bias"),
-            f"{_LAYER}.self_attn.q_proj.bias is no tensor of LlamaForCausalLM",
+            f"{_LAYER}.self_attn.q_proj.bias is not known to the converters",
         ),
         (_put(f"{_LAYER}.mlp.down_proj.weight_scale", 0.0), "weight_scale is 0.0, no positive"),
         (_put(f"{_LAYER}.mlp.down_proj.input_scale", float("inf")), "input_scale is inf"),
@@ -139,7 +139,7 @@ def _fp8_head(tensors: Tensors) -> None:
     [
         (_half_fp8, "transformer.layers.1.attention.qkv: mixes precisions: .*k_proj is not FP8"),
         (_as_bytes, "down_proj.weight: has dtype uint8; .* is converted"),
-        (_fp8_head, "lm_head: is FP8; it is converted as 16-bit only"),
+        (_fp8_head, "lm_head.weight: has dtype float8_e4m3fn; .* is converted"),
         (
             _repeat(f"{_LAYER}.mlp.down_proj.weight_scale", 64),
             r"down_proj.weight_scale: has shape \(64,\); only one scale for a tensor",

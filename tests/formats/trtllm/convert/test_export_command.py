@@ -241,7 +241,7 @@ def declared(name: str, content: Any) -> Callable[[Path], object]:
         (declared(_CONFIG, ["fp8"]), 4, "quantization_config is ['fp8'], wanted an object"),
         (declared(_CONFIG, {"kv_cache_scheme": 8}), 4, "kv_cache_scheme is 8"),
         (declared(_DECLARATION, {"kv_cache_quant_algo": "NVFP4"}), 2, "is NVFP4, which is not"),
-        (declared(_DECLARATION, {"quant_algo": "W4A16_AWQ"}), 2, "declares W4A16_AWQ; only per-"),
+        (declared(_DECLARATION, {"quant_algo": "W4A16_AWQ"}), 2, "declares W4A16_AWQ; only FP8"),
         (declared(_CONFIG, {"quant_method": "awq", "bits": 4}), 2, "declares awq;"),
         (
             declared(_CONFIG, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
