@@ -6,14 +6,6 @@ from pipeline.quant.spec import keep_16bit_faults, select
 from tests.specs import shape
 
 
-def test_phi3_has_fused_linears_and_llama_has_seven() -> None:
-    phi, llama = shape("phi3").modules, shape("llama3.1").modules
-    assert len(phi) == 32 * 4
-    assert phi["model.layers.31.mlp.gate_up_proj"] == (2 * 8192, 3072)
-    assert len(llama) == 32 * 7
-    assert llama["model.layers.0.self_attn.k_proj"] == (8 * 128, 4096)
-
-
 def test_patterns_select_in_model_order_and_once() -> None:
     modules = shape("smollm2").modules
     picked = select(["*.29.mlp.down_proj", "model.layers.1.*.down_proj", "*.1.mlp.*"], modules)

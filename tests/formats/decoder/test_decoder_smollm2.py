@@ -21,22 +21,13 @@ from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.sources.text.corpus import pack_windows
 from pipeline.sources.text.topics import PydocTopics
 from tests.formats.decoder.decoders import (
-    generate_greedy,
-    model_greedy,
     model_logits,
-    reference,
     write_graph,
 )
 
 pytestmark = pytest.mark.slow
 
 WINDOWS, WINDOW_TOKENS = 8, 256
-NEW_TOKENS = 64
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time, in a village at the edge of a dark forest, there lived",
-)
 
 
 @pytest.fixture(scope="module")
@@ -117,32 +108,3 @@ def test_fp8_graph_is_as_near_to_the_simulation_as_the_simulation_to_itself(
     assert reached.mean_kl_nats <= 1.25 * max(floor.mean_kl_nats for floor in floors)
     assert reached.top1_agreement >= min(floor.top1_agreement for floor in floors) - 0.01
     assert abs(reached.perplexity_change) <= 0.01
-
-
-def test_unquantized_graph_equals_transformers(
-    weights: Weights, windows: list[list[int]], tmp_path: Path
-) -> None:
-    model = reference(weights.dir)
-    tokenizer = load_tokenizer(weights.dir)
-    graph = OnnxRuntimeGraph(write_graph(weights.dir, tmp_path, context=WINDOW_TOKENS))
-    session = graph_session(graph)
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    assert len({len(prompt) for prompt in prompts}) == len(prompts)
-
-    largest = max(
-        float(np.abs(session.logits(tokens) - model_logits(model, tokens)).max())
-        for tokens in [*prompts, windows[0]]
-    )
-    print(f"\nlargest logit difference {largest:.2e}")
-    assert largest < 1e-3
-    wanted = [model_greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
-    alone = [generate_greedy(graph.bind(1), [prompt], NEW_TOKENS)[0].tolist() for prompt in prompts]
-    batch = generate_greedy(graph.bind(len(prompts)), prompts, NEW_TOKENS).tolist()
-    for name, rows in (("alone", alone), ("ragged batch", batch)):
-        equal = [
-            sum(a == b for a, b in zip(row, want, strict=True))
-            for row, want in zip(rows, wanted, strict=True)
-        ]
-        print(f"greedy tokens equal, {name}: {equal} of {NEW_TOKENS}")
-    assert alone == wanted
-    assert batch == wanted

@@ -10,12 +10,6 @@ import pytest
 
 from pipeline.formats.trtllm.convert import TrtLlmSettings
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited, modelopt_checkpoint
-from tests.formats.trtllm.convert.comparison import (
-    LOGIT_BOUND,
-    largest_difference,
-    transformers_logits,
-)
-from tests.formats.trtllm.convert.reference import TrtLlmReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,33 +106,6 @@ def test_added_error_is_recorded_by_module_and_told(foreign: Callable[[str], Con
     (note,) = found.record["notes"]
     assert note.startswith("9 linears were rounded a second time")
     assert f"{recorded[worst]:.4f} at worst ({worst})" in note
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2.5", "mistral"])
-def test_logits_are_those_of_the_requantized_weights(
-    foreign: Callable[[str], Converted], tmp_path: Path, name: str
-) -> None:
-    found = foreign(name)
-
-    def requantize(tensors: Tensors) -> None:
-        """What the runtime would do, in the unified checkpoint's own layout."""
-        import torch
-
-        for layer in range(3):
-            for members in (_GROUPS["attention.qkv"], _GROUPS["mlp.fc"]):
-                modules = [f"model.layers.{layer}.{member}" for member in members]
-                shared = max(float(tensors[f"{module}.weight_scale"]) for module in modules)
-                for module in modules:
-                    codes = (value(tensors, module) / shared).to(torch.float8_e4m3fn)
-                    tensors[f"{module}.weight"] = codes
-                    tensors[f"{module}.weight_scale"] = torch.tensor(shared)
-
-    requantized = edited(found.unified, tmp_path / "requantized", requantize)
-    ours = TrtLlmReference(found.dir, round_activations=False)
-    theirs = transformers_logits(requantized, round_activations=False)
-    assert largest_difference(ours, theirs) < LOGIT_BOUND
-    untouched = transformers_logits(found.unified, round_activations=False)
-    assert largest_difference(ours, untouched) > 100 * LOGIT_BOUND  # the second rounding shows
 
 
 def test_fused_model_needs_no_second_rounding(foreign: Callable[[str], Converted]) -> None:
