@@ -42,18 +42,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptRequest:
-    """What to accept.
+    """What to accept; see `enginesmith accept --help`.
 
     Attributes:
         target: A reference, or the folder of a package.
-        registry: Where references are looked up, and statements go; a URL.
         publish: Add the statement to the registry; without it only a registry in a folder of this
             machine gets it.
-        overrides: Of the recipe, in Hydra's grammar, such as `acceptance.sustained.minutes=20`.
         recipe: Its name; None for the package's own.
-        policy: Trust policy; None for this machine's.
-        allow_unsigned: Take a package that nobody signed.
-        config_dir: Folder with recipes of the user's.
         environ: Names the key to sign with and whom to believe.
     """
 

@@ -27,26 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WORST_FIRST = (
-    ExitCode.INTERRUPTED,
-    ExitCode.FAILED,
-    ExitCode.UNTRUSTED,
-    ExitCode.CORRUPT,
-    ExitCode.CONFLICT,
-    ExitCode.USAGE,
-    ExitCode.NOT_FOUND,
-    ExitCode.INCOMPATIBLE,
-    ExitCode.TRANSIENT,
-    ExitCode.NOT_ACCEPTED,
-    ExitCode.OK,
-)
-"""The exit code of several jobs is the first of these that one of them has.
-
-First what calls for a person: somebody stopped it, a tool or we ourselves failed, bytes are not
-what they should be. Then what another command line cures, then what trying again cures, then a
-missed target, which is a result.
-"""
-
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -56,7 +36,6 @@ class Outcome:
     """The end of one job.
 
     Attributes:
-        exit_code: What the shell sees.
         message: What happened, for people: one line, or one per fault.
         verdict: The judge's word, if it came to that.
         reference: `name/variant:version` of what was published or taken.
@@ -112,15 +91,7 @@ def refused(faults: Sequence[Fault]) -> Outcome:
 def outcome_of(
     package: Package, verdict: Verdict, report: Path, done: str = "", *, taken: bool = False
 ) -> Outcome:
-    """The outcome of a package that reached a verdict.
-
-    Args:
-        package: What was judged.
-        verdict: Of the judge.
-        report: `report.json`.
-        done: First line of the message; by default that it was published, or taken.
-        taken: Nothing was built.
-    """
+    """The outcome of a package that reached a verdict; `done` is the message's first line."""
     reference = str(reference_of(package))
     done = done or f"{'Taken, published before' if taken else 'Published'}: {reference}"
     failing = [found for found in verdict.findings if found.kind != "note"]
@@ -172,11 +143,6 @@ def _is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
     return type(error).__name__ == "SafetensorError" and "No space left on device" in str(error)
-
-
-def worst(codes: Iterable[ExitCode]) -> ExitCode:
-    """The exit code of several jobs; see `WORST_FIRST`."""
-    return min(codes, key=WORST_FIRST.index, default=ExitCode.OK)
 
 
 def open_run(registry_dir: Path) -> Path:
@@ -242,12 +208,7 @@ def _github_line(key: str, value: Any) -> str:
 
 
 def closing_lines(outcome: Outcome, generate: str) -> str:
-    """The last lines on the screen of a job that built, or took, a package.
-
-    Args:
-        outcome: Of a job that reached a verdict.
-        generate: The command that talks to the package.
-    """
+    """The last lines of a job that reached a verdict; `generate` talks to its package."""
     rows = {
         "verdict": outcome.verdict,
         "size": megabytes(outcome.size_bytes),

@@ -97,21 +97,7 @@ _SEED = 20_251_125
 
 @dataclass(frozen=True, kw_only=True)
 class RaceRequest:
-    """The command line.
-
-    Attributes:
-        recipe: Name of the recipe.
-        overrides: In Hydra's grammar.
-        out: Folder of the report.
-        cpu: Race the engine's graph in ONNX Runtime on this CPU, against Transformers.
-        only: Peers to race; empty for all.
-        batches: Requests at once, one workload each; empty for the defaults.
-        isl: Tokens of every prompt; None for the default.
-        osl: Output tokens of every request; None for the default.
-        rounds: Timed rounds of each pair at each workload.
-        random_weights: Race on random weights of the recipe's shape.
-        config_dir: Folder with the user's recipes.
-    """
+    """The command line; see `enginesmith race --help`. Empty or None: the default."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -145,8 +131,6 @@ class Peer:
     """A model in a runtime that an engine is compared with.
 
     Attributes:
-        name: Short name.
-        label: What it is, for people.
         open: Loads it beside the engine; leaving the context frees it.
         max_rounds: Most rounds with it, where it is slow.
     """
@@ -210,11 +194,8 @@ def compose(request: RaceRequest) -> Recipe:
         fault = "a race chooses the compiler: checkpoint, or trtrtx with --cpu; leave it out"
         raise RecipeError([Fault("compiler", fault)])
     implied = ["compiler=trtrtx", "runner=onnxruntime"] if request.cpu else ["compiler=checkpoint"]
-    loaded = load(
-        request.recipe,
-        [*implied, *request.overrides],
-        folders=config_folders(request.config_dir),
-    )
+    folders = config_folders(request.config_dir)
+    loaded = load(request.recipe, [*implied, *request.overrides], folders=folders)
     return loaded.value
 
 
@@ -257,10 +238,9 @@ def vllm_of(recipe: Recipe) -> VllmRunner:
 
 
 def on_random_weights(recipe: Recipe, cache_dir: Path) -> Recipe:
-    """The recipe on random weights of its shape, calibrated on little text; downloads nothing.
+    """The recipe on random weights of its shape, on which speed does not depend; no download.
 
-    Speed does not depend on the values. The folder's name is the digest of the shape, so that the
-    next command finds the weights again.
+    The folder's name is the digest of the shape, so that the next command finds the weights again.
     """
     calibrate = PydocTopics(part="calibrate")
     name = digest_of({"shape": asdict(recipe.shape)})[:24]
@@ -357,14 +337,6 @@ def measure_pairs(
     `benchmark_combo_kernel`, FlashInfer's autotuning: config/compilation.py and config/kernel.py of
     vLLM 0.24.0), and what runs beside it would change its choice for good.
 
-    Args:
-        engine: What ships.
-        peers: What it is compared with.
-        workloads: What is run.
-        rounds: Timed rounds of each pair at each workload.
-        vocab_size: Token ids of the prompts are below it.
-        seed: Of the prompts.
-
     Returns:
         One entry of the report's `speed` for each workload that at least one pair ran; its `peers`
         has, by name, the peer's label, figures and `ratio_of`. And what was not run, and why.
@@ -399,12 +371,7 @@ def measure_pairs(
 
 
 def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict[str, Any]:
-    """Output tokens per second, ours over theirs, by round.
-
-    Returns:
-        `median`, `low` and `high` of the 95 % interval (None with fewer than `MIN_ROUNDS`),
-        `level`, `rounds`.
-    """
+    """Ours over theirs in output tokens per second, by round: its median, with an interval."""
     ratios = [
         mine.output_tokens_per_s / other.output_tokens_per_s
         for mine, other in zip(ours, theirs, strict=True)
@@ -420,11 +387,7 @@ def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict
 
 
 def median_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Ends of the 95 % percentile bootstrap interval of the median; the same for the same values.
-
-    Returns:
-        None and None with fewer than `MIN_ROUNDS` values.
-    """
+    """Ends of the 95 % bootstrap interval of the median; None of fewer than `MIN_ROUNDS`."""
     import numpy as np
 
     if len(values) < MIN_ROUNDS:

@@ -2,41 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from pipeline.core.errors import ExitCode
 from pipeline.outcome import (
-    WORST_FIRST,
     Outcome,
     closing_lines,
     failure_of,
     open_run,
-    worst,
     write_verdict,
 )
-
-
-def test_every_exit_code_has_a_rank() -> None:
-    assert sorted(WORST_FIRST) == sorted(ExitCode)
-
-
-def test_any_failure_is_worse_than_success() -> None:
-    for code in ExitCode:
-        assert worst([ExitCode.OK, code, ExitCode.OK]) is code
-
-
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [
-        ([], ExitCode.OK),
-        ([ExitCode.NOT_ACCEPTED, ExitCode.TRANSIENT], ExitCode.TRANSIENT),
-        ([ExitCode.TRANSIENT, ExitCode.USAGE], ExitCode.USAGE),
-        ([ExitCode.UNTRUSTED, ExitCode.USAGE], ExitCode.UNTRUSTED),
-        ([ExitCode.FAILED, ExitCode.INTERRUPTED], ExitCode.INTERRUPTED),
-    ],
-)
-def test_larger_number_is_not_worse(codes: list[ExitCode], expected: ExitCode) -> None:
-    assert worst(codes) is expected
 
 
 def test_runs_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_race_on_a_card_measures_each_peer_beside_the_engine(
 ) -> None:
     result = race(request(place))
     report = json.loads(result.report.read_text())
-    assert report == result.document
+    assert report == json.loads(json.dumps(result.document))
     assert report["verdict"] == "measured"
     assert [entry["workload"] for entry in report["speed"]] == ["b1", "b2"]
     for entry in report["speed"]:
@@ -117,15 +117,6 @@ def test_peer_that_does_not_load_fails_the_race_and_not_the_others(
     assert len(result.failed) == 1
     assert "no kernel for this quantization" in result.failed[0]
     assert race_answer(result).exit_code is ExitCode.FAILED
-
-
-def test_stranger_on_the_card_makes_a_race_inconclusive(
-    place: Workplace, h100: SimpleNamespace
-) -> None:
-    h100.processes = [SimpleNamespace(pid=77, usedGpuMemory=None)]
-    result = race(request(place, only=("vllm-bf16",), batches=(1,), rounds=1))
-    assert result.verdict.name == "inconclusive"
-    assert race_answer(result).exit_code is ExitCode.NOT_ACCEPTED
 
 
 def test_race_on_random_weights_leaves_the_source_alone(

@@ -96,10 +96,7 @@ class Acceptance:
             raise ValueError(f"workload names must differ; {', '.join(repeated)} repeats")
 
     def judged_positions(self, shape: ModelSpec) -> int:
-        """Positions whose log-probabilities are kept, of the source and of the checkpoint.
-
-        0 where time rules the model out.
-        """
+        """Positions whose log-probabilities are kept, of both; 0 where time rules the model out."""
         if self.too_much(shape, 1 << 62):
             return 0
         return (self.windows + self._simulated_windows) * (self.window_tokens - 1)
@@ -111,10 +108,7 @@ class Acceptance:
     def key(self, config: Mapping[str, Any], runner: Runner, package_digest: str) -> str:
         """Names a measurement: the same key, the same question about the same bytes.
 
-        Args:
-            config: The resolved `acceptance` and `runner` sections of the recipe.
-            runner: What executes the engine.
-            package_digest: The package.
+        Of the resolved `acceptance`, `runner` and `target` of the recipe and the package's digest.
         """
         return digest_of(
             {
@@ -179,12 +173,7 @@ class Acceptance:
         require_disjoint(calibration, self.text.documents(), "acceptance.text")
 
     def too_much(self, shape: ModelSpec, free_bytes: int) -> str | None:
-        """Why the whole model does not run on this machine's CPU, by memory or time; else None.
-
-        Args:
-            shape: The model.
-            free_bytes: Memory that it may take.
-        """
+        """Why the whole model does not run in `free_bytes` on this CPU, or in time; else None."""
         need = _RAM_BYTES_PER_PARAM * shape.params
         if need > free_bytes:
             return f"needs about {need / 1e9:.1f} GB RAM, {free_bytes / 1e9:.1f} GB are free"
@@ -210,12 +199,9 @@ def tool_versions() -> dict[str, str]:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is measured.
+    """What is measured: an engine in a sealed package, and its source.
 
     Attributes:
-        engine: The engine.
-        package_digest: The sealed package that holds it.
-        weights: The source model that it is compared with.
         checkpoint_dir: The unified checkpoint that it was made from; None where only the package
             is at hand.
         plan: What follows from its recipe: shape, card, ceilings.

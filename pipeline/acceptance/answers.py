@@ -19,7 +19,7 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -103,14 +103,7 @@ class Measured:
 
 
 class Source:
-    """The source model; loaded when something is asked that is not kept yet.
-
-    Args:
-        weights: The model.
-        cache: Where its answers are kept.
-        opener: Loads it.
-        runtime: Names what executes it: other runtimes, other numbers.
-    """
+    """The source model; loaded when something is asked that is not kept yet."""
 
     def __init__(
         self,
@@ -119,14 +112,10 @@ class Source:
         opener: Callable[[], AbstractContextManager[Session]],
         runtime: str,
     ) -> None:
-        self._weights = weights
+        """Load nothing yet; `runtime` names what executes it: other runtimes, other numbers."""
         self._cache = cache
         self._opener = opener
-        self._key = {
-            "weights": weights.digest,
-            "runtime": runtime,
-            "tools": {name: version(name) for name in ("torch", "transformers")},
-        }
+        self._key = {"weights": weights.digest, "runtime": runtime, "tools": _tools()}
         self._stack = ExitStack()
         self._opened: Session | None = None
 
@@ -149,7 +138,7 @@ class Source:
         """What it says about every window."""
         result = self._cache.run(
             FIGURES,
-            {**self._key, "windows": hashlib.sha256(windows.tobytes()).hexdigest()},
+            {**self._key, "windows": _sha256(windows)},
             lambda out: save_figures(source_figures(self.session.logits, windows)[0], out),
         )
         return load_figures(SourceFigures, result.dir)
@@ -203,6 +192,14 @@ class Reference:
             "engine": agreement(engine, seed),
             "noise_floor": agreement(self.noise, seed),
         }
+
+
+def _tools() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}
+
+
+def _sha256(values: NDArray[Any]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def _give_back_memory() -> None:
@@ -260,9 +257,9 @@ def reference_of(
         {
             "checkpoint": digest,
             "context": context,
-            "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
-            "source": hashlib.sha256(source.nll.tobytes()).hexdigest(),
-            "tools": {name: version(name) for name in ("torch", "transformers")},
+            "windows": _sha256(windows),
+            "source": _sha256(source.nll),
+            "tools": _tools(),
         },
         write,
     )
@@ -273,126 +270,91 @@ def reference_of(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What source and checkpoint say, ready for an engine.
+    """What source and checkpoint say, ready for an engine."""
 
-    Attributes:
-        no_reference: Why there is no reference; empty where it would say nothing new.
-    """
-
-    asked: Acceptance
-    subject: Subject
-    windows: NDArray[np.int64]
-    source: SourceFigures
-    chat: ChatProbe | None
-    source_chat: tuple[Answer, ...]
-    source_tasks: Mapping[str, Any] | None
-    reference: Reference | None
-    no_reference: str
-
-    @classmethod
-    def of(
-        cls, asked: Acceptance, subject: Subject, source: Source, cache: StageCache
-    ) -> Comparison:
+    def __init__(
+        self, asked: Acceptance, subject: Subject, source: Source, cache: StageCache
+    ) -> None:
         """Ask the source, then the checkpoint once the source is out of memory."""
+        self._asked, self._subject = asked, subject
         tokenizer = load_tokenizer(subject.engine.dir)
-        windows = pack_windows(
+        self._windows = pack_windows(
             asked.text.documents(),
             tokenizer,
             seq_len=asked.window_tokens,
             count=asked.windows,
             seed=None,
         )
-        chat = None
+        self._chat: ChatProbe | None = None
         if asked.chat is not None:
-            chat = ChatProbe.prepare(
+            self._chat = ChatProbe.prepare(
                 load_tokenizer(subject.weights.dir),
                 tokenizer,
                 asked.chat,
                 context=subject.engine.limits.max_seq_len,
             )
         with source:
-            figures = source.figures(windows)
-            source_chat = source.chat(chat) if chat else ()
-            source_tasks = _tasks(asked, subject, source.session) if asked.lm_eval else None
-        reference, no_reference = _reference(asked, subject, windows, figures, cache)
-        return cls(
-            asked=asked,
-            subject=subject,
-            windows=windows,
-            source=figures,
-            chat=chat,
-            source_chat=source_chat,
-            source_tasks=source_tasks,
-            reference=reference,
-            no_reference=no_reference,
-        )
+            self._source = source.figures(self._windows)
+            self._source_chat = source.chat(self._chat) if self._chat else ()
+            self._source_tasks = self._tasks(source.session) if asked.lm_eval else None
+        self._reference, self._no_reference = self._find_reference(cache)
 
     def compare(self, session: Session) -> Measured:
         """The engine against the source."""
-        asked, found = self.asked, Measured()
-        beside = [self.source, *([self.reference.figures] if self.reference else [])]
-        figures = figures_against(session.logits, self.windows, beside)
-        found.parts["quality"] = quality = summarize_quality(
-            self.source.nll, figures[0], asked.seed
-        )
-        if self.reference:
+        asked, found, reference = self._asked, Measured(), self._reference
+        beside = [self._source, *([reference.figures] if reference else [])]
+        figures = figures_against(session.logits, self._windows, beside)
+        quality = summarize_quality(self._source.nll, figures[0], asked.seed)
+        found.parts["quality"] = quality
+        if reference:
             quality["fp8_reference"] = {
-                **self.reference.to_json(self.source, figures[1], asked.seed),
+                **reference.to_json(self._source, figures[1], asked.seed),
                 # A card computes in 16 bit, with an FP8 KV cache even; the floor has neither.
-                "judged": self.subject.runner.device == "cpu",
+                "judged": self._subject.runner.device == "cpu",
             }
-        if self.no_reference:
-            found.not_run.append(f"FP8 reference: {self.no_reference}")
-        if self.chat is not None:
-            log.info("The engine answers %d chat prompts", len(self.chat.asked))
-            found.parts["chat"] = chat = self.chat.ask_engine(session, self.source_chat)
+        if self._no_reference:
+            found.not_run.append(f"FP8 reference: {self._no_reference}")
+        if self._chat is not None:
+            log.info("The engine answers %d chat prompts", len(self._chat.asked))
+            found.parts["chat"] = chat = self._chat.ask_engine(session, self._source_chat)
             for shown in chat.get("answers", ())[:1]:
                 log.info("%s: %s", shown["name"], shown["engine"]["text"].replace("\n", " "))
             found.findings += chat_findings(chat)
-        if asked.lm_eval is not None and self.source_tasks is not None:
-            tasks = _tasks(asked, self.subject, session)
-            found.parts["lm_eval"] = {"source": self.source_tasks, "engine": tasks}
-            found.findings += harness_findings(self.source_tasks, tasks, asked.lm_eval.max_drop)
+        if asked.lm_eval is not None and self._source_tasks is not None:
+            tasks = self._tasks(session)
+            found.parts["lm_eval"] = {"source": self._source_tasks, "engine": tasks}
+            found.findings += harness_findings(self._source_tasks, tasks, asked.lm_eval.max_drop)
         return found
 
+    def _find_reference(self, cache: StageCache) -> tuple[Reference | None, str]:
+        """What the checkpoint itself says; else why it is not asked, if that is worth a word."""
+        asked, subject, engine = self._asked, self._subject, self._subject.engine
+        if subject.simulated:
+            return None, ""  # it is the reference
+        is_checkpoint = format_spec(engine.format).is_checkpoint
+        folder = engine.dir if is_checkpoint else subject.checkpoint_dir
+        if folder is None:
+            return None, "the package of a compiled engine has no checkpoint"
+        if reason := asked.too_much(subject.plan.request.shape, available_bytes()):
+            return None, f"its simulation {reason}"
+        # A checkpoint package is named by its own digest: it holds an lm_head its source may not.
+        digest = subject.package_digest if is_checkpoint else folder.name
+        few, context = self._windows[: asked.reference_windows], engine.limits.max_seq_len
+        return reference_of(folder, digest, few, self._source, context, cache), ""
 
-def _reference(
-    asked: Acceptance,
-    subject: Subject,
-    windows: NDArray[np.int64],
-    source: SourceFigures,
-    cache: StageCache,
-) -> tuple[Reference | None, str]:
-    """What the checkpoint itself says; else why it is not asked."""
-    engine = subject.engine
-    if subject.simulated:
-        return None, ""  # it is the reference
-    is_checkpoint = format_spec(engine.format).is_checkpoint
-    folder = engine.dir if is_checkpoint else subject.checkpoint_dir
-    if folder is None:
-        return None, "the package of a compiled engine has no checkpoint"
-    reason = asked.too_much(subject.plan.request.shape, available_bytes())
-    if reason:
-        return None, f"its simulation {reason}"
-    # A checkpoint package is named by its own digest: it holds an lm_head that its source may not.
-    digest = subject.package_digest if is_checkpoint else folder.name
-    few = windows[: asked.reference_windows]
-    return reference_of(folder, digest, few, source, engine.limits.max_seq_len, cache), ""
-
-
-def _tasks(asked: Acceptance, subject: Subject, session: Session) -> dict[str, Any]:
-    """Results of the lm-eval harness for one session."""
-    assert asked.lm_eval is not None
-    log.info("lm-eval: %s", ", ".join(asked.lm_eval.tasks))
-    return run_harness(
-        session,
-        load_tokenizer(subject.engine.dir),
-        asked.lm_eval,
-        context=subject.engine.limits.max_seq_len,
-        seed=asked.seed,
-    )
+    def _tasks(self, session: Session) -> dict[str, Any]:
+        """Results of the lm-eval harness for one session."""
+        settings, engine = self._asked.lm_eval, self._subject.engine
+        assert settings is not None
+        log.info("lm-eval: %s", ", ".join(settings.tasks))
+        return run_harness(
+            session,
+            load_tokenizer(engine.dir),
+            settings,
+            context=engine.limits.max_seq_len,
+            seed=self._asked.seed,
+        )
 
 
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:

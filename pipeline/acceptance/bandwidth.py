@@ -30,71 +30,54 @@ _PATTERN = 0x5AC3
 _TIMEOUT_S = 60.0
 
 
-class CardMemory:
-    """Two buffers of the first CUDA device, by the driver API (cuda.h, `libcuda.so.1`).
+def copy_rates(driver: Any) -> list[float]:
+    """Bytes per second of each of `REPEATS` copies on the first CUDA device, after `WARM_UPS`.
 
-    Nothing is freed: the process ends soon.
+    By the driver API (cuda.h, `libcuda.so.1`). A copy of n bytes reads n and writes n, so its rate
+    is 2 n / seconds: that is how a memory's listed bandwidth counts. The seconds are those between
+    two events on the stream of the copy: the host's time is not in them. Nothing is freed: the
+    process ends soon.
+
+    Raises:
+        RuntimeError: The card has too little free memory, the driver refuses, or what was copied
+            did not arrive.
     """
 
-    def __init__(self, driver: Any) -> None:
-        """Make a context and the buffers.
-
-        Args:
-            driver: The loaded library.
-
-        Raises:
-            RuntimeError: The card has too little free memory, or the driver refuses.
-        """
-        self._driver = driver
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        self._call("cuInit", 0)
-        self._call("cuDeviceGet", ctypes.byref(device), 0)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        self._bytes = buffer_bytes(free.value)
-        self._source, self._target = ctypes.c_uint64(), ctypes.c_uint64()
-        for buffer in (self._source, self._target):
-            self._call("cuMemAlloc_v2", ctypes.byref(buffer), ctypes.c_size_t(self._bytes))
-        self._start, self._end = ctypes.c_void_p(), ctypes.c_void_p()
-        for event in (self._start, self._end):
-            self._call("cuEventCreate", ctypes.byref(event), 0)
-
-    def copy_rates(self) -> list[float]:
-        """Bytes per second of each of `REPEATS` copies, after `WARM_UPS` that are not timed.
-
-        A copy of n bytes reads n and writes n, so its rate is 2 n / seconds: that is how a memory's
-        listed bandwidth counts.
-
-        Raises:
-            RuntimeError: What was copied did not arrive.
-        """
-        words = ctypes.c_size_t(self._bytes // 4)
-        self._call("cuMemsetD32_v2", self._source, ctypes.c_uint32(_PATTERN), words)
-        self._call("cuMemsetD32_v2", self._target, ctypes.c_uint32(0), words)
-        seconds = [self._copy() for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]
-        for offset in (0, self._bytes // 8 * 4, self._bytes - 4):
-            word, place = ctypes.c_uint32(), ctypes.c_uint64(self._target.value + offset)
-            self._call("cuMemcpyDtoH_v2", ctypes.byref(word), place, ctypes.c_size_t(4))
-            if word.value != _PATTERN:
-                raise RuntimeError(f"the copy is not equal to its source at byte {offset}")
-        return [2 * self._bytes / one for one in seconds]
-
-    def _copy(self) -> float:
-        """Seconds between two events on the stream of the copy: the host's time is not in them."""
-        self._call("cuEventRecord", self._start, None)
-        size = ctypes.c_size_t(self._bytes)
-        self._call("cuMemcpyDtoDAsync_v2", self._target, self._source, size, None)
-        self._call("cuEventRecord", self._end, None)
-        self._call("cuEventSynchronize", self._end)
-        milliseconds = ctypes.c_float()
-        self._call("cuEventElapsedTime", ctypes.byref(milliseconds), self._start, self._end)
-        return milliseconds.value / 1e3
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if code := getattr(self._driver, name)(*arguments):
+    def call(name: str, *arguments: Any) -> None:
+        if code := getattr(driver, name)(*arguments):
             raise RuntimeError(f"{name} gave CUDA error {code}")
+
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    call("cuInit", 0)
+    call("cuDeviceGet", ctypes.byref(device), 0)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    call("cuCtxSetCurrent", context)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    size_bytes = buffer_bytes(free.value)
+    size, words = ctypes.c_size_t(size_bytes), ctypes.c_size_t(size_bytes // 4)
+    source, target = ctypes.c_uint64(), ctypes.c_uint64()
+    start, end = ctypes.c_void_p(), ctypes.c_void_p()
+    for buffer, value in ((source, _PATTERN), (target, 0)):
+        call("cuMemAlloc_v2", ctypes.byref(buffer), size)
+        call("cuMemsetD32_v2", buffer, ctypes.c_uint32(value), words)
+    for event in (start, end):
+        call("cuEventCreate", ctypes.byref(event), 0)
+    rates = []
+    for _ in range(WARM_UPS + REPEATS):
+        call("cuEventRecord", start, None)
+        call("cuMemcpyDtoDAsync_v2", target, source, size, None)
+        call("cuEventRecord", end, None)
+        call("cuEventSynchronize", end)
+        milliseconds = ctypes.c_float()
+        call("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
+        rates.append(2e3 * size_bytes / milliseconds.value)
+    for offset in (0, size_bytes // 8 * 4, size_bytes - 4):
+        word, place = ctypes.c_uint32(), ctypes.c_uint64(target.value + offset)
+        call("cuMemcpyDtoH_v2", ctypes.byref(word), place, ctypes.c_size_t(4))
+        if word.value != _PATTERN:
+            raise RuntimeError(f"the copy is not equal to its source at byte {offset}")
+    return rates[WARM_UPS:]
 
 
 def buffer_bytes(free_bytes: int) -> int:
@@ -119,10 +102,9 @@ _NO_DRIVER = "null"
 def measure_bandwidth() -> float | None:
     """Bytes per second, read and written, of this process's first CUDA device; None without one.
 
-    It is the median of `REPEATS` copies: what the card does again and again, where the best of them
-    may be one that the clocks favoured. Nor would the best be a bound: reading alone can be faster
-    than copying, so who looks for the impossible takes the larger of this and the listed bandwidth
-    (`pipeline.acceptance.judge`).
+    It is the median of `REPEATS` copies: the best of them may be one that the clocks favoured. Nor
+    would it be a bound: reading alone can be faster than copying, so the judge takes the larger of
+    this and the listed bandwidth.
 
     Raises:
         ToolError: The probe failed; the message has its last lines.
@@ -162,4 +144,4 @@ if __name__ == "__main__":
     except OSError:  # NVML alone, as in a container without the capability `compute`
         print(_NO_DRIVER)
     else:
-        print(json.dumps(CardMemory(_driver).copy_rates()))
+        print(json.dumps(copy_rates(_driver)))

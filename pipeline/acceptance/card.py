@@ -31,15 +31,10 @@ SAMPLE_S = 0.1
 
 @dataclass
 class HeldCard:
-    """A card while it is held.
-
-    Attributes:
-        before: Its state before anything ran.
-        after: Its state when everything of ours had ended; None until then.
-    """
+    """A card while it is held: before anything ran, and when everything of ours had ended."""
 
     before: Conditions
-    after: Conditions | None = field(default=None)
+    after: Conditions | None = None
 
     @property
     def card(self) -> str:
@@ -85,11 +80,7 @@ def _settled() -> Conditions:
 
 
 def disturbance(idle: Conditions) -> str | None:
-    """Who else uses the card; None if nobody does, as far as NVML shows.
-
-    Args:
-        idle: The card while nothing of ours runs on it.
-    """
+    """Who else uses the card while nothing of ours runs; None if nobody does, as NVML shows it."""
     if idle.other_compute_processes:
         pids = ", ".join(str(process.pid) for process in idle.other_compute_processes)
         return f"other compute processes were on {idle.gpu} (pid {pids})"
@@ -143,14 +134,14 @@ def condition_findings(before: Conditions, after: Conditions) -> Iterator[Findin
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The card at one moment.
+    """The card at one moment; None where it does not tell.
 
     Attributes:
         at_s: Seconds of a monotonic clock.
         memory_used_bytes: Device memory in use, by anybody.
-        power_w: Watts; None where the card does not tell.
+        power_w: Watts.
         energy_j: Joules since the driver was loaded; None on cards before Volta.
-        temperature_c: Of the GPU; None where the card does not tell.
+        temperature_c: Of the GPU.
     """
 
     at_s: float
@@ -178,21 +169,11 @@ class Samples:
 
     @property
     def energy_j(self) -> float | None:
-        """Joules between the first and the last reading; None where the card does not tell.
-
-        The card's own counter where there is one; else the power, integrated by trapezoids.
-        """
-        if len(self.readings) < 2:
+        """Joules between the first and the last reading, by the card's own counter."""
+        ends = [reading.energy_j for reading in (*self.readings[:1], *self.readings[-1:])]
+        if len(self.readings) < 2 or ends[0] is None or ends[1] is None:
             return None
-        first, last = self.readings[0], self.readings[-1]
-        if first.energy_j is not None and last.energy_j is not None:
-            return last.energy_j - first.energy_j
-        total = 0.0
-        for left, right in zip(self.readings, self.readings[1:], strict=False):
-            if left.power_w is None or right.power_w is None:
-                return None
-            total += (right.at_s - left.at_s) * (left.power_w + right.power_w) / 2
-        return total
+        return ends[1] - ends[0]
 
 
 @contextlib.contextmanager

@@ -249,13 +249,8 @@ def _time_plot(
 ) -> Plot:
     """One figure over time.
 
-    Args:
-        minutes: When.
-        values: What.
-        caption: Heading.
-        unit: Label of the axis.
-        windows: Begin and end of those that are compared, in minutes, and their medians.
-        least_span: The axis goes at least this far, so that noise does not look like a trend.
+    `windows` are those that are compared: begin and end in minutes, and their medians. The axis
+    goes to `least_span` at least, so that noise does not look like a trend.
     """
 
     def draw(figure: Figure) -> None:

@@ -70,7 +70,7 @@ class ChatSettings:
     Attributes:
         prompts: How many conversations; 8 or more, so that a loss can be told from chance.
         max_new_tokens: Bound of an answer. One that reaches it did not end.
-        min_source_stops: How many answers the source must end itself; with fewer the probe is
+        min_source_stops: How many answers the source must end itself, else the probe is
             inconclusive. 0 for a model that was never trained to end one.
     """
 
@@ -81,12 +81,7 @@ class ChatSettings:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A greedy answer.
-
-    Attributes:
-        tokens: Without the end-of-sequence id; no more than the bound.
-        stopped: It ended by itself, before the bound.
-    """
+    """A greedy answer without its end; `stopped`: it ended by itself, before the bound."""
 
     tokens: tuple[int, ...]
     stopped: bool
@@ -249,8 +244,8 @@ def _ignores_stop(
 ) -> bool | None:
     """Whether the engine goes on behind an id that it was told to end at; None: cannot be told.
 
-    Models end few answers with any but one of their ids, so the others would not be tried. Here
-    the last token of an answer is declared an end too: it must not come again.
+    Models end few answers with any but one of their ids, so the last token of an answer is declared
+    an end too: it must not come again.
     """
     for one, _, given in pairs:
         if one.engine and given.tokens:
@@ -291,9 +286,8 @@ def chance_of_loss(lost: int, gained: int) -> float:
 def chat_findings(chat: Mapping[str, Any]) -> Iterator[Finding]:
     """Judge the report's `chat`; pure.
 
-    Returns:
-        `regression` for each of the five that fails, `inconclusive` where the source ended too few
-        answers for a comparison, a note where nothing was asked.
+    `regression` for each of the five that fails, `inconclusive` where the source ended too few
+    answers for a comparison, a note where nothing was asked.
     """
     if reason := chat.get("not_run"):
         yield Finding(kind="note", message=f"not run: chat probe: {reason}")

@@ -75,14 +75,9 @@ def check_harness(settings: HarnessSettings) -> None:
 def run_harness(
     session: Session, tokenizer: Any, settings: HarnessSettings, *, context: int, seed: int
 ) -> dict[str, Any]:
-    """Put the tasks to one session.
+    """Put the tasks to one session, the source or the engine, with the tokenizer of its folder.
 
-    Args:
-        session: Source or engine.
-        tokenizer: Of its folder.
-        settings: Which tasks.
-        context: Longest request, tokens; longer ones lose their start, which is counted.
-        seed: Of the choice of solved examples.
+    Requests longer than the `context` lose their start, which is counted.
 
     Returns:
         `version` of the library, `truncated` requests, and `tasks`: name -> `version`, `samples`
@@ -135,15 +130,12 @@ def run_harness(
 def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The library's results, task by task."""
     for task, values in found["results"].items():
+        known = {
+            "version": found["versions"].get(task),
+            "samples": found["n-samples"].get(task, {}).get("effective"),
+        }
         metrics = _metrics(task, values, found["higher_is_better"].get(task, {}))
-        yield (
-            task,
-            {
-                "version": found["versions"].get(task),
-                "samples": found["n-samples"].get(task, {}).get("effective"),
-                "metrics": dict(metrics),
-            },
-        )
+        yield task, {**known, "metrics": dict(metrics)}
 
 
 def _manager(settings: HarnessSettings) -> Any:
@@ -178,16 +170,10 @@ def _metrics(
 def harness_findings(
     source: Mapping[str, Any], engine: Mapping[str, Any], max_drop: float | None
 ) -> Iterator[Finding]:
-    """Hold the engine's results against the source's; pure.
+    """Hold the engine's results against the source's, both of `run_harness`; pure.
 
-    Args:
-        source: Of `run_harness` on the source.
-        engine: Of `run_harness` on what ships.
-        max_drop: As in `HarnessSettings`.
-
-    Returns:
-        `regression` for each metric that is worse by more. A metric of which the library does not
-        say what is better is only reported.
+    `regression` for each metric that is worse by more than `max_drop`. A metric of which the
+    library does not say what is better is only reported.
     """
     for task, result in engine["tasks"].items() if max_drop is not None else ():
         for name, metric in result["metrics"].items():

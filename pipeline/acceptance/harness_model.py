@@ -37,13 +37,7 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
     """
 
     def __init__(self, session: Session, tokenizer: Any, context: int) -> None:
-        """Take a session.
-
-        Args:
-            session: What answers.
-            tokenizer: Of its folder.
-            context: Longest request, tokens.
-        """
+        """Take a session and the tokenizer of its folder; `context`: longest request, tokens."""
         super().__init__()
         self.tokenizer = tokenizer
         self.truncated = 0

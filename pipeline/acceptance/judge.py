@@ -54,7 +54,7 @@ def judge(
         limits: What quality may lose.
         ran: Whether the engine, its graph or its checkpoint ran here at all.
         on_target: Whether it ran on the card that it is for.
-        more: Findings of parts that judge themselves: chat, spread, physics, conditions, sustained.
+        more: Findings of parts that judge themselves.
 
     Returns:
         The worst finding's verdict; without one `accepted` (ran on its card), `checked` (its graph
@@ -130,17 +130,17 @@ class PhysicsLimits:
     """When a share of the ceiling is worth a finding.
 
     Attributes:
-        tolerance: A rate above (1 + tolerance) x the ceiling at the larger of listed and measured
-            bandwidth is anomalous. 0.05 covers what was seen: an RTX 4090 listed at 1008 GB/s
-            copies up to 1018 (clpeak #108), and a probe of two seconds has noise of its own.
+        tolerance: Above (1 + tolerance) x the ceiling a rate is anomalous. 0.05 covers what was
+            seen: an RTX 4090 listed at 1008 GB/s copies up to 1018 (clpeak #108), and a probe of
+            two seconds has noise of its own.
         min_share: A share below this is a note. vLLM 0.24 with Phi-3-mini's shape in FP8 reaches
             41 % at batch 1 on an H100 (our measurement, 2026-11-24); 0.25 is far below that.
         l2_cache_bytes: Weights that may stay in the card's L2 cache from one step to the next and
             are not counted for `anomalous` (72 MB on an RTX 4090, 50 MB on an H100: NVIDIA's
             architecture whitepapers).
-        min_bandwidth_share: A measured bandwidth below this share of the listed one is named among
-            the reasons. 0.85: an RTX 4090 limited to 248 W copied 867 of 1008 GB/s, 86 %
-            (clpeak #106), and unlimited 95 % or more (#108).
+        min_bandwidth_share: A measured share of the listed bandwidth below this is named among the
+            reasons. An RTX 4090 limited to 248 W copied 867 of 1008 GB/s, 86 % (clpeak #106), and
+            unlimited 95 % or more (#108).
     """
 
     tolerance: float = 0.05
@@ -187,10 +187,7 @@ def ceiling_share(
 ) -> dict[str, Any]:
     """Share of the ceiling that an entry of `speed` reached, as in the report's `physics`.
 
-    Returns:
-        `name`, `output_tokens_per_s`; `ceiling_tokens_per_s` of the whole run and the `bandwidth`
-        that it is at: `measured` where there is one, else `listed`; `share`, measured over ceiling;
-        `bound`, what sets the ceiling: `memory` or `compute`.
+    The ceiling is that of the whole run, at the measured bandwidth where there is one.
     """
     bandwidth = measured_bandwidth_bytes_per_s or roofline.bandwidth_bytes_per_s
     ceiling, bound = run_ceiling(entry, roofline, bandwidth_bytes_per_s=bandwidth)
@@ -210,15 +207,10 @@ def judge_physics(
     measured_bandwidth_bytes_per_s: float | None = None,
     limits: PhysicsLimits = PHYSICS,
 ) -> Iterator[Finding]:
-    """Findings of rates that were measured on the card of the roofline.
+    """Findings of `speed`, measured on the card of the roofline.
 
-    Args:
-        speed: Entries of the report's `speed`.
-        roofline: The model on that card.
-        measured_bandwidth_bytes_per_s: From a copy probe on that very card; None without one. A
-            copy reads and writes, so it shows somewhat less than reading alone can reach: for
-            `anomalous` the larger of it and the listed bandwidth counts.
-        limits: When to speak.
+    A copy probe reads and writes, so it shows somewhat less than reading alone can reach: for
+    `anomalous` the larger of its bandwidth and the listed one counts.
 
     Returns:
         `anomalous` for a rate above the ceiling, a note for a share below the stated one.

@@ -62,14 +62,14 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
     reason = runner.why_not(engine)
     if reason is None and runner.device == "cuda":
         with held_card() as held:
-            measured = measure_on_card(acceptance, subject, cache, held)
+            measured = _run(acceptance, subject, cache, held)
     elif reason := reason or acceptance.too_much(subject.plan.request.shape, available_bytes()):
         log.warning("Not running the whole model: %s", reason)
         not_run.append(f"whole model: {reason}")
         if engine.cpu_graph_dir is not None and subject.checkpoint_dir is not None:
             checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.cpu_graph_dir)
     else:
-        measured = measure_on_cpu(acceptance, subject, cache)
+        measured = _run(acceptance, subject, cache, None)
     there = held is not None and held.card == target.card
     on_target = there and not subject.simulated
     if not on_target:
@@ -110,38 +110,33 @@ def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> 
     return told
 
 
-def measure_on_cpu(asked: Acceptance, subject: Subject, cache: StageCache) -> Measured:
-    """Quality of an engine's CPU graph or simulation.
+def _run(asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard | None) -> Measured:
+    """Quality and chat; on a card also speed and sustained load. One model at a time.
 
-    No speed: how fast a CPU is says nothing about the engine (`enginesmith race --cpu`).
+    No speed on a CPU: that says nothing about the engine (`enginesmith race --cpu`).
     """
-    source = _source(asked, subject, cache, on_card=False)
-    answers = Comparison.of(asked, subject, source, cache)
-    with subject.runner.open(subject.engine) as session:
-        return answers.compare(session)
-
-
-def measure_on_card(
-    asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard
-) -> Measured:
-    """Quality, chat, speed and sustained load on a card; each model in a process of its own."""
-    on_target = held.card == subject.plan.request.target.card and not subject.simulated
-    workloads = _workloads(asked, subject.plan, demanded=on_target)
-    bandwidth = measure_bandwidth()
+    runner = subject.runner
+    # Before anything of ours takes memory of the card.
+    bandwidth = measure_bandwidth() if held else None
     if bandwidth is not None:
         log.info("The card copies %.0f GB/s", bandwidth / 1e9)
-    source = _source(asked, subject, cache, on_card=True)
-    answers = Comparison.of(asked, subject, source, cache)
+    source = _source(asked, subject, cache, on_card=held is not None)
+    answers = Comparison(asked, subject, source, cache)
+    if held is None:
+        with runner.open(subject.engine) as session:
+            return answers.compare(session)
+    on_target = held.card == subject.plan.request.target.card and not subject.simulated
+    workloads = _workloads(asked, subject.plan, demanded=on_target)
     speed: tuple[Mapping[str, Any], ...] = ()
-    with subject.runner.open(subject.engine) as session:
+    with runner.open(subject.engine) as session:
         found = answers.compare(session)
         if subject.simulated:
-            found.not_run.append(f"speed: runner {subject.runner.name} only simulates the engine")
-        elif not isinstance(subject.runner, BenchRunner):
+            found.not_run.append(f"speed: runner {runner.name} only simulates the engine")
+        elif not isinstance(runner, BenchRunner):
             speed = tuple(_timed(asked, subject, load, session) for load in workloads)
         _sustain(asked, subject, found, session, workloads)
-    if isinstance(subject.runner, BenchRunner):
-        speed = tuple(_benched(asked, subject, workloads))
+    if isinstance(runner, BenchRunner):
+        speed = tuple(_benched(asked, subject, runner, workloads))
     found.parts["speed"] = speed
     found.findings += spread_findings(speed, asked.max_spread)
     found.findings += rate_findings(speed, demanded=on_target)
@@ -210,10 +205,9 @@ def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
 
 
 def _benched(
-    asked: Acceptance, subject: Subject, workloads: tuple[Workload, ...]
+    asked: Acceptance, subject: Subject, runner: BenchRunner, workloads: tuple[Workload, ...]
 ) -> Iterator[dict[str, Any]]:
     """Speed by the runtime's own tool, which needs the card for itself."""
-    assert isinstance(subject.runner, BenchRunner)
     folder = Path(tempfile.mkdtemp(prefix="enginesmith-bench-"))
     for workload in workloads:
         task = BenchTask(
@@ -223,7 +217,7 @@ def _benched(
             seed=asked.seed,
             log_path=folder / f"{workload.name}.log",
         )
-        found = subject.runner.bench(subject.engine, task)
+        found = runner.bench(subject.engine, task)
         yield {
             **summarize(workload, [SpeedSample(**asdict(run)) for run in found.runs]),
             "tool": found.tool,

@@ -7,7 +7,7 @@ log-probabilities are computed once and kept: an engine is always compared with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -91,24 +91,13 @@ def source_figures(
 ) -> tuple[SourceFigures, tuple[EngineFigures, ...]]:
     """Run a model that others are compared with over the windows [W, N].
 
-    Args:
-        logits_of: The model.
-        windows: Held-out text.
-        what: For progress and messages.
-        beside: Other models, with which this one is compared on the way.
+    It is compared with those `beside` on the way; `what` is for progress and messages.
 
     Raises:
         CorruptError: A logit is not finite.
     """
-    import numpy as np
-
-    rows, compared = [], [_Comparing(other) for other in beside]
-    for index, values in _log_probabilities(logits_of, windows, what):
-        rows.append(_source_row(values, windows[index]))
-        for each in compared:
-            each.add(index, values, windows[index])
-    own = SourceFigures(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    return own, tuple(each.figures() for each in compared)
+    rows, engines = _figures(logits_of, windows, what, beside, keep=True)
+    return _stacked(SourceFigures, rows), engines
 
 
 def figures_against(
@@ -119,22 +108,47 @@ def figures_against(
 ) -> tuple[EngineFigures, ...]:
     """Run an engine over the windows and compare it with others, position by position.
 
-    KL is sum over tokens of p_source x (log p_source - log p_engine), in nats; see `KEPT_TOKENS`.
-
-    Args:
-        logits_of: The engine.
-        windows: Held-out text.
-        sources: What it is compared with; one may know the first windows only.
-        what: For progress and messages.
+    One of them may know the first windows only. KL is sum over tokens of p_source x (log p_source -
+    log p_engine), in nats; see `KEPT_TOKENS`.
 
     Raises:
         CorruptError: A logit is not finite.
     """
-    compared = [_Comparing(source) for source in sources]
+    return _figures(logits_of, windows, what, sources, keep=False)[1]
+
+
+Row = dict[str, "NDArray[Any]"]
+"""One window of `SourceFigures` or `EngineFigures`, by its fields."""
+
+
+def _figures(
+    logits_of: Logits,
+    windows: NDArray[np.int64],
+    what: str,
+    others: Sequence[SourceFigures],
+    *,
+    keep: bool,
+) -> tuple[list[Row], tuple[EngineFigures, ...]]:
+    """What a model says about each window, where that is kept, and how far it is from others."""
+    own: list[Row] = []
+    compared: list[list[Row]] = [[] for _ in others]
     for index, values in _log_probabilities(logits_of, windows, what):
-        for each in compared:
-            each.add(index, values, windows[index])
-    return tuple(each.figures() for each in compared)
+        if keep:
+            own.append(_source_row(values, windows[index]))
+        for other, rows in zip(others, compared, strict=True):
+            if index < len(other.top1):
+                rows.append({
+                    "nll": next_token_nll(values, windows[index]),
+                    "kl": divergence(other, index, values),
+                    "agrees": values.argmax(axis=-1) == other.top1[index],
+                })  # fmt: skip
+    return own, tuple(_stacked(EngineFigures, rows) for rows in compared)
+
+
+def _stacked(kind: type[Figures], rows: Sequence[Row]) -> Figures:
+    import numpy as np
+
+    return kind(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 def _log_probabilities(
@@ -155,7 +169,7 @@ def _log_probabilities(
             done(1)
 
 
-def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> Row:
     """One window of `SourceFigures`, of log-probabilities [N - 1, V]."""
     import numpy as np
     import torch
@@ -181,29 +195,8 @@ def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
     import numpy as np
 
     others = 1.0 - np.exp(kept.astype(np.float64)).sum(axis=-1)
-    result: NDArray[np.float32] = np.log(np.maximum(others, _LEAST_REST)).astype(np.float32)
-    return result
-
-
-class _Comparing:
-    """Compares one model with another, window by window."""
-
-    def __init__(self, other: SourceFigures) -> None:
-        self._other = other
-        self._rows: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]] = []
-
-    def add(self, index: int, values: NDArray[np.float32], window: NDArray[np.int64]) -> None:
-        """Log-probabilities [N - 1, V] of window `index`; left out where the other has none."""
-        if index < len(self._other.top1):
-            kl = divergence(self._other, index, values)
-            agrees = values.argmax(axis=-1) == self._other.top1[index]
-            self._rows.append((next_token_nll(values, window), kl, agrees))
-
-    def figures(self) -> EngineFigures:
-        import numpy as np
-
-        nll, kl, agrees = zip(*self._rows, strict=True)
-        return EngineFigures(nll=np.stack(nll), kl=np.stack(kl), agrees=np.stack(agrees))
+    rest: NDArray[np.float32] = np.log(np.maximum(others, _LEAST_REST)).astype(np.float32)
+    return rest
 
 
 def divergence(
@@ -211,10 +204,8 @@ def divergence(
 ) -> NDArray[np.float32]:
     """KL(source || other) of every position [N - 1] of window `index`, nats.
 
-    Args:
-        source: Its `KEPT_TOKENS` most likely tokens, and one class for the others.
-        index: Of the window.
-        values: The other's log-probabilities [N - 1, V].
+    The source's most likely tokens, and one class for the others; `values`: log-probabilities
+    [N - 1, V] of the other.
     """
     import numpy as np
 
@@ -279,13 +270,10 @@ def _interval(
 
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(per_window), (BOOTSTRAP_DRAWS, len(per_window)))
-    low, high = np.quantile(_each(transform, per_window[rows].mean(axis=1)), (0.025, 0.975))
+    means = [transform(float(mean)) for mean in per_window[rows].mean(axis=1)]
+    low, high = np.quantile(means, (0.025, 0.975))
     return {
         "value": round(float(transform(float(per_window.mean()))), 6),
         "low": round(float(low), 6),
         "high": round(float(high), 6),
     }
-
-
-def _each(transform: Callable[[float], float], values: Iterable[float]) -> list[float]:
-    return [transform(float(value)) for value in values]

@@ -35,21 +35,18 @@ class SpeedSample:
     """One timed run.
 
     Attributes:
-        output_tokens_per_s: Output tokens that were generated / seconds from the start to the last
-            of them: the definition of vLLM's benchmark ("output token throughput"). A batch starts
-            with its prefill, an open loop with the first arrival.
+        output_tokens_per_s: Output tokens / seconds from the start to the last of them: the
+            definition of vLLM's benchmark ("output token throughput"). A batch starts with its
+            prefill, an open loop with the first arrival.
         ttft_ms: Milliseconds to the first token of the batch.
         itl_ms: (total - ttft) / (longest answer - 1), in milliseconds: the mean gap between the
-            tokens of one request, the first excluded. Where the runtime tells the times of single
-            requests, the mean of theirs: the first tokens of a large batch do not all come
-            together.
-        total_tokens_per_s: (prompt tokens + output tokens) / the same seconds; None where the
-            prompts are not known.
-        prompt_tokens: Of all requests; None where the prompts are not known.
-        output_tokens: Of all requests; None where only figures are known.
+            tokens of one request. Where the runtime tells the times of single requests, the mean of
+            theirs: the first tokens of a large batch do not all come together.
+        total_tokens_per_s: (prompt tokens + output tokens) / the same seconds.
+        prompt_tokens: Of all requests; None, as the others, where only figures are known.
+        output_tokens: Of all requests.
         output_lengths: Output tokens of each request, where they may differ.
-        achieved_request_rate: Requests a second that the runtime kept up with, where they arrive:
-            see `achieved_rate`.
+        achieved_request_rate: See `achieved_rate`.
         requests: Times of each request, where the runtime tells them.
         device: The card from the start to somewhat after the end; None where there is none.
     """
@@ -67,20 +64,11 @@ class SpeedSample:
 
     @staticmethod
     def of_waves(
-        made: Sequence[Generation],
-        waves: Waves,
-        osl: int,
-        device: Samples | None = None,
+        made: Sequence[Generation], waves: Waves, osl: int, device: Samples | None = None
     ) -> SpeedSample:
         """The figures of batches that ran one after the other, as one run.
 
         Tokens and seconds are added up; `ttft_ms` and `itl_ms` are means over the waves.
-
-        Args:
-            made: What the session gave back for each wave.
-            waves: Prompts of each, and what they asked beyond; answers are held against both.
-            osl: Output tokens of the longest request.
-            device: The card meanwhile.
 
         Raises:
             PipelineError: Too few tokens or answers, or times that no run can have.
@@ -149,17 +137,11 @@ def _itl_ms(generation: Generation) -> float:
 def measure_speed(
     workload: Workload, contenders: Mapping[str, Session], waves: Waves, repeats: int
 ) -> dict[str, list[SpeedSample]]:
-    """Time every contender on the same prompts.
+    """Time every contender on the same prompts: name -> `repeats` runs.
 
     They alternate, and who begins changes from round to round (ABBA), so that drift hits all alike.
     `workload.warm_ups` runs of each are discarded. While one runs, the card is sampled, where there
     is one.
-
-    Args:
-        workload: The load.
-        contenders: Name -> what is measured; `engine` is the one that ships.
-        waves: Of the workload: what each run gives the session.
-        repeats: Timed runs of each.
 
     Raises:
         PipelineError: A run gave too few tokens, or times that no run can have.
@@ -315,12 +297,7 @@ def theil_sen_slope(points: Sequence[tuple[float, float]]) -> float:
 def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> Iterator[Finding]:
     """Workloads whose requests came faster than they were answered.
 
-    Args:
-        speed: Entries of `summarize`.
-        demanded: Whether the engine is judged by its speed here, as on the card that it is for.
-
-    Returns:
-        `rejected` for each of them, or a note where nothing is demanded.
+    `rejected` where speed is `demanded`, as on the card that the engine is for; else a note.
     """
     for entry in speed:
         rate = entry.get("request_rate")
@@ -334,16 +311,9 @@ def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> Iter
 
 
 def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> Iterator[Finding]:
-    """What the spread of repeated runs says about their median.
+    """What the spread of repeated runs, (max - min) / median, says about their median.
 
-    Args:
-        speed: Entries of `summarize`.
-        max_spread: Largest (max - min) / median of the rates of one workload's runs; 0.1 allows
-            ten percent.
-
-    Returns:
-        `inconclusive` for each workload above it; a note where there was one run only, whose
-        spread is not known.
+    `inconclusive` for each workload above `max_spread`; a note where there was one run only.
     """
     for entry in speed:
         spread, rates = entry["spread"], entry["samples"]

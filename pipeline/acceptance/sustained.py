@@ -32,14 +32,12 @@ _INTERVAL_S = 0.5
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What was seen in one interval.
+    """What was seen in one interval; None where the card does not tell.
 
     Attributes:
         t_s: Seconds since the run began, at the end of the interval.
         output_tokens_per_s: Output tokens of the interval over its length, all requests together.
-        memory_bytes: Device memory in use at its end; None where it cannot be read.
-        temperature_c: Of the GPU, degrees Celsius; None where it cannot be read.
-        power_w: Of the card, watts; None where it cannot be read.
+        memory_bytes: Device memory in use at its end.
     """
 
     t_s: float
@@ -86,9 +84,8 @@ class SustainedRun:
         max_throughput_drop: Allowed loss of throughput, first against last window.
         max_memory_growth_mib: Allowed growth of device memory, MiB.
         clear_cache: Run a second time as long, the allocator's cache freed after each batch, and
-            report both: what that costs in throughput, and whether it ends a growth of memory,
-            which then is the allocator's and no leak. The first run is the one that is judged.
-            Changes nothing that is computed. For a runner that can: see its abilities.
+            report what that changes: throughput, and a growth of memory that is the allocator's and
+            no leak. The first run is the one that is judged. For a runner that can.
     """
 
     minutes: NonNegativeFloat = 0.0
@@ -138,8 +135,7 @@ def run_sustained(
     Args:
         session: What runs.
         osl: Output tokens of the longest request.
-        wave: What is repeated: the first of a workload in waves; all of a run where requests
-            arrive at a rate.
+        wave: The first of a workload in waves; all of a run where requests arrive at a rate.
         minutes: How long.
         clear: Free the allocator's cache after each batch; its time counts.
         clock: Seconds of a monotonic clock.
@@ -179,36 +175,18 @@ def _sample(started: float, at_s: float, rate: float, readings: Samples) -> Samp
     index = bisect.bisect_right(times, started + at_s) - 1
     beside: dict[str, Any] = {}
     if index >= 0:
-        reading = readings.readings[index]
-        beside = {
-            "memory_bytes": reading.memory_used_bytes,
-            "temperature_c": reading.temperature_c,
-            "power_w": reading.power_w,
-        }
+        seen = readings.readings[index]
+        beside = {name: getattr(seen, name) for name in ("temperature_c", "power_w")}
+        beside["memory_bytes"] = seen.memory_used_bytes
     return Sample(t_s=round(at_s, 3), output_tokens_per_s=round(rate, 2), **beside)
 
 
-@plain_dataclass(frozen=True, kw_only=True)
-class SustainedFigures:
-    """A sustained run in numbers: medians of its first and last window, and what became of memory.
+def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> dict[str, Any] | str:
+    """The report's figures of a run, or in words why it is not enough of one.
 
-    Attributes:
-        duration_s: Length of the judged part.
-        first_tokens_per_s: Of the first window.
-        last_tokens_per_s: Of the last window.
-        throughput_drop: 1 - last / first; negative where it became faster.
-        memory_growth_bytes: Slope x duration; None where memory was not read in the whole run.
+    `throughput_drop` is 1 - last / first, negative where it became faster; `memory_growth_bytes` is
+    slope x duration, None where memory was not read in the whole run.
     """
-
-    duration_s: float
-    first_tokens_per_s: float
-    last_tokens_per_s: float
-    throughput_drop: float
-    memory_growth_bytes: float | None
-
-
-def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> SustainedFigures | str:
-    """The figures of a run, or in words why it is not enough of one."""
     judged = [sample for sample in samples if sample.t_s >= limits.warm_up_s]
     duration_s = judged[-1].t_s - judged[0].t_s if judged else 0.0
     if duration_s < limits.min_duration_s:
@@ -229,13 +207,13 @@ def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> Sus
         return "no token came in the first window after the warm-up: see the runner's log"
     memory = [(s.t_s, s.memory_bytes) for s in judged if s.memory_bytes is not None]
     known = len(memory) == len(judged)
-    return SustainedFigures(
-        duration_s=duration_s,
-        first_tokens_per_s=before,
-        last_tokens_per_s=after,
-        throughput_drop=(before - after) / before,
-        memory_growth_bytes=theil_sen_slope(memory) * duration_s if known else None,
-    )
+    return {
+        "duration_s": duration_s,
+        "first_tokens_per_s": before,
+        "last_tokens_per_s": after,
+        "throughput_drop": (before - after) / before,
+        "memory_growth_bytes": theil_sen_slope(memory) * duration_s if known else None,
+    }
 
 
 def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Iterator[Finding]:
@@ -249,23 +227,24 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Itera
     if isinstance(figures, str):
         yield Finding(kind="inconclusive", message=f"sustained run: {figures}")
         return
-    if figures.throughput_drop > limits.max_throughput_drop:
+    drop, duration_s = figures["throughput_drop"], figures["duration_s"]
+    if drop > limits.max_throughput_drop:
         message = (
-            f"sustained run: {figures.first_tokens_per_s:.1f} tok/s fell to "
-            f"{figures.last_tokens_per_s:.1f} ({figures.throughput_drop:.1%}) in "
-            f"{figures.duration_s / 60:.1f} minutes, {limits.max_throughput_drop:.1%} allowed: "
+            f"sustained run: {figures['first_tokens_per_s']:.1f} tok/s fell to "
+            f"{figures['last_tokens_per_s']:.1f} ({drop:.1%}) in "
+            f"{duration_s / 60:.1f} minutes, {limits.max_throughput_drop:.1%} allowed: "
             "look at the temperatures and throttle reasons of the same run"
         )
         yield Finding(kind="rejected", message=message)
-    growth = figures.memory_growth_bytes
+    growth = figures["memory_growth_bytes"]
     if growth is None:
         message = "sustained run: device memory was not read throughout; its growth is not judged"
         yield Finding(kind="note", message=message)
     elif growth > limits.max_memory_growth_bytes:
         message = (
             f"sustained run: memory grew by {growth / 2**20:.1f} MiB in "
-            f"{figures.duration_s / 60:.1f} minutes "
-            f"({growth / 2**20 * 3600 / figures.duration_s:.0f} MiB an hour), "
+            f"{duration_s / 60:.1f} minutes "
+            f"({growth / 2**20 * 3600 / duration_s:.0f} MiB an hour), "
             f"{limits.max_memory_growth_bytes / 2**20:.1f} MiB allowed: a leak in the runtime, or "
             "a cache that has no bound"
         )
@@ -280,24 +259,19 @@ def sustained_json(
 ) -> Mapping[str, Any]:
     """The report's `sustained`: workload, limits, figures (null for too little of a run), samples.
 
-    Args:
-        samples: Of the run that is judged.
-        limits: What it is judged by.
-        workload: Its name.
-        cleared: Of the second run, the allocator's cache freed after each batch; None without one.
+    `cleared`: of the second run, the allocator's cache freed after each batch; None without one.
     """
-    document = {"workload": workload, "limits": asdict(limits), **_run_json(samples, limits)}
+
+    def run_json(run: Sequence[Sample]) -> dict[str, Any]:
+        figures = sustained_figures(run, limits)
+        known = [{name: v for name, v in asdict(one).items() if v is not None} for one in run]
+        return {"figures": None if isinstance(figures, str) else figures, "samples": known}
+
+    document = {"workload": workload, "limits": asdict(limits), **run_json(samples)}
     if cleared is not None:
         effect = _effect(samples, cleared, limits)
-        document["cache_cleared"] = {**_run_json(cleared, limits), "effect": effect}
+        document["cache_cleared"] = {**run_json(cleared), "effect": effect}
     return document
-
-
-def _run_json(samples: Sequence[Sample], limits: SustainedLimits) -> dict[str, Any]:
-    """Figures of one run, null for too little of one, and its samples without what is not known."""
-    figures = sustained_figures(samples, limits)
-    known = [{name: v for name, v in asdict(one).items() if v is not None} for one in samples]
-    return {"figures": None if isinstance(figures, str) else asdict(figures), "samples": known}
 
 
 def _effect(

@@ -30,7 +30,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
 from pipeline.formats.spec import CardCompiler
 from pipeline.machine import require_builder
-from pipeline.outcome import failure_of, worst
+from pipeline.outcome import failure_of
 from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.shrink import (
@@ -82,7 +82,7 @@ def run_rehearsal(
     keep: Path | None,
     config_dir: Path | None,
 ) -> Answer:
-    """Rehearse a recipe; exits with the worst exit code of its formats.
+    """Rehearse a recipe; exits with the code of the first format that failed.
 
     Args:
         recipe: Its name.
@@ -108,7 +108,7 @@ def run_rehearsal(
             _rehearse(name, *one, folder, full_size=full_size) for name, one in composed.items()
         ]
     seconds = time.perf_counter() - started
-    code = worst(result.exit_code for result in done)
+    code = next((result.exit_code for result in done if result.exit_code), ExitCode.OK)
     table = Table("format", "state", "reached", "s")
     for one in done:
         table.add_row(one.format, _WORDS[one.state], one.reached, f"{one.seconds:.0f}")

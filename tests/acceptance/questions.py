@@ -12,6 +12,19 @@ from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 
 
+class Stub:
+    """A session of which a test uses one part."""
+
+    def logits(self, tokens: Any) -> Any:
+        raise NotImplementedError
+
+    def generate(self, prompts: Any, osl: int, options: Any = None) -> Any:
+        raise NotImplementedError
+
+    def stream(self, prompt: Any, max_new_tokens: int, eos_token_ids: Any) -> Any:
+        raise NotImplementedError
+
+
 def acceptance(**changes: Any) -> Acceptance:
     """Little text and no targets; limits as a recipe may have them."""
     given: dict[str, Any] = {

@@ -11,8 +11,11 @@ import pytest
 
 from pipeline.acceptance.judge import judge
 from pipeline.acceptance.report import junit
+from pipeline.core.errors import RecipeError
 from pipeline.core.values import Report
+from pipeline.sources.text.topics import PydocTopics
 from tests.acceptance.questions import acceptance
+from tests.specs import tiny_spec
 
 LIMITS = acceptance()
 
@@ -151,3 +154,31 @@ def test_engine_may_be_as_far_from_its_checkpoint_as_twice_the_noise() -> None:
 def test_without_noise_a_divergence_that_nobody_can_tell_is_allowed() -> None:
     assert verdict_of(with_reference(0.001, 0.0)) == "checked"
     assert verdict_of(with_reference(above(0.001), 0.0)) == "regression"
+
+
+def test_model_beyond_memory_or_time_is_not_run() -> None:
+    question = acceptance()
+    need = 12 * tiny_spec().params
+    assert question.too_much(tiny_spec(), need) is None
+    assert "GB RAM" in str(question.too_much(tiny_spec(), need - 1))
+    tokens = 2 * (4 + 2) * 64
+    seconds = 2.0 * tiny_spec().params * tokens / 1e11
+    assert acceptance(time_limit_s=seconds).too_much(tiny_spec(), need) is None
+    assert "time_limit_s" in str(
+        acceptance(time_limit_s=seconds * 0.999).too_much(tiny_spec(), need)
+    )
+
+
+def test_text_that_calibration_has_seen_is_refused() -> None:
+    question = acceptance()
+    question.check_text(PydocTopics(part="calibrate").documents())
+    with pytest.raises(RecipeError, match=r"acceptance\.text: shares \d+ runs of 13 words"):
+        question.check_text(PydocTopics(part="judge").documents()[:1])
+
+
+def test_windows_beyond_the_context_are_named() -> None:
+    acceptance().check_inputs(tiny_spec(), 64)
+    with pytest.raises(RecipeError) as caught:
+        acceptance().check_inputs(tiny_spec(), 8)
+    paths = [fault.path for fault in caught.value.faults]
+    assert paths == ["acceptance.window_tokens"]

@@ -12,8 +12,8 @@ import pytest
 from pipeline.acceptance.bandwidth import (
     REPEATS,
     WARM_UPS,
-    CardMemory,
     buffer_bytes,
+    copy_rates,
     measure_bandwidth,
 )
 from pipeline.core import gpu
@@ -62,7 +62,7 @@ class Driver:
 
 def test_rate_counts_bytes_read_and_written_and_no_warm_up() -> None:
     driver = Driver((9000.0,) * WARM_UPS + (500.0,) * (REPEATS - 1) + (1000.0,))
-    rates = CardMemory(driver).copy_rates()
+    rates = copy_rates(driver)
     assert rates == [4.0 * (1 << 30)] * (REPEATS - 1) + [2.0 * (1 << 30)]
     assert driver.milliseconds == []
 
@@ -70,7 +70,7 @@ def test_rate_counts_bytes_read_and_written_and_no_warm_up() -> None:
 def test_copy_that_did_not_arrive_is_a_fault() -> None:
     driver = Driver((1.0,) * (WARM_UPS + REPEATS), arrives=False)
     with pytest.raises(RuntimeError, match="not equal to its source"):
-        CardMemory(driver).copy_rates()
+        copy_rates(driver)
 
 
 def test_buffer_is_a_gibibyte_or_a_quarter_of_what_is_free() -> None:
@@ -83,7 +83,7 @@ def test_buffer_is_a_gibibyte_or_a_quarter_of_what_is_free() -> None:
 
 def test_refusal_of_the_driver_names_the_call() -> None:
     with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain gave CUDA error 2"):
-        CardMemory(Driver(failing="cuDevicePrimaryCtxRetain"))
+        copy_rates(Driver(failing="cuDevicePrimaryCtxRetain"))
 
 
 @contextlib.contextmanager

@@ -7,14 +7,12 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.acceptance.chat import (
@@ -27,12 +25,12 @@ from pipeline.acceptance.chat import (
     answer,
     chance_of_loss,
     chat_findings,
-    end_ids,
 )
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import graph_session
-from pipeline.runners.session import BatchOptions, Generation, Session
+from pipeline.runners.session import Session
 from pipeline.runners.transformers import open_source
+from tests.acceptance.questions import Stub
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -99,60 +97,39 @@ def told(chat: dict[str, Any]) -> list[tuple[str, str]]:
     return [(finding.kind, finding.message) for finding in chat_findings(chat)]
 
 
+Streaming = Callable[[Sequence[int], int, frozenset[int]], Iterator[int]]
+
+
 @dataclass
-class Wrapped:
-    """A session whose streams are changed; nothing else of it is asked."""
+class Changed(Stub):
+    """A session whose streams are others; nothing else of it is asked."""
 
-    session: Session
+    streaming: Streaming
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
-        return self.session.stream(prompt, max_new_tokens, eos_token_ids)
-
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        raise NotImplementedError
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
-    ) -> Generation:
-        raise NotImplementedError
+        return self.streaming(prompt, max_new_tokens, eos_token_ids)
 
 
-class NeverStops(Wrapped):
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        yield from itertools.cycle([7, 8])
+def never_stops(*_: object) -> Iterator[int]:
+    return itertools.cycle([7, 8])
 
 
-class StopsAtOneId(Wrapped):
+def stops_at_one_id(session: Session) -> Streaming:
     """A runtime that looks at the first id only."""
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        first = frozenset(sorted(eos_token_ids)[:1])
-        yield from self.session.stream(prompt, max_new_tokens, first)
+    return lambda prompt, bound, ends: session.stream(prompt, bound, frozenset(sorted(ends)[:1]))
 
 
-class SaysNothing(Wrapped):
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        yield from ()
+def deaf_to_ends(session: Session) -> Streaming:
+    """Weights that lost the end: what would be one is another token."""
 
+    def stream(prompt: Sequence[int], bound: int, ends: frozenset[int]) -> Iterator[int]:
+        other = next(token for token in range(320) if token not in ends)
+        for token in session.stream(prompt, bound, NOTHING):
+            yield other if token in ends else token
 
-class DeafToEnds(Wrapped):
-    """Its weights lost the end: what would be one is another token."""
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        for token in self.session.stream(prompt, max_new_tokens, NOTHING):
-            if token in eos_token_ids:
-                token = next(other for other in range(320) if other not in eos_token_ids)
-            yield token
+    return stream
 
 
 def test_engine_that_ends_like_its_source_passes(
@@ -204,21 +181,10 @@ def test_changed_template_is_a_regression_that_names_the_prompts(
     assert "2 (brief, role) of 24 prompts" in message
 
 
-def test_lost_template_is_a_regression(
-    source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...], tmp_path: Path
-) -> None:
-    folder = engine_dir(model_dir, tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    chat = ask(source, engine, model_dir, folder)
-    assert len(chat["template_differs"]) == 24
-    assert chat["answers"] == []
-    assert told(chat)[0][0] == "regression"
-
-
 def test_engine_that_never_stops_is_a_regression_and_does_not_hang_the_probe(
     source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...]
 ) -> None:
-    chat = ask(source, NeverStops(engine), model_dir, model_dir)
+    chat = ask(source, Changed(never_stops), model_dir, model_dir)
     assert {one["engine"]["tokens"] for one in chat["answers"]} == {12}
     messages = [message for kind, message in told(chat) if kind == "regression"]
     assert "went on behind a token id that it was told to end at" in messages[0]
@@ -229,7 +195,7 @@ def test_engine_that_never_stops_is_a_regression_and_does_not_hang_the_probe(
 def test_weights_that_lost_the_end_are_a_regression_by_the_count_alone(
     source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...]
 ) -> None:
-    ((kind, message),) = told(ask(source, DeafToEnds(engine), model_dir, model_dir))[-1:]
+    ((kind, message),) = told(ask(source, Changed(deaf_to_ends(engine)), model_dir, model_dir))[-1:]
     assert kind == "regression"
     assert "answers ended by themselves" in message
 
@@ -237,7 +203,7 @@ def test_weights_that_lost_the_end_are_a_regression_by_the_count_alone(
 def test_runtime_that_takes_one_end_id_only_is_a_regression(
     source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...]
 ) -> None:
-    chat = ask(source, StopsAtOneId(engine), model_dir, model_dir)
+    chat = ask(source, Changed(stops_at_one_id(engine)), model_dir, model_dir)
     messages = [message for kind, message in told(chat) if kind == "regression"]
     assert any("went on behind a token id" in message for message in messages)
     assert any("stands inside" in message for message in messages)
@@ -246,7 +212,7 @@ def test_runtime_that_takes_one_end_id_only_is_a_regression(
 def test_engine_that_says_nothing_is_a_regression_though_it_always_ends(
     source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...]
 ) -> None:
-    chat = ask(source, SaysNothing(engine), model_dir, model_dir)
+    chat = ask(source, Changed(lambda *_: iter(())), model_dir, model_dir)
     assert chat["stopped"]["lost"] == 0
     ((kind, message),) = told(chat)
     assert kind == "regression"
@@ -290,48 +256,10 @@ def test_what_does_not_fit_or_is_refused_is_left_out_with_the_reason(model_dir: 
     assert f"{longest} tokens, the context has {longest - 1}" in " ".join(tighter.left_out)
 
 
-@dataclass
-class Says(Wrapped):
-    """Says so many tokens."""
-
-    count: int = 0
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        yield from [5] * self.count
-
-
 @pytest.mark.parametrize(("count", "stopped"), [(0, True), (3, True), (4, False), (9, False)])
-def test_answer_that_reaches_its_bound_did_not_end(
-    engine: Session, count: int, stopped: bool
-) -> None:
-    given = answer(Says(engine, count), [1], 4, NOTHING)
+def test_answer_that_reaches_its_bound_did_not_end(count: int, stopped: bool) -> None:
+    given = answer(Changed(lambda *_: iter([5] * count)), [1], 4, NOTHING)
     assert given == Answer(tokens=(5,) * min(count, 4), stopped=stopped)
-
-
-class Ends(Wrapped):
-    """Says `max_new_tokens` tokens; notes that its stream came to its end."""
-
-    ended = False
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        yield from range(max_new_tokens)
-        self.ended = True
-
-
-def test_stream_that_keeps_its_bound_ends_by_itself(engine: Session) -> None:
-    session = Ends(engine)
-    assert not answer(session, [1], 4, NOTHING).stopped
-    assert session.ended  # broken off, it would cost the runtime a cancelled request
-
-
-def test_end_ids_are_the_configs_and_the_tokenizers_own(model_dir: Path, tmp_path: Path) -> None:
-    folder = engine_dir(model_dir, tmp_path)
-    declare(folder, [5, 6])
-    assert end_ids(load_tokenizer(folder)) == {2, 5, 6}
 
 
 @pytest.mark.parametrize(
@@ -357,15 +285,6 @@ def test_losses_beyond_chance_are_a_regression(lost: int, gained: int, kinds: li
         "not_empty": {"source": 24, "engine": 24, "lost": 0, "gained": 0, "p_value": 1.0},
     }  # fmt: skip
     assert [finding.kind for finding in chat_findings(chat)] == kinds
-
-
-def test_fewest_stops_are_what_the_level_needs() -> None:
-    assert chance_of_loss(LEAST_STOPS, 0) < LEVEL <= chance_of_loss(LEAST_STOPS - 1, 0)
-
-
-def test_conversations_differ_and_end_with_the_user() -> None:
-    assert len({json.dumps(messages) for messages in CONVERSATIONS.values()}) == len(CONVERSATIONS)
-    assert {messages[-1]["role"] for messages in CONVERSATIONS.values()} == {"user"}
 
 
 def test_fewer_than_eight_prompts_are_refused() -> None:

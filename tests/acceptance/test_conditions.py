@@ -23,14 +23,12 @@ from pipeline.acceptance.card import (
     sampling,
 )
 from pipeline.core.gpu import (
-    THROTTLE_REASONS,
     ComputeProcess,
     Conditions,
     conditions_of,
     nvml_device,
     read_conditions,
     strangers,
-    throttle_reason_names,
 )
 
 
@@ -123,31 +121,6 @@ def test_what_a_card_does_not_tell_is_none_and_no_fault() -> None:
     json.dumps(found.to_json())
 
 
-def test_the_older_name_of_the_throttle_reasons_is_asked_too() -> None:
-    found = conditions_of(
-        nvml(
-            DeviceGetCurrentClocksEventReasons=NvmlError(),
-            DeviceGetCurrentClocksThrottleReasons=0x1,
-        ),
-        0,
-    )
-    assert found.throttle_reasons == ("gpu_idle",)
-
-
-def test_throttle_reasons_are_those_of_the_installed_nvml() -> None:
-    import pynvml
-
-    for bit, name in THROTTLE_REASONS.items():
-        constant = "nvmlClocksThrottleReason" + "".join(p.capitalize() for p in name.split("_"))
-        assert getattr(pynvml, constant) == bit
-    assert throttle_reason_names(0) == ()
-    assert throttle_reason_names(0x1 | 0x20 | 0x8000) == (
-        "gpu_idle",
-        "sw_thermal_slowdown",
-        "unknown_0x8000",
-    )
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_another_compute_process_makes_a_measurement_inconclusive(when: str) -> None:
     other = (ComputeProcess(pid=4711, memory_bytes=1 << 30),)
@@ -231,14 +204,6 @@ def test_energy_is_the_cards_own_count_where_it_has_one() -> None:
     assert samples.peak_memory_bytes == 9
 
 
-def test_energy_is_else_the_power_over_unequal_times() -> None:
-    samples = Samples([at(0, 7, power_w=100.0), at(1, 3, power_w=300.0), at(4, 1, power_w=300.0)])
-    assert samples.energy_j == 1100.0
-    assert samples.peak_memory_bytes == 7
-    samples.readings.append(at(5, 1))
-    assert samples.energy_j is None
-
-
 def test_a_peak_between_begin_and_end_is_seen() -> None:
     used = [1]
     with sampling(lambda: at(time.monotonic(), used[0]), interval_s=0.01) as samples:
@@ -267,15 +232,6 @@ def test_a_series_that_broke_off_is_an_error() -> None:
 
     with pytest.raises(OSError, match="fell off the bus"):
         run()
-
-
-def test_own_context_under_a_number_of_the_host_is_no_stranger() -> None:
-    ours, theirs = (ComputeProcess(pid=pid, memory_bytes=1) for pid in (5001, 5002))
-    assert strangers([ours], 17, ours_is_there=True) == ()
-    assert strangers([ours], 17, ours_is_there=False) == (ours,)
-    assert len(strangers([ours, theirs], 17, ours_is_there=True) or ()) == 1
-    assert strangers([ours, theirs], 5001, ours_is_there=True) == (theirs,)
-    assert strangers([], 17, ours_is_there=False) == ()
 
 
 def test_a_container_that_lists_not_even_this_process_hides_the_others_too(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from pipeline.acceptance.harness import (
     HarnessSettings,
@@ -23,8 +22,9 @@ from pipeline.acceptance.harness import (
 from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import graph_session
-from pipeline.runners.session import BatchOptions, Generation, Session
+from pipeline.runners.session import Session
 from pipeline.runners.transformers import open_source
+from tests.acceptance.questions import Stub
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model
 
@@ -121,21 +121,11 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Session
     return graph_session(open_graph(write_graph(model_dir, out, context=CONTEXT)))
 
 
-class NotFinite:
+class NotFinite(Stub):
     """A session whose logits are not a number."""
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         return np.full((len(tokens), 320), np.nan, np.float32)
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, demands: BatchOptions | None = None
-    ) -> Generation:
-        raise NotImplementedError
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        raise NotImplementedError
 
 
 def values(result: dict[str, Any]) -> dict[str, float]:
@@ -327,8 +317,3 @@ def test_drop_beyond_the_limit_is_a_regression(
     before, after = result(source, higher), result(engine, higher)
     assert [finding.kind for finding in harness_findings(before, after, 0.0625)] == kinds
     assert list(harness_findings(before, after, None)) == []
-
-
-def test_settings_want_tasks() -> None:
-    with pytest.raises(ValidationError, match="tasks"):
-        HarnessSettings(tasks=())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.acceptance import measure as measuring
 from pipeline.acceptance.acceptance import Acceptance, Subject
 from pipeline.acceptance.card import HeldCard
 from pipeline.acceptance.chat import ChatSettings
+from pipeline.acceptance.report import write_report
 from pipeline.acceptance.sustained import SustainedRun
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError
@@ -28,22 +30,20 @@ from pipeline.core.gpu import ComputeProcess, Conditions
 from pipeline.core.values import Checkpoint, Engine, Report, Verdict
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.formats.spec import format_spec
+from pipeline.model.hf import load_tokenizer
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
 from pipeline.quant.spec import quant_spec
-from pipeline.runners.runner import Device
+from pipeline.runners.prompts import eos_ids
+from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import Session
 from pipeline.runners.transformers import TransformersSession, open_checkpoint
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Lengths, Workload
 from tests import stand_in_card
+from tests.acceptance import test_conditions
 from tests.quant.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
 
-QUIET = Conditions(
-    gpu="NVIDIA Ada", uuid="GPU-1", sm=89, driver="580.1", cuda_driver="13.0",
-    memory_total_bytes=24 << 30, memory_used_bytes=1 << 20, power_limit_w=300.0,
-    power_limit_default_w=300.0, sm_clock_mhz=2500, memory_clock_mhz=10000, temperature_c=40,
-    throttle_reasons=(), ecc_enabled=False, ecc_uncorrected=0, utilization_percent=0,
-    other_compute_processes=(),
-)  # fmt: skip
+QUIET = dataclasses.replace(test_conditions.QUIET, gpu="NVIDIA Ada", sm=89)
+PLANNED = ("name", "batch", "isl", "osl", "min_output_tokens_per_s", "min_share_of_ceiling")
 LOAD = Workload(name="b2", batch=2, isl=8, osl=3, min_output_tokens_per_s=0.1)
 
 
@@ -123,14 +123,7 @@ def subject(checkpoint: Checkpoint, root: Path, question: Acceptance, **changes:
             precision=quant_spec("fp8"),
             limits=compiler.limits,
             workloads=tuple(
-                PlannedWorkload(
-                    name=load.name,
-                    batch=load.batch,
-                    isl=load.isl,
-                    osl=load.osl,
-                    min_output_tokens_per_s=load.min_output_tokens_per_s,
-                    min_share_of_ceiling=load.min_share_of_ceiling,
-                )
+                PlannedWorkload(**{name: getattr(load, name) for name in PLANNED})
                 for load in question.targets
             ),
             runtime=compiler.pinned_runtime,
@@ -333,3 +326,57 @@ def test_engine_without_a_checkpoint_at_hand_says_so(
     )
     assert "fp8_reference" not in report.quality
     assert "FP8 reference: the package of a compiled engine has no checkpoint" in report.not_run
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatingRunner(CardRunner):
+    """Says that it only simulates."""
+
+    @property
+    def name(self) -> str:
+        return "transformers"
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return BATCHES | {"clear_cache"}
+
+
+def test_lengths_and_ends_of_single_requests_are_in_the_report(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    loads = (
+        Workload(name="drawn", batch=2, isl=8, osl=9, requests=4, osl_distribution=Lengths(min=2)),
+        Workload(name="ends", batch=2, isl=8, osl=9, ignore_eos=False),
+    )
+    report, verdict = measure(checkpoint, tmp_path, asked(targets=loads))
+    assert verdict.name == "accepted", verdict.findings
+    drawn, ends = report.speed
+    wanted = loads[0].output_lengths(0)
+    assert drawn["mean_osl"] == pytest.approx(sum(wanted) / 4, abs=1e-3)
+    assert [run["output_lengths"] for run in drawn["runs"]] == [list(wanted)] * 2
+    assert drawn["workload_digest"] == loads[0].digest
+    assert eos_ids(load_tokenizer(checkpoint.dir))
+    assert all(1 <= length <= 9 for length in ends["runs"][0]["output_lengths"])
+    assert [share["name"] for share in report.physics["shares"]] == ["drawn", "ends"]
+    files = write_report(report, verdict, tmp_path)
+    assert json.loads(files["report.json"].read_text())["speed"][0]["load"] == loads[0].load
+
+
+@pytest.mark.slow
+def test_simulation_on_the_engines_own_card_is_no_run_of_the_engine(
+    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+) -> None:
+    question = asked(
+        targets=(dataclasses.replace(LOAD, min_output_tokens_per_s=1e9),),
+        sustained=SustainedRun(minutes=0.12, max_throughput_drop=0.99, clear_cache=True),
+    )
+    report, verdict = measure(checkpoint, tmp_path, question, runner=SimulatingRunner())
+    assert verdict.name == "checked", verdict.findings
+    assert report.speed == ()
+    assert report.physics == {}
+    assert report.not_run[0].startswith("NVIDIA-Ada: only a simulation ran on it")
+    assert "speed: runner transformers only simulates the engine" in report.not_run
+    cleared = report.sustained["cache_cleared"]
+    assert len(cleared["samples"]) > 1
+    assert cleared["effect"]["throughput_change"] is not None
+    assert cleared["effect"]["memory_change_bytes"] is None  # no card here, whose memory is read

@@ -18,7 +18,7 @@ from pipeline.acceptance.speed import achieved_rate, rate_findings, summarize, t
 from pipeline.plan.ceilings import Roofline
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Lengths, Workload
-from tests.acceptance.questions import speed_of
+from tests.acceptance.questions import Stub, speed_of
 from tests.acceptance.report_pages import Page, on_card
 
 LOAD = Workload(name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200)
@@ -87,12 +87,6 @@ def test_server_that_is_too_slow_achieves_what_it_can(seed: int, capacity: float
     assert achieved < 0.95 * 4.0
 
 
-def test_rate_of_requests_that_started_together_is_not_known() -> None:
-    together = RequestTiming(ttft_ms=1.0, request_latency_ms=2.0, itl_ms=1.0)
-    assert achieved_rate([together] * 3) is None
-    assert achieved_rate([]) is None
-
-
 def test_slope_bears_stray_points_and_needs_two_places() -> None:
     points = [(float(x), 3.0 * x + (100 if x % 5 == 0 else 0)) for x in range(1000)]
     assert theil_sen_slope(points) == pytest.approx(3.0, abs=0.05)
@@ -101,7 +95,7 @@ def test_slope_bears_stray_points_and_needs_two_places() -> None:
 
 
 @dataclass
-class Server:
+class Server(Stub):
     """A session that answers as `served` does."""
 
     capacity: float
@@ -116,12 +110,6 @@ class Server:
             tokens=np.zeros((len(prompts), osl), np.int64), ttft_s=0.1, total_s=max(ends),
             lengths=options.osl_each, requests=requests,
         )  # fmt: skip
-
-    def logits(self, tokens: Any) -> Any:
-        raise NotImplementedError
-
-    def stream(self, prompt: Any, max_new_tokens: int, eos_token_ids: Any) -> Any:
-        raise NotImplementedError
 
 
 def measured(capacity: float, workload: Workload = LOAD) -> dict[str, Any]:

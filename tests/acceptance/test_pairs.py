@@ -25,6 +25,7 @@ from pipeline.race import (
 )
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Workload
+from tests.acceptance.questions import Stub
 from tests.specs import tiny_spec
 
 FOUR: dict[str, int] = {"rounds": 4, "vocab_size": 9, "seed": 0}
@@ -32,7 +33,7 @@ LOADS = (Workload(name="b1", batch=1, isl=4, osl=4), Workload(name="b2", batch=2
 
 
 @dataclass
-class Clocked:
+class Clocked(Stub):
     """A session whose runs take `seconds`, longer from one to the next by what drifts."""
 
     name: str
@@ -47,12 +48,6 @@ class Clocked:
         self.drift[0] *= 1.1
         tokens = np.zeros((len(prompts), osl), np.int64)
         return Generation(tokens=tokens, ttft_s=0.0, total_s=self.seconds * self.drift[0])
-
-    def logits(self, tokens: Any) -> Any:
-        raise NotImplementedError
-
-    def stream(self, prompt: Any, max_new_tokens: int, eos_token_ids: Any) -> Any:
-        raise NotImplementedError
 
 
 def peer_of(session: Clocked, opened: list[str], **more: Any) -> Peer:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from pipeline.acceptance import speed
 from pipeline.acceptance.card import Reading, Samples
@@ -24,7 +23,7 @@ from pipeline.acceptance.speed import (
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload
-from tests.acceptance.questions import speed_of
+from tests.acceptance.questions import Stub, speed_of
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)
 PROMPTS = [[1, 2, 3, 4, 5]] * 2
@@ -37,7 +36,7 @@ def timing(ttft_ms: float, decode_ms: float) -> RequestTiming:
 
 
 @dataclass
-class Answers:
+class Answers(Stub):
     """A session that gives what it is told, one after the other."""
 
     generations: list[Generation]
@@ -48,14 +47,6 @@ class Answers:
     ) -> Generation:
         self.asked.append((len(prompts), osl))
         return self.generations.pop(0)
-
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        raise NotImplementedError
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> Iterator[int]:
-        raise NotImplementedError
 
 
 def ran(total_s: float, ttft_s: float = 0.0, shape: tuple[int, ...] = (2, 4)) -> Generation:
@@ -111,18 +102,6 @@ def test_request_times_that_cannot_be_are_no_rate(bad: float) -> None:
         sample_of(timed(1.0, timing(20.0, bad)))
 
 
-def test_short_warm_up_is_refused_too() -> None:
-    session = Answers([ran(1.0, shape=(2, 3)), ran(1.0)])
-    with pytest.raises(PipelineError, match="4 tokens of request 0, got 3"):
-        speed_of(LOAD, {"engine": session}, vocab_size=9, repeats=1, seed=0)
-
-
-def test_prompt_tokens_count_in_the_total_rate() -> None:
-    entry = measured(2.0, 2.0, 2.0)
-    assert entry["output_tokens_per_s"] == pytest.approx(2 * 4 / 2.0)
-    assert entry["total_tokens_per_s"] == pytest.approx(2 * (5 + 4) / 2.0)
-
-
 def test_without_request_times_latencies_are_plain_medians() -> None:
     session = Answers([ran(9.0), ran(1.0, 0.2), ran(2.0, 0.5), ran(4.0, 0.7)])
     samples = speed_of(LOAD, {"engine": session}, vocab_size=9, repeats=3, seed=0)
@@ -151,12 +130,6 @@ def test_percentiles_are_over_the_requests_of_all_runs() -> None:
         "ttft_ms": 15.0, "request_latency_ms": 75.0, "itl_ms": 20.0,
     }  # fmt: skip
     assert json.loads(json.dumps(entry)) == entry
-
-
-def test_gaps_of_a_batch_are_the_mean_of_its_requests_where_they_are_told() -> None:
-    sample = sample_of(timed(1.0, timing(20.0, 300.0), timing(20.0, 600.0)))
-    assert sample.itl_ms == pytest.approx(150.0)
-    assert sample.ttft_ms == pytest.approx(20.0)
 
 
 def test_percentiles_interpolate_and_one_token_has_no_gap() -> None:
@@ -231,28 +204,12 @@ def test_card_without_an_energy_counter_still_tells_its_memory(
     assert "joules_per_token" not in entry
 
 
-def test_without_a_card_there_are_no_figures_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = on_card(Card([Samples(), Samples(), Samples()]), monkeypatch)
-    assert not entry.keys() & {"peak_memory_bytes", "mean_power_w", "joules_per_token"}
-
-
-def test_spread_is_the_range_over_the_median() -> None:
-    entry = measured(1.0, 2.0, 4.0)
-    assert entry["samples"] == [8.0, 4.0, 2.0]
-    assert entry["spread"] == pytest.approx(6.0 / 4.0)
-
-
 @pytest.mark.parametrize(("allowed", "kinds"), [(1.5, []), (1.4999, ["inconclusive"])])
 def test_spread_above_its_bound_is_inconclusive(allowed: float, kinds: list[str]) -> None:
     found = list(spread_findings([measured(1.0, 2.0, 4.0)], allowed))
     assert [finding.kind for finding in found] == kinds
     if found:
         assert found[0].message.startswith("b2: the 3 runs lie 150.0% apart (2.0 to 8.0 tok/s)")
-
-
-def test_spread_that_is_not_a_number_is_inconclusive() -> None:
-    entry = {**measured(1.0, 1.0), "spread": math.nan}
-    assert [finding.kind for finding in spread_findings([entry], 0.1)] == ["inconclusive"]
 
 
 def test_one_run_has_no_spread_and_is_told() -> None:

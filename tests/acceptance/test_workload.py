@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,10 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.acceptance.speed import summarize
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.values import digest_of
-from pipeline.runners.decode import DecoderSession
-from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.workload import Lengths, Workload
-from tests.acceptance.questions import speed_of
-from tests.formats.decoder.decoders import open_graph, write_graph
-from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 PLAIN = Workload(name="b2", batch=2, isl=8, osl=4)
 
@@ -84,13 +78,6 @@ def test_every_part_of_the_load_is_in_the_digest(tmp_path: Path) -> None:
     assert load(requests=4, min_output_tokens_per_s=9.0).digest == load(requests=4).digest
 
 
-def test_lengths_are_drawn_between_their_bounds_and_repeat_with_the_seed() -> None:
-    for lengths in (Lengths(min=3), Lengths(min=3, mean=6.0, stdev=50.0)):
-        drawn = lengths.draw(9, 2000, (5, 1))
-        assert set(drawn) == set(range(3, 10))
-        assert drawn == lengths.draw(9, 2000, (5, 1)) != lengths.draw(9, 2000, (6, 1))
-
-
 def test_normal_lengths_have_their_mean_and_deviation() -> None:
     drawn = Lengths(min=1, mean=500.0, stdev=40.0).draw(1000, 5000, (0, 1))
     # Three standard errors: 40 / sqrt(5000) = 0.57, and 40 / sqrt(2 x 5000) = 0.4.
@@ -106,12 +93,6 @@ def test_cut_off_lengths_do_not_pile_up_at_the_ends() -> None:
     assert abs(counts - 1000).max() < 120
 
 
-def test_mean_at_the_edge_of_a_narrow_range_is_still_drawn() -> None:
-    assert set(Lengths(min=7, mean=8.0, stdev=0.01).draw(8, 50, (0, 1))) == {8}
-    # So wide that the inverse of the distribution is off by more than the range.
-    assert set(Lengths(min=7, mean=7.0, stdev=1e14).draw(8, 500, (0, 1))) == {7, 8}
-
-
 def test_ragged_prompts_are_as_long_as_drawn_and_in_the_vocabulary() -> None:
     workload = load(requests=6, isl_distribution={"min": 2})
     prompts = workload.request_prompts(11, 4)
@@ -119,11 +100,6 @@ def test_ragged_prompts_are_as_long_as_drawn_and_in_the_vocabulary() -> None:
     assert workload.isl_distribution is not None
     assert [len(prompt) for prompt in prompts] == workload.isl_distribution.draw(8, 6, (4, 1))
     assert max(max(prompt) for prompt in prompts) < 11
-
-
-def test_own_seed_comes_before_the_acceptances() -> None:
-    own = load(seed=7)
-    assert own.request_prompts(50, 1) == own.request_prompts(50, 2) == PLAIN.request_prompts(50, 7)
 
 
 def test_file_gives_its_first_prompts_as_ids_or_text(tmp_path: Path) -> None:
@@ -137,26 +113,15 @@ def test_file_gives_its_first_prompts_as_ids_or_text(tmp_path: Path) -> None:
         workload.request_prompts(VOCAB_SIZE, 0)
 
 
-def test_line_separator_inside_a_prompt_does_not_end_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}', encoding="utf-8", newline="")
-    assert faults(load(prompts_file=str(path)), tiny_tokenizer()) == ()
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         ("", "has no prompts"),
-        ("\n \n", "has no prompts"),
         ('{"token_ids": [1]}\n', r"has 1 prompts, the workload b2 has 2 requests"),
         ('{"token_ids": [1]}\nhello\n', "line 2: Invalid JSON"),
         ('{"token_ids": [1]}\n[1]\n', "line 2: .*wanted {.prompt"),
-        ('{"text": "a"}\n', "line 1.text: .*wanted {.prompt"),
         ('{"prompt": "a", "token_ids": [1]}\n', "line 1: .*both keys or none"),
-        ('{"prompt": ""}\n', "line 1.prompt: "),
-        ('{"token_ids": []}\n', "line 1.token_ids"),
         ('{"token_ids": [1.5]}\n', "line 1.token_ids"),
-        ('{"token_ids": [true]}\n', "line 1.token_ids"),
         ('{"token_ids": [-1]}\n', "line 1.token_ids"),
         ('{"token_ids": [1,2,3,4,5,6,7,8,9]}\n' * 2, "line 2 has 9 tokens, isl allows 1 to 8"),
     ],
@@ -180,13 +145,6 @@ def test_file_that_is_missing_or_no_text_is_told(tmp_path: Path) -> None:
         assert "cannot be read as UTF-8 text" in fault.message
 
 
-def test_every_prompt_that_is_too_long_is_named_once_there_is_a_tokenizer(tmp_path: Path) -> None:
-    path = lines(tmp_path, {"prompt": "one two three four five"}, {"token_ids": [1] * 9})
-    workload = load(prompts_file=str(path))
-    assert len(faults(workload)) == 1
-    assert len(faults(workload, tiny_tokenizer())) == 2
-
-
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     workload = load(prompts_file=str(lines(tmp_path, {"token_ids": [1]}, {"token_ids": [9]})))
     assert workload.request_prompts(10, 0) == ((1,), (9,))
@@ -198,19 +156,14 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"requests": 3}, r"requests \(3\) must be a multiple of batch \(2\)"),
-        ({"requests": 0}, "greater than 0"),
-        ({"warm_ups": 0}, "greater than 0"),
         ({"isl_distribution": {"min": 9}}, r"min \(9\) <= mean"),
         ({"isl_distribution": {"min": 1, "mean": 8.5, "stdev": 1.0}}, r"<= isl \(8\)"),
         ({"isl_distribution": {"min": 3, "mean": 2.0, "stdev": 1.0}}, r"min \(3\) <= mean"),
         ({"isl_distribution": {"min": 1, "mean": 2.0}}, "mean and stdev go together"),
-        ({"isl_distribution": {"min": 1, "max": 4}}, "max"),
         ({"isl_distribution": {"min": 1}, "prompts_file": "x"}, "keep one of them"),
         ({"osl_distribution": {"min": 5}}, r"osl_distribution must have min \(5\) .* osl \(4\)"),
-        ({"ignore_eos": "no"}, "ignore_eos"),
         ({"request_rate": 0.0, "requests": 4}, "greater than 0"),
         ({"request_rate": 2.0}, "request_rate needs requests"),
-        ({"request_rate": 2.0, "requests": 1}, "request_rate needs requests"),
         (
             {"request_rate": 2.0, "requests": 4, "min_share_of_ceiling": 0.5},
             "with request_rate use min_output_tokens_per_s",
@@ -219,51 +172,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
             {"request_rate": 2.0, "requests": 4, "min_output_tokens_per_s": 8.1},
             "brings 8 output tokens per second at most, min_output_tokens_per_s is 8.1",
         ),
-        ({"osl": {"min": 1}}, "osl"),
     ],
 )
 def test_what_cannot_be_executed_cannot_be_written(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         load(**changes)
-
-
-class Watched(DecoderSession):
-    """A real session that notes what it is asked."""
-
-    asked: list[list[list[int]]]
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
-    ) -> Generation:
-        self.asked.append([list(prompt) for prompt in prompts])
-        return super().generate(prompts, osl, options)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def session(model_dir: Path, tmp_path: Path) -> Watched:
-    graph = open_graph(write_graph(model_dir, tmp_path, context=32))
-    watched = Watched(graph.bind, context=32, logits_per_step=32)
-    watched.asked = []
-    return watched
-
-
-def test_ragged_waves_run_on_a_real_session(session: Watched) -> None:
-    workload = load(requests=6, isl_distribution={"min": 2}, warm_ups=2)
-    samples = speed_of(workload, {"engine": session}, vocab_size=VOCAB_SIZE, repeats=3, seed=0)
-    prompts = [list(prompt) for prompt in workload.request_prompts(VOCAB_SIZE, 0)]
-    waves = [prompts[0:2], prompts[2:4], prompts[4:6]]
-    assert session.asked == waves * 5
-    entry = summarize(workload, samples["engine"])
-    assert len(entry["samples"]) == 3
-    read = sum(len(prompt) for prompt in prompts)
-    assert entry["mean_isl"] == pytest.approx(read / 6, abs=1e-3)
-    ratio = entry["total_tokens_per_s"] / entry["output_tokens_per_s"]
-    assert ratio == pytest.approx((read + 24) / 24, rel=1e-3)
-    assert entry["load"] == workload.load
-    assert entry["isl"] == 8
-    assert json.loads(json.dumps(entry)) == entry
