@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from pipeline import cli
 from pipeline.__main__ import Request
 from pipeline.commands.answer import Answer
-from pipeline.core.errors import ExitCode, NotFoundError
+from pipeline.core.errors import ExitCode
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry
 from tests.registry.packages import sealed_package
@@ -111,15 +111,6 @@ def test_bad_recipe_is_the_same_through_both_entry_points(workdir: Path) -> None
     assert [json.loads((run / "verdict.json").read_text())["exit_code"] for run in runs] == [2, 2]
 
 
-def test_plan_of_a_bad_recipe_tells_people_and_programs() -> None:
-    done = process("plan", "nosuch", "x=1,2", "--json")
-    assert done.returncode == 2
-    faults = json.loads(done.stdout)["faults"]
-    assert [fault["path"] for fault in faults] == ["", "x"]
-    assert "there is no recipe 'nosuch'" in done.stderr
-    assert not Path("artifacts").exists()
-
-
 @pytest.mark.parametrize("command", ["plan", "build"])
 def test_without_the_builders_packages_a_command_names_what_installs_them(command: str) -> None:
     code = (
@@ -164,38 +155,3 @@ def test_damaged_package_is_listed_as_such_and_exits_4(published: str, workdir: 
     manifest.write_bytes(b"{}")
     assert "damaged" in invoke("list").output
     assert process("show", published).returncode == 4
-
-
-def test_unknown_package_is_one_message_and_exits_7() -> None:
-    done = process("show", "nosuch")
-    assert done.returncode == 7
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-
-
-def test_bug_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*arguments: object) -> None:
-        raise KeyError("oops")
-
-    monkeypatch.setattr("pipeline.registry.listing.entries", broken)
-    monkeypatch.setattr(sys, "argv", ["enginesmith", "list"])
-    assert cli.main() == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (NotFoundError("x"), 7)])
-def test_exit_code_of_any_command(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
-) -> None:
-    def fail(*arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr("pipeline.registry.listing.entries", fail)
-    monkeypatch.setattr(sys, "argv", ["enginesmith", "list"])
-    try:
-        found = cli.main()
-    except SystemExit as end:
-        found = int(end.code or 0)
-    assert found == code

@@ -67,24 +67,11 @@ def test_command_line_wins_over_the_sizes(folders: ConfigFolders, compiler: str)
     assert compiler_of(job).max_batch_size == 16
 
 
-def test_key_of_another_compiler_is_still_a_fault(folders: ConfigFolders) -> None:
-    (fault,) = only(folders, "compiler.opt_batch_size=4").faults
-    assert fault.path == "compiler.opt_batch_size"
-
-
 def test_compiler_without_sizes_keeps_those_of_its_option(folders: ConfigFolders) -> None:
     (folders.recipes[0] / "sizes" / "own.1" / "trtrtx.yaml").unlink()
     job = only(folders, "compiler=trtrtx")
     assert job.faults == ()
     assert compiler_of(job).max_seq_len == 1024
-
-
-def test_bad_size_is_a_fault_of_its_key(folders: ConfigFolders) -> None:
-    own = folders.recipes[0]
-    (own / "sizes" / "own.1" / "checkpoint.yaml").write_text("max_batch_sise: 3\n")
-    (fault,) = only(folders).faults
-    assert fault.path == "compiler.max_batch_sise"
-    assert "did you mean compiler.max_batch_size?" in fault.message
 
 
 def test_runner_follows_the_compiler_unless_it_is_chosen(folders: ConfigFolders) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import (
     AccessError,
-    CorruptError,
     NotFoundError,
     RecipeError,
-    TransientError,
 )
 from pipeline.new.command import NewRecipe, new_recipe, report
 from pipeline.sources.hub import HubSource
@@ -117,23 +113,6 @@ def test_gated_repository_needs_a_token_and_says_how_to_publish(
     assert wanted in Path("recipes/mine.yaml").read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize(
-    ("origin", "revision", "message"),
-    [
-        ("acme/typo", None, "has no model acme/typo"),
-        (REPO, "f" * 40, "has no revision f"),
-        (REPO, "dev", "has no revision dev"),
-    ],
-)
-def test_what_the_hub_does_not_have(
-    hub: HubServer, origin: str, revision: str | None, message: str
-) -> None:
-    with pytest.raises(NotFoundError, match=message) as error:
-        new(origin, revision=revision)
-    assert error.value.exit_code == 7
-    assert list(Path("recipes").iterdir()) == []
-
-
 def test_repository_without_a_model_or_with_pickles_only(hub: HubServer) -> None:
     for shard in SHARDS:
         del hub.files[shard]
@@ -142,28 +121,6 @@ def test_repository_without_a_model_or_with_pickles_only(hub: HubServer) -> None
         new()
     del hub.files["config.json"]
     with pytest.raises(NotFoundError, match=r"has no config\.json"):
-        new()
-
-
-def test_unsupported_architecture_on_the_hub(hub: HubServer) -> None:
-    hub.files["config.json"] = json.dumps({"model_type": "mixtral"}).encode()
-    with pytest.raises(RecipeError, match=r"is 'mixtral'; the model types that we read are llama"):
-        new()
-
-
-def test_config_with_other_bytes_than_the_hub_lists_is_corrupt(hub: HubServer) -> None:
-    hub.sent["config.json"] = CONFIG.replace(b"2048", b"4096")
-    with pytest.raises(CorruptError, match="the Hub lists"):
-        new()
-    assert list(Path("recipes").iterdir()) == []
-
-
-def test_hub_that_fails_for_good_is_transient(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    hub.always = 503
-    with pytest.raises(TransientError, match="HTTP 503"):
         new()
 
 

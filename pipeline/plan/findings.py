@@ -58,7 +58,7 @@ def limit_faults(request: PlanRequest) -> Iterator[Fault]:
             "another compiler or another quantizer",
         )
     for index, workload in enumerate(request.workloads):
-        path = request.workload_path(index)
+        path = f"acceptance.targets[{index}]"
         if workload.isl + workload.osl > limits.max_seq_len:
             yield Fault(
                 f"{path}.isl",
@@ -101,7 +101,7 @@ def fit_findings(request: PlanRequest, fit: Fit) -> Iterator[Fault | Note]:
                 largest = fit.kv_budget_bytes // fit.sequence_bytes(context)
                 needed = workload.batch * fit.sequence_bytes(context)
                 yield Fault(
-                    f"{request.workload_path(index)}.batch",
+                    f"acceptance.targets[{index}].batch",
                     f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
                     f"{gib(needed)}, {gib(needed - fit.kv_budget_bytes)} more than the "
                     f"{gib(fit.kv_budget_bytes)} that {card} has left beside weights and workspace "
@@ -127,7 +127,7 @@ def target_findings(
             continue
         as_share = request.workloads[index].min_share_of_ceiling is not None
         key = "min_share_of_ceiling" if as_share else "min_output_tokens_per_s"
-        path = f"{request.workload_path(index)}.{key}"
+        path = f"acceptance.targets[{index}].{key}"
         if workload.share > 1:
             yield Fault(path, _impossible(workload))
         else:

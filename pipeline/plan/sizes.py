@@ -34,7 +34,6 @@ class PlannedWorkload:
         min_share_of_ceiling: The same as a share of this workload's ceiling, at most 1.
         mean_isl: Mean prompt length, tokens; None where all have `isl`.
         mean_osl: Mean output length, tokens; None where all have `osl`.
-        path: Config path, for faults; by default `acceptance.targets[<index>]`.
     """
 
     name: str
@@ -45,7 +44,6 @@ class PlannedWorkload:
     min_share_of_ceiling: float | None = None
     mean_isl: float | None = None
     mean_osl: float | None = None
-    path: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,6 @@ class PlanRequest:
     runtime: tuple[str, str]
     judged_positions: int = 0
     faults: tuple[Fault, ...] = ()
-
-    def workload_path(self, index: int) -> str:
-        return self.workloads[index].path or f"acceptance.targets[{index}]"
 
 
 _QUANTIZE_BASE_BYTES = 3_200_000_000

@@ -59,12 +59,6 @@ def test_phi3_stays_within_its_sliding_window_in_every_format() -> None:
         assert plan_of(made).notes == ()
 
 
-@pytest.mark.parametrize("compiler", PAGED)
-def test_qwen_with_an_fp8_cache_is_refused(compiler: str) -> None:
-    faults = plan_of(recipe("qwen2.5", compiler, "compiler.kv_cache_dtype=fp8")).faults
-    assert [fault.path for fault in faults] == ["compiler.kv_cache_dtype"]
-
-
 @pytest.mark.parametrize("name", PRODUCTION)
 def test_static_cache_leaves_room_for_a_little_more(name: str) -> None:
     fit = plan_of(recipe(name, "trtrtx")).fit

@@ -42,10 +42,6 @@ def loaded(recipe: str, *overrides: str) -> Job:
     return job
 
 
-def test_the_main_job_is_there() -> None:
-    assert "smollm2" in RECIPES
-
-
 def test_every_axis_has_options_and_there_is_no_other() -> None:
     assert {group for group, _ in OPTIONS} == GROUPS
 

@@ -55,12 +55,6 @@ def test_output_of_both_streams_is_kept_after_the_command_line(tmp_path: Path) -
     assert lines[1:] == ["out", "err"]
 
 
-def test_log_is_appended_to(tmp_path: Path) -> None:
-    for word in ("first", "second"):
-        run_tool(python(f"print('{word}')"), stage="s", log_path=tmp_path / "log")
-    assert [line for line in last_lines(tmp_path / "log") if line[0] != "$"] == ["first", "second"]
-
-
 def test_env_is_added_to_the_current_one(tmp_path: Path) -> None:
     code = "import os; print(os.environ['ADDED'], 'PATH' in os.environ)"
     run_tool(python(code), stage="s", log_path=tmp_path / "log", env={"ADDED": "yes"})

@@ -11,9 +11,7 @@ import pytest
 from pipeline.core.errors import Fault
 from pipeline.core.hardware import GIB
 from pipeline.formats.spec import PAGED_SHARE
-from pipeline.model.read import read_spec
 from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
-from tests.specs import published
 
 Ask = Callable[..., PlanRequest]
 RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "bfloat16"}
@@ -71,25 +69,3 @@ def test_a_static_cache_too_large_says_by_how_much(ask: Ask) -> None:
     said = gib_said(fault.message, "GiB, ", " more than")
     short = plan.fit.static_kv_bytes - plan.fit.kv_budget_bytes
     assert said == pytest.approx(short / GIB, abs=0.01)
-
-
-@pytest.mark.parametrize("shape", ["llama3.1", "mistral", "qwen2.5"])
-def test_context_is_bounded_by_what_the_model_was_trained_for(shape: str, ask: Ask) -> None:
-    longest = ask(shape).shape.max_position_embeddings
-    request = ask(shape, kv_cache_dtype="bfloat16", max_seq_len=longest + 1)
-    assert [fault.path for fault in make_plan(request).faults] == ["compiler.max_seq_len"]
-    request = ask(shape, kv_cache_dtype="bfloat16", max_seq_len=longest)
-    assert make_plan(request).faults == ()
-
-
-def test_longrope_model_may_use_all_of_its_context_and_hears_of_the_edge(ask: Ask) -> None:
-    base = ask("phi3")
-    phi4 = read_spec(published("phi-4-mini-instruct"))
-    for context, notes in [(4096, 0), (4097, 1), (16384, 1)]:
-        limits = replace(base.limits, max_seq_len=context)
-        plan = make_plan(replace(base, shape=phi4, limits=limits))
-        assert plan.faults == ()
-        assert len(plan.notes) == notes, context
-    beyond = replace(base.limits, max_seq_len=131073)
-    fault = only_fault(replace(base, shape=phi4, limits=beyond))
-    assert fault.message.endswith("at most 131072")

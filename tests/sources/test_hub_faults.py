@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import pytest
 from pipeline.core.errors import (
     AccessError,
     CorruptError,
-    ExitCode,
     NotFoundError,
     TransientError,
 )
-from pipeline.outcome import failure_of
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_fetch import SOURCE, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, HubServer
@@ -72,13 +69,6 @@ def test_unknown_repository_is_not_found(hub: HubServer) -> None:
     assert caught.value.exit_code == 7
 
 
-def test_unknown_commit_is_not_found(hub: HubServer) -> None:
-    other = HubSource(repo_id=REPO, revision="f" * 40, licence="MIT")
-
-    with pytest.raises(NotFoundError, match=f"no revision {'f' * 40}"):
-        other.fetch()
-
-
 @pytest.mark.parametrize("status", [429, 500])
 def test_lasting_fault_of_the_hub_is_transient(hub: HubServer, status: int) -> None:
     hub.always = status
@@ -112,14 +102,3 @@ def test_download_larger_than_the_disk_is_not_started(
         SOURCE.fetch()
 
     assert not hub.cdn_requests(SHARDS[0])
-
-
-def test_disk_that_fills_up_is_transient(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> str:
-        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
-
-    with pytest.raises(OSError, match="No space left") as caught:
-        SOURCE.fetch()
-    assert failure_of(caught.value).exit_code is ExitCode.TRANSIENT

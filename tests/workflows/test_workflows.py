@@ -97,13 +97,6 @@ def test_scripts_are_shell(name: str) -> None:
             subprocess.run(["bash", "-n"], input=step["run"], text=True, check=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_head_says_what_was_not_run(name: str) -> None:
-    head = (FOLDER / name).read_text().partition("name:")[0]
-    assert all(line.startswith("#") for line in head.splitlines())
-    assert "Not run:" in head
-
-
 @pytest.mark.parametrize("name", HOSTED)
 def test_hosted_runners_never_touch_the_image(name: str) -> None:
     workflow = load(name)
