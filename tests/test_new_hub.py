@@ -13,11 +13,7 @@ from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
-from pipeline.core.errors import (
-    AccessError,
-    NotFoundError,
-    RecipeError,
-)
+from pipeline.core.errors import AccessError, NotFoundError, RecipeError
 from pipeline.new.command import NewRecipe, new_recipe, report
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer

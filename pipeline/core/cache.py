@@ -33,16 +33,11 @@ log = logging.getLogger(__name__)
 RECORD = "stage.json"
 """Beside the outputs: inputs, digest of every file, seconds. Written last."""
 
-_CHUNK_BYTES = 1 << 20
-
 
 def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a file, read in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_folder(folder: Path, skip: frozenset[str] = frozenset()) -> tuple[FileDigest, ...]:

@@ -72,7 +72,7 @@ def _local(folder: Path) -> Origin:
     if not (folder / CONFIG).is_file():
         raise NotFoundError(f"--from: {folder} has no {CONFIG}; it must hold a model")
     config = read_json_object(folder / CONFIG)
-    source = {"path": str(folder), "licence": licence_of_hub(None).licence}
+    source = {"path": str(folder), "licence": licence_of_hub(None).spdx}
     return Origin(described=f"The folder {folder}", config=config, option="local", source=source)
 
 
@@ -86,7 +86,7 @@ def _hub(repo_id: str, revision: str) -> Origin:
     source = {
         "repo_id": repo_id,
         "revision": found.commit,
-        "licence": terms.licence,
+        "licence": terms.spdx,
         "redistribution": terms.redistribution,
         **({"gated": True} if found.gated else {}),
         **({"notice": terms.notice} if terms.notice else {}),

@@ -19,18 +19,12 @@ from dataclasses import replace
 from functools import cache
 from importlib.resources import files as resource_files
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.data import cache_root, read_json_object
-from pipeline.core.errors import (
-    CorruptError,
-    Fault,
-    NotFoundError,
-    RecipeError,
-)
+from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
 from pipeline.core.safetensors_files import (
     INDEX,
     SINGLE,
@@ -113,32 +107,20 @@ class Licensed:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownLicence:
-    """A row of `licences.yaml`; its fields are explained at the top of that file."""
-
-    hub: str
-    licence: str
-    redistribution: Redistribution
-    notice: str = ""
-
-
-def licence_of_hub(tag: str | None) -> KnownLicence:
+def licence_of_hub(tag: str | None) -> Licence:
     """The terms behind a Hub licence tag, such as `apache-2.0`; None for none.
 
     One that the table does not have forbids redistribution until a person has read the terms.
     """
     name = tag or "unstated"
-    unknown = KnownLicence(hub=name, licence=f"LicenseRef-{name}", redistribution="forbidden")
-    return known_licences().get(name, unknown)
+    return known_licences().get(name, Licence(spdx=f"LicenseRef-{name}"))
 
 
 @cache
-def known_licences() -> dict[str, KnownLicence]:
+def known_licences() -> dict[str, Licence]:
     """The table that travels with the package, by Hub tag."""
     text = resource_files("pipeline.sources").joinpath("licences.yaml").read_text("utf-8")
-    rows: list[dict[str, Any]] = yaml.safe_load(text)
-    return {row["hub"]: KnownLicence(**row) for row in rows}
+    return {row.pop("hub"): Licence(spdx=row.pop("licence"), **row) for row in yaml.safe_load(text)}
 
 
 def check_listing(names: Collection[str], where: str) -> None:

@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    CorruptError,
-    IncompatibleError,
-    NotFoundError,
-)
+from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError
 from pipeline.sources.text.hub import HubText
 from tests.sources.hub_server import COMMIT, REPO, HubServer
 

@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    AccessError,
-    CorruptError,
-    NotFoundError,
-    TransientError,
-)
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_fetch import SOURCE, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, HubServer

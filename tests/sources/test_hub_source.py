@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    CorruptError,
-    PipelineError,
-)
+from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.sources.hub import HubSource
 from tests.sources.hub_fetch import FETCH, SOURCE, partial_files, run_fetch
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer

@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    CorruptError,
-    NotFoundError,
-    RecipeError,
-)
+from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
 from pipeline.sources.local import LocalSource
 from tests.sources.tiny_model import BROKEN_SAFETENSORS, SHARDS, tiny_repository
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.values import Licence
 from pipeline.sources.embedded import EmbeddedSource
 from pipeline.sources.hub import HubSource
 from pipeline.sources.local import LocalSource
-from pipeline.sources.weights import known_licences
+from pipeline.sources.weights import known_licences, licence_of_hub
 
 HUB: dict[str, Any] = {"repo_id": "acme/tiny", "revision": "0" * 40, "licence": "MIT"}
 EMBEDDED: dict[str, Any] = {
@@ -35,6 +34,6 @@ def test_licence_that_asks_for_a_notice_needs_one(kind: Any, keys: dict[str, Any
 def test_table_of_licences_is_sound() -> None:
     table = known_licences()
     assert {"apache-2.0", "mit", "llama3.1", "llama3.2"} <= set(table)
-    for row in table.values():
-        terms = Licence(spdx=row.licence, redistribution=row.redistribution, notice=row.notice)
+    for terms in table.values():
         assert (terms.redistribution == "with-notice") == bool(terms.notice)
+    assert licence_of_hub("unheard-of").redistribution == "forbidden"
