@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -37,27 +36,8 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """What Hydra can tell about a composition."""
 
 
-@dataclass(frozen=True)
-class ConfigFile:
-    """A YAML file, and the dotted path of the section that it fills; empty for the whole."""
-
-    path: Path
-    section: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Composed:
-    """What could be composed.
-
-    Attributes:
-        config: The configuration, interpolations not yet resolved; None if there is none.
-        faults: What could not be applied.
-        files: Those that it was made of, the strongest first.
-    """
-
-    config: DictConfig | None
-    faults: tuple[Fault, ...]
-    files: tuple[ConfigFile, ...] = ()
+ConfigFile = tuple[Path, str]
+"""A YAML file, and the dotted path of the section that it fills; empty for the whole."""
 
 
 def read_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Fault]]:
@@ -87,8 +67,15 @@ def read_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Fault]]:
     return list(found.values()), faults
 
 
-def compose_recipe(recipe: str, overrides: Sequence[Override], folders: ConfigFolders) -> Composed:
-    """Compose the recipe with the overrides that are good; the others become faults."""
+def compose_recipe(
+    recipe: str, overrides: Sequence[Override], folders: ConfigFolders
+) -> tuple[DictConfig | None, list[Fault], list[ConfigFile]]:
+    """Compose the recipe with the overrides that are good; the others become faults.
+
+    Returns:
+        The configuration, interpolations not yet resolved, None if there is none; the faults; the
+        files that it was made of, the strongest first.
+    """
     recipe_dir = folders.recipe_dir(recipe) or folders.conf
     faults: list[Fault] = []
     groups: list[str] = []
@@ -113,12 +100,12 @@ def compose_recipe(recipe: str, overrides: Sequence[Override], folders: ConfigFo
             search = _search_path(folders, recipe_dir)
             config, refused = _apply(recipe, search, [*groups, *values])
     except _COMPOSITION_ERRORS as error:
-        return Composed(config=None, faults=(*faults, _recipe_fault(recipe, error)))
+        return None, [*faults, _recipe_fault(recipe, error)], []
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
     files = _config_files(recipe, cast("dict[str, object]", choices), folders.search)
-    return Composed(config=config, faults=(*faults, *refused), files=tuple(files))
+    return config, faults + refused, list(files)
 
 
 def show_info(what: str, recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> None:
@@ -208,7 +195,7 @@ def _chain(name: str, section: str, search: Sequence[Path]) -> Iterator[ConfigFi
     path = next((dir / f"{name}.yaml" for dir in search if (dir / f"{name}.yaml").is_file()), None)
     if path is None:
         return
-    yield ConfigFile(path, section)
+    yield path, section
     _, defaults = _child(_node(path), "defaults")
     for entry in defaults.value if isinstance(defaults, yaml.SequenceNode) else ():
         if isinstance(entry, yaml.ScalarNode) and entry.value not in ("_self_", name):
@@ -218,21 +205,19 @@ def _chain(name: str, section: str, search: Sequence[Path]) -> Iterator[ConfigFi
 
 def locate(path: str, files: Sequence[ConfigFile]) -> str:
     """`FILE:LINE` of the strongest file that sets a key; empty where none does."""
-    for file in files:
-        inner = f"{path}.".removeprefix(f"{file.section}." if file.section else "")
-        if file.section and inner == f"{path}.":
+    for file, section in files:
+        inner = f"{path}.".removeprefix(f"{section}." if section else "")
+        if section and inner == f"{path}.":
             continue
-        node: yaml.Node | None = _node(file.path)
+        node = _node(file)
         line = None
         for part in inner.split(".")[:-1]:
             line, node = _child(node, part)
             if line is None:
                 break
         if line is not None:
-            shown = file.path
-            if shown.is_relative_to(Path.cwd()):
-                shown = shown.relative_to(Path.cwd())
-            return f"{shown}:{line}"
+            here = file.is_relative_to(Path.cwd())
+            return f"{file.relative_to(Path.cwd()) if here else file}:{line}"
     return ""
 
 

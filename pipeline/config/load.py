@@ -26,7 +26,6 @@ class Job:
     """One recipe with its overrides.
 
     Attributes:
-        recipe: Its name.
         config: Resolved configuration, plain dicts and lists; empty if it could not be composed.
         typed: The recipe as an object; None if there are faults.
         faults: All of them, those of the command line first.
@@ -64,19 +63,19 @@ def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Jo
     unknown = name not in known
     if unknown:
         faults.insert(0, Fault("", f"there is no recipe {name!r}; {suggestion(name, known)}"))
-    composed = compose_recipe(
+    composed, refused, files = compose_recipe(
         (closest(name, known) or "build") if unknown else name, given, folders
     )
     keys = [override.key_or_group for override in given]
-    found = [*composed.faults, *_unnamed_source(name, keys)]
+    found = [*refused, *_unnamed_source(name, keys)]
     config: Mapping[str, Any] = {}
     typed = None
-    if composed.config is not None:
-        config, typed, broken = validate(composed.config)
+    if composed is not None:
+        config, typed, broken = validate(composed)
         values = [key for key in keys if not folders.options(key)]
         if typed is not None and "compiler.max_batch_size" in keys:
             config, typed = _with_fitting_targets(config, typed, keys)
-        found += [_located(fault, values, composed.files) for fault in broken]
+        found += [_located(fault, values, files) for fault in broken]
     if unknown:
         found = [fault for fault in found if any(_within(fault.path, key) for key in keys)]
         config = {}

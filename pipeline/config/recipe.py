@@ -86,12 +86,8 @@ class Recipe:
         name: First part of the reference.
         version: The recipe's own; the package's adds its build key and its digest.
         shape: The model, as far as the plan needs it.
-        source: Where the weights come from.
-        target: The card that the engine is for.
         calibration: The text that activation scales are measured on.
-        quantizer: Makes the quantized checkpoint.
-        compiler: Makes the engine.
-        runner: What executes it here, for acceptance.
+        runner: What executes the engine here, for acceptance.
         acceptance: What it must show.
         registry: Where it is published.
     """

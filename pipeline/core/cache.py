@@ -70,12 +70,9 @@ def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A finished stage.
+    """A finished stage: its folder, the digest of its inputs, and the digest of every output.
 
     Attributes:
-        dir: Folder with its outputs.
-        key: Digest of its inputs.
-        files: Digest of every output.
         cached: True if nothing had to be done.
         seconds: What it took when it was made.
     """

@@ -67,14 +67,12 @@ class Licence:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A Hugging Face folder: `config.json`, safetensors, tokenizer, licence files.
+    """A Hugging Face folder in the weight cache: `config.json`, safetensors, tokenizer, licence files.
 
     Attributes:
-        dir: The folder, in the weight cache.
         origin: For people and the manifest: `hub:microsoft/Phi-3-mini-4k-instruct`.
         commit: Hub commit (40 hex digits), or None where there is none.
         files: Digest of every file in `dir`; together they identify the weights.
-        licence: Terms.
         note: What a reader must know about these weights, such as that they were 4-bit once.
         random: Random numbers, for a rehearsal; such a package is published nowhere.
     """
@@ -98,9 +96,7 @@ class Checkpoint:
     """A ModelOpt unified checkpoint with tokenizer and `calibration.json`.
 
     Attributes:
-        dir: The folder.
         digest: Identity of its bytes.
-        weights: What it was made from.
         precision: A name that `pipeline.quant.spec` knows.
         quantized_linears: Hugging Face module names of the linears stored in that precision.
         kept_16bit: Of those left in bfloat16 (lm_head not among them).
@@ -140,13 +136,10 @@ class Engine:
     """What a runtime loads: the future `engine/` folder of a package, self-contained.
 
     Attributes:
-        dir: The folder.
         digest: Identity of its bytes.
-        format: Which runtime family reads it.
         variant: Middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`.
         runtime: Name and exact version of the runtime that it needs.
         sms: Compute capabilities x 10 it runs on (89 = Ada); empty for any.
-        limits: What it was built for.
         min_vram_bytes: Device memory that it needs at its limits.
         serve_args: Arguments for the runtime's server, if it has one.
         cpu_graph_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
@@ -239,9 +232,7 @@ class Report:
         quality: Perplexities, KL, agreement, with intervals.
         not_run: What was not run here, and why.
         checks: What was proven about the engine without running it.
-        chat: The chat probe.
         lm_eval: Task -> metric -> value, of the lm-eval harness.
-        sustained: The sustained run.
         physics: Bandwidth of the card, and each workload's share of its ceiling.
     """
 

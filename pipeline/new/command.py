@@ -106,8 +106,7 @@ class NewRecipe:
     """What was written.
 
     Attributes:
-        folder: Where to.
-        files: Paths below it, the recipe last.
+        files: Paths below `folder`, the recipe last.
         sizes: Compiler -> its sizes; the recipe's own compiler first.
         left_out: Compiler -> why it has no sizes.
         source: What the recipe says about its weights.

@@ -32,7 +32,6 @@ class Roofline:
     """One model on one card, reduced to the numbers that bound its speed.
 
     Attributes:
-        bandwidth_bytes_per_s: Memory bandwidth of the card.
         step_weight_bytes: Weights that a decode step reads, whatever the batch.
         kv_bytes_per_token: Cache that a decode step reads for each token of context.
         windows: Attention window of each layer, beyond which context is not read; None for all.

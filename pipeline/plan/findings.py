@@ -20,14 +20,7 @@ from pipeline.plan.sizes import Fit, PlanRequest, gib
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something to know that refuses nothing.
-
-    Attributes:
-        severity: A warning means that something is likely to disappoint.
-        path: Config path that it is about.
-        message: What, and what to do.
-        source: Who says so; empty where it follows from the plan itself.
-    """
+    """Something to know that refuses nothing; `source` is who says so, empty for the plan itself."""
 
     severity: Literal["warning", "note"]
     path: str

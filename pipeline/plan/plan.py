@@ -35,17 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What follows from a request.
-
-    Attributes:
-        request: What was asked.
-        sizes: Parameters and bytes.
-        fit: The card's memory.
-        workloads: Ceilings, in the order of the request's workloads.
-        build: Disk and RAM that building needs.
-        faults: Why it must not be built; empty if it may.
-        notes: What to know.
-    """
+    """What follows from a request: sizes, fit, ceilings; why it must not be built, and what to know."""
 
     request: PlanRequest
     sizes: Sizes

@@ -26,7 +26,6 @@ class PlannedWorkload:
     """One workload that acceptance will measure on the target card.
 
     Attributes:
-        name: Name in the report, such as `b64`.
         batch: Requests running at once.
         isl: Tokens of each prompt.
         osl: Tokens generated for each prompt.
@@ -51,14 +50,8 @@ class PlanRequest:
     """All that a plan depends on: one recipe, as far as sizes and ceilings need it.
 
     Attributes:
-        name: Recipe name.
-        shape: Shape of the model.
-        target: Card that the engine is for.
-        format: What is built; decides how the KV cache is laid out.
         precision: Of the linears in the layers.
         keep_16bit: Patterns (fnmatch) of linears that stay 16-bit.
-        limits: What the engine is built for.
-        workloads: What acceptance will measure on the card.
         runtime: Name and version of what will run the engine; an empty version where not known.
         judged_positions: Tokens of held-out text whose predictions acceptance keeps, of source and
             checkpoint together; 0 where the whole model is not run.
@@ -98,9 +91,8 @@ class Sizes:
         quantized_params: Weights stored in the recipe's precision.
         linear_16bit_params: Weights of the layers' linears that are 16-bit.
         kept_16bit: How many linears `keep_16bit` picks; 0 where nothing is quantized.
-        kept_16bit_extra_bytes: What keeping them costs.
         weight_bytes: Safetensors of the checkpoint: weights and scales.
-        engine_bytes: The engine; an estimate.
+        engine_bytes: An estimate.
         step_weight_bytes: Weights that one decode step reads: all but the embedding table, of which
             it reads a row for each sequence. lm_head counts, tied or not.
         kv_cache: Type of the KV cache; an unknown one, which is a fault, counts as 16-bit.
@@ -162,10 +154,10 @@ class BuildNeeds:
 
     Attributes:
         disk_bytes: Artefact -> bytes, all kept at once.
-        quantize_ram_bytes: Memory for quantizing on a CPU in float32.
+        quantize_ram_bytes: For quantizing on a CPU in float32.
         quantize_ram_min_bytes: The same in bfloat16, which is taken where float32 does not fit.
-        compile_ram_bytes: Memory for the compiler; 0 where nothing is compiled.
-        source: Where the two RAM figures come from.
+        compile_ram_bytes: 0 where nothing is compiled.
+        source: Where the RAM figures come from.
     """
 
     disk_bytes: dict[str, int]
@@ -235,9 +227,6 @@ class Fit:
 
     Attributes:
         usable_bytes: What the runtime may use of the card.
-        engine_bytes: Weights as loaded.
-        workspace_bytes: See `workspace_bytes`.
-        kv_bytes_per_token: Cache of one token.
         state_bytes: What a sequence holds beside its cache, whatever its length.
         static_kv_bytes: Cache of the largest batch at full context, if allocated whole; else 0.
         full_length_sequences: Largest batch at `max_seq_len` that fits, with its own workspace; at

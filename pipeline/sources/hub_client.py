@@ -22,7 +22,6 @@ from pipeline.core.cache import sha256_file
 from pipeline.core.errors import (
     AccessError,
     CorruptError,
-    IncompatibleError,
     NotFoundError,
     PipelineError,
     TransientError,
@@ -41,8 +40,6 @@ class RemoteFile:
     """A file of one commit, as the Hub lists it.
 
     Attributes:
-        name: Path in the repository.
-        size_bytes: Its length.
         sha256: Digest of a file in LFS or Xet storage; None for one stored in git.
         git_sha1: Git's object id of a file stored in git; of the pointer for the others.
     """
@@ -95,7 +92,6 @@ class HubClient:
         repo_type: What it holds.
 
     Raises:
-        IncompatibleError: `huggingface_hub` is not installed.
         NotFoundError: No such repository or revision.
         AccessError: Gated or private, or the token is not valid.
         TransientError: The network or the Hub fails again and again.
@@ -104,12 +100,7 @@ class HubClient:
     def __init__(
         self, repo_id: str, revision: str, repo_type: Literal["model", "dataset"] = "model"
     ) -> None:
-        try:
-            from huggingface_hub import constants
-        except ImportError as error:
-            raise IncompatibleError(
-                "the Hub needs huggingface_hub: pip install '.[build]'"
-            ) from error
+        from huggingface_hub import constants
 
         self._repo_id = repo_id
         self._revision = revision

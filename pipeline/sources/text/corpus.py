@@ -49,9 +49,7 @@ class Calibration:
     """Which text sets the activation scales.
 
     Attributes:
-        text: Where it comes from.
         calib_size: Windows of `seq_len` tokens.
-        seq_len: Tokens per window.
         batch_size: Windows per forward pass.
         seed: Chooses the windows when the text holds more.
     """
@@ -144,11 +142,7 @@ def shared_ngrams(first: Iterable[str], second: Iterable[str]) -> int:
 def require_disjoint(
     calibration: tuple[str, ...], evaluation: tuple[str, ...], config_path: str
 ) -> None:
-    """Refuse an evaluation text that the calibration has seen.
-
-    Raises:
-        RecipeError: They share a run of words; the message shows how many.
-    """
+    """Refuse an evaluation text that the calibration has seen: a `RecipeError` at `config_path`."""
     if shared := shared_ngrams(calibration, evaluation):
         message = (
             f"shares {shared} runs of {NGRAM_WORDS} words with the calibration text; "
