@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from pipeline.__main__ import Request, run
+from pipeline.__main__ import Request, main, run
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
 from pipeline.outcome import Outcome, failure_of, open_run
@@ -199,7 +200,7 @@ def test_sigterm_cleans_up_like_ctrl_c() -> None:
 def test_signalled_process_exits_130_with_its_verdict(workdir: Path, number: int) -> None:
     (workdir / "driver.py").write_text(
         "import sys, pathlib, time\n"
-        "from pipeline.__main__ import Request, run\n"
+        "from pipeline.__main__ import Request, main, run\n"
         "def work(job, run_dir, rebuild):\n    print('started', flush=True)\n    time.sleep(30)\n"
         "request = Request(recipe='toy', config_dir=pathlib.Path('own'))\n"
         "sys.exit(run(request, work))\n"
@@ -301,3 +302,36 @@ def test_logging_is_as_before_when_the_run_is_over() -> None:
     before = (logging.getLogger().handlers[:], logging.getLogger("pipeline").level)
     run(request("toy"), lambda *_: PUBLISHED)
     assert (logging.getLogger().handlers[:], logging.getLogger("pipeline").level) == before
+
+
+def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+
+    def run(request: Request) -> ExitCode:
+        seen.append(request)
+        return ExitCode.OK
+
+    monkeypatch.setattr("pipeline.__main__.run", run)
+    main(["--config-dir", "own", "--config-name", "toy", "size=1", "~x", "+y=3"])
+    main(["-cn", "toy", "--rebuild"])
+    assert seen == [
+        Request(
+            recipe="toy",
+            overrides=("size=1", "~x", "+y=3"),
+            config_dir=Path("own"),
+        ),
+        Request(recipe="toy", rebuild=True),
+    ]
+
+
+def test_composed_recipe_is_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["-cn", "smollm2", "--cfg", "job", "compiler.max_seq_len=512"]) is ExitCode.OK
+    assert yaml.safe_load(capsys.readouterr().out)["compiler"]["max_seq_len"] == 512
+    assert main(["-cn", "smollm2", "--cfg", "job", "compiler.max_seq_len=x"]) is ExitCode.USAGE
+    assert main(["-cn", "nosuch", "--info", "defaults"]) is ExitCode.USAGE
+    assert main(["-cn", "smollm2", "--info", "defaults-tree"]) is ExitCode.OK
+    assert "compiler: trtrtx" in capsys.readouterr().out
+    assert not (tmp_path / "artifacts").exists(), "nothing is built"

@@ -67,7 +67,7 @@ class Licence:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A Hugging Face folder in the weight cache: `config.json`, safetensors, tokenizer, licence files.
+    """A Hugging Face folder: `config.json`, safetensors, tokenizer, licence files.
 
     Attributes:
         origin: For people and the manifest: `hub:microsoft/Phi-3-mini-4k-instruct`.

@@ -20,7 +20,7 @@ from pipeline.plan.sizes import Fit, PlanRequest, gib
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something to know that refuses nothing; `source` is who says so, empty for the plan itself."""
+    """Something to know that refuses nothing, and who says so; empty for the plan itself."""
 
     severity: Literal["warning", "note"]
     path: str

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What follows from a request: sizes, fit, ceilings; why it must not be built, and what to know."""
+    """What follows from a request; with faults it must not be built."""
 
     request: PlanRequest
     sizes: Sizes
