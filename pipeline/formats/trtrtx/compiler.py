@@ -89,15 +89,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileJob:
-    """What to compile.
-
-    Attributes:
-        graph: ONNX file, weights beside it.
-        interface: What the guard requires of the parsed network.
-        plan: Where the engine is written.
-        sm: Compute capability; the engine runs on this one only.
-        profiles: In the order in which a runtime selects them.
-    """
+    """What to compile; `profiles` come in the order in which a runtime selects them."""
 
     graph: Path
     interface: DecoderInterface
@@ -132,9 +124,8 @@ class CompileJob:
         # with it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
         with self.plan.open("wb") as stream:
             writer = _writer(stream)
-            built = parsed.builder.build_serialized_network_to_stream(
-                parsed.network, config, writer
-            )
+            build = parsed.builder.build_serialized_network_to_stream
+            built = build(parsed.network, config, writer)
         if writer.fault is not None:
             raise writer.fault
         if not built:
@@ -172,11 +163,6 @@ class CheckJob:
     result: Path
 
     def run(self) -> None:
-        """Check.
-
-        Raises:
-            CheckError: It did not pass.
-        """
         from pipeline.formats.trtrtx.network_check import check_network
 
         found = check_network(self.graph, self.reference, interface=self.interface)
@@ -281,7 +267,6 @@ class TrtRtxCompiler:
         return {"graph": self._graph.inputs(), **self._compile_inputs(target)}
 
     def _compile_inputs(self, target: Target) -> dict[str, Any]:
-        """What shapes the engine beside its graph and its checkpoint."""
         return {
             **STAGE.identity,
             "sm": target.sm,
@@ -317,7 +302,7 @@ class TrtRtxCompiler:
     ) -> dict[str, Any]:
         """Check the cut of a converted model, unless one like it has passed before.
 
-        What the parser makes of a layer does not depend on the numbers in it, so the key holds the
+        What the parser makes of a layer does not depend on its numbers, so the key holds the
         model's configuration and which linears are quantized, not the weights.
         """
         checkpoint = UnifiedCheckpoint(checkpoint_dir)
@@ -333,12 +318,8 @@ class TrtRtxCompiler:
         }
 
         def produce(out: Path) -> None:
-            job = CheckJob(
-                graph=graphs / RTX_CUT,
-                reference=graphs / CPU_CUT,
-                interface=interface,
-                result=out / _CHECK_RESULT,
-            )
+            files = {"graph": graphs / RTX_CUT, "reference": graphs / CPU_CUT}
+            job = CheckJob(**files, interface=interface, result=out / _CHECK_RESULT)
             run_child(job, out, stage=CHECK_STAGE.name, log_path=log_dir / "network-check.log")
 
         found: dict[str, Any] = cache.run(CHECK_STAGE, inputs, produce).read_json(_CHECK_RESULT)
@@ -376,16 +357,13 @@ class TrtRtxCompiler:
 def _check_attention_shape(attention: Attention) -> None:
     """Refuse what TensorRT-RTX 1.7.1 has no attention kernel for.
 
-    It wants four query heads or more, of 16 elements or more in steps of eight (tried for sm_89 in
-    bfloat16, 2026-11-25: 1 to 3 heads and sizes 8 and 20 fail, 4 to 32 heads and sizes 16 to 256
-    build). No published model that we know is smaller.
+    Tried for sm_89 in bfloat16, 2026-11-25: 1 to 3 heads and sizes 8 and 20 fail, 4 to 32 heads and
+    sizes 16 to 256 build. No published model that we know is smaller.
     """
     if attention.heads < 4 or attention.head_dim < 16 or attention.head_dim % 8:
-        message = (
-            f"TensorRT-RTX has no attention kernel for {attention.heads} heads of "
-            f"{attention.head_dim}; it wants four heads or more, of 16 elements or more in steps "
-            "of eight: use compiler=checkpoint"
-        )
+        got = f"TensorRT-RTX has no attention kernel for {attention.heads} heads of"
+        wanted = "it wants four heads or more, of 16 elements or more in steps of eight"
+        message = f"{got} {attention.head_dim}; {wanted}: use compiler=checkpoint"
         raise RecipeError([Fault("compiler", message)])
 
 

@@ -39,9 +39,7 @@ class WeightSlot:
 
 
 def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, WeightSlot]:
-    """Copy every tensor of the model, byte for byte, into one file with aligned offsets.
-
-    Scales are not copied: they are scalars, which graphs hold inline.
+    """Copy every tensor of the model but its scales into one file with aligned offsets.
 
     Raises:
         RecipeError: The config asks for something that the converters do not have.
@@ -64,10 +62,7 @@ def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, Weight
 class GraphWriter:
     """Collects nodes and initializers; every method returns the name of the value that it made.
 
-    Attributes:
-        checkpoint: Where weights and scales are read from.
-        slots: Where the external file holds each weight.
-        dtype: ONNX element type of activations.
+    `slots` are of `write_weights`, `dtype` is the ONNX element type of activations.
     """
 
     checkpoint: UnifiedCheckpoint
@@ -78,14 +73,13 @@ class GraphWriter:
     _dtypes: dict[str, int] = field(default_factory=dict)
 
     def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Append a node with one output; the node is named like its output."""
+        """A node with one output, named like it."""
         import onnx
 
         self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, values: NDArray[Any]) -> str:
-        """A small tensor held inside the graph file."""
         import onnx
 
         if name not in self._dtypes:
@@ -93,7 +87,6 @@ class GraphWriter:
         return name
 
     def integers(self, name: str, values: int | Sequence[int]) -> str:
-        """A constant of int64."""
         import numpy as np
 
         return self.constant(name, np.array(values, np.int64))
@@ -103,12 +96,7 @@ class GraphWriter:
         self.initializers.append(tensor)
 
     def weight(self, name: str, stored: str | None = None, rows: Rows = None) -> str:
-        """A tensor of the checkpoint in the external file, with the checkpoint's dtype.
-
-        Args:
-            name: Of the initializer.
-            stored: Of the tensor, where it differs.
-            rows: Of the tensor.
+        """A tensor of the checkpoint, `stored` where it has another name, or some of its rows.
 
         Raises:
             CorruptError: There is no such tensor, or it has fewer rows.
@@ -161,7 +149,7 @@ class MatMul:
 
     Attributes:
         module: Hugging Face name of the module that stores its weight.
-        name: Name of the node: the module's, and the role where the module holds several linears.
+        name: Of the node: the module's, and the role where the module holds several linears.
         rows: Of the stored weight.
     """
 

@@ -4,9 +4,9 @@ Values are NumPy arrays. float32, float16 and bfloat16 tensors are all computed 
 *not* rounded to 16 bit: the check asks whether the network means what the graph means, and without
 rounding the answer is sharp. FP8 tensors hold E4M3 codes (`ml_dtypes.float8_e4m3fn`).
 
-A rule lists the attributes that it reads. An attribute that the binding offers and no rule reads
-may change the meaning, so a layer class with an unlisted one is refused, like an unknown kind. What
-a rule says about a kind is read from TensorRT's documentation, not measured on a GPU.
+A rule lists the attributes that it reads, and the only values that it covers of some. A layer class
+with an attribute that no rule reads may mean something else, and is refused like an unknown kind.
+Rules follow TensorRT's documentation; none was measured on a GPU.
 
 Shapes: B batch, H query heads, N key/value heads, S sequence of this step, T context, D head size.
 """
@@ -33,18 +33,18 @@ from pipeline.quant.spec import FP8_E4M3_MAX
 Array = NDArray[Any]
 Observe = Callable[[str, Array], Array]
 """Gets the name and value of a tensor as it is computed; returns the value to go on with."""
+
+
 _Evaluate = Callable[..., Array]
 
-RULES: dict[str, tuple[_Evaluate, frozenset[str]]] = {}
-"""`LayerType` name -> (layer, values of its inputs) -> its one output value, and the attributes of
-this kind's class, beyond those of every layer."""
+RULES: dict[str, tuple[_Evaluate, frozenset[str], Mapping[str, Any]]] = {}
+"""Kind -> (layer, values of its inputs) -> its one output value; the attributes of the kind's class
+that it reads, beyond those of every layer; and attribute -> the only value that it covers."""
 
 
-def _rule(kind: str, *attributes: str) -> Callable[[_Evaluate], _Evaluate]:
-    """Enter a function as the rule of a kind that reads these attributes."""
-
+def _rule(kind: str, *attributes: str, **only: Any) -> Callable[[_Evaluate], _Evaluate]:
     def enter(evaluate: _Evaluate) -> _Evaluate:
-        RULES[kind] = (evaluate, frozenset(attributes))
+        RULES[kind] = (evaluate, frozenset({*attributes, *only}), only)
         return evaluate
 
     return enter
@@ -65,17 +65,15 @@ def representation(layer: Layer, dtype: Any) -> np.dtype[Any]:
     return np.dtype("float32" if dtype.name in ("BF16", "HALF") else NUMPY_NAMES[dtype.name])
 
 
-def require(layer: Layer, **wanted: Any) -> None:
-    """Refuse other values of attributes than a rule covers; enums are compared by name."""
-    for name, value in wanted.items():
-        got = getattr(layer.layer, name)
+def _require(layer: Layer, attributes: Any, only: Mapping[str, Any]) -> None:
+    for name, value in only.items():
+        got = getattr(attributes, name)
         got = getattr(got, "name", got)
         if got != value:
             raise unknown(layer, f"{name} = {got}")
 
 
-def choose(layer: Layer, attribute: str, table: dict[str, Any]) -> Any:
-    """What `table` holds for the value of an enum attribute."""
+def _choose(layer: Layer, attribute: str, table: dict[str, Any]) -> Any:
     got = getattr(layer.layer, attribute)
     if got.name not in table:
         raise unknown(layer, f"{attribute} = {got.name}")
@@ -89,16 +87,13 @@ def _constant(layer: Layer) -> Array:
 
 
 @_rule("SHAPE")
-def _shape(layer: Layer, x: Array) -> Array:
+def _shape(_layer: Layer, x: Array) -> Array:
     return np.array(x.shape, np.int64)
 
 
 @_rule("SHUFFLE", "first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder")
 def _shuffle(layer: Layer, x: Array, shape: Array | None = None) -> Array:
-    """Transpose, reshape, transpose; the new shape is an attribute or a second input.
-
-    TensorRT gives permutations of eight axes; those of the tensor must be among themselves.
-    """
+    """The new shape is an attribute or a second input; permutations are of eight axes."""
     shuffle = layer.layer
     x = x.transpose(list(shuffle.first_transpose)[: x.ndim])
     wanted = shuffle.reshape_dims if shape is None else shape
@@ -110,12 +105,12 @@ def _shuffle(layer: Layer, x: Array, shape: Array | None = None) -> Array:
 
 
 @_rule("SQUEEZE")
-def _squeeze(layer: Layer, x: Array, axes: Array) -> Array:
+def _squeeze(_layer: Layer, x: Array, axes: Array) -> Array:
     return np.squeeze(x, tuple(axes.tolist()))
 
 
 @_rule("UNSQUEEZE")
-def _unsqueeze(layer: Layer, x: Array, axes: Array) -> Array:
+def _unsqueeze(_layer: Layer, x: Array, axes: Array) -> Array:
     return np.expand_dims(x, tuple(axes.tolist()))
 
 
@@ -124,21 +119,15 @@ def _concatenation(layer: Layer, *values: Array) -> Array:
     return np.concatenate(values, axis=layer.layer.axis)
 
 
-@_rule("SLICE", "start", "shape", "stride", "axes", "mode")
+@_rule("SLICE", "start", "shape", "stride", axes=None, mode="STRICT_BOUNDS")
 def _slice(layer: Layer, x: Array) -> Array:
-    """Start, size and stride as attributes, for all axes."""
-    require(layer, mode="STRICT_BOUNDS", axes=None)
     numbers = zip(layer.layer.start, layer.layer.shape, layer.layer.stride, strict=True)
     return x[tuple(slice(start, start + size * stride, stride) for start, size, stride in numbers)]
 
 
-@_rule("FILL", "operation", "shape", "alpha", "beta", "is_alpha_beta_int64", "to_type")
+@_rule("FILL", "shape", "alpha", "beta", "is_alpha_beta_int64", "to_type", operation="LINSPACE")
 def _fill(layer: Layer, shape: Array, first: Array, step: Array) -> Array:
-    """A ramp: shape [1], first value and step come as inputs.
-
-    The attributes shape, alpha and beta are those of the static form, which has no inputs.
-    """
-    require(layer, operation="LINSPACE")
+    """A ramp; the attributes shape, alpha and beta are of the static form, which has no inputs."""
     (count,) = shape
     ramp = np.arange(count, dtype=first.dtype) * step.reshape(()) + first.reshape(())
     return ramp.astype(representation(layer, layer.layer.to_type))
@@ -147,44 +136,43 @@ def _fill(layer: Layer, shape: Array, first: Array, step: Array) -> Array:
 @_rule("GATHER", "axis", "mode", "num_elementwise_dims")
 def _gather(layer: Layer, data: Array, indices: Array) -> Array:
     """Along an axis; or one index for a row, of data [B, S, ..] by indices [B, N, 1]."""
-    by_row = choose(layer, "mode", {"DEFAULT": False, "ND": True})
-    require(layer, num_elementwise_dims=int(by_row))
+    by_row = _choose(layer, "mode", {"DEFAULT": False, "ND": True})
+    _require(layer, layer.layer, {"num_elementwise_dims": int(by_row)})
     if by_row:
         return data[np.arange(len(data))[:, None], indices.squeeze(-1)]
     return np.take(data, indices, layer.layer.axis)
 
 
+_ELEMENTWISE = {
+    "SUM": np.add,
+    "SUB": np.subtract,
+    "PROD": np.multiply,
+    "DIV": np.divide,  # Of integers it would be float64, which no network states.
+    "MAX": np.maximum,
+    "FLOOR_DIV": np.floor_divide,
+    "EQUAL": np.equal,
+    "LESS": np.less,
+    "GREATER": np.greater,
+    "AND": np.logical_and,
+    "OR": np.logical_or,
+}
+
+
 @_rule("ELEMENTWISE", "op")
 def _elementwise(layer: Layer, a: Array, b: Array) -> Array:
-    """Axes of size 1 stretch."""
-    table = {
-        "SUM": np.add,
-        "SUB": np.subtract,
-        "PROD": np.multiply,
-        "DIV": np.divide,  # Of integers it would be float64, which no network states.
-        "MAX": np.maximum,
-        "FLOOR_DIV": np.floor_divide,
-        "EQUAL": np.equal,
-        "LESS": np.less,
-        "GREATER": np.greater,
-        "AND": np.logical_and,
-        "OR": np.logical_or,
-    }
-    found: Array = choose(layer, "op", table)(a, b)
+    found: Array = _choose(layer, "op", _ELEMENTWISE)(a, b)
     return found
 
 
-@_rule("UNARY", "op")
-def _unary(layer: Layer, x: Array) -> Array:
-    require(layer, op="SQRT")
+@_rule("UNARY", op="SQRT")
+def _unary(_layer: Layer, x: Array) -> Array:
     found: Array = np.sqrt(x)
     return found
 
 
-@_rule("ACTIVATION", "alpha", "beta")
-def _activation(layer: Layer, x: Array) -> Array:
-    """Sigmoid only; it has no alpha and no beta, whatever the attributes say."""
-    require(layer, type="SIGMOID")
+@_rule("ACTIVATION", "alpha", "beta", type="SIGMOID")
+def _activation(_layer: Layer, x: Array) -> Array:
+    """It has no alpha and no beta, whatever the attributes say."""
     # Written with tanh, which does not overflow for large negative inputs.
     half = np.float32(0.5)
     found: Array = half * np.tanh(half * x) + half
@@ -199,19 +187,16 @@ def _cast(layer: Layer, x: Array) -> Array:
     return x.astype(target)
 
 
-@_rule("REDUCE", "op", "axes", "keep_dims")
+@_rule("REDUCE", "axes", "keep_dims", op="AVG")
 def _reduce(layer: Layer, x: Array) -> Array:
-    """Mean over the axes whose bits are set."""
-    require(layer, op="AVG")
     axes = tuple(axis for axis in range(x.ndim) if layer.layer.axes >> axis & 1)
     found: Array = x.mean(axis=axes, keepdims=layer.layer.keep_dims)
     return found
 
 
-@_rule("QUANTIZE", "axis", "block_shape", "to_type")
+@_rule("QUANTIZE", "axis", "block_shape", to_type="FP8")
 def _quantize(layer: Layer, x: Array, scale: Array) -> Array:
-    """To E4M3: divide by the scale, saturate, round to nearest even, as ONNX Runtime does."""
-    require(layer, to_type="FP8")
+    """As ONNX Runtime: saturate, round to nearest even."""
     _check_per_tensor(layer, scale)
     return np.clip(x / scale, -FP8_E4M3_MAX, FP8_E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
 
@@ -226,7 +211,7 @@ def _dequantize(layer: Layer, codes: Array, scale: Array) -> Array:
 
 
 def _check_per_tensor(layer: Layer, scale: Array) -> None:
-    """One scale for the whole tensor: then the axis means nothing, and there are no blocks."""
+    """One scale for the whole tensor: the axis means nothing, and there are no blocks."""
     if scale.ndim != 0:
         raise unknown(layer, f"a scale of shape {scale.shape}")
     try:
@@ -238,39 +223,54 @@ def _check_per_tensor(layer: Layer, scale: Array) -> None:
 
 @_rule("MATRIX_MULTIPLY", "op0", "op1")
 def _matrix_multiply(layer: Layer, a: Array, b: Array) -> Array:
-    """Batched product; each operand may be transposed."""
     transposed = {"NONE": False, "TRANSPOSE": True}
-    a = a.swapaxes(-1, -2) if choose(layer, "op0", transposed) else a
-    b = b.swapaxes(-1, -2) if choose(layer, "op1", transposed) else b
+    a = a.swapaxes(-1, -2) if _choose(layer, "op0", transposed) else a
+    b = b.swapaxes(-1, -2) if _choose(layer, "op1", transposed) else b
     if b.shape[:-2] == (1,) * (b.ndim - 2):  # A weight: one large product instead of B small ones.
         rows = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[-2:])
         return rows.reshape(*a.shape[:-1], b.shape[-1])
     return a @ b
 
 
-@_rule("ROTARY_EMBEDDING", "interleaved", "rotary_embedding_dim")
+@_rule("ROTARY_EMBEDDING", "rotary_embedding_dim", interleaved=False)
 def _rotary_embedding(layer: Layer, whole: Array, cos: Array, sin: Array, at: Array) -> Array:
     """Rotate pairs of x [B, H, S, D] by the table rows [T, R/2] at positions [B, S].
 
     R, `rotary_embedding_dim`, is how many elements of a head turn, 0 all (TensorRT documentation,
-    "Operators", RotaryEmbedding). They are the leading ones, and the others pass unchanged: so the
-    CUDA source in a plan of 1.7.1 (read 2026-11-25).
+    "Operators"): the leading ones; the others pass (CUDA source in a plan of 1.7.1, 2026-11-25).
     """
-    require(layer, interleaved=False)
     rotary_dim = layer.layer.rotary_embedding_dim or whole.shape[-1]
     cos, sin = cos[at][:, None], sin[at][:, None]  # [B, 1, S, R/2]
     first, second, passed = np.split(whole, [rotary_dim // 2, rotary_dim], axis=-1)
     return np.concatenate([first * cos - second * sin, first * sin + second * cos, passed], axis=-1)
 
 
-@_rule("KV_CACHE_UPDATE", "cache_mode", "update_form", "update_lengths")
-def _kv_cache_update(layer: Layer, cache: Array, update: Array, write_indices: Array) -> Array:
+@_rule("KV_CACHE_UPDATE", cache_mode="LINEAR", update_form="PADDED_BHND", update_lengths=None)
+def _kv_cache_update(_layer: Layer, cache: Array, update: Array, write_indices: Array) -> Array:
     """Write update [B, N, S, D] into a copy of cache [B, N, T, D] from row write_indices[b] on."""
-    require(layer, cache_mode="LINEAR", update_form="PADDED_BHND", update_lengths=None)
     found = cache.copy()
     for row, start in enumerate(write_indices):
         found[row, :, start : start + update.shape[2]] = update[row]
     return found
+
+
+_PLAIN_ATTENTION: Mapping[str, Any] = {
+    "causal": False,
+    "causal_kind": "NONE",
+    "key_value_form": "PADDED_BHND",
+    "key_value_lengths": None,
+    "norm_op": "SOFTMAX",
+    "normalization_quantize_scale": None,
+    "num_outputs": 1,
+    "query_form": "PADDED_BHND",
+    "query_lengths": None,
+}
+_ATTENTION_NAMES = {
+    # `decomposable` chooses kernels; the quantized type counts only with a scale.
+    *("decomposable", "get_input", "get_output", "mask", "metadata", "name", "num_inputs"),
+    *("normalization_quantize_to_type", "num_ranks", "set_input"),
+    *_PLAIN_ATTENTION,
+}
 
 
 @_rule("ATTENTION_INPUT", "attention")
@@ -281,52 +281,27 @@ def _attention_input(layer: Layer, q: Array, k: Array, v: Array, mask: Array) ->
     (TensorRT documentation, "Fused Attention"); true means visible ("Operators", Attention).
     Query heads share key heads in consecutive groups, as in ONNX.
     """
-    _check_attention(layer)
-    batch, heads, length, size = q.shape
-    kv_heads = k.shape[1]
+    attention = layer.layer.attention
+    if extra := {name for name in dir(attention) if name[0] != "_"} - _ATTENTION_NAMES:
+        raise unknown(layer, f"IAttention.{', '.join(sorted(extra))}")
+    _require(layer, attention, _PLAIN_ATTENTION)
+    wanted = [attention.get_input(i).name for i in range(3)] + [attention.mask.name]
+    if [tensor.name for tensor in layer.inputs] != wanted:
+        raise unknown(layer, f"inputs other than query, key, value and mask ({wanted})")
     if not mask.any(axis=-1).all():
         raise unknown(layer, "a mask that hides all keys from a query")
-    grouped = q.reshape(batch, kv_heads, -1, size)  # [B, N, H/N * S, D]
+    batch, heads, length, size = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, size)  # [B, N, H/N * S, D]
     scores = (grouped @ k.swapaxes(-1, -2)).reshape(batch, heads, length, -1)
     scores = np.where(mask, scores, np.float32(-np.inf))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    found: Array = weights.reshape(batch, kv_heads, -1, k.shape[2]) @ v
+    found: Array = weights.reshape(batch, k.shape[1], -1, k.shape[2]) @ v
     return found.reshape(batch, heads, length, -1)
-
-
-def _check_attention(layer: Layer) -> None:
-    """The operation between the two boundary layers must be the plain one, on these inputs."""
-    attention = layer.layer.attention
-    known = {
-        *("causal", "causal_kind", "decomposable", "get_input", "get_output", "key_value_form"),
-        *("key_value_lengths", "mask", "metadata", "name", "norm_op", "num_inputs"),
-        *("normalization_quantize_scale", "normalization_quantize_to_type", "num_outputs"),
-        *("num_ranks", "query_form", "query_lengths", "set_input"),
-    }
-    if extra := {name for name in dir(attention) if not name.startswith("_")} - known:
-        raise unknown(layer, f"IAttention.{', '.join(sorted(extra))}")
-    # `decomposable` chooses kernels; the quantized type counts only with a scale.
-    require(
-        Layer(layer.kind, attention),
-        causal=False,
-        causal_kind="NONE",
-        key_value_form="PADDED_BHND",
-        key_value_lengths=None,
-        norm_op="SOFTMAX",
-        normalization_quantize_scale=None,
-        num_outputs=1,
-        query_form="PADDED_BHND",
-        query_lengths=None,
-    )
-    wanted = [attention.get_input(i).name for i in range(3)] + [attention.mask.name]
-    if [tensor.name for tensor in layer.inputs] != wanted:
-        raise unknown(layer, f"inputs other than query, key, value and mask ({wanted})")
 
 
 @_rule("ATTENTION_OUTPUT", "attention")
 def _attention_output(layer: Layer, x: Array) -> Array:
-    """The other boundary: passes on what `_attention_input` computed."""
     if layer.layer.attention.get_output(0).name != layer.outputs[0].name:
         raise unknown(layer, "an output that is not the attention's only one")
     return x
@@ -353,25 +328,22 @@ class NetworkInterpreter:
         self._outputs = [network.get_output(i).name for i in range(network.num_outputs)]
         self.constants = {layer.name: layer for layer in layers if layer.kind == "CONSTANT"}
         self.quantized = {layer.inputs[0].name for layer in layers if layer.kind == "QUANTIZE"}
-        values: dict[str, Array] = {}
+        self._fixed: dict[str, Array] = {}
         self._layers = []
         varying = set(self._inputs)
         for layer in _in_order(layers, varying):
             if varying.isdisjoint(tensor.name for tensor in layer.inputs):
-                values[layer.outputs[0].name] = _evaluate(layer, values)
+                self._fixed[layer.outputs[0].name] = _evaluate(layer, self._fixed)
             else:
                 varying.add(layer.outputs[0].name)
                 self._layers.append(layer)
         read = {tensor.name for layer in self._layers for tensor in layer.inputs}
-        self._fixed = {name: values[name] for name in read & values.keys()}
+        self._fixed = {name: value for name, value in self._fixed.items() if name in read}
 
     def run(self, feeds: Mapping[str, Array], observe: Observe | None = None) -> dict[str, Array]:
         """Values of all outputs, from those of all inputs, 16-bit ones as float32.
 
         `observe` is called for each tensor that depends on an input.
-
-        Raises:
-            CheckError: A value has another shape or dtype than the network states.
         """
         values = {**self._fixed, **{name: feeds[name] for name in self._inputs}}
         for layer in self._layers:
@@ -387,20 +359,15 @@ def _check_known(layer: Layer) -> None:
 
     if layer.kind not in RULES:
         raise unknown(layer, f"the kind {layer.kind}")
-    _, attributes = RULES[layer.kind]
     offered = {name for name in dir(type(layer.layer)) if not name.startswith("_")}
-    if extra := offered - set(dir(trt.ILayer)) - attributes:
+    if extra := offered - set(dir(trt.ILayer)) - RULES[layer.kind][1]:
         raise unknown(layer, f"the attribute {', '.join(sorted(extra))}")
     if len(layer.outputs) != 1 or None in layer.inputs:
         raise unknown(layer, f"a form with {len(layer.outputs)} outputs or an absent input")
 
 
 def _in_order(layers: list[Layer], inputs: set[str]) -> list[Layer]:
-    """Sort into an order of execution.
-
-    Raises:
-        CheckError: A tensor is made twice or never.
-    """
+    """Sort into an order of execution."""
     made_by = {layer.outputs[0].name: layer for layer in layers}
     reads = {name: {tensor.name for tensor in made_by[name].inputs} for name in made_by}
     if len(made_by) != len(layers) or made_by.keys() & inputs:
@@ -415,10 +382,10 @@ def _in_order(layers: list[Layer], inputs: set[str]) -> list[Layer]:
 
 def _evaluate(layer: Layer, values: Mapping[str, Array]) -> Array:
     """Compute a layer and hold the result against dtype and shape that the network states."""
+    evaluate, _, only = RULES[layer.kind]
+    _require(layer, layer.layer, only)
     try:
-        inputs = [values[tensor.name] for tensor in layer.inputs]
-        evaluate, _ = RULES[layer.kind]
-        value = evaluate(layer, *inputs)
+        value = evaluate(layer, *(values[tensor.name] for tensor in layer.inputs))
     except (IndexError, TypeError, ValueError) as error:
         raise unknown(layer, f"a form that NumPy refuses ({error})") from error
     tensor = layer.outputs[0]

@@ -204,23 +204,15 @@ Signature = Mapping[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderInterface:
-    """Sizes that the decoder's inputs and outputs follow from.
+    """Sizes that the decoder's inputs and outputs follow from, of a model's graph or of its cut.
 
-    Attributes:
-        num_hidden_layers: Decoder layers in this graph, the cut's number for a cut.
-        num_key_value_heads: Key and value heads.
-        context: Static cache length, tokens.
-        head_dim: Size of one head.
-        rotary_dim: How many of its leading elements the rotary embedding turns.
-        vocab_size: Columns of the logits.
-        dtype: Dtype of the cache in the graph for RTX.
+    `context` is the static cache length in tokens, `dtype` that of the cache in the graph for RTX.
     """
 
     num_hidden_layers: int
     num_key_value_heads: int
     context: int
     head_dim: int
-    rotary_dim: int
     vocab_size: int
     dtype: Literal["bfloat16", "float16"]
 
@@ -239,7 +231,6 @@ class DecoderInterface:
             num_key_value_heads=attention.kv_heads,
             context=context,
             head_dim=attention.head_dim,
-            rotary_dim=spec.rope.rotary_dim,
             vocab_size=spec.vocab_size,
             dtype=dtype,
         )
@@ -281,10 +272,7 @@ _LAYERS_OF_EACH = {
 
 
 def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int]:
-    """Check interface, attention layers and cache updates of a parsed decoder.
-
-    Returns:
-        How many layers there are of each kind.
+    """Check interface, attention layers and cache updates of a parsed decoder; counts its layers.
 
     Raises:
         CheckError: Something is missing, left over or different; names the layer and the cause.
@@ -303,8 +291,6 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
     for layer in layers:
         if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
             _check_attention(layer)
-        elif layer.kind == "ROTARY_EMBEDDING":
-            _check_rotary(layer, interface)
     kinds, decoders = Counter(layer.kind for layer in layers), interface.num_hidden_layers
     for kind, wanted in _LAYERS_OF_EACH.items():
         if kinds[kind] != wanted * decoders:
@@ -342,16 +328,4 @@ def _check_attention(layer: Layer) -> None:
             "`nonpad_kv_seqlen`, which this parser drops without a word, or `is_causal=1`, which "
             "aligns queries with the first keys of a static cache, not with the last ones. Hide "
             "keys by the bool mask of the decoder graph, key_index <= position_ids"
-        )
-
-
-def _check_rotary(layer: Layer, interface: DecoderInterface) -> None:
-    rotary = layer.layer
-    turned = rotary.rotary_embedding_dim or interface.head_dim  # 0: all.
-    if rotary.interleaved or turned != interface.rotary_dim:
-        raise CheckError(
-            f"{layer} turns {turned} elements of a head, "
-            f"{'neighbours' if rotary.interleaved else 'half-split pairs'}; wanted "
-            f"{interface.rotary_dim} in half-split pairs: the parser dropped an attribute, or the "
-            "graph was written for another model"
         )

@@ -5,11 +5,10 @@ end of the context a step of one token and one of several, on caches that start 
 as a reused cache is. At the end a sliding window hides the first keys, if the graph has one.
 
 The trouble with FP8: two correct float32 programs differ by 1e-7, that flips an E4M3 code now and
-then, a flip is worth 6 % of its value, and all layers behind amplify it. A tolerance that bears
-flips hides faults. So nothing may flip: what a quantizer reads is compared like an output, and then
-replaced by what ONNX Runtime's quantizer read. Both now round the same numbers, and every stretch
-between two quantizers is compared by itself, at float32 accuracy. It also names the place: the
-first tensor that differs is right behind the fault.
+then, a flip is worth 6 % of its value, and all layers behind amplify it. So nothing may flip: what
+a quantizer reads is compared like an output, and then replaced by what ONNX Runtime's read. Every
+stretch between two quantizers is compared by itself, at float32 accuracy, and the first tensor that
+differs is right behind the fault.
 
 Constants that are stored in 16 bit for RTX and in 32 bit for the CPU (the rotary tables) must be
 each other's rounding, and the reference is run with the rounded ones.
@@ -63,8 +62,7 @@ class NetworkCheckResult:
         layer_kinds: How many layers of each kind were evaluated.
         constants_equal: How many constants equal the reference's initializers.
         constants_rounded: Those that are the 16-bit rounding of the reference's.
-        differences: `logits`, `caches`, and, in quantized graphs, `quantizer_inputs` and
-            `quantized_values`.
+        differences: By sort: `logits`, `caches`, `quantizer_inputs`, `quantized_values`.
         tolerance: Largest `max_relative` that passes.
         seconds: What the check took.
     """
@@ -82,11 +80,7 @@ def check_network(
 ) -> NetworkCheckResult:
     """Check that TensorRT-RTX's parser reads `onnx_rtx` as ONNX Runtime reads `onnx_cpu`.
 
-    Args:
-        onnx_rtx: Decoder graph for RTX, or a cut of its first layers with the real weights.
-        onnx_cpu: The same graph with float32 activations.
-        interface: Sizes of that graph.
-        seed: Of the token ids and the stale cache values.
+    `onnx_cpu` is the same decoder graph with float32 activations; `interface` has its sizes.
 
     Raises:
         CheckError: They differ, or the network holds something that this check does not know.
@@ -124,10 +118,8 @@ def _compare_constants(
 ) -> tuple[int, dict[str, Array]]:
     """Compare each constant of the network with the reference's initializer of that name.
 
-    Those that the parser made of attributes have no namesake: the comparison of values covers them.
-
-    Returns:
-        How many are equal, and the values of those that are the reference's rounded to `dtype`.
+    Returns how many are equal, and the values of those that are the reference's rounded to `dtype`.
+    Constants made of attributes have no namesake: the comparison of values covers them.
     """
     equal = 0
     rounded: dict[str, Array] = {}
@@ -148,10 +140,7 @@ def _compare_constants(
 
 
 def _is_rounding(values: Array, wanted: Array) -> bool:
-    """Whether `values` are float32 `wanted` rounded to their 16-bit dtype.
-
-    Both may have been rounded from float64, so the last bit of `wanted` may be off by one.
-    """
+    """Both may have been rounded from float64, so `wanted`'s last bit may be off by one."""
     if wanted.dtype != np.float32 or values.shape != wanted.shape:
         return False
     low, high = (
@@ -161,8 +150,7 @@ def _is_rounding(values: Array, wanted: Array) -> bool:
 
 
 def _describe(values: Array) -> str:
-    first = ", ".join(str(value) for value in values.reshape(-1)[:3])
-    return f"{values.dtype} {list(values.shape)} ({first}, ...)"
+    return f"{values.dtype} {list(values.shape)} {values.reshape(-1)[:3]}.."
 
 
 def _stale_caches(interface: DecoderInterface, seed: int) -> dict[str, Array]:
@@ -176,7 +164,6 @@ def _stale_caches(interface: DecoderInterface, seed: int) -> dict[str, Array]:
 
 
 def _as_past(outputs: Mapping[str, Array], interface: DecoderInterface) -> dict[str, Array]:
-    """This step's present caches under the names of the next step's past caches."""
     return {f"past_{name}": outputs[f"present_{name}"] for name in interface.cache_names}
 
 
@@ -226,7 +213,6 @@ class _Comparison:
         return self.wanted[name]
 
     def compare_outputs(self, got: Mapping[str, Array], interface: DecoderInterface) -> None:
-        """Compare the outputs; all tensors that the reference shows must have been there."""
         if missing := self.reference.observed - self._seen:
             raise CheckError(f"the network has no tensor {', '.join(sorted(missing))}")
         for name in interface.outputs("float32"):
@@ -257,7 +243,7 @@ class ReferenceModel:
     Attributes:
         initializers: By name.
         quantized: Names of the tensors that QuantizeLinear nodes read.
-        observed: Those, and the tensors that come out of their DequantizeLinear nodes.
+        observed: Those, and what comes out of their DequantizeLinear nodes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -285,11 +271,7 @@ class ReferenceModel:
     def start(
         self, replaced: Mapping[str, Array]
     ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-        """Start ONNX Runtime on the graph, some initializers replaced.
-
-        Returns:
-            A function from the inputs to all outputs and observed tensors, by name.
-        """
+        """A function from inputs to outputs and observed tensors, some initializers replaced."""
         import onnx
         import onnxruntime
 

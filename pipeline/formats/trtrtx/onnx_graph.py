@@ -55,17 +55,18 @@ def build_decoder(
     activation: ActivationDtype,
     layers: tuple[int, ...] | None = None,
 ) -> onnx.ModelProto:
-    """Build the graph; weights stay in the external file that `slots` describes.
+    """Build the graph; weights stay in the external file.
 
     Args:
         checkpoint: Unified checkpoint or plain weights.
         slots: Of `write_weights`.
         context: Static cache length, tokens.
         activation: Dtype of activations and cache.
-        layers: Only these decoder layers, in this order; None for all. Cache tensors are numbered
-            by position, modules keep their names.
+        layers: Only these decoder layers; None for all. Caches are numbered by position, modules
+            keep their names.
 
     Raises:
+        RecipeError: The graph cannot express the model.
         CorruptError: A scale is missing or malformed.
     """
     import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
@@ -202,7 +203,6 @@ class _Decoder:
             w.constant(name, table.astype(dtype))
 
     def _layer(self, layer: int, slot: int, hidden: str) -> str:
-        """One decoder layer with its two residual additions; `slot` numbers its cache."""
         w, prefix = self._w, layer_name(layer)
         linears = matmuls(self._spec.layers[layer], layer)
         normed = self._norm(f"{prefix}.input_layernorm", hidden)
@@ -213,7 +213,7 @@ class _Decoder:
         return w.op("Add", [hidden, mlp], f"{prefix}.residual")
 
     def _attention(self, slot: int, prefix: str, linears: Mapping[str, MatMul], hidden: str) -> str:
-        """Grouped-query attention over the whole static cache, masked."""
+        """Grouped-query attention over the whole static cache, masked; `slot` numbers the cache."""
         w = self._w
         query, key, value = write_linears(w, [linears[role] for role in "qkv"], hidden)
         heads, kv_heads = self._attended.heads, self._attended.kv_heads
@@ -266,7 +266,6 @@ class _Decoder:
         return write_linears(w, [linears["down"]], product)[0]
 
     def _norm(self, module: str, x: str) -> str:
-        """RMS norm over the last axis, accumulated in float32."""
         inputs, epsilon = [x, self._w.weight_as_activation(f"{module}.weight")], self._spec.norm_eps
         return self._w.op(
             "RMSNormalization", inputs, module, axis=-1, epsilon=epsilon, stash_type=1
@@ -286,10 +285,9 @@ class _Decoder:
         return self._w.op("Reshape", [transposed, shape], f"{prefix}.merged")
 
     def _rotate(self, name: str, x: str) -> str:
-        """Rotary embedding on [B, heads, S, D], half-split pairs.
+        """Rotary embedding on [B, heads, S, D], half-split pairs; what does not turn passes.
 
-        Where only the leading elements turn, ONNX Runtime passes the rest on unchanged, and so does
-        the kernel that TensorRT-RTX 1.7.1 writes (its CUDA source in the plan, read 2026-11-25).
+        So does the kernel that TensorRT-RTX 1.7.1 writes (its CUDA source in the plan, 2026-11-25).
         """
         turned = self._spec.rope.rotary_dim
         partial = {} if turned == self._attended.head_dim else {"rotary_embedding_dim": turned}

@@ -60,7 +60,7 @@ class Gemm:
     accelerators: tuple[str, ...]
 
     def multiplies(self, operands: str) -> bool:
-        """Whether both operands have this type, and the multiplication runs on its tensor cores."""
+        """Whether both operands have this type: it then runs on that type's tensor cores."""
         return self.operand_types == (operands, operands)
 
 
@@ -95,7 +95,6 @@ def read_plan(plan: Buffer) -> tuple[Gemm, ...]:
 
 
 def _gemms(plan: Buffer, start: int, end: int, accelerators: tuple[str, ...]) -> tuple[Gemm, ...]:
-    """The GEMMs of the section at `plan[start:end]`."""
     matches = list(_GEMM.finditer(plan, start, end))
     if len(matches) != sum(1 for _ in _GEMM_START.finditer(plan, start, end)):
         raise PlanError("the plan holds GEMMs that cannot be read; its content cannot be proven")
@@ -135,12 +134,9 @@ def prove_plan(
         plan: The serialized engine, or a memory map of it.
         precision: Of the quantized linears.
         sm: Compute capability that it must be for, and no other.
-        profiles: Optimization profiles that it must hold.
+        profiles: How many it must hold.
         quantized_linears: Modules that must each be in exactly one GEMM of the precision.
         kept_16bit: Modules that may be in other GEMMs, beside lm_head.
-
-    Returns:
-        Counts for the report.
 
     Raises:
         PlanError: Anything differs; the module is named.
@@ -179,5 +175,4 @@ def prove_plan(
 
 
 def _modules(gemms: list[Gemm], profile: int) -> Counter[str]:
-    """How often each module is multiplied in a profile."""
     return Counter(name for gemm in gemms if gemm.profile == profile for name in gemm.modules)

@@ -42,12 +42,7 @@ STAGE = Stage(name="convert", version=1, code=GRAPH_CODE)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphSettings:
-    """What the graphs depend on beside the checkpoint.
-
-    Attributes:
-        context: Static cache length, tokens.
-        activation: Dtype of the graph for RTX.
-    """
+    """What the graphs depend on beside the checkpoint: static cache length, dtype for RTX."""
 
     context: int
     activation: ActivationDtype
@@ -74,7 +69,7 @@ def convert(
 def cut_context(spec: ModelSpec, context: int) -> int:
     """Cache length of the cut of a graph whose own is `context`, tokens.
 
-    Where that graph has a sliding window, the cut reaches beyond it, so that the cut has one too.
+    It reaches beyond a sliding window that the graph has, so that the cut has one too.
     """
     window = spec.window
     beyond = window if window is not None and window < context else 0
@@ -84,8 +79,7 @@ def cut_context(spec: ModelSpec, context: int) -> int:
 def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
     """The two neighbouring layers with the most quantized linears, the first such pair.
 
-    Not simply the first two: a recipe may keep those in 16 bits, and then a check of the cut would
-    see no quantized linear at all.
+    A recipe may keep the first layers in 16 bits, and their cut would show no quantized linear.
     """
     count = checkpoint.spec.num_layers
     width = min(CUT_LAYERS, count)
