@@ -87,7 +87,7 @@ def run_rehearsal(
     Args:
         recipe: Its name.
         overrides: In Hydra's grammar; one that chooses a compiler rehearses that one only.
-        full_size: Keep the real shape.
+        full_size: Keep the real shape and sizes; only the weights are random.
         keep: Folder for what is made; None throws it away.
         config_dir: Folder with the user's recipes.
 
@@ -129,10 +129,7 @@ def run_rehearsal(
 
 
 def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Composed:
-    """The recipe with each compiler; its own compiler first.
-
-    A compiler that the recipe was not written for (no sizes, wrong keys) is left out, its own is
-    not.
+    """The recipe with each compiler it was written for (sizes, keys); its own compiler first.
 
     Raises:
         RecipeError: The recipe itself is wrong, or there is none.

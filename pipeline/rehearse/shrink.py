@@ -40,13 +40,9 @@ _TERMS = Licence(spdx="CC0-1.0", files=("LICENSE",), redistribution="allowed")
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSource:
-    """Random weights as a source: nothing is downloaded, and everything made of them says so.
+    """Random weights of a shape, written into a folder; everything made of them says so.
 
-    Attributes:
-        shape: The model.
-        folder: Where its files go.
-        documents: Text for the tokenizer.
-        seed: Of the weights.
+    `documents` are text for the tokenizer.
     """
 
     shape: ModelSpec
@@ -114,7 +110,7 @@ def small_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def _small_rope(settings: Mapping[str, Any], pairs: int) -> dict[str, Any]:
-    """Rope settings for a short context: the first factors of LongRoPE, one for each pair."""
+    """For a short context: the first factors of LongRoPE, one for each pair."""
     small = dict(settings)
     for name in ("short_factor", "long_factor"):
         if name in small:

@@ -53,9 +53,7 @@ _MOST_NOISE_BYTES = 1 << 20
 class Timeouts:
     """After so long without an answer the process is stopped.
 
-    Attributes:
-        load_s: For loading, compilation included.
-        answer_s: For an answer, or the next token of a stream.
+    `load_s` includes compilation; `answer_s` is for an answer, or the next token of a stream.
     """
 
     load_s: float
@@ -104,7 +102,6 @@ class ChildSession:
         self._in_step = False
 
     def load(self, program: Program, timeouts: Timeouts) -> None:
-        """Let the process load; before anything else."""
         self._send(
             "load", model=program.model, paths=program.paths, arguments=dict(program.arguments)
         )
@@ -181,7 +178,6 @@ class ChildSession:
                         pass
 
     def clear_cache(self) -> None:
-        """Give back what the allocator of the child keeps; only of a model that has one."""
         self._send("clear_cache")
         self._receive()
 
@@ -206,9 +202,7 @@ class ChildSession:
     ) -> tuple[dict[str, Any], bytes]:
         """The next message, and the raw bytes of its array.
 
-        Args:
-            timeout_s: Longest time to wait for it; None for that of an answer.
-            setting: Which setting of the runner that time is.
+        `setting` says which setting of the runner the limit is; None is that of an answer.
 
         Raises:
             PipelineError: It reports that the request failed, in the class that the error had.
@@ -354,10 +348,7 @@ def _running(started: Started, log_path: Path) -> Iterator[subprocess.Popen[byte
 def session_program(name: str, opener: str, **arguments: Any) -> Program:
     """A program that holds a session of this package, under this interpreter.
 
-    Args:
-        name: Of the runtime, for messages.
-        opener: `module:function`, which gives a context manager of a session.
-        arguments: Of the function, as JSON has them.
+    `opener` is `module:function`, which gives a context manager of a session.
     """
     return Program(
         name=name,

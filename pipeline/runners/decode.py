@@ -109,14 +109,6 @@ class Rows:
 
     A row that has ended is computed on until the last one ends; its further tokens do not count.
 
-    Args:
-        rows: How many.
-        osl: Output tokens of each, where `options` do not have them.
-        options: As of `Session.generate`.
-
-    Attributes:
-        ended: Rows that have ended [rows].
-
     Raises:
         RecipeError: The requests arrive one by one; a batch has to start together.
     """
@@ -145,10 +137,9 @@ class Rows:
     def generation(
         self, tokens: NDArray[np.int64], started: float, first: float, ended: float
     ) -> Generation:
-        """What the batch gave.
+        """What the batch gave; `tokens` [rows, steps] may hold anything behind the end of a row.
 
-        `tokens` [rows, steps] may hold anything behind the end of a row; the times are seconds of a
-        monotonic clock: the start, every row's first token, the last token.
+        The times are of a monotonic clock: the start, every row's first token, the last token.
         """
         import numpy as np
 
@@ -179,10 +170,9 @@ class DecoderSession:
         self._decoder: BoundDecoder | None = None
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """As many positions in a step as the graph gives.
+        """An engine whose profiles give one position makes this one decode step per token.
 
-        An engine whose profiles give one, as they are compiled, makes this one decode step per
-        token: giving them all at once would cost a prefill 2.4 GB for SmolLM2 at 8 x 1024.
+        Giving all at once would cost a prefill 2.4 GB for SmolLM2 at 8 x 1024.
         """
         import numpy as np
 
@@ -227,7 +217,7 @@ class DecoderSession:
     def _decoder_for(self, batch: int) -> BoundDecoder:
         """The decoder in use, or a new one when the number of rows changed.
 
-        Old contents of a cache do no harm: no query sees a row's keys beyond its own length.
+        Old contents of a cache do no harm: no query sees keys beyond its row's length.
         """
         if self._decoder is None or self._decoder.batch != batch:
             self._decoder = None  # frees the old cache before the new one is made

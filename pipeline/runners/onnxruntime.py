@@ -103,11 +103,7 @@ def open_graph(graph: Path, threads: int = 0) -> Iterator[DecoderSession]:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OnnxRuntimeRunner:
-    """Runs the CPU graph of a TensorRT-RTX engine.
-
-    Attributes:
-        threads: Threads of one operator; 0 for all cores.
-    """
+    """Runs the CPU graph of a TensorRT-RTX engine; `threads` as of `OnnxRuntimeGraph`."""
 
     name: ClassVar[str] = "onnxruntime"
     device: ClassVar[Device] = "cpu"

@@ -39,10 +39,8 @@ _LINE = TypeAdapter(FilePrompt)
 def read_prompts(path: Path, config_path: str) -> tuple[tuple[int, FilePrompt], ...]:
     """All prompts of a file with the numbers of their lines, not yet tokenized.
 
-    `config_path` is that of the setting which names it, for messages.
-
     Raises:
-        RecipeError: It cannot be read, is empty, or a line is not a prompt.
+        RecipeError: At `config_path`: it cannot be read, is empty, or a line is not a prompt.
     """
     try:
         # Not splitlines: it also splits at U+2028, which JSON allows inside a string.
@@ -73,15 +71,15 @@ def tokenized(
     vocab_size: int | None,
     tokenizer: Any | None,
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of prompts, held against the workload.
+    """Token ids of prompts of `path`, held against the workload.
 
     Args:
-        prompts: Of `read_prompts`, like the two next.
+        prompts: Of `read_prompts`.
         path: Their file.
         config_path: Of the setting that names it.
         isl: Longest prompt allowed, tokens.
         vocab_size: Ids must be below it; None to leave that unchecked.
-        tokenizer: For prompts that are text; None where it is not there yet: they are skipped.
+        tokenizer: For text; None where it is not there yet: text is skipped.
 
     Raises:
         RecipeError: With all prompts that are too long, empty, or not of the vocabulary.
@@ -123,10 +121,7 @@ def chat_prompt(tokenizer: Any, message: str) -> list[int]:
 
 
 def eos_ids(tokenizer: Any) -> frozenset[int]:
-    """Every id that ends an answer: those of `generation_config.json`, else the tokenizer's.
-
-    `eos_token_id` may be one id or a list, such as Llama 3.1's three.
-    """
+    """Every id that ends an answer: those of `generation_config.json`, else the tokenizer's."""
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     declared = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
     if declared is None:

@@ -1,11 +1,10 @@
 """A TensorRT-RTX engine with a cache on the card: `pipeline.runners.decode.BoundDecoder`.
 
-Names and signatures are those of tensorrt_rtx 1.7.1. Written without a card to run it on: the API
-was read from the installed package, and the calls were tried on a stand-in that refuses what the
-package's documentation forbids.
+Names and signatures are those of tensorrt_rtx 1.7.1, read from the installed package and tried on a
+stand-in that refuses what its documentation forbids; no card was there to run it on.
 
-Past and present of a layer are one buffer, as in `pipeline.runners.onnxruntime`. A prefill takes
-fewer rows than the cache has, so its rows go in groups, each on its own part of the same buffers.
+Past and present of a layer are one buffer. A prefill takes fewer rows than the cache has, so its
+rows go in groups, each on its own part of the same buffers.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 class CudaDevice:
     """The first CUDA device of this process, by way of PyTorch.
 
-    Work is done in the order in which it was asked for: the stream becomes PyTorch's current one,
-    so that its allocations and copies and the engine's kernels are in one order. It is not the
-    default stream, which TensorRT would synchronize with the whole device (docstring of
-    `execute_async_v3`, 1.7.1).
+    Its stream becomes PyTorch's current one, so that allocations, copies and the engine's kernels
+    are in one order. It is not the default stream, which TensorRT would synchronize with the whole
+    device (docstring of `execute_async_v3`, 1.7.1).
 
     Raises:
         IncompatibleError: PyTorch sees none.
@@ -84,20 +82,12 @@ class CudaDevice:
         return copied
 
     def synchronize(self) -> None:
-        """Wait until all that was asked for is done."""
         self._stream.synchronize()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """One optimization profile: the smallest and largest step that it computes.
-
-    Attributes:
-        index: Its number in the engine.
-        batch: Rows.
-        sequence: Tokens of a row.
-        logits: Positions of a row whose logits are wanted.
-    """
+    """One optimization profile: smallest and largest number of rows, tokens and logits of a row."""
 
     index: int
     batch: tuple[int, int]
@@ -105,7 +95,6 @@ class StepProfile:
     logits: tuple[int, int]
 
     def takes(self, sequence: int, logits: int) -> bool:
-        """Whether it computes such a step, of few enough rows."""
         (low, high), (fewest, most) = self.sequence, self.logits
         return low <= sequence <= high and fewest <= logits <= most
 
@@ -126,12 +115,7 @@ class StepContext:
     def run(
         self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], logits: tuple[int, ...]
     ) -> None:
-        """Put one step on the stream.
-
-        Args:
-            shapes: Of every input.
-            addresses: Of every input and output.
-            logits: Shape that the engine must announce for its output.
+        """Put one step on the stream; the engine must announce `logits` as the shape of its output.
 
         Raises:
             PipelineError: The engine refuses a shape, an address or the step.
@@ -159,13 +143,8 @@ class StepContext:
 class RtxEngine:
     """A loaded engine with one execution context for each profile; `RtxDecoder` gives it a cache.
 
-    Its kernels come as source and are compiled while it is loaded.
-
-    Args:
-        plan: The serialized engine.
-        device: Where it computes.
-        kernel_specialization: As of `TrtRtxRunner`.
-        runtime_cache: File that keeps compiled kernels for the next load; None for none.
+    Its kernels come as source and are compiled while it is loaded; the file `runtime_cache` keeps
+    them for the next load.
 
     Attributes:
         caches: Cache tensors without their `past_` and `present_`.
@@ -204,7 +183,7 @@ class RtxEngine:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row of one cache tensor."""
+        """Of one cache tensor."""
         return math.prod(self.cache_shape) * {"float32": 4}.get(self.cache_dtype, 2)
 
     @property
@@ -234,7 +213,6 @@ class RtxEngine:
         raise RecipeError([Fault("", f"{message}; the engine's profiles take: {profiles}")])
 
     def save_runtime_cache(self) -> None:
-        """Keep the kernels that were compiled, for the next load."""
         if self._runtime_cache is None or self._cache_file is None:
             return
         serialized = self._runtime_cache.serialize()
@@ -302,8 +280,7 @@ def cache_tensors(engine: Any) -> tuple[tuple[str, ...], tuple[int, int, int], s
     """Names, shape of a row and type of the cache tensors; as of `RtxEngine`.
 
     The guard of its build has compared the whole interface. `get_aliased_input_tensor` names the
-    input whose memory an output shares; its docstring (1.7.1) has KVCacheUpdate as the example,
-    which is what our TensorScatter becomes.
+    input whose memory an output shares: for KVCacheUpdate by its docstring (1.7.1).
 
     Raises:
         CorruptError: It is no decoder engine of ours, or its cache is not updated in place.
@@ -336,8 +313,6 @@ def step_profiles(engine: Any) -> list[StepProfile]:
 
 def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int]]:
     """Split rows into groups (start, end) of `max_rows` at most, each aligned in the cache.
-
-    `row_bytes` is the size of one row of one cache tensor.
 
     Raises:
         RecipeError: No group of `max_rows` or fewer ends at an aligned address.
@@ -379,8 +354,7 @@ class RtxDecoder:
         """Run one step and wait for it.
 
         Raises:
-            RecipeError: The engine has no profile for such a step.
-            PipelineError: It refuses the step.
+            PipelineError: The engine has no profile for such a step, or refuses it.
         """
         import numpy as np
 
@@ -414,8 +388,7 @@ class RtxDecoder:
     def _buffer(self, name: str, count: int, dtype: str) -> torch.Tensor:
         """Memory for one tensor of a step, kept while it is large enough.
 
-        Groups share it: the stream keeps their order. The first group is the largest, so none is
-        freed while a step uses it.
+        Groups share it: the stream keeps their order, and the first is the largest.
         """
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:

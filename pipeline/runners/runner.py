@@ -42,7 +42,7 @@ class Runner(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the runtime, for the report."""
+        """Of the runtime, for the report."""
         ...
 
     @property

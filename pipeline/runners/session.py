@@ -63,7 +63,7 @@ class Generation:
         ttft_s: Seconds until every request has its first token; of a static batch the prefill.
         total_s: Seconds to the last token.
         lengths: New tokens of each request; None where all are as long as the array.
-        requests: Times of each request, in the order of the prompts; empty where not known.
+        requests: In the order of the prompts; empty where not known.
     """
 
     tokens: NDArray[np.int64]
@@ -74,12 +74,10 @@ class Generation:
 
     @property
     def output_lengths(self) -> tuple[int, ...]:
-        """New tokens of each request."""
         return self.lengths or (int(self.tokens.shape[-1]),) * len(self.tokens)
 
     @property
     def output_tokens(self) -> int:
-        """New tokens of all requests."""
         return sum(self.output_lengths)
 
 
@@ -87,13 +85,10 @@ class Session(Protocol):
     """A loaded model; greedy."""
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of every position of one sequence [tokens, vocab].
+        """Logits of every position of one sequence [tokens, vocab], finite.
 
-        A server may give log-probabilities: the logits less a constant of each position. Softmax,
-        perplexity, KL divergence and the most likely token are the same of both.
-
-        Raises:
-            CorruptError: A value is not finite.
+        A server may give log-probabilities: softmax, perplexity, KL divergence and the most likely
+        token are the same of both.
         """
         ...
 
@@ -102,11 +97,8 @@ class Session(Protocol):
     ) -> Generation:
         """Generate a batch, and time it.
 
-        Args:
-            prompts: Token ids of each request.
-            osl: Output tokens of the longest request.
-            options: What the requests ask beyond that, as far as the runner's `abilities` go; None
-                for exactly `osl` tokens of each, end-of-sequence ignored, all at once.
+        `osl` are the output tokens of the longest request; `options` None stands for exactly so
+        many of each, end-of-sequence ignored, all at once.
 
         Raises:
             RecipeError: A prompt and its answer do not fit the context together.
@@ -128,9 +120,7 @@ class Session(Protocol):
 class CacheClearing(Protocol):
     """A session whose allocator keeps freed memory, and can give it back."""
 
-    def clear_cache(self) -> None:
-        """Give back what is not in use."""
-        ...
+    def clear_cache(self) -> None: ...
 
 
 def require_fit(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None) -> None:

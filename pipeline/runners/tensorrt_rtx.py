@@ -43,8 +43,8 @@ class TrtRtxRunner:
     Attributes:
         kernel_specialization: What happens at such a shape. `eager`: its kernels are compiled
             before the step goes on, so that a warm-up takes all of it. `lazy` (the library's
-            default): a general kernel is used while they are compiled beside it, which shifts the
-            times of later steps. `none`: always the general kernel.
+            default): a general kernel is used meanwhile, which shifts the times of later steps.
+            `none`: always the general kernel.
         runtime_cache: Keep compiled kernels in this machine's cache from one load of an engine to
             the next. The library itself refuses a cache of another card, driver or version.
         load_timeout_s: Longest time for loading, compilation included.

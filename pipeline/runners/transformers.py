@@ -92,7 +92,6 @@ class TransformersSession:
         return rows.generation(tokens, started, token_times[0], time.perf_counter())
 
     def clear_cache(self) -> None:
-        """Give freed memory back: Python's unreachable objects, then the CUDA allocator's cache."""
         import torch
 
         gc.collect()

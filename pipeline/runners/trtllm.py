@@ -176,10 +176,7 @@ class TrtLlmRunner:
         )
 
     def write_dataset(self, path: Path, workload: Workload, vocab_size: int, seed: int) -> None:
-        """Write one JSON line for each request: `task_id`, `input_ids`, `output_tokens`.
-
-        Every round has prompts of its own, so that no prefix is ever found in the cache.
-        """
+        """One JSON line for each request; every round has prompts of its own, so none is cached."""
         with path.open("w", encoding="ascii") as stream:
             for number in range(self.bench_rounds):
                 prompts = workload.request_prompts(vocab_size, seed + number)
@@ -188,7 +185,6 @@ class TrtLlmRunner:
                     stream.write(json.dumps(request) + "\n")
 
     def _write_options(self, path: Path, window: int | None) -> bool:
-        """Write the options of the LLM class, if there are any."""
         if window is None:
             return False
         # The section replaces the tool's own, so it repeats what that sets.
@@ -203,17 +199,10 @@ class TrtLlmRunner:
     def bench_command(
         self, workload: Workload, given: str, made: str, engine_dir: str, *, options: bool
     ) -> tuple[str, ...]:
-        """Program and arguments, never a shell string.
+        """Program and arguments; the folders are as the tool sees them.
 
         `throughput` streams, so that times to tokens are known; `latency` always does.
         End-of-sequence is off in both, and `--max_seq_len` must not be given for an engine.
-
-        Args:
-            workload: What to measure.
-            given: Folder of what the tool reads, as it sees it; like the next two.
-            made: Folder of what it writes.
-            engine_dir: The engine.
-            options: Whether there are options of the LLM class.
         """
         mode = mode_of(workload)
         command = [
@@ -249,8 +238,7 @@ class TrtLlmRunner:
         - `itl_ms`: mean over requests of (end - first token) / (osl - 1).
 
         Raises:
-            PipelineError: Another engine, other requests or other lengths than asked for, or a
-                figure that is none; lists all of it.
+            PipelineError: Another run than asked for, or a figure that is none; lists all of it.
         """
         wanted: dict[str, Any] = {
             "engine.backend": "TRT",
@@ -307,10 +295,9 @@ def mode_of(workload: Workload) -> Literal["throughput", "latency"]:
 def write_model_dir(folder: Path, checkpoint_dir: Path, engine_dir: Path) -> None:
     """Fill the folder for `--model_path`: a Hugging Face config, a tokenizer, and one tensor.
 
-    `trtllm-bench` loads the tokenizer although the dataset is tokenized, and reads the model's
-    config and its safetensors headers to count parameters, of which it makes use for its PyTorch
-    backend only (`ModelConfig.from_hf` in bench/build/dataclasses.py). The engine's own
-    `config.json` is of another kind. `auto_map` would make it look for the model's Python files.
+    `trtllm-bench` loads the tokenizer although the dataset is tokenized, and counts parameters from
+    config and safetensors headers, for its PyTorch backend only (`ModelConfig.from_hf` in
+    bench/build/dataclasses.py). `auto_map` would make it look for the model's Python files.
     """
     folder.mkdir()
     copy_companions(engine_dir, folder)

@@ -31,8 +31,7 @@ class VllmRunner:
     """Runs a checkpoint engine in vLLM, in a process that ends with the session.
 
     Attributes:
-        gpu_memory_utilization: Share of the card's memory that vLLM takes, weights and KV cache
-            together.
+        gpu_memory_utilization: Share of the card's memory for weights and KV cache together.
         arguments: More arguments of vLLM's engine, after the package's own.
         load_timeout_s: Longest time for loading, compilation and graph capture included.
         answer_timeout_s: Longest time for one answer.
@@ -85,9 +84,7 @@ class VllmRunner:
     ) -> AbstractContextManager[ChildSession]:
         """Load any folder that vLLM reads: a package's `engine/`, or a source model.
 
-        Its logits are log-probabilities, and come with one generated token, so a window must be
-        shorter than `--max-model-len`. `serve_args` are those of the manifest, or for a source
-        model those to compare with, such as `--quantization fp8`.
+        Its logits come with a generated token, so a window must be below `--max-model-len`.
 
         Raises:
             ToolError: vLLM did not load it.
@@ -103,9 +100,8 @@ class VllmRunner:
     def engine_arguments(self, model_dir: Path, serve_args: Sequence[str]) -> tuple[str, ...]:
         """Arguments of vLLM's engine for a measurement; the package's own come first.
 
-        What follows changes nothing that is computed: no tokenizer is needed for token ids, a
-        prefix that is cached would not be computed and so not be measured, and all
-        log-probabilities may be asked for.
+        The others change nothing that is computed: token ids need no tokenizer, a cached prefix
+        would not be measured, and all log-probabilities may be asked for.
         """
         return (
             *("--model", str(model_dir)),

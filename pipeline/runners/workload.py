@@ -57,8 +57,8 @@ class Lengths:
     def draw(self, longest: int, count: int, stream: tuple[int, int]) -> list[int]:
         """`count` lengths from `min` to `longest`; the same for the same stream.
 
-        `stream` is a seed and what is drawn with it: each has random numbers of its own, or the
-        lengths would follow the ids of the prompts.
+        `stream` is a seed and what is drawn with it: with one stream for all, the lengths would
+        follow the ids of the prompts.
         """
         import numpy as np
 
@@ -177,12 +177,11 @@ class Workload:
 
     @property
     def total_requests(self) -> int:
-        """Requests of one run, all waves together."""
         return self.requests or self.batch
 
     @property
     def is_plain(self) -> bool:
-        """One batch of synthetic prompts and answers of equal length: what every runner can do."""
+        """One batch of synthetic prompts and answers of equal length."""
         return (
             self.total_requests == self.batch
             and self.isl_distribution is None
@@ -193,16 +192,11 @@ class Workload:
 
     @property
     def lengths_are_known_and_equal(self) -> bool:
-        """Every request generates `osl` tokens."""
         return self.osl_distribution is None and self.ignore_eos
 
     @property
     def load(self) -> dict[str, Any]:
-        """The load itself, thresholds, name and defaults left out; of a file, its content.
-
-        Raises:
-            OSError: The file of prompts is not there; `faults` tells that in time.
-        """
+        """The load itself, thresholds, name and defaults left out; of a file, its content."""
         found = asdict(self)
         thresholds = ("name", "min_output_tokens_per_s", "min_share_of_ceiling")
         load = {
@@ -219,21 +213,15 @@ class Workload:
 
     @property
     def digest(self) -> str:
-        """Identity of `load`."""
         return digest_of(self.load)
 
     def request_prompts(
         self, vocab_size: int, seed: int, tokenizer: Any | None = None, config_path: str = ""
     ) -> Prompts:
-        """Token ids of all requests of one run, in their order.
+        """Token ids of all requests of one run, in their order, below `vocab_size`.
 
-        Synthetic ones are drawn: speed does not depend on what they mean.
-
-        Args:
-            vocab_size: Ids are below it.
-            seed: Of what is drawn, where the workload has none of its own.
-            tokenizer: For a file whose prompts are text.
-            config_path: Of this workload, for messages.
+        Synthetic ones are drawn with `seed`, where the workload has none of its own: speed does not
+        depend on what they mean.
 
         Raises:
             RecipeError: The file of prompts does not fit, or has text and there is no tokenizer.
@@ -248,7 +236,7 @@ class Workload:
         return tuple(tuple(row[:length]) for row, length in zip(drawn, lengths, strict=True))
 
     def output_lengths(self, seed: int) -> tuple[int, ...]:
-        """Output tokens of each request of one run, at most; `seed` as in `request_prompts`."""
+        """Output tokens of each request of one run, at most."""
         return self._drawn(self.osl_distribution, self.osl, seed, _OSL_STREAM)
 
     def mean_isl(self, seed: int) -> float:
@@ -274,7 +262,7 @@ class Workload:
 
         Gaps of a Poisson process are exponential. They are scaled so that the last arrives at
         (requests - 1) / request_rate: else the rate of a run of 100 would be off by a tenth
-        (1 / sqrt(requests)), and nobody could say whether the server was.
+        (1 / sqrt(requests)).
         """
         if self.request_rate is None:
             return ()
@@ -289,8 +277,6 @@ class Workload:
         self, prompts: Prompts, seed: int, eos_token_ids: frozenset[int] = frozenset()
     ) -> tuple[tuple[list[list[int]], BatchOptions | None], ...]:
         """What a session is given, one call after the other: prompts, and what they ask beyond.
-
-        `prompts` and `seed` are those of `request_prompts`.
 
         Raises:
             RecipeError: End-of-sequence should end answers, and the model has no ids of it.
@@ -320,10 +306,7 @@ class Workload:
         return seed if self.seed is None else self.seed
 
     def faults(self, config_path: str, *, tokenizer: Any | None = None) -> tuple[Fault, ...]:
-        """What is wrong with its file; without a tokenizer the length of a text is not known.
-
-        `config_path` is that of this workload, such as `acceptance.targets[0]`.
-        """
+        """What is wrong with its file; without a tokenizer the length of a text is not known."""
         if self.prompts_file is None:
             return ()
         try:
@@ -335,7 +318,7 @@ class Workload:
     def _file_prompts(
         self, vocab_size: int | None, tokenizer: Any | None, config_path: str, *, whole: bool
     ) -> Prompts:
-        """The file's prompts; `whole`: text that cannot be tokenized is a fault."""
+        """`whole`: text that cannot be tokenized is a fault."""
         assert self.prompts_file is not None
         path = f"{config_path}.prompts_file".lstrip(".")
         found = read_prompts(self.prompts_file, path)

@@ -32,7 +32,7 @@ from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.trtrtx.graph_writer import node_names
-from pipeline.formats.trtrtx.network import DecoderInterface, guard_network, parse_network
+from pipeline.formats.trtrtx.network import guard_network, parse_network
 from pipeline.formats.trtrtx.onnx_graph import buildable_layer
 from pipeline.formats.trtrtx.plan_text import prove_plan
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
@@ -92,7 +92,6 @@ class CompileJob:
     """What to compile; `profiles` come in the order in which a runtime selects them."""
 
     graph: Path
-    interface: DecoderInterface
     plan: Path
     sm: int
     profiles: tuple[Profile, ...]
@@ -108,7 +107,7 @@ class CompileJob:
         import tensorrt_rtx as trt
 
         parsed = parse_network(self.graph)
-        guard_network(parsed.network, self.interface)
+        guard_network(parsed.network, self.graph)
         config = parsed.builder.create_builder_config()
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{self.sm}"), 0)
@@ -159,14 +158,13 @@ class CheckJob:
 
     graph: Path
     reference: Path
-    interface: DecoderInterface
     result: Path
 
     def run(self) -> None:
         from pipeline.formats.trtrtx.network_check import check_network
 
-        found = check_network(self.graph, self.reference, interface=self.interface)
-        self.result.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        found = check_network(self.graph, self.reference)
+        self.result.write_text(json.dumps(found, indent=1) + "\n")
 
 
 _JOB: TypeAdapter[CompileJob | CheckJob] = TypeAdapter(CompileJob | CheckJob)
@@ -307,19 +305,18 @@ class TrtRtxCompiler:
         """
         checkpoint = UnifiedCheckpoint(checkpoint_dir)
         spec, layers = checkpoint.spec, cut_layers(checkpoint)
-        interface = DecoderInterface.of(
-            spec, cut_context(spec, self.max_seq_len), self.activation_dtype, len(layers)
-        )
         inputs = {
             "config": spec.to_json(),
-            "interface": asdict(interface),
+            "context": cut_context(spec, self.max_seq_len),
+            "dtype": self.activation_dtype,
+            "layers": len(layers),
             "quantized_linears": sorted(quantized_linears(checkpoint, layers)),
             "tools": {name: version(name) for name in _CHECK_TOOLS},
         }
 
         def produce(out: Path) -> None:
-            files = {"graph": graphs / RTX_CUT, "reference": graphs / CPU_CUT}
-            job = CheckJob(**files, interface=interface, result=out / _CHECK_RESULT)
+            rtx, cpu, result = graphs / RTX_CUT, graphs / CPU_CUT, out / _CHECK_RESULT
+            job = CheckJob(graph=rtx, reference=cpu, result=result)
             run_child(job, out, stage=CHECK_STAGE.name, log_path=log_dir / "network-check.log")
 
         found: dict[str, Any] = cache.run(CHECK_STAGE, inputs, produce).read_json(_CHECK_RESULT)
@@ -334,7 +331,6 @@ class TrtRtxCompiler:
         spec = UnifiedCheckpoint(checkpoint.dir).spec
         job = CompileJob(
             graph=graphs / RTX_GRAPH,
-            interface=DecoderInterface.of(spec, self.max_seq_len, self.activation_dtype),
             plan=plan,
             sm=target.sm,
             profiles=self.profiles,

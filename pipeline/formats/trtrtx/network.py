@@ -6,9 +6,7 @@ layer without mask and lengths whose causal kind is UPPER_LEFT, which would buil
 wrong keys in every decode step. So the *parsed* `INetworkDefinition`, the last thing before the
 compiler that can still be read, is checked twice:
 
-- `guard_network` here: every build, the whole network, no weight, milliseconds. It states the
-  interface a second time, apart from the code that writes the graph, so that an input which got
-  lost on the way is found.
+- `guard_network` here: every build, the whole network, no weight, milliseconds.
 - `network_check`: a cut of the model (embedding, two layers, final norm, lm_head), once per
   architecture, RTX version and graph code: `interpreter` computes what the parsed network says,
   ONNX Runtime computes the float32 graph.
@@ -32,10 +30,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import PipelineError
-from pipeline.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -195,71 +192,20 @@ def _struct_of(weights: Any, layer: Layer) -> _Weights:
     return _Weights.from_address(get_pointer(found, _WEIGHTS_TYPE_NAME))
 
 
-ANY = -1
-"""A dynamic dimension."""
-
-Signature = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> dtype name (NumPy's words) and shape, `ANY` for dynamic dimensions."""
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> shape, -1 for dynamic dimensions."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderInterface:
-    """Sizes that the decoder's inputs and outputs follow from, of a model's graph or of its cut.
+def graph_shapes(graph: Path) -> tuple[Shapes, Shapes]:
+    """Inputs and outputs of an ONNX file, whose weights are not read."""
+    import onnx
 
-    `context` is the static cache length in tokens, `dtype` that of the cache in the graph for RTX.
-    """
+    def shapes(tensors: Any) -> Shapes:
+        dims = {tensor.name: tensor.type.tensor_type.shape.dim for tensor in tensors}
+        return {name: tuple(one.dim_value or -1 for one in dim) for name, dim in dims.items()}
 
-    num_hidden_layers: int
-    num_key_value_heads: int
-    context: int
-    head_dim: int
-    vocab_size: int
-    dtype: Literal["bfloat16", "float16"]
-
-    @classmethod
-    def of(
-        cls,
-        spec: ModelSpec,
-        context: int,
-        dtype: Literal["bfloat16", "float16"],
-        num_layers: int | None = None,
-    ) -> DecoderInterface:
-        """That of a model's graph; of so many layers, or of all."""
-        attention = spec.layers[0].attention
-        return cls(
-            num_hidden_layers=spec.num_layers if num_layers is None else num_layers,
-            num_key_value_heads=attention.kv_heads,
-            context=context,
-            head_dim=attention.head_dim,
-            vocab_size=spec.vocab_size,
-            dtype=dtype,
-        )
-
-    @property
-    def cache_names(self) -> tuple[str, ...]:
-        """Cache tensors without their `past_` or `present_`."""
-        layers = range(self.num_hidden_layers)
-        return tuple(f"{part}.{layer}" for layer in layers for part in ("key", "value"))
-
-    def inputs(self, dtype: str) -> Signature:
-        """Inputs of the graph whose activations are `dtype`."""
-        return {
-            "input_ids": ("int64", (ANY, ANY)),
-            "write_indices": ("int64", (ANY,)),
-            "logits_index": ("int64", (ANY, ANY)),
-            **self._caches("past", dtype),
-        }
-
-    def outputs(self, dtype: str) -> Signature:
-        """Outputs of the graph whose activations are `dtype`; logits are always float32."""
-        return {
-            "logits": ("float32", (ANY, ANY, self.vocab_size)),
-            **self._caches("present", dtype),
-        }
-
-    def _caches(self, prefix: str, dtype: str) -> Signature:
-        shape = (ANY, self.num_key_value_heads, self.context, self.head_dim)
-        return {f"{prefix}_{name}": (dtype, shape) for name in self.cache_names}
+    model = onnx.load(graph, load_external_data=False).graph
+    return shapes(model.input), shapes(model.output)
 
 
 _LAYERS_OF_EACH = {
@@ -271,8 +217,10 @@ _LAYERS_OF_EACH = {
 """Kind -> layers of it in one decoder layer."""
 
 
-def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int]:
+def guard_network(network: Any, graph: Path) -> Mapping[str, int]:
     """Check interface, attention layers and cache updates of a parsed decoder; counts its layers.
+
+    Its inputs and outputs must be those of an ONNX file: its own, or that of the same decoder.
 
     Raises:
         CheckError: Something is missing, left over or different; names the layer and the cause.
@@ -280,8 +228,9 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
     layers = list(layers_of(network))
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    _check_signature("inputs", inputs, interface.inputs(interface.dtype))
-    _check_signature("outputs", outputs, interface.outputs(interface.dtype))
+    own_inputs, own_outputs = graph_shapes(graph)
+    _check_shapes("inputs", inputs, own_inputs)
+    _check_shapes("outputs", outputs, own_outputs)
     read = {tensor.name for layer in layers for tensor in layer.inputs if tensor is not None}
     if unread := sorted(tensor.name for tensor in inputs if tensor.name not in read):
         raise CheckError(
@@ -291,7 +240,8 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
     for layer in layers:
         if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
             _check_attention(layer)
-    kinds, decoders = Counter(layer.kind for layer in layers), interface.num_hidden_layers
+    kinds = Counter(layer.kind for layer in layers)
+    decoders = sum(one.name.startswith("past_key") for one in inputs)
     for kind, wanted in _LAYERS_OF_EACH.items():
         if kinds[kind] != wanted * decoders:
             raise CheckError(
@@ -302,11 +252,8 @@ def guard_network(network: Any, interface: DecoderInterface) -> Mapping[str, int
     return dict(sorted(kinds.items()))
 
 
-def _check_signature(what: str, tensors: list[Any], wanted: Signature) -> None:
-    got = {
-        tensor.name: (NUMPY_NAMES.get(tensor.dtype.name, tensor.dtype.name), tuple(tensor.shape))
-        for tensor in tensors
-    }
+def _check_shapes(what: str, tensors: list[Any], wanted: Shapes) -> None:
+    got = {one.name: tuple(one.shape) for one in tensors}
     faults = [f"{name} is missing" for name in wanted if name not in got]
     faults += [f"{name} is not part of the decoder" for name in got if name not in wanted]
     for name in got.keys() & wanted.keys():
@@ -315,7 +262,7 @@ def _check_signature(what: str, tensors: list[Any], wanted: Signature) -> None:
     if faults:
         raise CheckError(
             f"the network's {what} differ from the decoder's interface: {'; '.join(faults)}; "
-            "the graph was written for another shape, or the parser dropped or changed a tensor"
+            "the parser dropped or changed a tensor"
         )
 
 

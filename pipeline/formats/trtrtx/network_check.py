@@ -20,14 +20,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.formats.trtrtx.interpreter import Array, NetworkInterpreter
 from pipeline.formats.trtrtx.network import (
     CheckError,
-    DecoderInterface,
+    Shapes,
     constant_values,
+    graph_shapes,
     guard_network,
     parse_network,
 )
@@ -44,81 +46,57 @@ _PROMPT_LENGTHS = (9, 5, 1)
 _DECODE_STEPS = 2
 
 
-@dataclass
-class Difference:
-    """How far two sides are apart, over all tensors of one sort and all steps."""
-
-    values: int = 0
-    """Numbers compared."""
-    max_relative: float = 0.0
-    """Largest difference of two values, relative as `TOLERANCE` says."""
+Differences = dict[str, dict[str, float]]
+"""By sort (`logits`, `caches`, `quantizer_inputs`, `quantized_values`): how many `values` were
+compared, and their `max_relative` difference, as `TOLERANCE` says."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkCheckResult:
-    """A parsed network that passed.
-
-    Attributes:
-        layer_kinds: How many layers of each kind were evaluated.
-        constants_equal: How many constants equal the reference's initializers.
-        constants_rounded: Those that are the 16-bit rounding of the reference's.
-        differences: By sort: `logits`, `caches`, `quantizer_inputs`, `quantized_values`.
-        tolerance: Largest `max_relative` that passes.
-        seconds: What the check took.
-    """
-
-    layer_kinds: Mapping[str, int]
-    constants_equal: int
-    constants_rounded: tuple[str, ...]
-    differences: Mapping[str, Difference]
-    tolerance: float
-    seconds: float
-
-
-def check_network(
-    onnx_rtx: Path, onnx_cpu: Path, *, interface: DecoderInterface, seed: int = 0
-) -> NetworkCheckResult:
+def check_network(onnx_rtx: Path, onnx_cpu: Path) -> dict[str, Any]:
     """Check that TensorRT-RTX's parser reads `onnx_rtx` as ONNX Runtime reads `onnx_cpu`.
 
-    `onnx_cpu` is the same decoder graph with float32 activations; `interface` has its sizes.
+    `onnx_cpu` is the same decoder graph with float32 activations.
+
+    Returns:
+        For the report: `layer_kinds` that were evaluated; how many constants equal the reference's
+        initializers, which are their 16-bit rounding; `differences`.
 
     Raises:
         CheckError: They differ, or the network holds something that this check does not know.
     """
     started = time.perf_counter()
     parsed = parse_network(onnx_rtx)
-    kinds = guard_network(parsed.network, interface)
+    kinds = guard_network(parsed.network, onnx_cpu)
+    inputs, outputs = graph_shapes(onnx_cpu)
     interpreter = NetworkInterpreter(parsed.network)
     reference = ReferenceModel(onnx_cpu)
     if names := interpreter.quantized ^ reference.quantized:
         raise CheckError(f"only one of network and reference quantizes: {', '.join(sorted(names))}")
-    equal, rounded = _compare_constants(interpreter, reference, interface.dtype)
+    equal, rounded = _compare_constants(interpreter, reference)
     run_reference = reference.start(rounded)
-    differences: dict[str, Difference] = {}
-    feeds_network = feeds_reference = _stale_caches(interface, seed)
-    for step, tokens in _steps(interface, seed):
+    differences: Differences = {}
+    feeds_network = feeds_reference = _stale_caches(inputs)
+    for step, tokens in _steps(inputs["past_key.0"][2], outputs["logits"][-1]):
         wanted = run_reference({**tokens, **feeds_reference})
         comparison = _Comparison(step, reference, wanted, differences)
         got = interpreter.run({**tokens, **feeds_network}, comparison.observe)
-        comparison.compare_outputs(got, interface)
-        feeds_network = _as_past(got, interface)
-        feeds_reference = _as_past(wanted, interface)
-    return NetworkCheckResult(
-        layer_kinds=kinds,
-        constants_equal=equal,
-        constants_rounded=tuple(sorted(rounded)),
-        differences=differences,
-        tolerance=TOLERANCE,
-        seconds=round(time.perf_counter() - started, 2),
-    )
+        comparison.compare_outputs(got)
+        feeds_network, feeds_reference = _as_past(got), _as_past({k: wanted[k] for k in outputs})
+    return {
+        "layer_kinds": kinds,
+        "constants_equal": equal,
+        "constants_rounded": sorted(rounded),
+        "differences": differences,
+        "tolerance": TOLERANCE,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
 
 
 def _compare_constants(
-    interpreter: NetworkInterpreter, reference: ReferenceModel, dtype: str
+    interpreter: NetworkInterpreter, reference: ReferenceModel
 ) -> tuple[int, dict[str, Array]]:
     """Compare each constant of the network with the reference's initializer of that name.
 
-    Returns how many are equal, and the values of those that are the reference's rounded to `dtype`.
+    Returns how many are equal, and the values of those that are the reference's rounded to 16 bit.
     Constants made of attributes have no namesake: the comparison of values covers them.
     """
     equal = 0
@@ -128,7 +106,7 @@ def _compare_constants(
         same_type = (values.dtype, values.shape) == (wanted.dtype, wanted.shape)
         if same_type and values.tobytes() == wanted.tobytes():
             equal += 1
-        elif values.dtype.name == dtype and _is_rounding(values, wanted):
+        elif values.dtype.itemsize == 2 and _is_rounding(values, wanted):
             rounded[name] = values.astype(np.float32)
         else:
             raise CheckError(
@@ -153,33 +131,37 @@ def _describe(values: Array) -> str:
     return f"{values.dtype} {list(values.shape)} {values.reshape(-1)[:3]}.."
 
 
-def _stale_caches(interface: DecoderInterface, seed: int) -> dict[str, Array]:
+def _stale_caches(inputs: Shapes) -> dict[str, Array]:
     """As an earlier request left them: values within +-2, exact in every 16-bit format."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return {
         name: rng.integers(-128, 128, (len(_PROMPT_LENGTHS), *shape[1:]), np.int8) / np.float32(64)
-        for name, (_, shape) in interface.inputs("float32").items()
+        for name, shape in inputs.items()
         if name.startswith("past_")
     }
 
 
-def _as_past(outputs: Mapping[str, Array], interface: DecoderInterface) -> dict[str, Array]:
-    return {f"past_{name}": outputs[f"present_{name}"] for name in interface.cache_names}
+def _as_past(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        name.replace("present_", "past_"): value
+        for name, value in outputs.items()
+        if name != "logits"
+    }
 
 
-def _steps(interface: DecoderInterface, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
-    rng = np.random.default_rng(seed + 1)
+def _steps(context: int, vocab_size: int) -> Iterator[tuple[str, dict[str, Array]]]:
+    rng = np.random.default_rng(1)
     lengths = np.array(_PROMPT_LENGTHS, np.int64)
     rows, longest = len(lengths), max(_PROMPT_LENGTHS)
     needed = longest + _DECODE_STEPS
-    if interface.context < needed:
-        raise CheckError(f"the check needs a context of {needed} tokens, got {interface.context}")
+    if context < needed:
+        raise CheckError(f"the check needs a context of {needed} tokens, got {context}")
     columns = np.arange(longest)
-    ends = interface.context - np.arange(rows, dtype=np.int64)
+    ends = context - np.arange(rows, dtype=np.int64)
     one_token = np.zeros((rows, 1), np.int64)
 
     def step(width: int, starts: Array, logits: Array) -> dict[str, Array]:
-        ids = rng.integers(0, interface.vocab_size, (rows, width))
+        ids = rng.integers(0, vocab_size, (rows, width))
         return {"input_ids": ids, "write_indices": starts, "logits_index": logits}
 
     # All real positions; where a row has ended, its last one again.
@@ -200,7 +182,7 @@ class _Comparison:
     step: str
     reference: ReferenceModel
     wanted: Mapping[str, Array]
-    differences: dict[str, Difference]
+    differences: Differences
     _seen: set[str] = field(default_factory=set)
 
     def observe(self, name: str, value: Array) -> Array:
@@ -212,11 +194,11 @@ class _Comparison:
         self._seen.add(name)
         return self.wanted[name]
 
-    def compare_outputs(self, got: Mapping[str, Array], interface: DecoderInterface) -> None:
+    def compare_outputs(self, got: Mapping[str, Array]) -> None:
         if missing := self.reference.observed - self._seen:
             raise CheckError(f"the network has no tensor {', '.join(sorted(missing))}")
-        for name in interface.outputs("float32"):
-            self._compare("logits" if name == "logits" else "caches", name, got[name])
+        for name, value in got.items():
+            self._compare("logits" if name == "logits" else "caches", name, value)
 
     def _compare(self, sort: str, name: str, got: Array) -> None:
         what, wanted = f"{name} ({self.step})", self.wanted[name]
@@ -232,9 +214,9 @@ class _Comparison:
                 f"{largest:.3g} of its magnitude, {TOLERANCE:g} is allowed; the parser reads "
                 "something between this tensor and the quantizers before it in another way"
             )
-        found = self.differences.setdefault(sort, Difference())
-        found.values += unequal.size
-        found.max_relative = max(found.max_relative, largest)
+        found = self.differences.setdefault(sort, {"values": 0, "max_relative": 0.0})
+        found["values"] += unequal.size
+        found["max_relative"] = max(found["max_relative"], largest)
 
 
 class ReferenceModel:

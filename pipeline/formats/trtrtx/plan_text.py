@@ -100,9 +100,9 @@ def _gemms(plan: Buffer, start: int, end: int, accelerators: tuple[str, ...]) ->
         raise PlanError("the plan holds GEMMs that cannot be read; its content cannot be proven")
     types: dict[str, str] = {}
     for match in _TENSOR.finditer(plan, start, end):
-        name, kind = _NAME.search(match.group(1)), _TYPE.search(match.group(1))
+        name, kind = _NAME.search(match[1]), _TYPE.search(match[1])
         if name and kind:
-            types[name.group(1).decode()] = kind.group(1).decode()
+            types[name[1].decode()] = kind[1].decode()
     return tuple(_gemm(match, types, accelerators) for match in matches)
 
 
@@ -166,12 +166,8 @@ def prove_plan(
             raise PlanError(f"{where} has unexpected {title} GEMMs, first {surplus[0]}")
         if strange := sorted(rest.keys() - {*kept_16bit, "lm_head"}):
             raise PlanError(f"{where} has unexpected 16-bit GEMMs, first {strange[0]}")
-    return {
-        "profiles": profiles,
-        "quantized_gemms": len(quantized),
-        "other_gemms": len(other),
-        "quantized_linears": len(wanted),
-    }
+    counts = {"quantized_gemms": len(quantized), "other_gemms": len(other)}
+    return {"profiles": profiles, **counts, "quantized_linears": len(wanted)}
 
 
 def _modules(gemms: list[Gemm], profile: int) -> Counter[str]:

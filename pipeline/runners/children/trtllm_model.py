@@ -19,10 +19,9 @@ class TrtLlmModel:
     """An engine in `tensorrt_llm._tensorrt_engine.LLM`, greedy, end-of-sequence ignored.
 
     Logits: an engine gives those of its prompt only if it was built with `gather_context_logits`,
-    whose output of max_num_tokens x vocabulary would be in everybody's way. Those of a generated
-    token are a runtime option. So each position asks for one token after its own prefix; a window
-    of N tokens costs N (N + 1) / 2 prefilled tokens. Prefixes are not reused: a reused block gives
-    other last bits than a computed one (TensorRT-LLM issue 15503).
+    an output of max_num_tokens x vocabulary. Those of a generated token are a runtime option. So
+    each position asks for one token after its own prefix: N (N + 1) / 2 prefilled tokens. Prefixes
+    are not reused: a reused block has other last bits (TensorRT-LLM issue 15503).
 
     Timing: a batch runs twice, once for one token; published figures are those of `trtllm-bench`.
     """
@@ -36,7 +35,6 @@ class TrtLlmModel:
         attention_window: int | None,
         chunked_prefill: bool,
     ) -> None:
-        """Load an engine: what `TrtLlmRunner.open_folder` says."""
         from tensorrt_llm import SamplingParams
         from tensorrt_llm._tensorrt_engine import LLM
         from tensorrt_llm.llmapi import KvCacheConfig

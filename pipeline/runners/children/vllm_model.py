@@ -35,12 +35,12 @@ class VllmModel:
         self._served = 0
 
     def logits(self, tokens: Sequence[int]) -> Any:
-        """Log-probabilities [tokens, vocab], which are the logits up to a constant per position.
+        """Log-probabilities [tokens, vocab].
 
         vLLM gives those of prompt token i + 1 with position i's prefix (`prompt_logprobs`, its
-        first entry empty), and those of the one generated token, which are the last row. It sorts
-        each row by value and puts the actual token in front of it, hence V + 1 pairs for V tokens.
-        `flat_logprobs` keeps them in lists instead of one object for each number.
+        first entry empty), and those of the one generated token, the last row. It puts the actual
+        token in front of each row, hence V + 1 pairs for V tokens. `flat_logprobs` keeps them in
+        lists instead of one object for each number.
         """
         import numpy as np
 
@@ -91,8 +91,7 @@ class VllmModel:
         """Hand each request to the engine when it arrives; their outputs in the same order.
 
         A request is handed over between two steps of the engine, so up to one step late, and later
-        where `at_once` run already. vLLM gets the time of its arrival: its time to the first token
-        counts from there. Arrivals are of the wall clock, as vLLM's own.
+        where `at_once` run already; vLLM's times count from its arrival, on vLLM's own wall clock.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -162,9 +161,8 @@ def _timing(stats: Any, arrival_s: float | None) -> dict[str, Any]:
     """The fields of `RequestTiming`, from a finished request's `RequestStateStats`.
 
     Source: vllm/v1/metrics/stats.py. `first_token_latency` is wall-clock time since the arrival;
-    the two others are of the engine's monotonic clock, good for differences only. It has no time of
-    single tokens, so the gaps between them are known by their mean only. vLLM looks for corrupted
-    logits only where its variable VLLM_COMPUTE_NANS_IN_LOGITS=1 is set, which costs speed.
+    the two others are of the engine's monotonic clock, good for differences only. vLLM looks for
+    corrupted logits only with VLLM_COMPUTE_NANS_IN_LOGITS=1, which costs speed.
     """
     if stats is None:
         raise RuntimeError(

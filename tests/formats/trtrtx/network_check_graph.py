@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, WeightSlot, write_weights
-from pipeline.formats.trtrtx.network import DecoderInterface
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype, build_decoder
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import tiny_fp8_architecture
@@ -39,9 +38,6 @@ class TinyDecoder:
         tiny_fp8_architecture(architecture, folder, num_hidden_layers=2, keep_16bit=keep_16bit)
         self.checkpoint = UnifiedCheckpoint(folder)
         self._slots: dict[str, WeightSlot] = write_weights(self.checkpoint, folder / WEIGHTS_FILE)
-
-    def interface(self, dtype: Literal["bfloat16", "float16"] = "bfloat16") -> DecoderInterface:
-        return DecoderInterface.of(self.checkpoint.spec, context=self._context, dtype=dtype)
 
     def model(self, activation: ActivationDtype) -> onnx.ModelProto:
         """The decoder graph, to be changed by a test."""

@@ -14,11 +14,9 @@ from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx.compiler import CompileJob, Profile, TrtRtxCompiler
-from pipeline.formats.trtrtx.network import DecoderInterface
 from pipeline.formats.trtrtx.plan_text import PlanError, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
-from pipeline.quant.unified import UnifiedCheckpoint
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 
 E4M3 = "fp8_e4m3"
@@ -98,9 +96,6 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
     assert engine.cpu_graph_dir is not None
     job = CompileJob(
         graph=engine.cpu_graph_dir / RTX_GRAPH,
-        interface=DecoderInterface.of(
-            UnifiedCheckpoint(checkpoint.dir).spec, context=COMPILER.max_seq_len, dtype="bfloat16"
-        ),
         plan=Path("/dev/full"),
         sm=89,
         profiles=COMPILER.profiles,
