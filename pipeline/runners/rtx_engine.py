@@ -16,7 +16,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from pipeline.runners.decode import Ids
 
-KernelSpecialization = Literal["lazy", "eager", "none"]
 ALIGNMENT_BYTES = 256
 """Of every address that is bound: what TensorRT-RTX asks of device memory that it is given
 (docstring of `IExecutionContext.set_device_memory`, 1.7.1)."""
@@ -85,7 +84,7 @@ class CudaDevice:
         self._stream.synchronize()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepProfile:
     """One optimization profile: smallest and largest number of rows, tokens and logits of a row."""
 
@@ -159,13 +158,7 @@ class RtxEngine:
         PipelineError: TensorRT-RTX refuses to make it ready.
     """
 
-    def __init__(
-        self,
-        plan: Path,
-        device: CudaDevice,
-        kernel_specialization: KernelSpecialization,
-        runtime_cache: Path | None,
-    ) -> None:
+    def __init__(self, plan: Path, device: CudaDevice, runtime_cache: Path) -> None:
         import tensorrt_rtx as trt
 
         self.device = device
@@ -177,8 +170,7 @@ class RtxEngine:
         self.context = self.cache_shape[1]
         self.vocab_size = int(self._engine.get_tensor_shape("logits")[-1])
         self._cache_file = runtime_cache
-        self._runtime_cache: Any = None
-        self._config = self._runtime_config(kernel_specialization)
+        self._config = self._runtime_config()
         self.contexts = [self._new_context(profile) for profile in step_profiles(self._engine)]
 
     @property
@@ -213,8 +205,6 @@ class RtxEngine:
         raise RecipeError([Fault("", f"{message}; the engine's profiles take: {profiles}")])
 
     def save_runtime_cache(self) -> None:
-        if self._runtime_cache is None or self._cache_file is None:
-            return
         serialized = self._runtime_cache.serialize()
         if serialized is None:
             return
@@ -229,9 +219,8 @@ class RtxEngine:
             with plan.open("rb") as stream:
                 content = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
         except (OSError, ValueError) as error:  # a ValueError: the file is empty
-            raise CorruptError(
-                f"{plan} cannot be read: {error}; build or pull the package again"
-            ) from error
+            message = f"{plan} cannot be read: {error}; build or pull the package again"
+            raise CorruptError(message) from error
         with contextlib.closing(content):
             engine = self._runtime.deserialize_cuda_engine(content)
             if engine is not None:
@@ -244,7 +233,7 @@ class RtxEngine:
             "runner=onnxruntime, its graph on a CPU"
         )
 
-    def _runtime_config(self, kernel_specialization: KernelSpecialization) -> Any:
+    def _runtime_config(self) -> Any:
         import tensorrt_rtx as trt
 
         config = self._engine.create_runtime_config()
@@ -252,17 +241,17 @@ class RtxEngine:
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         )
-        config.dynamic_shapes_kernel_specialization_strategy = getattr(
-            trt.DynamicShapesKernelSpecializationStrategy, kernel_specialization.upper()
+        # The default, lazy, compiles beside later steps, which shifts their times.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
-        if self._cache_file is not None:
-            self._runtime_cache = config.create_runtime_cache()
-            with contextlib.suppress(FileNotFoundError):
-                # False where they are of another driver, card or version.
-                if not self._runtime_cache.deserialize(self._cache_file.read_bytes()):
-                    print(f"{self._cache_file} does not fit here; not used", file=sys.stderr)
-            if not config.set_runtime_cache(self._runtime_cache):
-                raise _refused("a runtime cache")
+        self._runtime_cache = config.create_runtime_cache()
+        with contextlib.suppress(FileNotFoundError):
+            # False where they are of another driver, card or version.
+            if not self._runtime_cache.deserialize(self._cache_file.read_bytes()):
+                print(f"{self._cache_file} does not fit here; not used", file=sys.stderr)
+        if not config.set_runtime_cache(self._runtime_cache):
+            raise _refused("a runtime cache")
         return config
 
     def _new_context(self, profile: StepProfile) -> StepContext:
@@ -305,9 +294,8 @@ def step_profiles(engine: Any) -> list[StepProfile]:
     for index in range(engine.num_optimization_profiles):
         low, _, high = engine.get_tensor_profile_shape("input_ids", index)
         fewest, _, most = engine.get_tensor_profile_shape("logits_index", index)
-        spans = [(low[0], high[0]), (low[1], high[1]), (fewest[1], most[1])]
-        batch, sequence, logits = spans
-        profiles.append(StepProfile(index=index, batch=batch, sequence=sequence, logits=logits))
+        batch, sequence = zip(low, high, strict=True)
+        profiles.append(StepProfile(index, batch, sequence, (fewest[1], most[1])))
     return profiles
 
 

@@ -21,7 +21,7 @@ from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE
 from pipeline.runners.child import ChildSession, Program, Timeouts, open_child, session_program
 from pipeline.runners.decode import DecoderSession
-from pipeline.runners.rtx_engine import CudaDevice, KernelSpecialization, RtxDecoder, RtxEngine
+from pipeline.runners.rtx_engine import CudaDevice, RtxDecoder, RtxEngine
 from pipeline.runners.runner import (
     BATCHES,
     NO_CARD,
@@ -38,15 +38,11 @@ class TrtRtxRunner:
     """Runs a trtrtx engine in a process that ends with the session. Not run on a card yet.
 
     An engine holds its kernels as source; TensorRT-RTX compiles them on the card when it is loaded
-    and, for shapes that it has not seen, later.
+    and, for shapes that it has not seen, before that step goes on, so that a warm-up takes all of
+    it. This machine's cache keeps them; the library itself refuses those of another card, driver
+    or version.
 
     Attributes:
-        kernel_specialization: What happens at such a shape. `eager`: its kernels are compiled
-            before the step goes on, so that a warm-up takes all of it. `lazy` (the library's
-            default): a general kernel is used meanwhile, which shifts the times of later steps.
-            `none`: always the general kernel.
-        runtime_cache: Keep compiled kernels in this machine's cache from one load of an engine to
-            the next. The library itself refuses a cache of another card, driver or version.
         load_timeout_s: Longest time for loading, compilation included.
         answer_timeout_s: Longest time for one answer, or the next token of a stream.
     """
@@ -55,8 +51,6 @@ class TrtRtxRunner:
     device: ClassVar[Device] = "cuda"
     abilities: ClassVar[frozenset[Ability]] = BATCHES
 
-    kernel_specialization: KernelSpecialization
-    runtime_cache: bool
     load_timeout_s: PositiveFloat
     answer_timeout_s: PositiveFloat
 
@@ -86,31 +80,19 @@ class TrtRtxRunner:
         self, engine_dir: Path, digest: str, opener: str = f"{__name__}:open_plan"
     ) -> Program:
         """What the child loads; `opener` as in `session_program`, the rest as in `open_folder`."""
-        kernels = cache_root() / "rtx-kernels" / digest[:24]
-        return session_program(
-            "TensorRT-RTX",
-            opener,
-            plan=str(engine_dir / PLAN_FILE),
-            kernel_specialization=self.kernel_specialization,
-            runtime_cache=str(kernels) if self.runtime_cache else None,
-        )
+        kernels = str(cache_root() / "rtx-kernels" / digest[:24])
+        plan = str(engine_dir / PLAN_FILE)
+        return session_program("TensorRT-RTX", opener, plan=plan, runtime_cache=kernels)
 
 
 @contextlib.contextmanager
 def open_plan(
-    plan: str,
-    kernel_specialization: KernelSpecialization,
-    runtime_cache: str | None,
-    open_device: Callable[[], CudaDevice] = CudaDevice,
+    plan: str, runtime_cache: str, open_device: Callable[[], CudaDevice] = CudaDevice
 ) -> Iterator[DecoderSession]:
     """An engine in this process, as `RtxEngine`; its compiled kernels are kept at the end."""
-    kernels = None if runtime_cache is None else Path(runtime_cache)
-    engine = RtxEngine(Path(plan), open_device(), kernel_specialization, kernels)
-    yield DecoderSession(
-        lambda batch: RtxDecoder(engine, batch),
-        context=engine.context,
-        logits_per_step=engine.logits_per_step,
-    )
+    engine = RtxEngine(Path(plan), open_device(), Path(runtime_cache))
+    sizes = {"context": engine.context, "logits_per_step": engine.logits_per_step}
+    yield DecoderSession(lambda batch: RtxDecoder(engine, batch), **sizes)
     engine.save_runtime_cache()
 
 

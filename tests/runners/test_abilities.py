@@ -32,9 +32,7 @@ LOADS: dict[Ability, Workload] = {
 VLLM = VllmRunner(
     gpu_memory_utilization=0.5, arguments=(), load_timeout_s=1.0, answer_timeout_s=1.0
 )
-RTX = TrtRtxRunner(
-    kernel_specialization="eager", runtime_cache=True, load_timeout_s=1.0, answer_timeout_s=1.0
-)
+RTX = TrtRtxRunner(load_timeout_s=1.0, answer_timeout_s=1.0)
 TRTLLM = TrtLlmRunner(
     where="local", image="x", kv_cache_fraction=0.9, bench_rounds=1, bench_warmup=0, timeout_s=1.0
 )

@@ -101,12 +101,7 @@ def _rtx(model_dir: Path, folder: Path, patch: pytest.MonkeyPatch, own: Session)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(RTX_PACKAGES), str(root)]))
     graph = write_graph(model_dir, folder / "graph", context=CONTEXT)
     plan = write_plan(graph, folder / "engine")
-    runner = TrtRtxRunner(
-        kernel_specialization="eager",
-        runtime_cache=True,
-        load_timeout_s=60.0,
-        answer_timeout_s=60.0,
-    )
+    runner = TrtRtxRunner(load_timeout_s=60.0, answer_timeout_s=60.0)
     program = runner.program(plan.parent, "d" * 64, "tests.runners.trtrtx.engines:open_on_host")
     return Case("TensorRT-RTX", lambda: open_child(program, TIMES), own, CONTEXT)
 

@@ -49,9 +49,9 @@ def graph_file(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def load(fake: ModuleType, graph_file: Path, tmp_path: Path) -> Load:
-    def load_plan(kernels: Path | None = None, **plan: Any) -> RtxEngine:
+    def load_plan(kernels: Path = tmp_path / "kernels", **plan: Any) -> RtxEngine:
         path = write_plan(graph_file, tmp_path, **plan)
-        return RtxEngine(path, fake.HostDevice(), "eager", kernels)
+        return RtxEngine(path, fake.HostDevice(), kernels)
 
     return load_plan
 
@@ -214,7 +214,7 @@ def test_an_empty_plan_is_corrupt(fake: ModuleType, tmp_path: Path) -> None:
     plan = tmp_path / "model.engine"
     plan.touch()
     with pytest.raises(CorruptError, match=r"model.engine cannot be read: .*pull the package"):
-        RtxEngine(plan, fake.HostDevice(), "eager", None)
+        RtxEngine(plan, fake.HostDevice(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -300,4 +300,4 @@ def test_without_a_card_the_real_package_loads_nothing_and_it_is_told(tmp_path: 
     plan.write_bytes(b"vtrt" + bytes(300))
     no_device: Any = None  # nothing of it may be asked for before an engine is loaded
     with pytest.raises(IncompatibleError, match=r"cannot load .*validity INVALID"):
-        RtxEngine(plan, no_device, "eager", None)
+        RtxEngine(plan, no_device, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -113,8 +112,6 @@ def test_the_kernels_of_an_engine_are_kept_under_its_digest(
     monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path))
     wanted = str(tmp_path / "rtx-kernels" / ("ab" * 12))
     assert RUNNER.program(Path("/engine"), "ab" * 32).arguments["runtime_cache"] == wanted
-    without = dataclasses.replace(RUNNER, runtime_cache=False)
-    assert without.program(Path("/engine"), "ab" * 32).arguments["runtime_cache"] is None
 
 
 def test_the_program_that_is_shipped_reports_why_it_cannot_load(
