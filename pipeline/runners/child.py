@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pipeline
 from pipeline.core import errors
@@ -102,9 +102,8 @@ class ChildSession:
         self._in_step = False
 
     def load(self, program: Program, timeouts: Timeouts) -> None:
-        self._send(
-            "load", model=program.model, paths=program.paths, arguments=dict(program.arguments)
-        )
+        arguments = dict(program.arguments)
+        self._send("load", model=program.model, paths=program.paths, arguments=arguments)
         self.context = self._receive(timeouts.load_s, "load")[0]["context"]
         self._answer_s = timeouts.answer_s
 
@@ -117,10 +116,8 @@ class ChildSession:
         rows, vocab = answer["shape"]
         values = np.frombuffer(data, answer["dtype"]).reshape(rows, vocab)
         if rows != len(tokens):
-            raise PipelineError(
-                f"asked {self._name} for the logits of {len(tokens)} positions, got {rows}; "
-                f"see {self.log_path}"
-            )
+            asked = f"asked {self._name} for the logits of {len(tokens)} positions"
+            raise PipelineError(f"{asked}, got {rows}; see {self.log_path}")
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
             raise CorruptError(
@@ -162,20 +159,15 @@ class ChildSession:
         require_fit([prompt], 1, self.context)
         asked = {"max_new_tokens": max_new_tokens, "eos_token_ids": sorted(eos_token_ids)}
         self._send("stream", prompt=list(prompt), **asked)
-        ended = False
         try:
             while (message := self._receive()[0])["kind"] == "token":
                 yield int(message["token"])
-            ended = True
-        except PipelineError:
-            ended = True
+        except GeneratorExit:  # the caller wants no more: the next answer must not be this stream's
+            self._send("cancel")
+            with contextlib.suppress(PipelineError):
+                while self._receive()[0]["kind"] == "token":
+                    pass
             raise
-        finally:
-            if not ended:  # the caller wants no more: the next answer must not be this stream's
-                self._send("cancel")
-                with contextlib.suppress(PipelineError):
-                    while self._receive()[0]["kind"] == "token":
-                        pass
 
     def clear_cache(self) -> None:
         self._send("clear_cache")
@@ -270,10 +262,8 @@ class ChildSession:
         text = f"{self._name} failed: {text}; see {self.log_path}"
         if code == "RecipeError":
             return RecipeError([Fault("", text)])
-        made: PipelineError = getattr(errors, code if code in protocol.CODES else "PipelineError")(
-            text
-        )
-        return made
+        made: type[PipelineError] = getattr(errors, code)
+        return made(text)
 
     def _failure(self, hint: str = "") -> ToolError:
         """What is known of a process that ended, hangs or writes nonsense; it is ended."""
@@ -304,37 +294,36 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
         PipelineError: It reports that it cannot load.
     """
     prefix = f"enginesmith-{program.name.lower()}-"
-    descriptor, path = tempfile.mkstemp(prefix=prefix, suffix=".log")
-    os.close(descriptor)
-    log_path = Path(path)
-    try:
-        with program.start() as started, _running(started, log_path) as process:
-            session = ChildSession(process, log_path, program.name)
-            session.load(program, timeouts)
-            yield session
-            session.end()
-    except PipelineError:
-        raise  # its message names the log
-    except BaseException:
-        log_path.unlink()
-        raise
+    with tempfile.NamedTemporaryFile("ab", prefix=prefix, suffix=".log", delete=False) as log:
+        log_path = Path(log.name)
+        try:
+            with program.start() as started, _running(started, log) as process:
+                session = ChildSession(process, log_path, program.name)
+                session.load(program, timeouts)
+                yield session
+                session.end()
+        except PipelineError:
+            raise  # its message names the log
+        except BaseException:
+            log_path.unlink()
+            raise
     log_path.unlink()
 
 
 @contextlib.contextmanager
-def _running(started: Started, log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _running(started: Started, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose standard error is the log; ended with all that it started."""
     command = list(started.command)
-    log_path.write_text(f"$ {command!r}\n")
-    with log_path.open("ab") as stream:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            env={**os.environ, **started.env},
-            start_new_session=True,
-        )
+    log.write(f"$ {command!r}\n".encode())
+    log.flush()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, **started.env},
+        start_new_session=True,
+    )
     try:
         yield process
     finally:

@@ -69,7 +69,7 @@ def tokenized(
     *,
     isl: int,
     vocab_size: int | None,
-    tokenizer: Any | None,
+    tokenizer: Any,
 ) -> tuple[tuple[int, ...], ...]:
     """Token ids of prompts of `path`, held against the workload.
 
@@ -86,11 +86,9 @@ def tokenized(
     """
     made, faults = [], []
     for line, prompt in prompts:
-        ids = prompt.token_ids
-        if ids is None:
-            if tokenizer is None:
-                continue
-            ids = tuple(tokenizer(prompt.prompt)["input_ids"])
+        if prompt.token_ids is None and tokenizer is None:
+            continue
+        ids = prompt.token_ids or tuple(tokenizer(prompt.prompt)["input_ids"])
         where = f"{path} line {line}"
         if not 1 <= len(ids) <= isl:
             faults.append(f"{where} has {len(ids)} tokens, isl allows 1 to {isl}")

@@ -132,18 +132,18 @@ def require_fit(prompts: Sequence[Sequence[int]], new_tokens: int, context: int 
         RecipeError: No prompt, an empty one, or one that is too long; says by how much.
     """
     lengths = [len(prompt) for prompt in prompts]
+    message = ""
     if not lengths or min(lengths) < 1:
         message = f"got {len(lengths)} prompts, wanted one or more of 1 token or more"
+    elif context is not None and max(lengths) + new_tokens > context:
+        answer = "an answer" if new_tokens == 1 else f"{new_tokens} output tokens"
+        message = (
+            f"a prompt of {max(lengths)} tokens leaves no room for {answer}: the engine holds "
+            f"{context} tokens of a request, prompt and answer together; shorten the prompt to "
+            f"{max(context - new_tokens, 0)} tokens, or build with a larger compiler.max_seq_len"
+        )
+    if message:
         raise RecipeError([Fault("", message)])
-    if context is None or max(lengths) + new_tokens <= context:
-        return
-    answer = "an answer" if new_tokens == 1 else f"{new_tokens} output tokens"
-    message = (
-        f"a prompt of {max(lengths)} tokens leaves no room for {answer}: the engine holds "
-        f"{context} tokens of a request, prompt and answer together; shorten the prompt to "
-        f"{max(context - new_tokens, 0)} tokens, or build with a larger compiler.max_seq_len"
-    )
-    raise RecipeError([Fault("", message)])
 
 
 def require_possible(
@@ -163,14 +163,13 @@ def require_possible(
     if len(lengths) != len(prompts):
         raise _other_tokens(f"{len(prompts)} answers", f"{len(lengths)}")
     for place, (length, most) in enumerate(zip(lengths, each, strict=True)):
-        ended = length > 0 and int(generation.tokens[place, length - 1]) in ends
-        if length != most and not (ended and length < most):
+        ended = 0 < length < most and int(generation.tokens[place, length - 1]) in ends
+        if length != most and not ended:
             raise _other_tokens(f"{most} tokens of request {place}", f"{length}")
-    requests = generation.requests
-    # A request's times are of other clocks than those of the whole call.
-    ordered = bool(requests) or generation.ttft_s <= generation.total_s
     times = [generation.ttft_s, generation.total_s]
-    times += [value or 0.0 for one in requests for value in asdict(one).values()]
+    times += [value or 0.0 for one in generation.requests for value in asdict(one).values()]
+    # A request's times are of other clocks than those of the whole call.
+    ordered = bool(generation.requests) or generation.ttft_s <= generation.total_s
     possible = all(math.isfinite(value) and value >= 0 for value in times)
     if not possible or not ordered or not generation.total_s > 0:
         raise PipelineError(

@@ -176,11 +176,9 @@ class TransformersRunner:
     def why_not(self, engine: Engine) -> str | None:
         if not format_spec(engine.format).is_checkpoint:
             return f"runner=transformers simulates checkpoints, not {engine.format} engines"
-        if self.device == "cpu":
-            return None
-        if fault := torch_fault():
+        if self.device == "cuda" and (fault := torch_fault()):
             return f"runner.device=cuda {fault}, or leave runner.device out"
-        if read_conditions() is None:
+        if self.device == "cuda" and read_conditions() is None:
             return f"runner.device=cuda needs a CUDA device, and {NO_CARD}, or leave it out"
         return None
 

@@ -153,20 +153,13 @@ class TrtLlmRunner:
             command = self.bench_command(
                 workload, place.path(given), place.path(made), place.path(built), options=more
             )
-            report = made.source / "report.json"
+            report, shared, limit_s = made.source / "report.json", (given, made, built), self.timeout_s
             for _ in range(task.repeats):
                 report.unlink(missing_ok=True)
-                place.run(
-                    command,
-                    [given, made, built],
-                    stage="bench",
-                    log_path=log_path,
-                    timeout_s=self.timeout_s,
-                )
+                place.run(command, shared, stage="bench", log_path=log_path, timeout_s=limit_s)
                 if not report.exists():  # after Ctrl-C the tool ends well without one
-                    raise PipelineError(
-                        f"trtllm-bench ended well, but wrote no report; see {log_path}"
-                    )
+                    message = f"trtllm-bench ended well, but wrote no report; see {log_path}"
+                    raise PipelineError(message)
                 documents.append(read_json_object(report))
         return BenchResult(
             runs=tuple(self.read_report(one, workload, quant_algo) for one in documents),
