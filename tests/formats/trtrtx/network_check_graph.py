@@ -56,6 +56,14 @@ def node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
     return next(node for node in model.graph.node if output in node.output)
 
 
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def attribute(one: onnx.NodeProto, name: str) -> onnx.AttributeProto:
+    return next(attribute for attribute in one.attribute if attribute.name == name)
+
+
 def insert_after(model: onnx.ModelProto, name: str, op: str, **attributes: Any) -> None:
     """Put a node with one input behind the tensor `name`; all that read it read the new node."""
     index = next(i for i, one in enumerate(model.graph.node) if name in one.output)

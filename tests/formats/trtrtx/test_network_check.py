@@ -1,4 +1,4 @@
-"""The network check on a tiny real decoder: the good one passes, each planted fault is caught.
+"""The network check on tiny real decoders: the good one passes, each planted fault is caught.
 
 A fault is planted in the file that TensorRT-RTX parses; ONNX Runtime reads the float32 reference.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,48 +20,67 @@ from pipeline.core.errors import ToolError
 from pipeline.formats.trtrtx.compiler import CheckJob, run_child
 from pipeline.formats.trtrtx.network import CheckError
 from pipeline.formats.trtrtx.network_check import check_network
-from tests.formats.trtrtx.network_check_graph import TinyDecoder, insert_after, node
+from pipeline.formats.trtrtx.onnx_graph import ActivationDtype
+from tests.architectures import ARCHITECTURES, WINDOW
+from tests.formats.trtrtx.network_check_graph import (
+    TinyDecoder,
+    attribute,
+    initializer,
+    insert_after,
+    node,
+)
 
 Plant = Callable[[onnx.ModelProto], None]
 
 ATTENTION = "model.layers.1.self_attn.attention"
 QUERY_ROPE, KEY_ROPE = "model.layers.1.self_attn.q_rope", "model.layers.1.self_attn.k_rope"
+LLAMA = "llama3.2"
+KEPT = {"model.layers.1.self_attn.o_proj"}
+CONTEXT = 48
+"""Beyond the window, so that it hides keys at the end of the context."""
+assert WINDOW < CONTEXT
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> TinyDecoder:
-    folder = tmp_path_factory.mktemp("decoder")
-    return TinyDecoder(folder, keep_16bit={"model.layers.1.self_attn.o_proj"})
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("architectures")
 
 
-@pytest.fixture(scope="module")
-def reference(decoder: TinyDecoder) -> Path:
-    return decoder.save(decoder.model("float32"), "cpu")
+def decoder(root: Path, name: str = LLAMA) -> TinyDecoder:
+    folder = root / name
+    made = TinyDecoder(folder, name, CONTEXT, keep_16bit=KEPT if name == LLAMA else ())
+    if not (folder / "cpu.onnx").is_file():
+        made.save(made.model("float32"), "cpu")
+    return made
 
 
-def check(decoder: TinyDecoder, reference: Path, plant: Plant) -> dict[str, Any]:
+def check(
+    made: TinyDecoder, plant: Plant | None = None, dtype: ActivationDtype = "bfloat16"
+) -> dict[str, Any]:
     """Run the check with a fault in the RTX file only."""
-    model = decoder.model("bfloat16")
-    plant(model)
-    return check_network(decoder.save(model, "rtx"), reference)
+    model = made.model(dtype)
+    if plant is not None:
+        plant(model)
+    return check_network(made.save(model, "rtx"), made.dir / "cpu.onnx")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "bfloat16") for name in ARCHITECTURES), (LLAMA, "float16"), ("qwen2.5", "float16")],
+)
 def test_good_network_agrees_with_the_reference_at_float32_accuracy(
-    decoder: TinyDecoder, reference: Path, dtype: Literal["bfloat16", "float16"]
+    root: Path, name: str, dtype: ActivationDtype
 ) -> None:
-    rtx = decoder.save(decoder.model(dtype), dtype)
-    result = check_network(rtx, reference)
-
-    assert result["differences"]["logits"]["max_relative"] < 1e-5
-    assert result["differences"]["caches"]["max_relative"] < 1e-5
-    assert result["differences"]["quantized_values"]["max_relative"] == 0  # Not one code flipped.
-    assert result["differences"]["quantized_values"]["values"] > 5_000
+    result = check(decoder(root, name), dtype=dtype)
+    found = result["differences"]
+    assert 0 <= found["logits"]["max_relative"] < 1e-5
+    assert found["caches"]["max_relative"] < 1e-5
+    assert found["quantized_values"]["max_relative"] == 0  # Not one code flipped.
+    assert found["quantized_values"]["values"] > 5_000
     assert result["constants_rounded"] == ["rope_cos", "rope_sin"]
-    # 14 weights, 13 weight scales, 7 input scales, embedding, 5 norms: bfloat16 and FP8 too.
-    assert result["constants_equal"] >= 40
-    assert result["layer_kinds"]["ATTENTION_INPUT"] == 2
-    assert result["differences"]["logits"]["values"] > 0
+    assert result["layer_kinds"]["ROTARY_EMBEDDING"] == 4
+    # All weights are compared: seven linears, three biases in Qwen2, norms, embedding.
+    assert result["constants_equal"] > 2 * (7 + 2 + 3 * name.startswith("qwen")) + 2
 
 
 def nonpad_kv_seqlen(model: onnx.ModelProto) -> None:
@@ -125,7 +144,7 @@ def output_renamed(model: onnx.ModelProto) -> None:
 
 def scale(name: str, factor: float) -> Plant:
     def plant(model: onnx.ModelProto) -> None:
-        tensor = next(t for t in model.graph.initializer if t.name == name)
+        tensor = initializer(model, name)
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * factor, name))
 
     return plant
@@ -138,13 +157,13 @@ def scale_of_another_linear(model: onnx.ModelProto) -> None:
 
 
 def norm_weight_changed(model: onnx.ModelProto) -> None:
-    tensor = next(t for t in model.graph.initializer if t.name == "model.norm.weight")
+    tensor = initializer(model, "model.norm.weight")
     values = np.ones(tensor.dims, ml_dtypes.bfloat16)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
 def rope_of_another_theta(model: onnx.ModelProto) -> None:
-    tensor = next(t for t in model.graph.initializer if t.name == "rope_cos")
+    tensor = initializer(model, "rope_cos")
     values = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(np.roll(values, 1, axis=0), tensor.name))
 
@@ -156,8 +175,7 @@ def caches_swapped(model: onnx.ModelProto) -> None:
 
 def rotary_interleaved(model: onnx.ModelProto) -> None:
     for name in (QUERY_ROPE, KEY_ROPE):
-        attributes = node(model, name).attribute
-        next(a for a in attributes if a.name == "interleaved").i = 1
+        attribute(node(model, name), "interleaved").i = 1
 
 
 def rotary_taken_apart(model: onnx.ModelProto) -> None:
@@ -171,13 +189,11 @@ def own_key_hidden(model: onnx.ModelProto) -> None:
 
 
 def attention_scale_changed(model: onnx.ModelProto) -> None:
-    attributes = node(model, ATTENTION).attribute
-    next(a for a in attributes if a.name == "scale").f = 0.36
+    attribute(node(model, ATTENTION), "scale").f = 0.36
 
 
 def epsilon_changed(model: onnx.ModelProto) -> None:
-    attributes = node(model, "model.norm").attribute
-    next(a for a in attributes if a.name == "epsilon").f = 2e-3
+    attribute(node(model, "model.norm"), "epsilon").f = 2e-3
 
 
 def positions_start_at_zero(model: onnx.ModelProto) -> None:
@@ -202,60 +218,130 @@ def unknown_operation(model: onnx.ModelProto) -> None:
     insert_after(model, "model.layers.1.residual", "Erf")
 
 
-FAULTS: list[tuple[Plant, str]] = [
+def rename_input(model: onnx.ModelProto, old: str, new: str) -> None:
+    for other in model.graph.node:
+        for position, read in enumerate(other.input):
+            if read == old:
+                other.input[position] = new
+
+
+def bias_dropped(model: onnx.ModelProto) -> None:
+    module = "model.layers.1.self_attn.k_proj"
+    rename_input(model, f"{module}.biased", module)
+
+
+def bias_doubled(model: onnx.ModelProto) -> None:
+    add = node(model, "model.layers.1.self_attn.k_proj.biased")
+    twice = helper.make_node("Add", [add.input[1]] * 2, ["twice"], name="twice")
+    model.graph.node.insert(0, twice)
+    add.input[1] = "twice"
+
+
+def rows_of_another_part(model: onnx.ModelProto) -> None:
+    prefix = "model.layers.1.self_attn.qkv_proj"
+    key, value = (initializer(model, f"{prefix}.{part}.weight") for part in ("k", "v"))
+    key.external_data[1].value = value.external_data[1].value
+    assert key.external_data[1].key == "offset"
+
+
+def window_includes_its_edge(model: onnx.ModelProto) -> None:
+    node(model, "window_mask").op_type = "GreaterOrEqual"
+
+
+def window_of_the_first_query(model: onnx.ModelProto) -> None:
+    """Right in every step of one token, wrong in a longer one."""
+    source = node(model, "last_hidden_key")
+    first = numpy_helper.from_array(np.array([0], np.int64), "first_row")
+    model.graph.initializer.append(first)
+    index = list(model.graph.node).index(source)
+    inputs = [source.input[0], "first_row"]
+    gather = helper.make_node("Gather", inputs, ["first_query"], name="first_query", axis=2)
+    model.graph.node.insert(index, gather)
+    node(model, "last_hidden_key").input[0] = "first_query"
+
+
+def whole_head_turned(model: onnx.ModelProto) -> None:
+    rope = node(model, KEY_ROPE)
+    rope.attribute.remove(attribute(rope, "rotary_embedding_dim"))
+
+
+def too_few_elements_turned(model: onnx.ModelProto) -> None:
+    """Everywhere, with tables to match: no shape disagrees."""
+    for one in model.graph.node:
+        if one.op_type == "RotaryEmbedding":
+            attribute(one, "rotary_embedding_dim").i = 16
+    for tensor in (initializer(model, name) for name in ("rope_cos", "rope_sin")):
+        narrow = numpy_helper.to_array(tensor)[:, :8].copy()
+        tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
+
+
+def rest_of_the_attention_scale_left_out(model: onnx.ModelProto) -> None:
+    prefix = "model.layers.1.self_attn"
+    rename_input(model, f"{prefix}.q_scaled", f"{prefix}.q_rope")
+
+
+ATTENDED = r"layers.1.self_attn.merged \(prefill\) differs"
+"""What the quantizer behind the attention reads: the first tensor that is compared there."""
+
+FAULTS: list[tuple[str, Plant, str]] = [
     # Caught by the guard.
-    (rotary_taken_apart, "3 ROTARY_EMBEDDING layers, wanted 4"),
-    (nonpad_kv_seqlen, "ATTENTION_INPUT layer .*no mask.*UPPER_LEFT.*nonpad_kv_seqlen"),
-    (mask_left_out, f"ATTENTION_INPUT layer '{ATTENTION}.*no mask"),
-    (float_mask, "mask of BF16, wanted BOOL"),
-    (attention_taken_apart, "1 ATTENTION_INPUT layers, wanted 2"),
-    (cache_input_dropped, "past_value.1 is missing"),
-    (cache_input_unread, "no layer of the network reads the input past_value.1"),
-    (input_added, "attention_bias is not part of the decoder"),
-    (output_renamed, "logits is missing.*scores is not part"),
+    (LLAMA, rotary_taken_apart, "3 ROTARY_EMBEDDING layers, wanted 4"),
+    (LLAMA, nonpad_kv_seqlen, "ATTENTION_INPUT layer .*no mask.*UPPER_LEFT.*nonpad_kv_seqlen"),
+    (LLAMA, mask_left_out, f"ATTENTION_INPUT layer '{ATTENTION}.*no mask"),
+    (LLAMA, float_mask, "mask of BF16, wanted BOOL"),
+    (LLAMA, attention_taken_apart, "1 ATTENTION_INPUT layers, wanted 2"),
+    (LLAMA, cache_input_dropped, "past_value.1 is missing"),
+    (LLAMA, cache_input_unread, "no layer of the network reads the input past_value.1"),
+    (LLAMA, input_added, "attention_bias is not part of the decoder"),
+    (LLAMA, output_renamed, "logits is missing.*scores is not part"),
     # Caught by the constants.
-    (scale("model.layers.1.mlp.down_proj.input_scale", 2.0), "down_proj.input_scale is"),
-    (norm_weight_changed, "constant model.norm.weight is"),
-    (rope_of_another_theta, "constant rope_cos is"),
+    (LLAMA, scale("model.layers.1.mlp.down_proj.input_scale", 2.0), "down_proj.input_scale is"),
+    (LLAMA, norm_weight_changed, "constant model.norm.weight is"),
+    (LLAMA, rope_of_another_theta, "constant rope_cos is"),
     # Caught by the values, at the first tensor behind the fault.
-    (scale_of_another_linear, r"layers.1.mlp.down_proj.input.dq \(prefill\) differs"),
-    (caches_swapped, r"present_(key|value).1 \(prefill\) differs"),
-    (own_key_hidden, "a mask that hides all keys from a query is unknown"),
-    (attention_scale_changed, r"layers.1.post_attention_layernorm \(prefill\) differs"),
-    (epsilon_changed, r"logits \(prefill\) differs"),
-    (positions_start_at_zero, r"\(decode 1\) differs"),
-    (quantizer_left_out, r"logits \(prefill\) differs"),
+    (LLAMA, scale_of_another_linear, r"layers.1.mlp.down_proj.input.dq \(prefill\) differs"),
+    (LLAMA, caches_swapped, r"present_(key|value).1 \(prefill\) differs"),
+    (LLAMA, own_key_hidden, "a mask that hides all keys from a query is unknown"),
+    (LLAMA, attention_scale_changed, r"layers.1.post_attention_layernorm \(prefill\) differs"),
+    (LLAMA, epsilon_changed, r"logits \(prefill\) differs"),
+    (LLAMA, positions_start_at_zero, r"\(decode 1\) differs"),
+    (LLAMA, quantizer_left_out, r"logits \(prefill\) differs"),
     # Fails closed.
-    (rotary_interleaved, "ROTARY_EMBEDDING layer .*interleaved = True is unknown"),
-    (unknown_kind, "the kind SOFTMAX is unknown to the network check"),
-    (unknown_operation, "UNARY layer 'inserted': op = ERF is unknown"),
+    (LLAMA, rotary_interleaved, "ROTARY_EMBEDDING layer .*interleaved = True is unknown"),
+    (LLAMA, unknown_kind, "the kind SOFTMAX is unknown to the network check"),
+    (LLAMA, unknown_operation, "UNARY layer 'inserted': op = ERF is unknown"),
+    # What other architectures have.
+    ("qwen2.5", bias_dropped, ATTENDED),
+    ("qwen2.5", bias_doubled, ATTENDED),
+    ("phi4-mini", rows_of_another_part, "constant model.layers.1.self_attn.qkv_proj.k.weight is"),
+    ("mistral-sliding", window_includes_its_edge, r"\(end of context\) differs"),
+    ("mistral-sliding", window_of_the_first_query, r"\(chunk at end of context\) differs"),
+    ("phi4-mini", whole_head_turned, "cannot parse .*cosCache's last dimension is 12"),
+    ("phi4-mini", too_few_elements_turned, "constant rope_(cos|sin) is"),
+    ("phi3", rest_of_the_attention_scale_left_out, ATTENDED),
 ]
 
 
-@pytest.mark.parametrize(("plant", "message"), FAULTS)
+@pytest.mark.parametrize(("name", "plant", "message"), FAULTS)
 def test_planted_fault_is_caught_and_named(
-    decoder: TinyDecoder, reference: Path, plant: Plant, message: str
+    root: Path, name: str, plant: Plant, message: str
 ) -> None:
     with pytest.raises(CheckError, match=f"(?s){message}"):
-        check(decoder, reference, plant)
+        check(decoder(root, name), plant)
 
 
-def run(decoder: TinyDecoder, rtx: Path, reference: Path) -> Path:
-    out = decoder.dir / f"{rtx.stem}.out.json"
-    job = CheckJob(graph=rtx, reference=reference, result=out)
-    run_child(job, decoder.dir, stage="network-check", log_path=decoder.dir / "child.log")
-    return out
-
-
-def test_child_writes_its_result(decoder: TinyDecoder, reference: Path) -> None:
-    out = run(decoder, decoder.save(decoder.model("bfloat16"), "good"), reference)
+def test_child_writes_its_result_or_fails_with_the_reason(root: Path) -> None:
+    made, out, log = decoder(root), root / "out.json", root / "child.log"
+    for plant in (mask_left_out, None):
+        model = made.model("bfloat16")
+        if plant is not None:
+            plant(model)
+        rtx = made.save(model, "rtx")
+        job = CheckJob(graph=rtx, reference=made.dir / "cpu.onnx", result=out)
+        if plant is not None:
+            with pytest.raises(ToolError, match="has no mask") as caught:
+                run_child(job, made.dir, stage="network-check", log_path=log)
+            assert caught.value.returncode == 1
+            assert not out.exists()
+    run_child(job, made.dir, stage="network-check", log_path=log)
     assert json.loads(out.read_text())["differences"]["logits"]["max_relative"] < 1e-5
-
-
-def test_child_fails_with_the_reason_and_no_result(decoder: TinyDecoder, reference: Path) -> None:
-    model = decoder.model("bfloat16")
-    mask_left_out(model)
-    with pytest.raises(ToolError, match="has no mask") as caught:
-        run(decoder, decoder.save(model, "bad"), reference)
-    assert caught.value.returncode == 1
-    assert not (decoder.dir / "bad.out.json").exists()

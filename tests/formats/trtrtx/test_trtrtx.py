@@ -1,4 +1,4 @@
-"""The real compiler on a tiny model, for a card that is not here."""
+"""The real compiler on a tiny model, for a card that is not here; faults in its plan's bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import pytest
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
-from pipeline.formats.trtrtx.compiler import CompileJob, Profile, TrtRtxCompiler
-from pipeline.formats.trtrtx.plan_text import PlanError, read_plan
+from pipeline.formats.trtrtx.compiler import CompileJob, TrtRtxCompiler
+from pipeline.formats.trtrtx.plan_text import PlanError, prove_plan, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
+from pipeline.quant.fp8 import SPEC
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 
 E4M3 = "fp8_e4m3"
+LINEAR = "model.layers.1.self_attn.o_proj"
 
 FIELDS: dict[str, Any] = {
     "max_batch_size": 2,
@@ -78,6 +80,106 @@ def test_engine_says_what_it_is(engine: Engine) -> None:
     assert (engine.cpu_graph_dir / "cpu.onnx").is_file()
 
 
+@pytest.fixture(scope="module")
+def plan(engine: Engine) -> bytes:
+    return (engine.dir / PLAN_FILE).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def asked(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "sm": 89,
+        "profiles": 2,
+        "quantized_linears": checkpoint.quantized_linears,
+        "kept_16bit": checkpoint.kept_16bit,
+    }
+
+
+def replaced(plan: bytes, old: bytes, new: bytes, count: int = -1) -> bytes:
+    """The plan with bytes changed, its length as before."""
+    assert len(old) == len(new)
+    assert old in plan
+    return plan.replace(old, new, count)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sm": 120}, r"is for \('sm89',\), sm120 was asked for"),
+        ({"profiles": 1}, r"has profiles \[0, 1\], 1 were asked for"),
+        ({"profiles": 3}, r"has profiles \[0, 1\], 3 were asked for"),
+    ],
+)
+def test_plan_for_another_card_or_with_other_profiles_is_refused(
+    plan: bytes, asked: dict[str, Any], change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        prove_plan(plan, SPEC, **{**asked, **change})
+
+
+def test_linear_that_is_not_in_the_plan_is_named(plan: bytes, asked: dict[str, Any]) -> None:
+    wanted = (*asked["quantized_linears"], "model.layers.9.mlp.up_proj")
+    with pytest.raises(PlanError, match=r"1 linears in FP8, first model\.layers\.9\.mlp\.up_proj"):
+        prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted})
+
+
+def test_fp8_gemm_that_was_not_asked_for_is_named(plan: bytes, asked: dict[str, Any]) -> None:
+    wanted = [name for name in asked["quantized_linears"] if name != LINEAR]
+    with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
+        prove_plan(plan, SPEC, **{**asked, "quantized_linears": wanted})
+
+
+def test_linear_computed_twice_is_named(plan: bytes, asked: dict[str, Any]) -> None:
+    twin = LINEAR.replace(".1.", ".2.")
+    doubled = replaced(plan, f'name="{twin}'.encode(), f'name="{LINEAR}'.encode())
+    wanted = [name for name in asked["quantized_linears"] if name != twin]
+    with pytest.raises(PlanError, match=f"unexpected FP8 GEMMs, first {LINEAR}"):
+        prove_plan(doubled, SPEC, **{**asked, "quantized_linears": wanted})
+
+
+def test_16_bit_gemm_of_an_unknown_module_is_named(plan: bytes, asked: dict[str, Any]) -> None:
+    renamed = replaced(plan, b'fully_connected={ name="lm_head', b'fully_connected={ name="lm_haed')
+    with pytest.raises(PlanError, match="unexpected 16-bit GEMMs, first lm_haed"):
+        prove_plan(renamed, SPEC, **asked)
+
+
+def test_operands_of_another_type_are_no_fp8(plan: bytes, asked: dict[str, Any]) -> None:
+    other = replaced(plan, f"type={E4M3}".encode(), b"type=fp8_e5m2")
+    with pytest.raises(PlanError, match="does not compute 20 linears in FP8"):
+        prove_plan(other, SPEC, **asked)
+
+
+@pytest.mark.parametrize("position", [24, 25, 26])
+def test_plan_of_another_version_is_refused(plan: bytes, position: int) -> None:
+    changed = bytearray(plan)
+    changed[position] += 1
+    with pytest.raises(PlanError, match=r"text format is not known here; use 1\.7\.1"):
+        read_plan(bytes(changed))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [(0, "its header is missing"), (63, "header"), (-1, "its header says")]
+)
+def test_truncated_plan_is_refused(plan: bytes, kept: int, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        read_plan(plan[:kept])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"accelerators={", b"accelerated=={", "no readable section"),
+        (b"fully_connected={ name=", b"fully_connected={ mane=", "GEMMs that cannot be read"),
+        (b"type=fp8_e4m3", b"typo=fp8_e4m3", "operand types of GEMM"),
+    ],
+)
+def test_text_that_does_not_parse_is_refused(
+    plan: bytes, old: bytes, new: bytes, message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        read_plan(replaced(plan, old, new))
+
+
 def test_second_time_comes_from_the_cache(
     root: Path, engine: Engine, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,8 +206,8 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
         job.run()
 
 
-def test_kept_linear_is_a_16_bit_gemm_of_the_plan(engine: Engine, checkpoint: Checkpoint) -> None:
-    gemms = read_plan((engine.dir / PLAN_FILE).read_bytes())
+def test_kept_linear_is_a_16_bit_gemm_of_the_plan(plan: bytes, checkpoint: Checkpoint) -> None:
+    gemms = read_plan(plan)
     other = {name for gemm in gemms if not gemm.multiplies(E4M3) for name in gemm.modules}
     assert other == {*checkpoint.kept_16bit, "lm_head"}
 
@@ -192,18 +294,6 @@ def test_fp8_cache_is_a_recipe_fault() -> None:
     with pytest.raises(ValueError, match=r"kv_cache_dtype \(fp8\) must be activation_dtype") as e:
         TrtRtxCompiler(**{**FIELDS, "kv_cache_dtype": "fp8"})
     assert "compiler=checkpoint" in str(e.value)
-
-
-def test_profiles_are_decode_then_prefill_at_the_limits() -> None:
-    decode, prefill = COMPILER.profiles
-    assert decode == Profile(batch=(1, 1, 2), sequence=(1, 1, 1), logits=(1, 1, 1))
-    assert prefill == Profile(batch=(1, 1, 1), sequence=(1, 32, 64), logits=(1, 1, 1))
-    assert decode.shapes("past_key.0", (-1, 2, 64, 16)) == [
-        (1, 2, 64, 16),
-        (1, 2, 64, 16),
-        (2, 2, 64, 16),
-    ]
-    assert prefill.shapes("input_ids", (-1, -1)) == [(1, 1), (1, 32), (1, 64)]
 
 
 def test_inputs_change_with_whatever_shapes_the_engine() -> None:
