@@ -22,7 +22,6 @@ from pipeline.core.errors import (
     IncompatibleError,
     OutOfMemoryError,
     PipelineError,
-    RecipeError,
     ToolError,
 )
 from pipeline.core.process import Started
@@ -137,13 +136,6 @@ def test_error_of_the_child_comes_back_as_itself(
     assert "Traceback" in log_path.read_text()
 
 
-def test_session_goes_on_after_a_request_that_failed() -> None:
-    with session("value-generate") as opened:
-        with pytest.raises(PipelineError, match="longer than the context"):
-            opened.generate([[1]], 2)
-        assert list(opened.stream([2], 3, frozenset())) == continued([2], 3)
-
-
 @pytest.mark.parametrize(
     ("ask", "error", "shown"),
     [
@@ -162,19 +154,6 @@ def test_logits_that_are_not_finite_are_never_an_answer() -> None:
     with pytest.raises(CorruptError, match="not finite at 1 of 3 positions"):  # noqa: SIM117
         with session("nan") as opened:
             opened.logits([1, 2, 3])
-
-
-def test_prompt_that_leaves_no_room_is_refused_with_both_numbers() -> None:
-    wanted = r"a prompt of 16 tokens leaves no room for an answer: the engine holds 16 tokens"
-    with session(context=16) as opened:
-        with pytest.raises(RecipeError, match=wanted) as caught:
-            list(opened.stream([1] * 16, 4, frozenset()))
-        assert caught.value.exit_code is ExitCode.USAGE
-        with pytest.raises(RecipeError, match=r"20 tokens .*5 output tokens.* to 11 tokens"):
-            opened.generate([[1] * 20, [2]], 5)
-        with pytest.raises(RecipeError, match="wanted one or more of 1 token or more"):
-            opened.generate([[1], []], 5)
-        assert len(list(opened.stream([1] * 15, 1, frozenset()))) == 1
 
 
 @pytest.mark.parametrize("fault", ["grandchild-load", "grandchild-generate"])

@@ -197,6 +197,17 @@ def test_answer_ends_where_the_context_is_full(case: Case, session: ChildSession
         assert 3 <= len(list(session.stream([5] * (case.context - 3), 40, frozenset()))) <= 4
 
 
+def test_prompt_that_leaves_no_room_is_refused_with_both_numbers(
+    case: Case, session: ChildSession
+) -> None:
+    size = case.context
+    with pytest.raises(RecipeError, match=f"holds {size} tokens of a request") as caught:
+        list(session.stream([1] * size, 4, frozenset()))
+    assert f"a prompt of {size} tokens leaves no room for an answer" in str(caught.value)
+    with pytest.raises(RecipeError, match=f"5 output tokens.* to {size - 5} tokens"):
+        session.generate([[1] * size, [2]], 5)
+
+
 def test_cache_is_cleared_where_there_is_one(case: Case, session: ChildSession) -> None:
     if case.name == "Transformers":
         session.clear_cache()

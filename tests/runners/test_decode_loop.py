@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -98,36 +97,6 @@ def test_rows_of_a_batch_do_not_see_each_other(graph: OnnxRuntimeGraph) -> None:
     others = [PROMPT, random_prompt(30, seed=10), random_prompt(2, seed=11)]
     assert batch[0] == generate_greedy(graph.bind(3), others, 12).tolist()[0]
     assert batch[0] == continuation(graph, 12)
-
-
-def test_cache_is_one_buffer_bound_once_as_past_and_present(
-    graph: OnnxRuntimeGraph, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import onnxruntime
-
-    bound: dict[str, list[int]] = {}
-
-    def recorded(method: str) -> None:
-        original = getattr(onnxruntime.IOBinding, method)
-
-        def bind(self: Any, name: str, value: Any) -> None:
-            bound.setdefault(name, []).append(value.data_ptr())
-            original(self, name, value)
-
-        monkeypatch.setattr(onnxruntime.IOBinding, method, bind)
-
-    recorded("bind_ortvalue_input")
-    recorded("bind_ortvalue_output")
-    decoder = graph.bind(1)
-    first = generate_greedy(decoder, [PROMPT], 12)
-    assert first[0].tolist() == continuation(graph, 12)
-    pasts = [name for name in bound if name.startswith("past_")]
-    assert len(pasts) == 2 * 3
-    for name in pasts:
-        # Once for each of the two decoders, never again for a step.
-        assert len(bound[name]) == 2
-        assert bound[name] == bound[name.replace("past_", "present_")]
-    assert len({bound[name][0] for name in pasts}) == len(pasts)
 
 
 def test_session_serves_batches_of_changing_size(graph: OnnxRuntimeGraph) -> None:

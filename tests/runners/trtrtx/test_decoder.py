@@ -141,12 +141,12 @@ def test_ragged_rows_end_like_those_of_the_graph(load: Load, graph: OnnxRuntimeG
 
 
 def test_a_logit_that_is_no_number_is_never_an_answer(
-    load: Load, monkeypatch: pytest.MonkeyPatch
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """argmax finds the NaN, at 7: the stream would end as if the model had ended it."""
-    monkeypatch.setenv("FAKE_RTX", "nan")
+    """argmax finds the NaN, at 0: the stream would end as if the model had ended it."""
+    monkeypatch.setattr(fake.HostDevice, "download", lambda *_: np.full((1, 1, 320), np.nan))
     with pytest.raises(CorruptError, match="not finite"):
-        list(session_of(load()).stream(RAGGED[0], 4, frozenset({7})))
+        list(session_of(load()).stream(RAGGED[0], 4, frozenset({0})))
 
 
 def test_past_and_present_are_one_memory_and_a_decode_step_sets_nothing_again(
@@ -167,15 +167,6 @@ def test_past_and_present_are_one_memory_and_a_decode_step_sets_nothing_again(
     tensors = 4 + 2 * len(engine.caches)
     assert len(bound) == 2 * tensors
     assert len(shaped) == 2 * (3 + len(engine.caches))
-
-
-def test_logits_are_read_only_after_the_stream_is_synchronized(
-    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = load()
-    monkeypatch.setattr(fake.HostDevice, "synchronize", lambda self: None)
-    state = prefill(RtxDecoder(engine, 1), [[5, 6]])
-    assert (state.logits == -12345.0).all()  # the stand-in shows it: nothing has happened yet
 
 
 def test_more_rows_than_the_engine_decodes_are_refused(load: Load) -> None:
@@ -218,15 +209,27 @@ def test_an_empty_plan_is_corrupt(fake: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "shown"),
-    [("refuse", "refuses a step"), ("no-context", "no execution context for profile 0")],
+    ("method", "shown"),
+    [
+        ("execute_async_v3", "refuses a step"),
+        ("set_tensor_address", "refuses the memory of logits"),
+        ("set_optimization_profile_async", "refuses profile 0"),
+    ],
 )
 def test_a_refusal_of_the_library_is_an_error(
-    load: Load, monkeypatch: pytest.MonkeyPatch, fault: str, shown: str
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch, method: str, shown: str
 ) -> None:
-    monkeypatch.setenv("FAKE_RTX", fault)
+    monkeypatch.setattr(fake.IExecutionContext, method, lambda *_: False)
     with pytest.raises(PipelineError, match=shown):
         prefill(RtxDecoder(load(), 1), [[5]])
+
+
+def test_an_engine_that_does_not_fit_the_card_is_an_error(
+    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake.ICudaEngine, "create_execution_context", lambda *_: None)
+    with pytest.raises(PipelineError, match="no execution context for profile 0"):
+        load()
 
 
 def test_a_refused_shape_is_not_taken_for_set(
