@@ -153,7 +153,11 @@ class TrtLlmRunner:
             command = self.bench_command(
                 workload, place.path(given), place.path(made), place.path(built), options=more
             )
-            report, shared, limit_s = made.source / "report.json", (given, made, built), self.timeout_s
+            report, shared, limit_s = (
+                made.source / "report.json",
+                (given, made, built),
+                self.timeout_s,
+            )
             for _ in range(task.repeats):
                 report.unlink(missing_ok=True)
                 place.run(command, shared, stage="bench", log_path=log_path, timeout_s=limit_s)
