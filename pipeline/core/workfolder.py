@@ -130,7 +130,11 @@ def _make(parent: Path, prefix: str, locks: contextlib.ExitStack) -> Path:
             continue
         locks.callback(os.close, descriptor)
         if _lock(descriptor) is not False and _leads_to(young, descriptor):
-            return young.rename(parent / f"{prefix}{name}")
+            try:
+                return young.rename(parent / f"{prefix}{name}")
+            except OSError:
+                remove_folder(young)
+                raise
     raise AccessError(
         f"a folder that is made in {parent} is replaced at once; another user can write there, or "
         "its file system keeps no modes"

@@ -1,10 +1,10 @@
 """Fetch the files of a package: chunks in parallel, resumed, every byte verified.
 
 A record in the work folder names the chunks that landed, so that a killed pull goes on from them.
-The SHA-256 of a file can only be taken in order while its chunks land in any: whoever lands the
-chunk that the hash waits for takes it along, reading the bytes back from the page cache. A file
-that is wrong as a whole is fetched once more, in case bytes were damaged on their way; wrong again,
-it is wrong in the registry. Not a byte more than the manifest says is written.
+Threads fetch while the caller's takes the SHA-256 of file after file, which can only be taken in
+order: it reads the bytes back from the page cache. A file that is wrong as a whole is fetched once
+more, in case bytes were damaged on their way; wrong again, it is wrong in the registry. Not a byte
+more than the manifest says is written.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ PACKAGE = "package"
 RECORD = "landed"
 _LANDED = b"x"
 _MAX_RECORD_BYTES = 64 << 20
-_WINDOW_BYTES = 512 << 20
-"""How far the newest chunk may be ahead of the hash: what the page cache of a machine that serves
-models holds, and what a kill can cost where disk and network are faster than the hash."""
+_AHEAD = 16
+"""Chunks that may land before the one that the hash is at: 512 MiB, which the page cache of a
+machine that serves models holds, and what a kill can cost where disk and network are faster than
+the hash. It bounds how many files are open, too."""
 _READ_BYTES = 1 << 20
 _TICK_S = 1.0
 _STOP_WAIT_S = 10.0
@@ -85,10 +86,7 @@ class _File:
         chunk_bytes: Size of all chunks but the last.
         first: Number of its first chunk among all of the package.
         landed: Chunks that an earlier run fetched.
-        there: Those that the hash may take in.
-        hashed: How many chunks the hash has taken in.
-        hashing: A thread is at it.
-        again: It was wrong once, and is fetched for the second and last time.
+        there: Those that may be hashed.
     """
 
     file: FileDigest
@@ -97,10 +95,6 @@ class _File:
     first: int
     landed: set[int] = field(default_factory=set)
     there: set[int] = field(default_factory=set)
-    hash: hashlib._Hash = field(default_factory=hashlib.sha256)
-    hashed: int = 0
-    hashing: bool = False
-    again: bool = False
     _descriptor: int | None = None
     _opening: threading.Lock = field(default_factory=threading.Lock)
 
@@ -123,11 +117,8 @@ class _File:
                 os.ftruncate(self._descriptor, self.file.size_bytes)
             return self._descriptor
 
-    def close(self, *, sync: bool = False) -> None:
-        """Close it; with `sync` its bytes are on the disk then."""
+    def close(self) -> None:
         if self._descriptor is not None:
-            if sync:
-                os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -136,15 +127,15 @@ class _File:
             count = os.pwrite(self.open(), data, at)
             data, at = data[count:], at + count
 
-    def hash_next(self) -> None:
-        """Hash the bytes of the next chunk as they lie in the file."""
+    def hash(self, chunk: int, digest: hashlib._Hash) -> None:
+        """Take the bytes of a chunk into a digest, as they lie in the file."""
         descriptor, buffer = self.open(), memoryview(bytearray(_READ_BYTES))
-        at, end = self.span(self.hashed)
+        at, end = self.span(chunk)
         while at < end:
             count = os.preadv(descriptor, [buffer[: end - at]], at)
             if not count:
                 raise CorruptError(f"{self.path} was shortened while it was fetched; pull again")
-            self.hash.update(buffer[:count])
+            digest.update(buffer[:count])
             at += count
 
 
@@ -237,14 +228,14 @@ class _Download:
     on_bytes: OnBytes
     files: Sequence[_File]
     _queue: deque[tuple[_File, int]] = field(default_factory=deque)
-    _open: int = 0  # files that are not right yet
+    _hashing: int = 0  # number of the chunk that the hash is at
     _fetched_bytes: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _stop: threading.Event = field(default_factory=threading.Event)
     _errors: list[BaseException] = field(default_factory=list)
 
     def run(self, touch: Callable[[], None]) -> int:
-        self._open = len(self.files)
+        """Hash every file while other threads fetch; raises what the first failing one raised."""
         self._queue.extend((file, chunk) for file in self.files for chunk in range(file.chunks))
         # Daemons: a store that hangs must not keep the process alive after Ctrl-C.
         workers = [
@@ -254,103 +245,90 @@ class _Download:
         for worker in workers:
             worker.start()
         try:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(_TICK_S)
-                    touch()
+            for file in self.files:
+                self._verify(file, touch)
         finally:
-            self._halt()
+            self._stop.set()
+            with self._changed:
+                self._changed.notify_all()
             ends_s = time.monotonic() + _STOP_WAIT_S
             for worker in workers:
                 worker.join(max(0.0, ends_s - time.monotonic()))
             if not any(worker.is_alive() for worker in workers):
                 for file in self.files:
                     file.close()
-        if self._errors:
-            raise self._errors[0]
         return self._fetched_bytes
 
-    def _halt(self) -> None:
-        with self._changed:
-            self._stop.set()
-            self._changed.notify_all()
+    def _verify(self, file: _File, touch: Callable[[], None]) -> None:
+        """Hash a file behind its chunks; one that is wrong is fetched once more."""
+        for again in (False, True):
+            sha256 = self._hash(file, touch)
+            if sha256 == file.file.sha256:
+                return file.close()
+            fault = (
+                f"{self.store.url}: {file.file.path} of {self.place} has SHA-256 {sha256}, "
+                f"its manifest says {file.file.sha256}"
+            )
+            if not again:
+                log.warning("%s; fetching it once more", fault)
+                self._report(-file.file.size_bytes, fetched=0)
+                with self._changed:
+                    file.landed, file.there, self._hashing = set(), set(), file.first
+                    self._queue.extendleft((file, n) for n in reversed(range(file.chunks)))
+                    self._changed.notify_all()
+        raise CorruptError(f"{fault}; nothing was kept. Publish it again, or pull another one")
+
+    def _hash(self, file: _File, touch: Callable[[], None]) -> str:
+        digest = hashlib.sha256()
+        for chunk in range(file.chunks):
+            with self._changed:
+                self._hashing = file.first + chunk
+                self._changed.notify_all()
+                while chunk not in file.there:
+                    if self._errors:
+                        raise self._errors[0]
+                    self._changed.wait(_TICK_S)
+                    touch()
+            touch()
+            file.hash(chunk, digest)
+        return digest.hexdigest()
 
     def _work(self) -> None:
         try:
             while (task := self._next()) is not None:
-                self._land(*task)
+                file, chunk = task
+                file.open()
+                start, end = file.span(chunk)
+                if chunk in file.landed:
+                    self._report(end - start, fetched=0)
+                else:
+                    self._fetch(file, start, end)
+                    self.mark(file.first + chunk)
+                with self._changed:
+                    file.there.add(chunk)
+                    self._changed.notify_all()
         except _StoppedError:
             return
         except BaseException as error:
-            self._errors.append(error)
-            self._halt()
+            with self._changed:
+                self._errors.append(error)
+                self._stop.set()
+                self._changed.notify_all()
 
     def _next(self) -> tuple[_File, int] | None:
-        """The next chunk, not too far ahead of its file's hash; None when all is done.
+        """The next chunk, not too far ahead of the hash; None when all is done.
 
-        The chunk that a hash waits for was handed out before, so waiting ends.
+        The chunk that the hash waits for was handed out before, so waiting ends.
         """
+        ahead = max(_AHEAD, 2 * self.transfer.jobs)
         with self._changed:
-            while not self._stop.is_set() and self._open:
+            while not self._stop.is_set():
                 if self._queue:
                     file, chunk = self._queue[0]
-                    ahead = (chunk - file.hashed) * self.transfer.chunk_bytes
-                    if ahead < _WINDOW_BYTES or chunk == file.hashed:
+                    if file.first + chunk < self._hashing + ahead:
                         return self._queue.popleft()
                 self._changed.wait()
         return None
-
-    def _land(self, file: _File, chunk: int) -> None:
-        """Fetch a chunk, and hash its file as far as chunks are there, unless a thread is at it."""
-        file.open()
-        start, end = file.span(chunk)
-        if chunk in file.landed:
-            self._report(end - start, fetched=0)
-        else:
-            self._fetch(file, start, end)
-            self.mark(file.first + chunk)
-        with self._changed:
-            file.there.add(chunk)
-            if file.hashing:
-                return
-            file.hashing = True
-        while self._may_hash(file):
-            file.hash_next()
-            with self._changed:
-                file.hashed += 1
-                self._changed.notify_all()
-            if self._stop.is_set():
-                raise _StoppedError
-            if file.hashed == file.chunks:
-                return self._finish(file)
-
-    def _may_hash(self, file: _File) -> bool:
-        with self._changed:
-            file.hashing = file.hashed in file.there
-        return file.hashing
-
-    def _finish(self, file: _File) -> None:
-        """All chunks of a file are there: it is right, or fetched once more."""
-        sha256 = file.hash.hexdigest()
-        if sha256 == file.file.sha256:
-            file.close(sync=True)
-            with self._changed:
-                self._open -= 1
-                self._changed.notify_all()
-            return
-        fault = (
-            f"{self.store.url}: {file.file.path} of {self.place} has SHA-256 {sha256}, "
-            f"its manifest says {file.file.sha256}"
-        )
-        if file.again:
-            raise CorruptError(f"{fault}; nothing was kept. Publish it again, or pull another one")
-        log.warning("%s; fetching it once more", fault)
-        self._report(-file.file.size_bytes, fetched=0)
-        with self._changed:
-            file.again, file.hashing, file.landed, file.there = True, False, set(), set()
-            file.hash, file.hashed = hashlib.sha256(), 0
-            self._queue.extendleft((file, chunk) for chunk in reversed(range(file.chunks)))
-            self._changed.notify_all()
 
     def _fetch(self, file: _File, at: int, end: int) -> None:
         """Fetch bytes into a file; on from where an answer ended."""
