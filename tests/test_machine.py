@@ -48,11 +48,6 @@ def test_builder_names_every_missing_package_and_the_remedy(
     assert caught.value.exit_code is ExitCode.INCOMPATIBLE
 
 
-def test_checkpoint_format_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "tensorrt_rtx", "onnx", "onnxruntime")
-    require_builder("checkpoint")
-
-
 def test_trtllm_format_needs_the_converter_and_no_other_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -72,11 +67,6 @@ def test_full_disk_is_refused_with_both_numbers_and_the_next_step(
     assert caught.value.exit_code is ExitCode.TRANSIENT
     for part in ("10.0 GB", str(tmp_path), "ENGINESMITH_CACHE"):
         assert part in str(caught.value)
-
-
-def test_exactly_enough_disk_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, ANY_BYTES))
-    require_room(needing(ANY_BYTES), tmp_path)
 
 
 def test_too_little_memory_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

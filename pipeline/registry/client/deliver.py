@@ -35,9 +35,8 @@ from pipeline.registry.client.layout import (
     settle_read_only,
     write_statements,
 )
-from pipeline.registry.disk import disk_errors, make_folders
+from pipeline.registry.disk import disk_errors, make_folders, require_private_parent
 from pipeline.registry.manifest import MANIFEST, files_of, verify
-from pipeline.registry.ownership import require_private_parent
 from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.trust.statements import verified_files

@@ -26,9 +26,8 @@ from pathlib import Path
 from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import sync
-from pipeline.registry.disk import make_folders, open_regular, read_bounded
+from pipeline.registry.disk import make_folders, open_regular, read_bounded, writable_by_others
 from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest, verify
-from pipeline.registry.ownership import writable_by_others
 from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import (
     ENVELOPE,

@@ -29,8 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pipeline.core.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
-from pipeline.registry.disk import disk_errors, read_bounded
-from pipeline.registry.ownership import require_unshared
+from pipeline.registry.disk import disk_errors, read_bounded, require_unshared
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.settings import STRICT, Listed
-from pipeline.registry.disk import disk_errors, read_bounded
-from pipeline.registry.ownership import require_unshared
+from pipeline.registry.disk import disk_errors, read_bounded, require_unshared
 from pipeline.registry.trust.keys import PublicKey, config_root, parse_public_key, signing_key
 
 if TYPE_CHECKING:
