@@ -21,8 +21,9 @@ from pipeline.registry.package import is_throwaway, require_manifest_publishable
 from pipeline.registry.promotion import Releaser
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Resolved, examine
-from pipeline.registry.store import Place, WritableStore
+from pipeline.registry.store import Place
 from pipeline.registry.stores import staging_area
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.signing import Author, Signatory, actor_of, now_text, sign_test
 from pipeline.registry.trust.statements import verified_files

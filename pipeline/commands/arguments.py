@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.registry.store import WritableStore
+    from pipeline.registry.stores.publication import WritableStore
     from pipeline.registry.trust.policy import TrustPolicy
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name.", show_default=False)]

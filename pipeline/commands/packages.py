@@ -15,7 +15,7 @@ from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, 
 if TYPE_CHECKING:
     from pipeline.registry.listing import Entry
     from pipeline.registry.resolve import Resolved
-    from pipeline.registry.store import WritableStore
+    from pipeline.registry.stores.publication import WritableStore
     from pipeline.registry.trust.verification import Terms
 
 _STYLES = {

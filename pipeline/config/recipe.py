@@ -17,7 +17,7 @@ from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.formats.spec import EngineCompiler
 from pipeline.model.read import Shape
 from pipeline.registry.reference import Part, check_part
-from pipeline.registry.store import Registry
+from pipeline.registry.stores import Registry
 from pipeline.runners.runner import Runner
 from pipeline.sources.text.corpus import Calibration
 

@@ -13,7 +13,7 @@ import io
 import os
 import pwd
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
@@ -23,9 +23,6 @@ from pipeline.core.workfolder import sync
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BUSY = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ESTALE}
-# What link(2) says on a file system without hard links.
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_TRIES = 3
 CHUNK_BYTES = 256 << 10
 """1 GiB in writes of 256 KiB took 0.13, 0.17 and 0.33 s, of 1 MiB 0.10, 0.18 and 1.43 s, of 16 MiB
 0.8 to 2.0 s (ext4, Linux 6.18, one run each, measured 2026-11-25; why is not known)."""
@@ -126,77 +123,12 @@ def write_new(path: Path, data: bytes) -> None:
         stream.write(data)
 
 
-def settle(folder: Path) -> None:
-    """Make all files below `folder` read-only, and force files and folders to the disk.
-
-    Folders stay writable, so that `rm -rf` works.
-    """
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(root, name)
-            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
-            sync(path)
-        sync(Path(root))
-
-
 def make_folders(folder: Path) -> None:
     """Make `folder` and its parents, each of them durable; never writable by everybody."""
     missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
     for path in reversed(missing):
         path.mkdir(mode=0o775, exist_ok=True)  # less what the umask takes
         sync(path.parent)
-
-
-def link_new(private: Path, target: Path) -> bool:
-    """Make a settled file visible as `target`, in one step; False if the name is taken.
-
-    `private` stays. Where the file system has no hard links, a reader may see a part for a moment.
-    """
-    try:
-        _with_folder(target, lambda: os.link(private, target))
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        try:
-            write_new(target, private.read_bytes())
-        except FileExistsError:
-            return False
-        sync(target)
-    sync(target.parent)
-    return True
-
-
-def replace_file(private: Path, target: Path) -> None:
-    """Make a file visible as `target`, in one step, in place of what was there."""
-    sync(private)
-    _with_folder(target, lambda: private.replace(target))
-    sync(target.parent)
-
-
-def _with_folder(target: Path, place: Callable[[], object]) -> None:
-    """Put something below a folder that is made for it, or again if a clean-up just took it."""
-    for _ in range(_TRIES):
-        make_folders(target.parent)
-        with contextlib.suppress(FileNotFoundError):
-            place()
-            return
-    make_folders(target.parent)
-    place()
-
-
-def file_system_now_s(folder: Path) -> float:
-    """Unix time by the clock that dates what is written below a folder; dates the folder anew.
-
-    A network file system has its server's, and machines that share it may disagree about the time.
-    Works on a full disk, where a new file would not.
-
-    Raises:
-        OSError: Not writable.
-    """
-    os.utime(folder)
-    return folder.stat().st_mtime
 
 
 def require_unshared(path: Path) -> None:

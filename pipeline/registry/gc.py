@@ -26,7 +26,8 @@ from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
 from pipeline.registry.resolve import examine
-from pipeline.registry.store import Place, Store, WritableStore, in_parallel, readers
+from pipeline.registry.store import Place, Store, in_parallel, readers
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.verification import Terms

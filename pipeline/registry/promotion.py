@@ -34,7 +34,8 @@ from pipeline.core.errors import (
 from pipeline.core.values import PASSING, Reference
 from pipeline.registry.reference import check_part
 from pipeline.registry.resolve import Resolved, examine, resolve
-from pipeline.registry.store import Place, WritableStore
+from pipeline.registry.store import Place
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import Channel, Move, channels_of, read_channels
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import TrustPolicy

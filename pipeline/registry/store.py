@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import Protocol, TypeVar, runtime_checkable
 
 from pipeline.core.errors import CorruptError, NotFoundError
-from pipeline.core.values import FileDigest, Package, Reference
+from pipeline.core.values import FileDigest, Reference
 
 log = logging.getLogger(__name__)
 
@@ -188,84 +188,6 @@ class Store(Protocol):
         What is too large or beyond `MAX_MOVES` is skipped with one warning. Those in `known`
         (SHA-256 in hex -> envelope) are not sent again.
         """
-        ...
-
-
-@runtime_checkable
-class WritableStore(Store, Protocol):
-    """Writes, too."""
-
-    def check_writable(self) -> None:
-        """Find out, before any work, whether packages can be published here; leaves no trace.
-
-        AccessError, which says what to change, if not, or if it cannot create exclusively.
-        """
-        ...
-
-    def create_identity(self) -> str:
-        """The registry's identity; made at random, exclusively, if it has none."""
-        ...
-
-    def put_package(
-        self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
-    ) -> bool:
-        """Make a sealed package visible, whole and for ever; False if it was there.
-
-        In this order: the registry's identity, if it has none; lease, statements, files, sizes and
-        checksums asked back, manifest, lease removed. After an interruption the same call completes
-        what was begun, whole file by whole file.
-
-        Raises:
-            CorruptError: A file is not what the manifest says, here or in the store.
-            ConflictError: Another manifest lies under this version.
-            TransientError: No space, or the connection broke.
-        """
-        ...
-
-    def put_statement(self, place: Place, statement: RawStatement) -> bool:
-        """Add a statement; whole or not at all to its readers. False if it was there.
-
-        ConflictError if other bytes are there under this name, NotFoundError without the version.
-        """
-        ...
-
-    def put_move(self, name: str, variant: str, data: bytes) -> bool:
-        """Append one move to the log of channels; False if it was there."""
-        ...
-
-    def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
-        """Write what people read about a channel, in place of what was there; proves nothing."""
-        ...
-
-    def delete_package(self, place: Place) -> int:
-        """Remove a version's manifest, so that it is gone for readers; bytes that this will free.
-
-        Its files stay for readers who are at it; `leftovers` removes them a day later.
-        """
-        ...
-
-    def now_s(self) -> float:
-        """Unix time by the clock that dates what is written here."""
-        ...
-
-    def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
-        """What no reader sees, of interrupted or removed publications, in words.
-
-        What was touched in the last `min_age_s` may be of a run that goes on, and stays.
-        """
-        ...
-
-
-@runtime_checkable
-class Registry(Protocol):
-    """A registry as a recipe names it; opening it reads nothing."""
-
-    def reader(self) -> Store:
-        """Where it keeps its packages; without what only a publisher needs."""
-        ...
-
-    def store(self) -> WritableStore:
-        """The same, to publish, too."""
         ...
 
 

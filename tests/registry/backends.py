@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores import open_store
+from pipeline.registry.stores.publication import WritableStore
 from tests.services import docker_registry, seaweed
 
 backends = [

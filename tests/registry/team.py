@@ -17,8 +17,9 @@ from pipeline.core.values import Package, Reference, VerdictName
 from pipeline.registry.promotion import Moved, Releaser
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import Resolved, examine
-from pipeline.registry.store import RawStatement, WritableStore
+from pipeline.registry.store import RawStatement
 from pipeline.registry.stores import open_store
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.keys import SigningKey, generate_key
 from pipeline.registry.trust.policy import ROLES, Role, TrustedKey, TrustPolicy
 from pipeline.registry.trust.signing import Author, Signatory, sign_test

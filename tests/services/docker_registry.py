@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.oci.registry import OciRegistry
+from pipeline.registry.stores.publication import WritableStore
 
 INSTALL = "apt-get install -y --no-install-recommends docker-registry"
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from pipeline.registry.store import WritableStore
+    from pipeline.registry.stores.publication import WritableStore
 
 INSTALL = "pip install '.[dev]'"
 

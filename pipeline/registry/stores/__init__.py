@@ -12,12 +12,29 @@ it reads: digests and signatures are checked above.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from pipeline.core.data import cache_root
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import marked_modules, read_mark
-from pipeline.registry.store import Place, Registry, Store, WritableStore
+from pipeline.registry.store import Place, Store
+
+if TYPE_CHECKING:
+    from pipeline.registry.stores.publication import WritableStore
+
+
+@runtime_checkable
+class Registry(Protocol):
+    """A registry as a recipe names it; opening it reads nothing."""
+
+    def reader(self) -> Store:
+        """Where it keeps its packages; without what only a publisher needs."""
+        ...
+
+    def store(self) -> WritableStore:
+        """The same, to publish, too."""
+        ...
 
 
 def open_reader(url: str) -> Store:

@@ -13,33 +13,36 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pydantic.dataclasses
 
 from pipeline.core.errors import AccessError, NotFoundError
 from pipeline.core.settings import STRICT, PathField
 from pipeline.core.values import FileDigest
-from pipeline.core.workfolder import remove_folder, work_folder
+from pipeline.core.workfolder import remove_folder, sync, work_folder
 from pipeline.registry.disk import (
     CHUNK_BYTES,
     checked_chunks,
     disk_errors,
-    file_system_now_s,
-    link_new,
     make_folders,
     open_regular,
     read_bounded,
-    replace_file,
-    settle,
     write_new,
 )
-from pipeline.registry.store import OnBytes, WritableStore
+from pipeline.registry.store import OnBytes
 from pipeline.registry.stores.tree import Found, TreeStore
 
+if TYPE_CHECKING:
+    from pipeline.registry.stores.publication import WritableStore
+
 STAGING = ".staging"
+# What link(2) says on a file system without hard links.
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_TRIES = 3
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,13 +105,12 @@ class FolderObjects:
     def create(self, key: str, data: bytes) -> bool:
         with self._written(key) as new:
             write_new(new, data)
-            settle(new.parent)
-            return link_new(new, self.path / key)
+            return _link_new(new, self.path / key)
 
     def replace(self, key: str, data: bytes) -> None:
         with self._written(key) as new:
             write_new(new, data)
-            replace_file(new, self.path / key)
+            _replace_file(new, self.path / key)
 
     def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
         with self._written(key) as new:
@@ -120,8 +122,7 @@ class FolderObjects:
                     on_bytes(len(chunk))
             if ours:
                 source.rename(new)
-            settle(new.parent)
-            replace_file(new, self.path / key)
+            _replace_file(new, self.path / key)
 
     def holds(self, key: str, source: Path, file: FileDigest) -> bool:
         found = self.find(key)
@@ -141,8 +142,10 @@ class FolderObjects:
                         (self.path / folder).rmdir()
 
     def now_s(self) -> float:
+        """By the clock that dates what is written here: that of a network file system's server."""
         try:
-            return file_system_now_s(self.path)
+            os.utime(self.path)  # works on a full disk, where a new file would not
+            return self.path.stat().st_mtime
         except OSError:  # read-only or not there: nothing can be removed by this date
             return time.time()
 
@@ -200,6 +203,52 @@ def _walk(folder: Path, prefix: str) -> Iterator[Found]:
 
 def _found(key: str, status: os.stat_result) -> Found:
     return Found(key=key, size_bytes=status.st_size, modified_s=status.st_mtime)
+
+
+def _settle(file: Path) -> None:
+    """Make a file read-only, and force it to the disk."""
+    file.chmod(stat.S_IMODE(file.stat().st_mode) & ~0o222)
+    sync(file)
+
+
+def _link_new(private: Path, target: Path) -> bool:
+    """Make a file visible as `target`, read-only, in one step; False if the name is taken.
+
+    `private` stays. Where the file system has no hard links, a reader may see a part for a moment.
+    """
+    _settle(private)
+    try:
+        _with_folder(target, lambda: os.link(private, target))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            write_new(target, private.read_bytes())
+        except FileExistsError:
+            return False
+        sync(target)
+    sync(target.parent)
+    return True
+
+
+def _replace_file(private: Path, target: Path) -> None:
+    """Make a file visible as `target`, read-only, in one step, in place of what was there."""
+    _settle(private)
+    _with_folder(target, lambda: private.replace(target))
+    sync(target.parent)
+
+
+def _with_folder(target: Path, place: Callable[[], object]) -> None:
+    """Put something below a folder that is made for it, or again if a clean-up just took it."""
+    for _ in range(_TRIES):
+        make_folders(target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            place()
+            return
+    make_folders(target.parent)
+    place()
 
 
 KIND = FolderRegistry

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import pydantic.dataclasses
@@ -29,7 +29,6 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.core.settings import STRICT
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.transfer import (
     ATTEMPTS,
     CONNECT_S,
@@ -41,6 +40,9 @@ from pipeline.registry.stores.transfer import (
     window,
 )
 from pipeline.registry.stores.tree import Found, TreeStore
+
+if TYPE_CHECKING:
+    from pipeline.registry.stores.publication import WritableStore
 
 # Amazon S3 User Guide, "General purpose bucket naming rules"; access point ARNs are not taken.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

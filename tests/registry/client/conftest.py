@@ -17,8 +17,9 @@ from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import Pulled, PullRequest, pull_from, verify
 from pipeline.registry.reference import reference_of
-from pipeline.registry.store import Store, WritableStore
+from pipeline.registry.store import Store
 from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.keys import SigningKey, generate_key
 from pipeline.registry.trust.signing import sign_package
 from tests.registry.packages import sealed_package

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.stores.s3 import S3Registry
 from tests.registry.stores.oci.server import FakeRegistry, fake_registry
 from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3

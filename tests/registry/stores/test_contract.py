@@ -16,7 +16,8 @@ import pytest
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError
 from pipeline.core.values import Package
 from pipeline.registry.manifest import files_of, manifest_at, manifest_bytes
-from pipeline.registry.store import ENVELOPE, Place, RawStatement, WritableStore
+from pipeline.registry.store import ENVELOPE, Place, RawStatement
+from pipeline.registry.stores.publication import WritableStore
 from tests.registry.packages import (
     envelopes,
     place_of,

@@ -10,8 +10,8 @@ import pytest
 from pipeline.core.errors import CorruptError, PipelineError, RecipeError, UntrustedError
 from pipeline.registry.copying import Copied, copy
 from pipeline.registry.reference import reference_of
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import channels_of
 from pipeline.registry.trust.keys import generate_key
 from tests.registry.packages import place_of, read_back

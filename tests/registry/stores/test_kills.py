@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.values import Package
-from pipeline.registry.store import WritableStore
+from pipeline.registry.stores.publication import WritableStore
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.stores.s3_server import Handler, MemoryS3
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.values import Package
 from pipeline.registry.client.layout import verify_layout
-from pipeline.registry.store import WritableStore
+from pipeline.registry.stores.publication import WritableStore
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
 from tests.registry.client.kills import counted_steps, killed_at, seeded_steps
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package

@@ -13,8 +13,8 @@ import pytest
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import files_of
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores import transfer
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.stores.s3 import S3Registry
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.stores.s3_server import (

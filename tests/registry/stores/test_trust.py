@@ -13,8 +13,9 @@ from pipeline.core.errors import ConflictError, UntrustedError
 from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
-from pipeline.registry.store import ENVELOPE, RawStatement, WritableStore
+from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.stores.folder import FolderRegistry
+from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import channels_of
 from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.signing import place_fields, sign_package, sign_statement

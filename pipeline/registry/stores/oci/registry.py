@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 import pydantic.dataclasses
@@ -28,7 +29,6 @@ from pipeline.registry.store import (
     NONE_KNOWN,
     Place,
     RawStatement,
-    WritableStore,
     bounded,
     bounded_kinds,
     in_parallel,
@@ -60,6 +60,9 @@ from pipeline.registry.stores.oci.image import (
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport, find_credentials
 from pipeline.registry.stores.transfer import window
+
+if TYPE_CHECKING:
+    from pipeline.registry.stores.publication import WritableStore
 
 STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
 MOVE_TYPE = "application/vnd.enginesmith.move.v1"

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.manifest import files_of
-from pipeline.registry.store import Store, WritableStore
+from pipeline.registry.store import Store
 from pipeline.registry.stores.oci import image
+from pipeline.registry.stores.publication import WritableStore
 from tests.registry.packages import place_of, raw_statement, sealed_package
 from tests.registry.stores.oci.server import FakeRegistry
 

@@ -19,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipeline.registry.store import WritableStore
 from pipeline.registry.stores.oci.registry import OciRegistry
+from pipeline.registry.stores.publication import WritableStore
 
 USER, PASSWORD = "builder", "s3cret"
 Fault = Callable[["Handler"], bool]
