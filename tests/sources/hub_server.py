@@ -40,9 +40,7 @@ class HubServer:
     Attributes:
         files: Content by path.
         sent: Path -> bytes that are sent in place of the true ones.
-        statuses: Answers to the next requests to the Hub, in order, in place of the usual ones.
         always: Answers every request to the Hub.
-        retry: Headers that go with `statuses` and `always`.
         kind: What the repository holds.
         tags: What it is tagged with, such as its licence.
         gated: Files need `TOKEN`; a token that is not `TOKEN` has no access.
@@ -51,22 +49,18 @@ class HubServer:
 
     files: dict[str, bytes] = field(default_factory=tiny_repository)
     sent: dict[str, bytes] = field(default_factory=dict)
-    statuses: list[int] = field(default_factory=list)
     always: int | None = None
-    retry: dict[str, str] = field(default_factory=dict)
     kind: Literal["model", "dataset"] = "model"
     tags: tuple[str, ...] = ()
     gated: bool = False
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self._closing = threading.Event()
         self._hub = _serve("127.0.0.1", _hub_handler(self))
         self._cdn = _serve("127.0.0.2", _cdn_handler(self))  # another host, as in life
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
         for server in (self._hub, self._cdn):
             server.shutdown()
             server.server_close()
@@ -148,9 +142,8 @@ def _hub_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(_Handler):
         def answer(self) -> None:
             hub.requests.append(Request(self.command, self.path, self.headers))
-            status = hub.always or (hub.statuses.pop(0) if hub.statuses else None)
-            if status is not None:
-                return self.reply(status, b"{}", **hub.retry)
+            if hub.always is not None:
+                return self.reply(hub.always, b"{}")
             path = urlsplit(self.path).path
             folder = "datasets/" if hub.kind == "dataset" else ""
             api, resolve = f"/api/{hub.kind}s/{REPO}/revision/", f"/{folder}{REPO}/resolve/"

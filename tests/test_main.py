@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ import pytest
 import yaml
 
 from pipeline.__main__ import Request, main, run
+from pipeline.commands.screen import file_logging, screen_logging, show_error
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.outcome import Outcome, failure_of, open_run
+from pipeline.outcome import (
+    Outcome,
+    closing_lines,
+    failure_of,
+    open_run,
+    write_verdict,
+)
 
 RECIPE = """
 defaults: [smollm2, _self_]
@@ -335,3 +343,69 @@ def test_composed_recipe_is_printed(
     assert main(["-cn", "smollm2", "--info", "defaults-tree"]) is ExitCode.OK
     assert "compiler: trtrtx" in capsys.readouterr().out
     assert not (tmp_path / "artifacts").exists(), "nothing is built"
+
+
+def test_runs_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    first, second = (open_run(tmp_path / "artifacts") for _ in range(2))
+    assert first != second
+    assert (first.parent / "latest").resolve() == second.resolve()
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        first.name, second.name, "latest"
+    ]  # fmt: skip
+
+
+def test_verdict_replaces_the_one_before_in_one_step(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for code in (0, 3):
+        write_verdict(run_dir, {"exit_code": code})
+    assert [path.name for path in run_dir.iterdir()] == ["verdict.json"]
+    assert '"exit_code": 3' in (run_dir / "verdict.json").read_text()
+
+
+def test_rejected_package_offers_no_command() -> None:
+    rejected = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="", verdict="rejected")
+    assert closing_lines(rejected, "enginesmith generate") == "verdict  rejected"
+
+
+def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -> None:
+    from safetensors import SafetensorError
+
+    seen = "Error while serializing: I/O error: No space left on device (os error 28)"
+    outcome = failure_of(SafetensorError(seen))
+    assert outcome.exit_code is ExitCode.TRANSIENT
+    assert "free some space" in outcome.message
+    assert failure_of(SafetensorError("HeaderTooSmall")).exit_code is ExitCode.FAILED
+
+
+def test_screen_shows_our_progress_and_everybodys_warnings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with screen_logging():
+        logging.getLogger("pipeline.build").info("Compiled in %d s", 3)
+        logging.getLogger("pipeline.build").debug("a detail")
+        logging.getLogger("library").info("chatter")
+        logging.getLogger("library").warning("careful")
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["Compiled in 3 s", "warning: careful"]
+
+
+def test_python_warnings_go_to_the_log_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with screen_logging(), file_logging(tmp_path / "build.log"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("deprecated since long", stacklevel=1)
+    assert capsys.readouterr().err == ""
+    assert "deprecated since long" in (tmp_path / "build.log").read_text()
+
+
+def test_full_disk_does_not_turn_log_lines_into_failures() -> None:
+    with screen_logging(), file_logging(Path("/dev/full")):
+        logging.getLogger("pipeline.build").info("one line")
+
+
+def test_error_is_not_wrapped_or_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "[/x] " + "path/" * 60
+    show_error(message)
+    assert capsys.readouterr().err == f"error: {message}\n"
