@@ -176,12 +176,7 @@ def test_config_json(here: Path, refuse: Refuse, change: object, code: int, mess
     ids=str,
 )  # fmt: skip
 def test_checkpoint_package_or_registry(
-    here: Path,
-    refuse: Refuse,
-    files: dict[str, str],
-    arguments: list[str],
-    code: int,
-    message: str,
+    here: Path, refuse: Refuse, files: dict[str, str], arguments: list[str], code: int, message: str
 ) -> None:
     for path, text in files.items():
         (here / path).parent.mkdir(parents=True, exist_ok=True)

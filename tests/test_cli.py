@@ -92,13 +92,7 @@ def test_build_is_the_same_request_as_hydras_flags(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pipeline.__main__.answer", answer)
     done = invoke("build", "smollm2", "a.b=1", "~c", "--config-dir", "x")
     assert done.exit_code == 3
-    assert seen == [
-        Request(
-            recipe="smollm2",
-            overrides=("a.b=1", "~c"),
-            config_dir=Path("x"),
-        )
-    ]
+    assert seen == [Request(recipe="smollm2", overrides=("a.b=1", "~c"), config_dir=Path("x"))]
 
 
 def test_bad_recipe_is_the_same_through_both_entry_points(workdir: Path) -> None:

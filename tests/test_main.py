@@ -21,13 +21,7 @@ from pipeline.__main__ import Request, main, run
 from pipeline.commands.screen import file_logging, screen_logging, show_error
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.outcome import (
-    Outcome,
-    closing_lines,
-    failure_of,
-    open_run,
-    write_verdict,
-)
+from pipeline.outcome import Outcome, closing_lines, failure_of, open_run, write_verdict
 
 RECIPE = """
 defaults: [smollm2, _self_]
@@ -323,11 +317,7 @@ def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> 
     main(["--config-dir", "own", "--config-name", "toy", "size=1", "~x", "+y=3"])
     main(["-cn", "toy", "--rebuild"])
     assert seen == [
-        Request(
-            recipe="toy",
-            overrides=("size=1", "~x", "+y=3"),
-            config_dir=Path("own"),
-        ),
+        Request(recipe="toy", overrides=("size=1", "~x", "+y=3"), config_dir=Path("own")),
         Request(recipe="toy", rebuild=True),
     ]
 

@@ -209,10 +209,7 @@ def test_licence_nobody_stated_goes_to_no_public_registry() -> None:
 
 def test_printed_commands_work_wherever_the_recipe_went(workdir: Path) -> None:
     folder_of(published("llama-3.2-1b-instruct"))
-    for words, place_of in [
-        ((), "recipes"),
-        (("--config-dir", "own dir"), "own dir"),
-    ]:
+    for words, place_of in [((), "recipes"), (("--config-dir", "own dir"), "own dir")]:
         (workdir / place_of).mkdir(exist_ok=True)
         name = f"in-{place_of.replace(' ', '-')}"
         done = enginesmith("new", name, "--from", "./model", *words)

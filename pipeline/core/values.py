@@ -250,24 +250,10 @@ class Report:
 
     def to_json(self, verdict: Verdict) -> dict[str, Any]:
         """As `report.json`; what was not asked has no key."""
-        asked = {
-            name: dict(part)
-            for name in ("chat", "lm_eval", "sustained", "physics")
-            if (part := getattr(self, name))
-        }
-        return {
-            "schema": 1,
-            "digest": self.digest,
-            "card": self.card,
-            "conditions": dict(self.conditions),
-            "speed": [dict(entry) for entry in self.speed],
-            "quality": dict(self.quality),
-            **asked,
-            "checks": dict(self.checks),
-            "not_run": list(self.not_run),
-            "verdict": verdict.name,
-            "findings": [finding.to_json() for finding in verdict.findings],
-        }
+        asked = ("chat", "lm_eval", "sustained", "physics")
+        parts = {name: part for name, part in vars(self).items() if part or name not in asked}
+        findings = [finding.to_json() for finding in verdict.findings]
+        return {"schema": 1, **parts, "verdict": verdict.name, "findings": findings}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,7 @@ def _left_by_a_killed_process(parent: Path, size_bytes: int = 0) -> Path:
     return max(parent.glob(".p-*"), key=lambda path: path.stat().st_mtime)
 
 
-def test_a_folder_is_ours_alone_with_a_random_name_and_gone_after_the_block(
-    tmp_path: Path,
-) -> None:
+def test_a_folder_is_ours_alone_with_a_random_name_and_gone_after_the_block(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         with _work(tmp_path) as first, _work(tmp_path) as second:
@@ -48,9 +46,7 @@ def test_a_folder_is_ours_alone_with_a_random_name_and_gone_after_the_block(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_what_killed_processes_left_one_is_adopted_and_the_rest_removed(
-    tmp_path: Path,
-) -> None:
+def test_of_what_killed_processes_left_one_is_adopted_and_the_rest_removed(tmp_path: Path) -> None:
     _left_by_a_killed_process(tmp_path)
     first = _left_by_a_killed_process(tmp_path)
     shutil.copytree(first, first.with_name(f"{first.name}0"), copy_function=shutil.copy2)

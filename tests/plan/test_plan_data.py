@@ -26,7 +26,7 @@ PARAMS = {
 
 def test_all_nine_cards_and_five_shapes_are_there() -> None:
     assert set(TARGETS) >= {
-        *("rtx4090", "rtx4080", "rtx6000ada", "l40s", "l4", "rtx5090", "a100", "h100", "h200"),
+        *("rtx4090", "rtx4080", "rtx6000ada", "l40s", "l4", "rtx5090", "a100", "h100", "h200")
     }
     assert set(SHAPES) >= set(PARAMS)
 

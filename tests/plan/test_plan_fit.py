@@ -172,12 +172,7 @@ def test_full_length_that_never_fits_is_a_warning(ask: Ask) -> None:
 
 def test_limits_that_contradict_each_other_are_all_reported(ask: Ask) -> None:
     workload = PlannedWorkload(name="b9", batch=9, isl=10000, osl=1)
-    request = ask(
-        "smollm2",
-        max_seq_len=10000,
-        max_num_tokens=7,
-        workloads=(workload,),
-    )
+    request = ask("smollm2", max_seq_len=10000, max_num_tokens=7, workloads=(workload,))
     plan = make_plan(request)
     assert paths(plan.faults) == [
         "compiler.max_seq_len",
