@@ -28,8 +28,8 @@ from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
 from pipeline.registry.package import Label, require_publishable, seal
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import Resolved
 from pipeline.registry.trust.signing import signatory_for
+from pipeline.registry.trust.verification import Resolved
 
 
 def build(

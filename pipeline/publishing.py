@@ -20,14 +20,14 @@ from pipeline.registry.disk import disk_errors, make_folders
 from pipeline.registry.package import is_throwaway, require_manifest_publishable
 from pipeline.registry.promotion import Releaser
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import Resolved, examine
+from pipeline.registry.resolve import examine
 from pipeline.registry.store import Place
 from pipeline.registry.stores import staging_area
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.signing import Author, Signatory, actor_of, now_text, sign_test
 from pipeline.registry.trust.statements import verified_files
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.verification import Resolved, Terms
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Publisher:
         pointed = {one.newest.reference.digest for one in channels if one.card == self.card}
         found = max(
             usable,
-            key=lambda one: (one.package.digest in pointed, one.verification.built_at),
+            key=lambda one: (one.package.digest in pointed, one.built_at),
             default=None,
         )
         if found is not None:
@@ -110,8 +110,8 @@ class Publisher:
 
         `question` is the key of the acceptance.
         """
-        statements = {one.name: one for one in found.verification.statements}
-        for verdict in found.verification.verdicts:
+        statements = {one.name: one for one in found.statements}
+        for verdict in found.verdicts:
             if verdict.question != question or verdict.verdict not in PASSING:
                 continue
             try:
@@ -163,7 +163,7 @@ class Publisher:
                 with locked_cache(place):
                     move_into_place(package.dir, cache_entry(place))
         unsigned = replace(self.terms, allow_unsigned=True, allow_yanked=True)
-        if not new and examine(self.store, place, unsigned).verification.signer is None:
+        if not new and examine(self.store, place, unsigned).signer is None:
             # The same bytes lie there, with no signature that is trusted.
             for raw in signed:
                 self.store.put_statement(place, raw)
@@ -209,7 +209,7 @@ class Publisher:
             ConflictError: Another author moved the channel at the same time.
         """
         if before is not None and before.package.digest != found.package.digest:
-            old, new = (one.verification.standing(self.card) for one in (before, found))
+            old, new = (one.standing(self.card) for one in (before, found))
             if old is not None and new is not None and old.verdict == new.verdict:
                 kept = (CHANNEL, before.place, old.verdict)
                 log.info("%s stays: %s is of the same build and %s", *kept)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.registry.trust.keys import generate_key, write_key_pair
 from pipeline.registry.trust.policy import policy_text
-from pipeline.registry.trust.signing import can_sign_models
+from pipeline.registry.trust.signing import can_sign_models, generate_key, write_key_pair
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 CARD = "NVIDIA-GeForce-RTX-4090"

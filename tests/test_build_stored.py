@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.registry.trust.keys import generate_key, write_key_pair
+from pipeline.registry.trust.signing import generate_key, write_key_pair
 from tests.registry.backends import Backends, backends, running_backends
 from tests.tiny_recipe import CHECKPOINT, make_workplace
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline import accept as acceptance
 from pipeline import cli
 from pipeline.core.hardware import target_of_card
-from pipeline.registry.trust.keys import generate_key, write_key_pair
+from pipeline.registry.trust.signing import generate_key, write_key_pair
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
 COMMANDS = sorted(str(command.name) for command in cli.app.registered_commands)

@@ -18,7 +18,7 @@ import pytest
 from pipeline.registry.manifest import files_of, manifest_at
 from pipeline.registry.store import Place
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.keys import generate_key, write_key_pair
+from pipeline.registry.trust.signing import generate_key, write_key_pair
 from tests.registry.backends import Backends, backends, running_backends
 from tests.stand_in_card import put_card, put_runner
 from tests.tiny import tiny_model

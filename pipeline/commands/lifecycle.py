@@ -37,7 +37,8 @@ def keygen(
     ] = None,
 ) -> Answer:
     """Make a key pair to sign packages with."""
-    from pipeline.registry.trust.keys import KEY_PATH, config_root, generate_key, write_key_pair
+    from pipeline.registry.trust.keys import KEY_PATH, config_root
+    from pipeline.registry.trust.signing import generate_key, write_key_pair
 
     path = out if out is not None else config_root(os.environ) / "signing.key"
     key = generate_key()
@@ -141,7 +142,7 @@ def yank(
     policy: Policy = None,
 ) -> Answer:
     """Stop a package from being pulled, but by its digest and with --allow-yanked."""
-    from pipeline.registry.trust.channels import channels_of
+    from pipeline.registry.promotion import channels_of
 
     releaser = _releaser(registry, policy, reason)
     found, changed = releaser.yank(reference, undo=undo)
@@ -185,7 +186,7 @@ def channels(
 ) -> Answer:
     """Show where the channels point, by their signed moves."""
     from pipeline.commands.screen import make_table
-    from pipeline.registry.trust.channels import channels_of
+    from pipeline.registry.promotion import channels_of
 
     store, trust = open_registry(registry, policy)
     found = channels_of(store, trust, name)
@@ -284,8 +285,7 @@ def _collected(done: Collected, *, delete: bool) -> Answer:
 
 def _releaser(registry: str, policy: Path | None, reason: str) -> Releaser:
     from pipeline.registry.promotion import Releaser
-    from pipeline.registry.trust.keys import require_signing_key
-    from pipeline.registry.trust.signing import Author, actor_of
+    from pipeline.registry.trust.signing import Author, actor_of, require_signing_key
 
     store, trust = open_registry(registry, policy)
     key = require_signing_key(os.environ, local=store.local)

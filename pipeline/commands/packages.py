@@ -14,9 +14,8 @@ from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, 
 
 if TYPE_CHECKING:
     from pipeline.registry.listing import Entry
-    from pipeline.registry.resolve import Resolved
     from pipeline.registry.stores.publication import WritableStore
-    from pipeline.registry.trust.verification import Terms
+    from pipeline.registry.trust.verification import Resolved, Terms
 
 _STYLES = {
     "accepted": "green",
@@ -75,7 +74,7 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
             (
                 (one.card, one.verdict, " ".join(one.runtime), str(one.signer), one.signed_at[:19],
                  one.statement)
-                for one in found.resolved.verification.verdicts
+                for one in found.resolved.verdicts
             ),
         ),
     )  # fmt: skip
@@ -141,7 +140,7 @@ def copy(
         done = copying.copy(
             reference, source, target, os.environ, policy=policy, allow_unsigned=allow_unsigned
         )
-    found, signer = done.resolved, done.resolved.verification.signer
+    found, signer = done.resolved, done.resolved.signer
     return Answer(
         value={
             "reference": str(found.reference),
@@ -175,15 +174,15 @@ def _open(registry: str, policy: Path | None) -> tuple[WritableStore, Terms]:
 def _summary(entry: Entry) -> dict[str, Any]:
     """One published version for programs."""
     found = entry.resolved
-    verdicts = found.verification.verdicts if found else ()
-    signer = found.verification.signer if found else None
+    verdicts = found.verdicts if found else ()
+    signer = found.signer if found else None
     return {
         "reference": str(entry.place),
         "digest": found.package.digest if found else None,
         "size_bytes": _size_bytes(found) if found else None,
         "state": _state(entry),
         "signer": signer.to_json() if signer else None,
-        "proven_cards": list(found.verification.proven_cards) if found else [],
+        "proven_cards": list(found.proven_cards) if found else [],
         "verdicts": [
             {"card": one.card, "verdict": one.verdict, "statement": one.statement}
             for one in verdicts
@@ -201,20 +200,20 @@ def _state(entry: Entry) -> str:
         return "damaged" if entry.corrupt else "untrusted"
     if found.yank:
         return "yanked"
-    if found.verification.signer is None:
+    if found.signer is None:
         return "unsigned"
-    cards = dict.fromkeys(one.card for one in found.verification.verdicts)
-    states = [one for card in cards if (one := found.verification.standing(card))]
+    cards = dict.fromkeys(one.card for one in found.verdicts)
+    states = [one for card in cards if (one := found.standing(card))]
     return ", ".join(f"{one.verdict} ({one.card})" for one in states) or "no test result"
 
 
 def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
-    manifest, verification = found.package.manifest, found.verification
+    manifest = found.package.manifest
     source, match = manifest["source"], manifest["match"]
     commit = f" at {source['commit']}" if source["commit"] else ""
     note = f" ({source['note']})" if source["note"] else ""
-    proven = ", ".join(verification.proven_cards)
-    signer = f"signed by {verification.signer}" if verification.signer else "no trusted signature"
+    proven = ", ".join(found.proven_cards)
+    signer = f"signed by {found.signer}" if found.signer else "no trusted signature"
     fits = ", ".join(match["cards"]) or ", ".join(f"sm_{sm}" for sm in match["sm"]) or "any GPU"
     needs = [f"{match['min_vram_bytes'] / 2**30:.2f} GiB free"]
     needs += [" ".join((match["runtime"]["name"], match["runtime"]["version"]))]
@@ -228,7 +227,7 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         **({"yanked": str(found.yank)} if found.yank else {}),
         "channels": _channels(entry) or "none",
         "signature": signer,
-        "builder": verification.builder_id or "no trusted provenance",
+        "builder": found.builder_id or "no trusted provenance",
         "format": f"{manifest['format']}, {manifest['quantization']}",
         "size": _size(found),
         "fits": f"{fits}; {', '.join(needs)}",
@@ -238,7 +237,7 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         "licence": manifest["licence"]["spdx"],
         "build key": manifest["build_key"],
         "tools": _joined(manifest["build"]["tools"]),
-        "ignored": "; ".join(verification.ignored) or "nothing",
+        "ignored": "; ".join(found.ignored) or "nothing",
     }
 
 

@@ -179,27 +179,27 @@ def verify(
 
 def _lines(done: Pulled) -> list[str]:
     """What was checked, for people."""
-    verification, chosen = done.resolved.verification, done.chosen
+    resolved, chosen = done.resolved, done.chosen
     how = {
         "registry": f"fetched {done.fetched_bytes / 1e6:.1f} MB in {done.seconds:.1f} s",
         "cache": "from the cache",
         "present": "it was there already",
         "verified": "verified where it is",
     }[done.origin]
-    needs, yank = done.manifest["match"]["runtime"], done.resolved.yank
+    needs, yank = done.manifest["match"]["runtime"], resolved.yank
     return [
-        f"package   {done.resolved.place}",
+        f"package   {resolved.place}",
         f"digest    sha256:{done.digest}",
         f"bytes     {done.size_bytes / 1e6:.1f} MB, every byte verified; {how}",
-        f"signed    {verification.signer or 'UNSIGNED, accepted because of --allow-unsigned'}",
-        f"built     {verification.builder_id or 'no trusted provenance'}",
+        f"signed    {resolved.signer or 'UNSIGNED, accepted because of --allow-unsigned'}",
+        f"built     {resolved.builder_id or 'no trusted provenance'}",
         f"proven    {_proof_line(done)}",
         *([f"yanked    YANKED {yank}; accepted because of --allow-yanked"] if yank else []),
         f"runtime   {needs['name']} {needs['version']}",
         f"engine    {done.engine_dir}",
         *(f"unknown   {text}" for text in chosen.unknown),
         *(f"rejected  {text}" for text in chosen.rejected),
-        *(f"ignored   {text}" for text in verification.ignored),
+        *(f"ignored   {text}" for text in resolved.ignored),
     ]
 
 

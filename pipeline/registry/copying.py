@@ -16,12 +16,12 @@ from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
 from pipeline.core.progress import BYTES, progress
 from pipeline.registry.client.pull import fetch
 from pipeline.registry.package import require_manifest_publishable
-from pipeline.registry.resolve import Resolved, examine, resolve
+from pipeline.registry.resolve import examine, resolve
 from pipeline.registry.store import ENVELOPE, RawStatement, Store
 from pipeline.registry.stores import open_reader, open_store
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.statements import verified_files
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.verification import Resolved, Terms
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def copy(
 def _whole_statements(source: Store, resolved: Resolved) -> list[RawStatement]:
     """The trusted statements that go along, with their files; oldest first."""
     found = []
-    for statement in reversed(resolved.verification.statements):
+    for statement in reversed(resolved.statements):
         if statement.kind == "yank":
             continue
         try:

@@ -179,7 +179,7 @@ def _decide(
         why = str(error) if rules.damaged else f"look at it, or pass --damaged: {error}"
         return Fate(place=place, remove=rules.damaged, why=why)
     size_bytes = sum(file["size"] for file in found.package.manifest["files"])
-    statements = found.verification.statements
+    statements = found.statements
     if not statements:
         why = "no trusted key signed anything about it, so nothing tells how old it is"
         return Fate(place=place, remove=False, why=why, size_bytes=size_bytes)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.registry.client.remember import RememberingStore
-from pipeline.registry.resolve import Resolved, examine, resolve
+from pipeline.registry.resolve import examine, resolve
 from pipeline.registry.store import Place, Store, in_parallel, readers
 from pipeline.registry.trust.channels import read_channels
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.verification import Resolved, Terms
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -32,11 +32,11 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.values import PASSING, Reference
-from pipeline.registry.reference import check_part
-from pipeline.registry.resolve import Resolved, examine, resolve
-from pipeline.registry.store import Place
+from pipeline.registry.reference import check_part, parse_reference
+from pipeline.registry.resolve import examine, resolve
+from pipeline.registry.store import Place, Store
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.channels import Channel, Move, channels_of, read_channels
+from pipeline.registry.trust.channels import Channel, Move, read_channels
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.signing import (
@@ -47,7 +47,7 @@ from pipeline.registry.trust.signing import (
     sign_statement,
 )
 from pipeline.registry.trust.statements import open_statement, verified_files
-from pipeline.registry.trust.verification import SignedVerdict, Terms, Verification
+from pipeline.registry.trust.verification import Resolved, SignedVerdict, Terms
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Releaser:
             ConflictError: As in `move`.
         """
         reference = found.reference
-        verdict = _require_enterable(found.verification, channel, card)
+        verdict = _require_enterable(found, channel, card)
         held = self._channel(reference, channel, verdict.card)
         move = self.move(reference, channel, verdict.card, seen=seen)
         try:
@@ -247,7 +247,7 @@ class Releaser:
         lenient = replace(self.policy, revoked_digests=(), builder_ids=())
         terms = Terms(policy=lenient, allow_unsigned=True, allow_yanked=True)
         found = resolve(self.store, text, terms)
-        latest = next(iter(found.verification.yanks), None)
+        latest = next(iter(found.yanks), None)
         if latest is None and undo:
             raise RecipeError([Fault("--undo", f"{found.place} is not yanked")])
         if latest is not None and latest.yanked is not undo:
@@ -264,7 +264,29 @@ class Releaser:
         return done, True
 
 
-def _require_enterable(found: Verification, channel: str, card: str | None) -> SignedVerdict:
+def channels_of(
+    store: Store, policy: TrustPolicy, text: str | None = None, channel: str | None = None
+) -> list[tuple[str, str, Channel]]:
+    """Channels with their name and variant: of `NAME` or `NAME/VARIANT`, else of all.
+
+    Raises:
+        RecipeError: `text` names a package.
+        NotFoundError: There is nothing of this name or variant.
+    """
+    if text is not None and (":" in text or "@" in text):
+        raise RecipeError([Fault("", f"{text} names a package; write NAME or NAME/VARIANT")])
+    wanted = parse_reference(text) if text is not None else None
+    places = store.places(wanted.name, wanted.variant) if wanted else store.places()
+    if wanted and not places:
+        raise NotFoundError(f"{store.url} has no {text}; `enginesmith list` shows what it has")
+    return [
+        (name, variant, found)
+        for name, variant in dict.fromkeys((place.name, place.variant) for place in places)
+        for found in read_channels(store, policy, name, variant, channel)
+    ]
+
+
+def _require_enterable(found: Resolved, channel: str, card: str | None) -> SignedVerdict:
     """The test result that lets a package into a channel of a card; raises like `enter`."""
     manifest = found.package.manifest
     what = f"{manifest['name']}/{manifest['variant']}@sha256:{found.package.digest[:12]}"
@@ -329,7 +351,7 @@ def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustP
     """
     found = resolve(store, text, Terms(policy=policy))
     signed = [sign_package(found.package, key)]
-    for one in reversed(found.verification.statements):  # oldest first, as they were signed
+    for one in reversed(found.statements):  # oldest first, as they were signed
         if one.kind in {"provenance", "test"}:
             raw = store.read_statement(found.place, one.name)
             signed.append(sign_again(one, key, verified_files(one, raw)))

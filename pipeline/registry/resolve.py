@@ -23,59 +23,20 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.values import Package, Reference
-from pipeline.registry.manifest import manifest_at, manifest_bytes
-from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
+from pipeline.registry.manifest import manifest_at
+from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.verification import (
+    Resolved,
     Terms,
-    Verification,
-    Yank,
     require_usable,
     verify_statements,
+    with_cards,
 )
 
 _MOST_LISTED = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """A package whose manifest and statements were verified; its files were not read.
-
-    Attributes:
-        place: Where it lies.
-        package: Manifest and digest; its folder is `place` as text for a package of a store.
-        statements: Those that count, as they lie in the store; perhaps without attachments.
-        verification: What they say.
-        channel: The channel that was followed; empty for none.
-        cards: Cards whose channel points here.
-    """
-
-    place: Place
-    package: Package
-    statements: tuple[RawStatement, ...]
-    verification: Verification
-    channel: str = ""
-    cards: tuple[str, ...] = ()
-
-    @property
-    def data(self) -> bytes:
-        """The bytes of the manifest: only canonical ones were let in."""
-        return manifest_bytes(self.package.manifest)
-
-    @property
-    def yank(self) -> Yank | None:
-        """As in `Verification`."""
-        return self.verification.yank
-
-    def __str__(self) -> str:
-        return _shown(self.place, self.cards)
-
-    @property
-    def reference(self) -> Reference:
-        """The package, by its digest."""
-        return reference_of(self.package)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +57,11 @@ class _Offer:
     cards: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return _shown(self.place, self.cards)
+        return with_cards(self.place, self.cards)
 
     def examine(self, store: Store, terms: Terms) -> Resolved:
         found = examine(store, self.place, terms, self.digest)
         return replace(found, channel=self.channel, cards=self.cards)
-
-
-def _shown(place: Place, cards: Sequence[str]) -> str:
-    return f"{place} ({', '.join(cards)})" if cards else str(place)
 
 
 def examine(
@@ -154,13 +111,7 @@ def examine_package(
     """
     done = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
     require_usable(done, terms, origin)
-    trusted = {one.name for one in done.statements}
-    return Resolved(
-        place=Place.of(reference_of(package)),
-        package=package,
-        statements=tuple(raw for raw in raws if raw.name in trusted),
-        verification=done,
-    )
+    return done
 
 
 def candidates(

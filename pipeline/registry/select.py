@@ -31,8 +31,8 @@ from pipeline.core.hardware import GIB
 from pipeline.core.values import Format
 from pipeline.registry.client.machine import Facts, Runtime, version_key
 from pipeline.registry.reference import ParsedReference
-from pipeline.registry.resolve import Refused, Resolved
-from pipeline.registry.trust.verification import NOT_RUN
+from pipeline.registry.resolve import Refused
+from pipeline.registry.trust.verification import NOT_RUN, Resolved
 
 _PROOFS = ("accepted", "checked", "compiled")
 
@@ -134,7 +134,7 @@ def best(
 
 def prove(found: Resolved, facts: Facts) -> Proof:
     """Whether trusted verdicts say that the package ran on this card and passed."""
-    done, card = found.verification, facts.card
+    done, card = found, facts.card
     cards = done.proven_cards
     elsewhere = f"it is proven on {', '.join(cards) or 'no card'}"
     if card is None:

@@ -331,7 +331,7 @@ def _empty_registry(folder: Path) -> Iterator[str]:
 
 
 def _make_trust(folder: Path) -> None:
-    from pipeline.registry.trust.keys import generate_key
+    from pipeline.registry.trust.signing import generate_key
 
     key = generate_key()
     (folder / _KEY).write_bytes(key.private_pem())

@@ -16,14 +16,14 @@ import pytest
 from pipeline.core.values import Package, Reference, VerdictName
 from pipeline.registry.promotion import Moved, Releaser
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import Resolved, examine
+from pipeline.registry.resolve import examine
 from pipeline.registry.store import RawStatement
 from pipeline.registry.stores import open_store
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.keys import SigningKey, generate_key
+from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import ROLES, Role, TrustedKey, TrustPolicy
-from pipeline.registry.trust.signing import Author, Signatory, sign_test
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.signing import Author, Signatory, generate_key, sign_test
+from pipeline.registry.trust.verification import Resolved, Terms
 from tests.registry.packages import place_of, sealed_package
 
 CARD = "NVIDIA-GeForce-RTX-4090"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.registry.listing import Pointer, entries, entry
-from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of
 from tests.registry.team import CARD, Team
@@ -59,7 +59,7 @@ def test_each_version_is_listed_with_what_is_true_of_it(team: Team) -> None:
     found = {one.place: one for one in entries(team.store, terms(team))}
     one = found[place_of(good)]
     assert one.resolved is not None
-    assert one.resolved.verification.proof(CARD) is not None
+    assert one.resolved.proof(CARD) is not None
     assert one.pointers == (Pointer(channel="stable", card=CARD),)
     marked = found[place_of(yanked)]
     assert marked.resolved is not None
@@ -84,7 +84,7 @@ def test_the_second_list_reads_nothing_again_and_sees_what_is_new(team: Team) ->
     assert remote.calls == {"read_statements": 2}
     regressed, yanked = found[place_of(packages[0])], found[place_of(packages[1])]
     assert regressed is not None
-    assert regressed.verification.proof(CARD) is None
+    assert regressed.proof(CARD) is None
     assert yanked is not None
     assert yanked.yank is not None
 
@@ -98,7 +98,7 @@ def test_what_is_remembered_is_verified_again(team: Team, cache: Path) -> None:
         path.write_text(path.read_text().replace("signatures", "signatvres"))
     (found,) = entries(remote, terms(team))
     assert found.place == place_of(package)
-    assert found.resolved is None or found.resolved.verification.proof(CARD) is None
+    assert found.resolved is None or found.resolved.proof(CARD) is None
 
 
 def test_show_finds_one_with_its_channels(team: Team) -> None:

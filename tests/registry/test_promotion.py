@@ -14,11 +14,9 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.values import Package
-from pipeline.registry.promotion import Moved
+from pipeline.registry.promotion import Moved, channels_of
 from pipeline.registry.reference import reference_of
-from pipeline.registry.trust.channels import channels_of
-from pipeline.registry.trust.keys import generate_key
-from pipeline.registry.trust.signing import Author
+from pipeline.registry.trust.signing import Author, generate_key
 from tests.registry.packages import VARIANT, place_of
 from tests.registry.team import CARD, OTHER_CARD, Team, trusted
 

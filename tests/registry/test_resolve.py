@@ -15,16 +15,10 @@ from pipeline.core.errors import (
 )
 from pipeline.publishing import Publisher
 from pipeline.registry.reference import parse_reference, reference_of
-from pipeline.registry.resolve import (
-    Resolved,
-    candidates,
-    examine,
-    examine_package,
-    resolve,
-)
+from pipeline.registry.resolve import candidates, examine, examine_package, resolve
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.signing import Signatory
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.verification import Resolved, Terms
 from tests.registry.packages import VARIANT, place_of
 from tests.registry.team import CARD, OTHER_CARD, Team
 
@@ -50,7 +44,7 @@ def test_a_package_is_found_by_version_digest_and_channel(team: Team) -> None:
         found = find(team, text)
         assert found.package.digest == package.digest
         assert found.reference == reference_of(package)
-        assert found.verification.proof(CARD) is not None
+        assert found.proof(CARD) is not None
         assert found.cards == (() if version in text or "@" in text else (CARD,))
     assert {raw.kind for raw in find(team, "tiny").statements} == {
         "signature",

@@ -37,9 +37,9 @@ from pipeline.registry.client.layout import (
 )
 from pipeline.registry.disk import disk_errors, make_folders, require_private_parent
 from pipeline.registry.manifest import MANIFEST, files_of, verify
-from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.trust.statements import verified_files
+from pipeline.registry.trust.verification import Resolved
 
 log = logging.getLogger(__name__)
 
@@ -194,19 +194,16 @@ class Delivery:
 
     def _statements(self) -> list[RawStatement]:
         """The trusted statements, the one with the model signature whole."""
-        statements, signed = list(self.resolved.statements), self.resolved.verification
-        for index, raw in enumerate(statements):
-            if signed.model_signature is None or raw.name != signed.model_signature.name:
-                continue
-            try:
-                whole = self.store.read_statement(self.resolved.place, raw.name)
-                files = verified_files(signed.model_signature, whole)
-            except (CorruptError, NotFoundError) as error:
-                log.warning("%s comes without model.sig: %s", self.resolved.place, error)
-            else:
-                statements[index] = RawStatement(
-                    name=raw.name, files={ENVELOPE: raw.envelope, **files}
-                )
+        statements = []
+        for one in self.resolved.statements:
+            files = {ENVELOPE: one.envelope}
+            if one is self.resolved.model_signature:
+                try:
+                    whole = self.store.read_statement(self.resolved.place, one.name)
+                    files |= verified_files(one, whole)
+                except (CorruptError, NotFoundError) as error:
+                    log.warning("%s comes without model.sig: %s", self.resolved.place, error)
+            statements.append(RawStatement(name=one.name, files=files))
         return statements
 
     def _show(

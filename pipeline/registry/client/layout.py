@@ -28,7 +28,6 @@ from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import sync
 from pipeline.registry.disk import make_folders, open_regular, read_bounded, writable_by_others
 from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest, verify
-from pipeline.registry.resolve import Resolved
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
@@ -37,6 +36,7 @@ from pipeline.registry.store import (
     is_statement_name,
 )
 from pipeline.registry.trust.statements import MODEL_SIGNATURE
+from pipeline.registry.trust.verification import Resolved
 
 STATEMENTS = "statements"
 RECEIPT = "pull.json"
@@ -139,7 +139,7 @@ def finish(
 
 def check_model_signature(folder: Path, resolved: Resolved) -> None:
     """Demand that `engine/model.sig` of a folder, if there is one, is the one that was signed."""
-    path, signed = folder / SIGNATURE, resolved.verification.model_signature
+    path, signed = folder / SIGNATURE, resolved.model_signature
     if not path.exists() or signed is None:
         return
     found = hashlib.sha256(read_bounded(path, MAX_ATTACHMENT_BYTES)).hexdigest()

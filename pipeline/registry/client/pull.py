@@ -41,12 +41,12 @@ from pipeline.registry.client.machine import Facts, Flags, facts_of
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.manifest import verify as verify_package
 from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
-from pipeline.registry.resolve import Resolved, candidates, examine_package, resolve
+from pipeline.registry.resolve import candidates, examine_package, resolve
 from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import Place, RawStatement, Store
 from pipeline.registry.stores import open_reader, package_dir
 from pipeline.registry.trust.policy import machine_trust
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.verification import Resolved, Terms
 
 log = logging.getLogger(__name__)
 
@@ -198,23 +198,23 @@ class Pulled:
         return (json.dumps(value, indent=1) + "\n").encode()
 
     def _believed(self) -> dict[str, Any]:
-        proof, verification = self.chosen.proof, self.resolved.verification
-        signer, yank = verification.signer, self.resolved.yank
+        proof, resolved = self.chosen.proof, self.resolved
+        signer, yank = resolved.signer, resolved.yank
         return {
             "reference": str(self.resolved.place),
             "digest": self.digest,
             "registry": self.registry,
             "signer": signer.to_json() if signer else None,
             "unsigned_allowed": signer is None,
-            "builder_id": verification.builder_id or None,
-            "verdicts": [one.to_json() for one in verification.verdicts],
+            "builder_id": resolved.builder_id or None,
+            "verdicts": [one.to_json() for one in resolved.verdicts],
             "verdict": proof.verdict,
             "proven": proof.kind,
             "unproven_accepted": proof.kind == "unproven",
             "proven_cards": list(proof.cards),
             "facts": self.facts.to_json(),
             "unknown": list(self.chosen.unknown),
-            "ignored": list(verification.ignored),
+            "ignored": list(resolved.ignored),
             "yanked_accepted": str(yank) if yank else None,
         }
 

@@ -19,9 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.core.errors import Fault, NotFoundError, RecipeError, UntrustedError
+from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Reference
-from pipeline.registry.reference import parse_reference
 from pipeline.registry.store import Store
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
 from pipeline.registry.trust.statements import open_statement, warn_skipped
@@ -81,28 +80,6 @@ def read_channels(
     return [
         Channel(name=key[0], card=key[1], moves=_chain(found.values()))
         for key, found in sorted(moves.items())
-    ]
-
-
-def channels_of(
-    store: Store, policy: TrustPolicy, text: str | None = None, channel: str | None = None
-) -> list[tuple[str, str, Channel]]:
-    """Channels with their name and variant: of `NAME` or `NAME/VARIANT`, else of all.
-
-    Raises:
-        RecipeError: `text` names a package.
-        NotFoundError: There is nothing of this name or variant.
-    """
-    if text is not None and (":" in text or "@" in text):
-        raise RecipeError([Fault("", f"{text} names a package; write NAME or NAME/VARIANT")])
-    wanted = parse_reference(text) if text is not None else None
-    places = store.places(wanted.name, wanted.variant) if wanted else store.places()
-    if wanted and not places:
-        raise NotFoundError(f"{store.url} has no {text}; `enginesmith list` shows what it has")
-    return [
-        (name, variant, found)
-        for name, variant in dict.fromkeys((place.name, place.variant) for place in places)
-        for found in read_channels(store, policy, name, variant, channel)
     ]
 
 

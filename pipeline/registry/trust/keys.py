@@ -7,12 +7,9 @@ log or a message. Its id is the SHA-256 of the public key in DER (SubjectPublicK
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +25,15 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from pipeline.core.errors import AccessError, ConflictError, CorruptError, Fault, RecipeError
+from pipeline.core.errors import AccessError, CorruptError, Fault, RecipeError
 from pipeline.registry.disk import disk_errors, read_bounded, require_unshared
-
-log = logging.getLogger(__name__)
 
 KEY_PATH = "ENGINESMITH_SIGNING_KEY"
 """Environment variable: path of a private key."""
 KEY_TEXT = "ENGINESMITH_SIGNING_KEY_PEM"
 """Environment variable: the private key itself, for systems that hand out secrets like this."""
 _MAX_KEY_BYTES = 16 << 10  # a P-256 key in PEM has some 240
-_KEYGEN = "make one with enginesmith keygen"
+KEYGEN = "make one with enginesmith keygen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +67,6 @@ class SigningKey:
         return self.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def generate_key() -> SigningKey:
-    """A new key pair."""
-    return SigningKey(private=ec.generate_private_key(ec.SECP256R1()))
-
-
 def parse_private_key(data: bytes, origin: str) -> SigningKey:
     """Read a private key in PEM; messages show `origin`, never the data.
 
@@ -86,11 +76,11 @@ def parse_private_key(data: bytes, origin: str) -> SigningKey:
     try:
         key = load_pem_private_key(data, password=None)
     except TypeError:
-        raise _fault(origin, "is encrypted; give one without a password") from None
+        raise key_fault(origin, "is encrypted; give one without a password") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise _fault(origin, f"is not a private key in PEM; {_KEYGEN}") from None
+        raise key_fault(origin, f"is not a private key in PEM; {KEYGEN}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
-        raise _fault(origin, f"is not an ECDSA P-256 key; {_KEYGEN}")
+        raise key_fault(origin, f"is not an ECDSA P-256 key; {KEYGEN}")
     return SigningKey(private=key)
 
 
@@ -103,9 +93,9 @@ def parse_public_key(data: bytes, origin: str) -> PublicKey:
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
-        raise _fault(origin, "is not a public key in PEM") from None
+        raise key_fault(origin, "is not a public key in PEM") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-        raise _fault(origin, "is not an ECDSA P-256 key")
+        raise key_fault(origin, "is not an ECDSA P-256 key")
     return PublicKey.of(key)
 
 
@@ -129,48 +119,9 @@ def _read_key(path: Path) -> bytes:
         try:
             data = read_bounded(path.resolve(), _MAX_KEY_BYTES)
         except CorruptError as error:
-            raise _fault(str(path), f"no such key ({error}); {_KEYGEN}") from None
+            raise key_fault(str(path), f"no such key ({error}); {KEYGEN}") from None
         require_unshared(path)
     return data
-
-
-def write_key_pair(key: SigningKey, path: Path) -> Path:
-    """Write a private key, mode 0600, and its public half beside it; replaces nothing.
-
-    Returns:
-        The public half's path.
-
-    Raises:
-        ConflictError: One of the two files exists.
-        AccessError: Not writable.
-    """
-    public = path.with_name(f"{path.name}.pub")
-    for target in (path, public):
-        if os.path.lexists(target):
-            raise _taken(target)
-    folder = path.absolute().parent
-    with disk_errors(f"write {path}"):
-        for missing in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
-            missing.mkdir(0o700, exist_ok=True)
-        # The public half last: what is half done has the half that it can be made again from.
-        for target, data, mode in (
-            (path, key.private_pem(), 0o600),
-            (public, key.public.pem, 0o644),
-        ):
-            with tempfile.NamedTemporaryFile(prefix=".key-", dir=folder) as stream:
-                os.fchmod(stream.fileno(), mode)
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-                try:
-                    os.link(stream.name, target)
-                except FileExistsError:
-                    raise _taken(target) from None
-    return public
-
-
-def _taken(path: Path) -> ConflictError:
-    return ConflictError(f"{path} exists; it stays as it is, so choose another with --out")
 
 
 def config_root(environ: Mapping[str, str]) -> Path:
@@ -184,18 +135,18 @@ def config_root(environ: Mapping[str, str]) -> Path:
     return (Path(base) if base else Path.home() / ".config") / "enginesmith"
 
 
-def signing_key(
-    environ: Mapping[str, str], *, local: bool, make: bool = False
-) -> SigningKey | None:
-    """The key that this machine signs with: the environment's, else its own local one.
+def local_key(environ: Mapping[str, str]) -> Path | None:
+    """Where this machine's own key lies.
 
-    Where `CI` is set, a local key would vanish with the machine, and its signatures could not be
-    verified; so there a key must be given.
+    None where `CI` is set: there it would vanish with the machine, and its signatures could not be
+    verified, so a key must be given.
+    """
+    in_ci = environ.get("CI", "").lower() not in {"", "0", "false"}
+    return None if in_ci else config_root(environ) / "local.key"
 
-    Args:
-        environ: The environment.
-        local: Whether the local key counts here.
-        make: Make the local key if it is missing, and log that.
+
+def signing_key(environ: Mapping[str, str], *, local: bool) -> SigningKey | None:
+    """The key that this machine signs with: the environment's, else its own, where `local` counts.
 
     Raises:
         RecipeError: The environment names two keys, or one that cannot be used.
@@ -203,42 +154,20 @@ def signing_key(
     """
     path, text = environ.get(KEY_PATH), environ.get(KEY_TEXT)
     if path and text:
-        raise _fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")
+        raise key_fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")
     if text:
         return parse_private_key(text.encode(), KEY_TEXT)
     if path:
         return read_private_key(Path(path))
-    own = config_root(environ) / "local.key"
-    if not local or environ.get("CI", "").lower() not in {"", "0", "false"}:
+    own = local_key(environ) if local else None
+    if own is None or not os.path.lexists(own):
         return None
-    if not os.path.lexists(own):
-        if not make:
-            return None
-        with contextlib.suppress(ConflictError):  # another build made it meanwhile
-            write_key_pair(generate_key(), own)
-            log.info(
-                "Made a key for this machine's own packages: %s (mode 0600). It counts here only; "
-                "to sign for others, make one with enginesmith keygen",
-                own,
-            )
     key = read_private_key(own)
     if stat.S_IMODE(own.stat().st_mode) & 0o077:
         raise AccessError(f"{own} can be read by others; run chmod 600 {own}, or remove it")
     return key
 
 
-def require_signing_key(
-    environ: Mapping[str, str], *, local: bool, make: bool = False
-) -> SigningKey:
-    """As `signing_key`, where there must be one; a RecipeError if there is none."""
-    if (key := signing_key(environ, local=local, make=make)) is not None:
-        return key
-    raise _fault(
-        KEY_PATH,
-        "no key is given to sign with, and this machine's local key counts for a folder of its own "
-        f"only, and never in CI; {_KEYGEN} and set this variable to its path",
-    )
-
-
-def _fault(origin: str, fault: str) -> RecipeError:
+def key_fault(origin: str, fault: str) -> RecipeError:
+    """A fault of a key, or of what names one."""
     return RecipeError([Fault(origin, fault)])

@@ -1,4 +1,4 @@
-"""What this machine states: it signs packages, their provenance, test results, yanks and moves.
+"""What this machine signs with, and what: packages, their provenance, test results, yanks, moves.
 
 A package's signature brings `model.sig`, an OpenSSF model signature over `engine/` in a Sigstore
 bundle, which the stock tool verifies wherever that folder is:
@@ -27,13 +27,23 @@ from pathlib import Path
 from typing import Any
 
 import rfc8785
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline import __version__
-from pipeline.core.errors import Fault, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, Fault, RecipeError, UntrustedError
 from pipeline.core.values import PASSING, Package, Reference, VerdictName
+from pipeline.registry.disk import disk_errors
 from pipeline.registry.manifest import ENGINE
 from pipeline.registry.store import ENVELOPE, RawStatement
-from pipeline.registry.trust.keys import SigningKey, require_signing_key
+from pipeline.registry.trust.keys import (
+    KEY_PATH,
+    KEY_TEXT,
+    KEYGEN,
+    SigningKey,
+    key_fault,
+    local_key,
+    signing_key,
+)
 from pipeline.registry.trust.policy import TrustPolicy, machine_policy, own_trust
 from pipeline.registry.trust.statements import (
     KINDS,
@@ -56,6 +66,77 @@ LOCAL_BUILDER = "https://enginesmith.dev/builder/local/v1"
 """SLSA builder id of a build that a person started on a machine of theirs; the key tells which."""
 _TIMESTAMP = "%Y-%m-%dT%H:%M:%SZ"
 """In-toto's Timestamp: RFC 3339 in UTC, whole seconds."""
+
+
+def generate_key() -> SigningKey:
+    """A new key pair."""
+    return SigningKey(private=ec.generate_private_key(ec.SECP256R1()))
+
+
+def write_key_pair(key: SigningKey, path: Path) -> Path:
+    """Write a private key, mode 0600, and its public half beside it; replaces nothing.
+
+    Returns:
+        The public half's path.
+
+    Raises:
+        ConflictError: One of the two files exists.
+        AccessError: Not writable.
+    """
+    public = path.with_name(f"{path.name}.pub")
+    for target in (path, public):
+        if os.path.lexists(target):
+            raise _taken(target)
+    folder = path.absolute().parent
+    with disk_errors(f"write {path}"):
+        for missing in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
+            missing.mkdir(0o700, exist_ok=True)
+        # The public half last: what is half done has the half that it can be made again from.
+        for target, data, mode in (
+            (path, key.private_pem(), 0o600),
+            (public, key.public.pem, 0o644),
+        ):
+            with tempfile.NamedTemporaryFile(prefix=".key-", dir=folder) as stream:
+                os.fchmod(stream.fileno(), mode)
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                try:
+                    os.link(stream.name, target)
+                except FileExistsError:
+                    raise _taken(target) from None
+    return public
+
+
+def _taken(path: Path) -> ConflictError:
+    return ConflictError(f"{path} exists; it stays as it is, so choose another with --out")
+
+
+def require_signing_key(
+    environ: Mapping[str, str], *, local: bool, make: bool = False
+) -> SigningKey:
+    """As `signing_key`, where there must be one; the local key is made, and that logged.
+
+    Raises:
+        RecipeError: There is none; otherwise as `signing_key`.
+    """
+    given = environ.get(KEY_PATH) or environ.get(KEY_TEXT)
+    own = local_key(environ) if make and local and not given else None
+    if own is not None and not os.path.lexists(own):
+        with contextlib.suppress(ConflictError):  # another build made it meanwhile
+            write_key_pair(generate_key(), own)
+            log.info(
+                "Made a key for this machine's own packages: %s (mode 0600). It counts here only; "
+                "to sign for others, make one with enginesmith keygen",
+                own,
+            )
+    if (key := signing_key(environ, local=local)) is not None:
+        return key
+    raise key_fault(
+        KEY_PATH,
+        "no key is given to sign with, and this machine's local key counts for a folder of its own "
+        f"only, and never in CI; {KEYGEN} and set this variable to its path",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,6 +85,7 @@ class Statement:
         files: Name -> SHA-256 (hex) of every file beside the envelope.
         predicate: The whole predicate.
         id: SHA-256 (hex) of the payload.
+        envelope: What was opened.
     """
 
     kind: Kind
@@ -95,6 +96,7 @@ class Statement:
     files: Mapping[str, str]
     predicate: Mapping[str, Any]
     id: str
+    envelope: bytes = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -162,6 +164,7 @@ def open_statement(data: bytes, policy: TrustPolicy) -> Statement:
         files=files,
         predicate=value["predicate"],
         id=hashlib.sha256(envelope.payload).hexdigest(),
+        envelope=data,
     )
 
 

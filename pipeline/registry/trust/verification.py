@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from pipeline.core.errors import UntrustedError
-from pipeline.core.values import Package, VerdictName
-from pipeline.registry.store import ENVELOPE, RawStatement
+from pipeline.core.values import Package, Reference, VerdictName
+from pipeline.registry.manifest import manifest_bytes
+from pipeline.registry.reference import reference_of
+from pipeline.registry.store import ENVELOPE, Place, RawStatement
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
 from pipeline.registry.trust.statements import (
     MODEL_SIGNATURE,
@@ -85,11 +87,11 @@ class Yank:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What trusted statements say of a package.
+class Resolved:
+    """A package whose manifest and statements were verified; its files were not read.
 
     Attributes:
-        package: Manifest and digest.
+        package: Manifest and digest; its folder is `place` as text for a package of a store.
         signer: Who vouches for it; None if no trusted key does.
         builder_id: What ran the build, from trusted provenance; empty without.
         built_at: When that provenance was signed; empty without.
@@ -97,6 +99,8 @@ class Verification:
         yanks: Those that count in this registry, newest first, undone or not.
         statements: All that count, newest first.
         ignored: What does not count, with the reason.
+        channel: The channel that was followed; empty for none.
+        cards: Cards whose channel points here.
     """
 
     package: Package
@@ -107,6 +111,26 @@ class Verification:
     yanks: tuple[Yank, ...] = ()
     statements: tuple[Statement, ...] = ()
     ignored: tuple[str, ...] = ()
+    channel: str = ""
+    cards: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return with_cards(self.place, self.cards)
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the manifest: only canonical ones were let in."""
+        return manifest_bytes(self.package.manifest)
+
+    @property
+    def reference(self) -> Reference:
+        """The package, by its digest."""
+        return reference_of(self.package)
+
+    @property
+    def place(self) -> Place:
+        """Where it lies."""
+        return Place.of(self.reference)
 
     @property
     def yank(self) -> Yank | None:
@@ -143,6 +167,11 @@ class Verification:
         return self.proof(card) or next(of_card, None)
 
 
+def with_cards(place: Place, cards: Sequence[str]) -> str:
+    """A version, with the cards whose channel points to it."""
+    return f"{place} ({', '.join(cards)})" if cards else str(place)
+
+
 def verify_statements(
     package: Package,
     raws: Sequence[RawStatement],
@@ -150,7 +179,7 @@ def verify_statements(
     *,
     registry: str | None,
     origin: str,
-) -> Verification:
+) -> Resolved:
     """Verify everything that was stated about a package.
 
     Yanks of another registry than this identity do not count; where there is none, as in a folder
@@ -180,7 +209,7 @@ def verify_statements(
     built_at, builder_id = next(
         ((one.signed_at, by) for one, by in built if not wanted or by in wanted), ("", "")
     )
-    return Verification(
+    return Resolved(
         package=package,
         signer=signature.signer if signature else None,
         builder_id=builder_id,
@@ -193,7 +222,7 @@ def verify_statements(
     )
 
 
-def require_usable(found: Verification, terms: Terms, origin: str) -> None:
+def require_usable(found: Resolved, terms: Terms, origin: str) -> None:
     """Refuse a package that may not be loaded, run or promoted.
 
     Raises:

@@ -20,8 +20,8 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.store import Store
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.signing import sign_package
+from pipeline.registry.trust.keys import SigningKey
+from pipeline.registry.trust.signing import generate_key, sign_package
 from tests.registry.packages import sealed_package
 from tests.registry.team import CARD, RUNTIME, Team
 

@@ -23,7 +23,7 @@ from pipeline.registry import pull
 from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.client.pull import run
 from pipeline.registry.store import Place
-from pipeline.registry.trust.keys import write_key_pair
+from pipeline.registry.trust.signing import write_key_pair
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
 from tests.registry.client.faulty_store import FaultyStore
 from tests.registry.team import CARD, OTHER_CARD

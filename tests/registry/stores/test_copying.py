@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, RecipeError, UntrustedError
 from pipeline.registry.copying import Copied, copy
+from pipeline.registry.promotion import channels_of
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.channels import channels_of
-from pipeline.registry.trust.keys import generate_key
+from pipeline.registry.trust.signing import generate_key
 from tests.registry.packages import place_of, read_back
 from tests.registry.team import CARD, Team
 
@@ -48,7 +48,7 @@ def test_a_copy_has_the_bytes_the_signatures_and_the_results_and_no_channel(
     done = run(team, target, "tiny")
     assert (done.new, done.added) == (True, 3)
     assert done.resolved.package.digest == package.digest
-    assert done.resolved.verification.proof(CARD) is not None
+    assert done.resolved.proof(CARD) is not None
     assert read_back(target, package) == read_back(team.store, package)
     assert channels_of(target, team.policy, "tiny") == []
     kinds = {raw.kind: raw for raw in target.read_statements(place_of(package))}
@@ -66,7 +66,7 @@ def test_copying_again_brings_only_what_is_new(team: Team, target: WritableStore
     team.test(package, "regression")
     later = run(team, target, text)
     assert (later.new, later.added) == (False, 1)
-    assert later.resolved.verification.proof(CARD) is None
+    assert later.resolved.proof(CARD) is None
 
 
 def test_what_may_not_be_used_is_not_copied(team: Team, target: WritableStore) -> None:

@@ -11,14 +11,13 @@ import pytest
 
 from pipeline.core.errors import ConflictError, UntrustedError
 from pipeline.core.values import Package
+from pipeline.registry.promotion import channels_of
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.channels import channels_of
-from pipeline.registry.trust.keys import generate_key
-from pipeline.registry.trust.signing import place_fields, sign_package, sign_statement
+from pipeline.registry.trust.signing import generate_key, place_fields, sign_package, sign_statement
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of, raw_statement
 from tests.registry.team import CARD, Team
@@ -65,11 +64,11 @@ def add_junk(team: Team, package: Package, good: RawStatement) -> None:
 def test_what_others_add_to_a_store_changes_nothing(team: Team) -> None:
     good, other = team.publish(b"good", "accepted"), team.publish(b"other", "accepted")
     team.enter(good, card=CARD)
-    before = team.examine(other).verification
+    before = team.examine(other)
     old = team.test(other, "accepted")
     team.test(other, "regression")
     add_junk(team, other, old)
-    done = team.examine(other).verification
+    done = team.examine(other)
     assert done.signer == before.signer
     assert done.yank is None
     assert done.proof(CARD) is None  # the replayed result outranks nothing

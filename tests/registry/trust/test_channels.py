@@ -17,9 +17,8 @@ from pipeline.core.values import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.channels import Channel, Move, read_channels
-from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.signing import Author, place_fields, sign_statement
+from pipeline.registry.trust.signing import Author, generate_key, place_fields, sign_statement
 from pipeline.registry.trust.statements import open_statement
 from tests.registry.packages import VARIANT
 from tests.registry.team import CARD, Team, trusted

@@ -20,14 +20,12 @@ from pipeline.registry.trust.keys import (
     KEY_PATH,
     KEY_TEXT,
     config_root,
-    generate_key,
     parse_private_key,
     read_private_key,
     read_public_key,
-    require_signing_key,
     signing_key,
-    write_key_pair,
 )
+from pipeline.registry.trust.signing import generate_key, require_signing_key, write_key_pair
 
 
 def test_key_pair_is_written_for_its_owner_alone(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from pipeline.core.errors import AccessError, RecipeError, UntrustedError
-from pipeline.registry.trust.keys import generate_key
 from pipeline.registry.trust.policy import (
     ROLES,
     TrustedKey,
@@ -16,7 +15,7 @@ from pipeline.registry.trust.policy import (
     load_policy,
     policy_text,
 )
-from pipeline.registry.trust.signing import sign_envelope
+from pipeline.registry.trust.signing import generate_key, sign_envelope
 from pipeline.registry.trust.statements import parse_envelope, signer_of
 
 KEY = generate_key()

@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import RecipeError, UntrustedError
-from pipeline.registry.trust.keys import generate_key, write_key_pair
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.signing import (
     LOCAL_BUILDER,
     actor_of,
     builder,
     can_sign_models,
+    generate_key,
     sign_engine,
     signatory_for,
+    write_key_pair,
 )
 from tests.registry.packages import sealed_package
 from tests.registry.team import Team

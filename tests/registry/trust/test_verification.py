@@ -12,14 +12,15 @@ from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, RawStatement
-from pipeline.registry.trust.keys import SigningKey, generate_key
-from pipeline.registry.trust.signing import place_fields, sign_package, sign_statement, sign_test
-from pipeline.registry.trust.verification import (
-    Terms,
-    Verification,
-    require_usable,
-    verify_statements,
+from pipeline.registry.trust.keys import SigningKey
+from pipeline.registry.trust.signing import (
+    generate_key,
+    place_fields,
+    sign_package,
+    sign_statement,
+    sign_test,
 )
+from pipeline.registry.trust.verification import Resolved, Terms, require_usable, verify_statements
 from tests.registry.team import (
     BUILDER,
     CARD,
@@ -37,7 +38,7 @@ def package(team: Team) -> Package:
     return team.seal()
 
 
-def verify(team: Team, package: Package, *raws: RawStatement, **more: Any) -> Verification:
+def verify(team: Team, package: Package, *raws: RawStatement, **more: Any) -> Resolved:
     chosen = {"policy": team.policy, "registry": REGISTRY, "origin": "here", **more}
     return verify_statements(package, raws, **chosen)
 
