@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,32 +83,30 @@ class CudaDevice:
         self._stream.synchronize()
 
 
-@dataclass(frozen=True)
-class StepProfile:
-    """One optimization profile: smallest and largest number of rows, tokens and logits of a row."""
-
-    index: int
-    batch: tuple[int, int]
-    sequence: tuple[int, int]
-    logits: tuple[int, int]
-
-    def takes(self, sequence: int, logits: int) -> bool:
-        (low, high), (fewest, most) = self.sequence, self.logits
-        return low <= sequence <= high and fewest <= logits <= most
-
-
 class StepContext:
-    """One execution context on one profile; remembers what is set, and sets only what changed."""
+    """One execution context on one optimization profile; sets only what changed.
 
-    def __init__(self, context: Any, profile: StepProfile, device: CudaDevice) -> None:
-        self.profile = profile
+    Attributes:
+        batch: Fewest and most rows of a step; `sequence` tokens, `logits` positions of a row.
+    """
+
+    def __init__(self, engine: Any, index: int, context: Any, device: CudaDevice) -> None:
+        low, _, high = engine.get_tensor_profile_shape("input_ids", index)
+        fewest, _, most = engine.get_tensor_profile_shape("logits_index", index)
+        self.batch, self.sequence = zip(low, high, strict=True)
+        self.logits: tuple[int, int] = (fewest[1], most[1])
         self._context = context
         self._device = device
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        if not context.set_optimization_profile_async(profile.index, device.stream):
-            raise _refused(f"profile {profile.index}")
+        if not context.set_optimization_profile_async(index, device.stream):
+            raise _refused(f"profile {index}")
         device.synchronize()
+
+    def takes(self, sequence: int, logits: int) -> bool:
+        """Whether it computes such a step, of few enough rows."""
+        (low, high), (fewest, most) = self.sequence, self.logits
+        return bool(low <= sequence <= high and fewest <= logits <= most)
 
     def run(
         self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], logits: tuple[int, ...]
@@ -123,7 +120,7 @@ class StepContext:
             self._shapes = {}  # if one is refused, all are set anew
             for name, shape in shapes.items():
                 if not self._context.set_input_shape(name, shape):
-                    raise _refused(f"shape {shape} of {name} in profile {self.profile}")
+                    raise _refused(f"shape {shape} of {name}")
             if unknown := self._context.infer_shapes():
                 raise _refused(f"the shapes of a step: {unknown} are not known to it")
             announced = tuple(self._context.get_tensor_shape("logits"))
@@ -150,6 +147,9 @@ class RtxEngine:
         cache_shape: Key-value heads, static length in tokens, head size.
         cache_dtype: In NumPy's words.
         vocab_size: Columns of the logits.
+        row_bytes: Of one cache tensor.
+        max_batch: Rows of the largest decode step.
+        logits_per_step: Most positions of a step whose logits can be had.
         contexts: In the order of the engine's profiles; decode comes first.
 
     Raises:
@@ -171,22 +171,12 @@ class RtxEngine:
         self.vocab_size = int(self._engine.get_tensor_shape("logits")[-1])
         self._cache_file = runtime_cache
         self._config = self._runtime_config()
-        self.contexts = [self._new_context(profile) for profile in step_profiles(self._engine)]
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one cache tensor."""
-        return math.prod(self.cache_shape) * {"float32": 4}.get(self.cache_dtype, 2)
-
-    @property
-    def max_batch(self) -> int:
-        """Rows of the largest decode step."""
-        return max(one.profile.batch[1] for one in self.contexts if one.profile.takes(1, 1))
-
-    @property
-    def logits_per_step(self) -> int:
-        """Most positions of a step whose logits can be had."""
-        return max(min(one.profile.sequence[1], one.profile.logits[1]) for one in self.contexts)
+        self.contexts = [
+            self._new_context(index) for index in range(self._engine.num_optimization_profiles)
+        ]
+        self.row_bytes = math.prod(self.cache_shape) * {"float32": 4}.get(self.cache_dtype, 2)
+        self.max_batch = max(one.batch[1] for one in self.contexts if one.takes(1, 1))
+        self.logits_per_step = max(min(one.sequence[1], one.logits[1]) for one in self.contexts)
 
     def context_for(self, sequence: int, logits: int) -> StepContext:
         """The context of the first profile that computes such a step.
@@ -195,11 +185,11 @@ class RtxEngine:
             RecipeError: None does.
         """
         for context in self.contexts:
-            if context.profile.takes(sequence, logits):
+            if context.takes(sequence, logits):
                 return context
         profiles = "; ".join(
             f"{p.sequence[0]} to {p.sequence[1]} tokens, {p.logits[0]} to {p.logits[1]} logits"
-            for p in (context.profile for context in self.contexts)
+            for p in self.contexts
         )
         message = f"got a step of {sequence} tokens and {logits} logits a row"
         raise RecipeError([Fault("", f"{message}; the engine's profiles take: {profiles}")])
@@ -254,15 +244,15 @@ class RtxEngine:
             raise _refused("a runtime cache")
         return config
 
-    def _new_context(self, profile: StepProfile) -> StepContext:
+    def _new_context(self, index: int) -> StepContext:
         context = self._engine.create_execution_context(self._config)
         if context is None:
             raise PipelineError(
-                f"TensorRT-RTX made no execution context for profile {profile.index}; its memory "
+                f"TensorRT-RTX made no execution context for profile {index}; its memory "
                 "may not fit the card: free it, or build with a smaller "
                 "compiler.max_prefill_batch_size"
             )
-        return StepContext(context, profile, self.device)
+        return StepContext(self._engine, index, context, self.device)
 
 
 def cache_tensors(engine: Any) -> tuple[tuple[str, ...], tuple[int, int, int], str]:
@@ -286,17 +276,6 @@ def cache_tensors(engine: Any) -> tuple[tuple[str, ...], tuple[int, int, int], s
     heads, context, size = tuple(engine.get_tensor_shape(f"past_{caches[0]}"))[1:]
     dtype = _DTYPES[engine.get_tensor_dtype(f"past_{caches[0]}").name]
     return caches, (heads, context, size), dtype
-
-
-def step_profiles(engine: Any) -> list[StepProfile]:
-    """The optimization profiles of an engine."""
-    profiles = []
-    for index in range(engine.num_optimization_profiles):
-        low, _, high = engine.get_tensor_profile_shape("input_ids", index)
-        fewest, _, most = engine.get_tensor_profile_shape("logits_index", index)
-        batch, sequence = zip(low, high, strict=True)
-        profiles.append(StepProfile(index, batch, sequence, (fewest[1], most[1])))
-    return profiles
 
 
 def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int]]:
@@ -347,7 +326,7 @@ class RtxDecoder:
         import numpy as np
 
         context = self._engine.context_for(ids.shape[1], logits_index.shape[1])
-        groups = row_groups(self.batch, context.profile.batch[1], self._engine.row_bytes)
+        groups = row_groups(self.batch, context.batch[1], self._engine.row_bytes)
         inputs = {"input_ids": ids, "write_indices": write_indices, "logits_index": logits_index}
         pieces = [
             self._run(context, start, {name: all_[start:end] for name, all_ in inputs.items()})

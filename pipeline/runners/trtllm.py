@@ -149,10 +149,14 @@ class TrtLlmRunner:
             write_model_dir(given.source / "model", task.checkpoint_dir, engine.dir)
             dataset = given.source / "dataset.jsonl"
             self.write_dataset(dataset, workload, checkpoint.spec.vocab_size, task.seed)
-            more = self._write_options(given.source / "options.yaml", attention_window(engine))
-            command = self.bench_command(
-                workload, place.path(given), place.path(made), place.path(built), options=more
-            )
+            if window := attention_window(engine):
+                # The section replaces the tool's own, so it repeats what that sets. JSON is YAML.
+                options = {"enable_block_reuse": False, "max_attention_window": [window]}
+                options["free_gpu_memory_fraction"] = self.kv_cache_fraction
+                text = json.dumps({"kv_cache_config": options})
+                (given.source / "options.yaml").write_text(text)
+            folders = (place.path(one) for one in (given, made, built))
+            command = self.bench_command(workload, *folders, options=window is not None)
             report, shared, limit_s = (
                 made.source / "report.json",
                 (given, made, built),
@@ -180,18 +184,6 @@ class TrtLlmRunner:
                 for task, prompt in enumerate(prompts, number * workload.batch):
                     request = {"task_id": task, "input_ids": prompt, "output_tokens": workload.osl}
                     stream.write(json.dumps(request) + "\n")
-
-    def _write_options(self, path: Path, window: int | None) -> bool:
-        if window is None:
-            return False
-        # The section replaces the tool's own, so it repeats what that sets.
-        cache = {
-            "free_gpu_memory_fraction": self.kv_cache_fraction,
-            "enable_block_reuse": False,
-            "max_attention_window": [window],
-        }
-        path.write_text(json.dumps({"kv_cache_config": cache}) + "\n")  # JSON is YAML
-        return True
 
     def bench_command(
         self, workload: Workload, given: str, made: str, engine_dir: str, *, options: bool

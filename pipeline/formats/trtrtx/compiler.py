@@ -1,6 +1,6 @@
 """TensorRT-RTX: compiles the decoder graph ahead of time for one SM, with no GPU.
 
-    python -m pipeline.formats.trtrtx.compiler JOB.json
+    python -m pipeline.formats.trtrtx.compiler compile|check JSON
 
 No GPU is there to run the engine, so three proofs stand in for it: the guard and the network check
 (the compiler was handed the graph that we wrote), and the plan's own text (FP8 asked is FP8
@@ -16,12 +16,13 @@ import json
 import mmap
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
-from pydantic import PositiveInt, TypeAdapter
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache
@@ -67,7 +68,6 @@ CHECK_STAGE = Stage(
         *GRAPH_CODE,
     ),
 )
-_CHECK_TOOLS = (PACKAGE, "onnxruntime", "onnx")
 _CHECK_RESULT = "result.json"
 
 
@@ -87,48 +87,45 @@ class Profile:
         return [(batch, *dims[1:]) for batch in self.batch]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompileJob:
-    """What to compile; `profiles` come in the order in which a runtime selects them."""
+def compile_graph(graph: Path, plan: Path, sm: int, profiles: Sequence[Profile]) -> None:
+    """Parse an ONNX file, guard, compile for one SM, write the plan.
 
-    graph: Path
-    plan: Path
-    sm: int
-    profiles: tuple[Profile, ...]
+    Args:
+        graph: The file, weights beside it.
+        plan: Where the engine is written.
+        sm: Compute capability; the engine runs on this one only.
+        profiles: In the order in which a runtime selects them.
 
-    def run(self) -> None:
-        """Parse, guard, compile, write the plan.
+    Raises:
+        CheckError: The parsed network is not the graph that was written.
+        RuntimeError: The compiler refused; its messages are on stderr.
+        OSError: The plan cannot be written.
+    """
+    import tensorrt_rtx as trt
 
-        Raises:
-            CheckError: The parsed network is not the graph that was written.
-            RuntimeError: The compiler refused; its messages are on stderr.
-            OSError: The plan cannot be written.
-        """
-        import tensorrt_rtx as trt
-
-        parsed = parse_network(self.graph)
-        guard_network(parsed.network, self.graph)
-        config = parsed.builder.create_builder_config()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{self.sm}"), 0)
-        # The names of layers and their types stay readable in the plan: the proof reads them.
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        for profile in self.profiles:
-            shapes = parsed.builder.create_optimization_profile()
-            for index in range(parsed.network.num_inputs):
-                tensor = parsed.network.get_input(index)
-                shapes.set_shape(tensor.name, *profile.shapes(tensor.name, tuple(tensor.shape)))
-            config.add_optimization_profile(shapes)
-        # Piece by piece into the file: a plan built in memory is one more copy of the weights, and
-        # with it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
-        with self.plan.open("wb") as stream:
-            writer = _writer(stream)
-            build = parsed.builder.build_serialized_network_to_stream
-            built = build(parsed.network, config, writer)
-        if writer.fault is not None:
-            raise writer.fault
-        if not built:
-            raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
+    parsed = parse_network(graph)
+    guard_network(parsed.network, graph)
+    config = parsed.builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    # The names of layers and their types stay readable in the plan: the proof reads them.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for profile in profiles:
+        shapes = parsed.builder.create_optimization_profile()
+        for index in range(parsed.network.num_inputs):
+            tensor = parsed.network.get_input(index)
+            shapes.set_shape(tensor.name, *profile.shapes(tensor.name, tuple(tensor.shape)))
+        config.add_optimization_profile(shapes)
+    # Piece by piece into the file: a plan built in memory is one more copy of the weights, and
+    # with it a 7B model does not fit a machine with 24 GB (docs/benchmarks.md).
+    with plan.open("wb") as stream:
+        writer = _writer(stream)
+        build = parsed.builder.build_serialized_network_to_stream
+        built = build(parsed.network, config, writer)
+    if writer.fault is not None:
+        raise writer.fault
+    if not built:
+        raise RuntimeError("TensorRT-RTX built no engine; its messages are above")
 
 
 def _writer(stream: BinaryIO) -> Any:
@@ -152,41 +149,30 @@ def _writer(stream: BinaryIO) -> Any:
     return PlanWriter()
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckJob:
-    """The arguments of `check_network`, and the file that appears when the network passed."""
-
-    graph: Path
-    reference: Path
-    result: Path
-
-    def run(self) -> None:
-        from pipeline.formats.trtrtx.network_check import check_network
-
-        found = check_network(self.graph, self.reference)
-        self.result.write_text(json.dumps(found, indent=1) + "\n")
-
-
-_JOB: TypeAdapter[CompileJob | CheckJob] = TypeAdapter(CompileJob | CheckJob)
-
-
-def run_child(job: CompileJob | CheckJob, folder: Path, *, stage: str, log_path: Path) -> None:
-    """Run a job in a child process; its file is in `folder` meanwhile.
+def run_child(job: str, arguments: Mapping[str, Any], *, stage: str, log_path: Path) -> None:
+    """Run a function of `main` in a child process.
 
     Raises:
         ToolError: It failed; the message has the last lines of the log.
     """
-    job_file = folder / "job.json"
-    job_file.write_bytes(_JOB.dump_json(job))
-    command = [sys.executable, "-m", "pipeline.formats.trtrtx.compiler", str(job_file)]
-    run_tool(command, stage=stage, log_path=log_path)
-    job_file.unlink()
+    command = [sys.executable, "-m", "pipeline.formats.trtrtx.compiler", job]
+    text = json.dumps(arguments, default=str)
+    run_tool([*command, text], stage=stage, log_path=log_path)
 
 
-def main(job_file: Path) -> int:
-    """Run one job; returns the exit code, with the reason on stderr."""
+def main(job: str, text: str) -> int:
+    """Compile, or check and write what was found; the exit code, with the reason on stderr."""
+    arguments: dict[str, Any] = json.loads(text)
+    paths = [Path(path) for path in arguments["paths"]]
     try:
-        _JOB.validate_json(job_file.read_bytes()).run()
+        if job == "compile":
+            (graph, plan), profiles = paths, [Profile(**one) for one in arguments["profiles"]]
+            compile_graph(graph, plan, arguments["sm"], profiles)
+        else:
+            from pipeline.formats.trtrtx.network_check import check_network
+
+            *graphs, result = paths
+            result.write_text(json.dumps(check_network(*graphs), indent=1) + "\n")
     except PipelineError as error:
         sys.stderr.write(f"{error}\n")
         return int(error.exit_code)
@@ -219,8 +205,8 @@ class TrtRtxCompiler:
         if self.kv_cache_dtype != self.activation_dtype:
             raise ValueError(
                 f"kv_cache_dtype ({self.kv_cache_dtype}) must be activation_dtype "
-                f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in the type of the "
-                "activations; for an FP8 cache use compiler=trtllm or compiler=checkpoint"
+                f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in that type; for "
+                "an FP8 cache use compiler=trtllm or compiler=checkpoint"
             )
 
     @property
@@ -255,6 +241,10 @@ class TrtRtxCompiler:
         )
 
     @property
+    def _profiles_json(self) -> Any:
+        return json.loads(json.dumps([asdict(profile) for profile in self.profiles]))
+
+    @property
     def _graph(self) -> GraphSettings:
         return GraphSettings(context=self.max_seq_len, activation=self.activation_dtype)
 
@@ -268,7 +258,7 @@ class TrtRtxCompiler:
         return {
             **STAGE.identity,
             "sm": target.sm,
-            "profiles": json.loads(json.dumps([asdict(profile) for profile in self.profiles])),
+            "profiles": self._profiles_json,
             "tools": {PACKAGE: compiler_version()},
         }
 
@@ -311,13 +301,13 @@ class TrtRtxCompiler:
             "dtype": self.activation_dtype,
             "layers": len(layers),
             "quantized_linears": sorted(quantized_linears(checkpoint, layers)),
-            "tools": {name: version(name) for name in _CHECK_TOOLS},
+            "tools": {name: version(name) for name in (PACKAGE, "onnxruntime", "onnx")},
         }
 
         def produce(out: Path) -> None:
-            rtx, cpu, result = graphs / RTX_CUT, graphs / CPU_CUT, out / _CHECK_RESULT
-            job = CheckJob(graph=rtx, reference=cpu, result=result)
-            run_child(job, out, stage=CHECK_STAGE.name, log_path=log_dir / "network-check.log")
+            paths = [graphs / RTX_CUT, graphs / CPU_CUT, out / _CHECK_RESULT]
+            log_path = log_dir / "network-check.log"
+            run_child("check", {"paths": paths}, stage=CHECK_STAGE.name, log_path=log_path)
 
         found: dict[str, Any] = cache.run(CHECK_STAGE, inputs, produce).read_json(_CHECK_RESULT)
         return found
@@ -329,13 +319,12 @@ class TrtRtxCompiler:
         engine_dir.mkdir()
         plan = engine_dir / PLAN_FILE
         spec = UnifiedCheckpoint(checkpoint.dir).spec
-        job = CompileJob(
-            graph=graphs / RTX_GRAPH,
-            plan=plan,
-            sm=target.sm,
-            profiles=self.profiles,
-        )
-        run_child(job, out, stage="compile", log_path=log_dir / "compile.log")
+        job = {
+            "paths": [graphs / RTX_GRAPH, plan],
+            "sm": target.sm,
+            "profiles": self._profiles_json,
+        }
+        run_child("compile", job, stage="compile", log_path=log_dir / "compile.log")
         with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as text:
             proof = prove_plan(
                 text,
@@ -372,12 +361,11 @@ def compiler_version() -> str:
     try:
         return version(PACKAGE)
     except PackageNotFoundError as error:
-        raise IncompatibleError(
-            f"compiler=trtrtx needs {PACKAGE}: pip install '.[build]'"
-        ) from error
+        message = f"compiler=trtrtx needs {PACKAGE}: pip install '.[build]'"
+        raise IncompatibleError(message) from error
 
 
 KIND = TrtRtxCompiler
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(*sys.argv[1:]))

@@ -80,15 +80,33 @@ def _choose(layer: Layer, attribute: str, table: dict[str, Any]) -> Any:
     return table[got.name]
 
 
+_ELEMENTWISE = {
+    "SUM": np.add,
+    "SUB": np.subtract,
+    "PROD": np.multiply,
+    "DIV": np.divide,  # Of integers it would be float64, which no network states.
+    "MAX": np.maximum,
+    "FLOOR_DIV": np.floor_divide,
+    "EQUAL": np.equal,
+    "LESS": np.less,
+    "GREATER": np.greater,
+    "AND": np.logical_and,
+    "OR": np.logical_or,
+}
+
+
 @_rule("CONSTANT", "shape", "weights")
 def _constant(layer: Layer) -> Array:
     found = constant_values(layer)
     return found.astype(representation(layer, layer.outputs[0].dtype), copy=False)
 
 
-@_rule("SHAPE")
-def _shape(_layer: Layer, x: Array) -> Array:
-    return np.array(x.shape, np.int64)
+_rule("SHAPE")(lambda _layer, x: np.array(x.shape, np.int64))
+_rule("SQUEEZE")(lambda _layer, x, axes: np.squeeze(x, tuple(axes.tolist())))
+_rule("UNSQUEEZE")(lambda _layer, x, axes: np.expand_dims(x, tuple(axes.tolist())))
+_rule("CONCATENATION", "axis")(lambda layer, *all_: np.concatenate(all_, axis=layer.layer.axis))
+_rule("UNARY", op="SQRT")(lambda _layer, x: np.sqrt(x))
+_rule("ELEMENTWISE", "op")(lambda layer, a, b: _choose(layer, "op", _ELEMENTWISE)(a, b))
 
 
 @_rule("SHUFFLE", "first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder")
@@ -102,21 +120,6 @@ def _shuffle(layer: Layer, x: Array, shape: Array | None = None) -> Array:
         target = [x.shape[i] if size == 0 else size for i, size in enumerate(target)]
     x = x.reshape(target)
     return x.transpose(list(shuffle.second_transpose)[: x.ndim])
-
-
-@_rule("SQUEEZE")
-def _squeeze(_layer: Layer, x: Array, axes: Array) -> Array:
-    return np.squeeze(x, tuple(axes.tolist()))
-
-
-@_rule("UNSQUEEZE")
-def _unsqueeze(_layer: Layer, x: Array, axes: Array) -> Array:
-    return np.expand_dims(x, tuple(axes.tolist()))
-
-
-@_rule("CONCATENATION", "axis")
-def _concatenation(layer: Layer, *values: Array) -> Array:
-    return np.concatenate(values, axis=layer.layer.axis)
 
 
 @_rule("SLICE", "start", "shape", "stride", axes=None, mode="STRICT_BOUNDS")
@@ -141,33 +144,6 @@ def _gather(layer: Layer, data: Array, indices: Array) -> Array:
     if by_row:
         return data[np.arange(len(data))[:, None], indices.squeeze(-1)]
     return np.take(data, indices, layer.layer.axis)
-
-
-_ELEMENTWISE = {
-    "SUM": np.add,
-    "SUB": np.subtract,
-    "PROD": np.multiply,
-    "DIV": np.divide,  # Of integers it would be float64, which no network states.
-    "MAX": np.maximum,
-    "FLOOR_DIV": np.floor_divide,
-    "EQUAL": np.equal,
-    "LESS": np.less,
-    "GREATER": np.greater,
-    "AND": np.logical_and,
-    "OR": np.logical_or,
-}
-
-
-@_rule("ELEMENTWISE", "op")
-def _elementwise(layer: Layer, a: Array, b: Array) -> Array:
-    found: Array = _choose(layer, "op", _ELEMENTWISE)(a, b)
-    return found
-
-
-@_rule("UNARY", op="SQRT")
-def _unary(_layer: Layer, x: Array) -> Array:
-    found: Array = np.sqrt(x)
-    return found
 
 
 @_rule("ACTIVATION", "alpha", "beta", type="SIGMOID")
@@ -371,9 +347,7 @@ def _in_order(layers: list[Layer], inputs: set[str]) -> list[Layer]:
     made_by = {layer.outputs[0].name: layer for layer in layers}
     reads = {name: {tensor.name for tensor in made_by[name].inputs} for name in made_by}
     if len(made_by) != len(layers) or made_by.keys() & inputs:
-        raise CheckError(
-            "the network has two tensors of one name; the check cannot tell them apart"
-        )
+        raise CheckError("two tensors of the network have one name")
     if lost := set().union(*reads.values()) - made_by.keys() - inputs:
         raise CheckError(f"no layer of the network makes the tensor {', '.join(sorted(lost))}")
     order = TopologicalSorter(reads).static_order()

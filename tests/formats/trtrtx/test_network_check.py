@@ -17,7 +17,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from pipeline.core.errors import ToolError
-from pipeline.formats.trtrtx.compiler import CheckJob, run_child
+from pipeline.formats.trtrtx.compiler import run_child
 from pipeline.formats.trtrtx.network import CheckError
 from pipeline.formats.trtrtx.network_check import check_network
 from pipeline.formats.trtrtx.onnx_graph import ActivationDtype
@@ -337,11 +337,11 @@ def test_child_writes_its_result_or_fails_with_the_reason(root: Path) -> None:
         if plant is not None:
             plant(model)
         rtx = made.save(model, "rtx")
-        job = CheckJob(graph=rtx, reference=made.dir / "cpu.onnx", result=out)
+        job = {"paths": [rtx, made.dir / "cpu.onnx", out]}
         if plant is not None:
             with pytest.raises(ToolError, match="has no mask") as caught:
-                run_child(job, made.dir, stage="network-check", log_path=log)
+                run_child("check", job, stage="network-check", log_path=log)
             assert caught.value.returncode == 1
             assert not out.exists()
-    run_child(job, made.dir, stage="network-check", log_path=log)
+    run_child("check", job, stage="network-check", log_path=log)
     assert json.loads(out.read_text())["differences"]["logits"]["max_relative"] < 1e-5

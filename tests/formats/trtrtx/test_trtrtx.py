@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ExitCode, ToolError
 from pipeline.core.values import Checkpoint, Engine
-from pipeline.formats.trtrtx.compiler import CompileJob, TrtRtxCompiler
+from pipeline.formats.trtrtx.compiler import TrtRtxCompiler, compile_graph
 from pipeline.formats.trtrtx.plan_text import PlanError, prove_plan, read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
 from pipeline.formats.trtrtx.stage import RTX_GRAPH
@@ -53,7 +53,6 @@ def test_engine_folder_is_self_contained(engine: Engine, checkpoint: Checkpoint)
     names = {path.name for path in engine.dir.iterdir()}
     wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"}
     assert names >= {PLAN_FILE, *wanted}
-    assert "job.json" not in names
     for name in wanted:
         assert (engine.dir / name).read_bytes() == (checkpoint.dir / name).read_bytes()
 
@@ -196,14 +195,9 @@ def test_full_disk_under_the_plan_is_no_finished_engine(
 ) -> None:
     """The library itself reports success when what it hands its pieces to fails."""
     assert engine.cpu_graph_dir is not None
-    job = CompileJob(
-        graph=engine.cpu_graph_dir / RTX_GRAPH,
-        plan=Path("/dev/full"),
-        sm=89,
-        profiles=COMPILER.profiles,
-    )
+    graph = engine.cpu_graph_dir / RTX_GRAPH
     with pytest.raises(OSError, match="No space left"):
-        job.run()
+        compile_graph(graph, Path("/dev/full"), 89, COMPILER.profiles)
 
 
 def test_kept_linear_is_a_16_bit_gemm_of_the_plan(plan: bytes, checkpoint: Checkpoint) -> None:
