@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
@@ -50,7 +50,7 @@ Composed = Mapping[str, tuple[Recipe, Mapping[str, Any]]]
 _WORDS = {"good": "done", "stopped": "as far as this machine goes", "failed": "FAILED"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Rehearsed:
     """How far one format went.
 
@@ -64,7 +64,7 @@ class Rehearsed:
     """
 
     format: str
-    state: Literal["good", "stopped", "failed"]
+    state: str
     reached: str
     detail: str
     exit_code: ExitCode = ExitCode.OK
@@ -104,9 +104,7 @@ def run_rehearsal(
     logging.getLogger("pipeline.registry").setLevel(logging.WARNING)
     with screen_logging(), _folder(keep) as folder:
         mark_throwaway(folder / "registry")
-        done = [
-            _rehearse(name, *one, folder, full_size=full_size) for name, one in composed.items()
-        ]
+        done = [_rehearse(name, *one, folder, full_size) for name, one in composed.items()]
     seconds = time.perf_counter() - started
     code = next((result.exit_code for result in done if result.exit_code), ExitCode.OK)
     table = Table("format", "state", "reached", "s")
@@ -161,7 +159,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _rehearse(
-    name: str, recipe: Recipe, config: Mapping[str, Any], folder: Path, *, full_size: bool
+    name: str, recipe: Recipe, config: Mapping[str, Any], folder: Path, full_size: bool
 ) -> Rehearsed:
     """Rehearse one format; one that fails does not stop the others."""
     log.info("Rehearsing compiler=%s", name)
@@ -169,20 +167,14 @@ def _rehearse(
     run_dir = folder / "runs" / name
     run_dir.mkdir(parents=True)
     try:
-        done = _run(name, _rehearsed(recipe, folder, full_size=full_size), config, run_dir)
+        done = _run(name, _rehearsed(recipe, folder, full_size), config, run_dir)
     except Exception as error:
         failure = failure_of(error)
-        done = Rehearsed(
-            format=name,
-            state="failed",
-            reached="",
-            detail=failure.message,
-            exit_code=failure.exit_code,
-        )
+        done = Rehearsed(name, "failed", "", failure.message, failure.exit_code)
     return dataclasses.replace(done, seconds=time.perf_counter() - started)
 
 
-def _rehearsed(recipe: Recipe, folder: Path, *, full_size: bool) -> Recipe:
+def _rehearsed(recipe: Recipe, folder: Path, full_size: bool) -> Recipe:
     """The recipe on random weights and little text, in small sizes unless they are to stay."""
     calibrate, judge = PydocTopics(part="calibrate"), PydocTopics(part="judge")
     shape, compiler, weights = recipe.shape, recipe.compiler, folder / "weights"
@@ -210,18 +202,13 @@ def _run(name: str, recipe: Recipe, config: Mapping[str, Any], run_dir: Path) ->
             reached = _converted(recipe, compiler, folder / "cache")
             reason = str(error).splitlines()[0]
             detail = f"{reason}; not run: {shlex.join(compiler.command)}"
-            return Rehearsed(format=name, state="stopped", reached=reached, detail=detail)
+            return Rehearsed(name, "stopped", reached, detail)
     # A key of its own, in CI too: a rehearsal proves nothing, and leaves nothing behind.
     environ = {"ENGINESMITH_CONFIG": str(folder / "config")}
     outcome = build(recipe, run_dir, config=config, cache_dir=folder / "cache", environ=environ)
     good = outcome.exit_code is ExitCode.OK
-    return Rehearsed(
-        format=name,
-        state="good" if good else "failed",
-        reached=f"package {outcome.reference}",
-        detail=outcome.message,
-        exit_code=ExitCode.OK if good else ExitCode.NOT_ACCEPTED,
-    )
+    state, code = ("good", ExitCode.OK) if good else ("failed", ExitCode.NOT_ACCEPTED)
+    return Rehearsed(name, state, f"package {outcome.reference}", outcome.message, code)
 
 
 def _converted(recipe: Recipe, compiler: CardCompiler, cache_dir: Path) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import CorruptError, IncompatibleError
+from pipeline.core.errors import CorruptError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.trtrtx.stage import CPU_GRAPH
@@ -117,8 +117,7 @@ class OnnxRuntimeRunner:
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        if engine.cpu_graph_dir is None:
-            raise IncompatibleError(self.why_not(engine) or "")
+        assert engine.cpu_graph_dir is not None
         return open_graph(engine.cpu_graph_dir / CPU_GRAPH, self.threads)
 
 

@@ -60,7 +60,7 @@ class Runner(Protocol):
         ...
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        """Load the engine; leaving the context frees it."""
+        """Load an engine that `why_not` has nothing against; leaving the context frees it."""
         ...
 
 

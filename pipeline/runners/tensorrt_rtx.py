@@ -13,7 +13,6 @@ from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.data import cache_root
-from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
@@ -62,8 +61,6 @@ class TrtRtxRunner:
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        if reason := self.why_not(engine):
-            raise IncompatibleError(reason)
         return self.open_folder(engine.dir, engine.digest)
 
     def open_folder(self, engine_dir: Path, digest: str) -> AbstractContextManager[ChildSession]:

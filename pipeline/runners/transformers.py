@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
@@ -183,8 +182,6 @@ class TransformersRunner:
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        if reason := self.why_not(engine):
-            raise IncompatibleError(reason)
         context = engine.limits.max_seq_len
         if self.device == "cpu":
             return open_checkpoint(engine.dir, context)

@@ -23,7 +23,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.data import read_json_object
-from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.errors import Fault, PipelineError, RecipeError
 from pipeline.core.gpu import find_gpu
 from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_header
 from pipeline.core.settings import STRICT
@@ -93,8 +93,6 @@ class TrtLlmRunner:
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        if reason := self.why_not(engine):
-            raise IncompatibleError(reason)
         return self.open_folder(engine.dir, engine.sms[0], attention_window(engine))
 
     def open_folder(

@@ -12,7 +12,6 @@ from annotated_types import Lt
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
@@ -55,10 +54,7 @@ class VllmRunner:
         """Why nothing runs on this machine; `runtime` is what the next step names."""
         if importlib.util.find_spec("vllm") is None:
             wanted = "==".join(runtime) if runtime[0] == "vllm" else "vllm"
-            return (
-                "runner=vllm needs the package vllm, which is not installed; install it into this "
-                f"environment: pip install {wanted}"
-            )
+            return f"runner=vllm needs the package vllm, not installed here: pip install {wanted}"
         card = read_conditions()
         if card is None:
             return f"runner=vllm needs a CUDA device, and {NO_CARD}, or take runner=transformers"
@@ -70,14 +66,11 @@ class VllmRunner:
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        if reason := self.why_not(engine):
-            raise IncompatibleError(reason)
         return self.open_folder(engine.dir, engine.serve_args)
 
     def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]:
-        return self.open_folder(
-            weights_dir, ("--dtype", "bfloat16", "--max-model-len", str(context))
-        )
+        arguments = ("--dtype", "bfloat16", "--max-model-len", str(context))
+        return self.open_folder(weights_dir, arguments)
 
     def open_folder(
         self, model_dir: Path, serve_args: Sequence[str]
@@ -89,11 +82,8 @@ class VllmRunner:
         Raises:
             ToolError: vLLM did not load it.
         """
-        model, arguments = (
-            str(CHILDREN / "vllm_model.py"),
-            self.engine_arguments(model_dir, serve_args),
-        )
-        program = Program(name="vLLM", model=model, arguments={"arguments": arguments})
+        arguments = {"arguments": self.engine_arguments(model_dir, serve_args)}
+        program = Program(name="vLLM", model=str(CHILDREN / "vllm_model.py"), arguments=arguments)
         timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
         return open_child(program, timeouts)
 

@@ -27,8 +27,6 @@ from pipeline.quant.spec import QuantSpec
 
 KNOWN_VERSIONS = frozenset({(1, 7, 1)})
 _MAGIC = b"vtrt"
-_SIZE_BYTES = slice(16, 24)
-"""Size of the whole plan, little-endian: so in 15 plan files, 6.6 to 245 MB (2026-11-24)."""
 _VERSION_BYTES = slice(24, 28)
 _ANY = ("*",)
 """Target of sections that hold nothing specific to one SM, such as a single 16-bit GEMM."""
@@ -77,11 +75,6 @@ def read_plan(plan: Buffer) -> tuple[Gemm, ...]:
         raise PlanError(
             f"the plan is of TensorRT-RTX {'.'.join(map(str, version))}, whose text format is "
             f"not known here; use {', '.join('.'.join(map(str, v)) for v in KNOWN_VERSIONS)}"
-        )
-    stated = int.from_bytes(plan[_SIZE_BYTES], "little")
-    if stated != len(plan):
-        raise PlanError(
-            f"the plan has {len(plan)} bytes, its header says {stated}; run the same command again"
         )
     starts = [(match.start(), match.group(1)) for match in _SECTION.finditer(plan)]
     if not starts:

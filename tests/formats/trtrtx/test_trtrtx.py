@@ -156,12 +156,9 @@ def test_plan_of_another_version_is_refused(plan: bytes, position: int) -> None:
         read_plan(bytes(changed))
 
 
-@pytest.mark.parametrize(
-    ("kept", "message"), [(0, "its header is missing"), (63, "header"), (-1, "its header says")]
-)
-def test_truncated_plan_is_refused(plan: bytes, kept: int, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        read_plan(plan[:kept])
+def test_what_is_no_plan_is_refused(plan: bytes) -> None:
+    with pytest.raises(PlanError, match="its header is missing"):
+        read_plan(plan[:63])
 
 
 @pytest.mark.parametrize(

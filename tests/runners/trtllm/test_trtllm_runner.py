@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import IncompatibleError, ToolError
+from pipeline.core.errors import ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.runners.child import CHILDREN
 from pipeline.runners.trtllm import TrtLlmRunner
@@ -76,5 +77,4 @@ def test_engine_that_cannot_run_here_says_why(
 ) -> None:
     assert RUNNER.why_not(engine) is None
     other = dataclasses.replace(engine, **change)  # type: ignore[arg-type]
-    with pytest.raises(IncompatibleError, match=message):
-        RUNNER.open(other)
+    assert re.search(message, RUNNER.why_not(other) or "")
