@@ -97,12 +97,3 @@ def test_rows_of_a_batch_do_not_see_each_other(graph: OnnxRuntimeGraph) -> None:
     others = [PROMPT, random_prompt(30, seed=10), random_prompt(2, seed=11)]
     assert batch[0] == generate_greedy(graph.bind(3), others, 12).tolist()[0]
     assert batch[0] == continuation(graph, 12)
-
-
-def test_session_serves_batches_of_changing_size(graph: OnnxRuntimeGraph) -> None:
-    session = graph_session(graph)
-    wanted = continuation(graph, 6)
-    for batch in (1, 3, 1):
-        made = session.generate([PROMPT] * batch, 6)
-        assert made.tokens.tolist() == [wanted] * batch
-        assert 0 < made.ttft_s < made.total_s

@@ -128,12 +128,6 @@ def with_trt(build: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
     return builder, network
 
 
-def vector_product(network: Any, x: Any) -> Any:
-    other = network.add_input("other", trt.float32, (3,))
-    none, vector = trt.MatrixOperation.NONE, trt.MatrixOperation.VECTOR
-    return network.add_matrix_multiply(x, none, other, vector)
-
-
 def elementwise_gather(network: Any, x: Any) -> Any:
     other = network.add_input("other", trt.int32, (2, 1))
     return network.add_gather_v2(x, other, trt.GatherMode.ELEMENT)
@@ -143,19 +137,11 @@ def sum_of_axes(network: Any, x: Any) -> Any:
     return network.add_reduce(x, trt.ReduceOperation.SUM, 1, True)
 
 
-def slice_that_wraps(network: Any, x: Any) -> Any:
-    layer = network.add_slice(x, (0, 1), (2, 4), (1, 1))
-    layer.mode = trt.SampleMode.WRAP
-    return layer
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (vector_product, "op1 = VECTOR is unknown"),
         (elementwise_gather, "mode = ELEMENT is unknown"),
         (sum_of_axes, "op = SUM is unknown"),
-        (slice_that_wraps, "mode = WRAP is unknown"),
     ],
 )
 def test_attribute_value_without_a_rule_is_refused(
