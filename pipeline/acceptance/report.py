@@ -29,8 +29,8 @@ PAGE_FILE = "report.html"
 DASH = "\u2013"
 """Stands for a figure that was not measured."""
 Entry = Mapping[str, Any]
-Row = Sequence[object]
-"""Cells of a table: a value, or a mapping with `text`, `small` below it, and `tone`, its colour."""
+"""A part of the report; or a cell: `text`, `small` below it, and `tone`, its colour."""
+RATE = "output_tokens_per_s"
 
 # Not allowed in HTML, or in UTF-8 at all: controls but tab and newline, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -112,50 +112,47 @@ def render_page(report: Entry, **about: Unpack[About]) -> str:
     """A report, `Report.to_json`, as a complete page: no outside resource, no script."""
     from markupsafe import Markup
 
-    manifest, plan = about.get("manifest", {}), about.get("plan", {})
-    limits, folder = about.get("limits"), files(__package__)
+    manifest, speed = about.get("manifest", {}), report["speed"]
+    planned: Sequence[Entry] = about.get("plan", {}).get("workloads", ())
     # Whether it was measured on the card that the plan's ceilings are of.
     here = bool(report["conditions"].get("card") == report["card"])
     skipped = {f"not run: {what}" for what in report["not_run"]}
     findings = [found for found in report["findings"] if found["message"] not in skipped]
-    planned: Sequence[Entry] = plan.get("workloads", ())
-    return (
-        _environment()
-        .from_string(folder.joinpath("report.html.j2").read_text())
-        .render(
-            report=report,
-            style=Markup(folder.joinpath("report.css").read_text()),
-            name=str(manifest.get("name") or "Package"),
-            card=str(report["card"]).replace("-", " "),
-            reference=about.get("reference", ""),
-            signed_by=about.get("signed_by", ""),
-            note=manifest.get("source", {}).get("note"),
-            limits=limits,
-            on_card=here,
-            tiles=list(_tiles(report)),
-            findings=sorted(findings, key=lambda found: bool(found["kind"] == "note")),
-            rows={
-                "answers": _answers(report),
-                "endings": _endings(report),
-                "package": _package(report, manifest),
-                **_speed(report),
-                "planned": _planned(report["speed"] if here else (), planned),
-                "latency": _latency(report),
-                "quality": _quality(report, limits),
-                "checkpoint": _checkpoint(report["quality"]),
-                "lm_eval": _lm_eval(report),
-            },
-            percentiles_known=any(
-                charts.percentiles(report["speed"], key) for key in charts.LATENCIES
-            ),
-            plots={
-                "speed": [] if here else charts.throughput_plots(report["speed"], ()),
-                "planned": charts.throughput_plots(report["speed"] if here else (), planned),
-                "latency": charts.latency_plots(report["speed"]),
-                "sustained": charts.sustained_plots(report.get("sustained")),
-            },
-        )
+    folder = files(__package__)
+    environment = _environment()
+    return environment.from_string(folder.joinpath("report.html.j2").read_text()).render(
+        report=report,
+        style=Markup(folder.joinpath("report.css").read_text()),
+        name=str(manifest.get("name") or "Package"),
+        card=str(report["card"]).replace("-", " "),
+        reference=about.get("reference", ""),
+        signed_by=about.get("signed_by", ""),
+        manifest=manifest,
+        limit_pairs=[(spoken(k), shown(v)) for k, v in manifest.get("limits", {}).items()],
+        limits=about.get("limits"),
+        on_card=here,
+        tiles=list(_tiles(report)),
+        findings=sorted(findings, key=lambda found: bool(found["kind"] == "note")),
+        costs=[cost for cost in _COSTS if _known(speed, cost[0])],
+        latencies={key: name for key, name in charts.LATENCIES.items() if _known(speed, key)},
+        percentiles_known=any(charts.percentiles(speed, key) for key in charts.LATENCIES),
+        planned=planned,
+        measured={
+            tuple(one[key] for key in ("workload", "batch", "isl", "osl")): one[RATE]
+            for one in speed
+            if here
+        },
+        plots={
+            "speed": [] if here else charts.throughput_plots(speed, ()),
+            "planned": charts.throughput_plots(speed if here else (), planned),
+            "latency": charts.latency_plots(speed),
+            "sustained": charts.sustained_plots(report.get("sustained")),
+        },
     )
+
+
+def _known(entries: Sequence[Entry], key: str) -> bool:
+    return any(entry.get(key) is not None for entry in entries)
 
 
 def _environment() -> Environment:
@@ -170,17 +167,21 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         finalize=_printable,
     )
+    words = (answer, interval, mark, mebibytes, number, percent, shown, signed, spoken)
+    environment.globals |= {
+        each.__name__: each for each in (*words, common_keys, rate, ratio, workload)
+    }
     environment.globals |= {
         "dash": DASH,
-        "mark": mark,
-        "mebibytes": mebibytes,
-        "number": number,
-        "shown": shown,
-        "signed": signed,
-        "spoken": spoken,
-        "tabulated": tabulated,
+        "cost_cells": cost_cells,
         "min_achieved_share": MIN_ACHIEVED_SHARE,
         "plots_installed": charts.installed(),
+    }
+    environment.filters |= {
+        "shown": shown,
+        "spoken": spoken,
+        "in_entry": lambda key, entry: entry.get(key) is not None,
+        "latency_of": lambda key, entry: latency(entry.get(key)),
     }
     return environment
 
@@ -193,81 +194,20 @@ def _tiles(report: Entry) -> Iterator[tuple[str, str]]:
     if agreement := report["quality"].get("top1_agreement"):
         yield f"{agreement['value']:.1%}", "same most likely token as the source"
     if report["speed"] and (card := report["conditions"].get("card")):
-        best = max(report["speed"], key=lambda entry: float(entry["output_tokens_per_s"]))
+        best = max(report["speed"], key=lambda entry: float(entry[RATE]))
         text = f"output tokens per second, {best['workload']}, on {card}"
-        yield number(best["output_tokens_per_s"]), text
+        yield number(best[RATE]), text
 
 
-def _answers(report: Entry) -> list[Row]:
-    """The chat probe's prompts, with the engine's answer and the source's."""
-
-    def cell(one: Entry) -> Entry:
-        text, ending = str(one["text"]), "ended" if one["stopped"] else "cut off at the bound"
-        if len(text) > _LONGEST_ANSWER:
-            text = f"{text[:_LONGEST_ANSWER]}\u2026"
-        return {"text": text, "small": f"{one['tokens']} tokens, {ending}"}
-
-    answers = report.get("chat", {}).get("answers", ())
-    return [(one["name"], cell(one["engine"]), cell(one["source"])) for one in answers]
+def answer(one: Entry) -> Entry:
+    """An answer of the chat probe."""
+    text, ending = str(one["text"]), "ended" if one["stopped"] else "cut off at the bound"
+    if len(text) > _LONGEST_ANSWER:
+        text = f"{text[:_LONGEST_ANSWER]}\u2026"
+    return {"text": text, "small": f"{one['tokens']} tokens, {ending}"}
 
 
-def _endings(report: Entry) -> list[Row]:
-    """How many answers ended, and had text, on both sides."""
-    chat = report.get("chat", {})
-    return [
-        (name, pairs["source"], pairs["engine"], f"{pairs['lost']} lost, {pairs['gained']} gained",
-         f"{pairs['p_value']:.3g}", mark(pairs["p_value"] >= chat["level"]))
-        for name, key in (("ended by themselves", "stopped"), ("had any text", "not_empty"))
-        if (pairs := chat.get(key))
-    ]  # fmt: skip
-
-
-def _package(report: Entry, manifest: Entry) -> list[Row]:
-    """What was measured."""
-    rows: list[Row] = [("card", report["card"])]
-    if not manifest:
-        return rows
-    runtime = manifest.get("match", {}).get("runtime", {})
-    size_bytes = sum(file["size"] for file in manifest.get("files", ()))
-    return [
-        *rows,
-        ("format", shown(manifest.get("format"))),
-        ("runtime", f"{runtime.get('name', '')} {runtime.get('version', '')}".strip()),
-        ("weights from", shown(manifest.get("source", {}).get("origin"))),
-        ("licence of the weights", shown(manifest.get("licence", {}).get("spdx"))),
-        ("size", number(size_bytes / 2**20, "MiB")),
-        *((spoken(key), shown(value)) for key, value in manifest.get("limits", {}).items()),
-    ]
-
-
-def _speed(report: Entry) -> dict[str, Any]:
-    """Median and spread of every workload, its peers, request rates, memory and energy."""
-    entries: Sequence[Entry] = report["speed"]
-    costs = [cost for cost in _COSTS if any(entry.get(cost[0]) is not None for entry in entries)]
-    return {
-        "speed": [
-            (_workload(one["workload"], one), _rate(one), *_required(one)) for one in entries
-        ],
-        "peers": [
-            (peer["label"], one["workload"], _rate(peer), _ratio(peer["ratio"]))
-            for one in entries
-            for peer in one.get("peers", {}).values()
-        ],
-        "rates": [
-            (_workload(one["workload"], one), number(rate["asked"]), number(rate["achieved"]),
-             mark(rate["achieved"] >= MIN_ACHIEVED_SHARE * rate["asked"]))
-            for one in entries
-            if (rate := one.get("request_rate"))
-        ],
-        "costs": costs and (
-            ("workload", *(name for _, name, _ in costs)),
-            [(one["workload"], *(number(_scaled(one.get(key), by)) for key, _, by in costs))
-             for one in entries],
-        ),
-    }  # fmt: skip
-
-
-def _rate(entry: Entry) -> Entry:
+def rate(entry: Entry) -> Entry:
     """Tokens per second, and how far the slowest and the fastest run lie from the median."""
     samples, small = entry.get("samples", ()), DASH
     middle = statistics.median(samples) if samples else 0
@@ -276,30 +216,22 @@ def _rate(entry: Entry) -> Entry:
     elif middle > 0:
         low, high = min(samples) / middle - 1, max(samples) / middle - 1
         small = signed(f"{low:+.1%} to {high:+.1%}, {len(samples)} runs")
-    return {"text": number(entry["output_tokens_per_s"]), "small": small}
+    return {"text": number(entry[RATE]), "small": small}
 
 
-def _ratio(ratio: Entry) -> Entry:
+def ratio(found: Entry) -> Entry:
     """The engine's rate over a peer's, with its interval."""
-    small = f"{ratio['rounds']} rounds, no interval"
-    if ratio["low"] is not None:
-        small = f"{number(ratio['low'])} to {number(ratio['high'])}"
-    return {"text": number(ratio["median"]), "small": small}
+    small = f"{found['rounds']} rounds, no interval"
+    if found["low"] is not None:
+        small = f"{number(found['low'])} to {number(found['high'])}"
+    return {"text": number(found["median"]), "small": small}
 
 
-def _required(entry: Entry) -> Row:
-    """What the recipe demands of a workload here, and whether it is met."""
-    least = entry.get("min_output_tokens_per_s")
-    if least is None:
-        return DASH, mark(None)
-    return number(least, "tok/s"), mark(bool(entry["output_tokens_per_s"] >= least))
-
-
-def _workload(name: str, load: Entry) -> Entry:
+def workload(name: str, load: Entry) -> Entry:
     """A workload with its sizes below the name."""
     count = f"batch {load['batch']}"
-    if rate := load.get("request_rate"):
-        count = f"{rate['asked']:g}\u00a0requests/s, {load['batch']} at once"
+    if arriving := load.get("request_rate"):
+        count = f"{arriving['asked']:g}\u00a0requests/s, {load['batch']} at once"
     lengths = f"{load['isl']}\u00a0+\u00a0{load['osl']}\u00a0tokens"
     isl, osl = (load.get(f"mean_{key}", load[key]) for key in ("isl", "osl"))
     if (isl, osl) != (load["isl"], load["osl"]):
@@ -307,121 +239,32 @@ def _workload(name: str, load: Entry) -> Entry:
     return {"text": name, "small": f"{count} \u00b7 {lengths}"}
 
 
-def _planned(entries: Sequence[Entry], planned: Sequence[Entry]) -> list[Row]:
-    """What the recipe wants of the card, what the card allows, and what was reached."""
-
-    def sizes(load: Entry, name: str) -> Row:
-        return load[name], load["batch"], load["isl"], load["osl"]
-
-    measured = {sizes(entry, "workload"): entry["output_tokens_per_s"] for entry in entries}
-    rows: list[Row] = []
-    for load in planned:
-        rate, target = measured.get(sizes(load, "name")), load["target"]
-        kept = None if rate is None or target is None else bool(rate >= target)
-        rows.append((
-            _workload(load["name"], load), number(target),
-            "not run" if rate is None else number(rate), mark(kept),
-            {"text": number(load["ceiling"]), "small": f"bound by {load['bound']}"},
-            percent(load["share"]), percent(None if rate is None else rate / load["ceiling"]),
-        ))  # fmt: skip
-    return rows
+def cost_cells(entry: Entry, costs: Sequence[tuple[str, str, int]]) -> list[str]:
+    """Memory and energy of a workload, in the units of `_COSTS`."""
+    values = [(entry.get(key), scale) for key, _, scale in costs]
+    return [DASH if value is None else number(value / scale) for value, scale in values]
 
 
-def _latency(report: Entry) -> tuple[Row, list[Row]] | None:
-    """Headings and rows: percentiles where there are any, else medians."""
-
-    def cell(value: object) -> Entry:
-        known = value if isinstance(value, Mapping) else {"p50": value}
-        others = [f"{name}\u00a0{number(known[name])}" for name in known if name != "p50"]
-        return {"text": number(known.get("p50")), "small": " \u00b7 ".join(others)}
-
-    entries = report["speed"]
-    keys = [key for key in charts.LATENCIES if any(one.get(key) is not None for one in entries)]
-    rows: list[Row] = [
-        (entry["workload"], *(cell(entry.get(key)) for key in keys))
-        for entry in entries
-        if any(entry.get(key) is not None for key in keys)
-    ]
-    return (("workload", *(charts.LATENCIES[key] for key in keys)), rows) if rows else None
+def latency(value: object) -> Entry:
+    """A latency of a workload: its median, and the percentiles that there are below it."""
+    known = value if isinstance(value, Mapping) else {"p50": value}
+    others = [f"{name}\u00a0{number(known[name])}" for name in known if name != "p50"]
+    return {"text": number(known.get("p50")), "small": " \u00b7 ".join(others)}
 
 
-def _quality(report: Entry, limits: Acceptance | None) -> list[Row]:
-    """Figures on held-out text with intervals and limits."""
-    figures = report["quality"]
-    if "perplexity_change" not in figures:
-        return []
-    kept_to: dict[str, tuple[str, bool]] = {}
-    if limits:
-        most, kl_most = limits.max_perplexity_increase, limits.max_mean_kl_nats
-        least = limits.min_top1_agreement
-        change, kl, top1 = (figures[key]["value"] for key, _ in _AGREEMENT)
-        kept_to = {
-            "perplexity_change": (f"at most {most:+.2%}", change <= most),
-            "mean_kl_nats": (f"at most {kl_most:g}", kl <= kl_most),
-            "top1_agreement": (f"at least {least:.2%}", top1 >= least),
-        }
-    rows: list[Row] = []
-    for key, name, form in (
-        ("source_perplexity", "perplexity of the source", ".5g"),
-        ("engine_perplexity", "perplexity of the engine", ".5g"),
-        ("perplexity_change", "change of perplexity", "+.2%"),
-        ("mean_kl_nats", "mean KL(source \u2016 engine), nats", ".4g"),
-        ("top1_agreement", "same most likely token", ".2%"),
-    ):
-        entry = figures.get(key, {})
-        value, low, high = (
-            format(entry[part], form) if part in entry else DASH
-            for part in ("value", "low", "high")
-        )
-        limit, kept = kept_to.get(key, (DASH, None))
-        rows.append((name, value, f"{low} to {high}", limit, mark(kept)))
-    return rows
+def interval(entry: Entry | None, form: str) -> Entry:
+    """A figure with its 95 % interval."""
+    if entry is None:
+        return {"text": DASH, "small": ""}
+    value, low, high = (format(entry[part], form) for part in ("value", "low", "high"))
+    return {"text": value, "small": f"{low} to {high}"}
 
 
-_AGREEMENT = (("perplexity_change", "+.2%"), ("mean_kl_nats", ".4g"), ("top1_agreement", ".2%"))
-
-
-def _checkpoint(figures: Entry) -> list[Row]:
-    """Source, checkpoint and engine: what quantization costs, and what the runtime adds."""
-    found = figures.get("fp8_reference")
-    if not found:
-        return []
-
-    def cell(entry: Entry | None, form: str) -> object:
-        if entry is None:
-            return DASH
-        value, low, high = (format(entry[part], form) for part in ("value", "low", "high"))
-        return {"text": value, "small": f"{low} to {high}"}
-
-    return [
-        (name, *(cell(entry.get(key), form) for key, form in _AGREEMENT))
-        for name, entry in (
-            ("checkpoint against the source", found),
-            ("engine against the source", figures),
-            ("engine against the checkpoint", found["engine"]),
-            ("checkpoint against itself, summed otherwise", found["noise_floor"]),
-        )
-    ]
-
-
-def _lm_eval(report: Entry) -> list[Row]:
-    """Figures of the harness, task by task, beside the source's."""
-    found = report.get("lm_eval") or {"engine": {"tasks": {}}}
-    return [
-        (task, name, number(found["source"]["tasks"][task]["metrics"][name]["value"]),
-         number(metric["value"]))
-        for task, result in found["engine"]["tasks"].items()
-        for name, metric in result["metrics"].items()
-    ]  # fmt: skip
-
-
-def tabulated(value: Entry) -> tuple[Row, list[Row]] | None:
-    """Headings and rows of a mapping of like mappings; None of any other."""
+def common_keys(value: Entry) -> list[str]:
+    """The keys that all mappings of a mapping have; none if it holds anything else."""
     rows = list(value.values())
-    if not all(isinstance(row, Mapping) and row and row.keys() == rows[0].keys() for row in rows):
-        return None
-    cells: list[Row] = [(spoken(n), *(shown(v) for v in row.values())) for n, row in value.items()]
-    return ("", *(spoken(column) for column in rows[0])), cells
+    alike = all(isinstance(row, Mapping) and row.keys() == rows[0].keys() for row in rows)
+    return list(rows[0]) if alike else []
 
 
 def _printable(value: Any) -> Any:
@@ -485,7 +328,3 @@ def mebibytes(value: float | None, form: str = ".1f") -> str:
 def signed(text: str) -> str:
     """Text with a minus as printed."""
     return text.replace("-", "\u2212")
-
-
-def _scaled(value: object, scale: float) -> float | None:
-    return value / scale if isinstance(value, (int, float)) else None
