@@ -211,7 +211,7 @@ def closing_lines(outcome: Outcome, generate: str) -> str:
     """The last lines of a job that reached a verdict; `generate` talks to its package."""
     rows = {
         "verdict": outcome.verdict,
-        "size": megabytes(outcome.size_bytes),
+        "size": outcome.size_bytes and f"{outcome.size_bytes / 1e6:.1f} MB",
         "digest": f"sha256:{outcome.digest}" if outcome.digest else None,
         "package": outcome.reference,
         "path": outcome.package_dir,
@@ -219,8 +219,3 @@ def closing_lines(outcome: Outcome, generate: str) -> str:
         "try": generate if outcome.reference else None,
     }
     return "\n".join(f"{name:<8} {value}" for name, value in rows.items() if value)
-
-
-def megabytes(size_bytes: int | None) -> str:
-    """Such as `142.3 MB` (10^6 bytes); empty for None."""
-    return "" if size_bytes is None else f"{size_bytes / 1e6:.1f} MB"

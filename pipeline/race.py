@@ -3,18 +3,15 @@
 The same clock, judge, report and page as acceptance. It measures speed only, so its verdict is
 `measured` at best, which enters no channel.
 
-**Pairs.** What drifts (clocks, heat, the host's other work) hits both runs of a round alike, so the
-ratio is taken within each round, and the median over rounds is the result. Its interval is the
-percentile bootstrap of that median: rounds are drawn with replacement, the ratio of a round stays
-whole. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+What drifts (clocks, heat, the host's other work) hits both runs of a round alike, so the ratio is
+taken within each round, and the median over rounds is the result. Its interval is the percentile
+bootstrap of that median (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 
-**Peers** are the source weights in vLLM and in Transformers. In vLLM all get the artifact's server
-limits and the same number of cached tokens. Two processes share one card. vLLM measures the card's
-free memory while it loads and takes what another process frees or takes meanwhile for its own;
-`--kv-cache-memory-bytes` sets the cache and skips that measurement
-(`Worker.determine_available_memory`, v1/worker/gpu_worker.py, 0.24.0). What is left is a check that
-`--gpu-memory-utilization` of the card is free (`request_memory`, v1/worker/utils.py), so that share
-is small.
+Peers are the source weights in vLLM and in Transformers. Two processes share one card: vLLM
+measures the card's free memory while it loads and takes what another process frees meanwhile for
+its own. `--kv-cache-memory-bytes` sets the cache and skips that (`determine_available_memory`,
+v1/worker/gpu_worker.py, 0.24.0); what is left is a check that `--gpu-memory-utilization` of the
+card is free (`request_memory`, v1/worker/utils.py), so that share is small.
 """
 
 from __future__ import annotations
@@ -57,13 +54,12 @@ from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline
 from pipeline.quant.spec import KV_CACHE_DTYPES
-from pipeline.rehearse.shrink import RandomSource, small_calibration, small_quantizer
+from pipeline.rehearse.shrink import on_random_weights
 from pipeline.runners.child import Timeouts
 from pipeline.runners.runner import Runner
 from pipeline.runners.session import Session
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
-from pipeline.sources.text.topics import PydocTopics
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +155,9 @@ def race(request: RaceRequest) -> RaceResult:
     plan = plan_of(recipe)
     require_room(plan, cache_root())
     if request.random_weights:
-        recipe = on_random_weights(recipe, cache_root())
+        # Speed does not depend on them. The next command finds them by the shape's digest.
+        folder = cache_root() / "random-weights" / digest_of({"shape": asdict(recipe.shape)})[:24]
+        recipe = on_random_weights(recipe, recipe.shape, folder)
     request.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         held = None if request.cpu else stack.enter_context(held_card())
@@ -235,26 +233,6 @@ def vllm_of(recipe: Recipe) -> VllmRunner:
     if isinstance(recipe.runner, VllmRunner):
         return recipe.runner
     return VllmRunner(**shipped("runner/vllm"))
-
-
-def on_random_weights(recipe: Recipe, cache_dir: Path) -> Recipe:
-    """The recipe on random weights of its shape, on which speed does not depend; no download.
-
-    The folder's name is the digest of the shape, so that the next command finds the weights again.
-    """
-    calibrate = PydocTopics(part="calibrate")
-    name = digest_of({"shape": asdict(recipe.shape)})[:24]
-    source = RandomSource(
-        shape=recipe.shape,
-        folder=cache_dir / "random-weights" / name,
-        documents=calibrate.documents(),
-    )
-    return replace(
-        recipe,
-        source=source,
-        calibration=small_calibration(recipe.calibration, calibrate),
-        quantizer=small_quantizer(recipe.quantizer, recipe.shape),
-    )
 
 
 def contenders(

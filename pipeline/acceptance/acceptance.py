@@ -50,8 +50,7 @@ class Acceptance:
     """What an engine must show.
 
     Attributes:
-        targets: Workloads with the rates that the target card must reach; the plan holds them
-            against the card's ceiling, a run on the card measures them.
+        targets: Workloads with the rates that the target card must reach.
         text: Held-out text for quality; must not overlap with the calibration text.
         windows: How many windows of it.
         reference_windows: The first of them, over which the checkpoint itself is simulated.
@@ -61,12 +60,9 @@ class Acceptance:
         min_top1_agreement: Required share of equal most likely tokens.
         max_reference_noise: Allowed mean KL divergence of the engine to its own FP8 checkpoint, as
             a multiple of the checkpoint's distance from itself, its sums rounded otherwise.
-        repeats: Timed runs of each workload, after one warm-up.
-        max_spread: Allowed spread of them, (largest - smallest) / median; beyond it nothing can be
-            said of the rate, and the verdict is `inconclusive`.
-        chat: The chat probe; None for none.
-        sustained: The sustained run; of no length by default.
-        lm_eval: Tasks of the lm-eval harness; None for none.
+        repeats: Timed runs of each workload.
+        max_spread: Allowed spread of them, (largest - smallest) / median; beyond it the verdict is
+            `inconclusive`.
         time_limit_s: Above this estimate the whole model is not run here.
         seed: For prompts and bootstrap.
     """
@@ -145,10 +141,7 @@ class Acceptance:
             raise RecipeError(faults)
 
     def ability_faults(self, runner: Runner) -> tuple[Fault, ...]:
-        """What acceptance asks of a runner that it does not execute.
-
-        Only what would run: no speed is measured on a CPU.
-        """
+        """What acceptance asks that a runner does not execute; no speed is measured on a CPU."""
         faults = []
         for index, load in enumerate(self.targets if runner.device == "cuda" else ()):
             path = f"acceptance.targets[{index}]"

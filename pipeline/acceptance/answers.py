@@ -1,14 +1,13 @@
 """What source, checkpoint and engine answer to the same questions, and how the engine compares.
 
-The source's answers are computed once and kept: an engine is always compared with the same numbers,
-and the source need not be loaded beside it.
+The source's answers are computed once and kept: an engine is always compared with the same numbers.
 
 An engine differs from its source by FP8, which is in the checkpoint, and by what a runtime makes of
-the checkpoint. The reference tells the two apart: the checkpoint simulated in float32 PyTorch
-(`pipeline.quant.simulate`), which has the first difference and not the second. Two right runtimes
-of one FP8 checkpoint never agree token by token: sums in another order move a value over the edge
-of an FP8 code, and all later layers differ. So the engine is held against the reference's distance
-from itself, its linears summed from the last input to the first.
+the checkpoint. The reference, the checkpoint simulated in float32 PyTorch (`quant.simulate`), has
+the first difference and not the second. Two right runtimes of one FP8 checkpoint never agree token
+by token: sums in another order move a value over the edge of an FP8 code, and all later layers
+differ. So the engine is held against the reference's distance from itself, its linears summed from
+the last input to the first.
 """
 
 from __future__ import annotations
@@ -358,10 +357,9 @@ class Comparison:
 
 
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
-    """Compare the two-layer cut on ONNX Runtime with a PyTorch simulation of the checkpoint.
+    """Compare two layers of the graph on ONNX Runtime with a simulation of the checkpoint.
 
-    The measure of what is allowed is taken beside it: the simulation against itself in another
-    summation order.
+    What is allowed is measured beside it: the simulation against itself in another summation order.
 
     Raises:
         CorruptError: They disagree by more.

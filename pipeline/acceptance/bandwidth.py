@@ -1,11 +1,9 @@
 """How fast this very card copies its own memory: the probe that the physics check stands on.
 
-    python -P bandwidth.py
-
-copies and prints one JSON line. `measure_bandwidth` starts it so, in a process of its own: a CUDA
-context takes some hundred megabytes, and they stay taken until its process ends. The script speaks
-with NVIDIA's driver itself: on an H100 it took 0.4 to 0.5 s as a whole, and the same copies by way
-of PyTorch 6 to 9 s, nearly all of it the import (2026-11-25).
+`measure_bandwidth` runs this file as a script, `python -P bandwidth.py`, which prints one JSON
+line: a CUDA context takes some hundred megabytes until its process ends. The script speaks with
+NVIDIA's driver itself: on an H100 it took 0.4 to 0.5 s as a whole, and the same copies by way of
+PyTorch 6 to 9 s, nearly all of it the import (2026-11-25).
 """
 
 from __future__ import annotations

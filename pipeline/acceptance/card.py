@@ -100,36 +100,32 @@ def condition_findings(before: Conditions, after: Conditions) -> Iterator[Findin
     """
     if before.uuid != after.uuid:
         yield Finding(
-            kind="inconclusive",
-            message=f"the card changed from {before.uuid} to {after.uuid}; measure again on one",
+            "inconclusive",
+            f"the card changed from {before.uuid} to {after.uuid}; measure again on one",
         )
         return
     for when, moment in (("before", before), ("after", after)):
         if found := disturbance(moment):
             yield Finding(
-                kind="inconclusive",
-                message=f"{when} the measurement {found}; end them and measure again",
+                "inconclusive", f"{when} the measurement {found}; end them and measure again"
             )
     errors = (after.ecc_uncorrected or 0) - (before.ecc_uncorrected or 0)
     if errors > 0:
         yield Finding(
-            kind="inconclusive",
-            message=f"{errors} memory errors that ECC could not correct during the measurement; "
+            "inconclusive",
+            f"{errors} memory errors that ECC could not correct during the measurement; "
             f"see nvidia-smi -q -d ECC, have {after.gpu} checked",
         )
     reasons = {*(before.throttle_reasons or ()), *(after.throttle_reasons or ())}
     if slowed := sorted(reasons & _SLOWED):
         yield Finding(
-            kind="note",
-            message=f"the card slowed itself down ({', '.join(slowed)}; {before.temperature_c} C "
+            "note",
+            f"the card slowed itself down ({', '.join(slowed)}; {before.temperature_c} C "
             f"before, {after.temperature_c} C after); see to its cooling and supply",
         )
     limit, own = after.power_limit_w, after.power_limit_default_w
     if limit is not None and own is not None and limit < own:
-        yield Finding(
-            kind="note",
-            message=f"the power limit is {limit:.0f} W, the card's own is {own:.0f} W",
-        )
+        yield Finding("note", f"the power limit is {limit:.0f} W, the card's own is {own:.0f} W")
 
 
 @dataclass(frozen=True, kw_only=True)

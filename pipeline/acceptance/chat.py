@@ -10,14 +10,11 @@ bound on the answer's length, and five things are looked at:
 - no end-of-sequence id stands inside an answer;
 - the engine ends no fewer answers within the bound than the source, and has no more empty ones.
 
-The last is a count with noise in it: an FP8 engine words an answer differently, and a longer answer
-may run into the bound. The answers are pairs, so the exact test of McNemar applies (Psychometrika
-12, 1947; its exact form is the sign test on the pairs that differ). Of the pairs in which one side
-ended and the other did not, an engine that ends like its source loses each with probability 1/2;
-the chance to lose as many or more is the sum over k >= lost of C(lost + gained, k) / 2^(lost +
-gained). Below `LEVEL` it is a regression. Where the engine gains none it may lose four answers
-(p = 1/16), the fifth (1/32) is one too many: so a source that itself ends fewer than `LEAST_STOPS`
-answers cannot show anything.
+The last is a count with noise in it, so the exact test of McNemar applies (Psychometrika 12, 1947).
+Of the pairs in which one side ended and the other did not, an engine that ends like its source
+loses each with probability 1/2; below `LEVEL` the chance to lose as many or more is a regression.
+Where the engine gains none it may lose four answers (p = 1/16), the fifth (1/32) is one too many:
+so a source that itself ends fewer than `LEAST_STOPS` answers cannot show anything.
 """
 
 from __future__ import annotations
@@ -290,15 +287,15 @@ def chat_findings(chat: Mapping[str, Any]) -> Iterator[Finding]:
     answers for a comparison, a note where nothing was asked.
     """
     if reason := chat.get("not_run"):
-        yield Finding(kind="note", message=f"not run: chat probe: {reason}")
+        yield Finding("note", f"not run: chat probe: {reason}")
         return
     for message in _regressions(chat):
-        yield Finding(kind="regression", message=f"chat: {message}")
+        yield Finding("regression", f"chat: {message}")
     source, least = chat["stopped"]["source"], chat["min_source_stops"]
     if source < least:
         yield Finding(
-            kind="inconclusive",
-            message=f"chat: the source ended {source} of {len(chat['answers'])} answers within "
+            "inconclusive",
+            f"chat: the source ended {source} of {len(chat['answers'])} answers within "
             f"{chat['max_new_tokens']} tokens, {least} are needed to compare; raise "
             "acceptance.chat.max_new_tokens"
             + (f" ({len(chat['left_out'])} prompts were left out)" if chat["left_out"] else ""),

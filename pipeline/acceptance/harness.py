@@ -34,10 +34,9 @@ class HarnessSettings:
         num_fewshot: Solved examples before each question; None for each task's own number.
         limit: Questions of each task, the first ones; None for all.
         apply_chat_template: Put each question to the model as a user's message.
-        max_drop: What the engine may lose against the source in each metric, in its own unit: 0.01
-            is one point of accuracy. None to report only. It must leave room for noise: of n
-            questions, d of which the two answer differently, accuracy changes by chance with a
-            standard deviation of about sqrt(d) / n.
+        max_drop: What the engine may lose in each metric, in its own unit; None to report only. It
+            must leave room for noise: of n questions, d of which the two answer differently,
+            accuracy changes by chance with a standard deviation of about sqrt(d) / n.
     """
 
     tasks: Annotated[Listed[str], MinLen(1)]
@@ -49,9 +48,7 @@ class HarnessSettings:
 
 
 def check_harness(settings: HarnessSettings) -> None:
-    """Find what would fail later, in seconds: the library is missing, or a task is not known.
-
-    Whether a task's data can be had is seen only when it is loaded.
+    """Find what would fail later; whether a task's data can be had is seen when it is loaded.
 
     Raises:
         IncompatibleError: `lm_eval` is not installed.
@@ -182,7 +179,7 @@ def harness_findings(
             drop = before - metric["value"] if higher else metric["value"] - before
             if higher is not None and not drop <= max_drop:
                 yield Finding(
-                    kind="regression",
-                    message=f"lm_eval: {task}: {name} is {metric['value']:.4g}, the source has "
+                    "regression",
+                    f"lm_eval: {task}: {name} is {metric['value']:.4g}, the source has "
                     f"{before:.4g}: worse by {drop:.4g}, {max_drop:.4g} is allowed",
                 )

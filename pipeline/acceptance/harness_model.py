@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
 
 from pipeline.acceptance.chat import end_ids
 from pipeline.acceptance.quality import log_softmax
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.progress import progress
 from pipeline.runners.session import Session
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 Scored = tuple[float, bool]
 """Log-likelihood in nats, and whether greedy decoding would have said the same."""
@@ -122,8 +120,6 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
         """Log-likelihood of the continuation behind the context."""
-        import numpy as np
-
         count = len(continuation)
         if not 1 <= count <= self.max_length:
             raise PipelineError(
@@ -140,8 +136,6 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
 
     def _logprobs(self, tokens: list[int]) -> NDArray[np.float32]:
         """Log-probabilities; the choices of one question often share all tokens but the last."""
-        import numpy as np
-
         if self._last is None or self._last[0] != tokens:
             raw = self._session.logits(tokens)
             if not np.isfinite(raw).all():

@@ -61,7 +61,7 @@ def judge(
         ran elsewhere) or `compiled` (nothing ran).
     """
     findings = [*_speed_findings(report.speed), *_quality_findings(report.quality, limits), *more]
-    findings += [Finding(kind="note", message=f"not run: {what}") for what in report.not_run]
+    findings += [Finding("note", f"not run: {what}") for what in report.not_run]
     failing = {finding.kind for finding in findings}
     for name in _SEVERITY:
         if name in failing:
@@ -75,7 +75,7 @@ def _speed_findings(speed: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         rate, wanted = entry["output_tokens_per_s"], entry["min_output_tokens_per_s"]
         if wanted is not None and rate < wanted:
             message = f"{entry['workload']}: {rate:.1f} tok/s, {wanted:.1f} are required"
-            yield Finding(kind="rejected", message=message)
+            yield Finding("rejected", message)
 
 
 def _quality_findings(quality: Mapping[str, Any], limits: Acceptance) -> Iterator[Finding]:
@@ -84,29 +84,25 @@ def _quality_findings(quality: Mapping[str, Any], limits: Acceptance) -> Iterato
     change = quality["perplexity_change"]
     if change["value"] > limits.max_perplexity_increase:
         yield Finding(
-            kind="regression",
-            message=f"perplexity {change['value']:+.2%} against the source (95 % interval "
+            "regression",
+            f"perplexity {change['value']:+.2%} against the source (95 % interval "
             f"{change['low']:+.2%} to {change['high']:+.2%}), "
             f"{limits.max_perplexity_increase:+.2%} allowed",
         )
     # The whole interval beyond what could be noise: the two did not see the same text or weights.
     if change["high"] < -limits.max_perplexity_increase:
         yield Finding(
-            kind="anomalous",
-            message=f"perplexity {change['value']:+.2%} against the source: a quantized model "
+            "anomalous",
+            f"perplexity {change['value']:+.2%} against the source: a quantized model "
             "that is better by more than the noise points to a measuring fault",
         )
     kl = quality["mean_kl_nats"]["value"]
     if kl > limits.max_mean_kl_nats:
-        yield Finding(
-            kind="regression",
-            message=f"mean KL {kl:.4f} nats, {limits.max_mean_kl_nats:.4f} allowed",
-        )
+        yield Finding("regression", f"mean KL {kl:.4f} nats, {limits.max_mean_kl_nats:.4f} allowed")
     top1 = quality["top1_agreement"]["value"]
     if top1 < limits.min_top1_agreement:
         yield Finding(
-            kind="regression",
-            message=f"top-1 agreement {top1:.2%}, {limits.min_top1_agreement:.2%} required",
+            "regression", f"top-1 agreement {top1:.2%}, {limits.min_top1_agreement:.2%} required"
         )
     if (reference := quality.get("fp8_reference")) and reference["judged"]:
         yield from _reference_findings(reference, limits)
@@ -118,8 +114,8 @@ def _reference_findings(reference: Mapping[str, Any], limits: Acceptance) -> Ite
     allowed = max(limits.max_reference_noise * floor, SMALL_KL_NATS)
     if kl > allowed:
         yield Finding(
-            kind="regression",
-            message=f"mean KL {kl:.4f} nats to its own FP8 checkpoint, {allowed:.4f} allowed "
+            "regression",
+            f"mean KL {kl:.4f} nats to its own FP8 checkpoint, {allowed:.4f} allowed "
             f"({limits.max_reference_noise:g} x the checkpoint's distance from itself): the "
             "runtime computes something else than the checkpoint says",
         )
@@ -232,7 +228,7 @@ def judge_physics(
                 "ended early, prompts served from a prefix cache, a clock that stops before the "
                 "device does, or a card that is not the one of the plan"
             )
-            yield Finding(kind="anomalous", message=message)
+            yield Finding("anomalous", message)
         elif reached["share"] < limits.min_share and "request_rate" not in entry:
             message = (
                 f"{name}: {rate:.1f} tok/s is {reached['share']:.0%} of the "
@@ -241,7 +237,7 @@ def judge_physics(
                 f"{limits.min_share:.0%}; likely: "
             )
             reasons = _reasons(reached["bound"], roofline, limits, measured_bandwidth_bytes_per_s)
-            yield Finding(kind="note", message=message + "; ".join(reasons))
+            yield Finding("note", message + "; ".join(reasons))
 
 
 def _reasons(

@@ -1,7 +1,6 @@
 """Quality on held-out text: perplexity, KL divergence to the source, top-1 agreement.
 
-All three come from the logits of full windows, position by position. The source's own
-log-probabilities are computed once and kept: an engine is always compared with the same numbers.
+All three come from the logits of full windows, position by position.
 """
 
 from __future__ import annotations
@@ -238,8 +237,8 @@ def summarize_quality(
 ) -> dict[str, Any]:
     """The report's `quality`: figures with 95 % bootstrap intervals over windows.
 
-    Perplexity is exp of the mean negative log-likelihood. The change is paired: both models saw
-    the same windows, so the interval of their ratio is far narrower than those of its parts.
+    The change is paired: both models saw the same windows, so the interval of their ratio is far
+    narrower than those of its parts.
     """
     source_means, engine_means = source_nll.mean(axis=1), engine.nll.mean(axis=1)
     return {

@@ -162,9 +162,8 @@ def measure_speed(
 def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]:
     """One entry of the report's `speed`: medians, spread, raw samples.
 
-    Where the runtime keeps the times of single requests, `ttft_ms`, `itl_ms` and
-    `request_latency_ms` are p50, p90 and p99 over all requests of all runs, as
-    `latency_percentiles` has them; else the first two are the median over the runs.
+    Latencies are `latency_percentiles` of all requests of all runs where the runtime keeps the
+    times of single requests, else medians over the runs.
     """
     rates = [run.output_tokens_per_s for run in runs]
     known = {name: [getattr(run, name) for run in runs] for name in _RATES[:4]}
@@ -208,9 +207,7 @@ def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]
 def latency_percentiles(requests: Sequence[RequestTiming]) -> dict[str, dict[str, float]]:
     """Name -> `p50`, `p90`, `p99` over requests, in milliseconds; no name without values.
 
-    Linear interpolation between the two nearest requests, NumPy's default; vLLM's benchmark
-    (vllm/benchmarks/serve.py) uses the same. With fewer than 100 requests, p99 is close to the
-    maximum.
+    Linear interpolation between the two nearest, as NumPy and vLLM's benchmark do it.
     """
     import numpy as np
 
@@ -230,14 +227,11 @@ def latency_percentiles(requests: Sequence[RequestTiming]) -> dict[str, dict[str
 def achieved_rate(requests: Sequence[RequestTiming]) -> float | None:
     """Requests a second that were kept up with; None where they did not arrive one by one.
 
-    The rate of the arrivals over the Theil-Sen slope of the ends over the arrivals. A runtime that
-    keeps up ends requests as fast as they come: slope 1, however long each takes. One that serves c
-    of r a second lets a queue grow, and its ends lie r / c times as far apart. Requests over the
-    seconds to the last end, vLLM's "request throughput", would blame a short run for the time that
-    its last request takes.
-
-    Of 60 simulated Poisson runs of 200 requests, none at 80 % of a server's capacity came out below
-    95 % of the asked rate, and all at 120 % did; of 32 requests, 12 % and 95 %.
+    The rate of the arrivals over the Theil-Sen slope of the ends over the arrivals: 1 for a runtime
+    that keeps up, however long each request takes; r / c for one that serves c of r a second.
+    Requests over the seconds to the last end, vLLM's "request throughput", would blame a short run
+    for the time that its last request takes. Of 60 simulated Poisson runs of 200 requests, none at
+    80 % of a server's capacity came out below 95 % of the asked rate, and all at 120 % did.
     """
     arrivals = [request.arrival_s for request in requests if request.arrival_s is not None]
     if len(arrivals) < 2 or len(arrivals) < len(requests):
@@ -253,8 +247,7 @@ def achieved_rate(requests: Sequence[RequestTiming]) -> float | None:
 def device_figures(runs: Sequence[SpeedSample]) -> dict[str, Any]:
     """Memory and energy of all runs together; nothing where the card was not sampled.
 
-    Energy, seconds and tokens are added up before they are divided: the card's counter is too
-    coarse for a single short run.
+    Sums are divided: the card's counter is too coarse for a single short run.
     """
     used = [run.device for run in runs if run.device is not None]
     if not used or len(used) != len(runs):
@@ -270,12 +263,9 @@ def device_figures(runs: Sequence[SpeedSample]) -> dict[str, Any]:
 
 
 def theil_sen_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Median of the slopes between all pairs of points: it bears up to 29 % of stray points.
+    """Median of the slopes of y over a growing x: it bears up to 29 % of stray points.
 
     Source: Sen, "Estimates of the regression coefficient based on Kendall's tau", JASA 63, 1968.
-
-    Args:
-        points: Two or more of x and y, ordered by an x that grows.
 
     Raises:
         ValueError: No two points differ in x.
@@ -307,7 +297,7 @@ def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> Iter
                 f"{rate['achieved']:g} are answered: the queue grows, and the latencies are those "
                 "of a queue; lower request_rate, raise batch, or take a larger card"
             )
-            yield Finding(kind="rejected" if demanded else "note", message=message)
+            yield Finding("rejected" if demanded else "note", message)
 
 
 def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> Iterator[Finding]:
@@ -322,11 +312,11 @@ def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> It
                 f"{entry['workload']}: {len(rates)} timed run, whose spread is not known; raise "
                 "acceptance.repeats to 3 or more"
             )
-            yield Finding(kind="note", message=message)
+            yield Finding("note", message)
         elif not spread <= max_spread:
             message = (
                 f"{entry['workload']}: the {len(rates)} runs lie {spread:.1%} apart "
                 f"({min(rates):.1f} to {max(rates):.1f} tok/s), {max_spread:.1%} is allowed; end "
                 "what else runs on this machine, see clocks and temperatures, and measure again"
             )
-            yield Finding(kind="inconclusive", message=message)
+            yield Finding("inconclusive", message)

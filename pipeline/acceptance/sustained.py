@@ -52,16 +52,15 @@ class SustainedLimits:
     """What a sustained run may lose, and how much of one is needed to say so.
 
     Attributes:
-        max_throughput_drop: Allowed loss from the first to the last window; 0.05 is five percent.
-            The gate is there for a throttling RTX 4090, said to lose 15 % in 20 minutes (we know
-            no published measurement); a third of that leaves room for noise on both sides.
+        max_throughput_drop: Allowed loss from the first to the last window. The gate is there for a
+            throttling RTX 4090, said to lose 15 % in 20 minutes (we know no published measurement);
+            a third of that leaves room for noise on both sides.
         max_memory_growth_bytes: Allowed growth over the judged part, by the slope. PyTorch's
             allocator takes memory in segments of 2 MiB and 20 MiB (kSmallBuffer, kLargeBuffer in
             c10/cuda/CUDACachingAllocator), so one segment of 20 MiB is no leak yet.
         warm_up_s: Seconds at the start that are dropped.
         window_s: Length of the first and of the last window.
-        min_duration_s: Least length of the judged part; at least two windows.
-        min_window_samples: Least number of samples in each window.
+        min_duration_s: Least length of the judged part.
     """
 
     max_throughput_drop: float
@@ -81,8 +80,6 @@ class SustainedRun:
     Attributes:
         minutes: Length; 0 for none.
         workload: Name of the target that is repeated; empty for the one with the largest batch.
-        max_throughput_drop: Allowed loss of throughput, first against last window.
-        max_memory_growth_mib: Allowed growth of device memory, MiB.
         clear_cache: Run a second time as long, the allocator's cache freed after each batch, and
             report what that changes: throughput, and a growth of memory that is the allocator's and
             no leak. The first run is the one that is judged. For a runner that can.
@@ -96,14 +93,8 @@ class SustainedRun:
 
     @property
     def limits(self) -> SustainedLimits:
-        """Windows that fit the length: of 20 minutes one of warm-up, two of each window.
-
-        Raises:
-            ValueError: There is no sustained run.
-        """
+        """Windows that fit the length: of 20 minutes one of warm-up, two of each window."""
         seconds = 60.0 * self.minutes
-        if not seconds:
-            raise ValueError("acceptance.sustained.minutes is 0")
         return SustainedLimits(
             max_throughput_drop=self.max_throughput_drop,
             max_memory_growth_bytes=int(self.max_memory_growth_mib * 2**20),
@@ -225,7 +216,7 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Itera
     """
     figures = sustained_figures(samples, limits)
     if isinstance(figures, str):
-        yield Finding(kind="inconclusive", message=f"sustained run: {figures}")
+        yield Finding("inconclusive", f"sustained run: {figures}")
         return
     drop, duration_s = figures["throughput_drop"], figures["duration_s"]
     if drop > limits.max_throughput_drop:
@@ -235,11 +226,11 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Itera
             f"{duration_s / 60:.1f} minutes, {limits.max_throughput_drop:.1%} allowed: "
             "look at the temperatures and throttle reasons of the same run"
         )
-        yield Finding(kind="rejected", message=message)
+        yield Finding("rejected", message)
     growth = figures["memory_growth_bytes"]
     if growth is None:
         message = "sustained run: device memory was not read throughout; its growth is not judged"
-        yield Finding(kind="note", message=message)
+        yield Finding("note", message)
     elif growth > limits.max_memory_growth_bytes:
         message = (
             f"sustained run: memory grew by {growth / 2**20:.1f} MiB in "
@@ -248,7 +239,7 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Itera
             f"{limits.max_memory_growth_bytes / 2**20:.1f} MiB allowed: a leak in the runtime, or "
             "a cache that has no bound"
         )
-        yield Finding(kind="rejected", message=message)
+        yield Finding("rejected", message)
 
 
 def sustained_json(

@@ -197,7 +197,7 @@ VerdictName = Literal["accepted", "checked", "compiled", _Failing, "measured"]
 PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One thing that acceptance noticed: measured, required, and what to do."""
 

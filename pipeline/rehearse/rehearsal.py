@@ -34,10 +34,8 @@ from pipeline.outcome import failure_of
 from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse.shrink import (
-    RandomSource,
+    on_random_weights,
     small_acceptance,
-    small_calibration,
-    small_quantizer,
     small_settings,
     small_spec,
 )
@@ -176,18 +174,14 @@ def _rehearse(
 
 def _rehearsed(recipe: Recipe, folder: Path, full_size: bool) -> Recipe:
     """The recipe on random weights and little text, in small sizes unless they are to stay."""
-    calibrate, judge = PydocTopics(part="calibrate"), PydocTopics(part="judge")
-    shape, compiler, weights = recipe.shape, recipe.compiler, folder / "weights"
+    shape, compiler = recipe.shape, recipe.compiler
     if not full_size:
         shape, compiler = small_spec(shape), small_settings(compiler)
+    made: Recipe = on_random_weights(recipe, shape, folder / "weights")
     return dataclasses.replace(
-        recipe,
-        shape=shape,
-        source=RandomSource(shape=shape, folder=weights, documents=calibrate.documents()),
-        calibration=small_calibration(recipe.calibration, calibrate),
-        quantizer=small_quantizer(recipe.quantizer, shape),
+        made,
         compiler=compiler,
-        acceptance=small_acceptance(recipe.acceptance, judge),
+        acceptance=small_acceptance(recipe.acceptance, PydocTopics(part="judge")),
         registry=FolderRegistry(path=folder / "registry"),
     )
 

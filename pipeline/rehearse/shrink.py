@@ -16,6 +16,7 @@ from pipeline.model.hf import write_random_model
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import select
+from pipeline.sources.text.topics import PydocTopics
 
 CONTEXT = 128
 """Longest request of the small engine, tokens; beyond its model's window, if that has one."""
@@ -126,15 +127,22 @@ def small_settings(settings: Any) -> Any:
     return dataclasses.replace(settings, **{k: v for k, v in _SIZES.items() if k in names})
 
 
-def small_calibration(calibration: Any, text: Any) -> Any:
-    """The calibration with little text."""
-    return dataclasses.replace(calibration, text=text, calib_size=2, seq_len=CONTEXT, batch_size=2)
+def on_random_weights(recipe: Any, shape: ModelSpec, folder: Path) -> Any:
+    """The recipe on random weights of a shape, calibrated on little text; nothing is downloaded.
 
-
-def small_quantizer(quantizer: Any, spec: ModelSpec) -> Any:
-    """The quantizer without patterns for layers that the small model lacks."""
-    kept = tuple(pattern for pattern in quantizer.keep_16bit if select([pattern], spec.modules))
-    return dataclasses.replace(quantizer, keep_16bit=kept)
+    Its quantizer has no patterns for layers that a small shape lacks.
+    """
+    text = PydocTopics(part="calibrate")
+    kept = [one for one in recipe.quantizer.keep_16bit if select([one], shape.modules)]
+    return dataclasses.replace(
+        recipe,
+        shape=shape,
+        source=RandomSource(shape=shape, folder=folder, documents=text.documents()),
+        calibration=dataclasses.replace(
+            recipe.calibration, text=text, calib_size=2, seq_len=CONTEXT, batch_size=2
+        ),
+        quantizer=dataclasses.replace(recipe.quantizer, keep_16bit=tuple(kept)),
+    )
 
 
 def small_acceptance(acceptance: Any, text: Any) -> Any:

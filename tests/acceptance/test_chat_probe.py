@@ -116,11 +116,6 @@ def never_stops(*_: object) -> Iterator[int]:
     return itertools.cycle([7, 8])
 
 
-def stops_at_one_id(session: Session) -> Streaming:
-    """A runtime that looks at the first id only."""
-    return lambda prompt, bound, ends: session.stream(prompt, bound, frozenset(sorted(ends)[:1]))
-
-
 def deaf_to_ends(session: Session) -> Streaming:
     """Weights that lost the end: what would be one is another token."""
 
@@ -198,25 +193,6 @@ def test_weights_that_lost_the_end_are_a_regression_by_the_count_alone(
     ((kind, message),) = told(ask(source, Changed(deaf_to_ends(engine)), model_dir, model_dir))[-1:]
     assert kind == "regression"
     assert "answers ended by themselves" in message
-
-
-def test_runtime_that_takes_one_end_id_only_is_a_regression(
-    source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...]
-) -> None:
-    chat = ask(source, Changed(stops_at_one_id(engine)), model_dir, model_dir)
-    messages = [message for kind, message in told(chat) if kind == "regression"]
-    assert any("went on behind a token id" in message for message in messages)
-    assert any("stands inside" in message for message in messages)
-
-
-def test_engine_that_says_nothing_is_a_regression_though_it_always_ends(
-    source: Session, engine: Session, model_dir: Path, ends: tuple[int, ...]
-) -> None:
-    chat = ask(source, Changed(lambda *_: iter(())), model_dir, model_dir)
-    assert chat["stopped"]["lost"] == 0
-    ((kind, message),) = told(chat)
-    assert kind == "regression"
-    assert "0 of 24 answers had any text" in message
 
 
 def test_source_that_ends_too_few_answers_shows_nothing(

@@ -283,16 +283,6 @@ def test_logits_that_are_not_finite_are_corrupt(model_dir: Path, tasks: Path) ->
         run_harness(NotFinite(), tokenizer, settings(tasks, "tiny_choice"), context=99, seed=0)
 
 
-@needs_library
-def test_data_that_is_not_there_is_told(source: Session, model_dir: Path, tasks: Path) -> None:
-    text = (tasks / "tiny_choice.yaml").read_text().replace("tiny_choice", "tiny_gone")
-    (tasks / "tiny_gone.yaml").write_text(text.replace("data.jsonl", "gone.jsonl"))
-    with pytest.raises(PipelineError, match=r"could not run tiny_gone: .*gone\.jsonl"):
-        run_harness(
-            source, load_tokenizer(model_dir), settings(tasks, "tiny_gone"), context=99, seed=0
-        )
-
-
 def result(value: float, higher: bool | None = True) -> dict[str, Any]:
     metric = {"value": value, "stderr": None, "higher_is_better": higher}
     return {"tasks": {"task": {"metrics": {"acc": metric}}}}

@@ -181,6 +181,7 @@ def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
     assert len(report.sustained["samples"]) > 10
     assert report.sustained["figures"]["throughput_drop"] < 0.99
     assert report.not_run == []
+    assert report.quality["fp8_reference"]["judged"] is False  # it computes in 32 bit
     document = report.to_json(verdict)
     assert {"chat", "sustained", "physics"} <= set(document)
     assert "lm_eval" not in document
@@ -218,13 +219,6 @@ def test_another_process_on_the_card_makes_it_inconclusive(
     _, verdict = measure(checkpoint, tmp_path, asked())
     assert verdict.name == "inconclusive"
     assert any("pid 77" in finding.message for finding in verdict.findings)
-
-
-def test_scattered_rates_are_inconclusive(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
-) -> None:
-    _, verdict = measure(checkpoint, tmp_path, asked(max_spread=1e-9))
-    assert verdict.name == "inconclusive"
 
 
 def test_one_layer_with_a_wrong_scale_is_a_regression(
@@ -306,13 +300,6 @@ def test_runtime_that_computes_something_else_than_its_checkpoint_is_a_regressio
     _, verdict = measure(checkpoint, tmp_path, question, runner=WrongRunner(broken=True))
     assert verdict.name == "regression"
     assert "its own FP8 checkpoint" in verdict.findings[0].message
-
-
-def test_reference_on_a_card_is_told_and_not_judged(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
-) -> None:
-    report, _ = measure(checkpoint, tmp_path, asked())
-    assert report.quality["fp8_reference"]["judged"] is False
 
 
 def test_engine_without_a_checkpoint_at_hand_says_so(

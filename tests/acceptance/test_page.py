@@ -23,7 +23,6 @@ from tests.acceptance.report_pages import (
     everything,
     interval,
     on_card,
-    planned,
     report,
 )
 
@@ -93,11 +92,6 @@ def test_target_is_met_at_the_exact_rate_and_missed_below() -> None:
     assert page.row("Targets on the card", "b1").endswith("50% 50%")
     assert "2,001 2,000 missed" in page.row("Targets on the card", "b8")
     assert "Nothing was measured" not in page.text
-
-
-def test_a_workload_of_other_sizes_is_not_taken_for_the_planned_one() -> None:
-    plan = {"workloads": [{**planned("b1", 1, 642.0, 321.0), "osl": 255}]}
-    assert "not run" in Page(render_page(on_card(), plan=plan)).row("Targets on the card", "b1")
 
 
 def test_speed_has_median_spread_and_costs() -> None:
@@ -242,7 +236,7 @@ def test_page_lies_beside_the_reports_for_programs(tmp_path: Path) -> None:
         digest="d" * 64, card="CARD", conditions={"device": "cpu"}, speed=[], quality={},
         not_run=["all of it"], checks={},
     )  # fmt: skip
-    verdict = Verdict(name="rejected", findings=(Finding(kind="rejected", message="b1: slow"),))
+    verdict = Verdict(name="rejected", findings=(Finding("rejected", "b1: slow"),))
     files = write_report(subject, verdict, tmp_path, manifest=MANIFEST, plan=PLAN, limits=LIMITS)
     assert sorted(files) == ["junit.xml", "report.html", "report.json"]
     assert all(path == tmp_path / name for name, path in files.items())
