@@ -22,11 +22,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
-from pipeline.registry.client.remember import RememberingStore
+from pipeline.registry.listing import remembering
 from pipeline.registry.resolve import examine
-from pipeline.registry.store import Place, Store, in_parallel, readers
+from pipeline.registry.store import Place, Reader, in_parallel, readers
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
@@ -108,8 +107,8 @@ def collect(
     """
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
     # Looking once reads many versions, and most of it never changes.
-    reader = store if store.local else RememberingStore(store=store, root=cache_root())
-    names = reader.statement_names()
+    reader = remembering(store)
+    names = store.statement_names()
     variants = dict.fromkeys((place.name, place.variant) for place in sorted(names))
     needed: dict[Place, str] = {}
     for name, variant in variants:
@@ -144,7 +143,7 @@ def collect(
 
 
 def _needed(
-    store: Store, policy: TrustPolicy, name: str, variant: str, history: int
+    store: Reader, policy: TrustPolicy, name: str, variant: str, history: int
 ) -> dict[Place, str]:
     """Versions of one variant that channels need, and why."""
     needed: dict[Place, str] = {}
@@ -159,7 +158,7 @@ def _needed(
 
 
 def _decide(
-    store: Store,
+    store: Reader,
     policy: TrustPolicy,
     rules: Rules,
     now_s: float,

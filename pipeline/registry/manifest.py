@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,9 +31,8 @@ from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Package, Redistribution
 from pipeline.registry.disk import disk_errors, file_fault, open_regular, read_bounded
-from pipeline.registry.paths import folders_of, paths_fault
-from pipeline.registry.reference import check_part, derive_version
-from pipeline.registry.store import Place, Store
+from pipeline.registry.reference import check_part, derive_version, is_device_name
+from pipeline.registry.store import Place, Reader
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -40,7 +40,14 @@ ENGINE = "engine"
 MAX_MANIFEST_BYTES = 4 << 20
 """About 30,000 files; an engine has some ten. The manifest limit of OCI registries, too
 (distribution-spec 1.1, "Pushing manifests")."""
-
+_MAX_COMPONENT_BYTES = 255
+"""NAME_MAX of ext4, XFS, Btrfs, APFS and NTFS."""
+_FORBIDDEN = frozenset('\\:*?"<>|')
+"""What a file name may not have on Windows, besides control characters and slashes; a colon opens
+an alternate stream there (Microsoft, "Naming Files, Paths, and Namespaces")."""
+_MAX_PATH_BYTES = 1024
+"""Leaves three quarters of Linux's PATH_MAX (4096) to where a package is unpacked; also the longest
+S3 key."""
 
 # The largest integer that every JSON reader keeps exact (RFC 8785, section 3.2.2.3): 2^53 - 1.
 _Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
@@ -159,7 +166,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     return parse_manifest(data, str(path)), digest_bytes(data)
 
 
-def manifest_at(store: Store, place: Place) -> tuple[dict[str, Any], str]:
+def manifest_at(store: Reader, place: Place) -> tuple[dict[str, Any], str]:
     """The manifest of a published version, and its digest.
 
     Raises:
@@ -302,3 +309,65 @@ def walk(
                 else:
                     found[path] = status
     return found
+
+
+def path_fault(path: str) -> str:
+    """What is wrong with one path; empty if nothing is.
+
+    A path is relative, POSIX, in Unicode NFC, and means the same file on every file system.
+    """
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return "is not valid Unicode"
+    if not path:
+        return "is empty"
+    if not path.isprintable():
+        return "has a control or unprintable character"
+    if found := _FORBIDDEN.intersection(path):
+        return f"has the character {min(found)!r}"
+    if path.startswith("/"):
+        return "is absolute"
+    if unicodedata.normalize("NFC", path) != path:
+        return "is not in Unicode normal form NFC"
+    if len(encoded) > _MAX_PATH_BYTES:
+        return f"is longer than {_MAX_PATH_BYTES} bytes"
+    for component in path.split("/"):
+        if component in {"", ".", ".."}:
+            return f"has the component {component!r}"
+        if component[-1] in ". " or is_device_name(component):
+            return f"has the component {component!r}, which Windows takes for another file"
+        if len(component.encode()) > _MAX_COMPONENT_BYTES:
+            return f"has a component longer than {_MAX_COMPONENT_BYTES} bytes"
+    return ""
+
+
+def paths_fault(paths: Iterable[str]) -> str:
+    """What is wrong with a set of paths, each named in the answer; empty if nothing is.
+
+    Besides each path alone: duplicates, a file that is also a folder, and names that some file
+    systems take for one (case, Unicode).
+    """
+    spelling: dict[str, str] = {}  # what a case-insensitive file system sees -> how it is written
+    files: set[str] = set()
+    folders: set[str] = set()
+    for path in paths:
+        if fault := path_fault(path):
+            return f"{path!r} {fault}"
+        if path in files:
+            return f"{path!r} is there twice"
+        files.add(path)
+        folders.update(folders_of(path))
+    for path in (*files, *folders):
+        key = unicodedata.normalize("NFC", path.casefold())
+        if spelling.setdefault(key, path) != path:
+            return f"{path!r} and {spelling[key]!r} are one file on some systems"
+    if both := files & folders:
+        return f"{min(both)!r} is both a file and a folder"
+    return ""
+
+
+def folders_of(path: str) -> list[str]:
+    """The folders that lead to a file: `a/b/c` -> `a`, `a/b`."""
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]

@@ -25,7 +25,7 @@ from pipeline.core.errors import (
 from pipeline.core.values import Package, Reference
 from pipeline.registry.manifest import manifest_at
 from pipeline.registry.reference import ParsedReference, parse_reference
-from pipeline.registry.store import Place, RawStatement, Store
+from pipeline.registry.store import Place, RawStatement, Reader, Store
 from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.verification import (
@@ -65,7 +65,7 @@ class _Offer:
 
 
 def examine(
-    store: Store,
+    store: Reader,
     place: Place,
     terms: Terms,
     digest: str | None = None,

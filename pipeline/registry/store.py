@@ -107,18 +107,12 @@ def is_attachment_name(text: str) -> bool:
     return text != ENVELOPE and _ATTACHMENT_NAME.fullmatch(text) is not None
 
 
-@runtime_checkable
-class Store(Protocol):
-    """Reads. Every method may raise AccessError (refused) and TransientError (try again)."""
+class Reader(Protocol):
+    """What verifying needs; any method may raise AccessError (refused) or TransientError."""
 
     @property
     def url(self) -> str:
         """Names it in messages; no secrets."""
-        ...
-
-    @property
-    def public(self) -> bool:
-        """Whether everybody can read what is published here."""
         ...
 
     @property
@@ -131,6 +125,42 @@ class Store(Protocol):
 
         CorruptError if it cannot be read as one.
         """
+        ...
+
+    def read_manifest(self, place: Place) -> bytes:
+        """The bytes of `manifest.json`.
+
+        NotFoundError if there is no such version, CorruptError if they are more than may be.
+        """
+        ...
+
+    def read_statements(
+        self, place: Place, names: Collection[str] | None = None
+    ) -> list[RawStatement]:
+        """Statements about a version, or those with `names`: their envelopes only.
+
+        What is too large, unreadable or beyond `MAX_PER_KIND` is skipped with one warning.
+        """
+        ...
+
+    def read_moves(
+        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+    ) -> list[bytes]:
+        """The log of a variant's channels: envelopes in no order that means anything.
+
+        What is too large or beyond `MAX_MOVES` is skipped with one warning. Those in `known`
+        (SHA-256 in hex -> envelope) are not sent again.
+        """
+        ...
+
+
+@runtime_checkable
+class Store(Reader, Protocol):
+    """All that readers do."""
+
+    @property
+    def public(self) -> bool:
+        """Whether everybody can read what is published here."""
         ...
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
@@ -146,13 +176,6 @@ class Store(Protocol):
         """
         ...
 
-    def read_manifest(self, place: Place) -> bytes:
-        """The bytes of `manifest.json`.
-
-        NotFoundError if there is no such version, CorruptError if they are more than may be.
-        """
-        ...
-
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
@@ -164,29 +187,10 @@ class Store(Protocol):
         """
         ...
 
-    def read_statements(
-        self, place: Place, names: Collection[str] | None = None
-    ) -> list[RawStatement]:
-        """Statements about a version, or those with `names`: their envelopes only.
-
-        What is too large, unreadable or beyond `MAX_PER_KIND` is skipped with one warning.
-        """
-        ...
-
     def read_statement(self, place: Place, name: str) -> RawStatement:
         """One statement with all its attachments.
 
         NotFoundError if there is none, CorruptError if it is larger than a statement may be.
-        """
-        ...
-
-    def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
-    ) -> list[bytes]:
-        """The log of a variant's channels: envelopes in no order that means anything.
-
-        What is too large or beyond `MAX_MOVES` is skipped with one warning. Those in `known`
-        (SHA-256 in hex -> envelope) are not sent again.
         """
         ...
 
@@ -252,7 +256,7 @@ def read_each(
     return kept
 
 
-def readers(store: Store) -> int:
+def readers(store: Reader) -> int:
     """How many threads read small objects of a store at once."""
     return 1 if store.local else 16
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.registry.paths import path_fault, paths_fault
+from pipeline.registry.manifest import path_fault, paths_fault
 
 
 @pytest.mark.parametrize(

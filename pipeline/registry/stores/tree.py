@@ -14,8 +14,7 @@ from typing import Protocol
 
 from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
 from pipeline.core.values import FileDigest
-from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES
-from pipeline.registry.paths import path_fault
+from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES, path_fault
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Reference
-from pipeline.registry.store import Store
+from pipeline.registry.store import Reader
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
 from pipeline.registry.trust.statements import open_statement, warn_skipped
 
@@ -60,7 +60,7 @@ class Channel:
 
 
 def read_channels(
-    store: Store, policy: TrustPolicy, name: str, variant: str, channel: str | None = None
+    store: Reader, policy: TrustPolicy, name: str, variant: str, channel: str | None = None
 ) -> list[Channel]:
     """The channels of a variant, by name and card; of all names where `channel` is None."""
     log_of_moves = store.read_moves(name, variant)

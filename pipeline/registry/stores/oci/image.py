@@ -25,8 +25,7 @@ from pydantic.alias_generators import to_camel
 
 from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.values import FileDigest
-from pipeline.registry.manifest import MANIFEST, digest_bytes, files_of, parse_manifest
-from pipeline.registry.paths import folders_of
+from pipeline.registry.manifest import MANIFEST, digest_bytes, files_of, folders_of, parse_manifest
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
