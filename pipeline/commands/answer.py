@@ -71,12 +71,9 @@ def failure(error: BaseException) -> Answer:
 
 
 def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "") -> Answer:
-    """What a command answers after one job.
+    """What a command answers after one job, whose `verdict.json` is `document`.
 
-    Args:
-        outcome: Of the job.
-        document: Its `verdict.json`.
-        generate: The command that talks to the package; empty if there is nothing to say of it.
+    `generate` is the command that talks to the package; empty if there is nothing to say of it.
     """
     lines = [outcome.message, closing_lines(outcome, generate)] if outcome.verdict else []
     return Answer(value=document, shown=lines, exit_code=outcome.exit_code, message=outcome.message)

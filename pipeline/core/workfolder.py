@@ -96,10 +96,6 @@ def work_folder(
         prefix: Says what the folder is for.
         keep: Whether a later process can go on from where the block ended with this exception;
             then a dead process's folder is adopted, if there is one. None: always begin anew.
-
-    Raises:
-        AccessError: Another user replaces what is made there.
-        OSError: `parent` is not writable.
     """
     parent = parent.resolve()
     with contextlib.ExitStack() as locks:

@@ -30,31 +30,23 @@ CHUNK_BYTES = 256 << 10
 
 @contextlib.contextmanager
 def disk_errors(doing: str, setting: str = "") -> Iterator[None]:
-    """Turn an `OSError` of the block into an error that says what to do.
+    """Turn an `OSError` of the block into a TransientError, AccessError or other PipelineError.
 
     Args:
         doing: What was being done, for the message: `publish to artifacts`.
         setting: What names another folder; empty if the caller's user knows.
-
-    Raises:
-        TransientError: Disk full, over quota, or too many files open.
-        AccessError: No permission, or a read-only file system.
-        PipelineError: Any other fault of the disk.
     """
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         fault = f"cannot {doing}: {error.strerror or error}{where}"
-        if error.errno in _FULL:
-            raise TransientError(f"{fault}; free some space and run the same command again") from (
-                error
-            )
+        if error.errno in _FULL | _BUSY:
+            first = "free some space and " if error.errno in _FULL else ""
+            raise TransientError(f"{fault}; {first}run the same command again") from error
         if error.errno in _FORBIDDEN:
             other = f"choose another folder{f' with {setting}' if setting else ''}"
             raise AccessError(f"{fault}; change its owner or mode, or {other}") from error
-        if error.errno in _BUSY:
-            raise TransientError(f"{fault}; run the same command again") from error
         raise PipelineError(f"{fault}; check the disk") from error
 
 
@@ -68,8 +60,7 @@ def file_fault(mode: int) -> str:
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a plain file for reading; never follows a link, never waits for a FIFO.
 
-    Raises:
-        CorruptError: It is missing, or no plain file.
+    CorruptError if it is missing, or no plain file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -87,11 +78,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """Read a small plain file.
-
-    Raises:
-        CorruptError: It is missing, no plain file, or longer than `limit_bytes`.
-    """
+    """Read a plain file; CorruptError, too, if it is longer than `limit_bytes`."""
     with open_regular(path) as stream:
         data = stream.read(limit_bytes + 1)
     if len(data) > limit_bytes:
@@ -102,8 +89,7 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
     """The bytes of a package's file, compared with its SHA-256 when the last one has been read.
 
-    Raises:
-        CorruptError: They are not what `file` says; a longer one is not read to its end.
+    CorruptError if they are not what `file` says; a longer one is not read to its end.
     """
     digest, left = hashlib.sha256(), file.size_bytes
     with disk_errors(f"read {path}"):
@@ -138,11 +124,7 @@ def require_unshared(path: Path) -> None:
     the path as it is written and along the one that its links lead to. A folder with the sticky
     bit, such as `/tmp`, is fine above what is ours: there each user renames only what is theirs.
 
-    Args:
-        path: Exists.
-
-    Raises:
-        AccessError: Another user may; names the file or folder and the way out.
+    AccessError names the file or folder and the way out. `path` must exist.
     """
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 - links are looked at one by one
     way_out = f"or use another folder than that of {path}"
@@ -156,12 +138,7 @@ def require_unshared(path: Path) -> None:
 def require_private_parent(parent: Path, setting: str) -> None:
     """Refuse a folder that another user can rename in, or rename itself or a folder above it.
 
-    Args:
-        parent: Exists.
-        setting: What chooses another one.
-
-    Raises:
-        AccessError: Another user can; names the folder and the ways out.
+    AccessError names the folder and the ways out: `setting` chooses another one.
     """
     _require_unshared_parent(
         parent.resolve(),

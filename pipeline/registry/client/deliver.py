@@ -15,7 +15,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -95,7 +95,7 @@ class Delivery:
     Attributes:
         store: Where it lies.
         resolved: What is fetched.
-        transfer: How bytes are fetched.
+        transfer: How.
         offline: Take it from the cache or fail.
         shared_parent: The user trusts who else may rename beside the goal.
     """
@@ -117,16 +117,9 @@ class Delivery:
     def to_folder(
         self, to: Path, receipt: Callable[[Origin], bytes], *, through_cache: bool
     ) -> Delivered:
-        """Fetch, verify, show at `to`.
+        """Fetch, verify, show at `to`, with `receipt(how it came)` as its `pull.json`.
 
-        Args:
-            to: Folder that is made.
-            receipt: Content of `pull.json`, for how the package came.
-            through_cache: Keep a copy in the cache.
-
-        Raises:
-            ConflictError: Something else is at the goal.
-            CorruptError: The bytes are wrong; nothing is left.
+        ConflictError if something else is there. If bytes are wrong nothing is left.
         """
         to = to.absolute()
         with disk_errors(f"write {to}", "--to"):
@@ -141,21 +134,18 @@ class Delivery:
             make_folders(to.parent)
             if not through_cache and not cache_entry(self.resolved.place).is_dir():
                 with self._beside(to, keep=_can_go_on) as work:
-                    fetched = self._fetch(work)
-                    return self._show(work, to, receipt, "registry", fetched)
+                    count = self._fetch(work)
+                    came = Delivered(dir=work.dir, origin="registry", fetched_bytes=count)
+                    return self._show(work, to, receipt, came)
             kept = self.to_cache()
             require_room(to.parent, sum(file.size_bytes for file in self._files))
             with self._beside(to, keep=None) as work:
                 # The entry was verified a moment ago, and only we can write to it.
                 copy_files(self._files, kept.dir, work.dir / PACKAGE)
-                return self._show(work, to, receipt, kept.origin, kept.fetched_bytes)
+                return self._show(work, to, receipt, kept)
 
     def to_cache(self) -> Delivered:
-        """Have the package in the cache, every byte verified now.
-
-        Raises:
-            NotFoundError: Offline, and it is not there.
-        """
+        """Have the package in the cache, every byte verified now."""
         folder, entry = cache_dir(), cache_entry(self.resolved.place)
         prefix, fetched = f".pull-{self._digest[:12]}-", 0
         with locked_cache(self.resolved.place), disk_errors(f"write {folder}", SETTING):
@@ -207,19 +197,14 @@ class Delivery:
         return statements
 
     def _show(
-        self,
-        work: WorkFolder,
-        to: Path,
-        receipt: Callable[[Origin], bytes],
-        origin: Origin,
-        fetched: int,
+        self, work: WorkFolder, to: Path, receipt: Callable[[Origin], bytes], came: Delivered
     ) -> Delivered:
         package = work.dir / PACKAGE
-        finish(package, self.resolved, self._statements(), receipt(origin))
+        finish(package, self.resolved, self._statements(), receipt(came.origin))
         if move_into_place(package, to):
-            return Delivered(dir=to, origin=origin, fetched_bytes=fetched)
+            return replace(came, dir=to)
         if is_pulled(to, self._digest):  # another process pulled the same
-            return Delivered(dir=to, origin="present", fetched_bytes=fetched)
+            return replace(came, dir=to, origin="present")
         raise ConflictError(f"{to} was filled by another process; choose another with --to")
 
     def _beside(

@@ -153,16 +153,15 @@ def download(
     Args:
         store: Where they lie.
         place: The version.
-        files: What its verified manifest lists.
+        files: What its verified manifest, whose SHA-256 is `digest`, lists.
         work: What it already has of this package is hashed and kept.
-        digest: Of the package.
+        digest: Names the package in the record.
         transfer: How.
         on_bytes: Called with numbers of bytes that are there, fetched or found; may be negative.
 
     Raises:
         CorruptError: A file is not what the manifest says, also when fetched again.
         TransientError: The store failed too often or is too slow, or the disk is full.
-        AccessError: The store refuses, or the folder is not writable.
     """
     folder, landing, first = work.dir / PACKAGE, [], 0
     for file in files:

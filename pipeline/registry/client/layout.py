@@ -63,12 +63,7 @@ def verify_layout(folder: Path) -> Package:
 
 
 def require_free(to: Path) -> None:
-    """Demand that a package can become `to` by one rename.
-
-    Raises:
-        ConflictError: Something is there.
-        RecipeError: It is where a volume is mounted.
-    """
+    """Demand that a package can become `to` by one rename; ConflictError if something is there."""
     if to.is_symlink() or (to.exists() and not to.is_dir()):
         raise ConflictError(f"{to} is not a folder; remove it, or choose another with --to")
     if not to.is_dir():
@@ -83,9 +78,7 @@ def require_free(to: Path) -> None:
 def is_pulled(to: Path, digest: str) -> bool:
     """Whether `to` already is this package, ours, every byte verified.
 
-    Raises:
-        CorruptError: It claims to be, and is not.
-        ConflictError: Another user may change it.
+    CorruptError if it claims to be and is not, ConflictError if another user may change it.
     """
     if to.is_symlink() or not (to / MANIFEST).is_file():
         return False
@@ -167,9 +160,7 @@ def move_into_place(private: Path, target: Path) -> bool:
     """Make a settled, non-empty folder visible as `target`, in one step, and read-only.
 
     By `rename(2)`: it never replaces a folder that has something in it, on any POSIX file system.
-
-    Returns:
-        False if `target` is taken; it is not touched then. An empty folder there counts as free.
+    False if `target` is taken; an empty folder there counts as free.
     """
     make_folders(target.parent)
     try:
