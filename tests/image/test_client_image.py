@@ -186,23 +186,6 @@ def test_any_user_can_pull_and_the_stock_tool_verifies_it(
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
-@pytest.mark.parametrize(
-    ("to", "gpu", "code", "shown"),
-    [
-        ("/models/tiny", "l4", ExitCode.INCOMPATIBLE, "NVIDIA-GeForce-RTX-4090"),
-        ("/opt/enginesmith/tiny", "rtx4090", ExitCode.FAILED, "Read-only file system"),
-    ],
-)
-def test_refusal_has_its_exit_code_and_leaves_nothing(
-    docker: Docker, till_of: Callable[[str], Till], to: str, gpu: str, code: int, shown: str
-) -> None:
-    till, models = till_of("folder"), docker.volume()
-    options = (*till.options, *models.at("/models"))
-    answer = docker.client(*till.ask, "--to", to, "--gpu", gpu, options=options, code=code)
-    assert shown in answer["message"]
-    assert models.left() == []
-
-
 def test_stopped_container_ends_as_a_pull_that_was_interrupted(
     docker: Docker, till_of: Callable[[str], Till]
 ) -> None:

@@ -20,13 +20,13 @@ _STORES = {
     "s3": "pipeline.registry.stores.s3",
     "oci": "pipeline.registry.stores.oci.registry",
 }
-_MOST_LINES = {"folder": 7350, "s3": 7700, "oci": 8400}
-"""What it is today, so that it grows no more; the aim is 6,000."""
+_MOST_LINES = {"folder": 5700, "s3": 6000, "oci": 6700}
+"""What it is today, so that it grows no more; of OCI the aim is 6,000, too."""
 
 _SCRIPT = """
 import importlib, json, sys
 from pathlib import Path
-import pipeline.registry.client.pull, pipeline.registry.client.pull
+import pipeline.registry.client.pull
 importlib.import_module({store!r})
 ours = {{name: module for name, module in sys.modules.items() if name.split(".")[0] == "pipeline"}}
 lines = sum(len(Path(one.__file__).read_text().splitlines()) for one in ours.values())

@@ -25,21 +25,14 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_ours_below_folders_of_ours_is_taken(file: Path) -> None:
+def test_ours_is_taken_and_what_others_may_write_or_rename_in_is_refused(file: Path) -> None:
     require_unshared(file)
     require_unshared(file.parent)
-
-
-def test_a_file_that_others_may_write_is_refused(file: Path) -> None:
-    file.chmod(0o646)
-    with pytest.raises(AccessError, match=f"chmod go-w {file}"):
-        require_unshared(file)
-
-
-def test_a_folder_that_others_may_rename_in_is_refused(file: Path) -> None:
-    file.parent.chmod(0o707)
-    with pytest.raises(AccessError, match=f"chmod go-w {file.parent}"):
-        require_unshared(file)
+    for path, mode in ((file, 0o646), (file.parent, 0o707)):
+        path.chmod(mode)
+        with pytest.raises(AccessError, match=f"chmod go-w {path}"):
+            require_unshared(file)
+        path.chmod(0o700)
 
 
 @pytest.mark.parametrize(
