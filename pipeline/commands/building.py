@@ -150,7 +150,7 @@ def export_trtllm(
         max_num_tokens=max_num_tokens,
     )
     if faults := checkpoint_faults(
-        architecture=export.architecture, kv_cache_dtype=export.settings.kv_cache_dtype
+        architecture=export.architecture, kv_cache_dtype=export.kv_cache_dtype
     ):
         raise RecipeError(faults)
     with screen_logging():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,13 +56,6 @@ class Rope:
     theta: float
     rotary_dim: int
     scaling: Llama3Scaling | LongRopeScaling | None = None
-
-    @property
-    def kind(self) -> Literal["default", "llama3", "longrope"]:
-        """`rope_type` of config.json."""
-        if self.scaling is None:
-            return "default"
-        return "llama3" if isinstance(self.scaling, Llama3Scaling) else "longrope"
 
 
 def longrope_gain(ratio: float, original: int) -> float:

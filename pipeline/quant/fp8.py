@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
@@ -106,12 +106,10 @@ class Fp8Quantizer:
         device: Where calibration runs.
     """
 
+    precision: ClassVar[str] = SPEC.name
+
     keep_16bit: Listed[str] = ()
     device: DeviceChoice = "auto"
-
-    @property
-    def precision(self) -> str:
-        return SPEC.name
 
     def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
         return self._job(calibration).inputs(weights)

@@ -11,7 +11,7 @@ import logging
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,7 @@ class ModelOptJob:
             "shared_scale": {label: list(names) for label, names in sorted(groups.items())},
             "quantized_linears": quantized,
             "kept_16bit": sorted(kept),
-            "ledger": asdict(ledger),
+            "ledger": ledger,
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 

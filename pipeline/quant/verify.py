@@ -5,10 +5,9 @@ An exporter can drop, empty or zero a tensor and still succeed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
@@ -30,22 +29,6 @@ _CHUNK_ROWS = 512
 """So that the intermediate values of a chunk stay in the processor's cache."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """What was rounded to a precision, and what it cost.
-
-    Attributes:
-        precision: Its name.
-        relative_error: Linear -> norm of its rounding error over the norm of its weights, three
-            digits: the order of a sum does not show in them.
-        kept_16bit: Linears that were rounded to bfloat16 only.
-    """
-
-    precision: str
-    relative_error: Mapping[str, float]
-    kept_16bit: tuple[str, ...]
-
-
 def require_finite(source: UnifiedCheckpoint) -> None:
     """Refuse weights, norms and embeddings that hold NaN or infinite values (CorruptError)."""
     broken = [name for name in source.tensors if not all_finite(source.read(name))]
@@ -61,7 +44,7 @@ def verify_checkpoint(
     weights_dir: Path,
     precision: QuantSpec,
     quantized_linears: Collection[str],
-) -> Ledger:
+) -> dict[str, Any]:
     """Compare an exported checkpoint with its source, tensor by tensor.
 
     Present, nothing extra, right shape and dtype, 16-bit tensors equal to the source rounded to
@@ -73,6 +56,11 @@ def verify_checkpoint(
         weights_dir: Hugging Face folder that it was made from.
         precision: Of the quantized linears.
         quantized_linears: Modules that must be quantized; all others must not be.
+
+    Returns:
+        The ledger of what was rounded: `precision` (its name), `relative_error` (linear -> norm of
+        its rounding error over the norm of its weights, three digits: the order of a sum does not
+        show in them), `kept_16bit` (linears that were rounded to bfloat16 only).
 
     Raises:
         CorruptError: Lists what is wrong, by tensor.
@@ -103,8 +91,8 @@ def verify_checkpoint(
         raise CorruptError(
             f"the exported checkpoint is not a faithful copy of its source:{listed(faults)}"
         )
-    kept = tuple(name for name in source.spec.modules if name not in errors)
-    return Ledger(precision=precision.name, relative_error=errors, kept_16bit=kept)
+    kept = [name for name in source.spec.modules if name not in errors]
+    return {"precision": precision.name, "relative_error": errors, "kept_16bit": kept}
 
 
 def _compare(

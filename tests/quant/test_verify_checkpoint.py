@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +143,10 @@ def test_fp8_where_16_bit_was_asked_is_found(made: Checkpoint) -> None:
 
 def test_ledger_says_what_rounding_cost_and_what_was_kept(made: Checkpoint) -> None:
     ledger = verify_checkpoint(made.dir, made.weights.dir, SPEC, made.quantized_linears)
-    assert set(ledger.relative_error) == set(made.quantized_linears)
+    assert set(ledger["relative_error"]) == set(made.quantized_linears)
     # E4M3's error is spread evenly up to 2^-4 of a value: 2.6 % of normally distributed weights.
-    assert all(0.02 < error < 0.03 for error in ledger.relative_error.values())
-    assert json.loads(json.dumps(asdict(ledger))) == made.ledger
+    assert all(0.02 < error < 0.03 for error in ledger["relative_error"].values())
+    assert ledger == made.ledger
 
 
 @pytest.mark.parametrize(("outlier", "lost"), [(3e4, False), (3e6, True)])

@@ -13,7 +13,6 @@ The tool changes values that do not go together and only warns (attention rules 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -74,39 +73,39 @@ class Plugins:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildPaths:
-    """Paths as the tool sees them; by default relative to a folder that holds the checkpoint.
-
-    `timing_cache_in` is an existing cache or None: a path without a file only earns a warning.
-    Without `timing_cache_out` the new one would land in the working directory.
-    """
-
-    checkpoint_dir: str = CHECKPOINT
-    engine_dir: str = ENGINE
-    timing_cache_in: str | None = None
-    timing_cache_out: str = TIMING_CACHE_FILE
-
-
 def build_command(
-    limits: Limits, plugins: Plugins, paths: BuildPaths, *, opt_num_tokens: int | None = None
+    limits: Limits,
+    plugins: Plugins,
+    *,
+    opt_num_tokens: int | None = None,
+    checkpoint_dir: str = CHECKPOINT,
+    engine_dir: str = ENGINE,
+    timing_cache_in: str | None = None,
+    timing_cache_out: str = TIMING_CACHE_FILE,
 ) -> tuple[str, ...]:
-    """Program and arguments, never a shell string.
+    """Program and arguments, never a shell string; paths as the tool sees them.
 
-    `opt_num_tokens` is the token count that kernels are chosen for; None with several profiles, or
-    for `max_batch_size`.
+    Args:
+        limits: Sizes, and the type of the cache.
+        plugins: Kernel choices.
+        opt_num_tokens: Token count that kernels are chosen for; None with several profiles, or for
+            `max_batch_size`.
+        checkpoint_dir: TensorRT-LLM checkpoint.
+        engine_dir: Gets the engine.
+        timing_cache_in: An existing one, or None: a path without a file only earns a warning.
+        timing_cache_out: Gets the new one. Without this flag it lands in the working directory.
     """
     flags: dict[str, str | bool | int | None] = {
-        "checkpoint_dir": paths.checkpoint_dir,
-        "output_dir": paths.engine_dir,
+        "checkpoint_dir": checkpoint_dir,
+        "output_dir": engine_dir,
         "max_batch_size": limits.max_batch_size,
         "max_seq_len": limits.max_seq_len,
         "max_num_tokens": limits.max_num_tokens,
         "max_beam_width": 1,
         **({} if opt_num_tokens is None else {"opt_num_tokens": opt_num_tokens}),
         **plugins.effective(limits.kv_cache_dtype),
-        **({} if paths.timing_cache_in is None else {"input_timing_cache": paths.timing_cache_in}),
-        "output_timing_cache": paths.timing_cache_out,
+        **({} if timing_cache_in is None else {"input_timing_cache": timing_cache_in}),
+        "output_timing_cache": timing_cache_out,
         "workers": 1,
         "log_level": "info",
     }

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -25,7 +25,6 @@ from pipeline.formats.trtllm.build_tool import (
     ENGINE,
     TIMING,
     TIMING_CACHE_FILE,
-    BuildPaths,
     Plugins,
     build_command,
     expected_config,
@@ -33,7 +32,7 @@ from pipeline.formats.trtllm.build_tool import (
     read_back,
 )
 from pipeline.formats.trtllm.config import Dtype
-from pipeline.formats.trtllm.convert import KvCacheDtype, TrtLlmSettings, convert_trtllm
+from pipeline.formats.trtllm.convert import conversion_inputs, convert_trtllm
 from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
 from pipeline.formats.trtllm.spec import NAME, SPEC, VERSION
 from pipeline.quant.unified import copy_companions
@@ -83,7 +82,7 @@ class TrtLlmCompiler:
     max_seq_len: PositiveInt
     max_num_tokens: PositiveInt
     opt_num_tokens: PositiveInt | None
-    kv_cache_dtype: KvCacheDtype
+    kv_cache_dtype: Literal["fp8", "bfloat16", "float16"]
     dtype: Dtype
     where: Where
     image: str
@@ -96,6 +95,11 @@ class TrtLlmCompiler:
             raise ValueError(
                 f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
                 f"({self.max_batch_size}); increase compiler.max_num_tokens"
+            )
+        if self.kv_cache_dtype == "float16" != self.dtype:
+            raise ValueError(
+                f"kv_cache_dtype (float16) must be fp8 or dtype ({self.dtype}): a 16-bit cache has "
+                "the type of the activations"
             )
         # The next two TensorRT-LLM would only warn of, and build something else:
         # check_max_num_tokens in _common.py.
@@ -128,28 +132,23 @@ class TrtLlmCompiler:
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
             max_num_tokens=self._num_tokens,
-            kv_cache_dtype=self.conversion.kv_cache_dtype,
+            kv_cache_dtype="fp8" if self._kv_fp8 else self.dtype,
         )
 
     @property
-    def conversion(self) -> TrtLlmSettings:
-        """How the unified checkpoint becomes TensorRT-LLM's."""
-        cache_dtype: KvCacheDtype = "fp8" if self.kv_cache_dtype == "fp8" else self.dtype
-        return TrtLlmSettings(kv_cache_dtype=cache_dtype, dtype=self.dtype)
+    def _kv_fp8(self) -> bool:
+        return self.kv_cache_dtype == "fp8"
 
     @property
     def command(self) -> tuple[str, ...]:
         """The build, with relative paths."""
-        return self._command(BuildPaths())
-
-    def _command(self, paths: BuildPaths) -> tuple[str, ...]:
-        return build_command(self.limits, self.plugins, paths, opt_num_tokens=self.opt_num_tokens)
+        return build_command(self.limits, self.plugins, opt_num_tokens=self.opt_num_tokens)
 
     def inputs(self, target: Target) -> dict[str, Any]:
         return {
             **STAGE.identity,
             "command": list(self.command),
-            "convert": self.conversion.inputs(),
+            "convert": conversion_inputs(dtype=self.dtype, kv_fp8=self._kv_fp8),
             "card": target.card,
             "sm": target.sm,
             "tools": {NAME: VERSION},
@@ -193,7 +192,9 @@ class TrtLlmCompiler:
 
     def convert(self, checkpoint: Checkpoint, cache: StageCache) -> StageResult:
         """TensorRT-LLM's checkpoint, which needs no card."""
-        return convert_trtllm(checkpoint.dir, checkpoint.digest, self.conversion, cache)
+        return convert_trtllm(
+            checkpoint.dir, checkpoint.digest, cache, dtype=self.dtype, kv_fp8=self._kv_fp8
+        )
 
     def _place(self, target: Target) -> Place:
         try:
@@ -228,13 +229,16 @@ class TrtLlmCompiler:
         engine.source.mkdir()
         kernels.source.mkdir()
         lent = [known] if timing.is_file() else []
-        paths = BuildPaths(
+        command = build_command(
+            self.limits,
+            self.plugins,
+            opt_num_tokens=self.opt_num_tokens,
             checkpoint_dir=place.path(checkpoint),
             engine_dir=place.path(engine),
             timing_cache_in=f"{place.path(known)}/{timing.name}" if lent else None,
             timing_cache_out=f"{place.path(kernels)}/{timing.name}",
         )
-        self._run(place, paths, (checkpoint, engine, kernels, *lent), log_path)
+        self._run(place, command, (checkpoint, engine, kernels, *lent), log_path)
         config = json.loads((converted_dir / "config.json").read_text())
         expected = expected_config(self.limits, self.opt_num_tokens, self.plugins, config)
         effective = read_back(engine.source, expected)
@@ -246,10 +250,14 @@ class TrtLlmCompiler:
         return effective
 
     def _run(
-        self, place: Place, paths: BuildPaths, shared: tuple[Shared, ...], log_path: Path
+        self,
+        place: Place,
+        command: tuple[str, ...],
+        shared: tuple[Shared, ...],
+        log_path: Path,
     ) -> None:
         """Run the build; a failure with a known cause says what to change."""
-        command, started = self._command(paths), time.monotonic()
+        started = time.monotonic()
         try:
             place.run(command, shared, stage="compile", log_path=log_path, timeout_s=self.timeout_s)
         except ToolError as error:

@@ -7,21 +7,17 @@ move to a larger scale by a table, and what that costs follows from how often ea
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
-
-from pydantic.dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.core.cache import StageCache, StageResult
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.safetensors_files import TensorSpec, read_header, safetensors_header
-from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.formats.trtllm.config import Dtype, trtllm_config
 from pipeline.formats.trtllm.tensors import Piece, PlannedTensor, TensorPlan, plan_tensors
@@ -40,9 +36,6 @@ that most values fell below the smallest code, and 1.0 that all of them became 0
 _CHUNK_BYTES = 1 << 20
 """Counting codes takes eight times as much: NumPy counts in 64-bit integers."""
 
-KvCacheDtype = Literal["fp8", "bfloat16", "float16"]
-"""A 16-bit cache has the type of the activations."""
-
 STAGE = Stage(
     name="convert-trtllm",
     version=1,
@@ -57,34 +50,17 @@ STAGE = Stage(
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TrtLlmSettings:
-    """What the TensorRT-LLM checkpoint depends on beside the unified one.
-
-    Attributes:
-        kv_cache_dtype: `fp8`, which needs the calibrated scales of the cache, or `dtype`.
-        dtype: Type of activations and of tensors that are not FP8.
-    """
-
-    kv_cache_dtype: KvCacheDtype
-    dtype: Dtype
-
-    def __post_init__(self) -> None:
-        if self.kv_cache_dtype not in {"fp8", self.dtype}:
-            raise ValueError(
-                f"kv_cache_dtype ({self.kv_cache_dtype}) must be fp8 or dtype ({self.dtype}): a "
-                "16-bit cache has the type of the activations"
-            )
-
-    def inputs(self) -> dict[str, Any]:
-        """Everything but the checkpoint that shapes the bytes."""
-        return {**STAGE.identity, **dataclasses.asdict(self)}
-
-
 def convert_trtllm(
-    checkpoint_dir: Path, checkpoint_digest: str, settings: TrtLlmSettings, cache: StageCache
+    checkpoint_dir: Path, checkpoint_digest: str, cache: StageCache, *, dtype: Dtype, kv_fp8: bool
 ) -> StageResult:
     """Convert a unified FP8 checkpoint, or take the conversion from the cache.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        checkpoint_digest: Identity of its bytes.
+        cache: Of stages.
+        dtype: Type of activations and of tensors that are not FP8.
+        kv_fp8: The KV cache is FP8, which needs its calibrated scales; else of type `dtype`.
 
     Raises:
         RecipeError: TensorRT-LLM cannot express this model or this checkpoint.
@@ -92,13 +68,19 @@ def convert_trtllm(
     """
 
     def produce(out_dir: Path) -> None:
-        write_checkpoint(checkpoint_dir, settings, out_dir)
+        write_checkpoint(checkpoint_dir, out_dir, dtype=dtype, kv_fp8=kv_fp8)
 
-    return cache.run(STAGE, {"checkpoint": checkpoint_digest, **settings.inputs()}, produce)
+    types = conversion_inputs(dtype=dtype, kv_fp8=kv_fp8)
+    return cache.run(STAGE, {"checkpoint": checkpoint_digest, **types}, produce)
+
+
+def conversion_inputs(*, dtype: Dtype, kv_fp8: bool) -> dict[str, Any]:
+    """Everything but the checkpoint that shapes the bytes."""
+    return {**STAGE.identity, "kv_cache_dtype": "fp8" if kv_fp8 else dtype, "dtype": dtype}
 
 
 def write_checkpoint(
-    checkpoint_dir: Path, settings: TrtLlmSettings, out_dir: Path
+    checkpoint_dir: Path, out_dir: Path, *, dtype: Dtype, kv_fp8: bool
 ) -> dict[str, Any]:
     """Write config, weights and record into the folder `out_dir`; see `convert_trtllm`.
 
@@ -107,12 +89,12 @@ def write_checkpoint(
         `kept_16bit` (names of the others), `requantized` (source module -> relative error that
         rounding to the scale of its group added), `merged_inputs` (linears whose parts had
         different activation scales; they got the largest), `attention_window` (what the runtime
-        must be told; null for no window), `notes` for who builds or serves, and the settings.
+        must be told; null for no window), `notes` for who builds or serves, and the types.
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
-    spec, kv_fp8 = checkpoint.spec, settings.kv_cache_dtype == "fp8"
-    plan = plan_tensors(checkpoint, dtype=settings.dtype, kv_fp8=kv_fp8)
-    config = trtllm_config(spec, dtype=settings.dtype, kv_fp8=kv_fp8, exclude=plan.excluded)
+    spec = checkpoint.spec
+    plan = plan_tensors(checkpoint, dtype=dtype, kv_fp8=kv_fp8)
+    config = trtllm_config(spec, dtype=dtype, kv_fp8=kv_fp8, exclude=plan.excluded)
     errors = _write_tensors(plan, out_dir / WEIGHTS_FILE)
     window = spec.window
     if window is not None and window >= spec.max_position_embeddings:
@@ -121,8 +103,8 @@ def write_checkpoint(
     record = {
         "schema": 1,
         "architecture": spec.architecture,
-        "dtype": settings.dtype,
-        "kv_cache_dtype": settings.kv_cache_dtype,
+        "dtype": dtype,
+        "kv_cache_dtype": "fp8" if kv_fp8 else dtype,
         "max_position_embeddings": spec.max_position_embeddings,
         "quantized_linears": len(plan.fp8),
         "kept_16bit": plan.excluded,

@@ -21,13 +21,11 @@ from pipeline.core.values import Limits
 from pipeline.core.workfolder import atomic_folder
 from pipeline.formats.trtllm.build_tool import (
     TIMING_CACHE_FILE,
-    BuildPaths,
     Plugins,
     build_command,
 )
 from pipeline.formats.trtllm.config import Dtype
-from pipeline.formats.trtllm.convert import KvCacheDtype, TrtLlmSettings, write_checkpoint
-from pipeline.model.spec import ModelSpec
+from pipeline.formats.trtllm.convert import write_checkpoint
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions, declared_quantization
 
 log = logging.getLogger(__name__)
@@ -45,7 +43,8 @@ class Export:
         checkpoint_dir: Unified FP8 checkpoint.
         out_dir: New or empty, without links in its path.
         architecture: The model's.
-        settings: Types of the converted checkpoint.
+        dtype: Type of activations and of tensors that are not FP8.
+        kv_cache_dtype: `fp8` or the same.
         command: The `trtllm-build` command, quoted for a shell: kernel choices as in
             `conf/compiler/trtllm.yaml`, engine and timing cache beside the checkpoint.
     """
@@ -53,7 +52,8 @@ class Export:
     checkpoint_dir: Path
     out_dir: Path
     architecture: str
-    settings: TrtLlmSettings
+    dtype: Dtype
+    kv_cache_dtype: str
     command: str
 
     def write(self) -> dict[str, Any]:
@@ -65,7 +65,8 @@ class Export:
             CorruptError: The checkpoint is damaged.
         """
         with atomic_folder(self.out_dir) as private:
-            record = write_checkpoint(self.checkpoint_dir, self.settings, private)
+            kv_fp8 = self.kv_cache_dtype == "fp8"
+            record = write_checkpoint(self.checkpoint_dir, private, dtype=self.dtype, kv_fp8=kv_fp8)
             copy_companions(self.checkpoint_dir, private)
             inode = private.stat().st_ino
         if self.out_dir.stat().st_ino != inode:
@@ -75,8 +76,8 @@ class Export:
             self.out_dir,
             record["quantized_linears"],
             len(record["kept_16bit"]),
-            self.settings.dtype,
-            self.settings.kv_cache_dtype,
+            self.dtype,
+            self.kv_cache_dtype,
         )
         return record
 
@@ -85,7 +86,7 @@ def plan_export(
     checkpoint_dir: Path,
     out_dir: Path,
     *,
-    kv_cache_dtype: KvCacheDtype | None = None,
+    kv_cache_dtype: str | None = None,
     dtype: Dtype = "bfloat16",
     max_batch_size: int = 64,
     max_seq_len: int | None = None,
@@ -102,13 +103,6 @@ def plan_export(
         max_seq_len: None for the model's context, its window or 4096, whichever is least.
         max_num_tokens: None for 8192. Lowered to `max_batch_size * max_seq_len`, but not below one
             block of the paged cache, to which `trtllm-build` would raise it.
-
-    Raises:
-        NotFoundError: There is no checkpoint.
-        ConflictError: `out_dir` exists and is not empty.
-        RecipeError: `out_dir` cannot be replaced, sizes or types contradict each other or the
-            model, or the model is not understood.
-        CorruptError: The checkpoint's declaration is damaged.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise NotFoundError(
@@ -116,37 +110,48 @@ def plan_export(
         )
     place = _replaceable(out_dir)
     spec = UnifiedCheckpoint(checkpoint_dir).spec
-    cache_dtype = _cache_dtype(kv_cache_dtype or _declared_cache(checkpoint_dir, dtype), dtype)
+    cache_dtype = kv_cache_dtype or _declared_cache(checkpoint_dir, dtype)
     plugins = Plugins(**shipped("compiler/trtllm")["plugins"])
     context = spec.max_position_embeddings
     length = max_seq_len or min(context, spec.window or context, _SEQ_LEN)
     tokens = min(max_num_tokens or _NUM_TOKENS, max_batch_size * length)
-    _check_sizes(spec, batch=max_batch_size, length=length, tokens=tokens)
+    faults = []
+    if cache_dtype not in {"fp8", dtype}:
+        message = f"is {cache_dtype}; beside dtype {dtype} it is fp8 or {dtype}"
+        faults.append(Fault("--kv-cache-dtype", message))
+    if tokens < max_batch_size:
+        message = f"({tokens}) must be >= max_batch_size ({max_batch_size}); increase it"
+        faults.append(Fault("max_num_tokens", message))
+    if length > context:
+        message = f"({length}) is beyond the model's context ({context}); lower it"
+        faults.append(Fault("max_seq_len", message))
+    if faults:
+        raise RecipeError(faults)
     limits = Limits(
         max_batch_size=max_batch_size,
         max_seq_len=length,
         max_num_tokens=max(tokens, plugins.tokens_per_block),
         kv_cache_dtype=cache_dtype,
     )
-    engine = f"{out_dir}-engine"
-    timing_cache = f"{engine}.{TIMING_CACHE_FILE}"
-    paths = BuildPaths(
-        checkpoint_dir=str(out_dir), engine_dir=engine, timing_cache_out=timing_cache
-    )
     return Export(
         checkpoint_dir=checkpoint_dir,
         out_dir=place,
         architecture=spec.architecture,
-        settings=TrtLlmSettings(kv_cache_dtype=cache_dtype, dtype=dtype),
-        command=shlex.join(build_command(limits, plugins, paths)),
+        dtype=dtype,
+        kv_cache_dtype=cache_dtype,
+        command=_command(out_dir, limits, plugins),
     )
 
 
-def _cache_dtype(wanted: KvCacheDtype, dtype: Dtype) -> KvCacheDtype:
-    if wanted not in {"fp8", dtype}:
-        message = f"is {wanted}; beside dtype {dtype} it is fp8 or {dtype}"
-        raise RecipeError([Fault("--kv-cache-dtype", message)])
-    return wanted
+def _command(out_dir: Path, limits: Limits, plugins: Plugins) -> str:
+    command = build_command(
+        limits,
+        plugins,
+        checkpoint_dir=str(out_dir),
+        engine_dir=f"{out_dir}-engine",
+        timing_cache_out=f"{out_dir}-engine.{TIMING_CACHE_FILE}",
+    )
+    return shlex.join(command)
 
 
 def _replaceable(out_dir: Path) -> Path:
@@ -180,7 +185,7 @@ def _replaceable(out_dir: Path) -> Path:
     return place
 
 
-def _declared_cache(checkpoint_dir: Path, dtype: Dtype) -> KvCacheDtype:
+def _declared_cache(checkpoint_dir: Path, dtype: Dtype) -> str:
     """The cache's type where none is chosen."""
     declared = declared_quantization(checkpoint_dir)
     if declared.kv_cache not in {None, "FP8"}:
@@ -190,16 +195,3 @@ def _declared_cache(checkpoint_dir: Path, dtype: Dtype) -> KvCacheDtype:
         )
         raise RecipeError([Fault(f"{declared.file}: kv_cache_quant_algo", message)])
     return "fp8" if declared.kv_cache else dtype
-
-
-def _check_sizes(spec: ModelSpec, *, batch: int, length: int, tokens: int) -> None:
-    """Refuse sizes of the printed command that contradict each other or the model."""
-    faults, context = [], spec.max_position_embeddings
-    if tokens < batch:
-        message = f"({tokens}) must be >= max_batch_size ({batch}); increase it"
-        faults.append(Fault("max_num_tokens", message))
-    if length > context:
-        message = f"({length}) is beyond the model's context ({context}); lower it"
-        faults.append(Fault("max_seq_len", message))
-    if faults:
-        raise RecipeError(faults)

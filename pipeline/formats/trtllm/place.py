@@ -96,11 +96,6 @@ class Shared:
     source: Path
     read_only: bool = True
 
-    @property
-    def target(self) -> str:
-        """Where a container has it."""
-        return f"/mnt/{self.name}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -134,7 +129,7 @@ class Place:
 
     def path(self, shared: Shared) -> str:
         """Where a program finds it."""
-        return shared.target if self.program is None else str(shared.source)
+        return f"/mnt/{shared.name}" if self.program is None else str(shared.source)
 
     @contextlib.contextmanager
     def started(
@@ -239,7 +234,7 @@ class Place:
         for item in shared:
             source = str(item.source.resolve()).replace('"', '""')
             # `--volume` would make an empty folder where a source is missing; quoted as CSV.
-            mount = f'type=bind,"source={source}",target={item.target}'
+            mount = f'type=bind,"source={source}",target=/mnt/{item.name}'
             options += ["--mount", f"{mount},readonly" if item.read_only else mount]
         return options
 

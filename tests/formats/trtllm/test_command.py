@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.values import Limits
-from pipeline.formats.trtllm.build_tool import BuildPaths, build_command
+from pipeline.formats.trtllm.build_tool import build_command
 from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
 
 OPTIONS: dict[str, dict[str, Any]] = json.loads(
@@ -58,13 +58,15 @@ def test_every_flag_and_value_is_one_that_release_1_2_takes(name: str) -> None:
 
 def test_command_for_phi3_on_an_rtx_4090() -> None:
     limits = Limits(max_batch_size=64, max_seq_len=4096, max_num_tokens=8192, kv_cache_dtype="fp8")
-    paths = BuildPaths(
+    command = build_command(
+        limits,
+        ADA_PLUGINS,
         checkpoint_dir="/mnt/checkpoint",
         engine_dir="/mnt/engine",
         timing_cache_in="/mnt/timing-in/model.cache",
         timing_cache_out="/mnt/timing-out/model.cache",
     )
-    assert build_command(limits, ADA_PLUGINS, paths) == (
+    assert command == (
         "trtllm-build",
         *("--checkpoint_dir", "/mnt/checkpoint"),
         *("--output_dir", "/mnt/engine"),

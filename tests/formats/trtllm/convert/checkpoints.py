@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.values import Licence, Weights
-from pipeline.formats.trtllm.convert import TrtLlmSettings, convert_trtllm
+from pipeline.formats.trtllm.config import Dtype
+from pipeline.formats.trtllm.convert import convert_trtllm
 from tests.architectures import tiny_architecture
 from tests.quant.tiny_quantized import CALIBRATION, tiny_quantizer
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     Tensors = dict[str, torch.Tensor]
-
-FP8_CACHE = TrtLlmSettings(kv_cache_dtype="fp8", dtype="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,12 @@ def modelopt_checkpoint(root: Path, name: str, *, kv_scales: bool, **overrides: 
     return root / "exported"
 
 
-def convert(unified: Path, root: Path, settings: TrtLlmSettings = FP8_CACHE) -> Converted:
+def convert(
+    unified: Path, root: Path, dtype: Dtype = "bfloat16", *, kv_fp8: bool = True
+) -> Converted:
     """Run the convert stage with a cache below `root`."""
-    result = convert_trtllm(unified, "0" * 64, settings, StageCache(root=root))
+    cache = StageCache(root=root)
+    result = convert_trtllm(unified, "0" * 64, cache, dtype=dtype, kv_fp8=kv_fp8)
     return Converted(unified, result.dir, result.read_json("conversion.json"))
 
 

@@ -18,7 +18,7 @@ _CHILD = """
 import json, sys
 from pathlib import Path
 import ml_dtypes, numpy
-from pipeline.formats.trtllm.convert import TrtLlmSettings, write_checkpoint
+from pipeline.formats.trtllm.convert import write_checkpoint
 
 def peak_bytes():
     # Not getrusage: a child's peak starts with its parent's there.
@@ -28,7 +28,7 @@ def peak_bytes():
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 target.mkdir()
 before = peak_bytes()
-write_checkpoint(source, TrtLlmSettings(kv_cache_dtype=sys.argv[3], dtype=sys.argv[3]), target)
+write_checkpoint(source, target, dtype=sys.argv[3], kv_fp8=False)
 print(json.dumps(peak_bytes() - before))
 """
 

@@ -177,13 +177,10 @@ def test_model_without_fp8_is_refused(tmp_path: Path) -> None:
 def test_value_beyond_float16_is_refused(
     llama: Path, tmp_path: Path, name: str, value: float
 ) -> None:
-    from pipeline.formats.trtllm.convert import TrtLlmSettings
-
     loud = edited(llama, tmp_path / "loud", _put(name, value))
     assert convert(loud, tmp_path / "bfloat16").record["dtype"] == "bfloat16"
-    settings = TrtLlmSettings(kv_cache_dtype="float16", dtype="float16")
     with pytest.raises(RecipeError, match=r"beyond the range of float16; use bfloat16"):
-        convert(loud, tmp_path / "converted", settings)
+        convert(loud, tmp_path / "converted", "float16", kv_fp8=False)
 
 
 def test_tied_model_may_store_a_copy_of_its_embedding_and_nothing_else(

@@ -78,9 +78,9 @@ def test_cache_of_a_foreign_checkpoint_is_the_declared_one(
     tmp_path: Path, kv_scales: bool, wanted: str
 ) -> None:
     foreign = modelopt_checkpoint(tmp_path, "mistral", kv_scales=kv_scales)
-    assert plan_export(foreign, tmp_path / "out").settings.kv_cache_dtype == wanted
+    assert plan_export(foreign, tmp_path / "out").kv_cache_dtype == wanted
     (foreign / "hf_quant_config.json").unlink()  # then config.json says it
-    assert plan_export(foreign, tmp_path / "out").settings.kv_cache_dtype == wanted
+    assert plan_export(foreign, tmp_path / "out").kv_cache_dtype == wanted
 
 
 def test_second_rounding_and_window_are_told(tmp_path: Path) -> None:

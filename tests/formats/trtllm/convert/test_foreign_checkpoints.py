@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.formats.trtllm.convert import TrtLlmSettings
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited, modelopt_checkpoint
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
     from tests.formats.trtllm.convert.checkpoints import Tensors
 
-_BF16 = TrtLlmSettings(kv_cache_dtype="bfloat16", dtype="bfloat16")
 _GROUPS = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.fc": ("mlp.gate_proj", "mlp.up_proj"),
@@ -34,7 +32,9 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Convert
     @cache
     def make(name: str) -> Converted:
         root = tmp_path_factory.mktemp(f"foreign-{name}")
-        return convert(modelopt_checkpoint(root, name, kv_scales=False), root / "converted", _BF16)
+        return convert(
+            modelopt_checkpoint(root, name, kv_scales=False), root / "converted", kv_fp8=False
+        )
 
     return make
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.core.errors import CorruptError, RecipeError
-from pipeline.formats.trtllm.convert import TrtLlmSettings
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited
 
 if TYPE_CHECKING:
@@ -62,8 +61,3 @@ def test_half_of_the_cache_scales_is_a_damaged_checkpoint(llama: Path, tmp_path:
     unified = edited(llama, tmp_path / "unified", lambda tensors: tensors.pop(name))
     with pytest.raises(CorruptError, match=f"{name} is missing"):
         convert(unified, tmp_path / "converted")
-
-
-def test_cache_type_that_is_not_the_activations_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"kv_cache_dtype \(float16\) must be fp8 or dtype"):
-        TrtLlmSettings(kv_cache_dtype="float16", dtype="bfloat16")
