@@ -177,17 +177,10 @@ class FormatSpec:
         folder: Path,
         **proven: Any,
     ) -> Engine:
-        """A finished engine folder with what follows from the format.
+        """A finished engine folder with what follows from the format; `proven`: the other fields.
 
         It needs the memory of its weights and its cache; that of a paged runtime holds at least one
         request of full length.
-
-        Args:
-            compiler: What made it.
-            checkpoint: What it was made of.
-            target: What it was made for.
-            folder: Its files.
-            proven: The other fields of an `Engine`: `tools`, `checks` and the like.
         """
         limits = compiler.limits
         rows = limits.max_batch_size if self.fit.static else 1

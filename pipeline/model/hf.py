@@ -127,11 +127,7 @@ def transformers4_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
 def write_random_model(spec: ModelSpec, folder: Path, *, documents: list[str], seed: int) -> None:
     """Write a model of this spec into `folder`, tensor by tensor: full size needs little memory.
 
-    Args:
-        spec: Its config and tensors.
-        folder: Gets `config.json`, safetensors shards, a tokenizer, a licence; must exist.
-        documents: Text that the tokenizer is trained on.
-        seed: Of the weights; the same seed gives the same bytes.
+    The tokenizer is trained on `documents`; the same seed gives the same bytes.
     """
     tokens = _write_tokenizer(folder, documents, spec.vocab_size)
     config = {**spec.config, "torch_dtype": "bfloat16", **tokens}

@@ -25,11 +25,8 @@ class Llama3Scaling:
 class LongRopeScaling:
     """LongRoPE (arXiv:2402.13753), as Phi-3 and Phi-4-mini use it.
 
-    Attributes:
-        short_factors: One divisor for each frequency, up to the original context.
-        long_factors: The same beyond it.
-        original_max_position_embeddings: Context that the model was first trained with, tokens.
-        attention_factor: Multiplies cosine and sine.
+    Each frequency has a divisor up to the original context, with which the model was first trained,
+    and another beyond it; `attention_factor` multiplies cosine and sine.
     """
 
     short_factors: tuple[float, ...]

@@ -27,10 +27,8 @@ class Linear:
     Attributes:
         role: `q`, `k`, `v`, `o`, `gate`, `up` or `down`.
         module: Transformers' name of the module that stores it, without its layer's.
-        rows: Output features.
+        rows: Output features, from `first_row` on in the stored module.
         columns: Input features.
-        first_row: Where it starts in the stored module.
-        bias: It adds a bias.
         fused: Name of the group that runtimes merge into one GEMM, which has one precision and one
             weight scale, such as `qkv`; empty for none.
     """
@@ -134,8 +132,6 @@ class ModelSpec:
 
     Attributes:
         architecture: `architectures[0]` of config.json.
-        hidden_size: Width of the residual stream.
-        vocab_size: Rows of the embedding.
         max_position_embeddings: Longest context the model was trained for, tokens.
         norm_eps: Added to the mean square in every norm.
         tied: lm_head is the embedding, stored once.

@@ -44,11 +44,7 @@ def choose_placement(
 ) -> Placement:
     """On the GPU if it fits, else layer by layer, else on the CPU; pure.
 
-    Args:
-        choice: What the recipe asks for.
-        shape: The model.
-        batch_tokens: Tokens of one forward pass.
-        free_vram_bytes: Free device memory, or None without a usable GPU.
+    `free_vram_bytes` is None without a usable GPU, `batch_tokens` is of one forward pass.
 
     Raises:
         IncompatibleError: The recipe insists on a GPU and there is none, or too little memory.
@@ -174,13 +170,7 @@ def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tupl
     with the shared scale, which itself costs nothing (SmolLM2, measured 2026-11-24). TensorRT-LLM
     casts scales to 16 bits: one that is exact in bfloat16 means the same numbers in every runtime.
 
-    Args:
-        model: A calibrated ModelOpt model, weights not yet rounded.
-        spec: Says which modules runtimes fuse.
-        code_max: Largest code of the precision.
-
-    Returns:
-        The groups that share.
+    Returns the groups that share. The model is calibrated, its weights are not yet rounded.
     """
     import torch
 

@@ -100,10 +100,8 @@ SPEC = QuantSpec(
 class Fp8Quantizer:
     """Per-tensor FP8 with static activation scales, by ModelOpt.
 
-    Attributes:
-        keep_16bit: fnmatch patterns of linears that stay bfloat16, such as
-            `model.layers.*.mlp.down_proj`. lm_head always does.
-        device: Where calibration runs.
+    `keep_16bit` has fnmatch patterns of linears that stay bfloat16, such as
+    `model.layers.*.mlp.down_proj`. lm_head always does.
     """
 
     precision: ClassVar[str] = SPEC.name

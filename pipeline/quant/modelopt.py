@@ -80,8 +80,7 @@ class ModelOptJob:
 
         Raises:
             RecipeError: Too little text, a pattern that keeps half of a fused group.
-            CorruptError: Weights that are not finite, an amax that is no range, or an export that
-                is not faithful.
+            CorruptError: Weights that are not finite, an amax that is no range, an unfaithful copy.
             IncompatibleError: The recipe insists on a device that is not there.
         """
         result = cache.run(STAGE, self.inputs(weights), lambda out: self._produce(weights, out))

@@ -34,8 +34,8 @@ def load_simulation(
         checkpoint_dir: Unified checkpoint.
         layers: Keep only these decoder layers, in this order; None for all.
         accumulate: Another beside `float32` gives the noise floor, the disagreement that summation
-            order alone causes. `float32-reversed` adds from the last input to the first: two sums
-            in float32 both have rounding errors, as two runtimes have, and `float64` has none.
+            order alone causes: `float32-reversed` has rounding errors as two runtimes have, and
+            `float64` has none.
         context: Of the engine that is simulated, tokens: LongRoPE's factors are those that a graph
             of this context has. None leaves the choice to Transformers, by the longest row.
     """

@@ -50,8 +50,7 @@ class OnnxPattern:
 
     Attributes:
         weight: (graph, stored codes, weight scale) -> the weight in the activations' type.
-        input: (graph, module, input, input scale) -> the rounded input in the activations' type;
-            None where activations are not rounded.
+        input: (graph, module, input, input scale) -> the rounded input in the activations' type.
         operands: What TensorRT-RTX calls the operands' type in a compiled plan.
     """
 
@@ -68,8 +67,7 @@ class QuantSpec:
         name: Of its module, of its option in conf/quantizer, and in variants.
         title: For people, such as `FP8`.
         weight_dtype: Type of the stored weight, by its NumPy (or ml_dtypes) name.
-        scales: Scale tensors stored beside a weight, by the ends of their names; one float32 for
-            the whole tensor each.
+        scales: Ends of the names of the scales stored beside a weight, one float32 for it all each.
         code_max: Largest finite code: a scale is amax / `code_max`. 0 without scales.
         relative_step: Rounding error of a weight, relative to its value, at most.
         absolute_step: The same of the smallest values, in units of the scale.
@@ -78,9 +76,8 @@ class QuantSpec:
         native_sm: Least compute capability x 10 that multiplies these operands.
         dequantize: Stored codes and scale -> weights in float32, for all that computes with them.
         round_input: (x, calibrated scale) -> what is multiplied; None where activations stay.
-        modelopt_config: Names of the linears that stay 16-bit -> config for `mtq.quantize`; None
-            where ModelOpt does not make it.
-        onnx: Its pattern in a graph; None where there is none.
+        modelopt_config: Names of the linears that stay 16-bit -> config for `mtq.quantize`.
+        onnx: Its pattern in a graph.
     """
 
     name: str
@@ -115,14 +112,7 @@ _SCALE_BYTES = 4  # float32
 
 @dataclass(frozen=True, kw_only=True)
 class KvCacheDtype:
-    """A type of the KV cache.
-
-    Attributes:
-        title: For people.
-        bytes_per_element: Of one key or value.
-        quant_algo: `kv_cache_quant_algo` in `hf_quant_config.json`; None for 16-bit types, which
-            need no calibrated scales.
-    """
+    """A type of the KV cache; 16-bit ones have no `quant_algo` and need no calibrated scales."""
 
     title: str
     bytes_per_element: int

@@ -138,8 +138,7 @@ class UnifiedCheckpoint:
         is silently wrong, as a config key would.
 
         Raises:
-            CorruptError: Lists what is missing, left over or of another shape; or a tied lm_head
-                that is stored is no copy of the embedding.
+            CorruptError: Lists what is missing, left over or wrong.
             RecipeError: Tensors are of dtypes that no converter reads.
         """
         wanted = self.spec.tensors()

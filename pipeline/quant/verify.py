@@ -51,16 +51,9 @@ def verify_checkpoint(
     bfloat16, dequantized weights within the precision's rounding error and not lost to zero, two
     KV-cache scales for each attention, all scales finite and positive.
 
-    Args:
-        checkpoint_dir: Unified checkpoint.
-        weights_dir: Hugging Face folder that it was made from.
-        precision: Of the quantized linears.
-        quantized_linears: Modules that must be quantized; all others must not be.
-
-    Returns:
-        The ledger of what was rounded: `precision` (its name), `relative_error` (linear -> norm of
-        its rounding error over the norm of its weights, three digits: the order of a sum does not
-        show in them), `kept_16bit` (linears that were rounded to bfloat16 only).
+    Returns the ledger of what was rounded: `precision`, `relative_error` (linear -> norm of its
+    rounding error over the norm of its weights, three digits: the order of a sum does not show in
+    them), `kept_16bit` (linears that were rounded to bfloat16 only).
 
     Raises:
         CorruptError: Lists what is wrong, by tensor.

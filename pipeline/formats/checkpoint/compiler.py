@@ -25,14 +25,9 @@ _NOT_SERVED = frozenset({"calibration.json", "stage.json"})
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointCompiler:
-    """Packs the unified checkpoint for a runtime that compiles nothing ahead of time.
+    """Packs the unified checkpoint for `runtime`, which compiles nothing ahead of time.
 
-    Attributes:
-        max_batch_size: Requests that the server is told to run at once.
-        max_seq_len: Prompt + output tokens of one request.
-        max_num_tokens: Tokens that the server schedules in one iteration.
-        kv_cache_dtype: `fp8` uses the checkpoint's calibrated scales.
-        runtime: What the package is meant for.
+    The sizes are what its server is told; an `fp8` cache uses the checkpoint's calibrated scales.
     """
 
     format: ClassVar[Format] = SPEC.name
@@ -105,11 +100,11 @@ class CheckpointCompiler:
 
 
 def _untie(engine_dir: Path) -> None:
-    """Store lm_head beside a tied embedding.
+    """Store lm_head beside a tied embedding; the copy costs vocab x hidden x 2 bytes.
 
     vLLM 0.24 gives an lm_head that is excluded from a ModelOpt checkpoint's quantization a method
     without `tie_weights`, so that every tied model fails to load (NotImplementedError in
-    `base_config.py`, seen on an H100, 2026-11-24). The copy costs vocab x hidden x 2 bytes.
+    `base_config.py`, seen on an H100, 2026-11-24).
     """
     from safetensors.torch import load_file, save_file
 

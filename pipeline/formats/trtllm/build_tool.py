@@ -46,8 +46,8 @@ class Plugins:
         gemm_plugin: cuBLASLt for the GEMMs that are not FP8 (a 16-bit type or `auto`), or for the
             FP8 ones (`fp8`); `disable` leaves all to TensorRT.
         use_fused_mlp: gate and up as one GEMM.
-        use_paged_context_fmha: Prefill reads the paged cache: needed for chunked prefill and for
-            the reuse of cached prefixes.
+        use_paged_context_fmha: Prefill reads the paged cache: chunked prefill and the reuse of
+            prefixes need it.
         multiple_profiles: One optimization profile for each range of token counts.
         tokens_per_block: Tokens of one block of the paged cache.
     """

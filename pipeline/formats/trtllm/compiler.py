@@ -60,7 +60,6 @@ class TrtLlmCompiler:
     """Compiler for one card: TensorRT times kernels on it.
 
     Attributes:
-        max_batch_size: Requests at once.
         max_seq_len: Prompt + output tokens of one request.
         max_num_tokens: Tokens of one iteration; a longer prompt is prefilled in chunks. At most
             `max_batch_size` x `max_seq_len`.
@@ -70,9 +69,7 @@ class TrtLlmCompiler:
         dtype: 16-bit type of activations and of what is not FP8.
         where: `auto` runs on this machine if `trtllm-build` is on the PATH, else in a container.
         image: The build image.
-        timeout_s: After so many seconds the build is stopped.
-        memory_gib: Limit of the container's memory; None for none.
-        plugins: Kernel choices.
+        memory_gib: Limit of the container's memory.
     """
 
     format: ClassVar[Format] = SPEC.name
@@ -214,13 +211,8 @@ class TrtLlmCompiler:
     ) -> dict[str, Any]:
         """Fill `out / ENGINE`; returns its effective values.
 
-        Args:
-            converted_dir: TensorRT-LLM checkpoint.
-            out: Folder of the stage.
-            place: Where to run.
-            timing: Kernels that builds in the same environment have timed; the file may not exist.
-                It is replaced by one rename: who reads it has an old one or a new one.
-            log_path: Gets the output.
+        `timing` holds the kernels that builds in the same environment have timed; it may not exist.
+        It is replaced by one rename: who reads it has an old one or a new one.
         """
         checkpoint = Shared(name=CHECKPOINT, source=converted_dir)
         known = Shared(name="known", source=timing.parent)
@@ -308,11 +300,7 @@ PROBE = f"{inspect.getsource(_write_versions)}\nimport sys\n_write_versions(sys.
 
 
 def probe_environment(place: Place, target: Target, log_path: Path) -> dict[str, str | int]:
-    """What shapes an engine beside its inputs, and the driver; a version is empty if unknown.
-
-    Raises:
-        IncompatibleError: The place has no TensorRT-LLM, or another release.
-    """
+    """What shapes an engine beside its inputs, and the driver; a version is empty if unknown."""
     with tempfile.TemporaryDirectory(prefix="enginesmith-probe-") as folder:
         answers = Shared(name="answers", source=Path(folder), read_only=False)
         place.run(

@@ -39,11 +39,8 @@ def trtllm_config(
 ) -> dict[str, Any]:
     """Everything that TensorRT-LLM needs to know about the model, beside its weights.
 
-    Args:
-        spec: The decoder.
-        dtype: Type of activations and of tensors that are not FP8.
-        kv_fp8: The KV cache is FP8; the weights must hold its scales.
-        exclude: TensorRT-LLM's names of the linears that are not FP8, lm_head among them.
+    `exclude` names the linears that are not FP8 in TensorRT-LLM's words, lm_head among them; with
+    `kv_fp8` the weights must hold scales of the cache.
 
     Raises:
         RecipeError: TensorRT-LLM's class for this architecture would silently ignore something

@@ -55,12 +55,8 @@ def convert_trtllm(
 ) -> StageResult:
     """Convert a unified FP8 checkpoint, or take the conversion from the cache.
 
-    Args:
-        checkpoint_dir: The checkpoint.
-        checkpoint_digest: Identity of its bytes.
-        cache: Of stages.
-        dtype: Type of activations and of tensors that are not FP8.
-        kv_fp8: The KV cache is FP8, which needs its calibrated scales; else of type `dtype`.
+    Activations and what is not FP8 become `dtype`, and the KV cache, but with `kv_fp8` its
+    calibrated scales are used.
 
     Raises:
         RecipeError: TensorRT-LLM cannot express this model or this checkpoint.
@@ -84,12 +80,11 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write config, weights and record into the folder `out_dir`; see `convert_trtllm`.
 
-    Returns:
-        What `conversion.json` says: `quantized_linears` (how many of TensorRT-LLM's are FP8),
-        `kept_16bit` (names of the others), `requantized` (source module -> relative error that
-        rounding to the scale of its group added), `merged_inputs` (linears whose parts had
-        different activation scales; they got the largest), `attention_window` (what the runtime
-        must be told; null for no window), `notes` for who builds or serves, and the types.
+    Returns what `conversion.json` says: how many of TensorRT-LLM's linears are FP8 and the names of
+    the others; `requantized` (source module -> relative error that rounding to the scale of its
+    group added), `merged_inputs` (linears whose parts had different activation scales; they got the
+    largest), `attention_window` (what the runtime must be told; null for no window), `notes` for
+    who builds or serves.
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     spec = checkpoint.spec

@@ -39,14 +39,8 @@ _NUM_TOKENS = 8192
 class Export:
     """An export that nothing speaks against so far.
 
-    Attributes:
-        checkpoint_dir: Unified FP8 checkpoint.
-        out_dir: New or empty, without links in its path.
-        architecture: The model's.
-        dtype: Type of activations and of tensors that are not FP8.
-        kv_cache_dtype: `fp8` or the same.
-        command: The `trtllm-build` command, quoted for a shell: kernel choices as in
-            `conf/compiler/trtllm.yaml`, engine and timing cache beside the checkpoint.
+    `out_dir` is new or empty, without links in its path. The `trtllm-build` command is quoted for a
+    shell: kernel choices as in `conf/compiler/trtllm.yaml`, engine and timing cache beside it.
     """
 
     checkpoint_dir: Path
@@ -61,8 +55,6 @@ class Export:
 
         Raises:
             ConflictError: The folder was filled meanwhile.
-            RecipeError: TensorRT-LLM cannot express the model or the checkpoint.
-            CorruptError: The checkpoint is damaged.
         """
         with atomic_folder(self.out_dir) as private:
             kv_fp8 = self.kv_cache_dtype == "fp8"

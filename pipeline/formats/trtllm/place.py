@@ -102,12 +102,11 @@ class Place:
     """Runs TensorRT-LLM's programs.
 
     Attributes:
-        gpu: The one card that they see; None for none.
+        gpu: The one card that they see.
         program: Path of `trtllm-build` here, usually the inside of the build image; None for a
-            container of `image`.
-        image: Name with tag or digest, of an image on this machine.
-        image_digest: Its identity; empty without one.
-        memory_bytes: Limit of a container's memory, swap included; None for none.
+            container of `image`, which must be on this machine.
+        image_digest: Its identity.
+        memory_bytes: Limit of a container's memory, swap included.
     """
 
     gpu: Gpu | None
@@ -137,10 +136,7 @@ class Place:
     ) -> Iterator[Started]:
         """What starts a program; leaving the context removes what was made for it.
 
-        Args:
-            command: Program and arguments, with paths from `path`.
-            shared: All that it sees of this machine's files.
-            stage: Names the work in messages.
+        The command has paths from `path`; `shared` is all that it sees of this machine's files.
         """
         env = dict(_OFFLINE)
         if self.gpu is not None:
@@ -171,9 +167,7 @@ class Place:
 
         Raises:
             ToolError: It failed, a process of it hit the memory limit, or time ran out.
-            IncompatibleError: No engine, image or GPU runtime, or the engine sees other folders.
-            AccessError: The user may not use Docker.
-            PipelineError: The engine could not start it, or went away.
+            PipelineError: The engine could not start it; kind and advice as in `_CAUSES`.
         """
         with self.started(command, shared, stage=stage) as started:
             failure = None
@@ -249,12 +243,8 @@ def choose_place(
 ) -> Place:
     """Choose where to run, and make every check that needs no download and starts nothing.
 
-    Args:
-        where: The recipe's wish; `auto` is here when `trtllm-build` is on the PATH, else Docker.
-        image: The build image.
-        card: Finds the card that is needed, or raises IncompatibleError.
-        memory_bytes: As of a `Place`.
-        section: Section of the recipe that holds the wish, for messages.
+    `auto` is here when `trtllm-build` is on the PATH, else Docker; `card` finds the card that is
+    needed or raises, `section` of the recipe holds the wish.
 
     Raises:
         IncompatibleError: No program, card, driver, engine or image for it.

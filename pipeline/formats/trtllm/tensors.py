@@ -65,14 +65,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """One tensor of the file: pieces on top of each other, or one number.
+    """One tensor of the file, by TensorRT-LLM's name: pieces on top of each other, or one number.
 
-    Attributes:
-        name: TensorRT-LLM's.
-        dtype: NumPy (ml_dtypes) name; pieces of another float type are cast.
-        shape: Of the whole.
-        pieces: Sources, in the order of their rows; empty for a number.
-        value: The number of a float32 scale of shape (1,).
+    Pieces of another float type are cast to `dtype`, NumPy's (or ml_dtypes') name; a number is a
+    float32 scale of shape (1,).
     """
 
     name: str
@@ -84,11 +80,6 @@ class PlannedTensor:
 
 def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -> TensorPlan:
     """Map every tensor of a unified checkpoint of any exporter, per-tensor static FP8.
-
-    Args:
-        checkpoint: Source.
-        dtype: Type of what is not FP8.
-        kv_fp8: Write the scales of an FP8 KV cache.
 
     Raises:
         CorruptError: A tensor is missing, has another shape than `config.json` implies, is not
@@ -137,7 +128,6 @@ class TensorPlan:
     """The whole file; every method raises what `plan_tensors` raises.
 
     Attributes:
-        checkpoint: Source.
         dtype: Type of what is not FP8.
         tensors: In file order.
         fp8: TensorRT-LLM's names of the FP8 linears.
