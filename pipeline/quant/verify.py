@@ -5,17 +5,14 @@ An exporter can drop, empty or zero a tensor and still succeed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
 from pipeline.quant.spec import QuantSpec
 from pipeline.quant.unified import UnifiedCheckpoint, all_finite, listed, torch_view
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_LOST_SHARE = 0.1
 """Of a linear's non-zero weights at most so many may round to zero. With one E4M3 scale for the
@@ -106,7 +103,8 @@ def _compare(
         return "differs from its source rounded to bfloat16"
     scale = float(checkpoint.scalar(f"{name}_scale"))
     beyond, lost, worst, error_norm, norm, nonzero = 0, 0, 0.0, 0.0, 0.0, 0
-    for codes, rows in _chunks(got, want):
+    chunks = (torch.split(tensor, _CHUNK_ROWS) for tensor in (got, want))
+    for codes, rows in zip(*chunks, strict=True):
         weights, rounded = rows.float(), precision.dequantize(codes, scale)
         lost += int(((rounded == 0) & (weights != 0)).sum())
         nonzero += int((weights != 0).sum())
@@ -130,8 +128,3 @@ def _compare(
             "a few of them are far larger than the rest; list it under quantizer.keep_16bit"
         )
     return float((error_norm / norm) ** 0.5 if norm else 0.0)
-
-
-def _chunks(got: torch.Tensor, want: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for start in range(0, len(got), _CHUNK_ROWS):
-        yield got[start : start + _CHUNK_ROWS], want[start : start + _CHUNK_ROWS]

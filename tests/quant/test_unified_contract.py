@@ -16,9 +16,9 @@ from pipeline.quant.modelopt import normalize_export
 from pipeline.quant.spec import FP8_E4M3_MAX
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES
+from tests.quant.tiny_quantized import architecture_checkpoint
 from tests.quant.unified_contract import (
     GOLDEN,
-    architecture_checkpoint,
     scales_of,
     source_sha256,
 )

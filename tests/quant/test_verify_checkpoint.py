@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pipeline.quant.fp8 import SPEC
 from pipeline.quant.verify import verify_checkpoint
 from tests.quant.tiny_quantized import (
     CALIBRATION,
+    edited,
     local_weights,
     tiny_checkpoint,
     tiny_quantizer,
@@ -34,17 +34,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def verify(made: Checkpoint, folder: Path) -> None:
     verify_checkpoint(folder, made.weights.dir, SPEC, made.quantized_linears)
-
-
-def planted(made: Checkpoint, folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of the checkpoint with its tensors changed."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(made.dir, folder)
-    tensors = load_file(made.dir / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def emptied(tensors: Tensors) -> None:
@@ -116,7 +105,7 @@ def one_code(tensors: Tensors) -> None:
 def test_planted_fault_names_the_tensor(
     made: Checkpoint, tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
-    folder = planted(made, tmp_path / "copy", change)
+    folder = edited(made.dir, tmp_path / "copy", change)
     with pytest.raises(CorruptError) as caught:
         verify(made, folder)
     assert f"\n    {message}" in str(caught.value)
@@ -124,7 +113,7 @@ def test_planted_fault_names_the_tensor(
 
 
 def test_unchanged_copy_passes(made: Checkpoint, tmp_path: Path) -> None:
-    verify(made, planted(made, tmp_path / "copy", lambda _: None))
+    verify(made, edited(made.dir, tmp_path / "copy", lambda _: None))
 
 
 def test_long_lists_of_faults_are_cut_and_counted(made: Checkpoint, tmp_path: Path) -> None:
@@ -133,7 +122,7 @@ def test_long_lists_of_faults_are_cut_and_counted(made: Checkpoint, tmp_path: Pa
             tensors[name] *= float("nan")
 
     with pytest.raises(CorruptError, match=r"and \d+ more"):
-        verify(made, planted(made, tmp_path / "copy", drop_all_norms))
+        verify(made, edited(made.dir, tmp_path / "copy", drop_all_norms))
 
 
 def test_fp8_where_16_bit_was_asked_is_found(made: Checkpoint) -> None:
@@ -155,21 +144,22 @@ def test_linear_whose_weights_an_outlier_rounds_to_zero_is_refused(
 ) -> None:
     """The rounding is right, value by value; what is left of the linear is one value."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    source = Path(shutil.copytree(made.weights.dir, tmp_path / "source"))
-    weights = load_file(source / "model.safetensors")
-    weight = weights[WEIGHT].float()
-    weight[0, 0] = outlier * weight.abs().mean()
-    weights[WEIGHT] = weight.to(torch.bfloat16)
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    def with_outlier(tensors: Tensors) -> None:
+        weight = tensors[WEIGHT].float()
+        weight[0, 0] = outlier * weight.abs().mean()
+        tensors[WEIGHT] = weight.to(torch.bfloat16)
+
+    source = edited(made.weights.dir, tmp_path / "source", with_outlier)
+    weight = load_file(source / "model.safetensors")[WEIGHT].float()
 
     def quantized(tensors: Tensors) -> None:
-        scale = weights[WEIGHT].float().abs().max() / 448
-        tensors[WEIGHT] = (weights[WEIGHT].float() / scale).to(torch.float8_e4m3fn)
+        scale = weight.abs().max() / 448
+        tensors[WEIGHT] = (weight / scale).to(torch.float8_e4m3fn)
         tensors[f"{WEIGHT}_scale"] = scale
 
-    folder = planted(made, tmp_path / "copy", quantized)
+    folder = edited(made.dir, tmp_path / "copy", quantized)
     if not lost:
         verify_checkpoint(folder, source, SPEC, made.quantized_linears)
         return
@@ -183,12 +173,10 @@ def test_linear_whose_weights_an_outlier_rounds_to_zero_is_refused(
 def test_weights_that_are_not_finite_are_refused_before_calibrating(
     made: Checkpoint, tmp_path: Path, name: str, value: float
 ) -> None:
-    from safetensors.torch import load_file, save_file
+    def broken(tensors: Tensors) -> None:
+        tensors[name].view(-1)[3] = value
 
-    source = Path(shutil.copytree(made.weights.dir, tmp_path / "source"))
-    weights = load_file(source / "model.safetensors")
-    weights[name].view(-1)[3] = value
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    source = edited(made.weights.dir, tmp_path / "source", broken)
     with pytest.raises(CorruptError, match=rf"NaN or infinite values.*\n    {name}") as caught:
         tiny_quantizer().quantize(
             local_weights(source), CALIBRATION, StageCache(root=tmp_path / "cache")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.sources.text.corpus import Calibration
+from tests.architectures import tiny_architecture
 from tests.specs import spec_of_folder
 from tests.tiny import TEXT, tiny_model
 
@@ -68,6 +71,29 @@ CALIBRATION = Calibration(text=RepeatedText(), calib_size=2, seq_len=32, batch_s
 def tiny_quantizer(*keep_16bit: str) -> Fp8Quantizer:
     """On the CPU."""
     return Fp8Quantizer(keep_16bit=keep_16bit, device="cpu")
+
+
+def architecture_checkpoint(
+    root: Path, name: str, *keep_16bit: str, **overrides: Any
+) -> Checkpoint:
+    """A tiny model of `tests.architectures`, quantized below `root`."""
+    folder = root / name
+    if not folder.exists():
+        tiny_architecture(name, folder, **overrides)
+    cache = StageCache(root=root / "cache")
+    return tiny_quantizer(*keep_16bit).quantize(local_weights(folder), CALIBRATION, cache)
+
+
+def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a folder with the tensors of its one safetensors file changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
 
 
 def tiny_checkpoint(root: Path, *keep_16bit: str) -> Checkpoint:

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint
 from pipeline.quant.unified import UnifiedCheckpoint
-from tests.architectures import ARCHITECTURES, tiny_architecture
-from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer
+from tests.architectures import ARCHITECTURES
+from tests.quant.tiny_quantized import architecture_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "scales.json"
 
@@ -35,16 +34,6 @@ def scales_of(checkpoint_dir: Path) -> dict[str, float]:
 def source_sha256(checkpoint: Checkpoint) -> str:
     """SHA-256 of the weights that a checkpoint was made from."""
     return hashlib.sha256((checkpoint.weights.dir / "model.safetensors").read_bytes()).hexdigest()
-
-
-def architecture_checkpoint(root: Path, name: str, *keep_16bit: str) -> Checkpoint:
-    """A tiny model of `tests.architectures`, quantized below `root`."""
-    folder = root / name
-    if not folder.exists():
-        tiny_architecture(name, folder)
-    weights = local_weights(folder)
-    cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache)
 
 
 def _record() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,6 @@ import inspect
 import json
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +13,8 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache, StageResult
-from pipeline.core.errors import IncompatibleError, ToolError
+from pipeline.core.errors import IncompatibleError
 from pipeline.core.hardware import GIB, Target
-from pipeline.core.process import last_lines
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
@@ -230,7 +228,14 @@ class TrtLlmCompiler:
             timing_cache_in=f"{place.path(known)}/{timing.name}" if lent else None,
             timing_cache_out=f"{place.path(kernels)}/{timing.name}",
         )
-        self._run(place, command, (checkpoint, engine, kernels, *lent), log_path)
+        place.run(
+            command,
+            (checkpoint, engine, kernels, *lent),
+            stage="compile",
+            log_path=log_path,
+            timeout_s=self.timeout_s,
+            explain=explain,
+        )
         config = json.loads((converted_dir / "config.json").read_text())
         expected = expected_config(self.limits, self.opt_num_tokens, self.plugins, config)
         effective = read_back(engine.source, expected)
@@ -240,30 +245,6 @@ class TrtLlmCompiler:
             written.replace(timing)
         shutil.rmtree(kernels.source)
         return effective
-
-    def _run(
-        self,
-        place: Place,
-        command: tuple[str, ...],
-        shared: tuple[Shared, ...],
-        log_path: Path,
-    ) -> None:
-        """Run the build; a failure with a known cause says what to change."""
-        started = time.monotonic()
-        try:
-            place.run(command, shared, stage="compile", log_path=log_path, timeout_s=self.timeout_s)
-        except ToolError as error:
-            timed_out = time.monotonic() - started >= self.timeout_s  # its own message says so
-            if timed_out or not (hint := explain(log_path, error.returncode)):
-                raise
-            raise ToolError(
-                stage=error.stage,
-                command=error.command,
-                returncode=error.returncode,
-                log_path=log_path,
-                last_lines=last_lines(log_path),
-                hint=hint,
-            ) from error
 
 
 def _write_versions(path: str) -> None:

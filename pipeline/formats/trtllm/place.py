@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ _ANSWER_TIMEOUT_S = 300.0
 _DOCKER_FAILED = 125
 """Exit code of `docker run` where Docker failed and not the program in the container."""
 
+_OUT_OF_MEMORY = (
+    "a process in the container was killed at its memory limit, so the output is not whole; allow "
+    "it more memory, or give it less to do"
+)
 _NO_GPU_RUNTIME = (
     "Docker cannot give a container the GPU here: install the NVIDIA Container Toolkit "
     "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/), then run "
@@ -162,15 +167,18 @@ class Place:
         stage: str,
         log_path: Path,
         timeout_s: float,
+        explain: Callable[[Path, int], str] = lambda log_path, returncode: "",
     ) -> None:
         """Run a program to its end on the terms of `run_tool`; arguments as of `started`.
+
+        `explain` says what to change, by log and exit code; nothing for an unknown cause.
 
         Raises:
             ToolError: It failed, a process of it hit the memory limit, or time ran out.
             PipelineError: The engine could not start it; kind and advice as in `_CAUSES`.
         """
         with self.started(command, shared, stage=stage) as started:
-            failure = None
+            began, failure, hint = time.monotonic(), None, ""
             try:
                 run_tool(
                     started.command,
@@ -181,29 +189,25 @@ class Place:
                 )
             except ToolError as error:
                 failure = error
-            if self.program is None:
-                self._check_container(started.command, failure, stage, log_path)
+            timed_out = time.monotonic() - began >= timeout_s  # its own message says so
+            returncode = failure.returncode if failure else 0
+            if self.program is None and returncode == _DOCKER_FAILED:
+                raise _fault("\n".join(last_lines(log_path, 3)), self.image) from failure
+            if self.program is None and _hit_memory_limit(started.command):
+                hint = _OUT_OF_MEMORY
+            if (failure or hint) and not timed_out:
+                hint = explain(log_path, returncode) or hint
+            if hint:
+                raise ToolError(
+                    stage=stage,
+                    command=started.command,
+                    returncode=returncode,
+                    log_path=log_path,
+                    last_lines=last_lines(log_path),
+                    hint=hint,
+                ) from failure
             if failure is not None:
                 raise failure
-
-    def _check_container(
-        self, command: Sequence[str], failure: ToolError | None, stage: str, log_path: Path
-    ) -> None:
-        """Raise what a container failed of, where the program's exit code does not say it."""
-        if failure is not None and failure.returncode == _DOCKER_FAILED:
-            raise _fault("\n".join(last_lines(log_path, 3)), self.image) from failure
-        # A killed child of the program may leave the program's own exit code at 0.
-        name = command[command.index("--name") + 1]
-        if _docker("inspect", "--format", "{{.State.OOMKilled}}", name) == "true":
-            raise ToolError(
-                stage=stage,
-                command=command,
-                returncode=failure.returncode if failure else 0,
-                log_path=log_path,
-                last_lines=last_lines(log_path),
-                hint="a process in the container was killed at its memory limit, so the output is "
-                "not whole; allow it more memory, or give it less to do",
-            ) from failure
 
     def _options(self, env: Mapping[str, str], shared: Sequence[Shared]) -> list[str]:
         """Of `docker run`."""
@@ -351,6 +355,12 @@ def _fault(text: str, name: str) -> PipelineError:
     return PipelineError(
         f"Docker failed, {name}: {text}; see whether `docker info` answers, and the log of dockerd"
     )
+
+
+def _hit_memory_limit(command: Sequence[str]) -> bool:
+    """A killed child of the program may leave the program's own exit code at 0."""
+    name = command[command.index("--name") + 1]
+    return _docker("inspect", "--format", "{{.State.OOMKilled}}", name) == "true"
 
 
 def _remove(name: str) -> None:

@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import (
     ARCHITECTURES,
     ORIGINAL_CONTEXT,
-    tiny_architecture,
     tiny_fp8_architecture,
 )
 from tests.formats.decoder.decoders import graph_logits, model_logits, random_prompt, write_graph
-from tests.quant.tiny_quantized import CALIBRATION, local_weights, tiny_quantizer
+from tests.quant.tiny_quantized import architecture_checkpoint
 
 CONTEXT = 128
 PROMPT = random_prompt(100)  # beyond every window and every original context
@@ -33,10 +31,7 @@ def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Checkpoint:
     """The tiny model as ModelOpt quantizes it."""
-    folder = tmp_path_factory.mktemp("fp8")
-    model_dir = tiny_architecture(request.param, folder / "model")
-    cache = StageCache(root=folder / "cache")
-    return tiny_quantizer().quantize(local_weights(model_dir), CALIBRATION, cache)
+    return architecture_checkpoint(tmp_path_factory.mktemp("fp8"), request.param)
 
 
 def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ...]) -> float:

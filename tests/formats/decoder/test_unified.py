@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,77 +13,49 @@ from pipeline.core.values import Checkpoint
 from pipeline.formats.trtrtx.graph_writer import write_weights
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.decoder.decoders import write_graph
+from tests.quant.tiny_quantized import edited
+
+Tensors = dict[str, Any]
 
 
-@pytest.fixture
-def folder(plain_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model, to break."""
-    return Path(shutil.copytree(plain_dir, tmp_path / "model"))
+def without_a_scale(tensors: Tensors) -> None:
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.0.mlp.up_proj.weight_scale",
-        "model.norm.weight",
-    ],
-)
-def test_graph_of_a_checkpoint_without_a_tensor_is_refused(
-    fp8_checkpoint: Checkpoint, tmp_path: Path, name: str
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    broken = Path(shutil.copytree(fp8_checkpoint.dir, tmp_path / "broken"))
-    (shard,) = broken.glob("*.safetensors")
-    tensors = load_file(shard)
-    del tensors[name]
-    save_file(tensors, shard)
-    with pytest.raises(CorruptError, match=rf"tensor {re.escape(name)} is missing"):
-        write_graph(broken, tmp_path / "graph")
+def without_a_norm(tensors: Tensors) -> None:
+    del tensors["model.norm.weight"]
 
 
-def changed(checkpoint_dir: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a checkpoint whose tensors are changed."""
-    from safetensors.torch import load_file, save_file
-
-    broken = Path(shutil.copytree(checkpoint_dir, folder / "broken"))
-    (shard,) = broken.glob("*.safetensors")
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard)
-    return broken
-
-
-def emptied(tensors: dict[str, Any]) -> None:
+def emptied(tensors: Tensors) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][:0]
 
 
-def other_shape(tensors: dict[str, Any]) -> None:
+def other_shape(tensors: Tensors) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:8].clone()
 
 
-def with_a_bias(tensors: dict[str, Any]) -> None:
+def with_a_bias(tensors: Tensors) -> None:
     tensors["model.layers.1.self_attn.o_proj.bias"] = tensors["model.norm.weight"].clone()
 
 
-def with_a_smoothing_scale(tensors: dict[str, Any]) -> None:
+def with_a_smoothing_scale(tensors: Tensors) -> None:
     tensors["model.layers.1.mlp.up_proj.pre_quant_scale"] = tensors["model.norm.weight"].clone()
 
 
-def scale_of_a_16_bit_linear(tensors: dict[str, Any]) -> None:
+def scale_of_a_16_bit_linear(tensors: Tensors) -> None:
     tensors["model.layers.2.mlp.down_proj.input_scale"] = tensors[
         "model.layers.1.mlp.down_proj.input_scale"
     ].clone()
 
 
-def fp8_embedding(tensors: dict[str, Any]) -> None:
+def fp8_embedding(tensors: Tensors) -> None:
     import torch
 
     name = "model.embed_tokens.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
 
 
-def packed_integers(tensors: dict[str, Any]) -> None:
+def packed_integers(tensors: Tensors) -> None:
     import torch
 
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 64, dtype=torch.uint8)
@@ -94,6 +64,7 @@ def packed_integers(tensors: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
+        (without_a_norm, "tensor model.norm.weight is missing"),
         (emptied, r"layers.0.mlp.up_proj.weight has the shape \(0, 64\), .* implies \(128, 64\)"),
         (other_shape, r"model.norm.weight has the shape \(8,\), config.json implies \(64,\)"),
         (with_a_bias, "layers.1.self_attn.o_proj.bias is not known to the converters"),
@@ -105,10 +76,10 @@ def packed_integers(tensors: dict[str, Any]) -> None:
 def test_tensor_that_would_be_misread_or_not_be_read_is_refused(
     fp8_checkpoint: Checkpoint,
     tmp_path: Path,
-    change: Callable[[dict[str, Any]], None],
+    change: Callable[[Tensors], None],
     shown: str,
 ) -> None:
-    broken = changed(fp8_checkpoint.dir, tmp_path, change)
+    broken = edited(fp8_checkpoint.dir, tmp_path / "broken", change)
     with pytest.raises(CorruptError, match=shown) as refused:
         write_graph(broken, tmp_path / "graph")
     assert "does not hold the model of its config.json" in str(refused.value)
@@ -125,25 +96,35 @@ def test_tensor_that_would_be_misread_or_not_be_read_is_refused(
 def test_another_dtype_is_another_format_and_no_damage(
     fp8_checkpoint: Checkpoint,
     tmp_path: Path,
-    change: Callable[[dict[str, Any]], None],
+    change: Callable[[Tensors], None],
     shown: str,
 ) -> None:
     with pytest.raises(RecipeError, match=shown):
-        write_graph(changed(fp8_checkpoint.dir, tmp_path, change), tmp_path / "graph")
+        write_graph(edited(fp8_checkpoint.dir, tmp_path / "broken", change), tmp_path / "graph")
 
 
-def test_scale_per_channel_is_refused(fp8_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    def per_channel(tensors: dict[str, Any]) -> None:
-        name = "model.layers.0.mlp.up_proj.weight_scale"
-        tensors[name] = tensors[name].reshape(1).repeat(128)
+def scale_per_channel(tensors: Tensors) -> None:
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors[name] = tensors[name].reshape(1).repeat(128)
 
-    broken = changed(fp8_checkpoint.dir, tmp_path, per_channel)
-    with pytest.raises(CorruptError, match=r"up_proj.weight_scale has 128 elements; wanted one"):
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (without_a_scale, "tensor model.layers.0.mlp.up_proj.weight_scale is missing"),
+        (scale_per_channel, "up_proj.weight_scale has 128 elements; wanted one"),
+    ],
+)
+def test_scale_that_is_missing_or_per_channel_is_refused(
+    fp8_checkpoint: Checkpoint, tmp_path: Path, change: Callable[[Tensors], None], shown: str
+) -> None:
+    broken = edited(fp8_checkpoint.dir, tmp_path / "broken", change)
+    with pytest.raises(CorruptError, match=shown):
         write_graph(broken, tmp_path / "graph")
 
 
 def test_tensors_that_change_nothing_are_accepted(plain_dir: Path, tmp_path: Path) -> None:
-    def harmless(tensors: dict[str, Any]) -> None:
+    def harmless(tensors: Tensors) -> None:
         import torch
 
         for layer in range(3):
@@ -151,7 +132,7 @@ def test_tensors_that_change_nothing_are_accepted(plain_dir: Path, tmp_path: Pat
             tensors[f"model.layers.{layer}.self_attn.k_proj.k_scale"] = torch.ones(())
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied
 
-    folder = changed(plain_dir, tmp_path, harmless)
+    folder = edited(plain_dir, tmp_path / "broken", harmless)
     before, after = (
         write_graph(model_dir, tmp_path / name)
         for model_dir, name in ((plain_dir, "before"), (folder, "after"))
@@ -182,7 +163,7 @@ def test_every_tensor_arrives_bit_for_bit(fp8_checkpoint: Checkpoint) -> None:
         assert not found.flags.writeable
 
 
-def test_weights_file_holds_every_tensor_aligned_and_unchanged(
+def test_weights_file_holds_every_tensor_aligned_and_unedited(
     fp8_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     checkpoint = UnifiedCheckpoint(fp8_checkpoint.dir)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.cache import StageCache, digest_folder
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError, ToolError
-from pipeline.core.values import Checkpoint, Engine, Licence, Weights
+from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
-from tests.architectures import tiny_architecture
+from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.trtllm.fakes import card_machine, package_records
 from tests.formats.trtllm.settings import compiler
-from tests.quant.tiny_quantized import ADA, CALIBRATION, tiny_checkpoint, tiny_quantizer
+from tests.quant.tiny_quantized import ADA, architecture_checkpoint, tiny_checkpoint
 
 KEPT = "model.layers.0.mlp.down_proj"
 
@@ -210,23 +210,9 @@ def test_build_that_hangs_is_stopped_and_not_taken_for_out_of_memory(
 
 @pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2.5", "phi3"])
 def test_every_architecture_goes_through(name: str, tmp_path: Path) -> None:
-    folder = tiny_architecture(name, tmp_path / "model")
-    weights = Weights(
-        dir=folder,
-        origin=f"local:{name}",
-        commit=None,
-        files=digest_folder(folder),
-        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
-    )
-    cache = StageCache(root=tmp_path / "cache")
-    quantized = tiny_quantizer().quantize(weights, CALIBRATION, cache)
+    quantized = architecture_checkpoint(tmp_path, name)
     built = compiler(kv_cache_dtype="bfloat16" if name == "qwen2.5" else "fp8")
     engine = build(quantized, tmp_path, built)
     config = json.loads((engine.dir / "config.json").read_text())["pretrained_config"]
-    assert config["architecture"] == quantized_architecture(quantized)
+    assert [config["architecture"]] == UnifiedCheckpoint(quantized.dir).config_json["architectures"]
     assert "Provided but not required" not in (tmp_path / "logs" / "compile.log").read_text()
-
-
-def quantized_architecture(checkpoint: Checkpoint) -> str:
-    config = json.loads((checkpoint.dir / "config.json").read_text())
-    return str(config["architectures"][0])

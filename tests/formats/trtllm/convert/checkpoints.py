@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.cache import StageCache, digest_folder
-from pipeline.core.values import Licence, Weights
+from pipeline.core.cache import StageCache
 from pipeline.formats.trtllm.config import Dtype
 from pipeline.formats.trtllm.convert import convert_trtllm
 from tests.architectures import tiny_architecture
-from tests.quant.tiny_quantized import CALIBRATION, tiny_quantizer
+from tests.quant.tiny_quantized import architecture_checkpoint, edited
+
+__all__ = ["edited"]
 
 if TYPE_CHECKING:
     import torch
@@ -33,16 +34,7 @@ class Converted:
 
 def unified_checkpoint(root: Path, name: str, *keep_16bit: str, **overrides: Any) -> Path:
     """An FP8 checkpoint of `tiny_architecture(name)` as our own quantizer writes it."""
-    folder = tiny_architecture(name, root / "model", **overrides)
-    weights = Weights(
-        dir=folder,
-        origin="local:tiny",
-        commit=None,
-        files=digest_folder(folder),
-        licence=Licence(spdx="Apache-2.0", files=("LICENSE",)),
-    )
-    cache = StageCache(root=root / "cache")
-    return tiny_quantizer(*keep_16bit).quantize(weights, CALIBRATION, cache).dir
+    return architecture_checkpoint(root, name, *keep_16bit, **overrides).dir
 
 
 def modelopt_checkpoint(root: Path, name: str, *, kv_scales: bool, **overrides: Any) -> Path:
@@ -77,18 +69,6 @@ def convert(
     cache = StageCache(root=root)
     result = convert_trtllm(unified, "0" * 64, cache, dtype=dtype, kv_fp8=kv_fp8)
     return Converted(unified, result.dir, result.read_json("conversion.json"))
-
-
-def edited(folder: Path, target: Path, edit: Callable[[Tensors], object]) -> Path:
-    """A copy of a folder with the tensors of its one safetensors file changed."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(folder, target)
-    (file,) = target.glob("*.safetensors")
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    return target
 
 
 def reconfigured(

@@ -44,7 +44,6 @@ class TrtLlmReference:
     Args:
         folder: A TensorRT-LLM checkpoint.
         round_activations: Round the inputs of FP8 linears to E4M3, as the engine does.
-        round_cache: Round keys and values to E4M3 where the config says that the cache is FP8.
         window: `max_attention_window` of the runtime; None for none.
     """
 
@@ -53,7 +52,6 @@ class TrtLlmReference:
         folder: Path,
         *,
         round_activations: bool,
-        round_cache: bool = False,
         window: int | None = None,
     ) -> None:
         from safetensors.torch import load_file
@@ -65,7 +63,6 @@ class TrtLlmReference:
         quantization = self.config["quantization"]
         self._fp8 = quantization.get("quant_algo") == "FP8"
         self._excluded = quantization.get("exclude_modules") or ["lm_head"]
-        self._round_cache = round_cache and quantization.get("kv_cache_quant_algo") == "FP8"
         self._check_tensors()
 
     @staticmethod
@@ -190,9 +187,6 @@ class TrtLlmReference:
             )
         )
         q, k = _rotate(q, rotary), _rotate(k, rotary)
-        if self._round_cache:
-            scale = float(self._weights[f"{name}.kv_cache_scaling_factor"])
-            k, v = _round(k, scale), _round(v, scale)
         k, v = (part.repeat_interleave(heads // kv_heads, dim=0) for part in (k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(size)
         behind = torch.arange(length)[:, None] - torch.arange(length)

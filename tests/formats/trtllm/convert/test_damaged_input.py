@@ -59,9 +59,6 @@ def _copy(name: str, copied: str) -> Callable[[Tensors], object]:
     ("edit", "shown"),
     [
         (_pop(f"{_LAYER}.mlp.up_proj.weight"), f"{_LAYER}.mlp.up_proj.weight is missing"),
-        (_pop(f"{_LAYER}.input_layernorm.weight"), f"{_LAYER}.input_layernorm.weight is missing"),
-        (_pop("model.norm.weight"), "model.norm.weight is missing"),
-        (_pop("model.embed_tokens.weight"), "model.embed_tokens.weight is missing"),
         (_pop("lm_head.weight"), "lm_head.weight is missing"),
         (
             _pop(f"{_LAYER}.self_attn.q_proj.weight_scale"),
@@ -74,14 +71,6 @@ def _copy(name: str, copied: str) -> Callable[[Tensors], object]:
         (
             _resize(f"{_LAYER}.self_attn.v_proj.weight"),
             f"{_LAYER}.self_attn.v_proj.weight has the shape (31, 64), config.json implies",
-        ),
-        (
-            _resize("model.norm.weight"),
-            "model.norm.weight has the shape (63,), config.json implies (64,)",
-        ),
-        (
-            _copy("model.norm.weight", f"{_LAYER}.self_attn.q_norm.weight"),
-            f"{_LAYER}.self_attn.q_norm.weight is not known to the converters",
         ),
         (
             _copy("model.norm.weight", f"{_LAYER}.self_attn.q_proj.bias"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from pipeline.core.cache import StageCache
+from pipeline.formats.trtllm.convert import convert_trtllm
 from tests.architectures import ARCHITECTURES, WINDOW
 from tests.formats.trtllm.convert.checkpoints import convert, unified_checkpoint
 from tests.formats.trtllm.convert.comparison import (
@@ -101,3 +103,18 @@ def test_float16_checkpoint_holds_the_same_numbers(converted: Convert, tmp_path:
         else:
             assert tensor.dtype == wanted.dtype
             assert tensor.float().equal(wanted.float())
+
+
+def test_key_follows_checkpoint_and_types_and_the_bytes_follow_the_key(
+    llama: Path, tmp_path: Path
+) -> None:
+    one, other = StageCache(root=tmp_path / "one"), StageCache(root=tmp_path / "other")
+    made = [
+        convert_trtllm(llama, "a" * 64, one, dtype="bfloat16", kv_fp8=True),
+        convert_trtllm(llama, "b" * 64, one, dtype="bfloat16", kv_fp8=True),
+        convert_trtllm(llama, "a" * 64, one, dtype="bfloat16", kv_fp8=False),
+        convert_trtllm(llama, "a" * 64, one, dtype="float16", kv_fp8=True),
+    ]
+    assert len({result.key for result in made}) == 4
+    again = convert_trtllm(llama, "a" * 64, other, dtype="bfloat16", kv_fp8=True)
+    assert (again.key, again.digest) == (made[0].key, made[0].digest)
