@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import shutil
 import signal
@@ -194,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--rebuild", action="store_true", help="build what is already published")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_intermixed_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reason in `cli`
     request = Request(
         recipe=given.config_name,
         overrides=tuple(given.overrides),

@@ -45,6 +45,8 @@ class OnnxRuntimeGraph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Idle threads sleep, for the reason in `cli.main`.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Without this, QDQ fusion replaces fast float32 GEMMs by a slow integer path that it
         # cannot finish for float8: 308 instead of 40 ms per token (measured 2026-11-24).
         options.add_session_config_entry("session.disable_quant_qdq", "1")
