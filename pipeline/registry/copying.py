@@ -28,13 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Copied:
-    """What was copied.
-
-    Attributes:
-        resolved: As the target has it now.
-        new: False if the target had the package.
-        added: Statements that the target had not.
-    """
+    """What was copied: as the target has it now, whether it is new there, statements added."""
 
     resolved: Resolved
     new: bool
@@ -73,16 +67,9 @@ def copy(
     with progress(f"Copying {resolved.place}", size_bytes, BYTES) as on_bytes:
         new = target.put_package(package, statements, on_bytes)
     # What a package that was there already does not have.
-    added = (
-        statements
-        if new
-        else [one for one in statements if target.put_statement(resolved.place, one)]
-    )
-    return Copied(
-        resolved=examine(target, resolved.place, terms, package.digest),
-        new=new,
-        added=len(added),
-    )
+    added = [one for one in statements if new or target.put_statement(resolved.place, one)]
+    there = examine(target, resolved.place, terms, package.digest)
+    return Copied(resolved=there, new=new, added=len(added))
 
 
 def _whole_statements(source: Store, resolved: Resolved) -> list[RawStatement]:

@@ -58,14 +58,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Fate:
-    """What is to become of one version.
-
-    Attributes:
-        place: The version.
-        remove: Whether it goes.
-        why: In words.
-        size_bytes: Of its files; None if its manifest was not read or cannot be.
-    """
+    """What is to become of one version, and why; size None if its manifest was not read."""
 
     place: Place
     remove: bool
@@ -94,12 +87,6 @@ def collect(
     store: WritableStore, policy: TrustPolicy, rules: Rules, *, delete: bool = False
 ) -> Collected:
     """Decide about every version, and remove those that may go if `delete` says so.
-
-    Args:
-        store: Where they lie.
-        policy: Whose statements and moves count.
-        rules: What stays.
-        delete: False only looks.
 
     Raises:
         AccessError: Not readable, or not writable.

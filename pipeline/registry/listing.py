@@ -52,10 +52,8 @@ class Entry:
 
     Attributes:
         place: Where it lies.
-        resolved: What was verified; None if it cannot be used.
-        fault: Why it cannot: damaged, untrusted or revoked; empty if it can. A yanked one can be
-            shown, and is marked by `resolved.yank`.
-        corrupt: The fault is damage.
+        resolved: What was verified, of a yanked one, too; None if it cannot be used.
+        fault: Why it cannot: damaged (`corrupt`), untrusted or revoked; empty if it can.
         pointers: Channels that point to it.
     """
 
@@ -67,10 +65,7 @@ class Entry:
 
 
 def entries(store: Store, terms: Terms) -> list[Entry]:
-    """Every published version, by its place.
-
-    Those that were yanked, too.
-    """
+    """Every published version, by its place; those that were yanked, too."""
     reader = remembering(store)
     shown = replace(terms, allow_yanked=True)
     names = store.statement_names()
@@ -92,11 +87,7 @@ def entries(store: Store, terms: Terms) -> list[Entry]:
 
 
 def entry(store: Store, text: str, terms: Terms) -> Entry:
-    """The one version that a reference means.
-
-    Raises:
-        PipelineError: As in `resolve`; a yanked version is shown.
-    """
+    """The one version that a reference means; see `resolve`. A yanked one is shown."""
     found = resolve(store, text, replace(terms, allow_yanked=True))
     held = _pointers(store, [found.place], terms).get((found.place, found.package.digest), ())
     return Entry(place=found.place, resolved=found, pointers=tuple(sorted(held)))

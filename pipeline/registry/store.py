@@ -1,8 +1,8 @@
 """What every place that keeps packages can do, whatever its protocol.
 
-A store moves bytes and creates names exclusively; it verifies nothing and decides nothing. Above it
-lie trust (which statements and moves count), the client (which verifies every byte against its
-digest) and the channels. A folder and a bucket hold the same tree:
+A store moves bytes and creates names exclusively; it verifies nothing and decides nothing. Trust
+(which statements and moves count), the client (which verifies every byte) and the channels lie
+above it. A folder and a bucket hold the same tree:
 
     registry.json                                        identity of the registry
     <name>/<variant>/<version>/manifest.json             last to come, first to go
@@ -98,7 +98,7 @@ class RawStatement:
 
 
 def is_statement_name(text: str) -> bool:
-    """Whether a statement may have this name; what else lies among them is skipped."""
+    """Whether a statement may have this name."""
     return _STATEMENT_NAME.fullmatch(text) is not None
 
 
@@ -196,11 +196,7 @@ class Store(Reader, Protocol):
 
 
 def parse_identity(data: bytes, origin: str) -> str:
-    """The identity that a `registry.json` states.
-
-    Raises:
-        CorruptError: It states none.
-    """
+    """The identity that a `registry.json` states; CorruptError if it states none."""
     try:
         value = json.loads(data)
         identity = value["id"]

@@ -22,8 +22,6 @@ connections made within; and the whole process, from its start to its exit.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -38,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # What only one side needs is imported in its functions: a run pays for its own imports alone.
 
@@ -47,8 +45,7 @@ _LARGE = "engine/rank0.engine"
 _BLOCK_BYTES = 1 << 24
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Contest:
+class Contest(NamedTuple):
     """Ours against another tool: two of `RUNS`, and the least ratio of its seconds to ours."""
 
     name: str
@@ -57,8 +54,7 @@ class Contest:
     wanted: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Took:
+class Took(NamedTuple):
     """What one run took: the call, the whole process, and the peak of its memory."""
 
     call_s: float
@@ -67,15 +63,15 @@ class Took:
 
 
 S3 = (
-    Contest(name="S3 publish", ours="publish", other="boto3 upload_file", wanted=0.9),
-    Contest(name="S3 pull", ours="pull", other="boto3 download_file", wanted=1.0),
-    Contest(name="S3 pull, forced to disk", ours="pull", other="pull without fsync", wanted=0.0),
+    Contest("S3 publish", "publish", "boto3 upload_file", 0.9),
+    Contest("S3 pull", "pull", "boto3 download_file", 1.0),
+    Contest("S3 pull, forced to disk", "pull", "pull without fsync", 0.0),
 )
 OCI = (
-    Contest(name="OCI publish", ours="publish", other="oras push", wanted=0.0),
-    Contest(name="OCI pull", ours="pull", other="oras pull", wanted=1.0),
+    Contest("OCI publish", "publish", "oras push", 0.0),
+    Contest("OCI pull", "pull", "oras pull", 1.0),
 )
-FOLDER = (Contest(name="folder pull", ours="pull", other="cp, sha256sum", wanted=1 / 1.2),)
+FOLDER = (Contest("folder pull", "pull", "cp, sha256sum", 1 / 1.2),)
 
 
 def publish(url: str, package_dir: Path, out: Path) -> None:
@@ -186,16 +182,12 @@ def _oras() -> Any:
     return importlib.import_module("oras.client").OrasClient(insecure=True)
 
 
-def _modules(name: str, scheme: str) -> Iterator[str]:
+def _modules(name: str, scheme: str) -> tuple[str, ...]:
     """What a run imports sooner or later, and has before its call is timed."""
     if name in {"publish", "pull", "pull without fsync"}:
-        yield "pipeline.registry.client.pull"
-        yield from {
-            "s3": ["boto3", "pipeline.registry.stores.s3"],
-            "oci": ["pipeline.registry.stores.oci.registry"],
-        }.get(scheme, [])
-    elif not name.startswith("cp"):
-        yield {"boto3": "boto3", "oras": "oras.client"}[name.split()[0]]
+        kinds = {"s3": ("boto3",), "oci": ("pipeline.registry.stores.oci.registry",)}
+        return ("pipeline.registry.client.pull", *kinds.get(scheme, ()))
+    return {"boto3": ("boto3",), "oras": ("oras.client",)}.get(name.split()[0], ())
 
 
 def run_here(name: str, url: str, package_dir: Path, out: Path) -> None:
@@ -219,84 +211,69 @@ def run_alone(name: str, url: str, package_dir: Path, folder: Path) -> Took:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         process_s = time.perf_counter() - began
     call_s, peak_mib = map(float, done.stdout.split())
-    return Took(call_s=call_s, process_s=process_s, peak_mib=peak_mib)
+    return Took(call_s, process_s, peak_mib)
 
 
-class Bench:
-    """Runs contests and keeps what they took.
+Times = dict[tuple[str, str], list[Took]]
+"""Contest and run -> what each repeat took."""
 
-    Args:
-        folder: Where to work; eight times the size must fit.
-        package_dir: The package.
-    """
 
-    def __init__(self, folder: Path, package_dir: Path) -> None:
-        self._folder = folder
-        self._package_dir = package_dir
-        self._took: dict[tuple[str, str], list[Took]] = {}
-
-    def run(self, contests: tuple[Contest, ...], url: str, ours_first: bool) -> None:
-        """Each contest once."""
-        for contest in contests:
-            turns = [contest.ours, contest.other][:: 1 if ours_first else -1]
-            if contest.ours == "pull":  # the first one by each does not count
-                for name in turns:
-                    run_alone(name, url, self._package_dir, self._folder)
+def compete(
+    contests: tuple[Contest, ...], url: str, package_dir: Path, folder: Path, took: Times
+) -> None:
+    """Each contest once; the one that had the first turn has the second one the next time."""
+    for contest in contests:
+        number = len(took.get((contest.name, contest.ours), ()))
+        turns = [contest.ours, contest.other][:: -1 if number % 2 else 1]
+        if contest.ours == "pull":  # the first one by each does not count
             for name in turns:
-                took = run_alone(name, url, self._package_dir, self._folder)
-                self._took.setdefault((contest.name, name), []).append(took)
-
-    def rows(self, contests: tuple[Contest, ...], size_bytes: int) -> Iterator[str]:
-        """Rows of the table."""
-        for one in contests:
-            ours, other = self._took[one.name, one.ours], self._took[one.name, one.other]
-            call, its_call = (
-                statistics.median(run.call_s for run in runs) for runs in (ours, other)
-            )
-            process, its_process = (
-                statistics.median(run.process_s for run in runs) for runs in (ours, other)
-            )
-            peak, its_peak = (max(run.peak_mib for run in runs) for runs in (ours, other))
-            yield (
-                f"| {one.name} / {one.other} | {one.wanted:.2f} | {call:.2f} / {its_call:.2f} | "
-                f"{its_call / call:.2f} | {process:.2f} / {its_process:.2f} | "
-                f"{its_process / process:.2f} | {size_bytes / call / 1e6:.0f} | "
-                f"{peak:.0f} / {its_peak:.0f} |"
-            )
+                run_alone(name, url, package_dir, folder)
+        for name in turns:
+            done = run_alone(name, url, package_dir, folder)
+            took.setdefault((contest.name, name), []).append(done)
 
 
-def _figures(runs: list[Took]) -> tuple[float, float, float]:
-    """Median seconds of the call and of the process, peak of memory in MiB."""
+def row(contest: Contest, took: Times, size_bytes: int) -> str:
+    """One row of the table."""
+
+    def figures(name: str) -> tuple[float, float, float]:
+        calls, processes, peaks = zip(*took[contest.name, name], strict=True)
+        return statistics.median(calls), statistics.median(processes), max(peaks)
+
+    (call, process, peak), (its_call, its_process, its_peak) = map(figures, contest[1:3])
     return (
-        statistics.median(run.call_s for run in runs),
-        statistics.median(run.process_s for run in runs),
-        max(run.peak_mib for run in runs),
+        f"| {contest.name} / {contest.other} | {contest.wanted:.2f} | "
+        f"{call:.2f} / {its_call:.2f} | {its_call / call:.2f} | "
+        f"{process:.2f} / {its_process:.2f} | {its_process / process:.2f} | "
+        f"{size_bytes / call / 1e6:.0f} | {peak:.0f} / {its_peak:.0f} |"
     )
 
 
 def measure(folder: Path, size_bytes: int, repeats: int) -> Iterator[str]:
     """Lines of the table."""
-    from tests.services import seaweed
+    from tests.services import docker_registry, seaweed
 
     os.environ["ENGINESMITH_CACHE"] = str(folder / "cache")
     package_dir = make_package(folder, size_bytes)
     _make_trust(package_dir.parent)
-    bench = Bench(folder, package_dir)
+    took: Times = {}
     with_oras = importlib.util.find_spec("oras") is not None
     publish(str(folder / "registry"), package_dir, folder)
     with seaweed.running_server(folder / "seaweed") as server:
         os.environ.update(server.environ)
         for repeat in range(repeats):
-            bench.run(S3, f"s3://{seaweed.BUCKET}/{repeat}", ours_first=repeat % 2 == 0)
-    for repeat in range(repeats):
-        bench.run(FOLDER, str(folder / "registry"), ours_first=repeat % 2 == 0)
-    for repeat in range(repeats if with_oras else 0):
-        with _empty_registry(folder) as url:
-            bench.run(OCI, url, ours_first=repeat % 2 == 0)
+            compete(S3, f"s3://{seaweed.BUCKET}/{repeat}", package_dir, folder, took)
+    for _ in range(repeats):
+        compete(FOLDER, str(folder / "registry"), package_dir, folder, took)
+    for _ in range(repeats if with_oras else 0):
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        with docker_registry.running_server(folder / "docker-registry") as registry:
+            compete(OCI, f"{registry.url}/engines", package_dir, folder, took)
+        shutil.rmtree(folder / "docker-registry")
     yield "| ours / the other | wanted | call, s | ratio | process, s | ratio | MB/s | peak MiB |"
     yield "|---|---|---|---|---|---|---|---|"
-    for contests in (S3, FOLDER, *([OCI] if with_oras else [])):
-        yield from bench.rows(contests, size_bytes)
+    for contest in (*S3, *FOLDER, *(OCI if with_oras else ())):
+        yield row(contest, took, size_bytes)
     if not with_oras:
         yield "\nOCI: not run, `oras` is not installed (`pip install oras==0.2.43`)."
     yield (
@@ -316,18 +293,6 @@ def make_package(folder: Path, size_bytes: int) -> Path:
     package = seal_engine(folder / "package", engine)
     shutil.rmtree(engine.dir)
     return package.dir
-
-
-@contextlib.contextmanager
-def _empty_registry(folder: Path) -> Iterator[str]:
-    """A registry without a blob."""
-    from tests.services import docker_registry
-
-    shutil.rmtree(folder / "cache", ignore_errors=True)
-    where = folder / "docker-registry"
-    with docker_registry.running_server(where) as registry:
-        yield f"{registry.url}/engines"
-    shutil.rmtree(where)
 
 
 def _make_trust(folder: Path) -> None:

@@ -15,14 +15,15 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.services.process import running
+
 INSTALL = "apt-get install -y --no-install-recommends docker.io busybox-static"
 
-_START_S = 30.0
 _STOP_S = 30.0
 
 
@@ -44,19 +45,32 @@ def running_dockerd() -> Iterator[str]:
     work = Path(tempfile.mkdtemp(prefix="dockerd-"))
     work.chmod(0o755)  # its socket is for more users than root
     try:
-        process = _start(work)
+        _configure(work)
+
+        def ready() -> bool:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(1.0)
+                client.connect(str(work / "docker.sock"))
+                client.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+                return b"200 OK" in client.recv(4096)
+
+        command = ["dockerd", "--config-file", str(work / "daemon.json")]
         try:
-            _wait_until_up(process, work)
-            yield f"unix://{work / 'docker.sock'}"
+            with running(command, work, ready, start_s=30.0, stop_s=_STOP_S):
+                try:
+                    yield f"unix://{work / 'docker.sock'}"
+                finally:  # of the containers, without a word to the engine: it may hang
+                    for group in _cgroups(work):
+                        _kill(map(int, (group / "cgroup.procs").read_text().split()))
         finally:
-            _stop(process, work)
+            _kill(_processes_of(work))  # containerd and its shims, should it have been killed
     finally:
         _remove_cgroups(work)
         _unmount(work)
         shutil.rmtree(work)
 
 
-def _start(work: Path) -> subprocess.Popen[bytes]:
+def _configure(work: Path) -> None:
     config = {
         "data-root": str(work / "data"),
         "exec-root": str(work / "exec"),
@@ -74,43 +88,10 @@ def _start(work: Path) -> subprocess.Popen[bytes]:
         "oom-score-adjust": 0,  # the default, a negative one, needs CAP_SYS_RESOURCE
     }
     (work / "daemon.json").write_text(json.dumps(config))
-    with (work / "dockerd.log").open("wb") as stream:
-        return subprocess.Popen(
-            ["dockerd", "--config-file", str(work / "daemon.json")],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], work: Path) -> None:
-    end = time.monotonic() + _START_S
-    while process.poll() is None and time.monotonic() < end:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(1.0)
-            client.connect(str(work / "docker.sock"))
-            client.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            if b"200 OK" in client.recv(4096):
-                return
-        time.sleep(0.05)
-    log = (work / "dockerd.log").read_text(errors="replace").splitlines()
-    pytest.fail("\n".join(["dockerd did not start; the end of its log:", *log[-20:]]))
-
-
-def _stop(process: subprocess.Popen[bytes], work: Path) -> None:
-    """End the containers, the engine, and what it started; without a word to it: it may hang."""
-    for group in _cgroups(work):
-        for line in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(line), signal.SIGKILL)
-    process.terminate()
-    try:
-        process.wait(timeout=_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for pid in _processes_of(work):  # containerd and its shims, should the engine have been killed
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -43,22 +43,19 @@ def open_reader(url: str) -> Store:
 
 
 def open_store(url: str) -> WritableStore:
-    """The store that a URL names; nothing is read yet.
+    """The store that a URL names, such as a folder or `s3://BUCKET/PREFIX`; nothing is read yet.
 
-    Args:
-        url: A folder, `file:///PATH`, `s3://BUCKET[/PREFIX]` or `oci://HOST[:PORT]/REPOSITORY`.
-            What else a store needs comes from its environment variables (see each).
-
-    Raises:
-        RecipeError: It is none of them.
+    What else a store needs comes from its environment variables (see each). RecipeError if it is
+    no such URL.
     """
     return _registry(url).store()
 
 
 def _registry(url: str) -> Registry:
     kinds = marked_modules(__name__, "KIND", "registry")
+    made: Registry
     if folder := folder_of(url):
-        made: Registry = read_mark(kinds["folder"], "KIND")(path=folder)
+        made = read_mark(kinds["folder"], "KIND")(path=folder)
         return made
     scheme = urlsplit(url).scheme
     if scheme == "folder" or scheme not in kinds:

@@ -76,11 +76,10 @@ class FolderObjects:
 
     def find(self, key: str) -> Found | None:
         with disk_errors(f"read {self.path / key}"):
-            try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 status = (self.path / key).lstat()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        return _found(key, status) if stat.S_ISREG(status.st_mode) else None
+                return _found(key, status) if stat.S_ISREG(status.st_mode) else None
+            return None
 
     def listed(self, prefix: str) -> Iterator[Found]:
         with disk_errors(f"read {self.path / prefix}"):
@@ -160,16 +159,14 @@ class FolderObjects:
                             remove_folder(path)
                         yield f"{path.relative_to(self.path)} (left by a run)"
 
-    def check_exclusive(self) -> None:
+    def check_writable(self) -> None:
         with disk_errors(f"publish to {self.path}", "registry.path="):
             existing = self.path
             while not existing.exists() and existing != existing.parent:
                 existing = existing.parent
             if not existing.is_dir():
-                raise AccessError(
-                    f"cannot publish to {self.path}: {existing} is not a folder; "
-                    "choose another with registry.path="
-                )
+                fault = f"cannot publish to {self.path}: {existing} is not a folder"
+                raise AccessError(f"{fault}; choose another with registry.path=")
             with tempfile.NamedTemporaryFile(prefix=".writable-", dir=existing) as stream:
                 stream.write(b"\0")  # a full disk still makes empty files
                 stream.flush()

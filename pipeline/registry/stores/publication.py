@@ -139,11 +139,7 @@ def new_identity() -> bytes:
 
 
 def sealed_manifest(package: Package) -> tuple[Place, bytes]:
-    """Where a package goes, and the bytes of its manifest.
-
-    Raises:
-        CorruptError: They do not have its digest.
-    """
+    """Where a package goes, and the bytes of its manifest; CorruptError without its digest."""
     data = manifest_bytes(package.manifest)
     if digest_bytes(data) != package.digest:
         raise CorruptError(f"{package.dir} does not have the digest {package.digest}; get it again")
@@ -151,11 +147,7 @@ def sealed_manifest(package: Package) -> tuple[Place, bytes]:
 
 
 def check_statement(statement: RawStatement) -> None:
-    """Stop a statement that no store takes: a mistake of the program.
-
-    Raises:
-        ValueError: Its name, a file's name or a size.
-    """
+    """Stop a statement that no store takes, by a ValueError: a mistake of the program."""
     attachments = {file: data for file, data in statement.files.items() if file != ENVELOPE}
     if not is_statement_name(statement.name) or not all(map(is_attachment_name, attachments)):
         raise ValueError(f"statement {statement.name!r} with files {sorted(attachments)}")
@@ -165,22 +157,16 @@ def check_statement(statement: RawStatement) -> None:
 
 
 def require_same(there: bytes | None, data: bytes, url: str, what: Place | str) -> None:
-    """Stop if other bytes lie under a version (a `Place`) or under a statement's name.
+    """Stop if other bytes lie under a version (a `Place`) or a statement, or if none can be read.
 
     Raises:
-        ConflictError: They do, or none can be read there.
+        ConflictError: They do.
     """
-    if there == data:
-        return
-    if isinstance(what, Place):
-        raise ConflictError(
-            f"{url}: another manifest lies under {what}, whose name follows from its own; "
-            "who may write there put it in the wrong place: remove it, and publish again"
-        )
-    raise ConflictError(
-        f"{url}: something else lies under {what}, and statements are only ever added; sign this "
-        "one again, which gives it another name"
-    )
+    if there != data:
+        advice = "statements are only ever added: sign this one again, for another name"
+        if isinstance(what, Place):
+            advice = "its name follows from its content: remove what others put there, and publish"
+        raise ConflictError(f"{url}: something else lies under {what}, and {advice}")
 
 
 class WritableObjects(Objects, Protocol):
@@ -201,9 +187,8 @@ class WritableObjects(Objects, Protocol):
     def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
         """Write a file of a package, hashed on its way, in place of what was there.
 
-        Raises:
-            CorruptError: It is not what `file` says, and nothing of it shows; or the store does
-                not have it as it was sent.
+        CorruptError if it is not what `file` says, when nothing of it shows, or if the store does
+        not have it as it was sent.
         """
         ...
 
@@ -223,18 +208,14 @@ class WritableObjects(Objects, Protocol):
         """What interrupted runs left that is no object, at least so old, in words."""
         ...
 
-    def check_exclusive(self) -> None:
-        """Write, and see that a second creation of the same name fails; leaves no trace.
-
-        Raises:
-            AccessError: Not writable, or not exclusively.
-        """
+    def check_writable(self) -> None:
+        """See `WritableStore`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class WritableTree(TreeStore):
-    """`pipeline.registry.store.WritableStore`, over any `WritableObjects`."""
+    """`WritableStore`, over any `WritableObjects`."""
 
     objects: WritableObjects
 
@@ -248,7 +229,7 @@ class WritableTree(TreeStore):
         return made
 
     def check_writable(self) -> None:
-        self.objects.check_exclusive()
+        self.objects.check_writable()
 
     def put_package(
         self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
@@ -320,9 +301,8 @@ class WritableTree(TreeStore):
                     self.objects.delete([_lease_key(place)])
             elif not published and max(one.modified_s for one in objects.values()) <= newest_s:
                 size_bytes = sum(one.size_bytes for one in objects.values())
-                words.append(
-                    f"{place} ({len(objects)} files without a manifest, {size_bytes} bytes)"
-                )
+                what = f"{len(objects)} files without a manifest, {size_bytes} bytes"
+                words.append(f"{place} ({what})")
                 if delete:
                     self._remove(place, newest_s)
         return words

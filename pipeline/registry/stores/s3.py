@@ -29,16 +29,7 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.core.settings import STRICT
-from pipeline.registry.stores.transfer import (
-    ATTEMPTS,
-    CONNECT_S,
-    CONNECTIONS,
-    SILENCE_S,
-    at_pace,
-    joined,
-    timed_pools,
-    window,
-)
+from pipeline.registry.stores import transfer
 from pipeline.registry.stores.tree import Found, TreeStore
 
 if TYPE_CHECKING:
@@ -120,45 +111,38 @@ class S3Registry:
         parse_address(self.url)
 
     def reader(self) -> TreeStore:
-        bucket, root = parse_address(self.url)
-        objects = S3Objects(url=self.url, bucket=bucket, root=root, public=self.public)
-        return TreeStore(objects=objects, public=self.public)
+        return TreeStore(objects=S3Objects(**self._where()), public=self.public)
 
     def store(self) -> WritableStore:
         from pipeline.registry.stores.publication import WritableTree
         from pipeline.registry.stores.s3_writing import WritableS3Objects
 
-        bucket, root = parse_address(self.url)
-        objects = WritableS3Objects(
-            url=self.url, bucket=bucket, root=root, public=self.public, part_bytes=self.part_bytes
-        )
+        objects = WritableS3Objects(**self._where(), part_bytes=self.part_bytes)
         return WritableTree(objects=objects, public=self.public)
+
+    def _where(self) -> dict[str, Any]:
+        bucket, root = parse_address(self.url)
+        return {"url": self.url, "bucket": bucket, "root": root, "public": self.public}
 
 
 def parse_address(url: str) -> tuple[str, str]:
-    """Bucket, and what our keys in it start with, of `s3://BUCKET[/PREFIX]`.
-
-    Raises:
-        RecipeError: It is not such a URL; says why.
-    """
+    """Bucket, and what our keys in it start with, of `s3://BUCKET[/PREFIX]`, or a RecipeError."""
     parts = urlsplit(url)
     prefix = parts.path.strip("/")
+    wrong = [
+        part
+        for part in (prefix.split("/") if prefix else ())
+        if not _SEGMENT.fullmatch(part) or part in {".", ".."}
+    ]
     fault = ""
     if parts.scheme != "s3" or parts.query or parts.fragment:
         fault = f"{url!r} is not an S3 registry; write s3://BUCKET/PREFIX"
     elif "@" in parts.netloc:
         fault = "an S3 URL holds no credentials; put them into AWS_ACCESS_KEY_ID and so on"
     elif not _BUCKET.fullmatch(parts.netloc):
-        fault = (
-            f"{parts.netloc!r} in {url!r} is not a bucket's name: 3 to 63 lowercase letters, "
-            "digits, dots and dashes"
-        )
-    for segment in prefix.split("/") if prefix and not fault else ():
-        if not _SEGMENT.fullmatch(segment) or segment in {".", ".."}:
-            fault = (
-                f"{segment!r} in {url!r} may not be in a prefix: letters, digits, dots, dashes "
-                "and underscores"
-            )
+        fault = f"{parts.netloc!r} is not a bucket: 3 to 63 lowercase letters, digits, dots, dashes"
+    elif wrong:
+        fault = f"{wrong[0]!r} may not be in a prefix: letters, digits, dots, dashes, underscores"
     if fault:
         raise RecipeError([Fault("registry", fault)])
     return parts.netloc, f"{prefix}/" if prefix else ""
@@ -197,7 +181,7 @@ class S3Objects:
 
         broken = HTTPClientError, IncompleteReadError, HTTPError, ConnectionError, TimeoutError
         with self.errors(f"read {key} in"):
-            for _ in range(ATTEMPTS - 1):
+            for _ in range(transfer.ATTEMPTS - 1):
                 with contextlib.suppress(*broken):
                     return self._read(key, limit_bytes)
             return self._read(key, limit_bytes)
@@ -218,7 +202,7 @@ class S3Objects:
             if stated is not None and not str(stated).startswith(f"bytes {offset}-"):
                 raise TransientError(f"asked {what} from byte {offset} on, got {stated!r}")
             skip = offset if stated is None else 0  # a server that knows no ranges sends all
-            yield window(at_pace(_reader(body), what), skip, sys.maxsize, what)
+            yield transfer.window(transfer.at_pace(_reader(body), what), skip, sys.maxsize, what)
 
     def client(self) -> Any:
         """The boto3 client of this process."""
@@ -245,14 +229,7 @@ class S3Objects:
 
     @contextlib.contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Turn an exception of botocore into one of ours.
-
-        Raises:
-            AccessError: No credentials, wrong ones, or not enough of them.
-            NotFoundError: No such bucket or object.
-            TransientError: The server is busy or cannot be reached; botocore tried several times.
-            PipelineError: Anything else that a server says.
-        """
+        """Turn an exception of botocore, which tried several times, into one of ours."""
         try:
             yield
         except PipelineError:
@@ -272,10 +249,10 @@ class S3Objects:
         session = boto3.session.Session()
         signs = not (self.public and session.get_credentials() is None)
         config = Config(
-            connect_timeout=CONNECT_S,
-            read_timeout=SILENCE_S,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            max_pool_connections=CONNECTIONS,
+            connect_timeout=transfer.CONNECT_S,
+            read_timeout=transfer.SILENCE_S,
+            retries={"mode": "standard", "total_max_attempts": transfer.ATTEMPTS},
+            max_pool_connections=transfer.CONNECTIONS,
             tcp_keepalive=True,
             # Every byte is compared with the manifest's SHA-256.
             response_checksum_validation="when_required",
@@ -284,7 +261,7 @@ class S3Objects:
         client = session.client("s3", config=config)
         # botocore has no setting for its connection classes; urllib3's pool manager has.
         manager = client._endpoint.http_session._manager
-        manager.pool_classes_by_scheme = timed_pools(AWSHTTPConnection, AWSHTTPSConnection)
+        manager.pool_classes_by_scheme = transfer.timed_pools(AWSHTTPConnection, AWSHTTPSConnection)
         return client
 
     def _read(self, key: str, limit_bytes: int) -> bytes | None:
@@ -295,7 +272,7 @@ class S3Objects:
         with contextlib.closing(response["Body"]) as body:
             if "ContentLength" not in response:  # then its end could be a connection that broke
                 raise TransientError(f"{what} comes without its size; try again")
-            return joined(at_pace(_reader(body), what), limit_bytes, what)
+            return transfer.joined(transfer.at_pace(_reader(body), what), limit_bytes, what)
 
     def _get(self, key: str, **arguments: str) -> Any:
         """The response to a GET; None if there is no such object, or no such byte."""

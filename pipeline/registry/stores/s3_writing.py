@@ -91,10 +91,8 @@ class WritableS3Objects(S3Objects):
             )  # fmt: skip
             self._crcs[file.sha256] = reader.crc
         if not self.holds(key, source, file):
-            raise CorruptError(
-                f"{self.url}: {key} is not there as it was sent; nothing shows yet: look after the "
-                "store, then run the same command again"
-            )
+            advice = "nothing shows yet: look after the store, then run the same command again"
+            raise CorruptError(f"{self.url}: {key} is not there as it was sent; {advice}")
 
     def holds(self, key: str, source: Path, file: FileDigest) -> bool:
         head = self._head(key)
@@ -140,17 +138,15 @@ class WritableS3Objects(S3Objects):
                     self.delete([found.key])
                 yield f"{found.key} (left by a check)"
 
-    def check_exclusive(self) -> None:
+    def check_writable(self) -> None:
         key = f"{_PROBE}{secrets.token_hex(8)}"
         self.create(key, b"1")
         exclusive = not self.create(key, b"2")
         with contextlib.suppress(AccessError):  # write-only credentials are enough to publish
             self.delete([key])
         if not exclusive:
-            raise AccessError(
-                f"cannot publish to {self.url}: this server ignores If-None-Match, so a manifest "
-                "could be overwritten; upgrade it, or use another registry"
-            )
+            fault = "this server ignores If-None-Match, so a manifest could be overwritten"
+            raise AccessError(f"cannot publish to {self.url}: {fault}; use another registry")
 
     def _head(self, key: str) -> Any:
         from botocore.exceptions import ClientError

@@ -36,15 +36,10 @@ CONNECTIONS = 32
 
 
 def at_pace(read: Callable[[int], bytes], what: str) -> Iterator[bytes]:
-    """The chunks of a body, as long as they come fast enough.
+    """The chunks of a body; a TransientError when they come below `FLOOR_BYTES_PER_S`.
 
-    Args:
-        read: Gives what has arrived, at most so many bytes; empty at the end. It must not wait
-            until they are all there.
-        what: What is read, for the message.
-
-    Raises:
-        TransientError: Below `FLOOR_BYTES_PER_S`; only the time that we waited counts.
+    `read` gives what has arrived, at most so many bytes and empty at the end; it must not wait
+    until they are all there. Only the time that we waited counts.
     """
     waited_s, received_bytes = 0.0, 0
     while True:
@@ -56,21 +51,15 @@ def at_pace(read: Callable[[int], bytes], what: str) -> Iterator[bytes]:
             return
         if waited_s >= WINDOW_S:
             if received_bytes < waited_s * FLOOR_BYTES_PER_S:
-                raise TransientError(
-                    f"{what} comes at {received_bytes / waited_s / 1024:.1f} KiB/s, and at least "
-                    f"{FLOOR_BYTES_PER_S >> 10} are wanted; check the network, and try again"
-                )
+                pace = f"{received_bytes / waited_s / 1024:.1f} KiB/s"
+                wanted = f"at least {FLOOR_BYTES_PER_S >> 10} are wanted"
+                raise TransientError(f"{what} comes at {pace}, {wanted}; check the network")
             waited_s, received_bytes = 0.0, 0
         yield data
 
 
 def joined(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
-    """A whole small body.
-
-    Raises:
-        CorruptError: It is longer than `limit_bytes`.
-        TransientError: As in `at_pace`.
-    """
+    """A whole small body; CorruptError if it is longer than `limit_bytes`."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
@@ -82,14 +71,11 @@ def joined(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
 def window(chunks: Iterator[bytes], skip: int, size_bytes: int, what: str) -> Iterator[bytes]:
     """What is left without the first `skip` bytes, and at most `size_bytes` of that.
 
-    Raises:
-        TransientError: The server ignores `Range`, and too much precedes what was asked.
+    A server that ignores `Range` sends what precedes; TransientError if that is too much.
     """
     if skip > _MAX_SKIP_BYTES:
-        raise TransientError(
-            f"{what}: the server ignores Range, so a file cannot be read from its middle; read it "
-            "from its start, or ask who runs its cache or proxy"
-        )
+        advice = "read the file from its start, or ask who runs its cache or proxy"
+        raise TransientError(f"{what}: the server ignores Range; {advice}")
     for chunk in chunks:
         data = chunk[skip:]
         skip = max(skip - len(chunk), 0)
@@ -110,7 +96,6 @@ class Deadline:
     def request(
         self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
     ) -> None:
-        """Send a request; see `urllib3.connection.HTTPConnection.request`."""
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]  # of the connection that this is mixed into
         self._late = False
@@ -125,11 +110,7 @@ class Deadline:
             raise
 
     def getresponse(self) -> Any:
-        """Wait for the head of the reply.
-
-        Raises:
-            TimeoutError: It is late; without this, half a head would pass for one.
-        """
+        """Wait for the head of the reply; TimeoutError if late: half a head would pass for one."""
         try:
             response = super().getresponse()  # type: ignore[misc]  # as above
         finally:

@@ -43,13 +43,7 @@ _REST = re.compile(r"(?P<version>[^/]*?)(?P<rest>\.lease|\.statements/.*|/.*)")
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """An object, unread.
-
-    Attributes:
-        key: Its key, relative to the registry.
-        size_bytes: Its size.
-        modified_s: When it was written, Unix time, by the store's clock.
-    """
+    """An object, unread; written at `modified_s`, Unix time by the store's clock."""
 
     key: str
     size_bytes: int
@@ -57,7 +51,7 @@ class Found:
 
 
 class Objects(Protocol):
-    """Objects by key. Keys are relative to the registry; several threads may use it at once.
+    """Objects by key, relative to the registry; several threads may use it at once.
 
     Every method may raise AccessError (refused) and TransientError (try again).
     """
@@ -72,11 +66,7 @@ class Objects(Protocol):
         ...
 
     def read(self, key: str, limit_bytes: int) -> bytes | None:
-        """A small object; None if there is none.
-
-        Raises:
-            CorruptError: It is longer than `limit_bytes`; not read then.
-        """
+        """A small object; None if there is none, CorruptError if it is longer."""
         ...
 
     def stream(
@@ -87,11 +77,7 @@ class Objects(Protocol):
 
 
 def variant_key(name: str, variant: str) -> str:
-    """The folder of a variant, without `/` at its end.
-
-    Raises:
-        RecipeError: Not a name, or not a variant.
-    """
+    """The folder of a variant, without `/` at its end."""
     return f"{check_part('name', name)}/{check_part('variant', variant)}"
 
 
@@ -199,13 +185,12 @@ class TreeStore:
                     dated.append((found.modified_s, name))
             known = [name for _, name in sorted(dated)]
         kept = bounded_kinds(filter(is_statement_name, known), what)
-        read = read_each(
-            lambda name: self.objects.read(f"{prefix}{name}/{ENVELOPE}", MAX_ENVELOPE_BYTES),
-            kept,
-            what,
-            readers(self),
-        )
-        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read.items()]
+
+        def read(name: str) -> bytes | None:
+            return self.objects.read(f"{prefix}{name}/{ENVELOPE}", MAX_ENVELOPE_BYTES)
+
+        held = read_each(read, kept, what, readers(self))
+        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in held.items()]
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
         prefix, envelope = f"{statements_key(place)}{name}/", None

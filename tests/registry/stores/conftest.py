@@ -44,10 +44,8 @@ def folder_store(tmp_path: Path) -> WritableStore:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter deadlines, which a test can wait for; asked for before a store connects."""
-    for module in ("transfer", "s3", "oci.transport"):
-        name = f"pipeline.registry.stores.{module}"
-        monkeypatch.setattr(f"{name}.SILENCE_S", 0.7)
-        monkeypatch.setattr(f"{name}.ATTEMPTS", 2)
+    monkeypatch.setattr("pipeline.registry.stores.transfer.SILENCE_S", 0.7)
+    monkeypatch.setattr("pipeline.registry.stores.transfer.ATTEMPTS", 2)
     monkeypatch.setattr("pipeline.registry.stores.transfer.WINDOW_S", 2.0)
 
 

@@ -65,14 +65,9 @@ class Address:
 
 
 def parse_address(url: str, plain_http: bool | None) -> Address:
-    """Read `oci://HOST[:PORT]/PREFIX`.
+    """Read `oci://HOST[:PORT]/PREFIX`; RecipeError if it is not such a URL.
 
-    Args:
-        url: What the user typed.
-        plain_http: Speak HTTP without TLS; None for only where the host is this machine.
-
-    Raises:
-        RecipeError: It is not such a URL; says why.
+    Without TLS if `plain_http`; None means only where the host is this machine.
     """
     parts = urlsplit(url)
     try:

@@ -87,11 +87,7 @@ _Parsed = TypeVar("_Parsed", bound=BaseModel)
 
 
 def parse(kind: type[_Parsed], data: bytes, origin: str) -> _Parsed:
-    """Read a document.
-
-    Raises:
-        CorruptError: It is none of this kind; unknown keys are left out.
-    """
+    """Read a document, without unknown keys; CorruptError if it is none of this kind."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -109,13 +105,7 @@ def digest_of(data: bytes) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One file in a tar.
-
-    Attributes:
-        file: Path below `/models`, size, SHA-256.
-        header: What precedes its bytes: entries of folders, its own.
-        offset: Of its first byte in the tar.
-    """
+    """One file in a tar, at `offset`; `header` is what precedes it, its own entry included."""
 
     file: FileDigest
     header: bytes
@@ -166,13 +156,7 @@ def plan_layer(files: Sequence[FileDigest]) -> Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """What an image manifest says of a package; nothing of it is proven.
-
-    Attributes:
-        document: Its bytes.
-        layers: Names the tars.
-        manifest: What it says the bytes of `manifest.json` are.
-    """
+    """What an image manifest says of a package, of its `manifest.json`, too; nothing is proven."""
 
     document: bytes
     layers: tuple[Descriptor, ...]
@@ -191,27 +175,19 @@ class Image:
     def find(self, path: str) -> tuple[str, int]:
         """The digest of the layer that has a file, and where in it the file's bytes begin.
 
-        Raises:
-            NotFoundError: There is no such file.
-            CorruptError: The layer has not the size that the manifest makes.
+        NotFoundError, or CorruptError if the layer has not the size that the manifest makes.
         """
         if path not in self._places:
             raise NotFoundError(f"the image has no file {path}")
         blob, layer, offset = self._places[path]
         if layer.size_bytes != blob.size:
-            raise CorruptError(
-                f"{path} is in a layer of {blob.size} bytes where its manifest makes "
-                f"{layer.size_bytes}; publish it again"
-            )
+            wanted = f"where its manifest makes {layer.size_bytes}; publish it again"
+            raise CorruptError(f"{path} is in a layer of {blob.size} bytes {wanted}")
         return blob.digest, offset
 
 
 def parse_image(document: bytes, origin: str) -> Image:
-    """Read an image manifest.
-
-    Raises:
-        CorruptError: It is not of a package.
-    """
+    """Read an image manifest; CorruptError if it is not of a package."""
     manifest = parse(Manifest, document, origin)
     stated = (manifest.annotations or {}).get(PACKAGE_MANIFEST)
     if manifest.artifact_type != ARTIFACT_TYPE or not manifest.layers or not stated:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import pydantic.dataclasses
@@ -37,6 +37,7 @@ from pipeline.registry.store import (
     parse_identity,
     read_each,
 )
+from pipeline.registry.stores.oci import image
 from pipeline.registry.stores.oci.address import (
     Address,
     move_tag,
@@ -45,18 +46,6 @@ from pipeline.registry.stores.oci.address import (
     parse_version_tag,
     statement_tag,
     version_tag,
-)
-from pipeline.registry.stores.oci.image import (
-    INDEX_TYPE,
-    MANIFEST_TYPE,
-    TITLE,
-    Descriptor,
-    Image,
-    Listing,
-    Manifest,
-    digest_of,
-    parse,
-    parse_image,
 )
 from pipeline.registry.stores.oci.transport import Reply, Request, Transport, find_credentials
 from pipeline.registry.stores.transfer import window
@@ -73,6 +62,7 @@ IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
 _MAX_PAGES = 3_000
 """Three million names; a server that lists more is not a registry, or never ends."""
 _PAGE = 1000
+_Kind = TypeVar("_Kind", bound="OciStore")
 _LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
@@ -96,20 +86,17 @@ class OciRegistry:
         parse_address(self.url, self.plain_http)
 
     def reader(self) -> OciStore:
-        address, transport = self._way()
-        return OciStore(url=self.url, public=self.public, address=address, transport=transport)
+        return self._opened(OciStore)
 
     def store(self) -> WritableStore:
         from pipeline.registry.stores.oci.writing import WritableOciStore
 
-        address, transport = self._way()
-        return WritableOciStore(
-            url=self.url, public=self.public, address=address, transport=transport
-        )
+        return self._opened(WritableOciStore)
 
-    def _way(self) -> tuple[Address, Transport]:
+    def _opened(self, kind: type[_Kind]) -> _Kind:
         address = parse_address(self.url, self.plain_http)
-        return address, Transport(address.api, find_credentials(address.host, os.environ))
+        transport = Transport(address.api, find_credentials(address.host, os.environ))
+        return kind(url=self.url, public=self.public, address=address, transport=transport)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,72 +117,53 @@ class Repository:
     def manifest(self, reference: str) -> bytes | None:
         """The manifest or index with a tag or digest; None if there is none.
 
-        Raises:
-            CorruptError: Its bytes have not the digest that was asked, or that the server states.
+        CorruptError if it has another digest than was asked, or than the server states.
         """
         origin = f"{self}:{reference}"
-        accept = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
-        reply = self.transport.ask(
-            self.request("GET", f"manifests/{reference}", also=(404,), headers=accept)
-        )
+        accept = {"Accept": f"{image.MANIFEST_TYPE}, {image.INDEX_TYPE}"}
+        reply = self.ask("GET", f"manifests/{reference}", also=(404,), headers=accept)
         if reply.status == 404:
             return None
         if reply.is_page:
             raise TransientError(f"{origin} is answered by a web page; is a proxy in the way?")
-        found = digest_of(reply.body)
+        found = image.digest_of(reply.body)
         stated = reply.headers.get("Docker-Content-Digest", found)
         wanted = reference if reference.startswith("sha256:") else found
         if not found == stated == wanted:
-            raise CorruptError(
-                f"{origin} has digest {found}, wanted {wanted} and the registry says "
-                f"{stated[:80]!r}"
-            )
+            said = f"wanted {wanted} and the registry says {stated[:80]!r}"
+            raise CorruptError(f"{origin} has digest {found}, {said}")
         return reply.body
 
-    def blobs(self, reference: str, artifact_type: str) -> dict[str, Descriptor]:
-        """File name -> blob of an artifact with a tag or digest.
-
-        Raises:
-            NotFoundError: There is none.
-            CorruptError: It is of another type.
-        """
+    def blobs(self, reference: str, artifact_type: str) -> dict[str, image.Descriptor]:
+        """File name -> blob of an artifact; NotFoundError, or CorruptError if of another type."""
         document = self.manifest(reference)
         if document is None:
             raise NotFoundError(f"{self} has no {artifact_type} {reference}")
-        manifest = parse(Manifest, document, f"{self}:{reference}")
+        manifest = image.parse(image.Manifest, document, f"{self}:{reference}")
         if manifest.artifact_type != artifact_type:
-            raise CorruptError(
-                f"{self}:{reference} is of type {manifest.artifact_type!r}; remove it"
-            )
-        return {blob.annotation(TITLE): blob for blob in manifest.layers}
+            wrong = manifest.artifact_type
+            raise CorruptError(f"{self}:{reference} is of type {wrong!r}; remove it")
+        return {blob.annotation(image.TITLE): blob for blob in manifest.layers}
 
     def content(self, reference: str, artifact_type: str, file: str) -> bytes:
-        """The small file of an artifact that all readers read; errors as in `blobs`."""
+        """The small file of an artifact that all readers read; see `blobs`."""
         blob = self.blobs(reference, artifact_type).get(file)
         if blob is None:
             raise CorruptError(f"{self}: a {artifact_type} has no {file}; remove it")
         return self.blob(blob, MAX_ENVELOPE_BYTES)
 
-    def blob(self, blob: Descriptor, limit_bytes: int) -> bytes:
-        """A small blob, checked.
-
-        Raises:
-            NotFoundError: It is not there.
-            CorruptError: It has other bytes, or more than `limit_bytes`.
-        """
+    def blob(self, blob: image.Descriptor, limit_bytes: int) -> bytes:
+        """A small blob; NotFoundError, or CorruptError if it is another or too large."""
         if blob.size > limit_bytes:
-            raise CorruptError(
-                f"{self}: a blob of {blob.size} bytes; at most {limit_bytes} are read"
-            )
+            raise CorruptError(f"{self}: a blob of {blob.size} bytes; at most {limit_bytes} count")
         if blob.data is None:
-            request = self.request("GET", f"blobs/{blob.digest}")
-            data = self.transport.ask(request, blob.size).body
+            data = self.ask("GET", f"blobs/{blob.digest}", limit_bytes=blob.size).body
         else:
             try:
                 data = base64.b64decode(blob.data, validate=True)
             except ValueError as error:
                 raise CorruptError(f"{self}: blob {blob.digest} is not base64") from error
-        found = digest_of(data)
+        found = image.digest_of(data)
         if found != blob.digest:
             raise CorruptError(f"{self}: blob {blob.digest} has digest {found}")
         return data
@@ -204,13 +172,10 @@ class Repository:
     def open_blob(self, digest: str, start: int, end: int) -> Iterator[Iterator[bytes]]:
         """The bytes of a blob from `start` up to and without `end`, unchecked, in chunks.
 
-        Raises:
-            NotFoundError: No such blob.
-            CorruptError: It is shorter than `start`.
-            TransientError: The connection broke, also while iterating; or `window` says why.
+        NotFoundError, or CorruptError if it is shorter than `start`.
         """
         span = {"Range": f"bytes={start}-{end - 1}"}
-        request = self.request("GET", f"blobs/{digest}", also=(416,), headers=span)
+        request = Request("GET", self.name, f"blobs/{digest}", also=(416,), headers=span)
         with self.transport.open(request) as (reply, chunks):
             if reply.status == 416:
                 raise CorruptError(f"{self}: blob {digest} is shorter than {start} bytes")
@@ -226,57 +191,29 @@ class Repository:
         return [tag for reply in replies for tag in _listing(reply).tags or ()]
 
     def catalog(self) -> list[str]:
-        """All repositories of the registry.
-
-        Raises:
-            AccessError: It does not list them.
-        """
+        """All repositories of the registry."""
         replies = self._pages(f"_catalog?n={_PAGE}")
         return [name for reply in replies for name in _listing(reply).repositories or ()]
 
-    def referrers(self, digest: str) -> tuple[Descriptor, ...] | None:
+    def referrers(self, digest: str) -> tuple[image.Descriptor, ...] | None:
         """Manifests that have this one as their subject; None if the registry has no such API."""
-        found: tuple[Descriptor, ...] | None = None
+        found: tuple[image.Descriptor, ...] | None = None
         for reply in self._pages(f"referrers/{digest}", also=(404,)):
             if reply.is_page:
                 return None
             found = (*(found or ()), *(_listing(reply).manifests or ()))
         return found
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        also: tuple[int, ...] = (),
-        push: bool = False,
-        headers: Mapping[str, str] | None = None,
-        body: bytes = b"",
-    ) -> Request:
-        """A request of a path below the repository, or of a URL; see `Request`.
-
-        It is a part of pushing if `push` or its method says so.
-        """
-        base = f"{self.transport.api}/v2/{self.name}/" if self.name else f"{self.transport.api}/v2/"
-        actions, verb = "pull", "read from"
-        if push or method in {"PUT", "POST", "PATCH"}:
-            actions, verb = "pull,push", "upload to"
-        elif method == "DELETE":
-            actions, verb = "delete", "delete from"
-        return Request(
-            method=method,
-            url=path if "://" in path else base + path,
-            scope=f"repository:{self.name}:{actions}" if self.name else "registry:catalog:*",
-            doing=f"{verb} {self}",
-            also=also,
-            headers=headers or {},
-            body=body,
-        )
+    def ask(
+        self, method: str, path: str, *, limit_bytes: int = image.MAX_DOCUMENT_BYTES, **more: Any
+    ) -> Reply:
+        """Ask and read the answer whole; `more` is of a `Request`."""
+        return self.transport.ask(Request(method, self.name, path, **more), limit_bytes)
 
     def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
         """The pages of a list, none if it answers 404."""
         for _ in range(_MAX_PAGES):
-            reply = self.transport.ask(self.request("GET", path, also=also))
+            reply = self.ask("GET", path, also=also)
             if reply.status == 404:
                 return
             yield reply
@@ -286,8 +223,8 @@ class Repository:
             path = urljoin(reply.url, following[1])
 
 
-def _listing(reply: Reply) -> Listing:
-    return parse(Listing, reply.body, reply.url)
+def _listing(reply: Reply) -> image.Listing:
+    return image.parse(image.Listing, reply.body, reply.url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +242,7 @@ class OciStore:
     public: bool
     address: Address
     transport: Transport
-    _images: dict[Place, Image] = field(default_factory=dict)
+    _images: dict[Place, image.Image] = field(default_factory=dict)
     """Of versions that were read: a version never changes, and a pull asks for many pieces."""
 
     @property
@@ -390,19 +327,14 @@ class OciStore:
         """The repository of a recipe."""
         return Repository(transport=self.transport, name=self.address.repository(name))
 
-    def image(self, place: Place) -> Image:
-        """The image of a version.
-
-        Raises:
-            NotFoundError: No such version.
-            CorruptError: It is no package.
-        """
+    def image(self, place: Place) -> image.Image:
+        """The image of a version; NotFoundError, or CorruptError if it is no package."""
         if place not in self._images:
             repository, tag = self.repository(place.name), version_tag(place)
             document = repository.manifest(tag)
             if document is None:
                 raise NotFoundError(f"{self.url} has no {place}")
-            self._images[place] = parse_image(document, f"{repository}:{tag}")
+            self._images[place] = image.parse_image(document, f"{repository}:{tag}")
         return self._images[place]
 
     def listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
@@ -447,7 +379,7 @@ class OciStore:
         Who may push can move a tag, but not take an entry from this list.
         """
         try:
-            subject = digest_of(self.image(place).document)
+            subject = image.digest_of(self.image(place).document)
         except (CorruptError, NotFoundError):  # its reader hears of it
             return {}
         listed = self.repository(place.name).referrers(subject)

@@ -16,11 +16,13 @@ import contextlib
 import ipaddress
 import json
 import os
+import random
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlencode, urljoin, urlsplit
 
@@ -37,17 +39,8 @@ from pipeline.core.errors import (
     PipelineError,
     TransientError,
 )
-from pipeline.registry.stores.oci.image import MAX_DOCUMENT_BYTES, parse
-from pipeline.registry.stores.transfer import (
-    ATTEMPTS,
-    CHUNK_BYTES,
-    CONNECT_S,
-    CONNECTIONS,
-    SILENCE_S,
-    at_pace,
-    joined,
-    timed_pools,
-)
+from pipeline.registry.stores import transfer
+from pipeline.registry.stores.oci.image import parse
 
 BACKOFF_S = 0.5
 """Before the third attempt; doubled for each further one, and lengthened at random."""
@@ -59,9 +52,7 @@ _MAX_SMALL_BYTES = 1 << 20
 _BUSY = (408, 429, 500, 502, 503, 504)
 
 HOST, USERNAME, PASSWORD = (f"ENGINESMITH_OCI_{part}" for part in ("HOST", "USERNAME", "PASSWORD"))
-_SET_THEM = (
-    f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a credential helper"
-)
+_SET_THEM = f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a helper"
 _HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
 _PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
 
@@ -79,11 +70,7 @@ class Credentials:
 
 
 def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | None:
-    """The credentials for a host and port as the user wrote them; None for anonymous.
-
-    Raises:
-        AccessError: Docker's `config.json` cannot be read.
-    """
+    """The credentials for a host and port as the user wrote them; None for anonymous."""
     if environ.get(HOST) == host and environ.get(USERNAME) and environ.get(PASSWORD):
         return Credentials(username=environ[USERNAME], password=environ[PASSWORD])
     folder = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME", "~")).expanduser() / ".docker"
@@ -103,7 +90,7 @@ def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | Non
 
 
 class _Token(BaseModel):
-    """What a token service answers (docs.docker.com, "Token authentication specification")."""
+    """Of a token service (docs.docker.com, "Token authentication specification")."""
 
     token: str | None = None
     access_token: str | None = None
@@ -135,22 +122,14 @@ class Authorizer:
             return self._tokens.get(scope)
 
     def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
-        """Get what a 401 asks for. False if there is nothing more to offer.
-
-        Args:
-            scope: What the request needs, such as `repository:a/b:pull`.
-            challenge: The reply's `WWW-Authenticate`.
-            sent: The `Authorization` that was refused.
+        """Get what a 401 asks for, by its `WWW-Authenticate`; False if that was offered already.
 
         Raises:
             AccessError: No token for us, or the registry wants a password in clear.
         """
         kind, _, rest = challenge.partition(" ")
         if self.credentials is not None and not keeps_secrets(self.api):
-            raise AccessError(
-                f"{self.api} wants credentials, which would go there in clear; use a registry "
-                "with TLS"
-            )
+            raise AccessError(f"{self.api} wants credentials in clear; use a registry with TLS")
         with self._lock:
             if kind.lower() == "basic":
                 self._basic = self.credentials is not None
@@ -162,27 +141,28 @@ class Authorizer:
                 self._tokens[scope] = self._token(asked)
             return True
 
-    def _token(self, challenge: Mapping[str, str]) -> str:
+    def _token(self, asked: Mapping[str, str]) -> str:
         """Ask the registry's token service; value of `Authorization`."""
-        realm = challenge.get("realm", "")
+        realm = asked.get("realm", "")
         if not _is_token_service(self.api, realm):
             raise AccessError(
                 f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
                 "domain or not https; credentials were not sent there"
             )
-        query = urlencode({key: challenge.get(key, "") for key in ("service", "scope")})
+        query = urlencode({key: asked.get(key, "") for key in ("service", "scope")})
         headers = {"Authorization": self.credentials.header()} if self.credentials else {}
         status, body = self.fetch(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
         if status != 200:
-            who = repr(self.credentials.username) if self.credentials else "anonymous"
-            raise AccessError(
-                f"{self.api} refused {who} a token for {challenge['scope']} ({status}); {_SET_THEM}"
-            )
+            what = f"a token for {asked['scope']} ({status})"
+            raise AccessError(f"{self.api} refused {self.who()} {what}; {_SET_THEM}")
         granted = parse(_Token, body, f"the token for {self.api}")
         token = granted.token or granted.access_token
         if not token or not token.isprintable() or not token.isascii():
             raise CorruptError(f"{self.api} was answered without a token; try again later")
         return f"Bearer {token}"
+
+    def who(self) -> str:
+        return repr(self.credentials.username) if self.credentials else "us, without credentials,"
 
 
 def is_loopback(host: str) -> bool:
@@ -209,32 +189,51 @@ def _is_token_service(api: str, realm: str) -> bool:
     return theirs == ours or (named and (theirs == domain or theirs.endswith(f".{domain}")))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """What to ask.
 
     Attributes:
         method: HTTP method.
-        url: Absolute.
-        scope: What it needs, such as `repository:a/b:pull`.
-        doing: For messages: `read from a/b`.
+        repository: Such as `engines/phi3`; empty for the registry itself.
+        path: Below the repository, or a URL that the registry gave.
         also: Statuses that are answers besides those from 200 to 299; all others raise.
         headers: Besides ours.
         body: What to send.
+        push: It is a part of pushing, whatever its method.
     """
 
     method: str
-    url: str
-    scope: str
-    doing: str
+    repository: str
+    path: str
     also: tuple[int, ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    push: bool = False
+
+    @property
+    def actions(self) -> str:
+        """What the registry has to allow."""
+        if self.push or self.method in {"PUT", "POST", "PATCH"}:
+            return "pull,push"
+        return "delete" if self.method == "DELETE" else "pull"
+
+    @property
+    def verb(self) -> str:
+        """The same, for messages."""
+        return {"pull": "read from", "delete": "delete from"}.get(self.actions, "upload to")
+
+    @property
+    def scope(self) -> str:
+        """The same, as a token names it."""
+        if not self.repository:
+            return "registry:catalog:*"
+        return f"repository:{self.repository}:{self.actions}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer."""
+    """An answer; `url` is where it was asked for."""
 
     status: int
     headers: Mapping[str, str]
@@ -248,19 +247,14 @@ class Reply:
 
 
 class Transport:
-    """Connections to one registry; several threads may use them, and a forked child makes its own.
-
-    Args:
-        api: Start of the registry's URLs.
-        credentials: None for anonymous.
-    """
+    """Connections to a registry; several threads may use them, and a forked child makes its own."""
 
     def __init__(self, api: str, credentials: Credentials | None) -> None:
         self.api = api
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
-    def ask(self, request: Request, limit_bytes: int = MAX_DOCUMENT_BYTES) -> Reply:
+    def ask(self, request: Request, limit_bytes: int) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
 
         Raises:
@@ -268,25 +262,23 @@ class Transport:
             NotFoundError: 404, which was not expected.
             CorruptError: Longer than `limit_bytes`, or the server says our bytes are damaged.
             TransientError: Still no answer after `ATTEMPTS`.
-            PipelineError: Any other refusal.
         """
-        for _ in range(ATTEMPTS - 1):  # a reply that breaks off is like one that does not come
-            with contextlib.suppress(_BrokenError):
+        for attempt in range(1, transfer.ATTEMPTS):  # a reply that breaks off is like none
+            with contextlib.suppress(_AgainError):
                 return self._ask(request, limit_bytes)
+            time.sleep(BACKOFF_S * 2**attempt * random.uniform(0.1, 0.2))
         return self._ask(request, limit_bytes)
 
     @contextlib.contextmanager
     def open(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
-        """Ask, again after a passing fault, and leave the body to the caller, in chunks.
+        """Ask, again after a passing fault; the reply without its body, which comes in chunks.
 
-        Yields:
-            The reply without its body, and the chunks. A fault of the connection while they are
-            read is a TransientError.
+        A fault of the connection while they are read is a TransientError.
         """
-        response = self._respond(request)
-        reply = Reply(status=response.status, headers=response.headers, url=request.url)
+        response, url = self._respond(request), self._url(request)
+        reply = Reply(status=response.status, headers=response.headers, url=url)
         try:
-            yield reply, _chunks(response, request.url)
+            yield reply, _chunks(response, url)
         finally:
             _discard(response)
 
@@ -294,10 +286,14 @@ class Transport:
         """Whether a URL is of the registry itself."""
         return urlsplit(url)[:2] == urlsplit(self.api)[:2]
 
+    def _url(self, request: Request) -> str:
+        if "://" in request.path:
+            return request.path
+        return "/".join(filter(None, (self.api, "v2", request.repository, request.path)))
+
     def _ask(self, request: Request, limit_bytes: int) -> Reply:
         with self.open(request) as (reply, chunks):
-            body = joined(chunks, limit_bytes, _shown(request.url))
-        return Reply(status=reply.status, headers=reply.headers, url=request.url, body=body)
+            return replace(reply, body=transfer.joined(chunks, limit_bytes, _shown(reply.url)))
 
     def _respond(self, request: Request) -> BaseHTTPResponse:
         """Send, with authorization; the body of an expected reply is not read yet."""
@@ -310,16 +306,14 @@ class Transport:
                 raise self._refused(request)
             response, _, _ = self._send(request)
         fault: PipelineError | None = None
+        what = _shown(self._url(request))
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            fault = TransientError(
-                f"{_shown(request.url)} is compressed on the way, which was refused; is a "
-                "proxy in the way?"
-            )
+            fault = TransientError(f"{what} is compressed against our wish; is a proxy in the way?")
         elif response.status // 100 != 2 and response.status not in request.also:
             fault = self._fault(request, response)
         elif response.length_remaining is None and not getattr(response, "chunked", False):
             # Then its end could be a connection that broke.
-            fault = TransientError(f"{_shown(request.url)} comes without its size; try again")
+            fault = TransientError(f"{what} comes without its size; try again")
         if fault is not None:
             _discard(response)
             raise fault
@@ -327,7 +321,7 @@ class Transport:
 
     def _send(self, request: Request) -> tuple[BaseHTTPResponse, str, str | None]:
         """Send, follow redirects of reads; also gives the last URL and `Authorization`."""
-        url = request.url
+        url = self._url(request)
         for _ in range(_MAX_REDIRECTS + 1):
             headers = dict(request.headers)
             sent = self._auth.header(request.scope) if self.is_own(url) else None
@@ -342,13 +336,13 @@ class Transport:
             if not keeps_secrets(found) and not url.startswith("http:"):
                 raise AccessError(f"{_shown(url)} redirects to {_shown(found)}, which is not https")
             url = found
-        raise TransientError(f"{_shown(request.url)} redirects more than {_MAX_REDIRECTS} times")
+        raise TransientError(f"{_shown(url)} redirects, after {_MAX_REDIRECTS} redirects")
 
     def _open(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> BaseHTTPResponse:
         retries = urllib3.Retry(
-            total=ATTEMPTS - 1,
+            total=transfer.ATTEMPTS - 1,
             allowed_methods=None,  # all: names follow from bytes, so nothing is made twice
             status_forcelist=_BUSY,
             raise_on_status=False,
@@ -358,20 +352,17 @@ class Transport:
         )
         with _connection_errors(url):
             return self._pool(url).urlopen(
-                method,
-                url,
-                body=body,
-                headers={"Accept-Encoding": "identity", **headers},
-                retries=retries,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-            )
+                method, url, body=body, headers={"Accept-Encoding": "identity", **headers},
+                retries=retries, redirect=False, preload_content=False, decode_content=False,
+            )  # fmt: skip
 
     def _fault(self, request: Request, response: BaseHTTPResponse) -> PipelineError:
         """What an unexpected status means."""
         status, stated = response.status, _stated(response)
-        message = f"cannot {request.doing}: {_shown(request.url)} answered {status}{stated}"
+        message = (
+            f"cannot {request.verb} {request.repository}: {_shown(self._url(request))} answered "
+            f"{status}{stated}"
+        )
         if status in {401, 403}:
             return self._refused(request)
         if status in _BUSY or status >= 500:
@@ -379,31 +370,27 @@ class Transport:
         if "MANIFEST_BLOB_UNKNOWN" in stated:
             # docker-registry 2.8 does not see a blob while another client uploads the same one
             # (tried 2026-11-25); others take a moment to see what was uploaded.
-            return TransientError(f"{message}; run the same command again")
+            return _AgainError(f"{message}; run the same command again")
         if status == 404:
             return NotFoundError(message)
         if "DIGEST_INVALID" in stated:
             return CorruptError(f"{message}; what arrived is not what was sent, or a file changed")
         if status == 405:
-            what = "deleting (storage.delete.enabled of docker-registry)"
-            what = what if request.method == "DELETE" else "writing (it may be read-only just now)"
-            return AccessError(f"{message}; switch on {what} in the registry's configuration")
+            what = "it may be read-only just now, or not delete (storage.delete.enabled)"
+            return AccessError(f"{message}; look at the registry's configuration: {what}")
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
     def _refused(self, request: Request) -> AccessError:
-        """The error for a request that is not allowed, whatever we offer."""
-        known = self._auth.credentials
-        who = f"as {known.username!r}" if known else "without credentials"
-        return AccessError(f"{self.api} does not let us {request.doing} {who}; {_SET_THEM}")
+        what = f"{request.verb} {request.repository}"
+        return AccessError(f"{self.api} does not let {self._auth.who()} {what}; {_SET_THEM}")
 
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        response = self._open("GET", url, headers)
-        try:
+        with contextlib.closing(self._open("GET", url, headers)) as response:
             if response.status in _BUSY:
                 raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
-            return response.status, joined(_chunks(response, url), _MAX_SMALL_BYTES, _shown(url))
-        finally:
-            _discard(response)
+            return response.status, transfer.joined(
+                _chunks(response, url), _MAX_SMALL_BYTES, _shown(url)
+            )
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """Connections for a URL, through the proxy that the environment names for it."""
@@ -415,23 +402,24 @@ class Transport:
         key = (os.getpid(), proxy)
         if key not in self._pools:
             pools = urllib3.ProxyManager(proxy) if proxy else urllib3.PoolManager()
-            pools.connection_pool_kw |= {
-                "maxsize": CONNECTIONS,
-                "blocksize": CHUNK_BYTES,
-                "timeout": urllib3.Timeout(connect=CONNECT_S, read=SILENCE_S),
+            timeout = urllib3.Timeout(connect=transfer.CONNECT_S, read=transfer.SILENCE_S)
+            more = {
+                "maxsize": transfer.CONNECTIONS,
+                "blocksize": transfer.CHUNK_BYTES,
+                "timeout": timeout,
             }
+            pools.connection_pool_kw |= more
+            pools.pool_classes_by_scheme = transfer.timed_pools(HTTPConnection, HTTPSConnection)
             self._pools[key] = pools
-            pools.pool_classes_by_scheme = timed_pools(HTTPConnection, HTTPSConnection)
         return self._pools[key]
 
 
-class _BrokenError(TransientError):
-    """The connection broke; another attempt may not."""
+class _AgainError(TransientError):
+    """Another attempt may succeed, of what urllib3 does not try again."""
 
 
 @contextlib.contextmanager
 def _connection_errors(url: str) -> Iterator[None]:
-    """Turn a fault of the connection into an error that says what to do."""
     try:
         yield
     except (HTTPError, OSError) as error:
@@ -441,7 +429,7 @@ def _connection_errors(url: str) -> Iterator[None]:
                 f"{_shown(url)} has no TLS certificate that this machine trusts ({cause}); "
                 "set SSL_CERT_FILE, or plain_http for a registry that speaks HTTP"
             ) from error
-        raise _BrokenError(
+        raise _AgainError(
             f"the connection to {_shown(url)} broke: {cause}; check the network, and try again"
         ) from error
 
@@ -453,7 +441,7 @@ def _chunks(response: BaseHTTPResponse, url: str) -> Iterator[bytes]:
         with _connection_errors(url):
             return response.read1(count, decode_content=False)
 
-    return at_pace(read, _shown(url))
+    return transfer.at_pace(read, _shown(url))
 
 
 def _discard(response: BaseHTTPResponse) -> None:
@@ -474,7 +462,7 @@ def _shown(url: str) -> str:
 def _stated(response: BaseHTTPResponse) -> str:
     """What the registry says of an error, made printable; empty if nothing."""
     with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
-        body = joined(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
+        body = transfer.joined(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
         texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]
         return f": {_printable('; '.join(texts))}"
     return ""

@@ -18,57 +18,25 @@ import contextlib
 import hashlib
 import json
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import rfc8785
 
-from pipeline.core.errors import (
-    AccessError,
-    CorruptError,
-    NotFoundError,
-    PipelineError,
-    RecipeError,
-    TransientError,
-)
+from pipeline.core import errors
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.values import Package
 from pipeline.registry.disk import checked_chunks
 from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
-from pipeline.registry.stores.oci.address import (
-    channel_tag,
-    move_tag,
-    statement_tag,
-    version_tag,
-)
-from pipeline.registry.stores.oci.image import (
-    ARTIFACT_TYPE,
-    END,
-    MANIFEST_TYPE,
-    MAX_DOCUMENT_BYTES,
-    PACKAGE_MANIFEST,
-    TITLE,
-    Descriptor,
-    Layer,
-    Manifest,
-    digest_of,
-    plan_layers,
-)
-from pipeline.registry.stores.oci.registry import (
-    CONTENT,
-    IDENTITY,
-    IDENTITY_REPOSITORY,
-    IDENTITY_TYPE,
-    MOVE_TYPE,
-    NAME,
-    STATEMENT_TYPE,
-    OciStore,
-    Repository,
-)
+from pipeline.registry.stores.oci import image, registry
+from pipeline.registry.stores.oci.address import channel_tag, move_tag, statement_tag, version_tag
+from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
+from pipeline.registry.stores.oci.registry import CONTENT, OciStore, Repository
 from pipeline.registry.stores.oci.transport import Reply
 from pipeline.registry.stores.publication import (
     check_statement,
@@ -87,9 +55,8 @@ SETTLE_S = 1.0
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
-_FILE_TYPE = "application/octet-stream"
+_BINARY = {"Content-Type": "application/octet-stream"}
 _EPOCH = "1970-01-01T00:00:00Z"
-_PROBE = "writable-check"
 
 
 def tar_of(layer: Layer, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
@@ -105,34 +72,30 @@ def tar_of(layer: Layer, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
         else:
             yield from checked_chunks(package_dir / member.file.path, member.file)
         yield bytes(member.padding)
-    yield END
+    yield image.END
 
 
 def describe(
     data: bytes, media_type: str, title: str | None = None, *, inline: bool = False
 ) -> Descriptor:
-    """Name bytes that we hold.
+    """Name bytes that we hold, and the file that they are in an artifact.
 
-    Args:
-        data: The bytes.
-        media_type: Of them.
-        title: The file name that they have in an artifact.
-        inline: They travel in the descriptor, so that reading them needs no further request
-            (image-spec 1.1, "Embedded Content").
+    Inline, they travel in the descriptor, so that reading them needs no further request (image-spec
+    1.1, "Embedded Content").
     """
     return Descriptor(
         media_type=media_type,
         digest=digest_of(data),
         size=len(data),
-        annotations=None if title is None else {TITLE: title},
+        annotations=None if title is None else {image.TITLE: title},
         data=base64.b64encode(data).decode() if inline else None,
     )
 
 
-def document_of(manifest: Manifest) -> bytes:
-    """The bytes of a manifest; the same for the same content."""
-    value = manifest.model_dump(by_alias=True, exclude_none=True)
-    return rfc8785.dumps({"schemaVersion": 2, "mediaType": MANIFEST_TYPE, **value})
+def document_of(**fields: Any) -> bytes:
+    """The bytes of a manifest with the fields of `image.Manifest`; the same for the same fields."""
+    value = image.Manifest(**fields).model_dump(by_alias=True, exclude_none=True)
+    return rfc8785.dumps({"schemaVersion": 2, "mediaType": image.MANIFEST_TYPE, **value})
 
 
 def image_config(layers: Sequence[Descriptor]) -> bytes:
@@ -159,23 +122,20 @@ def make_image(place: Place, manifest: bytes, config: bytes, layers: Sequence[De
     Raises:
         PipelineError: It lists more files than an image can.
     """
-    annotations = {
-        TITLE: str(place),
-        "org.opencontainers.image.created": _EPOCH,
-        PACKAGE_MANIFEST: manifest.decode(),
-    }
     document = document_of(
-        Manifest(
-            artifact_type=ARTIFACT_TYPE,
-            config=describe(config, CONFIG_TYPE),
-            layers=tuple(layers),
-            annotations=annotations,
-        )
+        artifact_type=image.ARTIFACT_TYPE,
+        config=describe(config, CONFIG_TYPE),
+        layers=tuple(layers),
+        annotations={
+            image.TITLE: str(place),
+            "org.opencontainers.image.created": _EPOCH,
+            image.PACKAGE_MANIFEST: manifest.decode(),
+        },
     )
-    if len(document) > MAX_DOCUMENT_BYTES:
-        raise PipelineError(
+    if len(document) > image.MAX_DOCUMENT_BYTES:
+        raise errors.PipelineError(
             f"{place} has too many files for an OCI registry, whose manifests have at most "
-            f"{MAX_DOCUMENT_BYTES} bytes; publish it to a folder or to S3"
+            f"{image.MAX_DOCUMENT_BYTES} bytes; publish it to a folder or to S3"
         )
     return document
 
@@ -185,15 +145,8 @@ class WritableRepository(Repository):
 
     def put_manifest(self, reference: str, document: bytes) -> None:
         """Write a manifest under a tag or its digest; what the tag named is replaced."""
-        request = self.request(
-            "PUT", f"manifests/{reference}", headers={"Content-Type": MANIFEST_TYPE}, body=document
-        )
-        for attempt in range(1, ATTEMPTS):
-            with contextlib.suppress(TransientError):  # a blob that was uploaded is not seen yet
-                self.transport.ask(request)
-                return
-            time.sleep(0.1 * 2**attempt * random.uniform(0.5, 1.0))
-        self.transport.ask(request)
+        kind = {"Content-Type": image.MANIFEST_TYPE}
+        self.ask("PUT", f"manifests/{reference}", headers=kind, body=document)
 
     def delete_manifest(self, digest: str) -> None:
         """Remove a manifest and its tags, if it is there.
@@ -201,13 +154,11 @@ class WritableRepository(Repository):
         Raises:
             AccessError: The registry is not set to delete.
         """
-        self.transport.ask(self.request("DELETE", f"manifests/{digest}", also=(404,)))
+        self.ask("DELETE", f"manifests/{digest}", also=(404,))
 
     def has_blob(self, blob: Descriptor) -> bool:
         """Whether a blob of this digest and size is there."""
-        reply = self.transport.ask(
-            self.request("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
-        )
+        reply = self.ask("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
         return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size)
 
     def put_blob(
@@ -219,39 +170,20 @@ class WritableRepository(Repository):
             self._finish_upload(self._begin_upload(), blob.digest, data)
         return blob
 
-    def put_artifact(
-        self,
-        artifact_type: str,
-        files: Mapping[str, bytes],
-        annotations: dict[str, str] | None = None,
-        subject: Descriptor | None = None,
-    ) -> bytes:
+    def put_artifact(self, artifact_type: str, files: Mapping[str, bytes], **more: Any) -> bytes:
         """Upload the blobs of an artifact; its manifest, the same for the same files."""
         # image-spec 1.1, "Guidance for an Empty Descriptor".
         config = self.put_blob(b"{}", _EMPTY_TYPE)
-        layers = [
-            self.put_blob(data, _FILE_TYPE, file, inline=file in {ENVELOPE, CONTENT})
+        layers = tuple(
+            self.put_blob(data, _BINARY["Content-Type"], file, inline=file in {ENVELOPE, CONTENT})
             for file, data in sorted(files.items())
-        ]
-        return document_of(
-            Manifest(
-                artifact_type=artifact_type,
-                config=config,
-                layers=tuple(layers),
-                subject=subject,
-                annotations=annotations,
-            )
         )
+        return document_of(artifact_type=artifact_type, config=config, layers=layers, **more)
 
     def upload(
         self, blob: Descriptor, content: Callable[[], Iterator[bytes]], on_bytes: OnBytes
     ) -> None:
-        """Upload a large blob.
-
-        Args:
-            blob: What it is.
-            content: Begins its bytes anew; called again after a fault.
-            on_bytes: For progress; steps back after a fault.
+        """Upload a large blob; after a fault `content` begins anew and the progress steps back.
 
         Raises:
             CorruptError: The registry got other bytes.
@@ -274,7 +206,7 @@ class WritableRepository(Repository):
                 on_bytes(-offset)
                 log.info("Sending %s to %s again: %s", blob.digest, self, error)
             except BaseException:
-                with contextlib.suppress(PipelineError):
+                with contextlib.suppress(errors.PipelineError):
                     self._cancel_upload(location)
                 raise
 
@@ -291,34 +223,24 @@ class WritableRepository(Repository):
 
     def _begin_upload(self) -> str:
         """Open an upload; returns where it takes bytes."""
-        return self._location(self.transport.ask(self.request("POST", "blobs/uploads/")))
+        return self._location(self.ask("POST", "blobs/uploads/"))
 
     def _send_part(self, location: str, offset: int, part: bytes) -> str:
         """Send the next part; where the one after it goes."""
-        span = {
-            "Content-Type": _FILE_TYPE,
-            "Content-Range": f"{offset}-{offset + len(part) - 1}",
-        }
-        reply = self.transport.ask(
-            self.request("PATCH", location, also=(404, 416), headers=span, body=part)
-        )
+        headers = {**_BINARY, "Content-Range": f"{offset}-{offset + len(part) - 1}"}
+        reply = self.ask("PATCH", location, also=(404, 416), headers=headers, body=part)
         if reply.status in {404, 416}:
             raise TransientError(f"{self} lost an upload ({reply.status}); try again")
         return self._location(reply)
 
     def _finish_upload(self, location: str, digest: str, data: bytes = b"") -> None:
-        """Close an upload under its digest.
-
-        Raises:
-            CorruptError: The registry has other bytes.
-        """
+        """Close an upload under its digest; CorruptError if the registry has other bytes."""
         url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
-        kind = {"Content-Type": _FILE_TYPE}
-        self.transport.ask(self.request("PUT", url, headers=kind, body=data))
+        self.ask("PUT", url, headers=_BINARY, body=data)
 
     def _cancel_upload(self, location: str) -> None:
         """Give an upload up, as far as the registry can; it expires anyway."""
-        self.transport.ask(self.request("DELETE", location, also=(404, 405, 416), push=True))
+        self.ask("DELETE", location, also=(404, 405, 416), push=True)
 
     def _location(self, reply: Reply) -> str:
         """Where an upload goes on: at the registry itself, never another host.
@@ -326,15 +248,12 @@ class WritableRepository(Repository):
         Raises:
             AccessError: The reply does not say, or names another host.
         """
-        target = reply.headers.get("Location")
-        if not target:
+        if "Location" not in reply.headers:
             raise AccessError(f"{self} does not say where an upload goes; is it an OCI registry?")
-        url = urljoin(reply.url, target)
+        url = urljoin(reply.url, reply.headers["Location"])
         if not self.transport.is_own(url):
             host = urlsplit(url).netloc
-            raise AccessError(
-                f"{self} sends an upload to another host ({host!r}); nothing was sent"
-            )
+            raise AccessError(f"{self} sends uploads to another host ({host!r}); nothing was sent")
         return url
 
 
@@ -351,7 +270,7 @@ def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class WritableOciStore(OciStore):
-    """`pipeline.registry.store.WritableStore`, in an OCI registry."""
+    """`pipeline.registry.stores.publication.WritableStore`, in an OCI registry."""
 
     def repository(self, name: str) -> WritableRepository:
         return WritableRepository(transport=self.transport, name=self.address.repository(name))
@@ -360,10 +279,10 @@ class WritableOciStore(OciStore):
         began_s = time.monotonic()
         if (there := self.identity()) is not None:
             return there
-        repository = self.repository(IDENTITY_REPOSITORY)
-        document = repository.put_artifact(IDENTITY_TYPE, {CONTENT: new_identity()})
+        repository = self.repository(registry.IDENTITY_REPOSITORY)
+        document = repository.put_artifact(registry.IDENTITY_TYPE, {CONTENT: new_identity()})
         if self.identity() is None:
-            repository.put_manifest(IDENTITY, document)
+            repository.put_manifest(registry.IDENTITY, document)
         time.sleep(max(SETTLE_S, 2 * (time.monotonic() - began_s)))  # others took as long as we
         made = self.identity()
         if made is None:
@@ -372,11 +291,9 @@ class WritableOciStore(OciStore):
 
     def check_writable(self) -> None:
         try:
-            self.repository(_PROBE).check_upload()
+            self.repository("writable-check").check_upload()
         except NotFoundError:  # it wants repositories made beforehand
-            log.info(
-                "%s takes no new repositories; publishing tells whether it takes ours", self.url
-            )
+            log.info("%s takes no new repositories; publishing tells if it takes ours", self.url)
 
     def put_package(
         self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
@@ -388,36 +305,36 @@ class WritableOciStore(OciStore):
         repository = self.repository(place.name)
         blobs = [
             _put_layer(repository, layer, package, manifest, on_bytes)
-            for layer in plan_layers(manifest, files_of(package.manifest))
+            for layer in image.plan_layers(manifest, files_of(package.manifest))
         ]
         config = image_config(blobs)
-        image = make_image(place, manifest, config, blobs)
+        document = make_image(place, manifest, config, blobs)
         blobs.append(repository.put_blob(config, CONFIG_TYPE))
-        repository.put_manifest(digest_of(image), image)
+        repository.put_manifest(digest_of(document), document)
         for statement in statements:
-            self._put_statement(place, image, statement)
+            self._put_statement(place, document, statement)
         for blob in blobs:
             if not repository.has_blob(blob):
                 raise CorruptError(
                     f"{repository} does not have {blob.digest}, which it took; nothing shows yet: "
                     "look after the registry, then run the same command again"
                 )
-        repository.put_manifest(version_tag(place), image)
+        repository.put_manifest(version_tag(place), document)
         if not self._published(place, manifest):
             raise TransientError(f"{place} was removed while it was published; publish it again")
         return True
 
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
         try:
-            image = self.image(place).document
+            document = self.image(place).document
         except NotFoundError as error:
             raise NotFoundError(f"{self.url} has no {place}; publish it first") from error
-        return self._put_statement(place, image, statement)
+        return self._put_statement(place, document, statement)
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
         repository = self.repository(name)
         tag = move_tag(variant, hashlib.sha256(data).hexdigest())
-        document = repository.put_artifact(MOVE_TYPE, {CONTENT: data})
+        document = repository.put_artifact(registry.MOVE_TYPE, {CONTENT: data})
         if repository.manifest(tag) == document:
             return False
         repository.put_manifest(tag, document)
@@ -427,26 +344,26 @@ class WritableOciStore(OciStore):
         """See the Protocol: a tag for those who mount the image that a channel means."""
         try:
             version = check_part("version", json.loads(data)["version"])
-            image = self.image(Place(name=name, variant=variant, version=version)).document
-        except (ValueError, KeyError, TypeError, RecipeError, NotFoundError) as error:
+            document = self.image(Place(name=name, variant=variant, version=version)).document
+        except (ValueError, KeyError, TypeError, errors.RecipeError, NotFoundError) as error:
             log.warning("%s of %s gets no image tag: %s", channel, variant, error)
             return
-        self.repository(name).put_manifest(channel_tag(variant, channel, card), image)
+        self.repository(name).put_manifest(channel_tag(variant, channel, card), document)
 
     def delete_package(self, place: Place) -> int:
         """See the Protocol; the registry's own collector frees the layers, which no tag names."""
         try:
-            image = self.image(place)
+            there = self.image(place)
         except NotFoundError:
             return 0
         repository = self.repository(place.name)
         found = self.listed_statements(place, None)
-        repository.delete_manifest(digest_of(image.document))
+        repository.delete_manifest(digest_of(there.document))
         self._images.pop(place, None)
         for reference in found.values():
             if (document := repository.manifest(reference)) is not None:
                 repository.delete_manifest(digest_of(document))
-        return sum(layer.size for layer in image.layers)
+        return sum(layer.size for layer in there.layers)
 
     def now_s(self) -> float:
         """This machine's clock: a registry dates nothing."""
@@ -459,26 +376,29 @@ class WritableOciStore(OciStore):
     def _published(self, place: Place, manifest: bytes) -> bool:
         """Whether exactly this manifest has the version's tag."""
         self._images.pop(place, None)
-        try:
-            there = self.image(place).manifest
-        except NotFoundError:
-            return False
-        except CorruptError:
-            there = b""
+        there = None
+        with contextlib.suppress(CorruptError):
+            try:
+                there = self.image(place).manifest
+            except NotFoundError:
+                return False
         require_same(there, manifest, self.url, place)
         return True
 
-    def _put_statement(self, place: Place, image: bytes, statement: RawStatement) -> bool:
+    def _put_statement(self, place: Place, document: bytes, statement: RawStatement) -> bool:
         check_statement(statement)
         repository, tag = self.repository(place.name), statement_tag(place, statement.name)
-        subject = describe(image, MANIFEST_TYPE)
-        name = {NAME: statement.name}
-        document = repository.put_artifact(STATEMENT_TYPE, statement.files, name, subject)
+        made = repository.put_artifact(
+            registry.STATEMENT_TYPE,
+            statement.files,
+            subject=describe(document, image.MANIFEST_TYPE),
+            annotations={registry.NAME: statement.name},
+        )
         there = repository.manifest(tag)
         if there is None:
-            repository.put_manifest(tag, document)
+            repository.put_manifest(tag, made)
             return True
-        require_same(there, document, str(repository), f"the tag {tag}")
+        require_same(there, made, str(repository), f"the tag {tag}")
         return False
 
 
@@ -495,15 +415,14 @@ def _put_layer(
         whole.update(chunk)
     digest = f"sha256:{whole.hexdigest()}"
     blob = Descriptor(media_type=LAYER_TYPE, digest=digest, size=layer.size_bytes)
-    total = sum(one.file.size_bytes for one in layer.members if one.file.path != MANIFEST)
-    sent = 0
+    left = sum(one.file.size_bytes for one in layer.members if one.file.path != MANIFEST)
 
     def on_sent(count: int) -> None:
-        nonlocal sent
-        sent += count
+        nonlocal left
+        left -= count
         on_bytes(count)
 
     if not repository.has_blob(blob):
         repository.upload(blob, lambda: tar_of(layer, package.dir, manifest), on_sent)
-    on_bytes(total - sent)  # without what the tar adds
+    on_bytes(left)  # negative: what the tar adds to the files
     return blob
