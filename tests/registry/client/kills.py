@@ -10,12 +10,19 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
+
+_STEPS: tuple[tuple[Any, str], ...] = (
+    (http.client.HTTPConnection, "send"),
+    (http.client.HTTPConnection, "getresponse"),
+    (os, "fsync"),
+)
 
 
 @contextlib.contextmanager
 def counted_steps(last: int | None = None) -> Iterator[list[str]]:
-    """Collect what is done to servers: each piece sent, each answer waited for.
+    """Collect what is done: each piece sent to a server, each answer awaited, each fsync.
 
     Args:
         last: Before this step, from 1 on, the process kills itself.
@@ -33,9 +40,9 @@ def counted_steps(last: int | None = None) -> Iterator[list[str]]:
         return step
 
     with contextlib.ExitStack() as stack:
-        for name in ("send", "getresponse"):
-            function = counted(getattr(http.client.HTTPConnection, name))
-            stack.enter_context(mock.patch.object(http.client.HTTPConnection, name, function))
+        for owner, name in _STEPS:
+            function = counted(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, function))
         yield steps
 
 

@@ -118,7 +118,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         parts = urlsplit(self.path)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        size_bytes = int(self.headers.get("Content-Length", 0))
+        self.body = self.rfile.read(size_bytes)
+        if len(self.body) < size_bytes:  # the client has died
+            self.close_connection = True
+            return
         self.query = {
             key: values[0] for key, values in parse_qs(parts.query, keep_blank_values=True).items()
         }

@@ -1,97 +1,87 @@
-"""A publisher that dies at any step of its work shows nothing half, and the rerun completes it."""
+"""SIGKILL at seeded steps of publishing and pulling; `make test-soak` has more of them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.core.values import Package
+from pipeline.registry.client.layout import verify_layout
 from pipeline.registry.stores.publication import WritableStore
+from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
+from tests.registry.client.kills import counted_steps, killed_at, seeded_steps
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
-from tests.registry.stores.s3_server import Handler, MemoryS3
 
-STATEMENTS = [raw_statement(model_sig=b"s")]
-
-
-def publish(store: WritableStore, package: Package) -> None:
-    store.put_package(package, STATEMENTS, lambda _: None)
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Exit code of a process that does the work; 0 if it ended by itself."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+SIGNATURE = raw_statement(model_sig=b"s")
+SERVERS = [
+    pytest.param("seaweed", 3, marks=pytest.mark.services),
+    pytest.param("docker_registry", 3, marks=pytest.mark.services),
+]
 
 
-def assert_nothing_half(store: WritableStore, package: Package) -> None:
-    for place in store.places():
-        assert place == place_of(package)
-        assert [one.name for one in store.read_statements(place)] == [STATEMENTS[0].name]
-        assert len(read_back(store, package)) == 2
+def _publish(store: WritableStore, package: Package) -> None:
+    store.put_package(package, [SIGNATURE], lambda _: None)
 
 
-def assert_completed(store: WritableStore, package: Package) -> None:
-    publish(store, package)
-    assert store.places() == [place_of(package)]
-    assert_nothing_half(store, package)
+def _assert_whole(store: WritableStore, package: Package) -> None:
+    for file, data in read_back(store, package).items():
+        assert data == (package.dir / file).read_bytes()
+    assert [one.name for one in store.read_statements(place_of(package))] == [SIGNATURE.name]
 
 
-@pytest.mark.parametrize("step", range(1, 40, 3))
-def test_a_publisher_killed_at_any_step_of_a_folder_shows_nothing_half(
-    folder_store: WritableStore, tmp_path: Path, step: int
+@pytest.mark.parametrize(
+    ("kind", "few"), [("folder", 14), ("memory_s3", 8), ("memory_oci", 8), *SERVERS]
+)
+def test_a_killed_publisher_shows_nothing_half_and_the_rerun_completes(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, few: int
 ) -> None:
-    package = sealed_package(tmp_path / "package")
+    store: WritableStore = request.getfixturevalue(f"{kind}_store")
 
-    def work() -> None:
-        left, fsync = step, os.fsync
+    def made(number: int) -> Package:
+        files = {"a.plan": noise(1 << 20, number), "b.plan": b"2"}
+        return sealed_package(tmp_path / f"{number}", files)
 
-        def die(descriptor: int) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                os._exit(9)
-            fsync(descriptor)
+    _publish(store, made(0))  # begins the registry, too
+    with counted_steps() as steps:
+        _publish(store, made(1))
+    killed = 0
+    for number, step in enumerate(seeded_steps(len(steps), few)):
+        package = made(2 + number)
+        killed += killed_at(partial(_publish, store, package), step)
+        if place_of(package) in store.places():
+            _assert_whole(store, package)
+        _publish(store, package)
+        _assert_whole(store, package)
+    assert killed
 
-        os.fsync = die  # type: ignore[assignment]  # in a child of our own
-        publish(folder_store, package)
 
-    assert in_child(work) in {0, 9}
-    assert_nothing_half(folder_store, package)
-    assert_completed(folder_store, package)
-
-
-@pytest.mark.parametrize("step", range(1, 22))
-def test_a_publisher_killed_before_any_request_to_s3_shows_nothing_half(
-    memory_s3_store: WritableStore, memory_s3: MemoryS3, tmp_path: Path, step: int
+@pytest.mark.parametrize(("kind", "few"), SERVERS)
+def test_a_killed_puller_leaves_nothing_half_and_the_rerun_completes(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    few: int,
 ) -> None:
-    package = sealed_package(tmp_path / "package")
-    seen: list[str] = []
-
-    def count(handler: Handler) -> bool:
-        seen.append(handler.path)
-        if len(seen) == step:
-            handler.reset()
-            os.kill(int(pid.read_text()), 9)
-            return True
-        return False
-
-    pid = tmp_path / "pid"
-
-    def work() -> None:
-        pid.write_text(str(os.getpid()))
-        publish(memory_s3_store, package)
-
-    for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
-        memory_s3.fail(method, "", count, times=99)
-    assert in_child(work) in {0, -9}
-    memory_s3.heal()
-    assert_nothing_half(memory_s3_store, package)
-    assert_completed(memory_s3_store, package)
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "home").mkdir()
+    shop = Shop(store=request.getfixturevalue(f"{kind}_store"), home=tmp_path / "home")
+    wanted = {f"shard-{number}": noise(12 * CHUNK_BYTES + number, number) for number in range(2)}
+    reference = shop.publish(wanted)
+    shop.pull()  # remembers statements, too
+    shutil.rmtree(shop.to.parent)
+    with counted_steps() as steps:
+        shop.pull()
+    killed = 0
+    for step in seeded_steps(len(steps), few):
+        shutil.rmtree(shop.to.parent)
+        killed += killed_at(shop.pull, step)
+        if shop.to.exists():
+            assert verify_layout(shop.to).digest == reference.digest
+        shop.pull()
+        assert engine_files(shop.to) == wanted
+        assert shop.left() == ["tiny"]
+    assert killed

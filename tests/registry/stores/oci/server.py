@@ -131,7 +131,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # a body may be unread
             return
         self.failing = False
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        size_bytes = int(self.headers.get("Content-Length", 0))
+        self.body = self.rfile.read(size_bytes)
+        if len(self.body) < size_bytes:  # the client has died
+            self.close_connection = True
+            return
         parts = urlsplit(self.path)
         if parts.path == "/token":
             self._token(parse_qs(parts.query))
