@@ -29,26 +29,14 @@ from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.judge import judge, judge_physics
 from pipeline.acceptance.measure import conditions_json
 from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.acceptance.speed import (
-    ENGINE,
-    SpeedSample,
-    measure_speed,
-    spread_findings,
-    summarize,
-)
+from pipeline.acceptance.speed import ENGINE, SpeedSample, measure_speed, spread_findings, summarize
 from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
 from pipeline.core.data import cache_root, shipped
-from pipeline.core.errors import (
-    ConflictError,
-    Fault,
-    IncompatibleError,
-    PipelineError,
-    RecipeError,
-)
+from pipeline.core.errors import ConflictError, Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
 from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec

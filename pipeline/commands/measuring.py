@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.answer import Answer, answer_of, answering
-from pipeline.commands.arguments import (
-    ARTIFACTS,
-    ConfigDir,
-    Overrides,
-    Policy,
-    Recipe,
-    Registry,
-)
+from pipeline.commands.arguments import ARTIFACTS, ConfigDir, Overrides, Policy, Recipe, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

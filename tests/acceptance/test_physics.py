@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.judge import (
-    PhysicsLimits,
-    ceiling_share,
-    judge_physics,
-    run_ceiling,
-)
+from pipeline.acceptance.judge import PhysicsLimits, ceiling_share, judge_physics, run_ceiling
 from pipeline.plan.ceilings import Roofline
 
 LINE = Roofline(

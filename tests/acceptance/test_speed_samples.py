@@ -14,12 +14,7 @@ import pytest
 
 from pipeline.acceptance import speed
 from pipeline.acceptance.card import Reading, Samples
-from pipeline.acceptance.speed import (
-    SpeedSample,
-    latency_percentiles,
-    spread_findings,
-    summarize,
-)
+from pipeline.acceptance.speed import SpeedSample, latency_percentiles, spread_findings, summarize
 from pipeline.core.errors import PipelineError
 from pipeline.runners.session import BatchOptions, Generation, RequestTiming
 from pipeline.runners.workload import Workload
