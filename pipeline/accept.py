@@ -123,11 +123,7 @@ def publisher_of(request: AcceptRequest, target: Target, run: str) -> Publisher 
 
 
 def this_card() -> Target:
-    """What is known of the card in this machine.
-
-    Raises:
-        IncompatibleError: There is none, or nothing is known of it.
-    """
+    """What is known of the card in this machine; refused without one, or where nothing is."""
     found = read_conditions()
     if found is None:
         raise IncompatibleError(
@@ -144,11 +140,7 @@ def this_card() -> Target:
 
 
 def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
-    """The package's recipe, for this card and for what runs its format there.
-
-    Raises:
-        RecipeError: There is no such recipe, or it has faults.
-    """
+    """The package's recipe, for this card and for what runs its format there."""
     folders, name = config_folders(request.config_dir), str(package.manifest["name"])
     if request.recipe is None and name not in folders.recipe_names():
         known = ", ".join(folders.recipe_names())

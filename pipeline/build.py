@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.acceptance.acceptance import Subject
-from pipeline.acceptance.measure import measure
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
@@ -188,6 +187,8 @@ def run_acceptance(
     publisher: Publisher | None,
 ) -> tuple[Verdict, dict[str, Path]]:
     """The verdict on a package, and the files of the report in `run_dir` by their names."""
+    from pipeline.acceptance.measure import measure  # which imports torch
+
     report, verdict = measure(recipe.acceptance, subject, cache)
     files = write_report(
         report,

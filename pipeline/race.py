@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.judge import judge, judge_physics
 from pipeline.acceptance.measure import conditions_json
@@ -354,8 +356,6 @@ def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict
 
 def median_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Ends of the 95 % bootstrap interval of the median; None of fewer than `MIN_ROUNDS`."""
-    import numpy as np
-
     if len(values) < MIN_ROUNDS:
         return None, None
     rng = np.random.default_rng(_SEED)

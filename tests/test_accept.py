@@ -80,12 +80,6 @@ def test_result_for_another_card_is_added_and_the_package_is_not_touched(
     assert set(files) == {"report.json", "report.html", "junit.xml", ENVELOPE}
 
 
-def test_same_question_asked_again_is_another_statement(place: Workplace, tmp_path: Path) -> None:
-    for _ in range(2):
-        assert accept(request(place), tmp_path / "run").exit_code is ExitCode.OK
-    assert sum(report["card"] == L4 for report in results(place).values()) == 2
-
-
 def test_missed_limit_is_exit_3_and_is_on_record(place: Workplace, tmp_path: Path) -> None:
     strict = (*KEYS, "acceptance.max_mean_kl_nats=1e-9")
     outcome = accept(request(place, overrides=strict), tmp_path / "run")

@@ -212,13 +212,6 @@ def test_two_builds_at_once_end_with_one_package(built: Workplace, tmp_path: Pat
     assert place.leftovers() == []
 
 
-def test_generate_answers_from_the_cpu_graph_and_says_so(built: Workplace) -> None:
-    done = built.run("generate", "tiny:candidate", "hello", "--max-tokens", "6")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert "CPU" in done.stderr
-
-
 def test_model_too_slow_for_the_time_limit_is_compiled_with_its_cut_checked(
     unpublished: Workplace,
 ) -> None:

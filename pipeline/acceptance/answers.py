@@ -21,9 +21,13 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.acceptance.acceptance import Acceptance, Subject
 from pipeline.acceptance.chat import Answer, ChatProbe, chat_findings
@@ -46,15 +50,12 @@ from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.stage import CPU_CUT, cut_layers
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
+from pipeline.quant.simulate import Accumulation, load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.session import Session
+from pipeline.runners.transformers import TransformersSession
 from pipeline.sources.text.corpus import pack_windows
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pipeline.quant.simulate import Accumulation
 
 log = logging.getLogger(__name__)
 
@@ -116,22 +117,19 @@ class Source:
         self._opener = opener
         self._key = {"weights": weights.digest, "runtime": runtime, "tools": _tools()}
         self._stack = ExitStack()
-        self._opened: Session | None = None
 
     def __enter__(self) -> Source:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._opened = None
+        self.__dict__.pop("session", None)
         self._stack.close()
         _give_back_memory()
 
-    @property
+    @cached_property
     def session(self) -> Session:
         """The loaded model."""
-        if self._opened is None:
-            self._opened = self._stack.enter_context(self._opener())
-        return self._opened
+        return self._stack.enter_context(self._opener())
 
     def figures(self, windows: NDArray[np.int64]) -> SourceFigures:
         """What it says about every window."""
@@ -232,9 +230,6 @@ def reference_of(
     """
 
     def write(out: Path) -> None:
-        from pipeline.quant.simulate import load_simulation
-        from pipeline.runners.transformers import TransformersSession
-
         def simulated(accumulate: Accumulation) -> TransformersSession:
             model = load_simulation(checkpoint_dir, context=context, accumulate=accumulate)
             return TransformersSession(model)
@@ -364,12 +359,6 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     Raises:
         CorruptError: They disagree by more.
     """
-    import numpy as np
-
-    from pipeline.quant.simulate import load_simulation
-    from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
-    from pipeline.runners.transformers import TransformersSession
-
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)
     tokens = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, _TOKENS).tolist()

@@ -17,7 +17,6 @@ from annotated_types import MinLen
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.quality import BOOTSTRAP_DRAWS
 from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.settings import STRICT, Listed, PathField
 from pipeline.core.values import Finding
@@ -88,6 +87,7 @@ def run_harness(
     import lm_eval
 
     from pipeline.acceptance.harness_model import SessionModel
+    from pipeline.acceptance.quality import BOOTSTRAP_DRAWS
     from pipeline.model.hf import quiet
 
     # Read by lm_eval.api.metrics.bootstrap_stderr, 0.4.13: else that forks this process, whose

@@ -1,6 +1,7 @@
 """Quality on held-out text: perplexity, KL divergence to the source, top-1 agreement.
 
-All three come from the logits of full windows, position by position.
+All three come from the logits of full windows, position by position. Imports torch: only where
+something is measured.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.progress import progress
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 KEPT_TOKENS = 4096
 """Most likely tokens of a position whose log-probabilities are kept; all others are one class. The
@@ -65,20 +66,16 @@ Figures = TypeVar("Figures", SourceFigures, EngineFigures)
 
 def save_figures(figures: SourceFigures | EngineFigures, folder: Path, prefix: str = "") -> None:
     """Write each array into a file whose name starts with `prefix`."""
-    import numpy as np
-
     for each in fields(figures):
         np.save(folder / f"{prefix}{each.name}.npy", getattr(figures, each.name))
 
 
 def load_figures(kind: type[Figures], folder: Path, prefix: str = "") -> Figures:
     """What `save_figures` wrote."""
-    import numpy as np
-
     return kind(**{one.name: np.load(folder / f"{prefix}{one.name}.npy") for one in fields(kind)})
 
 
-Logits = Callable[[list[int]], "NDArray[np.float32]"]
+Logits = Callable[[list[int]], NDArray[np.float32]]
 """Token ids of a window -> logits [N, V]."""
 
 
@@ -116,7 +113,7 @@ def figures_against(
     return _figures(logits_of, windows, what, sources, keep=False)[1]
 
 
-Row = dict[str, "NDArray[Any]"]
+Row = dict[str, NDArray[Any]]
 """One window of `SourceFigures` or `EngineFigures`, by its fields."""
 
 
@@ -145,8 +142,6 @@ def _figures(
 
 
 def _stacked(kind: type[Figures], rows: Sequence[Row]) -> Figures:
-    import numpy as np
-
     return kind(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 
@@ -154,8 +149,6 @@ def _log_probabilities(
     logits_of: Logits, windows: NDArray[np.int64], what: str
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Index of each window, and its log-probabilities [N - 1, V]."""
-    import numpy as np
-
     with progress(what, len(windows), "windows") as done:
         for index, window in enumerate(windows):
             raw = logits_of(window.tolist())[:-1]
@@ -170,9 +163,6 @@ def _log_probabilities(
 
 def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> Row:
     """One window of `SourceFigures`, of log-probabilities [N - 1, V]."""
-    import numpy as np
-    import torch
-
     vocab_size = values.shape[-1]
     best = torch.from_numpy(values).topk(min(KEPT_TOKENS, vocab_size), dim=-1)
     ids = best.indices.numpy()
@@ -191,8 +181,6 @@ def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
 
     No less than `_LEAST_REST`: below it the difference to one is rounding of float32.
     """
-    import numpy as np
-
     others = 1.0 - np.exp(kept.astype(np.float64)).sum(axis=-1)
     rest: NDArray[np.float32] = np.log(np.maximum(others, _LEAST_REST)).astype(np.float32)
     return rest
@@ -206,8 +194,6 @@ def divergence(
     The source's most likely tokens, and one class for the others; `values`: log-probabilities
     [N - 1, V] of the other.
     """
-    import numpy as np
-
     ids = source.ids[index].astype(np.int64)
     first, second = source.logprobs[index].astype(np.float32), np.take_along_axis(values, ids, -1)
     result: NDArray[np.float32] = (np.exp(first) * (first - second)).sum(axis=-1)
@@ -218,16 +204,12 @@ def divergence(
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probabilities over the last axis."""
-    import torch
-
     result: NDArray[np.float32] = torch.from_numpy(logits).float().log_softmax(dim=-1).numpy()
     return result
 
 
 def next_token_nll(logprobs: NDArray[np.float32], window: NDArray[np.int64]) -> NDArray[np.float32]:
     """Negative log-probability of the token that follows each position [N - 1]."""
-    import numpy as np
-
     result: NDArray[np.float32] = -logprobs[np.arange(len(window) - 1), window[1:]]
     return result
 
@@ -265,8 +247,6 @@ def _interval(
     per_window: NDArray[Any], transform: Callable[[float], float], seed: int
 ) -> dict[str, float]:
     """Value and 95 % percentile interval of `transform(mean over windows)`."""
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(per_window), (BOOTSTRAP_DRAWS, len(per_window)))
     means = [transform(float(mean)) for mean in per_window[rows].mean(axis=1)]

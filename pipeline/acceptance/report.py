@@ -52,8 +52,8 @@ class About(TypedDict, total=False):
     """What a page can have beside the report.
 
     Attributes:
-        manifest: The package's manifest; without it the page has the digest only.
-        reference: Of the package, such as `smollm2/any-checkpoint-fp8:1.0-…`.
+        manifest: The package's; without it the page has the digest only.
+        reference: Of the package.
         plan: `Plan.to_json`, for targets and ceilings.
         limits: What quality may lose, to be shown beside the figures.
         signed_by: Who signs it, and when; the page is written just before.

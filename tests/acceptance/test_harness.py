@@ -37,44 +37,33 @@ QUESTIONS = [
     {"question": "Numbers such as", "choices": ["digits", "1", "large", "into 23"], "answer": 1},
     {"question": "It writes every", "choices": [" token", " engine"], "answer": 0},
 ]
+COMMON = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+metadata: {{version: 1.0}}
+"""
 TASKS = {
     "tiny_choice": """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_target: answer
 doc_to_choice: "{{choices}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-metadata: {version: 1.0}
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
     "tiny_answer": """
-task: tiny_answer
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[answer]}}"
 generation_kwargs: {until: ["STOP"], max_gen_toks: 8, do_sample: false}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-metadata: {version: 1.0}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
     "tiny_text": """
-task: tiny_text
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
-metric_list:
-  - {metric: word_perplexity}
-metadata: {version: 1.0}
+metric_list: [{metric: word_perplexity}]
 """,
 }
 EVERY = HarnessSettings(tasks=("tiny_choice", "tiny_answer", "tiny_text"))
@@ -91,7 +80,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / "data.jsonl"
     data.write_text("".join(f"{json.dumps(question)}\n" for question in QUESTIONS))
     for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+        (folder / f"{name}.yaml").write_text(COMMON.format(name=name, data=data) + text)
     return folder
 
 

@@ -61,11 +61,6 @@ def test_long_memory_bound_decode_has_the_plans_ceiling(batch: int) -> None:
     assert ceiling(load(batch=batch, osl=1024)) == pytest.approx(planned, rel=0.002)
 
 
-def test_compute_bound_batch_counts_its_prefill() -> None:
-    big = load(batch=1024, isl=1024, osl=16)
-    assert ceiling(big) < LINE.decode_tokens_per_s(1024, LINE.mean_context(1024, 16)) / 2
-
-
 def test_rate_at_the_ceiling_passes_and_the_next_one_is_anomalous() -> None:
     most = ceiling(load())
     assert kinds(most) == []
@@ -93,16 +88,6 @@ def test_weights_in_the_l2_cache_are_credited() -> None:
     assert most > 1.2 * ceiling(load())
     assert kinds(most, limits) == []
     assert kinds(math.nextafter(most, math.inf), limits) == ["anomalous"]
-
-
-def test_toy_model_that_lives_in_the_l2_cache_is_bounded_by_compute_alone() -> None:
-    toy = replace(LINE, step_weight_bytes=10_000_000, kv_bytes_per_token=0)
-    limits = replace(LIMITS, l2_cache_bytes=72_000_000)
-    seconds = (128 + 255) * 2.0e-5 + 256 * 1.0e-6
-    most = 256 / seconds
-    assert list(judge_physics([load(most)], toy, limits=limits)) == []
-    (finding,) = judge_physics([load(1.001 * most)], toy, limits=limits)
-    assert finding.kind == "anomalous"
 
 
 def test_share_at_the_limit_passes_and_the_next_one_below_is_a_note() -> None:
