@@ -354,7 +354,7 @@ def load(opener: str, **arguments: Any) -> SessionModel:
 
 
 class SessionModel:
-    """`pipeline.runners.children.main.Model` on a `pipeline.runners.session.Session`."""
+    """A model for `pipeline.runners.children.main` on a `pipeline.runners.session.Session`."""
 
     def __init__(self, opened: AbstractContextManager[Any]) -> None:
         self._opened = opened

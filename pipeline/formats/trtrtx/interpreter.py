@@ -302,7 +302,7 @@ class NetworkInterpreter:
             _check_known(layer)
         self._inputs = [network.get_input(i).name for i in range(network.num_inputs)]
         self._outputs = [network.get_output(i).name for i in range(network.num_outputs)]
-        self.constants = {layer.name: layer for layer in layers if layer.kind == "CONSTANT"}
+        self.constants = {str(one.layer.name): one for one in layers if one.kind == "CONSTANT"}
         self.quantized = {layer.inputs[0].name for layer in layers if layer.kind == "QUANTIZE"}
         self._fixed: dict[str, Array] = {}
         self._layers = []

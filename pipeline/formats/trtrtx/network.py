@@ -28,9 +28,8 @@ import ctypes
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.core.errors import PipelineError
 
@@ -55,40 +54,27 @@ NUMPY_NAMES: Mapping[str, str] = {
 our decoder graph (dumped 2026-11-24)."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer: its kind (`LayerType` name) and the layer with its attributes readable.
+class Layer(NamedTuple):
+    """One layer, its attributes readable; a tensor that is absent is None.
 
-    The kind is kept apart because some classes hide `ILayer.type` behind an attribute of their own.
+    Its kind (`LayerType` name) is kept apart because some classes hide `ILayer.type`.
     """
 
     kind: str
     layer: Any
-
-    @property
-    def name(self) -> str:
-        return str(self.layer.name)
-
-    @property
-    def inputs(self) -> list[Any]:
-        """Input tensors; None where an optional one is absent."""
-        return [self.layer.get_input(i) for i in range(self.layer.num_inputs)]
-
-    @property
-    def outputs(self) -> list[Any]:
-        return [self.layer.get_output(i) for i in range(self.layer.num_outputs)]
+    inputs: list[Any]
+    outputs: list[Any]
 
     def __str__(self) -> str:
-        return f"{self.kind} layer {self.name!r}"
+        return f"{self.kind} layer {str(self.layer.name)!r}"
 
 
-@dataclass(frozen=True)
-class ParsedNetwork:
+class ParsedNetwork(NamedTuple):
     """A network, its builder, and what must outlive both: weights lie in the parser's memory."""
 
     network: Any
     builder: Any
-    _owners: tuple[Any, ...]
+    owners: tuple[Any, ...]
 
 
 def parse_network(path: Path) -> ParsedNetwork:
@@ -122,7 +108,8 @@ def layers_of(network: Any) -> Iterator[Layer]:
         kind = layer.type.name
         if name := classes.get(f"i{kind.replace('_', '').lower()}layer"):
             layer.__class__ = getattr(trt, name)
-        yield Layer(kind, layer)
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        yield Layer(kind, layer, inputs, [layer.get_output(i) for i in range(layer.num_outputs)])
 
 
 _WEIGHTS_TYPE_NAME = b"N8nvinfer17WeightsE"
@@ -254,11 +241,11 @@ def guard_network(network: Any, graph: Path) -> Mapping[str, int]:
 
 def _check_shapes(what: str, tensors: list[Any], wanted: Shapes) -> None:
     got = {one.name: tuple(one.shape) for one in tensors}
-    faults = [f"{name} is missing" for name in wanted if name not in got]
-    faults += [f"{name} is not part of the decoder" for name in got if name not in wanted]
-    for name in got.keys() & wanted.keys():
-        if got[name] != wanted[name]:
-            faults.append(f"{name} is {got[name]}, wanted {wanted[name]}")
+    faults = [
+        f"{name} is {got.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
+        for name in sorted({*got, *wanted})
+        if got.get(name) != wanted.get(name)
+    ]
     if faults:
         raise CheckError(
             f"the network's {what} differ from the decoder's interface: {'; '.join(faults)}; "

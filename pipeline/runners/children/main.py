@@ -10,16 +10,21 @@ Frames go both ways, from the caller on standard input and to it on standard out
 
     {"kind": "load", "model": FILE, "paths": [...], "arguments": {...}}
 
-`paths` go to the front of `sys.path`, then FILE is imported, and its `load(**arguments)` gives the
-`Model`. `ready` answers it. Requests and answers, one for each:
+`paths` go to the front of `sys.path`, then FILE is imported, and its `load(**arguments)` gives a
+model, which `ready` answers. It has a method for each kind of request, with these arguments, and
+`context`, the most tokens of one request, or None. Requests and answers, one for each:
 
     {"kind": "logits", "tokens": [...]}                            result with an array
-    {"kind": "generate", "prompts": [...], "osl": n, "options": …} result, see `Model.generate`
+    {"kind": "generate", "prompts": [...], "osl": n, "options": …} result with the method's keys
     {"kind": "stream", "prompt": [...], "max_new_tokens": n, "eos_token_ids": [...]}
                                                                    `token` for each, then result
-    {"kind": "clear_cache"}                                        result
-    {"kind": "cancel"}    ends a stream early; without one it is ignored
-    {"kind": "end"}       ends the process
+    {"kind": "clear_cache"}   result, of a model that has one
+    {"kind": "cancel"}        ends a stream early; without one it is ignored
+    {"kind": "end"}           ends the process, after the model's `close` if it has one
+
+Logits, or log-probabilities, are float32 [tokens, vocab]. `generate` gives `tokens` (a list for
+each request), `ttft_s`, `total_s`, and `requests` if known; `options` are the fields of
+`pipeline.runners.session.BatchOptions`. One of `eos_token_ids` ends a stream and is not in it.
 
 A fault is {"kind": "error", "code": CLASS, "message": …} in place of a result; CLASS is one of
 `CODES`. What libraries print goes to standard error. When standard input ends without `end`, the
@@ -39,12 +44,13 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 Message = dict[str, Any]
 Array = Any
 """As much of a NumPy array as a frame needs: `dtype`, `shape`, `tobytes()`."""
+Model = Any
+"""What a file gives that no type checker sees with this one; the module's docstring has it."""
 
 MAGIC = b"\x00ESF"
 HEADER = struct.Struct(">4sIQ")
@@ -58,34 +64,6 @@ CODES = (
 )
 """Names of the classes in `pipeline.core.errors` that an error keeps on its way to the caller; the
 last is that of all other errors. PyTorch's own class for a full card is called so too."""
-
-
-class Model(Protocol):
-    """A loaded model. It may also have `clear_cache()`, and `close()` for the end."""
-
-    @property
-    def context(self) -> int | None:
-        """Most tokens of one request, prompt and answer together; None if not known."""
-        ...
-
-    def logits(self, tokens: Sequence[int]) -> Array:
-        """Logits or log-probabilities of every position, float32 [tokens, vocab]."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], osl: int, options: Mapping[str, Any] | None
-    ) -> Message:
-        """Keys `tokens` (a list for each request), `ttft_s`, `total_s`; `requests` if known.
-
-        `options` are the fields of `pipeline.runners.session.BatchOptions`.
-        """
-        ...
-
-    def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]
-    ) -> Generator[int, None, None]:
-        """Tokens as they come; one of `eos_token_ids` ends them and is not among them."""
-        ...
 
 
 def pack(message: Message, array: Array = None) -> bytes:
@@ -176,8 +154,7 @@ def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message
     if kind == "generate":
         return model.generate(request["prompts"], request["osl"], request["options"]), None
     if kind == "clear_cache":
-        clearing: Any = model  # the caller asks models only that have one
-        clearing.clear_cache()
+        model.clear_cache()
         return {}, None
     tokens = model.stream(request["prompt"], request["max_new_tokens"], request["eos_token_ids"])
     for token in tokens:

@@ -5,6 +5,7 @@ Standard library beside `vllm` and NumPy. Names and signatures are those of vLLM
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -31,8 +32,7 @@ class VllmModel:
         self.context: int | None = parsed.max_model_len or None
         self._sampling = SamplingParams
         self._llm = LLM.from_engine_args(parsed)
-        self._streams = 0
-        self._served = 0
+        self._numbers = itertools.count()
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Log-probabilities [tokens, vocab].
@@ -98,21 +98,19 @@ class VllmModel:
         engine = self._llm.llm_engine
         for one in params:
             one.output_kind = RequestOutputKind.FINAL_ONLY
-        self._served += 1
+        number = next(self._numbers)
         waiting = deque(range(len(batch)))
         names: dict[str, tuple[int, str]] = {}  # those that run: their place, and vLLM's own name
         outputs: dict[int, Any] = {}
         began = time.time()
         try:
             while waiting or names:
-                while (
-                    waiting
-                    and len(names) < at_once
-                    and time.time() >= began + arrivals_s[waiting[0]]
-                ):
-                    place = waiting.popleft()
-                    name = f"serve-{self._served}-{place}"
+                while waiting and len(names) < at_once:
+                    place, name = waiting[0], f"serve-{number}-{waiting[0]}"
                     arrived = began + arrivals_s[place]
+                    if time.time() < arrived:
+                        break
+                    waiting.popleft()
                     own = engine.add_request(name, batch[place], params[place], arrived)
                     names[name] = (place, own)
                 if not names:
@@ -135,8 +133,7 @@ class VllmModel:
         params = self._params(
             max_new_tokens, stop_token_ids=ends, output_kind=RequestOutputKind.DELTA
         )
-        self._streams += 1
-        name = engine.add_request(f"stream-{self._streams}", _prompt(prompt), params)
+        name = engine.add_request(f"stream-{next(self._numbers)}", _prompt(prompt), params)
         try:
             while not ended:
                 for output in engine.step():
