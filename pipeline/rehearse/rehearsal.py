@@ -50,15 +50,12 @@ _WORDS = {"good": "done", "stopped": "as far as this machine goes", "failed": "F
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """How far one format went.
+    """How far one format (name of the compiler) went.
 
     Attributes:
-        format: Name of the compiler.
         state: `good`: all of it; `stopped`: everything that can be checked here; `failed`.
         reached: The last thing that was done, for people.
         detail: The verdict, why it stopped, or the error.
-        exit_code: 0 for good and stopped.
-        seconds: Wall clock.
     """
 
     format: str
@@ -86,13 +83,8 @@ def run_rehearsal(
         recipe: Its name.
         overrides: In Hydra's grammar; one that chooses a compiler rehearses that one only.
         full_size: Keep the real shape and sizes; only the weights are random.
-        keep: Folder for what is made; None throws it away.
+        keep: Folder for what is made, which must be empty; None throws it away.
         config_dir: Folder with the user's recipes.
-
-    Raises:
-        RecipeError: The recipe is wrong.
-        IncompatibleError: Packages that building needs are not installed.
-        ConflictError: `keep` exists and is not empty.
     """
     started = time.perf_counter()
     composed = compose(recipe, overrides, config_folders(config_dir))

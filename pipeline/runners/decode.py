@@ -34,15 +34,10 @@ class BoundDecoder(Protocol):
     """Static length of the cache, tokens."""
 
     def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
-        """Run one step.
+        """Run one step; gives logits [batch, n, vocab], valid until the next step.
 
-        Args:
-            ids: [batch, sequence].
-            write_indices: [batch], tokens that each row's cache already holds.
-            logits_index: [batch, n], positions inside this step whose logits are wanted.
-
-        Returns:
-            Logits [batch, n, vocab]; valid until the next step.
+        `ids` are [batch, sequence]; `write_indices` [batch], tokens that each row's cache already
+        holds; `logits_index` [batch, n], positions inside this step whose logits are wanted.
         """
         ...
 
@@ -154,10 +149,8 @@ class Rows:
 class DecoderSession:
     """`pipeline.runners.session.Session` on a decoder graph, whatever executes it.
 
-    Args:
-        bind: Makes a decoder with a cache for so many rows.
-        context: Static length of the cache, tokens.
-        logits_per_step: Most positions of a step whose logits can be had.
+    `bind` makes a decoder with a cache for so many rows; `logits_per_step` is how many positions of
+    a step can have logits.
     """
 
     def __init__(

@@ -71,15 +71,9 @@ def tokenized(
     vocab_size: int | None,
     tokenizer: Any,
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of prompts of `path`, held against the workload.
+    """Token ids of prompts of `read_prompts`, held against the workload.
 
-    Args:
-        prompts: Of `read_prompts`.
-        path: Their file.
-        config_path: Of the setting that names it.
-        isl: Longest prompt allowed, tokens.
-        vocab_size: Ids must be below it; None to leave that unchecked.
-        tokenizer: For text; None where it is not there yet: text is skipped.
+    Ids must be below `vocab_size`, unless it is None. Without a tokenizer text is skipped.
 
     Raises:
         RecipeError: With all prompts that are too long, empty, or not of the vocabulary.

@@ -59,7 +59,6 @@ class CudaDevice:
 
     @property
     def stream(self) -> int:
-        """Handle of the stream, for `IExecutionContext.execute_async_v3`."""
         return int(self._stream.cuda_stream)
 
     def zeros(self, count: int, dtype: str) -> torch.Tensor:
@@ -86,8 +85,7 @@ class CudaDevice:
 class StepContext:
     """One execution context on one optimization profile; sets only what changed.
 
-    Attributes:
-        batch: Fewest and most rows of a step; `sequence` tokens, `logits` positions of a row.
+    `batch`, `sequence` and `logits` are the fewest and most of a step.
     """
 
     def __init__(self, engine: Any, index: int, context: Any, device: CudaDevice) -> None:
@@ -140,17 +138,8 @@ class RtxEngine:
     """A loaded engine with one execution context for each profile; `RtxDecoder` gives it a cache.
 
     Its kernels come as source and are compiled while it is loaded; the file `runtime_cache` keeps
-    them for the next load.
-
-    Attributes:
-        caches: Cache tensors without their `past_` and `present_`.
-        cache_shape: Key-value heads, static length in tokens, head size.
-        cache_dtype: In NumPy's words.
-        vocab_size: Columns of the logits.
-        row_bytes: Of one cache tensor.
-        max_batch: Rows of the largest decode step.
-        logits_per_step: Most positions of a step whose logits can be had.
-        contexts: In the order of the engine's profiles; decode comes first.
+    them for the next load. `cache_shape` is key-value heads, tokens, head size; `row_bytes` of one
+    cache tensor; `contexts` are in the order of the profiles, decode first.
 
     Raises:
         IncompatibleError: It is not for this card or this version of TensorRT-RTX.
@@ -179,11 +168,7 @@ class RtxEngine:
         self.logits_per_step = max(min(one.sequence[1], one.logits[1]) for one in self.contexts)
 
     def context_for(self, sequence: int, logits: int) -> StepContext:
-        """The context of the first profile that computes such a step.
-
-        Raises:
-            RecipeError: None does.
-        """
+        """The first context that computes such a step."""
         for context in self.contexts:
             if context.takes(sequence, logits):
                 return context

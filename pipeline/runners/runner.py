@@ -84,13 +84,10 @@ class BenchRun:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What a runtime's own tool measured.
+    """What a runtime's own tool measured, one run for each repeat.
 
-    Attributes:
-        runs: One for each repeat.
-        tool: Name, version and mode of the tool.
-        requests: Requests of one run.
-        percentiles: Name -> `p50`, `p90`, `p99` over the requests of the last run, milliseconds.
+    `tool` is name, version and mode; `requests` are of one run; `percentiles` name -> `p50`, `p90`,
+    `p99` over the requests of the last run, milliseconds.
     """
 
     runs: tuple[BenchRun, ...]
@@ -103,12 +100,8 @@ class BenchResult:
 class BenchTask:
     """One workload for a runtime's own tool, of those that `abilities` allow.
 
-    Attributes:
-        checkpoint_dir: The unified checkpoint that it was made from, for the model's config.
-        workload: The load.
-        repeats: Runs of the tool.
-        seed: Of the prompts.
-        log_path: Gets its output.
+    `checkpoint_dir` is the unified checkpoint that the engine was made from; `repeats` are runs of
+    the tool.
     """
 
     checkpoint_dir: Path

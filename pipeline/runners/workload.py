@@ -78,27 +78,20 @@ class Workload:
     """Prompts of up to `isl` tokens and `osl` new ones each, `batch` of them at once.
 
     Attributes:
-        name: Name in the report.
         batch: Requests at once: those that start together. With `request_rate` the most at once
             (vLLM's benchmark calls that max concurrency): one that arrives when so many run waits,
             and its waiting counts. It is what the card's memory must hold in both.
-        isl: Input sequence length, tokens: of every prompt, or of the longest where
-            `isl_distribution` or `prompts_file` make them differ.
-        osl: Output sequence length, tokens: of every request, or the most where `osl_distribution`
-            or `ignore_eos: false` make them differ.
+        isl: Tokens of every prompt, or of the longest where they differ.
+        osl: Output tokens of every request, or the most where they differ.
         min_output_tokens_per_s: Wanted rate of the whole batch; None to measure only.
         min_share_of_ceiling: The same as a share of what the card allows at this workload, by the
             plan: 0.65 stays right when the model or the card changes.
         requests: Requests of one run; None for one batch. Without `request_rate` a multiple of
-            `batch`, in waves: the next batch starts when the last request of the one before has
-            ended.
+            `batch`, in waves: the next starts when the last request of the one before has ended.
         request_rate: Requests that arrive a second, of a Poisson process; None for batches that
             start together. The first comes at 0, the last at (requests - 1) / request_rate.
-        isl_distribution: Lengths of synthetic prompts; None for `isl` tokens each.
-        osl_distribution: Output tokens of each request; None for `osl` each.
-        ignore_eos: Whether every request generates all its output tokens. If not, an answer ends
-            at any end-of-sequence id of the model, which counts as a token; for prompts that mean
-            something, since synthetic ones end anywhere or nowhere.
+        ignore_eos: Whether every request generates all its output tokens. If not, any
+            end-of-sequence id ends an answer, as its last token; for prompts that mean something.
         prompts_file: JSON lines (`pipeline.runners.prompts`), of which the first `requests`
             are taken; None for synthetic token ids.
         seed: Of synthetic prompts, drawn lengths and arrivals; None for the acceptance's.

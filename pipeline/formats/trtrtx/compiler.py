@@ -90,12 +90,6 @@ class Profile:
 def compile_graph(graph: Path, plan: Path, sm: int, profiles: Sequence[Profile]) -> None:
     """Parse an ONNX file, guard, compile for one SM, write the plan.
 
-    Args:
-        graph: The file, weights beside it.
-        plan: Where the engine is written.
-        sm: Compute capability; the engine runs on this one only.
-        profiles: In the order in which a runtime selects them.
-
     Raises:
         CheckError: The parsed network is not the graph that was written.
         RuntimeError: The compiler refused; its messages are on stderr.
@@ -150,11 +144,7 @@ def _writer(stream: BinaryIO) -> Any:
 
 
 def run_child(job: str, arguments: Mapping[str, Any], *, stage: str, log_path: Path) -> None:
-    """Run a function of `main` in a child process.
-
-    Raises:
-        ToolError: It failed; the message has the last lines of the log.
-    """
+    """Run a function of `main` in a child process; a `ToolError` has the last lines of its log."""
     command = [sys.executable, "-m", "pipeline.formats.trtrtx.compiler", job]
     text = json.dumps(arguments, default=str)
     run_tool([*command, text], stage=stage, log_path=log_path)

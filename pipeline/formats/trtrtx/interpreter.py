@@ -286,11 +286,8 @@ def _attention_output(layer: Layer, x: Array) -> Array:
 class NetworkInterpreter:
     """A network whose layers are known and sorted; what depends on constants only is computed.
 
-    What owns the network's weights must stay alive while it is made and its constants are read.
-
-    Attributes:
-        constants: The CONSTANT layers by name: that of the ONNX initializer where there is one.
-        quantized: Names of the tensors that QUANTIZE layers read.
+    What owns its weights must stay alive meanwhile. `constants` are the CONSTANT layers by name:
+    that of the ONNX initializer where there is one; `quantized` the tensors that QUANTIZE layers read.
 
     Raises:
         CheckError: A layer kind or attribute that is not known.

@@ -4,22 +4,15 @@ No GPU is here to notice a wrong engine, and a parser may drop what it does not 
 word: TensorRT-RTX 1.7.1 parses an Attention node with `nonpad_kv_seqlen` and `is_causal=1` into a
 layer without mask and lengths whose causal kind is UPPER_LEFT, which would build, and attend to the
 wrong keys in every decode step. So the *parsed* `INetworkDefinition`, the last thing before the
-compiler that can still be read, is checked twice:
-
-- `guard_network` here: every build, the whole network, no weight, milliseconds.
-- `network_check`: a cut of the model (embedding, two layers, final norm, lm_head), once per
-  architecture, RTX version and graph code: `interpreter` computes what the parsed network says,
-  ONNX Runtime computes the float32 graph.
-
-`network.get_layer(i)` returns a bare `ILayer`; the attributes of its kind appear once its
-`__class__` is set to the class of that kind (TensorRT's documented way).
+compiler that can still be read, is checked twice: by `guard_network` in every build, whole, in
+milliseconds; and by `network_check`, a cut of two layers, once per architecture, RTX version and
+graph code.
 
 The binding returns the weights of a constant as a NumPy array where NumPy has the dtype, and an
 opaque `Weights` object otherwise (1.7.1: BF16 and FP8). Of such an object the address of its
-`nvinfer1::Weights` struct is asked through pybind11's interoperability method
-`_pybind11_conduit_v1_` (pybind11 2.13.6 and later, its release notes); the struct is TensorRT's
-public ABI (`NvInferRuntimeBase.h`: type, pointer, count). Type and count must equal what the
-binding says, or nothing is read.
+`nvinfer1::Weights` struct is asked through pybind11's `_pybind11_conduit_v1_` (2.13.6 and later); the
+struct is TensorRT's public ABI (`NvInferRuntimeBase.h`: type, pointer, count).
+Type and count must equal what the binding says, or nothing is read.
 """
 
 from __future__ import annotations
@@ -99,7 +92,10 @@ def parse_network(path: Path) -> ParsedNetwork:
 
 
 def layers_of(network: Any) -> Iterator[Layer]:
-    """All layers, in the network's order, which is none of execution."""
+    """All layers, in the network's order, which is none of execution.
+
+    Attributes of a kind appear once `__class__` is that kind's (TensorRT's documented way).
+    """
     import tensorrt_rtx as trt
 
     classes = {name.lower(): name for name in dir(trt)}  # ELEMENTWISE -> IElementWiseLayer

@@ -54,11 +54,7 @@ compared, and their `max_relative` difference, as `TOLERANCE` says."""
 def check_network(onnx_rtx: Path, onnx_cpu: Path) -> dict[str, Any]:
     """Check that TensorRT-RTX's parser reads `onnx_rtx` as ONNX Runtime reads `onnx_cpu`.
 
-    `onnx_cpu` is the same decoder graph with float32 activations.
-
-    Returns:
-        For the report: `layer_kinds` that were evaluated; how many constants equal the reference's
-        initializers, which are their 16-bit rounding; `differences`.
+    They are one decoder graph, the latter with float32 activations; gives what the report shows.
 
     Raises:
         CheckError: They differ, or the network holds something that this check does not know.

@@ -1,15 +1,13 @@
 """The decoder as an ONNX opset-24 graph, for TensorRT-RTX and for ONNX Runtime.
 
 One builder; the activations' dtype is a parameter: bfloat16 or float16 for RTX, float32 for ONNX
-Runtime on a CPU. Node names are the Hugging Face module names, so that what a compiler prints can
-be mapped back.
+Runtime on a CPU. Nodes have Hugging Face module names, so that what a compiler prints maps back.
 
 Inputs: `input_ids` [batch, sequence], `write_indices` [batch] (tokens already in the cache),
 `logits_index` [batch, logits] (positions inside this step whose logits are wanted), all int64, and
 `past_key.{l}`, `past_value.{l}` [batch, kv_heads, context, head_dim]. Outputs: `logits` float32
-[batch, logits, vocab] and `present_*`, of the same shape as `past_*` and meant to be the same
-memory. Batches of unequal prompts are padded on the right: a pad key lies behind its row's end, no
-real query attends to it, and the next step overwrites it.
+[batch, logits, vocab] and `present_*`, meant to be the same memory as `past_*`. Batches of unequal
+prompts are padded on the right (`pipeline.runners.decode`).
 
 Four choices are forced by TensorRT-RTX 1.7.1 (measured 2026-11-24 and -25): the context length is
 static, since its cache update demands it; the mask is computed in the graph, since its parser
@@ -55,15 +53,10 @@ def build_decoder(
     activation: ActivationDtype,
     layers: tuple[int, ...] | None = None,
 ) -> onnx.ModelProto:
-    """Build the graph; weights stay in the external file.
+    """Build the graph; weights stay in the external file, `slots` being of `write_weights`.
 
-    Args:
-        checkpoint: Unified checkpoint or plain weights.
-        slots: Of `write_weights`.
-        context: Static cache length, tokens.
-        activation: Dtype of activations and cache.
-        layers: Only these decoder layers; None for all. Caches are numbered by position, modules
-            keep their names.
+    `layers` are only these decoder layers, None all; caches are numbered by position, modules keep
+    their names.
 
     Raises:
         RecipeError: The graph cannot express the model.

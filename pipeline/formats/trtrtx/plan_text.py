@@ -7,11 +7,8 @@ graph as text, in sections:
     tensor={ .. name="x" .. type=fp8_e4m3 .. }
 
 Each optimization profile has a large section and, where a 16-bit GEMM is fused with what follows
-it, a small one for that GEMM. Profile n > 0 is told by `[profile n]` in the names of its GEMMs.
-
-The format is undocumented; it was read from plans of TensorRT-RTX 1.7.1 (2026-11-24), and every
-other version is refused. Whatever does not parse fails the build: a quantized engine is proven to
-be one, or there is no engine.
+it, a small one for that GEMM. The format is undocumented; it was read from plans of TensorRT-RTX
+1.7.1 (2026-11-24), and every other version is refused. What does not parse fails the build.
 """
 
 from __future__ import annotations
@@ -123,13 +120,8 @@ def prove_plan(
 ) -> dict[str, int]:
     """Prove that a plan computes exactly the wanted linears in a precision, in every profile.
 
-    Args:
-        plan: The serialized engine, or a memory map of it.
-        precision: Of the quantized linears.
-        sm: Compute capability that it must be for, and no other.
-        profiles: How many it must hold.
-        quantized_linears: Modules that must each be in exactly one GEMM of the precision.
-        kept_16bit: Modules that may be in other GEMMs, beside lm_head.
+    Each of `quantized_linears` must be in exactly one GEMM of the precision; those of `kept_16bit`
+    may be in other GEMMs, beside lm_head. It must be for this SM, and no other.
 
     Raises:
         PlanError: Anything differs; the module is named.
