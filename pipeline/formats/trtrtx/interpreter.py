@@ -287,7 +287,7 @@ class NetworkInterpreter:
     """A network whose layers are known and sorted; what depends on constants only is computed.
 
     What owns its weights must stay alive meanwhile. `constants` are the CONSTANT layers by name:
-    that of the ONNX initializer where there is one; `quantized` the tensors that QUANTIZE layers read.
+    that of the ONNX initializer where there is one; `quantized` what QUANTIZE layers read.
 
     Raises:
         CheckError: A layer kind or attribute that is not known.

@@ -10,9 +10,9 @@ graph code.
 
 The binding returns the weights of a constant as a NumPy array where NumPy has the dtype, and an
 opaque `Weights` object otherwise (1.7.1: BF16 and FP8). Of such an object the address of its
-`nvinfer1::Weights` struct is asked through pybind11's `_pybind11_conduit_v1_` (2.13.6 and later); the
-struct is TensorRT's public ABI (`NvInferRuntimeBase.h`: type, pointer, count).
-Type and count must equal what the binding says, or nothing is read.
+`nvinfer1::Weights` struct is asked through pybind11's `_pybind11_conduit_v1_` (2.13.6 and later).
+The struct is TensorRT's public ABI (`NvInferRuntimeBase.h`: type, pointer, count). Type and count
+must equal what the binding says, or nothing is read.
 """
 
 from __future__ import annotations
