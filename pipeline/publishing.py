@@ -25,7 +25,7 @@ from pipeline.registry.store import Place
 from pipeline.registry.stores import staging_area
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.channels import read_channels
-from pipeline.registry.trust.signing import Author, Signatory, actor_of, now_text, sign_test
+from pipeline.registry.trust.signing import Signatory, actor_of, now_text, sign_test
 from pipeline.registry.trust.statements import verified_files
 from pipeline.registry.trust.verification import Resolved, Terms
 
@@ -37,13 +37,7 @@ CHANNEL = "candidate"
 
 @dataclass(frozen=True, kw_only=True)
 class Publisher:
-    """Publishes the packages and test results of one run.
-
-    Attributes:
-        store: Where they go.
-        signatory: Signs them.
-        card: The card that they are for.
-    """
+    """Publishes the packages and test results of one run, which are for one card."""
 
     store: WritableStore
     signatory: Signatory
@@ -196,13 +190,9 @@ class Publisher:
     def enter_candidate(
         self, found: Resolved, environ: Mapping[str, str], *, before: Resolved | None = None
     ) -> None:
-        """Let `candidate` of the card point to a package, unless an equal one is there.
+        """Let `candidate` of the card point to a package; `environ` names who acts.
 
-        Args:
-            found: The package.
-            environ: Names who acts.
-            before: Another package of the same build that is as good as this one, if its verdict
-                is the same.
+        Not if it points to another one of the same build, `before`, with the same verdict.
 
         Raises:
             NotAcceptedError: Its newest trusted verdict for the card does not pass.
@@ -214,8 +204,8 @@ class Publisher:
                 kept = (CHANNEL, before.place, old.verdict)
                 log.info("%s stays: %s is of the same build and %s", *kept)
                 return
-        author = Author(key=self.signatory.key, actor=actor_of(environ))
-        releaser = Releaser(store=self.store, author=author, policy=self.signatory.trust)
+        signs, actor = self.signatory, actor_of(environ)
+        releaser = Releaser(store=self.store, policy=signs.trust, key=signs.key, actor=actor)
         releaser.enter(found, CHANNEL, self.card)
 
     def local_copy(self, found: Resolved) -> Package:

@@ -167,7 +167,7 @@ def yank(
         "digest": found.package.digest,
         "yanked": found.yank is not None,
         "changed": changed,
-        "actor": releaser.author.actor,
+        "actor": releaser.actor,
         "reason": reason,
         "channels": [{"channel": one.name, "card": one.card} for one in pointing],
     }
@@ -285,12 +285,12 @@ def _collected(done: Collected, *, delete: bool) -> Answer:
 
 def _releaser(registry: str, policy: Path | None, reason: str) -> Releaser:
     from pipeline.registry.promotion import Releaser
-    from pipeline.registry.trust.signing import Author, actor_of, require_signing_key
+    from pipeline.registry.trust.signing import actor_of, require_signing_key
 
     store, trust = open_registry(registry, policy)
     key = require_signing_key(os.environ, local=store.local)
-    author = Author(key=key, actor=actor_of(os.environ), reason=reason)
-    return Releaser(store=store, author=author, policy=trust)
+    actor = actor_of(os.environ)
+    return Releaser(store=store, policy=trust, key=key, actor=actor, reason=reason)
 
 
 def _moved(done: Moved) -> Answer:

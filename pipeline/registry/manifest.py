@@ -171,8 +171,7 @@ def manifest_at(store: Reader, place: Place) -> tuple[dict[str, Any], str]:
 
     Raises:
         NotFoundError: No such version.
-        CorruptError: It breaks any rule, or lies under another name, variant or version than it
-            states: then another writer put it there.
+        CorruptError: It breaks any rule, or lies in the place of another one.
     """
     data = store.read_manifest(place)
     manifest, digest = parse_manifest(data, f"{store.url}: manifest of {place}"), digest_bytes(data)

@@ -44,9 +44,9 @@ class Label:
         recipe_version: The recipe's own version, such as `1.0`.
         build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
         config: The resolved recipe less acceptance and registry; JSON values.
-        cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
         quantization: Precision of the quantized linears, such as `fp8`.
         ledger: What was quantized and how far it is from the weights; JSON values.
+        cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
         cuda: CUDA version that it needs, such as `13.0`; None for any.
         driver_min: Oldest driver, such as `580.65.06`; None for any.
     """

@@ -40,13 +40,12 @@ from pipeline.registry.trust.channels import Channel, Move, read_channels
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.signing import (
-    Author,
     place_fields,
     sign_again,
     sign_package,
     sign_statement,
 )
-from pipeline.registry.trust.statements import open_statement, verified_files
+from pipeline.registry.trust.statements import open_statement, text_fault, verified_files
 from pipeline.registry.trust.verification import Resolved, SignedVerdict, Terms
 
 log = logging.getLogger(__name__)
@@ -56,12 +55,9 @@ _STABLE = "stable"
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What a promotion or a rollback did.
+    """What a promotion or a rollback did: the newest move, where the channel pointed before it.
 
-    Attributes:
-        move: The newest one, which points to the package.
-        before: Where the channel pointed before; None for nowhere.
-        verdict: What let the package in.
+    `verdict` is what let the package in.
     """
 
     move: Move
@@ -76,20 +72,23 @@ class Moved:
 
 @dataclass(frozen=True, kw_only=True)
 class Releaser:
-    """Moves channels and yanks packages.
+    """Moves channels and yanks packages, if the policy lets this key (else UntrustedError).
 
-    Attributes:
-        store: Whose.
-        author: Signs; an UntrustedError unless the policy lets this key.
-        policy: By which the registry is read; its readers should have the same.
+    The policy is the one by which the registry is read; its readers should have the same. `actor`
+    and `reason` are for people: one printable line each (else RecipeError).
     """
 
     store: WritableStore
-    author: Author
     policy: TrustPolicy
+    key: SigningKey
+    actor: str
+    reason: str = ""
 
     def __post_init__(self) -> None:
-        self.policy.require_may(self.author.key.public, "channels")
+        for kind, text in (("actor", self.actor), ("reason", self.reason)):
+            if fault := text_fault(text):
+                raise RecipeError([Fault(kind, fault)])
+        self.policy.require_may(self.key.public, "channels")
 
     def promote(self, text: str, channel: str, card: str | None = None) -> Moved:
         """Move a channel to the package that a reference means; raises like `enter`."""
@@ -107,7 +106,7 @@ class Releaser:
             RecipeError: No card was named, and several have results; lists them.
             UntrustedError: It is unsigned, or has no trusted result for the card.
             NotAcceptedError: Its result does not suffice.
-            ConflictError: As in `move`.
+            PipelineError: As in `move`.
         """
         reference = found.reference
         verdict = _require_enterable(found, channel, card)
@@ -163,12 +162,9 @@ class Releaser:
     def move(
         self, reference: Reference, channel: str, card: str, *, seen: Move | None = None
     ) -> Move:
-        """Point a channel to a package, whatever it is; nothing if it points there already.
+        """Point a channel to a package, whatever it is; the newest move, which does.
 
         `seen` is the newest move when the caller decided; None if that played no part.
-
-        Returns:
-            The newest move, which points to the package.
 
         Raises:
             ConflictError: Another author moved it elsewhere meanwhile; names who and where to.
@@ -184,7 +180,7 @@ class Releaser:
             raise _moved_away(newest, reference)
         started_s = time.monotonic()
         more = {"channel": channel, "card": card, "predecessor": newest.id if newest else None}
-        fields, key = self._fields(reference, more), self.author.key
+        fields, key = self._fields(reference, more), self.key
         after = newest.signed_at if newest else ""
         envelope = sign_statement("move", reference.digest, fields, key, after=after).envelope
         self.store.put_move(reference.name, reference.variant, envelope)
@@ -207,8 +203,8 @@ class Releaser:
             "registry": self.store.identity() or self.store.create_identity(),
             **place_fields(reference),
             **more,
-            "actor": self.author.actor,
-            "reason": self.author.reason,
+            "actor": self.actor,
+            "reason": self.reason,
         }
 
     def _write_hint(self, move: Move) -> None:
@@ -231,17 +227,14 @@ class Releaser:
             log.warning("%s of %s was moved; its hint was not: %s", channel, card, error)
 
     def yank(self, text: str, *, undo: bool = False) -> tuple[Resolved, bool]:
-        """Yank a package, or undo that; what is so already is a success.
-
-        Returns:
-            The package as it is now, and whether anything changed.
+        """Yank a package, or undo that; gives the package as it is now, and whether that is new.
 
         Raises:
             NotFoundError: No such package.
             RecipeError: No reason, or an undo where nothing is yanked.
             ConflictError: The yank was written and does not count.
         """
-        if not undo and not self.author.reason:
+        if not undo and not self.reason:
             raise RecipeError([Fault("--reason", "give one, for those whose pull it stops")])
         # What is to be yanked need not be signed, nor by a key that is still trusted.
         lenient = replace(self.policy, revoked_digests=(), builder_ids=())
@@ -254,7 +247,7 @@ class Releaser:
             return found, False
         fields = self._fields(found.reference, {"yanked": not undo})
         after = latest.signed_at if latest else ""
-        raw = sign_statement("yank", found.package.digest, fields, self.author.key, after=after)
+        raw = sign_statement("yank", found.package.digest, fields, self.key, after=after)
         self.store.put_statement(found.place, raw)
         done = examine(self.store, found.place, terms, found.package.digest)
         if (done.yank is None) is not undo:
@@ -340,14 +333,8 @@ def _moved_away(newest: Move, reference: Reference) -> ConflictError:
 def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustPolicy) -> Resolved:
     """Sign a package with another key, and its provenance and test results, as far as trusted here.
 
-    So what one machine built and tested for itself counts for others, who trust this key.
-
-    Returns:
-        The package, as it was before.
-
-    Raises:
-        PipelineError: As in `resolve`.
-        CorruptError: A report is not what was signed.
+    So what one machine built and tested for itself counts for others, who trust this key. Gives the
+    package as it was before, or raises as `resolve` and `verified_files` do.
     """
     found = resolve(store, text, Terms(policy=policy))
     signed = [sign_package(found.package, key)]

@@ -19,7 +19,7 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
 from pipeline.registry.trust.keys import read_private_key, read_public_key
 from pipeline.registry.trust.policy import ROLES, load_policy, own_trust
-from pipeline.registry.trust.signing import Author, generate_key
+from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import VARIANT, place_of
 from tests.registry.team import CARD, OTHER_CARD, Team
@@ -224,7 +224,7 @@ def test_sign_makes_what_one_machine_built_and_tested_count_for_those_who_trust_
     found = resolve(team.store, text, Terms(policy=ours))
     assert [one.verdict for one in found.verdicts] == ["accepted", "rejected"]
     assert found.builder_id
-    releaser = team.releasing(author=Author(key=key, actor="ci"), policy=ours)
+    releaser = team.releasing(key=key, policy=ours)
     assert releaser.promote(text, "stable", CARD).changed
     newest = found.verdicts[0]
     raw = team.store.read_statement(place_of(package), newest.statement)

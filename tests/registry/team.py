@@ -22,7 +22,7 @@ from pipeline.registry.stores import open_store
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.keys import SigningKey
 from pipeline.registry.trust.policy import ROLES, Role, TrustedKey, TrustPolicy
-from pipeline.registry.trust.signing import Author, Signatory, generate_key, sign_test
+from pipeline.registry.trust.signing import Signatory, generate_key, sign_test
 from pipeline.registry.trust.verification import Resolved, Terms
 from tests.registry.packages import place_of, sealed_package
 
@@ -79,15 +79,10 @@ class Team:
         private.write_text(json.dumps({"schema": 1, "keys": keys, **more}))
         return private.replace(self.dir / "policy.json")
 
-    @property
-    def author(self) -> Author:
-        return Author(key=self.releaser, actor="ada", reason="it is slow")
-
     def releasing(self, **more: Any) -> Releaser:
         """What moves channels and yanks; `more` in place of the team's own."""
-        return Releaser(
-            **{"store": self.store, "author": self.author, "policy": self.policy, **more}
-        )
+        who = {"key": self.releaser, "actor": "ada", "reason": "it is slow"}
+        return Releaser(**{"store": self.store, "policy": self.policy, **who, **more})
 
     def seal(self, plan: bytes = b"plan", **more: Any) -> Package:
         """A package that is published nowhere."""

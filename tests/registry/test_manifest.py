@@ -11,7 +11,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.errors import CorruptError
 from pipeline.core.values import Engine, FileDigest, Licence, Limits, Weights
 from pipeline.registry.manifest import (
     MAX_MANIFEST_BYTES,
@@ -67,13 +67,8 @@ def test_manifest_equals_its_golden_file() -> None:
     data = manifest_bytes(make_manifest(_ENGINE, _WEIGHTS, _LABEL, _FILES))
     assert data == _GOLDEN.read_bytes()
     assert digest_bytes(data) == _GOLDEN_DIGEST
-
-
-def test_golden_file_reads_back() -> None:
     manifest, digest = read_manifest(_GOLDEN)
-    assert digest == _GOLDEN_DIGEST
-    assert manifest["match"]["cards"] == ["NVIDIA-GeForce-RTX-4090"]
-    assert [file["path"] for file in manifest["files"]] == sorted(f.path for f in _FILES)
+    assert (manifest_bytes(manifest), digest) == (data, _GOLDEN_DIGEST)
 
 
 def test_manifest_does_not_depend_on_the_order_of_its_inputs() -> None:
@@ -125,12 +120,6 @@ def test_value_without_canonical_json_is_refused(value: Any) -> None:
         make_manifest(_ENGINE, _WEIGHTS, label, _FILES)
 
 
-def test_bad_name_is_a_usage_fault() -> None:
-    label = dataclasses.replace(_LABEL, name="Phi3")
-    with pytest.raises(RecipeError, match="did you mean phi3"):
-        make_manifest(_ENGINE, _WEIGHTS, label, _FILES)
-
-
 def _golden() -> dict[str, Any]:
     value: dict[str, Any] = json.loads(_GOLDEN.read_bytes())
     return value
@@ -161,25 +150,18 @@ def _raw(old: bytes, new: bytes) -> Callable[[], bytes]:
     ("make", "fault"),
     [
         (lambda: b"", "not a manifest"),
-        (lambda: b"\xff", "not a manifest"),
         (lambda: b"[]", "not a JSON object"),
         (lambda: _GOLDEN.read_bytes()[:-1], "not a manifest"),
         (lambda: _GOLDEN.read_bytes() + b"\n", "not RFC 8785"),
         (lambda: json.dumps(_golden()).encode(), "not RFC 8785"),
         (lambda: b'{"a":' * 100_000, "not a manifest"),
-        (lambda: b"[" * 100_000, "not a manifest"),
-        (lambda: b"1" * 10_000, "not a manifest"),
         (_raw(b'"name":"phi3"', b'"name":"phi3","name":"phi3"'), "'name' is there twice"),
         (_raw(b'"size":1084', b'"size":NaN'), "NaN"),
-        (_raw(b'"size":1084', b'"size":1e999'), "not a manifest"),
         (_raw(b'"size":1084', b'"size":9223372036854775808'), "not a manifest"),
         (_raw(b'"size":1084', b'"size":1084.0'), "not RFC 8785"),
         (_set("schema", to=2), "schema 2"),
         (_set("schema", to=True), "schema True"),
-        (_set("schema", to="1"), "schema '1'"),
         (_set("files", 0, "size", to=-1), r"files\.0\.size"),
-        (_set("files", 0, "size", to="7"), r"files\.0\.size"),
-        (_set("files", 0, "sha256", to="2" * 63), "sha256"),
         (_set("files", 0, "sha256", to="2" * 64 + "\n"), "sha256"),
         (_set("files", 0, "path", to="engine/../../x"), "component"),
         (_set("files", 0, "path", to="LICENSE"), "not below engine"),
@@ -188,12 +170,9 @@ def _raw(old: bytes, new: bytes) -> Callable[[], bytes]:
         (_set("files", 0, "path", to="engine/zzz"), "not sorted"),
         (_set("files", to=[]), "files"),
         (_set("match", "gpu_name", to="x"), "gpu_name"),
-        (_set("match", "min_vram_bytes", to=None), "min_vram_bytes"),
         (_set("limits", "max_batch_size", to=0), "max_batch_size"),
-        (_set("format", to=""), "format"),
         (_set("name", to="../x"), "not a name"),
         (_set("recipe_version", to="stable"), "not a recipe version"),
-        (_set("version", to="1.0"), "version"),
         (_set("created", to="today"), "created"),
     ],
 )

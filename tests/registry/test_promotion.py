@@ -16,7 +16,7 @@ from pipeline.core.errors import (
 from pipeline.core.values import Package
 from pipeline.registry.promotion import Moved, channels_of
 from pipeline.registry.reference import reference_of
-from pipeline.registry.trust.signing import Author, generate_key
+from pipeline.registry.trust.signing import generate_key
 from tests.registry.packages import VARIANT, place_of
 from tests.registry.team import CARD, OTHER_CARD, Team, trusted
 
@@ -133,28 +133,27 @@ def test_a_rollback_that_cannot_be_meant_is_refused(
 
 def test_yanking_twice_is_doing_nothing_and_a_yank_needs_a_reason(team: Team) -> None:
     package = team.publish()
-    silent = Author(key=team.releaser, actor="ada")
     with pytest.raises(RecipeError, match="--reason"):
-        team.yank(package, author=silent)
+        team.yank(package, reason="")
     with pytest.raises(RecipeError, match="is not yanked"):
-        team.yank(package, author=silent, undo=True)
+        team.yank(package, reason="", undo=True)
     done, changed = team.yank(package)
     assert changed
     assert done.yank is not None
     assert done.yank.reason == "it is slow"
     assert not team.yank(package)[1]
-    done, changed = team.yank(package, author=silent, undo=True)
+    done, changed = team.yank(package, reason="", undo=True)
     assert (done.yank, changed) == (None, True)
 
 
 def test_a_strangers_yank_does_not_stop_an_honest_one(team: Team) -> None:
     package = team.publish()
-    stranger = Author(key=generate_key(), actor="eve", reason="spite")
+    stranger = generate_key()
     own = replace(
-        team.policy, keys=(*team.policy.keys, trusted(stranger.key, "channels", name="stranger"))
+        team.policy, keys=(*team.policy.keys, trusted(stranger, "channels", name="stranger"))
     )
-    team.yank(package, author=stranger, policy=own)
-    team.yank(package, author=stranger, policy=own, undo=True)
+    team.yank(package, key=stranger, policy=own)
+    team.yank(package, key=stranger, policy=own, undo=True)
     assert team.examine(package).yank is None
     assert team.yank(package)[1]
     with pytest.raises(UntrustedError, match="yanked by ada"):
@@ -172,4 +171,4 @@ def test_what_is_revoked_or_unsigned_may_still_be_yanked(team: Team) -> None:
 
 def test_a_key_that_may_not_sign_channels_neither_yanks_nor_promotes(team: Team) -> None:
     with pytest.raises(UntrustedError, match="may not sign channels"):
-        team.releasing(author=Author(key=team.builder, actor="eve", reason="spite"))
+        team.releasing(key=team.builder)

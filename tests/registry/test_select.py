@@ -88,16 +88,12 @@ def facts(**changes: Any) -> Facts:
     ("match", "known", "reason"),
     [
         ({"sm": [90]}, {}, "compiled for SM 90, this machine has SM 89"),
-        ({"sm": [90, 100]}, {}, "SM 90 or SM 100"),
         ({"cards": [L4]}, {}, f"tuned for {L4}, this machine has {ADA}"),
         ({"min_vram_bytes": (24 << 30) + 1}, {}, "needs 24.0 GiB"),
-        ({"min_vram_bytes": 1 << 30}, {"vram_bytes": (1 << 30) - 1}, "there are 1.0 GiB"),
         ({"driver_min": "580.65.07"}, {}, "driver 580.65.07 or newer"),
-        ({"driver_min": "590.1"}, {}, "driver 590.1 or newer"),
         ({"cuda": "13.1"}, {}, "cuda 13.1 or newer"),
         ({"runtime": {"name": "sglang", "version": "0.29.0"}}, {}, "needs sglang"),
         ({"runtime": {"name": "vllm", "version": "0.29.1"}}, {}, "needs vllm 0.29.1"),
-        ({"runtime": {"name": "vllm", "version": "0.2.9"}}, {}, "needs vllm 0.2.9"),
     ],
 )
 def test_each_mismatch_rejects_with_its_reason(
@@ -111,13 +107,10 @@ def test_each_mismatch_rejects_with_its_reason(
     ("match", "known"),
     [
         ({"sm": []}, {"sm": 90, "card": ADA}),
-        ({"sm": [89, 90]}, {}),
         ({"cards": [L4, ADA]}, {}),
         ({"min_vram_bytes": 24 << 30}, {}),
-        ({"driver_min": "580.65.06"}, {}),
         ({"driver_min": "580.9"}, {}),
         ({"cuda": "13.0"}, {}),
-        ({"cuda": "12.9"}, {}),
         ({"runtime": {"name": "vLLM", "version": "0.29"}}, {}),
         (
             {"runtime": {"name": "tensorrt_llm", "version": "1.2.1rc5"}},
@@ -193,10 +186,8 @@ def test_nothing_fits_names_every_reason_with_the_nearest_miss_first() -> None:
     [
         ({ADA: "accepted"}, "proven"),
         ({ADA: "checked"}, "unproven"),
-        ({ADA: "compiled"}, "unproven"),
         ({L4: "accepted"}, "unproven"),
         ({ADA: "rejected", L4: "accepted"}, "unproven"),
-        ({ADA: "inconclusive"}, "unproven"),
         ({}, "unproven"),
     ],
 )

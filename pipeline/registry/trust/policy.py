@@ -51,11 +51,7 @@ _Digest = Annotated[
 class TrustedKey:
     """One signer.
 
-    Attributes:
-        name: For people.
-        public_key: PEM.
-        may_sign: `builds`: packages and their provenance. `verdicts`: test results. `channels`:
-            moves of channels, and yanks.
+    `builds` are packages and their provenance, `verdicts` test results, `channels` moves and yanks.
     """
 
     name: str
@@ -125,13 +121,10 @@ def own_trust(key: PublicKey) -> TrustPolicy:
 
 
 def machine_policy(environ: Mapping[str, str], path: Path | None = None) -> TrustPolicy | None:
-    """The trust policy of a machine; None if it has none.
+    """The trust policy of a machine; None if it has none. Raises like `load_policy`.
 
     The command line's (`path`) comes first, then the environment's, then `policy.yaml` in the
     configuration folder.
-
-    Raises:
-        RecipeError: It cannot be read.
     """
     if path is None and (named := environ.get(POLICY_PATH)):
         path = Path(named)
@@ -149,9 +142,6 @@ def machine_trust(
     A policy decides alone. Without one, a key that was given to this machine to sign with is
     trusted, since who holds it could sign anything here anyway. A local key counts for this
     machine's own folder registry only, never for S3, OCI or another machine.
-
-    Raises:
-        RecipeError: The policy or the key cannot be read.
     """
     if (loaded := machine_policy(environ, policy)) is not None:
         return loaded

