@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.core.errors import (
@@ -104,13 +104,13 @@ class Releaser:
 
         Raises:
             RecipeError: No card was named, and several have results; lists them.
-            UntrustedError: It is unsigned, or has no trusted result for the card.
+            UntrustedError: It has no trusted result for the card.
             NotAcceptedError: Its result does not suffice.
             PipelineError: As in `move`.
         """
         reference = found.reference
         verdict = _require_enterable(found, channel, card)
-        held = self._channel(reference, channel, verdict.card)
+        moves = self._moves(reference, channel, verdict.card)
         move = self.move(reference, channel, verdict.card, seen=seen)
         try:
             self.store.read_manifest(Place.of(reference))
@@ -119,7 +119,7 @@ class Releaser:
                 f"{reference} was removed while {channel} was moved to it; publish it again, or "
                 "roll the channel back"
             ) from error
-        before = held.newest.reference if held else None
+        before = moves[-1].reference if moves else None
         return Moved(move=move, before=before, verdict=verdict)
 
     def rollback(self, text: str, channel: str, card: str | None = None) -> Moved:
@@ -172,8 +172,8 @@ class Releaser:
         """
         check_part("channel", channel)
         check_part("card", card)
-        held = self._channel(reference, channel, card)
-        newest = held.newest if held else None
+        moves = self._moves(reference, channel, card)
+        newest = moves[-1] if moves else None
         if newest is not None and newest.reference == reference:
             return newest
         if newest is not None and seen is not None and newest.id != seen.id:
@@ -185,17 +185,23 @@ class Releaser:
         envelope = sign_statement("move", reference.digest, fields, key, after=after).envelope
         self.store.put_move(reference.name, reference.variant, envelope)
         time.sleep(time.monotonic() - started_s)  # what a rival signed before us shows by then
-        ours = open_statement(envelope, self.policy).id
-        done = _landed(self._channel(reference, channel, card), ours, reference, channel)
+        moves, ours = self._moves(reference, channel, card), open_statement(envelope, self.policy)
+        if not moves:
+            fault = f"the move of {channel} was written and does not show yet; try again"
+            raise TransientError(fault)
+        # Another move that points where ours does is as good.
+        done = next((one for one in moves if one.id == ours.id), moves[-1])
+        if done.reference != reference:
+            raise _moved_away(done, reference)
         log.info("%s of %s for %s is now %s", channel, reference.name, card, reference)
         self._write_hint(done)
         return done
 
-    def _channel(self, reference: Reference, channel: str, card: str) -> Channel | None:
-        """A channel of a card; None if no move of it counts."""
+    def _moves(self, reference: Reference, channel: str, card: str) -> tuple[Move, ...]:
+        """Those of the channel of a card that count."""
         of = (reference.name, reference.variant, channel)
         found = read_channels(self.store, self.policy, *of)
-        return next((one for one in found if one.card == card), None)
+        return next((one.moves for one in found if one.card == card), ())
 
     def _fields(self, reference: Reference, more: Mapping[str, object]) -> dict[str, object]:
         """The fields of a move or a yank: `more`, and those that both have."""
@@ -215,9 +221,7 @@ class Releaser:
             "channel": channel,
             "card": card,
             "digest": reference.digest,
-            "actor": move.actor,
-            "reason": move.reason,
-            "signed_at": move.signed_at,
+            **{name: getattr(move, name) for name in ("actor", "reason", "signed_at")},
             "move": move.id,
         }
         data = (json.dumps(value, indent=1) + "\n").encode()
@@ -283,11 +287,6 @@ def _require_enterable(found: Resolved, channel: str, card: str | None) -> Signe
     """The test result that lets a package into a channel of a card; raises like `enter`."""
     manifest = found.package.manifest
     what = f"{manifest['name']}/{manifest['variant']}@sha256:{found.package.digest[:12]}"
-    if found.signer is None:
-        raise UntrustedError(
-            f"{what} may not enter {channel}: no trusted key signed it; sign it with "
-            "enginesmith sign"
-        )
     cards = sorted({verdict.card for verdict in found.verdicts})
     if card is None and len(cards) > 1:
         fault = f"{what} has results for {', '.join(cards)}; specify one"
@@ -308,19 +307,6 @@ def _require_enterable(found: Resolved, channel: str, card: str | None) -> Signe
         f"{what} may not enter {channel} of {verdict.card}: its newest trusted verdict is "
         f"{verdict.verdict}, by {' '.join(verdict.runtime)}, and it needs {wanted}"
     )
-
-
-def _landed(held: Channel | None, ours: str, reference: Reference, channel: str) -> Move:
-    """Our move, if the log has it; another one that points where ours does is as good."""
-    moves: Sequence[Move] = held.moves if held else ()
-    if not moves:
-        raise TransientError(f"the move of {channel} was written and does not show yet; try again")
-    for move in moves:
-        if move.id == ours:
-            return move
-    if moves[-1].reference == reference:
-        return moves[-1]
-    raise _moved_away(moves[-1], reference)
 
 
 def _moved_away(newest: Move, reference: Reference) -> ConflictError:

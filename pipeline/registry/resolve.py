@@ -101,13 +101,9 @@ def examine_package(
     origin: str,
     registry: str | None = None,
 ) -> Resolved:
-    """Verify the statements about a package whose manifest is what its digest says.
+    """As `examine`, of a package whose manifest is what its digest says, for a registry's identity.
 
-    `origin` names it in messages; `registry` is the identity of the registry, None for a folder
-    that belongs to none.
-
-    Raises:
-        UntrustedError: As in `examine`.
+    `origin` names it in messages; a folder belongs to no registry.
     """
     done = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
     require_usable(done, terms, origin)
