@@ -37,6 +37,13 @@ RecipesRegistry = Annotated[
 Reference = Annotated[
     str, typer.Argument(metavar="REF", help="NAME[/VARIANT][:VERSION|:CHANNEL]", show_default=False)
 ]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="REF|DIR", help="A package, or a pulled folder.", show_default=False),
+]
+Unsigned = Annotated[
+    bool, typer.Option("--allow-unsigned", help="Take a package without a signature; recorded.")
+]
 Policy = Annotated[
     Path | None,
     typer.Option(

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.answer import Answer, answer_of, answering
-from pipeline.commands.arguments import ARTIFACTS, ConfigDir, Overrides, Policy, Recipe, Registry
+from pipeline.commands.arguments import (
+    ARTIFACTS,
+    ConfigDir,
+    Overrides,
+    Policy,
+    Recipe,
+    Registry,
+    Unsigned,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,9 +44,7 @@ def accept(
         Path | None, typer.Option(metavar="DIR", help="Where the report goes, beside the registry.")
     ] = None,
     policy: Policy = None,
-    allow_unsigned: Annotated[
-        bool, typer.Option("--allow-unsigned", help="Take a package that nobody signed.")
-    ] = False,
+    allow_unsigned: Unsigned = False,
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Measure a package on this machine's GPU, and sign what came of it."""

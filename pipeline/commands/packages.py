@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.answer import Answer, answering
-from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
+from pipeline.commands.arguments import (
+    ARTIFACTS,
+    Policy,
+    Reference,
+    Registry,
+    Target,
+    Unsigned,
+    open_registry,
+)
 
 if TYPE_CHECKING:
     from pipeline.registry.listing import Entry
@@ -83,12 +91,7 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
 
 @answering
 def generate(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="REF|DIR", help="A package, or a pulled folder.", show_default=False
-        ),
-    ],
+    target: Target,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
     ],
@@ -97,9 +100,7 @@ def generate(
         str | None, typer.Option(metavar="URL", help=f"By default {ARTIFACTS}.")
     ] = None,
     policy: Policy = None,
-    allow_unsigned: Annotated[
-        bool, typer.Option("--allow-unsigned", help="Take a package without a signature.")
-    ] = False,
+    allow_unsigned: Unsigned = False,
     as_json: bool = False,
 ) -> Answer:
     """Stream a chat answer from a package, verified first."""
@@ -128,9 +129,7 @@ def copy(
         str, typer.Option("--to", metavar="URL", help="Where it goes.", show_default=False)
     ],
     policy: Policy = None,
-    allow_unsigned: Annotated[
-        bool, typer.Option("--allow-unsigned", help="Copy a package without a signature.")
-    ] = False,
+    allow_unsigned: Unsigned = False,
 ) -> Answer:
     """Copy a package, its signatures and its test results to another registry, byte for byte."""
     from pipeline.commands.screen import screen_logging

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands.answer import Answer, answering
-from pipeline.commands.arguments import ARTIFACTS, Policy
+from pipeline.commands.arguments import ARTIFACTS, Policy, Target, Unsigned
 
 if TYPE_CHECKING:
     from pipeline.registry.client.pull import Pulled
@@ -24,10 +24,6 @@ _Driver = Annotated[str | None, typer.Option(metavar="VERSION", help="NVIDIA dri
 _Unproven = Annotated[
     bool,
     typer.Option("--accept-unproven", help="Take what was not accepted on this card; recorded."),
-]
-_Unsigned = Annotated[
-    bool,
-    typer.Option("--allow-unsigned", help="Take a package without a signature; recorded."),
 ]
 _Yanked = Annotated[
     bool,
@@ -103,7 +99,7 @@ def pull(
     format: _Format = None,
     channel: _Channel = None,
     accept_unproven: _Unproven = False,
-    allow_unsigned: _Unsigned = False,
+    allow_unsigned: Unsigned = False,
     allow_yanked: _Yanked = False,
     allow_shared_parent: _SharedParent = False,
     policy: Policy = None,
@@ -139,12 +135,7 @@ def pull(
 
 @answering
 def verify(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="REF|DIR", help="A package, or a pulled folder.", show_default=False
-        ),
-    ],
+    target: Target,
     registry: _Url = None,
     gpu: Annotated[
         str, typer.Option(metavar=_CARDS, help="Demand that it fits and is proven there.")
@@ -153,7 +144,7 @@ def verify(
     vram: _Vram = None,
     driver: _Driver = None,
     accept_unproven: _Unproven = False,
-    allow_unsigned: _Unsigned = False,
+    allow_unsigned: Unsigned = False,
     allow_yanked: _Yanked = False,
     policy: Policy = None,
 ) -> Answer:
