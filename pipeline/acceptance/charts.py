@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _MUTED, _LINE, _ACCENT, _SECOND, _WARN, _PANEL = (f"#0a0b0{digit}" for digit in range(1, 8))
+_INK, _MUTED, _LINE, _ACCENT, _WARN = (f"#0a0b0{digit}" for digit in range(1, 6))
 _VARIABLES = {
     _INK: "--ink",
     _MUTED: "--muted",
     _LINE: "--line",
     _ACCENT: "--accent",
-    _SECOND: "--second",
     _WARN: "--warn",
-    _PANEL: "--panel",
 }
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
@@ -53,7 +51,6 @@ _STYLE: dict[str, Any] = {
 }
 LOOKS: dict[str, dict[str, Any]] = {
     "engine": {"color": _ACCENT, "marker": "o", "zorder": 4},
-    "baseline": {"color": _SECOND, "marker": "s", "zorder": 3},
     "ceiling": {"color": _MUTED, "linestyle": "--", "zorder": 2},
     "target": {"color": _WARN, "linestyle": "none", "marker": "_", "markersize": 16,
                "markeredgewidth": 2.5, "zorder": 5},

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from pipeline.quant.spec import quant_spec
 from pipeline.runners.prompts import eos_ids
 from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import Session
-from pipeline.runners.transformers import TransformersSession, open_checkpoint
+from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Lengths, Workload
 from tests import stand_in_card
 from tests.acceptance import test_conditions
@@ -49,40 +48,29 @@ LOAD = Workload(name="b2", batch=2, isl=8, osl=3, min_output_tokens_per_s=0.1)
 
 @dataclasses.dataclass(frozen=True)
 class CardRunner(stand_in_card.CardRunner):
-    """The stand-in, which may also compute what no engine does."""
+    """The stand-in, which may say that it is on a CPU, and compute what no engine does."""
 
-    broken: bool = False
-
-    def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        return self._broken(engine) if self.broken else super().open(engine)
-
-    @contextlib.contextmanager
-    def _broken(self, engine: Engine) -> Iterator[Session]:
-        with open_checkpoint(engine.dir, 128) as session:
-            with contextlib.suppress(AttributeError):
-                session._model.model.norm.weight.data[:] = float("nan")
-            yield session
-
-
-@dataclasses.dataclass(frozen=True)
-class CpuRunner(CardRunner):
-    """Runs a simulation as if it were the engine, on the CPU."""
+    where: Device = "cuda"
+    damage: Callable[[Any], None] | None = None
 
     @property
     def device(self) -> Device:
-        return "cpu"
-
-
-@dataclasses.dataclass(frozen=True)
-class WrongRunner(CpuRunner):
-    """A runtime that computes something else than the checkpoint says."""
+        return self.where
 
     @contextlib.contextmanager
-    def _broken(self, engine: Engine) -> Iterator[Session]:
-        with open_checkpoint(engine.dir, 128) as session:
-            with contextlib.suppress(AttributeError):
-                session._model.model.layers[0].input_layernorm.weight.data *= 3
+    def open(self, engine: Engine) -> Iterator[Session]:
+        with super().open(engine) as session:
+            if self.damage:
+                self.damage(getattr(session, "_model").model)  # noqa: B009 - no Session has it
             yield session
+
+
+def no_number(model: Any) -> None:
+    model.norm.weight.data[:] = float("nan")
+
+
+def other_norm(model: Any) -> None:
+    model.layers[0].input_layernorm.weight.data *= 3
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +232,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_verdict(
     checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
 ) -> None:
     with pytest.raises(CorruptError, match="not finite"):
-        measure(checkpoint, tmp_path, asked(), runner=CardRunner(broken=True))
+        measure(checkpoint, tmp_path, asked(), runner=CardRunner(damage=no_number))
 
 
 def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
@@ -267,7 +255,7 @@ def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
 
 def test_a_cpu_is_measured_by_its_answers_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
     question = asked(sustained=SustainedRun(minutes=60.0))
-    report, verdict = measure(checkpoint, tmp_path, question, runner=CpuRunner())
+    report, verdict = measure(checkpoint, tmp_path, question, runner=CardRunner(where="cpu"))
     assert verdict.name == "checked", verdict.findings
     assert report.speed == ()
     assert report.sustained == {}
@@ -277,7 +265,7 @@ def test_engine_source_and_checkpoint_stand_beside_each_other(
     checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    report, verdict = measure(checkpoint, tmp_path, asked(), runner=CpuRunner())
+    report, verdict = measure(checkpoint, tmp_path, asked(), runner=CardRunner(where="cpu"))
     reference = report.quality["fp8_reference"]
     assert verdict.name == "checked"
     assert reference["judged"] is True
@@ -288,7 +276,7 @@ def test_engine_source_and_checkpoint_stand_beside_each_other(
     )
     assert abs(reference["engine"]["mean_kl_nats"]["value"]) < 1e-4
     assert reference["windows"] == 4
-    again, _ = measure(checkpoint, tmp_path, asked(), runner=CpuRunner())
+    again, _ = measure(checkpoint, tmp_path, asked(), runner=CardRunner(where="cpu"))
     assert again.quality["fp8_reference"] == reference
     assert [line for line in caplog.messages if line.startswith("reference-logits: done")][1:] == []
 
@@ -297,7 +285,9 @@ def test_runtime_that_computes_something_else_than_its_checkpoint_is_a_regressio
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     question = asked(max_mean_kl_nats=1000.0)
-    _, verdict = measure(checkpoint, tmp_path, question, runner=WrongRunner(broken=True))
+    _, verdict = measure(
+        checkpoint, tmp_path, question, runner=CardRunner(where="cpu", damage=other_norm)
+    )
     assert verdict.name == "regression"
     assert "its own FP8 checkpoint" in verdict.findings[0].message
 
@@ -309,7 +299,12 @@ def test_engine_without_a_checkpoint_at_hand_says_so(
     given = subject(checkpoint, tmp_path, question)
     engine = dataclasses.replace(given.engine, format="trtrtx")
     report, _ = measure(
-        checkpoint, tmp_path, question, engine=engine, checkpoint_dir=None, runner=CpuRunner()
+        checkpoint,
+        tmp_path,
+        question,
+        engine=engine,
+        checkpoint_dir=None,
+        runner=CardRunner(where="cpu"),
     )
     assert "fp8_reference" not in report.quality
     assert "FP8 reference: the package of a compiled engine has no checkpoint" in report.not_run

@@ -98,6 +98,8 @@ def test_speed_has_median_spread_and_costs() -> None:
     page = Page(render_page(everything()))
     row = page.row("Speed", "b8")
     assert "2,000 -10.0% to +5.0%, 3 runs" in row
+    assert "b1 40.1 - 8 7.9 to 8.1" in page.row("Speed", "Hugging Face generate")
+    assert page.row("lm-eval", "arc") == "arc acc 0.5 0.5"
     costs = page.source.split("Memory and energy")[1].split("</table>")[0]
     assert re.findall('<span class="value">(.*?)</span>', costs) == ["8", "300.0", "0.9"] * 2
 
