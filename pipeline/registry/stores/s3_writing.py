@@ -29,8 +29,8 @@ from pipeline.core.errors import AccessError, CorruptError, TransientError
 from pipeline.core.values import FileDigest
 from pipeline.registry.disk import checked_chunks
 from pipeline.registry.store import OnBytes, in_parallel
+from pipeline.registry.stores import transfer
 from pipeline.registry.stores.s3 import S3Objects, found_in, missing, raced, taken
-from pipeline.registry.stores.transfer import ATTEMPTS
 from pipeline.registry.stores.tree import Found
 
 _THREADS = 8
@@ -164,7 +164,7 @@ class WritableS3Objects(S3Objects):
         from botocore.exceptions import ClientError
 
         kind = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, transfer.ATTEMPTS + 1):
             try:
                 self.call("put_object", key, Body=data, ContentType=kind, **condition)
                 return

@@ -14,8 +14,9 @@ import pytest
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.stores.s3 import S3Registry
-from tests.registry.stores.oci.server import FakeRegistry, fake_registry
-from tests.registry.stores.s3_server import BUCKET, MemoryS3, running_s3
+from tests.registry.stores.faulty import running
+from tests.registry.stores.oci.server import FakeRegistry
+from tests.registry.stores.s3_server import BUCKET, MemoryS3
 from tests.services.docker_registry import RunningRegistry, running_server
 from tests.services.seaweed import SeaweedServer, session_server
 
@@ -58,11 +59,11 @@ def memory_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryS3]:
     )
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    with running_s3() as server:
+    with running(MemoryS3()) as server:
         for name, value in {
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-            "AWS_ENDPOINT_URL_S3": server.url,
+            "AWS_ENDPOINT_URL_S3": f"http://{server.host}",
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
@@ -99,8 +100,8 @@ def memory_oci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake
         monkeypatch.delenv(f"ENGINESMITH_OCI_{name}", raising=False)
     monkeypatch.setattr("pipeline.registry.stores.oci.writing.SETTLE_S", 0.5)
     monkeypatch.setattr("pipeline.registry.stores.oci.transport.BACKOFF_S", 0.02)
-    with fake_registry() as running:
-        yield running
+    with running(FakeRegistry()) as server:
+        yield server
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from pipeline.registry.disk import checked_chunks
 from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
+from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci import image, registry
 from pipeline.registry.stores.oci.address import channel_tag, move_tag, statement_tag, version_tag
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
@@ -44,7 +45,6 @@ from pipeline.registry.stores.publication import (
     require_same,
     sealed_manifest,
 )
-from pipeline.registry.stores.transfer import ATTEMPTS
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class WritableRepository(Repository):
         """Upload a small blob, unless it is there; see `describe`."""
         blob = describe(data, media_type, title, inline=inline)
         if not self.has_blob(blob):
-            self._finish_upload(self._begin_upload(), blob.digest, data)
+            self._finish_upload(self._begin_upload(), blob, data)
         return blob
 
     def put_artifact(self, artifact_type: str, files: Mapping[str, bytes], **more: Any) -> bytes:
@@ -189,19 +189,17 @@ class WritableRepository(Repository):
             CorruptError: The registry got other bytes.
             TransientError: It broke `ATTEMPTS` times.
         """
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, transfer.ATTEMPTS + 1):
             location, offset = self._begin_upload(), 0
             try:
                 for part in _parts(content()):
                     location = self._send_part(location, offset, part)
                     offset += len(part)
                     on_bytes(len(part))
-                self._finish_upload(location, blob.digest)
+                self._finish_upload(location, blob)
                 return
             except (TransientError, NotFoundError) as error:
-                if self.has_blob(blob):  # only the reply was lost
-                    return
-                if attempt == ATTEMPTS:
+                if attempt == transfer.ATTEMPTS:
                     raise
                 on_bytes(-offset)
                 log.info("Sending %s to %s again: %s", blob.digest, self, error)
@@ -233,10 +231,14 @@ class WritableRepository(Repository):
             raise TransientError(f"{self} lost an upload ({reply.status}); try again")
         return self._location(reply)
 
-    def _finish_upload(self, location: str, digest: str, data: bytes = b"") -> None:
+    def _finish_upload(self, location: str, blob: Descriptor, data: bytes = b"") -> None:
         """Close an upload under its digest; CorruptError if the registry has other bytes."""
-        url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
-        self.ask("PUT", url, headers=_BINARY, body=data)
+        url = f"{location}{'&' if urlsplit(location).query else '?'}digest={blob.digest}"
+        try:
+            self.ask("PUT", url, headers=_BINARY, body=data)
+        except (NotFoundError, TransientError):
+            if not self.has_blob(blob):  # else only the reply was lost
+                raise
 
     def _cancel_upload(self, location: str) -> None:
         """Give an upload up, as far as the registry can; it expires anyway."""

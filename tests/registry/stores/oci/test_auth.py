@@ -12,15 +12,14 @@ from pipeline.core.errors import AccessError, PipelineError
 from pipeline.core.values import Package
 from pipeline.registry.stores.oci import writing
 from tests.registry.packages import place_of
+from tests.registry.stores.faulty import answering, refusing, running, spoil
 from tests.registry.stores.oci.conftest import assert_readable, put, read
 from tests.registry.stores.oci.server import (
+    BASIC,
     PASSWORD,
     USER,
     FakeRegistry,
     Handler,
-    basic,
-    fake_registry,
-    once,
 )
 
 
@@ -43,7 +42,7 @@ def test_who_has_a_password_gets_in_and_it_goes_to_the_token_service_alone(
     asked = [one.path for one in fake.seen if one.path.startswith("/token")]
     assert (len(asked) <= 6) if auth == "bearer" else not asked
     if auth == "bearer":
-        told = [one.path[:6] for one in fake.seen if one.headers.get("Authorization") == basic()]
+        told = [one.path[:6] for one in fake.seen if one.headers.get("Authorization") == BASIC]
         assert set(told) == {"/token"}
 
 
@@ -95,7 +94,7 @@ def test_a_token_that_ended_is_renewed_once(
         fake.tokens.clear()
         return False
 
-    fake.faults.append(revoke)
+    fake.fail("GET", "", revoke, times=9)
     with pytest.raises(AccessError):
         fake.store().read_manifest(place_of(package))
 
@@ -106,16 +105,13 @@ def test_a_token_that_ends_during_an_upload_is_renewed(
     monkeypatch.setattr(writing, "PART_BYTES", 256 << 10)
     fake.auth = "bearer"
     log_in(monkeypatch, fake)
-    parts = 0
 
     def revoke(handler: Handler) -> bool:
-        nonlocal parts
-        parts += handler.command == "PATCH"
-        if handler.command == "PATCH" and parts == 4:
-            fake.tokens.clear()
+        fake.tokens.clear()
         return False
 
-    fake.faults.append(revoke)
+    fake.fail("PATCH", "", spoil(), times=3)
+    fake.fail("PATCH", "", revoke)
     assert put(fake.store(), package)
     assert_readable(fake.store(), package)
 
@@ -125,7 +121,8 @@ def test_a_redirect_to_another_host_gets_no_credentials(
 ) -> None:
     fake.auth = "bearer"
     log_in(monkeypatch, fake)
-    with fake_registry(blobs=fake.blobs) as other:
+    with running(FakeRegistry()) as other:
+        other.blobs = fake.blobs
         put(fake.store(), package)
         fake.blobs_at = other.host
         assert_readable(fake.store(), package)
@@ -139,10 +136,10 @@ def test_a_redirect_to_another_host_gets_no_credentials(
 
 
 def test_an_upload_is_sent_to_no_other_host(fake: FakeRegistry, package: Package) -> None:
-    with fake_registry() as other:
+    with running(FakeRegistry()) as other:
         elsewhere = f"http://{other.host}/v2/engines/tiny/blobs/uploads/1"
-        away = once("POST", part="/uploads/", act=lambda h: h.answer(202, Location=elsewhere))
-        fake.faults.append(away)
+        away = answering(lambda handler: handler.answer(202, Location=elsewhere))
+        fake.fail("POST", "/uploads/", away)
         with pytest.raises(AccessError, match="another host"):
             put(fake.store(), package)
         assert other.seen == []
@@ -151,8 +148,8 @@ def test_an_upload_is_sent_to_no_other_host(fake: FakeRegistry, package: Package
 def test_what_a_server_chose_is_printed_without_control_characters(
     fake: FakeRegistry, package: Package
 ) -> None:
-    body = json.dumps({"errors": [{"code": "\x1b[2J", "message": "\x1b]0;x\x07"}]}).encode()
-    fake.faults.append(once("GET", "POST", part="", act=lambda h: h.answer(400, body), times=99))
+    for method in ("GET", "POST"):
+        fake.fail(method, "", refusing(400, "\x1b[2J \x1b]0;x\x07"), times=99)
     with pytest.raises(PipelineError) as caught:
         put(fake.store(), package)
     assert str(caught.value).isprintable()

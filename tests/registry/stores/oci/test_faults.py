@@ -1,4 +1,4 @@
-"""A registry that misbehaves, over real HTTP."""
+"""What only an OCI registry can do to us; test_network.py has what any server can."""
 
 from __future__ import annotations
 
@@ -12,68 +12,23 @@ import pytest
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.values import Package
 from pipeline.registry.store import ENVELOPE, RawStatement
-from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci import writing
 from pipeline.registry.stores.oci.address import statement_tag, version_tag
 from pipeline.registry.stores.oci.image import digest_of
 from tests.registry.packages import place_of, raw_statement
-from tests.registry.stores.oci.conftest import PLAN, assert_readable, file_of, put, read
-from tests.registry.stores.oci.server import FakeRegistry, Handler, once
+from tests.registry.stores.faulty import answering, refusing, spoil
+from tests.registry.stores.oci.conftest import assert_readable, put, read
+from tests.registry.stores.oci.server import FakeRegistry, Handler
 
 REPOSITORY = "engines/tiny"
-
-CALLS = [
-    ("POST", "/uploads/"),
-    ("HEAD", "/blobs/"),
-    ("PATCH", "/uploads/"),
-    ("PUT", "/uploads/"),
-    ("PUT", "/manifests/"),
-    ("GET", "/referrers/"),
-    ("GET", "/manifests/"),
-    ("GET", "/blobs/"),
-]
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda h: h.error(429, "TOOMANYREQUESTS", Retry_After="0"),
-        lambda h: h.error(503, "UNAVAILABLE"),
-        lambda h: h.answer(500, b"<html>", "text/html"),
-        lambda h: h.reset(),
-        lambda h: time.sleep(1.2),
-    ],
-    ids=["429", "503", "500", "reset", "stall"],
-)
-def test_a_passing_fault_of_any_request_is_tried_again(
-    fake: FakeRegistry, package: Package, act: Callable[[Handler], None]
-) -> None:
-    hit = set()
-
-    def fault(handler: Handler) -> bool:
-        for call in CALLS:
-            if handler.command == call[0] and call[1] in handler.path and call not in hit:
-                hit.add(call)
-                act(handler)
-                return True
-        return False
-
-    fake.faults.append(fault)
-    store = fake.store()
-    assert put(store, package)
-    assert_readable(store, package)
-    assert hit == set(CALLS)
 
 
 def test_an_upload_goes_on_where_the_registry_says_that_it_stopped(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "PART_BYTES", 256 << 10)
-    fake.faults += [
-        once("PATCH", part="/uploads/", act=lambda h: h.error(416, "BLOB_UPLOAD_INVALID")),
-        once("PATCH", part="/uploads/", act=lambda h: h.error(404, "BLOB_UPLOAD_UNKNOWN")),
-    ]
+    fake.fail("PATCH", "/uploads/", refusing(416, "BLOB_UPLOAD_INVALID"))
+    fake.fail("PATCH", "/uploads/", refusing(404, "BLOB_UPLOAD_UNKNOWN"))
     sent: list[int] = []
     assert fake.store().put_package(
         package, [raw_statement(), raw_statement("provenance")], sent.append
@@ -87,37 +42,20 @@ def test_a_document_that_ends_early_is_asked_again(
     fake: FakeRegistry, package: Package, part: str
 ) -> None:
     put(fake.store(), package)
-    fake.faults.append(
-        once("GET", part=part, act=lambda h: h.answer(200, b"{", Content_Length="1000"))
-    )
+    fake.fail("GET", part, spoil(sent_most=1))
     assert len(fake.store().statement_names("tiny")[place_of(package)]) == 2
-
-
-def test_a_fault_that_stays_ends_after_a_bounded_number_of_attempts(
-    fake: FakeRegistry, package: Package
-) -> None:
-    put(fake.store(), package)
-    unavailable = once("GET", part="", act=lambda h: h.error(503, "UNAVAILABLE"), times=99)
-    fake.faults.append(unavailable)
-    fake.seen.clear()
-    with pytest.raises(TransientError, match="503"):
-        fake.store().read_manifest(place_of(package))
-    assert len(fake.seen) == transfer.ATTEMPTS
 
 
 def test_a_registry_that_does_not_see_its_blobs_yet_is_asked_again(
     fake: FakeRegistry, package: Package
 ) -> None:
-    unseen = once("PUT", part="/manifests/", act=lambda h: h.error(400, "MANIFEST_BLOB_UNKNOWN"))
-    fake.faults.append(unseen)
+    fake.fail("PUT", "/manifests/", refusing(400, "MANIFEST_BLOB_UNKNOWN"))
     assert put(fake.store(), package)
     assert_readable(fake.store(), package)
 
 
 def test_retry_after_is_obeyed(fake: FakeRegistry) -> None:
-    fake.faults.append(
-        once("GET", part="tags", act=lambda h: h.error(429, "TOOMANY", Retry_After="1"))
-    )
+    fake.fail("GET", "tags", refusing(429, "TOOMANY", Retry_After="1"))
     began = time.monotonic()
     assert fake.store().places("tiny") == []
     assert time.monotonic() - began > 0.9
@@ -128,88 +66,6 @@ def test_a_redirect_that_never_ends_is_left(fake: FakeRegistry, package: Package
     fake.blobs_at = fake.host
     with pytest.raises(TransientError, match="redirects"):
         read(fake.store(), package)
-
-
-def drip(handler: Handler) -> None:
-    """A byte now and then, of a reply that never ends."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-    drip_head(handler)
-
-
-def drip_head(handler: Handler) -> None:
-    """A byte now and then, of a header that never ends."""
-    with contextlib.suppress(OSError):
-        for _ in range(400):
-            handler.wfile.write(b"x")
-            time.sleep(0.05)
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("act", [drip, drip_head])
-def test_a_registry_that_drips_is_left(
-    fake: FakeRegistry, package: Package, act: Callable[[Handler], None]
-) -> None:
-    put(fake.store(), package)
-    fake.faults.append(once("GET", part="", act=act, times=99))
-    began_s = time.monotonic()
-    with pytest.raises(TransientError):
-        fake.store().read_manifest(place_of(package))
-    assert time.monotonic() - began_s < 20.0
-
-
-def test_a_server_that_ignores_range_still_gives_the_right_bytes_within_a_bound(
-    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put(fake.store(), package)
-    fake.ranges = False
-    assert_readable(fake.store(), package)
-    monkeypatch.setattr(transfer, "_MAX_SKIP_BYTES", 100_000)
-    assert read(fake.store(), package) == (package.dir / PLAN).read_bytes()
-    with pytest.raises(TransientError, match="ignores Range"):
-        read(fake.store(), package, offset=500_000)
-
-
-@pytest.mark.parametrize("cut", [0, 1000, 500_000])
-def test_a_body_that_ends_early_is_noticed_while_it_is_read(
-    fake: FakeRegistry, package: Package, cut: int
-) -> None:
-    put(fake.store(), package)
-    size = file_of(package, PLAN).size_bytes
-
-    def short(handler: Handler) -> None:
-        start = handler.headers["Range"].removeprefix("bytes=").partition("-")[0]
-        extent = f"bytes {start}-{int(start) + size - 1}/99999999"
-        data = bytes(cut)
-        handler.answer(206, data, "a/b", Content_Range=extent, Content_Length=str(size))
-
-    fake.faults.append(once("GET", part="/blobs/", act=short))
-    with pytest.raises(TransientError):
-        read(fake.store(), package)
-
-
-def test_a_range_that_was_not_asked_is_refused(fake: FakeRegistry, package: Package) -> None:
-    put(fake.store(), package)
-    wrong = once(
-        "GET", part="/blobs/", act=lambda h: h.answer(206, b"x", Content_Range="bytes 0-0/1")
-    )
-    fake.faults.append(wrong)
-    with pytest.raises(TransientError, match="another range"):
-        read(fake.store(), package)
-
-
-def test_the_callers_own_fault_is_not_taken_for_one_of_the_connection(
-    fake: FakeRegistry, package: Package
-) -> None:
-    store = fake.store()
-    put(store, package)
-
-    def write() -> None:
-        with store.open_file(place_of(package), file_of(package, PLAN)) as chunks:
-            for _ in chunks:
-                raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write()
 
 
 GARBAGE = [
@@ -224,7 +80,7 @@ def test_garbage_is_never_taken_for_an_answer(
     fake: FakeRegistry, package: Package, body: bytes, kind: str
 ) -> None:
     put(fake.store(), package)
-    fake.faults.append(once("GET", part="", act=lambda h: h.answer(200, body, kind), times=99))
+    fake.fail("GET", "", answering(lambda handler: handler.answer(200, body, kind)), times=99)
     store = fake.store()
     place = place_of(package)
     with pytest.raises(PipelineError):
@@ -248,19 +104,20 @@ def test_a_document_that_is_too_long_or_not_the_one_asked_is_refused(
         lambda h: h.answer(200, b"{}", Docker_Content_Digest="sha256:" + "0" * 64),
     ]
     for act in acts:
-        fake.faults[:] = [once("GET", part="/manifests/", act=act, times=9)]
+        fake.heal()
+        fake.fail("GET", "/manifests/", answering(act), times=9)
         with pytest.raises(CorruptError):
             fake.store().read_manifest(place_of(package))
 
 
 def test_a_registry_of_another_kind_says_what_it_wants(fake: FakeRegistry) -> None:
-    fake.faults.append(once("POST", part="/uploads/", act=lambda h: h.error(405, "UNSUPPORTED")))
+    fake.fail("POST", "/uploads/", refusing(405, "UNSUPPORTED"))
     with pytest.raises(AccessError, match="read-only"):
         fake.store().check_writable()
-    fake.faults[:] = [once("POST", part="/uploads/", act=lambda h: h.error(403, "DENIED"))]
+    fake.fail("POST", "/uploads/", refusing(403, "DENIED"))
     with pytest.raises(AccessError, match="ENGINESMITH_OCI_USERNAME"):
         fake.store().check_writable()
-    fake.faults[:] = [once("GET", part="_catalog", act=lambda h: h.error(404, "NO"))]
+    fake.fail("GET", "_catalog", refusing(404, "NO"))
     with pytest.raises(AccessError, match="name the package"):
         fake.store().places()
 

@@ -1,0 +1,251 @@
+"""What goes wrong on the way to a server, S3 or OCI: over real HTTP, by servers that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import TransientError
+from pipeline.core.values import FileDigest, Package
+from pipeline.registry.manifest import files_of
+from pipeline.registry.store import Store
+from pipeline.registry.stores import open_reader, transfer
+from pipeline.registry.stores.publication import WritableStore
+from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
+from tests.registry.stores.faulty import (
+    Fault,
+    FaultyServer,
+    answering,
+    dripping,
+    lose_reply,
+    refusing,
+    reset,
+    spoil,
+    stall,
+)
+
+PLAN = "engine/model.plan"
+REQUESTS = {
+    "s3": [
+        ("HEAD", "model.plan"),
+        ("PUT", ".lease"),
+        ("PUT", "tokenizer.json"),
+        ("POST", "uploads"),
+        ("PUT", "partNumber=2"),
+        ("POST", "uploadId"),
+        ("PUT", "statement.dsse.json"),
+        ("PUT", "manifest.json"),
+        ("PUT", "registry.json"),
+        ("GET", "manifest.json"),
+    ],
+    "oci": [
+        ("POST", "/uploads/"),
+        ("HEAD", "/blobs/"),
+        ("PATCH", "/uploads/"),
+        ("PUT", "/uploads/"),
+        ("PUT", "/manifests/"),
+        ("GET", "/referrers/"),
+        ("GET", "/manifests/"),
+    ],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A store on a server that fails when asked, and a package with a file of 11 MiB."""
+
+    kind: str
+    server: FaultyServer
+    store: WritableStore
+    package: Package
+
+    @property
+    def manifest(self) -> str:
+        """What is in the path of a request for a package's manifest."""
+        return {"s3": "manifest.json", "oci": "/manifests/"}[self.kind]
+
+    @property
+    def blob(self) -> str:
+        """The same for the large file, once the rest is known."""
+        return {"s3": PLAN, "oci": "/blobs/"}[self.kind]
+
+    @property
+    def plan(self) -> FileDigest:
+        return next(file for file in files_of(self.package.manifest) if file.path == PLAN)
+
+    @property
+    def data(self) -> bytes:
+        return (self.package.dir / PLAN).read_bytes()
+
+    def reader(self) -> Store:
+        """A store that knows nothing yet."""
+        return open_reader(self.store.url)
+
+    def publish(self) -> bool:
+        return self.store.put_package(self.package, [raw_statement(model_sig=b"s")], lambda _: None)
+
+    def assert_whole(self) -> None:
+        """A reader sees exactly this package, and nothing is left over."""
+        place = place_of(self.package)
+        assert self.store.places("tiny") == [place]
+        assert [one.name for one in self.store.read_statements(place)] == [raw_statement().name]
+        for path, data in read_back(self.store, self.package).items():
+            assert data == (self.package.dir / path).read_bytes()
+        assert self.store.leftovers(0.0, delete=False) == []
+
+    def read(self, offset: int = 0, end: int | None = None) -> bytes:
+        place = place_of(self.package)
+        with self.store.open_file(place, self.plan, offset, end) as chunks:
+            return b"".join(chunks)
+
+
+@pytest.fixture(params=["s3", "oci"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Served:
+    files = {"model.plan": os.urandom(11 << 20), "tokenizer.json": b"{}"}
+    return Served(
+        kind=request.param,
+        server=request.getfixturevalue(f"memory_{request.param}"),
+        store=request.getfixturevalue(f"memory_{request.param}_store"),
+        package=sealed_package(tmp_path / "package", files),
+    )
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refusing(503, "SlowDown"),
+        refusing(429, "TOOMANYREQUESTS", Retry_After="0"),
+        answering(lambda handler: handler.answer(500, b"<html>", "text/html")),
+        reset,
+        stall(1.2),
+    ],
+    ids=["503", "429", "500", "reset", "stall"],
+)
+def test_a_fault_of_any_request_that_passes_is_not_noticed(served: Served, fault: Fault) -> None:
+    for method, part in REQUESTS[served.kind]:
+        served.server.fail(method, part, fault)
+    served.publish()
+    served.assert_whole()
+    assert served.server.unmet() == []
+
+
+def test_a_write_whose_reply_got_lost_counts_as_done(served: Served) -> None:
+    for method, part in REQUESTS[served.kind]:
+        if method == "PUT":
+            served.server.fail(method, part, lose_reply)
+    served.publish()
+    served.assert_whole()
+
+
+def test_a_fault_that_stays_ends_after_a_bounded_number_of_attempts(served: Served) -> None:
+    served.server.fail("GET", served.manifest, refusing(503, "SlowDown"), times=99)
+    with pytest.raises(TransientError, match=r"503|SlowDown"):
+        served.store.read_manifest(place_of(served.package))
+    assert served.server.count("GET", served.manifest) == transfer.ATTEMPTS
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
+        dripping(b"HTTP/1.1 200 OK\r\nX-Long: "),
+        spoil(sent_most=1, stall_s=60.0),
+    ],
+    ids=["body", "head", "stall"],
+)
+def test_a_server_that_drips_or_stalls_is_left(served: Served, fault: Fault) -> None:
+    served.publish()
+    served.server.fail("GET", served.blob, fault, times=99)
+    began_s = time.monotonic()
+    with pytest.raises(TransientError):
+        served.read()
+    served.server.fail("GET", "", fault, times=99)
+    with pytest.raises(TransientError):
+        served.reader().read_manifest(place_of(served.package))
+    assert time.monotonic() - began_s < 40.0
+
+
+@pytest.mark.parametrize("sent_most", [0, 1, 3 << 20])
+def test_a_body_that_breaks_off_is_noticed_and_read_on_from_there(
+    served: Served, sent_most: int
+) -> None:
+    served.publish()
+    served.server.fail("GET", served.manifest, spoil(sent_most=min(sent_most, 1)))
+    assert served.reader().read_manifest(place_of(served.package))
+    served.server.fail("GET", served.blob, spoil(sent_most=sent_most))
+    got = bytearray()
+
+    def read_until_it_breaks() -> None:
+        with served.store.open_file(place_of(served.package), served.plan) as chunks:
+            for chunk in chunks:
+                got.extend(chunk)
+
+    with pytest.raises(TransientError):
+        read_until_it_breaks()
+    assert got == served.data[: len(got)]
+    assert got + served.read(len(got)) == served.data
+
+
+def test_a_server_that_ignores_ranges_still_gives_the_right_bytes_within_a_bound(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.publish()
+    for offset in (0, 1, 3 << 20, len(served.data) - 1):
+        served.server.fail("GET", served.blob, spoil(ignores_range=True))
+        assert served.read(offset) == served.data[offset:]
+    monkeypatch.setattr(transfer, "_MAX_SKIP_BYTES", 1 << 20)
+    served.server.fail("GET", served.blob, spoil(ignores_range=True))
+    with pytest.raises(TransientError, match="ignores Range"):
+        served.read(3 << 20)
+
+
+def test_a_range_that_was_not_asked_is_refused(served: Served) -> None:
+    served.publish()
+    wrong = answering(lambda handler: handler.answer(206, b"x", Content_Range="bytes 7-7/9"))
+    served.server.fail("GET", served.blob, wrong)
+    with pytest.raises(TransientError, match=r"range|from byte"):
+        served.read()
+
+
+def test_a_reader_that_says_where_it_ends_gets_no_more_and_leaves_the_connection(
+    served: Served,
+) -> None:
+    served.publish()
+    served.read(0, 1)
+    connections = served.server.connections
+    for start in (0, 1 << 20):
+        assert len(served.read(start, start + (1 << 20))) == 1 << 20
+    asked = [one.headers["Range"] for one in served.server.seen[-2:]]
+    spans = [text.removeprefix("bytes=").split("-") for text in asked]
+    assert [int(last) - int(first) + 1 for first, last in spans] == [1 << 20] * 2
+    assert served.server.connections == connections
+
+
+def test_the_callers_own_fault_is_not_taken_for_one_of_the_connection(served: Served) -> None:
+    served.publish()
+
+    def write() -> None:
+        with served.store.open_file(place_of(served.package), served.plan) as chunks:
+            for _ in chunks:
+                raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+
+
+def test_a_forked_child_has_connections_of_its_own(served: Served) -> None:
+    assert served.store.places("tiny") == []
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os._exit(0 if served.publish() else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    served.assert_whole()
