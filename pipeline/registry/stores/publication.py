@@ -1,6 +1,6 @@
 """Publishing: what every store checks, and how a tree of objects is written.
 
-A package becomes visible in this order:
+A package becomes visible in this order (the registry has its identity before):
 
     1. lease       `<version>.lease`, dated by the store: gc leaves the version alone
     2. statements  attachments first, then the envelope, which is what counts
@@ -88,9 +88,7 @@ class WritableStore(Store, Protocol):
     ) -> bool:
         """Make a sealed package visible, whole and for ever; False if it was there.
 
-        In this order: the registry's identity, if it has none; lease, statements, files, sizes and
-        checksums asked back, manifest, lease removed. After an interruption the same call completes
-        what was begun, whole file by whole file.
+        After an interruption the same call completes what was begun, whole file by whole file.
 
         Raises:
             CorruptError: A file is not what the manifest says, here or in the store.

@@ -350,7 +350,7 @@ class Transport:
             backoff_jitter=BACKOFF_S,
             retry_after_max=_MAX_WAIT_S,
         )
-        with _connection_errors(url):
+        with _connection_errors(url, TransientError):
             return self._pool(url).urlopen(
                 method, url, body=body, headers={"Accept-Encoding": "identity", **headers},
                 retries=retries, redirect=False, preload_content=False, decode_content=False,
@@ -419,7 +419,7 @@ class _AgainError(TransientError):
 
 
 @contextlib.contextmanager
-def _connection_errors(url: str) -> Iterator[None]:
+def _connection_errors(url: str, kind: type[TransientError]) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError) as error:
@@ -429,7 +429,7 @@ def _connection_errors(url: str) -> Iterator[None]:
                 f"{_shown(url)} has no TLS certificate that this machine trusts ({cause}); "
                 "set SSL_CERT_FILE, or plain_http for a registry that speaks HTTP"
             ) from error
-        raise _AgainError(
+        raise kind(
             f"the connection to {_shown(url)} broke: {cause}; check the network, and try again"
         ) from error
 
@@ -438,7 +438,7 @@ def _chunks(response: BaseHTTPResponse, url: str) -> Iterator[bytes]:
     """A body, as it arrives."""
 
     def read(count: int) -> bytes:
-        with _connection_errors(url):
+        with _connection_errors(url, _AgainError):
             return response.read1(count, decode_content=False)
 
     return transfer.at_pace(read, _shown(url))
