@@ -97,11 +97,11 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Those that do something: no documentation, no imports for types, no `Stage` itself."""
     for node in body:
         match node:
-            case ast.Expr(value=ast.Constant(value=str())):
-                continue
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                continue
-            case ast.Assign(value=ast.Call(func=ast.Name(id="Stage"))):
+            case (
+                ast.Expr(value=ast.Constant(value=str()))
+                | ast.If(test=ast.Name(id="TYPE_CHECKING"))
+                | ast.Assign(value=ast.Call(func=ast.Name(id="Stage")))
+            ):
                 continue
         yield node
 

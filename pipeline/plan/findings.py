@@ -31,44 +31,34 @@ class Note:
 def limit_faults(request: PlanRequest) -> Iterator[Fault]:
     """Limits that contradict the model, each other, or a workload."""
     limits, longest = request.limits, request.shape.max_position_embeddings
-    if limits.max_seq_len > longest:
-        yield Fault(
-            "compiler.max_seq_len",
-            f"a context of {limits.max_seq_len} is beyond what the model was trained for; "
-            f"at most {longest}",
-        )
-    if limits.max_num_tokens < limits.max_batch_size:
+    context, batch, tokens = limits.max_seq_len, limits.max_batch_size, limits.max_num_tokens
+    if context > longest:
+        beyond = f"a context of {context} is beyond what the model was trained for"
+        yield Fault("compiler.max_seq_len", f"{beyond}; at most {longest}")
+    if tokens < batch:
         yield Fault(
             "compiler.max_num_tokens",
-            f"max_num_tokens ({limits.max_num_tokens}) must be >= max_batch_size "
-            f"({limits.max_batch_size}), for each sequence takes one in a decode step; "
-            "increase compiler.max_num_tokens",
+            f"max_num_tokens ({tokens}) must be >= max_batch_size ({batch}), for each sequence "
+            "takes one in a decode step; increase compiler.max_num_tokens",
         )
     if not request.format.holds(request.precision):
-        yield Fault(
-            "quantizer",
-            f"a {request.format.name} engine cannot hold {request.precision.title} weights; choose "
-            "another compiler or another quantizer",
-        )
-    for index, workload in enumerate(request.workloads):
+        weights = f"{request.precision.title} weights"
+        other = "choose another compiler or another quantizer"
+        yield Fault("quantizer", f"a {request.format.name} engine cannot hold {weights}; {other}")
+    for index, load in enumerate(request.workloads):
         path = f"acceptance.targets[{index}]"
-        if workload.isl + workload.osl > limits.max_seq_len:
-            yield Fault(
-                f"{path}.isl",
-                f"isl + osl ({workload.isl} + {workload.osl}) must be <= compiler.max_seq_len "
-                f"({limits.max_seq_len})",
-            )
-        if workload.batch > limits.max_batch_size:
-            yield Fault(
-                f"{path}.batch",
-                f"batch {workload.batch} must be <= compiler.max_batch_size "
-                f"({limits.max_batch_size})",
-            )
+        if load.isl + load.osl > context:
+            total = f"isl + osl ({load.isl} + {load.osl})"
+            yield Fault(f"{path}.isl", f"{total} must be <= compiler.max_seq_len ({context})")
+        if load.batch > batch:
+            most = f"compiler.max_batch_size ({batch})"
+            yield Fault(f"{path}.batch", f"batch {load.batch} must be <= {most}")
 
 
 def fit_findings(request: PlanRequest, fit: Fit) -> Iterator[Fault | Note]:
     """What the card's memory does not hold, and limits that promise more than it does."""
     limits, card = request.limits, request.target.id
+    left = f"the {gib(fit.kv_budget_bytes)} that {card} has left beside weights and workspace"
     if fit.kv_budget_bytes < fit.kv_bytes_per_token:
         missing = fit.kv_bytes_per_token - fit.kv_budget_bytes
         yield Fault(
@@ -83,8 +73,7 @@ def fit_findings(request: PlanRequest, fit: Fit) -> Iterator[Fault | Note]:
             "compiler.max_batch_size",
             f"the static cache of batch {limits.max_batch_size} x context {limits.max_seq_len} "
             f"takes {gib(fit.static_kv_bytes)}, {gib(fit.static_kv_bytes - fit.kv_budget_bytes)} "
-            f"more than the {gib(fit.kv_budget_bytes)} that {card} has left beside weights and "
-            f"workspace; at most batch {fit.full_length_sequences} at context "
+            f"more than {left}; at most batch {fit.full_length_sequences} at context "
             f"{limits.max_seq_len}, or context {fit.max_context} at batch {limits.max_batch_size}",
         )
     elif not fit.static_kv_bytes:
@@ -96,8 +85,7 @@ def fit_findings(request: PlanRequest, fit: Fit) -> Iterator[Fault | Note]:
                 yield Fault(
                     f"acceptance.targets[{index}].batch",
                     f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
-                    f"{gib(needed)}, {gib(needed - fit.kv_budget_bytes)} more than the "
-                    f"{gib(fit.kv_budget_bytes)} that {card} has left beside weights and workspace "
+                    f"{gib(needed)}, {gib(needed - fit.kv_budget_bytes)} more than {left} "
                     f"({request.format.fit.usable_share:.0%} of its memory counted); at most batch "
                     f"{largest}",
                 )

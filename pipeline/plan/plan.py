@@ -116,14 +116,11 @@ def render(plan: Plan) -> RenderableType:
     )
     parts: list[RenderableType] = [title, _sizes(plan)]
     if plan.workloads:
-        parts.append(_workloads(plan))
-        parts.append(
-            Text(
-                "The ceiling is what the card allows at most, without speculation; up to "
-                f"{REACHABLE_SHARE:.0%} of it is held to be reachable.",
-                style="dim",
-            )
+        ceiling = (
+            "The ceiling is what the card allows at most, without speculation; up to "
+            f"{REACHABLE_SHARE:.0%} of it is held to be reachable."
         )
+        parts += [_workloads(plan), Text(ceiling, style="dim")]
     for note in plan.notes:
         source = f" ({note.source})" if note.source else ""
         style = "yellow" if note.severity == "warning" else ""
@@ -137,9 +134,8 @@ def _sizes(plan: Plan) -> Table:
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for name, text in _size_rows(plan):
-        table.add_row(name, text)
+    for row in _size_rows(plan):
+        table.add_row(*row)
     return table
 
 

@@ -110,7 +110,13 @@ class HubSource(Licensed):
         files = [client.download(remote[name], arriving) for name in support_files(remote)]
         shards = weight_files(remote, arriving, where)
         missing = [name for name in shards if not (arriving / name).exists()]
-        _check_space(arriving, sum(remote[name].size_bytes for name in missing) + _RECORD_BYTES)
+        needed_bytes = sum(remote[name].size_bytes for name in missing) + _RECORD_BYTES
+        if (free_bytes := shutil.disk_usage(arriving).free) < needed_bytes:
+            raise TransientError(
+                f"disk full: the download needs {needed_bytes / 1e9:,.1f} GB, {arriving} has "
+                f"{free_bytes / 1e9:,.1f} GB free; free some, or set ENGINESMITH_CACHE "
+                "to a folder on a larger disk, and run the same command again"
+            )
         for number, name in enumerate(shards, start=1):
             size_mb = remote[name].size_bytes / 1e6
             log.info("%s: %d of %d, %s, %.0f MB", where, number, len(shards), name, size_mb)
@@ -138,16 +144,6 @@ def _partial_folder(folder: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         folder.rename(partial)
     return partial
-
-
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise TransientError(
-            f"disk full: the download needs {needed_bytes / 1e9:,.1f} GB, {folder} has "
-            f"{free_bytes / 1e9:,.1f} GB free; free some, or set ENGINESMITH_CACHE "
-            "to a folder on a larger disk, and run the same command again"
-        )
 
 
 KIND = HubSource

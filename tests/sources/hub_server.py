@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
+from pipeline.sources.hub import HubSource
 from tests.sources.tiny_model import tiny_repository
 
 REPO = "acme/tiny"
@@ -193,3 +198,26 @@ def _cdn_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             self.reply(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
 
     return Handler
+
+
+SOURCE = HubSource(repo_id=REPO, revision=COMMIT, licence="MIT")
+FETCH = (
+    "from pipeline.sources.hub import HubSource;"
+    f"HubSource(repo_id={REPO!r}, revision={COMMIT!r}, licence='MIT').fetch();"
+    "import sys; print('huggingface_hub' in sys.modules)"
+)
+
+
+def partial_files(cache: Path) -> Path:
+    return cache / "weights/hub/acme--tiny" / f"{COMMIT}.partial" / "files"
+
+
+def run_fetch(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", FETCH],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )

@@ -19,8 +19,16 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.sources.hub import HubSource
-from tests.sources.hub_fetch import FETCH, SOURCE, partial_files, run_fetch
-from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
+from tests.sources.hub_server import (
+    COMMIT,
+    FETCH,
+    REPO,
+    SOURCE,
+    TOKEN,
+    HubServer,
+    partial_files,
+    run_fetch,
+)
 from tests.sources.tiny_model import SHARDS, safetensors
 
 WANTED = {

@@ -59,8 +59,7 @@ class HubText:
         slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
         folder = weights_root() / "hub-datasets" / slug / self.revision
         target = folder / self.file
-        lock = lock_path(f"dataset-{slug}-{commit}")
-        with locked(lock):
+        with locked(lock_path(f"dataset-{slug}-{commit}")):
             # The client gives a file its name only when its digest was right.
             if target.is_file():
                 return target

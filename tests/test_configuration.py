@@ -314,3 +314,59 @@ def test_registry_option_of_a_build_is_the_recipes_registry(
     job = only("smollm2", *registry_overrides(url))
     assert job.faults == ()
     assert job.config["registry"] == dict([("kind", kind), where])
+
+
+SIZES = {
+    "checkpoint": "max_batch_size: 7\nmax_seq_len: 700\nkv_cache_dtype: bfloat16\n",
+    "trtrtx": "max_batch_size: 9\nopt_batch_size: 3\nmax_seq_len: 900\n",
+}
+
+
+@pytest.fixture
+def sized(write: Write, only: Only) -> Callable[..., Job]:
+    """A recipe with sizes of its own: `- optional sizes/NAME@compiler: ${compiler}`."""
+    write(
+        "own.1.yaml",
+        "defaults: [build, {shapes@shape: smollm2}, {optional sizes/own.1@compiler: '${compiler}'},"
+        " {override source: embedded}, {override compiler: checkpoint}, _self_]\n"
+        "name: own.1\nversion: 1.0.0\n",
+    )
+    for compiler, text in SIZES.items():
+        write(f"sizes/own.1/{compiler}.yaml", text)
+    return lambda *overrides: only("own.1", *overrides)
+
+
+def test_each_compiler_gets_its_own_sizes_runner_and_the_rest_of_its_option(
+    sized: Callable[..., Job],
+) -> None:
+    job = sized()
+    assert (job.value.compiler.format, compiler_of(job).max_seq_len) == ("checkpoint", 700)
+    assert (compiler_of(job).kv_cache_dtype, compiler_of(job).runtime) == ("bfloat16", "vllm")
+    assert job.value.runner.name == "transformers"
+    other = sized("compiler=trtrtx")
+    assert (other.value.compiler.format, compiler_of(other).opt_batch_size) == ("trtrtx", 3)
+    assert compiler_of(other).activation_dtype == "bfloat16"
+    assert other.value.runner.name == "onnxruntime"
+    assert sized("runner=onnxruntime").value.runner.name == "onnxruntime"
+
+
+@pytest.mark.parametrize("compiler", ["checkpoint", "trtrtx"])
+def test_command_line_wins_over_the_sizes(sized: Callable[..., Job], compiler: str) -> None:
+    job = sized("compiler.max_batch_size=16", f"compiler={compiler}")
+    assert compiler_of(job).max_batch_size == 16
+
+
+def test_compiler_without_sizes_keeps_those_of_its_option(
+    sized: Callable[..., Job], write: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "sizes/own.1/trtrtx.yaml").unlink()
+    assert compiler_of(sized("compiler=trtrtx")).max_seq_len == 1024
+    option = (data_dir("conf") / "compiler" / "trtrtx.yaml").read_text()
+    write("compiler/mine.yaml", option.replace("1024", "900"))
+    assert compiler_of(sized("compiler=mine")).max_seq_len == 900
+
+
+def test_acknowledging_a_licence_does_not_ask_for_another_name(only: Only) -> None:
+    licence = "source.acknowledge_licence=LicenseRef-Llama-3.1-Community"
+    job = only("llama3.1", licence, "compiler=checkpoint")
+    assert job.value.source.terms.acknowledged == job.config["source"]["licence"]
