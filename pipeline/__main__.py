@@ -44,14 +44,7 @@ DEFAULT_REGISTRY = Path("artifacts")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A command line.
-
-    Attributes:
-        recipe: Its name.
-        overrides: In Hydra's grammar.
-        rebuild: Build although a package with the same build key is published.
-        config_dir: Folder with the user's recipes, searched first.
-    """
+    """A command line; `config_dir` has recipes of the user's own."""
 
     recipe: str
     overrides: tuple[str, ...] = ()

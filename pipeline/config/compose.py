@@ -112,8 +112,7 @@ def show_info(what: str, recipe: str, overrides: Sequence[str], folders: ConfigF
     """Let Hydra print how it composes a recipe; a `RecipeError` where it cannot."""
     recipe_dir = folders.recipe_dir(recipe)
     if recipe_dir is None:
-        hint = suggestion(recipe, folders.recipe_names())
-        raise RecipeError([Fault("", f"there is no recipe {recipe!r}; {hint}")])
+        raise RecipeError([folders.unknown(recipe)])
     try:
         with initialize_config_dir(str(recipe_dir), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra

@@ -35,6 +35,11 @@ class ConfigFolders:
             return None
         return next(dir for dir in self.recipes if (dir / f"{recipe}.yaml").is_file())
 
+    def unknown(self, recipe: str) -> Fault:
+        """What to say of a recipe that does not exist."""
+        hint = suggestion(recipe, self.recipe_names())
+        return Fault("", f"there is no recipe {recipe!r}; {hint}")
+
     def options(self, group: str) -> tuple[str, ...]:
         return _stems([dir / group for dir in self.search])
 

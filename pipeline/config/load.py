@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.compose import ConfigFile, compose_recipe, locate, read_overrides
-from pipeline.config.folders import ConfigFolders, closest, suggestion
+from pipeline.config.folders import ConfigFolders, closest
 from pipeline.config.recipe import Recipe
 from pipeline.config.validate import validate
 from pipeline.core.errors import Fault, RecipeError
@@ -62,7 +62,7 @@ def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Jo
     given, faults = read_overrides(overrides)
     unknown = name not in known
     if unknown:
-        faults.insert(0, Fault("", f"there is no recipe {name!r}; {suggestion(name, known)}"))
+        faults.insert(0, folders.unknown(name))
     composed, refused, files = compose_recipe(
         (closest(name, known) or "build") if unknown else name, given, folders
     )

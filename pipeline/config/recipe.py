@@ -38,7 +38,8 @@ class WeightSource(Protocol):
             NotFoundError: No such repository, commit, folder or package.
             AccessError: Gated or private.
             CorruptError: Bytes are not what they claim to be.
-            TransientError: Network; trying again may work.
+            RecipeError: Weights there are, but only as pickles.
+            TransientError: Network, or too little disk; trying again may work.
         """
         ...
 
@@ -86,10 +87,7 @@ class Recipe:
         name: First part of the reference.
         version: The recipe's own; the package's adds its build key and its digest.
         shape: The model, as far as the plan needs it.
-        calibration: The text that activation scales are measured on.
         runner: What executes the engine here, for acceptance.
-        acceptance: What it must show.
-        registry: Where it is published.
     """
 
     name: Annotated[str, _part("name")]

@@ -71,13 +71,7 @@ class AccessError(PipelineError):
 class ToolError(PipelineError):
     """A tool that we started failed.
 
-    Args:
-        stage: Pipeline stage, such as `compile`.
-        command: The exact argument list.
-        returncode: The tool's own exit code; negative for a signal.
-        log_path: Where its whole output is.
-        last_lines: The end of that output.
-        hint: What to change, for a known cause.
+    `returncode` is negative for a signal; `hint` says what to change, for a known cause.
     """
 
     def __init__(

@@ -53,7 +53,6 @@ class Licence:
         notice: Text that must travel with the weights; empty for none.
         gated: The weights are given only to those who accepted the terms.
         acknowledged: Licence that the recipe says has been read and accepted, or None.
-        read_at: Where a person can read the terms.
     """
 
     spdx: str
@@ -136,7 +135,6 @@ class Engine:
     """What a runtime loads: the future `engine/` folder of a package, self-contained.
 
     Attributes:
-        digest: Identity of its bytes.
         variant: Middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`.
         runtime: Name and exact version of the runtime that it needs.
         sms: Compute capabilities x 10 it runs on (89 = Ada); empty for any.
@@ -225,12 +223,10 @@ class Report:
     """What acceptance measured; `to_json` is `report.json`, schema 1. What was not asked is empty.
 
     Attributes:
-        digest: The package that it speaks of.
         card: Card that the engine is for, such as `NVIDIA-GeForce-RTX-4090`.
         conditions: Where and with what it was measured.
         speed: One entry per workload.
         quality: Perplexities, KL, agreement, with intervals.
-        not_run: What was not run here, and why.
         checks: What was proven about the engine without running it.
         lm_eval: Task -> metric -> value, of the lm-eval harness.
         physics: Bandwidth of the card, and each workload's share of its ceiling.

@@ -26,14 +26,7 @@ from pipeline.sources.weights import CONFIG, check_listing, licence_of_hub
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """A model that a recipe can be made from.
-
-    Attributes:
-        described: For the comment of its shape file.
-        config: Its `config.json`.
-        option: Option of the group `source`.
-        source: What the recipe's `source` section says.
-    """
+    """A model for a recipe: its `config.json`, and what the `source` section will say."""
 
     described: str
     config: Mapping[str, Any]
@@ -43,10 +36,6 @@ class Origin:
 
 def read_origin(text: str, revision: str | None) -> Origin:
     """Find the model that `--from` names: a folder, else a Hub repository.
-
-    Args:
-        text: The name.
-        revision: Commit, branch or tag on the Hub, which is resolved to a commit; None for `main`.
 
     Raises:
         NotFoundError: No such folder, repository or revision, or no model in it.
@@ -103,14 +92,7 @@ _WINDOW_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class NewRecipe:
-    """What was written.
-
-    Attributes:
-        files: Paths below `folder`, the recipe last.
-        sizes: Compiler -> its sizes; the recipe's own compiler first.
-        left_out: Compiler -> why it has no sizes.
-        source: What the recipe says about its weights.
-    """
+    """What was written: the recipe is the last file, and has the first of the compilers."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -137,12 +119,7 @@ def new_recipe(
 ) -> NewRecipe:
     """Write a recipe that loads and plans without faults: all of its files, or none.
 
-    Args:
-        name: Of the recipe.
-        origin: A Hub repository or a folder.
-        revision: On the Hub; None for its main branch.
-        target: Option of the group `target`.
-        config_dir: Where to write; None for `./recipes`, or `.` where that does not exist.
+    They go to `config_dir`, else to `./recipes`, or `.` where that does not exist.
 
     Raises:
         ConflictError: There is such a recipe, or one of its files.

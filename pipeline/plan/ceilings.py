@@ -115,9 +115,7 @@ class WorkloadPlan:
     """What the card allows at one workload. All rates are tokens per second of the whole batch.
 
     Attributes:
-        name: As the workload's, like `batch`, `isl` and `osl`.
         ceiling: Most output tokens per second while it decodes, reading its KV cache.
-        ceiling_without_kv: The same if no cache had to be read.
         bound: `memory` or `compute`: what sets the ceiling.
         target: Wanted output tokens per second, or None; a wanted share of the ceiling counts.
         share: Target over ceiling, or None.

@@ -156,7 +156,6 @@ class BuildNeeds:
         disk_bytes: Artefact -> bytes, all kept at once.
         quantize_ram_bytes: For quantizing on a CPU in float32.
         quantize_ram_min_bytes: The same in bfloat16, which is taken where float32 does not fit.
-        compile_ram_bytes: 0 where nothing is compiled.
         source: Where the RAM figures come from.
     """
 

@@ -73,17 +73,10 @@ class EmbeddedSource(Licensed):
         return f"embedded:{self.requirement}/{self.file}"
 
     def fetch(self) -> Weights:
-        """Convert the GGUF, unless the cache holds the result.
-
-        Raises:
-            NotFoundError: The package is not installed.
-            CorruptError: The file is not the one with `sha256`.
-            ModuleNotFoundError: What converts it is not installed.
-        """
+        """Convert the GGUF, unless the cache holds the result."""
         gguf = self._verified_gguf()
         folder = weights_root() / "embedded" / self.package / self._key()[:24]
-        lock = f"{self.package}-{folder.name[:12]}"
-        files = cached_files(folder, lock, lambda: self._convert(gguf, folder))
+        files = cached_files(folder, lambda: self._convert(gguf, folder))
         note = (
             f"dequantized from {self.file}: these weights were 4-bit once (GGUF) and are not the "
             "BF16 weights that the model's Hub repository holds"

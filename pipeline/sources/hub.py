@@ -77,18 +77,10 @@ class HubSource(Licensed):
         )
 
     def fetch(self) -> Weights:
-        """Download what the cache lacks. With a complete cache, neither network nor token.
-
-        Raises:
-            AccessError: Gated or private.
-            RecipeError: Its weights are pickles.
-            PipelineError: As `HubClient`.
-            TransientError: Too little disk is free; what arrived is kept.
-        """
+        """Download what the cache lacks. With a complete cache, neither network nor token."""
         slug = self.repo_id.replace("/", "--")
         folder = weights_root() / "hub" / slug / self.revision
-        lock = f"{slug}-{self.revision[:12]}"
-        files = cached_files(folder, lock, lambda: self._download(folder))
+        files = cached_files(folder, lambda: self._download(folder))
         return self.weights(folder / FILES, files, self.revision)
 
     def _download(self, folder: Path) -> tuple[FileDigest, ...]:

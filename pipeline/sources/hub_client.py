@@ -68,14 +68,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """What the Hub says about a repository at a revision.
-
-    Attributes:
-        commit: The full commit that the revision names.
-        gated: Its files need an account that accepted the licence.
-        licence: The repository's licence tag, such as `apache-2.0`; None where it states none.
-        files: The commit's files by name.
-    """
+    """What the Hub says of a repository at a revision; `licence`: its tag, as `apache-2.0`."""
 
     commit: str
     gated: bool
@@ -84,14 +77,9 @@ class Repository:
 
 
 class HubClient:
-    """One repository at one commit; errors have a next step.
+    """One repository at one commit; for `describe` also at a branch or tag.
 
-    Args:
-        repo_id: Such as `microsoft/Phi-3-mini-4k-instruct`.
-        revision: Full commit; for `describe` also a branch or tag.
-        repo_type: What it holds.
-
-    Raises:
+    Its methods raise, with a next step:
         NotFoundError: No such repository or revision.
         AccessError: Gated or private, or the token is not valid.
         TransientError: The network or the Hub fails again and again.

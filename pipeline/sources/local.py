@@ -40,13 +40,7 @@ class LocalSource(Licensed):
         return f"local:{self.path.name}"
 
     def fetch(self) -> Weights:
-        """Check the folder and hash what a build needs of it.
-
-        Raises:
-            NotFoundError: No such folder, or no model, weights or tokenizer in it.
-            RecipeError: Its weights are pickles.
-            CorruptError: A file is truncated or breaks its format.
-        """
+        """Check the folder and hash what a build needs of it."""
         folder = self.path.expanduser().resolve()
         if not folder.is_dir():
             raise NotFoundError(f"source.path: {folder} is not a folder; it must hold a model")

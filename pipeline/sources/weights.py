@@ -197,18 +197,19 @@ def weights_root() -> Path:
     return cache_root() / "weights"
 
 
-def lock_path(name: str) -> Path:
-    """Lock that the makers of one cache entry wait for."""
+def lock_path(folder: Path) -> Path:
+    """Lock that the makers of one folder of the weight cache wait for."""
+    name = "-".join(folder.relative_to(weights_root()).parts)
     return cache_root() / "locks" / f"weights-{name}.lock"
 
 
 def cached_files(
-    folder: Path, lock: str, make: Callable[[], tuple[FileDigest, ...]]
+    folder: Path, make: Callable[[], tuple[FileDigest, ...]]
 ) -> tuple[FileDigest, ...]:
     """Digests of the files of a cached folder, which `make` fills where it is absent or damaged."""
     if (files := finished_files(folder)) is not None:
         return files
-    with locked(lock_path(lock)):  # another run may have finished it while we waited
+    with locked(lock_path(folder)):  # another run may have finished it while we waited
         return finished_files(folder) or make()
 
 

@@ -88,14 +88,8 @@ def pack_windows(
 ) -> NDArray[np.int64]:
     """Tokenize, join with the end-of-text token, cut into windows [count, seq_len].
 
-    Full windows only, so that padding never enters a statistic.
-
-    Args:
-        documents: The text.
-        tokenizer: A Transformers tokenizer.
-        seq_len: Tokens per window.
-        count: Windows wanted.
-        seed: Draws `count` of the windows at random, in text order; None takes the first.
+    Full windows only, so that padding never enters a statistic. `seed` draws `count` of them at
+    random, in text order; None takes the first.
 
     Raises:
         RecipeError: The text is too short.

@@ -13,12 +13,7 @@ from pipeline.core.settings import STRICT, PathField
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TextFile:
-    """A local file: `.jsonl` holds one object a line, anything else is one document.
-
-    Attributes:
-        path: The file.
-        column: Key of the text in a JSON-lines object.
-    """
+    """A local file: `.jsonl` has an object with the text a line, any other is one document."""
 
     path: PathField
     column: str = "text"

@@ -20,8 +20,6 @@ class HubText:
 
     Attributes:
         repo_id: Dataset repository, such as `abisee/cnn_dailymail`.
-        revision: Commit, 40 hex digits.
-        file: Path in the repository.
         column: Column or key of the text.
     """
 
@@ -50,16 +48,11 @@ class HubText:
         return read_documents(self._fetched(), self.column)
 
     def _fetched(self) -> Path:
-        """The file in the weight cache, downloaded and verified like a model's unless it is there.
-
-        Raises:
-            NotFoundError: The dataset has no such file.
-            PipelineError: As `HubClient`.
-        """
+        """The file in the weight cache, downloaded and verified like a model's if it is missing."""
         slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
         folder = weights_root() / "hub-datasets" / slug / self.revision
         target = folder / self.file
-        with locked(lock_path(f"dataset-{slug}-{commit}")):
+        with locked(lock_path(folder)):
             # The client gives a file its name only when its digest was right.
             if target.is_file():
                 return target
