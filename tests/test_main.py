@@ -21,7 +21,7 @@ from pipeline.__main__ import Request, main, run
 from pipeline.commands.screen import file_logging, screen_logging, show_error
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.outcome import Outcome, closing_lines, failure_of, open_run, write_verdict
+from pipeline.outcome import Outcome, failure_of, open_run, write_verdict
 
 RECIPE = """
 defaults: [smollm2, _self_]
@@ -289,17 +289,6 @@ def test_read_only_folder_is_not_writable(workdir: Path, monkeypatch: pytest.Mon
     assert list(closed.iterdir()) == []
 
 
-def test_full_registry_disk_is_transient(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(path: Path) -> Path:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr("pipeline.__main__.open_run", full)
-    assert run(request("toy"), never) == 9
-    assert "disk full at packages" in capsys.readouterr().err
-
-
 def test_logging_is_as_before_when_the_run_is_over() -> None:
     before = (logging.getLogger().handlers[:], logging.getLogger("pipeline").level)
     run(request("toy"), lambda *_: PUBLISHED)
@@ -351,11 +340,6 @@ def test_verdict_replaces_the_one_before_in_one_step(tmp_path: Path) -> None:
         write_verdict(run_dir, {"exit_code": code})
     assert [path.name for path in run_dir.iterdir()] == ["verdict.json"]
     assert '"exit_code": 3' in (run_dir / "verdict.json").read_text()
-
-
-def test_rejected_package_offers_no_command() -> None:
-    rejected = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="", verdict="rejected")
-    assert closing_lines(rejected, "enginesmith generate") == "verdict  rejected"
 
 
 def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -> None:

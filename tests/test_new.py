@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
@@ -289,12 +288,3 @@ def test_recipe_is_the_last_file_to_appear(workdir: Path) -> None:
     assert order == list(SET)
     assert all((recipes / path).read_text() == text for path, text in SET.items())
     assert not list(recipes.rglob("*.partial"))
-
-
-def test_files_are_yaml_that_a_person_can_read() -> None:
-    made = new(folder_of(published("phi-4-mini-instruct")))
-    for path in made.files:
-        text = (made.folder / path).read_text()
-        assert text.startswith("# ")
-        assert isinstance(yaml.safe_load(text), dict)
-        assert max(map(len, text.splitlines())) <= 120

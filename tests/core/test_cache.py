@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -163,13 +162,6 @@ def test_of_two_processes_with_one_key_one_produces(tmp_path: Path) -> None:
     assert (first.returncode, second.returncode) == (0, 0)
     assert len(folders) == 1
     assert (root / "calls").read_text() == "x"
-
-
-def test_record_holds_inputs_and_every_file(tmp_path: Path) -> None:
-    made = StageCache(root=tmp_path).run(S, {"a": 1}, writing("one", []))
-    record = json.loads((made.dir / RECORD).read_text())
-    assert record["inputs"] == {**S.identity, "a": 1}
-    assert [file["path"] for file in record["files"]] == ["result.txt"]
 
 
 def test_fetched_files_are_digested_again_before_they_are_used(tmp_path: Path) -> None:
