@@ -33,12 +33,7 @@ from pipeline.machine import require_builder
 from pipeline.outcome import failure_of
 from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
-from pipeline.rehearse.shrink import (
-    on_random_weights,
-    small_acceptance,
-    small_settings,
-    small_spec,
-)
+from pipeline.rehearse.shrink import on_random_weights, small_acceptance, small_settings, small_spec
 from pipeline.sources.text.topics import PydocTopics
 
 log = logging.getLogger(__name__)

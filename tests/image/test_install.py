@@ -13,11 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from image.install import (
-    as_requirements,
-    installed,
-    pinned,
-)
+from image.install import as_requirements, installed, pinned
 from tests.image.wheels import write_wheel
 
 INSTALLER = Path("image/install.py").resolve()

@@ -12,12 +12,7 @@ from pipeline.core.values import Checkpoint
 from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.sources.text.corpus import text_digest
-from tests.quant.tiny_quantized import (
-    CALIBRATION,
-    RepeatedText,
-    tiny_checkpoint,
-    tiny_quantizer,
-)
+from tests.quant.tiny_quantized import CALIBRATION, RepeatedText, tiny_checkpoint, tiny_quantizer
 
 PARTS = (
     "self_attn.q_proj",

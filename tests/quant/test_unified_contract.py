@@ -17,11 +17,7 @@ from pipeline.quant.spec import FP8_E4M3_MAX
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES
 from tests.quant.tiny_quantized import architecture_checkpoint
-from tests.quant.unified_contract import (
-    GOLDEN,
-    scales_of,
-    source_sha256,
-)
+from tests.quant.unified_contract import GOLDEN, scales_of, source_sha256
 
 BF16_STEP = 2.0**-7
 """Distance of neighbouring bfloat16 values, relative, at its largest: another CPU's last bits can

@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AccessError
-from pipeline.registry.disk import (
-    require_private_parent,
-    require_unshared,
-    writable_by_others,
-)
+from pipeline.registry.disk import require_private_parent, require_unshared, writable_by_others
 
 
 @pytest.fixture

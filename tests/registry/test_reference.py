@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import RecipeError
-from pipeline.registry.reference import (
-    ParsedReference,
-    check_part,
-    parse_reference,
-    reference_of,
-)
+from pipeline.registry.reference import ParsedReference, check_part, parse_reference, reference_of
 from tests.registry.packages import sealed_package
 
 _names = st.from_regex(r"[a-z0-9]{1,8}([.-][a-z0-9]{1,8}){0,3}", fullmatch=True)

@@ -14,11 +14,7 @@ import pytest
 from pipeline.core.values import Checkpoint
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
-from tests.architectures import (
-    ARCHITECTURES,
-    ORIGINAL_CONTEXT,
-    tiny_fp8_architecture,
-)
+from tests.architectures import ARCHITECTURES, ORIGINAL_CONTEXT, tiny_fp8_architecture
 from tests.formats.decoder.decoders import graph_logits, model_logits, random_prompt, write_graph
 from tests.quant.tiny_quantized import architecture_checkpoint
 

@@ -16,11 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.formats.trtrtx import network as weights
 from pipeline.formats.trtrtx.interpreter import NetworkInterpreter
-from pipeline.formats.trtrtx.network import (
-    CheckError,
-    constant_values,
-    parse_network,
-)
+from pipeline.formats.trtrtx.network import CheckError, constant_values, parse_network
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.trtrtx.network_check_graph import TinyDecoder
 

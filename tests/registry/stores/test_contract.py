@@ -18,13 +18,7 @@ from pipeline.core.values import Package
 from pipeline.registry.manifest import files_of, manifest_at, manifest_bytes
 from pipeline.registry.store import ENVELOPE, Place, RawStatement
 from pipeline.registry.stores.publication import WritableStore
-from tests.registry.packages import (
-    envelopes,
-    place_of,
-    raw_statement,
-    read_back,
-    sealed_package,
-)
+from tests.registry.packages import envelopes, place_of, raw_statement, read_back, sealed_package
 
 DAY_S = 24 * 3600.0
 Ager = Callable[[float], None] | None

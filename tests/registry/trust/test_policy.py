@@ -8,13 +8,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import AccessError, RecipeError, UntrustedError
-from pipeline.registry.trust.policy import (
-    ROLES,
-    TrustedKey,
-    TrustPolicy,
-    load_policy,
-    policy_text,
-)
+from pipeline.registry.trust.policy import ROLES, TrustedKey, TrustPolicy, load_policy, policy_text
 from pipeline.registry.trust.signing import generate_key, sign_envelope
 from pipeline.registry.trust.statements import parse_envelope, signer_of
 

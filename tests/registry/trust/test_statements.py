@@ -12,11 +12,7 @@ import rfc8785
 
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.registry.store import ENVELOPE
-from pipeline.registry.trust.signing import (
-    now_text,
-    sign_envelope,
-    sign_statement,
-)
+from pipeline.registry.trust.signing import now_text, sign_envelope, sign_statement
 from pipeline.registry.trust.statements import open_statement, verified_files
 from tests.registry.team import Team
 

@@ -21,13 +21,7 @@ from pipeline.registry.trust.signing import (
     sign_test,
 )
 from pipeline.registry.trust.verification import Resolved, Terms, require_usable, verify_statements
-from tests.registry.team import (
-    BUILDER,
-    CARD,
-    OTHER_CARD,
-    RUNTIME,
-    Team,
-)
+from tests.registry.team import BUILDER, CARD, OTHER_CARD, RUNTIME, Team
 
 REGISTRY = "1" * 32
 OTHER_RUNTIME = (RUNTIME[0], "1.0")

@@ -32,12 +32,7 @@ from pipeline.runners.session import BatchOptions
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from tests.acceptance.test_conditions import nvml
 from tests.formats.decoder.decoders import generate_greedy, random_prompt, write_graph
-from tests.runners.trtrtx.engines import (
-    CONTEXT,
-    MAX_BATCH,
-    fake_tensorrt_rtx,
-    write_plan,
-)
+from tests.runners.trtrtx.engines import CONTEXT, MAX_BATCH, fake_tensorrt_rtx, write_plan
 
 NOT_OF_THE_API = {"HostDevice", "Any", "Callable", "Enum"}
 RAGGED = [random_prompt(length, seed=length) for length in (10, 1, 27, 3, 16)]

@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.formats.trtllm.convert.checkpoints import (
-    Converted,
-    edited,
-    reconfigured,
-)
+from tests.formats.trtllm.convert.checkpoints import Converted, edited, reconfigured
 from tests.formats.trtllm.convert.comparison import (
     LOGIT_BOUND,
     ROUNDED_BOUND,
