@@ -38,17 +38,14 @@ class EngineCompiler(Protocol):
     @property
     def format(self) -> Format:
         """Which runtime family reads the result."""
-        ...
 
     @property
     def limits(self) -> Limits:
         """Batch and context sizes that it builds for."""
-        ...
 
     @property
     def pinned_runtime(self) -> tuple[str, str]:
         """Name and version of what will run the engine; an empty version where it is not known."""
-        ...
 
     def check_machine(self, target: Target) -> None:
         """Find out in seconds, before any download, whether this machine can compile.
@@ -56,11 +53,9 @@ class EngineCompiler(Protocol):
         Raises:
             IncompatibleError: It cannot; names the ways on.
         """
-        ...
 
     def inputs(self, target: Target) -> Mapping[str, Any]:
         """Everything but the checkpoint that shapes the engine's bytes, as JSON values."""
-        ...
 
     def compile(
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
@@ -71,7 +66,6 @@ class EngineCompiler(Protocol):
             ToolError: The compiler failed; its log is in `log_dir`.
             PipelineError: It succeeded, but not with what was asked.
         """
-        ...
 
 
 @runtime_checkable
@@ -81,11 +75,9 @@ class CardCompiler(EngineCompiler, Protocol):
     @property
     def command(self) -> tuple[str, ...]:
         """What it runs on a machine with the card, with relative paths."""
-        ...
 
     def convert(self, checkpoint: Checkpoint, cache: StageCache) -> StageResult:
         """What it makes of the checkpoint on any machine."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

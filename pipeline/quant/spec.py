@@ -33,15 +33,12 @@ class OnnxWriter(Protocol):
     @property
     def dtype(self) -> int:
         """ONNX element type of the activations."""
-        ...
 
     def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Append a node with one output, and return its name."""
-        ...
 
     def constant(self, name: str, values: NDArray[Any]) -> str:
         """Add a small tensor, once, and return its name."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

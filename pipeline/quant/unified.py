@@ -268,20 +268,20 @@ def declared_quantization(folder: Path) -> DeclaredQuantization:
     """Read the declaration, in the files of any exporter; CorruptError where it is damaged."""
     path = folder / DECLARATION
     if path.is_file():
-        declared = _object(path, read_json_object(path), "quantization")
+        declared = _section(path, "quantization")
         return DeclaredQuantization(
             file=DECLARATION,
             algorithm=_word(path, declared, "quant_algo"),
             kv_cache=_word(path, declared, "kv_cache_quant_algo"),
         )
     path = folder / "config.json"
-    declared = _object(path, read_json_object(path), "quantization_config")
+    declared = _section(path, "quantization_config")
     scheme = declared.get("kv_cache_scheme")
     if isinstance(scheme, Mapping):
         float8 = scheme.get("type") == "float" and scheme.get("num_bits") == 8
         scheme = "FP8" if float8 else f"{dict(scheme)}"
-    elif scheme is not None and not isinstance(scheme, str):
-        raise CorruptError(f"{path}: kv_cache_scheme is {scheme!r:.80}, wanted an object or a name")
+    else:
+        scheme = _word(path, declared, "kv_cache_scheme")
     return DeclaredQuantization(
         file=path.name, algorithm=_config_algorithm(path, declared), kv_cache=scheme
     )
@@ -299,17 +299,15 @@ def _config_algorithm(path: Path, declared: Mapping[str, Any]) -> str | None:
     return f"{method} ({layout})" if layout else method
 
 
-def _object(path: Path, parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = parent.get(key)
-    if value is not None and not isinstance(value, Mapping):
+def _section(path: Path, key: str) -> Mapping[str, Any]:
+    value = read_json_object(path).get(key)
+    if not isinstance(value, Mapping) and (value is not None or path.name == DECLARATION):
         raise CorruptError(f"{path}: {key} is {value!r:.80}, wanted an object; make it again")
-    if value is None and path.name == DECLARATION:
-        raise CorruptError(f"{path}: {key} is missing; make the checkpoint again")
     return value or {}
 
 
-def _word(path: Path, parent: Mapping[str, Any], key: str) -> str | None:
-    value = parent.get(key)
+def _word(path: Path, section: Mapping[str, Any], key: str) -> str | None:
+    value = section.get(key)
     if value is not None and not isinstance(value, str):
         raise CorruptError(f"{path}: {key} is {value!r:.80}, wanted a name; make it again")
     return value

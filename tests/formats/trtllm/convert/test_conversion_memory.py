@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.specs import tiny_config
+
 HIDDEN, INNER, LAYERS, VOCAB = 1024, 4096, 10, 4096
 ALLOWANCE_BYTES = 8 << 20
 """What Python and NumPy take for themselves meanwhile."""
@@ -39,21 +41,15 @@ def write_sharded(folder: Path) -> int:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
+    config = tiny_config(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=VOCAB,
+        tie_word_embeddings=False,
+    )
     (folder / "config.json").write_text(json.dumps(config))
     random = np.random.default_rng(0)
     square, wide, narrow = (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
