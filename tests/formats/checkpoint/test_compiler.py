@@ -72,7 +72,7 @@ def test_tied_lm_head_is_stored_for_vllm_and_nothing_else_changes(
     assert head.tobytes() == embedding.tobytes()
 
 
-def test_server_is_told_the_limits_and_the_cache_type(root: Path, checkpoint: Checkpoint) -> None:
+def test_engine_says_what_it_is_and_how_it_is_served(root: Path, checkpoint: Checkpoint) -> None:
     cache = StageCache(root=root / "cache")
     limits = (
         *("--max-model-len", "128"),
@@ -83,10 +83,6 @@ def test_server_is_told_the_limits_and_the_cache_type(root: Path, checkpoint: Ch
     assert engine.serve_args == limits
     engine = FP8_CACHE.compile(checkpoint, ADA, cache, root)
     assert engine.serve_args == (*limits, "--kv-cache-dtype", "fp8")
-
-
-def test_engine_says_what_it_is(root: Path, checkpoint: Checkpoint) -> None:
-    engine = FP8_CACHE.compile(checkpoint, ADA, StageCache(root=root / "cache"), root)
     assert engine.format == "checkpoint"
     assert engine.sms == ()
     assert engine.runtime == ("vllm", "0.1.0")

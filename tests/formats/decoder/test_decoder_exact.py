@@ -10,28 +10,10 @@ import pytest
 
 from tests.formats.decoder.decoders import (
     graph_logits,
-    model_logits,
     open_graph,
     random_prompt,
-    reference,
     write_graph,
 )
-
-
-def test_chosen_layers_compute_what_a_model_of_these_layers_computes(
-    plain_dir: Path, tmp_path: Path
-) -> None:
-    graph = write_graph(plain_dir, tmp_path, layers=(2, 0))
-    model = reference(plain_dir)
-    layers = model.model.layers
-    model.model.layers = type(layers)([layers[2], layers[0]])
-    for slot, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = slot
-    model.config.num_hidden_layers = 2
-    prompt = random_prompt(17, seed=17)
-    wanted = model_logits(model, prompt)
-    np.testing.assert_allclose(graph_logits(graph, prompt), wanted, rtol=0, atol=1e-3)
-    assert len(open_graph(graph).cache_names) == 4
 
 
 def test_logits_index_selects_the_positions_of_each_row(plain_dir: Path, tmp_path: Path) -> None:

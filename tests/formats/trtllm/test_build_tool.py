@@ -18,11 +18,8 @@ from pipeline.formats.trtllm.build_tool import (
     explain,
     read_back,
 )
+from tests.formats.trtllm.fake_trtllm_build import parse
 from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
-
-OPTIONS: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("trtllm_build_options.json").read_text()
-)["options"]
 
 VARIANTS = {
     "fp8-cache": compiler(),
@@ -39,29 +36,9 @@ VARIANTS = {
 }
 
 
-def faults(command: tuple[str, ...]) -> list[str]:
-    """Everything in a command that the real parser would refuse."""
-    found = []
-    arguments = list(command[1:])
-    while arguments:
-        name = arguments.pop(0)
-        kind = OPTIONS.get(name)
-        if kind is None:
-            found.append(f"{name} is no option")
-            continue
-        if kind.get("type") == "switch":
-            continue
-        value = arguments.pop(0) if arguments else "nothing"
-        if "choices" in kind and value not in kind["choices"]:
-            found.append(f"{name} takes {kind['choices']}, not {value}")
-        if kind.get("type") == "int" and not value.isdigit():
-            found.append(f"{name} takes a number, not {value}")
-    return found
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_flag_and_value_is_one_that_release_1_2_takes(name: str) -> None:
-    assert faults(VARIANTS[name].command) == []
+    parse(list(VARIANTS[name].command[1:]))  # ends the program otherwise, as argparse does
 
 
 def test_command_for_phi3_on_an_rtx_4090() -> None:

@@ -58,14 +58,8 @@ def test_engine_folder_is_self_contained(
     config = json.loads((engine.dir / "config.json").read_text())
     assert config["build_config"]["max_batch_size"] == 4
     assert str(tmp_path) not in (engine.dir / "config.json").read_text()
-
-
-def test_nothing_of_the_build_stays_beside_the_engine(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    engine = build(checkpoint, tmp_path)
-    names = {path.name for path in engine.dir.parent.iterdir()}
-    assert names == {"engine", "checks.json", "stage.json"}
+    beside = {path.name for path in engine.dir.parent.iterdir()}
+    assert beside == {"engine", "checks.json", "stage.json"}
 
 
 def test_engine_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -86,19 +80,12 @@ def test_engine_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
         ("tensorrt", "10.14.1.48"),
         *checkpoint.calibration["tools"].items(),
     }
-
-
-def test_report_holds_effective_values_environment_and_conversion(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    checks = build(checkpoint, tmp_path).checks
-    record = checks["trtllm_build"]
+    record = engine.checks["trtllm_build"]
     assert record["effective"]["build_config.plugin_config.use_fp8_context_fmha"] is True
     assert record["environment"]["driver"] == "590.44.01"
     assert record["environment"]["card"] == "NVIDIA-Ada"
     assert record["command"][0] == "trtllm-build"
-    assert checks["conversion"]["kv_cache_dtype"] == "fp8"
-    json.dumps(checks)
+    assert engine.checks["conversion"]["kv_cache_dtype"] == "fp8"
 
 
 def test_second_time_comes_from_the_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
