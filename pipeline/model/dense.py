@@ -7,8 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.model.read import ConfigKeys
-from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope, longrope_gain
-from pipeline.model.spec import Attention, Layer, Linear, ModelSpec, Norm
+from pipeline.model.spec import (
+    Attention,
+    Layer,
+    Linear,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelSpec,
+    Norm,
+    Rope,
+    longrope_gain,
+)
 
 _MAX_LAYERS = 4096  # far beyond any model; a typo must not fill the memory
 _QWEN_FULL_LAYERS = 28

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.model.hf import quiet
-from pipeline.model.rope import LongRopeScaling, Rope, rope_frequencies
+from pipeline.model.spec import LongRopeScaling, Rope, rope_frequencies
 from pipeline.quant.unified import UnifiedCheckpoint, torch_view
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.model.read import read_spec
-from pipeline.model.rope import LongRopeScaling, Rope, rope_tables
+from pipeline.model.spec import LongRopeScaling, Rope, rope_tables
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
 

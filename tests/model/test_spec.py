@@ -13,8 +13,7 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.model.read import load_config, model_types, read_spec, spec_faults
-from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope
-from pipeline.model.spec import Attention
+from pipeline.model.spec import Attention, Llama3Scaling, LongRopeScaling, Rope
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.specs import published, shape, spec_of_folder, tiny_config, tiny_spec
 

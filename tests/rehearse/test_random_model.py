@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.model.hf import load_model, load_tokenizer, write_random_model
 from pipeline.model.read import read_spec
-from pipeline.model.rope import LongRopeScaling
+from pipeline.model.spec import LongRopeScaling
 from pipeline.rehearse.shrink import CONTEXT, small_spec
 from pipeline.sources.text.topics import PydocTopics
 from tests.specs import published, shape

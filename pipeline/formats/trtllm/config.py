@@ -19,8 +19,15 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.model.rope import Llama3Scaling, LongRopeScaling, Rope, longrope_gain
-from pipeline.model.spec import Layer, ModelSpec, not_built
+from pipeline.model.spec import (
+    Layer,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelSpec,
+    Rope,
+    longrope_gain,
+    not_built,
+)
 
 Dtype = Literal["bfloat16", "float16"]
 """Type of activations and of every tensor that is not FP8."""

@@ -31,8 +31,7 @@ from pipeline.formats.trtrtx.graph_writer import (
     matmuls,
     write_linears,
 )
-from pipeline.model.rope import rope_tables
-from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built
+from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built, rope_tables
 from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:

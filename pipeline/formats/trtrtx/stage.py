@@ -33,7 +33,6 @@ GRAPH_CODE = (
     "pipeline.formats.trtrtx.graph_writer",
     "pipeline.formats.trtrtx.onnx_graph",
     "pipeline.formats.trtrtx.stage",
-    "pipeline.model.rope",
     "pipeline.quant.unified",
 )
 """The modules that shape the bytes of a graph; not those of other formats."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.model.rope import LongRopeScaling, Rope, rope_tables
+from pipeline.model.spec import LongRopeScaling, Rope, rope_tables
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import tiny_architecture
 from tests.formats.decoder.decoders import (
