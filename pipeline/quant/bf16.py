@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pipeline.quant.spec import QuantSpec
-
-if TYPE_CHECKING:
-    import torch
-
-
-def _widen(weights: torch.Tensor, _scale: float) -> torch.Tensor:
-    return weights.float()
-
 
 SPEC = QuantSpec(
     name="bf16",
@@ -21,5 +11,5 @@ SPEC = QuantSpec(
     quant_algo=None,
     operands="fp16",
     native_sm=80,
-    dequantize=_widen,
+    dequantize=lambda weights, _scale: weights.float(),
 )

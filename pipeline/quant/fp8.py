@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def dequantize(codes: torch.Tensor, scale: float) -> torch.Tensor:
-    """Codes x scale, in float32."""
-    return codes.float() * scale
-
-
 def round_to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
     """Round to E4M3 and back: divide, saturate at 448, round to nearest even, multiply.
 
@@ -89,7 +84,7 @@ SPEC = QuantSpec(
     quant_algo="FP8",
     operands="fp8",
     native_sm=89,
-    dequantize=dequantize,
+    dequantize=lambda codes, scale: codes.float() * scale,
     round_input=round_to_e4m3,
     modelopt_config=modelopt_config,
     onnx=OnnxPattern(weight=_weight_nodes, input=_input_nodes, operands="fp8_e4m3"),

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pipeline.core.values import Limits
 from pipeline.formats.spec import PAGED, FormatSpec
-from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec
-
-
-def _holds(_precision: QuantSpec) -> bool:
-    """Any: it is the unified checkpoint, whose own files name the precision."""
-    return True
+from pipeline.quant.spec import KV_CACHE_DTYPES
 
 
 def _serve_args(limits: Limits) -> tuple[str, ...]:
@@ -27,7 +22,7 @@ def _serve_args(limits: Limits) -> tuple[str, ...]:
 SPEC = FormatSpec(
     name="checkpoint",
     runtime="vllm",
-    holds=_holds,
+    holds=lambda _precision: True,  # its own files name the precision
     kv_cache_dtypes=("fp8", "bfloat16"),
     fit=PAGED,
     bound_to=None,

@@ -24,7 +24,6 @@ from pipeline.model.spec import (
     Llama3Scaling,
     LongRopeScaling,
     ModelSpec,
-    Rope,
     longrope_gain,
     not_built,
 )
@@ -98,10 +97,13 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
     `position_embedding_type` changes the tables: one without the other is an assertion at best.
     """
     rope, head_dim = spec.rope, spec.layers[0].attention.head_dim
+    share = rope.rotary_dim / head_dim
+    if int(head_dim * share) < rope.rotary_dim:  # which is how TensorRT-LLM computes our size
+        share = math.nextafter(share, math.inf)
     keys: dict[str, Any] = {
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": rope.theta,
-        "rotary_pct": _rotary_pct(rope, head_dim),
+        "rotary_pct": share,
         "rotary_embedding_dim": rope.rotary_dim,
         "rotary_scaling": None,
     }
@@ -116,14 +118,6 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
     return keys
-
-
-def _rotary_pct(rope: Rope, head_dim: int) -> float:
-    """The share of each head that is rotated: `int(head_size * rotary_pct)` must give our size."""
-    share = rope.rotary_dim / head_dim
-    if int(head_dim * share) < rope.rotary_dim:
-        share = math.nextafter(share, math.inf)
-    return share
 
 
 _LLAMA = {"attn_bias": False, "mlp_bias": False}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pipeline.core.values import Limits
 from pipeline.formats.spec import PAGED, CompileMemory, FormatSpec
-from pipeline.quant.spec import QuantSpec
 
 NAME = "tensorrt-llm"
 VERSION = "1.2.1"
@@ -21,11 +20,6 @@ Compatibility, "Minor Version Compatibility", table 1,
 https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 
 
-def _holds(precision: QuantSpec) -> bool:
-    """Of TensorRT-LLM's `QuantAlgo`s the converter writes one."""
-    return precision.quant_algo in (None, "FP8")
-
-
 def _serve_args(limits: Limits) -> tuple[str, ...]:
     """As `trtllm-serve` spells them."""
     return (
@@ -38,7 +32,7 @@ def _serve_args(limits: Limits) -> tuple[str, ...]:
 SPEC = FormatSpec(
     name="trtllm",
     runtime=NAME,
-    holds=_holds,
+    holds=lambda precision: precision.quant_algo in (None, "FP8"),  # what the converter writes
     kv_cache_dtypes=("fp8", "bfloat16", "float16"),
     fit=PAGED,  # its kernels are in its libraries
     bound_to="card",
