@@ -233,9 +233,8 @@ class RtxEngine:
         context = self._engine.create_execution_context(self._config)
         if context is None:
             raise PipelineError(
-                f"TensorRT-RTX made no execution context for profile {index}; its memory "
-                "may not fit the card: free it, or build with a smaller "
-                "compiler.max_prefill_batch_size"
+                f"TensorRT-RTX made no execution context for profile {index}; free the card's "
+                "memory, or build with a smaller compiler.max_prefill_batch_size"
             )
         return StepContext(self._engine, index, context, self.device)
 
@@ -274,11 +273,10 @@ def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int
     unit = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row_bytes)
     rows = max_rows // unit * unit
     if rows == 0:
-        message = (
-            f"got {batch} prompts at once; this engine takes {max_rows}: a row of its cache has "
-            f"{row_bytes} bytes, and only every {unit}th is aligned. Make compiler.max_seq_len a "
-            "multiple of 16"
+        why = (
+            f"only every {unit}th row of its cache is aligned: make compiler.max_seq_len a multiple"
         )
+        message = f"got {batch} prompts at once; this engine takes {max_rows}, {why} of 16"
         raise RecipeError([Fault("", message)])
     return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 

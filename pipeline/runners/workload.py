@@ -122,44 +122,28 @@ class Workload:
         if self.request_rate is not None:
             yield from self._open_loop_faults(self.request_rate)
         elif self.total_requests % self.batch:
-            yield (
-                f": requests ({self.requests}) must be a multiple of batch ({self.batch}): a wave "
-                "that is not full would count as one that is"
-            )
+            yield f": requests ({self.requests}) must be a multiple of batch ({self.batch})"
         if self.isl_distribution is not None and self.prompts_file is not None:
-            yield (
-                " has both isl_distribution and prompts_file; the file's prompts have lengths of "
-                "their own, keep one of them"
-            )
+            yield " has both isl_distribution and prompts_file; keep one of them"
         for drawn, key, longest in (
             (self.isl_distribution, "isl", self.isl),
             (self.osl_distribution, "osl", self.osl),
         ):
             if drawn is not None and not drawn.min <= (drawn.mean or longest) <= longest:
-                yield (
-                    f": {key}_distribution must have min ({drawn.min}) <= mean ({drawn.mean}) <= "
-                    f"{key} ({longest})"
-                )
+                wanted = f"min ({drawn.min}) <= mean ({drawn.mean}) <= {key} ({longest})"
+                yield f": {key}_distribution must have {wanted}"
         if self.min_output_tokens_per_s is not None and self.min_share_of_ceiling is not None:
             yield " has both min_output_tokens_per_s and min_share_of_ceiling; keep one of them"
 
     def _open_loop_faults(self, rate: float) -> Iterator[str]:
         if self.requests is None or self.requests < 2:
-            yield (
-                ": request_rate needs requests, how many arrive in one run; 2 or more, and enough "
-                "that the run is many times as long as one request"
-            )
+            yield ": request_rate needs requests, how many arrive in one run: many, at least 2"
         if self.min_share_of_ceiling is not None:
-            yield (
-                ": min_share_of_ceiling is a share of what a batch reaches that is always full; "
-                "with request_rate use min_output_tokens_per_s"
-            )
+            yield ": min_share_of_ceiling is of full batches; use min_output_tokens_per_s"
         wanted, brought = self.min_output_tokens_per_s, rate * self.osl
         if wanted is not None and wanted > brought:
-            yield (
-                f": request_rate x osl brings {brought:g} output tokens per second at most, "
-                f"min_output_tokens_per_s is {wanted:g}; change one of them"
-            )
+            most = f"request_rate x osl brings {brought:g} output tokens per second at most"
+            yield f": {most}, min_output_tokens_per_s is {wanted:g}; change one of them"
 
     def with_rate(self, ceiling: float) -> Workload:
         """The same workload, its share replaced by the rate that it is of `ceiling` (tokens/s)."""
@@ -316,9 +300,9 @@ class Workload:
         path = f"{config_path}.prompts_file".lstrip(".")
         found = read_prompts(self.prompts_file, path)
         if len(found) < self.total_requests:
+            few = f"{self.prompts_file} has {len(found)} prompts, the workload {self.name} has"
             message = (
-                f"{self.prompts_file} has {len(found)} prompts, the workload {self.name} has "
-                f"{self.total_requests} requests; add prompts, or lower requests or batch"
+                f"{few} {self.total_requests} requests; add prompts, or lower requests or batch"
             )
             raise RecipeError([Fault(path, message)])
         taken = found[: self.total_requests]

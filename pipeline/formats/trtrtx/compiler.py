@@ -193,11 +193,9 @@ class TrtRtxCompiler:
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype != self.activation_dtype:
-            raise ValueError(
-                f"kv_cache_dtype ({self.kv_cache_dtype}) must be activation_dtype "
-                f"({self.activation_dtype}): TensorRT-RTX keeps a static cache in that type; for "
-                "an FP8 cache use compiler=trtllm or compiler=checkpoint"
-            )
+            wrong = f"kv_cache_dtype ({self.kv_cache_dtype}) must be activation_dtype"
+            advice = "for an FP8 cache use compiler=trtllm or compiler=checkpoint"
+            raise ValueError(f"{wrong} ({self.activation_dtype}) in TensorRT-RTX; {advice}")
 
     @property
     def limits(self) -> Limits:

@@ -52,10 +52,7 @@ def _rule(kind: str, *attributes: str, **only: Any) -> Callable[[_Evaluate], _Ev
 
 def unknown(layer: Layer, what: str) -> CheckError:
     """The error for a layer that may mean something which no rule covers."""
-    return CheckError(
-        f"{layer}: {what} is unknown to the network check, which therefore cannot vouch for the "
-        "network; write the graph without it, or teach the network check its meaning"
-    )
+    return CheckError(f"{layer}: {what} is unknown to the network check; teach it its meaning")
 
 
 def representation(layer: Layer, dtype: Any) -> np.dtype[Any]:

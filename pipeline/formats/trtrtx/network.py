@@ -84,10 +84,7 @@ def parse_network(path: Path) -> ParsedNetwork:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         faults = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise CheckError(
-            f"TensorRT-RTX {trt.__version__} cannot parse {path}: {'; '.join(faults)}; "
-            "change the graph to what this version supports"
-        )
+        raise CheckError(f"TensorRT-RTX {trt.__version__} cannot parse {path}: {'; '.join(faults)}")
     return ParsedNetwork(network, builder, (logger, parser))
 
 
@@ -142,11 +139,7 @@ def constant_values(layer: Layer) -> NDArray[Any]:
         raise CheckError(f"{layer} holds {weights.dtype.name}, which the network check cannot read")
     header = _struct_of(weights, layer)
     if header.type != int(weights.dtype) or header.count != weights.size or not header.values:
-        raise CheckError(
-            f"{layer}: its weights in memory ({header.count} of type {header.type}) are not what "
-            f"the binding says ({weights.size} of {weights.dtype}); this TensorRT-RTX version "
-            "lays them out in another way"
-        )
+        raise CheckError(f"{layer}: its weights: this TensorRT-RTX lays them out in another way")
     raw = ctypes.string_at(header.values, weights.nbytes)
     return np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
 
@@ -168,10 +161,7 @@ def _struct_of(weights: Any, layer: Layer) -> _Weights:
     abi = next((match[1].encode() for match in names if match), b"")
     found = weights._pybind11_conduit_v1_(abi, capsule, b"raw_pointer_ephemeral")
     if found is None:
-        raise CheckError(
-            f"{layer}: this build of TensorRT-RTX does not show where its {weights.dtype.name} "
-            "weights lie; the network check cannot vouch for them"
-        )
+        raise CheckError(f"{layer}: TensorRT-RTX does not show where its weights lie")
     return _Weights.from_address(get_pointer(found, _WEIGHTS_TYPE_NAME))
 
 
@@ -216,10 +206,7 @@ def guard_network(network: Any, graph: Path) -> Mapping[str, int]:
     _check_shapes("outputs", outputs, own_outputs)
     read = {tensor.name for layer in layers for tensor in layer.inputs if tensor is not None}
     if unread := sorted(tensor.name for tensor in inputs if tensor.name not in read):
-        raise CheckError(
-            f"no layer of the network reads the input {', '.join(unread)}: the parser dropped "
-            "what used it, or the graph never did"
-        )
+        raise CheckError(f"no layer of the network reads the input {', '.join(unread)}")
     for layer in layers:
         if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
             _check_attention(layer)
@@ -227,11 +214,8 @@ def guard_network(network: Any, graph: Path) -> Mapping[str, int]:
     decoders = sum(one.name.startswith("past_key") for one in inputs)
     for kind, wanted in _LAYERS_OF_EACH.items():
         if kinds[kind] != wanted * decoders:
-            raise CheckError(
-                f"the network has {kinds[kind]} {kind} layers, wanted {wanted * decoders} for "
-                f"{decoders} decoder layers: the parser took an Attention, RotaryEmbedding or "
-                "TensorScatter node apart, or the graph lacks one"
-            )
+            got = f"the network has {kinds[kind]} {kind} layers, wanted {wanted * decoders}"
+            raise CheckError(f"{got}: the parser took a node apart, or the graph lacks one")
     return dict(sorted(kinds.items()))
 
 
@@ -243,19 +227,14 @@ def _check_shapes(what: str, tensors: list[Any], wanted: Shapes) -> None:
         if got.get(name) != wanted.get(name)
     ]
     if faults:
-        raise CheckError(
-            f"the network's {what} differ from the decoder's interface: {'; '.join(faults)}; "
-            "the parser dropped or changed a tensor"
-        )
+        raise CheckError(f"the network's {what} are not the decoder's: {'; '.join(faults)}")
 
 
 def _check_attention(layer: Layer) -> None:
     mask, causal = layer.layer.attention.mask, layer.layer.attention.causal_kind.name
     if mask is None or mask.dtype.name != "BOOL" or causal != "NONE":
+        got = "no mask" if mask is None else f"a mask of {mask.dtype.name}"
         raise CheckError(
-            f"{layer} has {'no mask' if mask is None else f'a mask of {mask.dtype.name}'}, wanted "
-            f"BOOL, and causal kind {causal}, wanted NONE: the graph gives no mask, or gives "
-            "`nonpad_kv_seqlen`, which this parser drops without a word, or `is_causal=1`, which "
-            "aligns queries with the first keys of a static cache, not with the last ones. Hide "
-            "keys by the bool mask of the decoder graph, key_index <= position_ids"
+            f"{layer} has {got}, wanted BOOL, and causal kind {causal}, wanted NONE: the parser "
+            "drops `nonpad_kv_seqlen`, and aligns `is_causal=1` with the first keys; hide keys by a mask"
         )

@@ -105,11 +105,8 @@ def _compare_constants(
         elif values.dtype.itemsize == 2 and _is_rounding(values, wanted):
             rounded[name] = values.astype(np.float32)
         else:
-            raise CheckError(
-                f"the constant {name} is {_describe(values)} in the network and "
-                f"{_describe(wanted)} in the reference; the two graphs were not written from "
-                "the same checkpoint, or the parser changed it"
-            )
+            got, reads = _describe(wanted), _describe(values)
+            raise CheckError(f"the constant {name} is {reads} in the network, {got} in the graph")
     return equal, rounded
 
 
@@ -206,9 +203,9 @@ class _Comparison:
         largest = float(relative.max(initial=0))
         if not largest <= TOLERANCE:  # NaN fails too.
             raise CheckError(
-                f"{what} differs between the parsed network and ONNX Runtime: by up to "
-                f"{largest:.3g} of its magnitude, {TOLERANCE:g} is allowed; the parser reads "
-                "something between this tensor and the quantizers before it in another way"
+                f"{what} differs between the parsed network and ONNX Runtime by up to {largest:.3g} "
+                f"of its magnitude, {TOLERANCE:g} is allowed; the parser reads what is before it in "
+                "another way"
             )
         found = self.differences.setdefault(sort, {"values": 0, "max_relative": 0.0})
         found["values"] += unequal.size
