@@ -273,10 +273,9 @@ def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int
     unit = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row_bytes)
     rows = max_rows // unit * unit
     if rows == 0:
-        why = (
-            f"only every {unit}th row of its cache is aligned: make compiler.max_seq_len a multiple"
-        )
-        message = f"got {batch} prompts at once; this engine takes {max_rows}, {why} of 16"
+        got = f"got {batch} prompts at once; this engine takes {max_rows}"
+        why = f"of its cache's rows only every {unit}th is aligned"
+        message = f"{got}: {why}; make compiler.max_seq_len a multiple of 16"
         raise RecipeError([Fault("", message)])
     return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 

@@ -139,7 +139,7 @@ class Workload:
         if self.requests is None or self.requests < 2:
             yield ": request_rate needs requests, how many arrive in one run: many, at least 2"
         if self.min_share_of_ceiling is not None:
-            yield ": min_share_of_ceiling is of full batches; use min_output_tokens_per_s"
+            yield ": with request_rate use min_output_tokens_per_s: a share is of full batches"
         wanted, brought = self.min_output_tokens_per_s, rate * self.osl
         if wanted is not None and wanted > brought:
             most = f"request_rate x osl brings {brought:g} output tokens per second at most"

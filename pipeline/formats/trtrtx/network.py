@@ -236,5 +236,5 @@ def _check_attention(layer: Layer) -> None:
         got = "no mask" if mask is None else f"a mask of {mask.dtype.name}"
         raise CheckError(
             f"{layer} has {got}, wanted BOOL, and causal kind {causal}, wanted NONE: the parser "
-            "drops `nonpad_kv_seqlen`, and aligns `is_causal=1` with the first keys; hide keys by a mask"
+            "drops `nonpad_kv_seqlen`, and aligns `is_causal=1` with the first keys"
         )

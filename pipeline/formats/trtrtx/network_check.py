@@ -203,9 +203,8 @@ class _Comparison:
         largest = float(relative.max(initial=0))
         if not largest <= TOLERANCE:  # NaN fails too.
             raise CheckError(
-                f"{what} differs between the parsed network and ONNX Runtime by up to {largest:.3g} "
-                f"of its magnitude, {TOLERANCE:g} is allowed; the parser reads what is before it in "
-                "another way"
+                f"{what} differs between the parsed network and ONNX Runtime by up to "
+                f"{largest:.3g} of its magnitude, {TOLERANCE:g} is allowed; see what is before it"
             )
         found = self.differences.setdefault(sort, {"values": 0, "max_relative": 0.0})
         found["values"] += unequal.size
