@@ -28,7 +28,7 @@ BATCHES: frozenset[Ability] = frozenset(
 )
 """All that static batches can execute: of ragged prompts, until the last row has ended."""
 
-WHO_CAN: dict[Ability, str] = {
+WHO_CAN: dict[str, str] = {
     **dict.fromkeys(BATCHES, "runner=vllm, tensorrt_rtx and onnxruntime do"),
     "request_rate": "runner=vllm does",
     "clear_cache": "runner=transformers does",
@@ -120,26 +120,12 @@ class BenchRunner(Protocol):
         ...
 
 
-def needed_abilities(workload: Workload) -> tuple[Ability, ...]:
-    """What a workload asks beyond one batch of equal requests."""
-    waves = workload.request_rate is None and workload.total_requests != workload.batch
-    asked: dict[Ability, bool] = {
-        "requests": waves,
-        "isl_distribution": workload.isl_distribution is not None,
-        "prompts_file": workload.prompts_file is not None,
-        "osl_distribution": workload.osl_distribution is not None,
-        "ignore_eos": not workload.ignore_eos,
-        "request_rate": workload.request_rate is not None,
-    }
-    return tuple(ability for ability, wanted in asked.items() if wanted)
-
-
 def why_not_workload(runner: Runner, workload: Workload) -> tuple[str, ...]:
     """Why a runner does not execute a workload, with the next step; empty where it does."""
     return tuple(
         f"runner {runner.name} does not execute {key}{': false' if key == 'ignore_eos' else ''} "
         f"({WHO_CAN[key]}); leave it out of workload {workload.name}, or choose another runner"
-        for key in needed_abilities(workload)
+        for key in workload.needs
         if key not in runner.abilities
     )
 

@@ -157,15 +157,22 @@ class Workload:
         return self.requests or self.batch
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Its keys that ask beyond one batch of equal requests: abilities of a runner."""
+        asked = {
+            "requests": self.request_rate is None and self.total_requests != self.batch,
+            "isl_distribution": self.isl_distribution,
+            "prompts_file": self.prompts_file,
+            "osl_distribution": self.osl_distribution,
+            "ignore_eos": not self.ignore_eos,
+            "request_rate": self.request_rate,
+        }
+        return tuple(ability for ability, wanted in asked.items() if wanted)
+
+    @property
     def is_plain(self) -> bool:
         """One batch of synthetic prompts and answers of equal length."""
-        return (
-            self.total_requests == self.batch
-            and self.isl_distribution is None
-            and self.prompts_file is None
-            and self.lengths_are_known_and_equal
-            and self.request_rate is None
-        )
+        return not self.needs
 
     @property
     def lengths_are_known_and_equal(self) -> bool:

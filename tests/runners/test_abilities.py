@@ -13,7 +13,7 @@ from pipeline.config.folders import config_folders
 from pipeline.core.errors import RecipeError
 from pipeline.plan import Plan, refuse
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner
-from pipeline.runners.runner import Ability, Runner, needed_abilities, why_not_workload
+from pipeline.runners.runner import Ability, Runner, why_not_workload
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.trtllm import TrtLlmRunner
@@ -56,7 +56,7 @@ EVERYTHING = set(LOADS)
 def test_each_runner_says_what_it_executes(runner: Runner, executed: set[Ability]) -> None:
     assert why_not_workload(runner, PLAIN) == ()
     for ability, load in LOADS.items():
-        assert needed_abilities(load) == (ability,)
+        assert load.needs == (ability,)
         told = why_not_workload(runner, load)
         assert bool(told) == (ability not in executed)
         assert all(ability in why and "runner=vllm" in why for why in told)

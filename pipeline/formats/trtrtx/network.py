@@ -146,12 +146,13 @@ def constant_values(layer: Layer) -> NDArray[Any]:
 
 def _struct_of(weights: Any, layer: Layer) -> _Weights:
     """The C++ struct behind a `Weights` object, which must outlive the result."""
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    get_pointer.restype = ctypes.c_void_p
-    get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    pointer, text = ctypes.c_void_p, ctypes.c_char_p
+    new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, pointer, text, pointer)(
+        ("PyCapsule_New", ctypes.pythonapi)
+    )
+    get_pointer = ctypes.PYFUNCTYPE(pointer, ctypes.py_object, text)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
     type_info = _TypeInfo(None, _WEIGHTS_TYPE_NAME)
     capsule = new_capsule(ctypes.addressof(type_info), b"St9type_info", None)
     # The ABI tag that the conduit wants stands in the name of a class attribute.
