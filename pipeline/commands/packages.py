@@ -188,7 +188,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
         ],
         "channels": [{"channel": one.channel, "card": one.card} for one in entry.pointers],
         "fault": entry.fault or None,
-        "yanked": str(found.yank) if found and found.yank else None,
+        "yanked": found.yank if found else None,
     }
 
 
@@ -223,7 +223,7 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         "state": _state(entry),
         "proven on": proven
         or "no card: checked at most, never run on a card with a trusted result",
-        **({"yanked": str(found.yank)} if found.yank else {}),
+        **({"yanked": found.yank} if found.yank else {}),
         "channels": _channels(entry) or "none",
         "signature": signer,
         "builder": found.builder_id or "no trusted provenance",

@@ -247,7 +247,7 @@ class Releaser:
         latest = next(iter(found.yanks), None)
         if latest is None and undo:
             raise RecipeError([Fault("--undo", f"{found.place} is not yanked")])
-        if latest is not None and latest.yanked is not undo:
+        if latest is not None and latest.fields["yanked"] is not undo:
             return found, False
         fields = self._fields(found.reference, {"yanked": not undo})
         after = latest.signed_at if latest else ""

@@ -140,7 +140,7 @@ def test_yanking_twice_is_doing_nothing_and_a_yank_needs_a_reason(team: Team) ->
     done, changed = team.yank(package)
     assert changed
     assert done.yank is not None
-    assert done.yank.reason == "it is slow"
+    assert done.yank.endswith(": it is slow")
     assert not team.yank(package)[1]
     done, changed = team.yank(package, reason="", undo=True)
     assert (done.yank, changed) == (None, True)

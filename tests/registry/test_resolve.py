@@ -15,7 +15,7 @@ from pipeline.core.errors import (
 )
 from pipeline.publishing import Publisher
 from pipeline.registry.reference import parse_reference, reference_of
-from pipeline.registry.resolve import candidates, examine, examine_package, resolve
+from pipeline.registry.resolve import candidates, examine, resolve
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.signing import Signatory
 from pipeline.registry.trust.verification import Resolved, Terms
@@ -124,16 +124,6 @@ def test_a_manifest_in_the_place_of_another_version_is_corrupt(team: Team, tmp_p
     shutil.copyfile(root / place_of(other).version / "manifest.json", target)
     with pytest.raises(CorruptError):
         team.examine(package)
-
-
-def test_a_folder_of_no_registry_is_verified_by_the_statements_beside_it(team: Team) -> None:
-    package = team.publish(verdict="accepted")
-    team.yank(package)
-    raws = team.store.read_statements(place_of(package))
-    terms = Terms(policy=team.policy, allow_yanked=True)
-    assert examine_package(package, raws, terms, "here").yank is not None
-    with pytest.raises(UntrustedError, match="yanked"):
-        examine_package(package, raws, Terms(policy=team.policy), "here")
 
 
 def published(team: Team) -> Resolved | None:

@@ -199,7 +199,7 @@ class Pulled:
 
     def _believed(self) -> dict[str, Any]:
         proof, resolved = self.chosen.proof, self.resolved
-        signer, yank = resolved.signer, resolved.yank
+        signer = resolved.signer
         return {
             "reference": str(self.resolved.place),
             "digest": self.digest,
@@ -215,7 +215,7 @@ class Pulled:
             "facts": self.facts.to_json(),
             "unknown": list(self.chosen.unknown),
             "ignored": list(resolved.ignored),
-            "yanked_accepted": str(yank) if yank else None,
+            "yanked_accepted": resolved.yank,
         }
 
 

@@ -70,20 +70,6 @@ class SignedVerdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yank:
-    """A package was yanked, or that was undone (`yanked` is false); by whom and why, for people."""
-
-    yanked: bool
-    actor: str
-    reason: str
-    signed_at: str
-
-    def __str__(self) -> str:
-        because = f": {self.reason}" if self.reason else ""
-        return f"by {self.actor} at {self.signed_at[:19]}Z{because}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Resolved:
     """A package whose manifest and statements were verified; its files were not read.
 
@@ -105,7 +91,7 @@ class Resolved:
     builder_id: str = ""
     built_at: str = ""
     verdicts: tuple[SignedVerdict, ...] = ()
-    yanks: tuple[Yank, ...] = ()
+    yanks: tuple[Statement, ...] = ()
     statements: tuple[Statement, ...] = ()
     ignored: tuple[str, ...] = ()
     channel: str = ""
@@ -130,9 +116,13 @@ class Resolved:
         return Place.of(self.reference)
 
     @property
-    def yank(self) -> Yank | None:
-        """The yank that counts; None if there is none, or if it was undone."""
-        return self.yanks[0] if self.yanks and self.yanks[0].yanked else None
+    def yank(self) -> str | None:
+        """Who yanked it, when and why; None if it was not, or if that was undone."""
+        if not self.yanks or not self.yanks[0].fields["yanked"]:
+            return None
+        newest, reason = self.yanks[0], self.yanks[0].fields["reason"]
+        because = f": {reason}" if reason else ""
+        return f"by {newest.fields['actor']} at {newest.signed_at[:19]}Z{because}"
 
     @property
     def model_signature(self) -> Statement | None:
@@ -184,7 +174,7 @@ def verify_statements(
     """
     statements: list[Statement] = []
     verdicts: list[SignedVerdict] = []
-    yanks: list[Yank] = []
+    yanks: list[Statement] = []
     ignored: list[str] = []
     for raw in raws:
         try:
@@ -192,7 +182,8 @@ def verify_statements(
             if found.kind == "test":
                 verdicts.append(_verdict(found))
             elif found.kind == "yank":
-                yanks.append(_yank(found))
+                _require_yank(found)
+                yanks.append(found)
         except UntrustedError as error:
             ignored.append(f"{raw.name}: {error}")
         else:
@@ -213,7 +204,7 @@ def verify_statements(
         built_at=built_at,
         verdicts=tuple(sorted(verdicts, key=lambda one: one.signed_at, reverse=True)),
         # At one and the same time, the one that forbids comes first.
-        yanks=tuple(sorted(yanks, key=lambda one: (one.signed_at, one.yanked), reverse=True)),
+        yanks=tuple(sorted(yanks, key=lambda one: (one.signed_at, one.fields["yanked"]))[::-1]),
         statements=tuple(statements),
         ignored=tuple(ignored),
     )
@@ -278,12 +269,10 @@ def _verdict(found: Statement) -> SignedVerdict:
     )
 
 
-def _yank(found: Statement) -> Yank:
-    yanked = found.fields.get("yanked")
-    if not isinstance(yanked, bool):
+def _require_yank(found: Statement) -> None:
+    if not isinstance(yanked := found.fields.get("yanked"), bool):
         raise UntrustedError(f"is not a yank: yanked {yanked!r}")
-    actor, reason = found.text("actor"), found.text("reason")
-    return Yank(yanked=yanked, actor=actor, reason=reason, signed_at=found.signed_at)
+    _ = found.text("actor"), found.text("reason")
 
 
 def _builder(predicate: Mapping[str, Any]) -> str:
