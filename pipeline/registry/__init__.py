@@ -1,8 +1,8 @@
 """Packages, the references that name them, and the registries that they are published to.
 
     reference.py   what users type: `smollm2:candidate`; versions that follow from the manifest
-    manifest.py    `manifest.json`: the facts and file digests whose own digest names a package
-    package.py     seal a folder into a package; verify one
+    manifest.py    `manifest.json`, whose digest names a package; a folder verified against it
+    package.py     seal a folder into a package; where it may be published
     store.py       what every store can do; stores/: a folder, S3, OCI
     trust/         statements: everything signed; which of them count
     resolve.py     a reference -> a verified package; select.py: the best one for this machine

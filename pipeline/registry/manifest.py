@@ -272,7 +272,6 @@ def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False
                     f"{package_dir}: {path!r} has {found[path].st_size} bytes, "
                     f"its manifest says {file.size_bytes}"
                 )
-        for path, file in wanted.items():
             with open_regular(package_dir / path) as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             if sha256 != file.sha256:

@@ -41,7 +41,7 @@ class Label:
 
     Attributes:
         name: The recipe.
-        recipe_version: The recipe's own version, such as `1.0`.
+        recipe_version: Its own, such as `1.0`.
         build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
         config: The resolved recipe less acceptance and registry; JSON values.
         quantization: Precision of the quantized linears, such as `fp8`.

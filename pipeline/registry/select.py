@@ -39,13 +39,10 @@ _PROOFS = ("accepted", "checked", "compiled")
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Whether the package ran on this card and passed.
+    """Whether the package ran on this card and passed; unknown if the card is, and some card did.
 
-    Attributes:
-        kind: `unknown` if the card is unknown and it is proven on some card.
-        verdict: The one that says most about this card: `accepted` if it is proven.
-        cards: All cards that it is proven on.
-        why: What is missing; empty if it is proven.
+    `verdict` says most about this card: `accepted` if it is proven; `cards` are all that it is
+    proven on; `why` says what is missing, empty if it is proven.
     """
 
     kind: Literal["proven", "unproven", "unknown"]
@@ -58,12 +55,8 @@ class Proof:
 class Chosen:
     """A package, compared with a machine.
 
-    Attributes:
-        resolved: The package.
-        proof: Whether it is proven here.
-        unknown: What is not known of the machine and would have to be so.
-        reasons: Why it cannot be taken; none for the choice.
-        rejected: Every other one with the reason, `name/variant:version: reason`.
+    `unknown` is what is not known of the machine and would have to be so; `reasons` are why it
+    cannot be taken; `rejected` has every other one with the reason, `name/variant:version: reason`.
     """
 
     resolved: Resolved
