@@ -21,26 +21,17 @@ _PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>"""
 
 
-def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends.
-
-    More exactly: when the thread ends that started it, so that one must wait for it.
-
-    Args:
-        parent: Process id of the parent. If it ended before it could be asked, this process ends.
-    """
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(128 + signal.SIGKILL)
-
-
 def main(parent: int, command: list[str]) -> NoReturn:
-    """Become the program."""
-    end_with_parent(parent)
+    """Become the program, unless the parent ended before the kernel could be asked.
+
+    More exactly, the kernel kills it when the thread ends that started it: that one must wait.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGKILL)
     for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these, and exec would hand that on
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:

@@ -103,7 +103,7 @@ class _File:
         return max(1, -(-self.file.size_bytes // self.chunk_bytes))
 
     def span(self, chunk: int) -> tuple[int, int]:
-        """First byte of a chunk, and the first byte after it."""
+        """First byte of a chunk, and the first one after it."""
         start = chunk * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.file.size_bytes)
 

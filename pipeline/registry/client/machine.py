@@ -44,9 +44,7 @@ class Facts:
         sm: Compute capability x 10.
         card: As NVML calls it, spaces as dashes.
         vram_bytes: Free device memory if it was probed; else what was given, or the card's own.
-        driver: Of NVIDIA, such as `580.65.06`.
         cuda: Newest CUDA that the driver serves, such as `13.0`.
-        runtime: What will load the engine.
         origins: Fact -> where it comes from; has every fact that is known.
     """
 

@@ -69,17 +69,14 @@ class PullRequest:
         to: Folder to make; None leaves the package in the cache.
         registry: URL; None for `artifacts`, and for a folder that is verified: nowhere.
         flags: What the user says of the machine.
-        format: Only this one; None for any.
+        format: Only this one.
         channel: In place of `stable` where the reference names none.
         accept_unproven: Take a package that was not accepted on this card.
-        allow_unsigned: Take a package without a signature.
         allow_yanked: Take a package that was yanked; the reference must name its digest.
         allow_shared_parent: Write below a folder that other users may rename in.
         policy: File; None for the environment's, then the configuration folder's.
-        offline: From the cache alone.
         through_cache: Keep a copy in the cache; None for: unless the registry is a local folder.
         jobs: Chunks at once; None for 2 of a local folder, else 2 per core, 8 at most.
-        environ: The environment.
         transfer: Sizes of chunks and retries; its `jobs` do not count.
     """
 
@@ -101,10 +98,7 @@ class PullRequest:
     transfer: Transfer = field(default_factory=Transfer)
 
     def terms(self, *, local: bool) -> Terms:
-        """Whom this pull trusts, and what it takes all the same.
-
-        A local key counts for a package in a folder of this machine: `local`.
-        """
+        """What is taken; this machine's own key counts for a folder of it: `local`."""
         return Terms(
             policy=machine_trust(self.environ, own_folder=local, policy=self.policy),
             allow_unsigned=self.allow_unsigned,
@@ -113,11 +107,7 @@ class PullRequest:
 
     @property
     def wanted(self) -> ParsedReference:
-        """The reference, with the channel of `--channel` if it names none itself.
-
-        Raises:
-            RecipeError: It is none, or names a version or channel itself.
-        """
+        """The reference, with the channel of `--channel` if it names none itself."""
         text = self.reference
         if self.channel is not None:
             if ":" in text or "@" in text:
@@ -142,7 +132,6 @@ class Pulled:
         origin: How it came; `verified`: a folder that was only verified.
         facts: Of the machine.
         fetched_bytes: Sent by the registry, now.
-        seconds: Wall clock.
     """
 
     chosen: Chosen
@@ -256,7 +245,7 @@ def run(request: PullRequest) -> Pulled:
         IncompatibleError: Nothing fits this machine, or was accepted on this card.
         ConflictError: Something else is where the package is to be.
         AccessError: Another user could replace what is written.
-        TransientError: The connection broke too often or is too slow, or the disk is full.
+        TransientError: The connection broke too often, or the disk is full.
     """
     if not request.offline:
         return pull_from(open_reader(request.registry or ARTIFACTS), request)
@@ -300,7 +289,6 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
 
 
 def _delivery(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
-    """How a request brings a package here."""
     jobs = request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS)
     return Delivery(
         store=store,
