@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import pipeline
 
 ROOT = Path(pipeline.__file__).parents[1]
-REGISTRY = ROOT / "pipeline" / "registry"
 _HEAVY = {"torch", "transformers", "modelopt", "onnx", "onnxruntime", "numpy", "hydra", "omegaconf"}
 _STORES = {
     "folder": "pipeline.registry.stores.folder",
@@ -46,11 +44,3 @@ def test_a_pull_loads_little_of_our_code_and_nothing_of_the_builder(store: str) 
     others = {"s3": "boto3", "oci": "urllib3"}
     for other, library in others.items():
         assert store == other or store == "s3" or library not in modules
-
-
-def test_the_registry_imports_nothing_above_it_but_core() -> None:
-    for path in REGISTRY.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
-                room = str(node.module).split(".")[1]
-                assert room in {"registry", "core"}, f"{path}: {node.module}"
