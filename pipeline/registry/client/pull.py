@@ -1,9 +1,6 @@
 """Pull a package, or verify it where it is; the Python API of both.
 
-    from pipeline.registry import pull
-
-    pulled = pull("phi3", to="/models/phi3", registry="s3://bucket/engines", gpu="rtx4090")
-    print(pulled.engine_dir, pulled.digest)
+    pulled = run(PullRequest(reference="phi3", to=Path("/models/phi3"), registry="s3://bucket"))
     verified = verify(PullRequest(reference="/models/phi3", flags=Flags(gpu="auto")))
 
 Resolve once; read manifests and statements; hold them against trust policy and machine; choose.
@@ -206,32 +203,6 @@ class Pulled:
             "ignored": list(resolved.ignored),
             "yanked_accepted": resolved.yank,
         }
-
-
-def pull(
-    reference: str,
-    to: str | Path | None = None,
-    *,
-    registry: str = ARTIFACTS,
-    gpu: str = "auto",
-    runtime: str | None = None,
-    policy: str | Path | None = None,
-    accept_unproven: bool = False,
-) -> Pulled:
-    """Pull a package, as `enginesmith pull` does; `run` takes all its options.
-
-    The arguments are those of `PullRequest`; `gpu` and `runtime` those of `Flags`.
-    """
-    return run(
-        PullRequest(
-            reference=reference,
-            to=None if to is None else Path(to),
-            registry=registry,
-            flags=Flags(gpu=gpu, runtime=runtime),
-            policy=None if policy is None else Path(policy),
-            accept_unproven=accept_unproven,
-        )
-    )
 
 
 def run(request: PullRequest) -> Pulled:
