@@ -12,13 +12,14 @@ without locks each works in a folder of its own and the first rename wins.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from typing import Any
 from pipeline.core.errors import CorruptError
 from pipeline.core.stages import Stage
 from pipeline.core.values import FileDigest, digest_of
-from pipeline.core.workfolder import atomic_folder, locked
+from pipeline.core.workfolder import locked, sync, work_folder
 
 log = logging.getLogger(__name__)
 
+PREFIX = ".enginesmith-work-"
+"""Of the folders of `atomic_folder`, beside what they become."""
 RECORD = "stage.json"
 """Beside the outputs: inputs, digest of every file, seconds. Written last."""
 
@@ -66,6 +69,27 @@ def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
                 f"{path} is not the file that was fetched: its SHA-256 is another; remove {folder} "
                 "and run the same command again"
             )
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A private folder beside `target` that becomes `target` by one rename when the block ends.
+
+    On any exception, Ctrl-C included, the private folder is removed. If `target` was filled
+    meanwhile, it stays and the private folder is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(target.parent, PREFIX) as work:
+        yield work.dir
+        for path in [*work.dir.rglob("*"), work.dir]:  # or a crash may empty what the rename shows
+            if path.is_file() or path == work.dir:
+                sync(path)
+        work.dir.chmod(0o755)
+        try:
+            work.dir.rename(target)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,6 @@ from pipeline.core.errors import AccessError
 
 log = logging.getLogger(__name__)
 
-PREFIX = ".enginesmith-work-"
-"""Of the folders of `atomic_folder`."""
 _STALE_S = 24 * 3600.0
 _TRIES = 100
 _YOUNG = "new-"
@@ -44,27 +42,6 @@ def locked(path: Path) -> Iterator[None]:
             log.info("Another run is making %s; waiting for it", path.stem)
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield  # on a file system without locks, too: the first rename wins
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A private folder beside `target` that becomes `target` by one rename when the block ends.
-
-    On any exception, Ctrl-C included, the private folder is removed. If `target` was filled
-    meanwhile, it stays and the private folder is dropped.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(target.parent, PREFIX) as work:
-        yield work.dir
-        for path in [*work.dir.rglob("*"), work.dir]:  # or a crash may empty what the rename shows
-            if path.is_file() or path == work.dir:
-                sync(path)
-        work.dir.chmod(0o755)
-        try:
-            work.dir.rename(target)
-        except OSError as error:
-            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import digest_folder, sha256_file
+from pipeline.core.cache import atomic_folder, digest_folder, sha256_file
 from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError
 from pipeline.core.progress import BYTES, progress
@@ -34,7 +34,6 @@ from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
 from pipeline.core.stages import Stage
 from pipeline.core.values import FileDigest, Weights, digest_of
-from pipeline.core.workfolder import atomic_folder
 from pipeline.model.hf import quiet
 from pipeline.sources.weights import (
     FILES,

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.cache import RECORD, StageCache, digest_folder, require_files
+from pipeline.core.cache import PREFIX, RECORD, StageCache, digest_folder, require_files
 from pipeline.core.errors import CorruptError
 from pipeline.core.stages import Stage
-from pipeline.core.workfolder import PREFIX
 
 S = Stage(name="s", version=1, code=())
 T = Stage(name="t", version=1, code=())

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.core import workfolder
-from pipeline.core.workfolder import atomic_folder, work_folder
+from pipeline.core.cache import atomic_folder
+from pipeline.core.workfolder import work_folder
 
 _STRANGER = 65534
 

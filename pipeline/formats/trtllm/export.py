@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.cache import atomic_folder
 from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.core.values import Limits
-from pipeline.core.workfolder import atomic_folder
 from pipeline.formats.trtllm.build_tool import (
     TIMING_CACHE_FILE,
     Plugins,
