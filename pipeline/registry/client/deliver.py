@@ -92,12 +92,8 @@ class Delivered:
 class Delivery:
     """One package on its way.
 
-    Attributes:
-        store: Where it lies.
-        resolved: What is fetched.
-        transfer: How.
-        offline: Take it from the cache or fail.
-        shared_parent: The user trusts who else may rename beside the goal.
+    `offline` takes it from the cache or fails; with `shared_parent` the user trusts who else may
+    rename beside the goal.
     """
 
     store: Store

@@ -85,15 +85,13 @@ class _File:
         path: Where it lands.
         chunk_bytes: Size of all chunks but the last.
         first: Number of its first chunk among all of the package.
-        landed: Chunks that an earlier run fetched.
-        there: Those that may be hashed.
+        there: Chunks that landed, in an earlier run too.
     """
 
     file: FileDigest
     path: Path
     chunk_bytes: int
     first: int
-    landed: set[int] = field(default_factory=set)
     there: set[int] = field(default_factory=set)
     _descriptor: int | None = None
     _opening: threading.Lock = field(default_factory=threading.Lock)
@@ -163,17 +161,18 @@ def download(
         CorruptError: A file is not what the manifest says, also when fetched again.
         TransientError: The store failed too often or is too slow, or the disk is full.
     """
-    folder, landing, first = work.dir / PACKAGE, [], 0
-    for file in files:
-        path, size = folder / file.path, transfer.chunk_bytes
-        landing.append(_File(file=file, path=path, chunk_bytes=size, first=first))
-        first += landing[-1].chunks
+    folder, size, first = work.dir / PACKAGE, transfer.chunk_bytes, 0
+    landing: list[_File] = []
     with disk_errors(f"write {work.dir.parent}"), contextlib.ExitStack() as closing:
-        head = f"{digest} {transfer.chunk_bytes}\n".encode()
+        head = f"{digest} {size}\n".encode()
         landed = _landed(work.dir / RECORD, head)
-        for one in landing:
-            one.landed = {chunk for chunk in range(one.chunks) if one.first + chunk in landed}
-        there = sum(end - start for one in landing for start, end in map(one.span, one.landed))
+        for file in files:
+            one = _File(file=file, path=folder / file.path, chunk_bytes=size, first=first)
+            one.there = {chunk for chunk in range(one.chunks) if first + chunk in landed}
+            landing.append(one)
+            first += one.chunks
+        there = sum(end - start for one in landing for start, end in map(one.span, one.there))
+        on_bytes(there)
         require_room(work.dir, sum(file.size_bytes for file in files) - there)
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         record = os.open(work.dir / RECORD, flags if landed else flags | os.O_TRUNC, 0o600)
@@ -235,11 +234,12 @@ class _Download:
 
     def run(self, touch: Callable[[], None]) -> int:
         """Hash every file while other threads fetch; raises what the first failing one raised."""
-        self._queue.extend((file, chunk) for file in self.files for chunk in range(file.chunks))
+        chunks = ((file, chunk) for file in self.files for chunk in range(file.chunks))
+        self._queue.extend((file, chunk) for file, chunk in chunks if chunk not in file.there)
         # Daemons: a store that hangs must not keep the process alive after Ctrl-C.
         workers = [
             threading.Thread(target=self._work, name=f"pull-{number}", daemon=True)
-            for number in range(min(self.transfer.jobs, len(self._queue)))
+            for number in range(max(1, min(self.transfer.jobs, len(self._queue))))
         ]
         for worker in workers:
             worker.start()
@@ -270,9 +270,9 @@ class _Download:
             )
             if not again:
                 log.warning("%s; fetching it once more", fault)
-                self._report(-file.file.size_bytes, fetched=0)
                 with self._changed:
-                    file.landed, file.there, self._hashing = set(), set(), file.first
+                    self.on_bytes(-file.file.size_bytes)
+                    file.there, self._hashing = set(), file.first
                     self._queue.extendleft((file, n) for n in reversed(range(file.chunks)))
                     self._changed.notify_all()
         raise CorruptError(f"{fault}; nothing was kept. Publish it again, or pull another one")
@@ -296,13 +296,8 @@ class _Download:
         try:
             while (task := self._next()) is not None:
                 file, chunk = task
-                file.open()
-                start, end = file.span(chunk)
-                if chunk in file.landed:
-                    self._report(end - start, fetched=0)
-                else:
-                    self._fetch(file, start, end)
-                    self.mark(file.first + chunk)
+                self._fetch(file, *file.span(chunk))
+                self.mark(file.first + chunk)
                 with self._changed:
                     file.there.add(chunk)
                     self._changed.notify_all()
@@ -344,7 +339,9 @@ class _Download:
                     for data in pieces:
                         file.write(data, at)
                         at += len(data)
-                        self._report(len(data), fetched=len(data))
+                        with self._changed:
+                            self._fetched_bytes += len(data)
+                            self.on_bytes(len(data))
             except TransientError as error:
                 fault = error
             if at == end:
@@ -369,8 +366,3 @@ class _Download:
                     yield view
         except NotFoundError as error:
             raise CorruptError(f"{self.place} has no {file.path}: {error}") from error
-
-    def _report(self, count: int, *, fetched: int) -> None:
-        with self._changed:
-            self._fetched_bytes += fetched
-            self.on_bytes(count)

@@ -68,19 +68,12 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What the user says of the machine, as typed.
+    """What the user says of the machine, as typed."""
 
-    Attributes:
-        gpu: `auto`, `none`, a card's id or name, or `sm89`.
-        runtime: `vllm==0.29` or `vllm`.
-        vram: `24GiB`.
-        driver: `580.65.06`.
-    """
-
-    gpu: str = "auto"
-    runtime: str | None = None
-    vram: str | None = None
-    driver: str | None = None
+    gpu: str = "auto"  # or `none`, a card's id or name, `sm89`
+    runtime: str | None = None  # `vllm==0.29` or `vllm`
+    vram: str | None = None  # `24GiB`
+    driver: str | None = None  # `580.65.06`
 
 
 def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
