@@ -43,15 +43,10 @@ THROTTLE_REASONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeProcess:
-    """A process with a CUDA context on the card.
+    """A process with a CUDA context on the card."""
 
-    Attributes:
-        pid: As NVML numbers it: the host's number, in a container too.
-        memory_bytes: Device memory that it holds; None where the driver does not tell.
-    """
-
-    pid: int
-    memory_bytes: int | None
+    pid: int  # as NVML numbers it: the host's number, in a container too
+    memory_bytes: int | None  # None where the driver does not tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,14 +184,7 @@ def _holds_context() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One card.
-
-    Attributes:
-        name: Such as `NVIDIA GeForce RTX 4090`.
-        sm: Compute capability x 10: 89 for 8.9.
-        driver: Version of the NVIDIA driver.
-        uuid: `GPU-…`; names the card in CUDA_VISIBLE_DEVICES.
-    """
+    """One card; `sm` is its compute capability x 10, `uuid` names it in CUDA_VISIBLE_DEVICES."""
 
     name: str
     sm: int

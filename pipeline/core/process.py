@@ -48,15 +48,9 @@ def run_tool(
     timeout_s: float = 24 * 3600.0,
     heartbeat_s: float = 15.0,
 ) -> None:
-    """Run `command` to its end; command line and output are appended to `log_path`.
+    """Run `command` to its end; command line and output are appended to the file `log_path`.
 
-    Args:
-        command: Program and arguments.
-        stage: Names the work in messages.
-        log_path: A file.
-        env: Variables set in addition to the current ones.
-        timeout_s: After this long it is killed.
-        heartbeat_s: How often a line says that it still runs.
+    `stage` names the work in messages; `env` is set in addition to the current variables.
 
     Raises:
         ToolError: It could not start, exited non-zero, was killed by a signal, or ran out of time.

@@ -117,7 +117,7 @@ def _make(parent: Path, prefix: str, locks: contextlib.ExitStack) -> Path:
 def _dead(
     parent: Path, prefix: str, ours: Path, locks: contextlib.ExitStack
 ) -> Iterator[tuple[Path, bool]]:
-    """Folders of dead processes, and whether each may be adopted: we hold its lock."""
+    """Folders of dead processes, and whether each may be adopted."""
     now_s = ours.stat().st_mtime  # by the clock that dates the others, too
     locking = _locks_work(ours)
     for folder in sorted(parent.iterdir()):
