@@ -12,7 +12,8 @@ from pipeline.acceptance.acceptance import Acceptance
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.hardware import Target
-from pipeline.core.settings import STRICT, OneOf
+from pipeline.core.kinds import OneOf
+from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.formats.spec import EngineCompiler
 from pipeline.model.read import Shape

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.config.folders import closest, suggestion
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import Fault
-from pipeline.core.settings import OneOf, validated
+from pipeline.core.kinds import OneOf, validated
 
 Location = tuple[int | str, ...]
 

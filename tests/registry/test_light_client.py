@@ -18,7 +18,7 @@ _STORES = {
     "s3": "pipeline.registry.stores.s3",
     "oci": "pipeline.registry.stores.oci.registry",
 }
-_MOST_LINES = {"folder": 5600, "s3": 5850, "oci": 6500}
+_MOST_LINES = {"folder": 5400, "s3": 5650, "oci": 6300}
 """What it is today, so that it grows no more; of OCI the aim is 6,000, too."""
 
 _SCRIPT = """
