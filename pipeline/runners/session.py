@@ -174,8 +174,8 @@ def require_possible(
     if not possible or not ordered or not generation.total_s > 0:
         raise PipelineError(
             f"the runner reports {generation.ttft_s} s to the first and {generation.total_s} s to "
-            f"the last of {generation.output_tokens} tokens, or a request's time that is none: no "
-            "run takes such a time; measure again, and report it if it stays so"
+            f"the last of {generation.output_tokens} tokens, or a request's time that is negative "
+            "or not a number: no run takes such a time; measure again, and report it if it stays so"
         )
 
 
