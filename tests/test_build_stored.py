@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.registry.trust.signing import generate_key, write_key_pair
-from tests.registry.backends import Backends, backends, running_backends
+from tests.registry.backends import Backends, backends
 from tests.tiny_recipe import CHECKPOINT, make_workplace
 
 pytestmark = pytest.mark.services
@@ -18,7 +18,7 @@ QUICK = (*CHECKPOINT, "acceptance.chat=null")
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Backends]:
-    with running_backends() as made:
+    with Backends() as made:
         yield made
 
 

@@ -19,7 +19,7 @@ from pipeline.registry.manifest import files_of, manifest_at
 from pipeline.registry.store import Place
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.signing import generate_key, write_key_pair
-from tests.registry.backends import Backends, backends, running_backends
+from tests.registry.backends import Backends, backends
 from tests.stand_in_card import put_card, put_runner
 from tests.tiny import tiny_model
 from tests.tiny_recipe import CHECKPOINT, ROOT, Workplace, make_workplace
@@ -34,7 +34,7 @@ ON_CARD = tuple(word for word in CHECKPOINT if not word.startswith(("compiler=",
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Backends]:
-    with running_backends() as started:
+    with Backends() as started:
         yield started
 
 

@@ -37,9 +37,8 @@ class ToyObjects:
         self.held = HELD.setdefault(url, {})
 
     def find(self, key):
-        return Found(key=key, size_bytes=len(self.held[key]), modified_s=0.0) if self.held.get(
-            key
-        ) is not None else None
+        if key in self.held:
+            return Found(key=key, size_bytes=len(self.held[key]), modified_s=0.0)
 
     def listed(self, prefix):
         return [self.find(key) for key in sorted(self.held) if key.startswith(prefix)]

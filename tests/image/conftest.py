@@ -11,7 +11,7 @@ import pytest
 
 from tests.image.base import download_client_wheels, make_debian
 from tests.image.client_image import NAME, Docker, copy_checkout, make_image
-from tests.registry.backends import Backends, running_backends
+from tests.registry.backends import Backends
 from tests.registry.client.conftest import Shop
 from tests.services.dockerd import dockerd
 
@@ -40,7 +40,7 @@ def debian(client: DockerClient) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Backends]:
     """Real registries on loopback; each starts when it is asked for."""
-    with running_backends() as started:
+    with Backends() as started:
         yield started
 
 

@@ -6,10 +6,13 @@ The servers start when the first test asks for them; what is missing there fails
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -17,6 +20,7 @@ from pipeline.registry.stores import open_store
 from pipeline.registry.stores.publication import WritableStore
 from tests.services import docker_registry, seaweed
 
+_Server = TypeVar("_Server")
 backends = [
     "folder",
     pytest.param("s3", marks=pytest.mark.services),
@@ -24,45 +28,26 @@ backends = [
 ]
 
 
-class Backends:
-    """Makes empty stores; starts each kind of server at most once."""
+class Backends(contextlib.ExitStack):
+    """Makes empty stores, one of `backends` each; its servers end with the block."""
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self._servers: dict[str, seaweed.SeaweedServer | docker_registry.RunningRegistry] = {}
+    def __init__(self) -> None:
+        super().__init__()
         self._numbers = itertools.count()
+        self._s3 = functools.cache(lambda: self._start(seaweed.running_server))
+        self._oci = functools.cache(lambda: self._start(docker_registry.running_server))
 
     def store(self, backend: str, folder: Path) -> WritableStore:
-        """An empty store.
-
-        Args:
-            backend: One of `backends`.
-            folder: Where the folder store goes.
-        """
+        """An empty store; one that is a folder lies in `folder`."""
         if backend == "folder":
             return open_store(str(folder))
-        return self._server(backend).store(f"engines-{next(self._numbers)}")
+        server = self._s3() if backend == "s3" else self._oci()
+        return server.store(f"engines-{next(self._numbers)}")
 
     def environ(self, backend: str) -> dict[str, str]:
         """Variables that a process needs to reach the store."""
-        if backend != "s3":
-            return {}
-        server = self._server(backend)
-        assert isinstance(server, seaweed.SeaweedServer)
-        return server.environ
+        return self._s3().environ if backend == "s3" else {}
 
-    def _server(self, backend: str) -> seaweed.SeaweedServer | docker_registry.RunningRegistry:
-        if backend not in self._servers:
-            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            running = seaweed if backend == "s3" else docker_registry
-            self._servers[backend] = self._stack.enter_context(
-                running.running_server(folder / backend)
-            )
-        return self._servers[backend]
-
-
-@contextlib.contextmanager
-def running_backends() -> Iterator[Backends]:
-    """Servers that end with the block."""
-    with contextlib.ExitStack() as stack:
-        yield Backends(stack)
+    def _start(self, running_server: Callable[[Path], AbstractContextManager[_Server]]) -> _Server:
+        folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        return self.enter_context(running_server(folder / "server"))

@@ -365,19 +365,18 @@ class Transport:
         )
         if status in {401, 403}:
             return self._refused(request)
-        if status in _BUSY or status >= 500:
-            return TransientError(f"{message}; try again later")
-        if "MANIFEST_BLOB_UNKNOWN" in stated:
+        what = "it may be read-only just now, or not delete (storage.delete.enabled)"
+        for found, kind, advice in (
+            (status in _BUSY or status >= 500, TransientError, "try again later"),
             # docker-registry 2.8 does not see a blob while another client uploads the same one
             # (tried 2026-11-25); others take a moment to see what was uploaded.
-            return _AgainError(f"{message}; run the same command again")
-        if status == 404:
-            return NotFoundError(message)
-        if "DIGEST_INVALID" in stated:
-            return CorruptError(f"{message}; what arrived is not what was sent, or a file changed")
-        if status == 405:
-            what = "it may be read-only just now, or not delete (storage.delete.enabled)"
-            return AccessError(f"{message}; look at the registry's configuration: {what}")
+            ("MANIFEST_BLOB_UNKNOWN" in stated, _AgainError, "run the same command again"),
+            (status == 404, NotFoundError, "check the reference"),
+            ("DIGEST_INVALID" in stated, CorruptError, "bytes were damaged, or a file changed"),
+            (status == 405, AccessError, f"look at the registry's configuration: {what}"),
+        ):
+            if found:
+                return kind(f"{message}; {advice}")
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
     def _refused(self, request: Request) -> AccessError:
