@@ -5,26 +5,43 @@ Each command imports what it needs: `--help` and the registry client start witho
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from pipeline import __version__
-from pipeline.commands import building, lifecycle, measuring, packages, pull
 from pipeline.commands.answer import failure, tell
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 
-app = typer.Typer(
-    help="From a Hugging Face model to a checked, published FP8 inference engine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+_COMMANDS = {
+    "build": "building.build",
+    "plan": "building.plan",
+    "config": "building.config",
+    "new": "building.new",
+    "rehearse": "building.rehearse",
+    "export-trtllm": "building.export_trtllm",
+    "accept": "measuring.accept",
+    "race": "measuring.race",
+    "list": "packages.list_packages",
+    "show": "packages.show",
+    "verify": "pull.verify",
+    "pull": "pull.pull",
+    "copy": "packages.copy",
+    "generate": "packages.generate",
+    "keygen": "lifecycle.keygen",
+    "policy": "lifecycle.policy",
+    "sign": "lifecycle.sign",
+    "promote": "lifecycle.promote",
+    "rollback": "lifecycle.rollback",
+    "yank": "lifecycle.yank",
+    "gc": "lifecycle.gc",
+    "channels": "lifecycle.channels",
+}
+"""Command -> module below `commands`, and function."""
 
 
 def _version(wanted: bool) -> None:
@@ -33,7 +50,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -42,32 +58,20 @@ def _options(
     pass
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "build": building.build,
-    "plan": building.plan,
-    "config": building.config,
-    "new": building.new,
-    "rehearse": building.rehearse,
-    "export-trtllm": building.export_trtllm,
-    "accept": measuring.accept,
-    "race": measuring.race,
-    "list": packages.list_packages,
-    "show": packages.show,
-    "verify": pull.verify,
-    "pull": pull.pull,
-    "copy": packages.copy,
-    "generate": packages.generate,
-    "keygen": lifecycle.keygen,
-    "policy": lifecycle.policy,
-    "sign": lifecycle.sign,
-    "promote": lifecycle.promote,
-    "rollback": lifecycle.rollback,
-    "yank": lifecycle.yank,
-    "gc": lifecycle.gc,
-    "channels": lifecycle.channels,
-}
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+def make_app(command: str = "") -> typer.Typer:
+    """The program with all commands; with one alone if that is `command`, so a pull stays light."""
+    app = typer.Typer(
+        help="From a Hugging Face model to a checked, published FP8 inference engine.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_options)
+    for name in [command] if command in _COMMANDS else _COMMANDS:
+        module, _, function = _COMMANDS[name].partition(".")
+        app.command(name)(getattr(importlib.import_module(f"pipeline.commands.{module}"), function))
+    return app
 
 
 _UsageError: type[Any] = typer.BadParameter.__bases__[0]  # Typer exports no name for it
@@ -80,6 +84,7 @@ def main() -> int:
     # 2 cores, 4 windows of SmolLM2 took 32 to 52 s spinning and 6 to 9 asleep (2026-11-30).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
+        app = make_app(*sys.argv[1:2])
         return app(prog_name="enginesmith", standalone_mode=False) or ExitCode.OK
     except _UsageError as error:
         if "--json" in sys.argv[1:]:

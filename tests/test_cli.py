@@ -38,7 +38,7 @@ def process(*arguments: str, module: str = "pipeline.cli") -> subprocess.Complet
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, arguments)
+    return CliRunner().invoke(cli.make_app(), arguments)
 
 
 @pytest.fixture

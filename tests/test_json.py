@@ -17,7 +17,7 @@ from pipeline.core.hardware import target_of_card
 from pipeline.registry.trust.signing import generate_key, write_key_pair
 from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
 
-COMMANDS = sorted(str(command.name) for command in cli.app.registered_commands)
+COMMANDS = sorted(str(command.name) for command in cli.make_app().registered_commands)
 OWN = ("--config-dir", "own")
 QUICK = (*CHECKPOINT, "acceptance.chat=null")
 KEYS = tuple(override for override in CHECKPOINT if not override.startswith("compiler="))

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.core.errors import ExitCode, Fault
-from pipeline.outcome import Outcome, closing_lines, failure_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from pipeline.outcome import Outcome
 
 SCHEMA = 1
 _NAME = "as_json"
@@ -66,6 +67,8 @@ class Answer:
 
 def failure(error: BaseException) -> Answer:
     """The answer of a command that ended with an exception."""
+    from pipeline.outcome import failure_of
+
     outcome = failure_of(error)
     return Answer(exit_code=outcome.exit_code, message=outcome.message, faults=outcome.faults)
 
@@ -75,6 +78,8 @@ def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "")
 
     `generate` is the command that talks to the package; empty if there is nothing to say of it.
     """
+    from pipeline.outcome import closing_lines
+
     lines = [outcome.message, closing_lines(outcome, generate)] if outcome.verdict else []
     return Answer(value=document, shown=lines, exit_code=outcome.exit_code, message=outcome.message)
 

@@ -23,7 +23,7 @@ from tests.formats.trtllm.convert.conftest import Convert
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.app, ["export-trtllm", *map(str, arguments)])
+    return CliRunner().invoke(cli.make_app(), ["export-trtllm", *map(str, arguments)])
 
 
 def flags(line: str) -> dict[str, str]:
