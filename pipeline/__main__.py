@@ -22,8 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.commands.answer import Answer, answer_of, failure, tell
-from pipeline.commands.screen import file_logging, screen_logging, show_error
+from pipeline.answer import (
+    Answer,
+    answer_of,
+    failure,
+    file_logging,
+    screen_logging,
+    show_error,
+    tell,
+)
 from pipeline.config.compose import INFO, show_info
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import __version__
-from pipeline.commands.answer import failure, tell
+from pipeline.answer import failure, tell
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 
 _COMMANDS = {

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.__main__ import Request
-from pipeline.commands.answer import Answer
+from pipeline.answer import Answer
 from pipeline.core.errors import ExitCode
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import Request, main, run
-from pipeline.commands.screen import file_logging, screen_logging, show_error
+from pipeline.answer import file_logging, screen_logging, show_error
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
 from pipeline.outcome import Outcome, failure_of, open_run, write_verdict

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.answer import Answer, answering
+from pipeline.answer import Answer, answering, screen_logging
 from pipeline.commands.arguments import ConfigDir, Overrides, Recipe, RecipesRegistry
 from pipeline.core.errors import ExitCode, RecipeError
 
@@ -136,7 +136,6 @@ def export_trtllm(
     ] = None,
 ) -> Answer:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
-    from pipeline.commands.screen import screen_logging
     from pipeline.formats.trtllm.export import plan_export
     from pipeline.plan.findings import checkpoint_faults
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.answer import Answer, answering
+from pipeline.answer import Answer, answering, make_table, printable
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 if TYPE_CHECKING:
@@ -185,7 +185,6 @@ def channels(
     policy: Policy = None,
 ) -> Answer:
     """Show where the channels point, by their signed moves."""
-    from pipeline.commands.screen import make_table
     from pipeline.registry.promotion import channels_of
 
     store, trust = open_registry(registry, policy)
@@ -248,8 +247,6 @@ def gc(
 
 def _collected(done: Collected, *, delete: bool) -> Answer:
     from rich.filesize import decimal
-
-    from pipeline.commands.screen import make_table, printable
 
     remove = printable("remove", "yellow")
     table = make_table(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.answer import Answer, answer_of, answering
+from pipeline.answer import Answer, answer_of, answering, file_logging, screen_logging
 from pipeline.commands.arguments import (
     ARTIFACTS,
     ConfigDir,
@@ -50,7 +50,6 @@ def accept(
     """Measure a package on this machine's GPU, and sign what came of it."""
     from pipeline.accept import AcceptRequest
     from pipeline.accept import accept as run
-    from pipeline.commands.screen import file_logging, screen_logging
     from pipeline.outcome import failure_of, open_run, write_verdict
     from pipeline.registry.stores import folder_of
 
@@ -127,7 +126,6 @@ def race(
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Race a recipe's artifact against vLLM and Transformers on this machine."""
-    from pipeline.commands.screen import screen_logging
     from pipeline.race import RaceRequest
     from pipeline.race import race as run
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.answer import Answer, answering
+from pipeline.answer import Answer, answering, make_table, printable, screen_logging
 from pipeline.commands.arguments import (
     ARTIFACTS,
     Policy,
@@ -38,7 +38,6 @@ _STYLES = {
 @answering
 def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
     """List the published packages, with what trusted keys state about them."""
-    from pipeline.commands.screen import make_table, printable
     from pipeline.registry.listing import entries
 
     found = entries(*_open(registry, policy))
@@ -62,7 +61,6 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
     from rich.console import Group
     from rich.filesize import decimal
 
-    from pipeline.commands.screen import make_table, printable
     from pipeline.registry.listing import entry
 
     store, terms = _open(registry, policy)
@@ -132,7 +130,6 @@ def copy(
     allow_unsigned: Unsigned = False,
 ) -> Answer:
     """Copy a package, its signatures and its test results to another registry, byte for byte."""
-    from pipeline.commands.screen import screen_logging
     from pipeline.registry import copying
 
     with screen_logging():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.answer import Answer, answering
+from pipeline.answer import Answer, answering, screen_logging
 from pipeline.commands.arguments import ARTIFACTS, Policy, Target, Unsigned
 
 if TYPE_CHECKING:
@@ -108,7 +108,6 @@ def pull(
     jobs: _Jobs = None,
 ) -> Answer:
     """Fetch the engine that fits a machine: signatures first, every byte verified."""
-    from pipeline.commands.screen import screen_logging
     from pipeline.registry.client.machine import Flags
     from pipeline.registry.client.pull import PullRequest, run
 
@@ -149,7 +148,6 @@ def verify(
     policy: Policy = None,
 ) -> Answer:
     """Verify every byte of a package, its signatures and yanks, and where it is proven."""
-    from pipeline.commands.screen import screen_logging
     from pipeline.registry.client.machine import Flags
     from pipeline.registry.client.pull import PullRequest
     from pipeline.registry.client.pull import verify as verify_target

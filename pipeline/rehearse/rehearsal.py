@@ -20,9 +20,8 @@ from typing import Any
 
 from rich.table import Table
 
+from pipeline.answer import Answer, screen_logging
 from pipeline.build import build
-from pipeline.commands.answer import Answer
-from pipeline.commands.screen import screen_logging
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe

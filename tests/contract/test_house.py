@@ -15,8 +15,6 @@ ROOMS = (
     *("sources", "model", "answer", "outcome", "registry", "core"),
 )
 """The left may import the right, never the other way; `registry` imports `core` alone."""
-ANSWER = ("pipeline.commands.answer", "pipeline.commands.screen")
-"""How every entry tells people and programs: a room of its own below them."""
 MAX_LINES = 60
 
 
@@ -26,7 +24,7 @@ def module_of(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    return "answer" if module in ANSWER else module.split(".")[1]
+    return module.split(".")[1]
 
 
 TREES = {module_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
