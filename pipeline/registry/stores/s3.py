@@ -140,7 +140,7 @@ def parse_address(url: str) -> tuple[str, str]:
     elif "@" in parts.netloc:
         fault = "an S3 URL holds no credentials; put them into AWS_ACCESS_KEY_ID and so on"
     elif not _BUCKET.fullmatch(parts.netloc):
-        fault = f"{parts.netloc!r} is not a bucket: 3 to 63 lowercase letters, digits, dots, dashes"
+        fault = f"{url!r} names no bucket: 3 to 63 lowercase letters, digits, dots, dashes"
     elif wrong:
         fault = f"{wrong[0]!r} may not be in a prefix: letters, digits, dots, dashes, underscores"
     if fault:
