@@ -22,7 +22,8 @@ from pipeline.identity import build_key, key_inputs
 from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
 from pipeline.outcome import Outcome, outcome_of
-from pipeline.plan import Plan, PlannedWorkload, PlanRequest, make_plan, refuse
+from pipeline.plan import Plan, make_plan, refuse
+from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
 from pipeline.registry.package import Label, require_publishable, seal

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import pipeline
-import pipeline.sources
 from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import Job, load, registry_overrides
 from pipeline.core.data import data_dir
@@ -129,17 +126,15 @@ def test_missing_values_are_reported_once_and_hide_no_other_fault(only: Only, wr
     }
 
 
-def test_unknown_recipe_does_not_hide_bad_overrides(only: Only) -> None:
-    bad = only("smollm3", "compiler.max_batch_sise=8", "compiler.max_batch_size=0")
-    assert len(bad.faults) == 3
-    assert "did you mean smollm2? allowed: " in bad.faults[0].message
-    assert bad.typed is None
-    assert bad.config == {}
+def test_unknown_recipe_names_those_that_there_are(only: Only) -> None:
+    (fault,) = only("smollm3", "compiler.max_batch_size=0").faults
+    assert "did you mean smollm2? allowed: " in fault.message
 
 
 @pytest.mark.parametrize(
     ("override", "path", "message"),
     [
+        ("compiler=trtrtx,trtllm", "compiler", "names several values, and a run builds one"),
         ("compiler=trtrtxx", "compiler", "there is no option 'trtrtxx'; did you mean trtrtx?"),
         ("compilr.max_seq_len=8", "compilr", "did you mean compiler? allowed"),
         ("max_seq_len=8", "max_seq_len", "did you mean compiler.max_seq_len?"),
@@ -197,13 +192,10 @@ def test_other_weights_need_another_name(only: Only, override: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: bad", "source: is required"),
         ("defaults: [own]\nsource: {kind: os}", 'source.kind: got "os", must be one of embedded'),
         ("defaults: [own]\nsource: {kind: [hub]}", 'source.kind: got ["hub"], must be one of'),
-        ("defaults: [own]\nsource: {kind: hub_client}", 'source.kind: got "hub_client"'),
         ("defaults: [own]\nsource: {kind: ../hub}", 'source.kind: got "../hub"'),
         ("- a\n- b", "recipe bad cannot be read"),
-        ("42", "recipe bad cannot be read"),
         ("defaults: [bad]", "it contains itself"),
         ("defaults: [own]\n3: x", "3: there is no such key"),
         ("defaults: [own]\nname: '${${version}:b}'", "name: a recipe holds data only"),
@@ -213,45 +205,6 @@ def test_other_weights_need_another_name(only: Only, override: str) -> None:
 def test_broken_recipe_is_explained(only: Only, write: Write, text: str, message: str) -> None:
     write("bad.yaml", text)
     assert message in " ".join(str(fault) for fault in only("bad").faults)
-
-
-def test_new_kind_is_one_file_and_one_option(
-    only: Only, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline.sources, "__path__", [*pipeline.sources.__path__, str(tmp_path)])
-    write(
-        "toy.py",
-        "from pydantic.dataclasses import dataclass\n"
-        "from pipeline.core.settings import STRICT\n"
-        "from pipeline.core.values import Licence, Weights\n\n"
-        "@dataclass(frozen=True, kw_only=True, config=STRICT)\n"
-        "class ToySource:\n"
-        "    size: int\n\n"
-        "    @property\n"
-        "    def terms(self) -> Licence:\n"
-        "        return Licence(spdx='MIT')\n\n"
-        "    def fetch(self) -> Weights:\n"
-        "        raise NotImplementedError\n\n"
-        "KIND = ToySource\n",
-    )
-    write("source/toy.yaml", "kind: toy\nsize: 3\n")
-    job = only("own", "source=toy", "name=mine", "~source.repo_id", "~source.revision",
-               "~source.licence")  # fmt: skip
-    assert job.faults == ()
-    assert job.config["source"] == {"kind": "toy", "size": 3}
-    (fault,) = only("own", "source=toy", "name=mine", "~source.repo_id", "~source.revision",
-                    "~source.licence", "source.sise=3").faults  # fmt: skip
-    assert "did you mean source.size?" in fault.message
-    monkeypatch.delitem(sys.modules, "pipeline.sources.toy")
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["compiler=trtrtx,trtllm", "compiler.max_batch_size=range(8,11)", "compiler=glob(*)"],
-)
-def test_run_builds_one_job(only: Only, override: str) -> None:
-    (fault,) = only("own", override).faults
-    assert "names several values, and a run builds one" in fault.message
 
 
 def test_users_own_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +230,7 @@ def test_folder_with_quotes_and_spaces_is_searched(tmp_path: Path, folders: Conf
     assert job.config["source"]["repo_id"] == "org/own"
 
 
-@pytest.mark.parametrize("compiler", ["checkpoint", "trtllm", "trtrtx"])
+@pytest.mark.parametrize("compiler", ["trtllm", "trtrtx"])
 def test_smaller_batch_alone_is_enough_and_other_sizes_follow(
     only: Only, compiler: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -348,12 +301,7 @@ def test_each_compiler_gets_its_own_sizes_runner_and_the_rest_of_its_option(
     assert compiler_of(other).activation_dtype == "bfloat16"
     assert other.value.runner.name == "onnxruntime"
     assert sized("runner=onnxruntime").value.runner.name == "onnxruntime"
-
-
-@pytest.mark.parametrize("compiler", ["checkpoint", "trtrtx"])
-def test_command_line_wins_over_the_sizes(sized: Callable[..., Job], compiler: str) -> None:
-    job = sized("compiler.max_batch_size=16", f"compiler={compiler}")
-    assert compiler_of(job).max_batch_size == 16
+    assert compiler_of(sized("compiler.max_batch_size=16")).max_batch_size == 16
 
 
 def test_compiler_without_sizes_keeps_those_of_its_option(
@@ -364,9 +312,3 @@ def test_compiler_without_sizes_keeps_those_of_its_option(
     option = (data_dir("conf") / "compiler" / "trtrtx.yaml").read_text()
     write("compiler/mine.yaml", option.replace("1024", "900"))
     assert compiler_of(sized("compiler=mine")).max_seq_len == 900
-
-
-def test_acknowledging_a_licence_does_not_ask_for_another_name(only: Only) -> None:
-    licence = "source.acknowledge_licence=LicenseRef-Llama-3.1-Community"
-    job = only("llama3.1", licence, "compiler=checkpoint")
-    assert job.value.source.terms.acknowledged == job.config["source"]["licence"]

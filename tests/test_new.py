@@ -1,26 +1,37 @@
-"""`enginesmith new` from a folder: what it writes loads, plans, and overwrites nothing."""
+"""`enginesmith new`, from a folder and the Hub: what it writes loads, and overwrites nothing."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.build import plan_of
+from pipeline.cli import main
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
-from pipeline.core.errors import ConflictError, NotFoundError, RecipeError
+from pipeline.core.errors import (
+    AccessError,
+    ConflictError,
+    NotFoundError,
+    PipelineError,
+    RecipeError,
+)
 from pipeline.model.read import spec_faults
-from pipeline.new.command import NewRecipe, new_recipe, place, report
-from tests.architectures import ARCHITECTURES, tiny_architecture
-from tests.specs import published
-from tests.tiny_recipe import ROOT
+from pipeline.new import NewRecipe, new_recipe, place, report
+from pipeline.sources.hub import HubSource
+from tests.architectures import tiny_architecture
+from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
+from tests.sources.tiny_model import SHARDS
+from tests.specs import CONFIGS, published
+
+LLAMA = "llama-3.2-1b-instruct"
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +40,8 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     (work / "recipes").mkdir(parents=True)
     monkeypatch.chdir(work)
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     return work
 
 
@@ -39,24 +52,23 @@ def folder_of(config: dict[str, Any], name: str = "model") -> Path:
     return folder
 
 
-def new(folder: Path, name: str = "mine", **options: Any) -> NewRecipe:
+def new(origin: Path | str = REPO, name: str = "mine", **options: Any) -> NewRecipe:
     asked = {"revision": None, "target": "rtx4090", "config_dir": None}
-    return new_recipe(name, origin=str(folder), **(asked | options))
+    return new_recipe(name, origin=str(origin), **(asked | options))
 
 
-def loaded(name: str = "mine", *overrides: str, config_dir: Path | None = None) -> Recipe:
-    job = load(name, overrides, folders=config_folders(config_dir))
+def loaded(name: str = "mine", *overrides: str) -> Recipe:
+    job = load(name, overrides, folders=config_folders(None))
     assert job.faults == ()
-    recipe: Recipe = job.value
-    return recipe
+    return job.value
 
 
 def written() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*.*") if "model" not in path.parts)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_tiny_model_makes_a_round_trip(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama3.1", "phi3-long", "qwen2.5"])
+def test_tiny_model_makes_a_round_trip(name: str) -> None:
     folder = tiny_architecture(name, Path("model"))
     made = new(folder, name="tiny-" + name)
     assert tuple(made.sizes) == ("trtllm", "trtrtx", "checkpoint")
@@ -74,7 +86,7 @@ def test_every_tiny_model_makes_a_round_trip(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "kv_cache_dtype", "context"),
     [
-        ("llama-3.2-1b-instruct", "fp8", 4096),
+        (LLAMA, "fp8", 4096),
         ("phi-4-mini-instruct", "fp8", 4096),  # where its short factors end, of 131072
         ("qwen2.5-0.5b-instruct", "bfloat16", 4096),
         ("phi-3-mini-4k-instruct", "fp8", 2047),  # its sliding window
@@ -126,7 +138,7 @@ def test_model_too_large_exits_2_with_the_amount_and_writes_nothing() -> None:
 
 
 def test_card_without_a_format_leaves_its_sizes_out_and_says_why() -> None:
-    made = new(folder_of(published("llama-3.2-1b-instruct")), target="h100")
+    made = new(folder_of(published(LLAMA)), target="h100")
     assert tuple(made.sizes) == ("trtllm", "checkpoint")
     assert "TensorRT-RTX has no Hopper" in made.left_out["trtrtx"]
     assert any("TensorRT-RTX has no Hopper" in line for line in report(made, None))
@@ -135,14 +147,8 @@ def test_card_without_a_format_leaves_its_sizes_out_and_says_why() -> None:
     assert "TensorRT-RTX has no Hopper" in plan_of(job.value).faults[0].message
 
 
-def test_card_without_fp8_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no FP8 tensor cores"):
-        new(folder_of(published("llama-3.2-1b-instruct")), target="a100")
-    assert written() == []
-
-
 def test_name_that_exists_is_a_conflict_and_is_left_as_it_is() -> None:
-    folder = folder_of(published("llama-3.2-1b-instruct"))
+    folder = folder_of(published(LLAMA))
     for shipped in ("smollm2", "phi3", "build"):
         with pytest.raises(ConflictError) as error:
             new(folder, name=shipped)
@@ -160,7 +166,7 @@ def test_file_of_yours_under_that_name_is_a_conflict(orphan: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("yours\n")
     with pytest.raises(ConflictError, match="exists"):
-        new(folder_of(published("llama-3.2-1b-instruct")))
+        new(folder_of(published(LLAMA)))
     assert written() == [str(path)]
     assert path.read_text() == "yours\n"
 
@@ -171,98 +177,64 @@ def test_file_of_yours_under_that_name_is_a_conflict(orphan: str) -> None:
         ("My_Model", {}, "did you mean my-model"),
         ("../up", {}, "is not a name"),
         ("mine", {"target": "rtx4091"}, "did you mean rtx4090"),
+        ("mine", {"target": "a100"}, "no FP8 tensor cores"),
         ("mine", {"revision": "main"}, "only a Hub repository has revisions"),
     ],
 )
 def test_wrong_words_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        new(folder_of(published("llama-3.2-1b-instruct")), name=name, **options)
+        new(folder_of(published(LLAMA)), name=name, **options)
     assert written() == []
 
 
-@pytest.mark.parametrize("origin", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
-def test_missing_folder_is_not_taken_for_a_repository(origin: str) -> None:
-    with pytest.raises(NotFoundError, match="is not a folder"):
-        new_recipe("mine", origin=origin, revision=None, target="l4", config_dir=None)
-
-
-def test_folder_without_a_config_and_no_name_at_all() -> None:
+def test_what_is_no_model_and_no_repository_is_refused() -> None:
     Path("model").mkdir()
     with pytest.raises(NotFoundError, match=r"no config\.json"):
         new(Path("model"))
+    for missing in ("./nowhere", "/nowhere/at/all", "~/nowhere"):
+        with pytest.raises(NotFoundError, match="is not a folder"):
+            new(missing)
     with pytest.raises(RecipeError, match="neither a folder nor <owner>/<name>"):
-        new_recipe("mine", origin="a b", revision=None, target="l4", config_dir=None)
+        new("a b")
 
 
 def test_folder_with_any_name_is_found_again() -> None:
-    folder = folder_of(published("llama-3.2-1b-instruct"), name="it's: a ${dir} # 1")
+    folder = folder_of(published(LLAMA), name="it's: a ${dir} # 1")
     new(folder)
     assert loaded().source.path == folder.resolve()  # type: ignore[attr-defined]
 
 
-def test_licence_nobody_stated_goes_to_no_public_registry() -> None:
-    made = new(folder_of(published("llama-3.2-1b-instruct")))
-    assert loaded().source.terms.redistribution == "forbidden"
-    assert any("no public registry" in line for line in report(made, None))
+def test_printed_commands_work_wherever_the_recipe_went(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def enginesmith(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["enginesmith", *words])
+        assert main() == 0, capsys.readouterr().err
+        return capsys.readouterr().out
 
-
-def test_printed_commands_work_wherever_the_recipe_went(workdir: Path) -> None:
-    folder_of(published("llama-3.2-1b-instruct"))
-    for words, place_of in [((), "recipes"), (("--config-dir", "own dir"), "own dir")]:
+    folder_of(published(LLAMA))
+    for name, words, place_of in [
+        ("first", (), "recipes"), ("second", ("--config-dir", "own dir"), "own dir"),
+        ("third", (), "."),
+    ]:  # fmt: skip
+        if place_of == ".":
+            (workdir / "recipes").rename(workdir / "not-recipes")
         (workdir / place_of).mkdir(exist_ok=True)
-        name = f"in-{place_of.replace(' ', '-')}"
-        done = enginesmith("new", name, "--from", "./model", *words)
-        assert done.returncode == 0, done.stderr
+        shown = enginesmith("new", name, "--from", "./model", *words)
         assert (workdir / place_of / f"{name}.yaml").is_file()
-        plan, build = done.stdout.splitlines()[-2:]
+        plan, build = shown.splitlines()[-2:]
         assert build.split()[:3] == ["enginesmith", "build", name]
-        planned = enginesmith(*shlex.split(plan)[1:], "--json")
-        assert planned.returncode == 0, planned.stderr
-        assert json.loads(planned.stdout)["name"] == name
-
-
-def test_without_a_recipes_folder_it_goes_here(workdir: Path) -> None:
-    (workdir / "recipes").rmdir()
-    folder_of(published("llama-3.2-1b-instruct"))
-    done = enginesmith("new", "mine", "--from", "./model", "--target", "l4")
-    assert done.returncode == 0, done.stderr
-    assert (workdir / "mine.yaml").is_file()
-    assert done.stdout.splitlines()[-2].endswith("plan mine --config-dir .")
-
-
-def enginesmith(*words: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        assert "no public registry" in shown, "the folder states no licence"
+        assert json.loads(enginesmith(*shlex.split(plan)[1:], "--json"))["name"] == name
 
 
 SET = {Path("sizes/mine/a.yaml"): "1\n", Path("shapes/mine.yaml"): "2\n", Path("mine.yaml"): "3\n"}
 
 
-class Stopped(dict[Path, str]):
-    """A set of files whose writer is stopped at one of them."""
-
-    def __init__(self, stop: Path) -> None:
-        super().__init__(SET)
-        self._stop = stop
-
-    def items(self) -> Any:
-        for path, text in super().items():
-            if path == self._stop:
-                raise KeyboardInterrupt
-            yield path, text
-
-
 @pytest.mark.parametrize("stop", SET)
 def test_what_stops_the_writing_leaves_nothing(stop: Path, workdir: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        place(Stopped(stop), workdir / "recipes")
+    with pytest.raises(UnicodeEncodeError):
+        place({**SET, stop: "\ud800"}, workdir / "recipes")
     assert written() == []
     assert list((workdir / "recipes").iterdir()) == []
 
@@ -280,11 +252,80 @@ def test_file_that_appears_meanwhile_is_kept_and_nothing_else_is_left(
     assert path.read_text() == "theirs\n"
 
 
-def test_recipe_is_the_last_file_to_appear(workdir: Path) -> None:
-    # A recipe that can be seen is whole: everything that it names was written before it.
-    recipes = workdir / "recipes"
-    place(SET, recipes)
-    order = sorted(SET, key=lambda path: (recipes / path).stat().st_mtime_ns)
-    assert order == list(SET)
-    assert all((recipes / path).read_text() == text for path, text in SET.items())
-    assert not list(recipes.rglob("*.partial"))
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer(tags=("text-generation", "license:apache-2.0")) as server:
+        server.files["config.json"] = (CONFIGS / f"{LLAMA}.json").read_bytes()
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_recipe_pins_the_commit_and_asks_for_the_config_alone(
+    hub: HubServer, workdir: Path, revision: str | None
+) -> None:
+    new(revision=revision)
+    recipe = loaded()
+    assert isinstance(recipe.source, HubSource)
+    assert (recipe.source.repo_id, recipe.source.revision) == (REPO, COMMIT)
+    assert plan_of(recipe).faults == ()
+    shape = Path("recipes/shapes/mine.yaml").read_text()
+    assert shape.startswith(f"# {REPO} on the Hugging Face Hub at commit {COMMIT}.")
+    asked = {request.path.partition("?")[0] for request in hub.requests}
+    files = {path for path in asked if not path.startswith(f"/api/models/{REPO}/revision/")}
+    assert {path.rpartition("/")[2] for path in files} == {"config.json"}
+    assert not (workdir.parent / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("tag", "licence", "redistribution"),
+    [
+        ("license:apache-2.0", "Apache-2.0", "allowed"),
+        ("license:llama3.2", "LicenseRef-Llama-3.2-Community", "with-notice"),
+        ("license:cc-by-nc-4.0", "LicenseRef-cc-by-nc-4.0", "forbidden"),
+        ("region:us", "LicenseRef-unstated", "forbidden"),
+    ],
+)
+def test_terms_follow_the_licence_tag(
+    hub: HubServer, tag: str, licence: str, redistribution: str
+) -> None:
+    hub.tags = (tag,)
+    new()
+    terms = loaded().source.terms
+    assert (terms.spdx, terms.redistribution, terms.gated) == (licence, redistribution, False)
+    assert ("Built with Llama" in terms.notice) == (redistribution == "with-notice")
+
+
+def test_gated_repository_needs_a_token_and_says_how_to_publish(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.gated, hub.tags = True, ("license:llama3.2",)
+    with pytest.raises(AccessError, match="set HF_TOKEN"):
+        new()
+    assert list(Path("recipes").iterdir()) == []
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    made = new()
+    terms = loaded().source.terms
+    assert (terms.gated, terms.acknowledged) == (True, None)
+    assert len(Path("recipes/mine.yaml").read_text().splitlines()) <= 28
+    wanted = "source.acknowledge_licence=LicenseRef-Llama-3.2-Community"
+    assert any(wanted in line for line in report(made, None))
+    assert wanted in Path("recipes/mine.yaml").read_text().splitlines()[0]
+
+
+def test_repository_without_a_model_or_with_pickles_only(hub: HubServer) -> None:
+    for shard in SHARDS:
+        del hub.files[shard]
+    del hub.files["model.safetensors.index.json"]
+    with pytest.raises(RecipeError, match="can run code"):
+        new()
+    del hub.files["config.json"]
+    with pytest.raises(NotFoundError, match=r"has no config\.json"):
+        new()
+
+
+def test_hub_that_gives_no_commit_is_an_error_and_no_recipe(hub: HubServer) -> None:
+    listing = hub.listing
+    hub.listing = lambda: {**listing(), "sha": "main"}  # type: ignore[method-assign]
+    with pytest.raises(PipelineError, match=r"gives no commit.*unset HF_ENDPOINT"):
+        new()

@@ -95,7 +95,7 @@ def new(
     ] = None,
 ) -> Answer:
     """Write a recipe for a model: pinned commit, the largest shape that fits the card."""
-    from pipeline.new.command import new_recipe, report
+    from pipeline.new import new_recipe, report
 
     made = new_recipe(name, origin=origin, revision=revision, target=target, config_dir=config_dir)
     return Answer(value=made.to_json(), shown=report(made, config_dir))

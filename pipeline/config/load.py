@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.compose import ConfigFile, compose_recipe, locate, read_overrides
-from pipeline.config.folders import ConfigFolders, closest
+from pipeline.config.folders import ConfigFolders
 from pipeline.config.recipe import Recipe
 from pipeline.config.validate import validate
 from pipeline.core.errors import Fault, RecipeError
@@ -54,18 +54,12 @@ class Job:
 
 
 def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Job:
-    """Compose and check everything; pure but for reading YAML.
-
-    For an unknown recipe the most similar one stands in, so that the overrides are checked as well.
-    """
-    name, known = recipe.removesuffix(".yaml"), folders.recipe_names()
+    """Compose and check everything; pure but for reading YAML."""
+    name = recipe.removesuffix(".yaml")
+    if name not in folders.recipe_names():
+        return Job(recipe=name, config={}, typed=None, faults=(folders.unknown(name),))
     given, faults = read_overrides(overrides)
-    unknown = name not in known
-    if unknown:
-        faults.insert(0, folders.unknown(name))
-    composed, refused, files = compose_recipe(
-        (closest(name, known) or "build") if unknown else name, given, folders
-    )
+    composed, refused, files = compose_recipe(name, given, folders)
     keys = [override.key_or_group for override in given]
     found = [*refused, *_unnamed_source(name, keys)]
     config: Mapping[str, Any] = {}
@@ -76,9 +70,6 @@ def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Jo
         if typed is not None and "compiler.max_batch_size" in keys:
             config, typed = _with_fitting_targets(config, typed, keys)
         found += [_located(fault, values, files) for fault in broken]
-    if unknown:
-        found = [fault for fault in found if any(_within(fault.path, key) for key in keys)]
-        config = {}
     faults += found
     return Job(
         recipe=name,
@@ -138,7 +129,7 @@ def _located(fault: Fault, keys: Sequence[str], files: Sequence[ConfigFile]) -> 
 
 
 def _unnamed_source(recipe: str, keys: Collection[str]) -> list[Fault]:
-    """Other weights need another name: nobody's fine-tune is to be published as `phi3`."""
+    """Other weights need another name: no fine-tune is to be published as `phi3`."""
     sources = [key for key in keys if key.split(".")[0] == "source" and key not in _SAME_WEIGHTS]
     if not sources or "name" in keys:
         return []

@@ -2,20 +2,36 @@
 
 A repository's code is never fetched, so `trust_remote_code` cannot come into play: a model whose
 `config.json` points to code (`auto_map`) is loaded by Transformers' own class or not at all.
+
+`huggingface_hub` downloads, retries and shows its progress. It never compares digests, so here
+every file must have the digest that the commit's listing gives. `HF_ENDPOINT` and `HF_TOKEN` are
+read when a client is made, and no token is taken from elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import AccessError, TransientError
+from pipeline.core.cache import sha256_file
+from pipeline.core.errors import (
+    AccessError,
+    CorruptError,
+    NotFoundError,
+    PipelineError,
+    TransientError,
+)
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Weights
 from pipeline.sources.weights import (
@@ -32,6 +48,9 @@ from pipeline.sources.weights import (
 
 log = logging.getLogger(__name__)
 
+_TIMEOUT_S = 20.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_Result = TypeVar("_Result")
 _RECORD_BYTES = 1 << 20  # room for `weights.json` beside the files
 
 
@@ -57,7 +76,7 @@ class HubSource(Licensed):
         super().__post_init__()
         if not is_repo_id(self.repo_id):
             raise ValueError(f"repo_id ({self.repo_id!r}) must be <owner>/<name>, as on the Hub")
-        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+        if not _COMMIT.fullmatch(self.revision):
             raise ValueError(
                 f"revision ({self.revision!r}) must be a full commit of 40 hex digits, because "
                 f"branches and tags move; see the repository's history on the Hub"
@@ -90,8 +109,6 @@ class HubSource(Licensed):
                 f"{self.repo_id} is gated and HF_TOKEN is not set; accept its licence on the Hub, "
                 "then set HF_TOKEN to a token of that account"
             )
-        from pipeline.sources.hub_client import HubClient
-
         partial = _partial_folder(folder)
         arriving = partial / FILES
         client = HubClient(self.repo_id, self.revision)
@@ -136,6 +153,234 @@ def _partial_folder(folder: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         folder.rename(partial)
     return partial
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A file of one commit, as the Hub lists it.
+
+    Attributes:
+        sha256: Digest of a file in LFS or Xet storage; None for one stored in git.
+        git_sha1: Git's object id of a file stored in git; of the pointer for the others.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str | None
+    git_sha1: str
+
+    def verify(self, path: Path) -> FileDigest:
+        """Digest of the file at `path`; with other bytes it is removed and a `CorruptError`."""
+        found = FileDigest(path=self.name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
+        if self.sha256 is not None:
+            kind, got, wanted = "SHA-256", found.sha256, self.sha256
+        else:
+            kind, got, wanted = "git object id", _git_sha1(path), self.git_sha1
+        if got != wanted:
+            path.unlink()
+            raise CorruptError(
+                f"{self.name}: the downloaded bytes have {kind} {got}, the Hub lists {wanted}; "
+                "the file was removed: run the same command again, and if that repeats, suspect "
+                "the mirror or proxy in between"
+            )
+        return found
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class Repository:
+    """What the Hub says of a repository at a revision; `licence`: its tag, as `apache-2.0`."""
+
+    commit: str
+    gated: bool
+    licence: str | None
+    files: dict[str, RemoteFile]
+
+
+class HubClient:
+    """One repository at one commit; for `describe` also at a branch or tag.
+
+    Its methods raise, with a next step:
+        NotFoundError: No such repository or revision.
+        AccessError: Gated or private, or the token is not valid.
+        TransientError: The network or the Hub fails again and again.
+    """
+
+    def __init__(
+        self, repo_id: str, revision: str, repo_type: Literal["model", "dataset"] = "model"
+    ) -> None:
+        from huggingface_hub import constants
+
+        self._repo_id = repo_id
+        self._revision = revision
+        self._repo_type = repo_type
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._token = os.environ.get("HF_TOKEN", "").strip() or None
+        # At INFO this library logs addresses of the CDN, whose signatures grant access.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    def describe(self) -> Repository:
+        """The commit that the revision names, its files, and the repository's terms."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self._endpoint, token=self._token or False)
+        info: Any = self._explained(
+            lambda: api.repo_info(
+                self._repo_id,
+                revision=self._revision,
+                repo_type=self._repo_type,
+                files_metadata=True,
+                timeout=_TIMEOUT_S,
+            )
+        )
+        commit = info.sha or ""
+        if not _COMMIT.fullmatch(commit):
+            raise PipelineError(
+                f"{self._endpoint} gives no commit for {self._repo_id}@{self._revision}; use an "
+                "endpoint that does (unset HF_ENDPOINT)"
+            )
+        if _COMMIT.fullmatch(self._revision) and commit != self._revision:
+            raise CorruptError(
+                f"{self._endpoint} answered with commit {commit}, asked for {self._revision}"
+            )
+        tags = (tag.partition(":") for tag in info.tags or ())
+        return Repository(
+            commit=commit,
+            gated=bool(info.gated),
+            licence=next((value for kind, _, value in tags if kind == "license"), None),
+            files={entry.rfilename: self._remote_file(entry) for entry in info.siblings or ()},
+        )
+
+    def _remote_file(self, entry: Any) -> RemoteFile:
+        if entry.size is None or entry.blob_id is None:
+            raise PipelineError(
+                f"{self._endpoint} lists {entry.rfilename} without size and digest, so it cannot "
+                "be verified; use an endpoint that gives them (unset HF_ENDPOINT)"
+            )
+        return RemoteFile(
+            name=entry.rfilename,
+            size_bytes=entry.size,
+            sha256=entry.lfs.sha256 if entry.lfs else None,
+            git_sha1=entry.blob_id,
+        )
+
+    def download(self, file: RemoteFile, folder: Path) -> FileDigest:
+        """Bring `file` into `folder`, unless it lies there with the right bytes.
+
+        Raises:
+            CorruptError: It arrived with other bytes than the Hub lists.
+        """
+        from huggingface_hub import hf_hub_download
+
+        target = folder / file.name
+        if target.exists():
+            try:
+                return file.verify(target)
+            except CorruptError:
+                log.warning("%s is damaged; downloading it again", target)
+        self._explained(
+            lambda: hf_hub_download(
+                self._repo_id,
+                file.name,
+                repo_type=self._repo_type,
+                revision=self._revision,
+                local_dir=folder,
+                token=self._token or False,
+                endpoint=self._endpoint,
+                etag_timeout=_TIMEOUT_S,
+            )
+        )
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's own notes
+        return file.verify(target)
+
+    def _explained(self, attempt: Callable[[], _Result]) -> _Result:
+        """Result of `attempt`; what the library raises becomes an error with a next step."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return attempt()
+        except _errors() as error:
+            if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError):
+                raise  # the disk's
+            raise self._meaning(error) from error
+
+    def _meaning(self, error: Exception) -> PipelineError:
+        """What the Hub's refusal, or a failing network, means to the user."""
+        from huggingface_hub import errors
+
+        causes = _causes(error)
+        status = next((s for cause in causes if (s := _status_of(cause))), None)
+        token = self._token
+        page = f"{self._endpoint}/{'datasets/' * (self._repo_type == 'dataset')}{self._repo_id}"
+        if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+            return AccessError(
+                f"HF_HUB_OFFLINE is set and {self._repo_id}@{self._revision[:12]} is not in "
+                "the cache; unset it, or fetch on a machine with network"
+            )
+        if status is None or status in {408, 429} or status >= 500:
+            if "Consistency check" in str(error):
+                return CorruptError(
+                    f"{self._repo_id}: {str(error).splitlines()[0]} Run the same command again, "
+                    "and if that repeats, suspect the mirror or proxy in between"
+                )
+            reason = f"HTTP {status}" if status else str(causes[-1]) or type(causes[-1]).__name__
+            return TransientError(
+                f"{self._endpoint}: {reason}; whole files are kept: run the same command again "
+                "later"
+            )
+        if isinstance(error, errors.GatedRepoError) or status == 403:
+            step = (
+                f"the token in HF_TOKEN has no access: accept the licence at {page} with its "
+                "account, wait if the owner must approve, and let the token read gated repositories"
+                if token
+                else f"accept its licence at {page}, then set HF_TOKEN to a token of that account"
+            )
+            return AccessError(f"{self._repo_id} is gated; {step}")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return NotFoundError(
+                f"{self._repo_id} has no revision {self._revision}; copy the full commit from "
+                f"{page}/commits/main"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+            step = "the token in HF_TOKEN may not see it" if token else "HF_TOKEN is not set"
+            return NotFoundError(
+                f"{self._endpoint} has no {self._repo_type} {self._repo_id} (or it is private and "
+                f"{step}); check the spelling of repo_id"
+            )
+        if status == 401:
+            step = "make a new one" if token else "there is none"
+            return AccessError(
+                f"{page}: HTTP 401: the Hub does not take the token in HF_TOKEN; {step}"
+            )
+        return PipelineError(f"{page}: HTTP {status}: {error}")
+
+
+def _git_sha1(path: Path) -> str:
+    """Git's object id of a file: the SHA-1 of its kind and length, a zero byte, and its content."""
+    content = path.read_bytes()
+    header = f"blob {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, the first cause last."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None:
+        found.append(cause)
+    return found
+
+
+def _status_of(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What the library raises: OSErrors, and those of httpx, which is below it since version 1."""
+    with contextlib.suppress(ImportError):
+        from httpx import TransportError
+
+        return (OSError, TransportError)
+    return (OSError,)
 
 
 KIND = HubSource

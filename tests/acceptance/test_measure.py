@@ -30,7 +30,8 @@ from pipeline.core.values import Checkpoint, Engine, Report, Verdict
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.formats.spec import format_spec
 from pipeline.model.hf import load_tokenizer
-from pipeline.plan import PlannedWorkload, PlanRequest, make_plan
+from pipeline.plan import make_plan
+from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 from pipeline.quant.spec import quant_spec
 from pipeline.runners.prompts import eos_ids
 from pipeline.runners.runner import BATCHES, Ability, Device

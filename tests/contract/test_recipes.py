@@ -1,30 +1,37 @@
-"""Every shipped recipe and option composes, builds its objects on a CPU, and can be planned."""
+"""Every shipped recipe and option composes and plans; the production models' sizes and terms."""
 
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
+from pipeline.__main__ import Request, run
+from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
+from pipeline.config.recipe import Recipe
 from pipeline.core.data import data_dir
+from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.formats.spec import format_spec
+from pipeline.plan.ceilings import REACHABLE_SHARE
+from pipeline.registry.package import require_publishable
+from pipeline.sources.hub import HubSource
+from tests.sources.hub_server import HubServer
 
 GROUPS = {
-    "source",
-    "target",
-    "calibration",
-    "quantizer",
-    "compiler",
-    "runner",
-    "acceptance",
-    "registry",
+    *("source", "target", "calibration", "quantizer"),
+    *("compiler", "runner", "acceptance", "registry"),
 }
+PRODUCTION = ("llama3.1", "mistral", "phi3", "qwen2.5")
+PAGED = ("checkpoint", "trtllm")
 MAX_LINES = 25
 
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
-SHAPES = sorted(path.stem for path in data_dir("recipes").glob("shapes/*.yaml"))
 COMPILERS = sorted(path.stem for path in data_dir("conf").glob("compiler/*.yaml"))
 VLLM_ONLY = ("smollm2-vllm", "trtllm")
 """`trtllm-bench` sends whole batches, and this recipe counts requests."""
@@ -38,8 +45,13 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def loaded(recipe: str, *overrides: str) -> Job:
-    job = load(recipe, overrides, folders=config_folders(None))
-    return job
+    return load(recipe, overrides, folders=config_folders(None))
+
+
+def recipe_of(name: str, compiler: str) -> Recipe:
+    job = loaded(name, f"compiler={compiler}")
+    assert job.faults == ()
+    return job.value
 
 
 def test_every_axis_has_options_and_there_is_no_other() -> None:
@@ -47,10 +59,15 @@ def test_every_axis_has_options_and_there_is_no_other() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_becomes_objects(recipe: str) -> None:
+def test_recipe_is_short_and_becomes_objects_that_can_be_planned(recipe: str) -> None:
+    text = (data_dir("recipes") / f"{recipe}.yaml").read_text()
+    assert len(text.splitlines()) <= MAX_LINES
     job = loaded(recipe)
     assert job.faults == ()
     assert job.value.name == recipe
+    assert plan_of(job.value).faults == ()
+    if recipe in PRODUCTION:
+        assert (job.value.compiler.format, job.value.target.id) == ("trtllm", "rtx4090")
 
 
 @pytest.mark.parametrize(
@@ -58,8 +75,6 @@ def test_recipe_becomes_objects(recipe: str) -> None:
     [pair for pair in itertools.product(RECIPES, COMPILERS) if pair != VLLM_ONLY],
 )
 def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -> None:
-    from pipeline.build import plan_of
-
     job = loaded(recipe, f"compiler={compiler}", "target=rtx4090")
     assert job.faults == ()
     assert job.value.compiler.format == compiler
@@ -70,30 +85,15 @@ def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -
 
 
 def test_recipe_for_vllm_is_refused_for_what_cannot_serve_its_requests() -> None:
-    from pipeline.build import plan_of
-
     recipe, compiler = VLLM_ONLY
     (fault,) = plan_of(loaded(recipe, f"compiler={compiler}").value).faults
     assert "runner trtllm does not execute requests" in str(fault)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_can_be_planned_as_it_is(recipe: str) -> None:
-    from pipeline.build import plan_of
-
-    assert plan_of(loaded(recipe).value).faults == ()
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiler_chooses_the_runner_that_its_format_names(compiler: str) -> None:
     recipe = loaded("smollm2", f"compiler={compiler}").value
     assert recipe.runner.name == format_spec(recipe.compiler.format).substitute
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_is_short(recipe: str) -> None:
-    text = (data_dir("recipes") / f"{recipe}.yaml").read_text()
-    assert len(text.splitlines()) <= MAX_LINES
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -104,8 +104,93 @@ def test_option_becomes_an_object_but_for_what_a_recipe_must_say(group: str, opt
     assert [fault for fault in own if not fault.message.startswith("is required")] == []
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shape_becomes_an_object(shape: str) -> None:
-    job = loaded("smollm2", f"shapes@shape={shape}")
-    assert [fault for fault in job.faults if fault.path.startswith("shape")] == []
-    assert job.value.shape.params > 0
+@pytest.mark.parametrize("compiler", PAGED)
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_paged_sizes_take_128_requests_and_the_declared_workloads(name: str, compiler: str) -> None:
+    made = recipe_of(name, compiler)
+    limits = made.compiler.limits
+    assert limits.max_batch_size == 128
+    assert limits.max_seq_len == (2047 if name == "phi3" else 4096)
+    assert limits.kv_cache_dtype == ("bfloat16" if name == "qwen2.5" else "fp8")
+    # One step takes all prompts of the largest workload.
+    assert limits.max_num_tokens >= max(w.batch * w.isl for w in made.acceptance.targets)
+
+
+def test_phi3_stays_within_its_sliding_window_in_every_format() -> None:
+    for compiler in (*PAGED, "trtrtx"):
+        made = recipe_of("phi3", compiler)
+        assert made.shape.window is not None
+        assert made.compiler.limits.max_seq_len <= made.shape.window
+        assert plan_of(made).notes == ()
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_static_cache_leaves_room_for_a_little_more(name: str) -> None:
+    fit = plan_of(recipe_of(name, "trtrtx")).fit
+    assert fit.static_kv_bytes < fit.kv_budget_bytes
+    assert fit.static_kv_bytes > 0.7 * fit.kv_budget_bytes
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_targets_are_312_at_batch_4_and_65_percent_at_batch_64(name: str) -> None:
+    plan = plan_of(recipe_of(name, "trtllm"))
+    small, large = plan.workloads
+    assert (small.batch, small.isl, small.osl, small.target) == (4, 128, 256, 312.0)
+    assert (large.batch, large.isl, large.osl, large.share) == (64, 128, 256, 0.65)
+    assert small.share is not None
+    assert small.share <= REACHABLE_SHARE
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_weights_are_pinned_and_their_shape_names_the_same_commit(name: str) -> None:
+    source = recipe_of(name, "checkpoint").source
+    assert isinstance(source, HubSource)
+    shape = (data_dir("recipes") / "shapes" / f"{name}.yaml").read_text()
+    assert shape.startswith(f"# {source.repo_id} on the Hugging Face Hub at commit ")
+    assert re.findall(r"\b[0-9a-f]{40}\b", shape.splitlines()[0]) == [source.revision]
+
+
+@pytest.mark.parametrize(
+    ("name", "gated", "redistribution"),
+    [
+        ("phi3", False, "allowed"),
+        ("qwen2.5", False, "allowed"),
+        ("mistral", True, "allowed"),
+        ("llama3.1", True, "with-notice"),
+    ],
+)
+def test_terms_of_the_weights(name: str, gated: bool, redistribution: str) -> None:
+    terms = recipe_of(name, "checkpoint").source.terms
+    assert (terms.gated, terms.redistribution) == (gated, redistribution)
+    with pytest.raises(RecipeError) if gated else nullcontext():
+        require_publishable(terms, public=True)
+    assert terms.acknowledged is None, "that is for the user to say"
+    assert ("Built with Llama" in terms.notice) == (redistribution == "with-notice")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_any")
+        yield server
+
+
+def test_gated_recipe_is_refused_before_any_download_until_it_is_acknowledged(
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = "llama3.1"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    licence = recipe_of(name, "checkpoint").source.terms.spdx
+    assert run(Request(recipe=name, overrides=("compiler=checkpoint",))) is ExitCode.USAGE
+    assert f"set source.acknowledge_licence={licence}" in capsys.readouterr().err
+    assert hub.requests == []
+
+    acknowledged = ("compiler=checkpoint", f"source.acknowledge_licence={licence}")
+    # The server has another repository: this far it now comes.
+    assert run(Request(recipe=name, overrides=acknowledged)) is ExitCode.NOT_FOUND
+    assert hub.requests != []

@@ -2,21 +2,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from pipeline.core.data import shipped
 from pipeline.core.hardware import Target
 from pipeline.core.values import Limits
 from pipeline.formats.spec import format_spec
 from pipeline.model.spec import ModelSpec
-from pipeline.plan import PlanRequest
+from pipeline.plan.sizes import PlanRequest
 from pipeline.quant.spec import quant_spec
 from tests.specs import shape
-
-ROOT = Path(__file__).parents[2]
 
 Ask = Callable[..., PlanRequest]
 
@@ -29,7 +26,7 @@ def shape_of() -> Callable[[str], ModelSpec]:
 @pytest.fixture(scope="session")
 def target_of() -> Callable[[str], Target]:
     def load(name: str) -> Target:
-        return Target(**yaml.safe_load((ROOT / "conf" / "target" / f"{name}.yaml").read_text()))
+        return Target(**shipped(f"target/{name}"))
 
     return load
 

@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.core.errors import RecipeError
 from pipeline.formats.spec import format_spec
-from pipeline.plan import PlannedWorkload, PlanRequest, WorkloadPlan, make_plan, refuse
-from pipeline.plan.ceilings import REACHABLE_SHARE, Roofline
+from pipeline.plan import make_plan, refuse
+from pipeline.plan.ceilings import REACHABLE_SHARE, Roofline, WorkloadPlan
+from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 from pipeline.quant.spec import quant_spec
 from pipeline.runners.workload import Workload
 from tests.acceptance.questions import acceptance

@@ -1,19 +1,88 @@
-"""The data that plans are made of: cards and model shapes."""
+"""The data that plans are made of: cards, model shapes, and what is known to be bad."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from pipeline.core.data import data_dir
 from pipeline.core.hardware import GIB, Target
+from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
+from pipeline.plan import make_plan
+from pipeline.plan.findings import conditions_of, known_bad_table
+from pipeline.plan.sizes import PlanRequest
+from tests.specs import published
 
-ROOT = Path(__file__).parents[2]
-TARGETS = sorted(path.stem for path in (ROOT / "conf" / "target").glob("*.yaml"))
-SHAPES = sorted(path.stem for path in (ROOT / "recipes" / "shapes").glob("*.yaml"))
+Ask = Callable[..., PlanRequest]
+LONGROPE = read_spec(published("phi-4-mini-instruct"))
+RTX = {"format": "trtrtx", "runtime": ("tensorrt-rtx", "1.7.1"), "kv_cache_dtype": "float16"}
 
+# Row -> a request that meets it, and changes that lead to neighbours which do not.
+CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "qwen2-fp8-kv-cache": (
+        {"model": "qwen2.5"},
+        [{"kv_cache_dtype": "bfloat16"}, {"model": "llama3.1"}],
+    ),
+    "fp8-below-sm89": ({"target": "a100"}, [{"target": "l4"}]),
+    "rtx-not-for-datacenter": (
+        RTX | {"target": "h200"},
+        [{"target": "rtx5090"}, {"format": "trtllm"}],
+    ),
+    "context-beyond-sliding-window": (
+        {"model": "phi3", "max_seq_len": 2048},
+        [{"max_seq_len": 2047}, {"model": "llama3.1"}],
+    ),
+    "longrope-beyond-original-context": (
+        {"model": LONGROPE, "max_seq_len": 4097},
+        [{"max_seq_len": 4096}, {"model": "phi3", "max_seq_len": 2047}],
+    ),
+}
+
+
+def fired(ask: Ask, asked: dict[str, Any]) -> set[str]:
+    return {row.id for row in known_bad_table() if row.holds(conditions_of(ask(**asked)))}
+
+
+def test_every_row_has_a_case() -> None:
+    assert {row.id for row in known_bad_table()} == set(CASES)
+
+
+@pytest.mark.parametrize("row_id", CASES)
+def test_row_fires_on_its_request_and_not_on_the_neighbours(row_id: str, ask: Ask) -> None:
+    asked, neighbours = CASES[row_id]
+    assert row_id in fired(ask, asked)
+    for change in neighbours:
+        assert row_id not in fired(ask, asked | change), change
+
+
+@pytest.mark.parametrize("row_id", CASES)
+def test_errors_refuse_and_the_rest_is_noted_with_its_source(row_id: str, ask: Ask) -> None:
+    (row,) = [row for row in known_bad_table() if row.id == row_id]
+    plan = make_plan(ask(**CASES[row_id][0]))
+    faults = [fault for fault in plan.faults if row.message in fault.message]
+    notes = [note for note in plan.notes if note.message == row.message]
+    if row.severity == "error":
+        assert [fault.path for fault in faults] == [row.path]
+        assert row.source in faults[0].message
+        assert not notes
+    else:
+        assert [(note.severity, note.source) for note in notes] == [(row.severity, row.source)]
+        assert not faults
+
+
+def test_rows_have_conditions_and_ids_of_their_own() -> None:
+    table = known_bad_table()
+    assert len({row.id for row in table}) == len(table)
+    assert all(row.when for row in table)
+    with pytest.raises(ValueError, match=r"architectur: .* is no condition"):
+        replace(table[0], when={"architectur": ["Qwen2ForCausalLM"]})
+
+
+TARGETS = sorted(path.stem for path in (data_dir("conf") / "target").glob("*.yaml"))
 # Parameter counts as the Hub's model cards and safetensors indices state them.
 PARAMS = {
     "smollm2": 134_515_008,
@@ -22,13 +91,6 @@ PARAMS = {
     "qwen2.5": 7_615_616_512,
     "llama3.1": 8_030_261_248,
 }
-
-
-def test_all_nine_cards_and_five_shapes_are_there() -> None:
-    assert set(TARGETS) >= {
-        *("rtx4090", "rtx4080", "rtx6000ada", "l40s", "l4", "rtx5090", "a100", "h100", "h200")
-    }
-    assert set(SHAPES) >= set(PARAMS)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -55,17 +117,17 @@ def test_fp8_peak_is_twice_the_16bit_peak_and_only_where_the_card_has_it(
         assert target.flops("fp8") == pytest.approx(2 * target.flops("fp16"), rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["rtx4090", "rtx4080", "rtx5090"])
+@pytest.mark.parametrize(
+    ("name", "sms", "mhz"), [("rtx4090", 128, 2520), ("rtx4080", 76, 2505), ("rtx5090", 170, 2407)]
+)
 def test_geforce_peaks_are_those_with_fp32_accumulation(
-    name: str, target_of: Callable[[str], Target]
+    name: str, sms: int, mhz: int, target_of: Callable[[str], Target]
 ) -> None:
     # SMs x boost clock x FLOP per clock and SM: 512 in FP16 with FP32 accumulation on GeForce.
-    sms_and_mhz = {"rtx4090": (128, 2520), "rtx4080": (76, 2505), "rtx5090": (170, 2407)}
-    sms, mhz = sms_and_mhz[name]
     assert target_of(name).flops("fp16") == pytest.approx(sms * mhz * 512 * 1e6, rel=0.01)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PARAMS)
 def test_shape_has_the_known_number_of_parameters(
     name: str, shape_of: Callable[[str], ModelSpec]
 ) -> None:

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import NotFoundError
 from pipeline.core.settings import STRICT
 from pipeline.core.workfolder import locked
+from pipeline.sources.hub import HubClient
 from pipeline.sources.text.file import read_documents
 from pipeline.sources.weights import lock_path, weights_root
 
@@ -56,8 +57,6 @@ class HubText:
             # The client gives a file its name only when its digest was right.
             if target.is_file():
                 return target
-            from pipeline.sources.hub_client import HubClient
-
             client = HubClient(self.repo_id, self.revision, "dataset")
             remote = client.describe().files
             if self.file not in remote:
