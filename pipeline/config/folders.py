@@ -36,7 +36,6 @@ class ConfigFolders:
         return next(dir for dir in self.recipes if (dir / f"{recipe}.yaml").is_file())
 
     def unknown(self, recipe: str) -> Fault:
-        """What to say of a recipe that does not exist."""
         hint = suggestion(recipe, self.recipe_names())
         return Fault("", f"there is no recipe {recipe!r}; {hint}")
 
@@ -50,11 +49,7 @@ def _stems(folders: Iterable[Path]) -> tuple[str, ...]:
 
 
 def config_folders(config_dir: Path | None) -> ConfigFolders:
-    """The user's `--config-dir`, `./recipes`, then ours.
-
-    Raises:
-        RecipeError: `config_dir` is no folder.
-    """
+    """The user's `--config-dir`, `./recipes`, then ours."""
     if config_dir is not None and not config_dir.is_dir():
         raise RecipeError([Fault("--config-dir", f"{config_dir} is not a folder")])
     wanted = [config_dir, Path("recipes"), data_dir("recipes")]

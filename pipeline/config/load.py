@@ -38,11 +38,7 @@ class Job:
 
     @property
     def value(self) -> Recipe:
-        """The recipe as an object.
-
-        Raises:
-            RecipeError: It has faults.
-        """
+        """The recipe; a `RecipeError` if it has faults."""
         if self.typed is None:
             raise RecipeError(self.faults)
         return self.typed

@@ -2,11 +2,9 @@
 
     result = cache.run(STAGE, inputs, produce=lambda out: quantizer.write(weights, out))
 
-`inputs` names everything that influences the bytes: digests of what goes in, settings, versions of
-tools; the stage adds its own version. Every byte of a kept folder is digested again before it is
-used, and a damaged one is made again. A folder becomes visible by one rename after `produce`
-returned. Two runs that want the same key wait for each other through a lock; on a file system
-without locks each works in a folder of its own and the first rename wins.
+`inputs` names everything that influences the bytes; the stage adds its version. Every byte of a
+kept folder is digested again before it is used, and a damaged one is made again. Of two runs that
+want one key the second waits; on a file system without locks the first rename wins.
 """
 
 from __future__ import annotations
@@ -73,10 +71,9 @@ def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A private folder beside `target` that becomes `target` by one rename when the block ends.
+    """A private folder that becomes `target` by one rename when the block ends.
 
-    On any exception, Ctrl-C included, the private folder is removed. If `target` was filled
-    meanwhile, it stays and the private folder is dropped.
+    It is removed on any exception, Ctrl-C included, and where `target` was filled meanwhile.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(target.parent, PREFIX) as work:
@@ -126,13 +123,7 @@ class StageCache:
     def run(
         self, stage: Stage, inputs: Mapping[str, Any], produce: Callable[[Path], None]
     ) -> StageResult:
-        """Return the finished folder for `inputs`, calling `produce` to fill it when it is missing.
-
-        Args:
-            stage: Its name is part of the path, its version of the key.
-            inputs: JSON values that name everything else which influences the bytes.
-            produce: Fills the (empty, private) folder that it is given, or raises.
-        """
+        """The finished folder for `inputs`; where it is missing, `produce` fills an empty one."""
         key = digest_of({**stage.identity, **inputs})
         target = self.root / "stages" / stage.name / key[:24]
         with locked(self.root / "locks" / f"{stage.name}-{key[:24]}.lock"):
@@ -159,10 +150,7 @@ class StageCache:
         return made
 
     def _read(self, target: Path, key: str, *, made: bool) -> StageResult | None:
-        """The finished stage at `target`, or None; a damaged one is removed, to be made again.
-
-        `made`: it was written just now, and need not be digested again.
-        """
+        """The finished stage at `target`, which `made` need not be digested; removed if damaged."""
         if not target.is_dir():
             return None
         try:

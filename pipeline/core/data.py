@@ -19,10 +19,9 @@ def cache_root() -> Path:
 
 
 def data_dir(name: Literal["conf", "recipes"]) -> Path:
-    """The folder of that name that belongs to this code.
+    """The folder of that name beside `pipeline/` in a checkout, inside it in an installed wheel.
 
-    In a checkout it lies beside `pipeline/`; an installed wheel carries it inside. The checkout is
-    recognized by its pyproject.toml: `site-packages/conf` may be anybody's.
+    A checkout has a pyproject.toml: `site-packages/conf` may be another package's.
     """
     checkout = _PACKAGE.parent
     if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
@@ -39,11 +38,7 @@ def shipped(option: str) -> dict[str, Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        CorruptError: It is something else.
-    """
+    """Parse a JSON object; a `CorruptError` for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

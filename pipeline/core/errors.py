@@ -69,10 +69,7 @@ class AccessError(PipelineError):
 
 
 class ToolError(PipelineError):
-    """A tool that we started failed.
-
-    `returncode` is negative for a signal; `hint` says what to change, for a known cause.
-    """
+    """A tool that we started failed; `returncode` is negative for a signal."""
 
     def __init__(
         self,

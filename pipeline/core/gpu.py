@@ -1,8 +1,5 @@
 """The NVIDIA GPUs of this machine, and what state they are in, by NVML.
 
-Take a card's state before the first CUDA context of a measurement and after the last: then every
-compute process that NVML shows is this one, if it calibrated on the card, or somebody else's.
-
 Names, units and bit values: NVIDIA's NVML API reference (nvml.h), as `pynvml` of nvidia-ml-py
 has them.
 """
@@ -55,16 +52,13 @@ class Conditions:
 
     Attributes:
         gpu: Name, such as `NVIDIA H100 80GB HBM3`.
-        uuid: `GPU-…`.
         sm: Compute capability x 10.
-        driver: Version of the NVIDIA driver.
         cuda_driver: Newest CUDA that the driver serves, such as `13.0`.
-        memory_used_bytes: By anybody.
+        memory_used_bytes: By all processes.
         power_limit_w: The enforced limit; `power_limit_default_w` is the card's own.
         throttle_reasons: Why the clocks are not higher now, names of `THROTTLE_REASONS`.
         ecc_uncorrected: Errors since the driver was loaded that were not corrected.
-        utilization_percent: Share of the last sampling period, 1/6 to 1 s, in which a kernel of
-            anybody's ran.
+        utilization_percent: Share of the last sampling period, 1/6 to 1 s, in which a kernel ran.
         other_compute_processes: Those on the card that are not this process; None where they are
             hidden, as a container's PID namespace hides them: then only the utilization shows them.
     """
@@ -169,10 +163,7 @@ def strangers(
 
 
 def _holds_context() -> bool:
-    """Whether this process has a CUDA context on its first device; never makes one.
-
-    PyTorch may be initialised and have none yet, so the driver is asked.
-    """
+    """Whether this process has a CUDA context on its first device; PyTorch may have none yet."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -206,7 +197,7 @@ def find_gpu(sm: int) -> Gpu:
 
 
 def probe_gpus() -> tuple[Gpu, ...]:
-    """All cards of this machine, at least one, whatever CUDA_VISIBLE_DEVICES leaves."""
+    """All cards of this machine, at least one, those that CUDA_VISIBLE_DEVICES hides too."""
     with nvml_devices(None) as (nvml, devices):
         if not devices:
             raise IncompatibleError(

@@ -41,7 +41,6 @@ class OneOf:
     def __get_pydantic_core_schema__(
         self, protocol: type, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Let pydantic call `_validated` for the field."""
         return core_schema.no_info_plain_validator_function(partial(self._validated, protocol))
 
     def _validated(self, protocol: type, value: Any) -> Any:
@@ -60,9 +59,5 @@ class OneOf:
 
 
 def validated(cls: type, settings: Mapping[str, Any]) -> Any:
-    """A settings class filled from plain YAML values: lists become tuples, texts become paths.
-
-    Raises:
-        ValidationError: With all faults.
-    """
+    """A settings class filled from plain YAML values: lists become tuples, texts become paths."""
     return TypeAdapter(cls).validate_json(json.dumps(settings))

@@ -22,10 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(parent: int, command: list[str]) -> NoReturn:
-    """Become the program, unless the parent ended before the kernel could be asked.
-
-    More exactly, the kernel kills it when the thread ends that started it: that one must wait.
-    """
+    """Become the program; the kernel kills it when the thread ends that started it."""
     if sys.platform == "linux":
         import ctypes
 

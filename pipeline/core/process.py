@@ -1,9 +1,8 @@
 """The one place that starts another program.
 
-The command is a list, never a shell string. Its standard output and error go to one log file as
-they come, so that what a tool wrote before it died is kept; a line now and then says that it is
-still at work. On Ctrl-C, a timeout or any other exception the whole process group is killed. When
-this process itself is killed, the kernel kills the program (`pipeline.core.launch`).
+Its output goes to one log file as it comes, so that what a tool wrote before it died is kept. On
+Ctrl-C, a timeout or any other exception the whole process group is killed; when this process itself
+is killed, the kernel kills the program (`pipeline.core.launch`).
 """
 
 from __future__ import annotations
@@ -98,10 +97,9 @@ def _wait(
 
 
 def kill_group(process: subprocess.Popen[bytes], grace_s: float = _GRACE_S) -> None:
-    """End the leader of a group (`start_new_session`) and all that it started, if they still run.
+    """End the leader of a group (`start_new_session`) and all that it started.
 
-    Whoever is left of the group is killed although its leader ended within `grace_s` of SIGTERM,
-    and before the leader is reaped: until then no other process can have its number.
+    The rest is killed before the leader is reaped: until then no other group has its number.
     """
     deadline = time.monotonic() + grace_s
     with contextlib.suppress(ProcessLookupError):

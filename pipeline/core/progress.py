@@ -22,13 +22,9 @@ BYTES = "bytes"
 def progress(
     description: str, total: int | None, unit: str, done: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that reports finished units.
+    """Yield a function that reports finished units, beyond the `done` of an earlier run.
 
-    Args:
-        description: What is being done.
-        total: How many units there are; None where only the passing time can be shown.
-        unit: Name of a unit, plural; `BYTES` for amounts of data.
-        done: How many of them an earlier run finished.
+    `total` is None where only the passing time can be shown; `unit` is a plural, or `BYTES`.
     """
     # Bound now: a stderr that is redirected while the bar is up must not catch the bar.
     console = Console(file=sys.stderr)

@@ -91,12 +91,7 @@ class TensorSpec(NamedTuple):
 def safetensors_header(
     tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Length, then JSON with dtype, shape and byte range of every tensor.
-
-    Args:
-        tensors: In the order of their data, which begins right after what is returned.
-        metadata: Of the whole file; None writes none.
-    """
+    """Length, then JSON of every tensor, in the order of the data, which begins right after."""
     fields: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for tensor in tensors:
@@ -179,11 +174,7 @@ def check_index(
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard name, as an index says.
-
-    Raises:
-        CorruptError: It is no index.
-    """
+    """Tensor name -> shard name, as an index says; a `CorruptError` if it is none."""
     weight_map = read_json_object(path).get("weight_map")
     if (
         not isinstance(weight_map, dict)

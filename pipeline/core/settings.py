@@ -36,9 +36,9 @@ KIND = "KIND"
 
 
 def marked_modules(room: str, mark: str, module: str = "") -> dict[str, str]:
-    """Name -> full module name of all in the package `room` that have a line `MARK = ...`.
+    """Name -> full module name of those in the package `room` with a line `MARK = ...`.
 
-    `module` is where an entry that is a package has that line; empty where none is.
+    `module` has that line where an entry is a package itself.
     """
     return dict(_listed(room, mark, module, tuple(importlib.import_module(room).__path__)))
 

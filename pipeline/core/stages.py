@@ -4,7 +4,7 @@
 
 The version is part of every key; the code is not, so that a comment or a moved class rebuilds
 nothing. `stages.yaml` records a digest of the code at each version. While the code is another than
-the recorded one, its digest is part of the key as well: an edit that nobody has looked at never
+the recorded one, its digest is part of the key as well: an edit that was not looked at never
 meets an old result. A contract test asks for the look: did the output change?
 """
 

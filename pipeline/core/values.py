@@ -49,7 +49,7 @@ class Licence:
     Attributes:
         spdx: SPDX identifier, or `LicenseRef-...` for terms that have none.
         files: The files in `Weights.dir` that state them.
-        redistribution: Whether a package may go where everybody can read it.
+        redistribution: Whether a package may go to a public registry.
         notice: Text that must travel with the weights; empty for none.
         gated: The weights are given only to those who accepted the terms.
         acknowledged: Licence that the recipe says has been read and accepted, or None.
@@ -86,7 +86,6 @@ class Weights:
 
     @property
     def digest(self) -> str:
-        """Identity of the bytes, wherever they lie."""
         return digest_of([file.to_json() for file in self.files])
 
 
@@ -95,7 +94,6 @@ class Checkpoint:
     """A ModelOpt unified checkpoint with tokenizer and `calibration.json`.
 
     Attributes:
-        digest: Identity of its bytes.
         precision: A name that `pipeline.quant.spec` knows.
         quantized_linears: Hugging Face module names of the linears stored in that precision.
         kept_16bit: Of those left in bfloat16 (lm_head not among them).

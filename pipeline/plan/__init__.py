@@ -101,11 +101,7 @@ def make_plan(request: PlanRequest) -> Plan:
 
 
 def refuse(plan: Plan) -> None:
-    """Stop a build that must not start.
-
-    Raises:
-        RecipeError: With all faults of the plan, if it has any.
-    """
+    """Stop a build that must not start: a `RecipeError` with all faults of the plan."""
     if plan.faults:
         raise RecipeError(plan.faults)
 

@@ -1,7 +1,7 @@
 """How fast a card can be at most: bytes over bandwidth, FLOPs over the tensor peak.
 
 A decode step reads every weight and the keys and values of every sequence once, and multiplies each
-weight with each sequence's activation. So no runtime, however good, generates more than
+weight with each sequence's activation. So no runtime generates more than
 
     batch / max((weight bytes + batch x KV bytes) / bandwidth, batch x FLOPs per token / peak)
 
@@ -118,9 +118,7 @@ class WorkloadPlan:
         ceiling: Most output tokens per second while it decodes, reading its KV cache.
         bound: `memory` or `compute`: what sets the ceiling.
         target: Wanted output tokens per second, or None; a wanted share of the ceiling counts.
-        share: Target over ceiling, or None.
         reachable_batch: Smallest batch that fits and reaches the target, or None.
-        prefill_tokens_per_s: Most prompt tokens per second.
         ttft_floor_ms: Least time to first token of one prompt alone.
     """
 

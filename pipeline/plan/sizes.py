@@ -27,8 +27,7 @@ class PlannedWorkload:
 
     Attributes:
         batch: Requests running at once.
-        isl: Tokens of each prompt.
-        osl: Tokens generated for each prompt.
+        isl: Tokens of each prompt; `osl`: generated for it.
         min_output_tokens_per_s: Wanted rate of the whole batch; None without a target.
         min_share_of_ceiling: The same as a share of this workload's ceiling, at most 1.
         mean_isl: Mean prompt length, tokens; None where all have `isl`.
@@ -88,11 +87,9 @@ class Sizes:
 
     Attributes:
         params: All parameters, a tied embedding counted once.
-        quantized_params: Weights stored in the recipe's precision.
         linear_16bit_params: Weights of the layers' linears that are 16-bit.
         kept_16bit: How many linears `keep_16bit` picks; 0 where nothing is quantized.
         weight_bytes: Safetensors of the checkpoint: weights and scales.
-        engine_bytes: An estimate.
         step_weight_bytes: Weights that one decode step reads: all but the embedding table, of which
             it reads a row for each sequence. lm_head counts, tied or not.
         kv_cache: Type of the KV cache; an unknown one, which is a fault, counts as 16-bit.

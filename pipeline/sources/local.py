@@ -26,17 +26,13 @@ from pipeline.sources.weights import (
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LocalSource(Licensed):
-    """A Hugging Face folder on this machine.
-
-    Attributes:
-        path: Folder with `config.json`, safetensors and a tokenizer.
-    """
+    """A Hugging Face folder on this machine: `config.json`, safetensors and a tokenizer."""
 
     path: PathField
 
     @property
     def origin(self) -> str:
-        """Without parent folders, which are nobody else's business."""
+        """Without parent folders, which are private."""
         return f"local:{self.path.name}"
 
     def fetch(self) -> Weights:

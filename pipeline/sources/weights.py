@@ -68,7 +68,7 @@ class Licensed:
     Attributes:
         licence: SPDX identifier, or `LicenseRef-...` for terms that have none. Of a fine-tune,
             those of the model that was tuned count too.
-        redistribution: Whether they let a package go where everybody can read it.
+        redistribution: Whether they let a package go to a public registry.
         notice: Text that must travel with the weights.
     """
 
@@ -85,18 +85,15 @@ class Licensed:
 
     @property
     def origin(self) -> str:
-        """For people and the manifest."""
         raise NotImplementedError
 
     @property
     def terms(self) -> Licence:
-        """What the recipe says about the licence."""
         return Licence(spdx=self.licence, redistribution=self.redistribution, notice=self.notice)
 
     def weights(
         self, dir: Path, files: tuple[FileDigest, ...], commit: str | None = None, note: str = ""
     ) -> Weights:
-        """The value that the next stage takes."""
         return Weights(
             dir=dir,
             origin=self.origin,
@@ -166,9 +163,7 @@ def terms_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def weight_files(names: Collection[str], folder: Path, where: str) -> tuple[str, ...]:
-    """The safetensors to load: `model.safetensors`, else what the index in `folder` names.
-
-    Transformers looks in the same order. A second copy (`consolidated*.safetensors`) is in neither.
+    """The safetensors to load, as Transformers: `model.safetensors`, else what the index names.
 
     Raises:
         CorruptError: The index is unreadable, or names files that are not among `names`.
@@ -179,11 +174,7 @@ def weight_files(names: Collection[str], folder: Path, where: str) -> tuple[str,
 
 
 def check_weights(folder: Path, shards: Iterable[str]) -> None:
-    """Check `config.json`, every shard's header and length, and the index if there is one.
-
-    Raises:
-        CorruptError: Names the file and its fault.
-    """
+    """Check `config.json`, every shard's header and length, and the index if there is one."""
     read_json_object(folder / CONFIG)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:

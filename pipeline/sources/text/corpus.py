@@ -62,7 +62,6 @@ class Calibration:
     seed: NonNegativeInt
 
     def inputs(self) -> dict[str, Any]:
-        """Everything about it that shapes scales."""
         settings = ("calib_size", "seq_len", "batch_size", "seed")
         return {
             "text": text_digest(self.text.documents()),
@@ -74,7 +73,7 @@ class Calibration:
         return {"origin": self.text.origin, "digest": text_digest(self.text.documents())}
 
     def windows(self, tokenizer: Any) -> NDArray[np.int64]:
-        """Tokens that calibration reads, [calib_size, seq_len]; as `pack_windows`."""
+        """Tokens that calibration reads, [calib_size, seq_len]."""
         return pack_windows(
             self.text.documents(),
             tokenizer,
