@@ -47,7 +47,7 @@ from pipeline.core.errors import CorruptError
 from pipeline.core.stages import Stage
 from pipeline.core.values import Finding, Weights
 from pipeline.formats.spec import format_spec
-from pipeline.formats.trtrtx.stage import CPU_CUT, cut_layers
+from pipeline.formats.trtrtx.onnx_graph import CPU_CUT, cut_layers
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.quant.simulate import Accumulation, load_simulation

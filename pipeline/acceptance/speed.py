@@ -187,7 +187,7 @@ def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]
     }
     if len(rates) > 1:
         entry["spread"] = round((max(rates) - min(rates)) / statistics.median(rates), 6)
-    if not workload.is_plain:
+    if workload.needs:
         entry["load"] = workload.load
         read = runs[0].prompt_tokens
         if read is not None:  # `isl` is the longest prompt, a ceiling needs their mean

@@ -48,7 +48,7 @@ class Rehearsed:
 
     Attributes:
         state: `good`: all of it; `stopped`: everything that can be checked here; `failed`.
-        reached: The last thing that was done, for people.
+        reached: The last thing that was done.
         detail: The verdict, why it stopped, or the error.
     """
 
@@ -73,12 +73,8 @@ def run_rehearsal(
 ) -> Answer:
     """Rehearse a recipe; exits with the code of the first format that failed.
 
-    Args:
-        recipe: Its name.
-        overrides: In Hydra's grammar; one that chooses a compiler rehearses that one only.
-        full_size: Keep the real shape and sizes; only the weights are random.
-        keep: Folder for what is made, which must be empty; None throws it away.
-        config_dir: Folder with the user's recipes.
+    An override that chooses a compiler rehearses that one only; with `full_size` only the weights
+    are random; `keep` is an empty folder for what is made, None throws it away.
     """
     started = time.perf_counter()
     composed = compose(recipe, overrides, config_folders(config_dir))
@@ -111,11 +107,7 @@ def run_rehearsal(
 
 
 def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Composed:
-    """The recipe with each compiler it was written for (sizes, keys); its own compiler first.
-
-    Raises:
-        RecipeError: The recipe itself is wrong, or there is none.
-    """
+    """The recipe with each compiler it was written for (sizes, keys); its own compiler first."""
     job = load(recipe, overrides, folders=folders)
     composed: dict[str, tuple[Recipe, Mapping[str, Any]]] = {
         job.value.compiler.format: (job.value, job.config)
@@ -131,7 +123,6 @@ def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Co
 
 @contextlib.contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
-    """An empty folder; removed afterwards unless it is to be kept."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="enginesmith-rehearsal-") as folder:
             yield Path(folder)
@@ -145,7 +136,6 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def _rehearse(
     name: str, recipe: Recipe, config: Mapping[str, Any], folder: Path, full_size: bool
 ) -> Rehearsed:
-    """Rehearse one format; one that fails does not stop the others."""
     log.info("Rehearsing compiler=%s", name)
     started = time.perf_counter()
     run_dir = folder / "runs" / name
@@ -159,7 +149,6 @@ def _rehearse(
 
 
 def _rehearsed(recipe: Recipe, folder: Path, full_size: bool) -> Recipe:
-    """The recipe on random weights and little text, in small sizes unless they are to stay."""
     shape, compiler = recipe.shape, recipe.compiler
     if not full_size:
         shape, compiler = small_spec(shape), small_settings(compiler)

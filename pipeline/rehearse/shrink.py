@@ -34,17 +34,12 @@ _SIZES = {
 }
 _VOCAB = 512
 _MAX_POSITION = 256
-
-
 _TERMS = Licence(spdx="CC0-1.0", files=("LICENSE",), redistribution="allowed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSource:
-    """Random weights of a shape, written into a folder; everything made of them says so.
-
-    `documents` are text for the tokenizer.
-    """
+    """Random weights of a shape, written into a folder; `documents` are for the tokenizer."""
 
     shape: ModelSpec
     folder: Path
@@ -56,7 +51,6 @@ class RandomSource:
         return _TERMS
 
     def fetch(self) -> Weights:
-        """Write the model unless an earlier call did."""
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             documents = list(self.documents)
@@ -128,11 +122,9 @@ def small_settings(settings: Any) -> Any:
 
 
 def on_random_weights(recipe: Any, shape: ModelSpec, folder: Path) -> Any:
-    """The recipe on random weights of a shape, calibrated on little text; nothing is downloaded.
-
-    Its quantizer has no patterns for layers that a small shape lacks.
-    """
+    """The recipe on random weights of a shape, calibrated on little text; nothing is downloaded."""
     text = PydocTopics(part="calibrate")
+    # A quantizer refuses patterns for layers that a small shape lacks.
     kept = [one for one in recipe.quantizer.keep_16bit if select([one], shape.modules)]
     return dataclasses.replace(
         recipe,

@@ -43,10 +43,10 @@ _FULL_CARD = ("CUDA out of memory", "OutOfMemoryError", "CUDA error: out of memo
 _SLICE_S = 0.2
 """How often a dead process is noticed whose pipe something else still holds open."""
 _END_S = 20.0
-"""vLLM's engine gets so long to end by itself."""
+"""For vLLM's engine to end by itself."""
 _CHUNK_BYTES = 1 << 20
 _MOST_NOISE_BYTES = 1 << 20
-"""Text before the first frame, such as the greeting of an image, goes to the log, up to this."""
+"""Of text before the first frame, such as an image's greeting, which goes to the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,9 @@ OWN_INTERPRETER = Started(command=(sys.executable, "-P", str(CHILDREN / "main.py
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What a child process loads.
+    """What a child process loads: `model`, `arguments` and `paths` as of `children.main`.
 
-    Attributes:
-        name: Of the runtime, for messages.
-        model: Path of the file whose `load` gives the model, as the child sees it.
-        arguments: Of `load`, as JSON has them.
-        paths: Go to the front of the child's `sys.path`.
-        start: Gives the command; leaving its context removes what was made for it.
+    `name` is the runtime's, for messages. Leaving the context of `start` removes what was made.
     """
 
     name: str
@@ -88,8 +83,8 @@ class Program:
 class ChildSession:
     """`pipeline.runners.session.Session`; the model is in the other process.
 
-    Every method also raises `ToolError` when that process ended, hangs or writes nonsense; after
-    any error but that of a single request the session is of no more use.
+    Every method also raises `ToolError` when that ended, hangs or writes nonsense: the session is
+    then of no more use.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], log_path: Path, name: str) -> None:
@@ -116,8 +111,8 @@ class ChildSession:
         rows, vocab = answer["shape"]
         values = np.frombuffer(data, answer["dtype"]).reshape(rows, vocab)
         if rows != len(tokens):
-            asked = f"asked {self._name} for the logits of {len(tokens)} positions"
-            raise PipelineError(f"{asked}, got {rows}; see {self.log_path}")
+            got = f"wanted logits of {len(tokens)} positions, got {rows}; see {self.log_path}"
+            raise PipelineError(f"{self._name}: {got}")
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
             raise CorruptError(
@@ -192,12 +187,9 @@ class ChildSession:
     def _receive(
         self, timeout_s: float | None = None, setting: str = "answer"
     ) -> tuple[dict[str, Any], bytes]:
-        """The next message, and the raw bytes of its array.
+        """The next message, and the raw bytes of its array; an error in the class that it had.
 
         `setting` says which setting of the runner the limit is; None is that of an answer.
-
-        Raises:
-            PipelineError: It reports that the request failed, in the class that the error had.
         """
         limit_s = self._answer_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit_s
@@ -252,7 +244,6 @@ class ChildSession:
         return bool(data)
 
     def _reported(self, message: Mapping[str, Any]) -> PipelineError:
-        """The error of a request in the class that it had in the child."""
         text, code = str(message["message"]), str(message["code"])
         lines = "\n".join((text, *last_lines(self.log_path)))
         if code == "PipelineError" and any(words in lines for words in _FULL_CARD):
@@ -266,7 +257,7 @@ class ChildSession:
         return made(text)
 
     def _failure(self, hint: str = "") -> ToolError:
-        """What is known of a process that ended, hangs or writes nonsense; it is ended."""
+        """End a process that ended, hangs or writes nonsense; what is known of it."""
         if not hint:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
@@ -287,11 +278,10 @@ class ChildSession:
 def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
     """Start a program and let it load; leaving the context ends its process, and so its memory.
 
-    Its log is a file in the system's temporary folder, which stays when it failed.
+    Its log, in the system's temporary folder, stays when it failed.
 
     Raises:
-        ToolError: The process ended, hangs or writes nonsense.
-        PipelineError: It reports that it cannot load.
+        PipelineError: It cannot load; a `ToolError` if it ended, hangs or writes nonsense.
     """
     prefix = f"enginesmith-{program.name.lower()}-"
     with tempfile.NamedTemporaryFile("ab", prefix=prefix, suffix=".log", delete=False) as log:
@@ -312,7 +302,6 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
 
 @contextlib.contextmanager
 def _running(started: Started, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose standard error is the log; ended with all that it started."""
     command = list(started.command)
     log.write(f"$ {command!r}\n".encode())
     log.flush()
@@ -335,10 +324,7 @@ def _running(started: Started, log: IO[bytes]) -> Iterator[subprocess.Popen[byte
 
 
 def session_program(name: str, opener: str, **arguments: Any) -> Program:
-    """A program that holds a session of this package, under this interpreter.
-
-    `opener` is `module:function`, which gives a context manager of a session.
-    """
+    """A session of this package; `opener` is `module:function`, which gives its context manager."""
     return Program(
         name=name,
         model=__file__,

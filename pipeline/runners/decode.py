@@ -54,7 +54,7 @@ def prefill(decoder: BoundDecoder, prompts: Sequence[Sequence[int]]) -> Prefille
     """Run all prompts as one right-padded batch.
 
     Raises:
-        RecipeError: An empty prompt, one longer than the context, or another number than rows.
+        RecipeError: A prompt does not fit, or there is not one for each row.
     """
     import numpy as np
 
@@ -131,10 +131,7 @@ class Rows:
     def generation(
         self, tokens: NDArray[np.int64], started: float, first: float, ended: float
     ) -> Generation:
-        """What the batch gave; `tokens` [rows, steps] may hold anything behind the end of a row.
-
-        The times are of a monotonic clock: the start, every row's first token, the last token.
-        """
+        """What the batch gave; `tokens` [rows, steps] may hold anything behind the end of a row."""
         import numpy as np
 
         lengths = None
@@ -162,10 +159,7 @@ class DecoderSession:
         self._decoder: BoundDecoder | None = None
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """An engine whose profiles give one position makes this one decode step per token.
-
-        Giving all at once would cost a prefill 2.4 GB for SmolLM2 at 8 x 1024.
-        """
+        """With one position a step: a prefill of 8 x 1024 with all takes 2.4 GB for SmolLM2."""
         import numpy as np
 
         require_fit([tokens], 0, self.context)
@@ -207,10 +201,7 @@ class DecoderSession:
             yield token
 
     def _decoder_for(self, batch: int) -> BoundDecoder:
-        """The decoder in use, or a new one when the number of rows changed.
-
-        Old contents of a cache do no harm: no query sees keys beyond its row's length.
-        """
+        """The one in use, if it has so many rows: no query sees what a cache held before."""
         if self._decoder is None or self._decoder.batch != batch:
             self._decoder = None  # frees the old cache before the new one is made
             self._decoder = self._bind(batch)

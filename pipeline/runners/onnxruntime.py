@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import CorruptError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
-from pipeline.formats.trtrtx.stage import CPU_GRAPH
+from pipeline.formats.trtrtx.onnx_graph import CPU_GRAPH
 from pipeline.runners.decode import DecoderSession
 from pipeline.runners.runner import BATCHES, Ability, Device
 from pipeline.runners.session import Session

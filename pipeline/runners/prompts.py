@@ -71,12 +71,10 @@ def tokenized(
     vocab_size: int | None,
     tokenizer: Any,
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of prompts of `read_prompts`, held against the workload.
-
-    Ids must be below `vocab_size`, unless it is None. Without a tokenizer text is skipped.
+    """Token ids of prompts of `read_prompts`; without a tokenizer text is skipped.
 
     Raises:
-        RecipeError: With all prompts that are too long, empty, or not of the vocabulary.
+        RecipeError: With all prompts that are too long, empty, or not below `vocab_size`.
     """
     made, faults = [], []
     for line, prompt in prompts:

@@ -36,12 +36,9 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 class CudaDevice:
     """The first CUDA device of this process, by way of PyTorch.
 
-    Its stream becomes PyTorch's current one, so that allocations, copies and the engine's kernels
-    are in one order. It is not the default stream, which TensorRT would synchronize with the whole
-    device (docstring of `execute_async_v3`, 1.7.1).
-
-    Raises:
-        IncompatibleError: PyTorch sees none.
+    Its stream becomes PyTorch's current one, so that allocations, copies and kernels are in one
+    order; not the default one, with which TensorRT would synchronize the whole device (docstring of
+    `execute_async_v3`, 1.7.1).
     """
 
     def __init__(self) -> None:
@@ -62,7 +59,7 @@ class CudaDevice:
         return int(self._stream.cuda_stream)
 
     def zeros(self, count: int, dtype: str) -> torch.Tensor:
-        """New memory for `count` elements; `dtype` in NumPy's words, `bfloat16` among them."""
+        """`dtype` in NumPy's words, `bfloat16` among them."""
         return self._torch.zeros(count, dtype=getattr(self._torch, dtype), device="cuda")
 
     def upload(self, values: Ids, target: torch.Tensor) -> None:
@@ -83,10 +80,7 @@ class CudaDevice:
 
 
 class StepContext:
-    """One execution context on one optimization profile; sets only what changed.
-
-    `batch`, `sequence` and `logits` are the fewest and most of a step.
-    """
+    """One execution context on one optimization profile; sets only what changed."""
 
     def __init__(self, engine: Any, index: int, context: Any, device: CudaDevice) -> None:
         low, _, high = engine.get_tensor_profile_shape("input_ids", index)
@@ -102,18 +96,13 @@ class StepContext:
         device.synchronize()
 
     def takes(self, sequence: int, logits: int) -> bool:
-        """Whether it computes such a step, of few enough rows."""
         (low, high), (fewest, most) = self.sequence, self.logits
         return bool(low <= sequence <= high and fewest <= logits <= most)
 
     def run(
         self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], logits: tuple[int, ...]
     ) -> None:
-        """Put one step on the stream; the engine must announce `logits` as the shape of its output.
-
-        Raises:
-            PipelineError: The engine refuses a shape, an address or the step.
-        """
+        """Put one step on the stream; the engine must announce the shape `logits`."""
         if shapes != self._shapes:
             self._shapes = {}  # if one is refused, all are set anew
             for name, shape in shapes.items():
@@ -137,9 +126,8 @@ class StepContext:
 class RtxEngine:
     """A loaded engine with one execution context for each profile; `RtxDecoder` gives it a cache.
 
-    Its kernels come as source and are compiled while it is loaded; the file `runtime_cache` keeps
-    them for the next load. `cache_shape` is key-value heads, tokens, head size; `row_bytes` of one
-    cache tensor; `contexts` are in the order of the profiles, decode first.
+    The file `runtime_cache` keeps the kernels that loading compiles. `cache_shape` is key-value
+    heads, tokens, head size; `row_bytes` of one cache tensor; `contexts` have decode first.
 
     Raises:
         IncompatibleError: It is not for this card or this version of TensorRT-RTX.
@@ -168,7 +156,6 @@ class RtxEngine:
         self.logits_per_step = max(min(one.sequence[1], one.logits[1]) for one in self.contexts)
 
     def context_for(self, sequence: int, logits: int) -> StepContext:
-        """The first context that computes such a step."""
         for context in self.contexts:
             if context.takes(sequence, logits):
                 return context
@@ -242,11 +229,8 @@ class RtxEngine:
 def cache_tensors(engine: Any) -> tuple[tuple[str, ...], tuple[int, int, int], str]:
     """Names, shape of a row and type of the cache tensors; as of `RtxEngine`.
 
-    The guard of its build has compared the whole interface. `get_aliased_input_tensor` names the
-    input whose memory an output shares: for KVCacheUpdate by its docstring (1.7.1).
-
-    Raises:
-        CorruptError: It is no decoder engine of ours, or its cache is not updated in place.
+    `get_aliased_input_tensor` names the input whose memory an output shares: for KVCacheUpdate by
+    its docstring (1.7.1).
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     caches = tuple(name.removeprefix("past_") for name in names if name.startswith("past_"))
@@ -263,11 +247,7 @@ def cache_tensors(engine: Any) -> tuple[tuple[str, ...], tuple[int, int, int], s
 
 
 def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Split rows into groups (start, end) of `max_rows` at most, each aligned in the cache.
-
-    Raises:
-        RecipeError: No group of `max_rows` or fewer ends at an aligned address.
-    """
+    """Split rows into groups (start, end) of `max_rows` at most, each aligned in the cache."""
     if batch <= max_rows:
         return [(0, batch)]
     unit = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, row_bytes)
@@ -281,11 +261,7 @@ def row_groups(batch: int, max_rows: int, row_bytes: int) -> list[tuple[int, int
 
 
 class RtxDecoder:
-    """A loaded engine with a zeroed cache for a fixed number of rows.
-
-    Raises:
-        RecipeError: The engine does not decode so many rows.
-    """
+    """A loaded engine with a zeroed cache for a fixed number of rows."""
 
     def __init__(self, engine: RtxEngine, batch: int) -> None:
         if not 1 <= batch <= engine.max_batch:
@@ -300,11 +276,7 @@ class RtxDecoder:
         }
 
     def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
-        """Run one step and wait for it.
-
-        Raises:
-            PipelineError: The engine has no profile for such a step, or refuses it.
-        """
+        """Run one step and wait for it."""
         import numpy as np
 
         context = self._engine.context_for(ids.shape[1], logits_index.shape[1])
@@ -335,10 +307,7 @@ class RtxDecoder:
         return self._device.download(logits, wanted)
 
     def _buffer(self, name: str, count: int, dtype: str) -> torch.Tensor:
-        """Memory for one tensor of a step, kept while it is large enough.
-
-        Groups share it: the stream keeps their order, and the first is the largest.
-        """
+        """Memory for one tensor of a step, which groups share: the stream keeps their order."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:
             buffer = self._buffers[name] = self._device.zeros(count, dtype)

@@ -51,9 +51,7 @@ class Runner(Protocol):
         ...
 
     @property
-    def abilities(self) -> frozenset[Ability]:
-        """What its sessions execute beyond one batch of equal requests."""
-        ...
+    def abilities(self) -> frozenset[Ability]: ...
 
     def why_not(self, engine: Engine) -> str | None:
         """Why it cannot run this engine here; None when it can."""
@@ -68,9 +66,7 @@ class Runner(Protocol):
 class SourceRunner(Protocol):
     """A runner that also executes the source model, where that is too much for the CPU."""
 
-    def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]:
-        """Load the source in bfloat16; `context`: longest request, tokens."""
-        ...
+    def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +80,9 @@ class BenchRun:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What a runtime's own tool measured, one run for each repeat.
+    """What a runtime's own tool (name, version and mode) measured, one run for each repeat.
 
-    `tool` is name, version and mode; `requests` are of one run; `percentiles` name -> `p50`, `p90`,
-    `p99` over the requests of the last run, milliseconds.
+    `requests` are of one run; `percentiles` (p50, p90, p99) over those of the last, milliseconds.
     """
 
     runs: tuple[BenchRun, ...]
@@ -98,11 +93,7 @@ class BenchResult:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTask:
-    """One workload for a runtime's own tool, of those that `abilities` allow.
-
-    `checkpoint_dir` is the unified checkpoint that the engine was made from; `repeats` are runs of
-    the tool.
-    """
+    """One workload for a runtime's own tool; the engine was made from `checkpoint_dir`."""
 
     checkpoint_dir: Path
     workload: Workload
@@ -115,9 +106,7 @@ class BenchTask:
 class BenchRunner(Protocol):
     """A runner whose speed is measured by a tool of its runtime, which loads the engine anew."""
 
-    def bench(self, engine: Engine, task: BenchTask) -> BenchResult:
-        """Measure the engine."""
-        ...
+    def bench(self, engine: Engine, task: BenchTask) -> BenchResult: ...
 
 
 def why_not_workload(runner: Runner, workload: Workload) -> tuple[str, ...]:

@@ -25,9 +25,9 @@ class BatchOptions:
 
     Attributes:
         osl_each: Most output tokens of each request.
-        eos_token_ids: Each of them ends an answer, as its last token; empty to ignore them all.
-        arrivals_s: Seconds after the start at which each request arrives; empty for all at once.
-        max_concurrency: Most requests at once where they arrive; None for no bound.
+        eos_token_ids: Each ends an answer, as its last token; empty to ignore them all.
+        arrivals_s: When each request arrives after the start; empty for all at once.
+        max_concurrency: Most at once where they arrive; None for no bound.
     """
 
     osl_each: tuple[int, ...]
@@ -43,9 +43,9 @@ class RequestTiming:
     Attributes:
         ttft_ms: From its arrival to its first token; waiting for others is in it.
         request_latency_ms: From its arrival to its last token.
-        itl_ms: (request_latency_ms - ttft_ms) / (tokens - 1); None if it has one token. vLLM's
-            benchmark calls it TPOT.
-        arrival_s: When it arrived, seconds after the first; None where all started together.
+        itl_ms: (request_latency_ms - ttft_ms) / (tokens - 1); None if it has one token. TPOT in
+            vLLM's benchmark.
+        arrival_s: After the first; None where all started together.
     """
 
     ttft_ms: float
@@ -85,20 +85,15 @@ class Session(Protocol):
     """A loaded model; greedy."""
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of every position of one sequence [tokens, vocab], finite.
-
-        A server may give log-probabilities: softmax, perplexity, KL divergence and the most likely
-        token are the same of both.
-        """
+        """Finite logits, or log-probabilities, of every position of a sequence [tokens, vocab]."""
         ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
-        """Generate a batch, and time it.
+        """Generate a batch, and time it; `osl` are the output tokens of the longest request.
 
-        `osl` are the output tokens of the longest request; `options` None stands for exactly so
-        many of each, end-of-sequence ignored, all at once.
+        `options` None: so many of each, end-of-sequence ignored, all at once.
 
         Raises:
             RecipeError: A prompt and its answer do not fit the context together.
@@ -124,12 +119,9 @@ class CacheClearing(Protocol):
 
 
 def require_fit(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None) -> None:
-    """Refuse prompts that leave no room for `new_tokens` more each, before anything is computed.
+    """Refuse prompts that are empty or leave no room for `new_tokens` more each.
 
     `context` is the most tokens of one request, prompt and answer together; None if not known.
-
-    Raises:
-        RecipeError: No prompt, an empty one, or one that is too long; says by how much.
     """
     lengths = [len(prompt) for prompt in prompts]
     message = ""
@@ -152,11 +144,7 @@ def require_possible(
     osl: int,
     options: BatchOptions | None = None,
 ) -> None:
-    """Refuse what no run can have given: a rate made of it would be worth nothing.
-
-    Raises:
-        PipelineError: Other answers than were asked for, or times that are none.
-    """
+    """Refuse other answers than were asked for, and times that no run can have taken."""
     each = (osl,) * len(prompts) if options is None else options.osl_each
     ends = frozenset[int]() if options is None else options.eos_token_ids
     lengths = generation.output_lengths

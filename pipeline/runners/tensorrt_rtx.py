@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -64,12 +63,7 @@ class TrtRtxRunner:
         return self.open_folder(engine.dir, engine.digest)
 
     def open_folder(self, engine_dir: Path, digest: str) -> AbstractContextManager[ChildSession]:
-        """Load the engine of a package's `engine/` folder; `digest` names its runtime cache.
-
-        Raises:
-            ToolError: The process that loads it ended or hangs.
-            PipelineError: As `RtxEngine`.
-        """
+        """Load the engine of a package's `engine/` folder; `digest` names its runtime cache."""
         timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
         return open_child(self.program(engine_dir, digest), timeouts)
 
@@ -94,17 +88,13 @@ def open_plan(
 
 
 def _missing_package(wanted: str) -> str | None:
-    """What is not installed, without importing it."""
-    wanted_package = f"{PACKAGE}=={wanted}"
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        return f"needs the package {PACKAGE}: pip install {wanted_package}"
     installed = installed_version(PACKAGE)
-    if installed != wanted:
-        return (
-            f"needs {PACKAGE} {wanted}, which compiled the engine; got {installed or 'another'}: "
-            f"pip install {wanted_package}"
-        )
-    return torch_fault()
+    if installed == wanted:
+        return torch_fault()
+    return (
+        f"needs {PACKAGE} {wanted}, which compiled the engine; got {installed or 'none'}: "
+        f"pip install {PACKAGE}=={wanted}"
+    )
 
 
 def _wrong_card(sms: tuple[int, ...]) -> str | None:

@@ -38,10 +38,7 @@ EQUAL_PROMPTS: frozenset[Ability] = BATCHES - {"isl_distribution", "prompts_file
 
 
 class TransformersSession:
-    """`pipeline.runners.session.Session` on a Transformers model that is on `device` already.
-
-    `context` is the most tokens of one request; None for what the model itself takes.
-    """
+    """`Session` on a Transformers model that is on `device`; `context` None: what it takes."""
 
     def __init__(self, model: Any, device: Device = "cpu", context: int | None = None) -> None:
         self.context = context
@@ -159,8 +156,7 @@ class TransformersRunner:
     It gives the engine's answers, not its speed: what it runs is `checked` at best, on a card too.
 
     Attributes:
-        device: `cpu`, or `cuda` for a process of its own on this machine's card, whose memory ends
-            with it: there a sustained run measures what PyTorch's allocator does.
+        device: `cpu`, or `cuda` for a process of its own on this machine's card.
         load_timeout_s: Longest time for loading there.
         answer_timeout_s: Longest time for one answer there, or the next token of a stream.
     """

@@ -65,11 +65,8 @@ class TrtLlmRunner:
     name: ClassVar[str] = "trtllm"
     device: ClassVar[Device] = "cuda"
     abilities: ClassVar[frozenset[Ability]] = frozenset()
-    """`trtllm-bench` has no option for arrivals and one end-of-sequence id at most.
-
-    Its dataset has output tokens of each request, but the release sets them on one object that
-    requests which wait share, so lengths that differ are not known to be kept.
-    """
+    """`trtllm-bench` has no option for arrivals, one end-of-sequence id at most, and sets output
+    tokens on an object that requests which wait share."""
 
     where: Where
     image: str
@@ -98,11 +95,7 @@ class TrtLlmRunner:
     def open_folder(
         self, engine_dir: Path, sm: int, window: int | None = None
     ) -> AbstractContextManager[ChildSession]:
-        """Load the `engine/` folder of a package for an SM; `window` as of `attention_window`.
-
-        Raises:
-            IncompatibleError: It cannot run here.
-        """
+        """Load the `engine/` folder of a package for an SM; `window` as of `attention_window`."""
         place = self._place(sm)
         built = json.loads((engine_dir / "config.json").read_text())["build_config"]
         engine = Shared(name="engine", source=engine_dir)
@@ -131,7 +124,7 @@ class TrtLlmRunner:
             ToolError: The tool failed.
             PipelineError: It reported another run than was asked for, or none.
         """
-        workload, log_path = task.workload, task.log_path
+        workload = task.workload
         if workload.osl < 2:
             fault = "osl must be 2 or more: trtllm-bench divides by the time after the first token"
             raise RecipeError([Fault(f"workload {workload.name}", fault)])
@@ -155,16 +148,13 @@ class TrtLlmRunner:
                 (given.source / "options.yaml").write_text(text)
             folders = (place.path(one) for one in (given, made, built))
             command = self.bench_command(workload, *folders, options=window is not None)
-            report, shared, limit_s = (
-                made.source / "report.json",
-                (given, made, built),
-                self.timeout_s,
-            )
+            report, limit_s = made.source / "report.json", self.timeout_s
+            where: dict[str, Any] = {"stage": "bench", "log_path": task.log_path}
             for _ in range(task.repeats):
                 report.unlink(missing_ok=True)
-                place.run(command, shared, stage="bench", log_path=log_path, timeout_s=limit_s)
+                place.run(command, (given, made, built), timeout_s=limit_s, **where)
                 if not report.exists():  # after Ctrl-C the tool ends well without one
-                    message = f"trtllm-bench ended well, but wrote no report; see {log_path}"
+                    message = f"trtllm-bench ended well, but wrote no report; see {task.log_path}"
                     raise PipelineError(message)
                 documents.append(read_json_object(report))
         return BenchResult(
@@ -219,8 +209,7 @@ class TrtLlmRunner:
     ) -> BenchRun:
         """The figures of one run.
 
-        - `output_tokens_per_s`: output tokens of all requests over the time from the first start to
-          the last end; with one round that of acceptance's own clock.
+        - `output_tokens_per_s`: of all requests, from the first start to the last end.
         - `ttft_ms`: mean over requests, from submission to the first token.
         - `itl_ms`: mean over requests of (end - first token) / (osl - 1).
 
@@ -282,9 +271,8 @@ def mode_of(workload: Workload) -> Literal["throughput", "latency"]:
 def write_model_dir(folder: Path, checkpoint_dir: Path, engine_dir: Path) -> None:
     """Fill the folder for `--model_path`: a Hugging Face config, a tokenizer, and one tensor.
 
-    `trtllm-bench` loads the tokenizer although the dataset is tokenized, and counts parameters from
-    config and safetensors headers, for its PyTorch backend only (`ModelConfig.from_hf` in
-    bench/build/dataclasses.py). `auto_map` would make it look for the model's Python files.
+    `trtllm-bench` reads headers of safetensors for its PyTorch backend only (`ModelConfig.from_hf`
+    in bench/build/dataclasses.py). `auto_map` would make it look for the model's Python files.
     """
     folder.mkdir()
     copy_companions(engine_dir, folder)

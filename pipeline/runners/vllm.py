@@ -51,7 +51,7 @@ class VllmRunner:
         return self.why_not_here(engine.runtime)
 
     def why_not_here(self, runtime: tuple[str, str] = ("vllm", "0.24.0")) -> str | None:
-        """Why nothing runs on this machine; `runtime` is what the next step names."""
+        """`runtime` is what the next step names."""
         if importlib.util.find_spec("vllm") is None:
             wanted = "==".join(runtime) if runtime[0] == "vllm" else "vllm"
             return f"runner=vllm needs the package vllm, not installed here: pip install {wanted}"
@@ -78,9 +78,6 @@ class VllmRunner:
         """Load any folder that vLLM reads: a package's `engine/`, or a source model.
 
         Its logits come with a generated token, so a window must be below `--max-model-len`.
-
-        Raises:
-            ToolError: vLLM did not load it.
         """
         arguments = {"arguments": self.engine_arguments(model_dir, serve_args)}
         program = Program(name="vLLM", model=str(CHILDREN / "vllm_model.py"), arguments=arguments)
@@ -88,11 +85,7 @@ class VllmRunner:
         return open_child(program, timeouts)
 
     def engine_arguments(self, model_dir: Path, serve_args: Sequence[str]) -> tuple[str, ...]:
-        """Arguments of vLLM's engine for a measurement; the package's own come first.
-
-        The others change nothing that is computed: token ids need no tokenizer, a cached prefix
-        would not be measured, and all log-probabilities may be asked for.
-        """
+        """Arguments of vLLM's engine for a measurement; none changes what is computed."""
         return (
             *("--model", str(model_dir)),
             *serve_args,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
@@ -38,12 +38,8 @@ _ISL_STREAM, _OSL_STREAM, _ARRIVAL_STREAM = 1, 2, 3
 class Lengths:
     """How long prompts or answers are, from `min` to the workload's `isl` or `osl`, tokens.
 
-    Attributes:
-        min: The shortest.
-        mean: Centre of a normal distribution that is cut off at `min` and the longest, so that the
-            mean of what is drawn lies nearer to their middle; with `stdev`. Without both, every
-            length is equally likely.
-        stdev: Its standard deviation before it is cut off.
+    `mean` and `stdev` are of a normal distribution before it is cut off at both ends, so what is
+    drawn has a mean nearer to their middle; without them every length is equally likely.
     """
 
     min: Count
@@ -55,11 +51,7 @@ class Lengths:
             raise ValueError("a distribution's mean and stdev go together; give both or neither")
 
     def draw(self, longest: int, count: int, stream: tuple[int, int]) -> list[int]:
-        """`count` lengths from `min` to `longest`; the same for the same stream.
-
-        `stream` is a seed and what is drawn with it: with one stream for all, the lengths would
-        follow the ids of the prompts.
-        """
+        """`count` lengths from `min` to `longest`; `stream` is a seed and what is drawn with it."""
         import numpy as np
 
         rng = np.random.default_rng(stream)
@@ -86,14 +78,14 @@ class Workload:
         min_output_tokens_per_s: Wanted rate of the whole batch; None to measure only.
         min_share_of_ceiling: The same as a share of what the card allows at this workload, by the
             plan: 0.65 stays right when the model or the card changes.
-        requests: Requests of one run; None for one batch. Without `request_rate` a multiple of
-            `batch`, in waves: the next starts when the last request of the one before has ended.
+        requests: Of one run; None for one batch. Without `request_rate` a multiple of `batch`, in
+            waves: the next starts when the last request of the one before has ended.
         request_rate: Requests that arrive a second, of a Poisson process; None for batches that
             start together. The first comes at 0, the last at (requests - 1) / request_rate.
-        ignore_eos: Whether every request generates all its output tokens. If not, any
-            end-of-sequence id ends an answer, as its last token; for prompts that mean something.
-        prompts_file: JSON lines (`pipeline.runners.prompts`), of which the first `requests`
-            are taken; None for synthetic token ids.
+        ignore_eos: Whether every request generates all its output tokens; else any end-of-sequence
+            id ends an answer, as its last token.
+        prompts_file: JSON lines (`pipeline.runners.prompts`), the first `requests` of them; None
+            for synthetic token ids.
         seed: Of synthetic prompts, drawn lengths and arrivals; None for the acceptance's.
         warm_ups: Runs that are discarded before the timed ones.
     """
@@ -170,11 +162,6 @@ class Workload:
         return tuple(ability for ability, wanted in asked.items() if wanted)
 
     @property
-    def is_plain(self) -> bool:
-        """One batch of synthetic prompts and answers of equal length."""
-        return not self.needs
-
-    @property
     def lengths_are_known_and_equal(self) -> bool:
         return self.osl_distribution is None and self.ignore_eos
 
@@ -204,9 +191,6 @@ class Workload:
     ) -> Prompts:
         """Token ids of all requests of one run, in their order, below `vocab_size`.
 
-        Synthetic ones are drawn with `seed`, where the workload has none of its own: speed does not
-        depend on what they mean.
-
         Raises:
             RecipeError: The file of prompts does not fit, or has text and there is no tokenizer.
         """
@@ -225,13 +209,11 @@ class Workload:
 
     def mean_isl(self, seed: int) -> float:
         """Mean prompt length of one run, tokens; of a file that is not read here, `isl`."""
-        lengths = self._drawn(self.isl_distribution, self.isl, seed, _ISL_STREAM)
-        return sum(lengths) / len(lengths)
+        return fmean(self._drawn(self.isl_distribution, self.isl, seed, _ISL_STREAM))
 
     def mean_osl(self, seed: int) -> float:
         """Mean of `output_lengths`; where end-of-sequence ends answers, their real mean is less."""
-        lengths = self.output_lengths(seed)
-        return sum(lengths) / len(lengths)
+        return fmean(self.output_lengths(seed))
 
     def _drawn(
         self, lengths: Lengths | None, longest: int, seed: int, stream: int
@@ -244,9 +226,8 @@ class Workload:
     def arrivals_s(self, seed: int) -> tuple[float, ...]:
         """When each request of one run arrives, seconds from the first; empty for batches.
 
-        Gaps of a Poisson process are exponential. They are scaled so that the last arrives at
-        (requests - 1) / request_rate: else the rate of a run of 100 would be off by a tenth
-        (1 / sqrt(requests)).
+        Exponential gaps, scaled so that the last arrives at (requests - 1) / request_rate: else the
+        rate of a run of 100 would be off by a tenth (1 / sqrt(requests)).
         """
         if self.request_rate is None:
             return ()

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.acceptance.answers import compare_cut
 from pipeline.core.errors import CorruptError
-from pipeline.formats.trtrtx.stage import GraphSettings, write_graphs
+from pipeline.formats.trtrtx.onnx_graph import GraphSettings, write_graphs
 from tests.architectures import tiny_fp8_architecture
 
 SETTINGS = GraphSettings(context=64, activation="bfloat16")

@@ -17,7 +17,7 @@ from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import RecipeError
 from pipeline.formats.trtllm.config import trtllm_config
-from pipeline.formats.trtrtx.stage import CPU_GRAPH, GraphSettings, write_graphs
+from pipeline.formats.trtrtx.onnx_graph import CPU_GRAPH, GraphSettings, write_graphs
 from pipeline.model import families
 from pipeline.model.hf import write_random_model
 from pipeline.model.read import model_types, read_spec

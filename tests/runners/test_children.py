@@ -50,15 +50,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Case:
-    """A runner's child.
-
-    Attributes:
-        name: Of the runtime, as messages have it.
-        open: Opens a session.
-        reference: Streams what its model answers.
-        context: Longest request, tokens.
-        options: Whether its requests may differ in length.
-    """
+    """A runner's child, what its model answers, and whether its requests may differ in length."""
 
     name: str
     open: Callable[[], AbstractContextManager[ChildSession]]
@@ -174,6 +166,9 @@ def test_each_request_ends_at_its_own_length_or_at_an_end_of_sequence_id(
     for row, answer, length in zip(made.tokens.tolist(), full, wanted, strict=True):
         assert row[:length] == answer[:length]
         assert set(row[length:]) <= {-1}
+    if case.name != "vLLM":
+        with pytest.raises(RecipeError, match="use runner=vllm"):
+            session.generate(PROMPTS, 8, BatchOptions(osl_each=(2, 2), arrivals_s=(0.1, 0.1)))
 
 
 def test_stream_ends_before_an_end_of_sequence_token(case: Case, session: ChildSession) -> None:

@@ -37,34 +37,13 @@ def test_prefill_refuses_prompts_that_do_not_fit(
         prefill(graph.bind(batch), prompts)
 
 
-def test_prompt_as_long_as_the_context_gets_one_token(graph: OnnxRuntimeGraph) -> None:
+def test_generation_ends_where_the_longest_row_fills_the_context(graph: OnnxRuntimeGraph) -> None:
+    """The last token is predicted from a full cache."""
     full = random_prompt(48, seed=4)
-    tokens = generate_greedy(graph.bind(1), [full], 10)
-    assert tokens.shape == (1, 1)
-    assert tokens[0, 0] == prefill(graph.bind(1), [full]).logits[0].argmax()
-
-
-def test_generation_ends_at_the_context(graph: OnnxRuntimeGraph) -> None:
-    # 48 - 10 tokens are written to the cache; the last one is predicted from a full cache.
-    assert len(continuation(graph, 1000)) == 48 - len(PROMPT) + 1
-
-
-def test_ragged_batch_ends_when_its_longest_row_is_full(graph: OnnxRuntimeGraph) -> None:
+    (token,) = generate_greedy(graph.bind(1), [full], 10)[0]
+    assert token == prefill(graph.bind(1), [full]).logits[0].argmax()
     prompts = [PROMPT, random_prompt(40, seed=5)]
     assert generate_greedy(graph.bind(2), prompts, 1000).shape == (2, 48 - 40 + 1)
-
-
-@pytest.mark.parametrize("end", [1, 4])
-def test_stream_stops_at_any_end_of_sequence_id_and_keeps_it_back(
-    graph: OnnxRuntimeGraph, end: int
-) -> None:
-    session, tokens = graph_session(graph), continuation(graph, 12)
-    # The first of several ids that comes ends the stream, whichever it is in the set.
-    eos = frozenset({tokens[end], tokens[-1], 319})
-    expected = tokens[: min(tokens.index(tokens[end]), tokens.index(tokens[-1]))]
-    assert list(session.stream(PROMPT, 12, eos)) == expected
-    assert list(session.stream(PROMPT, 12, frozenset({tokens[0]}))) == []
-    assert list(session.stream(PROMPT, 12, frozenset())) == tokens
 
 
 def test_transformers_answers_as_the_graph(graph: OnnxRuntimeGraph, model_dir: Path) -> None:

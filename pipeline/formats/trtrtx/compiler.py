@@ -34,20 +34,20 @@ from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.trtrtx.graph_writer import node_names
 from pipeline.formats.trtrtx.network import guard_network, parse_network
-from pipeline.formats.trtrtx.onnx_graph import buildable_layer
-from pipeline.formats.trtrtx.plan_text import prove_plan
-from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
-from pipeline.formats.trtrtx.stage import (
+from pipeline.formats.trtrtx.onnx_graph import (
     CPU_CUT,
     GRAPH_CODE,
     RTX_CUT,
     RTX_GRAPH,
     GraphSettings,
+    buildable_layer,
     convert,
     cut_context,
     cut_layers,
     quantized_linears,
 )
+from pipeline.formats.trtrtx.plan_text import prove_plan
+from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE, SPEC
 from pipeline.model.spec import Attention
 from pipeline.quant.spec import quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
@@ -88,13 +88,7 @@ class Profile:
 
 
 def compile_graph(graph: Path, plan: Path, sm: int, profiles: Sequence[Profile]) -> None:
-    """Parse an ONNX file, guard, compile for one SM, write the plan.
-
-    Raises:
-        CheckError: The parsed network is not the graph that was written.
-        RuntimeError: The compiler refused; its messages are on stderr.
-        OSError: The plan cannot be written.
-    """
+    """Parse an ONNX file, guard, compile for one SM, write the plan."""
     import tensorrt_rtx as trt
 
     parsed = parse_network(graph)
@@ -144,7 +138,7 @@ def _writer(stream: BinaryIO) -> Any:
 
 
 def run_child(job: str, arguments: Mapping[str, Any], *, stage: str, log_path: Path) -> None:
-    """Run a function of `main` in a child process; a `ToolError` has the last lines of its log."""
+    """Run a job of `main` in a child process."""
     command = [sys.executable, "-m", "pipeline.formats.trtrtx.compiler", job]
     text = json.dumps(arguments, default=str)
     run_tool([*command, text], stage=stage, log_path=log_path)
@@ -174,12 +168,12 @@ class TrtRtxCompiler:
     """Compiler for one SM with two profiles: decode (one token per row) and prefill.
 
     Attributes:
-        max_batch_size: Rows of the static KV cache.
-        opt_batch_size: Decode batch that kernels are chosen for; at most `max_batch_size`.
-        max_prefill_batch_size: Rows of one prefill step; at most `max_batch_size`.
+        max_batch_size: Rows of the static KV cache, which bound the two batches below.
+        opt_batch_size: Decode batch that kernels are chosen for.
+        max_prefill_batch_size: Rows of one prefill step.
         max_seq_len: Static cache length: prompt + output tokens of one request.
         activation_dtype: 16-bit type of activations and of what is not quantized.
-        kv_cache_dtype: Type of the static cache; TensorRT-RTX updates it in the activations' type.
+        kv_cache_dtype: TensorRT-RTX updates the static cache in the activations' type.
     """
 
     format: ClassVar[Format] = SPEC.name
@@ -278,8 +272,7 @@ class TrtRtxCompiler:
     ) -> dict[str, Any]:
         """Check the cut of a converted model, unless one like it has passed before.
 
-        What the parser makes of a layer does not depend on its numbers, so the key holds the
-        model's configuration and which linears are quantized, not the weights.
+        What the parser makes of a layer does not depend on its weights: they are not in the key.
         """
         checkpoint = UnifiedCheckpoint(checkpoint_dir)
         spec, layers = checkpoint.spec, cut_layers(checkpoint)
@@ -341,11 +334,7 @@ def _check_attention_shape(attention: Attention) -> None:
 
 
 def compiler_version() -> str:
-    """Version of the installed TensorRT-RTX.
-
-    Raises:
-        IncompatibleError: It is not installed.
-    """
+    """Of the installed TensorRT-RTX; an `IncompatibleError` where there is none."""
     try:
         return version(PACKAGE)
     except PackageNotFoundError as error:

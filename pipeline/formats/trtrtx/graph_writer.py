@@ -42,7 +42,6 @@ def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, Weight
     """Copy every tensor of the model but its scales into one file with aligned offsets.
 
     Raises:
-        RecipeError: The config asks for something that the converters do not have.
         CorruptError: A tensor is missing, left over or malformed.
     """
     checkpoint.check_tensors()
@@ -96,11 +95,7 @@ class GraphWriter:
         self.initializers.append(tensor)
 
     def weight(self, name: str, stored: str | None = None, rows: Rows = None) -> str:
-        """A tensor of the checkpoint, `stored` where it has another name, or some of its rows.
-
-        Raises:
-            CorruptError: There is no such tensor, or it has fewer rows.
-        """
+        """A tensor of the checkpoint, `stored` where it has another name, or some of its rows."""
         import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
         import numpy as np
         import onnx
@@ -145,12 +140,9 @@ class GraphWriter:
 
 @dataclass(frozen=True)
 class MatMul:
-    """One linear of one layer.
+    """One linear of one layer: `rows` of the weight of a Hugging Face module.
 
-    Attributes:
-        module: Hugging Face name of the module that stores its weight.
-        name: Of the node: the module's, and the role where the module holds several linears.
-        rows: Of the stored weight.
+    `name` is the node's: the module's, and the role where the module holds several linears.
     """
 
     module: str

@@ -33,8 +33,6 @@ from pipeline.quant.spec import FP8_E4M3_MAX
 Array = NDArray[Any]
 Observe = Callable[[str, Array], Array]
 """Gets the name and value of a tensor as it is computed; returns the value to go on with."""
-
-
 _Evaluate = Callable[..., Array]
 
 RULES: dict[str, tuple[_Evaluate, frozenset[str], Mapping[str, Any]]] = {}
@@ -51,8 +49,9 @@ def _rule(kind: str, *attributes: str, **only: Any) -> Callable[[_Evaluate], _Ev
 
 
 def unknown(layer: Layer, what: str) -> CheckError:
-    """The error for a layer that may mean something which no rule covers."""
-    return CheckError(f"{layer}: {what} is unknown to the network check; teach it its meaning")
+    """It may mean something which no rule covers."""
+    advice = "write the graph without it, or add a rule to pipeline/formats/trtrtx/interpreter.py"
+    return CheckError(f"{layer}: {what} is unknown to the network check; {advice}")
 
 
 def representation(layer: Layer, dtype: Any) -> np.dtype[Any]:
@@ -145,8 +144,7 @@ def _gather(layer: Layer, data: Array, indices: Array) -> Array:
 
 @_rule("ACTIVATION", "alpha", "beta", type="SIGMOID")
 def _activation(_layer: Layer, x: Array) -> Array:
-    """It has no alpha and no beta, whatever the attributes say."""
-    # Written with tanh, which does not overflow for large negative inputs.
+    """With tanh, which does not overflow; a sigmoid has no alpha and no beta."""
     half = np.float32(0.5)
     found: Array = half * np.tanh(half * x) + half
     return found
@@ -283,11 +281,8 @@ def _attention_output(layer: Layer, x: Array) -> Array:
 class NetworkInterpreter:
     """A network whose layers are known and sorted; what depends on constants only is computed.
 
-    What owns its weights must stay alive meanwhile. `constants` are the CONSTANT layers by name:
-    that of the ONNX initializer where there is one; `quantized` what QUANTIZE layers read.
-
-    Raises:
-        CheckError: A layer kind or attribute that is not known.
+    `constants` are the CONSTANT layers by name: that of the ONNX initializer where there is one;
+    `quantized` what QUANTIZE layers read.
     """
 
     def __init__(self, network: Any) -> None:
@@ -311,10 +306,7 @@ class NetworkInterpreter:
         self._fixed = {name: value for name, value in self._fixed.items() if name in read}
 
     def run(self, feeds: Mapping[str, Array], observe: Observe | None = None) -> dict[str, Array]:
-        """Values of all outputs, from those of all inputs, 16-bit ones as float32.
-
-        `observe` is called for each tensor that depends on an input.
-        """
+        """Outputs from inputs, 16-bit ones as float32; `observe` gets what depends on an input."""
         values = {**self._fixed, **{name: feeds[name] for name in self._inputs}}
         for layer in self._layers:
             name = layer.outputs[0].name

@@ -48,10 +48,7 @@ our decoder graph (dumped 2026-11-24)."""
 
 
 class Layer(NamedTuple):
-    """One layer, its attributes readable; a tensor that is absent is None.
-
-    Its kind (`LayerType` name) is kept apart because some classes hide `ILayer.type`.
-    """
+    """One layer and its `LayerType`, which some classes hide; a tensor that is absent is None."""
 
     kind: str
     layer: Any
@@ -63,7 +60,7 @@ class Layer(NamedTuple):
 
 
 class ParsedNetwork(NamedTuple):
-    """A network, its builder, and what must outlive both: weights lie in the parser's memory."""
+    """Weights of a network lie in its parser's memory: `owners` must outlive it."""
 
     network: Any
     builder: Any
@@ -71,11 +68,7 @@ class ParsedNetwork(NamedTuple):
 
 
 def parse_network(path: Path) -> ParsedNetwork:
-    """Parse an ONNX file, strongly typed.
-
-    Raises:
-        CheckError: The parser refused it; its own messages are quoted.
-    """
+    """Parse an ONNX file, strongly typed."""
     import tensorrt_rtx as trt
 
     logger = trt.Logger(trt.Logger.WARNING)
@@ -84,7 +77,8 @@ def parse_network(path: Path) -> ParsedNetwork:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         faults = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise CheckError(f"TensorRT-RTX {trt.__version__} cannot parse {path}: {'; '.join(faults)}")
+        said = f"TensorRT-RTX {trt.__version__} cannot parse {path}: {'; '.join(faults)}"
+        raise CheckError(f"{said}; change the graph to what it supports")
     return ParsedNetwork(network, builder, (logger, parser))
 
 
@@ -105,6 +99,7 @@ def layers_of(network: Any) -> Iterator[Layer]:
         yield Layer(kind, layer, inputs, [layer.get_output(i) for i in range(layer.num_outputs)])
 
 
+_PINNED = "install the version that the extra `build` pins"
 _WEIGHTS_TYPE_NAME = b"N8nvinfer17WeightsE"
 """`typeid(nvinfer1::Weights).name()` in the Itanium C++ ABI."""
 
@@ -122,11 +117,7 @@ class _Weights(ctypes.Structure):
 
 
 def constant_values(layer: Layer) -> NDArray[Any]:
-    """Values of a CONSTANT layer, in their own dtype and shape; a copy.
-
-    Raises:
-        CheckError: They cannot be read.
-    """
+    """Values of a CONSTANT layer, in their own dtype and shape; a copy."""
     import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
     import numpy as np
 
@@ -136,10 +127,10 @@ def constant_values(layer: Layer) -> NDArray[Any]:
         return weights.reshape(shape).copy()
     dtype = NUMPY_NAMES.get(weights.dtype.name)
     if dtype is None:
-        raise CheckError(f"{layer} holds {weights.dtype.name}, which the network check cannot read")
+        raise CheckError(f"{layer} holds {weights.dtype.name}: add it to NUMPY_NAMES and the rules")
     header = _struct_of(weights, layer)
     if header.type != int(weights.dtype) or header.count != weights.size or not header.values:
-        raise CheckError(f"{layer}: its weights: this TensorRT-RTX lays them out in another way")
+        raise CheckError(f"{layer}: this TensorRT-RTX lays out weights in another way; {_PINNED}")
     raw = ctypes.string_at(header.values, weights.nbytes)
     return np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
 
@@ -162,7 +153,7 @@ def _struct_of(weights: Any, layer: Layer) -> _Weights:
     abi = next((match[1].encode() for match in names if match), b"")
     found = weights._pybind11_conduit_v1_(abi, capsule, b"raw_pointer_ephemeral")
     if found is None:
-        raise CheckError(f"{layer}: TensorRT-RTX does not show where its weights lie")
+        raise CheckError(f"{layer}: TensorRT-RTX hides where its weights lie; {_PINNED}")
     return _Weights.from_address(get_pointer(found, _WEIGHTS_TYPE_NAME))
 
 
@@ -207,7 +198,8 @@ def guard_network(network: Any, graph: Path) -> Mapping[str, int]:
     _check_shapes("outputs", outputs, own_outputs)
     read = {tensor.name for layer in layers for tensor in layer.inputs if tensor is not None}
     if unread := sorted(tensor.name for tensor in inputs if tensor.name not in read):
-        raise CheckError(f"no layer of the network reads the input {', '.join(unread)}")
+        dropped = f"no layer of the network reads the input {', '.join(unread)}"
+        raise CheckError(f"{dropped}; see which node of the graph the parser dropped")
     for layer in layers:
         if layer.kind in ("ATTENTION_INPUT", "ATTENTION_OUTPUT"):
             _check_attention(layer)
@@ -216,7 +208,7 @@ def guard_network(network: Any, graph: Path) -> Mapping[str, int]:
     for kind, wanted in _LAYERS_OF_EACH.items():
         if kinds[kind] != wanted * decoders:
             got = f"the network has {kinds[kind]} {kind} layers, wanted {wanted * decoders}"
-            raise CheckError(f"{got}: the parser took a node apart, or the graph lacks one")
+            raise CheckError(f"{got}; see which node the parser took apart, or the graph lacks")
     return dict(sorted(kinds.items()))
 
 
@@ -228,7 +220,8 @@ def _check_shapes(what: str, tensors: list[Any], wanted: Shapes) -> None:
         if got.get(name) != wanted.get(name)
     ]
     if faults:
-        raise CheckError(f"the network's {what} are not the decoder's: {'; '.join(faults)}")
+        differ = f"the network's {what} are not the decoder's: {'; '.join(faults)}"
+        raise CheckError(f"{differ}; see what the parser dropped")
 
 
 def _check_attention(layer: Layer) -> None:
@@ -237,5 +230,5 @@ def _check_attention(layer: Layer) -> None:
         got = "no mask" if mask is None else f"a mask of {mask.dtype.name}"
         raise CheckError(
             f"{layer} has {got}, wanted BOOL, and causal kind {causal}, wanted NONE: the parser "
-            "drops `nonpad_kv_seqlen`, and aligns `is_causal=1` with the first keys"
+            "drops `nonpad_kv_seqlen`, aligns `is_causal=1` with the first keys; use a bool mask"
         )

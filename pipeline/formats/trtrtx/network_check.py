@@ -55,9 +55,6 @@ def check_network(onnx_rtx: Path, onnx_cpu: Path) -> dict[str, Any]:
     """Check that TensorRT-RTX's parser reads `onnx_rtx` as ONNX Runtime reads `onnx_cpu`.
 
     They are one decoder graph, the latter with float32 activations; gives what the report shows.
-
-    Raises:
-        CheckError: They differ, or the network holds something that this check does not know.
     """
     started = time.perf_counter()
     parsed = parse_network(onnx_rtx)
@@ -66,7 +63,8 @@ def check_network(onnx_rtx: Path, onnx_cpu: Path) -> dict[str, Any]:
     interpreter = NetworkInterpreter(parsed.network)
     reference = ReferenceModel(onnx_cpu)
     if names := interpreter.quantized ^ reference.quantized:
-        raise CheckError(f"only one of network and reference quantizes: {', '.join(sorted(names))}")
+        one = f"only one of network and reference quantizes {', '.join(sorted(names))}"
+        raise CheckError(f"{one}; see which quantizer the parser dropped or the graph lacks")
     equal, rounded = _compare_constants(interpreter, reference)
     run_reference = reference.start(rounded)
     differences: Differences = {}
@@ -105,8 +103,8 @@ def _compare_constants(
         elif values.dtype.itemsize == 2 and _is_rounding(values, wanted):
             rounded[name] = values.astype(np.float32)
         else:
-            got, reads = _describe(wanted), _describe(values)
-            raise CheckError(f"the constant {name} is {reads} in the network, {got} in the graph")
+            reads = f"the constant {name} is {_describe(values)} in the network"
+            raise CheckError(f"{reads}, {_describe(wanted)} in the graph; convert both anew")
     return equal, rounded
 
 
@@ -204,7 +202,8 @@ class _Comparison:
         if not largest <= TOLERANCE:  # NaN fails too.
             raise CheckError(
                 f"{what} differs between the parsed network and ONNX Runtime by up to "
-                f"{largest:.3g} of its magnitude, {TOLERANCE:g} is allowed; see what is before it"
+                f"{largest:.3g} of its magnitude, {TOLERANCE:g} is allowed; see how the parser "
+                "reads the nodes between it and the quantizers before it"
             )
         found = self.differences.setdefault(sort, {"values": 0, "max_relative": 0.0})
         found["values"] += unequal.size
@@ -212,13 +211,7 @@ class _Comparison:
 
 
 class ReferenceModel:
-    """The float32 graph, opened without its external data.
-
-    Attributes:
-        initializers: By name.
-        quantized: Names of the tensors that QuantizeLinear nodes read.
-        observed: Those, and what comes out of their DequantizeLinear nodes.
-    """
+    """The float32 graph; `observed` are quantizers' inputs and DequantizeLinear's outputs."""
 
     def __init__(self, path: Path) -> None:
         import onnx

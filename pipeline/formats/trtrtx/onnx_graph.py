@@ -1,4 +1,4 @@
-"""The decoder as an ONNX opset-24 graph, for TensorRT-RTX and for ONNX Runtime.
+"""The decoder as an ONNX opset-24 graph, for TensorRT-RTX and for ONNX Runtime; its stage.
 
 One builder; the activations' dtype is a parameter: bfloat16 or float16 for RTX, float32 for ONNX
 Runtime on a CPU. Nodes have Hugging Face module names, so that what a compiler prints maps back.
@@ -20,16 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.core.cache import StageCache, StageResult
 from pipeline.core.errors import RecipeError
+from pipeline.core.stages import Stage
 from pipeline.formats.trtrtx.graph_writer import (
+    WEIGHTS_FILE,
     GraphWriter,
     MatMul,
     WeightSlot,
     matmuls,
     write_linears,
+    write_weights,
 )
 from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built, rope_tables
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -42,6 +48,29 @@ ActivationDtype = Literal["float32", "bfloat16", "float16"]
 OPSET = 24
 """The first with TensorScatter and Swish."""
 IR_VERSION = 11
+
+RTX_GRAPH = "rtx.onnx"
+"""What TensorRT-RTX compiles."""
+CPU_GRAPH = "cpu.onnx"
+"""The same graph in float32, for ONNX Runtime on a CPU."""
+RTX_CUT = "rtx-cut.onnx"
+CPU_CUT = "cpu-cut.onnx"
+"""Both with two layers only, for the network check."""
+CUT_LAYERS = 2
+_CUT_CONTEXT = 64
+"""Cache length of the cut, tokens: longer than the check's prompts, and fast to evaluate."""
+
+GRAPH_CODE = (
+    "pipeline.model.dense",
+    "pipeline.model.families",
+    "pipeline.model.read",
+    "pipeline.model.spec",
+    "pipeline.formats.trtrtx.graph_writer",
+    "pipeline.formats.trtrtx.onnx_graph",
+    "pipeline.quant.unified",
+)
+"""The modules that shape the bytes of a graph; not those of other formats."""
+STAGE = Stage(name="convert", version=1, code=GRAPH_CODE)
 
 
 def build_decoder(
@@ -56,10 +85,6 @@ def build_decoder(
 
     `layers` are only these decoder layers, None all; caches are numbered by position, modules keep
     their names.
-
-    Raises:
-        RecipeError: The graph cannot express the model.
-        CorruptError: A scale is missing or malformed.
     """
     import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
     import numpy as np
@@ -100,11 +125,7 @@ def build_decoder(
 
 
 def buildable_layer(spec: ModelSpec) -> Layer:
-    """The layer that all layers are like, if the graph can express it.
-
-    Raises:
-        RecipeError: Layers differ, or have something that the graph lacks.
-    """
+    """The layer that all layers are like; a `RecipeError` where the graph cannot express it."""
     layer = spec.uniform_layer()
     faults = [
         not_built(key, "is not in our decoder graph")
@@ -161,9 +182,8 @@ class _Decoder:
         """`position_ids` [B, S] and the bool `attention_mask` [B, 1, S, T], shared by all layers.
 
         A key is visible when its index is at most the query's position: causal per row, and pads
-        lie beyond it. With a sliding window it must also be one of the last `sliding_window`
-        positions, the query's own included; a window that no context of this graph exceeds hides
-        nothing and is left out.
+        lie beyond it. With a sliding window, unless no context exceeds it, it must also be one of
+        the last `sliding_window` positions, the query's own included.
         """
         import onnx
 
@@ -285,3 +305,74 @@ class _Decoder:
         partial = {} if turned == self._attended.head_dim else {"rotary_embedding_dim": turned}
         inputs = [x, "rope_cos", "rope_sin", "position_ids"]
         return self._w.op("RotaryEmbedding", inputs, name, interleaved=0, **partial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSettings:
+    """What the graphs depend on beside the checkpoint: static cache length, dtype for RTX."""
+
+    context: int
+    activation: ActivationDtype
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything but the checkpoint that shapes the graphs' bytes."""
+        tools = {"onnx": version("onnx")}
+        return {**STAGE.identity, **asdict(self), "tools": tools}
+
+
+def convert(
+    checkpoint_dir: Path, checkpoint_digest: str, settings: GraphSettings, cache: StageCache
+) -> StageResult:
+    """Write the graphs of a checkpoint, or take them from the cache.
+
+    Raises:
+        RecipeError: The model has something that the graph does not support.
+        CorruptError: The checkpoint is damaged.
+    """
+    inputs = {"checkpoint": checkpoint_digest, **settings.inputs()}
+    return cache.run(STAGE, inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
+
+
+def cut_context(spec: ModelSpec, context: int) -> int:
+    """Cache length of the cut of a graph whose own is `context`, tokens.
+
+    It reaches beyond a sliding window that the graph has, so that the cut has one too.
+    """
+    window = spec.window
+    beyond = window if window is not None and window < context else 0
+    return min(context, beyond + _CUT_CONTEXT)
+
+
+def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
+    """The two neighbouring layers with the most quantized linears, the first such pair.
+
+    A recipe may keep the first layers in 16 bits, and their cut would show no quantized linear.
+    """
+    count = checkpoint.spec.num_layers
+    width = min(CUT_LAYERS, count)
+    pairs = (tuple(range(first, first + width)) for first in range(count - width + 1))
+    return max(pairs, key=lambda pair: len(quantized_linears(checkpoint, pair)))
+
+
+def quantized_linears(checkpoint: UnifiedCheckpoint, layers: tuple[int, ...]) -> tuple[str, ...]:
+    """Those of some layers."""
+    prefixes = tuple(f"{layer_name(layer)}." for layer in layers)
+    return tuple(name for name in checkpoint.quantized_linears if name.startswith(prefixes))
+
+
+def write_graphs(checkpoint_dir: Path, settings: GraphSettings, out_dir: Path) -> None:
+    """Write weights, the two graphs and their cuts into `out_dir`."""
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    slots = write_weights(checkpoint, out_dir / WEIGHTS_FILE)
+    short = cut_context(checkpoint.spec, settings.context)
+    cut = cut_layers(checkpoint)
+    for name, activation, context, layers in (
+        (RTX_GRAPH, settings.activation, settings.context, None),
+        (CPU_GRAPH, "float32", settings.context, None),
+        (RTX_CUT, settings.activation, short, cut),
+        (CPU_CUT, "float32", short, cut),
+    ):
+        graph = build_decoder(
+            checkpoint, slots, context=context, activation=activation, layers=layers
+        )
+        save_graph(graph, out_dir / name)

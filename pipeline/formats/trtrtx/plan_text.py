@@ -60,11 +60,7 @@ class Gemm:
 
 
 def read_plan(plan: Buffer) -> tuple[Gemm, ...]:
-    """Every GEMM that the text of a plan shows.
-
-    Raises:
-        PlanError: It is no plan, of another version, or something in it does not parse.
-    """
+    """Every GEMM that the text of a plan shows."""
     if plan[:4] != _MAGIC or len(plan) < 64:
         raise PlanError("this is no TensorRT-RTX plan: its header is missing")
     version = tuple(plan[_VERSION_BYTES])
@@ -118,13 +114,10 @@ def prove_plan(
     quantized_linears: Collection[str],
     kept_16bit: Collection[str],
 ) -> dict[str, int]:
-    """Prove that a plan computes exactly the wanted linears in a precision, in every profile.
+    """Prove that a plan, for this SM only, computes exactly the wanted linears in a precision.
 
-    Each of `quantized_linears` must be in exactly one GEMM of the precision; those of `kept_16bit`
-    may be in other GEMMs, beside lm_head. It must be for this SM, and no other.
-
-    Raises:
-        PlanError: Anything differs; the module is named.
+    Each of `quantized_linears` must be in exactly one GEMM of it in every profile; those of
+    `kept_16bit` may be in other GEMMs, beside lm_head.
     """
     title, operands = precision.title, precision.onnx.operands if precision.onnx else ""
     wanted = set(quantized_linears)

@@ -18,10 +18,10 @@ class RecipeError(Exception):
 class TrtLlmModel:
     """An engine in `tensorrt_llm._tensorrt_engine.LLM`, greedy, end-of-sequence ignored.
 
-    Logits: an engine gives those of its prompt only if it was built with `gather_context_logits`,
-    an output of max_num_tokens x vocabulary. Those of a generated token are a runtime option. So
-    each position asks for one token after its own prefix: N (N + 1) / 2 prefilled tokens. Prefixes
-    are not reused: a reused block has other last bits (TensorRT-LLM issue 15503).
+    Logits of a prompt take an engine with `gather_context_logits`, an output of max_num_tokens x
+    vocabulary; those of a generated token are a runtime option. So each position asks for one token
+    after its own prefix: N (N + 1) / 2 prefilled tokens. Prefixes are not reused: a reused block
+    has other last bits (TensorRT-LLM issue 15503).
 
     Timing: a batch runs twice, once for one token; published figures are those of `trtllm-bench`.
     """

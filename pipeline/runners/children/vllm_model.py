@@ -17,11 +17,7 @@ class CorruptError(Exception):
 
 
 class VllmModel:
-    """A model in vLLM, greedy.
-
-    `arguments` are those of `vllm serve`, read by vLLM's own parser, so that the engine is set up
-    as its server would be, statistics included: without them a request has no metrics.
-    """
+    """A model in vLLM, greedy; `arguments` are those of `vllm serve`, read by vLLM's own parser."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         from vllm import LLM, EngineArgs, SamplingParams
@@ -39,8 +35,7 @@ class VllmModel:
 
         vLLM gives those of prompt token i + 1 with position i's prefix (`prompt_logprobs`, its
         first entry empty), and those of the one generated token, the last row. It puts the actual
-        token in front of each row, hence V + 1 pairs for V tokens. `flat_logprobs` keeps them in
-        lists instead of one object for each number.
+        token in front of each row, hence V + 1 pairs for V tokens.
         """
         import numpy as np
 

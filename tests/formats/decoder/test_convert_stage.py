@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from pipeline.core.cache import StageCache
-from pipeline.formats.trtrtx.stage import (
+from pipeline.formats.trtrtx.onnx_graph import (
     CPU_CUT,
     CPU_GRAPH,
     RTX_CUT,

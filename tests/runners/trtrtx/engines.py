@@ -54,20 +54,10 @@ def write_plan(
     out_dir: Path,
     *,
     cache: str = "FLOAT",
-    sm: int = 89,
     prefill_logits: int = 1,
     faults: dict[str, Any] | None = None,
 ) -> Path:
-    """The plan of a graph, with the profiles that the compiler gives.
-
-    Args:
-        graph: ONNX file in float32.
-        out_dir: Where the plan is written.
-        cache: Name of the cache's DataType.
-        sm: Compute capability that it is for.
-        prefill_logits: Most positions of a prefill whose logits can be had.
-        faults: As the stand-in reads them.
-    """
+    """The plan of a float32 ONNX graph, with the profiles that the compiler gives."""
     import onnx
 
     inputs = onnx.load(str(graph), load_external_data=False).graph.input
@@ -76,7 +66,6 @@ def write_plan(
     prefill = dataclasses.replace(prefill, logits=(1, 1, prefill_logits))
     plan = {
         "graph": str(graph),
-        "sm": sm,
         "cache": cache,
         "profiles": [
             {name: profile.shapes(name, sizes) for name, sizes in dims.items()}

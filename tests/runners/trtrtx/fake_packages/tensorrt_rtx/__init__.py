@@ -2,9 +2,9 @@
 
 Every class and method here is one of tensorrt_rtx 1.7.1, which test_decoder.py compares; what its
 documentation forbids is refused. A stream is a queue: what is put on it happens when it is
-synchronized, so that a caller who does not wait reads nothing. The card has SM 89.
+synchronized, so that a caller who does not wait reads nothing.
 
-A plan is JSON: `graph` (a file), `sm`, `cache` (name of its DataType), `profiles` (input name ->
+A plan is JSON: `graph` (a file), `cache` (name of its DataType), `profiles` (input name ->
 smallest, best and largest shape), and `faults` (attribute -> what the engine says instead).
 """
 
@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT32", "INT64"])
-TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
-EngineValidity = Enum("EngineValidity", ["VALID", "SUBOPTIMAL", "INVALID"])
 ExecutionContextAllocationStrategy = Enum(
     "ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"]
 )
@@ -36,47 +34,22 @@ _memory: dict[int, int] = {}
 _MAGIC = b"fake kernels "
 
 
-def _say(message: str) -> None:
-    print(f"[TRT] [E] {message}", flush=True)
-
-
 def _refuse(message: str) -> bool:
-    _say(message)
+    print(f"[TRT] [E] {message}", flush=True)
     return False
 
 
 class Logger:
-    """Prints to standard output, as the real one."""
-
     WARNING = 2
 
-    def __init__(self, min_severity: int = 2) -> None:
-        self.min_severity = min_severity
+    def __init__(self, min_severity: int) -> None: ...
 
 
 class Runtime:
-    def __init__(self, logger: Logger) -> None:
-        self.logger = logger
+    def __init__(self, logger: Logger) -> None: ...
 
-    @property
-    def engine_header_size(self) -> int:
-        return 64
-
-    def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
-        content = bytes(memoryview(serialized_engine))
-        try:
-            plan = json.loads(content)
-        except ValueError:
-            _say("Serialization assertion plan.header.magicTag failed")
-            return None
-        if plan["sm"] != 89:
-            _say(f"the engine is for SM {plan['sm']}")
-            return None
-        return ICudaEngine(plan)
-
-    def get_engine_validity(self, buffer: Any) -> tuple[EngineValidity, int]:
-        assert len(buffer) <= self.engine_header_size
-        return EngineValidity.INVALID, 1
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine:
+        return ICudaEngine(json.loads(bytes(memoryview(serialized_engine))))
 
 
 class IRuntimeCache:
@@ -140,9 +113,6 @@ class ICudaEngine:
 
     def get_tensor_name(self, index: int) -> str:
         return str(list(self._tensors)[index])
-
-    def get_tensor_mode(self, name: str) -> TensorIOMode:
-        return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
         if name.startswith(("past_", "present_")):
