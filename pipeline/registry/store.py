@@ -210,7 +210,7 @@ def parse_identity(data: bytes, origin: str) -> str:
     )
 
 
-def bounded(items: list[_Item], limit: int, what: str) -> list[_Item]:
+def limit_items(items: list[_Item], limit: int, what: str) -> list[_Item]:
     """At most `limit` items: the first half and the last half, with a warning that says so.
 
     They come sorted by age where the store dates them, so that neither what comes before nor what
@@ -224,12 +224,12 @@ def bounded(items: list[_Item], limit: int, what: str) -> list[_Item]:
     return [*items[:half], *items[-half:]]
 
 
-def bounded_kinds(names: Iterable[str], what: str) -> list[str]:
-    """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`; see `bounded`."""
+def limit_kinds(names: Iterable[str], what: str) -> list[str]:
+    """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`; see `limit_items`."""
     of_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for name in names:
         of_kind[name.rpartition("-")[0]].append(name)
-    kept = (bounded(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
+    kept = (limit_items(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
     return [name for some in kept for name in some]
 
 

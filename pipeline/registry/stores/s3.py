@@ -1,19 +1,32 @@
-"""A registry in a bucket: settings, connection, errors, and what readers ask; s3_writing.py writes.
+"""A registry in a bucket; endpoint, region and credentials are found as by all that uses boto3.
 
-Endpoint, region and credentials are found as by every program that uses boto3.
+Files go out by boto3's transfer manager, from a reader that takes SHA-256 and CRC-32 on the way:
+what is hashed is what is sent. The CRC-32 of the whole object is what S3 tells of it afterwards
+(Amazon S3 User Guide, "Checking object integrity", full object checksums); a server that tells none
+is read back.
+
+A request whose reply got lost is repeated by botocore, and then meets what it wrote itself. That
+does no harm: what is created here has a name that follows from its bytes, or is read back.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import email.utils
+import hashlib
+import mimetypes
 import os
 import re
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -22,6 +35,7 @@ from pydantic import Field
 
 from pipeline.core.errors import (
     AccessError,
+    CorruptError,
     Fault,
     NotFoundError,
     PipelineError,
@@ -29,6 +43,9 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.core.settings import STRICT
+from pipeline.core.values import FileDigest
+from pipeline.registry.disk import checked_chunks
+from pipeline.registry.store import OnBytes, in_parallel
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.tree import Found, TreeStore
 
@@ -40,15 +57,14 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 _MAX_PAGES = 3_000
 """Three million objects; a server that lists more is not a registry, or never ends."""
+_THREADS = 8
+_MAX_PARTS = 9_000  # S3 takes 10,000 (Amazon S3 User Guide, "Multipart upload limits")
+_PROBE = ".writable-"
 
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 _ADVICE: tuple[tuple[str, type[PipelineError], str], ...] = (
     ("NoSuchBucket", NotFoundError, "there is no such bucket: check the URL and the endpoint"),
-    (
-        "RequestTimeTooSkewed",
-        AccessError,
-        "this machine's clock is wrong: set it, as with NTP",
-    ),
+    ("RequestTimeTooSkewed", AccessError, "this machine's clock is wrong: set it, as with NTP"),
     (
         "ExpiredToken|TokenRefreshRequired|InvalidToken|RequestExpired",
         AccessError,
@@ -111,18 +127,18 @@ class S3Registry:
         parse_address(self.url)
 
     def reader(self) -> TreeStore:
-        return TreeStore(objects=S3Objects(**self._where()), public=self.public)
+        return TreeStore(objects=self._objects(), public=self.public)
 
     def store(self) -> WritableStore:
         from pipeline.registry.stores.publication import WritableTree
-        from pipeline.registry.stores.s3_writing import WritableS3Objects
 
-        objects = WritableS3Objects(**self._where(), part_bytes=self.part_bytes)
-        return WritableTree(objects=objects, public=self.public)
+        return WritableTree(objects=self._objects(), public=self.public)
 
-    def _where(self) -> dict[str, Any]:
+    def _objects(self) -> S3Objects:
         bucket, root = parse_address(self.url)
-        return {"url": self.url, "bucket": bucket, "root": root, "public": self.public}
+        return S3Objects(
+            url=self.url, bucket=bucket, root=root, public=self.public, part_bytes=self.part_bytes
+        )
 
 
 def parse_address(url: str) -> tuple[str, str]:
@@ -150,19 +166,23 @@ def parse_address(url: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class S3Objects:
-    """`pipeline.registry.stores.tree.Objects`, in a bucket.
+    """`WritableObjects` of `pipeline.registry.stores.publication`, in a bucket.
 
     Attributes:
         url: For messages.
         bucket: Its name.
         root: What all our keys start with: empty, or it ends in `/`.
         public: Read without credentials, if there are none.
+        part_bytes: Size of the parts of a large file, unless it needs larger ones.
     """
 
     url: str
     bucket: str
     root: str
     public: bool
+    part_bytes: int
+    _crcs: dict[str, int] = field(default_factory=dict)
+    """SHA-256 -> CRC-32 of files that were read."""
     _clients: dict[int, Any] = field(default_factory=dict)
     """Of each process: two processes that read one socket mix up replies."""
     _locks: dict[int, threading.Lock] = field(default_factory=dict)
@@ -173,7 +193,7 @@ class S3Objects:
             for page in self.pages("list_objects_v2", Prefix=f"{self.root}{prefix}"):
                 for entry in page.get("Contents", ()):
                     key = entry["Key"].removeprefix(self.root)
-                    yield found_in(key, entry.get("Size", -1), entry.get("LastModified"))
+                    yield _found(key, entry.get("Size", -1), entry.get("LastModified"))
 
     def read(self, key: str, limit_bytes: int) -> bytes | None:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
@@ -203,6 +223,106 @@ class S3Objects:
                 raise TransientError(f"asked {what} from byte {offset} on, got {stated!r}")
             skip = offset if stated is None else 0  # a server that knows no ranges sends all
             yield transfer.window(transfer.at_pace(_reader(body), what), skip, sys.maxsize, what)
+
+    def find(self, key: str) -> Found | None:
+        head = self._head(key)
+        return None if head is None else _found(key, _size_of(head), head.get("LastModified"))
+
+    def create(self, key: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        with self.errors(f"write {key} to"):
+            try:
+                self._put(key, data, IfNoneMatch="*")
+            except ClientError as error:
+                if not _is_refused(error):
+                    raise
+                return False
+            return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        with self.errors(f"write {key} to"):
+            self._put(key, data)
+
+    def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
+        from boto3.s3.transfer import TransferConfig
+
+        part_bytes = max(self.part_bytes, -(-file.size_bytes // _MAX_PARTS))
+        config = TransferConfig(
+            multipart_threshold=part_bytes,
+            multipart_chunksize=part_bytes,
+            max_concurrency=_THREADS,
+            preferred_transfer_client="classic",
+        )
+        extra = {"ContentType": "application/octet-stream"}
+        with self.errors(f"publish {key} to"):
+            if self.client().meta.config.request_checksum_calculation.lower() != "when_required":
+                extra |= {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
+            reader = _Hashing(chunks=checked_chunks(source, file))
+            self.client().upload_fileobj(
+                reader, Bucket=self.bucket, Key=f"{self.root}{key}", ExtraArgs=extra,
+                Config=config, Callback=on_bytes,
+            )  # fmt: skip
+            self._crcs[file.sha256] = reader.crc
+        if not self.holds(key, source, file):
+            advice = "nothing shows yet: look after the store, then run the same command again"
+            raise CorruptError(f"{self.url}: {key} is not there as it was sent; {advice}")
+
+    def holds(self, key: str, source: Path, file: FileDigest) -> bool:
+        head = self._head(key)
+        if head is None or _size_of(head) != file.size_bytes:
+            return False
+        text = head.get("ChecksumCRC32", "")
+        # `...-2` is a checksum of the checksums of two parts.
+        if text and "-" not in text and head.get("ChecksumType") != "COMPOSITE":
+            return int.from_bytes(base64.b64decode(text), "big") == self._crc_of(source, file)
+        digest = hashlib.sha256()
+        with self.stream(key, 0, None) as chunks:
+            for chunk in chunks:
+                digest.update(chunk)
+        return digest.hexdigest() == file.sha256
+
+    def delete(self, keys: Iterable[str]) -> None:
+        with self.errors("remove from"):
+            for _ in in_parallel(lambda key: self.call("delete_object", key), keys):
+                pass
+
+    def now_s(self) -> float:
+        with self.errors("read the clock of"):
+            response = self.call("list_objects_v2", Prefix=self.root, MaxKeys=1)
+        date = response["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        try:
+            return email.utils.parsedate_to_datetime(date).timestamp()
+        except ValueError:
+            return time.time()
+
+    def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
+        newest_s = self.now_s() - min_age_s
+        with self.errors("clean"):
+            for page in self.pages("list_multipart_uploads", Prefix=self.root):
+                for entry in page.get("Uploads", ()):
+                    key = entry["Key"].removeprefix(self.root)
+                    if entry["Initiated"].timestamp() <= newest_s:
+                        if delete:
+                            self._call_if_there(
+                                "abort_multipart_upload", key, UploadId=entry["UploadId"]
+                            )
+                        yield f"{key} (unfinished upload)"
+        for found in self.listed(_PROBE):
+            if found.modified_s <= newest_s:
+                if delete:
+                    self.delete([found.key])
+                yield f"{found.key} (left by a check)"
+
+    def check_writable(self) -> None:
+        key = f"{_PROBE}{secrets.token_hex(8)}"
+        self.create(key, b"1")
+        exclusive = not self.create(key, b"2")
+        with contextlib.suppress(AccessError):  # write-only credentials are enough to publish
+            self.delete([key])
+        if not exclusive:
+            fault = "this server ignores If-None-Match, so a manifest could be overwritten"
+            raise AccessError(f"cannot publish to {self.url}: {fault}; use another registry")
 
     def client(self) -> Any:
         """The boto3 client of this process."""
@@ -272,7 +392,7 @@ class S3Objects:
         with contextlib.closing(response["Body"]) as body:
             if "ContentLength" not in response:  # then its end could be a connection that broke
                 raise TransientError(f"{what} comes without its size; try again")
-            return transfer.joined(transfer.at_pace(_reader(body), what), limit_bytes, what)
+            return transfer.read_whole(transfer.at_pace(_reader(body), what), limit_bytes, what)
 
     def _get(self, key: str, **arguments: str) -> Any:
         """The response to a GET; None if there is no such object, or no such byte."""
@@ -281,39 +401,77 @@ class S3Objects:
         try:
             return self.call("get_object", key, **arguments)
         except ClientError as error:
-            code, status = code_and_status(error)
-            if status == 416 or code == "InvalidRange" or (missing(error) and not arguments):
+            code, status = _code_and_status(error)
+            if status == 416 or code == "InvalidRange" or (_is_missing(error) and not arguments):
                 return None
             raise
 
+    def _head(self, key: str) -> Any:
+        with self.errors(f"read {key} in"):
+            return self._call_if_there("head_object", key, ChecksumMode="ENABLED")
 
-def code_and_status(error: Exception) -> tuple[str, int]:
+    def _call_if_there(self, operation: str, key: str, **arguments: Any) -> Any:
+        """The response; None if there is no such object or upload."""
+        from botocore.exceptions import ClientError
+
+        try:
+            return self.call(operation, key, **arguments)
+        except ClientError as error:
+            if _is_missing(error):
+                return None
+            raise
+
+    def _put(self, key: str, data: bytes, **condition: str) -> None:
+        """Write a small object, again as long as another writer crosses it (409)."""
+        from botocore.exceptions import ClientError
+
+        kind = mimetypes.guess_type(key)[0] or "application/octet-stream"
+        for attempt in range(1, transfer.ATTEMPTS + 1):
+            try:
+                self.call("put_object", key, Body=data, ContentType=kind, **condition)
+                return
+            except ClientError as error:
+                if not _is_crossed(error):
+                    raise
+                time.sleep(0.1 * 2**attempt * secrets.SystemRandom().uniform(0.5, 1))
+        raise TransientError(f"{self.url}: others keep writing {key}; run the same command again")
+
+    def _crc_of(self, source: Path, file: FileDigest) -> int:
+        if file.sha256 not in self._crcs:
+            crc = 0
+            for chunk in checked_chunks(source, file):
+                crc = zlib.crc32(chunk, crc)
+            self._crcs[file.sha256] = crc
+        return self._crcs[file.sha256]
+
+
+def _code_and_status(error: Exception) -> tuple[str, int]:
     """Code of a botocore `ClientError`, such as `NoSuchKey`, and HTTP status; 0 if it has none."""
     response: Any = getattr(error, "response", None) or {}
     metadata = response.get("ResponseMetadata", {})
     return str(response.get("Error", {}).get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
 
 
-def missing(error: Exception) -> bool:
+def _is_missing(error: Exception) -> bool:
     """Whether the object, not the bucket, is not there; a HEAD tells its status only."""
-    code, status = code_and_status(error)
+    code, status = _code_and_status(error)
     known = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "404"}
     return code in known or (status == 404 and not code)
 
 
-def taken(error: Exception) -> bool:
+def _is_refused(error: Exception) -> bool:
     """Whether a condition (`If-Match`, `If-None-Match`) did not hold."""
-    code, status = code_and_status(error)
+    code, status = _code_and_status(error)
     return status == 412 or code == "PreconditionFailed"
 
 
-def raced(error: Exception) -> bool:
+def _is_crossed(error: Exception) -> bool:
     """Whether another writer was at the same key in the same moment; do it again."""
-    code, status = code_and_status(error)
+    code, status = _code_and_status(error)
     return status == 409 and code in {"", "409", "ConditionalRequestConflict"}
 
 
-def found_in(key: str, size_bytes: int, modified: datetime | None) -> Found:
+def _found(key: str, size_bytes: int, modified: datetime | None) -> Found:
     """An object; one that the server does not date is new, so that nothing removes it."""
     modified_s = time.time() if modified is None else modified.timestamp()
     return Found(key=key, size_bytes=size_bytes, modified_s=modified_s)
@@ -332,7 +490,7 @@ def _explained(error: Exception, fault: str) -> PipelineError | None:
         return None
     # One line of a terminal.
     text = re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]
-    message, (code, status) = f"{fault}: {text}", code_and_status(error)
+    message, (code, status) = f"{fault}: {text}", _code_and_status(error)
     for pattern, kind, advice in _ADVICE:
         if re.fullmatch(pattern, code or type(error).__name__):
             return kind(f"{message}; {advice}")
@@ -346,11 +504,35 @@ def _explained(error: Exception, fault: str) -> PipelineError | None:
         )
     if status == 429 or status >= 500:
         return TransientError(f"{message}; try again later")
-    if status == 404 or missing(error):
+    if status == 404 or _is_missing(error):
         return NotFoundError(f"{message}; check the reference")
-    if taken(error) or raced(error):
+    if _is_refused(error) or _is_crossed(error):
         return TransientError(f"{message}; another writer was there: run the same command again")
     return PipelineError(f"{message}; check that the endpoint speaks S3")
+
+
+@dataclass(kw_only=True)
+class _Hashing:
+    """What boto3 reads a file from; it raises with the last byte if they are the wrong bytes."""
+
+    chunks: Iterator[bytes]
+    crc: int = 0
+    _held: bytearray = field(default_factory=bytearray)
+
+    def read(self, count: int = sys.maxsize) -> bytes:
+        # One byte more is wanted: the chunks compare what they gave when they are asked for more,
+        # and boto3 may not ask again before it completes the object.
+        while len(self._held) <= count and (chunk := next(self.chunks, b"")):
+            self._held += chunk
+        data = bytes(self._held[:count])
+        del self._held[:count]
+        self.crc = zlib.crc32(data, self.crc)
+        return data
+
+
+def _size_of(head: Any) -> int:
+    """The size of an object; -1, which no file has, where the server does not tell."""
+    return int(head.get("ContentLength", -1))
 
 
 def _reader(body: Any) -> Callable[[int], bytes]:

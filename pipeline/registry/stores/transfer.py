@@ -58,7 +58,7 @@ def at_pace(read: Callable[[int], bytes], what: str) -> Iterator[bytes]:
         yield data
 
 
-def joined(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
+def read_whole(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
     """A whole small body; CorruptError if it is longer than `limit_bytes`."""
     data = bytearray()
     for chunk in chunks:

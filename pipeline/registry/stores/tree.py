@@ -25,10 +25,10 @@ from pipeline.registry.store import (
     NONE_KNOWN,
     Place,
     RawStatement,
-    bounded,
-    bounded_kinds,
     is_attachment_name,
     is_statement_name,
+    limit_items,
+    limit_kinds,
     parse_identity,
     read_each,
     readers,
@@ -184,7 +184,7 @@ class TreeStore:
                 if file == ENVELOPE and (names is None or name in names):
                     dated.append((found.modified_s, name))
             known = [name for _, name in sorted(dated)]
-        kept = bounded_kinds(filter(is_statement_name, known), what)
+        kept = limit_kinds(filter(is_statement_name, known), what)
 
         def read(name: str) -> bytes | None:
             return self.objects.read(f"{prefix}{name}/{ENVELOPE}", MAX_ENVELOPE_BYTES)
@@ -224,5 +224,5 @@ class TreeStore:
             key = f"{prefix}{digest}.dsse.json"
             return known.get(digest) or self.objects.read(key, MAX_ENVELOPE_BYTES)
 
-        kept = bounded([digest for _, digest in dated], MAX_MOVES, what)
+        kept = limit_items([digest for _, digest in dated], MAX_MOVES, what)
         return list(read_each(read, kept, what, readers(self)).values())

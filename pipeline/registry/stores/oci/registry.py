@@ -29,11 +29,11 @@ from pipeline.registry.store import (
     NONE_KNOWN,
     Place,
     RawStatement,
-    bounded,
-    bounded_kinds,
     in_parallel,
     is_attachment_name,
     is_statement_name,
+    limit_items,
+    limit_kinds,
     parse_identity,
     read_each,
 )
@@ -292,7 +292,7 @@ class OciStore:
         found = self.listed_statements(place, names)
         read = read_each(
             lambda name: repository.content(found[name], STATEMENT_TYPE, ENVELOPE),
-            bounded_kinds(sorted(found), what),
+            limit_kinds(sorted(found), what),
             what,
         )
         return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read.items()]
@@ -321,7 +321,7 @@ class OciStore:
         def read(tag: str) -> bytes:
             return held.get(tag) or repository.content(tag, MOVE_TYPE, CONTENT)
 
-        return list(read_each(read, bounded(tags, MAX_MOVES, what), what).values())
+        return list(read_each(read, limit_items(tags, MAX_MOVES, what), what).values())
 
     def repository(self, name: str) -> Repository:
         """The repository of a recipe."""

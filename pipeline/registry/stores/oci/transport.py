@@ -293,7 +293,7 @@ class Transport:
 
     def _ask(self, request: Request, limit_bytes: int) -> Reply:
         with self.open(request) as (reply, chunks):
-            return replace(reply, body=transfer.joined(chunks, limit_bytes, _shown(reply.url)))
+            return replace(reply, body=transfer.read_whole(chunks, limit_bytes, _shown(reply.url)))
 
     def _respond(self, request: Request) -> BaseHTTPResponse:
         """Send, with authorization; the body of an expected reply is not read yet."""
@@ -387,7 +387,7 @@ class Transport:
         with contextlib.closing(self._open("GET", url, headers)) as response:
             if response.status in _BUSY:
                 raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
-            return response.status, transfer.joined(
+            return response.status, transfer.read_whole(
                 _chunks(response, url), _MAX_SMALL_BYTES, _shown(url)
             )
 
@@ -461,7 +461,7 @@ def _shown(url: str) -> str:
 def _stated(response: BaseHTTPResponse) -> str:
     """What the registry says of an error, made printable; empty if nothing."""
     with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
-        body = transfer.joined(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
+        body = transfer.read_whole(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
         texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]
         return f": {_printable('; '.join(texts))}"
     return ""
