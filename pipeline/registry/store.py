@@ -225,7 +225,7 @@ def limit_items(items: list[_Item], limit: int, what: str) -> list[_Item]:
 
 
 def limit_kinds(names: Iterable[str], what: str) -> list[str]:
-    """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`; see `limit_items`."""
+    """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`."""
     of_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for name in names:
         of_kind[name.rpartition("-")[0]].append(name)

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,7 @@ _MAX_RECORD_BYTES = 64 << 20
 _AHEAD = 16
 """Chunks that may land before the one that the hash is at: 512 MiB, which the page cache of a
 machine that serves models holds, and what a kill can cost where disk and network are faster than
-the hash. It bounds how many files are open, too."""
+the hash."""
 _READ_BYTES = 1 << 20
 _TICK_S = 1.0
 _STOP_WAIT_S = 10.0
@@ -58,7 +58,8 @@ class Transfer:
             per job. With 16 MiB docker-registry took a quarter more of the processor than with 32
             (measured on 2026-11-29).
         tries: Attempts in a row that bring next to nothing, for one chunk.
-        first_wait_s: Before the second attempt; doubled for each after it, 10 s at most.
+        first_wait_s: Before the second attempt; doubled for each after it, 10 s at most. Between
+            half and all of it, by chance: clients that were dropped together come back apart.
     """
 
     jobs: int = 8
@@ -66,26 +67,13 @@ class Transfer:
     tries: int = 6
     first_wait_s: float = 0.5
 
-    def wait_s(self, failed: int) -> float:
-        """How long to wait after `failed` attempts in a row.
-
-        Between half and all of the doubled time, by chance: a crowd of clients that a server
-        dropped in one moment must not come back in one moment.
-        """
-        whole: float = min(10.0, self.first_wait_s * 2.0 ** (failed - 1))
-        return whole * random.uniform(0.5, 1.0)
-
 
 @dataclass(kw_only=True)
 class _File:
-    """A file whose chunks land; an empty file has one, which is empty.
+    """A file whose chunks land at `path`; an empty file has one, which is empty.
 
-    Attributes:
-        file: What it must become.
-        path: Where it lands.
-        chunk_bytes: Size of all chunks but the last.
-        first: Number of its first chunk among all of the package.
-        there: Chunks that landed, in an earlier run too.
+    `first` is the number of its first chunk among all of the package, `there` the chunks that
+    landed, in an earlier run too.
     """
 
     file: FileDigest
@@ -93,8 +81,6 @@ class _File:
     chunk_bytes: int
     first: int
     there: set[int] = field(default_factory=set)
-    _descriptor: int | None = None
-    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def chunks(self) -> int:
@@ -105,36 +91,30 @@ class _File:
         start = chunk * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.file.size_bytes)
 
-    def open(self) -> int:
-        """Its descriptor; made with its full size, so that chunks can be written anywhere."""
-        with self._opening:
-            if self._descriptor is None:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._descriptor = os.open(self.path, flags, 0o600)
-                os.ftruncate(self._descriptor, self.file.size_bytes)
-            return self._descriptor
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def write(self, data: memoryview, at: int) -> None:
-        while data:
-            count = os.pwrite(self.open(), data, at)
-            data, at = data[count:], at + count
+    @contextlib.contextmanager
+    def open(self) -> Iterator[int]:
+        """A descriptor; the file has its full size, so that chunks can be written anywhere."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        try:
+            os.ftruncate(descriptor, self.file.size_bytes)
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def hash(self, chunk: int, digest: hashlib._Hash) -> None:
         """Take the bytes of a chunk into a digest, as they lie in the file."""
-        descriptor, buffer = self.open(), memoryview(bytearray(_READ_BYTES))
+        buffer = memoryview(bytearray(_READ_BYTES))
         at, end = self.span(chunk)
-        while at < end:
-            count = os.preadv(descriptor, [buffer[: end - at]], at)
-            if not count:
-                raise CorruptError(f"{self.path} was shortened while it was fetched; pull again")
-            digest.update(buffer[:count])
-            at += count
+        with self.open() as descriptor:
+            while at < end:
+                count = os.preadv(descriptor, [buffer[: end - at]], at)
+                if not count:
+                    raise CorruptError(f"{self.path} was shortened while it was fetched")
+                digest.update(buffer[:count])
+                at += count
 
 
 def download(
@@ -253,9 +233,6 @@ class _Download:
             ends_s = time.monotonic() + _STOP_WAIT_S
             for worker in workers:
                 worker.join(max(0.0, ends_s - time.monotonic()))
-            if not any(worker.is_alive() for worker in workers):
-                for file in self.files:
-                    file.close()
         return self._fetched_bytes
 
     def _verify(self, file: _File, touch: Callable[[], None]) -> None:
@@ -263,7 +240,7 @@ class _Download:
         for again in (False, True):
             sha256 = self._hash(file, touch)
             if sha256 == file.file.sha256:
-                return file.close()
+                return
             fault = (
                 f"{self.store.url}: {file.file.path} of {self.place} has SHA-256 {sha256}, "
                 f"its manifest says {file.file.sha256}"
@@ -296,7 +273,8 @@ class _Download:
         try:
             while (task := self._next()) is not None:
                 file, chunk = task
-                self._fetch(file, *file.span(chunk))
+                with file.open() as descriptor:
+                    self._fetch(file.file, descriptor, *file.span(chunk))
                 self.mark(file.first + chunk)
                 with self._changed:
                     file.there.add(chunk)
@@ -324,24 +302,25 @@ class _Download:
                 self._changed.wait()
         return None
 
-    def _fetch(self, file: _File, at: int, end: int) -> None:
+    def _fetch(self, file: FileDigest, descriptor: int, at: int, end: int) -> None:
         """Fetch bytes into a file; on from where an answer ended."""
         in_a_row = 0
         while at < end:
             before = at
             fault: PipelineError = CorruptError(
-                f"{self.store.url}: {file.file.path} of {self.place} ends before byte {end}, its "
-                f"manifest says {file.file.size_bytes}; publish it again, or pull another one"
+                f"{self.store.url}: {file.path} of {self.place} ends before byte {end}, its "
+                f"manifest says {file.size_bytes}; publish it again, or pull another one"
             )
             try:
                 # A generator: so a fault of our disk is not taken for one of the store's.
-                with contextlib.closing(self._pieces(file.file, at, end)) as pieces:
+                with contextlib.closing(self._pieces(file, at, end)) as pieces:
                     for data in pieces:
-                        file.write(data, at)
-                        at += len(data)
-                        with self._changed:
-                            self._fetched_bytes += len(data)
-                            self.on_bytes(len(data))
+                        while data:
+                            count = os.pwrite(descriptor, data, at)
+                            data, at = data[count:], at + count
+                            with self._changed:
+                                self._fetched_bytes += count
+                                self.on_bytes(count)
             except TransientError as error:
                 fault = error
             if at == end:
@@ -349,7 +328,8 @@ class _Download:
             in_a_row = 0 if at - before >= _LEAST_BYTES else in_a_row + 1
             if in_a_row >= self.transfer.tries:
                 raise fault
-            wait_s = self.transfer.wait_s(max(1, in_a_row))
+            wait_s = min(10.0, self.transfer.first_wait_s * 2 ** max(0, in_a_row - 1))
+            wait_s *= random.uniform(0.5, 1.0)
             log.info("%s; going on from byte %d in %.1f s", fault, at, wait_s)
             if self._stop.wait(wait_s):
                 raise _StoppedError
