@@ -1,9 +1,8 @@
 """`manifest.json`: what a package is, and the size and SHA-256 of every file in it.
 
 Its bytes are RFC 8785 canonical JSON; their SHA-256 is the digest that names the package. It holds
-only what the build determines: no times, no measurements, no acceptance settings, and not its own
-version, which every reader derives. So the same build output has the same digest whenever and
-wherever it is sealed.
+only what the build determines: no times, no measurements, and not its own version, which every
+reader derives. So the same build output has the same digest whenever and wherever it is sealed.
 
 Reading is strict, since a manifest decides what is loaded into a GPU: bounded, canonical bytes
 only, the known schema only, and paths that cannot leave the package. Unknown keys are refused: a
@@ -146,8 +145,7 @@ class _Manifest:
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """The bytes whose SHA-256 is the package's digest.
 
-    Raises:
-        CorruptError: A value has no canonical JSON: NaN, an integer above 2^53, an object.
+    CorruptError if a value has no canonical JSON: NaN, an integer above 2^53, an object.
     """
     try:
         return rfc8785.dumps(dict(manifest))
@@ -194,18 +192,12 @@ def files_of(manifest: Mapping[str, Any]) -> list[FileDigest]:
 
 
 def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
-    """Check the bytes of a manifest and return its content; `origin` is for messages.
-
-    Raises:
-        CorruptError: It breaks any rule; names the rule.
-    """
+    """The content of a manifest's bytes; CorruptError names the rule that it breaks."""
     try:
-        value = json.loads(
-            data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
+        value = json.loads(data.decode())
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
-        canonical = rfc8785.dumps(value) == data
+        canonical = rfc8785.dumps(value) == data  # so a key twice and NaN are refused, too
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{origin} is not a manifest: {error}") from error
     schema = value.get("schema")
@@ -227,19 +219,6 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
     except RecipeError as error:
         raise CorruptError(f"{origin}: {error}") from error
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} is there twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
 
 
 def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False) -> Package:

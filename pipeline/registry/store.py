@@ -48,7 +48,6 @@ MAX_MOVES = 20_000
 """Moves of one variant that are read; the same halves."""
 
 NONE_KNOWN: Mapping[str, bytes] = MappingProxyType({})
-"""No moves."""
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were sent or received, from any thread; for progress."""
@@ -211,11 +210,7 @@ def parse_identity(data: bytes, origin: str) -> str:
 
 
 def limit_items(items: list[_Item], limit: int, what: str) -> list[_Item]:
-    """At most `limit` items: the first half and the last half, with a warning that says so.
-
-    They come sorted by age where the store dates them, so that neither what comes before nor what
-    comes after can crowd an item out.
-    """
+    """At most `limit` items, the oldest and the newest where the store dates them; warns of it."""
     if len(items) <= limit:
         return items
     half = limit // 2

@@ -1,8 +1,7 @@
 """Bring a chosen package to where it is wanted: straight, or through the cache.
 
 Nothing shows before all of it is there, verified and on the disk; then one rename shows it all.
-What a broken pull leaves is a work folder beside the goal: the next pull goes on from it after a
-lost connection, Ctrl-C or a kill. After a full disk or wrong bytes it is removed at once.
+What a broken pull leaves is a work folder beside the goal, from which the next one goes on.
 
 The cache, `$ENGINESMITH_CACHE/packages`, is a registry in a folder, without an identity and
 channels: one copy of a package for every pull on this machine, read-only, and beside it the trusted
@@ -22,7 +21,6 @@ from typing import Literal
 from pipeline.core.data import cache_root
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
 from pipeline.core.progress import BYTES, progress
-from pipeline.core.values import FileDigest
 from pipeline.core.workfolder import WorkFolder, locked, remove_folder, work_folder
 from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room
 from pipeline.registry.client.layout import (
@@ -90,11 +88,7 @@ class Delivered:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One package on its way.
-
-    `offline` takes it from the cache or fails; with `shared_parent` the user trusts who else may
-    rename beside the goal.
-    """
+    """One package on its way; `offline` from the cache, or not at all."""
 
     store: Store
     resolved: Resolved
@@ -105,10 +99,6 @@ class Delivery:
     @property
     def _digest(self) -> str:
         return self.resolved.package.digest
-
-    @property
-    def _files(self) -> list[FileDigest]:
-        return files_of(self.resolved.package.manifest)
 
     def to_folder(
         self, to: Path, receipt: Callable[[Origin], bytes], *, through_cache: bool
@@ -134,10 +124,11 @@ class Delivery:
                     came = Delivered(dir=work.dir, origin="registry", fetched_bytes=count)
                     return self._show(work, to, receipt, came)
             kept = self.to_cache()
-            require_room(to.parent, sum(file.size_bytes for file in self._files))
+            files = files_of(self.resolved.package.manifest)
+            require_room(to.parent, sum(file.size_bytes for file in files))
             with self._beside(to, keep=None) as work:
                 # The entry was verified a moment ago, and only we can write to it.
-                copy_files(self._files, kept.dir, work.dir / PACKAGE)
+                copy_files(files, kept.dir, work.dir / PACKAGE)
                 return self._show(work, to, receipt, kept)
 
     def to_cache(self) -> Delivered:
@@ -150,10 +141,8 @@ class Delivery:
             write_statements(beside, self._statements())
             if not self._is_kept(entry):
                 if self.offline:
-                    raise NotFoundError(
-                        f"{self.resolved.place} is not in {folder}, or was damaged there; pull it "
-                        "without --offline"
-                    )
+                    fault = f"{self.resolved.place} is not in {folder}, or was damaged there"
+                    raise NotFoundError(f"{fault}; pull it without --offline")
                 with work_folder(folder, prefix, _can_go_on) as work:
                     fetched = self._fetch(work)
                     (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
@@ -213,7 +202,7 @@ class Delivery:
 
     def _fetch(self, work: WorkFolder) -> int:
         """Fetch what is not there yet."""
-        files, place = self._files, self.resolved.place
+        files, place = files_of(self.resolved.package.manifest), self.resolved.place
         if work.adopted:
             _drop_foreign(work.dir / PACKAGE, {file.path for file in files})
         total = sum(file.size_bytes for file in files)

@@ -8,29 +8,26 @@
 
 The last three are not part of the package: its digest does not cover them, and `verify_layout`
 allows them and nothing else. Files are copies, never hard links: another name could change them.
-Where the file system can share blocks between copies (Btrfs, XFS), the copy from the cache takes no
-space. Everything is read-only: `chmod -R u+w DIR` before you remove it.
+Everything is read-only: `chmod -R u+w DIR` before you remove it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError
 from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import sync
-from pipeline.registry.disk import make_folders, open_regular, read_bounded, writable_by_others
+from pipeline.registry.disk import make_folders, open_regular, writable_by_others
 from pipeline.registry.manifest import ENGINE, MANIFEST, read_manifest, verify
 from pipeline.registry.store import (
     ENVELOPE,
-    MAX_ATTACHMENT_BYTES,
     RawStatement,
     is_attachment_name,
     is_statement_name,
@@ -43,8 +40,6 @@ RECEIPT = "pull.json"
 SIGNATURE = f"{ENGINE}/{MODEL_SIGNATURE}"
 STATEMENTS_SUFFIX = ".statements"
 """`<version>.statements` lies beside the folder of a version in a folder registry."""
-_MAX_STATEMENTS = 4000
-"""As many as a store's bound lets through (`pipeline.registry.store`)."""
 _COPY_JOBS = 4
 _COPY_BYTES = 64 << 20
 # What rename(2) says when the target is a folder with something in it, or not a folder.
@@ -130,19 +125,6 @@ def finish(
     settle_read_only(folder)
 
 
-def check_model_signature(folder: Path, resolved: Resolved) -> None:
-    """Demand that `engine/model.sig` of a folder, if there is one, is the one that was signed."""
-    path, signed = folder / SIGNATURE, resolved.model_signature
-    if not path.exists() or signed is None:
-        return
-    found = hashlib.sha256(read_bounded(path, MAX_ATTACHMENT_BYTES)).hexdigest()
-    if found != signed.files[MODEL_SIGNATURE]:
-        raise UntrustedError(
-            f"{path} has SHA-256 {found[:12]}, the trusted signature names "
-            f"{signed.files[MODEL_SIGNATURE][:12]}; pull the package again"
-        )
-
-
 def settle_read_only(folder: Path) -> None:
     """Make all in a folder read-only for everyone, and force it to the disk.
 
@@ -192,18 +174,3 @@ def write_statements(folder: Path, statements: Sequence[RawStatement]) -> None:
                 private.rename(target)
         finally:
             shutil.rmtree(private, ignore_errors=True)
-
-
-def read_statements(folder: Path) -> list[RawStatement]:
-    """The statements in a folder, unverified; what has no statement's name or form is left out."""
-    found: list[RawStatement] = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if len(found) == _MAX_STATEMENTS:
-            break
-        with contextlib.suppress(CorruptError, OSError):
-            if is_statement_name(path.name) and path.is_dir() and not path.is_symlink():
-                files = {
-                    one.name: read_bounded(one, MAX_ATTACHMENT_BYTES) for one in path.iterdir()
-                }
-                found.append(RawStatement(name=path.name, files=files))
-    return found

@@ -1,17 +1,15 @@
-"""Pull a package, or verify it where it is; the Python API of both.
+"""Pull a package; the Python API.
 
     pulled = run(PullRequest(reference="phi3", to=Path("/models/phi3"), registry="s3://bucket"))
-    verified = verify(PullRequest(reference="/models/phi3", flags=Flags(gpu="auto")))
 
 Resolve once; read manifests and statements; hold them against trust policy and machine; choose.
 Only then the first large byte moves. A registry in a folder of this machine is copied straight to
 where the package goes; any other goes through the cache, so that the next pull of the same digest
-moves nothing. To verify asks the same of one package, and writes nothing into its folder.
+moves nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -27,20 +25,12 @@ from pipeline.core.errors import Fault, NotFoundError, RecipeError
 from pipeline.core.values import Format, Package
 from pipeline.registry.client.deliver import Delivery, Origin, cache_store
 from pipeline.registry.client.download import Transfer
-from pipeline.registry.client.layout import (
-    STATEMENTS,
-    STATEMENTS_SUFFIX,
-    check_model_signature,
-    read_statements,
-    verify_layout,
-)
 from pipeline.registry.client.machine import Facts, Flags, facts_of
-from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.manifest import verify as verify_package
-from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
-from pipeline.registry.resolve import candidates, examine_package, resolve
+from pipeline.registry.reference import ParsedReference, parse_reference
+from pipeline.registry.resolve import candidates
 from pipeline.registry.select import Chosen, best
-from pipeline.registry.store import Place, RawStatement, Store
+from pipeline.registry.store import Store
 from pipeline.registry.stores import open_reader, package_dir
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.verification import Resolved, Terms
@@ -65,8 +55,6 @@ class PullRequest:
             also the folder of a package.
         to: Folder to make; None leaves the package in the cache.
         registry: URL; None for `artifacts`, and for a folder that is verified: nowhere.
-        flags: What the user says of the machine.
-        format: Only this one.
         channel: In place of `stable` where the reference names none.
         accept_unproven: Take a package that was not accepted on this card.
         allow_yanked: Take a package that was yanked; the reference must name its digest.
@@ -120,15 +108,9 @@ class PullRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Pulled:
-    """A package that is ready to be loaded.
+    """A package that is ready to be loaded, in `dir`, which has `manifest.json` and `engine/`.
 
-    Attributes:
-        chosen: The package, why it was taken, and the other ones with the reason.
-        dir: Folder with `manifest.json` and `engine/`.
-        registry: Where it was looked up.
-        origin: How it came; `verified`: a folder that was only verified.
-        facts: Of the machine.
-        fetched_bytes: Sent by the registry, now.
+    `chosen` says why it was taken, and why others were not; `fetched_bytes` were sent now.
     """
 
     chosen: Chosen
@@ -235,14 +217,8 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     started_s = time.monotonic()
     facts, wanted = facts_of(request.flags, request.environ), request.wanted
     found, refused = candidates(store, wanted, request.terms(local=store.local))
-    chosen = best(
-        found,
-        refused,
-        wanted,
-        facts,
-        format=request.format,
-        accept_unproven=request.accept_unproven,
-    )
+    unproven = request.accept_unproven
+    chosen = best(found, refused, wanted, facts, format=request.format, accept_unproven=unproven)
     for reason in chosen.rejected:
         log.info("Rejected %s", reason)
     pulled = Pulled(chosen=chosen, dir=Path(), registry=store.url, origin="registry", facts=facts)
@@ -276,70 +252,3 @@ def fetch(store: Store, resolved: Resolved) -> Package:
         return verify_package(folder)
     done = _delivery(store, resolved, PullRequest(reference="")).to_cache()
     return replace(resolved.package, dir=done.dir)
-
-
-def verify(request: PullRequest) -> Pulled:
-    """Verify bytes, signatures, yanks and fit of one package; raises like `run`."""
-    started_s = time.monotonic()
-    facts = facts_of(request.flags, request.environ)
-    resolved, package, where = open_target(request)
-    wanted = ParsedReference(
-        name=resolved.place.name, variant=resolved.place.variant, digest=package.digest
-    )
-    # Without a card there is none that it could be unproven on: what it is proven on is told.
-    accept = request.accept_unproven or request.flags.gpu == "none"
-    return Pulled(
-        chosen=best([resolved], [], wanted, facts, accept_unproven=accept),
-        dir=package.dir,
-        registry=where,
-        origin="verified",
-        facts=facts,
-        seconds=time.monotonic() - started_s,
-    )
-
-
-def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
-    """A package in a folder of this machine, all verified but its fit; raises like `run`.
-
-    Returns:
-        What was verified about it, the package in its folder, and where it was looked up.
-    """
-    if folder := named_folder(request.reference):
-        store = open_reader(request.registry) if request.registry else None
-        resolved = _open_folder(folder, request.terms(local=True), store)
-        return resolved, resolved.package, store.url if store else str(folder)
-    store = open_reader(request.registry or ARTIFACTS)
-    resolved = resolve(store, request.reference, request.terms(local=store.local))
-    return resolved, fetch(store, resolved), store.url
-
-
-def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
-    """A package in a folder, every byte verified.
-
-    The folder is that of a folder registry, with `<folder>.statements` beside it, or what a pull
-    left, with `statements/`, `engine/model.sig` and `pull.json` in it. A store is asked for newer
-    statements about it.
-    """
-    beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
-    published = beside.is_dir()
-    package = verify_package(folder) if published else verify_layout(folder)
-    found: list[RawStatement] = []
-    if store is not None:
-        with contextlib.suppress(NotFoundError):
-            found = store.read_statements(Place.of(reference_of(package)))
-    found += read_statements(beside if published else folder / STATEMENTS)
-    statements = {one.name: one for one in found}
-    resolved = examine_package(package, list(statements.values()), terms, str(folder))
-    check_model_signature(folder, resolved)
-    return resolved
-
-
-def named_folder(target: str) -> Path | None:
-    """The folder that was named; None for a reference.
-
-    A reference has no leading dot or slash, and never names a folder with a manifest by accident.
-    """
-    path = Path(target).expanduser()
-    if target.startswith((".", "/", "~")) or (path / MANIFEST).exists():
-        return path.resolve()
-    return None

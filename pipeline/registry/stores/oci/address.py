@@ -26,8 +26,6 @@ from pipeline.registry.reference import check_part
 from pipeline.registry.store import Place, is_statement_name
 from pipeline.registry.stores.oci.transport import is_loopback
 
-MAX_TAG = 128
-"""Characters (distribution-spec 1.1, "Pulling manifests")."""
 _MAX_REPOSITORY = 255
 """Characters, host included (distribution-spec 1.1, "Pulling manifests")."""
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -70,23 +68,18 @@ def parse_address(url: str, plain_http: bool | None) -> Address:
     Without TLS if `plain_http`; None means only where the host is this machine.
     """
     parts = urlsplit(url)
-    try:
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise RecipeError(
-            [Fault("registry", f"{url!r} is not an OCI registry: {error}")]
-        ) from error
-    prefix = parts.path.strip("/")
+    host, prefix, fault = parts.hostname or "", parts.path.strip("/"), ""
     netloc = f"[{host}]" if ":" in host else host
-    if port is not None:
-        netloc += f":{port}"
-    fault = ""
+    try:
+        netloc += "" if parts.port is None else f":{parts.port}"
+    except ValueError as error:
+        fault = f"{url!r} is not an OCI registry: {error}"
     if "@" in parts.netloc:
         fault = (
             "an oci:// URL has no user and no password: set ENGINESMITH_OCI_USERNAME and "
             "ENGINESMITH_OCI_PASSWORD, or use `docker login`"
         )
-    elif parts.scheme != "oci" or not host or parts.query or parts.fragment:
+    elif not fault and (parts.scheme != "oci" or not host or parts.query or parts.fragment):
         fault = f"{url!r} is not an OCI registry; write oci://HOST[:PORT]/REPOSITORY"
     elif prefix and not _REPOSITORY.fullmatch(prefix):
         fault = (
@@ -134,14 +127,3 @@ def parse_statement_tag(tag: str) -> tuple[str, str] | None:
 def move_tag(variant: str, digest: str) -> str:
     """The tag of a move by its SHA-256 (hex); without it, what they all start with."""
     return f"{check_part('variant', variant)}_move-{digest[:40]}"
-
-
-def channel_tag(variant: str, channel: str, card: str) -> str:
-    """The tag of the image that a channel means: `<variant>_<channel>.<card>`.
-
-    Where that has more than 128 characters, the first 16 digits of the card's SHA-256 stand for
-    the card.
-    """
-    start = f"{check_part('variant', variant)}_{check_part('channel', channel)}."
-    tag = start + check_part("card", card)
-    return tag if len(tag) <= MAX_TAG else start + hashlib.sha256(card.encode()).hexdigest()[:16]

@@ -101,12 +101,7 @@ class OciRegistry:
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """One repository of a registry, to read.
-
-    Attributes:
-        transport: The way there.
-        name: Such as `engines/phi3`; empty for the registry itself, which has a catalog only.
-    """
+    """One repository of a registry, to read: `engines/phi3`, or empty, which has a catalog only."""
 
     transport: Transport
     name: str
@@ -140,9 +135,8 @@ class Repository:
         if document is None:
             raise NotFoundError(f"{self} has no {artifact_type} {reference}")
         manifest = image.parse(image.Manifest, document, f"{self}:{reference}")
-        if manifest.artifact_type != artifact_type:
-            wrong = manifest.artifact_type
-            raise CorruptError(f"{self}:{reference} is of type {wrong!r}; remove it")
+        if (kind := manifest.artifact_type) != artifact_type:
+            raise CorruptError(f"{self}:{reference} is of type {kind!r}; remove it")
         return {blob.annotation(image.TITLE): blob for blob in manifest.layers}
 
     def content(self, reference: str, artifact_type: str, file: str) -> bytes:
@@ -229,14 +223,7 @@ def _listing(reply: Reply) -> image.Listing:
 
 @dataclass(frozen=True, kw_only=True)
 class OciStore:
-    """`pipeline.registry.store.Store`, in an OCI registry.
-
-    Attributes:
-        url: For messages.
-        public: Whether everybody can read it.
-        address: What of the registry is ours.
-        transport: The way there.
-    """
+    """`pipeline.registry.store.Store`, in an OCI registry."""
 
     url: str
     public: bool
@@ -281,8 +268,8 @@ class OciStore:
         if offset >= stop:
             yield iter(())
             return
-        blob = self.repository(place.name).open_blob(digest, start + offset, start + stop)
-        with blob as chunks:
+        repository = self.repository(place.name)
+        with repository.open_blob(digest, start + offset, start + stop) as chunks:
             yield chunks
 
     def read_statements(
@@ -341,10 +328,10 @@ class OciStore:
         """Statement -> digest or tag."""
         found = self._referrers(place)
         if found is None:
-            known = names
-            if known is None:
-                known = self._tagged(place.name, place.variant).get(place, [])
-            found = {name: statement_tag(place, name) for name in known}
+            tagged = (
+                self._tagged(place.name, place.variant).get(place, []) if names is None else names
+            )
+            found = {name: statement_tag(place, name) for name in tagged}
         return {name: where for name, where in found.items() if names is None or name in names}
 
     def _names(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 Credentials come from ENGINESMITH_OCI_USERNAME and ENGINESMITH_OCI_PASSWORD for the registry that
 ENGINESMITH_OCI_HOST names, else from `auths` in Docker's `config.json` ($DOCKER_CONFIG, else
-~/.docker), which names hosts, too. Credential helpers are not called.
+~/.docker). Credential helpers are not called.
 
 They go to the host that they are for, and to its token service: the same host, or one of the same
 domain. They go in clear to this machine only. Nothing of them is ever logged or put into a message.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import ipaddress
 import json
 import os
@@ -32,13 +33,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.response import BaseHTTPResponse
 
-from pipeline.core.errors import (
-    AccessError,
-    CorruptError,
-    NotFoundError,
-    PipelineError,
-    TransientError,
-)
+from pipeline.core import errors
+from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci.image import parse
 
@@ -100,10 +96,7 @@ class _Token(BaseModel):
 class Authorizer:
     """Keeps the tokens of one registry; several threads may use it.
 
-    Attributes:
-        api: Start of the registry's URLs.
-        credentials: None for anonymous.
-        fetch: GET of a token service's URL with headers -> status and body.
+    `api` is the start of the registry's URLs; `fetch` a GET, URL and headers -> status and body.
     """
 
     api: str
@@ -194,12 +187,9 @@ class Request:
     """What to ask.
 
     Attributes:
-        method: HTTP method.
         repository: Such as `engines/phi3`; empty for the registry itself.
         path: Below the repository, or a URL that the registry gave.
         also: Statuses that are answers besides those from 200 to 299; all others raise.
-        headers: Besides ours.
-        body: What to send.
         push: It is a part of pushing, whatever its method.
     """
 
@@ -219,16 +209,15 @@ class Request:
         return "delete" if self.method == "DELETE" else "pull"
 
     @property
-    def verb(self) -> str:
-        """The same, for messages."""
-        return {"pull": "read from", "delete": "delete from"}.get(self.actions, "upload to")
-
-    @property
     def scope(self) -> str:
         """The same, as a token names it."""
         if not self.repository:
             return "registry:catalog:*"
         return f"repository:{self.repository}:{self.actions}"
+
+    def __str__(self) -> str:
+        verb = {"pull": "read from", "delete": "delete from"}.get(self.actions, "upload to")
+        return f"{verb} {self.repository}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,19 +348,16 @@ class Transport:
     def _fault(self, request: Request, response: BaseHTTPResponse) -> PipelineError:
         """What an unexpected status means."""
         status, stated = response.status, _stated(response)
-        message = (
-            f"cannot {request.verb} {request.repository}: {_shown(self._url(request))} answered "
-            f"{status}{stated}"
-        )
         if status in {401, 403}:
             return self._refused(request)
+        message = f"cannot {request}: {_shown(self._url(request))} answered {status}{stated}"
         what = "it may be read-only just now, or not delete (storage.delete.enabled)"
         for found, kind, advice in (
             (status in _BUSY or status >= 500, TransientError, "try again later"),
             # docker-registry 2.8 does not see a blob while another client uploads the same one
             # (tried 2026-11-25); others take a moment to see what was uploaded.
             ("MANIFEST_BLOB_UNKNOWN" in stated, _AgainError, "run the same command again"),
-            (status == 404, NotFoundError, "check the reference"),
+            (status == 404, errors.NotFoundError, "check the reference"),
             ("DIGEST_INVALID" in stated, CorruptError, "bytes were damaged, or a file changed"),
             (status == 405, AccessError, f"look at the registry's configuration: {what}"),
         ):
@@ -380,16 +366,14 @@ class Transport:
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
     def _refused(self, request: Request) -> AccessError:
-        what = f"{request.verb} {request.repository}"
-        return AccessError(f"{self.api} does not let {self._auth.who()} {what}; {_SET_THEM}")
+        return AccessError(f"{self.api} does not let {self._auth.who()} {request}; {_SET_THEM}")
 
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         with contextlib.closing(self._open("GET", url, headers)) as response:
             if response.status in _BUSY:
                 raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
-            return response.status, transfer.read_whole(
-                _chunks(response, url), _MAX_SMALL_BYTES, _shown(url)
-            )
+            chunks = _chunks(response, url)
+            return response.status, transfer.read_whole(chunks, _MAX_SMALL_BYTES, _shown(url))
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """Connections for a URL, through the proxy that the environment names for it."""
@@ -400,14 +384,10 @@ class Transport:
             proxy = ""
         key = (os.getpid(), proxy)
         if key not in self._pools:
-            pools = urllib3.ProxyManager(proxy) if proxy else urllib3.PoolManager()
+            make = functools.partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
             timeout = urllib3.Timeout(connect=transfer.CONNECT_S, read=transfer.SILENCE_S)
-            more = {
-                "maxsize": transfer.CONNECTIONS,
-                "blocksize": transfer.CHUNK_BYTES,
-                "timeout": timeout,
-            }
-            pools.connection_pool_kw |= more
+            size = transfer.CHUNK_BYTES
+            pools = make(maxsize=transfer.CONNECTIONS, blocksize=size, timeout=timeout)
             pools.pool_classes_by_scheme = transfer.timed_pools(HTTPConnection, HTTPSConnection)
             self._pools[key] = pools
         return self._pools[key]

@@ -35,7 +35,7 @@ from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci import image, registry
-from pipeline.registry.stores.oci.address import channel_tag, move_tag, statement_tag, version_tag
+from pipeline.registry.stores.oci.address import move_tag, statement_tag, version_tag
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
 from pipeline.registry.stores.oci.registry import CONTENT, OciStore, Repository
 from pipeline.registry.stores.oci.transport import Reply
@@ -57,6 +57,8 @@ LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 _BINARY = {"Content-Type": "application/octet-stream"}
 _EPOCH = "1970-01-01T00:00:00Z"
+_MAX_TAG = 128
+"""Characters (distribution-spec 1.1, "Pulling manifests")."""
 
 
 def tar_of(layer: Layer, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
@@ -138,6 +140,16 @@ def make_image(place: Place, manifest: bytes, config: bytes, layers: Sequence[De
             f"{image.MAX_DOCUMENT_BYTES} bytes; publish it to a folder or to S3"
         )
     return document
+
+
+def channel_tag(variant: str, channel: str, card: str) -> str:
+    """The tag of the image that a channel means: `<variant>_<channel>.<card>`.
+
+    Where that is too long, the first 16 digits of the card's SHA-256 stand for the card.
+    """
+    start = f"{check_part('variant', variant)}_{check_part('channel', channel)}."
+    tag = start + check_part("card", card)
+    return tag if len(tag) <= _MAX_TAG else start + hashlib.sha256(card.encode()).hexdigest()[:16]
 
 
 class WritableRepository(Repository):

@@ -12,7 +12,6 @@ import pytest
 from pipeline.core.errors import AccessError, RecipeError
 from pipeline.registry.store import Place
 from pipeline.registry.stores.oci.address import (
-    channel_tag,
     move_tag,
     parse_address,
     parse_statement_tag,
@@ -22,6 +21,7 @@ from pipeline.registry.stores.oci.address import (
 )
 from pipeline.registry.stores.oci.registry import OciRegistry
 from pipeline.registry.stores.oci.transport import Authorizer, Credentials, find_credentials
+from pipeline.registry.stores.oci.writing import channel_tag
 
 
 @pytest.mark.parametrize(
