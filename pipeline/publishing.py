@@ -13,8 +13,13 @@ from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
 from pipeline.core.workfolder import work_folder
-from pipeline.registry.client.deliver import SETTING, cache_entry, locked_cache
-from pipeline.registry.client.layout import move_into_place, settle_read_only
+from pipeline.registry.client.deliver import (
+    SETTING,
+    cache_entry,
+    locked_cache,
+    move_into_place,
+    settle_read_only,
+)
 from pipeline.registry.client.pull import fetch
 from pipeline.registry.disk import disk_errors, make_folders
 from pipeline.registry.package import is_throwaway, require_manifest_publishable

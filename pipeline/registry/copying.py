@@ -46,11 +46,8 @@ def copy(
 ) -> Copied:
     """Copy one package with everything that trusted keys stated about it.
 
-    Raises:
-        UntrustedError: The package is not signed by a key that is trusted in both places.
-        CorruptError: Its bytes are wrong, here or there.
-        RecipeError: Its licence forbids it to be there, or it is a rehearsal.
-        NotFoundError: There is no such package.
+    UntrustedError if its signer is not trusted in both places, RecipeError if its licence forbids
+    it to be there, or it is a rehearsal.
     """
     if source_url == target_url:
         raise RecipeError([Fault("--to", "is the same registry as --from; name another one")])

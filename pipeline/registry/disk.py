@@ -32,9 +32,7 @@ CHUNK_BYTES = 256 << 10
 def disk_errors(doing: str, setting: str = "") -> Iterator[None]:
     """Turn an `OSError` of the block into a TransientError, AccessError or other PipelineError.
 
-    Args:
-        doing: What was being done, for the message: `publish to artifacts`.
-        setting: What names another folder; empty if the caller's user knows.
+    `doing` is for the message, `publish to artifacts`; `setting` is what names another folder.
     """
     try:
         yield

@@ -41,14 +41,7 @@ engine takes minutes, and accepting one takes hours at most."""
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What stays.
-
-    Attributes:
-        keep_days: Versions about which something was signed since; in days, a day at least.
-        history: Packages of each channel: 1 is the one that it points to, 2 also the one before.
-        pins: Versions that stay whatever else is so.
-        damaged: Damaged ones may go.
-    """
+    """What stays; see the module. `history` of 1 is the package that a channel points to."""
 
     keep_days: float = 30.0
     history: int = 2
@@ -68,14 +61,7 @@ class Fate:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What was found, and done.
-
-    Attributes:
-        fates: Of every version, sorted by place.
-        leftovers: Of interrupted publications and earlier removals, in words.
-        removed: Versions that are gone now.
-        freed_bytes: What their files have; a later collection frees it.
-    """
+    """What was found, and done; a later collection frees the bytes."""
 
     fates: tuple[Fate, ...]
     leftovers: tuple[str, ...]
@@ -86,12 +72,7 @@ class Collected:
 def collect(
     store: WritableStore, policy: TrustPolicy, rules: Rules, *, delete: bool = False
 ) -> Collected:
-    """Decide about every version, and remove those that may go if `delete` says so.
-
-    Raises:
-        AccessError: Not readable, or not writable.
-        TransientError: The connection broke; what is gone is gone, and the rest is as it was.
-    """
+    """Decide about every version, and remove those that may go if `delete` says so."""
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
     # Looking once reads many versions, and most of it never changes.
     reader = remembering(store)

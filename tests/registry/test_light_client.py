@@ -18,8 +18,8 @@ _STORES = {
     "s3": "pipeline.registry.stores.s3",
     "oci": "pipeline.registry.stores.oci.registry",
 }
-_MOST_LINES = {"folder": 5400, "s3": 5650, "oci": 6300}
-"""What it is today, so that it grows no more; of OCI the aim is 6,000, too."""
+_MOST_LINES = {"folder": 5200, "s3": 5650, "oci": 6000}
+"""What it is today, so that it grows no more."""
 
 _SCRIPT = """
 import importlib, json, sys

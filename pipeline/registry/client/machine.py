@@ -45,7 +45,7 @@ class Facts:
         card: As NVML calls it, spaces as dashes.
         vram_bytes: Free device memory if it was probed; else what was given, or the card's own.
         cuda: Newest CUDA that the driver serves, such as `13.0`.
-        origins: Fact -> where it comes from; has every fact that is known.
+        origins: Of every fact that is known.
     """
 
     sm: int | None = None
@@ -136,7 +136,7 @@ def _probe(visible: str | None) -> dict[str, Any]:
             cards = sorted({card_name(nvml.nvmlDeviceGetName(device)) for device in devices})
             if len(cards) > 1:
                 raise _fault("--gpu", f"this machine has {', '.join(cards)}; say which with --gpu")
-            if any(_split(nvml, device) for device in devices):
+            if any(_is_split(nvml, device) for device in devices):
                 advice += ", and --vram"
                 raise IncompatibleError(f"{cards[0]} is split by MIG, and a part is not the card")
             return {
@@ -150,7 +150,7 @@ def _probe(visible: str | None) -> dict[str, Any]:
         raise IncompatibleError(f"{error}; {advice}") from None
 
 
-def _split(nvml: Any, device: Any) -> bool:
+def _is_split(nvml: Any, device: Any) -> bool:
     try:
         return bool(nvml.nvmlDeviceGetMigMode(device)[0])
     except nvml.NVMLError:  # a card that cannot be split

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.core.values import Package
-from pipeline.registry.client.layout import (
+from pipeline.registry.client.deliver import (
     SIGNATURE,
     STATEMENTS,
     STATEMENTS_SUFFIX,

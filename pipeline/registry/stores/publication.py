@@ -73,10 +73,7 @@ class WritableStore(Store, Protocol):
     """Writes, too."""
 
     def check_writable(self) -> None:
-        """Find out, before any work, whether packages can be published here; leaves no trace.
-
-        AccessError, which says what to change, if not, or if it cannot create exclusively.
-        """
+        """Find out, before any work, whether packages can be published here; AccessError if not."""
         ...
 
     def create_identity(self) -> str:
@@ -89,11 +86,7 @@ class WritableStore(Store, Protocol):
         """Make a sealed package visible, whole and for ever; False if it was there.
 
         After an interruption the same call completes what was begun, whole file by whole file.
-
-        Raises:
-            CorruptError: A file is not what the manifest says, here or in the store.
-            ConflictError: Another manifest lies under this version.
-            TransientError: No space, or the connection broke.
+        ConflictError if another manifest lies under this version.
         """
         ...
 
@@ -113,10 +106,7 @@ class WritableStore(Store, Protocol):
         ...
 
     def delete_package(self, place: Place) -> int:
-        """Remove a version's manifest, so that it is gone for readers; bytes that this will free.
-
-        Its files stay for readers who are at it; `leftovers` removes them a day later.
-        """
+        """Remove a version's manifest, so that it is gone for readers; bytes that this will free."""
         ...
 
     def now_s(self) -> float:
@@ -155,11 +145,7 @@ def check_statement(statement: RawStatement) -> None:
 
 
 def require_same(there: bytes | None, data: bytes, url: str, what: Place | str) -> None:
-    """Stop if other bytes lie under a version (a `Place`) or a statement, or if none can be read.
-
-    Raises:
-        ConflictError: They do.
-    """
+    """ConflictError if other bytes lie under a version (a `Place`) or a statement."""
     if there != data:
         advice = "statements are only ever added: sign this one again, for another name"
         if isinstance(what, Place):
@@ -185,8 +171,7 @@ class WritableObjects(Objects, Protocol):
     def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
         """Write a file of a package, hashed on its way, in place of what was there.
 
-        CorruptError if it is not what `file` says, when nothing of it shows, or if the store does
-        not have it as it was sent.
+        CorruptError if it is not what `file` says, here or as the store has it.
         """
         ...
 

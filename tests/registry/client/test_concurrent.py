@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.client.layout import verify_layout
+from pipeline.registry.client.deliver import verify_layout
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
 from tests.registry.client.faulty_store import FaultyStore
 from tests.registry.client.kills import killed_after, points

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.values import FileDigest
+from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.client.download import RECORD
-from pipeline.registry.client.layout import verify_layout
 from tests.registry.client.conftest import CHUNK_BYTES, QUICK, Shop, noise
 from tests.registry.client.faulty_store import (
     Fault,

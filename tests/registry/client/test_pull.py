@@ -20,7 +20,7 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.registry import pull
-from pipeline.registry.client.layout import verify_layout
+from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.client.pull import run
 from pipeline.registry.store import Place
 from pipeline.registry.trust.signing import write_key_pair

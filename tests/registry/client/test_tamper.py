@@ -16,7 +16,7 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.values import Reference
-from pipeline.registry.client.layout import verify_layout
+from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.store import ENVELOPE, Place
 from pipeline.registry.stores import package_dir
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, noise

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.values import Package
-from pipeline.registry.client.layout import verify_layout
+from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.stores.publication import WritableStore
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
 from tests.registry.client.kills import counted_steps, killed_at, seeded_steps

@@ -115,11 +115,7 @@ class Authorizer:
             return self._tokens.get(scope)
 
     def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
-        """Get what a 401 asks for, by its `WWW-Authenticate`; False if that was offered already.
-
-        Raises:
-            AccessError: No token for us, or the registry wants a password in clear.
-        """
+        """Get what a 401 asks for, by its `WWW-Authenticate`; False if that was offered already."""
         kind, _, rest = challenge.partition(" ")
         if self.credentials is not None and not keeps_secrets(self.api):
             raise AccessError(f"{self.api} wants credentials in clear; use a registry with TLS")
@@ -246,11 +242,7 @@ class Transport:
     def ask(self, request: Request, limit_bytes: int) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
 
-        Raises:
-            AccessError: Not allowed.
-            NotFoundError: 404, which was not expected.
-            CorruptError: Longer than `limit_bytes`, or the server says our bytes are damaged.
-            TransientError: Still no answer after `ATTEMPTS`.
+        CorruptError if it is longer than `limit_bytes`, or the server says our bytes are damaged.
         """
         for attempt in range(1, transfer.ATTEMPTS):  # a reply that breaks off is like none
             with contextlib.suppress(_AgainError):

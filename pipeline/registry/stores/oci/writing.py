@@ -62,11 +62,7 @@ _MAX_TAG = 128
 
 
 def tar_of(layer: Layer, package_dir: Path, manifest: bytes) -> Iterator[bytes]:
-    """A layer's tar, in chunks; never all of it in memory.
-
-    Raises:
-        CorruptError: A file is not what the manifest says; when its last byte has been read.
-    """
+    """A layer's tar, in chunks; CorruptError if a file is not what the manifest says."""
     for member in layer.members:
         yield member.header
         if member.file.path == MANIFEST:
@@ -119,11 +115,7 @@ def image_config(layers: Sequence[Descriptor]) -> bytes:
 
 
 def make_image(place: Place, manifest: bytes, config: bytes, layers: Sequence[Descriptor]) -> bytes:
-    """The image manifest.
-
-    Raises:
-        PipelineError: It lists more files than an image can.
-    """
+    """The image manifest; PipelineError if it lists more files than an image can."""
     document = document_of(
         artifact_type=image.ARTIFACT_TYPE,
         config=describe(config, CONFIG_TYPE),
@@ -161,11 +153,7 @@ class WritableRepository(Repository):
         self.ask("PUT", f"manifests/{reference}", headers=kind, body=document)
 
     def delete_manifest(self, digest: str) -> None:
-        """Remove a manifest and its tags, if it is there.
-
-        Raises:
-            AccessError: The registry is not set to delete.
-        """
+        """Remove a manifest and its tags, if it is there."""
         self.ask("DELETE", f"manifests/{digest}", also=(404,))
 
     def has_blob(self, blob: Descriptor) -> bool:
@@ -195,12 +183,7 @@ class WritableRepository(Repository):
     def upload(
         self, blob: Descriptor, content: Callable[[], Iterator[bytes]], on_bytes: OnBytes
     ) -> None:
-        """Upload a large blob; after a fault `content` begins anew and the progress steps back.
-
-        Raises:
-            CorruptError: The registry got other bytes.
-            TransientError: It broke `ATTEMPTS` times.
-        """
+        """Upload a large blob; after a fault `content` begins anew and the progress steps back."""
         for attempt in range(1, transfer.ATTEMPTS + 1):
             location, offset = self._begin_upload(), 0
             try:
@@ -221,12 +204,7 @@ class WritableRepository(Repository):
                 raise
 
     def check_upload(self) -> None:
-        """Begin an upload and give it up.
-
-        Raises:
-            AccessError: Not allowed.
-            NotFoundError: The registry wants repositories to be made beforehand.
-        """
+        """Begin an upload, and give it up; NotFoundError without a repository made beforehand."""
         location = self._begin_upload()
         with contextlib.suppress(TransientError, NotFoundError, AccessError):
             self._cancel_upload(location)
@@ -257,11 +235,7 @@ class WritableRepository(Repository):
         self.ask("DELETE", location, also=(404, 405, 416), push=True)
 
     def _location(self, reply: Reply) -> str:
-        """Where an upload goes on: at the registry itself, never another host.
-
-        Raises:
-            AccessError: The reply does not say, or names another host.
-        """
+        """Where an upload goes on: at the registry itself, never another host."""
         if "Location" not in reply.headers:
             raise AccessError(f"{self} does not say where an upload goes; is it an OCI registry?")
         url = urljoin(reply.url, reply.headers["Location"])
