@@ -48,13 +48,10 @@ class Pointer:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One published version.
+    """One published version, with the channels that point to it.
 
-    Attributes:
-        place: Where it lies.
-        resolved: What was verified, of a yanked one, too; None if it cannot be used.
-        fault: Why it cannot: damaged (`corrupt`), untrusted or revoked; empty if it can.
-        pointers: Channels that point to it.
+    `resolved` is what was verified, of a yanked one, too; None if it cannot be used, and `fault`
+    says why: damaged (`corrupt`), untrusted or revoked.
     """
 
     place: Place

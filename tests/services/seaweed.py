@@ -15,7 +15,6 @@ import secrets
 import shutil
 import socket
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,17 +138,6 @@ def running_server(folder: Path) -> Iterator[SeaweedServer]:
     finally:
         for part, port in ports.items():  # it does not ask where such files may lie
             Path(f"/tmp/seaweedfs-{part}-grpc-{port + _GRPC}.sock").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def session_server() -> Iterator[SeaweedServer]:
-    """`running_server` in a folder of its own that is removed; the body of a session's fixture."""
-    folder = Path(tempfile.mkdtemp(prefix="seaweed-"))
-    try:
-        with running_server(folder) as server:
-            yield server
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _binary() -> str:

@@ -303,10 +303,7 @@ def is_pulled(to: Path, digest: str) -> bool:
 
 
 def copy_files(files: Sequence[FileDigest], source: Path, target: Path) -> None:
-    """Copy the files of a package that this process has just verified.
-
-    By the kernel: it shares the blocks where it can.
-    """
+    """Copy files that this process has just verified, by the kernel: it shares blocks if it can."""
 
     def copy(file: FileDigest) -> None:
         (target / file.path).parent.mkdir(parents=True, exist_ok=True)

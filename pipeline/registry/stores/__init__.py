@@ -29,7 +29,7 @@ class Registry(Protocol):
     """A registry as a recipe names it; opening it reads nothing."""
 
     def reader(self) -> Store:
-        """Where it keeps its packages; without what only a publisher needs."""
+        """Where it keeps its packages, to read."""
         ...
 
     def store(self) -> WritableStore:
@@ -43,21 +43,16 @@ def open_reader(url: str) -> Store:
 
 
 def open_store(url: str) -> WritableStore:
-    """The store that a URL names, such as a folder or `s3://BUCKET/PREFIX`; nothing is read yet.
-
-    What else a store needs comes from its environment variables (see each). RecipeError if it is
-    no such URL.
-    """
+    """The store that a URL names, such as `s3://BUCKET/PREFIX`; RecipeError if it names none."""
     return _registry(url).store()
 
 
 def _registry(url: str) -> Registry:
     kinds = marked_modules(__name__, "KIND", "registry")
-    made: Registry
-    if folder := folder_of(url):
-        made = read_mark(kinds["folder"], "KIND")(path=folder)
-        return made
     scheme = urlsplit(url).scheme
+    if folder := folder_of(url):
+        made: Registry = read_mark(kinds["folder"], "KIND")(path=folder)
+        return made
     if scheme == "folder" or scheme not in kinds:
         known = " or ".join(f"{kind}://..." for kind in kinds if kind != "folder")
         fault = f"{url!r} is not a registry; write a folder, file:///PATH, {known}"

@@ -47,11 +47,7 @@ _TRIES = 3
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class FolderRegistry:
-    """A registry in a folder, as a recipe names it.
-
-    Attributes:
-        path: The root; made when something is published.
-    """
+    """A registry in a folder, as a recipe names it; made when something is published."""
 
     path: PathField
 

@@ -106,7 +106,7 @@ class WritableStore(Store, Protocol):
         ...
 
     def delete_package(self, place: Place) -> int:
-        """Remove a version's manifest, so that it is gone for readers; bytes that this will free."""
+        """Remove a version's manifest, so that it is gone for readers; bytes that this frees."""
         ...
 
     def now_s(self) -> float:

@@ -168,12 +168,7 @@ def parse_address(url: str) -> tuple[str, str]:
 class S3Objects:
     """`WritableObjects` of `pipeline.registry.stores.publication`, in a bucket.
 
-    Attributes:
-        url: For messages.
-        bucket: Its name.
-        root: What all our keys start with: empty, or it ends in `/`.
-        public: Read without credentials, if there are none.
-        part_bytes: Size of the parts of a large file, unless it needs larger ones.
+    `root` is what all our keys start with: empty, or it ends in `/`.
     """
 
     url: str

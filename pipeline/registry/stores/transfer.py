@@ -1,10 +1,9 @@
 """One deadline and one floor for everything that goes over a network.
 
-A server that is silent, or that sends a byte now and then, would hold a command for ever: the
-timeout of a socket begins anew with every byte. So a body must come at `FLOOR_BYTES_PER_S` on
-average of each `WINDOW_S` that we waited for it, and the head of a reply must be there when the
-request could have been sent at that pace, plus `SILENCE_S`. A violation is a TransientError; who
-reads a large file goes on where it broke off.
+The timeout of a socket begins anew with every byte, so a server that sends one now and then would
+hold a command for ever. So a body must come at `FLOOR_BYTES_PER_S` on average of each `WINDOW_S`
+that we waited for it, and the head of a reply must be there when the request could have been sent
+at that pace, plus `SILENCE_S`. A violation is a TransientError.
 """
 
 from __future__ import annotations

@@ -51,10 +51,7 @@ class Found:
 
 
 class Objects(Protocol):
-    """Objects by key, relative to the registry; several threads may use it at once.
-
-    Every method may raise AccessError (refused) and TransientError (try again).
-    """
+    """Objects by key, relative to the registry; several threads may use it at once."""
 
     @property
     def url(self) -> str:
@@ -117,13 +114,7 @@ def parse_key(key: str) -> tuple[Place, str] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class TreeStore:
-    """`pipeline.registry.store.Store`, over any `Objects`.
-
-    Attributes:
-        objects: Where its files lie.
-        public: Whether everybody can read it.
-        local: Whether what lies there was published on this machine, in a folder.
-    """
+    """`pipeline.registry.store.Store`, over any `Objects`."""
 
     objects: Objects
     public: bool = False

@@ -6,6 +6,7 @@ What is missing on this machine fails, never skips.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from tests.registry.stores.faulty import running
 from tests.registry.stores.oci.server import FakeRegistry
 from tests.registry.stores.s3_server import BUCKET, MemoryS3
 from tests.services.docker_registry import RunningRegistry, running_server
-from tests.services.seaweed import SeaweedServer, session_server
+from tests.services.seaweed import SeaweedServer
+from tests.services.seaweed import running_server as running_s3
 
 STORES = [
     "folder",
@@ -81,7 +83,8 @@ def memory_s3_store(memory_s3: MemoryS3) -> WritableStore:
 @pytest.fixture(scope="session")
 def seaweed() -> Iterator[SeaweedServer]:
     """A real S3 server; starts once."""
-    with session_server() as server:
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its sockets want short paths
+    with folder as path, running_s3(Path(path, "server")) as server:
         yield server
 
 

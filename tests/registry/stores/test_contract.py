@@ -64,23 +64,6 @@ def test_other_bytes_of_the_same_build_are_another_version(
     assert place_of(package).version[:13] == place_of(other).version[:13]
 
 
-def test_a_manifest_that_lies_under_another_version_is_corrupt(
-    store: WritableStore, package: Package
-) -> None:
-    store.put_package(package, [], lambda _: None)
-    place = place_of(package)
-
-    class Lying:
-        url = "a store"
-
-        def read_manifest(self, asked: Place) -> bytes:
-            return store.read_manifest(place)
-
-    wrong = Place(name=place.name, variant=place.variant, version=f"2.0{place.version[3:]}")
-    with pytest.raises(CorruptError, match="wrong place"):
-        manifest_at(Lying(), wrong)  # type: ignore[arg-type]
-
-
 def test_a_file_that_changed_since_it_was_sealed_is_not_published(
     store: WritableStore, package: Package
 ) -> None:

@@ -98,12 +98,6 @@ def test_refusals_say_what_to_do(
     assert "secret-of-the-test" not in str(caught.value)
 
 
-def test_a_server_that_is_not_there_is_transient(server: MemoryS3) -> None:
-    server.server_close()
-    with pytest.raises(TransientError, match="check the endpoint"):
-        S3Registry(url="s3://bucket/x").store().places()
-
-
 def portal(handler: Handler) -> None:
     """A network that wants a login answers everything with its page."""
     handler.answer(200, b"<html><body>Log in</body></html>", "text/html")

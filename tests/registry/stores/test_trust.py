@@ -15,7 +15,6 @@ from pipeline.registry.promotion import channels_of
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
 from pipeline.registry.store import ENVELOPE, RawStatement
-from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.signing import generate_key, place_fields, sign_package, sign_statement
 from pipeline.registry.trust.verification import Terms
@@ -89,20 +88,6 @@ def test_a_yank_counts_and_is_undone_beside_junk(team: Team) -> None:
             team.examine(package)
         assert team.yank(package, undo=True)[1]
         assert team.examine(package).yank is None
-
-
-def test_a_channel_log_copied_to_another_registry_moves_nothing_there(
-    team: Team, tmp_path: Path
-) -> None:
-    package = team.publish(verdict="accepted")
-    team.enter(package, card=CARD)
-    target = FolderRegistry(path=tmp_path / "production").store()
-    target.put_package(package, team.store.read_statements(place_of(package)), lambda _: None)
-    variant = place_of(package).variant
-    for data in team.store.read_moves("tiny", variant):
-        target.put_move("tiny", variant, data)
-    assert channels_of(team.store, team.policy, "tiny")
-    assert channels_of(target, team.policy, "tiny") == []
 
 
 def test_simultaneous_promoters_leave_one_channel_that_every_reader_sees_alike(team: Team) -> None:
