@@ -17,7 +17,6 @@ VARIANT = "sm89-trtrtx-fp8-b8-s1024"
 
 
 APACHE = Licence(spdx="Apache-2.0", files=("LICENSE",))
-LICENCE = Licence(spdx="Apache-2.0", files=("LICENSE",))
 RUNTIME = ("tensorrt-rtx", "1.7.1.116")
 FILES = {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
 

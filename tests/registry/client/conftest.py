@@ -91,23 +91,9 @@ class Shop:
         shutil.rmtree(folder)
         reference = reference_of(package)
         if verdict is not None:
-            self.judge(reference, verdict, card, runtime)
-            self.point(reference, card, channel)
+            self.team.test(reference, verdict, card, runtime)
+            self.team.releasing().move(reference, channel, card)
         return reference
-
-    def judge(
-        self,
-        reference: Reference,
-        verdict: VerdictName = "accepted",
-        card: str = CARD,
-        runtime: tuple[str, str] = RUNTIME,
-    ) -> None:
-        """Add a signed verdict."""
-        self.team.test(reference, verdict, card, runtime)
-
-    def point(self, reference: Reference, card: str = CARD, channel: str = "stable") -> None:
-        """Let a channel point to a package, whatever it is."""
-        self.team.releasing().move(reference, channel, card)
 
     def yank(self, reference: Reference, *, undo: bool = False) -> None:
         """Yank a package, or undo that."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.errors import TransientError
 from pipeline.core.values import FileDigest
-from pipeline.registry.store import Place, RawStatement, Store
+from pipeline.registry.store import Place, Store
 
 Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]
 """(chunks of the real store, file, offset) -> what the client gets."""
@@ -34,15 +34,10 @@ class FaultyStore:
     local: bool = True
     opened: list[tuple[str, int, int | None]] = field(default_factory=list)
     sent_bytes: int = 0
-    small_requests: int = 0
     _lock: Any = field(default_factory=threading.Lock)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
-
-    def read_manifest(self, place: Place) -> bytes:
-        self._count()
-        return self.store.read_manifest(place)
 
     @contextlib.contextmanager
     def open_file(
@@ -53,20 +48,6 @@ class FaultyStore:
             fault = self.faults.pop(0) if self.faults else self.always
         with self.store.open_file(place, file, offset, end) as chunks:
             yield self._counted(chunks if fault is None else fault(chunks, file, offset))
-
-    def read_statements(
-        self, place: Place, names: Collection[str] | None = None
-    ) -> list[RawStatement]:
-        self._count()
-        return self.store.read_statements(place, names)
-
-    def read_statement(self, place: Place, name: str) -> RawStatement:
-        self._count()
-        return self.store.read_statement(place, name)
-
-    def _count(self) -> None:
-        with self._lock:
-            self.small_requests += 1
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
