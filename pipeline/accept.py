@@ -2,8 +2,7 @@
 
     find, verify, compose for this card, measure, sign, add the statement
 
-The package is only read. What comes of it is one signed statement beside it, for the card that is
-in this machine, whether it passed or not.
+The package is only read. One signed statement comes beside it, whether it passed or not.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class AcceptRequest:
 
     Attributes:
         target: A reference, or the folder of a package.
-        publish: Add the statement to the registry; without it only a registry in a folder of this
-            machine gets it.
+        publish: Add the statement to a registry that is no folder of this machine too.
         recipe: Its name; None for the package's own.
         environ: Names the key to sign with and whom to believe.
     """
@@ -82,7 +80,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     )
     publisher = publisher_of(request, target, run_dir.name)
     resolved, package, _ = open_target(wanted)
-    job = composed(request, package, target)
+    job = compose(request, package, target)
     recipe: Recipe = job.value
     plan = plan_of(recipe)
     refuse(plan)
@@ -110,12 +108,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
 
 
 def publisher_of(request: AcceptRequest, target: Target, run: str) -> Publisher | None:
-    """What adds the result to the registry; None if it is to be added nowhere.
-
-    Raises:
-        RecipeError: There is no key to sign with.
-        UntrustedError: The policy does not let it sign verdicts.
-    """
+    """What adds the result to the registry, with a key that may; None if it is added nowhere."""
     store = open_store(request.registry)
     if named_folder(request.target) or not (request.publish or store.local):
         return None
@@ -125,8 +118,7 @@ def publisher_of(request: AcceptRequest, target: Target, run: str) -> Publisher 
 
 def this_card() -> Target:
     """What is known of the card in this machine; refused without one, or where nothing is."""
-    found = read_conditions()
-    if found is None:
+    if (found := read_conditions()) is None:
         raise IncompatibleError(
             "accept measures a package on this machine's GPU, and NVML shows this process none; "
             "run it on a machine with the card (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
@@ -140,7 +132,7 @@ def this_card() -> Target:
     return target
 
 
-def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
+def compose(request: AcceptRequest, package: Package, target: Target) -> Job:
     """The package's recipe, for this card and for what runs its format there."""
     folders, name = config_folders(request.config_dir), str(package.manifest["name"])
     if request.recipe is None and name not in folders.recipe_names():
@@ -160,19 +152,14 @@ def composed(request: AcceptRequest, package: Package, target: Target) -> Job:
     }
     given = {override.split("=")[0] for override in request.overrides}
     overrides = [f"{key}={value}" for key, value in implied.items() if key not in given]
-    return load(
-        request.recipe or name,
-        [*overrides, *request.overrides],
-        folders=folders,
-    )
+    return load(request.recipe or name, [*overrides, *request.overrides], folders=folders)
 
 
 def same_weights(recipe: Recipe, package: Package) -> Weights:
     """The source that the package was made from, fetched again to be compared with.
 
     Raises:
-        RecipeError: The recipe cannot judge this package: another model, other text, no room.
-        CorruptError: The recipe's source is not the package's.
+        CorruptError: The recipe's source is another.
     """
     weights = fetch(recipe)
     wanted = package.manifest["source"]["digest"]

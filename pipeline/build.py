@@ -43,8 +43,7 @@ def build(
 ) -> Outcome:
     """Build, check, sign and publish one recipe; a missed target is an outcome.
 
-    `config` is the recipe as plain values, of which acceptance's key is made; `environ` names the
-    key to sign with and whom to believe.
+    `config`: the recipe as plain values; `environ` names the key to sign with and whom to believe.
     """
     begun = datetime.now(UTC)
     plan = plan_of(recipe)
@@ -93,11 +92,7 @@ def build(
 
 
 def publisher_of(recipe: Recipe, run_dir: Path, environ: Mapping[str, str]) -> Publisher:
-    """What publishes the package, known to be able and allowed to.
-
-    Raises:
-        PipelineError: The registry cannot be written, the licence forbids it, or the key may not.
-    """
+    """What publishes the package; refused if registry, licence or policy do not let it."""
     store = recipe.registry.store()
     require_publishable(recipe.source.terms, public=store.public)
     signatory = signatory_for(environ, run_dir.name, own_folder=store.local)
@@ -164,11 +159,7 @@ def variant_of(recipe: Recipe) -> str:
 
 
 def fetch(recipe: Recipe) -> Weights:
-    """The weights, once they are known to be the model that the recipe planned with.
-
-    Raises:
-        RecipeError: Another model, or text that cannot judge it.
-    """
+    """The weights; refused if they are another model than planned, or the text does not fit."""
     recipe.acceptance.check_inputs(
         recipe.shape, recipe.compiler.limits.max_seq_len, recipe.runner.device
     )

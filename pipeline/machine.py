@@ -13,7 +13,9 @@ from pipeline.plan import Plan
 
 log = logging.getLogger(__name__)
 
-_BUILDER = ("torch", "transformers", "modelopt", "safetensors", "numpy", "psutil")
+_BUILDER = (
+    "torch", "transformers", "modelopt", "safetensors", "numpy", "psutil", "jinja2", "matplotlib",
+)  # fmt: skip
 
 
 def require_builder(engine_format: str) -> None:

@@ -7,11 +7,10 @@ What drifts (clocks, heat, the host's other work) hits both runs of a round alik
 taken within each round, and the median over rounds is the result. Its interval is the percentile
 bootstrap of that median (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 
-Peers are the source weights in vLLM and in Transformers. Two processes share one card: vLLM
-measures the card's free memory while it loads and takes what another process frees meanwhile for
-its own. `--kv-cache-memory-bytes` sets the cache and skips that (`determine_available_memory`,
-v1/worker/gpu_worker.py, 0.24.0); what is left is a check that `--gpu-memory-utilization` of the
-card is free (`request_memory`, v1/worker/utils.py), so that share is small.
+Peers are the source weights in vLLM and in Transformers. Two processes share one card, so
+`--kv-cache-memory-bytes` sets vLLM's cache, which else takes what another process frees meanwhile
+(`determine_available_memory`, v1/worker/gpu_worker.py, 0.24.0), and `--gpu-memory-utilization`,
+then only checked to be free (`request_memory`, v1/worker/utils.py), is small.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ from pipeline.plan.ceilings import roofline
 from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.rehearse.shrink import on_random_weights
 from pipeline.runners.child import Timeouts
-from pipeline.runners.runner import Runner
 from pipeline.runners.session import Session
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Workload
@@ -59,7 +57,6 @@ VLLM_PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm-fp8": ("vLLM, its online FP8", ("--quantization", "fp8")),
 }
 """Name -> label, and how it differs from plain bfloat16."""
-CARD_PEERS = (*VLLM_PEERS, TRANSFORMERS)
 
 _CARD_LOADS = (1, 8, 64, 128), 128, 256
 _CPU_LOADS = (1, 8), 64, 64
@@ -76,8 +73,7 @@ LEVEL = 0.95
 DRAWS = 10_000
 """Draws of the bootstrap: the ends of the interval repeat to less than its width over a hundred."""
 MIN_ROUNDS = 3
-"""With fewer rounds there is no interval. With three it is their whole range: a median of three
-draws is the smallest of them in 26 % of all cases."""
+"""With fewer rounds there is no interval. With three it is their whole range."""
 _SEED = 20_251_125
 
 
@@ -99,7 +95,7 @@ class RaceRequest:
 
     @property
     def known_peers(self) -> tuple[str, ...]:
-        return (TRANSFORMERS,) if self.cpu else CARD_PEERS
+        return (TRANSFORMERS,) if self.cpu else (*VLLM_PEERS, TRANSFORMERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +110,7 @@ class RaceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A model in a runtime that an engine is compared with.
-
-    Attributes:
-        open: Loads it beside the engine; leaving the context frees it.
-        max_rounds: Most rounds with it, where it is slow.
-    """
+    """A model in a runtime beside the engine; `max_rounds` where it is slow."""
 
     name: str
     label: str
@@ -165,7 +156,7 @@ def race(request: RaceRequest) -> RaceResult:
                 vocab_size=recipe.shape.vocab_size,
                 seed=recipe.acceptance.seed,
             )
-    report, verdict = judged(recipe, engine, speed, failed, held)
+    report, verdict = judge_race(recipe, engine, speed, failed, held)
     files = write_report(report, verdict, request.out, plan=plan.to_json())
     return RaceResult(
         document=report.to_json(verdict), report=files[REPORT_FILE], verdict=verdict, failed=failed
@@ -173,26 +164,17 @@ def race(request: RaceRequest) -> RaceResult:
 
 
 def compose(request: RaceRequest) -> Recipe:
-    """The recipe with the compiler whose engines the race runs.
-
-    Raises:
-        RecipeError: It is wrong, or another compiler is asked for.
-    """
+    """The recipe with the compiler whose engines the race runs; no other may be asked for."""
     if any(override.split("=")[0] == "compiler" for override in request.overrides):
         fault = "a race chooses the compiler: checkpoint, or trtrtx with --cpu; leave it out"
         raise RecipeError([Fault("compiler", fault)])
     implied = ["compiler=trtrtx", "runner=onnxruntime"] if request.cpu else ["compiler=checkpoint"]
     folders = config_folders(request.config_dir)
-    loaded = load(request.recipe, [*implied, *request.overrides], folders=folders)
-    return loaded.value
+    return load(request.recipe, [*implied, *request.overrides], folders=folders).value
 
 
 def workloads_of(request: RaceRequest, recipe: Recipe) -> tuple[Workload, ...]:
-    """The workloads, held against the artifact's limits.
-
-    Raises:
-        RecipeError: With all faults of the command line.
-    """
+    """The workloads, held against the artifact's limits; refused with all faults."""
     limits = recipe.compiler.limits
     batches, isl, osl = _CPU_LOADS if request.cpu else _CARD_LOADS
     isl, osl = request.isl or isl, request.osl or osl
@@ -232,10 +214,7 @@ def contenders(
     engine: Engine,
     workloads: Sequence[Workload],
 ) -> tuple[AbstractContextManager[Session], Sequence[Peer]]:
-    """What opens the engine, and its peers.
-
-    On a card the artifact runs as its own manifest says how to serve it, with room for a peer.
-    """
+    """What opens the engine, on a card as its manifest says with room for a peer, and its peers."""
     from pipeline.runners.transformers import open_in_child, open_source
 
     if request.cpu:
@@ -306,8 +285,7 @@ def measure_pairs(
     vLLM 0.24.0), and what runs beside it would change its choice for good.
 
     Returns:
-        One entry of the report's `speed` for each workload that at least one pair ran; its `peers`
-        has, by name, the peer's label, figures and `ratio_of`. And what was not run, and why.
+        The report's `speed`, of the workloads that at least one pair ran; and what was not run.
     """
     runs: dict[str, list[SpeedSample]] = {load.name: [] for load in workloads}
     beside: dict[str, dict[str, Any]] = {load.name: {} for load in workloads}
@@ -344,28 +322,25 @@ def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict
         mine.output_tokens_per_s / other.output_tokens_per_s
         for mine, other in zip(ours, theirs, strict=True)
     ]
-    low, high = median_interval(ratios)
+    low, high = median_interval(ratios) if len(ratios) >= MIN_ROUNDS else (None, None)
     return {
         "median": round(statistics.median(ratios), 5),
-        "low": None if low is None else round(low, 5),
-        "high": None if high is None else round(high, 5),
+        "low": low,
+        "high": high,
         "level": LEVEL,
         "rounds": len(ratios),
     }
 
 
-def median_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Ends of the 95 % bootstrap interval of the median; None of fewer than `MIN_ROUNDS`."""
-    if len(values) < MIN_ROUNDS:
-        return None, None
-    rng = np.random.default_rng(_SEED)
-    drawn = rng.choice(np.asarray(values, np.float64), (DRAWS, len(values)))
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95 % bootstrap interval of the median."""
+    drawn = np.random.default_rng(_SEED).choice(np.asarray(values), (DRAWS, len(values)))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.median(drawn, axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    return round(float(low), 5), round(float(high), 5)
 
 
-def judged(
+def judge_race(
     recipe: Recipe,
     engine: Engine,
     speed: tuple[Mapping[str, Any], ...],
@@ -373,8 +348,7 @@ def judged(
     held: HeldCard | None,
 ) -> tuple[Report, Verdict]:
     """The report, and what acceptance's judge makes of it."""
-    target = recipe.target
-    runner: Runner = recipe.runner if held is None else vllm_of(recipe)
+    target, runner = recipe.target, recipe.runner if held is None else vllm_of(recipe)
     findings = [*spread_findings(speed, recipe.acceptance.max_spread)]
     findings += held.findings() if held else ()
     not_run = ["quality: a race measures speed only", *failed]

@@ -7,10 +7,14 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.core.errors import PipelineError
+
+if TYPE_CHECKING:
+    from tests.tiny_recipe import Workplace
 
 InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
 _OF_THE_MACHINE = (
@@ -53,6 +57,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         served = item.get_closest_marker("services") is not None
         group = "services" if served else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A place after one good build; tests only read it."""
+    from tests.tiny_recipe import make_workplace
+
+    place = make_workplace(tmp_path_factory.mktemp("built") / "place")
+    done = place.build()
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture(scope="session")
+def built_checkpoint(built: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A place after one good build of `QUICK`, which took its stages from the other's cache."""
+    from tests.tiny_recipe import QUICK
+
+    place = built.copy(tmp_path_factory.mktemp("checkpoint") / "place", packages=False)
+    done = place.build(*QUICK)
+    assert done.returncode == 0, done.stderr
+    return place
 
 
 @pytest.fixture

@@ -16,23 +16,17 @@ from pipeline.core.hardware import target_of_card
 from pipeline.registry.store import ENVELOPE, Place
 from pipeline.registry.stores.folder import FolderRegistry
 from tests.tiny import tiny_model
-from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
+from tests.tiny_recipe import QUICK, Workplace
 
 L4 = "NVIDIA-L4"
-KEYS = tuple(override for override in CHECKPOINT if not override.startswith("compiler="))
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    place = make_workplace(tmp_path_factory.mktemp("built") / "place")
-    done = place.build(*CHECKPOINT)
-    assert done.returncode == 0, done.stderr
-    return place
+KEYS = tuple(override for override in QUICK if not override.startswith("compiler="))
 
 
 @pytest.fixture
-def place(built: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
-    copied = built.copy(tmp_path / "place")
+def place(
+    built_checkpoint: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Workplace:
+    copied = built_checkpoint.copy(tmp_path / "place")
     monkeypatch.setenv("ENGINESMITH_CACHE", str(copied.cache))
     monkeypatch.setattr(module, "this_card", lambda: target_of_card(L4))
     (tmp_path / "run").mkdir()
@@ -115,9 +109,6 @@ def test_other_weights_than_the_package_was_made_from_are_refused(
         accept(request(place, overrides=keys), tmp_path / "run")
 
 
-def test_without_a_card_it_is_exit_6_and_says_what_it_needs(
-    built: Workplace, tmp_path: Path
-) -> None:
-    (tmp_path / "run").mkdir()
+def test_without_a_card_it_is_exit_6_and_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="NVML"):
-        accept(request(built), tmp_path / "run")
+        accept(AcceptRequest(target="tiny", registry=str(tmp_path)), tmp_path / "run")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_recipe import Workplace, make_workplace
+from tests.tiny_recipe import Workplace
 
 pytestmark = pytest.mark.slow
 
@@ -21,15 +21,6 @@ STAGES = (
     "source-logits", "source-chat", "reference-logits",
 )  # fmt: skip
 """In order; the last three are the first things that acceptance does."""
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A place whose cache holds every stage."""
-    place = make_workplace(tmp_path_factory.mktemp("whole") / "place")
-    done = place.build()
-    assert done.returncode == 0, done.stderr
-    return place
 
 
 def place_before(stage: str, built: Workplace, root: Path) -> Workplace:

@@ -15,11 +15,10 @@ from pipeline import accept as acceptance
 from pipeline import cli
 from pipeline.core.hardware import target_of_card
 from pipeline.registry.trust.signing import generate_key, write_key_pair
-from tests.tiny_recipe import CHECKPOINT, Workplace, make_workplace
+from tests.tiny_recipe import CHECKPOINT, QUICK, Workplace
 
 COMMANDS = sorted(str(command.name) for command in cli.make_app().registered_commands)
 OWN = ("--config-dir", "own")
-QUICK = (*CHECKPOINT, "acceptance.chat=null")
 KEYS = tuple(override for override in CHECKPOINT if not override.startswith("compiler="))
 
 DONE: dict[str, tuple[str, ...]] = {
@@ -75,20 +74,18 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def twice(built_checkpoint: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A place with two packages that were in `candidate`, one after the other."""
-    place = make_workplace(tmp_path_factory.mktemp("built") / "place")
-    for more in ((), ("version=2.0.0",)):
-        done = place.build(*QUICK, *more)
-        assert done.returncode == 0, done.stderr
+    place = built_checkpoint.copy(tmp_path_factory.mktemp("twice") / "place")
+    done = place.build(*QUICK, "version=2.0.0")
+    assert done.returncode == 0, done.stderr
     return place
 
 
 @pytest.fixture
-def place(built: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+def place(twice: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     """A copy of it, where this process works; with a card as far as `accept` can see."""
-    place = built.copy(tmp_path / "place")
-    (place.root / "model").symlink_to(built.root / "model")
+    place = twice.copy(tmp_path / "place")
     (place.root / "checkpoint").symlink_to(place.packages()[0] / "engine")
     write_key_pair(generate_key(), place.root / "taken.key")
     for name in set(os.environ) - set(place.env):

@@ -60,6 +60,8 @@ CHECKPOINT = (
     "compiler=checkpoint",
     "runner=transformers",
 )
+QUICK = (*CHECKPOINT, "acceptance.chat=null")
+"""The smallest package, judged by the fewest questions."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,10 @@ class Workplace:
         return private + (list(staging.iterdir()) if staging.is_dir() else [])
 
     def copy(self, root: Path, *, packages: bool = True) -> Workplace:
-        """Another place with the same recipes, cache and, if wanted, packages."""
+        """Another place with the same model, recipes, cache and, if wanted, packages."""
         skip = shutil.ignore_patterns("model", *(() if packages else ("artifacts",)))
         shutil.copytree(self.root, root, symlinks=True, ignore=skip)
+        (root / "model").symlink_to(self.root / "model")
         return Workplace(root)
 
 

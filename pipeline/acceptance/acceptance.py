@@ -91,21 +91,17 @@ class Acceptance:
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"workload names must differ; {', '.join(repeated)} repeats")
 
-    def judged_positions(self, shape: ModelSpec) -> int:
-        """Positions whose log-probabilities are kept, of both; 0 where time rules the model out."""
-        if self.too_much(shape, 1 << 62):
-            return 0
-        return (self.windows + self._simulated_windows) * (self.window_tokens - 1)
-
     @property
-    def _simulated_windows(self) -> int:
-        return min(self.reference_windows, self.windows)
+    def _all_windows(self) -> int:
+        """Of the source, and of the simulated checkpoint."""
+        return self.windows + min(self.reference_windows, self.windows)
+
+    def judged_positions(self, shape: ModelSpec) -> int:
+        """Positions whose log-probabilities are kept; 0 where time rules the model out."""
+        return 0 if self.too_much(shape, 1 << 62) else self._all_windows * (self.window_tokens - 1)
 
     def key(self, config: Mapping[str, Any], runner: Runner, package_digest: str) -> str:
-        """Names a measurement: the same key, the same question about the same bytes.
-
-        Of the resolved `acceptance`, `runner` and `target` of the recipe and the package's digest.
-        """
+        """Names a measurement by recipe and package: the same key, the same question."""
         return digest_of(
             {
                 **STAGE.identity,
@@ -158,11 +154,7 @@ class Acceptance:
         return tuple(faults)
 
     def check_text(self, calibration: tuple[str, ...]) -> None:
-        """Demand that calibration has not seen the text.
-
-        Raises:
-            RecipeError: It has.
-        """
+        """Refuse text that calibration has seen."""
         require_disjoint(calibration, self.text.documents(), "acceptance.text")
 
     def too_much(self, shape: ModelSpec, free_bytes: int) -> str | None:
@@ -171,7 +163,7 @@ class Acceptance:
         if need > free_bytes:
             return f"needs about {need / 1e9:.1f} GB RAM, {free_bytes / 1e9:.1f} GB are free"
         # Source and engine over all windows, the checkpoint twice over those of the reference.
-        tokens = 2 * (self.windows + self._simulated_windows) * self.window_tokens
+        tokens = 2 * self._all_windows * self.window_tokens
         seconds = 2.0 * shape.params * tokens / _FLOPS_PER_S
         if seconds > self.time_limit_s:
             return (
@@ -192,13 +184,9 @@ def tool_versions() -> dict[str, str]:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is measured: an engine in a sealed package, and its source.
+    """What is measured: an engine in a sealed package, its source, and what executes it here.
 
-    Attributes:
-        checkpoint_dir: The unified checkpoint that it was made from; None where only the package
-            is at hand.
-        plan: What follows from its recipe: shape, card, ceilings.
-        runner: What executes it here.
+    `checkpoint_dir`: the unified checkpoint of it; None where only the package is at hand.
     """
 
     engine: Engine

@@ -89,13 +89,7 @@ _WAYS: tuple[Accumulation, Accumulation] = ("float32", "float64")
 
 @dataclass(kw_only=True)
 class Measured:
-    """What a run gave.
-
-    Attributes:
-        parts: Of the report, by its keys: `quality`, `speed`, `chat` and others.
-        findings: What the parts that judge themselves found.
-        not_run: What was left out, and why.
-    """
+    """Parts of the report by their keys, what they found, and what was left out, and why."""
 
     parts: dict[str, Any] = field(default_factory=lambda: {"speed": (), "quality": {}})
     findings: list[Finding] = field(default_factory=list)
@@ -166,12 +160,9 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The checkpoint's own figures.
+    """The checkpoint's own figures of the first windows, against the source, and its noise.
 
-    Attributes:
-        figures: Of the first windows.
-        against_source: The checkpoint against the source, on the same windows.
-        noise: The checkpoint, its sums rounded otherwise, against itself; on the same windows.
+    `noise`: the checkpoint, its sums rounded otherwise, against itself.
     """
 
     figures: SourceFigures
@@ -220,13 +211,7 @@ def reference_of(
 ) -> Reference:
     """Simulate a checkpoint over the windows [W, N], or take what an earlier run kept.
 
-    Args:
-        checkpoint_dir: Unified checkpoint.
-        digest: Names its bytes.
-        windows: Held-out text.
-        source: The source's figures of these windows, and perhaps of more.
-        context: Of the engine, tokens.
-        cache: Where the figures are kept.
+    `digest` names its bytes, `source` knows these windows, and perhaps more; `context` in tokens.
     """
 
     def write(out: Path) -> None:
@@ -354,10 +339,8 @@ class Comparison:
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     """Compare two layers of the graph on ONNX Runtime with a simulation of the checkpoint.
 
-    What is allowed is measured beside it: the simulation against itself in another summation order.
-
     Raises:
-        CorruptError: They disagree by more.
+        CorruptError: They disagree by more than the simulation in another summation order.
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)

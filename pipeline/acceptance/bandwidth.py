@@ -31,14 +31,12 @@ _TIMEOUT_S = 60.0
 def copy_rates(driver: Any) -> list[float]:
     """Bytes per second of each of `REPEATS` copies on the first CUDA device, after `WARM_UPS`.
 
-    By the driver API (cuda.h, `libcuda.so.1`). A copy of n bytes reads n and writes n, so its rate
-    is 2 n / seconds: that is how a memory's listed bandwidth counts. The seconds are those between
-    two events on the stream of the copy: the host's time is not in them. Nothing is freed: the
-    process ends soon.
+    By the driver API (cuda.h). A copy of n bytes reads n and writes n, so its rate is 2 n /
+    seconds, as a memory's listed bandwidth counts; the seconds lie between two events on the copy's
+    stream, without the host's time. Nothing is freed: the process ends soon.
 
     Raises:
-        RuntimeError: The card has too little free memory, the driver refuses, or what was copied
-            did not arrive.
+        RuntimeError: Too little memory is free, the driver refuses, or the copy did not arrive.
     """
 
     def call(name: str, *arguments: Any) -> None:
@@ -79,11 +77,7 @@ def copy_rates(driver: Any) -> list[float]:
 
 
 def buffer_bytes(free_bytes: int) -> int:
-    """Size of each buffer, given what is free on the card; half of it is left to others.
-
-    Raises:
-        RuntimeError: Too little is free.
-    """
+    """Size of each buffer, given what is free on the card; half of it is left to others."""
     size_bytes = min(BUFFER_BYTES, free_bytes // 4 // 8 * 8)
     if size_bytes < LEAST_BUFFER_BYTES:
         raise RuntimeError(
@@ -100,9 +94,7 @@ _NO_DRIVER = "null"
 def measure_bandwidth() -> float | None:
     """Bytes per second, read and written, of this process's first CUDA device; None without one.
 
-    It is the median of `REPEATS` copies: the best of them may be one that the clocks favoured. Nor
-    would it be a bound: reading alone can be faster than copying, so the judge takes the larger of
-    this and the listed bandwidth.
+    The median of `REPEATS` copies: the best of them may be one that the clocks favoured.
 
     Raises:
         ToolError: The probe failed; the message has its last lines.

@@ -80,7 +80,7 @@ def _settled() -> Conditions:
 
 
 def disturbance(idle: Conditions) -> str | None:
-    """Who else uses the card while nothing of ours runs; None if nobody does, as NVML shows it."""
+    """What else uses the card while nothing of ours runs, as NVML shows it; None for nothing."""
     if idle.other_compute_processes:
         pids = ", ".join(str(process.pid) for process in idle.other_compute_processes)
         return f"other compute processes were on {idle.gpu} (pid {pids})"
@@ -93,11 +93,7 @@ def disturbance(idle: Conditions) -> str | None:
 
 
 def condition_findings(before: Conditions, after: Conditions) -> Iterator[Finding]:
-    """What the conditions around a measurement say about it.
-
-    Another compute process, its work, another card or new memory errors make it inconclusive: its
-    figures are not those of this engine on this card. The rest are notes.
-    """
+    """Why a measurement is `inconclusive` as not of this engine alone on this card, and notes."""
     if before.uuid != after.uuid:
         yield Finding(
             "inconclusive",
@@ -130,14 +126,9 @@ def condition_findings(before: Conditions, after: Conditions) -> Iterator[Findin
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The card at one moment; None where it does not tell.
+    """The card at one moment of a monotonic clock; None where it does not tell.
 
-    Attributes:
-        at_s: Seconds of a monotonic clock.
-        memory_used_bytes: Device memory in use, by anybody.
-        power_w: Watts.
-        energy_j: Joules since the driver was loaded; None on cards before Volta.
-        temperature_c: Of the GPU.
+    `memory_used_bytes` is of all processes, `energy_j` since the driver was loaded.
     """
 
     at_s: float
@@ -174,11 +165,7 @@ class Samples:
 
 @contextlib.contextmanager
 def sampling(read: Callable[[], Reading], interval_s: float = SAMPLE_S) -> Iterator[Samples]:
-    """Read at once, then every `interval_s` seconds, and once more at the end.
-
-    Raises:
-        Exception: What `read` raised in the thread; raised when the block ends.
-    """
+    """Read at once, then every `interval_s` seconds, and once more at the end; or raise then."""
     samples = Samples([read()])
     done, faults = threading.Event(), []
 

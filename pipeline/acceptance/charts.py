@@ -51,13 +51,11 @@ _STYLE: dict[str, Any] = {
 }
 LOOKS: dict[str, dict[str, Any]] = {
     "engine": {"color": _ACCENT, "marker": "o", "zorder": 4},
-    "ceiling": {"color": _MUTED, "linestyle": "--", "zorder": 2},
+    "ceiling of the card": {"color": _MUTED, "linestyle": "--", "zorder": 2},
     "target": {"color": _WARN, "linestyle": "none", "marker": "_", "markersize": 16,
                "markeredgewidth": 2.5, "zorder": 5},
 }  # fmt: skip
-"""How each kind of series is drawn."""
-
-
+"""How each series is drawn, by its label."""
 Plot = tuple[str, str]
 """Caption, and SVG that is markup."""
 Entry = Mapping[str, Any]
@@ -70,24 +68,8 @@ LATENCIES = {
 PERCENTILES = ("p50", "p90", "p99")
 
 
-def installed() -> bool:
-    """Whether plots can be drawn here."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def throughput_plots(entries: Sequence[Entry], planned: Sequence[Entry]) -> list[Plot]:
-    """Rates over batch: one plot for each pair of lengths that has at least two batches.
-
-    Args:
-        entries: The report's `speed`.
-        planned: The plan's workloads, with ceiling and target.
-    """
-    if not installed():
-        return []
+    """Rates over batch, measured and planned, for each pair of lengths with two batches."""
     # What arrives at a rate is not faster with a larger batch.
     entries = [entry for entry in entries if not entry.get("request_rate")]
     plots = []
@@ -103,17 +85,17 @@ def throughput_plots(entries: Sequence[Entry], planned: Sequence[Entry]) -> list
             continue
         wanted = [load for load in plan if load["target"] is not None]
         series = [
-            ("engine", "engine", mine, "output_tokens_per_s"),
-            ("ceiling of the card", "ceiling", plan, "ceiling"),
-            ("target", "target", wanted, "target"),
+            ("engine", mine, "output_tokens_per_s"),
+            ("ceiling of the card", plan, "ceiling"),
+            ("target", wanted, "target"),
         ]
         caption = f"Throughput over batch, {isl} prompt and {osl} output tokens"
-        plots.append(_throughput_plot([one for one in series if one[2]], caption))
+        plots.append(_throughput_plot([one for one in series if one[1]], caption))
     return plots
 
 
-def _throughput_plot(series: Sequence[tuple[str, str, Sequence[Entry], str]], caption: str) -> Plot:
-    """Lines over batch, both axes logarithmic: label, key of `LOOKS`, workloads, key of theirs."""
+def _throughput_plot(series: Sequence[tuple[str, Sequence[Entry], str]], caption: str) -> Plot:
+    """Lines over batch, both axes logarithmic: key of `LOOKS`, workloads, key of theirs."""
 
     def draw(figure: Figure) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
@@ -121,15 +103,15 @@ def _throughput_plot(series: Sequence[tuple[str, str, Sequence[Entry], str]], ca
         axes = figure.subplots()
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for label, look, loads, key in series:
+        for label, loads, key in series:
             x = [load["batch"] for load in loads]
-            axes.plot(x, [load[key] for load in loads], label=label, **LOOKS[look])
+            axes.plot(x, [load[key] for load in loads], label=label, **LOOKS[label])
             # Single runs behind the medians.
             raw = [(load["batch"], rate) for load in loads for rate in load.get("samples", ())]
             if raw:
                 at, rates = zip(*raw, strict=True)
-                axes.scatter(at, rates, s=9, color=LOOKS[look]["color"], alpha=0.35)
-        batches = sorted({load["batch"] for _, _, loads, _ in series for load in loads})
+                axes.scatter(at, rates, s=9, color=LOOKS[label]["color"], alpha=0.35)
+        batches = sorted({load["batch"] for _, loads, _ in series for load in loads})
         axes.set_xticks(batches, [f"{batch:g}" for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -170,8 +152,7 @@ def percentiles(entries: Sequence[Entry], key: str) -> list[tuple[str, list[floa
 def latency_plots(entries: Sequence[Entry]) -> list[Plot]:
     """Percentiles of each latency that has some."""
     known = {name: percentiles(entries, key) for key, name in LATENCIES.items()}
-    drawn = {name: rows for name, rows in known.items() if rows} if installed() else {}
-    return [_latency_plot(rows, name.capitalize()) for name, rows in drawn.items()]
+    return [_latency_plot(rows, name.capitalize()) for name, rows in known.items() if rows]
 
 
 def _latency_plot(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> Plot:
@@ -204,7 +185,7 @@ def _latency_plot(rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> 
 
 def sustained_plots(run: Entry | None) -> list[Plot]:
     """Rate, memory, temperature and power of a sustained run, as far as they were sampled."""
-    if not run or not run["samples"] or not installed():
+    if not run or not run["samples"]:
         return []
     samples, limits, figures = run["samples"], run["limits"], run.get("figures")
     minutes = [sample["t_s"] / 60 for sample in samples]
@@ -244,10 +225,9 @@ def _time_plot(
     windows: Sequence[tuple[float, float, float]],
     least_span: float,
 ) -> Plot:
-    """One figure over time.
+    """One figure over time; `windows` are compared: begin and end in minutes, and medians.
 
-    `windows` are those that are compared: begin and end in minutes, and their medians. The axis
-    goes to `least_span` at least, so that noise does not look like a trend.
+    The axis goes to `least_span` at least, so that noise does not look like a trend.
     """
 
     def draw(figure: Figure) -> None:
@@ -291,9 +271,7 @@ def _svg(draw: Callable[[Figure], None], caption: str, *, height: float) -> Plot
     text = text[text.index("<svg") :]
     # Ids are unique in a page, not only in a figure.
     prefix = re.sub(r"[^a-z0-9]+", "-", caption.lower())
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'href="#', f'href="#{prefix}-', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
     svg = Markup('<svg role="img" aria-label="{}" ').format(caption)

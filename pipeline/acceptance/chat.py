@@ -83,6 +83,10 @@ class Answer:
     tokens: tuple[int, ...]
     stopped: bool
 
+    def to_json(self, tokenizer: Any) -> dict[str, Any]:
+        text = tokenizer.decode(list(self.tokens), skip_special_tokens=False)
+        return {"tokens": len(self.tokens), "stopped": self.stopped, "text": text}
+
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -103,11 +107,7 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class ChatProbe:
-    """What is asked, and what ends an answer; made by `prepare`, which needs no model.
-
-    Source and engine need not be loaded at the same time: `ask_source`, then `ask_engine` with its
-    answers. `left_out` has the conversations that are not asked, with the reason.
-    """
+    """What is asked, what ends an answer, and what is left out, with the reason."""
 
     settings: ChatSettings
     source_tokenizer: Any
@@ -119,17 +119,12 @@ class ChatProbe:
 
     @staticmethod
     def prepare(
-        source_tokenizer: Any,
-        engine_tokenizer: Any,
-        settings: ChatSettings,
-        *,
-        context: int,
+        source_tokenizer: Any, engine_tokenizer: Any, settings: ChatSettings, *, context: int
     ) -> ChatProbe:
         """Put the conversations through the templates of both folders.
 
         Left out is what the source's own template refuses (some know no system prompt), and what
-        does not fit into the `context` of both, prompt and answer: an answer that it cuts off would
-        look as if it had ended.
+        does not fit into the `context`: an answer that it cuts off would look as if it had ended.
         """
         asked, left_out = [], []
         count = settings.prompts if source_tokenizer.chat_template else 0
@@ -160,14 +155,11 @@ class ChatProbe:
         return tuple(answer(session, one.source, bound, self.source_eos) for one in self.asked)
 
     def ask_engine(self, session: Session, source_answers: Sequence[Answer]) -> dict[str, Any]:
-        """Ask the engine too, for the report's `chat`, which `chat_findings` judges.
-
-        It is only `not_run` where the source has no chat template.
-        """
+        """Ask the engine too: the report's `chat`, which `chat_findings` judges."""
         if not self.source_tokenizer.chat_template:
             return {"not_run": "the source has no chat template"}
         bound, ends = self.settings.max_new_tokens, self.engine_eos
-        # What the engine's template refuses is told as a difference, and cannot be asked.
+        # What the engine's template refuses is a difference, and cannot be asked.
         pairs = [
             (one, given, answer(session, one.engine, bound, ends))
             for one, given in zip(self.asked, source_answers, strict=True)
@@ -198,8 +190,8 @@ class ChatProbe:
             "answers": [
                 {
                     "name": one.name,
-                    "source": _shown(source, self.source_tokenizer),
-                    "engine": _shown(engine, self.engine_tokenizer),
+                    "source": source.to_json(self.source_tokenizer),
+                    "engine": engine.to_json(self.engine_tokenizer),
                 }
                 for one, source, engine in pairs
             ],
@@ -239,25 +231,13 @@ def _ignores_stop(
     bound: int,
     ends: frozenset[int],
 ) -> bool | None:
-    """Whether the engine goes on behind an id that it was told to end at; None: cannot be told.
-
-    Models end few answers with any but one of their ids, so the last token of an answer is declared
-    an end too: it must not come again.
-    """
+    """Whether the engine goes on behind the last token of an answer once that is an end too."""
     for one, _, given in pairs:
         if one.engine and given.tokens:
             stop = given.tokens[-1]
             again = answer(session, one.engine, bound, ends | {stop})
             return stop in again.tokens
     return None
-
-
-def _shown(given: Answer, tokenizer: Any) -> dict[str, Any]:
-    return {
-        "tokens": len(given.tokens),
-        "stopped": given.stopped,
-        "text": tokenizer.decode(list(given.tokens), skip_special_tokens=False),
-    }
 
 
 def paired(outcomes: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
@@ -281,11 +261,7 @@ def chance_of_loss(lost: int, gained: int) -> float:
 
 
 def chat_findings(chat: Mapping[str, Any]) -> Iterator[Finding]:
-    """Judge the report's `chat`; pure.
-
-    `regression` for each of the five that fails, `inconclusive` where the source ended too few
-    answers for a comparison, a note where nothing was asked.
-    """
+    """Judge the report's `chat`; pure. `inconclusive` where the source ended too few answers."""
     if reason := chat.get("not_run"):
         yield Finding("note", f"not run: chat probe: {reason}")
         return

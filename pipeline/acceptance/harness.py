@@ -47,7 +47,7 @@ class HarnessSettings:
 
 
 def check_harness(settings: HarnessSettings) -> None:
-    """Find what would fail later; whether a task's data can be had is seen when it is loaded.
+    """Find what would fail later.
 
     Raises:
         IncompatibleError: `lm_eval` is not installed.
@@ -75,14 +75,9 @@ def run_harness(
 
     Requests longer than the `context` lose their start, which is counted.
 
-    Returns:
-        `version` of the library, `truncated` requests, and `tasks`: name -> `version`, `samples`
-        and `metrics`: name -> `value`, `stderr`, `higher_is_better`.
-
     Raises:
-        CorruptError: A logit is not finite.
-        PipelineError: A task cannot be loaded or asks for what the session cannot do, or a metric
-            is no finite number.
+        PipelineError: A task cannot be loaded or asks for what the session cannot do, or a logit or
+            metric is not finite.
     """
     import lm_eval
 
@@ -120,19 +115,15 @@ def run_harness(
         "limit": settings.limit,
         "num_fewshot": settings.num_fewshot,
         "truncated": model.truncated,
-        "tasks": dict(_tasks(found)),
+        "tasks": {
+            task: {
+                "version": found["versions"].get(task),
+                "samples": found["n-samples"].get(task, {}).get("effective"),
+                "metrics": dict(_metrics(task, values, found["higher_is_better"].get(task, {}))),
+            }
+            for task, values in found["results"].items()
+        },
     }
-
-
-def _tasks(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The library's results, task by task."""
-    for task, values in found["results"].items():
-        known = {
-            "version": found["versions"].get(task),
-            "samples": found["n-samples"].get(task, {}).get("effective"),
-        }
-        metrics = _metrics(task, values, found["higher_is_better"].get(task, {}))
-        yield task, {**known, "metrics": dict(metrics)}
 
 
 def _manager(settings: HarnessSettings) -> Any:
@@ -167,11 +158,7 @@ def _metrics(
 def harness_findings(
     source: Mapping[str, Any], engine: Mapping[str, Any], max_drop: float | None
 ) -> Iterator[Finding]:
-    """Hold the engine's results against the source's, both of `run_harness`; pure.
-
-    `regression` for each metric that is worse by more than `max_drop`. A metric of which the
-    library does not say what is better is only reported.
-    """
+    """`regression` for each metric worse by more than `max_drop`, where better is known; pure."""
     for task, result in engine["tasks"].items() if max_drop is not None else ():
         for name, metric in result["metrics"].items():
             before = source["tasks"][task]["metrics"][name]["value"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.acceptance.chat import end_ids
 from pipeline.acceptance.quality import log_softmax
-from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.core.progress import progress
 from pipeline.runners.session import Session
 
@@ -23,19 +23,23 @@ _DEFAULT_BOUND = 256
 """The library's own for a task that names no bound (lm_eval.models.huggingface, 0.4.13)."""
 
 
+def _shown(requests: Sequence[Any]) -> Iterator[Any]:
+    """The requests, with a progress bar."""
+    with progress("lm-eval", len(requests), "requests") as done:
+        for request in requests:
+            yield request
+            done(1)
+
+
 class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no types
     """`lm_eval.api.model.LM` on a session: one request at a time, greedy only.
 
     Splitting a text into context and continuation is the library's (`TemplateLM`), so that figures
-    compare with those of its own models. Prompts keep the special tokens that the tokenizer adds.
-
-    Attributes:
-        tokenizer: The library asks it for the chat template.
-        truncated: Requests whose start was cut off, so that they fit into the context.
+    compare with those of its own models. `truncated` counts requests that lost their start, so that
+    they fit into the `context`, in tokens.
     """
 
     def __init__(self, session: Session, tokenizer: Any, context: int) -> None:
-        """Take a session and the tokenizer of its folder; `context`: longest request, tokens."""
         super().__init__()
         self.tokenizer = tokenizer
         self.truncated = 0
@@ -89,12 +93,10 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[Scored]:
-        with progress("lm-eval", len(requests), "requests") as done:
-            scores = []
-            for _texts, context, continuation in requests:
-                scores.append(self._score(context or [self.prefix_token_id], continuation))
-                done(1)
-        return scores
+        return [
+            self._score(context or [self.prefix_token_id], continuation)
+            for _texts, context, continuation in _shown(requests)
+        ]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -111,12 +113,7 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        with progress("lm-eval", len(requests), "answers") as done:
-            answers = []
-            for request in requests:
-                answers.append(self._generate(*request.args))
-                done(1)
-        return answers
+        return [self._generate(*request.args) for request in _shown(requests)]
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
         """Log-likelihood of the continuation behind the context."""
@@ -137,13 +134,7 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
     def _logprobs(self, tokens: list[int]) -> NDArray[np.float32]:
         """Log-probabilities; the choices of one question often share all tokens but the last."""
         if self._last is None or self._last[0] != tokens:
-            raw = self._session.logits(tokens)
-            if not np.isfinite(raw).all():
-                raise CorruptError(
-                    "the engine gave logits that are not finite; it cannot be judged: check the "
-                    "calibration's outliers and quantizer.keep_16bit"
-                )
-            self._last = tokens, log_softmax(raw)
+            self._last = tokens, log_softmax(self._session.logits(tokens))
         return self._last[1]
 
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:

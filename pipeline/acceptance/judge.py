@@ -12,17 +12,14 @@ are read in at least `osl` steps, and the first output token comes from the pref
 that memory bounds come out at the plan's `ceiling`. A prefix cache that holds the prompts makes the
 compute term wrong; then the run does not measure its workload, which is what the finding says.
 
-Where lengths differ, `isl` and `osl` are the means of what was sent and generated. The ceiling
-stays one: a batch goes on for as many steps as its longest answer, and lengths that vary make the
-mean context of a token longer than that of the mean request. Where requests arrive at a rate,
-`batch` is the most at once; a run below the ceiling is held by its arrivals, so nothing is said of
-it.
+Where lengths differ, `isl` and `osl` are the means of what was sent and generated: still a ceiling,
+since a batch goes on for as many steps as its longest answer. Where requests arrive at a rate,
+`batch` is the most at once; a run below the ceiling is held by its arrivals and is no finding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.values import Finding, Report, Verdict, VerdictName
@@ -35,8 +32,8 @@ _SEVERITY: tuple[VerdictName, ...] = ("anomalous", "regression", "rejected", "in
 """The worst finding names the verdict: a measuring fault makes every other figure worthless, a
 wrong answer is worse than a slow one."""
 SMALL_KL_NATS = 0.001
-"""Nobody can tell models apart that are nearer: the noise floor of a model without outliers can be
-zero, and another runtime is never that near."""
+"""Always allowed: the noise floor of a model without outliers can be zero, and another runtime is
+never that near."""
 
 
 def judge(
@@ -47,7 +44,7 @@ def judge(
     on_target: bool,
     more: Sequence[Finding] = (),
 ) -> Verdict:
-    """Judge a report.
+    """The worst finding's verdict; without one `accepted`, `checked` or `compiled`.
 
     Args:
         report: What was measured.
@@ -55,10 +52,6 @@ def judge(
         ran: Whether the engine, its graph or its checkpoint ran here at all.
         on_target: Whether it ran on the card that it is for.
         more: Findings of parts that judge themselves.
-
-    Returns:
-        The worst finding's verdict; without one `accepted` (ran on its card), `checked` (its graph
-        ran elsewhere) or `compiled` (nothing ran).
     """
     findings = [*_speed_findings(report.speed), *_quality_findings(report.quality, limits), *more]
     findings += [Finding("note", f"not run: {what}") for what in report.not_run]
@@ -121,31 +114,18 @@ def _reference_findings(reference: Mapping[str, Any], limits: Acceptance) -> Ite
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhysicsLimits:
-    """When a share of the ceiling is worth a finding.
-
-    Attributes:
-        tolerance: Above (1 + tolerance) x the ceiling a rate is anomalous. 0.05 covers what was
-            seen: an RTX 4090 listed at 1008 GB/s copies up to 1018 (clpeak #108), and a probe of
-            two seconds has noise of its own.
-        min_share: A share below this is a note. vLLM 0.24 with Phi-3-mini's shape in FP8 reaches
-            41 % at batch 1 on an H100 (our measurement, 2026-11-24); 0.25 is far below that.
-        l2_cache_bytes: Weights that may stay in the card's L2 cache from one step to the next and
-            are not counted for `anomalous` (72 MB on an RTX 4090, 50 MB on an H100: NVIDIA's
-            architecture whitepapers).
-        min_bandwidth_share: A measured share of the listed bandwidth below this is named among the
-            reasons. An RTX 4090 limited to 248 W copied 867 of 1008 GB/s, 86 % (clpeak #106), and
-            unlimited 95 % or more (#108).
-    """
-
-    tolerance: float = 0.05
-    min_share: float = 0.25
-    l2_cache_bytes: int = 72_000_000
-    min_bandwidth_share: float = 0.85
-
-
-PHYSICS = PhysicsLimits()
+TOLERANCE = 0.05
+"""Above (1 + this) x the ceiling a rate is anomalous: an RTX 4090 listed at 1008 GB/s copies up to
+1018 (clpeak #108), and a probe of two seconds has noise of its own."""
+MIN_SHARE = 0.25
+"""A lower share of the ceiling is a note. vLLM 0.24 with Phi-3-mini's shape in FP8 reaches 41 % at
+batch 1 on an H100 (our measurement, 2026-11-24)."""
+L2_CACHE_BYTES = 72_000_000
+"""Weights that may stay in the card's L2 cache from one step to the next are not counted for
+`anomalous` (72 MB on an RTX 4090, 50 MB on an H100: NVIDIA's architecture whitepapers)."""
+MIN_BANDWIDTH_SHARE = 0.85
+"""A lower measured share of the listed bandwidth is named among the reasons. An RTX 4090 limited to
+248 W copied 867 of 1008 GB/s, 86 % (clpeak #106), and unlimited 95 % or more (#108)."""
 
 
 def run_ceiling(
@@ -181,10 +161,7 @@ def ceiling_share(
     roofline: Roofline,
     measured_bandwidth_bytes_per_s: float | None = None,
 ) -> dict[str, Any]:
-    """Share of the ceiling that an entry of `speed` reached, as in the report's `physics`.
-
-    The ceiling is that of the whole run, at the measured bandwidth where there is one.
-    """
+    """The report's `physics` of an entry of `speed`, at the measured bandwidth if there is one."""
     bandwidth = measured_bandwidth_bytes_per_s or roofline.bandwidth_bytes_per_s
     ceiling, bound = run_ceiling(entry, roofline, bandwidth_bytes_per_s=bandwidth)
     return {
@@ -201,15 +178,11 @@ def judge_physics(
     speed: Sequence[Mapping[str, Any]],
     roofline: Roofline,
     measured_bandwidth_bytes_per_s: float | None = None,
-    limits: PhysicsLimits = PHYSICS,
 ) -> Iterator[Finding]:
-    """Findings of `speed`, measured on the card of the roofline.
+    """`anomalous` for a rate above the ceiling, a note for a share below the stated one.
 
     A copy probe reads and writes, so it shows somewhat less than reading alone can reach: for
     `anomalous` the larger of its bandwidth and the listed one counts.
-
-    Returns:
-        `anomalous` for a rate above the ceiling, a note for a share below the stated one.
     """
     best = max(roofline.bandwidth_bytes_per_s, measured_bandwidth_bytes_per_s or 0.0)
     for entry in speed:
@@ -218,34 +191,32 @@ def judge_physics(
             entry,
             roofline,
             bandwidth_bytes_per_s=best,
-            cached_weight_bytes=limits.l2_cache_bytes,
+            cached_weight_bytes=L2_CACHE_BYTES,
         )
         reached = ceiling_share(entry, roofline, measured_bandwidth_bytes_per_s)
-        if rate > (1 + limits.tolerance) * ceiling:
+        if rate > (1 + TOLERANCE) * ceiling:
             message = (
                 f"{name}: {rate:.1f} tok/s is above the {ceiling:.1f} that the card allows "
-                f"(tolerance {limits.tolerance:.0%}): a measuring fault; look for answers that "
+                f"(tolerance {TOLERANCE:.0%}): a measuring fault; look for answers that "
                 "ended early, prompts served from a prefix cache, a clock that stops before the "
                 "device does, or a card that is not the one of the plan"
             )
             yield Finding("anomalous", message)
-        elif reached["share"] < limits.min_share and "request_rate" not in entry:
+        elif reached["share"] < MIN_SHARE and "request_rate" not in entry:
             message = (
                 f"{name}: {rate:.1f} tok/s is {reached['share']:.0%} of the "
                 f"{reached['ceiling_tokens_per_s']:.1f} that the card allows at "
                 f"{reached['bandwidth']} bandwidth ({reached['bound']}-bound), below "
-                f"{limits.min_share:.0%}; likely: "
+                f"{MIN_SHARE:.0%}; likely: "
             )
-            reasons = _reasons(reached["bound"], roofline, limits, measured_bandwidth_bytes_per_s)
+            reasons = _reasons(reached["bound"], roofline, measured_bandwidth_bytes_per_s)
             yield Finding("note", message + "; ".join(reasons))
 
 
-def _reasons(
-    bound: str, roofline: Roofline, limits: PhysicsLimits, measured: float | None
-) -> Iterator[str]:
+def _reasons(bound: str, roofline: Roofline, measured: float | None) -> Iterator[str]:
     """Why a run may be far below its ceiling, the likeliest first."""
     listed = roofline.bandwidth_bytes_per_s
-    if measured is not None and measured < limits.min_bandwidth_share * listed:
+    if measured is not None and measured < MIN_BANDWIDTH_SHARE * listed:
         yield (
             f"the probe copied {measured / 1e9:.0f} of {listed / 1e9:.0f} GB/s, so the card itself "
             "is held back: its power limit, memory clock or another process"

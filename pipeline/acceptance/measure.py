@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tuple[Report, Verdict]:
     """Run what can be run here and judge it.
 
-    The engine of a card that is not in this machine cannot run; the same graph on another runtime
-    can. That is why the best verdict without the card is `checked`.
-
     Raises:
         CorruptError: Logits that are not finite.
         RecipeError: The text is too short.
@@ -133,10 +130,10 @@ def _run(asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard 
         if subject.simulated:
             found.not_run.append(f"speed: runner {runner.name} only simulates the engine")
         elif not isinstance(runner, BenchRunner):
-            speed = tuple(_timed(asked, subject, load, session) for load in workloads)
+            speed = tuple(_time(asked, subject, load, session) for load in workloads)
         _sustain(asked, subject, found, session, workloads)
     if isinstance(runner, BenchRunner):
-        speed = tuple(_benched(asked, subject, runner, workloads))
+        speed = tuple(_bench(asked, subject, runner, workloads))
     found.parts["speed"] = speed
     found.findings += spread_findings(speed, asked.max_spread)
     found.findings += rate_findings(speed, demanded=on_target)
@@ -177,7 +174,7 @@ def _source(asked: Acceptance, subject: Subject, cache: StageCache, *, on_card: 
     return Source(weights, cache, lambda: open_source(weights.dir), "transformers-float32")
 
 
-def _timed(
+def _time(
     asked: Acceptance, subject: Subject, workload: Workload, session: Session
 ) -> dict[str, Any]:
     waves = _waves(asked, subject, workload)
@@ -188,11 +185,7 @@ def _timed(
 
 
 def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
-    """What each run of a workload gives the session.
-
-    Raises:
-        RecipeError: The workload's file of prompts does not fit.
-    """
+    """What each run of a workload gives the session; its file of prompts must fit."""
     from pipeline.runners.prompts import eos_ids
 
     tokenizer, ends = None, frozenset[int]()
@@ -204,7 +197,7 @@ def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
     return workload.waves(prompts, asked.seed, ends)
 
 
-def _benched(
+def _bench(
     asked: Acceptance, subject: Subject, runner: BenchRunner, workloads: tuple[Workload, ...]
 ) -> Iterator[dict[str, Any]]:
     """Speed by the runtime's own tool, which needs the card for itself."""
@@ -234,10 +227,9 @@ def _sustain(
     workloads: tuple[Workload, ...],
 ) -> None:
     """Run under load for minutes, where that is asked."""
-    workload = asked.sustained.chosen(workloads) if asked.sustained.minutes else None
-    if workload is None:
-        return
     asked_run, limits = asked.sustained, asked.sustained.limits
+    if not asked_run.minutes or (workload := asked_run.choose(workloads)) is None:
+        return
     log.info("Sustained run: %s for %.1f minutes", workload.name, asked_run.minutes)
     waves = _waves(asked, subject, workload)
     run = partial(run_sustained, session, workload.osl, waves[0], asked_run.minutes)

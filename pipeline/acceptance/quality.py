@@ -1,13 +1,9 @@
-"""Quality on held-out text: perplexity, KL divergence to the source, top-1 agreement.
-
-All three come from the logits of full windows, position by position. Imports torch: only where
-something is measured.
-"""
+"""Quality on held-out text: perplexity, KL divergence to the source, top-1 agreement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,15 +81,13 @@ def source_figures(
     what: str = "Source",
     beside: Sequence[SourceFigures] = (),
 ) -> tuple[SourceFigures, tuple[EngineFigures, ...]]:
-    """Run a model that others are compared with over the windows [W, N].
-
-    It is compared with those `beside` on the way; `what` is for progress and messages.
+    """Run a model over the windows [W, N], and compare it with those `beside` on the way.
 
     Raises:
-        CorruptError: A logit is not finite.
+        CorruptError: A logit is not finite; `what` names the model.
     """
     rows, engines = _figures(logits_of, windows, what, beside, keep=True)
-    return _stacked(SourceFigures, rows), engines
+    return _stack(SourceFigures, rows), engines
 
 
 def figures_against(
@@ -102,10 +96,9 @@ def figures_against(
     sources: Sequence[SourceFigures],
     what: str = "Engine",
 ) -> tuple[EngineFigures, ...]:
-    """Run an engine over the windows and compare it with others, position by position.
+    """Run an engine over the windows, compared with others that may know the first of them only.
 
-    One of them may know the first windows only. KL is sum over tokens of p_source x (log p_source -
-    log p_engine), in nats; see `KEPT_TOKENS`.
+    KL is sum over tokens of p_source x (log p_source - log p_engine), in nats; see `KEPT_TOKENS`.
 
     Raises:
         CorruptError: A logit is not finite.
@@ -128,41 +121,26 @@ def _figures(
     """What a model says about each window, where that is kept, and how far it is from others."""
     own: list[Row] = []
     compared: list[list[Row]] = [[] for _ in others]
-    for index, values in _log_probabilities(logits_of, windows, what):
-        if keep:
-            own.append(_source_row(values, windows[index]))
-        for other, rows in zip(others, compared, strict=True):
-            if index < len(other.top1):
-                rows.append({
-                    "nll": next_token_nll(values, windows[index]),
-                    "kl": divergence(other, index, values),
-                    "agrees": values.argmax(axis=-1) == other.top1[index],
-                })  # fmt: skip
-    return own, tuple(_stacked(EngineFigures, rows) for rows in compared)
+    with progress(what, len(windows), "windows") as done:
+        for index, window in enumerate(windows):
+            values = log_softmax(logits_of(window.tolist())[:-1], f"{what}: window {index}")
+            nll, top1 = -values[np.arange(len(window) - 1), window[1:]], values.argmax(axis=-1)
+            if keep:
+                own.append({**_kept(values), "nll": nll, "top1": top1.astype(np.int32)})
+            for other, rows in zip(others, compared, strict=True):
+                if index < len(other.top1):
+                    kl = divergence(other, index, values)
+                    rows.append({"nll": nll, "kl": kl, "agrees": top1 == other.top1[index]})
+            done(1)
+    return own, tuple(_stack(EngineFigures, rows) for rows in compared)
 
 
-def _stacked(kind: type[Figures], rows: Sequence[Row]) -> Figures:
+def _stack(kind: type[Figures], rows: Sequence[Row]) -> Figures:
     return kind(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 
-def _log_probabilities(
-    logits_of: Logits, windows: NDArray[np.int64], what: str
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Index of each window, and its log-probabilities [N - 1, V]."""
-    with progress(what, len(windows), "windows") as done:
-        for index, window in enumerate(windows):
-            raw = logits_of(window.tolist())[:-1]
-            if not np.isfinite(raw).all():
-                raise CorruptError(
-                    f"{what}: logits that are not finite in window {index}, so that quality cannot "
-                    "be measured: check the calibration's outliers and quantizer.keep_16bit"
-                )
-            yield index, log_softmax(raw)
-            done(1)
-
-
-def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> Row:
-    """One window of `SourceFigures`, of log-probabilities [N - 1, V]."""
+def _kept(values: NDArray[np.float32]) -> Row:
+    """What is kept of one window's log-probabilities [N - 1, V]."""
     vocab_size = values.shape[-1]
     best = torch.from_numpy(values).topk(min(KEPT_TOKENS, vocab_size), dim=-1)
     ids = best.indices.numpy()
@@ -171,16 +149,11 @@ def _source_row(values: NDArray[np.float32], window: NDArray[np.int64]) -> Row:
         # Below float16's range a token has no probability to speak of; -inf would be NaN in KL.
         "logprobs": np.maximum(best.values.numpy(), -6e4).astype(np.float16),
         "rest": _rest(best.values.numpy()),
-        "nll": next_token_nll(values, window),
-        "top1": values.argmax(axis=-1).astype(np.int32),
     }
 
 
 def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probability [N - 1] of all tokens but those whose log-probabilities [N - 1, K] these are.
-
-    No less than `_LEAST_REST`: below it the difference to one is rounding of float32.
-    """
+    """Log-probability [N - 1] of all tokens but the kept, [N - 1, K]; below the least is noise."""
     others = 1.0 - np.exp(kept.astype(np.float64)).sum(axis=-1)
     rest: NDArray[np.float32] = np.log(np.maximum(others, _LEAST_REST)).astype(np.float32)
     return rest
@@ -189,11 +162,7 @@ def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
 def divergence(
     source: SourceFigures, index: int, values: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """KL(source || other) of every position [N - 1] of window `index`, nats.
-
-    The source's most likely tokens, and one class for the others; `values`: log-probabilities
-    [N - 1, V] of the other.
-    """
+    """KL(source || other), nats [N - 1], of window `index`; `values` [N - 1, V]: of the other."""
     ids = source.ids[index].astype(np.int64)
     first, second = source.logprobs[index].astype(np.float32), np.take_along_axis(values, ids, -1)
     result: NDArray[np.float32] = (np.exp(first) * (first - second)).sum(axis=-1)
@@ -202,26 +171,25 @@ def divergence(
     return result
 
 
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities over the last axis."""
+def log_softmax(logits: NDArray[np.float32], what: str = "Engine") -> NDArray[np.float32]:
+    """Log-probabilities over the last axis.
+
+    Raises:
+        CorruptError: A logit is not finite; `what` names its model and place.
+    """
+    if not np.isfinite(logits).all():
+        raise CorruptError(
+            f"{what} has logits that are not finite, so that quality cannot be measured: check the "
+            "calibration's outliers and quantizer.keep_16bit"
+        )
     result: NDArray[np.float32] = torch.from_numpy(logits).float().log_softmax(dim=-1).numpy()
-    return result
-
-
-def next_token_nll(logprobs: NDArray[np.float32], window: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Negative log-probability of the token that follows each position [N - 1]."""
-    result: NDArray[np.float32] = -logprobs[np.arange(len(window) - 1), window[1:]]
     return result
 
 
 def summarize_quality(
     source_nll: NDArray[np.float32], engine: EngineFigures, seed: int
 ) -> dict[str, Any]:
-    """The report's `quality`: figures with 95 % bootstrap intervals over windows.
-
-    The change is paired: both models saw the same windows, so the interval of their ratio is far
-    narrower than those of its parts.
-    """
+    """The report's `quality`: figures with 95 % bootstrap intervals over windows, pairwise."""
     source_means, engine_means = source_nll.mean(axis=1), engine.nll.mean(axis=1)
     return {
         "tokens": int(engine.nll.size),

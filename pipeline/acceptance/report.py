@@ -52,8 +52,6 @@ class About(TypedDict, total=False):
     """What a page can have beside the report.
 
     Attributes:
-        manifest: The package's; without it the page has the digest only.
-        reference: Of the package.
         plan: `Plan.to_json`, for targets and ceilings.
         limits: What quality may lose, to be shown beside the figures.
         signed_by: Who signs it, and when; the page is written just before.
@@ -175,7 +173,6 @@ def _environment() -> Environment:
         "dash": DASH,
         "cost_cells": cost_cells,
         "min_achieved_share": MIN_ACHIEVED_SHARE,
-        "plots_installed": charts.installed(),
     }
     environment.filters |= {
         "shown": shown,

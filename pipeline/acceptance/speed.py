@@ -44,10 +44,7 @@ class SpeedSample:
             theirs: the first tokens of a large batch do not all come together.
         total_tokens_per_s: (prompt tokens + output tokens) / the same seconds.
         prompt_tokens: Of all requests; None, as the others, where only figures are known.
-        output_tokens: Of all requests.
         output_lengths: Output tokens of each request, where they may differ.
-        achieved_request_rate: See `achieved_rate`.
-        requests: Times of each request, where the runtime tells them.
         device: The card from the start to somewhat after the end; None where there is none.
     """
 
@@ -66,9 +63,7 @@ class SpeedSample:
     def of_waves(
         made: Sequence[Generation], waves: Waves, osl: int, device: Samples | None = None
     ) -> SpeedSample:
-        """The figures of batches that ran one after the other, as one run.
-
-        Tokens and seconds are added up; `ttft_ms` and `itl_ms` are means over the waves.
+        """The figures of batches that ran one after the other, as one run; latencies are means.
 
         Raises:
             PipelineError: Too few tokens or answers, or times that no run can have.
@@ -94,15 +89,13 @@ class SpeedSample:
 
     def to_json(self) -> dict[str, Any]:
         """The raw figures of this run, for the report; what is not known is left out."""
-        figures = {name: _rounded(getattr(self, name)) for name in _RATES}
-        return {
-            **{name: value for name, value in figures.items() if value is not None},
-            **({"output_lengths": list(self.output_lengths)} if self.output_lengths else {}),
-            **(
-                {"requests": [_request_json(one) for one in self.requests]} if self.requests else {}
-            ),
-            **device_figures([self]),
+        figures = {
+            **{name: _rounded(getattr(self, name)) for name in _RATES},
+            "output_lengths": list(self.output_lengths) or None,
+            "requests": [_request_json(one) for one in self.requests] or None,
         }
+        known = {name: value for name, value in figures.items() if value is not None}
+        return {**known, **device_figures([self])}
 
 
 _RATES = (
@@ -137,11 +130,10 @@ def _itl_ms(generation: Generation) -> float:
 def measure_speed(
     workload: Workload, contenders: Mapping[str, Session], waves: Waves, repeats: int
 ) -> dict[str, list[SpeedSample]]:
-    """Time every contender on the same prompts: name -> `repeats` runs.
+    """Time every contender on the same prompts: name -> `repeats` runs after the warm-ups.
 
-    They alternate, and who begins changes from round to round (ABBA), so that drift hits all alike.
-    `workload.warm_ups` runs of each are discarded. While one runs, the card is sampled, where there
-    is one.
+    Who begins changes from round to round (ABBA), so that drift hits all alike. The card is sampled
+    meanwhile, where there is one.
 
     Raises:
         PipelineError: A run gave too few tokens, or times that no run can have.
@@ -162,8 +154,7 @@ def measure_speed(
 def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]:
     """One entry of the report's `speed`: medians, spread, raw samples.
 
-    Latencies are `latency_percentiles` of all requests of all runs where the runtime keeps the
-    times of single requests, else medians over the runs.
+    Latencies are percentiles of all requests where the runtime times them, else medians of runs.
     """
     rates = [run.output_tokens_per_s for run in runs]
     known = {name: [getattr(run, name) for run in runs] for name in _RATES[:4]}
@@ -205,10 +196,7 @@ def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]
 
 
 def latency_percentiles(requests: Sequence[RequestTiming]) -> dict[str, dict[str, float]]:
-    """Name -> `p50`, `p90`, `p99` over requests, in milliseconds; no name without values.
-
-    Linear interpolation between the two nearest, as NumPy and vLLM's benchmark do it.
-    """
+    """Name -> `p50`, `p90`, `p99` over requests, in milliseconds; no name without values."""
     import numpy as np
 
     figures = {}
@@ -228,10 +216,9 @@ def achieved_rate(requests: Sequence[RequestTiming]) -> float | None:
     """Requests a second that were kept up with; None where they did not arrive one by one.
 
     The rate of the arrivals over the Theil-Sen slope of the ends over the arrivals: 1 for a runtime
-    that keeps up, however long each request takes; r / c for one that serves c of r a second.
-    Requests over the seconds to the last end, vLLM's "request throughput", would blame a short run
-    for the time that its last request takes. Of 60 simulated Poisson runs of 200 requests, none at
-    80 % of a server's capacity came out below 95 % of the asked rate, and all at 120 % did.
+    that keeps up, however long each request takes; r / c for one that serves c of r a second. Of 60
+    simulated Poisson runs of 200 requests, none at 80 % of a server's capacity came out below 95 %
+    of the asked rate, and all at 120 % did.
     """
     arrivals = [request.arrival_s for request in requests if request.arrival_s is not None]
     if len(arrivals) < 2 or len(arrivals) < len(requests):
@@ -245,10 +232,7 @@ def achieved_rate(requests: Sequence[RequestTiming]) -> float | None:
 
 
 def device_figures(runs: Sequence[SpeedSample]) -> dict[str, Any]:
-    """Memory and energy of all runs together; nothing where the card was not sampled.
-
-    Sums are divided: the card's counter is too coarse for a single short run.
-    """
+    """Memory and energy of all runs together; nothing where the card was not sampled."""
     used = [run.device for run in runs if run.device is not None]
     if not used or len(used) != len(runs):
         return {}
@@ -285,10 +269,7 @@ def theil_sen_slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> Iterator[Finding]:
-    """Workloads whose requests came faster than they were answered.
-
-    `rejected` where speed is `demanded`, as on the card that the engine is for; else a note.
-    """
+    """`rejected`, or a note where no speed is demanded, if requests came faster than answers."""
     for entry in speed:
         rate = entry.get("request_rate")
         if rate is not None and not rate["achieved"] >= MIN_ACHIEVED_SHARE * rate["asked"]:
@@ -301,10 +282,7 @@ def rate_findings(speed: Sequence[Mapping[str, Any]], *, demanded: bool) -> Iter
 
 
 def spread_findings(speed: Sequence[Mapping[str, Any]], max_spread: float) -> Iterator[Finding]:
-    """What the spread of repeated runs, (max - min) / median, says about their median.
-
-    `inconclusive` for each workload above `max_spread`; a note where there was one run only.
-    """
+    """`inconclusive` for each workload whose runs lie too far apart; a note on a single run."""
     for entry in speed:
         spread, rates = entry["spread"], entry["samples"]
         if spread is None:

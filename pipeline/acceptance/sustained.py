@@ -52,12 +52,7 @@ class SustainedLimits:
     """What a sustained run may lose, and how much of one is needed to say so.
 
     Attributes:
-        max_throughput_drop: Allowed loss from the first to the last window. The gate is there for a
-            throttling RTX 4090, said to lose 15 % in 20 minutes (we know no published measurement);
-            a third of that leaves room for noise on both sides.
-        max_memory_growth_bytes: Allowed growth over the judged part, by the slope. PyTorch's
-            allocator takes memory in segments of 2 MiB and 20 MiB (kSmallBuffer, kLargeBuffer in
-            c10/cuda/CUDACachingAllocator), so one segment of 20 MiB is no leak yet.
+        max_memory_growth_bytes: Over the judged part, by the slope.
         warm_up_s: Seconds at the start that are dropped.
         window_s: Length of the first and of the last window.
         min_duration_s: Least length of the judged part.
@@ -73,13 +68,15 @@ class SustainedLimits:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SustainedRun:
-    """How long, and what it may lose; see `SustainedLimits` for where the defaults come from.
-
-    Only a card is put under sustained load, not the CPU that stands in for one.
+    """How long, and what it may lose; only a card is put under sustained load.
 
     Attributes:
         minutes: Length; 0 for none.
         workload: Name of the target that is repeated; empty for the one with the largest batch.
+        max_throughput_drop: From the first window to the last. A throttling RTX 4090 is said to
+            lose 15 % in 20 minutes; a third of that leaves room for noise on both sides.
+        max_memory_growth_mib: PyTorch's allocator takes segments of 2 and 20 MiB (kLargeBuffer in
+            c10/cuda/CUDACachingAllocator), so one of 20 MiB is no leak yet.
         clear_cache: Run a second time as long, the allocator's cache freed after each batch, and
             report what that changes: throughput, and a growth of memory that is the allocator's and
             no leak. The first run is the one that is judged. For a runner that can.
@@ -103,7 +100,7 @@ class SustainedRun:
             min_duration_s=0.8 * seconds,
         )
 
-    def chosen(self, workloads: tuple[Workload, ...]) -> Workload | None:
+    def choose(self, workloads: tuple[Workload, ...]) -> Workload | None:
         """The workload that is repeated; None where there is none of that name."""
         if not self.workload:
             return max(workloads, key=lambda load: load.batch, default=None)
@@ -119,17 +116,9 @@ def run_sustained(
     clear: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Sample]:
-    """Repeat a batch until the time is over; one sample for each.
+    """Repeat a batch until the time is over; one sample for each, the last one whole.
 
-    A batch is never cut short, so the run is longer than asked by less than one batch.
-
-    Args:
-        session: What runs.
-        osl: Output tokens of the longest request.
-        wave: The first of a workload in waves; all of a run where requests arrive at a rate.
-        minutes: How long.
-        clear: Free the allocator's cache after each batch; its time counts.
-        clock: Seconds of a monotonic clock.
+    `clear` frees the allocator's cache after each batch; its time counts.
 
     Raises:
         PipelineError: The first batch gave too few tokens, or times that no run can have.
@@ -173,11 +162,7 @@ def _sample(started: float, at_s: float, rate: float, readings: Samples) -> Samp
 
 
 def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> dict[str, Any] | str:
-    """The report's figures of a run, or in words why it is not enough of one.
-
-    `throughput_drop` is 1 - last / first, negative where it became faster; `memory_growth_bytes` is
-    slope x duration, None where memory was not read in the whole run.
-    """
+    """The report's figures of a run, or in words why it is not enough of one."""
     judged = [sample for sample in samples if sample.t_s >= limits.warm_up_s]
     duration_s = judged[-1].t_s - judged[0].t_s if judged else 0.0
     if duration_s < limits.min_duration_s:
@@ -208,12 +193,7 @@ def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> dic
 
 
 def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Iterator[Finding]:
-    """Findings of a sustained run; none for a healthy one.
-
-    Returns:
-        `rejected` for a drop or a growth beyond the limit, `inconclusive` for a run that is too
-        short or too thinly sampled, a note where memory could not be judged.
-    """
+    """`rejected` for a drop or growth beyond the limit, `inconclusive` for too little of a run."""
     figures = sustained_figures(samples, limits)
     if isinstance(figures, str):
         yield Finding("inconclusive", f"sustained run: {figures}")
@@ -248,10 +228,7 @@ def sustained_json(
     workload: str,
     cleared: Sequence[Sample] | None = None,
 ) -> Mapping[str, Any]:
-    """The report's `sustained`: workload, limits, figures (null for too little of a run), samples.
-
-    `cleared`: of the second run, the allocator's cache freed after each batch; None without one.
-    """
+    """The report's `sustained`; `cleared`: a second run, the cache freed after each batch."""
 
     def run_json(run: Sequence[Sample]) -> dict[str, Any]:
         figures = sustained_figures(run, limits)
@@ -268,19 +245,15 @@ def sustained_json(
 def _effect(
     samples: Sequence[Sample], cleared: Sequence[Sample], limits: SustainedLimits
 ) -> dict[str, float | None]:
-    """What clearing changed, medians after the warm-up: with it against without it.
+    """What clearing changed, medians after the warm-up; null where one of the two is not known."""
 
-    `throughput_change` is a share, negative where clearing costs; `memory_change_bytes` is null
-    where memory was not read throughout. Both are null without samples after the warm-up.
-    """
-    changes: dict[str, float | None] = {"throughput_change": None, "memory_change_bytes": None}
-    kept = [[s for s in run if s.t_s >= limits.warm_up_s] for run in (samples, cleared)]
-    if not all(kept):
-        return changes
-    before, after = (statistics.median(s.output_tokens_per_s for s in run) for run in kept)
-    if before > 0:
-        changes["throughput_change"] = after / before - 1
-    memory = [[s.memory_bytes for s in run if s.memory_bytes is not None] for run in kept]
-    if all(len(known) == len(run) for known, run in zip(memory, kept, strict=True)):
-        changes["memory_change_bytes"] = statistics.median(memory[1]) - statistics.median(memory[0])
-    return changes
+    def median(run: Sequence[Sample], figure: str) -> float | None:
+        values = [getattr(one, figure) for one in run if one.t_s >= limits.warm_up_s]
+        return statistics.median(values) if values and None not in values else None
+
+    before, after = (median(run, "output_tokens_per_s") for run in (samples, cleared))
+    first, second = (median(run, "memory_bytes") for run in (samples, cleared))
+    return {
+        "throughput_change": after / before - 1 if before and after is not None else None,
+        "memory_change_bytes": None if first is None or second is None else second - first,
+    }

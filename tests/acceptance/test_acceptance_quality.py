@@ -115,7 +115,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     logits = random_logits(3)
     source = figures_of(logits)
     logits[tuple(WINDOWS[1].tolist())][0, 2] = value
-    with pytest.raises(CorruptError, match="not finite in window 1"):
+    with pytest.raises(CorruptError, match="window 1 has logits that are not finite"):
         measure(logits, source)
 
 

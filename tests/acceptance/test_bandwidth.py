@@ -23,9 +23,7 @@ from pipeline.core.errors import PipelineError, ToolError
 class Driver:
     """A driver with 4 GiB free; its copies take the times that it is given, and may not arrive."""
 
-    def __init__(
-        self, milliseconds: tuple[float, ...] = (), *, arrives: bool = True, failing: str = ""
-    ) -> None:
+    def __init__(self, *milliseconds: float, arrives: bool = True, failing: str = "") -> None:
         self.milliseconds = list(milliseconds)
         self._arrives, self._failing = arrives, failing
         self._words: dict[int, int] = {}
@@ -61,16 +59,17 @@ class Driver:
 
 
 def test_rate_counts_bytes_read_and_written_and_no_warm_up() -> None:
-    driver = Driver((9000.0,) * WARM_UPS + (500.0,) * (REPEATS - 1) + (1000.0,))
+    driver = Driver(*(9000.0,) * WARM_UPS, *(500.0,) * (REPEATS - 1), 1000.0)
     rates = copy_rates(driver)
     assert rates == [4.0 * (1 << 30)] * (REPEATS - 1) + [2.0 * (1 << 30)]
     assert driver.milliseconds == []
 
 
-def test_copy_that_did_not_arrive_is_a_fault() -> None:
-    driver = Driver((1.0,) * (WARM_UPS + REPEATS), arrives=False)
+def test_copy_that_did_not_arrive_and_a_refusal_are_faults() -> None:
     with pytest.raises(RuntimeError, match="not equal to its source"):
-        copy_rates(driver)
+        copy_rates(Driver(*(1.0,) * (WARM_UPS + REPEATS), arrives=False))
+    with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain gave CUDA error 2"):
+        copy_rates(Driver(failing="cuDevicePrimaryCtxRetain"))
 
 
 def test_buffer_is_a_gibibyte_or_a_quarter_of_what_is_free() -> None:
@@ -79,11 +78,6 @@ def test_buffer_is_a_gibibyte_or_a_quarter_of_what_is_free() -> None:
     assert buffer_bytes(1 << 30) == 256 << 20
     with pytest.raises(RuntimeError, match="bytes are free on the card, 1073741824 are needed"):
         buffer_bytes((1 << 30) - 1)
-
-
-def test_refusal_of_the_driver_names_the_call() -> None:
-    with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain gave CUDA error 2"):
-        copy_rates(Driver(failing="cuDevicePrimaryCtxRetain"))
 
 
 @contextlib.contextmanager

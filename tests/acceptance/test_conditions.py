@@ -16,7 +16,6 @@ import pytest
 
 from pipeline.acceptance.card import (
     Reading,
-    Samples,
     condition_findings,
     device_samples,
     gpu_lock,
@@ -68,16 +67,8 @@ def nvml(**other: Any) -> Any:
 
         return call
 
-    constants = dict.fromkeys(
-        (
-            "NVML_CLOCK_SM",
-            "NVML_CLOCK_MEM",
-            "NVML_TEMPERATURE_GPU",
-            "NVML_MEMORY_ERROR_TYPE_UNCORRECTED",
-            "NVML_VOLATILE_ECC",
-        ),
-        0,
-    )
+    names = "CLOCK_SM CLOCK_MEM TEMPERATURE_GPU MEMORY_ERROR_TYPE_UNCORRECTED VOLATILE_ECC"
+    constants = {f"NVML_{name}": 0 for name in names.split()}
     functions = {f"nvml{name}": function(value) for name, value in values.items()}
     return SimpleNamespace(NVMLError=NvmlError, **constants, **functions)
 
@@ -105,17 +96,9 @@ def test_values_of_nvml_get_units_and_names() -> None:
 
 
 def test_what_a_card_does_not_tell_is_none_and_no_fault() -> None:
-    untold = (
-        "EccMode",
-        "TotalEccErrors",
-        "EnforcedPowerLimit",
-        "CurrentClocksEventReasons",
-        "UtilizationRates",
-    )
-    found = conditions_of(nvml(**{f"DeviceGet{name}": NvmlError() for name in untold}), 0)
-    assert found.ecc_enabled is None
-    assert found.ecc_uncorrected is None
-    assert found.power_limit_w is None
+    names = "EccMode TotalEccErrors EnforcedPowerLimit CurrentClocksEventReasons UtilizationRates"
+    found = conditions_of(nvml(**{f"DeviceGet{name}": NvmlError() for name in names.split()}), 0)
+    assert found.ecc_enabled is found.ecc_uncorrected is found.power_limit_w is None
     assert found.throttle_reasons is None
     assert kinds(found, found) == ["inconclusive", "inconclusive"]  # the process, twice
     json.dumps(found.to_json())
@@ -195,15 +178,6 @@ def at(second: float, used: int, **more: float) -> Reading:
     return Reading(at_s=second, memory_used_bytes=used, **more)  # type: ignore[arg-type]
 
 
-def test_energy_is_the_cards_own_count_where_it_has_one() -> None:
-    samples = Samples(
-        [at(0, 5, power_w=1.0, energy_j=100.0), at(4, 9, power_w=1.0, energy_j=300.0)]
-    )
-    assert samples.energy_j == 200.0
-    assert samples.seconds == 4.0
-    assert samples.peak_memory_bytes == 9
-
-
 def test_a_peak_between_begin_and_end_is_seen() -> None:
     used = [1]
     with sampling(lambda: at(time.monotonic(), used[0]), interval_s=0.01) as samples:
@@ -245,13 +219,11 @@ def test_a_container_that_lists_not_even_this_process_hides_the_others_too(
     assert "inconclusive" not in kinds(hidden, hidden)
 
 
-@pytest.mark.parametrize("percent", [0, 5, None])
-def test_a_desktop_that_draws_now_and_then_is_no_work(percent: int | None) -> None:
-    assert kinds(QUIET, dataclasses.replace(QUIET, utilization_percent=percent)) == []
-
-
-def test_work_of_a_process_that_is_hidden_makes_a_measurement_inconclusive() -> None:
-    busy = dataclasses.replace(QUIET, other_compute_processes=None, utilization_percent=6)
-    (finding,) = condition_findings(QUIET, busy)
-    assert finding.kind == "inconclusive"
-    assert "after the measurement NVIDIA H100 was 6% busy" in finding.message
+@pytest.mark.parametrize(
+    ("percent", "found"), [(0, []), (5, []), (None, []), (6, ["inconclusive"])]
+)
+def test_a_desktop_draws_now_and_then_and_more_is_the_work_of_a_hidden_process(
+    percent: int | None, found: list[str]
+) -> None:
+    busy = dataclasses.replace(QUIET, other_compute_processes=None, utilization_percent=percent)
+    assert kinds(QUIET, busy) == found

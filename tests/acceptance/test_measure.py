@@ -157,7 +157,7 @@ def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
 ) -> None:
     question = asked(
         chat=ChatSettings(prompts=20, max_new_tokens=4, min_source_stops=0),
-        sustained=SustainedRun(minutes=0.15, max_throughput_drop=0.99),
+        sustained=SustainedRun(minutes=0.05, max_throughput_drop=0.99),
     )
     report, verdict = measure(checkpoint, tmp_path, question)
     assert verdict.name == "accepted", verdict.findings

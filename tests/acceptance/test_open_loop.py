@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.judge import PhysicsLimits, judge_physics
+from pipeline.acceptance.judge import judge_physics
 from pipeline.acceptance.report import render_page
 from pipeline.acceptance.speed import achieved_rate, rate_findings, summarize, theil_sen_slope
 from pipeline.plan.ceilings import Roofline
@@ -159,7 +159,6 @@ def test_slow_arrivals_are_no_slow_engine_but_too_fast_is_a_fault_still() -> Non
         bandwidth_bytes_per_s=1e12, step_weight_bytes=10**9, kv_bytes_per_token=1000,
         windows=(None,), layer_s_per_token=1e-6, lm_head_s_per_token=1e-6,
     )  # fmt: skip
-    limits = PhysicsLimits(tolerance=0.05, min_share=0.25, l2_cache_bytes=0)
     for open_loop, rate in itertools.product((True, False), (10.0, 1e9)):
         load: dict[str, Any] = {
             "workload": "r", "batch": 8, "isl": 9, "osl": 5, "mean_isl": 8.5, "mean_osl": 4.25,
@@ -167,7 +166,7 @@ def test_slow_arrivals_are_no_slow_engine_but_too_fast_is_a_fault_still() -> Non
         }  # fmt: skip
         if open_loop:
             load["request_rate"] = {"asked": 1.0, "achieved": 1.0}
-        kinds = [finding.kind for finding in judge_physics([load], line, limits=limits)]
+        kinds = [finding.kind for finding in judge_physics([load], line)]
         assert kinds == (["anomalous"] if rate == 1e9 else [] if open_loop else ["note"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -90,24 +89,6 @@ def test_any_end_of_sequence_id_ends_a_row_and_counts(
     made = session.generate(PROMPTS, 9, BatchOptions(osl_each=(9, 9, 9), eos_token_ids=ends))
     assert list(made.output_lengths) == wanted
     assert made.tokens[0, wanted[0] - 1] in ends
-
-
-def test_rate_counts_the_tokens_that_were_generated(sessions: dict[str, Session]) -> None:
-    workload = load(requests=6, osl_distribution=Lengths(min=2, mean=5.0, stdev=3.0))
-    contenders = {"engine": sessions["onnxruntime"], "transformers": sessions["transformers"]}
-    samples = speed_of(workload, contenders, vocab_size=VOCAB_SIZE, repeats=2, seed=0)
-    wanted = sum(workload.output_lengths(0))
-    assert wanted < 6 * 12
-    assert {run.output_tokens for runs in samples.values() for run in runs} == {wanted}
-    entry = summarize(workload, samples["engine"])
-    assert entry["mean_osl"] == pytest.approx(wanted / 6, abs=1e-3)
-    assert entry["osl"] == 12
-    assert entry["load"]["osl_distribution"] == {"min": 2, "mean": 5.0, "stdev": 3.0}
-    for run in entry["runs"]:
-        assert run["output_lengths"] == list(workload.output_lengths(0))
-    ratio = entry["total_tokens_per_s"] / entry["output_tokens_per_s"]
-    assert ratio == pytest.approx((wanted + 6 * 8) / wanted, rel=1e-2)
-    assert json.loads(json.dumps(entry)) == entry
 
 
 def test_end_of_sequence_makes_a_run_shorter_and_says_so(sessions: dict[str, Session]) -> None:

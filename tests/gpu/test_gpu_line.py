@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline.accept import AcceptRequest as Request
-from pipeline.accept import composed, same_weights, this_card
+from pipeline.accept import compose, same_weights, this_card
 from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.measure import measure
 from pipeline.build import plan_of
@@ -114,7 +114,7 @@ def test_one_layer_with_a_wrong_scale_is_a_regression(
     save_file(tensors, weights, metadata={"format": "pt"})
     request = Request(target=str(package.dir), registry="artifacts", overrides=(
         *own_weights(), *QUICK, "acceptance.targets=[]", "acceptance.chat=null"))  # fmt: skip
-    recipe: Any = composed(request, package, this_card()).value
+    recipe: Any = compose(request, package, this_card()).value
     engine = package.engine
     subject = Subject(
         engine=dataclasses.replace(engine, dir=folder),
