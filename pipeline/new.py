@@ -51,14 +51,7 @@ class Origin:
 
 
 def read_origin(text: str, revision: str | None) -> Origin:
-    """Find the model that `--from` names: a folder, else a Hub repository.
-
-    Raises:
-        NotFoundError: No such folder, repository or revision, or no model in it.
-        RecipeError: Neither a folder nor a name that the Hub could have; weights that are pickles.
-        CorruptError: `config.json` is no JSON object.
-        PipelineError: As `HubClient`.
-    """
+    """Find the model that `--from` names: a folder, else a Hub repository."""
     folder = Path(text).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -137,9 +130,6 @@ def largest(recipe: Recipe) -> Fitted:
 
     Contexts and batches go down by halves until the plan accepts; then the batch grows. The KV
     cache has the smallest type that the format holds and the known-bad table allows.
-
-    Raises:
-        RecipeError: Not even the smallest fit, or the plan refuses the model or card altogether.
     """
     spec = format_spec(recipe.compiler.format)
     for kv_cache_dtype in _cache_dtypes(spec):
@@ -233,7 +223,7 @@ class NewRecipe:
     source: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; later versions only add."""
+        """Later versions only add."""
         return {
             "recipe": self.files[-1].stem,
             "files": [str((self.folder / path).absolute()) for path in self.files],
@@ -252,11 +242,6 @@ def new_recipe(
     """Write a recipe that loads and plans without faults: all of its files, or none.
 
     They go to `config_dir`, else to `./recipes`, or `.` where that does not exist.
-
-    Raises:
-        ConflictError: There is such a recipe, or one of its files.
-        RecipeError: A bad name or target, an unsupported model, or one that does not fit.
-        PipelineError: As `read_origin`.
     """
     check_part("name", name)
     folders = config_folders(config_dir)

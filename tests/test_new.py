@@ -158,17 +158,11 @@ def test_name_that_exists_is_a_conflict_and_is_left_as_it_is() -> None:
     with pytest.raises(ConflictError, match=r"mine\.yaml exists"):
         new(folder, target="l4")
     assert {path: Path(path).read_bytes() for path in written()} == before
-
-
-@pytest.mark.parametrize("orphan", ["shapes/mine.yaml", "sizes/mine/trtllm.yaml"])
-def test_file_of_yours_under_that_name_is_a_conflict(orphan: str) -> None:
-    path = Path("recipes") / orphan
-    path.parent.mkdir(parents=True)
-    path.write_text("yours\n")
-    with pytest.raises(ConflictError, match="exists"):
-        new(folder_of(published(LLAMA)))
-    assert written() == [str(path)]
-    assert path.read_text() == "yours\n"
+    Path("recipes/mine.yaml").unlink()
+    for orphan in ("shapes/mine.yaml", "sizes/mine"):
+        with pytest.raises(ConflictError, match=f"{orphan} exists"):
+            new(folder)
+        Path("recipes", "shapes", "mine.yaml").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A recipe and its overrides -> one Hydra configuration, with what could not be applied as faults.
 
-Hydra stops at its first error, so what fails together is tried one by one. A misspelt key is no
-error here: it is set, and the validation of the whole refuses it with the keys that there are.
+Hydra stops at its first error, so what fails together is tried one by one. A misspelt key is set
+here, and the validation of the whole refuses it.
 
 A recipe may have sizes of its own for a compiler: `- optional sizes/phi3@compiler: ${compiler}` in
 its defaults merges `sizes/phi3/<compiler>.yaml`, where there is one, over the compiler's option.
@@ -70,12 +70,7 @@ def read_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Fault]]:
 def compose_recipe(
     recipe: str, overrides: Sequence[Override], folders: ConfigFolders
 ) -> tuple[DictConfig | None, list[Fault], list[ConfigFile]]:
-    """Compose the recipe with the overrides that are good; the others become faults.
-
-    Returns:
-        The configuration, interpolations not yet resolved, None if there is none; the faults; the
-        files that it was made of, the strongest first.
-    """
+    """The configuration, not yet resolved; the faults; its files, the strongest first."""
     recipe_dir = folders.recipe_dir(recipe) or folders.conf
     faults: list[Fault] = []
     groups: list[str] = []
@@ -176,10 +171,7 @@ def _reason(error: Exception) -> str:
 def _config_files(
     recipe: str, choices: Mapping[str, object], search: Sequence[Path]
 ) -> Iterator[ConfigFile]:
-    """The files of a recipe, the strongest first: itself, those it starts from, then options.
-
-    `choices` is what Hydra chose: `group` or `group@section` -> option.
-    """
+    """The files of a recipe, the strongest first; `choices`: `group@section` -> option."""
     yield from _chain(recipe, "", search)
     # Sizes and shapes, which name their section, come after the option that they refine.
     for key, option in sorted(choices.items(), key=lambda choice: "@" not in choice[0]):

@@ -76,11 +76,7 @@ def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Jo
 
 
 def registry_overrides(url: str | None) -> tuple[str, ...]:
-    """The overrides that `--registry URL` stands for; none for None.
-
-    Raises:
-        RecipeError: There is no such kind of registry.
-    """
+    """The overrides that `--registry URL` stands for; none for None."""
     if url is None:
         return ()
     scheme, found, path = url.partition("://")

@@ -33,15 +33,7 @@ class WeightSource(Protocol):
         ...
 
     def fetch(self) -> Weights:
-        """Download or convert, unless the cache holds it; verified, atomic.
-
-        Raises:
-            NotFoundError: No such repository, commit, folder or package.
-            AccessError: Gated or private.
-            CorruptError: Bytes are not what they claim to be.
-            RecipeError: Weights there are, but only as pickles.
-            TransientError: Network, or too little disk; trying again may work.
-        """
+        """Download or convert, unless the cache holds it; verified, atomic."""
         ...
 
 
@@ -82,14 +74,7 @@ def _part(part: Part) -> AfterValidator:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """One shippable artifact, resolved: what `recipes/<name>.yaml` says.
-
-    Attributes:
-        name: First part of the reference.
-        version: The recipe's own; the package's adds its build key and its digest.
-        shape: The model, as far as the plan needs it.
-        runner: What executes the engine here, for acceptance.
-    """
+    """What `recipes/<name>.yaml` says, resolved; `version` is the recipe's own."""
 
     name: Annotated[str, _part("name")]
     version: Annotated[str, _part("recipe_version")]

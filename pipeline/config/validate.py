@@ -21,12 +21,7 @@ Location = tuple[int | str, ...]
 
 
 def validate(config: DictConfig) -> tuple[Mapping[str, Any], Recipe | None, list[Fault]]:
-    """Resolve a configuration and check it whole.
-
-    Returns:
-        It as plain dicts and lists, without the values that are missing or cannot be resolved; the
-        recipe, None if there are faults; all faults.
-    """
+    """Resolve a configuration to plain dicts and lists, and check it whole."""
     broken: dict[str, str] = {}
     plain = _resolved(config, "", broken)
     faults = [Fault(path, message) for path, message in broken.items() if message]

@@ -153,8 +153,7 @@ def strangers(
     """The processes on the card that are not this one; None if NVML hides processes here.
 
     In a container NVML gives the host's numbers, and this process does not know its own there. If
-    it holds a CUDA context (`ours_is_there`), exactly one of the list is it, whichever: one is left
-    out. A list in which not even this process stands hides the others too.
+    it holds a CUDA context (`ours_is_there`), one of the list is it: one is left out.
     """
     others = tuple(process for process in processes if process.pid != own_pid)
     if ours_is_there and len(others) == len(processes):
@@ -219,11 +218,8 @@ def nvml_devices(visible: str | None) -> Iterator[tuple[Any, list[Any]]]:
     """`pynvml` and handles of the cards that CUDA shows, its device 0 first.
 
     CUDA's own order is by speed, NVML's by bus: they differ where cards differ and
-    CUDA_DEVICE_ORDER=PCI_BUS_ID is not set.
-
-    Args:
-        visible: `CUDA_VISIBLE_DEVICES`; None shows all. The list ends at the first entry that names
-            no card (CUDA C++ Programming Guide, environment variables).
+    CUDA_DEVICE_ORDER=PCI_BUS_ID is not set. `visible` is CUDA_VISIBLE_DEVICES, None for all; it
+    ends at the first entry that names no card (CUDA C++ Programming Guide, environment variables).
 
     Raises:
         IncompatibleError: No NVML, no driver, or it does not answer; says what to do.

@@ -20,12 +20,7 @@ from pipeline.core.settings import KIND, marked_modules, read_mark
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotates a field whose section has a `kind`.
-
-    Attributes:
-        room: Package whose modules are the kinds.
-        module: Where a kind is a package, its module with `KIND`; empty where none is.
-    """
+    """A field whose `kind` is a module of the package `room`, or `module` in a package there."""
 
     room: str
     module: str = ""

@@ -49,8 +49,6 @@ def run_tool(
 ) -> None:
     """Run `command` to its end; command line and output are appended to the file `log_path`.
 
-    `stage` names the work in messages; `env` is set in addition to the current variables.
-
     Raises:
         ToolError: It could not start, exited non-zero, was killed by a signal, or ran out of time.
     """

@@ -107,15 +107,11 @@ def safetensors_header(
 
 
 def folder_tensors(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint folder, by name, in file order.
+    """Every tensor of a checkpoint folder, by name, in file order; a `CorruptError` if broken.
 
     The files that count are those that `model.safetensors.index.json` names; without an index,
     `model.safetensors`; without that, all but a second copy in another layout (`consolidated*`).
     What is left out is logged.
-
-    Raises:
-        CorruptError: There is none, the index does not fit its shards, a file breaks the format, or
-            two files hold a tensor of one name.
     """
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     weight_map = read_index(folder / INDEX) if (folder / INDEX).is_file() else None
@@ -144,11 +140,7 @@ def folder_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 
 def check_shards(weight_map: Mapping[str, str], present: Iterable[str], where: str) -> list[str]:
-    """Names of the shards of an index, sorted.
-
-    Raises:
-        CorruptError: One is no safetensors file beside the index, or is not among `present`.
-    """
+    """Names of the shards of an index, sorted, which must lie beside it, among `present`."""
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if "/" in shard or not shard.endswith(".safetensors"):
@@ -186,11 +178,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file by name, in header order, after checking it against its length.
-
-    Raises:
-        CorruptError: Truncated, longer than its header says, or a header that breaks the format.
-    """
+    """The tensors of one file by name, in header order; a `CorruptError` for a broken file."""
     size_bytes = path.stat().st_size
     with path.open("rb") as stream:
         prefix = stream.read(8)

@@ -44,16 +44,12 @@ class Stage:
     def identity(self) -> dict[str, Any]:
         """What a key says of the stage."""
         known = {"stage": self.name, "version": self.version}
-        return known if self.recorded else {**known, "code": self.digest}
+        recorded = _records().get(self.name) == self.record
+        return known if recorded else {**known, "code": self.digest}
 
     @property
     def digest(self) -> str:
         return code_digest(self.code)
-
-    @property
-    def recorded(self) -> bool:
-        """Whether version and code are those of `stages.yaml`."""
-        return _records().get(self.name) == self.record
 
     @property
     def record(self) -> dict[str, Any]:
@@ -107,10 +103,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _form(node: object) -> str:
-    """A node as text: its kind and what it holds, less positions and what is empty.
-
-    Fields that are new in a version of Python are empty in code that does not use them.
-    """
+    """A node as text: its kind and what it holds, less positions and what is empty."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         return ",".join(f"{name.name} as {name.asname}" for name in node.names if name.asname)
     if isinstance(node, ast.JoinedStr):

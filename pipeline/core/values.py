@@ -70,7 +70,6 @@ class Weights:
 
     Attributes:
         origin: For people and the manifest: `hub:microsoft/Phi-3-mini-4k-instruct`.
-        commit: Hub commit (40 hex digits), or None where there is none.
         files: Digest of every file in `dir`; together they identify the weights.
         note: What a reader must know about these weights, such as that they were 4-bit once.
         random: Random numbers, for a rehearsal; such a package is published nowhere.
@@ -134,12 +133,9 @@ class Engine:
 
     Attributes:
         variant: Middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`.
-        runtime: Name and exact version of the runtime that it needs.
         sms: Compute capabilities x 10 it runs on (89 = Ada); empty for any.
         min_vram_bytes: Device memory that it needs at its limits.
-        serve_args: Arguments for the runtime's server, if it has one.
         cpu_graph_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
-        tools: Name -> version of everything that shaped the bytes.
         checks: What was proven about it without running it, for the report.
     """
 
@@ -222,7 +218,6 @@ class Report:
 
     Attributes:
         card: Card that the engine is for, such as `NVIDIA-GeForce-RTX-4090`.
-        conditions: Where and with what it was measured.
         speed: One entry per workload.
         quality: Perplexities, KL, agreement, with intervals.
         checks: What was proven about the engine without running it.

@@ -1,10 +1,9 @@
 """Locks, and work folders: private to one process, and taken over by the next if that one dies.
 
-A work folder is made by us, with a random name and mode 0700. Its owner holds a lock (flock) on the
-folder itself, which the kernel gives back when the process ends, however it ends. A dead process's
-folder is adopted or removed only if it is still ours, 0700 and no link, its owner ran under this
-kernel and its lock is free; one whose owner we cannot see is removed after a day by the file
-system's own clock.
+A work folder has a random name and mode 0700. Its owner holds a lock (flock) on the folder itself,
+which the kernel gives back when the process ends. A dead process's folder is adopted or removed
+only if it is still ours, 0700 and no link, its owner ran under this kernel and its lock is free;
+one whose owner we cannot see is removed after a day by the file system's own clock.
 """
 
 from __future__ import annotations
@@ -46,12 +45,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkFolder:
-    """A folder that no other process writes to.
-
-    Attributes:
-        dir: The folder.
-        adopted: It was begun by a process that died.
-    """
+    """A folder that no other process writes to; `adopted`: begun by a process that died."""
 
     dir: Path
     adopted: bool
@@ -66,13 +60,10 @@ class WorkFolder:
 def work_folder(
     parent: Path, prefix: str, keep: Callable[[BaseException], bool] | None = None
 ) -> Iterator[WorkFolder]:
-    """A work folder in `parent`, removed after the block.
+    """A work folder in `parent`, where no untrusted user may rename; removed after the block.
 
-    Args:
-        parent: Exists; no user who is not trusted may rename in it.
-        prefix: Says what the folder is for.
-        keep: Whether a later process can go on from where the block ended with this exception;
-            then a dead process's folder is adopted, if there is one. None: always begin anew.
+    `keep` says whether a later process can go on from where the block ended with this exception;
+    then a dead process's folder is adopted, if there is one. None: always begin anew.
     """
     parent = parent.resolve()
     with contextlib.ExitStack() as locks:

@@ -86,7 +86,7 @@ class Sizes:
     """What follows from shape, quantization and format.
 
     Attributes:
-        params: All parameters, a tied embedding counted once.
+        params: All; a tied embedding counts once.
         linear_16bit_params: Weights of the layers' linears that are 16-bit.
         kept_16bit: How many linears `keep_16bit` picks; 0 where nothing is quantized.
         weight_bytes: Safetensors of the checkpoint: weights and scales.
@@ -150,10 +150,8 @@ class BuildNeeds:
     """Disk and memory of the machine that builds; estimates, shown and not refused.
 
     Attributes:
-        disk_bytes: Artefact -> bytes, all kept at once.
-        quantize_ram_bytes: For quantizing on a CPU in float32.
-        quantize_ram_min_bytes: The same in bfloat16, which is taken where float32 does not fit.
-        source: Where the RAM figures come from.
+        quantize_ram_bytes: For quantizing on a CPU in float32; `quantize_ram_min_bytes` in
+            bfloat16, which is taken where float32 does not fit.
     """
 
     disk_bytes: dict[str, int]
@@ -167,7 +165,7 @@ class BuildNeeds:
 
 
 def build_needs(request: PlanRequest, sizes: Sizes) -> BuildNeeds:
-    """What building takes."""
+    """Of artefacts all are kept at once."""
     disk = {"weights": 2 * sizes.params, "checkpoint": sizes.weight_bytes}
     source = "quantize: 4 B x parameters + the checkpoint + 3.2 GB, from SmolLM2 (2026-11-24)"
     compile_ram = 0

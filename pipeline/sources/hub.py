@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -155,14 +154,9 @@ def _partial_folder(folder: Path) -> Path:
     return partial
 
 
-@plain_dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A file of one commit, as the Hub lists it.
-
-    Attributes:
-        sha256: Digest of a file in LFS or Xet storage; None for one stored in git.
-        git_sha1: Git's object id of a file stored in git; of the pointer for the others.
-    """
+    """A file of one commit, as the Hub lists it; `sha256` is None for one stored in git."""
 
     name: str
     size_bytes: int
@@ -186,7 +180,7 @@ class RemoteFile:
         return found
 
 
-@plain_dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Repository:
     """What the Hub says of a repository at a revision; `licence`: its tag, as `apache-2.0`."""
 
@@ -199,10 +193,7 @@ class Repository:
 class HubClient:
     """One repository at one commit; for `describe` also at a branch or tag.
 
-    Its methods raise, with a next step:
-        NotFoundError: No such repository or revision.
-        AccessError: Gated or private, or the token is not valid.
-        TransientError: The network or the Hub fails again and again.
+    Its methods raise NotFoundError, AccessError or TransientError, each with a next step.
     """
 
     def __init__(
@@ -264,11 +255,7 @@ class HubClient:
         )
 
     def download(self, file: RemoteFile, folder: Path) -> FileDigest:
-        """Bring `file` into `folder`, unless it lies there with the right bytes.
-
-        Raises:
-            CorruptError: It arrived with other bytes than the Hub lists.
-        """
+        """Bring `file` into `folder`, unless it is there; a `CorruptError` for other bytes."""
         from huggingface_hub import hf_hub_download
 
         target = folder / file.name

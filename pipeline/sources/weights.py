@@ -63,14 +63,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Licensed:
-    """What every source of a recipe says about the terms of its weights.
-
-    Attributes:
-        licence: SPDX identifier, or `LicenseRef-...` for terms that have none. Of a fine-tune,
-            those of the model that was tuned count too.
-        redistribution: Whether they let a package go to a public registry.
-        notice: Text that must travel with the weights.
-    """
+    """What every source of a recipe says about the terms of its weights, as in `Licence`."""
 
     licence: str
     redistribution: Redistribution = "forbidden"
@@ -105,10 +98,7 @@ class Licensed:
 
 
 def licence_of_hub(tag: str | None) -> Licence:
-    """The terms behind a Hub licence tag, such as `apache-2.0`; None for none.
-
-    One that the table does not have forbids redistribution until a person has read the terms.
-    """
+    """The terms behind a Hub licence tag; an unknown one or None forbids redistribution."""
     name = tag or "unstated"
     return known_licences().get(name, Licence(spdx=f"LicenseRef-{name}"))
 

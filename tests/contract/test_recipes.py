@@ -116,14 +116,6 @@ def test_paged_sizes_take_128_requests_and_the_declared_workloads(name: str, com
     assert limits.max_num_tokens >= max(w.batch * w.isl for w in made.acceptance.targets)
 
 
-def test_phi3_stays_within_its_sliding_window_in_every_format() -> None:
-    for compiler in (*PAGED, "trtrtx"):
-        made = recipe_of("phi3", compiler)
-        assert made.shape.window is not None
-        assert made.compiler.limits.max_seq_len <= made.shape.window
-        assert plan_of(made).notes == ()
-
-
 @pytest.mark.parametrize("name", PRODUCTION)
 def test_static_cache_leaves_room_for_a_little_more(name: str) -> None:
     fit = plan_of(recipe_of(name, "trtrtx")).fit

@@ -32,17 +32,12 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
 
 
-def test_jsonl_of_a_dataset_is_one_document_a_line(hub: HubServer, cache: Path) -> None:
+def test_jsonl_is_one_document_a_line_and_fetched_once(hub: HubServer, cache: Path) -> None:
     assert text(JSONL).documents() == TEXTS
     assert text(JSONL).origin == f"hub-dataset:{REPO}@{COMMIT}/{JSONL}"
     stored = cache / "weights" / "hub-datasets" / REPO.replace("/", "--") / COMMIT / JSONL
     assert stored.read_bytes() == hub.files[JSONL]
-
-
-def test_second_time_nothing_is_asked_of_the_network(hub: HubServer) -> None:
-    text(JSONL).documents()
     hub.requests.clear()
-    hub.always = 500
     assert text(JSONL).documents() == TEXTS
     assert hub.requests == []
 

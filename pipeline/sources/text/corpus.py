@@ -33,11 +33,7 @@ class TextCorpus(Protocol):
         ...
 
     def documents(self) -> tuple[str, ...]:
-        """All documents, in a fixed order.
-
-        Raises:
-            PipelineError: It cannot be had, or is empty.
-        """
+        """All documents, in a fixed order; at least one."""
         ...
 
 

@@ -29,12 +29,7 @@ class TextFile:
 
 
 def read_documents(path: Path, column: str) -> tuple[str, ...]:
-    """Read the texts of a file, by its suffix.
-
-    Raises:
-        CorruptError: It is not what its name says, or it holds no text.
-        IncompatibleError: Parquet without pyarrow.
-    """
+    """Read the texts of a file, by its suffix; a `CorruptError` if it has none."""
     try:
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").splitlines()

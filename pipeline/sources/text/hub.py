@@ -17,12 +17,7 @@ from pipeline.sources.weights import lock_path, weights_root
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HubText:
-    """A file of a Hub dataset at a commit: `.jsonl`, `.parquet` or plain text.
-
-    Attributes:
-        repo_id: Dataset repository, such as `abisee/cnn_dailymail`.
-        column: Column or key of the text.
-    """
+    """A file of a Hub dataset at a commit: `.jsonl`, `.parquet` (of both a column) or text."""
 
     repo_id: str
     revision: str
