@@ -26,9 +26,8 @@ from pipeline.quant.unified import UnifiedCheckpoint
 _MARK, _MODULE = "SPEC", "spec"
 
 PAGED_SHARE = 0.9
-"""Share of device memory that a paged runtime gives to weights, workspace and cache: vLLM's
-`gpu_memory_utilization` and TensorRT-LLM's `free_gpu_memory_fraction` are 0.9 unless set. The rest
-is for CUDA graphs, fragmentation and a desktop."""
+"""Share of device memory that a paged runtime uses: vLLM's `gpu_memory_utilization` and
+TensorRT-LLM's `free_gpu_memory_fraction` are 0.9 unless set."""
 
 
 @runtime_checkable
@@ -50,8 +49,7 @@ class EngineCompiler(Protocol):
     def check_machine(self, target: Target) -> None:
         """Find out in seconds, before any download, whether this machine can compile.
 
-        Raises:
-            IncompatibleError: It cannot; names the ways on.
+        IncompatibleError names the ways on.
         """
 
     def inputs(self, target: Target) -> Mapping[str, Any]:
@@ -74,7 +72,7 @@ class CardCompiler(EngineCompiler, Protocol):
 
     @property
     def command(self) -> tuple[str, ...]:
-        """What it runs on a machine with the card, with relative paths."""
+        """What it runs on the card's machine, with relative paths."""
 
     def convert(self, checkpoint: Checkpoint, cache: StageCache) -> StageResult:
         """What it makes of the checkpoint on any machine."""
@@ -88,8 +86,7 @@ class FitRule:
         static: The KV cache is allocated whole, for the largest batch at full context; else it is
             paged, and must hold what the declared workloads hold at their end.
         usable_share: Share of the card that weights, workspace and cache may take.
-        mask_bytes: Of one pair of token and cache slot in the attention mask of a step; 0 where
-            the runtime has no such mask in memory.
+        mask_bytes: Of one pair of token and cache slot in the attention mask of a step, if any.
         overhead_bytes: What an engine holds beside its weights.
     """
 
@@ -151,10 +148,7 @@ class FormatSpec:
     is_checkpoint: bool = False
 
     def variant(self, precision: QuantSpec, limits: Limits, target: Target) -> str:
-        """Middle part of a reference, such as `rtx4090-trtllm-fp8-b64-s4096`.
-
-        What runs anywhere is named after no sizes: they are arguments of its server.
-        """
+        """Middle part of a reference; what runs anywhere names no sizes, its server's arguments."""
         place = {"card": target.id, "sm": f"sm{target.sm}", None: "any"}[self.bound_to]
         parts = [place, self.name, precision.name]
         if self.bound_to is not None:
@@ -171,8 +165,7 @@ class FormatSpec:
     ) -> Engine:
         """A finished engine folder with what follows from the format; `proven`: the other fields.
 
-        It needs the memory of its weights and its cache; that of a paged runtime holds at least one
-        request of full length.
+        A paged cache holds at least one request of full length.
         """
         limits = compiler.limits
         rows = limits.max_batch_size if self.fit.static else 1
@@ -208,11 +201,7 @@ def format_specs() -> dict[str, FormatSpec]:
 
 
 def format_spec(name: str) -> FormatSpec:
-    """One format.
-
-    Raises:
-        IncompatibleError: There is none of this name, such as that of a newer version's package.
-    """
+    """One format; IncompatibleError if there is none, such as that of a newer package."""
     modules = marked_modules(__package__, _MARK, _MODULE)
     if name not in modules:
         raise IncompatibleError(

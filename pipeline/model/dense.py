@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +44,8 @@ def dense_decoder(
         qkv_bias: q, k and v have biases.
         qk_norm: Each head of q and k has a norm.
         fused: q/k/v are stored as `qkv_proj`, gate/up as `gate_up_proj`.
-        kv_heads_default: A config without `num_key_value_heads` has as many as query heads; in
-            other families Transformers takes a number of its own, so it must be stated.
+        kv_heads_default: `num_key_value_heads` may be absent: as many as query heads. In other
+            families Transformers takes a number of its own, so it must be stated.
     """
     # Llama's attention_bias would put one on o_proj as well.
     keys.require("attention_bias", qkv_bias)
@@ -113,58 +114,36 @@ def _check_layer_types(keys: ConfigKeys, windows: list[int | None]) -> None:
     keys.ignore("layer_types")
     stated = keys.config.get("layer_types") or wanted
     if not keys.faults and stated != wanted:
-        keys.fault(
-            "layer_types",
-            f"differs from the windows that the other keys give: {wanted.count('full_attention')} "
-            f"layers of full_attention, then {wanted.count('sliding_attention')} of "
-            "sliding_attention",
-        )
+        full = wanted.count("full_attention")
+        layers = f"{full} layers of full_attention, then {len(wanted) - full} of sliding_attention"
+        message = f"differs from the windows that the other keys give: {layers}"
+        keys.fault("layer_types", message)
 
 
 def _linears(
     hidden: int, inner: int, query: int, key: int, qkv_bias: bool, fused: bool
 ) -> tuple[Linear, ...]:
     """The seven linears; `query` and `key` are the widths of all their heads."""
-    sizes = {"q": query, "k": key, "v": key}
-    linears = _group("self_attn", "qkv", sizes, hidden, bias=qkv_bias, fused=fused)
-    linears.append(Linear(role="o", module="self_attn.o_proj", rows=hidden, columns=query))
-    linears += _group("mlp", "gate_up", {"gate": inner, "up": inner}, hidden, fused=fused)
-    linears.append(Linear(role="down", module="mlp.down_proj", rows=hidden, columns=inner))
-    return tuple(linears)
 
+    def merge(parent: str, group: str, sizes: dict[str, int], bias: bool) -> Iterator[Linear]:
+        """Linears that runtimes merge: stored as one module, or as one each."""
+        start = 0
+        for role, rows in sizes.items():
+            module = f"{parent}.{group if fused else role}_proj"
+            linear = Linear(role=role, module=module, rows=rows, columns=hidden, fused=group)
+            yield replace(linear, bias=bias, first_row=start)
+            start += rows if fused else 0
 
-def _group(
-    parent: str,
-    name: str,
-    sizes: dict[str, int],
-    columns: int,
-    *,
-    bias: bool = False,
-    fused: bool,
-) -> list[Linear]:
-    """Linears that runtimes merge: stored as one module, or as one each."""
-    linears, start = [], 0
-    for role, rows in sizes.items():
-        linears.append(
-            Linear(
-                role=role,
-                module=f"{parent}.{name if fused else role}_proj",
-                rows=rows,
-                columns=columns,
-                first_row=start if fused else 0,
-                bias=bias,
-                fused=name,
-            )
-        )
-        start += rows
-    return linears
+    return (
+        *merge("self_attn", "qkv", {"q": query, "k": key, "v": key}, qkv_bias),
+        Linear(role="o", module="self_attn.o_proj", rows=hidden, columns=query),
+        *merge("mlp", "gate_up", {"gate": inner, "up": inner}, bias=False),
+        Linear(role="down", module="mlp.down_proj", rows=hidden, columns=inner),
+    )
 
 
 def read_rope(keys: ConfigKeys, head_dim: int, max_position_embeddings: int) -> Rope:
-    """Read the rope settings in either spelling (Transformers 4 and 5).
-
-    What is wrong or not built becomes a fault of `keys`.
-    """
+    """Read the rope settings in either spelling (Transformers 4 and 5), faults into `keys`."""
     found = ConfigKeys(_settings(keys), "rope_parameters.")
     found.ignore(*_KNOWN)
     theta = found.number("rope_theta", 10000.0)
@@ -225,11 +204,8 @@ def _llama3_scaling(found: ConfigKeys) -> Llama3Scaling:
         original_max_position_embeddings=found.integer("original_max_position_embeddings"),
     )
     if not found.faults and not scaling.low_freq_factor < scaling.high_freq_factor:
-        found.fault(
-            "low_freq_factor",
-            f"({scaling.low_freq_factor}) must be below high_freq_factor "
-            f"({scaling.high_freq_factor})",
-        )
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        found.fault("low_freq_factor", f"({low}) must be below high_freq_factor ({high})")
     return scaling
 
 
@@ -240,11 +216,8 @@ def _longrope_scaling(
     original = found.integer("original_max_position_embeddings")
     short, long = found.numbers("short_factor"), found.numbers("long_factor")
     if not found.faults and not len(short) == len(long) == rotary_dim // 2:
-        found.fault(
-            "long_factor",
-            f"longrope has {len(short)} short and {len(long)} long factors for "
-            f"{rotary_dim // 2} frequencies",
-        )
+        counts = f"{len(short)} short and {len(long)} long factors"
+        found.fault("long_factor", f"longrope has {counts} for {rotary_dim // 2} frequencies")
     ratio = found.number("factor", max_position_embeddings / original)
     return LongRopeScaling(
         short_factors=short,

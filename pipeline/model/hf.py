@@ -75,9 +75,8 @@ def load_model(folder: Path, dtype: str) -> Any:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, as its `tokenizer.json` states it where there is one.
 
-    `AutoTokenizer` chooses a class by the model's type, and since Transformers 5 some of these
-    classes rebuild the tokenizer with rules of their own: a model of type qwen2 gets Qwen's
-    splitting whatever its file says.
+    `AutoTokenizer` would choose a class by the model's type; since Transformers 5 some of these
+    rebuild the tokenizer: a model of type qwen2 gets Qwen's splitting whatever its file says.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -165,8 +164,8 @@ def _write_shards(tensors: list[TensorSpec], folder: Path, seed: int) -> None:
 def _values(tensor: TensorSpec, rng: np.random.Generator) -> Iterator[NDArray[Any]]:
     """The tensor's elements as bfloat16, piece by piece.
 
-    Linears get the standard deviation 1 / sqrt(inputs), which keeps activations near unit size at
-    any depth; norms and biases are random too, so that one that is left out shows.
+    Linears have the standard deviation 1 / sqrt(inputs), which keeps activations near unit size;
+    norms and biases are random too, so that one that is left out shows.
     """
     import ml_dtypes
     import numpy as np

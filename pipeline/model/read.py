@@ -62,10 +62,7 @@ REQUIRED: Mapping[str, Any] = {
 class ConfigKeys:
     """Reads typed values and collects faults; a faulty value has a stand-in, so reading goes on.
 
-    Attributes:
-        section: What a key's path starts with, such as `rope_scaling.`.
-        faults: All that is wrong so far; paths are keys.
-        read: Effective value of each key that was read, defaults included.
+    Paths start with `section`, such as `rope_scaling.`; `read` holds effective values.
     """
 
     def __init__(self, config: Mapping[str, Any], section: str = "") -> None:
@@ -157,7 +154,7 @@ class ConfigKeys:
 
     def _wrong(self, key: str, value: Any, wanted: str, stand_in: _T) -> _T:
         if value is not None:  # a missing one has its fault
-            self.fault(key, f"is {_shown(value)}; it must be {wanted}")
+            self.fault(key, f"is {_shorten(value)}; it must be {wanted}")
         return stand_in
 
 
@@ -165,7 +162,7 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -227,7 +224,7 @@ def _read(config: Mapping[str, Any]) -> tuple[ModelSpec, ConfigKeys]:
     return spec, keys
 
 
-def _validated(value: Any) -> Any:
+def _validate(value: Any) -> Any:
     """A recipe's section as a spec; pydantic gets every fault at its key."""
     if not isinstance(value, Mapping):
         return value
@@ -249,5 +246,5 @@ def _validated(value: Any) -> Any:
     return spec
 
 
-Shape = Annotated[ModelSpec, BeforeValidator(_validated)]
+Shape = Annotated[ModelSpec, BeforeValidator(_validate)]
 """A field of a recipe that holds the keys of a `config.json`."""

@@ -109,11 +109,7 @@ class Layer:
 
     @property
     def widest_features(self) -> int:
-        """Features of one token at the widest point.
-
-        The residual and its normed copy, beside gate, up and their product, or q, k, v and the
-        attention's output.
-        """
+        """Features of one token at the widest point: residual and norm, beside MLP or attention."""
         query, key = self.linear("q").rows, self.linear("k").rows
         widest = max(3 * self.linear("gate").rows, 2 * query + 2 * key)
         return 2 * self.linear("o").rows + widest
@@ -141,10 +137,9 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """LongRoPE (arXiv:2402.13753), as Phi-3 and Phi-4-mini use it.
+    """LongRoPE (arXiv:2402.13753): divisors of frequencies up to the original context, and beyond.
 
-    Each frequency has a divisor up to the original context, with which the model was first trained,
-    and another beyond it; `attention_factor` multiplies cosine and sine.
+    `attention_factor` multiplies cosine and sine.
     """
 
     short_factors: tuple[float, ...]
@@ -160,13 +155,7 @@ class LongRopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding of a decoder.
-
-    Attributes:
-        theta: Base of the frequencies.
-        rotary_dim: Leading elements of each head that are rotated; the rest passes unchanged.
-        scaling: None for the plain embedding.
-    """
+    """Rotary embedding: base `theta`; `rotary_dim` leading elements of each head are rotated."""
 
     theta: float
     rotary_dim: int
@@ -237,7 +226,7 @@ class ModelSpec:
         }
 
     def fused_modules(self) -> dict[str, tuple[str, ...]]:
-        """Stored modules that share one weight scale: `model.layers.0.self_attn.qkv` -> its parts.
+        """Group that shares one weight scale, such as `model.layers.0.self_attn.qkv` -> modules.
 
         A group that is one stored module has one scale anyway, and is not listed.
         """
@@ -286,11 +275,7 @@ class ModelSpec:
         return self.vocab_size * self.hidden_size
 
     def params_read(self, batch: int) -> int:
-        """Parameters that one decode step of `batch` sequences reads.
-
-        All but the embedding table, of which each sequence takes a row; lm_head counts, tied or
-        not.
-        """
+        """Parameters that one decode step reads: all, but of the embedding a row per sequence."""
         table = 0 if self.tied else self.embedding_params
         return self.params - table + batch * self.hidden_size
 
@@ -311,10 +296,8 @@ def layer_name(number: int) -> str:
 
 def not_built(key: str, message: str) -> Fault:
     """A key whose value a converter cannot express."""
-    return Fault(
-        f"config.json: {key}",
-        f"{message}; use compiler=checkpoint, which leaves the model as it is",
-    )
+    advice = "use compiler=checkpoint, which leaves the model as it is"
+    return Fault(f"config.json: {key}", f"{message}; {advice}")
 
 
 def longrope_gain(ratio: float, original: int) -> float:
@@ -326,11 +309,10 @@ def longrope_gain(ratio: float, original: int) -> float:
 
 
 def rope_tables(rope: Rope, *, context: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Cosine and sine, each [context, rotary_dim / 2].
+    """Cosine and sine, each [context, rotary_dim / 2], of the angles p * f_i.
 
-    Row p, column i is the angle p * f_i (`rope_frequencies`). The graph pairs element i with
-    i + rotary_dim / 2, as Hugging Face models do (`interleaved=0` of the ONNX operator), not with
-    its neighbour as RoFormer does. LongRoPE multiplies both by its attention factor.
+    The graph pairs element i with i + rotary_dim / 2, as Hugging Face models do (`interleaved=0` of
+    the ONNX operator), not with its neighbour as RoFormer does.
     """
     import numpy as np
 
@@ -360,11 +342,7 @@ def rope_frequencies(rope: Rope, *, context: int) -> NDArray[np.float64]:
 
 
 def _llama3(frequencies: NDArray[np.float64], scaling: Llama3Scaling) -> NDArray[np.float64]:
-    """Divide the frequencies of long waves, keep the short ones, blend between.
-
-    Source: `apply_scaling` in Meta's reference implementation of Llama 3.1; wavelengths are
-    measured against the original context.
-    """
+    """Source: `apply_scaling` in Meta's reference implementation of Llama 3.1."""
     import numpy as np
 
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)

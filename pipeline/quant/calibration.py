@@ -19,8 +19,7 @@ OUTLIER_FACTOR = 50.0
 """An activation amax this many times the median of its kind is named in the record: SmolLM2's
 three massive activations lie at 25 to 180 times theirs (measured 2026-11-24)."""
 _LIVE_ACTIVATION_WIDTHS = 8
-"""Tensors of the MLP's or hidden width alive at once in one layer: residual, norm, gate, up, their
-product, and quantized copies."""
+"""Tensors alive at once in one layer: residual, norm, gate, up, their product, quantized copies."""
 
 DeviceChoice = Literal["auto", "cuda", "layerwise", "cpu"]
 
@@ -42,9 +41,7 @@ def activation_bytes(shape: ModelSpec, tokens: int) -> int:
 def choose_placement(
     choice: DeviceChoice, shape: ModelSpec, *, batch_tokens: int, free_vram_bytes: int | None
 ) -> Placement:
-    """On the GPU if it fits, else layer by layer, else on the CPU; pure.
-
-    `free_vram_bytes` is None without a usable GPU, `batch_tokens` is of one forward pass.
+    """On the GPU if it fits, else layer by layer, else on the CPU; `batch_tokens` of one pass.
 
     Raises:
         IncompatibleError: The recipe insists on a GPU and there is none, or too little memory.
@@ -116,8 +113,7 @@ def check_amax(amax: Mapping[str, float]) -> list[str]:
     Raises:
         CorruptError: NaN, infinite, zero or negative: the quantizers are named.
     """
-    broken = {name: value for name, value in amax.items() if not 0 < value < math.inf}
-    if broken:
+    if broken := {name: value for name, value in amax.items() if not 0 < value < math.inf}:
         listed = ", ".join(f"{name} = {value}" for name, value in sorted(broken.items())[:8])
         raise CorruptError(
             f"calibration saw no usable range for {len(broken)} quantizers: {listed}; check the "
@@ -179,11 +175,8 @@ def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tupl
         for name, module in model.named_modules()
         if getattr(getattr(module, "weight_quantizer", None), "is_enabled", False)
     }
-    groups = {
-        label: names
-        for label, names in spec.fused_modules().items()
-        if quantized.keys() >= set(names)
-    }
+    fused = spec.fused_modules()
+    groups = {label: names for label, names in fused.items() if quantized.keys() >= set(names)}
     for names in groups.values():
         shared = torch.stack([quantized[name].weight_quantizer.amax for name in names]).max()
         for name in names:
@@ -196,11 +189,7 @@ def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tupl
 
 
 def _set_amax(quantizer: Any, value: Any) -> None:
-    """Replace an amax by a float32 one.
-
-    The quantizer's own setter copies into its buffer, which is bfloat16 in a bfloat16 model: too
-    few bits for 448 times a bfloat16 scale.
-    """
+    """Replace an amax: the setter alone would copy into a bfloat16 model's bfloat16 buffer."""
     if hasattr(quantizer, "_amax"):
         delattr(quantizer, "_amax")
     quantizer.amax = value.float().clone()

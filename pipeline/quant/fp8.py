@@ -62,10 +62,10 @@ def _input_nodes(w: OnnxWriter, module: str, x: str, scale: np.float32) -> str:
     import numpy as np
 
     scale_name = w.constant(f"{module}.input_scale", np.array(scale, np.float32))
-    zero = w.constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
-    codes = w.op("QuantizeLinear", [x, scale_name, zero], f"{module}.input.q")
-    inputs = [codes, scale_name, zero]
-    return w.op("DequantizeLinear", inputs, f"{module}.input.dq", output_dtype=w.dtype)
+    scale_zero = [scale_name, w.constant("fp8_zero", np.zeros((), ml_dtypes.float8_e4m3fn))]
+    codes = w.op("QuantizeLinear", [x, *scale_zero], f"{module}.input.q")
+    name = f"{module}.input.dq"
+    return w.op("DequantizeLinear", [codes, *scale_zero], name, output_dtype=w.dtype)
 
 
 def _weight_nodes(w: OnnxWriter, codes: str, scale: str) -> str:
@@ -111,12 +111,8 @@ class Fp8Quantizer:
         return self._job(calibration).quantize(weights, cache)
 
     def _job(self, calibration: Calibration) -> ModelOptJob:
-        return ModelOptJob(
-            precision=SPEC,
-            calibration=calibration,
-            keep_16bit=self.keep_16bit,
-            device=self.device,
-        )
+        kept, device = self.keep_16bit, self.device
+        return ModelOptJob(precision=SPEC, calibration=calibration, keep_16bit=kept, device=device)
 
 
 KIND = Fp8Quantizer

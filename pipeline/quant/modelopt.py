@@ -79,7 +79,7 @@ class ModelOptJob:
         """Return the checkpoint of these weights, made now or found in the cache.
 
         Raises:
-            RecipeError: Too little text, a pattern that keeps half of a fused group.
+            RecipeError: Too little text, or half of a fused group is kept.
             CorruptError: Weights that are not finite, an amax that is no range, an unfaithful copy.
             IncompatibleError: The recipe insists on a device that is not there.
         """
@@ -103,7 +103,7 @@ class ModelOptJob:
             raise RecipeError(faults)
         require_finite(source)
         kept = select(self.keep_16bit, spec.modules)
-        model, record = self._calibrated(weights, spec, kept)
+        model, record = self._calibrate(weights, spec, kept)
         groups = share_scales(model, spec, self.precision.code_max)
         exported = _export(model, source, out_dir)
         normalize_export(
@@ -126,7 +126,7 @@ class ModelOptJob:
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def _calibrated(
+    def _calibrate(
         self, weights: Weights, spec: ModelSpec, kept: Sequence[str]
     ) -> tuple[Any, dict[str, Any]]:
         """The model with quantizers that saw every window, and what they saw."""
@@ -147,7 +147,7 @@ class ModelOptJob:
         model = load_model(weights.dir, dtype)
         device = place(model, placement)
         batches = torch.split(torch.from_numpy(windows).to(device), self.calibration.batch_size)
-        self._calibrate(model, batches, kept)
+        self._show_windows(model, batches, kept)
         amax = {
             name: float(module.amax.float().max())
             for name, module in model.named_modules()
@@ -164,16 +164,16 @@ class ModelOptJob:
             "outliers": outliers,
         }
 
-    def _calibrate(self, model: Any, batches: Sequence[torch.Tensor], kept: Sequence[str]) -> None:
+    def _show_windows(
+        self, model: Any, batches: Sequence[torch.Tensor], kept: Sequence[str]
+    ) -> None:
         """Insert quantizers and let them see every window; lm_head is skipped, it stays 16-bit."""
         import modelopt.torch.quantization as mtq
         import torch
 
         def forward_loop(quantized: Any) -> None:
-            with (
-                torch.no_grad(),
-                progress("Calibrating", sum(map(len, batches)), "windows") as done,
-            ):
+            windows = sum(map(len, batches))
+            with torch.no_grad(), progress("Calibrating", windows, "windows") as done:
                 for batch in batches:
                     quantized.base_model(batch, use_cache=False)
                     done(len(batch))
@@ -209,14 +209,12 @@ def normalize_export(
 ) -> None:
     """Write the hub checkpoint: bfloat16, the source's own config, all companions.
 
-    ModelOpt writes the unified FP8 checkpoint; three things of it are changed. Tensors that are no
-    FP8 weight and no scale become bfloat16 (it keeps a float32 model's as float32). `config.json`
-    is the source's own with the quantization added, since the exporter rewrites it in the installed
-    Transformers' spelling, which other runtimes may not read; linears that stay 16-bit are listed
-    by their exact names, where ModelOpt writes wildcards that runtimes read in ways of their own.
-    And the KV cache is declared 16-bit: whether a runtime uses its FP8 scales is the compiler's
-    choice. These are written from the calibrated amax: ModelOpt 0.37 would raise each to at least
-    1.0, 0.47 does not, and one model must give the same checkpoint under both.
+    Three things of ModelOpt's export are changed. Tensors that are no FP8 weight and no scale
+    become bfloat16. `config.json` is the source's own with the quantization added, since the
+    exporter rewrites it in the installed Transformers' spelling; linears that stay 16-bit are
+    listed by their exact names, where ModelOpt writes wildcards. And the KV cache is declared
+    16-bit: whether a runtime uses its FP8 scales is the compiler's choice. These are written from
+    the calibrated amax: ModelOpt 0.37 would raise each to at least 1.0, 0.47 does not.
 
     Raises:
         CorruptError: The export lacks its quantization config or its weights, or has a cache scale
@@ -275,22 +273,20 @@ def _round_to_bfloat16(shard: Path, quantized_dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    tensors = load_file(shard)
+    for name, tensor in tensors.items():
         if name.endswith(_SCALES):
-            return tensor.float()
-        if tensor.dtype == getattr(torch, quantized_dtype):
-            return tensor
-        return tensor.to(torch.bfloat16)
-
-    tensors = {name: converted(name, tensor) for name, tensor in load_file(shard).items()}
+            tensors[name] = tensor.float()
+        elif tensor.dtype != getattr(torch, quantized_dtype):
+            tensors[name] = tensor.to(torch.bfloat16)
     save_file(tensors, shard, metadata={"format": "pt"})
 
 
 def _scale(name: str, value: float, cache_scales: Mapping[str, float]) -> float:
     """The value that a scale must have.
 
-    Scales of linears are bfloat16 values stored as float32 (`share_scales`); a GPU's
-    division by 448 misses them by a last bit, which rounding restores.
+    Those of linears are bfloat16 values stored as float32 (`share_scales`), which a GPU's division
+    by 448 misses by a last bit.
     """
     import torch
 

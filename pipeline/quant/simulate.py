@@ -33,11 +33,10 @@ def load_simulation(
     Args:
         checkpoint_dir: Unified checkpoint.
         layers: Keep only these decoder layers, in this order; None for all.
-        accumulate: Another beside `float32` gives the noise floor, the disagreement that summation
-            order alone causes: `float32-reversed` has rounding errors as two runtimes have, and
-            `float64` has none.
-        context: Of the engine that is simulated, tokens: LongRoPE's factors are those that a graph
-            of this context has. None leaves the choice to Transformers, by the longest row.
+        accumulate: Another beside `float32` gives the noise floor: `float32-reversed` has rounding
+            errors as two runtimes have, and `float64` has none.
+        context: Of the simulated engine, tokens, which chooses LongRoPE's factors. None leaves the
+            choice to Transformers, by the longest row.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,7 +55,7 @@ def load_simulation(
         model.to_empty(device="cpu")
     _restore_buffers(model)
     state = {
-        _renumbered(name, kept): _dequantized(checkpoint, name)
+        _renumber(name, kept): _dequantize(checkpoint, name)
         for name in checkpoint.tensors
         if not name.endswith("_scale") and _layer_of(name) in (-1, *kept)
     }
@@ -65,11 +64,9 @@ def load_simulation(
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
     round_input, scales = checkpoint.precision.round_input, dict[str, float]()
-    if round_input is not None:
-        for name in checkpoint.quantized_linears:
-            if _layer_of(name) in kept:
-                scale = float(checkpoint.scalar(f"{name}.input_scale"))
-                scales[_renumbered(name, kept)] = scale
+    for name in checkpoint.quantized_linears if round_input is not None else ():
+        if _layer_of(name) in kept:
+            scales[_renumber(name, kept)] = float(checkpoint.scalar(f"{name}.input_scale"))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
             _wrap(module, round_input, scales.get(name), accumulate)
@@ -105,7 +102,7 @@ def _wrap(
     linear.forward = forward
 
 
-def _dequantized(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:
+def _dequantize(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:
     stored = torch_view(checkpoint.read(name))
     if not checkpoint.is_quantized(name.removesuffix(".weight")):
         return stored.float()
@@ -141,7 +138,7 @@ def _layer_of(name: str) -> int:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
 
 
-def _renumbered(name: str, kept: tuple[int, ...]) -> str:
+def _renumber(name: str, kept: tuple[int, ...]) -> str:
     """The name with its layer's position among the kept ones."""
     layer = _layer_of(name)
     return name.replace(f"layers.{layer}.", f"layers.{kept.index(layer)}.") if layer >= 0 else name

@@ -47,7 +47,7 @@ class OnnxPattern:
 
     Attributes:
         weight: (graph, stored codes, weight scale) -> the weight in the activations' type.
-        input: (graph, module, input, input scale) -> the rounded input in the activations' type.
+        input: (graph, module, input, input scale) -> the rounded input in that type.
         operands: What TensorRT-RTX calls the operands' type in a compiled plan.
     """
 
@@ -150,17 +150,11 @@ def spec_of_algo(quant_algo: str | None) -> QuantSpec | None:
 
 def select(patterns: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     """Names of the modules that match any pattern (fnmatch, case matters), in model order."""
-    return tuple(
-        name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)
-    )
+    return tuple(name for name in modules if any(fnmatchcase(name, each) for each in patterns))
 
 
 def keep_16bit_faults(patterns: Sequence[str], spec: ModelSpec) -> list[Fault]:
-    """Patterns that match nothing, and choices that split what every runtime fuses.
-
-    vLLM refuses a mixture ("Detected some but not all shards of ... are quantized"); TensorRT-LLM
-    stores q/k/v as one tensor.
-    """
+    """Patterns that match nothing, and choices that split what every runtime fuses."""
     faults = [
         Fault(
             f"quantizer.keep_16bit[{index}]",

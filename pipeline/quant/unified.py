@@ -69,12 +69,7 @@ class UnifiedCheckpoint:
 
     @cached_property
     def precision(self) -> QuantSpec:
-        """That of its quantized linears; 16-bit where nothing is quantized.
-
-        Raises:
-            RecipeError: It declares a precision that is not known here.
-            CorruptError: Its declaration is damaged.
-        """
+        """That of its quantized linears, else 16-bit; RecipeError for one not known here."""
         declared = declared_quantization(self.dir)
         if (algorithm := declared.algorithm) is not None:
             if spec := spec_of_algo(algorithm):
@@ -101,11 +96,7 @@ class UnifiedCheckpoint:
         return self.tensors[name]
 
     def read(self, name: str) -> NDArray[Any]:
-        """A tensor as a read-only memory map of its own dtype and shape.
-
-        Raises:
-            CorruptError: There is no such tensor, or it is empty.
-        """
+        """A tensor as a read-only memory map; CorruptError if it is missing or empty."""
         import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
         import numpy as np
 
@@ -134,8 +125,7 @@ class UnifiedCheckpoint:
     def check_tensors(self) -> None:
         """Require every tensor that the config implies, with its shape, and no other.
 
-        A tensor that no converter reads (a bias, a scale of another format) would be an engine that
-        is silently wrong, as a config key would.
+        One that no converter reads (a bias, a scale of another format) is a silently wrong engine.
 
         Raises:
             CorruptError: Lists what is missing, left over or wrong.

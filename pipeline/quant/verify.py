@@ -50,15 +50,10 @@ def verify_checkpoint(
 
     Returns the ledger of what was rounded: `precision`, `relative_error` (linear -> norm of its
     rounding error over the norm of its weights, three digits: the order of a sum does not show in
-    them), `kept_16bit` (linears that were rounded to bfloat16 only).
-
-    Raises:
-        CorruptError: Lists what is wrong, by tensor.
+    them), `kept_16bit` (linears that were rounded to bfloat16 only). CorruptError lists faults.
     """
     checkpoint, source = UnifiedCheckpoint(checkpoint_dir), UnifiedCheckpoint(weights_dir)
-    wanted = {
-        name for name in source.tensors if not (source.spec.tied and name == "lm_head.weight")
-    }
+    wanted = set(source.tensors) - ({"lm_head.weight"} if source.spec.tied else set())
     scales = {f"{module}.{kind}" for module in quantized_linears for kind in precision.scales}
     scales |= set(source.spec.kv_scales())
     found = set(checkpoint.tensors)

@@ -16,7 +16,7 @@ from pipeline.build import plan_of
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import RecipeError
-from pipeline.formats.trtllm.config import trtllm_config
+from pipeline.formats.trtllm.layout import trtllm_config
 from pipeline.formats.trtrtx.onnx_graph import CPU_GRAPH, GraphSettings, write_graphs
 from pipeline.model import families
 from pipeline.model.hf import write_random_model

@@ -12,22 +12,30 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from image.install import lacking, pinned
-from tests.image.wheels import write_wheel
 
 if TYPE_CHECKING:
     from docker import DockerClient
 
 DEBIAN = "stand-in/debian:bookworm"
+
+
 BASE = "stand-in/release:1.2.1"
+
+
 INSTALL = "apt-get install -y --no-install-recommends debootstrap"
+
+
 SUITE = "bookworm"
 """Debian 12, for its Python 3.11: the version that requirements-image.lock is for."""
+
 
 NAMES_ONLY = {
     "accelerate": "1.12.0",
@@ -53,8 +61,7 @@ NAMES_ONLY = {
     "tqdm": "4.67.1",
     "transformers": "4.57.3",
 }
-"""Versions of the kind that the image has: torch, transformers, nvidia-modelopt and tensorrt-llm
-are the recorded ones, the others are merely older than our lock's or equal."""
+"""torch, transformers, nvidia-modelopt, tensorrt-llm: the image's; others: at most our lock's."""
 
 
 def make_debian(client: DockerClient, folder: Path) -> str:
@@ -108,13 +115,7 @@ def download_wheels(lock: Path, folder: Path) -> None:
 
 
 def download_client_wheels(project: Path, lock: Path, folder: Path) -> None:
-    """Wheels for Dockerfile.client without network: the light install, and what builds it.
-
-    Args:
-        project: pyproject.toml.
-        lock: Pins them.
-        folder: Made.
-    """
+    """Wheels for Dockerfile.client without network: the light install, and what builds it."""
     assert sys.version_info[:2] == (3, 11), "wheels for the stand-in are made with its own Python"
     asked = tomllib.loads(project.read_text())
     wanted = [*asked["project"]["dependencies"], *asked["build-system"]["requires"], "nvidia-ml-py"]
@@ -122,3 +123,39 @@ def download_client_wheels(project: Path, lock: Path, folder: Path) -> None:
     subprocess.run(
         [*pip, "--wheel-dir", str(folder), "--constraint", str(lock), *wanted], check=True
     )
+
+
+def write_wheel(folder: Path, name: str, version: str, requires: Sequence[str] = ()) -> Path:
+    """An importable, empty package of that name: nothing but metadata, with `Requires-Dist`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    module = name.replace("-", "_")
+    stem = f"{module}-{version}"
+    info = f"{stem}.dist-info"
+    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    metadata += [f"Requires-Dist: {line}" for line in requires]
+    files = {
+        f"{module}/__init__.py": "",
+        f"{info}/METADATA": "\n".join(metadata) + "\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
+    wheel = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+    return wheel
+
+
+def copy_checkout(folder: Path, *names: str) -> None:
+    """The files of a checkout that builds of both images read, and `names`."""
+    folder.mkdir()
+    for name in (
+        *(".dockerignore", "LICENSE", "Makefile", "README.md", "conf", "pipeline"),
+        *("pyproject.toml", "recipes", *names),
+    ):
+        source = Path(name)
+        if source.is_dir():
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / name, ignore=skip)
+        else:
+            shutil.copyfile(source, folder / name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,23 +20,6 @@ LOCKED = (
     *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
 )
 """What the deployment examples demand of the container."""
-
-_CONTEXT = (
-    ".dockerignore", "Dockerfile.client", "LICENSE", "Makefile", "README.md", "conf",
-    "pipeline", "pyproject.toml", "recipes", "requirements.lock",
-)  # fmt: skip
-
-
-def copy_checkout(folder: Path) -> None:
-    """The files of a checkout that the build reads."""
-    folder.mkdir()
-    for name in _CONTEXT:
-        source = Path(name)
-        if source.is_dir():
-            skip = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, folder / name, ignore=skip)
-        else:
-            shutil.copyfile(source, folder / name)
 
 
 def make_image(host: str, context: Path, base: str, name: str) -> subprocess.CompletedProcess[str]:

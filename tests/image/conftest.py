@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.image.base import download_client_wheels, make_debian
-from tests.image.client_image import NAME, Docker, copy_checkout, make_image
+from tests.image.base import copy_checkout, download_client_wheels, make_debian
+from tests.image.client_image import NAME, Docker, make_image
 from tests.registry.backends import Backends
 from tests.registry.client.conftest import Shop
 from tests.services.dockerd import dockerd
@@ -48,7 +48,7 @@ def servers() -> Iterator[Backends]:
 def client_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout's files and wheels, for a build of the pull image without network."""
     folder = tmp_path_factory.mktemp("client") / "context"
-    copy_checkout(folder)
+    copy_checkout(folder, "Dockerfile.client", "requirements.lock")
     lock = folder / "requirements.lock"
     download_client_wheels(folder / "pyproject.toml", lock, folder / "wheels")
     return folder

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ POLICY = "/etc/enginesmith/policy.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Till:
+class Published:
     """A shop, and what a container needs to pull from it.
 
     Attributes:
@@ -50,7 +50,6 @@ class Till:
     registry: str
     options: tuple[str, ...]
     network: str
-    bytes: Mapping[str, bytes] = field(repr=False)
 
     @property
     def ask(self) -> tuple[str, ...]:
@@ -58,10 +57,10 @@ class Till:
 
 
 @pytest.fixture
-def till_of(shop_of: Callable[[str], Shop]) -> Callable[[str], Till]:
+def published_on(shop_of: Callable[[str], Shop]) -> Callable[[str], Published]:
     """A registry with one signed package in it."""
 
-    def make(backend: str) -> Till:
+    def make(backend: str) -> Published:
         shop = shop_of(backend)
         reference = shop.publish(FILES)
         options: tuple[str, ...] = read_only(shop.policy(), POLICY)
@@ -72,13 +71,12 @@ def till_of(shop_of: Callable[[str], Shop]) -> Callable[[str], Till]:
         if backend == "s3":
             names = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION", "ENDPOINT_URL_S3")
             options += tuple(word for name in names for word in ("--env", f"AWS_{name}"))
-        return Till(
+        return Published(
             shop=shop,
             reference=reference,
             registry=registry,
             options=options,
             network=network,
-            bytes=FILES,
         )
 
     return make
@@ -126,51 +124,51 @@ def test_user_can_write_to_volumes_and_temporary_files_alone(docker: Docker, deb
 
 @pytest.mark.parametrize("backend", backends)
 def test_image_pulls_into_a_volume(
-    docker: Docker, till_of: Callable[[str], Till], backend: str
+    docker: Docker, published_on: Callable[[str], Published], backend: str
 ) -> None:
-    till, models, packages = till_of(backend), docker.volume(), docker.volume()
+    published, models, packages = published_on(backend), docker.volume(), docker.volume()
     mounts = (*models.at("/models"), *packages.at("/cache"))
     done = docker.client(
-        *(*till.ask, "--to", "/models/tiny", "--gpu", "rtx4090"),
-        options=(*till.options, *mounts),
-        network=till.network,
+        *(*published.ask, "--to", "/models/tiny", "--gpu", "rtx4090"),
+        options=(*published.options, *mounts),
+        network=published.network,
     )
-    assert (done["digest"], done["proven"]) == (till.reference.digest, "proven")
+    assert (done["digest"], done["proven"]) == (published.reference.digest, "proven")
     pulled = models.path / "tiny"
-    assert engine_files(pulled) == till.bytes
+    assert engine_files(pulled) == FILES
     assert {path.stat().st_uid for path in pulled.rglob("*")} == {65532}
     assert models.left() == ["tiny"]
 
     # Another container, without registry and network; what was pulled is mounted read-only.
-    filled = (*till.options[:2], *models.at("/models:ro"))
+    filled = (*published.options[:2], *models.at("/models:ro"))
     ask = ("verify", "/models/tiny", "--gpu")
     verified = docker.client(*ask, "rtx4090", options=filled)
-    assert (verified["digest"], verified["came_from"]) == (till.reference.digest, "verified")
+    assert (verified["digest"], verified["came_from"]) == (published.reference.digest, "verified")
     docker.client(*ask, "l4", options=filled, code=ExitCode.INCOMPATIBLE)
     (pulled / "engine" / "empty").chmod(0o644)
     (pulled / "engine" / "empty").write_bytes(b"!")
     docker.client(*ask, "rtx4090", options=filled, code=ExitCode.CORRUPT)
 
     # And one that takes it from the cache which all share.
-    offline = ("pull", f"tiny@sha256:{till.reference.digest}", "--offline", "--gpu", "rtx4090")
+    offline = ("pull", f"tiny@sha256:{published.reference.digest}", "--offline", "--gpu", "rtx4090")
     again = docker.client(
         *(*offline, "--to", "/models/again"),
-        options=(*till.options[:2], *mounts),
+        options=(*published.options[:2], *mounts),
         code=ExitCode.NOT_FOUND if backend == "folder" else ExitCode.OK,
     )
     assert again.get("came_from") == (None if backend == "folder" else "cache")
 
 
 def test_any_user_can_pull_and_the_stock_tool_verifies_it(
-    docker: Docker, till_of: Callable[[str], Till]
+    docker: Docker, published_on: Callable[[str], Published]
 ) -> None:
-    till, models = till_of("folder"), docker.volume()
-    options = (*till.options, *models.at("/models"), "--user", FOREIGN_USER)
-    docker.client(*till.ask, "--to=/models/tiny", "--gpu=rtx4090", options=options)
+    published, models = published_on("folder"), docker.volume()
+    options = (*published.options, *models.at("/models"), "--user", FOREIGN_USER)
+    docker.client(*published.ask, "--to=/models/tiny", "--gpu=rtx4090", options=options)
     engine = models.path / "tiny" / "engine"
     assert engine.stat().st_uid == int(FOREIGN_USER.partition(":")[0])
-    public = till.shop.home / "release.pub"
-    public.write_bytes(till.shop.key.public.pem)
+    public = published.shop.home / "release.pub"
+    public.write_bytes(published.shop.key.public.pem)
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(engine)]
     command += ["--public_key", str(public), "--signature", str(engine / "model.sig")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -180,13 +178,13 @@ def test_any_user_can_pull_and_the_stock_tool_verifies_it(
 
 
 def test_stopped_container_ends_as_a_pull_that_was_interrupted(
-    docker: Docker, till_of: Callable[[str], Till]
+    docker: Docker, published_on: Callable[[str], Published]
 ) -> None:
     """A process with number 1 gets no signal that it has not asked for; Python asks for SIGINT."""
-    till, models = till_of("folder"), docker.volume()
+    published, models = published_on("folder"), docker.volume()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60.0)
-        run = (*LOCKED, "--network", "host", *till.options, *models.at("/models"))
+        run = (*LOCKED, "--network", "host", *published.options, *models.at("/models"))
         ask = ("pull", "tiny", "--to=/models/tiny", "--gpu=rtx4090", "--json")
         registry = f"--registry=oci://127.0.0.1:{silent.getsockname()[1]}/engines"
         name = docker("run", "--detach", *run, NAME, *ask, registry).stdout.strip()

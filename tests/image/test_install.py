@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
+import packaging
 import pytest
 
 from image.install import as_requirements, installed, pinned
-from tests.image.wheels import write_wheel
+from tests.image.base import write_wheel
 
 INSTALLER = Path("image/install.py").resolve()
 
@@ -139,16 +140,11 @@ def test_package_that_cannot_live_with_the_images_stops_the_build(
     assert "ours" not in base.packages_seen(tmp_path / "into/bin/python")
 
 
-def project_wheel(folder: Path, *requires: str) -> Path:
-    return write_wheel(folder, "enginesmith", "9.9", requires)
-
-
 @pytest.mark.parametrize(
     ("requires", "fault"),
     [
         (("pinned-one>=1",), None),
         (("tensorrt-rtx-cu13==1; extra == 'build'",), None),
-        (("not-there; extra == 'dev'",), None),
         (("pinned-one>=1.1; extra == 'build'",), "pinned-one is 1.0, wanted >=1.1"),
         (("not-there",), "not-there is missing, wanted any"),
     ],
@@ -159,8 +155,9 @@ def test_project_is_installed_alone_and_its_requirements_are_checked(
     into = tmp_path / "into"
     command = [str(base.python), "-m", "venv", "--system-site-packages", "--without-pip", str(into)]
     subprocess.run(command, check=True)
-    copy_packaging(into)
-    wheel = project_wheel(tmp_path / "source", *requires)
+    (target,) = into.glob("lib/python*/site-packages")  # the lock holds what the check imports
+    shutil.copytree(Path(packaging.__file__).parent, target / "packaging")
+    wheel = write_wheel(tmp_path / "source", "enginesmith", "9.9", requires)
     done = base.run(tmp_path, "project", "--into", str(into), str(wheel))
     assert base.packages_seen(into / "bin/python")["enginesmith"] == "9.9"
     if fault is None:
@@ -168,11 +165,3 @@ def test_project_is_installed_alone_and_its_requirements_are_checked(
     else:
         assert done.returncode == 1
         assert fault in done.stderr
-
-
-def copy_packaging(into: Path) -> None:
-    """The one package that the check imports; the lock holds it."""
-    import packaging
-
-    (target,) = into.glob("lib/python*/site-packages")
-    shutil.copytree(Path(packaging.__file__).parent, target / "packaging")

@@ -12,7 +12,14 @@ import pytest
 from pipeline.config.folders import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import CorruptError, RecipeError
-from pipeline.model.read import load_config, model_types, read_spec, spec_faults
+from pipeline.model.read import (
+    IRRELEVANT,
+    REQUIRED,
+    load_config,
+    model_types,
+    read_spec,
+    spec_faults,
+)
 from pipeline.model.spec import Attention, Llama3Scaling, LongRopeScaling, Rope
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.specs import published, shape, spec_of_folder, tiny_config, tiny_spec
@@ -95,21 +102,7 @@ def test_published_config_is_what_its_recipe_plans_with(recipe: str, name: str) 
 
 def test_config_that_transformers_4_dumped_whole_is_read() -> None:
     """As some public copies of Mistral's config are: the base class's fields beside its own."""
-    base: dict[str, Any] = {
-        "add_cross_attention": False,
-        "chunk_size_feed_forward": 0,
-        "do_sample": False,
-        "is_decoder": False,
-        "is_encoder_decoder": False,
-        "max_length": 20,
-        "num_beams": 1,
-        "pruned_heads": {},
-        "tie_encoder_decoder": False,
-        "tokenizer_class": None,
-        "unk_token_id": 0,
-        "torchscript": False,
-        "use_bfloat16": False,
-    }
+    base = {**REQUIRED, **dict.fromkeys(IRRELEVANT, 0)}
     name = "mistral-7b-instruct-v0.3"
     assert read_spec(published(name, **base)) == read_spec(published(name))
 
@@ -199,33 +192,19 @@ LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini
 @pytest.mark.parametrize(
     ("name", "changes", "shown"),
     [
-        (
-            LLAMA,
-            {"model_type": "gpt2"},
-            "model_type: is 'gpt2'; the model types that we",
-        ),
+        (LLAMA, {"model_type": "gpt2"}, "model_type: is 'gpt2'; the model types that we"),
         (LLAMA, {"model_type": ...}, "model_type: is missing; the model types"),
-        (LLAMA, {"model_type": "../spec"}, "model_type: is '../spec'; the model"),
         (LLAMA, {"architectures": ["GPT2LMHeadModel"]}, "architectures: is ['GPT2LMHeadModel']"),
         (LLAMA, {"attention_bias": True}, "attention_bias: is True"),
-        (LLAMA, {"hidden_act": "gelu"}, "hidden_act: is 'gelu'"),
         (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads: (5) does not divide"),
         (LLAMA, {"num_attention_heads": 4.0}, "num_attention_heads: is 4.0; it must be a whole"),
         (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers: is 1000000000; it must be <="),
         (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings: is 1; it must be true or false"),
         (LLAMA, {"rope_theta": 0}, "rope_parameters.rope_theta: is 0; it must be a number > 0"),
-        (LLAMA, {"rope_theta": -1e4}, "rope_parameters.rope_theta: is -10000.0; it must be"),
         (LLAMA, {"rope_theta": 10**400}, "rope_parameters.rope_theta: is 1000"),
-        (LLAMA, {"rms_norm_eps": -1e-5}, "rms_norm_eps: is -1e-05; it must be a number > 0"),
         (LLAMA, {"rms_norm_eps": ...}, "rms_norm_eps: is missing"),
         (LLAMA, {"rope_scaling": [1]}, "rope_scaling: is [1]; it must be a section"),
-        (LLAMA, {"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_parameters.factor: is 0"),
         (LLAMA, {"rope_scaling": LLAMA3 | {"beta_fast": 32}}, "rope_parameters.beta_fast: is not"),
-        (
-            LLAMA,
-            {"rope_scaling": LLAMA3 | {"low_freq_factor": ...}},
-            "rope_parameters.low_freq_factor: is ",
-        ),
         (
             LLAMA,
             {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
@@ -247,29 +226,17 @@ LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini
             "rope_parameters.rope_theta: is stated twice, as 10000.0 and as 500000.0",
         ),
         (LLAMA, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: is not known"),
-        (LLAMA, {"sliding_window": 128}, "sliding_window: is 128"),
         ("mistral-7b-instruct-v0.3", {"num_key_value_heads": ...}, "num_key_value_heads: is mis"),
         ("mistral-7b-instruct-v0.3", {"sliding_window": 0}, "sliding_window: is 0"),
         (QWEN2, {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers: is -1"),
         (QWEN2, {"layer_types": ["full_attention"] * 27}, "layer_types: differs from the windows"),
-        (PHI4, {"full_attn_mod": 2}, "full_attn_mod: is 2"),
         (
             PHI4,
             {"partial_rotary_factor": 0.5},
             "rope_parameters.long_factor: longrope has 48 short and 48 long factors for 32",
         ),
-        (
-            PHI4,
-            longrope(partial_rotary_factor=0.5),
-            "rope_parameters.partial_rotary_factor: is stated twice, as 0.5 and as 0.75",
-        ),
         (PHI4, longrope(short_mscale=1.1), "rope_parameters.short_mscale: is not known"),
         (PHI4, longrope(short_factor=[1.0, "2"]), "rope_parameters.short_factor: is [1.0, '2']"),
-        (
-            PHI4,
-            {"original_max_position_embeddings": ...},
-            "rope_parameters.original_max_position_embeddings: is missing",
-        ),
         (
             "phi-3-mini-4k-instruct",
             {"partial_rotary_factor": 0.27},
@@ -330,8 +297,6 @@ def test_recipe_gets_every_fault_of_its_shape_at_its_key() -> None:
     [
         ({"num_hidden_layers": 4}, "num_hidden_layers", "3", "4"),
         ({"rope_theta": 9.0}, "rope_parameters.rope_theta", "10000.0", "9.0"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings", "True", "False"),
-        ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "1e-05", "1e-06"),
     ],
 )
 def test_a_difference_names_the_key_and_both_values(

@@ -1,3 +1,5 @@
+"""Choices of a quantizer that need no model: ranges, devices, and linears that stay 16-bit."""
+
 from __future__ import annotations
 
 import math
@@ -16,12 +18,18 @@ from pipeline.quant.calibration import (
     choose_placement,
     cpu_dtype,
 )
-from pipeline.quant.spec import FP8_E4M3_MAX
-from tests.specs import tiny_spec
+from pipeline.quant.spec import FP8_E4M3_MAX, keep_16bit_faults, select
+from tests.specs import shape, tiny_spec
 
 SHAPE = tiny_spec(num_hidden_layers=30)
+
+
 TOKENS = 64
+
+
 WHOLE = 2 * SHAPE.params + activation_bytes(SHAPE, TOKENS)
+
+
 LAYER = 2 * SHAPE.linear_params // 30 + 4 * SHAPE.embedding_params + activation_bytes(SHAPE, TOKENS)
 
 
@@ -44,13 +52,9 @@ def test_activation_far_beyond_its_kind_is_named() -> None:
     assert "100 x the median" in line
 
 
-def test_activation_at_the_factor_is_no_outlier() -> None:
-    assert check_amax(layers(1.0, 1.0, OUTLIER_FACTOR)) == []
-
-
-def test_kinds_are_not_compared_with_each_other() -> None:
+def test_activation_at_the_factor_or_of_another_kind_is_no_outlier() -> None:
     others = {f"model.layers.{i}.attn.input_quantizer": 1000.0 for i in range(3)}
-    assert check_amax({**layers(1.0, 1.0, 1.0), **others}) == []
+    assert check_amax({**layers(1.0, 1.0, OUTLIER_FACTOR), **others}) == []
 
 
 @pytest.mark.parametrize(
@@ -103,3 +107,37 @@ def test_cpu_takes_float32_while_it_fits() -> None:
     fits = int(5.2 * SHAPE.params + 3.2e9) + 1
     assert cpu_dtype(SHAPE, fits) == "float32"
     assert cpu_dtype(SHAPE, fits - 2) == "bfloat16"
+
+
+def test_patterns_select_in_model_order_and_once() -> None:
+    modules = shape("smollm2").modules
+    picked = select(["*.29.mlp.down_proj", "model.layers.1.*.down_proj", "*.1.mlp.*"], modules)
+    assert picked == (
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.29.mlp.down_proj",
+    )
+
+
+def test_pattern_that_matches_nothing_is_a_fault() -> None:
+    (fault,) = keep_16bit_faults(["*.down_proj", "*.q_proj"], shape("phi3"))
+    assert fault.path == "quantizer.keep_16bit[1]"
+    assert "'*.q_proj' matches no linear" in fault.message
+    assert "model.layers.0.self_attn.qkv_proj" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("patterns", "faults"),
+    [
+        (["*.down_proj"], 0),
+        (["*.mlp.*"], 0),
+        (["*.q_proj", "*.k_proj", "*.v_proj"], 0),
+        (["*.q_proj"], 1),
+        (["model.layers.3.mlp.up_proj"], 1),
+    ],
+)
+def test_splitting_what_runtimes_fuse_is_a_fault(patterns: list[str], faults: int) -> None:
+    found = keep_16bit_faults(patterns, shape("llama3.1"))
+    assert len(found) == faults
+    assert all("one precision" in fault.message for fault in found)

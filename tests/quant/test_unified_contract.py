@@ -1,8 +1,18 @@
-"""The same checkpoint from both dependency sets: form, scales, config, for every architecture."""
+"""The same checkpoint from both dependency sets: form, scales, config, for every architecture.
+
+The builder runs under today's packages and under those of the build image. `golden/scales.json`
+holds the values of each architecture's scales; whichever set runs the tests is compared with it.
+After a change of the tiny models or of calibration:
+
+    python -m tests.quant.test_unified_contract
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +27,13 @@ from pipeline.quant.spec import FP8_E4M3_MAX
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES
 from tests.quant.tiny_quantized import architecture_checkpoint
-from tests.quant.unified_contract import GOLDEN, scales_of, source_sha256
 
+GOLDEN = Path(__file__).parent / "golden" / "scales.json"
 BF16_STEP = 2.0**-7
 """Distance of neighbouring bfloat16 values, relative, at its largest: another CPU's last bits can
 round an activation scale up to the next one."""
+
+
 CACHE_SCALE_ERROR = 1e-4
 """Cache scales are float32; what remains is the rounding of another CPU's float32 products."""
 
@@ -46,7 +58,7 @@ def test_scales_are_those_on_record(made: Checkpoint) -> None:
     golden = json.loads(GOLDEN.read_text())[made.weights.dir.name]
     assert golden["source"] == source_sha256(made), (
         "the tiny model's weights are not those that the scales were recorded from; "
-        "run python -m tests.quant.unified_contract"
+        "run python -m tests.quant.test_unified_contract"
     )
     scales = scales_of(made.dir)
     assert set(scales) == set(golden["scales"])
@@ -140,3 +152,27 @@ def test_cache_scale_that_was_not_calibrated_is_refused(root: Path, tmp_path: Pa
         normalize_export(
             made.dir, made.weights.dir, tmp_path, precision=SPEC, kept_16bit=(), cache_scales={}
         )
+
+
+def scales_of(checkpoint_dir: Path) -> dict[str, float]:
+    """All its scales."""
+    checkpoint = UnifiedCheckpoint(checkpoint_dir)
+    names = (name for name in checkpoint.tensors if name.endswith("_scale"))
+    return {name: float(checkpoint.scalar(name)) for name in sorted(names)}
+
+
+def source_sha256(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the weights that a checkpoint was made from."""
+    return hashlib.sha256((checkpoint.weights.dir / "model.safetensors").read_bytes()).hexdigest()
+
+
+def _record() -> Iterator[tuple[str, dict[str, Any]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ARCHITECTURES:
+            made = architecture_checkpoint(Path(folder), name)
+            yield name, {"source": source_sha256(made), "scales": scales_of(made.dir)}
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(dict(_record()), indent=1) + "\n")

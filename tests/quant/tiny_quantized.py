@@ -84,7 +84,41 @@ def architecture_checkpoint(
     return tiny_quantizer(*keep_16bit).quantize(local_weights(folder), CALIBRATION, cache)
 
 
-def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+Tensors = dict[str, Any]
+Edit = Callable[[Tensors], object]
+
+
+def drop(*names: str) -> Edit:
+    """Edits for `edited`: leave tensors out."""
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def fill(name: str, value: float) -> Edit:
+    """Every element becomes `value`."""
+    return lambda tensors: tensors.update({name: tensors[name] * 0 + value})
+
+
+def multiply(name: str, factor: float) -> Edit:
+    """Every element times `factor`."""
+    return lambda tensors: tensors.update({name: tensors[name] * factor})
+
+
+def shorten(name: str, rows: int) -> Edit:
+    """The first rows alone."""
+    return lambda tensors: tensors.update({name: tensors[name][:rows].clone()})
+
+
+def copy(name: str, copied: str) -> Edit:
+    """A tensor once more, as `copied`."""
+    return lambda tensors: tensors.update({copied: tensors[name].clone()})
+
+
+def repeat(name: str, times: int) -> Edit:
+    """A scale as a vector of `times`."""
+    return lambda tensors: tensors.update({name: tensors[name].reshape(1).repeat(times)})
+
+
+def edited(folder: Path, target: Path, edit: Edit) -> Path:
     """A copy of a folder with the tensors of its one safetensors file changed."""
     from safetensors.torch import load_file, save_file
 

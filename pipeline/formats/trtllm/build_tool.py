@@ -39,17 +39,7 @@ class Plugins:
     """Kernel choices, `plugin_config` to TensorRT-LLM; `conf/compiler/trtllm.yaml` has reasons.
 
     Prefill attention is in FP8 exactly where the cache is: with a paged context TensorRT-LLM would
-    change anything else, and only warn (`build()` in builder.py). The plugins for Hopper stay off,
-    which is their default.
-
-    Attributes:
-        gemm_plugin: cuBLASLt for the GEMMs that are not FP8 (a 16-bit type or `auto`), or for the
-            FP8 ones (`fp8`); `disable` leaves all to TensorRT.
-        use_fused_mlp: gate and up as one GEMM.
-        use_paged_context_fmha: Prefill reads the paged cache: chunked prefill and the reuse of
-            prefixes need it.
-        multiple_profiles: One optimization profile for each range of token counts.
-        tokens_per_block: Tokens of one block of the paged cache.
+    change anything else, and only warn (`build()` in builder.py).
     """
 
     gemm_plugin: Literal["disable", "auto", "float16", "bfloat16", "fp8"]
@@ -85,24 +75,14 @@ def build_command(
 ) -> tuple[str, ...]:
     """Program and arguments, never a shell string; paths as the tool sees them.
 
-    Args:
-        limits: Sizes, and the type of the cache.
-        plugins: Kernel choices.
-        opt_num_tokens: Token count that kernels are chosen for; None with several profiles, or for
-            `max_batch_size`.
-        checkpoint_dir: TensorRT-LLM checkpoint.
-        engine_dir: Gets the engine.
-        timing_cache_in: An existing one, or None: a path without a file only earns a warning.
-        timing_cache_out: Gets the new one. Without this flag it lands in the working directory.
+    `opt_num_tokens` is the token count that kernels are chosen for: None with several profiles, or
+    for `max_batch_size`. `timing_cache_in` exists or is None: a path without a file only earns a
+    warning. Without a flag for it the new one would land in the working directory.
     """
     flags: dict[str, str | bool | int | None] = {
         "checkpoint_dir": checkpoint_dir,
         "output_dir": engine_dir,
-        "max_batch_size": limits.max_batch_size,
-        "max_seq_len": limits.max_seq_len,
-        "max_num_tokens": limits.max_num_tokens,
-        "max_beam_width": 1,
-        **({} if opt_num_tokens is None else {"opt_num_tokens": opt_num_tokens}),
+        **_sizes(limits, opt_num_tokens),
         **plugins.effective(limits.kv_cache_dtype),
         **({} if timing_cache_in is None else {"input_timing_cache": timing_cache_in}),
         "output_timing_cache": timing_cache_out,
@@ -115,6 +95,17 @@ def build_command(
         word = words[value] if value is None or isinstance(value, bool) else str(value)
         command += [f"--{name}", word]
     return tuple(command)
+
+
+def _sizes(limits: Limits, opt_num_tokens: int | None) -> dict[str, int]:
+    """Flags of the command, and keys of the engine's `build_config`."""
+    return {
+        "max_batch_size": limits.max_batch_size,
+        "max_seq_len": limits.max_seq_len,
+        "max_num_tokens": limits.max_num_tokens,
+        "max_beam_width": 1,
+        **({} if opt_num_tokens is None else {"opt_num_tokens": opt_num_tokens}),
+    }
 
 
 _MODEL_KEYS = (
@@ -140,26 +131,13 @@ _MODEL_KEYS = (
 default (`PretrainedConfig` and its subclasses, models/*/config.py)."""
 
 _MISSING = object()
-"""Stands for a key that is not there."""
 
 
 def expected_config(
     limits: Limits, opt_num_tokens: int | None, plugins: Plugins, checkpoint: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Dotted path -> value of everything that must be so in the engine's config.
-
-    `checkpoint` is the `config.json` of the TensorRT-LLM checkpoint, the rest as of
-    `build_command`.
-    """
-    build = {
-        "max_batch_size": limits.max_batch_size,
-        "max_seq_len": limits.max_seq_len,
-        "max_num_tokens": limits.max_num_tokens,
-        **({} if opt_num_tokens is None else {"opt_num_tokens": opt_num_tokens}),
-        "max_beam_width": 1,
-        "kv_cache_type": "PAGED",
-        "strongly_typed": True,
-    }
+    """Dotted path -> value of what must be so in the engine's config; `checkpoint`: its config."""
+    build = _sizes(limits, opt_num_tokens) | {"kv_cache_type": "PAGED", "strongly_typed": True}
     model = {key: checkpoint[key] for key in _MODEL_KEYS if key in checkpoint} | {
         "quantization.quant_algo": "FP8",
         "quantization.kv_cache_quant_algo": "FP8" if limits.kv_cache_dtype == "fp8" else None,
@@ -193,7 +171,7 @@ def read_back(engine_dir: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         raise PipelineError(f"trtllm-build wrote no readable {CONFIG_FILE}: {error}") from error
     effective = {path: _at(config, path) for path in expected}
     differences = [
-        f"  {path}: asked {_shown(value)}, got {_shown(effective[path])}"
+        f"  {path}: asked {_show(value)}, got {_show(effective[path])}"
         for path, value in expected.items()
         if not _same(effective[path], value)
     ]
@@ -233,7 +211,7 @@ def _same(found: Any, wanted: Any) -> bool:
     return bool(found == wanted)
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "missing" if value is _MISSING else json.dumps(value)
 
 

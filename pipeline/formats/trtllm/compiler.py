@@ -29,8 +29,8 @@ from pipeline.formats.trtllm.build_tool import (
     explain,
     read_back,
 )
-from pipeline.formats.trtllm.config import Dtype
 from pipeline.formats.trtllm.convert import conversion_inputs, convert_trtllm
+from pipeline.formats.trtllm.layout import Dtype
 from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
 from pipeline.formats.trtllm.spec import NAME, SPEC, VERSION
 from pipeline.quant.unified import copy_companions
@@ -59,14 +59,11 @@ class TrtLlmCompiler:
 
     Attributes:
         max_seq_len: Prompt + output tokens of one request.
-        max_num_tokens: Tokens of one iteration; a longer prompt is prefilled in chunks. At most
-            `max_batch_size` x `max_seq_len`.
+        max_num_tokens: Tokens of one iteration; a longer prompt is prefilled in chunks.
         opt_num_tokens: Token count that kernels are chosen for; None with several profiles.
-        kv_cache_dtype: Type of the paged cache: `fp8` uses the checkpoint's calibrated scales,
-            `bfloat16` means the 16-bit type that `dtype` names.
+        kv_cache_dtype: `fp8` uses the checkpoint's calibrated scales, `bfloat16` means `dtype`.
         dtype: 16-bit type of activations and of what is not FP8.
         where: `auto` runs on this machine if `trtllm-build` is on the PATH, else in a container.
-        image: The build image.
         memory_gib: Limit of the container's memory.
     """
 
@@ -136,7 +133,7 @@ class TrtLlmCompiler:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The build, with relative paths."""
+        """As of `CardCompiler`."""
         return build_command(self.limits, self.plugins, opt_num_tokens=self.opt_num_tokens)
 
     def inputs(self, target: Target) -> dict[str, Any]:
@@ -251,8 +248,7 @@ def _write_versions(path: str) -> None:
     """Write the versions of what builds the engine as JSON.
 
     Its source is run by the interpreter that has TensorRT-LLM, where this project need not be
-    installed: it imports the standard library only, and nothing that touches a GPU. TensorRT's
-    version is not in the engine's `config.json`, although an engine loads only in that version.
+    installed: it imports the standard library only, and nothing that touches a GPU.
     """
     import contextlib
     import importlib.metadata

@@ -19,8 +19,14 @@ from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.safetensors_files import TensorSpec, read_header, safetensors_header
 from pipeline.core.stages import Stage
-from pipeline.formats.trtllm.config import Dtype, trtllm_config
-from pipeline.formats.trtllm.tensors import Piece, PlannedTensor, TensorPlan, plan_tensors
+from pipeline.formats.trtllm.layout import (
+    Dtype,
+    Piece,
+    PlannedTensor,
+    TensorPlan,
+    plan_tensors,
+    trtllm_config,
+)
 from pipeline.quant.unified import UnifiedCheckpoint, all_finite
 
 if TYPE_CHECKING:
@@ -40,9 +46,8 @@ STAGE = Stage(
     name="convert-trtllm",
     version=1,
     code=(
-        "pipeline.formats.trtllm.config",
         "pipeline.formats.trtllm.convert",
-        "pipeline.formats.trtllm.tensors",
+        "pipeline.formats.trtllm.layout",
         "pipeline.model",
         "pipeline.core.safetensors_files",
         "pipeline.quant.unified",
@@ -80,11 +85,9 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write config, weights and record into the folder `out_dir`; see `convert_trtllm`.
 
-    Returns what `conversion.json` says: how many of TensorRT-LLM's linears are FP8 and the names of
-    the others; `requantized` (source module -> relative error that rounding to the scale of its
-    group added), `merged_inputs` (linears whose parts had different activation scales; they got the
-    largest), `attention_window` (what the runtime must be told; null for no window), `notes` for
-    who builds or serves.
+    Returns what `conversion.json` says: among others `requantized` (source module -> relative error
+    that rounding to the scale of its group added), `merged_inputs` (linears that got the largest of
+    different activation scales), `attention_window` (an argument of the runtime; null for none).
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     spec = checkpoint.spec
@@ -110,8 +113,7 @@ def write_checkpoint(
     }
     for note in notes:
         log.info("%s", note)
-    contents = {"config.json": config, "conversion.json": record}
-    for name, content in contents.items():
+    for name, content in {"config.json": config, "conversion.json": record}.items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n")
     return record
 
@@ -156,20 +158,13 @@ def _notes(
 def _write_tensors(plan: TensorPlan, path: Path) -> dict[str, float]:
     """Write the weights, and check the file; returns the error of each module rounded again."""
     errors: dict[str, float] = {}
-    with (
-        path.open("wb") as stream,
-        progress("Converting", len(plan.tensors), "tensors") as done,
-    ):
-        stream.write(
-            safetensors_header(TensorSpec(one.name, one.dtype, one.shape) for one in plan.tensors)
-        )
+    specs = [TensorSpec(one.name, one.dtype, one.shape) for one in plan.tensors]
+    with path.open("wb") as stream, progress("Converting", len(specs), "tensors") as done:
+        stream.write(safetensors_header(specs))
         for tensor in plan.tensors:
             errors |= _write_tensor(plan.checkpoint, tensor, stream)
             done(1)
-    planned = {one.name: (one.dtype, one.shape) for one in plan.tensors}
-    written = {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
-    if written != planned:
-        raise CorruptError(f"{path} is not as planned; convert again")
+    read_header(path)  # holds the file against its length
     return errors
 
 
@@ -222,9 +217,7 @@ def _cast(rows: NDArray[Any], tensor: PlannedTensor) -> NDArray[Any]:
 
 
 def _write_requantized(checkpoint: UnifiedCheckpoint, piece: Piece, stream: BinaryIO) -> float:
-    """Append codes moved to the new scale; returns the relative error of that.
-
-    The error is the root of the sum of squared changes over that of squared values: 0.02 is 2 %.
+    """Append codes moved to the new scale; returns the relative error (RMS) of that.
 
     A code becomes the one nearest to `value * old_scale / new_scale`, in float32 and in this order
     of operations, as `FP8Linear.postprocess` of TensorRT-LLM does it (`quantization/layers.py`,
@@ -244,12 +237,9 @@ def _write_requantized(checkpoint: UnifiedCheckpoint, piece: Piece, stream: Bina
         stream.write(table[codes].tobytes())
     exact = values.astype(np.float64)
     seen = (counts > 0) & np.isfinite(exact)
-    counts, old, new = (
-        counts[seen],
-        exact[seen] * piece.old_scale,
-        exact[table][seen] * piece.new_scale,
-    )
-    total, changed = float((counts * old**2).sum()), float((counts * (new - old) ** 2).sum())
+    old, new = exact[seen] * piece.old_scale, exact[table][seen] * piece.new_scale
+    total = float((counts[seen] * old**2).sum())
+    changed = float((counts[seen] * (new - old) ** 2).sum())
     error = (changed / total) ** 0.5 if total else 0.0
     if error > MAX_ADDED_ERROR:
         message = (

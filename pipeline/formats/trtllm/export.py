@@ -19,20 +19,14 @@ from pipeline.core.cache import atomic_folder
 from pipeline.core.data import shipped
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
 from pipeline.core.values import Limits
-from pipeline.formats.trtllm.build_tool import (
-    TIMING_CACHE_FILE,
-    Plugins,
-    build_command,
-)
-from pipeline.formats.trtllm.config import Dtype
+from pipeline.formats.trtllm.build_tool import TIMING_CACHE_FILE, Plugins, build_command
 from pipeline.formats.trtllm.convert import write_checkpoint
+from pipeline.formats.trtllm.layout import Dtype
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions, declared_quantization
 
 log = logging.getLogger(__name__)
 
-_SEQ_LEN = 4096
-_NUM_TOKENS = 8192
-"""Sizes of the printed command by default, as in `conf/compiler/trtllm.yaml`."""
+_SEQ_LEN, _NUM_TOKENS = 4096, 8192  # as in conf/compiler/trtllm.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +57,9 @@ class Export:
             inode = private.stat().st_ino
         if self.out_dir.stat().st_ino != inode:
             raise ConflictError(f"{self.out_dir} was filled meanwhile; nothing was written to it")
-        log.info(
-            "%s: %d FP8 linears, %d in %s, KV cache %s",
-            self.out_dir,
-            record["quantized_linears"],
-            len(record["kept_16bit"]),
-            self.dtype,
-            self.kv_cache_dtype,
-        )
+        counts = record["quantized_linears"], len(record["kept_16bit"])
+        types = self.dtype, self.kv_cache_dtype
+        log.info("%s: %d FP8 linears, %d in %s, KV cache %s", self.out_dir, *counts, *types)
         return record
 
 
@@ -86,15 +75,10 @@ def plan_export(
 ) -> Export:
     """Check what can be checked before anything is converted.
 
-    Args:
-        checkpoint_dir: Unified FP8 checkpoint.
-        out_dir: A new or empty folder.
-        kv_cache_dtype: None takes what the checkpoint declares; ours hold scales for `fp8` too.
-        dtype: Type of activations and of tensors that are not FP8.
-        max_batch_size: Of the printed command, as the two that follow.
-        max_seq_len: None for the model's context, its window or 4096, whichever is least.
-        max_num_tokens: None for 8192. Lowered to `max_batch_size * max_seq_len`, but not below one
-            block of the paged cache, to which `trtllm-build` would raise it.
+    `kv_cache_dtype` None takes what the checkpoint declares; ours hold scales for `fp8` too. The
+    sizes are of the printed command. `max_seq_len` None is the least of the model's context, its
+    window and 4096. `max_num_tokens` None is 8192; it is lowered to `max_batch_size * max_seq_len`,
+    but not below one block of the paged cache, to which `trtllm-build` would raise it.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise NotFoundError(
@@ -125,17 +109,6 @@ def plan_export(
         max_num_tokens=max(tokens, plugins.tokens_per_block),
         kv_cache_dtype=cache_dtype,
     )
-    return Export(
-        checkpoint_dir=checkpoint_dir,
-        out_dir=place,
-        architecture=spec.architecture,
-        dtype=dtype,
-        kv_cache_dtype=cache_dtype,
-        command=_command(out_dir, limits, plugins),
-    )
-
-
-def _command(out_dir: Path, limits: Limits, plugins: Plugins) -> str:
     command = build_command(
         limits,
         plugins,
@@ -143,7 +116,14 @@ def _command(out_dir: Path, limits: Limits, plugins: Plugins) -> str:
         engine_dir=f"{out_dir}-engine",
         timing_cache_out=f"{out_dir}-engine.{TIMING_CACHE_FILE}",
     )
-    return shlex.join(command)
+    return Export(
+        checkpoint_dir=checkpoint_dir,
+        out_dir=place,
+        architecture=spec.architecture,
+        dtype=dtype,
+        kv_cache_dtype=cache_dtype,
+        command=shlex.join(command),
+    )
 
 
 def _replaceable(out_dir: Path) -> Path:

@@ -40,8 +40,7 @@ Where = Literal["auto", "local", "docker"]
 
 OWNER_LABEL = "enginesmith.owner"
 SHM_BYTES = 1 << 30
-"""For a container without the host's IPC namespace: what NVIDIA's framework containers ask for
-with `--shm-size=1g`, since Docker's 64 MB are too small for PyTorch."""
+"""As NVIDIA's framework containers ask for; Docker's 64 MB are too small for PyTorch."""
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _HOME = "/home/enginesmith"
 _ANSWER_TIMEOUT_S = 300.0
@@ -139,10 +138,7 @@ class Place:
     def started(
         self, command: Sequence[str], shared: Sequence[Shared], *, stage: str
     ) -> Iterator[Started]:
-        """What starts a program; leaving the context removes what was made for it.
-
-        The command has paths from `path`; `shared` is all that it sees of this machine's files.
-        """
+        """What starts a program, whose paths are from `path`, and removes what was made for it."""
         env = dict(_OFFLINE)
         if self.gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = self.gpu.uuid
@@ -169,7 +165,7 @@ class Place:
         timeout_s: float,
         explain: Callable[[Path, int], str] = lambda log_path, returncode: "",
     ) -> None:
-        """Run a program to its end on the terms of `run_tool`; arguments as of `started`.
+        """Run a program to its end; arguments as of `run_tool` and `started`.
 
         `explain` says what to change, by log and exit code; nothing for an unknown cause.
 
@@ -247,8 +243,7 @@ def choose_place(
 ) -> Place:
     """Choose where to run, and make every check that needs no download and starts nothing.
 
-    `auto` is here when `trtllm-build` is on the PATH, else Docker; `card` finds the card that is
-    needed or raises, `section` of the recipe holds the wish.
+    `auto` is here when `trtllm-build` is on the PATH, else Docker; `card` finds the card or raises.
 
     Raises:
         IncompatibleError: No program, card, driver, engine or image for it.
@@ -273,11 +268,7 @@ def choose_place(
 
 
 def find_card(target: Target) -> Gpu:
-    """The target's own card in this machine; another one of the same SM will not do.
-
-    Raises:
-        IncompatibleError: It is not here; says what is.
-    """
+    """The target's own card in this machine, else IncompatibleError: the same SM will not do."""
     for gpu in probe_gpus():
         if gpu.sm == target.sm and card_name(gpu.name) == target.card:
             return gpu
@@ -292,7 +283,7 @@ def find_card(target: Target) -> Gpu:
 def preflight(image: str, gpu: Gpu) -> str:
     """Make every check of Docker that starts nothing, those first that an image would not cure.
 
-    Returns what a manifest records of the image: `repository@sha256:…`, for one built here its id.
+    Returns the image's `repository@sha256:…`, or its id if it was built here.
     """
     host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
     if not host.startswith("unix://"):
@@ -383,11 +374,7 @@ def _remove_stale() -> None:
 
 
 def owner_of(pid: int) -> str:
-    """Names a process beyond its end: PID namespace, id, start in ticks since boot.
-
-    The namespace, because in another one (a container with the engine's socket) the same id means
-    another process; the start, because ids are used again.
-    """
+    """Names a process beyond its end: PID namespace, id, start in ticks since boot (ids recur)."""
     # After the command's closing parenthesis comes the third field; the start is the 22nd.
     start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{Path('/proc/self/ns/pid').readlink()} {pid} {start}"

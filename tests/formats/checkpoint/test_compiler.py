@@ -94,8 +94,3 @@ def test_engine_says_what_it_is_and_how_it_is_served(root: Path, checkpoint: Che
 def test_same_bytes_serve_every_card_and_every_limit() -> None:
     assert FP8_CACHE.inputs(dataclasses.replace(ADA, sm=90)) == FP8_CACHE.inputs(ADA)
     assert BF16_CACHE.inputs(ADA) != FP8_CACHE.inputs(ADA)
-
-
-def test_fewer_tokens_than_requests_is_a_recipe_fault() -> None:
-    with pytest.raises(ValueError, match=r"max_num_tokens \(3\) must be >= max_batch_size \(4\)"):
-        CheckpointCompiler(**{**FIELDS, "max_num_tokens": 3})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def replace(graph: Any, name: str, values: Any) -> None:
     initializer(graph, name).CopyFrom(onnx.numpy_helper.from_array(values, name))
 
 
-def replace_tables(graph: Any, rope: Rope, *, context: int = CONTEXT) -> None:
-    tables = rope_tables(rope, context=context)
+def replace_tables(graph: Any, rope: Rope) -> None:
+    tables = rope_tables(rope, context=CONTEXT)
     for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
         replace(graph, name, table[:CONTEXT].astype(np.float32))
 
@@ -98,17 +99,12 @@ def attention_factor_left_out(graph: Any, rope: Rope) -> None:
 
 def short_factors_beyond_the_original_context(graph: Any, rope: Rope) -> None:
     assert isinstance(rope.scaling, LongRopeScaling)
-    short = LongRopeScaling(
-        short_factors=rope.scaling.short_factors,
-        long_factors=rope.scaling.short_factors,
-        original_max_position_embeddings=rope.scaling.original_max_position_embeddings,
-        attention_factor=rope.scaling.attention_factor,
-    )
-    replace_tables(graph, Rope(theta=rope.theta, rotary_dim=rope.rotary_dim, scaling=short))
+    short = dataclasses.replace(rope.scaling, long_factors=rope.scaling.short_factors)
+    replace_tables(graph, dataclasses.replace(rope, scaling=short))
 
 
 def llama3_scaling_left_out(graph: Any, rope: Rope) -> None:
-    replace_tables(graph, Rope(theta=rope.theta, rotary_dim=rope.rotary_dim))
+    replace_tables(graph, dataclasses.replace(rope, scaling=None))
 
 
 def keys_written_one_row_off(graph: Any, rope: Rope) -> None:

@@ -1,18 +1,23 @@
-"""Puts a fake `trtllm-build`, a fake card and TensorRT-LLM's package records on PATH."""
+"""A fake `trtllm-build`, a fake card, TensorRT-LLM's package records, and settings for them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.formats.trtllm.build_tool import Plugins
+from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from tests.nvml import Card, nvml
 
 HERE = Path(__file__).parent
+
+
 GPU_UUID = "GPU-3f2504e0-4f89-11d3-9a0c-0305e82c3301"
 
 
@@ -69,3 +74,33 @@ def bare_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fault = "NVML Shared Library Not Found"
     monkeypatch.setitem(sys.modules, "pynvml", nvml(fault=fault))
     return programs
+
+
+ADA_PLUGINS = Plugins(
+    gemm_plugin="disable",
+    use_fused_mlp=True,
+    use_paged_context_fmha=True,
+    multiple_profiles=True,
+    tokens_per_block=32,
+)
+
+
+FIELDS: dict[str, Any] = {
+    "max_batch_size": 4,
+    "max_seq_len": 128,
+    "max_num_tokens": 256,
+    "opt_num_tokens": None,
+    "kv_cache_dtype": "fp8",
+    "dtype": "bfloat16",
+    "where": "auto",
+    "image": "enginesmith-build:1.2.1",
+    "timeout_s": 60.0,
+    "memory_gib": None,
+    "plugins": ADA_PLUGINS,
+}
+
+
+def compiler(plugins: dict[str, Any] | None = None, **fields: Any) -> TrtLlmCompiler:
+    """A compiler whose settings differ in some fields or kernel choices."""
+    changed = replace(ADA_PLUGINS, **plugins) if plugins else ADA_PLUGINS
+    return TrtLlmCompiler(**{**FIELDS, "plugins": changed, **fields})

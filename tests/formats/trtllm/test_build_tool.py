@@ -1,7 +1,8 @@
-"""`trtllm-build`: its command against the list of options, its log, and what it wrote."""
+"""`trtllm-build`: its settings and command against the list of options, its log, what it wrote."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,8 @@ from pipeline.formats.trtllm.build_tool import (
     read_back,
 )
 from tests.formats.trtllm.fake_trtllm_build import parse
-from tests.formats.trtllm.settings import ADA_PLUGINS, compiler
+from tests.formats.trtllm.fakes import ADA_PLUGINS, compiler
+from tests.quant.tiny_quantized import ADA
 
 VARIANTS = {
     "fp8-cache": compiler(),
@@ -38,7 +40,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_flag_and_value_is_one_that_release_1_2_takes(name: str) -> None:
-    parse(list(VARIANTS[name].command[1:]))  # ends the program otherwise, as argparse does
+    command = VARIANTS[name].command
+    parse(list(command[1:]))  # ends the program otherwise, as argparse does
+    silencing = {"--max_input_len", "--build_config", "--kv_cache_type"}
+    assert not silencing & set(command)
 
 
 def test_command_for_phi3_on_an_rtx_4090() -> None:
@@ -72,11 +77,6 @@ def test_command_for_phi3_on_an_rtx_4090() -> None:
         *("--workers", "1"),
         *("--log_level", "info"),
     )
-
-
-def test_ignored_and_silencing_flags_are_left_out() -> None:
-    for variant in VARIANTS.values():
-        assert not {"--max_input_len", "--build_config", "--kv_cache_type"} & set(variant.command)
 
 
 SNIPPETS = {
@@ -208,17 +208,11 @@ def test_engine_as_asked_gives_its_effective_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("version", "1.2.0"),
         ("pretrained_config.dtype", "float16"),
         ("pretrained_config.rotary_base", ...),
-        ("pretrained_config.rotary_scaling", None),
-        ("pretrained_config.quantization.quant_algo", None),
         ("pretrained_config.quantization.kv_cache_quant_algo", None),
         ("build_config.max_batch_size", 3),
-        ("build_config.max_beam_width", 2),
         ("build_config.kv_cache_type", "CONTINUOUS"),
-        ("build_config.strongly_typed", False),
-        ("build_config.plugin_config.gemm_plugin", "fp8"),
         ("build_config.plugin_config.use_fused_mlp", 1),
         ("build_config.plugin_config", ...),
     ],
@@ -250,11 +244,47 @@ def test_numbers_and_enums_are_equal_however_they_are_written(tmp_path: Path) ->
     assert read_back(write_engine(tmp_path, config), wanted())
 
 
-@pytest.mark.parametrize("content", [None, b""])
-def test_missing_or_empty_engine_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    folder = write_engine(tmp_path, config_for())
-    (folder / "rank0.engine").unlink()
-    if content is not None:
-        (folder / "rank0.engine").write_bytes(content)
-    with pytest.raises(PipelineError, match=r"wrote no rank0\.engine"):
-        read_back(folder, wanted())
+def test_limits_name_the_type_that_the_cache_has() -> None:
+    assert compiler().limits.kv_cache_dtype == "fp8"
+    assert compiler(kv_cache_dtype="bfloat16").limits.kv_cache_dtype == "bfloat16"
+    half = compiler(kv_cache_dtype="bfloat16", dtype="float16")
+    assert half.limits.kv_cache_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("plugins", "fields", "message"),
+    [
+        ({}, {"max_num_tokens": 3}, r"max_num_tokens \(3\) must be >= max_batch_size \(4\)"),
+        ({}, {"max_num_tokens": 31}, r"\(31\) must be >= plugins.tokens_per_block \(32\)"),
+        ({}, {"kv_cache_dtype": "float16"}, r"kv_cache_dtype \(float16\) must be fp8 or dtype"),
+        ({}, {"opt_num_tokens": 8}, r"opt_num_tokens \(8\) does not go with plugins.multiple"),
+        (
+            {"multiple_profiles": False},
+            {"opt_num_tokens": 257},
+            r"opt_num_tokens \(257\) must be <= max_num_tokens \(256\)",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_a_recipe_fault(
+    plugins: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compiler(plugins, **fields)
+
+
+@pytest.mark.parametrize(("asked", "built"), [(32, 32), (512, 512), (513, 512)])
+def test_an_iteration_takes_no_more_tokens_than_all_requests_have(asked: int, built: int) -> None:
+    made = compiler(max_num_tokens=asked)
+    assert made.limits.max_num_tokens == built
+    assert f"--max_num_tokens={built}" in " ".join(made.command).replace("tokens ", "tokens=")
+
+
+def test_what_shapes_the_bytes_changes_the_key() -> None:
+    """Where the build runs, and for how long, does not."""
+    known = compiler().inputs(ADA)
+    assert compiler(max_batch_size=5).inputs(ADA) != known
+    assert compiler({"use_fused_mlp": False}).inputs(ADA) != known
+    assert compiler(kv_cache_dtype="bfloat16").inputs(ADA) != known
+    assert compiler(dtype="float16").inputs(ADA) != known
+    assert compiler().inputs(dataclasses.replace(ADA, card="NVIDIA-L4")) != known
+    assert compiler(where="local", timeout_s=1.0, memory_gib=2.0).inputs(ADA) == known

@@ -13,8 +13,7 @@ from pipeline.core.errors import PipelineError, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from pipeline.quant.unified import UnifiedCheckpoint
-from tests.formats.trtllm.fakes import card_machine, package_records
-from tests.formats.trtllm.settings import compiler
+from tests.formats.trtllm.fakes import card_machine, compiler, package_records
 from tests.quant.tiny_quantized import ADA, architecture_checkpoint, tiny_checkpoint
 
 KEPT = "model.layers.0.mlp.down_proj"
@@ -140,7 +139,6 @@ def test_build_without_timings_leaves_the_known_ones(
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        ("set:build_config.max_batch_size=2", "max_batch_size: asked 4, got 2"),
         ("set:pretrained_config.rotary_base=1.0", "rotary_base: asked 5000.0, got 1.0"),
         ("without:rank0.engine", r"wrote no rank0\.engine"),
     ],

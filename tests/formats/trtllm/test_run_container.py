@@ -1,5 +1,8 @@
+"""Programs, and the whole build, in containers of a real Docker engine."""
+
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,14 +14,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
+from pipeline.core.values import Checkpoint, Engine
+from pipeline.formats.trtllm.compiler import TrtLlmCompiler
 from pipeline.formats.trtllm.place import Place, Shared
-from tests.formats.trtllm.python_image import IMAGE
+from tests.formats.trtllm.fakes import card_machine, compiler
+from tests.formats.trtllm.python_image import IMAGE, misbehaving_image
+from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 
 if TYPE_CHECKING:
     from docker import DockerClient
 
 pytestmark = [pytest.mark.services, pytest.mark.usefixtures("client")]
+
 
 OTHER_UID = 12345
 
@@ -162,13 +171,78 @@ def test_what_is_written_belongs_to_the_caller(
     assert (written.st_uid, written.st_gid) == (OTHER_UID, OTHER_UID)
 
 
-def test_home_is_private_writable_and_may_hold_programs(tmp_path: Path) -> None:
+def test_home_env_and_shared_memory_are_as_asked(tmp_path: Path) -> None:
+    """HOME is private, writable, and may hold programs."""
     script = 'cp /bin/busybox "$HOME/echo" && "$HOME/echo" "$USER in $HOME"'
-    assert output_of(script, tmp_path / "log") == ["enginesmith in /home/enginesmith"]
+    script += '; echo "$HF_HUB_OFFLINE"; df -m /dev/shm | tail -n 1'
+    *lines, memory = output_of(script, tmp_path / "log")
+    assert lines == ["enginesmith in /home/enginesmith", "1"]
+    assert memory.split()[1] == "1024"
 
 
-def test_env_and_shared_memory_are_as_asked(tmp_path: Path) -> None:
-    script = 'echo "$HF_HUB_OFFLINE"; df -m /dev/shm | tail -n 1'
-    lines = output_of(script, tmp_path / "log")
-    assert lines[0] == "1"
-    assert lines[1].split()[1] == "1024"
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def build(checkpoint: Checkpoint, shared: Path, built: TrtLlmCompiler | None = None) -> Engine:
+    cache = StageCache(root=shared / "cache")
+    return (built or compiler()).compile(checkpoint, ADA, cache, shared / "logs")
+
+
+@pytest.mark.usefixtures("hook")
+def test_engine_comes_out_of_the_container_and_belongs_to_the_caller(
+    client: DockerClient, checkpoint: Checkpoint, shared: Path
+) -> None:
+    engine = build(checkpoint, shared)
+    for path in engine.dir.iterdir():
+        assert path.stat().st_uid == os.getuid()
+    config = json.loads((engine.dir / "config.json").read_text())
+    assert config["version"] == "1.2.1"
+    assert "/mnt" not in (engine.dir / "config.json").read_text()
+    record = engine.checks["trtllm_build"]["environment"]
+    assert record["image"] == client.images.get(IMAGE).id
+    assert record["tensorrt"] == "10.14.1.48"
+    assert engine.tools["build-image"] == record["image"]
+    log = (shared / "logs" / "compile.log").read_text()
+    assert "--checkpoint_dir', '/mnt/checkpoint'" in log
+    assert "HOME=/home/enginesmith" in log
+
+
+@pytest.mark.usefixtures("hook")
+def test_local_and_container_builds_give_the_same_engine_folder(
+    checkpoint: Checkpoint, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contained = build(checkpoint, shared)
+    card_machine(tmp_path / "machine", monkeypatch)
+    local = build(checkpoint, tmp_path)
+    assert local.digest == contained.digest
+    assert local.dir != contained.dir
+
+
+@pytest.mark.usefixtures("hook")
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("say:[TRT] [E] Error Code 2: OutOfMemory", "lower compiler.max_num_tokens"),
+        ("set:build_config.max_seq_len=64", "max_seq_len: asked 128, got 64"),
+    ],
+)
+def test_failure_in_the_container_leaves_no_engine(
+    client: DockerClient, checkpoint: Checkpoint, shared: Path, behaviour: str, message: str
+) -> None:
+    image = misbehaving_image(client, behaviour)
+    with pytest.raises(PipelineError, match=message):
+        build(checkpoint, shared, compiler(image=image))
+    assert list((shared / "cache" / "stages" / "compile-trtllm").iterdir()) == []
+
+
+@pytest.mark.usefixtures("hook")
+def test_build_that_hits_the_memory_limit_names_the_setting(
+    client: DockerClient, checkpoint: Checkpoint, shared: Path
+) -> None:
+    image = misbehaving_image(client, "oom")
+    with pytest.raises(ToolError, match=r"compiler\.memory_gib") as caught:
+        build(checkpoint, shared, compiler(image=image, memory_gib=0.125))
+    assert caught.value.returncode == 137
+    assert list((shared / "cache" / "stages" / "compile-trtllm").iterdir()) == []

@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint, Engine
-from tests.formats.trtllm.fakes import card_machine, write_script
-from tests.formats.trtllm.settings import compiler
+from tests.formats.trtllm.fakes import card_machine, compiler, write_script
 from tests.quant.tiny_quantized import ADA
 
 HERE = Path(__file__).parent

@@ -16,9 +16,8 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Engine
 from pipeline.runners.trtllm import TrtLlmRunner
-from tests.formats.trtllm.fakes import fake_card, write_script
+from tests.formats.trtllm.fakes import compiler, fake_card, write_script
 from tests.formats.trtllm.python_image import IMAGE, build_python_image
-from tests.formats.trtllm.settings import compiler
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
 from tests.runners.trtllm.engines import PACKAGES
 from tests.services.dockerd import running_dockerd

@@ -7,20 +7,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core.cache import StageCache
-from pipeline.formats.trtllm.config import Dtype
 from pipeline.formats.trtllm.convert import convert_trtllm
+from pipeline.formats.trtllm.layout import Dtype
 from tests.architectures import tiny_architecture
-from tests.quant.tiny_quantized import architecture_checkpoint, edited
-
-__all__ = ["edited"]
-
-if TYPE_CHECKING:
-    import torch
-
-    Tensors = dict[str, torch.Tensor]
+from tests.quant.tiny_quantized import architecture_checkpoint
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.model.read import read_spec
 from tests.specs import tiny_config
 
 HIDDEN, INNER, LAYERS, VOCAB = 1024, 4096, 10, 4096
@@ -51,27 +52,20 @@ def write_sharded(folder: Path) -> int:
         tie_word_embeddings=False,
     )
     (folder / "config.json").write_text(json.dumps(config))
-    random = np.random.default_rng(0)
-    square, wide, narrow = (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
-    linears: dict[str, tuple[int, int]] = {f"self_attn.{p}_proj": square for p in "qkvo"}
-    linears |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": narrow}
+    random, spec = np.random.default_rng(0), read_spec(config)
+    shards: dict[str, dict[str, Any]] = {}
+    for name, shape in spec.tensors().items():
+        module, part = name.removesuffix(".weight"), name.rpartition("layers.")[2].split(".")[0]
+        tensors = shards.setdefault(part if "layers." in name else "rest", {})
+        tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+        if module in spec.modules:
+            codes = torch.from_numpy(random.integers(0, 120, shape, np.uint8))
+            tensors[name] = codes.view(torch.float8_e4m3fn)
+            tensors[f"{module}.weight_scale"] = torch.tensor(0.01 + 0.001 * (len(tensors) % 7))
+            tensors[f"{module}.input_scale"] = torch.tensor(0.02)
     sizes = []
-    for layer in range(LAYERS + 1):
-        tensors: dict[str, Any] = {}
-        if layer == LAYERS:
-            for name in ("model.embed_tokens.weight", "lm_head.weight"):
-                tensors[name] = torch.ones((VOCAB, HIDDEN), dtype=torch.bfloat16)
-            tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-        else:
-            prefix = f"model.layers.{layer}"
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-            for number, (name, shape) in enumerate(linears.items()):
-                codes = torch.from_numpy(random.integers(0, 120, shape, np.uint8))
-                tensors[f"{prefix}.{name}.weight"] = codes.view(torch.float8_e4m3fn)
-                tensors[f"{prefix}.{name}.weight_scale"] = torch.tensor(0.01 + 0.001 * number)
-                tensors[f"{prefix}.{name}.input_scale"] = torch.tensor(0.02)
-        file = folder / f"model-{layer:05d}-of-{LAYERS + 1:05d}.safetensors"
+    for number, tensors in enumerate(shards.values()):
+        file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, file)
         sizes.append(file.stat().st_size)
     return max(sizes)

@@ -18,8 +18,9 @@ from pipeline import cli
 from pipeline.core.errors import ConflictError, ExitCode, PipelineError
 from pipeline.formats.trtllm.export import plan_export
 from pipeline.quant.unified import UnifiedCheckpoint
-from tests.formats.trtllm.convert.checkpoints import edited, modelopt_checkpoint
+from tests.formats.trtllm.convert.checkpoints import modelopt_checkpoint
 from tests.formats.trtllm.convert.conftest import Convert
+from tests.quant.tiny_quantized import edited
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -126,7 +127,6 @@ def test_folder_that_cannot_be_replaced_is_refused_before_any_work(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for out, words in {
-        "/dev/shm": "",  # a mount point; not empty where other programs use it
         ".": "(it is the current folder); name a new folder in it, such as checkpoint",
         "../file/below/out": f"is below {tmp_path / 'file'}, which is a file",
     }.items():
@@ -200,7 +200,6 @@ def test_impossible_setting_is_refused_before_anything_is_written(
     ("options", "tokens"),
     [
         (("--max-batch-size", "1", "--max-seq-len", "16"), "32"),
-        (("--max-batch-size", "4", "--max-num-tokens", "8"), "32"),
         (("--max-batch-size", "1", "--max-seq-len", "33"), "33"),
     ],
 )
@@ -235,14 +234,10 @@ def declared(name: str, content: Any) -> Callable[[Path], object]:
     ("damage", "code", "shown"),
     [
         (declared(_DECLARATION, ""), 4, "not JSON"),
-        (declared(_DECLARATION, "[]"), 4, "wanted an object"),
         (declared(_DECLARATION, []), 4, "quantization is [], wanted an object"),
         (declared(_DECLARATION, {"quant_algo": 8}), 4, "quant_algo is 8, wanted a name"),
-        (declared(_CONFIG, ["fp8"]), 4, "quantization_config is ['fp8'], wanted an object"),
-        (declared(_CONFIG, {"kv_cache_scheme": 8}), 4, "kv_cache_scheme is 8"),
         (declared(_DECLARATION, {"kv_cache_quant_algo": "NVFP4"}), 2, "is NVFP4, which is not"),
         (declared(_DECLARATION, {"quant_algo": "W4A16_AWQ"}), 2, "declares W4A16_AWQ; only FP8"),
-        (declared(_CONFIG, {"quant_method": "awq", "bits": 4}), 2, "declares awq;"),
         (
             declared(_CONFIG, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
             2,
@@ -265,23 +260,3 @@ def test_declaration_that_is_damaged_or_of_another_format_is_named(
     assert shown in str(error)
     assert "make the checkpoint again" not in str(error) or code == 4
     assert not (tmp_path / "out").exists()
-
-
-def test_stale_shards_and_second_copies_are_not_mixed_in(llama: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    wanted = tmp_path / "wanted"
-    assert invoke(llama, wanted).exit_code == ExitCode.OK
-    mixed = Path(shutil.copytree(llama, tmp_path / "mixed"))
-    tensors = load_file(mixed / "model.safetensors")
-    stale = {name: tensor * 0 for name, tensor in tensors.items() if "norm" in name}
-    save_file(tensors, mixed / "model-00001-of-00001.safetensors")
-    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "consolidated"):
-        save_file(stale, (mixed / name).with_suffix(".safetensors"))
-    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
-    (mixed / "model.safetensors.index.json").write_text(json.dumps(index))
-    result = invoke(mixed, tmp_path / "out")
-    assert result.exit_code == ExitCode.OK, result.output
-    assert "not read: consolidated.safetensors" in result.stderr
-    name = "rank0.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes()

@@ -1,12 +1,14 @@
 """The proof: run by TensorRT-LLM's conventions, the converted checkpoint is the same model.
 
-Both sides have their own code for everything: layout, rotary embedding, windows.
+Both sides have their own code for everything: layout, rotary embedding, windows. And the proof can
+fail: damaged in any one way, a converted checkpoint makes the reference fail as TensorRT-LLM would,
+or its logits leave the bound.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,39 +16,48 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.formats.trtllm.convert import convert_trtllm
 from tests.architectures import ARCHITECTURES, WINDOW
-from tests.formats.trtllm.convert.checkpoints import convert, unified_checkpoint
-from tests.formats.trtllm.convert.comparison import (
+from tests.formats.trtllm.convert.checkpoints import (
+    Converted,
+    convert,
+    reconfigured,
+    unified_checkpoint,
+)
+from tests.formats.trtllm.convert.conftest import Convert
+from tests.formats.trtllm.convert.reference import (
     LOGIT_BOUND,
     ROUNDED_BOUND,
+    TrtLlmReference,
     largest_difference,
     relative_difference,
     transformers_logits,
 )
-from tests.formats.trtllm.convert.conftest import Convert
-from tests.formats.trtllm.convert.reference import TrtLlmReference
+from tests.quant.tiny_quantized import Edit, Tensors, drop, edited, multiply
 
 if TYPE_CHECKING:
     import torch
+
+    from tests.formats.trtllm.convert.reference import Logits
+
+
+def both(
+    found: Converted, folder: Path | None = None, *, round_activations: bool = False
+) -> tuple[Logits, Logits]:
+    """Logits by TensorRT-LLM's conventions (of a changed `folder`), and by Transformers."""
+    return (
+        TrtLlmReference(
+            folder or found.dir,
+            round_activations=round_activations,
+            window=found.record["attention_window"],
+        ),
+        transformers_logits(found.unified, round_activations=round_activations),
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_equal_transformers(converted: Convert, name: str) -> None:
     found = converted(name)
-    window = found.record["attention_window"]
-    ours = TrtLlmReference(found.dir, round_activations=False, window=window)
-    theirs = transformers_logits(found.unified, round_activations=False)
-    assert largest_difference(ours, theirs) < LOGIT_BOUND
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_with_rounded_activations_logits_agree_with_transformers(
-    converted: Convert, name: str
-) -> None:
-    found = converted(name)
-    window = found.record["attention_window"]
-    ours = TrtLlmReference(found.dir, round_activations=True, window=window)
-    theirs = transformers_logits(found.unified, round_activations=True)
-    assert relative_difference(ours, theirs) < ROUNDED_BOUND
+    assert largest_difference(*both(found)) < LOGIT_BOUND
+    assert relative_difference(*both(found, round_activations=True)) < ROUNDED_BOUND
 
 
 def test_linears_kept_in_16_bits_run_as_such(tmp_path: Path) -> None:
@@ -60,16 +71,12 @@ def test_linears_kept_in_16_bits_run_as_such(tmp_path: Path) -> None:
         "transformer.layers.2.attention.qkv",
         "transformer.layers.2.attention.dense",
     ]
-    ours = TrtLlmReference(found.dir, round_activations=False)
-    theirs = transformers_logits(found.unified, round_activations=False)
-    assert largest_difference(ours, theirs) < LOGIT_BOUND
+    assert largest_difference(*both(found)) < LOGIT_BOUND
 
 
 def test_head_size_other_than_hidden_over_heads_is_kept(tmp_path: Path) -> None:
     found = convert(unified_checkpoint(tmp_path, "llama", head_dim=24), tmp_path / "converted")
-    ours = TrtLlmReference(found.dir, round_activations=False)
-    theirs = transformers_logits(found.unified, round_activations=False)
-    assert largest_difference(ours, theirs) < LOGIT_BOUND
+    assert largest_difference(*both(found)) < LOGIT_BOUND
 
 
 @pytest.mark.parametrize(
@@ -118,3 +125,116 @@ def test_key_follows_checkpoint_and_types_and_the_bytes_follow_the_key(
     assert len({result.key for result in made}) == 4
     again = convert_trtllm(llama, "a" * 64, other, dtype="bfloat16", kv_fp8=True)
     assert (again.key, again.digest) == (made[0].key, made[0].digest)
+
+
+_LAYER = "transformer.layers.1"
+
+
+_TENFOLD = 10 * LOGIT_BOUND
+
+
+def passes(found: Converted, damaged: Path) -> bool:
+    """Whether the round trip would accept the damaged checkpoint."""
+    try:
+        return largest_difference(*both(found, damaged)) < _TENFOLD
+    except (RuntimeError, AssertionError, KeyError, TypeError, ValueError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("llama3.1", "rotary_base"),
+        ("qwen2.5", "rotary_base"),
+        ("llama3.1", "rotary_scaling"),
+        ("phi4-mini", "rotary_pct"),
+        ("llama", "position_embedding_type"),
+        ("phi3-long", "position_embedding_type"),
+        ("phi3-long", "longrope_scaling_long_factors"),
+        ("phi4-mini", "original_max_position_embeddings"),
+        ("llama", "num_key_value_heads"),
+        ("llama", "intermediate_size"),
+        ("phi3", "hidden_act"),
+        ("llama", "vocab_size"),
+        ("llama", "quantization"),
+    ],
+)
+def test_key_that_is_left_out_is_noticed(
+    converted: Convert, tmp_path: Path, name: str, key: str
+) -> None:
+    found = converted(name)
+    damaged = reconfigured(found.dir, tmp_path / "damaged", lambda config: config.pop(key))
+    assert not passes(found, damaged)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attn_bias", True),
+        ("rotary_scaling", {"type": "llama3", "factor": 4.0}),
+    ],
+    ids=str,
+)
+def test_wrong_value_is_noticed(converted: Convert, tmp_path: Path, key: str, value: Any) -> None:
+    found = converted("llama3.1")
+    damaged = reconfigured(
+        found.dir, tmp_path / "damaged", lambda config: config.update({key: value})
+    )
+    assert not passes(found, damaged)
+
+
+def _swap_k_and_v(tensors: Tensors) -> None:
+    """Four query and two key heads of 16."""
+    import torch
+
+    name = f"{_LAYER}.attention.qkv.weight"
+    q, k, v = torch.split(tensors[name].view(torch.uint8), [64, 32, 32])
+    tensors[name] = torch.cat([q, v, k]).view(torch.float8_e4m3fn)
+
+
+def _swap_halves(tensors: Tensors) -> None:
+    import torch
+
+    name = f"{_LAYER}.mlp.fc.weight"
+    first, second = tensors[name].view(torch.uint8).chunk(2)
+    tensors[name] = torch.cat([second, first]).view(torch.float8_e4m3fn)
+
+
+def _swap_gate_and_up(tensors: Tensors) -> None:
+    fc, gate = f"{_LAYER}.mlp.fc.weight", f"{_LAYER}.mlp.gate.weight"
+    tensors[fc], tensors[gate] = tensors[gate], tensors[fc]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("llama", _swap_k_and_v),
+        ("llama", _swap_gate_and_up),
+        ("phi3", _swap_halves),
+        ("qwen2.5", multiply(f"{_LAYER}.attention.qkv.bias", 0.0)),
+        ("llama", drop("lm_head.weight")),
+        ("llama", drop(f"{_LAYER}.attention.kv_cache_scaling_factor")),
+        ("llama", drop(f"{_LAYER}.mlp.proj.activation_scaling_factor")),
+        ("llama", multiply(f"{_LAYER}.mlp.proj.weights_scaling_factor", 1.01)),
+        ("llama", multiply(f"{_LAYER}.post_layernorm.weight", 1.01)),
+    ],
+)
+def test_wrong_tensor_is_noticed(converted: Convert, tmp_path: Path, name: str, edit: Edit) -> None:
+    found = converted(name)
+    assert not passes(found, edited(found.dir, tmp_path / "damaged", edit))
+
+
+@pytest.mark.parametrize("linear", ["attention.qkv", "mlp.proj"])
+@pytest.mark.parametrize("factor", [0.5, 1.1])
+def test_wrong_activation_scale_is_noticed(
+    converted: Convert, tmp_path: Path, linear: str, factor: float
+) -> None:
+    found = converted("llama")
+
+    def edit(tensors: Tensors) -> None:
+        for layer in range(3):
+            tensors[f"transformer.layers.{layer}.{linear}.activation_scaling_factor"] *= factor
+
+    damaged = edited(found.dir, tmp_path / "damaged", edit)
+    assert relative_difference(*both(found, damaged, round_activations=True)) > ROUNDED_BOUND

@@ -1,4 +1,4 @@
-"""ModelOpt's own exports: q, k, v and gate, up with scales of their own."""
+"""Scales: of ModelOpt's own exports, which differ in a fused group, and of the KV cache."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.formats.trtllm.convert.checkpoints import Converted, convert, edited, modelopt_checkpoint
+from pipeline.core.errors import CorruptError, RecipeError
+from tests.formats.trtllm.convert.checkpoints import Converted, convert, modelopt_checkpoint
+from tests.quant.tiny_quantized import Tensors, drop, edited, fill, multiply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from tests.formats.trtllm.convert.checkpoints import Tensors
 
 _GROUPS = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -48,7 +49,8 @@ def tensors_of(folder: Path) -> Tensors:
 
 def value(tensors: Tensors, name: str) -> torch.Tensor:
     """Dequantized weight of a Hugging Face module."""
-    return tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"].float()
+    weights: torch.Tensor = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+    return weights
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2.5"])
@@ -144,7 +146,7 @@ def test_different_activation_scales_of_a_fused_group_become_the_largest(
     llama: Path, tmp_path: Path
 ) -> None:
     name = "model.layers.1.self_attn.k_proj.input_scale"
-    unified = edited(llama, tmp_path / "unified", lambda t: t.update({name: t[name] * 1.5}))
+    unified = edited(llama, tmp_path / "unified", multiply(name, 1.5))
     found = convert(unified, tmp_path / "converted")
     assert found.record["merged_inputs"] == ["transformer.layers.1.attention.qkv"]
     (note,) = found.record["notes"]
@@ -161,3 +163,51 @@ def test_cache_scales_of_modelopt_are_found(tmp_path: Path, name: str) -> None:
         float(tensor) for key, tensor in new.items() if key.endswith("kv_cache_scaling_factor")
     ]
     assert scales == [1.0, 1.0, 1.0]
+
+
+_K, _V = "self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"
+
+
+def with_scales(unified: Path, target: Path, k: float, v: float) -> Path:
+    def edit(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.endswith((_K, _V)):
+                fill(name, k if name.endswith(_K) else v)(tensors)
+
+    return edited(unified, target, edit)
+
+
+def written_scales(found: Converted) -> set[float]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(found.dir / "rank0.safetensors")
+    names = [name for name in tensors if "kv_cache" in name]
+    assert names == [
+        f"transformer.layers.{layer}.attention.kv_cache_scaling_factor" for layer in range(3)
+    ]
+    assert all(tensors[name].shape == (1,) for name in names)
+    return {round(float(tensors[name]), 4) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "written"), [(3.1, 1.7, 3.1), (1.7, 3.1, 3.1), (0.04, 0.01, 1.0), (0.04, 2.5, 2.5)]
+)
+def test_scale_is_the_larger_one_but_never_below_one(
+    llama: Path, tmp_path: Path, k: float, v: float, written: float
+) -> None:
+    found = convert(with_scales(llama, tmp_path / "unified", k, v), tmp_path / "converted")
+    assert written_scales(found) == {written}
+
+
+def test_fp8_cache_without_scales_is_refused(llama: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.{part}" for layer in range(3) for part in (_K, _V)]
+    plain = edited(llama, tmp_path / "unified", drop(*names))
+    with pytest.raises(RecipeError, match=r"has no k_scale and v_scale .* kv_cache_dtype=bfloat16"):
+        convert(plain, tmp_path / "converted")
+
+
+def test_half_of_the_cache_scales_is_a_damaged_checkpoint(llama: Path, tmp_path: Path) -> None:
+    name = f"model.layers.1.{_V}"
+    unified = edited(llama, tmp_path / "unified", drop(name))
+    with pytest.raises(CorruptError, match=f"{name} is missing"):
+        convert(unified, tmp_path / "converted")

@@ -1,20 +1,35 @@
-"""config.json, value by value, and what TensorRT-LLM cannot express."""
+"""config.json: value by value, by the keys that TensorRT-LLM's classes read, and refusals.
+
+`trtllm_config_keys.json` lists those keys.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.core.errors import ExitCode, RecipeError
-from pipeline.formats.trtllm.config import trtllm_config
+from pipeline.formats.trtllm.layout import trtllm_config
 from pipeline.model.read import read_spec
+from tests.architectures import ARCHITECTURES
+from tests.formats.trtllm.convert.conftest import Convert
 from tests.specs import published, tiny_config
 
 LLAMA3 = published("llama-3.1-8b-instruct")
+
+
 LLAMA = {**LLAMA3, "rope_scaling": None}
+
+
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+
+
 LONG = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 4096}
+
+
 PHI3 = published("phi-3-mini-4k-instruct", max_position_embeddings=131072, **LONG)
 
 
@@ -124,3 +139,57 @@ def test_what_tensorrt_llm_would_ignore_is_refused(config: dict[str, Any], shown
         made(config)
     assert refused.value.exit_code == ExitCode.USAGE
     assert "use compiler=checkpoint" in str(refused.value)
+
+
+KEYS = json.loads(Path(__file__).with_name("trtllm_config_keys.json").read_text())
+
+
+CLASS = {
+    "LlamaForCausalLM": "LLaMAConfig",
+    "MistralForCausalLM": "LLaMAConfig",
+    "Qwen2ForCausalLM": "QWenConfig",
+    "Phi3ForCausalLM": "Phi3Config",
+}
+"""Source: `MODEL_MAP` in models/__init__.py of NVIDIA/TensorRT-LLM, index number 820782731."""
+
+
+def read_keys(config: dict[str, Any]) -> set[str]:
+    """Every key that TensorRT-LLM looks at for this architecture."""
+    name = CLASS[config["architecture"]]
+    return {
+        *KEYS["classes"]["PretrainedConfig"],
+        *KEYS["classes"][name],
+        *KEYS["beside"]["all"],
+        *KEYS["beside"].get(name, {}),
+    }
+
+
+def written(converted: Convert, name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((converted(name).dir / "config.json").read_text())
+    return config
+
+
+LONGROPE_KEYS = {
+    "longrope_scaling_short_factors",
+    "longrope_scaling_long_factors",
+    "original_max_position_embeddings",
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_key_that_is_read_is_written_or_neutral(converted: Convert, name: str) -> None:
+    config = written(converted, name)
+    absent = set() if config["position_embedding_type"] == "long_rope" else LONGROPE_KEYS
+    wanted = read_keys(config) - KEYS["neutral"].keys() - absent
+    assert config.keys() == wanted
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("section", "class_name"), [("quantization", "QuantConfig"), ("mapping", "Mapping")]
+)
+def test_sections_have_no_unknown_key_and_leave_out_neutral_ones_only(
+    converted: Convert, name: str, section: str, class_name: str
+) -> None:
+    known = set(KEYS["classes"][class_name])
+    assert written(converted, name)[section].keys() == known - KEYS["neutral"].keys()

@@ -1,8 +1,11 @@
-"""FP8: the graph rounds as the simulation does, linear by linear."""
+"""FP8: the graph rounds as the simulation does, linear by linear, for every architecture.
+
+Layers are compared one at a time: behind an FP8 code that a last-bit difference flips, all later
+layers differ, in wide models at most positions.
+"""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from pipeline.core.values import Checkpoint
 from pipeline.quant.fp8 import round_to_e4m3
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
+from tests.architectures import ARCHITECTURES, ORIGINAL_CONTEXT, tiny_fp8_architecture
 from tests.formats.decoder.decoders import (
     CONTEXT,
     graph_logits,
@@ -20,6 +24,7 @@ from tests.formats.decoder.decoders import (
     random_prompt,
     write_graph,
 )
+from tests.quant.tiny_quantized import architecture_checkpoint, tiny_checkpoint
 
 
 def e4m3_values() -> Any:
@@ -83,6 +88,18 @@ def test_onnxruntime_rounds_as_round_to_e4m3_does(scale: float) -> None:
     np.testing.assert_array_equal(rounded, round_to_e4m3(x, scale).numpy())
     # The codes themselves, not only their products with the scale.
     np.testing.assert_array_equal(codes * np.float32(scale), round_to_e4m3(x, scale).numpy())
+
+
+@pytest.fixture(scope="module")
+def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The tiny model as ModelOpt quantizes it, layer 2's down_proj kept."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("fp8"), "model.layers.2.mlp.down_proj")
+
+
+@pytest.fixture(scope="module")
+def fp8_graph(fp8_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FP8 checkpoint's float32 graph."""
+    return write_graph(fp8_checkpoint.dir, tmp_path_factory.mktemp("fp8-graph"))
 
 
 def with_outputs(graph: Path, names: list[str], name: str) -> Path:
@@ -155,19 +172,53 @@ def test_linears_with_one_input_and_one_scale_share_its_rounding(fp8_graph: Path
     assert sum(node.op_type == "QuantizeLinear" for node in nodes) == 3 * 4 - 1
 
 
-def test_linears_with_one_input_and_different_scales_are_rounded_each_with_its_own(
-    fp8_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
+PROMPT = random_prompt(100)  # beyond every window and every original context
 
-    changed = Path(shutil.copytree(fp8_checkpoint.dir, tmp_path / "changed"))
-    (shard,) = changed.glob("*.safetensors")
-    tensors = load_file(shard)
-    tensors["model.layers.0.self_attn.k_proj.input_scale"] /= 4
-    save_file(tensors, shard)
-    prompt = random_prompt(60)
-    found = graph_logits(write_graph(changed, tmp_path / "graph", layers=(0,)), prompt)
-    wanted = model_logits(load_simulation(changed, layers=(0,)), prompt)
-    unchanged = model_logits(load_simulation(fp8_checkpoint.dir, layers=(0,)), prompt)
-    assert np.median(np.abs(found - wanted).max(axis=-1)) < 1e-3
-    assert np.median(np.abs(found - unchanged).max(axis=-1)) > 0.01
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """The tiny model as ModelOpt quantizes it."""
+    return architecture_checkpoint(tmp_path_factory.mktemp("fp8"), request.param)
+
+
+def median_distance(checkpoint_dir: Path, graph_dir: Path, layers: tuple[int, ...]) -> float:
+    """Median over positions of the largest logit difference."""
+    graph = write_graph(checkpoint_dir, graph_dir, context=CONTEXT, layers=layers)
+    simulation = load_simulation(checkpoint_dir, layers=layers, context=CONTEXT)
+    wanted = model_logits(simulation, PROMPT)
+    assert np.ptp(wanted) > 1.0
+    return float(np.median(np.abs(graph_logits(graph, PROMPT) - wanted).max(axis=-1)))
+
+
+def test_every_layer_agrees_with_the_simulation(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = UnifiedCheckpoint(checkpoint.dir).spec
+    per_layer = len(config.layers[0].modules)
+    assert len(checkpoint.quantized_linears) == per_layer * config.num_layers
+    for layer in range(config.num_layers):
+        assert median_distance(checkpoint.dir, tmp_path / str(layer), (layer,)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_foreign_checkpoint_whose_scales_differ_agrees_with_the_simulation(
+    name: str, tmp_path: Path
+) -> None:
+    """As plain ModelOpt writes it; one linear is kept in 16 bits, fused ones included."""
+    fused = name.startswith("phi")
+    kept = "model.layers.1.mlp." + ("gate_up_proj" if fused else "up_proj")
+    folder = tiny_fp8_architecture(name, tmp_path / "model", keep_16bit={kept})
+    assert kept not in UnifiedCheckpoint(folder).quantized_linears
+    for layer in (0, 1):
+        assert median_distance(folder, tmp_path / str(layer), (layer,)) < 1e-3
+
+
+def test_simulation_of_a_context_keeps_its_longrope_factors(tmp_path: Path) -> None:
+    """Transformers chooses by the row; an engine of that context does not."""
+    longrope_dir = tiny_fp8_architecture("phi3-long", tmp_path / "longrope")
+    short_row = random_prompt(20)
+    free = model_logits(load_simulation(longrope_dir), short_row)
+    within = model_logits(load_simulation(longrope_dir, context=ORIGINAL_CONTEXT), short_row)
+    beyond = model_logits(load_simulation(longrope_dir, context=ORIGINAL_CONTEXT + 1), short_row)
+    np.testing.assert_array_equal(within, free)
+    assert np.abs(beyond - free).max() > 0.05
