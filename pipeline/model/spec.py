@@ -58,12 +58,10 @@ class Attention:
     """Grouped-query attention.
 
     Attributes:
-        kv_heads: Key and value heads, a divisor of `heads`.
         scale: Multiplies the scores.
         window: How many keys a query sees, its own included; None for all.
         qk_norm: Each head of q and k has a norm before its rotation.
         softcap: Scores become softcap x tanh(score / softcap); None for none.
-        module: Transformers' name, without its layer's.
     """
 
     heads: int
@@ -325,10 +323,8 @@ def rope_tables(rope: Rope, *, context: int) -> tuple[NDArray[np.float64], NDArr
 def rope_frequencies(rope: Rope, *, context: int) -> NDArray[np.float64]:
     """Radians that pair i turns from one token to the next, [rotary_dim / 2].
 
-    theta^(-2i / rotary_dim) before scaling (RoFormer, arXiv:2104.09864, section 3.4.2).
-
-    LongRoPE: Transformers picks the factors anew for each forward pass, by the longest row in it; a
-    static graph picks them once, by its context, as vLLM does by `max_model_len`.
+    theta^(-2i / rotary_dim) before scaling (RoFormer, arXiv:2104.09864, section 3.4.2). LongRoPE:
+    Transformers picks the factors by the longest row of a pass; a static graph by its context.
     """
     import numpy as np
 

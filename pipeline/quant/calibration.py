@@ -75,8 +75,7 @@ def choose_placement(
 def cpu_dtype(shape: ModelSpec, available_bytes: int) -> Literal["float32", "bfloat16"]:
     """float32 on a CPU, unless only bfloat16 fits its memory, which is several times slower there.
 
-    float32 takes 4 bytes a weight, 1.2 for the export beside it, and 3.2 GB for libraries and
-    activations (see `pipeline.plan.sizes`).
+    4 bytes a weight, 1.2 for the export, 3.2 GB for libraries (see `pipeline.plan.sizes`).
     """
     needed = 5.2 * shape.params + 3.2e9
     return "float32" if needed <= available_bytes else "bfloat16"
@@ -133,7 +132,7 @@ def check_amax(amax: Mapping[str, float]) -> list[str]:
 
 def _kind(name: str) -> str:
     """Layer numbers removed, so that like is compared with like."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
+    return re.sub(r"\.\d+(?=\.)", "", name)
 
 
 def cache_scales(amax: Mapping[str, float]) -> dict[str, float]:
@@ -161,10 +160,9 @@ def bf16_scale_amax(amax: Any, code_max: float) -> Any:
 def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tuple[str, ...]]:
     """Give each fused group one weight amax, and every amax a bfloat16-exact scale, in place.
 
-    TensorRT-LLM and vLLM fuse q/k/v and gate/up into one matrix with one scale, and requantize the
-    parts whose scale differs. Rounding twice costs 12 to 35 % more weight error than rounding once
-    with the shared scale, which itself costs nothing (SmolLM2, measured 2026-11-24). TensorRT-LLM
-    casts scales to 16 bits: one that is exact in bfloat16 means the same numbers in every runtime.
+    Runtimes fuse q/k/v and gate/up, and requantize parts whose scale differs: 12 to 35 % more error
+    than one rounding with the shared scale, which costs nothing (SmolLM2, measured 2026-11-24).
+    TensorRT-LLM casts scales to 16 bits: one that is exact in bfloat16 is the same everywhere.
 
     Returns the groups that share. The model is calibrated, its weights are not yet rounded.
     """

@@ -217,8 +217,7 @@ def normalize_export(
     the calibrated amax: ModelOpt 0.37 would raise each to at least 1.0, 0.47 does not.
 
     Raises:
-        CorruptError: The export lacks its quantization config or its weights, or has a cache scale
-            that was not calibrated.
+        CorruptError: It lacks its quantization config or weights, or has an uncalibrated scale.
     """
     shards = sorted(exported.glob("*.safetensors"))
     config = json.loads((exported / "config.json").read_text())
@@ -248,10 +247,7 @@ def normalize_export(
 def _normalize_shard(
     shard: Path, target: Path, quantized_dtype: str, cache_scales: Mapping[str, float]
 ) -> None:
-    """Move a shard, its tensors as bfloat16 except quantized weights and scales.
-
-    Scales are patched into the file: after calibrating in bfloat16 nothing else changes.
-    """
+    """Move a shard, its tensors as bfloat16 except quantized weights and scales (patched in)."""
     dtypes = ("bfloat16", quantized_dtype)
     if not all(
         entry.dtype == "float32" if name.endswith(_SCALES) else entry.dtype in dtypes

@@ -143,11 +143,6 @@ def quant_spec(name: str) -> QuantSpec:
     return found
 
 
-def spec_of_algo(quant_algo: str | None) -> QuantSpec | None:
-    """The precision that a checkpoint's `quant_algo` names, or None."""
-    return next((spec for spec in quant_specs().values() if spec.quant_algo == quant_algo), None)
-
-
 def select(patterns: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
     """Names of the modules that match any pattern (fnmatch, case matters), in model order."""
     return tuple(name for name in modules if any(fnmatchcase(name, each) for each in patterns))

@@ -21,7 +21,7 @@ from pipeline.core.safetensors_files import TensorEntry, folder_tensors
 from pipeline.model.read import load_config, read_spec
 from pipeline.model.spec import EMBEDDING, LM_HEAD, ModelSpec
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
-from pipeline.quant.spec import QuantSpec, quant_specs, spec_of_algo
+from pipeline.quant.spec import QuantSpec, quant_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,18 +71,18 @@ class UnifiedCheckpoint:
     def precision(self) -> QuantSpec:
         """That of its quantized linears, else 16-bit; RecipeError for one not known here."""
         declared = declared_quantization(self.dir)
-        if (algorithm := declared.algorithm) is not None:
-            if spec := spec_of_algo(algorithm):
-                return spec
-            known = ", ".join(spec.quant_algo for spec in quant_specs().values() if spec.quant_algo)
+        known = {spec.quant_algo: spec for spec in quant_specs().values() if spec.quant_algo}
+        if (algorithm := declared.algorithm) in known:
+            return known[algorithm]
+        if algorithm is not None:
+            names = ", ".join(known)
             message = (
-                f"declares {algorithm}; only {known} is converted. Serve the checkpoint as it is "
-                f"(vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to {known}"
+                f"declares {algorithm}; only {names} is converted. Serve the checkpoint as it is "
+                f"(vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to {names}"
             )
             raise RecipeError([Fault(str(self.dir / declared.file), message)])
         dtypes = {entry.dtype for entry in self.tensors.values()}
-        stored = (spec for spec in quant_specs().values() if spec.quant_algo)
-        return next((spec for spec in stored if spec.weight_dtype in dtypes), SIXTEEN_BIT)
+        return next((spec for spec in known.values() if spec.weight_dtype in dtypes), SIXTEEN_BIT)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
@@ -158,15 +158,11 @@ class UnifiedCheckpoint:
         if faults:
             raise CorruptError(
                 f"{self.dir} does not hold the model of its config.json; make the checkpoint "
-                f"again:{listed(faults)}"
+                f"again:{list_faults(faults)}"
             )
 
     def _is_companion(self, name: str) -> bool:
-        """A tensor that the model's weights need or that changes nothing.
-
-        Scales of quantized linears and of a KV cache; rotary frequencies, which old Llama files
-        hold and which follow from the config; an lm_head that the config ties to the embedding.
-        """
+        """Scales; rotary frequencies, which follow from the config; an lm_head that is tied."""
         module, _, kind = name.rpartition(".")
         if kind in self.precision.scales:
             return self.is_quantized(module)
@@ -199,7 +195,7 @@ class UnifiedCheckpoint:
         )
 
 
-def listed(faults: Sequence[str]) -> str:
+def list_faults(faults: Sequence[str]) -> str:
     """The first eight, one a line, and how many more there are."""
     more = [f"and {len(faults) - 8} more"] if len(faults) > 8 else []
     return "".join(f"\n    {fault}" for fault in [*faults[:8], *more])
@@ -240,13 +236,11 @@ def torch_view(values: NDArray[Any]) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DeclaredQuantization:
-    """What a checkpoint says about its own quantization.
+    """What a checkpoint says about its own quantization, and in which file.
 
-    Attributes:
-        file: Where it is declared; `config.json` if nowhere.
-        algorithm: Of the weights: ModelOpt's `quant_algo`, such as `FP8` or `NVFP4`, or the name of
-            another exporter's format; None if nothing is declared, or what may be per-tensor FP8.
-        kv_cache: Of the KV cache, such as `FP8`; None for 16 bits.
+    `algorithm` is of the weights: ModelOpt's `quant_algo`, such as `FP8`, or the name of another
+    exporter's format; None if nothing is declared, or what may be per-tensor FP8. `kv_cache` is
+    such as `FP8`; None for 16 bits.
     """
 
     file: str

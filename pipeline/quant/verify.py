@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core.errors import CorruptError
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
 from pipeline.quant.spec import QuantSpec
-from pipeline.quant.unified import UnifiedCheckpoint, all_finite, listed, torch_view
+from pipeline.quant.unified import UnifiedCheckpoint, all_finite, list_faults, torch_view
 
 MAX_LOST_SHARE = 0.1
 """Of a linear's non-zero weights at most so many may round to zero. With one E4M3 scale for the
@@ -32,7 +32,7 @@ def require_finite(source: UnifiedCheckpoint) -> None:
     if broken:
         raise CorruptError(
             f"{source.dir} holds NaN or infinite values; fetch the weights again, or choose others:"
-            f"{listed(broken)}"
+            f"{list_faults(broken)}"
         )
 
 
@@ -74,7 +74,7 @@ def verify_checkpoint(
             faults.append(f"{name} is {value}")
     if faults:
         raise CorruptError(
-            f"the exported checkpoint is not a faithful copy of its source:{listed(faults)}"
+            f"the exported checkpoint is not a faithful copy of its source:{list_faults(faults)}"
         )
     kept = [name for name in source.spec.modules if name not in errors]
     return {"precision": precision.name, "relative_error": errors, "kept_16bit": kept}

@@ -63,10 +63,7 @@ class CheckpointCompiler:
         """Any machine will do."""
 
     def inputs(self, target: Target) -> dict[str, Any]:
-        return {
-            **STAGE.identity,
-            "kv_cache_dtype": self.kv_cache_dtype,
-        }
+        return {**STAGE.identity, "kv_cache_dtype": self.kv_cache_dtype}
 
     def compile(
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
@@ -118,17 +115,12 @@ def _untie(engine_dir: Path) -> None:
         if embedding in tensors:
             tensors["lm_head.weight"] = tensors[embedding].clone()
             save_file(tensors, shard, metadata={"format": "pt"})
-            _add_to_index(engine_dir, shard.name)
+            for index_path in engine_dir.glob("*.safetensors.index.json"):
+                index = json.loads(index_path.read_text())
+                index["weight_map"]["lm_head.weight"] = shard.name
+                index_path.write_text(json.dumps(index, indent=2) + "\n")
     config["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _add_to_index(engine_dir: Path, shard: str) -> None:
-    """Name lm_head's shard where the checkpoint has an index."""
-    for path in engine_dir.glob("*.safetensors.index.json"):
-        index = json.loads(path.read_text())
-        index["weight_map"]["lm_head.weight"] = shard
-        path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 KIND = CheckpointCompiler

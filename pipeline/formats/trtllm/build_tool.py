@@ -156,11 +156,8 @@ def expected_config(
 def read_back(engine_dir: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """Check a finished engine folder, and take this machine's folders out of its config.
 
-    Returns:
-        The effective values, by dotted path, for the report.
-
-    Raises:
-        PipelineError: A file is missing, or values differ; names each with both of them.
+    Returns the effective values, by dotted path; PipelineError names a file that is missing, or
+    each value that differs, with both.
     """
     engine = engine_dir / ENGINE_FILE
     if not engine.is_file() or engine.stat().st_size == 0:
@@ -198,10 +195,7 @@ def _at(config: Mapping[str, Any], path: str) -> Any:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """Equal values; numbers by value (10000 is 10000.0), but never a number for a boolean.
-
-    Words whatever their case: enums are written by name or by value, depending on the version.
-    """
+    """Equal values: 10000 is 10000.0, True is no 1, words (enums) whatever their case."""
     if isinstance(found, bool) or isinstance(wanted, bool):
         return found is wanted
     if isinstance(found, str) and isinstance(wanted, str):

@@ -31,11 +31,7 @@ _SEQ_LEN, _NUM_TOKENS = 4096, 8192  # as in conf/compiler/trtllm.yaml
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """An export that nothing speaks against so far.
-
-    `out_dir` is new or empty, without links in its path. The `trtllm-build` command is quoted for a
-    shell: kernel choices as in `conf/compiler/trtllm.yaml`, engine and timing cache beside it.
-    """
+    """An export that nothing speaks against so far; `command` is quoted for a shell."""
 
     checkpoint_dir: Path
     out_dir: Path
@@ -75,10 +71,9 @@ def plan_export(
 ) -> Export:
     """Check what can be checked before anything is converted.
 
-    `kv_cache_dtype` None takes what the checkpoint declares; ours hold scales for `fp8` too. The
-    sizes are of the printed command. `max_seq_len` None is the least of the model's context, its
-    window and 4096. `max_num_tokens` None is 8192; it is lowered to `max_batch_size * max_seq_len`,
-    but not below one block of the paged cache, to which `trtllm-build` would raise it.
+    `kv_cache_dtype` None takes what the checkpoint declares. `max_seq_len` None is the least of the
+    model's context, its window and 4096. `max_num_tokens` None is 8192; it is lowered to that of
+    all requests, but not below a block of the paged cache, to which `trtllm-build` would raise it.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise NotFoundError(
@@ -127,11 +122,7 @@ def plan_export(
 
 
 def _replaceable(out_dir: Path) -> Path:
-    """The folder without links, after making sure that a finished one can take its place.
-
-    An empty folder is removed and made again: only that tells a mount point, or a parent that is
-    not ours.
-    """
+    """The folder without links; an empty one is removed and made again, to see that it can be."""
     place = out_dir.resolve()
     below = next(parent for parent in place.parents if parent.exists())
     if not below.is_dir():

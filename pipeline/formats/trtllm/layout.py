@@ -115,9 +115,8 @@ def trtllm_config(
 def _rope(spec: ModelSpec) -> dict[str, Any]:
     """Rotary settings; `rotary_scaling` is null for the plain embedding, as no type is `default`.
 
-    A scaling's type is read from `type`, else from `rope_type`; both are written, since older
-    readers know one of them only. LongRoPE goes through keys of its own, which change the layers;
-    `position_embedding_type` changes the tables: one without the other is an assertion at best.
+    `type` and `rope_type` are both written, since older readers know one of them only. LongRoPE's
+    own keys change the layers, `position_embedding_type` the tables: both are needed.
     """
     rope, head_dim = spec.rope, spec.layers[0].attention.head_dim
     share = rope.rotary_dim / head_dim

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.formats.trtllm.convert.checkpoints import Converted, convert, unified_checkpoint
 from tests.formats.trtllm.fakes import fake_card, write_script
 from tests.formats.trtllm.python_image import build_python_image
 from tests.services.dockerd import running_dockerd
@@ -77,3 +79,24 @@ def shared() -> Iterator[Path]:
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
+
+
+Convert = Callable[[str], Converted]
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Convert:
+    """Converts a tiny architecture, with an FP8 cache, once a session."""
+
+    @cache
+    def make(name: str) -> Converted:
+        root = tmp_path_factory.mktemp(name)
+        return convert(unified_checkpoint(root, name), root / "converted")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(converted: Convert) -> Path:
+    """The unified checkpoint of the tiny Llama."""
+    return converted("llama").unified

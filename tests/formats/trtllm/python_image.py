@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.formats.trtllm.fakes import HERE, package_records
+from tests.formats.trtllm.fakes import fake_build_program, package_records
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -82,12 +82,8 @@ def misbehaving_image(client: DockerClient, behaviour: str) -> str:
 def _programs(folder: Path) -> dict[str, Path]:
     """Program and options for /usr/bin."""
     package_records(folder / "packages")
-    program = folder / "trtllm-build"
-    source = (HERE / "fake_trtllm_build.py").read_text()
-    program.write_text(f"#!/usr/bin/python3\n{source}")
-    program.chmod(0o755)
-    options = "trtllm_build_options.json"
-    return {"trtllm-build": program, options: HERE / options}
+    fake_build_program(folder, "/usr/bin/python3")
+    return {name: folder / name for name in ("trtllm-build", "trtllm_build_options.json")}
 
 
 def _libraries(binaries: list[Path]) -> Iterator[Path]:

@@ -104,7 +104,7 @@ def test_memory_limit_fails_the_run_whatever_the_exit_code(
 
 
 def test_ctrl_c_removes_the_container(client: DockerClient, child: subprocess.Popen[str]) -> None:
-    assert len(client.containers.list()) == 1
+    wait_for(client.containers.list)
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
     assert "KeyboardInterrupt" in stderr

@@ -15,7 +15,7 @@ from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.formats.trtllm.layout import trtllm_config
 from pipeline.model.read import read_spec
 from tests.architectures import ARCHITECTURES
-from tests.formats.trtllm.convert.conftest import Convert
+from tests.formats.trtllm.conftest import Convert
 from tests.specs import published, tiny_config
 
 LLAMA3 = published("llama-3.1-8b-instruct")

@@ -18,8 +18,8 @@ from pipeline import cli
 from pipeline.core.errors import ConflictError, ExitCode, PipelineError
 from pipeline.formats.trtllm.export import plan_export
 from pipeline.quant.unified import UnifiedCheckpoint
+from tests.formats.trtllm.conftest import Convert
 from tests.formats.trtllm.convert.checkpoints import modelopt_checkpoint
-from tests.formats.trtllm.convert.conftest import Convert
 from tests.quant.tiny_quantized import edited
 
 

@@ -16,13 +16,13 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.formats.trtllm.convert import convert_trtllm
 from tests.architectures import ARCHITECTURES, WINDOW
+from tests.formats.trtllm.conftest import Convert
 from tests.formats.trtllm.convert.checkpoints import (
     Converted,
     convert,
     reconfigured,
     unified_checkpoint,
 )
-from tests.formats.trtllm.convert.conftest import Convert
 from tests.formats.trtllm.convert.reference import (
     LOGIT_BOUND,
     ROUNDED_BOUND,
