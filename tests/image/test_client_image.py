@@ -192,8 +192,8 @@ def test_stopped_container_ends_as_a_pull_that_was_interrupted(
         with connection:
             docker("stop", "--time", "10", name)
         state = docker("inspect", "--format", "{{.State.ExitCode}}", name).stdout.strip()
-        told = docker("logs", name).stdout
+        answer = docker("logs", name).stdout
         docker("rm", name)
     assert state == str(ExitCode.INTERRUPTED)
-    assert json.loads(told)["exit_code"] == ExitCode.INTERRUPTED
+    assert json.loads(answer)["exit_code"] == ExitCode.INTERRUPTED
     assert models.left() == []

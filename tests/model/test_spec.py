@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config.folders import config_folders
@@ -20,7 +21,7 @@ from pipeline.model.read import (
     read_spec,
     spec_faults,
 )
-from pipeline.model.spec import Attention, Llama3Scaling, LongRopeScaling, Rope
+from pipeline.model.spec import Attention, Llama3Scaling, LongRopeScaling, Rope, rope_tables
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.specs import published, shape, spec_of_folder, tiny_config, tiny_spec
 
@@ -35,6 +36,8 @@ def llama3(factor: float) -> Llama3Scaling:
 
 
 Numbers = tuple[int, int, int, int, int, int | None, Rope]
+
+
 # layers, query heads, key heads, head size, MLP width, window, rope
 WANTED: dict[str, Numbers] = {
     "phi-3-mini-4k-instruct": (32, 32, 32, 96, 8192, 2047, Rope(theta=1e4, rotary_dim=96)),
@@ -51,6 +54,8 @@ WANTED: dict[str, Numbers] = {
     ),
     "smollm2-135m-instruct": (30, 9, 3, 64, 1536, None, Rope(theta=1e5, rotary_dim=64)),
 }
+
+
 TIED = {"llama-3.2-1b-instruct", "smollm2-135m-instruct", "qwen2.5-0.5b-instruct"}
 
 
@@ -316,3 +321,59 @@ def test_another_family_with_the_same_numbers_is_a_difference() -> None:
 def test_families_are_the_files_of_their_folder() -> None:
     assert set(model_types()) >= {"llama", "mistral", "phi3", "qwen2", "qwen3"}
     assert json.dumps(tiny_spec("qwen3").to_json())
+
+
+CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
+
+
+def transformers_tables(config_json: dict[str, Any], positions: int) -> list[Any]:
+    """Cosine and sine [positions, rotary_dim] of one forward pass over all these positions."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    fields = dict(config_json)
+    model_type = fields.pop("model_type")
+    config = AutoConfig.for_model(model_type, **fields)
+    kind = Phi3RotaryEmbedding if model_type == "phi3" else LlamaRotaryEmbedding
+    return [
+        table[0].numpy() for table in kind(config)(torch.zeros(1), torch.arange(positions)[None])
+    ]
+
+
+def assert_equal_tables(rope: Rope, wanted: list[Any], *, rows: slice, context: int) -> None:
+    for table, reference in zip(rope_tables(rope, context=context), wanted, strict=True):
+        assert table.dtype == np.float64
+        assert table.shape == (context, rope.rotary_dim / 2)
+        doubled = np.concatenate([table, table], axis=-1)[rows]
+        # Transformers multiplies in float32: 8191 rad x 6e-8 is 5e-4.
+        np.testing.assert_allclose(doubled, reference[rows], rtol=0, atol=8e-4)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_tables_of_published_configs_equal_transformers(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = read_spec(config).rope
+    for context in (4096, 8192):  # Phi-4-mini's original context, and one beyond it
+        assert_equal_tables(
+            rope,
+            transformers_tables(config, context),
+            rows=slice(0, context),
+            context=context,
+        )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_tables_differ_from_those_of_other_settings_by_far(path: Path) -> None:
+    """The tolerance above would not forgive another theta, factor, context or attention factor."""
+    rope = read_spec(json.loads(path.read_text())).rope
+    others = [Rope(theta=rope.theta * 1.1, rotary_dim=rope.rotary_dim, scaling=rope.scaling)]
+    if rope.scaling is not None:
+        others.append(Rope(theta=rope.theta, rotary_dim=rope.rotary_dim))
+    mine = rope_tables(rope, context=8192)[0]
+    for other in others:
+        assert np.abs(rope_tables(other, context=8192)[0] - mine).max() > 0.05
+    if isinstance(rope.scaling, LongRopeScaling):
+        assert np.abs(rope_tables(rope, context=4096)[0] - mine[:4096]).max() > 0.05
+        assert mine[0, 0] == pytest.approx(rope.scaling.attention_factor)

@@ -88,10 +88,10 @@ def _programs(folder: Path) -> dict[str, Path]:
 
 def _libraries(binaries: list[Path]) -> Iterator[Path]:
     """Shared libraries that the binaries are linked with, the loader included."""
-    told = subprocess.run(
+    listed = subprocess.run(
         ["ldd", *map(str, binaries)], capture_output=True, text=True, check=False
     ).stdout
-    for match in re.finditer(r"(?:=> )?(/\S+) \(0x", told):
+    for match in re.finditer(r"(?:=> )?(/\S+) \(0x", listed):
         yield Path(match.group(1))
 
 

@@ -106,15 +106,15 @@ def test_program_runs_on_the_card_offline_with_a_home_of_its_own(
     card_machine(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", "/proc/none")
     place = choose()
-    script = write_script(tmp_path / "told", '#!/bin/sh\necho home > "$HOME/file"\nenv\n')
+    script = write_script(tmp_path / "seen", '#!/bin/sh\necho home > "$HOME/file"\nenv\n')
     log = tmp_path / "run.log"
-    place.run([str(script)], [], stage="told", log_path=log, timeout_s=30.0)
-    told = dict(line.split("=", 1) for line in log.read_text().splitlines() if "=" in line)
-    assert told["CUDA_VISIBLE_DEVICES"] == GPU_UUID
-    assert told["HF_HUB_OFFLINE"] == "1"
-    assert told["TRANSFORMERS_OFFLINE"] == "1"
-    assert told["HOME"] != "/proc/none"
-    assert not Path(told["HOME"]).exists()
+    place.run([str(script)], [], stage="seen", log_path=log, timeout_s=30.0)
+    seen = dict(line.split("=", 1) for line in log.read_text().splitlines() if "=" in line)
+    assert seen["CUDA_VISIBLE_DEVICES"] == GPU_UUID
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert seen["TRANSFORMERS_OFFLINE"] == "1"
+    assert seen["HOME"] != "/proc/none"
+    assert not Path(seen["HOME"]).exists()
 
 
 @pytest.mark.parametrize(
