@@ -43,7 +43,7 @@ from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline
 from pipeline.quant.spec import KV_CACHE_DTYPES
-from pipeline.rehearse.shrink import on_random_weights
+from pipeline.rehearse import on_random_weights
 from pipeline.runners.child import Timeouts
 from pipeline.runners.session import Session
 from pipeline.runners.vllm import VllmRunner

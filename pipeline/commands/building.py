@@ -175,7 +175,7 @@ def rehearse(
     config_dir: ConfigDir = None,
 ) -> Answer:
     """Run a recipe's whole line on random weights, in every format; nothing is downloaded."""
-    from pipeline.rehearse.rehearsal import run_rehearsal
+    from pipeline.rehearse import run_rehearsal
 
     return run_rehearsal(
         recipe,

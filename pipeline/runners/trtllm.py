@@ -34,7 +34,6 @@ from pipeline.formats.trtllm.spec import BENCH_PROGRAM, NAME, VERSION
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
 from pipeline.runners.runner import Ability, BenchResult, BenchRun, BenchTask, Device
-from pipeline.runners.session import Session
 from pipeline.runners.workload import Workload
 
 _FIGURES = {
@@ -89,16 +88,10 @@ class TrtLlmRunner:
             return f"runner=trtllm cannot run here: {error}"
         return None
 
-    def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        return self.open_folder(engine.dir, engine.sms[0], attention_window(engine))
-
-    def open_folder(
-        self, engine_dir: Path, sm: int, window: int | None = None
-    ) -> AbstractContextManager[ChildSession]:
-        """Load the `engine/` folder of a package for an SM; `window` as of `attention_window`."""
-        place = self._place(sm)
-        built = json.loads((engine_dir / "config.json").read_text())["build_config"]
-        engine = Shared(name="engine", source=engine_dir)
+    def open(self, engine: Engine) -> AbstractContextManager[ChildSession]:
+        place = self._place(engine.sms[0])
+        built = json.loads((engine.dir / "config.json").read_text())["build_config"]
+        folder = Shared(name="engine", source=engine.dir)
         children = Shared(name="children", source=CHILDREN)
         chunked = built["plugin_config"]["use_paged_context_fmha"]
         command = (place.python, "-P", f"{place.path(children)}/main.py")
@@ -106,13 +99,13 @@ class TrtLlmRunner:
             name="TensorRT-LLM",
             model=f"{place.path(children)}/trtllm_model.py",
             arguments={
-                "engine_dir": place.path(engine),
+                "engine_dir": place.path(folder),
                 "context": built["max_seq_len"],
                 "kv_cache_fraction": self.kv_cache_fraction,
-                "attention_window": window,
+                "attention_window": attention_window(engine),
                 "chunked_prefill": bool(chunked and built["max_num_tokens"] < built["max_seq_len"]),
             },
-            start=lambda: place.started(command, (children, engine), stage="runner"),
+            start=lambda: place.started(command, (children, folder), stage="runner"),
         )
         return open_child(program, Timeouts(load_s=self.timeout_s, answer_s=self.timeout_s))
 

@@ -32,7 +32,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.quant import modelopt
 from pipeline.quant.calibration import free_vram_bytes
 from pipeline.quant.fp8 import Fp8Quantizer, modelopt_config
-from pipeline.rehearse.shrink import RandomSource
+from pipeline.rehearse import RandomSource
 from pipeline.sources.text import corpus
 from pipeline.sources.text.corpus import Calibration, pack_windows
 from pipeline.sources.text.topics import PydocTopics

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.acceptance.card import disturbance, held_card
 from pipeline.core.gpu import nvml_device, read_conditions
-from pipeline.runners.rtx_engine import CudaDevice
+from pipeline.runners.tensorrt_rtx import CudaDevice
 
 pytestmark = pytest.mark.gpu
 

@@ -115,12 +115,9 @@ def windows() -> list[list[int]]:
 def kl_and_top1(
     ours: list[NDArray[np.float32]], theirs: list[NDArray[np.float32]]
 ) -> tuple[float, float]:
-    kl, agree = [], []
-    for reference, values in zip(ours, theirs, strict=True):
-        p, q = log_softmax(reference), log_softmax(values)
-        kl.append((np.exp(p) * (p - q)).sum(axis=-1))
-        agree.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-    return float(np.mean(kl)), float(np.mean(agree))
+    p, q = (log_softmax(np.concatenate(rows)) for rows in (ours, theirs))
+    kl, agree = (np.exp(p) * (p - q)).sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1)
+    return float(kl.mean()), float(agree.mean())
 
 
 def simulated(engine_dir: Path, broken_layer: int | None = None) -> list[NDArray[np.float32]]:

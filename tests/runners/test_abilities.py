@@ -16,9 +16,9 @@ from pipeline.runners.onnxruntime import OnnxRuntimeRunner
 from pipeline.runners.runner import Ability, Runner, why_not_workload
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import TransformersRunner
-from pipeline.runners.trtllm import TrtLlmRunner
-from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import Lengths, Workload
+from tests.runners.trtllm.engines import RUNNER as TRTLLM
+from tests.runners.vllm.test_vllm_runner import RUNNER as VLLM
 
 PLAIN = Workload(name="plain", batch=2, isl=8, osl=4)
 LOADS: dict[Ability, Workload] = {
@@ -29,13 +29,7 @@ LOADS: dict[Ability, Workload] = {
     "ignore_eos": dataclasses.replace(PLAIN, ignore_eos=False),
     "request_rate": dataclasses.replace(PLAIN, request_rate=1.0, requests=5),
 }
-VLLM = VllmRunner(
-    gpu_memory_utilization=0.5, arguments=(), load_timeout_s=1.0, answer_timeout_s=1.0
-)
 RTX = TrtRtxRunner(load_timeout_s=1.0, answer_timeout_s=1.0)
-TRTLLM = TrtLlmRunner(
-    where="local", image="x", kv_cache_fraction=0.9, bench_rounds=1, bench_warmup=0, timeout_s=1.0
-)
 EVERYTHING = set(LOADS)
 
 

@@ -24,15 +24,16 @@ from pipeline.runners.onnxruntime import open_graph
 from pipeline.runners.session import BatchOptions, Session
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import open_checkpoint, open_in_child
-from pipeline.runners.trtllm import TrtLlmRunner
-from pipeline.runners.vllm import VllmRunner
 from tests.formats.decoder.decoders import write_graph
 from tests.quant.tiny_quantized import tiny_checkpoint
+from tests.runners.toy_model import continued
+from tests.runners.trtllm.engines import RUNNER as TRTLLM
 from tests.runners.trtllm.engines import built_engine, runner_machine
 from tests.runners.trtrtx.engines import CONTEXT, write_plan
 from tests.runners.trtrtx.engines import PACKAGES as RTX_PACKAGES
+from tests.runners.vllm.test_vllm_runner import PACKAGES as VLLM_PACKAGES
+from tests.runners.vllm.test_vllm_runner import RUNNER as VLLM
 
-VLLM_PACKAGES = Path(__file__).parent / "vllm" / "fake_packages"
 TIMES = Timeouts(load_s=60.0, answer_s=60.0)
 PROMPTS = [[5, 6, 7], [9, 8, 1]]
 VOCAB = 320
@@ -42,10 +43,7 @@ class Arithmetic:
     """What the stand-ins of vLLM and TensorRT-LLM compute."""
 
     def stream(self, prompt: list[int], count: int, _eos: frozenset[int]) -> Iterator[int]:
-        tokens = list(prompt)
-        for _ in range(count):
-            tokens.append((7 * sum(tokens) + len(tokens)) % VOCAB)
-            yield tokens[-1]
+        yield from continued(prompt, count, VOCAB)
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,14 @@ class Case:
 def _vllm(patch: pytest.MonkeyPatch) -> Case:
     patch.setenv("PYTHONPATH", str(VLLM_PACKAGES))
     patch.setenv("FAKE_VLLM", "")
-    runner = VllmRunner(
-        gpu_memory_utilization=0.5, arguments=(), load_timeout_s=60.0, answer_timeout_s=60.0
-    )
     serve = ("--max-model-len", "128", "--max-num-seqs", "4", "--kv-cache-dtype", "fp8")
-    return Case("vLLM", lambda: runner.open_folder(Path("/model"), serve), Arithmetic(), 128)
+    return Case("vLLM", lambda: VLLM.open_folder(Path("/model"), serve), Arithmetic(), 128)
 
 
 def _trtllm(folder: Path, patch: pytest.MonkeyPatch) -> Case:
     runner_machine(folder / "machine", patch)
     engine = built_engine(tiny_checkpoint(folder / "checkpoint"), folder)
-    runner = TrtLlmRunner(
-        where="local",
-        image="enginesmith-build:1.2.1",
-        kv_cache_fraction=0.5,
-        bench_rounds=1,
-        bench_warmup=0,
-        timeout_s=60.0,
-    )
-    opened = lambda: runner.open_folder(engine.dir, engine.sms[0])  # noqa: E731
+    opened = partial(TRTLLM.open, engine)
     return Case("TensorRT-LLM", opened, Arithmetic(), 128, options=False)
 
 

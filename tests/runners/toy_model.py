@@ -32,14 +32,10 @@ def load(fault: str = "", context: int | None = None) -> ToyModel:
     return ToyModel(fault, context)
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    return (7 * sum(tokens) + len(tokens)) % VOCAB
-
-
-def continued(prompt: Sequence[int], count: int) -> list[int]:
+def continued(prompt: Sequence[int], count: int, vocab: int = VOCAB) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens))
+        tokens.append((7 * sum(tokens) + len(tokens)) % vocab)
     return tokens[len(prompt) :]
 
 
@@ -101,7 +97,7 @@ class ToyModel:
         known = len(tokens) - (self._fault == "short")
         rows = []
         for end in range(known):
-            best = next_token(tokens[: end + 1])
+            (best,) = continued(tokens[: end + 1], 1)
             rows.append([-float((token - best) % VOCAB) for token in range(VOCAB)])
         if self._fault == "nan":
             rows[0][3] = float("nan")
@@ -122,7 +118,7 @@ class ToyModel:
         for place in range(max_new_tokens):
             if place == 2:
                 self._misbehave("stream")
-            tokens.append(next_token(tokens))
+            tokens += continued(tokens, 1)
             if tokens[-1] in eos_token_ids:
                 return
             yield tokens[-1]

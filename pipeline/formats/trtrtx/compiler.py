@@ -2,9 +2,8 @@
 
     python -m pipeline.formats.trtrtx.compiler compile|check JSON
 
-No GPU is there to run the engine, so three proofs stand in for it: the guard and the network check
-(the compiler was handed the graph that we wrote), and the plan's own text (FP8 asked is FP8
-delivered). Any of them failing fails the build.
+Three proofs stand in for a GPU: the guard and the network check (the compiler was handed the graph
+that we wrote), and the plan's own text (FP8 asked is FP8 delivered).
 
 Check and compilation each run in a process of their own: TensorRT-RTX prints internal errors to
 stderr past its logger, and a crash of the library must not take the pipeline along.

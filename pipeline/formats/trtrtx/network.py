@@ -1,12 +1,10 @@
 """A parsed TensorRT-RTX network: how it is read from Python, and the guard of every build.
 
-No GPU is here to notice a wrong engine, and a parser may drop what it does not support without a
-word: TensorRT-RTX 1.7.1 parses an Attention node with `nonpad_kv_seqlen` and `is_causal=1` into a
-layer without mask and lengths whose causal kind is UPPER_LEFT, which would build, and attend to the
-wrong keys in every decode step. So the *parsed* `INetworkDefinition`, the last thing before the
-compiler that can still be read, is checked twice: by `guard_network` in every build, whole, in
-milliseconds; and by `network_check`, a cut of two layers, once per architecture, RTX version and
-graph code.
+A parser may drop what it does not support without a word: TensorRT-RTX 1.7.1 parses an Attention
+node with `nonpad_kv_seqlen` and `is_causal=1` into a layer without mask and lengths whose causal
+kind is UPPER_LEFT, which would build, and attend to the wrong keys. So the *parsed* network, the
+last thing before the compiler that can still be read, is checked twice: by `guard_network` in every
+build, and by `network_check`, a cut of two layers, once per architecture, RTX version and graph.
 
 The binding returns the weights of a constant as a NumPy array where NumPy has the dtype, and an
 opaque `Weights` object otherwise (1.7.1: BF16 and FP8). Of such an object the address of its

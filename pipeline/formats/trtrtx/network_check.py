@@ -4,11 +4,10 @@ Both sides compute the same decoder: a ragged, right-padded prefill, two decode 
 end of the context a step of one token and one of several, on caches that start full of stale values
 as a reused cache is. At the end a sliding window hides the first keys, if the graph has one.
 
-The trouble with FP8: two correct float32 programs differ by 1e-7, that flips an E4M3 code now and
-then, a flip is worth 6 % of its value, and all layers behind amplify it. So nothing may flip: what
-a quantizer reads is compared like an output, and then replaced by what ONNX Runtime's read. Every
-stretch between two quantizers is compared by itself, at float32 accuracy, and the first tensor that
-differs is right behind the fault.
+Two correct float32 programs differ by 1e-7, which flips an E4M3 code now and then, by 6 % of its
+value, and all layers behind amplify it. So what a quantizer reads is compared like an output, and
+then replaced by what ONNX Runtime's read: every stretch between two quantizers is compared by
+itself, at float32 accuracy, and the first tensor that differs is right behind the fault.
 
 Constants that are stored in 16 bit for RTX and in 32 bit for the CPU (the rotary tables) must be
 each other's rounding, and the reference is run with the rounded ones.

@@ -100,7 +100,7 @@ UNKNOWN = "model.layers.9.mlp.up_proj"
             f'name="{TWIN}',
             f'name="{LINEAR}',
             {"less": [TWIN]},
-            "unexpected FP8 GEMMs, first model",
+            f"unexpected FP8 GEMMs, first {LINEAR}",
         ),
         (GEMM + "lm_head", GEMM + "lm_haed", {}, "unexpected 16-bit GEMMs, first lm_haed"),
         (FP8_NAME, "type=fp8_e5m2", {}, "does not compute 20 linears in FP8"),

@@ -100,17 +100,19 @@ def test_attention_kernel_multiplies_by_an_exact_power_of_two(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "shown"),
+    ("key", "value", "shown"),
     [
-        ("llama", {"num_attention_heads": 2}, "2 heads of 16"),
-        ("llama", {"head_dim": 8}, "4 heads of 8"),
-        ("llama", {"head_dim": 20}, "4 heads of 20"),
+        ("num_attention_heads", 2, "2 heads of 16"),
+        ("head_dim", 8, "4 heads of 8"),
+        ("head_dim", 20, "20"),
     ],
 )
 def test_shape_without_an_attention_kernel_is_refused_before_any_work(
-    name: str, overrides: dict[str, Any], shown: str, tmp_path: Path
+    key: str, value: int, shown: str, tmp_path: Path
 ) -> None:
-    checkpoint = quantized(tmp_path, name, **overrides)
-    with pytest.raises(RecipeError, match=f"no attention kernel for {shown}.*compiler=checkpoint"):
+    checkpoint = quantized(tmp_path, "llama", **{key: value})
+    with pytest.raises(
+        RecipeError, match=f"no attention kernel for .*{shown}.*compiler=checkpoint"
+    ):
         compiled(tmp_path, checkpoint)
     assert not (tmp_path / "cache" / "stages" / "convert").exists()

@@ -10,9 +10,18 @@ import pytest
 
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint, Engine
+from pipeline.runners.trtllm import TrtLlmRunner
 from tests.formats.trtllm.fakes import card_machine, compiler, write_script
 from tests.quant.tiny_quantized import ADA
 
+RUNNER = TrtLlmRunner(
+    where="local",
+    image="enginesmith-build:1.2.1",
+    kv_cache_fraction=0.9,
+    bench_rounds=2,
+    bench_warmup=2,
+    timeout_s=60.0,
+)
 HERE = Path(__file__).parent
 PACKAGES = HERE / "fake_packages"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -15,11 +16,10 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import PipelineError
 from pipeline.core.values import Engine
-from pipeline.runners.trtllm import TrtLlmRunner
 from tests.formats.trtllm.fakes import compiler, fake_card, write_script
 from tests.formats.trtllm.python_image import IMAGE, build_python_image
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
-from tests.runners.trtllm.engines import PACKAGES
+from tests.runners.trtllm import engines
 from tests.services.dockerd import running_dockerd
 
 if TYPE_CHECKING:
@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.services
 
-RUNNER = TrtLlmRunner(
-    where="docker",
-    image=IMAGE,
-    kv_cache_fraction=0.9,
-    bench_rounds=1,
-    bench_warmup=0,
-    timeout_s=60.0,
-)
+RUNNER = dataclasses.replace(engines.RUNNER, where="docker", image=IMAGE)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +43,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerClient]:
         with running_dockerd() as host:
             patch.setenv("DOCKER_HOST", host)
             client = docker.DockerClient(host)
-            build_python_image(client, tmp_path_factory.mktemp("image"), PACKAGES)
+            build_python_image(client, tmp_path_factory.mktemp("image"), engines.PACKAGES)
             yield client
             client.close()
 

@@ -17,24 +17,16 @@ import pytest
 from pipeline.core.errors import PipelineError, RecipeError, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.runners.runner import BenchResult, BenchRun, BenchTask
-from pipeline.runners.trtllm import TrtLlmRunner, mode_of, percentiles, write_model_dir
+from pipeline.runners.trtllm import mode_of, percentiles, write_model_dir
 from pipeline.runners.workload import Workload
 from tests.quant.tiny_quantized import tiny_checkpoint
-from tests.runners.trtllm.engines import built_engine, runner_machine
+from tests.runners.trtllm.engines import RUNNER, built_engine, runner_machine
 
 OPTIONS: dict[str, Any] = json.loads(
     Path(__file__).with_name("trtllm_bench_options.json").read_text()
 )
 B4 = Workload(name="b4", batch=4, isl=16, osl=8, min_output_tokens_per_s=312.0)
 B1 = Workload(name="b1", batch=1, isl=16, osl=8)
-RUNNER = TrtLlmRunner(
-    where="local",
-    image="enginesmith-build:1.2.1",
-    kv_cache_fraction=0.9,
-    bench_rounds=2,
-    bench_warmup=2,
-    timeout_s=30.0,
-)
 
 
 @pytest.mark.parametrize("workload", [B1, B4], ids=["latency", "throughput"])

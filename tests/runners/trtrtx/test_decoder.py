@@ -5,6 +5,7 @@ What the runner may call is compared with the names of the real package; loading
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -26,8 +27,7 @@ from pipeline.core.values import Engine, Limits
 from pipeline.formats.trtrtx.spec import PACKAGE
 from pipeline.runners.decode import DecoderSession, prefill
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
-from pipeline.runners.rtx_engine import _DTYPES, RtxDecoder, RtxEngine, row_groups
-from pipeline.runners.tensorrt_rtx import TrtRtxRunner
+from pipeline.runners.tensorrt_rtx import _DTYPES, RtxDecoder, RtxEngine, TrtRtxRunner, row_groups
 from tests.acceptance.test_conditions import nvml
 from tests.formats.decoder.decoders import generate_greedy, random_prompt, write_graph
 from tests.runners.trtrtx.engines import CONTEXT, MAX_BATCH, fake_tensorrt_rtx, write_plan
@@ -365,5 +365,5 @@ def test_the_program_that_is_shipped_reports_why_it_cannot_load(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(IncompatibleError, match="sees no CUDA device"):  # noqa: SIM117
-        with RUNNER.open_folder(tmp_path, "d" * 64):
+        with RUNNER.open(dataclasses.replace(ENGINE, dir=tmp_path)):
             pass

@@ -17,6 +17,7 @@ from pipeline.runners.child import ChildSession
 from pipeline.runners.session import BatchOptions, Generation
 from pipeline.runners.vllm import VllmRunner
 from tests.acceptance.test_conditions import nvml
+from tests.runners.toy_model import continued
 
 PACKAGES = Path(__file__).parent / "fake_packages"
 VOCAB = 320
@@ -24,7 +25,7 @@ SERVE_ARGS = ("--max-model-len", "2048", "--max-num-seqs", "4", "--kv-cache-dtyp
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 7, 7], [8, 1]]
 
 RUNNER = VllmRunner(
-    gpu_memory_utilization=0.5, arguments=(), load_timeout_s=30.0, answer_timeout_s=30.0
+    gpu_memory_utilization=0.5, arguments=(), load_timeout_s=60.0, answer_timeout_s=60.0
 )
 ENGINE = Engine(
     dir=Path("/engine"),
@@ -39,14 +40,6 @@ ENGINE = Engine(
 )
 
 pytestmark = pytest.mark.usefixtures("temporary")
-
-
-def continued(prompt: list[int], count: int) -> list[int]:
-    """As the fake vLLM computes it."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append((7 * sum(tokens) + len(tokens)) % VOCAB)
-    return tokens[len(prompt) :]
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +85,7 @@ def test_requests_are_served_as_they_arrive_and_times_count_from_there() -> None
     with session(answer_s=0.9) as opened:  # which does not run while requests still arrive
         made = opened.generate(PROMPTS, 9, options)
         again = opened.generate(PROMPTS, 9, options)
-    wanted = [continued(p, n) for p, n in zip(PROMPTS, options.osl_each, strict=True)]
+    wanted = [continued(p, n, VOCAB) for p, n in zip(PROMPTS, options.osl_each, strict=True)]
     assert rows(made) == rows(again) == wanted
     assert [request.arrival_s for request in made.requests] == list(arrivals)
     # The last cannot end before it arrives; its own time does not begin with the first's.
@@ -121,7 +114,7 @@ def test_request_that_vllm_refuses_takes_the_others_with_it() -> None:
     with session("raise-serve") as opened:
         with pytest.raises(PipelineError, match="ValueError: longer than the context"):
             opened.generate(PROMPTS, 400, options)
-        assert opened.generate([[1]], 2).tokens.tolist() == [continued([1], 2)]
+        assert opened.generate([[1]], 2).tokens.tolist() == [continued([1], 2, VOCAB)]
 
 
 def test_logits_that_vllm_calls_corrupted_are_an_error() -> None:

@@ -237,7 +237,7 @@ def _view(address: int, shape: tuple[int, ...], dtype: DataType) -> Any:
 
 
 class HostDevice:
-    """`pipeline.runners.rtx_engine.CudaDevice` in this process's memory; no part of the API.
+    """`pipeline.runners.tensorrt_rtx.CudaDevice` in this process's memory; no part of the API.
 
     Its copies are queued with the engine's steps, in one order.
     """
