@@ -164,14 +164,14 @@ def _rehearse(
     run_dir = folder / "runs" / name
     run_dir.mkdir(parents=True)
     try:
-        done = _run(name, _rehearsed(recipe, folder, full_size), config, run_dir)
+        done = _run(name, _shrink(recipe, folder, full_size), config, run_dir)
     except Exception as error:
         failure = failure_of(error)
         done = Rehearsed(name, "failed", "", failure.message, failure.exit_code)
     return dataclasses.replace(done, seconds=time.perf_counter() - started)
 
 
-def _rehearsed(recipe: Recipe, folder: Path, full_size: bool) -> Recipe:
+def _shrink(recipe: Recipe, folder: Path, full_size: bool) -> Recipe:
     shape, compiler = recipe.shape, recipe.compiler
     if not full_size:
         shape, compiler = small_spec(shape), small_settings(compiler)
@@ -191,7 +191,7 @@ def _run(name: str, recipe: Recipe, config: Mapping[str, Any], run_dir: Path) ->
         try:
             compiler.check_machine(recipe.target)
         except IncompatibleError as error:
-            reached = _converted(recipe, compiler, folder / "cache")
+            reached = _convert(recipe, compiler, folder / "cache")
             reason = str(error).splitlines()[0]
             detail = f"{reason}; not run: {shlex.join(compiler.command)}"
             return Rehearsed(name, "stopped", reached, detail)
@@ -203,7 +203,7 @@ def _run(name: str, recipe: Recipe, config: Mapping[str, Any], run_dir: Path) ->
     return Rehearsed(name, state, f"package {outcome.reference}", outcome.message, code)
 
 
-def _converted(recipe: Recipe, compiler: CardCompiler, cache_dir: Path) -> str:
+def _convert(recipe: Recipe, compiler: CardCompiler, cache_dir: Path) -> str:
     """Fetch, quantize, convert, verify."""
     cache = StageCache(root=cache_dir)
     checkpoint = recipe.quantizer.quantize(recipe.source.fetch(), recipe.calibration, cache)

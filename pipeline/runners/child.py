@@ -200,7 +200,7 @@ class ChildSession:
                     f"longer, raise runner.{setting}_timeout_s"
                 )
         if frame[0]["kind"] == "error":
-            raise self._reported(frame[0])
+            raise self._error_of(frame[0])
         return frame
 
     def _next_frame(self) -> tuple[dict[str, Any], bytes] | None:
@@ -243,7 +243,7 @@ class ChildSession:
             raise self._failure()
         return bool(data)
 
-    def _reported(self, message: Mapping[str, Any]) -> PipelineError:
+    def _error_of(self, message: Mapping[str, Any]) -> PipelineError:
         text, code = str(message["message"]), str(message["code"])
         lines = "\n".join((text, *last_lines(self.log_path)))
         if code == "PipelineError" and any(words in lines for words in _FULL_CARD):
@@ -287,7 +287,7 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
     with tempfile.NamedTemporaryFile("ab", prefix=prefix, suffix=".log", delete=False) as log:
         log_path = Path(log.name)
         try:
-            with program.start() as started, _running(started, log) as process:
+            with program.start() as started, _start_process(started, log) as process:
                 session = ChildSession(process, log_path, program.name)
                 session.load(program, timeouts)
                 yield session
@@ -301,7 +301,7 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
 
 
 @contextlib.contextmanager
-def _running(started: Started, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _start_process(started: Started, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     command = list(started.command)
     log.write(f"$ {command!r}\n".encode())
     log.flush()

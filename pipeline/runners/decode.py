@@ -144,11 +144,7 @@ class Rows:
 
 
 class DecoderSession:
-    """`pipeline.runners.session.Session` on a decoder graph, whatever executes it.
-
-    `bind` makes a decoder with a cache for so many rows; `logits_per_step` is how many positions of
-    a step can have logits.
-    """
+    """`Session` on a decoder graph; `logits_per_step`: of so many positions of a row at once."""
 
     def __init__(
         self, bind: Callable[[int], BoundDecoder], *, context: int, logits_per_step: int

@@ -62,7 +62,7 @@ def read_prompts(path: Path, config_path: str) -> tuple[tuple[int, FilePrompt], 
     return tuple(prompts)
 
 
-def tokenized(
+def tokenize(
     prompts: Sequence[tuple[int, FilePrompt]],
     path: Path,
     config_path: str,

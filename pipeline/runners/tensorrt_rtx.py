@@ -113,7 +113,7 @@ class StepContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         if not context.set_optimization_profile_async(index, device.stream):
-            raise _refused(f"profile {index}")
+            raise _refusal(f"profile {index}")
         device.synchronize()
 
     def takes(self, sequence: int, logits: int) -> bool:
@@ -128,20 +128,20 @@ class StepContext:
             self._shapes = {}  # if one is refused, all are set anew
             for name, shape in shapes.items():
                 if not self._context.set_input_shape(name, shape):
-                    raise _refused(f"shape {shape} of {name}")
+                    raise _refusal(f"shape {shape} of {name}")
             if unknown := self._context.infer_shapes():
-                raise _refused(f"the shapes of a step: {unknown} are not known to it")
+                raise _refusal(f"the shapes of a step: {unknown} are not known to it")
             announced = tuple(self._context.get_tensor_shape("logits"))
             if announced != logits:
-                raise _refused(f"logits of shape {logits} and announces {announced}")
+                raise _refusal(f"logits of shape {logits} and announces {announced}")
             self._shapes = shapes
         for name, address in addresses.items():
             if self._addresses.get(name) != address:
                 if not self._context.set_tensor_address(name, address):
-                    raise _refused(f"the memory of {name}")
+                    raise _refusal(f"the memory of {name}")
                 self._addresses[name] = address
         if not self._context.execute_async_v3(self._device.stream):
-            raise _refused("a step")
+            raise _refusal("a step")
 
 
 class RtxEngine:
@@ -234,7 +234,7 @@ class RtxEngine:
             if not self._runtime_cache.deserialize(self._cache_file.read_bytes()):
                 print(f"{self._cache_file} does not fit here; not used", file=sys.stderr)
         if not config.set_runtime_cache(self._runtime_cache):
-            raise _refused("a runtime cache")
+            raise _refusal("a runtime cache")
         return config
 
     def _new_context(self, index: int) -> StepContext:
@@ -335,7 +335,7 @@ class RtxDecoder:
         return buffer
 
 
-def _refused(what: str) -> PipelineError:
+def _refusal(what: str) -> PipelineError:
     return PipelineError(f"TensorRT-RTX refuses {what}")
 
 

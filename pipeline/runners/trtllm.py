@@ -171,8 +171,8 @@ class TrtLlmRunner:
     ) -> tuple[str, ...]:
         """Program and arguments; the folders are as the tool sees them.
 
-        `throughput` streams, so that times to tokens are known; `latency` always does.
-        End-of-sequence is off in both, and `--max_seq_len` must not be given for an engine.
+        `throughput` streams, for times to tokens; `latency` always does. End-of-sequence is off in
+        both, and `--max_seq_len` must not be given for an engine.
         """
         mode = mode_of(workload)
         command = [

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import PathField
 from pipeline.core.values import digest_of
-from pipeline.runners.prompts import read_prompts, tokenized
+from pipeline.runners.prompts import read_prompts, tokenize
 from pipeline.runners.session import BatchOptions
 
 _ITEM = ConfigDict(extra="forbid")
@@ -298,4 +298,4 @@ class Workload:
             message = f"{self.prompts_file} has text, and this runner has no tokenizer for it"
             raise RecipeError([Fault(path, f"{message}; use token_ids")])
         sizes: dict[str, Any] = {"isl": self.isl, "vocab_size": vocab_size}
-        return tokenized(taken, self.prompts_file, path, tokenizer=tokenizer, **sizes)
+        return tokenize(taken, self.prompts_file, path, tokenizer=tokenizer, **sizes)

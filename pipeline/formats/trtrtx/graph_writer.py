@@ -1,10 +1,9 @@
 """Writes an ONNX graph node by node; weights stay in one external file shared by several graphs.
 
-A linear is quantized or 16-bit, with or without a bias, stored fused or not. Phi-3 stores q/k/v and
-gate/up as one tensor each; the graph has a MatMul per part all the same, on the part's rows, which
-share its scale. TensorRT-RTX 1.7.1 fuses separate MatMuls into one GEMM that carries their names;
-one MatMul whose output is split it may take apart instead and forget the name (so with Phi-3's
-three equal parts; both measured 2026-11-25), and what has no name proves nothing.
+A fused linear (Phi-3's q/k/v and gate/up) is a MatMul per part all the same, on the part's rows,
+which share its scale. TensorRT-RTX 1.7.1 fuses separate MatMuls into one GEMM that carries their
+names; one MatMul whose output is split it may take apart and forget the name (so with Phi-3's three
+equal parts; both measured 2026-11-25), and what has no name proves nothing.
 """
 
 from __future__ import annotations
@@ -173,10 +172,7 @@ def node_names(spec: ModelSpec, modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str]:
-    """Linears of one input [.., in], quantized once where they share its scale; outputs [.., out].
-
-    Those whose module has a `.bias` in the checkpoint add it.
-    """
+    """Linears of one input [.., in], quantized once where they share its scale: [.., out] each."""
     import numpy as np
 
     pattern = w.checkpoint.precision.onnx

@@ -1,8 +1,7 @@
 """Computes what a parsed TensorRT-RTX network says, with NumPy: a rule for each kind of layer.
 
-Values are NumPy arrays. float32, float16 and bfloat16 tensors are all computed in float32 and
-*not* rounded to 16 bit: the check asks whether the network means what the graph means, and without
-rounding the answer is sharp. FP8 tensors hold E4M3 codes (`ml_dtypes.float8_e4m3fn`).
+16-bit tensors are computed in float32 and *not* rounded: the check asks whether the network means
+what the graph means, and without rounding the answer is sharp. FP8 tensors hold E4M3 codes.
 
 A rule lists the attributes that it reads, and the only values that it covers of some. A layer class
 with an attribute that no rule reads may mean something else, and is refused like an unknown kind.

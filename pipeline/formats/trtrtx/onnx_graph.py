@@ -156,10 +156,9 @@ class _Decoder:
         self._context = context
 
     def write(self, layers: tuple[int, ...]) -> None:
-        """Embedding, the layers, final norm, lm_head on the wanted positions.
+        """Embedding, the layers, final norm, lm_head on the wanted positions only.
 
-        Only those rows reach lm_head: a 64 x 1024 prefill would write 12.9 GB of logits. They leave
-        as float32 whatever the activations are.
+        A 64 x 1024 prefill would else write 12.9 GB of logits, float32 for all activations.
         """
         import onnx
 
@@ -323,12 +322,7 @@ class GraphSettings:
 def convert(
     checkpoint_dir: Path, checkpoint_digest: str, settings: GraphSettings, cache: StageCache
 ) -> StageResult:
-    """Write the graphs of a checkpoint, or take them from the cache.
-
-    Raises:
-        RecipeError: The model has something that the graph does not support.
-        CorruptError: The checkpoint is damaged.
-    """
+    """Write the graphs of a checkpoint, or take them from the cache."""
     inputs = {"checkpoint": checkpoint_digest, **settings.inputs()}
     return cache.run(STAGE, inputs, lambda out: write_graphs(checkpoint_dir, settings, out))
 

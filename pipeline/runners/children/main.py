@@ -168,8 +168,7 @@ def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message
 def main() -> None:
     """Take both streams for the frames, then load and serve.
 
-    Standard output becomes the log's, for libraries print to it; standard input becomes empty, for
-    a process that is forked closes it first.
+    Libraries print to standard output, now the log's; a forked process closes standard input first.
     """
     source, sink = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

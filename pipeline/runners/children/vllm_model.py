@@ -85,8 +85,8 @@ class VllmModel:
     ) -> list[Any]:
         """Hand each request to the engine when it arrives; their outputs in the same order.
 
-        A request is handed over between two steps of the engine, so up to one step late, and later
-        where `at_once` run already; vLLM's times count from its arrival, on vLLM's own wall clock.
+        That is between two steps, so up to one late, and later where `at_once` run already; vLLM's
+        times count from the arrival.
         """
         from vllm.sampling_params import RequestOutputKind
 
