@@ -55,12 +55,9 @@ _JSON = inspect.Parameter(
 class Answer:
     """What a command found or did.
 
-    Attributes:
-        value: For programs, beside `schema` and `exit_code`; later versions only add.
-        shown: The same for people: lines, and what rich renders.
-        exit_code: Of the command.
-        message: With a bad exit code: what is wrong, and the next step.
-        faults: With a bad exit code: one by one, as far as they can be told apart.
+    `value` is for programs, beside `schema` and `exit_code`, and later versions only add; `shown`
+    is the same for people: lines, and what rich renders. With a bad exit code, `message` says what
+    is wrong and the next step, and `faults` names one by one what can be told apart.
     """
 
     value: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +67,7 @@ class Answer:
     faults: Sequence[Fault] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The object that the module describes."""
+        """See the module."""
         faults = [asdict(fault) for fault in self.faults]
         why = {"message": self.message, "faults": faults} if self.exit_code else {}
         return {"schema": SCHEMA, "exit_code": int(self.exit_code), **why, **self.value}
@@ -122,16 +119,19 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
     def run(*, as_json: bool = False, **arguments: object) -> None:
         if knows:
             arguments[_NAME] = as_json
+        ended: BaseException | None = None
         with _clean_stdout() if as_json else contextlib.nullcontext():
-            answer = _asked(functools.partial(command, **arguments))
-        if isinstance(answer, Answer):
-            tell(answer, as_json=as_json)
-            if answer.exit_code:
-                raise typer.Exit(answer.exit_code)
-            return
-        if as_json:
-            print(json.dumps(failure(answer).to_json()), flush=True)
-        raise answer  # the entry point tells people
+            try:
+                answer = command(**arguments)
+            except (Exception, KeyboardInterrupt) as error:
+                ended = error
+        if ended is not None:
+            if as_json:
+                print(json.dumps(failure(ended).to_json()), flush=True)
+            raise ended  # the entry point tells people
+        tell(answer, as_json=as_json)
+        if answer.exit_code:
+            raise typer.Exit(answer.exit_code)
 
     # Typer reads both.
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -139,16 +139,6 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
     )
     run.__annotations__ = {one.name: one.annotation for one in (*others, _JSON)}
     return run
-
-
-def _asked(command: Callable[[], Answer]) -> Answer | BaseException:
-    """The answer, or what ended the command."""
-    try:
-        return command()
-    except typer.Exit:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        return error
 
 
 @contextlib.contextmanager

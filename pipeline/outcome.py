@@ -39,10 +39,8 @@ class Outcome:
         message: What happened, for people: one line, or one per fault.
         verdict: The judge's word, if it came to that.
         reference: `name/variant:version` of what was published or taken.
-        digest: SHA-256 (hex) of the package, without a prefix.
+        digest: Its SHA-256 (hex), without a prefix.
         report: `report.json`, also of what was rejected.
-        package_dir: The published folder.
-        size_bytes: All files of the package.
         seconds: Wall clock.
         taken: Nothing was built: a package with this build key was published before.
         faults: What is wrong in the recipe.
@@ -66,17 +64,12 @@ class Outcome:
             "schema": 1,
             "recipe": recipe,
             "overrides": list(overrides),
+            **asdict(self),
             "exit_code": int(self.exit_code),
-            "verdict": self.verdict,
-            "reference": self.reference,
-            "digest": self.digest,
             "report": str(self.report.absolute()) if self.report else None,
-            "message": self.message,
-            "faults": [asdict(fault) for fault in self.faults],
             "package_dir": str(self.package_dir.absolute()) if self.package_dir else None,
-            "size_bytes": self.size_bytes,
             "seconds": round(self.seconds, 3),
-            "taken": self.taken,
+            "faults": [asdict(fault) for fault in self.faults],
         }
 
 
@@ -188,23 +181,16 @@ def append_github_output(document: Mapping[str, Any]) -> None:
     path = os.environ.get("GITHUB_OUTPUT")
     if not path:
         return
-    keys = ["exit_code", "verdict", "reference", "digest", "report", "message"]
-    values = {key: document.get(key) for key in keys}
-    text = "".join(_github_line(key, value) for key, value in values.items())
+    # A random end mark, so that no tool's output can end a value and set other keys.
+    mark, text = f"end-{secrets.token_hex(16)}", ""
+    for key in ("exit_code", "verdict", "reference", "digest", "report", "message"):
+        value = document.get(key)
+        text += f"{key}<<{mark}\n{'' if value is None else value}\n{mark}\n"
     try:
         with Path(path).open("a", encoding="utf-8") as stream:
             stream.write(text)
     except OSError as error:
         log.warning("Cannot write $GITHUB_OUTPUT: %s", error)
-
-
-def _github_line(key: str, value: Any) -> str:
-    text = "" if value is None else str(value)
-    if "\n" not in text and "\r" not in text:
-        return f"{key}={text}\n"
-    # A random end mark, so that no tool's output can end the value and set other keys.
-    mark = f"end-{secrets.token_hex(16)}"
-    return f"{key}<<{mark}\n{text}\n{mark}\n"
 
 
 def closing_lines(outcome: Outcome, generate: str) -> str:

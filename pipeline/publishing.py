@@ -93,22 +93,16 @@ class Publisher:
             raise yanked
         channels = read_channels(self.store, self.terms.policy, name, variant, CHANNEL)
         pointed = {one.newest.reference.digest for one in channels if one.card == self.card}
-        found = max(
-            usable,
-            key=lambda one: (one.package.digest in pointed, one.built_at),
-            default=None,
-        )
-        if found is not None:
-            log.info("%s was built before from the same inputs", found.place)
-        return found
+        usable.sort(key=lambda one: (one.package.digest in pointed, one.built_at), reverse=True)
+        if not usable:
+            return None
+        log.info("%s was built before from the same inputs", usable[0].place)
+        return usable[0]
 
     def known_result(
         self, found: Resolved, question: str, folder: Path
     ) -> tuple[VerdictName, Mapping[str, Path]] | None:
-        """An earlier passing answer to a question about a package; `folder` gets its report.
-
-        `question` is the key of the acceptance.
-        """
+        """An earlier passing answer to the key of an acceptance; `folder` gets its report."""
         statements = {one.name: one for one in found.statements}
         for verdict in found.verdicts:
             if verdict.question != question or verdict.verdict not in PASSING:
@@ -185,11 +179,7 @@ class Publisher:
         self.store.put_statement(found.place, raw)
 
     def read_back(self, found: Resolved) -> Resolved:
-        """A package with all that is stated about it now.
-
-        Raises:
-            UntrustedError: Another author yanked it meanwhile.
-        """
+        """A package with all that is stated about it now; untrusted if it was yanked meanwhile."""
         return examine(self.store, found.place, self.terms, found.package.digest)
 
     def enter_candidate(
@@ -199,9 +189,7 @@ class Publisher:
 
         Not if it points to another one of the same build, `before`, with the same verdict.
 
-        Raises:
-            NotAcceptedError: Its newest trusted verdict for the card does not pass.
-            ConflictError: Another author moved the channel at the same time.
+        Raises like `Releaser.enter`.
         """
         if before is not None and before.package.digest != found.package.digest:
             old, new = (one.standing(self.card) for one in (before, found))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.acceptance import card
-from pipeline.commands.measuring import race_answer
+from pipeline.commands.building import race_answer
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError, RecipeError
 from pipeline.core.gpu import Conditions, conditions_of
 from pipeline.race import RaceRequest, race

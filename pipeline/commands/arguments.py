@@ -41,6 +41,15 @@ Target = Annotated[
     str,
     typer.Argument(metavar="REF|DIR", help="A package, or a pulled folder.", show_default=False),
 ]
+TargetRegistry = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        metavar="URL",
+        help="Folder, file:///PATH, s3://BUCKET/PREFIX or oci://HOST/REPOSITORY; by default "
+        "artifacts.",
+    ),
+]
 Unsigned = Annotated[
     bool, typer.Option("--allow-unsigned", help="Take a package without a signature; recorded.")
 ]

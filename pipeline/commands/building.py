@@ -1,16 +1,32 @@
-"""Commands that make engines: build, plan, new, export-trtllm, rehearse."""
+"""Commands that make engines and measure them."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.answer import Answer, answering, screen_logging
-from pipeline.commands.arguments import ConfigDir, Overrides, Recipe, RecipesRegistry
-from pipeline.core.errors import ExitCode, RecipeError
+from pipeline.answer import Answer, answer_of, answering, file_logging, screen_logging
+from pipeline.commands.arguments import (
+    ARTIFACTS,
+    ConfigDir,
+    Overrides,
+    Policy,
+    Recipe,
+    RecipesRegistry,
+    Registry,
+    Unsigned,
+)
+from pipeline.core.errors import ExitCode, Fault, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
+    from pipeline.race import RaceResult
 
 
 @answering
@@ -37,11 +53,7 @@ def build(
 
 
 @answering
-def plan(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    config_dir: ConfigDir = None,
-) -> Answer:
+def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = None) -> Answer:
     """Show size, fit and speed ceilings of a recipe, without downloading anything."""
     from pipeline.config.folders import config_folders
     from pipeline.config.load import load
@@ -62,11 +74,7 @@ def plan(
 
 
 @answering
-def config(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    config_dir: ConfigDir = None,
-) -> Answer:
+def config(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = None) -> Answer:
     """Print a recipe as it is composed: every value, defaults and overrides merged."""
     from pipeline.config.folders import config_folders
     from pipeline.config.load import load
@@ -101,32 +109,22 @@ def new(
     return Answer(value=made.to_json(), shown=report(made, config_dir))
 
 
-class _CacheDtype(StrEnum):
-    FP8 = "fp8"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class _Dtype(StrEnum):
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 @answering
 def export_trtllm(
     checkpoint_dir: Annotated[
-        Path,
-        typer.Argument(metavar="CHECKPOINT_DIR", help="Unified FP8.", show_default=False),
+        Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Unified FP8.", show_default=False)
     ],
     out_dir: Annotated[
         Path, typer.Argument(metavar="OUT_DIR", help="New or empty.", show_default=False)
     ],
     kv_cache_dtype: Annotated[
-        _CacheDtype | None, typer.Option(help="By default as the checkpoint declares.")
+        Literal["fp8", "bfloat16", "float16"] | None,
+        typer.Option(help="By default as the checkpoint declares."),
     ] = None,
     dtype: Annotated[
-        _Dtype, typer.Option(help="Of activations and of what is not FP8.")
-    ] = _Dtype.BFLOAT16,
+        Literal["bfloat16", "float16"],
+        typer.Option(help="Of activations and of what is not FP8."),
+    ] = "bfloat16",
     max_batch_size: Annotated[int, typer.Option(min=1, help="For the printed command.")] = 64,
     max_seq_len: Annotated[
         int | None, typer.Option(min=1, help="For the printed command; by default 4096 at most.")
@@ -142,8 +140,8 @@ def export_trtllm(
     export = plan_export(
         checkpoint_dir,
         out_dir,
-        kv_cache_dtype=kv_cache_dtype.value if kv_cache_dtype else None,
-        dtype=dtype.value,
+        kv_cache_dtype=kv_cache_dtype,
+        dtype=dtype,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         max_num_tokens=max_num_tokens,
@@ -154,11 +152,7 @@ def export_trtllm(
         raise RecipeError(faults)
     with screen_logging():
         record = export.write()
-    value = {
-        **record,
-        "checkpoint_dir": str(out_dir.absolute()),
-        "command": export.command,
-    }
+    value = {**record, "checkpoint_dir": str(out_dir.absolute()), "command": export.command}
     return Answer(value=value, shown=[export.command])
 
 
@@ -177,10 +171,163 @@ def rehearse(
     """Run a recipe's whole line on random weights, in every format; nothing is downloaded."""
     from pipeline.rehearse import run_rehearsal
 
-    return run_rehearsal(
-        recipe,
-        tuple(overrides or ()),
-        full_size=full_size,
-        keep=keep,
+    changed = tuple(overrides or ())
+    return run_rehearsal(recipe, changed, full_size=full_size, keep=keep, config_dir=config_dir)
+
+
+@answering
+def accept(
+    target: Annotated[
+        str, typer.Argument(metavar="REF|DIR", help="A package.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    registry: Registry = ARTIFACTS,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Add the signed result to a remote registry, too.")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="By default the package's own.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the report goes, beside the registry.")
+    ] = None,
+    policy: Policy = None,
+    allow_unsigned: Unsigned = False,
+    config_dir: ConfigDir = None,
+) -> Answer:
+    """Measure a package on this machine's GPU, and sign what came of it."""
+    from pipeline.accept import AcceptRequest
+    from pipeline.accept import accept as run
+    from pipeline.outcome import failure_of, open_run, write_verdict
+    from pipeline.registry.stores import folder_of
+
+    request = AcceptRequest(
+        target=target,
+        registry=registry,
+        publish=publish,
+        overrides=tuple(overrides or ()),
+        recipe=recipe,
+        policy=policy,
+        allow_unsigned=allow_unsigned,
         config_dir=config_dir,
     )
+    run_dir = out or open_run(folder_of(registry) or Path(ARTIFACTS))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with screen_logging(), file_logging(run_dir / "accept.log"):
+        try:
+            outcome = run(request, run_dir)
+        except (Exception, KeyboardInterrupt) as error:
+            outcome = failure_of(error)
+    document = outcome.to_json(target, request.overrides)
+    write_verdict(run_dir, document)
+    return answer_of(outcome, document)
+
+
+@answering
+def race(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="On this CPU: ONNX Runtime against Transformers.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Peers: vllm-bf16, vllm-fp8, transformers; by default all that run here.",
+        ),
+    ] = None,
+    workloads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="bN,…",
+            help="Batches; by default b1,b8,b64,b128 up to compiler.max_batch_size (CPU: b1,b8).",
+        ),
+    ] = None,
+    isl: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of every prompt; 128 (CPU: 64).")
+    ] = None,
+    osl: Annotated[
+        int | None, typer.Option(min=1, help="Output tokens of every request; 256 (CPU: 64).")
+    ] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Timed rounds of each pair; transformers on a GPU: 3 at most."),
+    ] = 10,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Of the shape; downloads nothing.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="By default artifacts/.runs/race-RECIPE.")
+    ] = None,
+    config_dir: ConfigDir = None,
+) -> Answer:
+    """Race a recipe's artifact against vLLM and Transformers on this machine."""
+    from pipeline.race import RaceRequest
+    from pipeline.race import race as run
+
+    request = RaceRequest(
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+        cpu=cpu,
+        only=tuple(dict.fromkeys(_split(only))),
+        batches=tuple(_batch(name) for name in _split(workloads)),
+        isl=isl,
+        osl=osl,
+        rounds=rounds,
+        random_weights=random_weights,
+        out=out or Path(ARTIFACTS) / ".runs" / f"race-{recipe}",
+        config_dir=config_dir,
+    )
+    with screen_logging():
+        return race_answer(run(request))
+
+
+def race_answer(result: RaceResult) -> Answer:
+    """1 where a peer failed; 3 where what was measured is worth nothing, as on a shared card."""
+    code = ExitCode.OK if result.verdict.name == "measured" else ExitCode.NOT_ACCEPTED
+    lines = [f"{result.verdict.name}: {result.report}"]
+    lines += [f"{one.kind}: {one.message}" for one in result.verdict.findings]
+    return Answer(
+        value=result.document,
+        shown=[_table(result.document), *lines],
+        exit_code=ExitCode.FAILED if result.failed else code,
+        message="\n".join(lines),
+    )
+
+
+def _table(document: Mapping[str, Any]) -> Table:
+    """Median rates, and ours over each peer with its interval, by workload."""
+    from rich.table import Table
+
+    entries = document["speed"]
+    table = Table("output tok/s, median", *(entry["workload"] for entry in entries))
+    table.add_row("ours", *(f"{entry['output_tokens_per_s']:,.1f}" for entry in entries))
+    labels = {
+        name: peer["label"] for entry in entries for name, peer in entry.get("peers", {}).items()
+    }
+    for name, label in labels.items():
+        peers = [entry["peers"].get(name) for entry in entries]
+        rates = (f"{peer['output_tokens_per_s']:,.1f}" if peer else "-" for peer in peers)
+        table.add_row(label, *rates)
+        table.add_row("  ours / peer", *(_ratio(peer["ratio"]) if peer else "-" for peer in peers))
+    return table
+
+
+def _ratio(ratio: Mapping[str, Any]) -> str:
+    """The median and its interval, such as `1.171 (1.168 to 1.174)`."""
+    if ratio["low"] is None:
+        return f"{ratio['median']:.3f}"
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def _split(value: str | None) -> list[str]:
+    return [name.strip() for name in (value or "").split(",") if name.strip()]
+
+
+def _batch(name: str) -> int:
+    """The batch of `b8`; a RecipeError if it is written otherwise."""
+    if not re.fullmatch(r"b[1-9][0-9]{0,4}", name):
+        fault = f"{name!r} is no workload; write b and the batch, such as b1,b8,b64"
+        raise RecipeError([Fault("--workloads", fault)])
+    return int(name[1:])

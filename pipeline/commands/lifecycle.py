@@ -42,27 +42,19 @@ def keygen(
 
     path = out if out is not None else config_root(os.environ) / "signing.key"
     key = generate_key()
-    public = write_key_pair(key, path)
-    return Answer(
-        value={
-            "private_key": str(path.absolute()),
-            "public_key": str(public.absolute()),
-            "keyid": key.public.keyid,
-        },
-        shown=[
-            f"private key {path} (mode 0600; sign with {KEY_PATH}={path})",
-            f"public key  {public} (for enginesmith policy)",
-            f"key id      {key.public.keyid}",
-        ],
-    )
+    public, keyid = write_key_pair(key, path), key.public.keyid
+    paths = {"private_key": str(path.absolute()), "public_key": str(public.absolute())}
+    lines = [
+        f"private key {path} (mode 0600; sign with {KEY_PATH}={path})",
+        f"public key  {public} (for enginesmith policy)",
+        f"key id      {keyid}",
+    ]
+    return Answer(value={**paths, "keyid": keyid}, shown=lines)
 
 
 @answering
 def policy(
-    keys: Annotated[
-        list[Path],
-        typer.Argument(metavar="KEY.pub...", help="Public keys.", show_default=False),
-    ],
+    keys: Annotated[list[Path], typer.Argument(metavar="KEY.pub...", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Replaces nothing.")] = Path(
         "policy.yaml"
     ),
@@ -80,19 +72,14 @@ def policy(
             write_new(out, text.encode())
         except FileExistsError:
             raise ConflictError(f"{out} exists; edit it, or choose another with --out") from None
-    return Answer(
-        value={"policy": str(out.absolute()), "keys": list(named)},
-        shown=[f"policy {out} trusts {', '.join(named)} (use it with {POLICY_PATH}={out})"],
-    )
+    shown = [f"policy {out} trusts {', '.join(named)} (use it with {POLICY_PATH}={out})"]
+    return Answer(value={"policy": str(out.absolute()), "keys": list(named)}, shown=shown)
 
 
 @answering
 def sign(
     reference: Reference,
-    key: Annotated[
-        Path,
-        typer.Option(metavar="PATH", help="A private key of enginesmith keygen."),
-    ],
+    key: Annotated[Path, typer.Option(metavar="PATH", help="A private key of enginesmith keygen.")],
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
@@ -197,19 +184,12 @@ def channels(
     ]  # fmt: skip
     table = make_table(("channel", "card", "package", "by", "at", "why"), rows)
     nothing = f"{store.url} has no channels{f' of {name}' if name else ''}"
-    value = {
-        "channels": [
-            {
-                "name": name,
-                "variant": variant,
-                "channel": channel.name,
-                "card": channel.card,
-                "moves": [_move_json(move) for move in channel.moves],
-            }
-            for name, variant, channel in found
-        ]
-    }
-    return Answer(value=value, shown=[table if found else nothing])
+    listed = [
+        {"name": name, "variant": variant, "channel": channel.name, "card": channel.card}
+        | {"moves": [_move_json(move) for move in channel.moves]}
+        for name, variant, channel in found
+    ]
+    return Answer(value={"channels": listed}, shown=[table if found else nothing])
 
 
 @answering
@@ -265,13 +245,9 @@ def _collected(done: Collected, *, delete: bool) -> Answer:
     value = {
         "deleted": delete,
         "versions": [
-            {
-                "reference": str(fate.place),
-                "remove": fate.remove,
-                "why": fate.why,
-                "size_bytes": fate.size_bytes,
-            }
-            for fate in done.fates
+            {"reference": str(one.place)}
+            | {name: getattr(one, name) for name in ("remove", "why", "size_bytes")}
+            for one in done.fates
         ],
         "removed": [str(place) for place in done.removed],
         "freed_bytes": done.freed_bytes,
@@ -285,8 +261,7 @@ def _releaser(registry: str, policy: Path | None, reason: str) -> Releaser:
     from pipeline.registry.trust.signing import actor_of, require_signing_key
 
     store, trust = open_registry(registry, policy)
-    key = require_signing_key(os.environ, local=store.local)
-    actor = actor_of(os.environ)
+    key, actor = require_signing_key(os.environ, local=store.local), actor_of(os.environ)
     return Releaser(store=store, policy=trust, key=key, actor=actor, reason=reason)
 
 

@@ -16,6 +16,7 @@ from pipeline.commands.arguments import (
     Reference,
     Registry,
     Target,
+    TargetRegistry,
     Unsigned,
     open_registry,
 )
@@ -49,10 +50,8 @@ def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answ
     table = make_table(("reference", "size", "state", "channels"), rows)
     table.columns[1].justify = "right"
     nothing = f"{registry} has no packages; make one with: enginesmith build RECIPE"
-    return Answer(
-        value={"packages": [_summary(entry) for entry in found]},
-        shown=[table if found else nothing],
-    )
+    value = {"packages": [_summary(entry) for entry in found]}
+    return Answer(value=value, shown=[table if found else nothing])
 
 
 @answering
@@ -90,13 +89,9 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
 @answering
 def generate(
     target: Target,
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
-    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False)],
     max_tokens: Annotated[int, typer.Option(min=1, help="End the answer after this many.")] = 256,
-    registry: Annotated[
-        str | None, typer.Option(metavar="URL", help=f"By default {ARTIFACTS}.")
-    ] = None,
+    registry: TargetRegistry = None,
     policy: Policy = None,
     allow_unsigned: Unsigned = False,
     as_json: bool = False,
@@ -171,7 +166,6 @@ def _open(registry: str, policy: Path | None) -> tuple[WritableStore, Terms]:
 def _summary(entry: Entry) -> dict[str, Any]:
     """One published version for programs."""
     found = entry.resolved
-    verdicts = found.verdicts if found else ()
     signer = found.signer if found else None
     return {
         "reference": str(entry.place),
@@ -182,7 +176,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
         "proven_cards": list(found.proven_cards) if found else [],
         "verdicts": [
             {"card": one.card, "verdict": one.verdict, "statement": one.statement}
-            for one in verdicts
+            for one in (found.verdicts if found else ())
         ],
         "channels": [{"channel": one.channel, "card": one.card} for one in entry.pointers],
         "fault": entry.fault or None,
@@ -219,8 +213,7 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
     return {
         "digest": f"sha256:{found.package.digest}",
         "state": _state(entry),
-        "proven on": proven
-        or "no card: checked at most, never run on a card with a trusted result",
+        "proven on": proven or "no card: never run on one with a trusted result",
         **({"yanked": found.yank} if found.yank else {}),
         "channels": _channels(entry) or "none",
         "signature": signer,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.answer import Answer, answering, screen_logging
-from pipeline.commands.arguments import ARTIFACTS, Policy, Target, Unsigned
+from pipeline.commands.arguments import Policy, Target, TargetRegistry, Unsigned
 
 if TYPE_CHECKING:
     from pipeline.registry.client.pull import Pulled
@@ -22,20 +22,10 @@ _Vram = Annotated[
 ]
 _Driver = Annotated[str | None, typer.Option(metavar="VERSION", help="NVIDIA driver: 580.65.06.")]
 _Unproven = Annotated[
-    bool,
-    typer.Option("--accept-unproven", help="Take what was not accepted on this card; recorded."),
+    bool, typer.Option("--accept-unproven", help="Take what did not pass on this card; recorded.")
 ]
 _Yanked = Annotated[
-    bool,
-    typer.Option("--allow-yanked", help="Take a yanked package, named by its digest; recorded."),
-]
-_Url = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="Folder, file:///PATH, s3://BUCKET/PREFIX or oci://HOST/REPOSITORY; by default "
-        f"{ARTIFACTS}.",
-    ),
+    bool, typer.Option("--allow-yanked", help="Take a yanked package, by its digest; recorded.")
 ]
 _Wanted = Annotated[
     str,
@@ -47,12 +37,7 @@ _Wanted = Annotated[
     ),
 ]
 _To = Annotated[
-    Path,
-    typer.Option(
-        metavar="DIR",
-        help="Folder to make; must not exist, or be empty.",
-        show_default=False,
-    ),
+    Path, typer.Option(metavar="DIR", help="Folder to make, or an empty one.", show_default=False)
 ]
 _Gpu = Annotated[
     str,
@@ -63,8 +48,7 @@ _Gpu = Annotated[
     ),
 ]
 _Format = Annotated[
-    str | None,
-    typer.Option(metavar="FORMAT", help="Only this one: checkpoint, trtrtx, trtllm."),
+    str | None, typer.Option(metavar="FORMAT", help="Only this one: checkpoint, trtrtx, trtllm.")
 ]
 _Channel = Annotated[str | None, typer.Option(help="In place of stable, where REF names none.")]
 _SharedParent = Annotated[
@@ -91,7 +75,7 @@ _Jobs = Annotated[int | None, typer.Option(min=1, max=64, help="Chunks that are 
 def pull(
     reference: _Wanted,
     to: _To,
-    registry: _Url = None,
+    registry: TargetRegistry = None,
     gpu: _Gpu = "auto",
     runtime: _Runtime = None,
     vram: _Vram = None,
@@ -108,10 +92,10 @@ def pull(
     jobs: _Jobs = None,
 ) -> Answer:
     """Fetch the engine that fits a machine: signatures first, every byte verified."""
+    from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
-    from pipeline.registry.client.pull import PullRequest, run
 
-    request = PullRequest(
+    request = client.PullRequest(
         reference=reference,
         to=to,
         registry=registry,
@@ -128,14 +112,14 @@ def pull(
         jobs=jobs,
     )
     with screen_logging():
-        done = run(request)
+        done = client.run(request)
     return Answer(value=done.to_json(), shown=_lines(done))
 
 
 @answering
 def verify(
     target: Target,
-    registry: _Url = None,
+    registry: TargetRegistry = None,
     gpu: Annotated[
         str, typer.Option(metavar=_CARDS, help="Demand that it fits and is proven there.")
     ] = "none",
@@ -148,11 +132,11 @@ def verify(
     policy: Policy = None,
 ) -> Answer:
     """Verify every byte of a package, its signatures and yanks, and where it is proven."""
+    from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
-    from pipeline.registry.client.pull import PullRequest
     from pipeline.registry.client.verify import verify as verify_target
 
-    request = PullRequest(
+    request = client.PullRequest(
         reference=target,
         registry=registry,
         flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),

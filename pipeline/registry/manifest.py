@@ -129,9 +129,8 @@ class _Manifest:
     licence: _Licence
 
     def __post_init__(self) -> None:
-        check_part("name", self.name)
-        check_part("variant", self.variant)
-        check_part("recipe_version", self.recipe_version)
+        for part in ("name", "variant", "recipe_version"):
+            check_part(part, getattr(self, part))
         paths = [file.path for file in self.files]
         if fault := paths_fault(paths):
             raise ValueError(f"files: {fault}")
@@ -167,9 +166,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 def manifest_at(store: Reader, place: Place) -> tuple[dict[str, Any], str]:
     """The manifest of a published version, and its digest.
 
-    Raises:
-        NotFoundError: No such version.
-        CorruptError: It breaks any rule, or lies in the place of another one.
+    NotFoundError if there is none, CorruptError if it breaks a rule or lies in another's place.
     """
     data = store.read_manifest(place)
     manifest, digest = parse_manifest(data, f"{store.url}: manifest of {place}"), digest_bytes(data)

@@ -3,7 +3,7 @@
     package = seal(staging, engine, weights, label)
 
 Licences decide where: what is gated needs an acknowledgement, what may not be passed on goes to no
-registry that everybody can read, and a rehearsal's random weights to its throw-away one alone.
+public registry, and a rehearsal's random weights to its throw-away one alone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ class Label:
     """What a package says that neither its engine nor its weights know.
 
     Attributes:
-        name: The recipe.
-        recipe_version: Its own, such as `1.0`.
         build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
         config: The resolved recipe less acceptance and registry; JSON values.
         quantization: Precision of the quantized linears, such as `fp8`.
@@ -116,16 +114,13 @@ def make_manifest(
 def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> Package:
     """Copy an engine folder into an empty folder and write its manifest, last.
 
-    Each file is hashed from the bytes that are written. The stage cache's own record at the top of
-    the engine folder stays behind: it holds times. So do empty folders. A notice that the licence
-    asks for is added to the engine folder's `NOTICE`.
+    Each file is hashed from the bytes that are written. The stage cache's own record and empty
+    folders stay behind. A notice that the licence asks for is added to the engine's `NOTICE`.
 
     Raises:
         CorruptError: The engine folder is empty, or holds something that no package may: a link, a
             FIFO, a path that means another file elsewhere.
-        RecipeError: As in `make_manifest`.
-        TransientError: The disk is full.
-        AccessError: The staging folder is not writable.
+        PipelineError: As in `make_manifest` and `disk_errors`.
     """
     with disk_errors(f"copy the engine to {staging_dir}"):
         files = [
@@ -143,9 +138,7 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
 
 
 def _copy(source: Path, target: Path, path: str) -> FileDigest:
-    """Copy one file, hashing what is written."""
-    digest = hashlib.sha256()
-    size_bytes = 0
+    digest, size_bytes = hashlib.sha256(), 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_regular(source) as reader, target.open("xb") as writer:
         while chunk := reader.read(CHUNK_BYTES):
@@ -185,7 +178,7 @@ def require_publishable(licence: Licence, *, public: bool) -> None:
         faults.append(Fault("source.acknowledge_licence", fault))
     if public and licence.redistribution == "forbidden":
         fault = (
-            f"everybody can read this registry, and the recipe does not say that {licence.spdx} "
+            f"this registry is public, and the recipe does not say that {licence.spdx} "
             "allows to pass the weights on; choose a private registry, or read the licence and set "
             "source.redistribution to what it says: allowed or with-notice"
         )
@@ -197,12 +190,9 @@ def require_publishable(licence: Licence, *, public: bool) -> None:
 def require_manifest_publishable(
     manifest: Mapping[str, Any], *, public: bool, throwaway: bool = False
 ) -> None:
-    """Stop a sealed package that may not go where it is about to go.
+    """Stop a sealed package that may not go where it is about to go, with a RecipeError.
 
-    The registry can be read by everybody (`public`), or is removed after one rehearsal.
-
-    Raises:
-        RecipeError: Its licence does not allow it, or its weights are a rehearsal's random ones.
+    The registry is `public`, or removed after one rehearsal (`throwaway`).
     """
     if manifest["source"]["random"]:
         if throwaway:

@@ -55,10 +55,7 @@ _STABLE = "stable"
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """What a promotion or a rollback did: the newest move, where the channel pointed before it.
-
-    `verdict` is what let the package in.
-    """
+    """The newest move, where the channel pointed before it, and the verdict that let it in."""
 
     move: Move
     before: Reference | None
@@ -74,8 +71,7 @@ class Moved:
 class Releaser:
     """Moves channels and yanks packages, if the policy lets this key (else UntrustedError).
 
-    The policy is the one by which the registry is read; its readers should have the same. `actor`
-    and `reason` are for people: one printable line each (else RecipeError).
+    `actor` and `reason` are for people: one printable line each (else RecipeError).
     """
 
     store: WritableStore
@@ -100,13 +96,12 @@ class Releaser:
     ) -> Moved:
         """Move a channel to a package, if the package may go there.
 
-        Without a card: for the only one that has a test result. `seen` is that of `move`.
+        Without a card: for the only one that has a test result. Raises like `move`, and:
 
         Raises:
             RecipeError: No card was named, and several have results; lists them.
             UntrustedError: It has no trusted result for the card.
             NotAcceptedError: Its result does not suffice.
-            PipelineError: As in `move`.
         """
         reference = found.reference
         verdict = _require_enterable(found, channel, card)
@@ -128,10 +123,11 @@ class Releaser:
         A second rollback brings back what the first one left; `promote` goes further back. `text`
         is `NAME` or `NAME/VARIANT`; without a card: of the only one that has this channel.
 
+        What was good enough once must still be, so it raises like `enter`, and:
+
         Raises:
             NotFoundError: No such channel, or nothing was there before.
             RecipeError: Several are meant.
-            PipelineError: As in `enter`: what was good enough once must still be.
         """
         check_part("channel", channel)
         found = {
@@ -216,14 +212,9 @@ class Releaser:
     def _write_hint(self, move: Move) -> None:
         """Show people where the channel points; a hint that stays behind undoes no move."""
         reference, channel, card = move.reference, move.channel, move.card
-        value = {
-            **place_fields(reference),
-            "channel": channel,
-            "card": card,
-            "digest": reference.digest,
-            **{name: getattr(move, name) for name in ("actor", "reason", "signed_at")},
-            "move": move.id,
-        }
+        names = ("channel", "card", "actor", "reason", "signed_at")
+        fields = {name: getattr(move, name) for name in names}
+        value = {**place_fields(reference), "digest": reference.digest, **fields, "move": move.id}
         data = (json.dumps(value, indent=1) + "\n").encode()
         try:
             self.store.put_hint(reference.name, reference.variant, channel, card, data)
@@ -266,9 +257,7 @@ def channels_of(
 ) -> list[tuple[str, str, Channel]]:
     """Channels with their name and variant: of `NAME` or `NAME/VARIANT`, else of all.
 
-    Raises:
-        RecipeError: `text` names a package.
-        NotFoundError: There is nothing of this name or variant.
+    RecipeError if `text` names a package, NotFoundError if there is nothing of this name.
     """
     if text is not None and (":" in text or "@" in text):
         raise RecipeError([Fault("", f"{text} names a package; write NAME or NAME/VARIANT")])
@@ -320,7 +309,7 @@ def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustP
     """Sign a package with another key, and its provenance and test results, as far as trusted here.
 
     So what one machine built and tested for itself counts for others, who trust this key. Gives the
-    package as it was before, or raises as `resolve` and `verified_files` do.
+    package as it was before; raises like `resolve` and `verified_files`.
     """
     found = resolve(store, text, Terms(policy=policy))
     signed = [sign_package(found.package, key)]

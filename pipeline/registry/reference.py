@@ -83,8 +83,7 @@ class ParsedReference:
 def parse_reference(text: str) -> ParsedReference:
     """Parse what a user typed; `parse_reference(str(parsed)) == parsed` for every result.
 
-    Raises:
-        RecipeError: It is no reference; names the part that is wrong.
+    A RecipeError names the part that is wrong.
     """
     match = _REFERENCE.fullmatch(text)
     if match is None or not text:
@@ -106,11 +105,7 @@ def parse_reference(text: str) -> ParsedReference:
 
 
 def check_part(part: Part, text: str) -> str:
-    """Return `text` if it is a valid `part` of a reference.
-
-    Raises:
-        RecipeError: It is not; says what is allowed, and what may have been meant.
-    """
+    """Return `text` if it is a valid `part` of a reference, else a RecipeError with what is."""
     (pattern, longest, words), called = _GRAMMAR[part], part.replace("_", " ")
     if is_device_name(text):
         raise _fault(f"{text[:longest]!r} is not a {called}: Windows keeps it for a device")

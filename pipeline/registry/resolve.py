@@ -73,8 +73,8 @@ def examine(
 ) -> Resolved:
     """Read and verify what a version says of itself, and what was stated about it.
 
-    Its manifest must have the `digest`, if one is given; `names` are those of the statements about
-    it, if the store was listed already.
+    Its manifest must have the `digest`, if one is given; `names` are those of its statements, if
+    the store was listed already.
 
     Raises:
         CorruptError: The manifest is damaged, or not the one that belongs there.
@@ -115,8 +115,7 @@ def candidates(
 ) -> tuple[list[Resolved], list[Refused]]:
     """Every version that a reference may mean: those that may be used, and those that may not.
 
-    Raises:
-        NotFoundError: There is none; says what there is.
+    A NotFoundError if there is none.
     """
     found: list[Resolved] = []
     refused: list[Refused] = []

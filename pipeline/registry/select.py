@@ -97,8 +97,7 @@ def best(
 
     Raises:
         IncompatibleError: None fits or is proven; gives the reason for each, the nearest first.
-        UntrustedError: None is trusted.
-        CorruptError: All are damaged.
+        PipelineError: All are untrusted, damaged or gone.
         RecipeError: What is known of the machine does not tell two versions apart.
     """
     fits = [_fit(one, facts, format, accept_unproven) for one in found]
@@ -127,14 +126,13 @@ def best(
 
 def prove(found: Resolved, facts: Facts) -> Proof:
     """Whether trusted verdicts say that the package ran on this card and passed."""
-    done, card = found, facts.card
-    cards = done.proven_cards
+    cards, card = found.proven_cards, facts.card
     elsewhere = f"it is proven on {', '.join(cards) or 'no card'}"
     if card is None:
         if not cards:
             return Proof(kind="unproven", why="no card is known to have run it and passed")
         return Proof(kind="unknown", verdict="accepted", cards=cards, why=f"the card: {elsewhere}")
-    verdict, proven = done.standing(card), done.proof(card) is not None
+    verdict, proven = found.standing(card), found.proof(card) is not None
     if proven and (not found.cards or card in found.cards):
         return Proof(kind="proven", verdict="accepted", cards=cards)
     shown = verdict.verdict if verdict and (proven or verdict.verdict in NOT_RUN) else None

@@ -31,7 +31,7 @@ class Move:
     """A move that a trusted key signed: where the channel of a card points from then on.
 
     `predecessor` is the id of the move before, None for the first; `actor` and `reason` are for
-    people; `signed_at`, `signer` and `id` are those of its statement.
+    people.
     """
 
     channel: str
@@ -55,7 +55,7 @@ class Channel:
 
     @property
     def newest(self) -> Move:
-        """The move that says where it points."""
+        """Says where it points."""
         return self.moves[-1]
 
 

@@ -68,11 +68,7 @@ class SigningKey:
 
 
 def parse_private_key(data: bytes, origin: str) -> SigningKey:
-    """Read a private key in PEM; messages show `origin`, never the data.
-
-    Raises:
-        RecipeError: It is no ECDSA P-256 key, or is encrypted.
-    """
+    """Read a private key in PEM, else a RecipeError that shows `origin`, never the data."""
     try:
         key = load_pem_private_key(data, password=None)
     except TypeError:
@@ -85,11 +81,7 @@ def parse_private_key(data: bytes, origin: str) -> SigningKey:
 
 
 def parse_public_key(data: bytes, origin: str) -> PublicKey:
-    """Read a public key in PEM.
-
-    Raises:
-        RecipeError: It is no ECDSA P-256 key.
-    """
+    """Read a public key in PEM; a RecipeError if it is no ECDSA P-256 key."""
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
@@ -125,10 +117,7 @@ def _read_key(path: Path) -> bytes:
 
 
 def config_root(environ: Mapping[str, str]) -> Path:
-    """`$ENGINESMITH_CONFIG`, else `enginesmith` in `$XDG_CONFIG_HOME` or in `~/.config`.
-
-    Not the cache: a cache may be deleted, or shared with other machines.
-    """
+    """`$ENGINESMITH_CONFIG`, else `enginesmith` in `$XDG_CONFIG_HOME` or in `~/.config`."""
     if configured := environ.get("ENGINESMITH_CONFIG"):
         return Path(configured)
     base = environ.get("XDG_CONFIG_HOME")
@@ -136,11 +125,7 @@ def config_root(environ: Mapping[str, str]) -> Path:
 
 
 def local_key(environ: Mapping[str, str]) -> Path | None:
-    """Where this machine's own key lies.
-
-    None where `CI` is set: there it would vanish with the machine, and its signatures could not be
-    verified, so a key must be given.
-    """
+    """Where this machine's own key lies; None where `CI` is set, as it would vanish there."""
     in_ci = environ.get("CI", "").lower() not in {"", "0", "false"}
     return None if in_ci else config_root(environ) / "local.key"
 

@@ -103,11 +103,7 @@ class TrustPolicy:
         return key, ""
 
     def require_may(self, key: PublicKey, role: Role) -> None:
-        """Stop before something is signed that readers with this policy would refuse.
-
-        Raises:
-            UntrustedError: This key may not.
-        """
+        """Refuse, as untrusted, to sign what readers with this policy would refuse."""
         found, reason = self.find(key.keyid, role)
         if found is None:
             raise UntrustedError(f"{reason}; sign with another key, or change the policy")

@@ -5,10 +5,9 @@ bundle, which the stock tool verifies wherever that folder is:
 
     model_signing verify key engine --public_key KEY.pub --signature engine/model.sig
 
-It is for that tool: we trust the statement beside it. The library gets the digests of the manifest,
-which sealing has just computed from every byte, instead of reading everything again; so nothing is
-left out (by itself it skips `.git*` files). It needs the extra `sign`: `model-signing` brings some
-twenty packages and takes 0.3 s to import (measured on 2026-11-25).
+It is for that tool: we trust the statement beside it. The library gets the digests of the manifest
+instead of reading everything again, so nothing is left out (by itself it skips `.git*` files). It
+needs the extra `sign`: some twenty packages, 0.3 s to import (measured on 2026-11-25).
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ from pipeline.registry.trust.statements import MODEL_SIGNATURE, Kind, Statement
 log = logging.getLogger(__name__)
 
 BUILD_TYPE = "https://enginesmith.dev/build/v1"
-"""Identifies what SLSA's `externalParameters` mean: the recipe and its resolved configuration."""
 LOCAL_BUILDER = "https://enginesmith.dev/builder/local/v1"
 """SLSA builder id of a build that a person started on a machine of theirs; the key tells which."""
 _TIMESTAMP = "%Y-%m-%dT%H:%M:%SZ"
@@ -80,10 +78,8 @@ def write_key_pair(key: SigningKey, path: Path) -> Path:
         for missing in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
             missing.mkdir(0o700, exist_ok=True)
         # The public half last: what is half done has the half that it can be made again from.
-        for target, data, mode in (
-            (path, key.private_pem(), 0o600),
-            (public, key.public.pem, 0o644),
-        ):
+        pair = ((path, key.private_pem(), 0o600), (public, key.public.pem, 0o644))
+        for target, data, mode in pair:
             with tempfile.NamedTemporaryFile(prefix=".key-", dir=folder) as stream:
                 os.fchmod(stream.fileno(), mode)
                 stream.write(data)
@@ -147,16 +143,10 @@ def sign_statement(
     predicate: Mapping[str, Any] | None = None,
     after: str = "",
 ) -> RawStatement:
-    """Sign a statement about the package of a digest.
+    """Sign a statement about the package of a digest, with the fields of its kind.
 
-    Args:
-        kind: What it states.
-        digest: The package.
-        fields: Of its kind; JSON values, like `predicate`.
-        key: Signs.
-        files: What goes beside the envelope.
-        predicate: What other tools read.
-        after: A time that the signed one must be later than, should this clock be behind.
+    `files` go beside the envelope, other tools read `predicate`, and the signed time is later than
+    `after`, should this clock be behind.
     """
     beside = dict(files or {})
     ours = {
@@ -179,22 +169,14 @@ def sign_statement(
 
 
 def sign_envelope(payload: bytes, key: SigningKey) -> bytes:
-    """A DSSE envelope around the bytes of an in-toto statement.
-
-    The nonce is derived from key and content (RFC 6979), so that signing the same again gives the
-    same bytes; where the OpenSSL below is older than 3.2, it is random, and both verify.
-    """
-    from cryptography.exceptions import UnsupportedAlgorithm
+    """A DSSE envelope around the bytes of an in-toto statement."""
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
     from cryptography.hazmat.primitives.hashes import SHA256
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import Signature
 
     envelope = Envelope(payload, statements.PAYLOAD_TYPE, {})
-    try:
-        signature = key.private.sign(envelope.pae(), ECDSA(SHA256(), deterministic_signing=True))
-    except UnsupportedAlgorithm:
-        signature = key.private.sign(envelope.pae(), ECDSA(SHA256()))
+    signature = key.private.sign(envelope.pae(), ECDSA(SHA256()))
     keyid = key.public.keyid
     envelope.signatures[keyid] = Signature(keyid, signature.hex())
     return rfc8785.dumps(envelope.to_dict())
@@ -224,10 +206,7 @@ def place_fields(reference: Reference) -> dict[str, str]:
 
 
 def sign_package(package: Package, key: SigningKey) -> RawStatement:
-    """Vouch for a package that this process sealed or verified.
-
-    `model.sig` is left out, with a warning, where the extra `sign` is not installed.
-    """
+    """Vouch for a package that this process sealed or verified; `model.sig` needs the extra."""
     files = {}
     if can_sign_models():
         files[MODEL_SIGNATURE] = sign_engine(package.manifest, key)
@@ -293,9 +272,8 @@ def sign_test(
 ) -> RawStatement:
     """Sign an in-toto test result of a package, with fields of ours.
 
-    The verdict counts for the card and the runtime (name, version), as in the manifest if the
-    engine's own ran it. `files` are the report's, as they will be published; `question` is the key
-    of the acceptance that was asked, so that it need not be asked again.
+    The verdict counts for the card and the runtime (name, version). `files` are the report's, as
+    they will be published; `question` is the key of the acceptance that was asked.
     """
     ran = {"name": runtime[0], "version": runtime[1]}
     fields = {"question": question, "card": card, "runtime": ran, "verdict": verdict}
@@ -308,8 +286,7 @@ def sign_test(
 class Signatory:
     """What signs the packages and test results of a run, and whom that run trusts.
 
-    `builder_id` is the URI of what ran the build, such as a CI workflow, which policies may name;
-    `invocation_id` names the run in its logs.
+    `builder_id` is the URI of what ran the build, `invocation_id` names the run in its logs.
     """
 
     key: SigningKey
@@ -360,10 +337,9 @@ class Signatory:
 def signatory_for(
     environ: Mapping[str, str], run: str, *, own_folder: bool, builds: bool = True
 ) -> Signatory:
-    """Choose and load what signs; the first build of a machine makes a local key and logs that.
+    """Choose and load what signs `run`; the first build of a machine makes a local key.
 
-    `run` names the run in this machine's records. The packages go into a folder of this machine
-    (`own_folder`), or elsewhere; without `builds` verdicts alone are signed.
+    `own_folder`: packages go into a folder of this machine. Without `builds`: verdicts alone.
 
     Raises:
         RecipeError: No key is given where one must be, or it cannot be used.
@@ -371,7 +347,7 @@ def signatory_for(
         AccessError: Another user may read the local key, or none can be made.
     """
     key = require_signing_key(environ, local=own_folder, make=True)
-    builder_id, invocation_id = builder(environ, run)
+    builder_id, invocation_id = builder_of(environ, run)
     trust = machine_policy(environ) or own_trust(key.public)
     trust.require_may(key.public, "verdicts")
     if builds:
@@ -384,11 +360,8 @@ def signatory_for(
     return Signatory(key=key, trust=trust, builder_id=builder_id, invocation_id=invocation_id)
 
 
-def builder(environ: Mapping[str, str], run: str) -> tuple[str, str]:
-    """SLSA builder and invocation id of a build; `run` names it in this machine's records.
-
-    In GitHub Actions they are the workflow file at its ref, and the attempt of the run.
-    """
+def builder_of(environ: Mapping[str, str], run: str) -> tuple[str, str]:
+    """SLSA builder and invocation id: in GitHub Actions workflow and attempt, else `run` here."""
     server, repository = environ.get("GITHUB_SERVER_URL"), environ.get("GITHUB_REPOSITORY")
     workflow, run_id = environ.get("GITHUB_WORKFLOW_REF"), environ.get("GITHUB_RUN_ID")
     if environ.get("GITHUB_ACTIONS") == "true" and server and repository and workflow and run_id:

@@ -17,8 +17,7 @@ and the fields of its kind:
     move         registry, name, variant, version, channel, card, predecessor, actor, reason
 
 Signatures, provenance and test results hold wherever the package lies, so `copy` carries them;
-yanks and moves are a registry's own. Of several, the one with the latest signed time counts; names
-and dates in a store count for nothing. This module reads them; signing.py makes them.
+yanks and moves are a registry's own. This module reads them; signing.py makes them.
 """
 
 from __future__ import annotations
@@ -77,13 +76,10 @@ class Statement:
     """A statement that a trusted key signed.
 
     Attributes:
-        kind: What it states.
         digest: The package that it is about.
         signed_at: RFC 3339, UTC, microseconds: text that sorts as time.
-        signer: Of the policy.
         fields: Of its kind; `text`, `part` and `reference` check their form.
         files: Name -> SHA-256 (hex) of every file beside the envelope.
-        predicate: The whole predicate.
         id: SHA-256 (hex) of the payload.
         envelope: What was opened.
     """
@@ -171,8 +167,7 @@ def open_statement(data: bytes, policy: TrustPolicy) -> Statement:
 def parse_envelope(data: bytes) -> Envelope:
     """Read a DSSE envelope (github.com/secure-systems-lab/dsse, version 1) of an in-toto statement.
 
-    Raises:
-        UntrustedError: It is none. Its signatures are not verified yet.
+    Its signatures are not verified yet; an UntrustedError if it is none.
     """
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import FormatError
@@ -192,11 +187,7 @@ def parse_envelope(data: bytes) -> Envelope:
 
 
 def signer_of(envelope: Envelope, policy: TrustPolicy, role: Role) -> TrustedKey:
-    """The key that signed an envelope, if the policy lets it.
-
-    Raises:
-        UntrustedError: No trusted key did; gives the reason for each signature.
-    """
+    """The key that signed an envelope, if the policy lets it; an UntrustedError says why not."""
     reasons = []
     keyids = [keyid for keyid in envelope.signatures if re.fullmatch("[0-9a-f]{64}", keyid)]
     for keyid in keyids[:_MAX_KEYIDS]:
@@ -228,11 +219,7 @@ def _library_key(key: PublicKey) -> SSlibKey:
 
 
 def verified_files(statement: Statement, raw: RawStatement) -> dict[str, bytes]:
-    """The files of a statement that are what was signed.
-
-    Raises:
-        CorruptError: One is missing or differs; names it.
-    """
+    """The files of a statement; a CorruptError unless each is there and what was signed."""
     for file, sha256 in statement.files.items():
         data = raw.files.get(file)
         if data is None or hashlib.sha256(data).hexdigest() != sha256:

@@ -1,10 +1,9 @@
 """What counts of all that was stated about a package: `verify_statements`.
 
-Statements are append-only, and whoever may write to a store can add some. So one that no trusted
-key signed, that is about another package, or that lies under a name that is not its own is skipped;
-it never stops a reader and is never counted. What is missing is refused by `require_usable`.
+Statements are append-only, and all who may write to a store can add some. So one that no trusted
+key signed, that is about another package, or that lies under a name that is not its own is skipped.
 
-What this cannot see: that a statement was removed. Whoever may delete in a store can take away the
+What this cannot see: that a statement was removed. Who may delete in a store can take away the
 newest test result, or a yank, and leave older ones.
 """
 
@@ -37,10 +36,7 @@ ran there before."""
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Whom a reader trusts, and whether it takes what no trusted key signed, and what was yanked.
-
-    Commands allow the latter only for a reference by digest.
-    """
+    """Whom a reader trusts, and whether it takes what is unsigned, and what was yanked."""
 
     policy: TrustPolicy
     allow_unsigned: bool = False
@@ -51,8 +47,7 @@ class Terms:
 class SignedVerdict:
     """A test result by a trusted key, about a card and the runtime (name, version) that ran there.
 
-    `statement` names the one that has the report; `question` is the key of the acceptance that was
-    asked, empty where none is named.
+    `statement` names the one that has the report; `question` is the key of the acceptance, if any.
     """
 
     card: str
@@ -74,16 +69,12 @@ class Resolved:
     """A package whose manifest and statements were verified; its files were not read.
 
     Attributes:
-        package: Manifest and digest; its folder is `place` as text for a package of a store.
+        package: Its folder is `place` as text for a package of a store.
         signer: Who vouches for it; None if no trusted key does.
-        builder_id: What ran the build, from trusted provenance; empty without.
-        built_at: When that provenance was signed; empty without.
-        verdicts: Newest first.
-        yanks: Those that count in this registry, newest first, undone or not.
-        statements: All that count, newest first.
+        builder_id: What ran the build, from trusted provenance signed at `built_at`; empty without.
+        statements: All that count, newest first, like `verdicts` and `yanks` (undone ones, too).
         ignored: What does not count, with the reason.
-        channel: The channel that was followed; empty for none.
-        cards: Cards whose channel points here.
+        channel: The channel that was followed, which points here for `cards`; empty for none.
     """
 
     package: Package
@@ -118,11 +109,10 @@ class Resolved:
     @property
     def yank(self) -> str | None:
         """Who yanked it, when and why; None if it was not, or if that was undone."""
-        if not self.yanks or not self.yanks[0].fields["yanked"]:
+        if not self.yanks or not (fields := self.yanks[0].fields)["yanked"]:
             return None
-        newest, reason = self.yanks[0], self.yanks[0].fields["reason"]
-        because = f": {reason}" if reason else ""
-        return f"by {newest.fields['actor']} at {newest.signed_at[:19]}Z{because}"
+        because = f": {fields['reason']}" if fields["reason"] else ""
+        return f"by {fields['actor']} at {self.yanks[0].signed_at[:19]}Z{because}"
 
     @property
     def model_signature(self) -> Statement | None:
@@ -182,7 +172,9 @@ def verify_statements(
             if found.kind == "test":
                 verdicts.append(_verdict(found))
             elif found.kind == "yank":
-                _require_yank(found)
+                if not isinstance(yanked := found.fields.get("yanked"), bool):
+                    raise UntrustedError(f"is not a yank: yanked {yanked!r}")
+                _ = found.text("actor"), found.text("reason")
                 yanks.append(found)
         except UntrustedError as error:
             ignored.append(f"{raw.name}: {error}")
@@ -211,11 +203,7 @@ def verify_statements(
 
 
 def require_usable(found: Resolved, terms: Terms, origin: str) -> None:
-    """Refuse a package that may not be loaded, run or promoted.
-
-    Raises:
-        UntrustedError: Revoked, yanked, or not signed by a trusted key.
-    """
+    """Refuse, as untrusted, what is revoked, yanked, or not signed by a trusted key."""
     digest, policy = found.package.digest, terms.policy
     if digest in policy.revoked_digests:
         raise UntrustedError(f"package {digest[:12]} is revoked; use another version")
@@ -230,15 +218,13 @@ def require_usable(found: Resolved, terms: Terms, origin: str) -> None:
             f"{origin} has no trusted provenance by {' or '.join(policy.builder_ids)}, which the "
             "policy requires; build it there, or change builder_ids"
         )
-    if (yank := found.yank) is None:
-        return
-    if not terms.allow_yanked:
-        name = str(found.package.manifest["name"])
+    if (yank := found.yank) and not terms.allow_yanked:
         raise UntrustedError(
             f"{origin} was yanked {yank}; use another version, or take it all the same as "
-            f"{name}@sha256:{digest} with --allow-yanked"
+            f"{found.package.manifest['name']}@sha256:{digest} with --allow-yanked"
         )
-    log.warning("%s was yanked %s; taken because of --allow-yanked", origin, yank)
+    if yank:
+        log.warning("%s was yanked %s; taken because of --allow-yanked", origin, yank)
 
 
 def _open(
@@ -267,12 +253,6 @@ def _verdict(found: Statement) -> SignedVerdict:
         signer=found.signer,
         question=str(found.fields.get("question", "")),
     )
-
-
-def _require_yank(found: Statement) -> None:
-    if not isinstance(yanked := found.fields.get("yanked"), bool):
-        raise UntrustedError(f"is not a yank: yanked {yanked!r}")
-    _ = found.text("actor"), found.text("reason")
 
 
 def _builder(predicate: Mapping[str, Any]) -> str:

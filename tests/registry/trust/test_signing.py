@@ -20,7 +20,7 @@ from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.signing import (
     LOCAL_BUILDER,
     actor_of,
-    builder,
+    builder_of,
     can_sign_models,
     generate_key,
     sign_engine,
@@ -86,7 +86,7 @@ def test_key_that_may_not_sign_what_a_run_signs_is_refused_at_once(
 def test_builder_that_the_policy_does_not_name_is_refused_at_once(tmp_path: Path) -> None:
     environ = _policy(tmp_path)
     path = Path(environ["ENGINESMITH_POLICY"])
-    policy = {**json.loads(path.read_text()), "builder_ids": [builder(_GITHUB, "run")[0]]}
+    policy = {**json.loads(path.read_text()), "builder_ids": [builder_of(_GITHUB, "run")[0]]}
     path.write_text(json.dumps(policy))
     with pytest.raises(UntrustedError, match="builder_ids"):
         signatory_for(environ, "run", own_folder=True)
@@ -95,9 +95,9 @@ def test_builder_that_the_policy_does_not_name_is_refused_at_once(tmp_path: Path
 
 
 def test_builder_is_the_workflow_in_github_actions_and_else_a_local_machine() -> None:
-    assert builder({}, "run-1") == (LOCAL_BUILDER, "run-1")
-    assert builder({**_GITHUB, "GITHUB_ACTIONS": ""}, "run-1") == (LOCAL_BUILDER, "run-1")
-    assert builder({**_GITHUB, "GITHUB_RUN_ATTEMPT": "2"}, "run-1") == (
+    assert builder_of({}, "run-1") == (LOCAL_BUILDER, "run-1")
+    assert builder_of({**_GITHUB, "GITHUB_ACTIONS": ""}, "run-1") == (LOCAL_BUILDER, "run-1")
+    assert builder_of({**_GITHUB, "GITHUB_RUN_ATTEMPT": "2"}, "run-1") == (
         "https://github.com/someone/engines/.github/workflows/engine.yml@refs/heads/main",
         "https://github.com/someone/engines/actions/runs/17/attempts/2",
     )
