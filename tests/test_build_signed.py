@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.registry.trust.policy import policy_text
-from pipeline.registry.trust.signing import can_sign_models, generate_key, write_key_pair
+from pipeline.registry.trust.signing import can_sign_models
 from tests.tiny_recipe import QUICK, Workplace
 
 CARD = "NVIDIA-GeForce-RTX-4090"
@@ -84,33 +83,6 @@ def test_ci_without_a_key_is_refused_before_any_work(place: Workplace, tmp_path:
     assert place.packages() == []
 
 
-def test_ci_signs_with_the_key_that_it_is_given_and_names_its_workflow(
-    place: Workplace, tmp_path: Path
-) -> None:
-    key = generate_key()
-    write_key_pair(key, tmp_path / "ci.key")
-    shutil.rmtree(place.artifacts)
-    environ = {
-        "CI": "true",
-        "ENGINESMITH_SIGNING_KEY": str(tmp_path / "ci.key"),
-        "GITHUB_ACTIONS": "true",
-        "GITHUB_SERVER_URL": "https://github.com",
-        "GITHUB_REPOSITORY": "someone/engines",
-        "GITHUB_WORKFLOW_REF": "someone/engines/.github/workflows/engine.yml@refs/heads/main",
-        "GITHUB_RUN_ID": "17",
-        "GITHUB_RUN_ATTEMPT": "2",
-    }
-    done = place.build(*QUICK, **environ)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(
-        place.run("verify", place.verdict()["reference"], "--json", **environ).stdout
-    )
-    assert answer["signer"]["keyid"] == key.public.keyid
-    assert answer["builder_id"] == (
-        "https://github.com/someone/engines/.github/workflows/engine.yml@refs/heads/main"
-    )
-
-
 @pytest.mark.parametrize("whose", ["none", "another machine's"])
 def test_a_package_without_a_trusted_signature_is_built_again_and_then_signed(
     place: Workplace, tmp_path: Path, whose: str
@@ -156,18 +128,6 @@ def test_run_that_was_stopped_after_publishing_is_completed_by_the_next(
     assert _names(place) == [package.name]
     assert place.verdict()["taken"] is True
     assert place.run("verify", "tiny:candidate").returncode == 0
-
-
-def test_policy_that_does_not_trust_this_machine_stops_the_build_before_any_work(
-    place: Workplace, tmp_path: Path
-) -> None:
-    policy = tmp_path / "policy.yaml"
-    policy.write_text(policy_text({"other": generate_key().public}))
-    shutil.rmtree(place.cache)
-    done = place.build(*QUICK, ENGINESMITH_POLICY=str(policy))
-    assert done.returncode == 5, done.stderr
-    assert "policy" in done.stderr
-    assert not place.cache.exists()
 
 
 def test_yanked_build_is_refused_before_any_work_until_the_yank_is_undone(

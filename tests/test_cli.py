@@ -28,8 +28,12 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def process(*arguments: str, module: str = "pipeline.cli") -> subprocess.CompletedProcess[str]:
+    return python("-m", module, *arguments)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -56,13 +60,8 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "print(sorted({'hydra', 'omegaconf', 'torch', 'pydantic'} & set(sys.modules)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -112,13 +111,7 @@ def test_without_the_builders_packages_a_command_names_what_installs_them(comman
         "from pipeline import cli\n"
         f"sys.argv[1:] = [{command!r}, 'smollm2']; sys.exit(cli.main())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    done = python("-c", code)
     assert done.returncode == 6
     assert "pip install '.[build]'" in done.stderr
     assert "Traceback" not in done.stderr

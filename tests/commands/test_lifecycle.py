@@ -22,7 +22,7 @@ from pipeline.registry.trust.policy import ROLES, load_policy, own_trust
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import VARIANT, place_of
-from tests.registry.team import CARD, OTHER_CARD, Team
+from tests.registry.team import CARD, Team
 
 _APP = typer.Typer()
 for _command in (
@@ -101,31 +101,6 @@ def test_promote_and_rollback_show_where_the_channel_was_and_is(terminal: Termin
     assert "it was so already" in terminal.run("promote", str(second)).stdout
     value = terminal.ask("rollback", "tiny", "--reason", "too slow")
     assert (value["reference"], value["reason"]) == (str(first), "too slow")
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (("promote", "tiny:candidate"), ExitCode.NOT_FOUND),
-        (("promote", "CHECKED"), ExitCode.NOT_ACCEPTED),
-        (("promote", "CHECKED", "--card", OTHER_CARD), ExitCode.UNTRUSTED),
-        (("promote", "CHECKED", "--channel", "Not A Channel"), ExitCode.USAGE),
-        (("promote", "CHECKED", "--reason", "two\nlines"), ExitCode.USAGE),
-        (("rollback", "tiny"), ExitCode.NOT_FOUND),
-        (("yank", "CHECKED"), ExitCode.USAGE),
-        (("yank", "other", "--reason", "x"), ExitCode.NOT_FOUND),
-        (("channels", "other"), ExitCode.NOT_FOUND),
-        (("channels", "tiny:stable"), ExitCode.USAGE),
-    ],
-)
-def test_each_refusal_has_its_exit_code(
-    terminal: Terminal, words: tuple[str, ...], code: int
-) -> None:
-    checked = terminal.publish(verdict="checked")
-    value = terminal.ask(
-        *(str(checked) if word == "CHECKED" else word for word in words), code=code
-    )
-    assert value["message"]
 
 
 def test_yank_names_the_channels_that_point_to_the_package(terminal: Terminal) -> None:

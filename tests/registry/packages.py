@@ -14,8 +14,6 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 
 VARIANT = "sm89-trtrtx-fp8-b8-s1024"
-
-
 APACHE = Licence(spdx="Apache-2.0", files=("LICENSE",))
 RUNTIME = ("tensorrt-rtx", "1.7.1.116")
 FILES = {"model.plan": b"plan" * 100, "tokenizer/tokenizer.json": b"{}"}
@@ -94,7 +92,7 @@ def place_of(package: Package | Reference) -> Place:
 
 
 def raw_statement(kind: str = "signature", text: str = "1", **files: bytes) -> RawStatement:
-    """A statement that nobody signed; `report_json=b""` makes the file `report.json`."""
+    """A statement without a signature; `report_json=b""` makes the file `report.json`."""
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     attachments = {file.replace("_", "."): data for file, data in files.items()}
     return RawStatement(

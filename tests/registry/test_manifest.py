@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from pipeline.registry.manifest import (
     digest_bytes,
     manifest_bytes,
     parse_manifest,
+    path_fault,
+    paths_fault,
     read_manifest,
 )
 from pipeline.registry.package import Label, make_manifest
@@ -190,3 +193,58 @@ def test_manifest_above_the_limit_is_not_read_to_its_end(tmp_path: Path) -> None
         stream.truncate(1 << 40)  # sparse: reading it whole would take a TiB of memory
     with pytest.raises(CorruptError, match=f"longer than {MAX_MANIFEST_BYTES} bytes"):
         read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("", "empty"),
+        ("/etc/passwd", "absolute"),
+        ("engine/../../x", "'..'"),
+        ("engine/./x", "'.'"),
+        ("engine//x", "''"),
+        ("engine/", "''"),
+        ("engine\\x", r"character '\\'"),
+        ("engine/a:b", "character ':'"),
+        ("engine/CON", "Windows"),
+        ("engine/nul.txt", "Windows"),
+        ("engine/a.", "Windows"),
+        ("engine/a ", "Windows"),
+        ("engine/a\0b", "unprintable"),
+        ("engine/a\x1b[31m", "unprintable"),
+        ("engine/\udc80", "Unicode"),
+        ("engine/" + unicodedata.normalize("NFD", "é"), "NFC"),
+        ("engine/" + "x" * 256, "component longer"),
+        ("engine/" + "é" * 128, "component longer"),
+        ("/".join(["x" * 200] * 6), "longer than 1024"),
+    ],
+)
+def test_unsafe_path_is_refused(path: str, fault: str) -> None:
+    assert fault in path_fault(path)
+
+
+@pytest.mark.parametrize(
+    ("paths", "fault"),
+    [
+        (["a", "a"], "twice"),
+        (["a/B", "a/b"], "one file on some systems"),
+        (["a/x", "A/y"], "one file on some systems"),
+        (["straße", "STRASSE"], "one file on some systems"),
+        (["a", "a/b"], "both a file and a folder"),
+    ],
+)
+def test_colliding_paths_are_refused(paths: list[str], fault: str) -> None:
+    assert fault in paths_fault(paths)
+
+
+@given(st.text())
+def test_accepted_path_stays_below_its_folder(path: str) -> None:
+    if path_fault(path) == "":
+        parts = PurePosixPath("root", path).parts
+        assert parts[0] == "root"
+        assert ".." not in parts
+        assert str(PurePosixPath(path)) == path
+
+
+def test_ordinary_paths_are_accepted() -> None:
+    assert paths_fault(["engine/config.json", "engine/.gitattributes", "engine/日本語/x y"]) == ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AccessError
-from pipeline.registry.disk import require_private_parent, require_unshared, writable_by_others
+from pipeline.registry.disk import require_unshared, writable_by_others
 
 
 @pytest.fixture
@@ -68,26 +68,3 @@ def test_a_link_counts_where_it_lies_and_where_it_leads(file: Path, tmp_path: Pa
     file.chmod(0o666)
     with pytest.raises(AccessError, match="go-w"):
         require_unshared(tmp_path / "link")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, so needs root")
-@pytest.mark.parametrize(
-    ("mode", "uid", "gid", "reason"),
-    [
-        (0o777, 0, 0, "is writable by everyone"),
-        (0o775, 0, 7, "is writable by group 7"),
-        (0o755, 65534, 0, "belongs to"),
-        (0o1777, 65534, 0, "belongs to"),
-    ],
-)
-def test_a_parent_that_another_user_can_rename_in_is_refused_with_the_way_out(
-    tmp_path: Path, mode: int, uid: int, gid: int, reason: str
-) -> None:
-    shared = tmp_path / "shared"
-    parent = shared / "below"
-    parent.mkdir(parents=True)
-    os.chown(shared, uid, gid)
-    shared.chmod(mode)
-    for folder in (shared, parent):
-        with pytest.raises(AccessError, match=f"{shared} {reason}.*--to.*--allow-shared-parent"):
-            require_private_parent(folder, "--to")

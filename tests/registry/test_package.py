@@ -17,8 +17,6 @@ from pipeline.core.errors import CorruptError, RecipeError, TransientError
 from pipeline.core.values import Engine, Licence
 from pipeline.registry.manifest import verify
 from pipeline.registry.package import (
-    is_throwaway,
-    mark_throwaway,
     require_manifest_publishable,
     require_publishable,
 )
@@ -131,12 +129,6 @@ def test_stage_record_and_empty_folders_stay_behind(engine: Engine, tmp_path: Pa
     assert verify(tmp_path / "p") == package
 
 
-def test_hard_linked_engine_file_is_copied(engine: Engine, tmp_path: Path) -> None:
-    """A stage may link what it shares with another stage; the package gets bytes of its own."""
-    os.link(engine.dir / "model.plan", tmp_path / "shared")
-    assert verify(seal_engine(tmp_path / "p", engine).dir)
-
-
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "colon", "device", "empty"])
 def test_engine_that_no_package_may_hold_is_refused(
     engine: Engine, tmp_path: Path, kind: str
@@ -231,9 +223,3 @@ def test_a_sealed_package_goes_where_its_manifest_allows(
     }
     with nullcontext() if allowed else pytest.raises(RecipeError, match="registry"):
         require_manifest_publishable(manifest, public=public, throwaway=throwaway)
-
-
-def test_only_a_rehearsals_own_registry_is_marked(tmp_path: Path) -> None:
-    assert not is_throwaway(tmp_path)
-    mark_throwaway(tmp_path / "new")
-    assert is_throwaway(tmp_path / "new")

@@ -97,11 +97,6 @@ def test_nonsense_is_a_usage_fault(text: str) -> None:
     assert len(str(raised.value)) < 400
 
 
-def test_fault_offers_the_lowercase_name() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean phi-3\.5\?"):
-        parse_reference("Phi_3.5")
-
-
 def test_variant_and_version_fit_one_oci_tag() -> None:
     version = f"{'1' * 41}-01234567-0123456789ab"
     longest = f"{check_part('variant', 'v' * 64)}_{check_part('version', version)}"

@@ -88,18 +88,6 @@ def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Tea
     assert refused == []
 
 
-def test_a_yanked_package_is_refused_until_the_yank_is_undone(team: Team) -> None:
-    package = team.publish(verdict="accepted")
-    team.enter(package, "candidate")
-    team.yank(package)
-    for text in ("tiny:candidate", str(reference_of(package)), f"tiny@sha256:{package.digest}"):
-        with pytest.raises(UntrustedError, match="yanked by ada"):
-            find(team, text)
-        assert find(team, text, allow_yanked=True).yank is not None
-    team.yank(package, undo=True)
-    assert find(team, "tiny:candidate").yank is None
-
-
 def test_a_package_of_another_signer_is_refused_and_named(team: Team) -> None:
     package = team.publish()
     with pytest.raises(UntrustedError, match="not trusted here"):

@@ -19,7 +19,6 @@ from pipeline.core.errors import AccessError, ConflictError, RecipeError
 from pipeline.registry.trust.keys import (
     KEY_PATH,
     KEY_TEXT,
-    config_root,
     parse_private_key,
     read_private_key,
     read_public_key,
@@ -109,11 +108,6 @@ def test_a_given_key_comes_first_and_a_local_one_counts_at_home_only(
     if in_ci:
         with pytest.raises(RecipeError, match=KEY_PATH):
             require_signing_key(environ, local=True, make=True)
-
-
-def test_configuration_folder_is_not_the_cache() -> None:
-    assert config_root({"XDG_CONFIG_HOME": "/x"}) == Path("/x/enginesmith")
-    assert config_root({"ENGINESMITH_CONFIG": "/y", "XDG_CONFIG_HOME": "/x"}) == Path("/y")
 
 
 def test_first_build_makes_a_local_key_and_the_next_one_takes_it(tmp_path: Path) -> None:

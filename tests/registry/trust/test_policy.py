@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import AccessError, RecipeError, UntrustedError
-from pipeline.registry.trust.policy import ROLES, TrustedKey, TrustPolicy, load_policy, policy_text
+from pipeline.registry.trust.policy import TrustedKey, TrustPolicy, load_policy
 from pipeline.registry.trust.signing import generate_key, sign_envelope
 from pipeline.registry.trust.statements import parse_envelope, signer_of
 
@@ -108,8 +108,3 @@ def test_a_policy_that_others_may_replace_is_refused(tmp_path: Path) -> None:
             load_policy(path)
         place.chmod(good)
     load_policy(path)
-
-
-def test_a_written_policy_gives_its_keys_every_right(tmp_path: Path) -> None:
-    (key,) = load_policy(_write(tmp_path, policy_text({"ci": KEY.public}))).keys
-    assert (key.name, key.key, key.may_sign) == ("ci", KEY.public, ROLES)

@@ -124,7 +124,7 @@ def manifest(tmp_path: Path) -> Mapping[str, Any]:
 
 
 def _stock(folder: Path, public: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """What somebody without our program does; no network may be needed."""
+    """What a user without our program does; no network may be needed."""
     signature = folder / "engine" / "model.sig"
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(folder / "engine")]
     return subprocess.run(

@@ -118,7 +118,7 @@ def test_text_that_is_not_one_printable_line_is_neither_signed_nor_shown(
 def test_a_file_that_is_not_what_was_signed_is_not_given_out(team: Team) -> None:
     raw = sign_statement("test", DIGEST, {}, team.tester, files={"report.html": b"rejected"})
     found = open_statement(raw.envelope, team.policy)
-    more = {**raw.files, "report.json": b"nobody signed this"}
+    more = {**raw.files, "report.json": b"not signed"}
     assert verified_files(found, replace(raw, files=more)) == {"report.html": b"rejected"}
     for files in ({}, {"report.html": b"ACCEPTED"}):
         with pytest.raises(CorruptError, match=r"report\.html"):
