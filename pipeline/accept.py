@@ -1,7 +1,5 @@
 """Acceptance of a package that is built already, on this machine's card: `enginesmith accept`.
 
-    find, verify, compose for this card, measure, sign, add the statement
-
 The package is only read. One signed statement comes beside it, whether it passed or not.
 """
 
@@ -17,19 +15,19 @@ from pathlib import Path
 from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.build import acceptance_key, fetch, plan_of, run_acceptance
-from pipeline.config.compose import config_folders
+from pipeline.config.folders import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
+from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, RecipeError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.hardware import Target, card_name, target_of_card
-from pipeline.core.settings import cache_root
 from pipeline.core.values import Package, Weights
 from pipeline.formats.spec import format_spec
+from pipeline.machine import require_builder
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import refuse
-from pipeline.plan.sizes import require_builder
 from pipeline.publishing import Publisher
 from pipeline.registry.client.pull import PullRequest
 from pipeline.registry.client.verify import named_folder, open_target
@@ -42,14 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptRequest:
-    """What to accept; see `enginesmith accept --help`.
-
-    Attributes:
-        target: A reference, or the folder of a package.
-        publish: Add the statement to a registry that is no folder of this machine too.
-        recipe: Its name; None for the package's own.
-        environ: Names the key to sign with and whom to believe.
-    """
+    """The command line; see `enginesmith accept --help`. Empty or None: the default."""
 
     target: str
     registry: str

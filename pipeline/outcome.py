@@ -35,15 +35,8 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 class Outcome:
     """The end of one job.
 
-    Attributes:
-        message: What happened, for people: one line, or one per fault.
-        verdict: The judge's word, if it came to that.
-        reference: `name/variant:version` of what was published or taken.
-        digest: Its SHA-256 (hex), without a prefix.
-        report: `report.json`, also of what was rejected.
-        seconds: Wall clock.
-        taken: Nothing was built: a package with this build key was published before.
-        faults: What is wrong in the recipe.
+    `reference` and `digest` (without a prefix) are of what was published or taken; `taken`: nothing
+    was built, a package with this build key was published before.
     """
 
     exit_code: ExitCode

@@ -24,18 +24,18 @@ from pipeline.acceptance.chat import ChatSettings
 from pipeline.acceptance.sustained import SustainedRun
 from pipeline.answer import Answer, screen_logging
 from pipeline.build import build
-from pipeline.config.compose import ConfigFolders, config_folders
+from pipeline.config.folders import ConfigFolders, config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
 from pipeline.core.values import Licence, Weights
 from pipeline.formats.spec import CardCompiler
+from pipeline.machine import require_builder
 from pipeline.model.hf import write_random_model
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.outcome import failure_of
-from pipeline.plan.sizes import require_builder
 from pipeline.quant.spec import select
 from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
@@ -67,13 +67,7 @@ _WORDS = {"good": "done", "stopped": "as far as this machine goes", "failed": "F
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """How far one format (name of the compiler) went.
-
-    Attributes:
-        state: `good`: all of it; `stopped`: everything that can be checked here; `failed`.
-        reached: The last thing that was done.
-        detail: The verdict, why it stopped, or the error.
-    """
+    """How far a format (name of the compiler) went; `state` is a key of `_WORDS`."""
 
     format: str
     state: str
@@ -172,9 +166,12 @@ def _rehearse(
 
 
 def _shrink(recipe: Recipe, folder: Path, full_size: bool) -> Recipe:
-    shape, compiler = recipe.shape, recipe.compiler
+    shape: ModelSpec = recipe.shape
+    compiler: Any = recipe.compiler
     if not full_size:
-        shape, compiler = small_spec(shape), small_settings(compiler)
+        shape, names = small_spec(shape), {field.name for field in dataclasses.fields(compiler)}
+        sizes = {name: size for name, size in _SIZES.items() if name in names}
+        compiler = dataclasses.replace(compiler, **sizes)
     made: Recipe = on_random_weights(recipe, shape, folder / "weights")
     return dataclasses.replace(
         made,
@@ -204,7 +201,6 @@ def _run(name: str, recipe: Recipe, config: Mapping[str, Any], run_dir: Path) ->
 
 
 def _convert(recipe: Recipe, compiler: CardCompiler, cache_dir: Path) -> str:
-    """Fetch, quantize, convert, verify."""
     cache = StageCache(root=cache_dir)
     checkpoint = recipe.quantizer.quantize(recipe.source.fetch(), recipe.calibration, cache)
     size_bytes = sum(file.size_bytes for file in compiler.convert(checkpoint, cache).files)
@@ -287,12 +283,6 @@ def _small_rope(settings: Mapping[str, Any], pairs: int) -> dict[str, Any]:
     if small.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = _MAX_POSITION // 4
     return small
-
-
-def small_settings(settings: Any) -> Any:
-    """A compiler's settings with small sizes; every other choice stays as the recipe made it."""
-    names = {field.name for field in dataclasses.fields(settings)}
-    return dataclasses.replace(settings, **{k: v for k, v in _SIZES.items() if k in names})
 
 
 def on_random_weights(recipe: Any, shape: ModelSpec, folder: Path) -> Any:

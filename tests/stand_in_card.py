@@ -13,8 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
-from pipeline.runners.runner import BATCHES, Ability, Device
-from pipeline.runners.session import Session
+from pipeline.runners.runner import BATCHES, Ability, Device, Session
 from pipeline.runners.transformers import open_checkpoint
 
 _NVML = '''\

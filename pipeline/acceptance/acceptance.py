@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ from pydantic.dataclasses import dataclass
 from pipeline.acceptance.chat import ChatSettings
 from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.sustained import SustainedRun
-from pipeline.core.cache import Stage
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
+from pipeline.core.stages import Stage
 from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.plan import Plan
-from pipeline.runners.runner import WHO_CAN, Device, Runner, why_not_workload
+from pipeline.runners.runner import WHO_CAN, Device, Runner, installed_version, why_not_workload
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 
@@ -36,7 +34,6 @@ STAGE = Stage(
     ),
 )
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
-_SIMULATIONS = frozenset({"transformers"})
 _RAM_BYTES_PER_PARAM = 12.0
 """Peak of the larger of source (float32 weights, 4 bytes) and CPU graph (float32 weights, folded
 and transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's
@@ -175,11 +172,8 @@ class Acceptance:
 
 def tool_versions() -> dict[str, str]:
     """Versions of what may execute something; what is not installed does not."""
-    found = {}
-    for name in _TOOLS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    found = {name: installed_version(name) for name in _TOOLS}
+    return {name: version for name, version in found.items() if version}
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -199,4 +193,4 @@ class Subject:
     @property
     def simulated(self) -> bool:
         """Whether the runner only simulates it: its answers tell about it, its speed does not."""
-        return self.runner.name in _SIMULATIONS
+        return self.runner.name == "transformers"

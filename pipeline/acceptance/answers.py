@@ -42,17 +42,18 @@ from pipeline.acceptance.quality import (
     source_figures,
     summarize_quality,
 )
-from pipeline.core.cache import Stage, StageCache
+from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError
+from pipeline.core.stages import Stage
 from pipeline.core.values import Finding, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.onnx_graph import CPU_CUT, cut_layers
+from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
-from pipeline.plan.sizes import available_bytes
 from pipeline.quant.simulate import Accumulation, load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 from pipeline.runners.transformers import TransformersSession
 from pipeline.sources.text.corpus import pack_windows
 
@@ -121,11 +122,9 @@ class Source:
 
     @cached_property
     def session(self) -> Session:
-        """The loaded model."""
         return self._stack.enter_context(self._opener())
 
     def figures(self, windows: NDArray[np.int64]) -> SourceFigures:
-        """What it says about every window."""
         result = self._cache.run(
             FIGURES,
             {**self._key, "windows": _sha256(windows)},
@@ -134,8 +133,6 @@ class Source:
         return load_figures(SourceFigures, result.dir)
 
     def chat(self, probe: ChatProbe) -> tuple[Answer, ...]:
-        """Its answers to the conversations of the chat probe."""
-
         def write(out: Path) -> None:
             log.info("The source answers %d chat prompts", len(probe.asked))
             answers = [asdict(given) for given in probe.ask_source(self.session)]
@@ -279,7 +276,6 @@ class Comparison:
         self._reference, self._no_reference = self._find_reference(cache)
 
     def compare(self, session: Session) -> Measured:
-        """The engine against the source."""
         asked, found, reference = self._asked, Measured(), self._reference
         beside = [self._source, *([reference.figures] if reference else [])]
         figures = figures_against(session.logits, self._windows, beside)
@@ -322,7 +318,6 @@ class Comparison:
         return reference_of(folder, digest, few, self._source, context, cache), ""
 
     def _tasks(self, session: Session) -> dict[str, Any]:
-        """Results of the lm-eval harness for one session."""
         settings, engine = self._asked.lm_eval, self._subject.engine
         assert settings is not None
         log.info("lm-eval: %s", ", ".join(settings.tasks))

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from pipeline.core.data import cache_root
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import Conditions, nvml_device, read_conditions
 from pipeline.core.hardware import card_name
-from pipeline.core.settings import cache_root
 from pipeline.core.values import Finding
 from pipeline.core.workfolder import locked
 
@@ -38,11 +38,9 @@ class HeldCard:
 
     @property
     def card(self) -> str:
-        """As recipes call it: NVML's name, spaces as dashes."""
         return card_name(self.before.gpu)
 
     def findings(self) -> tuple[Finding, ...]:
-        """What the conditions say about the measurement."""
         return () if self.after is None else tuple(condition_findings(self.before, self.after))
 
 
@@ -151,7 +149,6 @@ class Samples:
 
     @property
     def seconds(self) -> float:
-        """From the first reading to the last."""
         return self.readings[-1].at_s - self.readings[0].at_s if self.readings else 0.0
 
     @property

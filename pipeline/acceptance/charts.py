@@ -16,14 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _MUTED, _LINE, _ACCENT, _WARN = (f"#0a0b0{digit}" for digit in range(1, 6))
-_VARIABLES = {
-    _INK: "--ink",
-    _MUTED: "--muted",
-    _LINE: "--line",
-    _ACCENT: "--accent",
-    _WARN: "--warn",
-}
+_NAMES = ("ink", "muted", "line", "accent", "warn")
+_VARIABLES = {f"#0a0b0{digit}": f"--{name}" for digit, name in enumerate(_NAMES, 1)}
+_INK, _MUTED, _LINE, _ACCENT, _WARN = _VARIABLES
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
     "text.usetex": False,

@@ -2,19 +2,12 @@
 
 An engine that never stops talking passes every figure that is taken from logits alone. So the same
 short conversations go through the chat template to the source and to the engine, greedily, with a
-bound on the answer's length, and five things are looked at:
-
-- the template gives the same tokens from the source's folder and from the engine's;
-- every end-of-sequence id of the source is one of the engine's;
-- the runtime ends an answer at an id that it was told to end at;
-- no end-of-sequence id stands inside an answer;
-- the engine ends no fewer answers within the bound than the source, and has no more empty ones.
-
-The last is a count with noise in it, so the exact test of McNemar applies (Psychometrika 12, 1947).
+bound on the answer's length, and `_regressions` looks at five things. The last, that the engine
+ends no fewer answers than the source and has no more empty ones, is a count with noise in it, so
+the exact test of McNemar applies (Psychometrika 12, 1947).
 Of the pairs in which one side ended and the other did not, an engine that ends like its source
 loses each with probability 1/2; below `LEVEL` the chance to lose as many or more is a regression.
-Where the engine gains none it may lose four answers (p = 1/16), the fifth (1/32) is one too many:
-so a source that itself ends fewer than `LEAST_STOPS` answers cannot show anything.
+A source that itself ends fewer than `LEAST_STOPS` answers cannot show anything.
 """
 
 from __future__ import annotations
@@ -33,8 +26,8 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
-from pipeline.runners.prompts import eos_ids
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
+from pipeline.runners.workload import eos_ids
 
 LEVEL = 0.05
 """A healthy engine is called worse in no more than one of twenty probes; the usual level."""
@@ -45,7 +38,6 @@ Message = dict[str, str]
 
 
 def _conversation(turns: Sequence[str], system: str = "") -> tuple[Message, ...]:
-    """User and assistant take turns; the user has the first word and the last."""
     start = [{"role": "system", "content": system}] if system else []
     roles = itertools.cycle(("user", "assistant"))
     return (*start, *({"role": next(roles), "content": content} for content in turns))
@@ -150,7 +142,6 @@ class ChatProbe:
         )
 
     def ask_source(self, session: Session) -> tuple[Answer, ...]:
-        """The source's answer to each conversation of `asked`."""
         bound = self.settings.max_new_tokens
         return tuple(answer(session, one.source, bound, self.source_eos) for one in self.asked)
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.settings import STRICT, Listed, PathField
 from pipeline.core.values import Finding
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -14,7 +14,7 @@ from pipeline.acceptance.chat import end_ids
 from pipeline.acceptance.quality import log_softmax
 from pipeline.core.errors import PipelineError
 from pipeline.core.progress import progress
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 
 Scored = tuple[float, bool]
 """Log-likelihood in nats, and whether greedy decoding would have said the same."""
@@ -24,7 +24,6 @@ _DEFAULT_BOUND = 256
 
 
 def _shown(requests: Sequence[Any]) -> Iterator[Any]:
-    """The requests, with a progress bar."""
     with progress("lm-eval", len(requests), "requests") as done:
         for request in requests:
             yield request
@@ -116,7 +115,6 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return [self._generate(*request.args) for request in _shown(requests)]
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
-        """Log-likelihood of the continuation behind the context."""
         count = len(continuation)
         if not 1 <= count <= self.max_length:
             raise PipelineError(
@@ -138,7 +136,6 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
         return self._last[1]
 
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
-        """A greedy answer, up to the first of the task's stop texts."""
         if options.get("do_sample") or options.get("temperature"):
             raise PipelineError(
                 f"lm_eval's task wants sampled answers ({options}); sessions answer greedily only, "

@@ -46,12 +46,7 @@ def judge(
 ) -> Verdict:
     """The worst finding's verdict; without one `accepted`, `checked` or `compiled`.
 
-    Args:
-        report: What was measured.
-        limits: What quality may lose.
-        ran: Whether the engine, its graph or its checkpoint ran here at all.
-        on_target: Whether it ran on the card that it is for.
-        more: Findings of parts that judge themselves.
+    `ran`: the engine, its graph or its checkpoint; `more`: of parts that judge themselves.
     """
     findings = [*_speed_findings(report.speed), *_quality_findings(report.quality, limits), *more]
     findings += [Finding("note", f"not run: {what}") for what in report.not_run]
@@ -135,13 +130,9 @@ def run_ceiling(
     bandwidth_bytes_per_s: float,
     cached_weight_bytes: int = 0,
 ) -> tuple[float, Literal["memory", "compute"]]:
-    """Most output tokens per second of a whole run, and what sets it; see the module's formula.
+    """Most output tokens per second of an entry's run, and what sets it; see the module's formula.
 
-    Args:
-        entry: Of the report's `speed`; its rate is not looked at.
-        roofline: The model on the card.
-        bandwidth_bytes_per_s: Taken instead of the roofline's.
-        cached_weight_bytes: Weights that need not be read again in every step.
+    The bandwidth is taken instead of the roofline's; cached weights are read once.
     """
     batch = entry["batch"]
     isl, osl = (entry.get(f"mean_{length}", entry[length]) for length in ("isl", "osl"))
@@ -188,10 +179,7 @@ def judge_physics(
     for entry in speed:
         name, rate = entry["workload"], entry["output_tokens_per_s"]
         ceiling, _ = run_ceiling(
-            entry,
-            roofline,
-            bandwidth_bytes_per_s=best,
-            cached_weight_bytes=L2_CACHE_BYTES,
+            entry, roofline, bandwidth_bytes_per_s=best, cached_weight_bytes=L2_CACHE_BYTES
         )
         reached = ceiling_share(entry, roofline, measured_bandwidth_bytes_per_s)
         if rate > (1 + TOLERANCE) * ceiling:

@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,12 @@ from pipeline.acceptance.speed import (
 from pipeline.acceptance.sustained import judge_sustained, run_sustained, sustained_json
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Report, Verdict
+from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
-from pipeline.plan.sizes import available_bytes
 from pipeline.quant.spec import KV_CACHE_DTYPES
-from pipeline.runners.runner import BenchRunner, BenchTask, Runner, SourceRunner
-from pipeline.runners.session import Session
+from pipeline.runners.runner import BenchRunner, Runner, Session, SourceRunner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus
 
@@ -186,7 +185,7 @@ def _time(
 
 def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
     """What each run of a workload gives the session; its file of prompts must fit."""
-    from pipeline.runners.prompts import eos_ids
+    from pipeline.runners.workload import eos_ids
 
     tokenizer, ends = None, frozenset[int]()
     if workload.prompts_file or not workload.ignore_eos:
@@ -203,16 +202,16 @@ def _bench(
     """Speed by the runtime's own tool, which needs the card for itself."""
     folder = Path(tempfile.mkdtemp(prefix="enginesmith-bench-"))
     for workload in workloads:
-        task = BenchTask(
+        found = runner.bench(
+            subject.engine,
+            workload,
             checkpoint_dir=subject.checkpoint_dir or subject.weights.dir,
-            workload=workload,
             repeats=asked.repeats,
             seed=asked.seed,
             log_path=folder / f"{workload.name}.log",
         )
-        found = runner.bench(subject.engine, task)
         yield {
-            **summarize(workload, [SpeedSample(**asdict(run)) for run in found.runs]),
+            **summarize(workload, [SpeedSample(**run) for run in found.runs]),
             "tool": found.tool,
             "requests": found.requests,
             "percentiles": found.percentiles,
@@ -226,7 +225,6 @@ def _sustain(
     session: Session,
     workloads: tuple[Workload, ...],
 ) -> None:
-    """Run under load for minutes, where that is asked."""
     asked_run, limits = asked.sustained, asked.sustained.limits
     if not asked_run.minutes or (workload := asked_run.choose(workloads)) is None:
         return

@@ -99,9 +99,6 @@ def figures_against(
     """Run an engine over the windows, compared with others that may know the first of them only.
 
     KL is sum over tokens of p_source x (log p_source - log p_engine), in nats; see `KEPT_TOKENS`.
-
-    Raises:
-        CorruptError: A logit is not finite.
     """
     return _figures(logits_of, windows, what, sources, keep=False)[1]
 
@@ -140,7 +137,6 @@ def _stack(kind: type[Figures], rows: Sequence[Row]) -> Figures:
 
 
 def _kept(values: NDArray[np.float32]) -> Row:
-    """What is kept of one window's log-probabilities [N - 1, V]."""
     vocab_size = values.shape[-1]
     best = torch.from_numpy(values).topk(min(KEPT_TOKENS, vocab_size), dim=-1)
     ids = best.indices.numpy()

@@ -49,17 +49,11 @@ _LONGEST_ANSWER = 300
 
 
 class About(TypedDict, total=False):
-    """What a page can have beside the report.
-
-    Attributes:
-        plan: `Plan.to_json`, for targets and ceilings.
-        limits: What quality may lose, to be shown beside the figures.
-        signed_by: Who signs it, and when; the page is written just before.
-    """
+    """What a page can have beside the report; `signed_by`: who signs it, and when, just after."""
 
     manifest: Entry
     reference: str
-    plan: Entry
+    plan: Entry  # `Plan.to_json`
     limits: Acceptance
     signed_by: str
 
@@ -126,7 +120,6 @@ def render_page(report: Entry, **about: Unpack[About]) -> str:
         reference=about.get("reference", ""),
         signed_by=about.get("signed_by", ""),
         manifest=manifest,
-        limit_pairs=[(spoken(k), shown(v)) for k, v in manifest.get("limits", {}).items()],
         limits=about.get("limits"),
         on_card=here,
         tiles=list(_tiles(report)),
@@ -167,12 +160,12 @@ def _environment() -> Environment:
     )
     words = (answer, interval, mark, mebibytes, number, percent, shown, signed, spoken)
     environment.globals |= {
-        each.__name__: each for each in (*words, common_keys, rate, ratio, workload)
+        each.__name__: each for each in (*words, common_keys, cost_cells, rate, ratio, workload)
     }
     environment.globals |= {
         "dash": DASH,
-        "cost_cells": cost_cells,
         "min_achieved_share": MIN_ACHIEVED_SHARE,
+        "spoken_pairs": lambda items: [(spoken(key), shown(value)) for key, value in items],
     }
     environment.filters |= {
         "shown": shown,

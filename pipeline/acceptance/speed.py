@@ -9,14 +9,8 @@ from typing import Any
 
 from pipeline.acceptance.card import Samples, device_samples
 from pipeline.core.values import Finding
-from pipeline.runners.session import (
-    BatchOptions,
-    Generation,
-    RequestTiming,
-    Session,
-    require_possible,
-)
-from pipeline.runners.workload import Workload
+from pipeline.runners.runner import Generation, RequestTiming, Session, require_possible
+from pipeline.runners.workload import BatchOptions, Workload
 
 ENGINE = "engine"
 PERCENTILES = (50, 90, 99)
@@ -38,13 +32,11 @@ class SpeedSample:
         output_tokens_per_s: Output tokens / seconds from the start to the last of them: the
             definition of vLLM's benchmark ("output token throughput"). A batch starts with its
             prefill, an open loop with the first arrival.
-        ttft_ms: Milliseconds to the first token of the batch.
-        itl_ms: (total - ttft) / (longest answer - 1), in milliseconds: the mean gap between the
-            tokens of one request. Where the runtime tells the times of single requests, the mean of
-            theirs: the first tokens of a large batch do not all come together.
+        itl_ms: (total - ttft) / (longest answer - 1): the mean gap between the tokens of a request.
+            Where the runtime tells the times of single requests, the mean of theirs: the first
+            tokens of a large batch do not all come together.
         total_tokens_per_s: (prompt tokens + output tokens) / the same seconds.
         prompt_tokens: Of all requests; None, as the others, where only figures are known.
-        output_lengths: Output tokens of each request, where they may differ.
         device: The card from the start to somewhat after the end; None where there is none.
     """
 
@@ -63,11 +55,7 @@ class SpeedSample:
     def of_waves(
         made: Sequence[Generation], waves: Waves, osl: int, device: Samples | None = None
     ) -> SpeedSample:
-        """The figures of batches that ran one after the other, as one run; latencies are means.
-
-        Raises:
-            PipelineError: Too few tokens or answers, or times that no run can have.
-        """
+        """The figures of batches that ran one after the other, as one run; latencies are means."""
         for wave, (prompts, options) in zip(made, waves, strict=True):
             require_possible(wave, prompts, osl, options)
         total_s = sum(wave.total_s for wave in made)
@@ -133,10 +121,7 @@ def measure_speed(
     """Time every contender on the same prompts: name -> `repeats` runs after the warm-ups.
 
     Who begins changes from round to round (ABBA), so that drift hits all alike. The card is sampled
-    meanwhile, where there is one.
-
-    Raises:
-        PipelineError: A run gave too few tokens, or times that no run can have.
+    meanwhile, where there is one. `require_possible` holds each run to what was asked.
     """
     samples: dict[str, list[SpeedSample]] = {name: [] for name in contenders}
     for run in range(workload.warm_ups + repeats):

@@ -1,7 +1,7 @@
 """A sustained run: one workload again and again for minutes, the card's state beside it, judged.
 
-Does throughput fall, does memory grow? Both figures are robust, because one slow second or one late
-allocation is neither throttling nor a leak. Throughput is compared between the medians of a first
+Does throughput fall, does memory grow? One slow second or one late allocation is neither, so
+throughput is compared between the medians of a first
 and a last window; memory by the median of the slopes between all pairs of samples.
 """
 
@@ -24,7 +24,7 @@ from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
-from pipeline.runners.session import CacheClearing, Session, require_possible
+from pipeline.runners.runner import CacheClearing, Session, require_possible
 from pipeline.runners.workload import Workload
 
 _INTERVAL_S = 0.5
@@ -32,13 +32,7 @@ _INTERVAL_S = 0.5
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What was seen in one interval; None where the card does not tell.
-
-    Attributes:
-        t_s: Seconds since the run began, at the end of the interval.
-        output_tokens_per_s: Output tokens of the interval over its length, all requests together.
-        memory_bytes: Device memory in use at its end.
-    """
+    """A batch that ended `t_s` seconds after the start; None where the card does not tell."""
 
     t_s: float
     output_tokens_per_s: float
@@ -49,14 +43,7 @@ class Sample:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class SustainedLimits:
-    """What a sustained run may lose, and how much of one is needed to say so.
-
-    Attributes:
-        max_memory_growth_bytes: Over the judged part, by the slope.
-        warm_up_s: Seconds at the start that are dropped.
-        window_s: Length of the first and of the last window.
-        min_duration_s: Least length of the judged part.
-    """
+    """What a sustained run may lose, and how much of one is needed, the warm-up left out."""
 
     max_throughput_drop: float
     max_memory_growth_bytes: int

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.settings import STRICT, data_dir, shipped
+from pipeline.core.data import data_dir, shipped
+from pipeline.core.settings import STRICT
 
 GIB = 1 << 30
 
@@ -46,6 +47,7 @@ class Target:
 
     @property
     def memory_bytes(self) -> int:
+        """Device memory in bytes."""
         return int(self.memory_gib * GIB)
 
 

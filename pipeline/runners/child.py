@@ -22,14 +22,14 @@ from pipeline.core import errors
 from pipeline.core.errors import CorruptError, Fault, PipelineError, RecipeError, ToolError
 from pipeline.core.process import Started, kill_group, last_lines
 from pipeline.runners.children import main as protocol
-from pipeline.runners.session import (
+from pipeline.runners.runner import (
     UNUSED_TOKEN,
-    BatchOptions,
     Generation,
     RequestTiming,
     require_fit,
     require_possible,
 )
+from pipeline.runners.workload import BatchOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,19 +49,8 @@ _MOST_NOISE_BYTES = 1 << 20
 """Of text before the first frame, such as an image's greeting, which goes to the log."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timeouts:
-    """After so long without an answer the process is stopped.
-
-    `load_s` includes compilation; `answer_s` is for an answer, or the next token of a stream.
-    """
-
-    load_s: float
-    answer_s: float
-
-
 # -P keeps folders where a module could be taken for another one off the child's path.
-OWN_INTERPRETER = Started(command=(sys.executable, "-P", str(CHILDREN / "main.py")))
+_OWN_INTERPRETER = Started(command=(sys.executable, "-P", str(CHILDREN / "main.py")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,38 +58,38 @@ class Program:
     """What a child process loads: `model`, `arguments` and `paths` as of `children.main`.
 
     `name` is the runtime's, for messages. Leaving the context of `start` removes what was made.
+    After `load_s`, compilation included, or `answer_s` without an answer or the next token of a
+    stream the process is stopped.
     """
 
     name: str
     model: str
     arguments: Mapping[str, Any]
+    load_s: float
+    answer_s: float
     paths: tuple[str, ...] = ()
     start: Callable[[], AbstractContextManager[Started]] = field(
-        default=lambda: contextlib.nullcontext(OWN_INTERPRETER)
+        default=lambda: contextlib.nullcontext(_OWN_INTERPRETER)
     )
 
 
 class ChildSession:
-    """`pipeline.runners.session.Session`; the model is in the other process.
+    """`pipeline.runners.runner.Session`; the model is in the other process.
 
     Every method also raises `ToolError` when that ended, hangs or writes nonsense: the session is
     then of no more use.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, name: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, program: Program) -> None:
         self.log_path = log_path
-        self.context: int | None = None
-        self._answer_s = 0.0
-        self._name = name
+        self._answer_s = program.answer_s
+        self._name = program.name
         self._process = process
         self._buffer = bytearray()
         self._in_step = False
-
-    def load(self, program: Program, timeouts: Timeouts) -> None:
         arguments = dict(program.arguments)
         self._send("load", model=program.model, paths=program.paths, arguments=arguments)
-        self.context = self._receive(timeouts.load_s, "load")[0]["context"]
-        self._answer_s = timeouts.answer_s
+        self.context: int | None = self._receive(program.load_s, "load")[0]["context"]
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         import numpy as np
@@ -169,7 +158,6 @@ class ChildSession:
         self._receive()
 
     def end(self) -> None:
-        """Let the process end by itself, and end what is left of it."""
         with contextlib.suppress(ToolError):
             self._send("end")
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -275,7 +263,7 @@ class ChildSession:
 
 
 @contextlib.contextmanager
-def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
+def open_child(program: Program) -> Iterator[ChildSession]:
     """Start a program and let it load; leaving the context ends its process, and so its memory.
 
     Its log, in the system's temporary folder, stays when it failed.
@@ -288,8 +276,7 @@ def open_child(program: Program, timeouts: Timeouts) -> Iterator[ChildSession]:
         log_path = Path(log.name)
         try:
             with program.start() as started, _start_process(started, log) as process:
-                session = ChildSession(process, log_path, program.name)
-                session.load(program, timeouts)
+                session = ChildSession(process, log_path, program)
                 yield session
                 session.end()
         except PipelineError:
@@ -323,12 +310,16 @@ def _start_process(started: Started, log: IO[bytes]) -> Iterator[subprocess.Pope
                     pipe.close()
 
 
-def session_program(name: str, opener: str, **arguments: Any) -> Program:
+def session_program(
+    name: str, opener: str, *, load_s: float, answer_s: float, **arguments: Any
+) -> Program:
     """A session of this package; `opener` is `module:function`, which gives its context manager."""
     return Program(
         name=name,
         model=__file__,
         arguments={"opener": opener, **arguments},
+        load_s=load_s,
+        answer_s=answer_s,
         paths=(str(Path(pipeline.__file__).parents[1]),),
     )
 
@@ -340,7 +331,7 @@ def load(opener: str, **arguments: Any) -> SessionModel:
 
 
 class SessionModel:
-    """A model for `pipeline.runners.children.main` on a `pipeline.runners.session.Session`."""
+    """A model for `pipeline.runners.children.main` on a `pipeline.runners.runner.Session`."""
 
     def __init__(self, opened: AbstractContextManager[Any]) -> None:
         self._opened = opened

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
-from pipeline.runners.session import UNUSED_TOKEN, BatchOptions, Generation, require_fit
+from pipeline.runners.runner import UNUSED_TOKEN, Generation, require_fit
+from pipeline.runners.workload import BatchOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,17 +22,12 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-_PAD_ID = 0
-"""Any valid token does: no query ever attends to it."""
-
 
 class BoundDecoder(Protocol):
     """A loaded graph with a cache for a fixed number of rows, updated in place."""
 
-    batch: int
-    """Rows of the cache."""
-    context: int
-    """Static length of the cache, tokens."""
+    batch: int  # rows of the cache
+    context: int  # its static length, tokens
 
     def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
         """Run one step; gives logits [batch, n, vocab], valid until the next step.
@@ -39,7 +35,6 @@ class BoundDecoder(Protocol):
         `ids` are [batch, sequence]; `write_indices` [batch], tokens that each row's cache already
         holds; `logits_index` [batch, n], positions inside this step whose logits are wanted.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def prefill(decoder: BoundDecoder, prompts: Sequence[Sequence[int]]) -> Prefille
         message = f"got {len(prompts)} prompts; wanted {decoder.batch}, the rows of the cache"
         raise RecipeError([Fault("", message)])
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    padded = np.full((decoder.batch, int(lengths.max())), _PAD_ID, np.int64)
+    padded = np.zeros((decoder.batch, int(lengths.max())), np.int64)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
     start = np.zeros(decoder.batch, np.int64)

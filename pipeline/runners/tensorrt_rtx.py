@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.gpu import read_conditions
-from pipeline.core.settings import STRICT, cache_root
+from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE
-from pipeline.runners.child import ChildSession, Program, Timeouts, open_child, session_program
+from pipeline.runners.child import ChildSession, Program, open_child, session_program
 from pipeline.runners.decode import DecoderSession
 from pipeline.runners.runner import (
     BATCHES,
@@ -296,7 +297,6 @@ class RtxDecoder:
         }
 
     def step(self, ids: Ids, write_indices: Ids, logits_index: Ids) -> NDArray[np.float32]:
-        """Run one step and wait for it."""
         import numpy as np
 
         context = self._engine.context_for(ids.shape[1], logits_index.shape[1])
@@ -367,8 +367,7 @@ class TrtRtxRunner:
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[ChildSession]:
-        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
-        return open_child(self.program(engine.dir, engine.digest), timeouts)
+        return open_child(self.program(engine.dir, engine.digest))
 
     def program(
         self, engine_dir: Path, digest: str, opener: str = f"{__name__}:open_plan"
@@ -376,7 +375,8 @@ class TrtRtxRunner:
         """What the child loads; `digest` names the engine's runtime cache."""
         kernels = str(cache_root() / "rtx-kernels" / digest[:24])
         plan = str(engine_dir / PLAN_FILE)
-        return session_program("TensorRT-RTX", opener, plan=plan, runtime_cache=kernels)
+        limits = {"load_s": self.load_timeout_s, "answer_s": self.answer_timeout_s}
+        return session_program("TensorRT-RTX", opener, **limits, plan=plan, runtime_cache=kernels)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,4 @@
-"""Executes a model with Transformers: the source, and the simulated FP8 checkpoint.
-
-The slow baseline that an engine is compared with, and the reference for its quality.
-"""
+"""Executes a model with Transformers: the source, and the simulated FP8 checkpoint."""
 
 from __future__ import annotations
 
@@ -22,19 +19,23 @@ from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.model.hf import load_model, quiet
 from pipeline.quant.simulate import load_simulation
-from pipeline.runners.child import ChildSession, Timeouts, open_child, session_program
+from pipeline.runners.child import ChildSession, open_child, session_program
 from pipeline.runners.decode import Rows
-from pipeline.runners.runner import BATCHES, NO_CARD, Ability, Device, torch_fault
-from pipeline.runners.session import BatchOptions, Generation, Session, require_fit
+from pipeline.runners.runner import (
+    NO_CARD,
+    Ability,
+    Device,
+    Generation,
+    Session,
+    require_fit,
+    torch_fault,
+)
+from pipeline.runners.workload import BatchOptions
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
-
-
-EQUAL_PROMPTS: frozenset[Ability] = BATCHES - {"isl_distribution", "prompts_file"}
-"""What `TransformersSession` executes, also as the baseline beside an engine."""
 
 
 class TransformersSession:
@@ -142,11 +143,10 @@ def open_checkpoint(
 
 
 def open_in_child(
-    opener: Literal["open_source", "open_checkpoint"], timeouts: Timeouts, **arguments: Any
+    opener: Literal["open_source", "open_checkpoint"], **arguments: Any
 ) -> AbstractContextManager[ChildSession]:
-    """What a function of this module opens, in a process of its own."""
-    program = session_program("Transformers", f"{__name__}:{opener}", **arguments)
-    return open_child(program, timeouts)
+    """What a function of this module opens, in a process; `arguments` are of `session_program`."""
+    return open_child(session_program("Transformers", f"{__name__}:{opener}", **arguments))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -162,7 +162,9 @@ class TransformersRunner:
     """
 
     name: ClassVar[str] = "transformers"
-    abilities: ClassVar[frozenset[Ability]] = EQUAL_PROMPTS | {"clear_cache"}
+    abilities: ClassVar[frozenset[Ability]] = frozenset(
+        {"requests", "osl_distribution", "ignore_eos", "clear_cache"}
+    )
 
     device: Device = "cpu"
     load_timeout_s: PositiveFloat = 900.0
@@ -181,9 +183,9 @@ class TransformersRunner:
         context = engine.limits.max_seq_len
         if self.device == "cpu":
             return open_checkpoint(engine.dir, context)
-        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
+        limits = {"load_s": self.load_timeout_s, "answer_s": self.answer_timeout_s}
         arguments = {"checkpoint_dir": str(engine.dir), "context": context, "device": self.device}
-        return open_in_child("open_checkpoint", timeouts, **arguments)
+        return open_in_child("open_checkpoint", **limits, **arguments)
 
 
 KIND = TransformersRunner

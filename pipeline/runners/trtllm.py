@@ -22,17 +22,18 @@ from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.data import read_json_object
 from pipeline.core.errors import Fault, PipelineError, RecipeError
 from pipeline.core.gpu import find_gpu
 from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_header
-from pipeline.core.settings import STRICT, read_json_object
+from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place
 from pipeline.formats.trtllm.spec import BENCH_PROGRAM, NAME, VERSION
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
-from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
-from pipeline.runners.runner import Ability, BenchResult, BenchRun, BenchTask, Device
+from pipeline.runners.child import CHILDREN, ChildSession, Program, open_child
+from pipeline.runners.runner import Ability, BenchResult, Device
 from pipeline.runners.workload import Workload
 
 _FIGURES = {
@@ -104,24 +105,34 @@ class TrtLlmRunner:
                 "attention_window": attention_window(engine),
                 "chunked_prefill": bool(chunked and built["max_num_tokens"] < built["max_seq_len"]),
             },
+            load_s=self.timeout_s,
+            answer_s=self.timeout_s,
             start=lambda: place.started(command, (children, folder), stage="runner"),
         )
-        return open_child(program, Timeouts(load_s=self.timeout_s, answer_s=self.timeout_s))
+        return open_child(program)
 
-    def bench(self, engine: Engine, task: BenchTask) -> BenchResult:
-        """Run `trtllm-bench` `task.repeats` times; each run loads the engine anew.
+    def bench(
+        self,
+        engine: Engine,
+        workload: Workload,
+        *,
+        checkpoint_dir: Path,
+        repeats: int,
+        seed: int,
+        log_path: Path,
+    ) -> BenchResult:
+        """Run `trtllm-bench` `repeats` times; each run loads the engine anew.
 
         Raises:
             RecipeError: The workload asks for one token only.
             ToolError: The tool failed.
             PipelineError: It reported another run than was asked for, or none.
         """
-        workload = task.workload
         if workload.osl < 2:
             fault = "osl must be 2 or more: trtllm-bench divides by the time after the first token"
             raise RecipeError([Fault(f"workload {workload.name}", fault)])
         place, documents = self._place(engine.sms[0]), []
-        checkpoint = UnifiedCheckpoint(task.checkpoint_dir)
+        checkpoint = UnifiedCheckpoint(checkpoint_dir)
         quant_algo = checkpoint.precision.quant_algo
         with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as name:
             given = Shared(name="input", source=Path(name) / "input")
@@ -129,9 +140,9 @@ class TrtLlmRunner:
             built = Shared(name="engine", source=engine.dir)
             given.source.mkdir()
             made.source.mkdir()
-            write_model_dir(given.source / "model", task.checkpoint_dir, engine.dir)
+            write_model_dir(given.source / "model", checkpoint_dir, engine.dir)
             dataset = given.source / "dataset.jsonl"
-            self.write_dataset(dataset, workload, checkpoint.spec.vocab_size, task.seed)
+            self.write_dataset(dataset, workload, checkpoint.spec.vocab_size, seed)
             if window := attention_window(engine):
                 # The section replaces the tool's own, so it repeats what that sets. JSON is YAML.
                 options = {"enable_block_reuse": False, "max_attention_window": [window]}
@@ -141,12 +152,12 @@ class TrtLlmRunner:
             folders = (place.path(one) for one in (given, made, built))
             command = self.bench_command(workload, *folders, options=window is not None)
             report, limit_s = made.source / "report.json", self.timeout_s
-            where: dict[str, Any] = {"stage": "bench", "log_path": task.log_path}
-            for _ in range(task.repeats):
+            where: dict[str, Any] = {"stage": "bench", "log_path": log_path}
+            for _ in range(repeats):
                 report.unlink(missing_ok=True)
                 place.run(command, (given, made, built), timeout_s=limit_s, **where)
                 if not report.exists():  # after Ctrl-C the tool ends well without one
-                    message = f"trtllm-bench ended well, but wrote no report; see {task.log_path}"
+                    message = f"trtllm-bench ended well, but wrote no report; see {log_path}"
                     raise PipelineError(message)
                 documents.append(read_json_object(report))
         return BenchResult(
@@ -198,7 +209,7 @@ class TrtLlmRunner:
 
     def read_report(
         self, document: Mapping[str, Any], workload: Workload, quant_algo: str | None
-    ) -> BenchRun:
+    ) -> dict[str, float]:
         """The figures of one run.
 
         - `output_tokens_per_s`: of all requests, from the first start to the last end.
@@ -238,7 +249,7 @@ class TrtLlmRunner:
                 f"trtllm-bench reported another run than workload {workload.name}:\n{lines}\n"
                 "nothing of it is used; see its log"
             )
-        return BenchRun(**{name: float(value) for name, value in figures.items()})
+        return {name: float(value) for name, value in figures.items()}
 
     def _place(self, sm: int) -> Place:
         return choose_place(

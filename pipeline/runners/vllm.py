@@ -16,9 +16,8 @@ from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
-from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
-from pipeline.runners.runner import BATCHES, NO_CARD, Ability, Device
-from pipeline.runners.session import Session
+from pipeline.runners.child import CHILDREN, ChildSession, Program, open_child
+from pipeline.runners.runner import BATCHES, NO_CARD, Ability, Device, Session
 
 FP8_SM = 89
 """vLLM's least compute capability x 10 for a ModelOpt FP8 checkpoint: `get_min_capability` in
@@ -80,9 +79,14 @@ class VllmRunner:
         Its logits come with a generated token, so a window must be below `--max-model-len`.
         """
         arguments = {"arguments": self.engine_arguments(model_dir, serve_args)}
-        program = Program(name="vLLM", model=str(CHILDREN / "vllm_model.py"), arguments=arguments)
-        timeouts = Timeouts(load_s=self.load_timeout_s, answer_s=self.answer_timeout_s)
-        return open_child(program, timeouts)
+        program = Program(
+            name="vLLM",
+            model=str(CHILDREN / "vllm_model.py"),
+            arguments=arguments,
+            load_s=self.load_timeout_s,
+            answer_s=self.answer_timeout_s,
+        )
+        return open_child(program)
 
     def engine_arguments(self, model_dir: Path, serve_args: Sequence[str]) -> tuple[str, ...]:
         """Arguments of vLLM's engine for a measurement; none changes what is computed."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.acceptance.acceptance import Acceptance
 from pipeline.acceptance.speed import SpeedSample, measure_speed
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.topics import PydocTopics
 

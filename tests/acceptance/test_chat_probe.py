@@ -28,7 +28,7 @@ from pipeline.acceptance.chat import (
 )
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import graph_session
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 from pipeline.runners.transformers import open_source
 from tests.acceptance.questions import Stub
 from tests.formats.decoder.decoders import open_graph, write_graph

@@ -22,7 +22,7 @@ from pipeline.acceptance.harness import (
 from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
 from pipeline.model.hf import load_tokenizer
 from pipeline.runners.onnxruntime import graph_session
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 from pipeline.runners.transformers import open_source
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import tiny_model

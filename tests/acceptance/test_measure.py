@@ -33,11 +33,9 @@ from pipeline.model.hf import load_tokenizer
 from pipeline.plan import make_plan
 from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 from pipeline.quant.spec import quant_spec
-from pipeline.runners.prompts import eos_ids
-from pipeline.runners.runner import BATCHES, Ability, Device
-from pipeline.runners.session import Session
+from pipeline.runners.runner import BATCHES, Ability, Device, Session
 from pipeline.runners.transformers import TransformersSession
-from pipeline.runners.workload import Lengths, Workload
+from pipeline.runners.workload import Lengths, Workload, eos_ids
 from tests import stand_in_card
 from tests.acceptance import test_conditions
 from tests.quant.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint

@@ -16,8 +16,8 @@ from pipeline.acceptance.judge import judge_physics
 from pipeline.acceptance.report import render_page
 from pipeline.acceptance.speed import achieved_rate, rate_findings, summarize, theil_sen_slope
 from pipeline.plan.ceilings import Roofline
-from pipeline.runners.session import BatchOptions, Generation, RequestTiming
-from pipeline.runners.workload import Lengths, Workload
+from pipeline.runners.runner import Generation, RequestTiming
+from pipeline.runners.workload import BatchOptions, Lengths, Workload
 from tests.acceptance.questions import Stub, speed_of
 from tests.acceptance.report_pages import Page, on_card
 

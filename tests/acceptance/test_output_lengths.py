@@ -11,9 +11,9 @@ from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.core.errors import PipelineError
 from pipeline.model.hf import load_model
 from pipeline.runners.onnxruntime import graph_session
-from pipeline.runners.session import UNUSED_TOKEN, BatchOptions, Generation, Session
+from pipeline.runners.runner import UNUSED_TOKEN, Generation, Session
 from pipeline.runners.transformers import TransformersSession
-from pipeline.runners.workload import Lengths, Workload
+from pipeline.runners.workload import BatchOptions, Lengths, Workload
 from tests.acceptance.questions import speed_of
 from tests.formats.decoder.decoders import open_graph, write_graph
 from tests.tiny import VOCAB_SIZE, tiny_model

@@ -23,8 +23,8 @@ from pipeline.race import (
     ratio_of,
     shared_arguments,
 )
-from pipeline.runners.session import BatchOptions, Generation
-from pipeline.runners.workload import Workload
+from pipeline.runners.runner import Generation
+from pipeline.runners.workload import BatchOptions, Workload
 from tests.acceptance.questions import Stub
 from tests.specs import tiny_spec
 

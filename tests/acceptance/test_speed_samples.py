@@ -16,8 +16,8 @@ from pipeline.acceptance import speed
 from pipeline.acceptance.card import Reading, Samples
 from pipeline.acceptance.speed import SpeedSample, spread_findings, summarize
 from pipeline.core.errors import PipelineError
-from pipeline.runners.session import BatchOptions, Generation, RequestTiming
-from pipeline.runners.workload import Workload
+from pipeline.runners.runner import Generation, RequestTiming
+from pipeline.runners.workload import BatchOptions, Workload
 from tests.acceptance.questions import Stub, speed_of
 
 LOAD = Workload(name="b2", batch=2, isl=5, osl=4)

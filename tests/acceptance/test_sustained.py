@@ -21,9 +21,9 @@ from pipeline.acceptance.sustained import (
 )
 from pipeline.core.errors import PipelineError, RecipeError
 from pipeline.model.hf import load_model
-from pipeline.runners.session import BatchOptions, Generation
+from pipeline.runners.runner import Generation
 from pipeline.runners.transformers import TransformersSession
-from pipeline.runners.workload import Lengths, Workload
+from pipeline.runners.workload import BatchOptions, Lengths, Workload
 from tests.acceptance.questions import Stub
 from tests.tiny import VOCAB_SIZE, tiny_model
 

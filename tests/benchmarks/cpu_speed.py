@@ -18,7 +18,7 @@ from pipeline.formats.trtrtx.graph_writer import write_weights
 from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
-from pipeline.runners.session import Session
+from pipeline.runners.runner import Session
 from pipeline.runners.transformers import open_source
 
 CONTEXTS = (128, 1024)

@@ -23,10 +23,10 @@ from pipeline.model.hf import write_random_model
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.child import ChildSession
-from pipeline.runners.session import BatchOptions, CacheClearing
+from pipeline.runners.runner import CacheClearing
 from pipeline.runners.transformers import TransformersRunner
 from pipeline.runners.vllm import VllmRunner
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import BatchOptions, Workload
 from pipeline.sources.text.corpus import Calibration
 from tests.quant.tiny_quantized import ADA, RepeatedText, local_weights
 from tests.specs import tiny_spec

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.commands.generating import decode_pieces
-from pipeline.runners.prompts import chat_prompt, eos_ids
+from pipeline.runners.workload import chat_prompt, eos_ids
 
 
 class Named:

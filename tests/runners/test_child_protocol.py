@@ -25,7 +25,7 @@ from pipeline.core.errors import (
     ToolError,
 )
 from pipeline.core.process import Started
-from pipeline.runners.child import CHILDREN, ChildSession, Program, Timeouts, open_child
+from pipeline.runners.child import CHILDREN, ChildSession, Program, open_child
 from pipeline.runners.children.main import pack
 from tests.runners import toy_model
 from tests.runners.toy_model import VOCAB, continued
@@ -42,9 +42,11 @@ def session(
         name="Toy",
         model=str(toy_model.__file__),
         arguments={"fault": fault, **more},
+        load_s=answer_s,
+        answer_s=answer_s,
         start=lambda: contextlib.nullcontext(Started(command=command)),
     )
-    with open_child(program, Timeouts(load_s=answer_s, answer_s=answer_s)) as opened:
+    with open_child(program) as opened:
         yield opened
 
 

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import PipelineError, RecipeError
-from pipeline.runners.child import ChildSession, Timeouts, open_child
-from pipeline.runners.onnxruntime import open_graph
-from pipeline.runners.session import BatchOptions, Session
+from pipeline.runners.child import ChildSession, open_child
+from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
+from pipeline.runners.runner import Session
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
 from pipeline.runners.transformers import open_checkpoint, open_in_child
+from pipeline.runners.workload import BatchOptions
 from tests.formats.decoder.decoders import write_graph
 from tests.quant.tiny_quantized import tiny_checkpoint
 from tests.runners.toy_model import continued
@@ -34,7 +35,7 @@ from tests.runners.trtrtx.engines import PACKAGES as RTX_PACKAGES
 from tests.runners.vllm.test_vllm_runner import PACKAGES as VLLM_PACKAGES
 from tests.runners.vllm.test_vllm_runner import RUNNER as VLLM
 
-TIMES = Timeouts(load_s=60.0, answer_s=60.0)
+TIMES = {"load_s": 60.0, "answer_s": 60.0}
 PROMPTS = [[5, 6, 7], [9, 8, 1]]
 VOCAB = 320
 
@@ -82,7 +83,7 @@ def _rtx(model_dir: Path, folder: Path, patch: pytest.MonkeyPatch, own: Session)
     plan = write_plan(graph, folder / "engine")
     runner = TrtRtxRunner(load_timeout_s=60.0, answer_timeout_s=60.0)
     program = runner.program(plan.parent, "d" * 64, "tests.runners.trtrtx.engines:open_on_host")
-    return Case("TensorRT-RTX", lambda: open_child(program, TIMES), own, CONTEXT)
+    return Case("TensorRT-RTX", lambda: open_child(program), own, CONTEXT)
 
 
 @pytest.fixture(scope="module", params=["vllm", "trtllm", "transformers", "tensorrt_rtx"])
@@ -99,12 +100,11 @@ def case(
             checkpoint = tiny_checkpoint(folder / "checkpoint").dir
             own = stack.enter_context(open_checkpoint(checkpoint, 128))
             what = {"checkpoint_dir": str(checkpoint), "context": 128}
-            opened = partial(open_in_child, "open_checkpoint", TIMES, **what)
+            opened = partial(open_in_child, "open_checkpoint", **TIMES, **what)
             yield Case("Transformers", opened, own, 128)
         else:
             file = write_graph(model_dir, folder / "reference", context=CONTEXT)
-            own_graph = stack.enter_context(open_graph(file))
-            yield _rtx(model_dir, folder, patch, own_graph)
+            yield _rtx(model_dir, folder, patch, graph_session(OnnxRuntimeGraph(file)))
 
 
 @pytest.fixture(scope="module")

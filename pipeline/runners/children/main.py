@@ -24,7 +24,7 @@ model, which `ready` answers. It has a method for each kind of request, with the
 
 Logits, or log-probabilities, are float32 [tokens, vocab]. `generate` gives `tokens` (a list for
 each request), `ttft_s`, `total_s`, and `requests` if known; `options` are the fields of
-`pipeline.runners.session.BatchOptions`. One of `eos_token_ids` ends a stream and is not in it.
+`pipeline.runners.workload.BatchOptions`. One of `eos_token_ids` ends a stream and is not in it.
 
 A fault is {"kind": "error", "code": CLASS, "message": …} in place of a result; CLASS is one of
 `CODES`. What libraries print goes to standard error. When standard input ends without `end`, the
@@ -80,7 +80,6 @@ class Channel:
     """Both directions, seen from this process."""
 
     def __init__(self, source: int, sink: int) -> None:
-        """Read requests from one file descriptor, write answers to the other."""
         self._source, self._sink = source, sink
         self.requests: queue.Queue[Message] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()

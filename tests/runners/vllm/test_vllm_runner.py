@@ -14,8 +14,9 @@ from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.gpu import conditions_of
 from pipeline.core.values import Engine, Limits
 from pipeline.runners.child import ChildSession
-from pipeline.runners.session import BatchOptions, Generation
+from pipeline.runners.runner import Generation
 from pipeline.runners.vllm import VllmRunner
+from pipeline.runners.workload import BatchOptions
 from tests.acceptance.test_conditions import nvml
 from tests.runners.toy_model import continued
 
