@@ -29,10 +29,9 @@ from pipeline.registry.resolve import examine
 from pipeline.registry.store import Place
 from pipeline.registry.stores import staging_area
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.signing import Signatory, actor_of, now_text, sign_test
 from pipeline.registry.trust.statements import verified_files
-from pipeline.registry.trust.verification import Resolved, Terms
+from pipeline.registry.trust.verification import Resolved, Terms, read_channels
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, 
 if TYPE_CHECKING:
     from pipeline.registry.gc import Collected
     from pipeline.registry.promotion import Moved, Releaser
-    from pipeline.registry.trust.channels import Move
+    from pipeline.registry.trust.verification import Move
 
 _Channel = Annotated[str, typer.Option(metavar="NAME", help="stable, candidate, or your own.")]
 _Card = Annotated[
@@ -37,7 +37,7 @@ def keygen(
     ] = None,
 ) -> Answer:
     """Make a key pair to sign packages with."""
-    from pipeline.registry.trust.keys import KEY_PATH, config_root
+    from pipeline.registry.trust.policy import KEY_PATH, config_root
     from pipeline.registry.trust.signing import generate_key, write_key_pair
 
     path = out if out is not None else config_root(os.environ) / "signing.key"
@@ -62,8 +62,7 @@ def policy(
     """Write a trust policy that gives every right to these keys."""
     from pipeline.core.errors import ConflictError
     from pipeline.registry.disk import disk_errors, write_new
-    from pipeline.registry.trust.keys import read_public_key
-    from pipeline.registry.trust.policy import POLICY_PATH, policy_text
+    from pipeline.registry.trust.policy import POLICY_PATH, policy_text, read_public_key
 
     named = {path.name.removesuffix(".pub").removesuffix(".key"): path for path in keys}
     text = policy_text({name: read_public_key(path) for name, path in named.items()})
@@ -85,7 +84,7 @@ def sign(
 ) -> Answer:
     """Sign a package that is trusted here, and its test results, with another key."""
     from pipeline.registry.promotion import countersign
-    from pipeline.registry.trust.keys import read_private_key
+    from pipeline.registry.trust.policy import read_private_key
 
     store, trust = open_registry(registry, policy)
     signing = read_private_key(key)

@@ -22,7 +22,7 @@ from pipeline.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.registry.listing import Entry
+    from pipeline.registry.resolve import Entry
     from pipeline.registry.stores.publication import WritableStore
     from pipeline.registry.trust.verification import Resolved, Terms
 
@@ -39,7 +39,7 @@ _STYLES = {
 @answering
 def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
     """List the published packages, with what trusted keys state about them."""
-    from pipeline.registry.listing import entries
+    from pipeline.registry.resolve import entries
 
     found = entries(*_open(registry, policy))
     rows = []
@@ -60,7 +60,7 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
     from rich.console import Group
     from rich.filesize import decimal
 
-    from pipeline.registry.listing import entry
+    from pipeline.registry.resolve import entry
 
     store, terms = _open(registry, policy)
     found = entry(store, reference, terms)
@@ -98,8 +98,7 @@ def generate(
 ) -> Answer:
     """Stream a chat answer from a package, verified first."""
     from pipeline.commands.generating import stream
-    from pipeline.registry.client.pull import PullRequest
-    from pipeline.registry.client.verify import open_target
+    from pipeline.registry.client.pull import PullRequest, open_target
 
     request = PullRequest(
         reference=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
@@ -126,10 +125,10 @@ def copy(
     allow_unsigned: Unsigned = False,
 ) -> Answer:
     """Copy a package, its signatures and its test results to another registry, byte for byte."""
-    from pipeline.registry import copying
+    from pipeline.registry.promotion import copy as copy_package
 
     with screen_logging():
-        done = copying.copy(
+        done = copy_package(
             reference, source, target, os.environ, policy=policy, allow_unsigned=allow_unsigned
         )
     found, signer = done.resolved, done.resolved.signer

@@ -134,7 +134,7 @@ def verify(
     """Verify every byte of a package, its signatures and yanks, and where it is proven."""
     from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
-    from pipeline.registry.client.verify import verify as verify_target
+    from pipeline.registry.client.pull import verify as verify_target
 
     request = client.PullRequest(
         reference=target,

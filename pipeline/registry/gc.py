@@ -23,13 +23,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
-from pipeline.registry.listing import remembering
-from pipeline.registry.resolve import examine
+from pipeline.registry.resolve import examine, remembering
 from pipeline.registry.store import Place, Reader, in_parallel, readers
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.channels import read_channels
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.verification import Terms
+from pipeline.registry.trust.verification import Terms, read_channels
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +111,6 @@ def collect(
 def _needed(
     store: Reader, policy: TrustPolicy, name: str, variant: str, history: int
 ) -> dict[Place, str]:
-    """Versions of one variant that channels need, and why."""
     needed: dict[Place, str] = {}
     for channel in read_channels(store, policy, name, variant):
         packages = dict.fromkeys(move.reference for move in reversed(channel.moves))
@@ -134,7 +131,6 @@ def _decide(
     needed: Mapping[Place, str],
     names: Collection[str] | None = None,
 ) -> Fate | None:
-    """The fate of a version; None if it is gone."""
     if place in needed or place in rules.pins:
         return Fate(place=place, remove=False, why=needed.get(place, "--keep names it"))
     try:

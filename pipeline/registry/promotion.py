@@ -1,4 +1,4 @@
-"""Move channels and yank packages in one author's name; sign a package with another key.
+"""Move channels and yank packages in one author's name; sign or copy a package for others.
 
     releaser = Releaser(store=store, author=author, policy=policy)
     releaser.promote("phi3:candidate", "stable", card)
@@ -11,6 +11,9 @@ Of two moves after the same one the earlier signed counts, and the other's autho
 `ConflictError`. No store is asked for a lock: an author looks at the log again after as much time
 as its own move took to be written. Two clocks that differ may still let an author believe that a
 move counts which an earlier one, slow to arrive, replaces; the log then says so to everyone alike.
+
+A copy has the same bytes and the same signatures, provenance and test results, which name the
+package's digest; channels and yanks stay behind: who runs a registry decides what its `stable` is.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline.core.errors import (
     ConflictError,
+    CorruptError,
     Fault,
     NotAcceptedError,
     NotFoundError,
@@ -31,14 +36,16 @@ from pipeline.core.errors import (
     TransientError,
     UntrustedError,
 )
+from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Reference
+from pipeline.registry.client.pull import fetch
+from pipeline.registry.package import require_manifest_publishable
 from pipeline.registry.reference import check_part, parse_reference
 from pipeline.registry.resolve import examine, resolve
-from pipeline.registry.store import Place, Store
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
+from pipeline.registry.stores import open_reader, open_store
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.channels import Channel, Move, read_channels
-from pipeline.registry.trust.keys import SigningKey
-from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.trust.policy import SigningKey, TrustPolicy, machine_trust
 from pipeline.registry.trust.signing import (
     place_fields,
     sign_again,
@@ -46,7 +53,14 @@ from pipeline.registry.trust.signing import (
     sign_statement,
 )
 from pipeline.registry.trust.statements import open_statement, text_fault, verified_files
-from pipeline.registry.trust.verification import Resolved, SignedVerdict, Terms
+from pipeline.registry.trust.verification import (
+    Channel,
+    Move,
+    Resolved,
+    SignedVerdict,
+    Terms,
+    read_channels,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +77,6 @@ class Moved:
 
     @property
     def changed(self) -> bool:
-        """False if the channel pointed there already."""
         return self.before != self.move.reference
 
 
@@ -87,7 +100,6 @@ class Releaser:
         self.policy.require_may(self.key.public, "channels")
 
     def promote(self, text: str, channel: str, card: str | None = None) -> Moved:
-        """Move a channel to the package that a reference means; raises like `enter`."""
         check_part("channel", channel)
         return self.enter(resolve(self.store, text, Terms(policy=self.policy), card), channel, card)
 
@@ -194,13 +206,11 @@ class Releaser:
         return done
 
     def _moves(self, reference: Reference, channel: str, card: str) -> tuple[Move, ...]:
-        """Those of the channel of a card that count."""
         of = (reference.name, reference.variant, channel)
         found = read_channels(self.store, self.policy, *of)
         return next((one.moves for one in found if one.card == card), ())
 
     def _fields(self, reference: Reference, more: Mapping[str, object]) -> dict[str, object]:
-        """The fields of a move or a yank: `more`, and those that both have."""
         return {
             "registry": self.store.identity() or self.store.create_identity(),
             **place_fields(reference),
@@ -319,4 +329,62 @@ def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustP
             signed.append(sign_again(one, key, verified_files(one, raw)))
     for statement in signed:
         store.put_statement(found.place, statement)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """What was copied: as the target has it now, whether it is new there, statements added."""
+
+    resolved: Resolved
+    new: bool
+    added: int
+
+
+def copy(
+    reference: str,
+    source_url: str,
+    target_url: str,
+    environ: Mapping[str, str],
+    *,
+    policy: Path | None = None,
+    allow_unsigned: bool = False,
+) -> Copied:
+    """Copy one package with everything that trusted keys stated about it.
+
+    UntrustedError if its signer is not trusted in both places, RecipeError if its licence forbids
+    it to be there, or it is a rehearsal.
+    """
+    if source_url == target_url:
+        raise RecipeError([Fault("--to", "is the same registry as --from; name another one")])
+    source, target = open_reader(source_url), open_store(target_url)
+    # This machine's own key counts for its own folders only: elsewhere it is a stranger's.
+    trust = machine_trust(environ, own_folder=source.local and target.local, policy=policy)
+    terms = Terms(policy=trust, allow_unsigned=allow_unsigned)
+    target.check_writable()
+    resolved = resolve(source, reference, terms)
+    require_manifest_publishable(resolved.package.manifest, public=target.public)
+    package = fetch(source, resolved)
+    statements = _whole_statements(source, resolved)
+    size_bytes = sum(file["size"] for file in package.manifest["files"])
+    with progress(f"Copying {resolved.place}", size_bytes, BYTES) as on_bytes:
+        new = target.put_package(package, statements, on_bytes)
+    # What a package that was there already does not have.
+    added = [one for one in statements if new or target.put_statement(resolved.place, one)]
+    there = examine(target, resolved.place, terms, package.digest)
+    return Copied(resolved=there, new=new, added=len(added))
+
+
+def _whole_statements(source: Store, resolved: Resolved) -> list[RawStatement]:
+    found = []
+    for statement in reversed(resolved.statements):
+        if statement.kind == "yank":
+            continue
+        try:
+            raw = source.read_statement(resolved.place, statement.name)
+            files = verified_files(statement, raw)
+        except (CorruptError, NotFoundError) as error:
+            log.warning("%s of %s stays behind: %s", statement.name, resolved.place, error)
+        else:
+            found.append(RawStatement(name=raw.name, files={ENVELOPE: raw.envelope, **files}))
     return found

@@ -67,7 +67,6 @@ class Chosen:
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """Smaller is better; see the module."""
         manifest = self.resolved.package.manifest
         match, limits = manifest["match"], manifest["limits"]
         verdict = self.proof.verdict

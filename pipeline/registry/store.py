@@ -112,26 +112,22 @@ class Reader(Protocol):
     @property
     def url(self) -> str:
         """Names it in messages; no secrets."""
-        ...
 
     @property
     def local(self) -> bool:
         """Whether it is a folder of this machine: only there a local key counts."""
-        ...
 
     def identity(self) -> str | None:
         """The registry's random identity, 32 hex digits; None if nothing was published yet.
 
         CorruptError if it cannot be read as one.
         """
-        ...
 
     def read_manifest(self, place: Place) -> bytes:
         """The bytes of `manifest.json`.
 
         NotFoundError if there is no such version, CorruptError if they are more than may be.
         """
-        ...
 
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
@@ -140,7 +136,6 @@ class Reader(Protocol):
 
         What is too large, unreadable or beyond `MAX_PER_KIND` is skipped with one warning.
         """
-        ...
 
     def read_moves(
         self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
@@ -150,7 +145,6 @@ class Reader(Protocol):
         What is too large or beyond `MAX_MOVES` is skipped with one warning. Those in `known`
         (SHA-256 in hex -> envelope) are not sent again.
         """
-        ...
 
 
 @runtime_checkable
@@ -160,11 +154,9 @@ class Store(Reader, Protocol):
     @property
     def public(self) -> bool:
         """Whether everybody can read what is published here."""
-        ...
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
         """All published versions, sorted; of one recipe, or of one variant of it."""
-        ...
 
     def statement_names(
         self, name: str | None = None, variant: str | None = None
@@ -173,7 +165,6 @@ class Store(Reader, Protocol):
 
         The bytes below a name never change, so a reader may remember what it verified.
         """
-        ...
 
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
@@ -184,14 +175,12 @@ class Store(Reader, Protocol):
         `end` on the caller will not read, so it need not be sent. NotFoundError if there is no such
         file; TransientError also while iterating, if the connection broke or is too slow.
         """
-        ...
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
         """One statement with all its attachments.
 
         NotFoundError if there is none, CorruptError if it is larger than a statement may be.
         """
-        ...
 
 
 def parse_identity(data: bytes, origin: str) -> str:

@@ -78,7 +78,7 @@ def publish(url: str, package_dir: Path, out: Path) -> None:
     """Sign, hash and publish."""
     from pipeline.registry.manifest import verify
     from pipeline.registry.stores import open_store
-    from pipeline.registry.trust.keys import parse_private_key
+    from pipeline.registry.trust.policy import parse_private_key
     from pipeline.registry.trust.signing import sign_package
 
     package = verify(package_dir)

@@ -17,8 +17,13 @@ from pipeline.core.errors import ConflictError, ExitCode, PipelineError, RecipeE
 from pipeline.core.values import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
-from pipeline.registry.trust.keys import read_private_key, read_public_key
-from pipeline.registry.trust.policy import ROLES, load_policy, own_trust
+from pipeline.registry.trust.policy import (
+    ROLES,
+    load_policy,
+    own_trust,
+    read_private_key,
+    read_public_key,
+)
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import VARIANT, place_of

@@ -20,8 +20,7 @@ from pipeline.registry.resolve import examine
 from pipeline.registry.store import RawStatement
 from pipeline.registry.stores import open_store
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.keys import SigningKey
-from pipeline.registry.trust.policy import ROLES, Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.policy import ROLES, Role, SigningKey, TrustedKey, TrustPolicy
 from pipeline.registry.trust.signing import Signatory, generate_key, sign_test
 from pipeline.registry.trust.verification import Resolved, Terms
 from tests.registry.packages import place_of, sealed_package

@@ -166,7 +166,6 @@ class Delivery:
                 return self._show(work, to, receipt, kept)
 
     def to_cache(self) -> Delivered:
-        """Have the package in the cache, every byte verified now."""
         folder, entry = cache_dir(), cache_entry(self.resolved.place)
         prefix, fetched = f".pull-{self._digest[:12]}-", 0
         with locked_cache(self.resolved.place), disk_errors(f"write {folder}", SETTING):
@@ -202,7 +201,6 @@ class Delivery:
             return False
 
     def _statements(self) -> list[RawStatement]:
-        """The trusted statements, the one with the model signature whole."""
         statements = []
         for one in self.resolved.statements:
             files = {ENVELOPE: one.envelope}
@@ -229,13 +227,11 @@ class Delivery:
     def _beside(
         self, to: Path, keep: Callable[[BaseException], bool] | None
     ) -> contextlib.AbstractContextManager[WorkFolder]:
-        """A work folder beside the goal."""
         if not self.shared_parent:
             require_private_parent(to.parent, "--to")
         return work_folder(to.parent, f".{to.name[:_NAME_CHARS]}.pulling-", keep)
 
     def _fetch(self, work: WorkFolder) -> int:
-        """Fetch what is not there yet."""
         files, place = files_of(self.resolved.package.manifest), self.resolved.place
         if work.adopted:
             _drop_foreign(work.dir / PACKAGE, {file.path for file in files})
@@ -245,7 +241,6 @@ class Delivery:
 
 
 def _drop_foreign(package: Path, listed: set[str]) -> None:
-    """Keep of a dead process's folder only what the manifest lists."""
     for path in sorted(package.rglob("*"), reverse=True):  # what is in a folder before it
         if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):  # not empty

@@ -87,7 +87,6 @@ class _File:
         return max(1, -(-self.file.size_bytes // self.chunk_bytes))
 
     def span(self, chunk: int) -> tuple[int, int]:
-        """First byte of a chunk, and the first one after it."""
         start = chunk * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.file.size_bytes)
 
@@ -213,7 +212,6 @@ class _Download:
     _errors: list[BaseException] = field(default_factory=list)
 
     def run(self, touch: Callable[[], None]) -> int:
-        """Hash every file while other threads fetch; raises what the first failing one raised."""
         chunks = ((file, chunk) for file in self.files for chunk in range(file.chunks))
         self._queue.extend((file, chunk) for file, chunk in chunks if chunk not in file.there)
         # Daemons: a store that hangs must not keep the process alive after Ctrl-C.
@@ -236,7 +234,6 @@ class _Download:
         return self._fetched_bytes
 
     def _verify(self, file: _File, touch: Callable[[], None]) -> None:
-        """Hash a file behind its chunks; one that is wrong is fetched once more."""
         for again in (False, True):
             sha256 = self._hash(file, touch)
             if sha256 == file.file.sha256:
@@ -303,7 +300,6 @@ class _Download:
         return None
 
     def _fetch(self, file: FileDigest, descriptor: int, at: int, end: int) -> None:
-        """Fetch bytes into a file; on from where an answer ended."""
         in_a_row = 0
         while at < end:
             before = at
@@ -335,7 +331,6 @@ class _Download:
                 raise _StoppedError
 
     def _pieces(self, file: FileDigest, at: int, end: int) -> Generator[memoryview, None, None]:
-        """What the store sends from `at` on, to `end` at most."""
         try:
             with self.store.open_file(self.place, file, at, end) as pieces:
                 while at < end and (data := next(pieces, None)) is not None:

@@ -57,7 +57,6 @@ class Facts:
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Every fact, with its origin; null is unknown."""
         facts = {name: value for name, value in vars(self).items() if name != "origins"}
         facts["runtime"] = str(self.runtime) if self.runtime else None
         return {
@@ -100,7 +99,6 @@ def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
 
 
 def _gpu_facts(gpu: str, environ: Mapping[str, str]) -> Iterator[tuple[Origin, Mapping[str, Any]]]:
-    """What `--gpu` tells, the most certain first."""
     if gpu == "auto":
         yield "probed", _probe(environ.get("CUDA_VISIBLE_DEVICES"))
     elif match := _SM.fullmatch(gpu):

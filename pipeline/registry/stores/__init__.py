@@ -30,11 +30,9 @@ class Registry(Protocol):
 
     def reader(self) -> Store:
         """Where it keeps its packages, to read."""
-        ...
 
     def store(self) -> WritableStore:
         """The same, to publish, too."""
-        ...
 
 
 def open_reader(url: str) -> Store:

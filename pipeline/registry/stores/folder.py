@@ -199,7 +199,6 @@ def _found(key: str, status: os.stat_result) -> Found:
 
 
 def _settle(file: Path) -> None:
-    """Make a file read-only, and force it to the disk."""
     file.chmod(stat.S_IMODE(file.stat().st_mode) & ~0o222)
     sync(file)
 
@@ -227,7 +226,6 @@ def _link_new(private: Path, target: Path) -> bool:
 
 
 def _replace_file(private: Path, target: Path) -> None:
-    """Make a file visible as `target`, read-only, in one step, in place of what was there."""
     _settle(private)
     _with_folder(target, lambda: private.replace(target))
     sync(target.parent)

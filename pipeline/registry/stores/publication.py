@@ -74,11 +74,9 @@ class WritableStore(Store, Protocol):
 
     def check_writable(self) -> None:
         """Find out, before any work, whether packages can be published here; AccessError if not."""
-        ...
 
     def create_identity(self) -> str:
         """The registry's identity; made at random, exclusively, if it has none."""
-        ...
 
     def put_package(
         self, package: Package, statements: Sequence[RawStatement], on_bytes: OnBytes
@@ -88,37 +86,30 @@ class WritableStore(Store, Protocol):
         After an interruption the same call completes what was begun, whole file by whole file.
         ConflictError if another manifest lies under this version.
         """
-        ...
 
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
         """Add a statement; whole or not at all to its readers. False if it was there.
 
         ConflictError if other bytes are there under this name, NotFoundError without the version.
         """
-        ...
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
         """Append one move to the log of channels; False if it was there."""
-        ...
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
         """Write what people read about a channel, in place of what was there; proves nothing."""
-        ...
 
     def delete_package(self, place: Place) -> int:
         """Remove a version's manifest, so that it is gone for readers; bytes that this frees."""
-        ...
 
     def now_s(self) -> float:
         """Unix time by the clock that dates what is written here."""
-        ...
 
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         """What no reader sees, of interrupted or removed publications, in words.
 
         What was touched in the last `min_age_s` may be of a run that goes on, and stays.
         """
-        ...
 
 
 def new_identity() -> bytes:
@@ -158,42 +149,33 @@ class WritableObjects(Objects, Protocol):
 
     def find(self, key: str) -> Found | None:
         """What is known of one object; None if there is none."""
-        ...
 
     def create(self, key: str, data: bytes) -> bool:
         """Write a small object unless its key is taken; whether this call has created it."""
-        ...
 
     def replace(self, key: str, data: bytes) -> None:
         """Write a small object in place of what was there."""
-        ...
 
     def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
         """Write a file of a package, hashed on its way, in place of what was there.
 
         CorruptError if it is not what `file` says, here or as the store has it.
         """
-        ...
 
     def holds(self, key: str, source: Path, file: FileDigest) -> bool:
         """Whether a key holds a file's bytes: by size and by a checksum of the whole object."""
-        ...
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, those that are there."""
-        ...
 
     def now_s(self) -> float:
         """Unix time by the clock that dates objects."""
-        ...
 
     def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
         """What interrupted runs left that is no object, at least so old, in words."""
-        ...
 
     def check_writable(self) -> None:
         """See `WritableStore`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +286,6 @@ class WritableTree(TreeStore):
         return False
 
     def _published(self, place: Place, manifest: bytes) -> bool:
-        """Whether exactly these bytes are the version's manifest; False if it has none."""
         try:
             there = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
         except CorruptError:
@@ -328,5 +309,4 @@ class WritableTree(TreeStore):
 
 
 def _lease_key(place: Place) -> str:
-    """The object that says that a version is being published, or was removed a moment ago."""
     return f"{version_key(place)}{_LEASE}"

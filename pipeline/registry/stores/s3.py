@@ -320,7 +320,6 @@ class S3Objects:
             raise AccessError(f"cannot publish to {self.url}: {fault}; use another registry")
 
     def client(self) -> Any:
-        """The boto3 client of this process."""
         pid = os.getpid()
         with self._locks.setdefault(pid, threading.Lock()):
             if pid not in self._clients:
@@ -328,14 +327,12 @@ class S3Objects:
         return self._clients[pid]
 
     def call(self, operation: str, key: str | None = None, **arguments: Any) -> Any:
-        """Send one request; botocore repeats it a few times."""
         if key is not None:
             arguments["Key"] = f"{self.root}{key}"
         send: Callable[..., Any] = getattr(self.client(), operation)
         return send(Bucket=self.bucket, **arguments)
 
     def pages(self, operation: str, **arguments: Any) -> Iterator[Any]:
-        """The pages of a list, as many as a registry has at most."""
         pages = self.client().get_paginator(operation).paginate(Bucket=self.bucket, **arguments)
         for number, page in enumerate(pages):
             if number >= _MAX_PAGES:
@@ -406,7 +403,6 @@ class S3Objects:
             return self._call_if_there("head_object", key, ChecksumMode="ENABLED")
 
     def _call_if_there(self, operation: str, key: str, **arguments: Any) -> Any:
-        """The response; None if there is no such object or upload."""
         from botocore.exceptions import ClientError
 
         try:

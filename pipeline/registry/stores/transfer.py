@@ -134,7 +134,6 @@ def timed_pools(plain: type, secure: type) -> dict[str, Any]:
 
 
 def _size_bytes(body: Any, headers: Mapping[Any, Any]) -> int:
-    """How much a request sends, as far as that can be known."""
     for key, value in headers.items():
         if str(key).lower() == "content-length":
             return int(value)

@@ -56,21 +56,17 @@ class Objects(Protocol):
     @property
     def url(self) -> str:
         """Names the place in messages; no secrets."""
-        ...
 
     def listed(self, prefix: str) -> Iterator[Found]:
         """All objects whose key starts so; `prefix` is empty or ends in `/`."""
-        ...
 
     def read(self, key: str, limit_bytes: int) -> bytes | None:
         """A small object; None if there is none, CorruptError if it is longer."""
-        ...
 
     def stream(
         self, key: str, offset: int, end: int | None
     ) -> AbstractContextManager[Iterator[bytes]]:
         """The bytes of an object from `offset` on; see `Store.open_file`."""
-        ...
 
 
 def variant_key(name: str, variant: str) -> str:

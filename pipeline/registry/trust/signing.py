@@ -36,16 +36,18 @@ from pipeline.registry.disk import disk_errors
 from pipeline.registry.manifest import ENGINE
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.trust import statements
-from pipeline.registry.trust.keys import (
+from pipeline.registry.trust.policy import (
     KEY_PATH,
     KEY_TEXT,
     KEYGEN,
     SigningKey,
+    TrustPolicy,
     key_fault,
     local_key,
+    machine_policy,
+    own_trust,
     signing_key,
 )
-from pipeline.registry.trust.policy import TrustPolicy, machine_policy, own_trust
 from pipeline.registry.trust.statements import MODEL_SIGNATURE, Kind, Statement
 
 log = logging.getLogger(__name__)
@@ -295,7 +297,6 @@ class Signatory:
     invocation_id: str
 
     def sign_build(self, package: Package, started: datetime) -> list[RawStatement]:
-        """Signature and provenance of a package that this process sealed."""
         predicate = self._provenance(package.manifest, started)
         return [
             sign_package(package, self.key),

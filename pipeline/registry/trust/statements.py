@@ -36,8 +36,7 @@ from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import Part, check_digest, check_part
 from pipeline.registry.store import MAX_ENVELOPE_BYTES, RawStatement, is_attachment_name
-from pipeline.registry.trust.keys import PublicKey
-from pipeline.registry.trust.policy import Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.policy import PublicKey, Role, TrustedKey, TrustPolicy
 
 if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope
@@ -96,7 +95,6 @@ class Statement:
 
     @property
     def name(self) -> str:
-        """Under which a store keeps it."""
         return f"{self.kind}-{self.id[:16]}"
 
     def text(self, field: str) -> str:
@@ -199,7 +197,6 @@ def signer_of(envelope: Envelope, policy: TrustPolicy, role: Role) -> TrustedKey
 
 
 def _signed_by(key: PublicKey, envelope: Envelope) -> bool:
-    """Whether this key signed exactly this payload."""
     from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
 
     try:

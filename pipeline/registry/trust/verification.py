@@ -1,16 +1,23 @@
-"""What counts of all that was stated about a package: `verify_statements`.
+"""What counts of all that was stated: about packages, and where their channels point.
 
 Statements are append-only, and all who may write to a store can add some. So one that no trusted
 key signed, that is about another package, or that lies under a name that is not its own is skipped.
 
-What this cannot see: that a statement was removed. Who may delete in a store can take away the
-newest test result, or a yank, and leave older ones.
+A move names its registry, channel, card and the move before it (`predecessor`, the SHA-256 of that
+one's payload; none for the first). That and the signed times order them; names and dates in a store
+do not. Of two moves with the same predecessor the one that was signed earlier counts, and its rival
+and all that follow the rival do not. Where a key was revoked, what it signed falls out, and the
+moves after it stay.
+
+What this cannot see: that a statement or a move was removed. Who may delete in a store can take
+away the newest test result, or a yank, and leave older ones; deployments that must know pin digests
+(docs/reliability.md).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -18,7 +25,7 @@ from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Package, Reference, VerdictName
 from pipeline.registry.manifest import manifest_bytes
 from pipeline.registry.reference import reference_of
-from pipeline.registry.store import ENVELOPE, Place, RawStatement
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, Reader
 from pipeline.registry.trust.policy import TrustedKey, TrustPolicy
 from pipeline.registry.trust.statements import (
     MODEL_SIGNATURE,
@@ -59,7 +66,6 @@ class SignedVerdict:
     question: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
         same = {name: getattr(self, name) for name in ("card", "verdict", "signed_at", "statement")}
         return {**same, "runtime": " ".join(self.runtime), "signer": self.signer.to_json()}
 
@@ -93,17 +99,14 @@ class Resolved:
 
     @property
     def data(self) -> bytes:
-        """The bytes of the manifest: only canonical ones were let in."""
         return manifest_bytes(self.package.manifest)
 
     @property
     def reference(self) -> Reference:
-        """The package, by its digest."""
         return reference_of(self.package)
 
     @property
     def place(self) -> Place:
-        """Where it lies."""
         return Place.of(self.reference)
 
     @property
@@ -134,7 +137,6 @@ class Resolved:
 
     @property
     def proven_cards(self) -> tuple[str, ...]:
-        """Every card that the engine is proven on, sorted."""
         cards = sorted({found.card for found in self.verdicts})
         return tuple(card for card in cards if self.proof(card))
 
@@ -256,8 +258,104 @@ def _verdict(found: Statement) -> SignedVerdict:
 
 
 def _builder(predicate: Mapping[str, Any]) -> str:
-    """The SLSA builder that provenance names; empty if it names none."""
     try:
         return str(predicate["runDetails"]["builder"]["id"])
     except (KeyError, TypeError):
         return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """A move that a trusted key signed: where the channel of a card points from then on.
+
+    `predecessor` is the id of the move before, None for the first; `actor` and `reason` are for
+    people.
+    """
+
+    channel: str
+    card: str
+    reference: Reference
+    predecessor: str | None
+    actor: str
+    reason: str
+    signed_at: str
+    signer: TrustedKey
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """A channel of one card: the moves that count, oldest first; at least one."""
+
+    name: str
+    card: str
+    moves: tuple[Move, ...]
+
+    @property
+    def newest(self) -> Move:
+        return self.moves[-1]
+
+
+def read_channels(
+    store: Reader, policy: TrustPolicy, name: str, variant: str, channel: str | None = None
+) -> list[Channel]:
+    """The channels of a variant, by name and card; of all names where `channel` is None."""
+    log_of_moves = store.read_moves(name, variant)
+    identity = store.identity() if log_of_moves else None
+    moves: dict[tuple[str, str], dict[str, Move]] = {}
+    skipped: list[str] = []
+    for data in log_of_moves:
+        try:
+            move = _read_move(data, policy, (name, variant), identity)
+        except UntrustedError as error:
+            skipped.append(str(error))
+        else:
+            if channel in {None, move.channel}:
+                moves.setdefault((move.channel, move.card), {})[move.id] = move
+    if skipped:
+        warn_skipped(f"{store.url} {name}/{variant}", "a move of a channel", tuple(skipped))
+    return [
+        Channel(name=key[0], card=key[1], moves=_chain(found.values()))
+        for key, found in sorted(moves.items())
+    ]
+
+
+def _read_move(data: bytes, policy: TrustPolicy, of: tuple[str, str], identity: str | None) -> Move:
+    found = open_statement(data, policy)
+    if found.kind != "move":
+        raise UntrustedError(f"it is a {found.kind}")
+    if found.fields.get("registry") != identity:
+        raise UntrustedError("it is a move of another registry")
+    reference = found.reference()
+    if (reference.name, reference.variant) != of:
+        raise UntrustedError(f"it is a move of {reference.name}/{reference.variant}")
+    return Move(
+        channel=found.part("channel"),
+        card=found.part("card"),
+        reference=reference,
+        predecessor=found.text("predecessor") if found.fields.get("predecessor") else None,
+        actor=found.text("actor"),
+        reason=found.text("reason"),
+        signed_at=found.signed_at,
+        signer=found.signer,
+        id=found.id,
+    )
+
+
+def _chain(moves: Iterable[Move]) -> tuple[Move, ...]:
+    """The moves that count, oldest first.
+
+    A move whose predecessor is not among them (its key was revoked, or it was deleted) begins a
+    piece of the chain; pieces follow each other by the signed time of their first move.
+    """
+    first_of: dict[str | None, Move] = {}
+    known = {move.id for move in moves}
+    for move in sorted(moves, key=lambda one: (one.signed_at, one.id)):
+        first_of.setdefault(move.predecessor, move)
+    chain: list[Move] = []
+    for start in [move for before, move in first_of.items() if before not in known]:
+        following: Move | None = start
+        while following is not None:  # ends: an id is a digest over the one before
+            chain.append(following)
+            following = first_of.get(following.id)
+    return tuple(chain)

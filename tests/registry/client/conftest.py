@@ -15,13 +15,12 @@ import pytest
 from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
-from pipeline.registry.client.pull import Pulled, PullRequest, pull_from
-from pipeline.registry.client.verify import verify
+from pipeline.registry.client.pull import Pulled, PullRequest, pull_from, verify
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import Store
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.keys import SigningKey
+from pipeline.registry.trust.policy import SigningKey
 from pipeline.registry.trust.signing import generate_key, sign_package
 from tests.registry.packages import sealed_package
 from tests.registry.team import CARD, RUNTIME, Team

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
-from pipeline.registry.copying import Copied, copy
-from pipeline.registry.promotion import channels_of
+from pipeline.registry.promotion import Copied, channels_of, copy
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore

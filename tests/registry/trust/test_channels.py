@@ -16,10 +16,10 @@ from pipeline.core.errors import AccessError, ConflictError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE
-from pipeline.registry.trust.channels import Channel, Move, read_channels
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.signing import generate_key, place_fields, sign_statement
 from pipeline.registry.trust.statements import open_statement
+from pipeline.registry.trust.verification import Channel, Move, read_channels
 from tests.registry.packages import VARIANT
 from tests.registry.team import CARD, Team, trusted
 

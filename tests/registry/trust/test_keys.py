@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pipeline.core.errors import AccessError, ConflictError, RecipeError
-from pipeline.registry.trust.keys import (
+from pipeline.registry.trust.policy import (
     KEY_PATH,
     KEY_TEXT,
     parse_private_key,

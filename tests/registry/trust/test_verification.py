@@ -12,7 +12,7 @@ from pipeline.core.errors import UntrustedError
 from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, RawStatement
-from pipeline.registry.trust.keys import SigningKey
+from pipeline.registry.trust.policy import SigningKey
 from pipeline.registry.trust.signing import (
     generate_key,
     place_fields,

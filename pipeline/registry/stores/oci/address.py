@@ -49,7 +49,6 @@ class Address:
     prefix: str
 
     def repository(self, name: str) -> str:
-        """The repository of a recipe."""
         return f"{self.prefix}{check_part('name', name)}"
 
     def name_of(self, repository: str) -> str | None:

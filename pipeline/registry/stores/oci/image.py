@@ -61,7 +61,6 @@ class Descriptor(_Value):
     data: str | None = None
 
     def annotation(self, key: str) -> str:
-        """The text about it under a key; empty if there is none."""
         return (self.annotations or {}).get(key, "")
 
 
@@ -113,7 +112,6 @@ class Member:
 
     @property
     def padding(self) -> int:
-        """Zeros after its bytes."""
         return -self.file.size_bytes % tarfile.BLOCKSIZE
 
 

@@ -140,7 +140,6 @@ class Repository:
         return {blob.annotation(image.TITLE): blob for blob in manifest.layers}
 
     def content(self, reference: str, artifact_type: str, file: str) -> bytes:
-        """The small file of an artifact that all readers read; see `blobs`."""
         blob = self.blobs(reference, artifact_type).get(file)
         if blob is None:
             raise CorruptError(f"{self}: a {artifact_type} has no {file}; remove it")
@@ -185,7 +184,6 @@ class Repository:
         return [tag for reply in replies for tag in _listing(reply).tags or ()]
 
     def catalog(self) -> list[str]:
-        """All repositories of the registry."""
         replies = self._pages(f"_catalog?n={_PAGE}")
         return [name for reply in replies for name in _listing(reply).repositories or ()]
 
@@ -201,7 +199,6 @@ class Repository:
     def ask(
         self, method: str, path: str, *, limit_bytes: int = image.MAX_DOCUMENT_BYTES, **more: Any
     ) -> Reply:
-        """Ask and read the answer whole; `more` is of a `Request`."""
         return self.transport.ask(Request(method, self.name, path, **more), limit_bytes)
 
     def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
@@ -311,7 +308,6 @@ class OciStore:
         return list(read_each(read, limit_items(tags, MAX_MOVES, what), what).values())
 
     def repository(self, name: str) -> Repository:
-        """The repository of a recipe."""
         return Repository(transport=self.transport, name=self.address.repository(name))
 
     def image(self, place: Place) -> image.Image:
@@ -325,7 +321,6 @@ class OciStore:
         return self._images[place]
 
     def listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
-        """Statement -> digest or tag."""
         found = self._referrers(place)
         if found is None:
             tagged = (
@@ -344,7 +339,6 @@ class OciStore:
         return [name for one in found if (name := self.address.name_of(one))]
 
     def _tagged(self, name: str | None, variant: str | None) -> dict[Place, list[str]]:
-        """Places by the tags of recipes, with the statements that have a tag."""
         names = self._names() if name is None else [check_part("name", name)]
         found: dict[Place, list[str]] = {}
         tags_of = in_parallel(lambda one: self.repository(one).tags(), names)

@@ -131,7 +131,6 @@ class Authorizer:
             return True
 
     def _token(self, asked: Mapping[str, str]) -> str:
-        """Ask the registry's token service; value of `Authorization`."""
         realm = asked.get("realm", "")
         if not _is_token_service(self.api, realm):
             raise AccessError(
@@ -169,7 +168,6 @@ def keeps_secrets(url: str) -> bool:
 
 
 def _is_token_service(api: str, realm: str) -> bool:
-    """Whether a registry's credentials may go to a token service."""
     ours, theirs = urlsplit(api).hostname or "", urlsplit(realm).hostname or ""
     if urlsplit(realm).scheme not in {"http", "https"} or not keeps_secrets(realm):
         return False
@@ -206,7 +204,6 @@ class Request:
 
     @property
     def scope(self) -> str:
-        """The same, as a token names it."""
         if not self.repository:
             return "registry:catalog:*"
         return f"repository:{self.repository}:{self.actions}"
@@ -264,7 +261,6 @@ class Transport:
             _discard(response)
 
     def is_own(self, url: str) -> bool:
-        """Whether a URL is of the registry itself."""
         return urlsplit(url)[:2] == urlsplit(self.api)[:2]
 
     def _url(self, request: Request) -> str:
@@ -277,7 +273,6 @@ class Transport:
             return replace(reply, body=transfer.read_whole(chunks, limit_bytes, _shown(reply.url)))
 
     def _respond(self, request: Request) -> BaseHTTPResponse:
-        """Send, with authorization; the body of an expected reply is not read yet."""
         response, url, sent = self._send(request)
         # Only the registry itself may ask who we are, not where it redirects to.
         if response.status == 401 and self.is_own(url):
@@ -338,7 +333,6 @@ class Transport:
             )  # fmt: skip
 
     def _fault(self, request: Request, response: BaseHTTPResponse) -> PipelineError:
-        """What an unexpected status means."""
         status, stated = response.status, _stated(response)
         if status in {401, 403}:
             return self._refused(request)
@@ -406,7 +400,6 @@ def _connection_errors(url: str, kind: type[TransientError]) -> Iterator[None]:
 
 
 def _chunks(response: BaseHTTPResponse, url: str) -> Iterator[bytes]:
-    """A body, as it arrives."""
 
     def read(count: int) -> bytes:
         with _connection_errors(url, _AgainError):
@@ -431,7 +424,6 @@ def _shown(url: str) -> str:
 
 
 def _stated(response: BaseHTTPResponse) -> str:
-    """What the registry says of an error, made printable; empty if nothing."""
     with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
         body = transfer.read_whole(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
         texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]

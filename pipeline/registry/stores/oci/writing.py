@@ -153,18 +153,15 @@ class WritableRepository(Repository):
         self.ask("PUT", f"manifests/{reference}", headers=kind, body=document)
 
     def delete_manifest(self, digest: str) -> None:
-        """Remove a manifest and its tags, if it is there."""
         self.ask("DELETE", f"manifests/{digest}", also=(404,))
 
     def has_blob(self, blob: Descriptor) -> bool:
-        """Whether a blob of this digest and size is there."""
         reply = self.ask("HEAD", f"blobs/{blob.digest}", also=(404,), push=True)
         return reply.status == 200 and reply.headers.get("Content-Length") == str(blob.size)
 
     def put_blob(
         self, data: bytes, media_type: str, title: str | None = None, *, inline: bool = False
     ) -> Descriptor:
-        """Upload a small blob, unless it is there; see `describe`."""
         blob = describe(data, media_type, title, inline=inline)
         if not self.has_blob(blob):
             self._finish_upload(self._begin_upload(), blob, data)
@@ -210,11 +207,9 @@ class WritableRepository(Repository):
             self._cancel_upload(location)
 
     def _begin_upload(self) -> str:
-        """Open an upload; returns where it takes bytes."""
         return self._location(self.ask("POST", "blobs/uploads/"))
 
     def _send_part(self, location: str, offset: int, part: bytes) -> str:
-        """Send the next part; where the one after it goes."""
         headers = {**_BINARY, "Content-Range": f"{offset}-{offset + len(part) - 1}"}
         reply = self.ask("PATCH", location, also=(404, 416), headers=headers, body=part)
         if reply.status in {404, 416}:
@@ -231,7 +226,6 @@ class WritableRepository(Repository):
                 raise
 
     def _cancel_upload(self, location: str) -> None:
-        """Give an upload up, as far as the registry can; it expires anyway."""
         self.ask("DELETE", location, also=(404, 405, 416), push=True)
 
     def _location(self, reply: Reply) -> str:
@@ -246,7 +240,6 @@ class WritableRepository(Repository):
 
 
 def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in parts of `PART_BYTES`; the last one may be shorter."""
     held = bytearray()
     for chunk in chunks:
         held += chunk
@@ -362,7 +355,6 @@ class WritableOciStore(OciStore):
         return []
 
     def _published(self, place: Place, manifest: bytes) -> bool:
-        """Whether exactly this manifest has the version's tag."""
         self._images.pop(place, None)
         there = None
         with contextlib.suppress(CorruptError):
