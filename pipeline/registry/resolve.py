@@ -108,23 +108,9 @@ def examine(
     raws = store.read_statements(place, names)
     # Only a yank has to name the registry, so only for one is it asked.
     registry = store.identity() if any(raw.kind == "yank" for raw in raws) else None
-    return examine_package(package, raws, terms, origin, registry)
-
-
-def examine_package(
-    package: Package,
-    raws: Sequence[RawStatement],
-    terms: Terms,
-    origin: str,
-    registry: str | None = None,
-) -> Resolved:
-    """As `examine`, of a package whose manifest is what its digest says, for a registry's identity.
-
-    `origin` names it in messages; a folder belongs to no registry.
-    """
-    done = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
-    require_usable(done, terms, origin)
-    return done
+    found = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
+    require_usable(found, terms, origin)
+    return found
 
 
 def candidates(

@@ -87,14 +87,6 @@ def cache_dir() -> Path:
     return cache_root().absolute() / "packages"
 
 
-def cache_store() -> Store:
-    """What `--offline` pulls from: it came from anywhere, so a local key does not count."""
-    from pipeline.registry.stores.folder import FolderObjects
-    from pipeline.registry.stores.tree import TreeStore
-
-    return TreeStore(objects=FolderObjects(path=cache_dir()))
-
-
 def cache_entry(place: Place) -> Path:
     """Where a package is kept, or would be."""
     return cache_dir() / place.name / place.variant / place.version

@@ -32,7 +32,7 @@ from pipeline.registry.client.deliver import (
     STATEMENTS_SUFFIX,
     Delivery,
     Origin,
-    cache_store,
+    cache_dir,
     verify_layout,
 )
 from pipeline.registry.client.download import Transfer
@@ -41,7 +41,7 @@ from pipeline.registry.disk import read_bounded
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.manifest import verify as verify_package
 from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
-from pipeline.registry.resolve import candidates, examine_package, resolve
+from pipeline.registry.resolve import candidates, resolve
 from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import (
     MAX_ATTACHMENT_BYTES,
@@ -53,7 +53,12 @@ from pipeline.registry.store import (
 from pipeline.registry.stores import open_reader, package_dir
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.statements import MODEL_SIGNATURE
-from pipeline.registry.trust.verification import Resolved, Terms
+from pipeline.registry.trust.verification import (
+    Resolved,
+    Terms,
+    require_usable,
+    verify_statements,
+)
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +226,11 @@ def run(request: PullRequest) -> Pulled:
     """
     if not request.offline:
         return pull_from(open_reader(request.registry or ARTIFACTS), request)
-    store, wanted = cache_store(), request.wanted
+    from pipeline.registry.stores.folder import FolderObjects
+    from pipeline.registry.stores.tree import TreeStore
+
+    # What is in the cache came from anywhere, so a local key does not count.
+    store, wanted = TreeStore(objects=FolderObjects(path=cache_dir())), request.wanted
     if wanted.channel is not None:
         held = ", ".join(map(str, store.places(wanted.name)))
         raise NotFoundError(
@@ -328,7 +337,9 @@ def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
             found = store.read_statements(Place.of(reference_of(package)))
     found += _read_statements(beside if published else folder / STATEMENTS)
     statements = {one.name: one for one in found}
-    resolved = examine_package(package, list(statements.values()), terms, str(folder))
+    raws, origin = list(statements.values()), str(folder)
+    resolved = verify_statements(package, raws, terms.policy, registry=None, origin=origin)
+    require_usable(resolved, terms, origin)
     _check_model_signature(folder, resolved)
     return resolved
 

@@ -297,15 +297,8 @@ class Signatory:
     invocation_id: str
 
     def sign_build(self, package: Package, started: datetime) -> list[RawStatement]:
-        predicate = self._provenance(package.manifest, started)
-        return [
-            sign_package(package, self.key),
-            sign_statement("provenance", package.digest, {}, self.key, predicate=predicate),
-        ]
-
-    def _provenance(self, manifest: Mapping[str, Any], started: datetime) -> dict[str, Any]:
-        """SLSA provenance v1 (slsa.dev/spec/v1.0/provenance) of a build that ends now."""
-        source, build = manifest["source"], manifest["build"]
+        """Signature, and SLSA provenance v1 (slsa.dev/spec/v1.0/provenance) that ends now."""
+        source, build = package.manifest["source"], package.manifest["build"]
         weights: dict[str, Any] = {
             "name": "weights",
             "uri": source["origin"],
@@ -314,12 +307,15 @@ class Signatory:
         }
         if source["commit"]:
             weights["digest"] = {"gitCommit": source["commit"]}
-        return {
+        predicate = {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"recipe": manifest["name"], "config": build["config"]},
+                "externalParameters": {
+                    "recipe": package.manifest["name"],
+                    "config": build["config"],
+                },
                 "internalParameters": {
-                    "build_key": manifest["build_key"],
+                    "build_key": package.manifest["build_key"],
                     "tools": build["tools"],
                 },
                 "resolvedDependencies": [weights],
@@ -333,6 +329,10 @@ class Signatory:
                 },
             },
         }
+        return [
+            sign_package(package, self.key),
+            sign_statement("provenance", package.digest, {}, self.key, predicate=predicate),
+        ]
 
 
 def signatory_for(

@@ -22,6 +22,7 @@ yanks and moves are a registry's own. This module reads them; signing.py makes t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -186,24 +187,18 @@ def parse_envelope(data: bytes) -> Envelope:
 
 def signer_of(envelope: Envelope, policy: TrustPolicy, role: Role) -> TrustedKey:
     """The key that signed an envelope, if the policy lets it; an UntrustedError says why not."""
+    from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
+
     reasons = []
     keyids = [keyid for keyid in envelope.signatures if re.fullmatch("[0-9a-f]{64}", keyid)]
     for keyid in keyids[:_MAX_KEYIDS]:
         key, reason = policy.find(keyid, role)
-        if key is not None and _signed_by(key.key, envelope):
-            return key
+        if key is not None:
+            with contextlib.suppress(UnverifiedSignatureError, VerificationError, ValueError):
+                envelope.verify([_library_key(key.key)], 1)
+                return key
         reasons.append(reason or f"the signature by {keyid[:12]} does not match its content")
     raise UntrustedError("; ".join(reasons) or "it has no signature")
-
-
-def _signed_by(key: PublicKey, envelope: Envelope) -> bool:
-    from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
-
-    try:
-        envelope.verify([_library_key(key)], 1)
-    except (UnverifiedSignatureError, VerificationError, ValueError):
-        return False
-    return True
 
 
 @functools.lru_cache(maxsize=64)

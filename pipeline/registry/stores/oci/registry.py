@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import pydantic.dataclasses
 
-from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import CorruptError, NotFoundError, TransientError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest
 from pipeline.registry.reference import check_part
@@ -329,18 +329,17 @@ class OciStore:
             found = {name: statement_tag(place, name) for name in tagged}
         return {name: where for name, where in found.items() if names is None or name in names}
 
-    def _names(self) -> list[str]:
-        try:
-            found = Repository(transport=self.transport, name="").catalog()
-        except (NotFoundError, AccessError) as error:
-            raise AccessError(
-                f"{error}. Many registries do not list what they have: name the package"
-            ) from error
-        return [name for one in found if (name := self.address.name_of(one))]
-
     def _tagged(self, name: str | None, variant: str | None) -> dict[Place, list[str]]:
-        names = self._names() if name is None else [check_part("name", name)]
         found: dict[Place, list[str]] = {}
+        if name is not None:
+            names = [check_part("name", name)]
+        else:
+            try:
+                listed = Repository(transport=self.transport, name="").catalog()
+            except (NotFoundError, AccessError) as error:
+                advice = "Many registries do not list what they have: name the package"
+                raise AccessError(f"{error}. {advice}") from error
+            names = [own for one in listed if (own := self.address.name_of(one))]
         tags_of = in_parallel(lambda one: self.repository(one).tags(), names)
         for one, tags in zip(names, tags_of, strict=True):
             statements: dict[str, list[str]] = {}
