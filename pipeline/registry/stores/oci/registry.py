@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import pydantic.dataclasses
 
-from pipeline.core.errors import CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest
 from pipeline.registry.reference import check_part
