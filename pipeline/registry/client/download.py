@@ -127,14 +127,9 @@ def download(
 ) -> int:
     """Fetch all files of a package into `work.dir / PACKAGE`; how many bytes the store sent.
 
-    Args:
-        store: Where they lie.
-        place: The version.
-        files: What its verified manifest, whose SHA-256 is `digest`, lists.
-        work: What it already has of this package is hashed and kept.
-        digest: Names the package in the record.
-        transfer: How.
-        on_bytes: Called with numbers of bytes that are there, fetched or found; may be negative.
+    `files` are what its verified manifest lists, whose SHA-256 is `digest`. What `work` already has
+    of them is hashed and kept. `on_bytes` gets numbers of bytes that are there, fetched or found,
+    and negative ones where a file is fetched again.
 
     Raises:
         CorruptError: A file is not what the manifest says, also when fetched again.
