@@ -12,7 +12,7 @@ from pipeline.answer import Answer, answering, make_table, printable
 from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, open_registry
 
 if TYPE_CHECKING:
-    from pipeline.registry.gc import Collected
+    from pipeline.registry.inventory import Collected
     from pipeline.registry.promotion import Moved, Releaser
     from pipeline.registry.trust.verification import Move
 
@@ -212,7 +212,7 @@ def gc(
     policy: Policy = None,
 ) -> Answer:
     """Show which versions nothing needs any more, and remove them with --delete."""
-    from pipeline.registry.gc import Rules, collect
+    from pipeline.registry.inventory import Rules, collect
     from pipeline.registry.resolve import resolve
     from pipeline.registry.store import Place
     from pipeline.registry.trust.verification import Terms

@@ -22,7 +22,7 @@ from pipeline.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.registry.resolve import Entry
+    from pipeline.registry.inventory import Entry
     from pipeline.registry.stores.publication import WritableStore
     from pipeline.registry.trust.verification import Resolved, Terms
 
@@ -39,7 +39,7 @@ _STYLES = {
 @answering
 def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
     """List the published packages, with what trusted keys state about them."""
-    from pipeline.registry.resolve import entries
+    from pipeline.registry.inventory import entries
 
     found = entries(*_open(registry, policy))
     rows = []
@@ -60,7 +60,7 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
     from rich.console import Group
     from rich.filesize import decimal
 
-    from pipeline.registry.resolve import entry
+    from pipeline.registry.inventory import entry
 
     store, terms = _open(registry, policy)
     found = entry(store, reference, terms)

@@ -6,8 +6,8 @@
     store.py       what every store can do; stores/: a folder, S3, OCI
     trust/         statements: everything signed; which of them count
     resolve.py     a reference -> a verified package; select.py: the best one for this machine
-    promotion.py   channels and yanks
-    gc.py          remove what nothing needs
+    promotion.py   channels, yanks, copies
+    inventory.py   list versions, and remove what nothing needs
     client/        pull and verify
 
     from pipeline.registry import pull

@@ -163,11 +163,7 @@ def _with_notice(files: list[FileDigest], staging_dir: Path, notice: str) -> lis
 
 
 def require_publishable(licence: Licence, *, public: bool) -> None:
-    """Stop a build, before any download, whose package could not be published.
-
-    Raises:
-        RecipeError: It could not; gives every reason.
-    """
+    """Stop a build whose package could not be published, before any download: a RecipeError."""
     faults = []
     if licence.gated and licence.acknowledged != licence.spdx:
         got = f", got {licence.acknowledged}" if licence.acknowledged else ""

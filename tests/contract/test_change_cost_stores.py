@@ -12,8 +12,8 @@ from pipeline.registry import stores
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import PullRequest
 from pipeline.registry.client.pull import run as pull
+from pipeline.registry.inventory import entries
 from pipeline.registry.reference import reference_of
-from pipeline.registry.resolve import entries
 from pipeline.registry.trust.verification import Terms
 from tests.contract.test_change_cost_formats import put, recipe
 from tests.registry.packages import place_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import NotFoundError
-from pipeline.registry import gc
-from pipeline.registry.gc import DAY_S, Collected, Rules, collect
+from pipeline.registry import inventory
+from pipeline.registry.inventory import DAY_S, Collected, Rules, collect
 from tests.registry.packages import place_of, read_back
 from tests.registry.team import Team
 
@@ -98,7 +98,7 @@ def test_a_version_that_a_channel_took_meanwhile_stays(
     team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = team.publish(verdict="accepted")
-    decide = gc._decide
+    decide = inventory._decide
     looks: list[object] = []
 
     def promoted_after_the_first_look(*arguments: Any) -> object:
@@ -108,7 +108,7 @@ def test_a_version_that_a_channel_took_meanwhile_stays(
         looks.append(fate)
         return fate
 
-    monkeypatch.setattr(gc, "_decide", promoted_after_the_first_look)
+    monkeypatch.setattr(inventory, "_decide", promoted_after_the_first_look)
     assert run(team, 90).removed == ()
     assert team.store.places() == [place_of(package)]
 

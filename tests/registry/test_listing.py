@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.resolve import Pointer, entries, entry
+from pipeline.registry.inventory import Pointer, entries, entry
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of

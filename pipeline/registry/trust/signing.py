@@ -67,9 +67,7 @@ def generate_key() -> SigningKey:
 def write_key_pair(key: SigningKey, path: Path) -> Path:
     """Write a private key, mode 0600, and its public half beside it, whose path it returns.
 
-    Raises:
-        ConflictError: One of the two files exists.
-        AccessError: Not writable.
+    ConflictError if one of the two files exists, AccessError if they cannot be written.
     """
     public = path.with_name(f"{path.name}.pub")
     for target in (path, public):

@@ -9,9 +9,8 @@
     :<variant>_<channel>.<card>              image that a channel means, for clusters that mount it
     <prefix>/registry:identity               identity of the registry
 
-Each statement and each move has a tag of its own, so writers never meet; tags have no exclusive
-creation, but a name that follows from the content needs none. Neither a variant nor a version has a
-`_`, and no channel has a dot, so each tag means one thing.
+Each statement and each move has a tag of its own, so writers never meet. Neither a variant nor a
+version has a `_`, and no channel has a dot, so each tag means one thing.
 """
 
 from __future__ import annotations
