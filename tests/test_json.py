@@ -171,7 +171,7 @@ def test_what_else_is_printed_goes_to_stderr(
         return []
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.registry.resolve.entries", chatter)
+    monkeypatch.setattr("pipeline.registry.inventory.entries", chatter)
     code, value, err = terminal.ask("list")
     assert (code, value["packages"]) == (0, [])
     assert all(said in err for said in ("a library's banner", "native code", "another program"))
@@ -189,7 +189,7 @@ def test_what_ends_a_command_is_told_to_programs(
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.registry.resolve.entries", fail)
+    monkeypatch.setattr("pipeline.registry.inventory.entries", fail)
     code, value, _ = terminal.ask("list")
     assert (code, value["exit_code"]) == (wanted, wanted)
     assert value["message"]
