@@ -31,8 +31,7 @@ from pipeline.answer import (
     show_error,
     tell,
 )
-from pipeline.config.compose import INFO, show_info
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import INFO, config_folders, show_info
 from pipeline.config.load import Job, load
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.outcome import (

@@ -15,19 +15,19 @@ from pathlib import Path
 from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.report import REPORT_FILE
 from pipeline.build import acceptance_key, fetch, plan_of, run_acceptance
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
-from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, RecipeError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.hardware import Target, card_name, target_of_card
+from pipeline.core.settings import cache_root
 from pipeline.core.values import Package, Weights
 from pipeline.formats.spec import format_spec
-from pipeline.machine import require_builder
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import refuse
+from pipeline.plan.sizes import require_builder
 from pipeline.publishing import Publisher
 from pipeline.registry.client.pull import PullRequest, named_folder, open_target
 from pipeline.registry.reference import reference_of

@@ -11,19 +11,17 @@ from typing import Any
 
 from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.report import REPORT_FILE, write_report
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import Recipe, build_key, key_inputs
 from pipeline.core.cache import StageCache
-from pipeline.core.data import cache_root
 from pipeline.core.errors import RecipeError
+from pipeline.core.settings import cache_root
 from pipeline.core.values import Checkpoint, Package, Verdict, Weights
 from pipeline.core.workfolder import locked
 from pipeline.formats.spec import format_spec
-from pipeline.identity import build_key, key_inputs
-from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import Plan, make_plan, refuse
-from pipeline.plan.sizes import PlannedWorkload, PlanRequest
+from pipeline.plan.sizes import PlannedWorkload, PlanRequest, require_builder, require_room
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
 from pipeline.registry.package import Label, require_publishable, seal
@@ -59,7 +57,7 @@ def build(
         found = None if rebuild else publisher.find(recipe.name, variant_of(recipe), key)
         if found and (taken := take(recipe, found, publisher, run_dir, config, environ)):
             return taken
-        require_room(plan, cache.root)
+        require_room(plan.build, cache.root)
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, run_dir)
         format_spec(engine.format).require_files(engine.dir)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline.build import plan_of
-from pipeline.config.folders import ConfigFolders, config_folders, suggestion
+from pipeline.config.compose import ConfigFolders, config_folders, suggestion
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
-from pipeline.core.data import read_json_object
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
+from pipeline.core.settings import read_json_object
 from pipeline.formats.spec import FormatSpec, format_spec, format_specs
 from pipeline.model.read import IRRELEVANT, read_spec
 from pipeline.model.spec import ModelSpec
@@ -118,13 +118,6 @@ def most_batch(spec: FormatSpec) -> int:
     return 64 if spec.fit.static else 128
 
 
-def smallest(engine_format: str, shape: ModelSpec) -> Fitted:
-    """The last sizes that `largest` tries."""
-    spec = format_spec(engine_format)
-    batch, context = _tried(spec, shape)[-1]
-    return _fitted(spec, batch, context, "bfloat16")
-
-
 def largest(recipe: Recipe) -> Fitted:
     """The largest sizes of the recipe's compiler that its plan has no fault with.
 
@@ -182,7 +175,6 @@ def _tried(spec: FormatSpec, shape: ModelSpec) -> list[tuple[int, int]]:
 
 
 def _fitted(spec: FormatSpec, batch: int, context: int, kv_cache_dtype: str) -> Fitted:
-    """The compiler's settings for one size."""
     settings = {"max_batch_size": batch, "max_seq_len": context}
     if spec.fit.static:
         settings |= {
@@ -286,10 +278,11 @@ class _Draft:
         formats = sorted(
             format_specs().values(), key=lambda spec: _BOUND_FIRST.index(spec.bound_to)
         )
-        for compiler in (spec.name for spec in formats):
-            if compiler not in folders.options("compiler"):
+        for spec in formats:
+            if (compiler := spec.name) not in folders.options("compiler"):
                 continue
-            with _staged(self.texts({compiler: smallest(compiler, self.shape)}), folders) as staged:
+            smallest = _fitted(spec, *_tried(spec, self.shape)[-1], "bfloat16")
+            with _staged(self.texts({compiler: smallest}), folders) as staged:
                 recipe = load(self.name, [f"compiler={compiler}"], folders=staged).value
             try:
                 sizes[compiler] = largest(recipe)

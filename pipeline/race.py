@@ -32,16 +32,16 @@ from pipeline.acceptance.measure import conditions_json
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.speed import ENGINE, SpeedSample, measure_speed, spread_findings, summarize
 from pipeline.build import plan_of
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
-from pipeline.core.data import cache_root, shipped
 from pipeline.core.errors import ConflictError, Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.settings import cache_root, shipped
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
-from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline
+from pipeline.plan.sizes import require_builder, require_room
 from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.rehearse import on_random_weights
 from pipeline.runners.runner import Session
@@ -133,7 +133,7 @@ def race(request: RaceRequest) -> RaceResult:
     if request.out.exists() and any(request.out.iterdir()):
         raise ConflictError(f"{request.out} is not empty; name another folder with --out")
     plan = plan_of(recipe)
-    require_room(plan, cache_root())
+    require_room(plan.build, cache_root())
     if request.random_weights:
         # Speed does not depend on them. The next command finds them by the shape's digest.
         folder = cache_root() / "random-weights" / digest_of({"shape": asdict(recipe.shape)})[:24]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 
-from pipeline.core.stages import RECORD_FILE, Stage
+from pipeline.core.cache import RECORD_FILE, Stage
 
 ROOM = RECORD_FILE.parents[1]
 HEADER = (

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.core.data import data_dir
+from pipeline.core.settings import data_dir
 from tests.tiny import tiny_model
 from tests.tiny_recipe import ROOT, Workplace, make_workplace
 

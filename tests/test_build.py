@@ -134,7 +134,7 @@ def test_second_run_takes_the_package_without_a_stage_or_torch(place: Workplace)
     assert time.monotonic() - begun < 5.0
     assert "Taken, published before: tiny/" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "pipeline.identity" in imported  # so the list is there
+    assert "pipeline.config.recipe" in imported  # so the list is there
     assert not imported & {"torch", "modelopt", "transformers", "onnxruntime", "tensorrt_rtx"}
     assert started(place.log()) == set()
     assert place.verdict()["taken"] is True

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.folders import ConfigFolders, config_folders
+from pipeline.config.compose import ConfigFolders, config_folders
 from pipeline.config.load import Job, load, registry_overrides
-from pipeline.core.data import data_dir
+from pipeline.core.settings import data_dir
 
 OWN = """\
 defaults: [build, {shapes@shape: smollm2}, _self_]

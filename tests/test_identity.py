@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import load
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import Recipe, build_key, key_inputs
 from pipeline.core.values import FileDigest, Licence, Weights, digest_of
-from pipeline.identity import build_key, key_inputs
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = Weights(

@@ -11,21 +11,20 @@ from typing import Any, cast
 import pytest
 
 from pipeline.core.errors import ExitCode, IncompatibleError, TransientError
-from pipeline.machine import require_builder, require_room
-from pipeline.plan import Plan
+from pipeline.plan.sizes import BuildNeeds, require_builder, require_room
 
 Usage = namedtuple("Usage", "total used free")
 ANY_BYTES = 10_000_000_000
 
 
-def needing(disk_bytes: int, ram_bytes: int = 0) -> Plan:
-    """A plan, as far as `require_room` reads it."""
-    build = SimpleNamespace(
+def needing(disk_bytes: int, ram_bytes: int = 0) -> BuildNeeds:
+    """What a build needs, as far as `require_room` reads it."""
+    needs = SimpleNamespace(
         disk_bytes={"checkpoint": disk_bytes - disk_bytes // 3, "engine": disk_bytes // 3},
         quantize_ram_min_bytes=ram_bytes,
         compile_ram_bytes=0,
     )
-    return cast(Plan, SimpleNamespace(build=build))
+    return cast(BuildNeeds, needs)
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.build import plan_of
 from pipeline.cli import main
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import (

@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.acceptance.chat import ChatSettings
 from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.sustained import SustainedRun
+from pipeline.core.cache import Stage
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.stages import Stage
 from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.plan import Plan

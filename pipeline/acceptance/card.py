@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from pipeline.core.data import cache_root
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import Conditions, nvml_device, read_conditions
 from pipeline.core.hardware import card_name
+from pipeline.core.settings import cache_root
 from pipeline.core.values import Finding
 from pipeline.core.workfolder import locked
 

@@ -55,7 +55,7 @@ def build(
 @answering
 def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = None) -> Answer:
     """Show size, fit and speed ceilings of a recipe, without downloading anything."""
-    from pipeline.config.folders import config_folders
+    from pipeline.config.compose import config_folders
     from pipeline.config.load import load
 
     composed = load(recipe, overrides or (), folders=config_folders(config_dir)).value
@@ -76,7 +76,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = No
 @answering
 def config(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = None) -> Answer:
     """Print a recipe as it is composed: every value, defaults and overrides merged."""
-    from pipeline.config.folders import config_folders
+    from pipeline.config.compose import config_folders
     from pipeline.config.load import load
 
     job = load(recipe, overrides or (), folders=config_folders(config_dir))
@@ -134,8 +134,8 @@ def export_trtllm(
     ] = None,
 ) -> Answer:
     """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
-    from pipeline.formats.trtllm.export import plan_export
-    from pipeline.plan.findings import checkpoint_faults
+    from pipeline.formats.trtllm.convert import plan_export
+    from pipeline.plan import checkpoint_faults
 
     export = plan_export(
         checkpoint_dir,

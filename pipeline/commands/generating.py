@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.core.cache import StageCache
-from pipeline.core.data import cache_root, shipped
 from pipeline.core.errors import IncompatibleError
-from pipeline.core.settings import read_mark
+from pipeline.core.settings import cache_root, read_mark, shipped
 from pipeline.core.values import Package
 from pipeline.formats.spec import format_spec
-from pipeline.machine import require_builder
 from pipeline.model.hf import load_tokenizer
+from pipeline.plan.sizes import require_builder
 from pipeline.registry.reference import reference_of
 from pipeline.runners.runner import Runner, Session
 from pipeline.runners.workload import chat_prompt, eos_ids

@@ -12,11 +12,11 @@ from pipeline.acceptance.acceptance import Acceptance
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.hardware import Target
-from pipeline.core.kinds import OneOf
-from pipeline.core.settings import STRICT
-from pipeline.core.values import Checkpoint, Licence, Weights
-from pipeline.formats.spec import EngineCompiler
+from pipeline.core.settings import STRICT, OneOf
+from pipeline.core.values import Checkpoint, Licence, Weights, digest_of
+from pipeline.formats.spec import EngineCompiler, format_spec
 from pipeline.model.read import Shape
+from pipeline.quant.spec import quant_spec
 from pipeline.registry.reference import Part, check_part
 from pipeline.registry.stores import Registry
 from pipeline.runners.runner import Runner
@@ -87,3 +87,44 @@ class Recipe:
     runner: Annotated[Runner, OneOf("pipeline.runners")]
     acceptance: Acceptance
     registry: Annotated[Registry, OneOf("pipeline.registry.stores", "registry")]
+
+
+_WEIGHTS = ("digest", "commit", "origin", "note", "random")
+
+
+def key_inputs(recipe: Recipe, weights: Weights) -> dict[str, Any]:
+    """Everything that determines a package, as JSON values; no library is imported for it.
+
+    A list of what may count. Each class says which of its fields shape bytes (`inputs`), each stage
+    its version, and the rest is what a manifest states: a corrected licence is another build. Not
+    on it: module paths, citations, power limits, where things lie, how they are judged, and the
+    card of a format that is bound to none. A manifest holds the list.
+    """
+    compiler, target = recipe.compiler, recipe.target
+    spec = format_spec(compiler.format)
+    bound = {"card": {"card": target.card, "sm": target.sm}, "sm": {"sm": target.sm}, None: {}}
+    name, version = compiler.pinned_runtime
+    licence = weights.licence
+    return {
+        "name": recipe.name,
+        "recipe_version": recipe.version,
+        "variant": spec.variant(quant_spec(recipe.quantizer.precision), compiler.limits, target),
+        "target": bound[spec.bound_to],
+        "weights": {key: getattr(weights, key) for key in _WEIGHTS},
+        "licence": {
+            "spdx": licence.spdx,
+            "files": list(licence.files),
+            "redistribution": licence.redistribution,
+            "notice": licence.notice,
+        },
+        "quantize": dict(recipe.quantizer.inputs(weights, recipe.calibration)),
+        "compile": dict(compiler.inputs(target)),
+        "limits": compiler.limits.to_json(),
+        "serve": list(spec.serve_args(compiler.limits)),
+        "runtime": {"name": name, "version": version},
+    }
+
+
+def build_key(recipe: Recipe, weights: Weights) -> str:
+    """SHA-256 (hex) of everything that determines a package."""
+    return digest_of(key_inputs(recipe, weights))

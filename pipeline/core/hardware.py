@@ -5,8 +5,7 @@ from __future__ import annotations
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.data import data_dir, shipped
-from pipeline.core.settings import STRICT
+from pipeline.core.settings import STRICT, data_dir, shipped
 
 GIB = 1 << 30
 
@@ -47,7 +46,6 @@ class Target:
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory in bytes."""
         return int(self.memory_gib * GIB)
 
 

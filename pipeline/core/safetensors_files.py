@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError
+from pipeline.core.settings import read_json_object
 
 log = logging.getLogger(__name__)
 

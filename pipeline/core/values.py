@@ -109,7 +109,7 @@ class Checkpoint:
 
     @property
     def ledger(self) -> Mapping[str, Any]:
-        """What was rounded and what it cost, for the manifest (pipeline.quant.verify)."""
+        """What was rounded and what it cost, for the manifest (pipeline.quant.modelopt)."""
         found: Mapping[str, Any] = self.calibration["ledger"]
         return found
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipeline.core.data import read_json_object
 from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.settings import read_json_object
 from pipeline.model import families
 from pipeline.model.spec import ModelSpec
 
@@ -73,7 +73,6 @@ class ConfigKeys:
         self._known: set[str] = set()
 
     def fault(self, key: str, message: str) -> None:
-        """Note that a key is wrong."""
         self.faults.append(Fault(self.section + key, message))
 
     def take(self, key: str, default: Any = _MISSING) -> Any:
@@ -118,7 +117,6 @@ class ConfigKeys:
         return self._wrong(key, value, "a list of numbers > 0", ())
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value = self.take(key, default)
         return value if isinstance(value, bool) else self._wrong(key, value, "true or false", False)
 

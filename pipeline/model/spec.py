@@ -84,7 +84,6 @@ class Layer:
     activation: str
 
     def linear(self, role: str) -> Linear:
-        """The linear of a role."""
         return next(linear for linear in self.linears if linear.role == role)
 
     def group(self, fused: str) -> tuple[Linear, ...]:
@@ -186,12 +185,10 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
         return len(self.layers)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Attention window of each layer."""
         return tuple(layer.attention.window for layer in self.layers)
 
     @property
@@ -330,19 +327,12 @@ def rope_frequencies(rope: Rope, *, context: int) -> NDArray[np.float64]:
 
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
     frequencies: NDArray[np.float64] = rope.theta**-exponents
-    if isinstance(rope.scaling, Llama3Scaling):
-        return _llama3(frequencies, rope.scaling)
-    if isinstance(rope.scaling, LongRopeScaling):
-        frequencies = frequencies / np.array(rope.scaling.factors(context))
+    scaling = rope.scaling
+    if isinstance(scaling, Llama3Scaling):  # `apply_scaling` in Meta's reference of Llama 3.1
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    elif isinstance(scaling, LongRopeScaling):
+        frequencies = frequencies / np.array(scaling.factors(context))
     return frequencies
-
-
-def _llama3(frequencies: NDArray[np.float64], scaling: Llama3Scaling) -> NDArray[np.float64]:
-    """Source: `apply_scaling` in Meta's reference implementation of Llama 3.1."""
-    import numpy as np
-
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    blended: NDArray[np.float64] = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    return blended

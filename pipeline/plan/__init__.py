@@ -4,25 +4,23 @@
     print(render(plan))   # a table for people; plan.to_json() for programs
     refuse(plan)          # RecipeError with every fault, before anything is downloaded
 
-Pure: nothing here reads the network, a GPU or an environment variable, or imports torch.
+A plan is pure: it reads no network, GPU or environment variable, and imports no torch. The
+known-bad table is a data file of conditions, so that a lesson costs a row and no code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic.dataclasses
 
 from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.settings import STRICT
 from pipeline.plan.ceilings import REACHABLE_SHARE, WorkloadPlan, plan_workload, roofline
-from pipeline.plan.findings import (
-    Note,
-    fit_findings,
-    known_bad_findings,
-    limit_faults,
-    rate,
-    target_findings,
-)
 from pipeline.plan.sizes import (
     BuildNeeds,
     Fit,
@@ -109,6 +107,7 @@ def refuse(plan: Plan) -> None:
 def render(plan: Plan) -> RenderableType:
     """Sizes and fit, one line for each workload, then notes and faults."""
     from rich.console import Group
+    from rich.table import Table
     from rich.text import Text
 
     request = plan.request
@@ -117,7 +116,11 @@ def render(plan: Plan) -> RenderableType:
         f"(sm_{request.target.sm}), {' '.join(request.runtime).strip()}",
         style="bold",
     )
-    parts: list[RenderableType] = [title, _sizes(plan)]
+    sizes = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    sizes.add_column(style="dim", no_wrap=True)
+    for row in _size_rows(plan):
+        sizes.add_row(*row)
+    parts: list[RenderableType] = [title, sizes]
     if plan.workloads:
         ceiling = (
             "The ceiling is what the card allows at most, without speculation; up to "
@@ -130,16 +133,6 @@ def render(plan: Plan) -> RenderableType:
         parts.append(Text(f"{note.severity}: {note.path}: {note.message}{source}", style=style))
     parts += [Text(f"refused: {fault}", style="bold red") for fault in plan.faults]
     return Group(*parts)
-
-
-def _sizes(plan: Plan) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    for row in _size_rows(plan):
-        table.add_row(*row)
-    return table
 
 
 def _size_rows(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -206,3 +199,214 @@ def _workloads(plan: Plan) -> Table:
             "-" if workload.share is None else f"{workload.share:.0%}",
         )
     return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something to know that refuses nothing, and who says so; empty for the plan itself."""
+
+    severity: Literal["warning", "note"]
+    path: str
+    message: str
+    source: str = ""
+
+
+def limit_faults(request: PlanRequest) -> Iterator[Fault]:
+    """Limits that contradict the model, each other, or a workload."""
+    limits, longest = request.limits, request.shape.max_position_embeddings
+    context, batch, tokens = limits.max_seq_len, limits.max_batch_size, limits.max_num_tokens
+    if context > longest:
+        beyond = f"a context of {context} is beyond what the model was trained for"
+        yield Fault("compiler.max_seq_len", f"{beyond}; at most {longest}")
+    if tokens < batch:
+        yield Fault(
+            "compiler.max_num_tokens",
+            f"max_num_tokens ({tokens}) must be >= max_batch_size ({batch}), for each sequence "
+            "takes one in a decode step; increase compiler.max_num_tokens",
+        )
+    if not request.format.holds(request.precision):
+        weights = f"{request.precision.title} weights"
+        other = "choose another compiler or another quantizer"
+        yield Fault("quantizer", f"a {request.format.name} engine cannot hold {weights}; {other}")
+    for index, load in enumerate(request.workloads):
+        path = f"acceptance.targets[{index}]"
+        if load.isl + load.osl > context:
+            total = f"isl + osl ({load.isl} + {load.osl})"
+            yield Fault(f"{path}.isl", f"{total} must be <= compiler.max_seq_len ({context})")
+        if load.batch > batch:
+            most = f"compiler.max_batch_size ({batch})"
+            yield Fault(f"{path}.batch", f"batch {load.batch} must be <= {most}")
+
+
+def fit_findings(request: PlanRequest, fit: Fit) -> Iterator[Fault | Note]:
+    """What the card's memory does not hold, and limits that promise more than it does."""
+    limits, card = request.limits, request.target.id
+    left = f"the {gib(fit.kv_budget_bytes)} that {card} has left beside weights and workspace"
+    if fit.kv_budget_bytes < fit.kv_bytes_per_token:
+        missing = fit.kv_bytes_per_token - fit.kv_budget_bytes
+        yield Fault(
+            "target",
+            f"the model does not fit {card}, by {gib(missing)}: weights {gib(fit.engine_bytes)} "
+            f"and workspace {gib(fit.workspace_bytes)} leave no room for a KV cache in the "
+            f"{gib(fit.usable_bytes)} that can be used; choose a card with more memory, or a "
+            "smaller model, compiler.max_num_tokens or compiler.max_batch_size",
+        )
+    elif fit.static_kv_bytes > fit.kv_budget_bytes:
+        yield Fault(
+            "compiler.max_batch_size",
+            f"the static cache of batch {limits.max_batch_size} x context {limits.max_seq_len} "
+            f"takes {gib(fit.static_kv_bytes)}, {gib(fit.static_kv_bytes - fit.kv_budget_bytes)} "
+            f"more than {left}; at most batch {fit.full_length_sequences} at context "
+            f"{limits.max_seq_len}, or context {fit.max_context} at batch {limits.max_batch_size}",
+        )
+    elif not fit.static_kv_bytes:
+        for index, workload in enumerate(request.workloads):
+            context = workload.isl + workload.osl
+            if not fit.holds(workload.batch, context):
+                largest = fit.kv_budget_bytes // fit.sequence_bytes(context)
+                needed = workload.batch * fit.sequence_bytes(context)
+                yield Fault(
+                    f"acceptance.targets[{index}].batch",
+                    f"the cache of batch {workload.batch} x (isl + osl) {context} takes "
+                    f"{gib(needed)}, {gib(needed - fit.kv_budget_bytes)} more than {left} "
+                    f"({request.format.fit.usable_share:.0%} of its memory counted); at most batch "
+                    f"{largest}",
+                )
+        if fit.full_length_sequences == 0:
+            longest = fit.kv_budget_bytes // fit.kv_bytes_per_token
+            yield Note(
+                severity="warning",
+                path="compiler.max_seq_len",
+                message=f"not one sequence of {limits.max_seq_len} tokens fits, and some runtimes "
+                f"do not start then; up to {longest} do",
+            )
+
+
+def target_findings(
+    request: PlanRequest, workloads: tuple[WorkloadPlan, ...]
+) -> Iterator[Fault | Note]:
+    """Targets above the ceiling, which are refused, and targets that are hard to reach."""
+    for index, workload in enumerate(workloads):
+        if workload.share is None or workload.share <= REACHABLE_SHARE:
+            continue
+        as_share = request.workloads[index].min_share_of_ceiling is not None
+        key = "min_share_of_ceiling" if as_share else "min_output_tokens_per_s"
+        path = f"acceptance.targets[{index}].{key}"
+        if workload.share > 1:
+            yield Fault(path, _impossible(workload))
+        else:
+            message = (
+                f"{rate(workload.target)} tok/s at batch {workload.batch} is {workload.share:.0%} "
+                f"of this card's ceiling of {rate(workload.ceiling)}; up to {REACHABLE_SHARE:.0%} "
+                f"is held to be reachable{_advice(workload)}"
+            )
+            yield Note(severity="warning", path=path, message=message)
+
+
+def _impossible(workload: WorkloadPlan) -> str:
+    wanted, ceiling = rate(workload.target), rate(workload.ceiling)
+    if wanted == ceiling:
+        wanted, ceiling = f"{workload.target:.2f}", f"{workload.ceiling:.2f}"
+    without_kv = rate(workload.ceiling_without_kv)
+    aside = f" ({without_kv} without its KV cache)" if without_kv != ceiling else ""
+    above = f"above this card's ceiling of {ceiling}{aside}"
+    return f"{wanted} tok/s at batch {workload.batch} is {above}{_advice(workload)}"
+
+
+def _advice(workload: WorkloadPlan) -> str:
+    if workload.reachable_batch is None:
+        return "; no batch that fits this card makes it reachable"
+    return f"; at batch >= {workload.reachable_batch} it is reachable"
+
+
+def rate(tokens_per_s: float | None) -> str:
+    """Tokens per second for people: whole numbers."""
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.0f}"
+
+
+CONDITIONS: Mapping[str, type] = {
+    "architecture": list,
+    "format": list,
+    "precision": list,
+    "kv_cache_dtype": list,
+    "sm": list,  # compute capability x 10 of the card
+    "sm_below": int,
+    "beyond_sliding_window": bool,  # max_seq_len exceeds the model's sliding window
+    "beyond_original_context": bool,  # ... the context up to which LongRoPE's short factors hold
+}
+"""What a row's `when` may state: any of a list, less than a number, or that something is so."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class KnownBad:
+    """One row of the table; its fields are explained at the top of the data file."""
+
+    id: str
+    when: dict[str, Any]
+    severity: Literal["error", "warning", "note"]
+    path: str
+    message: str
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, value in self.when.items():
+            if name not in CONDITIONS or type(value) is not CONDITIONS[name]:
+                raise ValueError(f"{name}: {value!r} is no condition of this table")
+
+    def holds(self, given: Mapping[str, Any]) -> bool:
+        """Whether every condition holds; one on what is not given does not."""
+        return all(
+            name in given and _holds(name, value, given[name]) for name, value in self.when.items()
+        )
+
+
+def _holds(name: str, value: Any, found: Any) -> bool:
+    if isinstance(value, list):
+        return found in value
+    return bool(found < value if name == "sm_below" else found is value)
+
+
+def conditions_of(request: PlanRequest) -> dict[str, Any]:
+    """What the conditions of a row are held against."""
+    shape, context = request.shape, request.limits.max_seq_len
+    return {
+        "architecture": shape.architecture,
+        "format": request.format.name,
+        "precision": request.precision.name,
+        "kv_cache_dtype": request.limits.kv_cache_dtype,
+        "sm": request.target.sm,
+        "sm_below": request.target.sm,
+        "beyond_sliding_window": context > (shape.window or context),
+        "beyond_original_context": context > (shape.short_rope_context or context),
+    }
+
+
+@cache
+def known_bad_table() -> tuple[KnownBad, ...]:
+    """The table that travels with the package."""
+    import yaml  # 8 ms, and only plans need it
+
+    rows = yaml.safe_load(files("pipeline.plan").joinpath("known_bad.yaml").read_text("utf-8"))
+    return tuple(KnownBad(**row) for row in rows)
+
+
+def known_bad_findings(request: PlanRequest) -> Iterator[Fault | Note]:
+    """Rows of the known-bad table that hold; those of severity `error` are faults."""
+    given = conditions_of(request)
+    for row in known_bad_table():
+        if not row.holds(given):
+            continue
+        if row.severity == "error":
+            yield Fault(row.path, f"{row.message} ({row.source})")
+        else:
+            yield Note(severity=row.severity, path=row.path, message=row.message, source=row.source)
+
+
+def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
+    """Errors of the table that hold for a checkpoint whatever the card and the runtime."""
+    given = {"architecture": architecture, "kv_cache_dtype": kv_cache_dtype}
+    return [
+        Fault("kv_cache_dtype", f"{row.message} ({row.source})")
+        for row in known_bad_table()
+        if row.severity == "error" and row.holds(given)
+    ]

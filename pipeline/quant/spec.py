@@ -99,7 +99,6 @@ class QuantSpec:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the scales of one linear."""
         return _SCALE_BYTES * len(self.scales)
 
 
@@ -117,7 +116,6 @@ class KvCacheDtype:
 
     @property
     def suffix(self) -> str:
-        """What it adds to a variant."""
         return f"-kv{8 * self.bytes_per_element}" if self.quant_algo else ""
 
 

@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.data import read_json_object
 from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.safetensors_files import TensorEntry, folder_tensors
+from pipeline.core.settings import read_json_object
 from pipeline.model.read import load_config, read_spec
 from pipeline.model.spec import EMBEDDING, LM_HEAD, ModelSpec
 from pipeline.quant.bf16 import SPEC as SIXTEEN_BIT
@@ -59,12 +59,10 @@ class UnifiedCheckpoint:
 
     @cached_property
     def config_json(self) -> Mapping[str, Any]:
-        """`config.json` as it is."""
         return load_config(self.dir)
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """What it says about the model."""
         return read_spec(self.config_json)
 
     @cached_property
@@ -180,12 +178,10 @@ class UnifiedCheckpoint:
         return head.dtype == table.dtype and head.tobytes() == table.tobytes()
 
     def is_quantized(self, module: str) -> bool:
-        """Whether the linear `module` is stored in the checkpoint's precision."""
         return module in self.quantized_linears
 
     @cached_property
     def quantized_linears(self) -> tuple[str, ...]:
-        """Module names of all quantized linears."""
         if self.precision is SIXTEEN_BIT:
             return ()
         return tuple(

@@ -29,8 +29,8 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.core.settings import cache_root
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.resolve import examine, resolve

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.data import cache_root
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.gpu import read_conditions
-from pipeline.core.settings import STRICT
+from pipeline.core.settings import STRICT, cache_root
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.spec import PACKAGE, PLAN_FILE

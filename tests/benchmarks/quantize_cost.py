@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from pipeline.core import cache
-from pipeline.core.data import data_dir
+from pipeline.core.settings import data_dir
 from pipeline.core.values import Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.read import read_spec

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from pipeline.build import plan_of, variant_of
-from pipeline.config.folders import ConfigFolders
+from pipeline.config.compose import ConfigFolders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache
-from pipeline.core.data import data_dir
 from pipeline.core.errors import CorruptError
+from pipeline.core.settings import data_dir
 from pipeline.formats.spec import format_spec
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
@@ -46,7 +46,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import digest_folder
 from pipeline.core.settings import STRICT
-from pipeline.core.stages import Stage
+from pipeline.core.cache import Stage
 from pipeline.core.values import Engine, Limits, digest_of
 from pipeline.formats.toy.spec import SPEC
 from pipeline.quant.spec import quant_spec

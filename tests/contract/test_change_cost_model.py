@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.build import plan_of
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import RecipeError
 from pipeline.formats.trtllm.layout import trtllm_config

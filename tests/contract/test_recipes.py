@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.__main__ import Request, run
 from pipeline.build import plan_of
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
-from pipeline.core.data import data_dir
 from pipeline.core.errors import ExitCode, RecipeError
+from pipeline.core.settings import data_dir
 from pipeline.formats.spec import format_spec
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.registry.package import require_publishable

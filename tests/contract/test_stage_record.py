@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from pipeline.core.stages import RECORD_FILE
+from pipeline.core.cache import RECORD_FILE
 from tests.record_stages import all_stages
 
 

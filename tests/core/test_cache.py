@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.cache import PREFIX, RECORD, StageCache, digest_folder, require_files
+from pipeline.core.cache import PREFIX, RECORD, Stage, StageCache, digest_folder, require_files
 from pipeline.core.errors import CorruptError
-from pipeline.core.stages import Stage
 
 S = Stage(name="s", version=1, code=())
 T = Stage(name="t", version=1, code=())
@@ -23,7 +22,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from pipeline.core.cache import StageCache
-from pipeline.core.stages import Stage
+from pipeline.core.cache import Stage
 
 root, seconds = Path(sys.argv[1]), float(sys.argv[2])
 

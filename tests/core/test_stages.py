@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.core import stages
-from pipeline.core.stages import Stage, code_digest
+from pipeline.core import cache
+from pipeline.core.cache import Stage, code_digest
 
 ROOT = Path(__file__).parents[2]
 CODE = '''\
@@ -56,7 +56,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Digest:
         for name, text in {"__init__": "", **modules}.items():
             (package / f"{name}.py").write_text(text)
         code_digest.cache_clear()
-        stages._parsed.cache_clear()
+        cache._parsed.cache_clear()
         return code_digest(("staged",))
 
     return digest
@@ -107,7 +107,7 @@ def test_digest_is_the_same_on_every_version_of_python(digest: Digest) -> None:
 
 def test_digest_imports_nothing_of_the_code() -> None:
     code = (
-        "import sys; from pipeline.core.stages import code_digest;"
+        "import sys; from pipeline.core.cache import code_digest;"
         "code_digest(('pipeline.quant.simulate',));"
         "print([m for m in ('torch', 'pipeline.quant.simulate') if m in sys.modules])"
     )
@@ -120,12 +120,12 @@ def test_unrecorded_code_is_part_of_the_key_and_recorded_code_is_not(
     digest: Digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = tmp_path / "stages.yaml"
-    monkeypatch.setattr(stages, "RECORD_FILE", record)
+    monkeypatch.setattr(cache, "RECORD_FILE", record)
     stage = Stage(name="toy", version=1, code=("staged",))
 
     def identity(text: str) -> dict[str, object]:
         digest(one=text)
-        stages._records.cache_clear()
+        cache._records.cache_clear()
         return stage.identity
 
     record.write_text("")
@@ -136,4 +136,4 @@ def test_unrecorded_code_is_part_of_the_key_and_recorded_code_is_not(
     assert edited["code"] == stage.digest
     assert Stage(name="toy", version=2, code=("staged",)).identity["code"], "raised, not recorded"
     monkeypatch.undo()
-    stages._records.cache_clear()
+    cache._records.cache_clear()

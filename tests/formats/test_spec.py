@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.core.data import data_dir
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.settings import data_dir
 from pipeline.core.values import Limits
 from pipeline.formats.spec import format_spec, format_specs
 from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec, quant_specs

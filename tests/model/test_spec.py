@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.model.read import (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.data import shipped
 from pipeline.core.hardware import Target
+from pipeline.core.settings import shipped
 from pipeline.core.values import Limits
 from pipeline.formats.spec import format_spec
 from pipeline.model.spec import ModelSpec

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.data import data_dir
 from pipeline.core.hardware import GIB, Target
+from pipeline.core.settings import data_dir
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
-from pipeline.plan import make_plan
-from pipeline.plan.findings import conditions_of, known_bad_table
+from pipeline.plan import conditions_of, known_bad_table, make_plan
 from pipeline.plan.sizes import PlanRequest
 from tests.specs import published
 

@@ -13,9 +13,8 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError, ExitCode, RecipeError
 from pipeline.core.values import Checkpoint
 from pipeline.quant.fp8 import SPEC
-from pipeline.quant.modelopt import ModelOptJob
+from pipeline.quant.modelopt import ModelOptJob, verify_checkpoint
 from pipeline.quant.unified import UnifiedCheckpoint
-from pipeline.quant.verify import verify_checkpoint
 from pipeline.sources.text.corpus import text_digest
 from tests.quant.tiny_quantized import (
     CALIBRATION,

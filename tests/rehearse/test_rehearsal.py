@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.core.errors import IncompatibleError, RecipeError
 from pipeline.model.hf import load_model, load_tokenizer, write_random_model
 from pipeline.model.read import read_spec

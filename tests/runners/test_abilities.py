@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.build import plan_of
 from pipeline.config import load as config
-from pipeline.config.folders import config_folders
+from pipeline.config.compose import config_folders
 from pipeline.core.errors import RecipeError
 from pipeline.plan import Plan, refuse
 from pipeline.runners.onnxruntime import OnnxRuntimeRunner

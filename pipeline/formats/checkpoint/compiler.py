@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache
+from pipeline.core.cache import Stage, StageCache
 from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
-from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.checkpoint.spec import SPEC
 from pipeline.quant.spec import KV_CACHE_DTYPES

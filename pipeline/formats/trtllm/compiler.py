@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache, StageResult
+from pipeline.core.cache import Stage, StageCache, StageResult
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.hardware import GIB, Target
 from pipeline.core.settings import STRICT
-from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
 from pipeline.formats.trtllm.build_tool import (
     CHECKPOINT,

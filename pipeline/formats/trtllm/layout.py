@@ -363,7 +363,6 @@ class TensorPlan:
             self._add_number(name, value)
 
     def _scale(self, name: str) -> float:
-        """One positive number."""
         entry = self.checkpoint.tensors.get(name)
         if entry is None:
             kind = name.rpartition(".")[2]

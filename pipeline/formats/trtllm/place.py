@@ -131,7 +131,6 @@ class Place:
         return words[0] if known else sys.executable
 
     def path(self, shared: Shared) -> str:
-        """Where a program finds it."""
         return f"/mnt/{shared.name}" if self.program is None else str(shared.source)
 
     @contextlib.contextmanager
@@ -206,7 +205,6 @@ class Place:
                 raise failure
 
     def _options(self, env: Mapping[str, str], shared: Sequence[Shared]) -> list[str]:
-        """Of `docker run`."""
         options = [
             *("--pull", "never", "--network", "none", "--interactive"),
             "--init",  # reaps, and passes SIGTERM on

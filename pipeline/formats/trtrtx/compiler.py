@@ -24,12 +24,11 @@ from typing import Any, BinaryIO, ClassVar, Literal
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.cache import StageCache
+from pipeline.core.cache import Stage, StageCache
 from pipeline.core.errors import Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.hardware import Target
 from pipeline.core.process import run_tool
 from pipeline.core.settings import STRICT
-from pipeline.core.stages import Stage
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.trtrtx.graph_writer import node_names
 from pipeline.formats.trtrtx.network import guard_network, parse_network

@@ -328,7 +328,6 @@ def _check_known(layer: Layer) -> None:
 
 
 def _in_order(layers: list[Layer], inputs: set[str]) -> list[Layer]:
-    """Sort into an order of execution."""
     made_by = {layer.outputs[0].name: layer for layer in layers}
     reads = {name: {tensor.name for tensor in made_by[name].inputs} for name in made_by}
     if len(made_by) != len(layers) or made_by.keys() & inputs:

@@ -25,9 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.core.cache import StageCache, StageResult
+from pipeline.core.cache import Stage, StageCache, StageResult
 from pipeline.core.errors import RecipeError
-from pipeline.core.stages import Stage
 from pipeline.formats.trtrtx.graph_writer import (
     WEIGHTS_FILE,
     GraphWriter,

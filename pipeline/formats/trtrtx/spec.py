@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.core.values import Limits
 from pipeline.formats.spec import CompileMemory, FitRule, FormatSpec
-from pipeline.quant.spec import QuantSpec
 
 PACKAGE = "tensorrt-rtx-cu13"
 """The compiler's distribution."""
@@ -18,19 +16,10 @@ of SmolLM2 (192 MB with one, 220 MB with two, 163 MB of weights), about the same
 shape. Our measurement with TensorRT-RTX 1.7.1, 2026-11-24."""
 
 
-def _holds(precision: QuantSpec) -> bool:
-    return precision.quant_algo is None or precision.onnx is not None
-
-
-def _serve_args(_limits: Limits) -> tuple[str, ...]:
-    """TensorRT-RTX is a library and has no server."""
-    return ()
-
-
 SPEC = FormatSpec(
     name="trtrtx",
     runtime="tensorrt-rtx",
-    holds=_holds,
+    holds=lambda precision: precision.quant_algo is None or precision.onnx is not None,
     kv_cache_dtypes=("bfloat16", "float16"),
     fit=FitRule(
         static=True,
@@ -43,7 +32,7 @@ SPEC = FormatSpec(
     substitute="onnxruntime",
     packages=("tensorrt_rtx", "onnx", "onnxruntime", "ml_dtypes"),
     files=("config.json", "tokenizer*", PLAN_FILE),
-    serve_args=_serve_args,
+    serve_args=lambda _limits: (),  # a library, which has no server
     # Anonymous memory: 12.6 GB for 7.52 GB of weights (Mistral-7B's shape), the plan streamed into
     # its file. The weights are mapped beside it (20.2 GB resident), and those pages can be dropped.
     # At least that of SmolLM2 with two profiles, 2026-11-24.

@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.core.data import cache_root
 from pipeline.core.errors import (
     ConflictError,
     CorruptError,
@@ -41,6 +40,7 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.core.progress import BYTES, progress
+from pipeline.core.settings import cache_root
 from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import WorkFolder, locked, remove_folder, sync, work_folder
 from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room

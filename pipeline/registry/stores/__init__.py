@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
-from pipeline.core.data import cache_root
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.settings import marked_modules, read_mark
+from pipeline.core.settings import cache_root, marked_modules, read_mark
 from pipeline.registry.store import Place, Store
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.kinds import OneOf
-from pipeline.core.settings import STRICT
+from pipeline.core.settings import STRICT, OneOf
 from pipeline.core.values import digest_of
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
@@ -41,26 +40,22 @@ class HubText:
         return f"hub-dataset:{self.repo_id}@{self.revision}/{self.file}"
 
     def documents(self) -> tuple[str, ...]:
-        return read_documents(self._fetched(), self.column)
-
-    def _fetched(self) -> Path:
-        """The file in the weight cache, downloaded and verified like a model's if it is missing."""
+        """Those of the file in the weight cache, which is fetched and verified like a model's."""
         slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
         folder = weights_root() / "hub-datasets" / slug / self.revision
         target = folder / self.file
         with locked(lock_path(folder)):
             # The client gives a file its name only when its digest was right.
-            if target.is_file():
-                return target
-            client = HubClient(self.repo_id, self.revision, "dataset")
-            remote = client.describe().files
-            if self.file not in remote:
-                have = ", ".join(sorted(remote))
-                message = f"{self.repo_id}@{commit} has no file {self.file!r}; it has {have}"
-                raise NotFoundError(message)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            client.download(remote[self.file], folder)
-        return target
+            if not target.is_file():
+                client = HubClient(self.repo_id, self.revision, "dataset")
+                remote = client.describe().files
+                if self.file not in remote:
+                    have = ", ".join(sorted(remote))
+                    message = f"{self.repo_id}@{commit} has no file {self.file!r}; it has {have}"
+                    raise NotFoundError(message)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                client.download(remote[self.file], folder)
+        return read_documents(target, self.column)
 
 
 KIND = HubText

@@ -20,9 +20,9 @@ import pytest
 import tensorrt_rtx as trt
 import yaml
 
-from pipeline.core.data import data_dir
 from pipeline.core.errors import CorruptError, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.gpu import conditions_of
+from pipeline.core.settings import data_dir
 from pipeline.core.values import Engine, Limits
 from pipeline.formats.trtrtx.spec import PACKAGE
 from pipeline.runners.decode import DecoderSession, prefill

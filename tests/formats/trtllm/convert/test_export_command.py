@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.core.errors import ConflictError, ExitCode, PipelineError
-from pipeline.formats.trtllm.export import plan_export
+from pipeline.formats.trtllm.convert import plan_export
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.formats.trtllm.conftest import Convert
 from tests.formats.trtllm.convert.checkpoints import modelopt_checkpoint
