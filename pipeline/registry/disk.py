@@ -108,7 +108,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make `folder` and its parents, each of them durable; never writable by everybody."""
+    """Make `folder` and its parents, each of them durable; never writable by every user."""
     missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
     for path in reversed(missing):
         path.mkdir(mode=0o775, exist_ok=True)  # less what the umask takes
@@ -118,7 +118,7 @@ def make_folders(folder: Path) -> None:
 def require_unshared(path: Path) -> None:
     """Refuse a file or folder that a user other than root and ourselves may change or replace.
 
-    Whoever may write a folder may rename what lies in it, so every folder above counts too, along
+    A user who may write a folder may rename what lies in it, so every folder above counts too, along
     the path as it is written and along the one that its links lead to. A folder with the sticky
     bit, such as `/tmp`, is fine above what is ours: there each user renames only what is theirs.
 

@@ -153,7 +153,7 @@ class Store(Reader, Protocol):
 
     @property
     def public(self) -> bool:
-        """Whether everybody can read what is published here."""
+        """Whether anyone can read what is published here."""
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
         """All published versions, sorted; of one recipe, or of one variant of it."""

@@ -28,7 +28,7 @@ from pipeline.core.safetensors_files import SINGLE, TensorSpec, safetensors_head
 from pipeline.core.settings import STRICT, read_json_object
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
-from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place
+from pipeline.formats.trtllm.place import Shared, ToolHost, Where, choose_place
 from pipeline.formats.trtllm.spec import BENCH_PROGRAM, NAME, VERSION
 from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 from pipeline.runners.child import CHILDREN, ChildSession, Program, open_child
@@ -250,7 +250,7 @@ class TrtLlmRunner:
             )
         return {name: float(value) for name, value in figures.items()}
 
-    def _place(self, sm: int) -> Place:
+    def _place(self, sm: int) -> ToolHost:
         return choose_place(
             self.where, image=self.image, card=lambda: find_gpu(sm), section="runner"
         )

@@ -185,7 +185,7 @@ def _oras() -> Any:
 def _modules(name: str, scheme: str) -> tuple[str, ...]:
     """What a run imports sooner or later, and has before its call is timed."""
     if name in {"publish", "pull", "pull without fsync"}:
-        kinds = {"s3": ("boto3",), "oci": ("pipeline.registry.stores.oci.registry",)}
+        kinds = {"s3": ("boto3",), "oci": ("pipeline.registry.stores.oci.reading",)}
         return ("pipeline.registry.client.pull", *kinds.get(scheme, ()))
     return {"boto3": ("boto3",), "oras": ("oras.client",)}.get(name.split()[0], ())
 

@@ -14,9 +14,9 @@ import pipeline
 ROOT = Path(pipeline.__file__).parents[1]
 _HEAVY = {"torch", "transformers", "modelopt", "onnx", "onnxruntime", "numpy", "hydra", "omegaconf"}
 _STORES = {
-    "folder": "pipeline.registry.stores.folder",
-    "s3": "pipeline.registry.stores.s3",
-    "oci": "pipeline.registry.stores.oci.registry",
+    "folder": ["pipeline.registry.stores.folder"],
+    "s3": ["pipeline.registry.stores.s3"],
+    "oci": ["pipeline.registry.stores.oci.registry", "pipeline.registry.stores.oci.reading"],
 }
 _MOST_LINES = {"folder": 5200, "s3": 5650, "oci": 6000}
 """What it is today, so that it grows no more."""
@@ -25,7 +25,8 @@ _SCRIPT = """
 import importlib, json, sys
 from pathlib import Path
 import pipeline.registry.client.pull
-importlib.import_module({store!r})
+for name in {modules!r}:
+    importlib.import_module(name)
 ours = {{name: module for name, module in sys.modules.items() if name.split(".")[0] == "pipeline"}}
 lines = sum(len(Path(one.__file__).read_text().splitlines()) for one in ours.values())
 print(json.dumps([lines, sorted(set(sys.modules)), sorted(ours)]))
@@ -34,7 +35,7 @@ print(json.dumps([lines, sorted(set(sys.modules)), sorted(ours)]))
 
 @pytest.mark.parametrize("store", _STORES)
 def test_a_pull_loads_little_of_our_code_and_nothing_of_the_builder(store: str) -> None:
-    script = _SCRIPT.format(store=_STORES[store])
+    script = _SCRIPT.format(modules=_STORES[store])
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -30,7 +30,7 @@ from pipeline.formats.trtllm.build_tool import (
 )
 from pipeline.formats.trtllm.convert import conversion_inputs, convert_trtllm
 from pipeline.formats.trtllm.layout import Dtype
-from pipeline.formats.trtllm.place import Place, Shared, Where, choose_place, find_card
+from pipeline.formats.trtllm.place import Shared, ToolHost, Where, choose_place, find_card
 from pipeline.formats.trtllm.spec import NAME, SPEC, VERSION
 from pipeline.quant.unified import copy_companions
 
@@ -187,7 +187,7 @@ class TrtLlmCompiler:
             checkpoint.dir, checkpoint.digest, cache, dtype=self.dtype, kv_fp8=self._kv_fp8
         )
 
-    def _place(self, target: Target) -> Place:
+    def _place(self, target: Target) -> ToolHost:
         try:
             return choose_place(
                 self.where,
@@ -201,7 +201,7 @@ class TrtLlmCompiler:
             ) from error
 
     def _build(
-        self, converted_dir: Path, out: Path, place: Place, timing: Path, log_path: Path
+        self, converted_dir: Path, out: Path, place: ToolHost, timing: Path, log_path: Path
     ) -> dict[str, Any]:
         """Fill `out / ENGINE`; returns its effective values.
 
@@ -275,7 +275,7 @@ PROBE = f"{inspect.getsource(_write_versions)}\nimport sys\n_write_versions(sys.
 """Program for `python3 -P -c`; its argument is the file to write."""
 
 
-def probe_environment(place: Place, target: Target, log_path: Path) -> dict[str, str | int]:
+def probe_environment(place: ToolHost, target: Target, log_path: Path) -> dict[str, str | int]:
     """What shapes an engine beside its inputs, and the driver; a version is empty if unknown."""
     with tempfile.TemporaryDirectory(prefix="enginesmith-probe-") as folder:
         answers = Shared(name="answers", source=Path(folder), read_only=False)

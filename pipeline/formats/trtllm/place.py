@@ -102,7 +102,7 @@ class Shared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ToolHost:
     """Runs TensorRT-LLM's programs.
 
     Attributes:
@@ -238,7 +238,7 @@ def choose_place(
     card: Callable[[], Gpu],
     memory_bytes: int | None = None,
     section: str = "compiler",
-) -> Place:
+) -> ToolHost:
     """Choose where to run, and make every check that needs no download and starts nothing.
 
     `auto` is here when `trtllm-build` is on the PATH, else Docker; `card` finds the card or raises.
@@ -249,7 +249,7 @@ def choose_place(
     """
     program = shutil.which(BUILD_PROGRAM)
     if where != "docker" and program:
-        return Place(gpu=card(), program=Path(program))
+        return ToolHost(gpu=card(), program=Path(program))
     if where == "local":
         raise IncompatibleError(
             f"{BUILD_PROGRAM} is not on the PATH: run inside the build image, or install "
@@ -262,7 +262,7 @@ def choose_place(
         if where == "docker":
             raise
         raise IncompatibleError(f"{BUILD_PROGRAM} is not on the PATH, and {error}") from error
-    return Place(gpu=gpu, image=image, image_digest=digest, memory_bytes=memory_bytes)
+    return ToolHost(gpu=gpu, image=image, image_digest=digest, memory_bytes=memory_bytes)
 
 
 def find_card(target: Target) -> Gpu:

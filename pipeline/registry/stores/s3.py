@@ -113,7 +113,7 @@ class S3Registry:
 
     Attributes:
         url: `s3://BUCKET[/PREFIX]`.
-        public: Whether everybody can read the bucket. Then it is read without credentials, if there
+        public: Whether anyone can read the bucket. Then it is read without credentials, if there
             are none.
         part_bytes: Size of the parts of a large file; 5 MiB is the least that S3 takes (Amazon S3
             User Guide, "Multipart upload limits").

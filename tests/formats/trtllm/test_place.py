@@ -17,7 +17,7 @@ from pipeline.core.errors import IncompatibleError
 from pipeline.core.gpu import Gpu
 from pipeline.formats.trtllm.compiler import PROBE, probe_environment
 from pipeline.formats.trtllm.place import (
-    Place,
+    ToolHost,
     Where,
     choose_place,
     find_card,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from docker import DockerClient
 
 
-def choose(where: Where = "auto") -> Place:
+def choose(where: Where = "auto") -> ToolHost:
     return choose_place(where, image=IMAGE, card=lambda: find_card(ADA))
 
 
@@ -130,7 +130,7 @@ def test_interpreter_is_the_one_of_the_program(
 ) -> None:
     program = write_script(tmp_path / "trtllm-build", f"{first_line}\n")
     gpu = Gpu(name="x", sm=89, driver="1", uuid=GPU_UUID)
-    assert Place(gpu=gpu, program=program).python == wanted
+    assert ToolHost(gpu=gpu, program=program).python == wanted
 
 
 def test_bare_machine_learns_three_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

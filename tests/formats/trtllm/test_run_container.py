@@ -18,7 +18,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import IncompatibleError, PipelineError, ToolError
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtllm.compiler import TrtLlmCompiler
-from pipeline.formats.trtllm.place import Place, Shared
+from pipeline.formats.trtllm.place import Shared, ToolHost
 from tests.formats.trtllm.fakes import card_machine, compiler
 from tests.formats.trtllm.python_image import IMAGE, misbehaving_image
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
@@ -41,7 +41,7 @@ def output_of(
     memory_bytes: int | None = None,
 ) -> list[str]:
     """What a shell script prints in a container."""
-    place = Place(gpu=None, image=image, memory_bytes=memory_bytes)
+    place = ToolHost(gpu=None, image=image, memory_bytes=memory_bytes)
     command = ("sh", "-c", script)
     place.run(command, shared, stage="compile", log_path=log_path, timeout_s=timeout_s)
     return log_path.read_text().splitlines()[1:]

@@ -1,70 +1,19 @@
-"""An OCI registry as a store: versions are images, statements their referrers, each with a tag.
-
-Every document and every small blob is bounded in size and compared to its digest here. Files are
-streamed unchecked; their reader knows what they must be. Calls are those of distribution-spec 1.1.
-"""
+"""An OCI registry as a recipe names it."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from typing import TYPE_CHECKING, Any
 
 import pydantic.dataclasses
 
-from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.settings import STRICT
-from pipeline.core.values import FileDigest
-from pipeline.registry.reference import check_part
-from pipeline.registry.store import (
-    ENVELOPE,
-    MAX_ATTACHMENT_BYTES,
-    MAX_ENVELOPE_BYTES,
-    MAX_MOVES,
-    NONE_KNOWN,
-    Place,
-    RawStatement,
-    in_parallel,
-    is_attachment_name,
-    is_statement_name,
-    limit_items,
-    limit_kinds,
-    parse_identity,
-    read_each,
-)
-from pipeline.registry.stores.oci import image
-from pipeline.registry.stores.oci.address import (
-    Address,
-    move_tag,
-    parse_address,
-    parse_statement_tag,
-    parse_version_tag,
-    statement_tag,
-    version_tag,
-)
-from pipeline.registry.stores.oci.transport import Reply, Request, Transport, find_credentials
-from pipeline.registry.stores.transfer import window
+from pipeline.registry.stores.oci.address import parse_address
+from pipeline.registry.stores.oci.transport import Transport, find_credentials
 
 if TYPE_CHECKING:
+    from pipeline.registry.store import Store
     from pipeline.registry.stores.publication import WritableStore
-
-STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
-MOVE_TYPE = "application/vnd.enginesmith.move.v1"
-IDENTITY_TYPE = "application/vnd.enginesmith.registry.v1"
-NAME = "io.enginesmith.statement.name"
-CONTENT = "content.json"
-IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
-_MAX_PAGES = 3_000
-"""Three million names; a server that lists more is not a registry, or never ends."""
-_PAGE = 1000
-_Kind = TypeVar("_Kind", bound="OciStore")
-_LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,7 +24,7 @@ class OciRegistry:
         url: `oci://HOST[:PORT]/PREFIX`; the repository of a recipe is `PREFIX/<name>`.
         plain_http: Speak HTTP without TLS; None for only where the host is this machine.
             Credentials never go to another machine in clear.
-        public: Whether everybody can read it.
+        public: Whether anyone can read it.
     """
 
     url: str
@@ -85,291 +34,24 @@ class OciRegistry:
     def __post_init__(self) -> None:
         parse_address(self.url, self.plain_http)
 
-    def reader(self) -> OciStore:
-        return self._opened(OciStore)
+    def reader(self) -> Store:
+        from pipeline.registry.stores.oci.reading import OciStore
+
+        return OciStore(**self._settings())
 
     def store(self) -> WritableStore:
         from pipeline.registry.stores.oci.writing import WritableOciStore
 
-        return self._opened(WritableOciStore)
+        return WritableOciStore(**self._settings())
 
-    def _opened(self, kind: type[_Kind]) -> _Kind:
+    def _settings(self) -> dict[str, Any]:
         address = parse_address(self.url, self.plain_http)
         transport = Transport(address.api, find_credentials(address.host, os.environ))
-        return kind(url=self.url, public=self.public, address=address, transport=transport)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repository:
-    """One repository of a registry, to read: `engines/phi3`, or empty, which has a catalog only."""
-
-    transport: Transport
-    name: str
-
-    def __str__(self) -> str:
-        return f"{urlsplit(self.transport.api).netloc}/{self.name}"
-
-    def manifest(self, reference: str) -> bytes | None:
-        """The manifest or index with a tag or digest; None if there is none.
-
-        CorruptError if it has another digest than was asked, or than the server states.
-        """
-        origin = f"{self}:{reference}"
-        accept = {"Accept": f"{image.MANIFEST_TYPE}, {image.INDEX_TYPE}"}
-        reply = self.ask("GET", f"manifests/{reference}", also=(404,), headers=accept)
-        if reply.status == 404:
-            return None
-        if reply.is_page:
-            raise TransientError(f"{origin} is answered by a web page; is a proxy in the way?")
-        found = image.digest_of(reply.body)
-        stated = reply.headers.get("Docker-Content-Digest", found)
-        wanted = reference if reference.startswith("sha256:") else found
-        if not found == stated == wanted:
-            said = f"wanted {wanted} and the registry says {stated[:80]!r}"
-            raise CorruptError(f"{origin} has digest {found}, {said}")
-        return reply.body
-
-    def blobs(self, reference: str, artifact_type: str) -> dict[str, image.Descriptor]:
-        """File name -> blob of an artifact; NotFoundError, or CorruptError if of another type."""
-        document = self.manifest(reference)
-        if document is None:
-            raise NotFoundError(f"{self} has no {artifact_type} {reference}")
-        manifest = image.parse(image.Manifest, document, f"{self}:{reference}")
-        if (kind := manifest.artifact_type) != artifact_type:
-            raise CorruptError(f"{self}:{reference} is of type {kind!r}; remove it")
-        return {blob.annotation(image.TITLE): blob for blob in manifest.layers}
-
-    def content(self, reference: str, artifact_type: str, file: str) -> bytes:
-        blob = self.blobs(reference, artifact_type).get(file)
-        if blob is None:
-            raise CorruptError(f"{self}: a {artifact_type} has no {file}; remove it")
-        return self.blob(blob, MAX_ENVELOPE_BYTES)
-
-    def blob(self, blob: image.Descriptor, limit_bytes: int) -> bytes:
-        """A small blob; NotFoundError, or CorruptError if it is another or too large."""
-        if blob.size > limit_bytes:
-            raise CorruptError(f"{self}: a blob of {blob.size} bytes; at most {limit_bytes} count")
-        if blob.data is None:
-            data = self.ask("GET", f"blobs/{blob.digest}", limit_bytes=blob.size).body
-        else:
-            try:
-                data = base64.b64decode(blob.data, validate=True)
-            except ValueError as error:
-                raise CorruptError(f"{self}: blob {blob.digest} is not base64") from error
-        found = image.digest_of(data)
-        if found != blob.digest:
-            raise CorruptError(f"{self}: blob {blob.digest} has digest {found}")
-        return data
-
-    @contextlib.contextmanager
-    def open_blob(self, digest: str, start: int, end: int) -> Iterator[Iterator[bytes]]:
-        """The bytes of a blob from `start` up to and without `end`, unchecked, in chunks.
-
-        NotFoundError, or CorruptError if it is shorter than `start`.
-        """
-        span = {"Range": f"bytes={start}-{end - 1}"}
-        request = Request("GET", self.name, f"blobs/{digest}", also=(416,), headers=span)
-        with self.transport.open(request) as (reply, chunks):
-            if reply.status == 416:
-                raise CorruptError(f"{self}: blob {digest} is shorter than {start} bytes")
-            if reply.status == 206:
-                stated = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
-                if stated is None or int(stated[1]) != start:
-                    raise TransientError(f"{self}: blob {digest} came in another range; try again")
-            yield window(chunks, start if reply.status == 200 else 0, end - start, str(self))
-
-    def tags(self) -> list[str]:
-        """All tags; empty if there is no such repository."""
-        replies = self._pages(f"tags/list?n={_PAGE}", also=(404,))
-        return [tag for reply in replies for tag in _listing(reply).tags or ()]
-
-    def catalog(self) -> list[str]:
-        replies = self._pages(f"_catalog?n={_PAGE}")
-        return [name for reply in replies for name in _listing(reply).repositories or ()]
-
-    def referrers(self, digest: str) -> tuple[image.Descriptor, ...] | None:
-        """Manifests that have this one as their subject; None if the registry has no such API."""
-        found: tuple[image.Descriptor, ...] | None = None
-        for reply in self._pages(f"referrers/{digest}", also=(404,)):
-            if reply.is_page:
-                return None
-            found = (*(found or ()), *(_listing(reply).manifests or ()))
-        return found
-
-    def ask(
-        self, method: str, path: str, *, limit_bytes: int = image.MAX_DOCUMENT_BYTES, **more: Any
-    ) -> Reply:
-        return self.transport.ask(Request(method, self.name, path, **more), limit_bytes)
-
-    def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
-        """The pages of a list, none if it answers 404."""
-        for _ in range(_MAX_PAGES):
-            reply = self.ask("GET", path, also=also)
-            if reply.status == 404:
-                return
-            yield reply
-            following = _LINK.search(reply.headers.get("Link", ""))  # RFC 8288
-            if following is None:
-                return
-            path = urljoin(reply.url, following[1])
-
-
-def _listing(reply: Reply) -> image.Listing:
-    return image.parse(image.Listing, reply.body, reply.url)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OciStore:
-    """`pipeline.registry.store.Store`, in an OCI registry."""
-
-    url: str
-    public: bool
-    address: Address
-    transport: Transport
-    _images: dict[Place, image.Image] = field(default_factory=dict)
-    """Of versions that were read: a version never changes, and a pull asks for many pieces."""
-
-    @property
-    def local(self) -> bool:
-        return False
-
-    def identity(self) -> str | None:
-        repository = self.repository(IDENTITY_REPOSITORY)
-        if repository.manifest(IDENTITY) is None:
-            return None
-        data = repository.content(IDENTITY, IDENTITY_TYPE, CONTENT)
-        return parse_identity(data, f"{repository}:{IDENTITY}")
-
-    def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return sorted(self._tagged(name, variant))
-
-    def statement_names(
-        self, name: str | None = None, variant: str | None = None
-    ) -> dict[Place, tuple[str, ...]]:
-        tagged = self._tagged(name, variant)
-        listed = in_parallel(self._referrers, tagged)
         return {
-            place: tuple(names if native is None else native)
-            for (place, names), native in zip(tagged.items(), listed, strict=True)
-        }
-
-    def read_manifest(self, place: Place) -> bytes:
-        return self.image(place).manifest
-
-    @contextlib.contextmanager
-    def open_file(
-        self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
-    ) -> Iterator[Iterator[bytes]]:
-        digest, start = self.image(place).find(file.path)
-        stop = file.size_bytes if end is None else min(end, file.size_bytes)
-        if offset >= stop:
-            yield iter(())
-            return
-        repository = self.repository(place.name)
-        with repository.open_blob(digest, start + offset, start + stop) as chunks:
-            yield chunks
-
-    def read_statements(
-        self, place: Place, names: Collection[str] | None = None
-    ) -> list[RawStatement]:
-        what, repository = f"{self.url}: statements of {place}", self.repository(place.name)
-        found = self.listed_statements(place, names)
-        read = read_each(
-            lambda name: repository.content(found[name], STATEMENT_TYPE, ENVELOPE),
-            limit_kinds(sorted(found), what),
-            what,
-        )
-        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read.items()]
-
-    def read_statement(self, place: Place, name: str) -> RawStatement:
-        found, repository = self.listed_statements(place, {name}), self.repository(place.name)
-        if name not in found:
-            raise NotFoundError(f"{repository} has no statement {name} of {place}")
-        blobs = repository.blobs(found[name], STATEMENT_TYPE)
-        files = {
-            file: repository.blob(blob, MAX_ATTACHMENT_BYTES)
-            for file, blob in blobs.items()
-            if is_attachment_name(file)
-        }
-        envelope = repository.content(found[name], STATEMENT_TYPE, ENVELOPE)
-        return RawStatement(name=name, files={ENVELOPE: envelope, **files})
-
-    def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
-    ) -> list[bytes]:
-        repository, start = self.repository(name), move_tag(variant, "")
-        what = f"{self.url}: moves of {name}/{variant}"
-        tags = sorted(tag for tag in repository.tags() if tag.startswith(start))
-        held = {move_tag(variant, digest): data for digest, data in known.items()}
-
-        def read(tag: str) -> bytes:
-            return held.get(tag) or repository.content(tag, MOVE_TYPE, CONTENT)
-
-        return list(read_each(read, limit_items(tags, MAX_MOVES, what), what).values())
-
-    def repository(self, name: str) -> Repository:
-        return Repository(transport=self.transport, name=self.address.repository(name))
-
-    def image(self, place: Place) -> image.Image:
-        """The image of a version; NotFoundError, or CorruptError if it is no package."""
-        if place not in self._images:
-            repository, tag = self.repository(place.name), version_tag(place)
-            document = repository.manifest(tag)
-            if document is None:
-                raise NotFoundError(f"{self.url} has no {place}")
-            self._images[place] = image.parse_image(document, f"{repository}:{tag}")
-        return self._images[place]
-
-    def listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
-        found = self._referrers(place)
-        if found is None:
-            tagged = (
-                self._tagged(place.name, place.variant).get(place, []) if names is None else names
-            )
-            found = {name: statement_tag(place, name) for name in tagged}
-        return {name: where for name, where in found.items() if names is None or name in names}
-
-    def _tagged(self, name: str | None, variant: str | None) -> dict[Place, list[str]]:
-        found: dict[Place, list[str]] = {}
-        if name is not None:
-            names = [check_part("name", name)]
-        else:
-            try:
-                listed = Repository(transport=self.transport, name="").catalog()
-            except (NotFoundError, AccessError) as error:
-                advice = "Many registries do not list what they have: name the package"
-                raise AccessError(f"{error}. {advice}") from error
-            names = [own for one in listed if (own := self.address.name_of(one))]
-        tags_of = in_parallel(lambda one: self.repository(one).tags(), names)
-        for one, tags in zip(names, tags_of, strict=True):
-            statements: dict[str, list[str]] = {}
-            for tag in tags:
-                if (statement := parse_statement_tag(tag)) is not None:
-                    statements.setdefault(statement[1], []).append(statement[0])
-            for tag in tags:
-                place = parse_version_tag(one, tag)
-                if place is not None and variant in {None, place.variant}:
-                    about = statement_tag(place, "").removeprefix("_")
-                    found[place] = statements.get(about, [])
-        return found
-
-    def _referrers(self, place: Place) -> dict[str, str] | None:
-        """Statement -> digest, as the registry itself lists them; None if it has no such list.
-
-        Who may push can move a tag, but not take an entry from this list.
-        """
-        try:
-            subject = image.digest_of(self.image(place).document)
-        except (CorruptError, NotFoundError):  # its reader hears of it
-            return {}
-        listed = self.repository(place.name).referrers(subject)
-        if listed is None:
-            return None
-        return {
-            name: one.digest
-            for one in listed
-            if one.artifact_type in {None, "", STATEMENT_TYPE}
-            and is_statement_name(name := one.annotation(NAME))
+            "url": self.url,
+            "public": self.public,
+            "address": address,
+            "transport": transport,
         }
 
 

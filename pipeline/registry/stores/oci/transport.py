@@ -177,7 +177,7 @@ def _is_token_service(api: str, realm: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Request:
+class HttpRequest:
     """What to ask.
 
     Attributes:
@@ -236,7 +236,7 @@ class Transport:
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
-    def ask(self, request: Request, limit_bytes: int) -> Reply:
+    def ask(self, request: HttpRequest, limit_bytes: int) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
 
         CorruptError if it is longer than `limit_bytes`, or the server says our bytes are damaged.
@@ -248,7 +248,7 @@ class Transport:
         return self._ask(request, limit_bytes)
 
     @contextlib.contextmanager
-    def open(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
+    def open(self, request: HttpRequest) -> Iterator[tuple[Reply, Iterator[bytes]]]:
         """Ask, again after a passing fault; the reply without its body, which comes in chunks.
 
         A fault of the connection while they are read is a TransientError.
@@ -263,16 +263,16 @@ class Transport:
     def is_own(self, url: str) -> bool:
         return urlsplit(url)[:2] == urlsplit(self.api)[:2]
 
-    def _url(self, request: Request) -> str:
+    def _url(self, request: HttpRequest) -> str:
         if "://" in request.path:
             return request.path
         return "/".join(filter(None, (self.api, "v2", request.repository, request.path)))
 
-    def _ask(self, request: Request, limit_bytes: int) -> Reply:
+    def _ask(self, request: HttpRequest, limit_bytes: int) -> Reply:
         with self.open(request) as (reply, chunks):
             return replace(reply, body=transfer.read_whole(chunks, limit_bytes, _shown(reply.url)))
 
-    def _respond(self, request: Request) -> BaseHTTPResponse:
+    def _respond(self, request: HttpRequest) -> BaseHTTPResponse:
         response, url, sent = self._send(request)
         # Only the registry itself may ask who we are, not where it redirects to.
         if response.status == 401 and self.is_own(url):
@@ -295,7 +295,7 @@ class Transport:
             raise fault
         return response
 
-    def _send(self, request: Request) -> tuple[BaseHTTPResponse, str, str | None]:
+    def _send(self, request: HttpRequest) -> tuple[BaseHTTPResponse, str, str | None]:
         """Send, follow redirects of reads; also gives the last URL and `Authorization`."""
         url = self._url(request)
         for _ in range(_MAX_REDIRECTS + 1):
@@ -332,7 +332,7 @@ class Transport:
                 retries=retries, redirect=False, preload_content=False, decode_content=False,
             )  # fmt: skip
 
-    def _fault(self, request: Request, response: BaseHTTPResponse) -> PipelineError:
+    def _fault(self, request: HttpRequest, response: BaseHTTPResponse) -> PipelineError:
         status, stated = response.status, _stated(response)
         if status in {401, 403}:
             return self._refused(request)
@@ -351,7 +351,7 @@ class Transport:
                 return kind(f"{message}; {advice}")
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
-    def _refused(self, request: Request) -> AccessError:
+    def _refused(self, request: HttpRequest) -> AccessError:
         return AccessError(f"{self.api} does not let {self._auth.who()} {request}; {_SET_THEM}")
 
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:

@@ -34,10 +34,10 @@ from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.oci import image, registry
+from pipeline.registry.stores.oci import image, reading
 from pipeline.registry.stores.oci.address import move_tag, statement_tag, version_tag
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
-from pipeline.registry.stores.oci.registry import CONTENT, OciStore, Repository
+from pipeline.registry.stores.oci.reading import CONTENT, OciStore, Repository
 from pipeline.registry.stores.oci.transport import Reply
 from pipeline.registry.stores.publication import (
     check_statement,
@@ -260,10 +260,10 @@ class WritableOciStore(OciStore):
         began_s = time.monotonic()
         if (there := self.identity()) is not None:
             return there
-        repository = self.repository(registry.IDENTITY_REPOSITORY)
-        document = repository.put_artifact(registry.IDENTITY_TYPE, {CONTENT: new_identity()})
+        repository = self.repository(reading.IDENTITY_REPOSITORY)
+        document = repository.put_artifact(reading.IDENTITY_TYPE, {CONTENT: new_identity()})
         if self.identity() is None:
-            repository.put_manifest(registry.IDENTITY, document)
+            repository.put_manifest(reading.IDENTITY, document)
         time.sleep(max(SETTLE_S, 2 * (time.monotonic() - began_s)))  # others took as long as we
         made = self.identity()
         if made is None:
@@ -315,7 +315,7 @@ class WritableOciStore(OciStore):
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
         repository = self.repository(name)
         tag = move_tag(variant, hashlib.sha256(data).hexdigest())
-        document = repository.put_artifact(registry.MOVE_TYPE, {CONTENT: data})
+        document = repository.put_artifact(reading.MOVE_TYPE, {CONTENT: data})
         if repository.manifest(tag) == document:
             return False
         repository.put_manifest(tag, document)
@@ -369,10 +369,10 @@ class WritableOciStore(OciStore):
         check_statement(statement)
         repository, tag = self.repository(place.name), statement_tag(place, statement.name)
         made = repository.put_artifact(
-            registry.STATEMENT_TYPE,
+            reading.STATEMENT_TYPE,
             statement.files,
             subject=describe(document, image.MANIFEST_TYPE),
-            annotations={registry.NAME: statement.name},
+            annotations={reading.NAME: statement.name},
         )
         there = repository.manifest(tag)
         if there is None:
