@@ -118,8 +118,8 @@ def make_folders(folder: Path) -> None:
 def require_unshared(path: Path) -> None:
     """Refuse a file or folder that a user other than root and ourselves may change or replace.
 
-    A user who may write a folder may rename what lies in it, so every folder above counts too, along
-    the path as it is written and along the one that its links lead to. A folder with the sticky
+    Who may write a folder may rename what lies in it, so every folder above counts too, along the
+    path as it is written and along the one that its links lead to. A folder with the sticky
     bit, such as `/tmp`, is fine above what is ours: there each user renames only what is theirs.
 
     AccessError names the file or folder and the way out. `path` must exist.
