@@ -101,7 +101,7 @@ run_tool({command!r}, stage="s", log_path=Path({str(tmp_path / "log")!r}))
     tool = int(pid_file.read_text())
     assert alive(tool)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=30)
     assert (b"KeyboardInterrupt" in stderr) is (number == signal.SIGINT)
     assert wait_for(lambda: not alive(tool))
 
