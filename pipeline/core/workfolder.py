@@ -69,11 +69,11 @@ def work_folder(
     with contextlib.ExitStack() as locks:
         folder = _make(parent, prefix, locks)
         adopted = False
-        for dead, ours in list(_dead(parent, prefix, folder, locks)):
-            if ours and keep is not None and not adopted:
-                dead, folder, adopted = folder, dead, True
-            remove_folder(dead)
         try:
+            for dead, ours in list(_dead(parent, prefix, folder, locks)):
+                if ours and keep is not None and not adopted:
+                    dead, folder, adopted = folder, dead, True
+                remove_folder(dead)
             yield WorkFolder(dir=folder, adopted=adopted)
         except BaseException as error:
             if keep is None or not keep(error):
@@ -86,19 +86,20 @@ def _make(parent: Path, prefix: str, locks: contextlib.ExitStack) -> Path:
     """A new folder, locked; another one if a process took it for dead before it was."""
     for _ in range(_TRIES):
         name = f"{_boot()}-{secrets.token_hex(8)}"
-        young = parent / f"{prefix}{_YOUNG}{name}"
-        young.mkdir(mode=0o700)
-        if (descriptor := _open_own(young)) is None:
-            with contextlib.suppress(OSError):
-                young.rmdir()
-            continue
-        locks.callback(os.close, descriptor)
-        if _lock(descriptor) is not False and _leads_to(young, descriptor):
-            try:
-                return young.rename(parent / f"{prefix}{name}")
-            except OSError:
-                remove_folder(young)
-                raise
+        young, folder = parent / f"{prefix}{_YOUNG}{name}", parent / f"{prefix}{name}"
+        try:
+            young.mkdir(mode=0o700)
+            if (descriptor := _open_own(young)) is None:
+                with contextlib.suppress(OSError):
+                    young.rmdir()
+                continue
+            locks.callback(os.close, descriptor)
+            if _lock(descriptor) is not False and _leads_to(young, descriptor):
+                return young.rename(folder)
+        except BaseException:  # Ctrl-C, too
+            remove_folder(young)
+            remove_folder(folder)
+            raise
     raise AccessError(
         f"a folder that is made in {parent} is replaced at once; another user can write there, or "
         "its file system keeps no modes"
