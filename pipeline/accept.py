@@ -25,9 +25,9 @@ from pipeline.core.hardware import Target, card_name, target_of_card
 from pipeline.core.settings import cache_root
 from pipeline.core.values import Package, Weights
 from pipeline.formats.spec import format_spec
+from pipeline.machine import require_builder
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import refuse
-from pipeline.plan.sizes import require_builder
 from pipeline.publishing import Publisher
 from pipeline.registry.client.pull import PullRequest, named_folder, open_target
 from pipeline.registry.reference import reference_of

@@ -18,10 +18,11 @@ from pipeline.core.settings import cache_root
 from pipeline.core.values import Checkpoint, Package, Verdict, Weights
 from pipeline.core.workfolder import locked
 from pipeline.formats.spec import format_spec
+from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import Plan, make_plan, refuse
-from pipeline.plan.sizes import PlannedWorkload, PlanRequest, require_builder, require_room
+from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
 from pipeline.registry.package import Label, require_publishable, seal

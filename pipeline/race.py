@@ -39,9 +39,9 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import ConflictError, Fault, IncompatibleError, PipelineError, RecipeError
 from pipeline.core.settings import cache_root, shipped
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
+from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline
-from pipeline.plan.sizes import require_builder, require_room
 from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.rehearse import on_random_weights
 from pipeline.runners.runner import Session

@@ -31,11 +31,11 @@ from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
 from pipeline.core.values import Licence, Weights
 from pipeline.formats.spec import CardCompiler
+from pipeline.machine import require_builder
 from pipeline.model.hf import write_random_model
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.outcome import failure_of
-from pipeline.plan.sizes import require_builder
 from pipeline.quant.spec import select
 from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry

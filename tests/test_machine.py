@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 
 from pipeline.core.errors import ExitCode, IncompatibleError, TransientError
-from pipeline.plan.sizes import BuildNeeds, require_builder, require_room
+from pipeline.machine import require_builder, require_room
+from pipeline.plan.sizes import BuildNeeds
 
 Usage = namedtuple("Usage", "total used free")
 ANY_BYTES = 10_000_000_000

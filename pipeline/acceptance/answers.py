@@ -47,8 +47,8 @@ from pipeline.core.errors import CorruptError
 from pipeline.core.values import Finding, Weights
 from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.onnx_graph import CPU_CUT, cut_layers
+from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
-from pipeline.plan.sizes import available_bytes
 from pipeline.quant.simulate import Accumulation, load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session

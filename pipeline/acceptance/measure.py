@@ -33,10 +33,10 @@ from pipeline.acceptance.speed import (
 from pipeline.acceptance.sustained import judge_sustained, run_sustained, sustained_json
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Report, Verdict
+from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
-from pipeline.plan.sizes import available_bytes
 from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.runners.runner import BenchRunner, Runner, Session, SourceRunner
 from pipeline.runners.workload import Workload

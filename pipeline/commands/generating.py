@@ -13,8 +13,8 @@ from pipeline.core.errors import IncompatibleError
 from pipeline.core.settings import cache_root, read_mark, shipped
 from pipeline.core.values import Package
 from pipeline.formats.spec import format_spec
+from pipeline.machine import require_builder
 from pipeline.model.hf import load_tokenizer
-from pipeline.plan.sizes import require_builder
 from pipeline.registry.reference import reference_of
 from pipeline.runners.runner import Runner, Session
 from pipeline.runners.workload import chat_prompt, eos_ids

@@ -2,26 +2,21 @@
 
 A paged runtime takes KV cache as sequences grow, so it must hold what the workloads hold at their
 end; more requests wait in its queue. A static cache is allocated whole: its largest batch at full
-context must fit, past and present in one buffer. At the end: whether this machine can build at all,
-asked before any work and answered in milliseconds.
+context must fit, past and present in one buffer.
 """
 
 from __future__ import annotations
 
 import bisect
-import importlib.util
-import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import Fault, IncompatibleError, TransientError
+from pipeline.core.errors import Fault
 from pipeline.core.hardware import GIB, Target
 from pipeline.core.values import Limits
-from pipeline.formats.spec import FormatSpec, format_spec
+from pipeline.formats.spec import FormatSpec
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype, QuantSpec, select
 
@@ -295,47 +290,3 @@ def fit_of(request: PlanRequest, sizes: Sizes) -> Fit:
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest size from 1 to `most` that fits, if all smaller ones do; 0 if none does."""
     return bisect.bisect(range(1, most + 1), False, key=lambda size: not fits(size))
-
-
-log = logging.getLogger(__name__)
-
-_BUILDER = (
-    "torch", "transformers", "modelopt", "safetensors", "numpy", "psutil", "jinja2", "matplotlib",
-)  # fmt: skip
-
-
-def require_builder(engine_format: str) -> None:
-    """Demand the packages that building this format imports."""
-    wanted = (*_BUILDER, *format_spec(engine_format).packages)
-    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
-        raise IncompatibleError(
-            f"building needs {', '.join(missing)}, not installed here: "
-            "run pip install '.[build]' in the checkout"
-        )
-
-
-def require_room(needs: BuildNeeds, cache_dir: Path) -> None:
-    """Demand the disk that a plan foresees; warn about too little memory."""
-    existing = next(folder for folder in (cache_dir, *cache_dir.parents) if folder.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    needed_bytes = sum(needs.disk_bytes.values())
-    if free_bytes < needed_bytes:
-        raise TransientError(
-            f"disk full: building needs about {needed_bytes / 1e9:.1f} GB below "
-            f"{existing}, {free_bytes / 1e9:.1f} GB are free; free some, or set ENGINESMITH_CACHE"
-        )
-    memory_bytes = available_bytes()
-    ram_bytes = max(needs.quantize_ram_min_bytes, needs.compile_ram_bytes)
-    if memory_bytes < ram_bytes:
-        log.warning(
-            "Building needs about %.1f GB of memory, %.1f GB are available",
-            ram_bytes / 1e9,
-            memory_bytes / 1e9,
-        )
-
-
-def available_bytes() -> int:
-    """Memory that is free on this machine."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
