@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+_CONSTANTS = tuple(
+    f"NVML_{name}"
+    for name in (
+        *("CLOCK_SM", "CLOCK_MEM", "TEMPERATURE_GPU"),
+        *("MEMORY_ERROR_TYPE_UNCORRECTED", "VOLATILE_ECC"),
+    )
+)
+
 
 class NVMLError(Exception):
     pass
@@ -53,7 +61,11 @@ def nvml(*cards: Card, fault: str = "", driver: str = "580.65.06") -> Any:
         nvmlDeviceGetUUID=lambda card: card.uuid,
         nvmlDeviceGetMigMode=mig,
         nvmlDeviceGetCudaComputeCapability=lambda card: card.sm,
-        nvmlDeviceGetMemoryInfo=lambda card: SimpleNamespace(free=card.free, total=24 << 30),
+        nvmlDeviceGetMemoryInfo=lambda card: SimpleNamespace(
+            free=card.free, used=1 << 30, total=24 << 30
+        ),
+        nvmlDeviceGetComputeRunningProcesses=lambda card: [],
         nvmlSystemGetDriverVersion=lambda: driver,
         nvmlSystemGetCudaDriverVersion_v2=lambda: 13000,
+        **dict.fromkeys(_CONSTANTS, 0),
     )

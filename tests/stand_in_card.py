@@ -16,72 +16,13 @@ from pipeline.core.values import Engine
 from pipeline.runners.runner import BATCHES, Ability, Device, Session
 from pipeline.runners.transformers import open_checkpoint
 
-_NVML = '''\
-"""Answers of a driver with one idle card; what is not here this driver does not tell."""
+_NVML = """\
+import sys
 
-from types import SimpleNamespace
+from tests.nvml import Card, nvml
 
-NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 1, 0
-
-
-class NVMLError(Exception):
-    pass
-
-
-def nvmlInit():
-    pass
-
-
-def nvmlShutdown():
-    pass
-
-
-def nvmlDeviceGetCount():
-    return 1
-
-
-def nvmlDeviceGetHandleByIndex(index):
-    if index:
-        raise NVMLError("Invalid Argument")
-    return "card"
-
-
-def nvmlDeviceGetHandleByUUID(uuid):
-    raise NVMLError("Not Found")
-
-
-def nvmlDeviceGetName(handle):
-    return {name!r}
-
-
-def nvmlDeviceGetUUID(handle):
-    return "GPU-stand-in"
-
-
-def nvmlDeviceGetCudaComputeCapability(handle):
-    return {capability}
-
-
-def nvmlDeviceGetMigMode(handle):
-    raise NVMLError("Not Supported")
-
-
-def nvmlDeviceGetMemoryInfo(handle):
-    return SimpleNamespace(free=20 << 30, used=1 << 30, total=24 << 30)
-
-
-def nvmlSystemGetDriverVersion():
-    return "580.65.06"
-
-
-def nvmlSystemGetCudaDriverVersion_v2():
-    return 13000
-
-
-def nvmlDeviceGetComputeRunningProcesses(handle):
-    return []
-'''
+sys.modules[__name__] = nvml(Card(name={name!r}, sm={capability}, uuid="GPU-stand-in"))
+"""
 _KIND = f"from {__name__} import CardRunner\n\nKIND = CardRunner\n"
 
 

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,7 @@ from pipeline.core.errors import ExitCode
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry
 from tests.registry.packages import sealed_package
-
-ROOT = Path(__file__).parent.parent
+from tests.tiny_recipe import enginesmith, run_python
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +21,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def process(*arguments: str, module: str = "pipeline.cli") -> subprocess.CompletedProcess[str]:
-    return python("-m", module, *arguments)
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
 
 
 def invoke(*arguments: str) -> Result:
@@ -53,14 +35,14 @@ def published(workdir: Path) -> str:
     return str(reference_of(package))
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy(workdir: Path) -> None:
     code = (
         "import sys; from pipeline import cli; sys.argv[1:] = ['--help']\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
         "print(sorted({'hydra', 'omegaconf', 'torch', 'pydantic'} & set(sys.modules)))\n"
     )
-    done = python("-c", code)
+    done = run_python(workdir, "-c", code)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
@@ -95,8 +77,8 @@ def test_build_is_the_same_request_as_hydras_flags(monkeypatch: pytest.MonkeyPat
 
 
 def test_bad_recipe_is_the_same_through_both_entry_points(workdir: Path) -> None:
-    hydra_like = process("--config-name", "nosuch", "bad", module="pipeline")
-    command = process("build", "nosuch", "bad")
+    hydra_like = run_python(workdir, "-m", "pipeline", "--config-name", "nosuch", "bad")
+    command = enginesmith(workdir, "build", "nosuch", "bad")
     assert hydra_like.returncode == command.returncode == 2
     assert hydra_like.stderr == command.stderr
     assert "there is no recipe 'nosuch'" in command.stderr
@@ -105,13 +87,15 @@ def test_bad_recipe_is_the_same_through_both_entry_points(workdir: Path) -> None
 
 
 @pytest.mark.parametrize("command", ["plan", "build"])
-def test_without_the_builders_packages_a_command_names_what_installs_them(command: str) -> None:
+def test_without_the_builders_packages_a_command_names_what_installs_them(
+    command: str, workdir: Path
+) -> None:
     code = (
         "import sys; sys.modules['hydra'] = None\n"
         "from pipeline import cli\n"
         f"sys.argv[1:] = [{command!r}, 'smollm2']; sys.exit(cli.main())\n"
     )
-    done = python("-c", code)
+    done = run_python(workdir, "-c", code)
     assert done.returncode == 6
     assert "pip install '.[build]'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -136,9 +120,9 @@ def test_damaged_package_is_listed_as_such_and_exits_4(published: str, workdir: 
     (plan,) = (workdir / "artifacts").rglob("model.plan")
     plan.chmod(0o644)
     plan.write_bytes(b"evil")
-    assert process("verify", published, "--allow-unsigned").returncode == 4
+    assert enginesmith(workdir, "verify", published, "--allow-unsigned").returncode == 4
     (manifest,) = (workdir / "artifacts").rglob("manifest.json")
     manifest.chmod(0o644)
     manifest.write_bytes(b"{}")
     assert "damaged" in invoke("list").output
-    assert process("show", published).returncode == 4
+    assert enginesmith(workdir, "show", published).returncode == 4

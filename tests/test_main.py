@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -21,7 +19,8 @@ from pipeline.__main__ import Request, main, run
 from pipeline.answer import file_logging, screen_logging, show_error
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.outcome import Outcome, failure_of, open_run, write_verdict
+from pipeline.outcome import Outcome, failure_of, open_run
+from tests.tiny_recipe import enginesmith
 
 RECIPE = """
 defaults: [smollm2, _self_]
@@ -39,7 +38,6 @@ PUBLISHED = Outcome(
     package_dir=Path("packages/toy/any/1-abc"),
     size_bytes=142_300_000,
 )
-MISSED = Outcome(exit_code=ExitCode.NOT_ACCEPTED, message="too slow", verdict="rejected")
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +97,6 @@ def test_good_job_gets_typed_recipe_and_tells_its_outcome(
     assert "generate toy/any:1-abc --registry packages" in last[-1]
 
 
-def test_missed_target_is_a_result_with_its_own_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(request("toy"), lambda *_: MISSED) == 3
-    assert verdict()["verdict"] == "rejected"
-    shown, errors = capsys.readouterr()
-    assert "too slow" in shown
-    assert "error" not in errors
-
-
 def test_all_faults_are_shown_and_recorded_and_nothing_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -127,11 +117,6 @@ def test_all_faults_are_shown_and_recorded_and_nothing_starts(
     ):
         assert text in errors
     assert "Traceback" not in errors
-
-
-def test_unknown_recipe_records_its_verdict_in_artifacts() -> None:
-    assert run(request("ty"), never) == 2
-    assert "did you mean toy?" in verdict("artifacts")["message"]
 
 
 def raising(error: BaseException) -> Any:
@@ -307,15 +292,6 @@ def test_runs_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> No
     ]  # fmt: skip
 
 
-def test_verdict_replaces_the_one_before_in_one_step(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    for code in (0, 3):
-        write_verdict(run_dir, {"exit_code": code})
-    assert [path.name for path in run_dir.iterdir()] == ["verdict.json"]
-    assert '"exit_code": 3' in (run_dir / "verdict.json").read_text()
-
-
 def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -> None:
     from safetensors import SafetensorError
 
@@ -359,18 +335,6 @@ def test_error_is_not_wrapped_or_taken_for_markup(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def enginesmith(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *words],
-        cwd=work,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("work")
@@ -388,14 +352,6 @@ def test_quality_is_within_one_percent_and_the_verdict_is_checked(built: Path) -
     assert report["checks"]["plan"]["quantized_linears"] == 78
     assert "RTX-4090" in report["not_run"][0]
     print(json.dumps({"quality": report["quality"], "speed": report["speed"]}, indent=1))
-
-
-@pytest.mark.slow
-def test_second_time_takes_the_package_and_starts_no_stage(built: Path) -> None:
-    done = enginesmith(built, "build", "smollm2")
-    assert done.returncode == 0
-    assert "Taken" in done.stdout
-    assert "started" not in done.stderr
 
 
 @pytest.mark.slow

@@ -110,11 +110,6 @@ def test_published_siblings_get_sizes_kv_dtype_and_two_workloads(
     assert len(recipe_text.splitlines()) <= 25
 
 
-def test_shipped_recipe_and_new_one_of_the_same_model_agree_on_the_shape() -> None:
-    new(folder_of(published("phi-3-mini-4k-instruct")))
-    assert loaded().shape == loaded("phi3", "compiler=checkpoint").shape
-
-
 def test_smaller_card_and_larger_model_get_smaller_sizes() -> None:
     made = new(folder_of(published("llama-2-13b")))
     paged, static = made.sizes["trtllm"], made.sizes["trtrtx"]
@@ -265,8 +260,8 @@ def test_recipe_pins_the_commit_and_asks_for_the_config_alone(
     assert plan_of(recipe).faults == ()
     shape = Path("recipes/shapes/mine.yaml").read_text()
     assert shape.startswith(f"# {REPO} on the Hugging Face Hub at commit {COMMIT}.")
-    asked = {request.path.partition("?")[0] for request in hub.requests}
-    files = {path for path in asked if not path.startswith(f"/api/models/{REPO}/revision/")}
+    # Only files are counted: the library may ask for data of its own, once in a while.
+    files = [request.path for request in hub.requests if "/resolve" in request.path]
     assert {path.rpartition("/")[2] for path in files} == {"config.json"}
     assert not (workdir.parent / "cache").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.tiny_recipe import ROOT, enginesmith
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +38,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "site"
 
 
-def enginesmith(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(site), "ENGINESMITH_CACHE": str(cwd / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_wheel_holds_every_recipe_option_and_module(site: Path) -> None:
     for name, kept in (("conf", "pipeline/_data/conf"), ("recipes", "pipeline/_data/recipes")):
         wanted = {path.relative_to(ROOT / name) for path in (ROOT / name).rglob("*.yaml")}
@@ -60,13 +48,13 @@ def test_wheel_holds_every_recipe_option_and_module(site: Path) -> None:
 
 
 def test_wheel_plans_a_recipe_outside_the_checkout(site: Path, tmp_path: Path) -> None:
-    done = enginesmith(site, tmp_path, "plan", "smollm2", "--json")
+    done = enginesmith(tmp_path, "plan", "smollm2", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
 
 
 def test_wheel_brings_its_own_recipes_alone(site: Path, tmp_path: Path) -> None:
-    done = enginesmith(site, tmp_path, "build", "nosuch")
+    done = enginesmith(tmp_path, "build", "nosuch", PYTHONPATH=str(site))
     assert done.returncode == 2
     assert "smollm2" in done.stderr
     assert "foreign" not in done.stderr

@@ -146,6 +146,24 @@ class Workplace:
         return Workplace(root)
 
 
+def run_python(cwd: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python WORDS` in a folder, with the project on its path."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+
+
+def enginesmith(cwd: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`enginesmith WORDS` in a folder."""
+    return run_python(cwd, "-m", "pipeline.cli", *words, **env)
+
+
 def make_workplace(root: Path, model: Path | None = None) -> Workplace:
     """Write the tiny recipe below `root`, with a model of its own unless one is given."""
     place = Workplace(root)

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 
 from pipeline.acceptance.judge import judge_physics
-from pipeline.acceptance.report import render_page
 from pipeline.acceptance.speed import achieved_rate, rate_findings, summarize, theil_sen_slope
 from pipeline.plan.ceilings import Roofline
 from pipeline.runners.runner import Generation, RequestTiming
-from pipeline.runners.workload import BatchOptions, Lengths, Workload
+from pipeline.runners.workload import BatchOptions, Workload
 from tests.acceptance.questions import Stub, speed_of
-from tests.acceptance.report_pages import Page, on_card
 
 LOAD = Workload(name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200)
 
@@ -168,18 +166,3 @@ def test_slow_arrivals_are_no_slow_engine_but_too_fast_is_a_fault_still() -> Non
             load["request_rate"] = {"asked": 1.0, "achieved": 1.0}
         kinds = [finding.kind for finding in judge_physics([load], line)]
         assert kinds == (["anomalous"] if rate == 1e9 else [] if open_loop else ["note"])
-
-
-def test_page_shows_what_arrived_and_what_was_answered() -> None:
-    ragged = Workload(
-        name="r4", batch=8, isl=8, osl=4, request_rate=4.0, requests=200,
-        isl_distribution=Lengths(min=2), osl_distribution=Lengths(min=2),
-    )  # fmt: skip
-    wider = dataclasses.replace(ragged, name="r4-wide", batch=16)
-    page = Page(render_page(on_card(speed=[measured(3.0, ragged), measured(3.0, wider)])))
-    assert "Request rate" in page.text
-    row = page.row("Speed", "r4")
-    assert "4 requests/s, 8 at once" in row.replace("\u00a0", " ")
-    assert "in the mean" in row
-    assert "missed" in page.text
-    assert "Throughput over batch" not in page.text

@@ -1,7 +1,8 @@
-"""Answers that differ in length: drawn, or ended by end-of-sequence; on real sessions."""
+"""Answers that differ in length: drawn, or ended by end-of-sequence; on a real session."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,8 @@ import pytest
 
 from pipeline.acceptance.speed import SpeedSample, summarize
 from pipeline.core.errors import PipelineError
-from pipeline.model.hf import load_model
 from pipeline.runners.onnxruntime import graph_session
-from pipeline.runners.runner import UNUSED_TOKEN, Generation, Session
-from pipeline.runners.transformers import TransformersSession
+from pipeline.runners.runner import UNUSED_TOKEN, Generation
 from pipeline.runners.workload import BatchOptions, Lengths, Workload
 from tests.acceptance.questions import speed_of
 from tests.formats.decoder.decoders import open_graph, write_graph
@@ -23,19 +22,6 @@ PROMPTS = [[1, 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5]]
 
 def load(**changes: Any) -> Workload:
     return Workload(**{"name": "b2", "batch": 2, "isl": 8, "osl": 12, **changes})
-
-
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
-    folder = tiny_model(tmp_path_factory.mktemp("model"))
-    graph = open_graph(write_graph(folder, tmp_path_factory.mktemp("graph"), context=48))
-    return {
-        "onnxruntime": graph_session(graph),
-        "transformers": TransformersSession(load_model(folder, "float32")),
-    }
-
-
-RUNTIMES = pytest.mark.parametrize("runtime", ["onnxruntime", "transformers"])
 
 
 def test_lengths_are_drawn_apart_from_the_prompts_and_repeat_with_the_seed() -> None:
@@ -62,37 +48,9 @@ def test_each_wave_has_the_lengths_of_its_own_requests() -> None:
     assert [options for _, options in load(requests=4).waves(((1,),) * 4, 0)] == [None, None]
 
 
-@RUNTIMES
-def test_row_ends_at_its_own_length_and_the_batch_at_its_longest(
-    sessions: dict[str, Session], runtime: str
-) -> None:
-    session = sessions[runtime]
-    full = session.generate(PROMPTS, 9).tokens
-    made = session.generate(PROMPTS, 9, BatchOptions(osl_each=(4, 1, 7)))
-    assert made.lengths == made.output_lengths == (4, 1, 7)
-    assert made.output_tokens == 12
-    assert made.tokens.shape == (3, 7)  # nothing is computed after the last row has ended
-    for row, (length, whole) in enumerate(zip(made.lengths, full, strict=True)):
-        assert made.tokens[row, :length].tolist() == whole[:length].tolist()
-        assert set(made.tokens[row, length:].tolist()) <= {UNUSED_TOKEN}
-
-
-@RUNTIMES
-def test_any_end_of_sequence_id_ends_a_row_and_counts(
-    sessions: dict[str, Session], runtime: str
-) -> None:
-    session = sessions[runtime]
-    full = session.generate(PROMPTS, 9).tokens.tolist()
-    ends = frozenset({full[0][2], full[2][5]})
-    wanted = [next((at + 1 for at, t in enumerate(row) if t in ends), 9) for row in full]
-    assert min(wanted) < 9
-    made = session.generate(PROMPTS, 9, BatchOptions(osl_each=(9, 9, 9), eos_token_ids=ends))
-    assert list(made.output_lengths) == wanted
-    assert made.tokens[0, wanted[0] - 1] in ends
-
-
-def test_end_of_sequence_makes_a_run_shorter_and_says_so(sessions: dict[str, Session]) -> None:
-    session = sessions["onnxruntime"]
+def test_end_of_sequence_makes_a_run_shorter_and_says_so(tmp_path: Path) -> None:
+    graph = write_graph(tiny_model(tmp_path / "model"), tmp_path / "graph", context=48)
+    session = graph_session(open_graph(graph))
     workload = load(ignore_eos=False)
     prompts = workload.request_prompts(VOCAB_SIZE, 0)
     full = session.generate(prompts, 12).tokens

@@ -103,16 +103,6 @@ def test_held_back_card_is_named_first_among_the_reasons() -> None:
         assert ("likely: the probe copied 870 of 1024 GB/s" in finding.message) is named
 
 
-def test_reasons_fit_what_bounds_the_workload() -> None:
-    (decode,) = judge_physics([load(1.0)], LINE)
-    (prefill,) = judge_physics([load(0.1, isl=4096, osl=1)], LINE)
-    assert "memory-bound" in decode.message
-    assert "CUDA graphs" in decode.message
-    assert "compute-bound" in prefill.message
-    assert "CUDA graphs" not in prefill.message
-    assert "prefilled one by one" in prefill.message
-
-
 def test_h100_figures_of_phi3_are_neither_anomalous_nor_low() -> None:
     # vLLM 0.24 on an H100: 357 tok/s at batch 1, 12379 at 128 with an FP8 KV cache (2026-11-24).
     phi3 = Roofline(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import yaml
 
 from pipeline.core import cache
 from pipeline.core.cache import Stage, code_digest
+from tests.tiny_recipe import ROOT, run_python
 
-ROOT = Path(__file__).parents[2]
 CODE = '''\
 """What it is."""
 
@@ -111,9 +109,7 @@ def test_digest_imports_nothing_of_the_code() -> None:
         "code_digest(('pipeline.quant.simulate',));"
         "print([m for m in ('torch', 'pipeline.quant.simulate') if m in sys.modules])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python(ROOT, "-c", code).stdout.strip() == "[]"
 
 
 def test_unrecorded_code_is_part_of_the_key_and_recorded_code_is_not(

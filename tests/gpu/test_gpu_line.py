@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from pipeline.acceptance.measure import measure
 from pipeline.build import plan_of
 from pipeline.core.cache import StageCache
 from pipeline.registry.manifest import verify
+from tests.tiny_recipe import ROOT, enginesmith
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
 # With an FP8 KV cache this model loses 3 % (docs/benchmarks.md).
 CACHE = "compiler.kv_cache_dtype=bfloat16"
 # One batch of this model takes half a second, which scatters; not every runner takes `requests`.
@@ -52,15 +51,7 @@ def own_weights() -> tuple[str, ...]:
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "ENGINESMITH_CACHE": str(cwd / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=570,
-    )
+    return enginesmith(cwd, *arguments, PYTHONPATH=path, ENGINESMITH_CACHE=str(cwd / "cache"))
 
 
 @pytest.fixture(scope="module")

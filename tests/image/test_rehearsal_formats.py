@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.tiny_recipe import enginesmith
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ("phi3", "mistral", "qwen2.5", "llama3.1")
 
 
@@ -25,14 +23,7 @@ RECIPES = ("phi3", "mistral", "qwen2.5", "llama3.1")
 def test_recipe_is_rehearsed_without_tensorrt_rtx(
     tmp_path: Path, recipe: str, compiler: str, shown: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "rehearse", recipe, f"compiler={compiler}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    env = {"HOME": str(tmp_path), "COLUMNS": "200"}
+    done = enginesmith(tmp_path, "rehearse", recipe, f"compiler={compiler}", **env)
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout + done.stderr

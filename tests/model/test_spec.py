@@ -198,15 +198,12 @@ LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini
     ("name", "changes", "shown"),
     [
         (LLAMA, {"model_type": "gpt2"}, "model_type: is 'gpt2'; the model types that we"),
-        (LLAMA, {"model_type": ...}, "model_type: is missing; the model types"),
         (LLAMA, {"architectures": ["GPT2LMHeadModel"]}, "architectures: is ['GPT2LMHeadModel']"),
         (LLAMA, {"attention_bias": True}, "attention_bias: is True"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act: is 'gelu'"),
         (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads: (5) does not divide"),
-        (LLAMA, {"num_attention_heads": 4.0}, "num_attention_heads: is 4.0; it must be a whole"),
         (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers: is 1000000000; it must be <="),
-        (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings: is 1; it must be true or false"),
         (LLAMA, {"rope_theta": 0}, "rope_parameters.rope_theta: is 0; it must be a number > 0"),
-        (LLAMA, {"rope_theta": 10**400}, "rope_parameters.rope_theta: is 1000"),
         (LLAMA, {"rms_norm_eps": ...}, "rms_norm_eps: is missing"),
         (LLAMA, {"rope_scaling": [1]}, "rope_scaling: is [1]; it must be a section"),
         (LLAMA, {"rope_scaling": LLAMA3 | {"beta_fast": 32}}, "rope_parameters.beta_fast: is not"),
@@ -231,9 +228,6 @@ LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini
             "rope_parameters.rope_theta: is stated twice, as 10000.0 and as 500000.0",
         ),
         (LLAMA, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: is not known"),
-        ("mistral-7b-instruct-v0.3", {"num_key_value_heads": ...}, "num_key_value_heads: is mis"),
-        ("mistral-7b-instruct-v0.3", {"sliding_window": 0}, "sliding_window: is 0"),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers: is -1"),
         (QWEN2, {"layer_types": ["full_attention"] * 27}, "layer_types: differs from the windows"),
         (
             PHI4,
@@ -241,7 +235,6 @@ LLAMA, QWEN2, PHI4 = "llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "phi-4-mini
             "rope_parameters.long_factor: longrope has 48 short and 48 long factors for 32",
         ),
         (PHI4, longrope(short_mscale=1.1), "rope_parameters.short_mscale: is not known"),
-        (PHI4, longrope(short_factor=[1.0, "2"]), "rope_parameters.short_factor: is [1.0, '2']"),
         (
             "phi-3-mini-4k-instruct",
             {"partial_rotary_factor": 0.27},
@@ -362,18 +355,3 @@ def test_tables_of_published_configs_equal_transformers(path: Path) -> None:
             rows=slice(0, context),
             context=context,
         )
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_tables_differ_from_those_of_other_settings_by_far(path: Path) -> None:
-    """The tolerance above would not forgive another theta, factor, context or attention factor."""
-    rope = read_spec(json.loads(path.read_text())).rope
-    others = [Rope(theta=rope.theta * 1.1, rotary_dim=rope.rotary_dim, scaling=rope.scaling)]
-    if rope.scaling is not None:
-        others.append(Rope(theta=rope.theta, rotary_dim=rope.rotary_dim))
-    mine = rope_tables(rope, context=8192)[0]
-    for other in others:
-        assert np.abs(rope_tables(other, context=8192)[0] - mine).max() > 0.05
-    if isinstance(rope.scaling, LongRopeScaling):
-        assert np.abs(rope_tables(rope, context=4096)[0] - mine[:4096]).max() > 0.05
-        assert mine[0, 0] == pytest.approx(rope.scaling.attention_factor)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse import CONTEXT, compose, run_rehearsal, small_spec
 from pipeline.sources.text.topics import PydocTopics
 from tests.specs import published, shape
+from tests.tiny_recipe import ROOT, enginesmith
 
-ROOT = Path(__file__).parents[2]
 SHAPES = sorted(path.stem for path in (ROOT / "recipes" / "shapes").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
@@ -33,21 +31,8 @@ def _rehearse(
     folder: Path, *arguments: str, **env: str
 ) -> tuple[subprocess.CompletedProcess[str], Any]:
     """`enginesmith rehearse ARGUMENTS --json` in an empty folder, with no tool on the PATH."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "rehearse", *arguments, "--json"],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PATH": str(folder),
-            "HOME": str(folder),
-            **env,
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    env = {"PATH": str(folder), "HOME": str(folder), **env}
+    done = enginesmith(folder, "rehearse", *arguments, "--json", **env)
     return done, json.loads(done.stdout) if done.stdout.startswith("{") else None
 
 

@@ -150,6 +150,7 @@ def test_each_request_ends_at_its_own_length_or_at_an_end_of_sequence_id(
         for row in full
     ]
     assert made.output_lengths == tuple(wanted)
+    assert made.tokens.shape == (2, max(wanted))  # nothing is computed after the last has ended
     for row, answer, length in zip(made.tokens.tolist(), full, wanted, strict=True):
         assert row[:length] == answer[:length]
         assert set(row[length:]) <= {-1}

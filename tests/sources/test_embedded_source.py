@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from pipeline.core.errors import CorruptError, ExitCode, NotFoundError
 from pipeline.core.values import Weights
 from pipeline.outcome import failure_of
 from pipeline.sources.embedded import EmbeddedSource
+from tests.tiny_recipe import ROOT, run_python
 
 GGUF = b"GGUF" + bytes(2000)
 CONF = Path(pipeline.__file__).parent.parent / "conf" / "source" / "embedded.yaml"
@@ -166,12 +165,6 @@ def test_second_fetch_is_quick_and_loads_no_torch(converted: Weights) -> None:
         "print(time.perf_counter() - t < 1, [m for m in ('torch', 'gguf') if m in sys.modules])"
     )
     cache = converted.dir.parents[3].parent
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "ENGINESMITH_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python(ROOT, "-c", code, ENGINESMITH_CACHE=str(cache))
 
     assert done.stdout.splitlines() == [converted.digest, "True []"]

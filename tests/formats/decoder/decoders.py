@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,36 +79,6 @@ def reference(model_dir: Path) -> Any:
     model = load_model(model_dir, "float32")
     model.generation_config.eos_token_id = None
     return model
-
-
-def mutant(graph: Path, change: Callable[[Any], None], name: str) -> Path:
-    """A changed graph beside the good one, so that it finds the weights."""
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False)
-    before = model.SerializeToString(deterministic=True)
-    change(model.graph)
-    assert model.SerializeToString(deterministic=True) != before
-    path = graph.with_name(f"{name}.onnx")
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def differences(
-    graph: Path, model: Any, prompt: Sequence[int], decoded: Sequence[int]
-) -> tuple[float, float]:
-    """Largest distance from the model's logits: at prefill, and at any decoded position."""
-    import numpy as np
-
-    wanted = model_logits(model, [*prompt, *decoded])
-    decoder = open_graph(graph).bind(1)
-    first = np.abs(prefill(decoder, [prompt]).logits[0] - wanted[len(prompt) - 1]).max()
-    later = []
-    for position, token in enumerate(decoded, start=len(prompt)):
-        at = np.array([position], np.int64)
-        logits = decoder.step(np.array([[token]], np.int64), at, np.zeros((1, 1), np.int64))
-        later.append(np.abs(logits[0, 0] - wanted[position]).max())
-    return float(first), float(max(later))
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.values import Limits
 from pipeline.formats.trtllm.build_tool import (
     CAUSES,
-    build_command,
     expected_config,
     explain,
     read_back,
 )
 from tests.formats.trtllm.fake_trtllm_build import parse
-from tests.formats.trtllm.fakes import ADA_PLUGINS, compiler
+from tests.formats.trtllm.fakes import compiler
 from tests.quant.tiny_quantized import ADA
 
 VARIANTS = {
@@ -44,39 +42,6 @@ def test_every_flag_and_value_is_one_that_release_1_2_takes(name: str) -> None:
     parse(list(command[1:]))  # ends the program otherwise, as argparse does
     silencing = {"--max_input_len", "--build_config", "--kv_cache_type"}
     assert not silencing & set(command)
-
-
-def test_command_for_phi3_on_an_rtx_4090() -> None:
-    limits = Limits(max_batch_size=64, max_seq_len=4096, max_num_tokens=8192, kv_cache_dtype="fp8")
-    command = build_command(
-        limits,
-        ADA_PLUGINS,
-        checkpoint_dir="/mnt/checkpoint",
-        engine_dir="/mnt/engine",
-        timing_cache_in="/mnt/timing-in/model.cache",
-        timing_cache_out="/mnt/timing-out/model.cache",
-    )
-    assert command == (
-        "trtllm-build",
-        *("--checkpoint_dir", "/mnt/checkpoint"),
-        *("--output_dir", "/mnt/engine"),
-        *("--max_batch_size", "64"),
-        *("--max_seq_len", "4096"),
-        *("--max_num_tokens", "8192"),
-        *("--max_beam_width", "1"),
-        *("--gemm_plugin", "disable"),
-        *("--context_fmha", "enable"),
-        *("--remove_input_padding", "enable"),
-        *("--use_fused_mlp", "enable"),
-        *("--use_paged_context_fmha", "enable"),
-        *("--use_fp8_context_fmha", "enable"),
-        *("--multiple_profiles", "enable"),
-        *("--tokens_per_block", "32"),
-        *("--input_timing_cache", "/mnt/timing-in/model.cache"),
-        *("--output_timing_cache", "/mnt/timing-out/model.cache"),
-        *("--workers", "1"),
-        *("--log_level", "info"),
-    )
 
 
 SNIPPETS = {

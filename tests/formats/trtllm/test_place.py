@@ -32,7 +32,6 @@ from tests.formats.trtllm.fakes import (
     bare_machine,
     card_machine,
     compiler,
-    fake_card,
     package_records,
     write_script,
 )
@@ -58,17 +57,6 @@ def test_program_on_the_path_is_taken(
     assert place.gpu is not None
     assert place.gpu.uuid == GPU_UUID
     assert place.python == sys.executable
-
-
-def test_docker_is_tried_when_the_program_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bare_machine(tmp_path, monkeypatch)
-    fake_card(monkeypatch)
-    with pytest.raises(
-        IncompatibleError, match="trtllm-build is not on the PATH, and no Docker here"
-    ):
-        choose()
 
 
 def test_local_without_the_program_names_the_release(

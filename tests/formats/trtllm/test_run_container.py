@@ -221,23 +221,6 @@ def test_local_and_container_builds_give_the_same_engine_folder(
 
 
 @pytest.mark.usefixtures("hook")
-@pytest.mark.parametrize(
-    ("behaviour", "message"),
-    [
-        ("say:[TRT] [E] Error Code 2: OutOfMemory", "lower compiler.max_num_tokens"),
-        ("set:build_config.max_seq_len=64", "max_seq_len: asked 128, got 64"),
-    ],
-)
-def test_failure_in_the_container_leaves_no_engine(
-    client: DockerClient, checkpoint: Checkpoint, shared: Path, behaviour: str, message: str
-) -> None:
-    image = misbehaving_image(client, behaviour)
-    with pytest.raises(PipelineError, match=message):
-        build(checkpoint, shared, compiler(image=image))
-    assert list((shared / "cache" / "stages" / "compile-trtllm").iterdir()) == []
-
-
-@pytest.mark.usefixtures("hook")
 def test_build_that_hits_the_memory_limit_names_the_setting(
     client: DockerClient, checkpoint: Checkpoint, shared: Path
 ) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -102,25 +101,6 @@ def float_mask(model: onnx.ModelProto) -> None:
     insert_after(model, "attention_mask", "Cast", to=onnx.TensorProto.BFLOAT16)
 
 
-def attention_taken_apart(model: onnx.ModelProto) -> None:
-    attention = node(model, ATTENTION)
-    model.graph.node.remove(attention)
-    model.graph.node.append(helper.make_node("Identity", attention.input[:1], [ATTENTION]))
-    sort_nodes(model)
-
-
-def sort_nodes(model: onnx.ModelProto) -> None:
-    """Move the last node to where its inputs are ready."""
-    moved = model.graph.node[-1]
-    made = {name for one in model.graph.node[:-1] for name in one.output}
-    needed = set(moved.input) & made
-    last = max(i for i, one in enumerate(model.graph.node[:-1]) if needed & set(one.output))
-    copy = onnx.NodeProto()
-    copy.CopyFrom(moved)
-    del model.graph.node[-1]
-    model.graph.node.insert(last + 1, copy)
-
-
 def cache_input_dropped(model: onnx.ModelProto) -> None:
     node(model, "present_value.1").input[0] = "past_value.0"
     inputs = model.graph.input
@@ -154,12 +134,6 @@ def scale_of_another_linear(model: onnx.ModelProto) -> None:
     for tail in ("q", "dq"):
         name = f"model.layers.1.mlp.down_proj.input.{tail}"
         node(model, name).input[1] = "model.layers.0.mlp.gate_proj.input_scale"
-
-
-def norm_weight_changed(model: onnx.ModelProto) -> None:
-    tensor = initializer(model, "model.norm.weight")
-    values = np.ones(tensor.dims, ml_dtypes.bfloat16)
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
 def rope_of_another_theta(model: onnx.ModelProto) -> None:
@@ -214,10 +188,6 @@ def unknown_kind(model: onnx.ModelProto) -> None:
     insert_after(model, "model.layers.1.residual", "Softmax", axis=-1)
 
 
-def unknown_operation(model: onnx.ModelProto) -> None:
-    insert_after(model, "model.layers.1.residual", "Erf")
-
-
 def rename_input(model: onnx.ModelProto, old: str, new: str) -> None:
     for other in model.graph.node:
         for position, read in enumerate(other.input):
@@ -228,13 +198,6 @@ def rename_input(model: onnx.ModelProto, old: str, new: str) -> None:
 def bias_dropped(model: onnx.ModelProto) -> None:
     module = "model.layers.1.self_attn.k_proj"
     rename_input(model, f"{module}.biased", module)
-
-
-def bias_doubled(model: onnx.ModelProto) -> None:
-    add = node(model, "model.layers.1.self_attn.k_proj.biased")
-    twice = helper.make_node("Add", [add.input[1]] * 2, ["twice"], name="twice")
-    model.graph.node.insert(0, twice)
-    add.input[1] = "twice"
 
 
 def rows_of_another_part(model: onnx.ModelProto) -> None:
@@ -258,11 +221,6 @@ def window_of_the_first_query(model: onnx.ModelProto) -> None:
     gather = helper.make_node("Gather", inputs, ["first_query"], name="first_query", axis=2)
     model.graph.node.insert(index, gather)
     node(model, "last_hidden_key").input[0] = "first_query"
-
-
-def whole_head_turned(model: onnx.ModelProto) -> None:
-    rope = node(model, KEY_ROPE)
-    rope.attribute.remove(attribute(rope, "rotary_embedding_dim"))
 
 
 def too_few_elements_turned(model: onnx.ModelProto) -> None:
@@ -289,14 +247,12 @@ FAULTS: list[tuple[str, Plant, str]] = [
     (LLAMA, nonpad_kv_seqlen, "ATTENTION_INPUT layer .*no mask.*UPPER_LEFT.*nonpad_kv_seqlen"),
     (LLAMA, mask_left_out, f"ATTENTION_INPUT layer '{ATTENTION}.*no mask"),
     (LLAMA, float_mask, "mask of BF16, wanted BOOL"),
-    (LLAMA, attention_taken_apart, "1 ATTENTION_INPUT layers, wanted 2"),
     (LLAMA, cache_input_dropped, "past_value.1 is missing"),
     (LLAMA, cache_input_unread, "no layer of the network reads the input past_value.1"),
     (LLAMA, input_added, r"attention_bias is \(-1,\), wanted none"),
     (LLAMA, output_renamed, "logits is missing.*scores is .*wanted none"),
     # Caught by the constants.
     (LLAMA, scale("model.layers.1.mlp.down_proj.input_scale", 2.0), "down_proj.input_scale is"),
-    (LLAMA, norm_weight_changed, "constant model.norm.weight is"),
     (LLAMA, rope_of_another_theta, "constant rope_cos is"),
     # Caught by the values, at the first tensor behind the fault.
     (LLAMA, scale_of_another_linear, r"layers.1.mlp.down_proj.input.dq \(prefill\) differs"),
@@ -309,14 +265,11 @@ FAULTS: list[tuple[str, Plant, str]] = [
     # Fails closed.
     (LLAMA, rotary_interleaved, "ROTARY_EMBEDDING layer .*interleaved = True is unknown"),
     (LLAMA, unknown_kind, "the kind SOFTMAX is unknown to the network check"),
-    (LLAMA, unknown_operation, "UNARY layer 'inserted': op = ERF is unknown"),
     # What other architectures have.
     ("qwen2.5", bias_dropped, ATTENDED),
-    ("qwen2.5", bias_doubled, ATTENDED),
     ("phi4-mini", rows_of_another_part, "constant model.layers.1.self_attn.qkv_proj.k.weight is"),
     ("mistral-sliding", window_includes_its_edge, r"\(end of context\) differs"),
     ("mistral-sliding", window_of_the_first_query, r"\(chunk at end of context\) differs"),
-    ("phi4-mini", whole_head_turned, "cannot parse .*cosCache's last dimension is 12"),
     ("phi4-mini", too_few_elements_turned, "constant rope_(cos|sin) is"),
     ("phi3", rest_of_the_attention_scale_left_out, ATTENDED),
 ]

@@ -50,14 +50,6 @@ def engine(root: Path, checkpoint: Checkpoint) -> Engine:
     return COMPILER.compile(checkpoint, ADA, StageCache(root=root / "cache"), root / "logs")
 
 
-def test_engine_folder_is_self_contained(engine: Engine, checkpoint: Checkpoint) -> None:
-    names = {path.name for path in engine.dir.iterdir()}
-    wanted = {"config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"}
-    assert names >= {PLAN_FILE, *wanted}
-    for name in wanted:
-        assert (engine.dir / name).read_bytes() == (checkpoint.dir / name).read_bytes()
-
-
 def test_engine_says_what_it_is(engine: Engine) -> None:
     assert engine.variant == "sm89-trtrtx-fp8-b2-s64"
     assert engine.sms == (89,)

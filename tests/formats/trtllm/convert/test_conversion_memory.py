@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from pipeline.model.read import read_spec
 from tests.specs import tiny_config
+from tests.tiny_recipe import ROOT, run_python
 
 HIDDEN, INNER, LAYERS, VOCAB = 1024, 4096, 10, 4096
 ALLOWANCE_BYTES = 8 << 20
@@ -77,12 +76,8 @@ def test_peak_memory_is_at_most_twice_the_largest_shard(tmp_path: Path) -> None:
     bound = 2 * largest + ALLOWANCE_BYTES
     assert whole > 3 * bound  # else the case shows nothing
     for dtype in ("bfloat16", "float16"):  # copied, and cast
-        finished = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(tmp_path / "sharded"), str(tmp_path / dtype), dtype],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        paths = str(tmp_path / "sharded"), str(tmp_path / dtype)
+        finished = run_python(ROOT, "-c", _CHILD, *paths, dtype)
         assert finished.returncode == 0, finished.stderr
         assert int(finished.stdout) <= bound
         written = (tmp_path / dtype / "rank0.safetensors").stat().st_size

@@ -196,21 +196,6 @@ def test_impossible_setting_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "tokens"),
-    [
-        (("--max-batch-size", "1", "--max-seq-len", "16"), "32"),
-        (("--max-batch-size", "1", "--max-seq-len", "33"), "33"),
-    ],
-)
-def test_printed_token_count_is_what_trtllm_build_makes_of_it(
-    llama: Path, tmp_path: Path, options: tuple[str, ...], tokens: str
-) -> None:
-    """It lowers the count to batch x length, then raises it to one block of 32 tokens."""
-    result = invoke(llama, tmp_path / "out", *options)
-    assert flags(result.stdout)["--max_num_tokens"] == tokens
-
-
 _DECLARATION, _CONFIG = "hf_quant_config.json", "config.json"
 
 
