@@ -33,7 +33,7 @@ import typer
 from pipeline.core.errors import ExitCode, Fault
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -101,7 +101,7 @@ def tell(answer: Answer, *, as_json: bool = False) -> None:
             if isinstance(part, str):
                 print(part)
             else:
-                _stdout().print(part)
+                _show(part)
     if answer.exit_code and (as_json or not answer.shown):
         show_error(answer.message)
 
@@ -153,16 +153,33 @@ def _clean_stdout() -> Iterator[None]:
         yield
 
 
-_PLAIN_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe, where rich would assume 80."""
+_UNBROKEN = 10_000
+"""Columns of a table that goes to a file or a pipe: each row is one line there, for grep."""
 
 
-def _stdout() -> Console:
-    """A console for results."""
+def _show(part: RenderableType) -> None:
+    """Print a result for people; what they copy out of a narrow terminal stays in one piece."""
     from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_UNBROKEN)
+        with console.capture() as captured:
+            console.print(part)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        return
+    unbroken = console.options.update(max_width=_UNBROKEN)
+    widest = Measurement.get(console, unbroken, part).maximum
+    if not (isinstance(part, Table) and part.show_header and widest > console.width):
+        console.print(part)
+        return
+    for first, *rest in zip(*(column.cells for column in part.columns), strict=True):
+        console.print(first, soft_wrap=True)
+        cells = Text("  ").join(Text.assemble(cell) for cell in rest if str(cell))
+        console.print(Text.assemble("  ", cells), soft_wrap=True)
 
 
 def show_error(message: str) -> None:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import cli
 from pipeline.__main__ import Request
-from pipeline.answer import Answer
+from pipeline.answer import Answer, make_table, tell
 from pipeline.core.errors import ExitCode
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores.folder import FolderRegistry
@@ -126,3 +126,21 @@ def test_damaged_package_is_listed_as_such_and_exits_4(published: str, workdir: 
     manifest.write_bytes(b"{}")
     assert "damaged" in invoke("list").output
     assert enginesmith(workdir, "show", published).returncode == 4
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_reference_can_be_copied_from_a_narrow_terminal_and_grepped_in_a_pipe(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")
+    if terminal:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    reference, card = "phi3/any-checkpoint-fp8:1.0.0-" + 50 * "a", 30 * "c"
+    tell(Answer(shown=[make_table(("reference", "card"), [(reference, card)])]))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == (
+        [reference, f"  {card}"]
+        if terminal
+        else [f"{'reference':{len(reference)}}  card", f"{reference}  {card}"]
+    )

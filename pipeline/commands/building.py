@@ -54,7 +54,7 @@ def build(
 
 @answering
 def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = None) -> Answer:
-    """Show size, fit and speed ceilings of a recipe, without downloading anything."""
+    """Show a recipe's size, fit and speed ceilings, offline."""
     from pipeline.config.compose import config_folders
     from pipeline.config.load import load
 
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = No
 
 @answering
 def config(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = None) -> Answer:
-    """Print a recipe as it is composed: every value, defaults and overrides merged."""
+    """Print a recipe with all defaults and overrides merged."""
     from pipeline.config.compose import config_folders
     from pipeline.config.load import load
 
@@ -102,7 +102,10 @@ def new(
         Path | None, typer.Option(help="Where to write; by default ./recipes, else here.")
     ] = None,
 ) -> Answer:
-    """Write a recipe for a model: pinned commit, the largest shape that fits the card."""
+    """Write a recipe for a model of the Hub or of a folder.
+
+    It pins the commit and takes the largest shape that fits the card.
+    """
     from pipeline.new import new_recipe, report
 
     made = new_recipe(name, origin=origin, revision=revision, target=target, config_dir=config_dir)
@@ -133,7 +136,10 @@ def export_trtllm(
         int | None, typer.Option(min=1, help="For the printed command; by default 8192.")
     ] = None,
 ) -> Answer:
-    """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1, and print the command that builds it."""
+    """Convert an FP8 checkpoint for TensorRT-LLM 1.2.1.
+
+    Prints the command that builds the engine from it.
+    """
     from pipeline.formats.trtllm.convert import plan_export
     from pipeline.plan import checkpoint_faults
 
@@ -168,7 +174,10 @@ def rehearse(
     ] = None,
     config_dir: ConfigDir = None,
 ) -> Answer:
-    """Run a recipe's whole line on random weights, in every format; nothing is downloaded."""
+    """Try a recipe's whole line on tiny random weights.
+
+    In every format; nothing is downloaded.
+    """
     from pipeline.rehearse import run_rehearsal
 
     changed = tuple(overrides or ())
@@ -195,7 +204,7 @@ def accept(
     allow_unsigned: Unsigned = False,
     config_dir: ConfigDir = None,
 ) -> Answer:
-    """Measure a package on this machine's GPU, and sign what came of it."""
+    """Measure a package on this machine's GPU; sign the result."""
     from pipeline.accept import AcceptRequest
     from pipeline.accept import accept as run
     from pipeline.outcome import failure_of, open_run, write_verdict
@@ -262,7 +271,7 @@ def race(
     ] = None,
     config_dir: ConfigDir = None,
 ) -> Answer:
-    """Race a recipe's artifact against vLLM and Transformers on this machine."""
+    """Race a recipe's engine against vLLM and Transformers."""
     from pipeline.race import RaceRequest
     from pipeline.race import race as run
 

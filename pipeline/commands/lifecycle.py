@@ -82,7 +82,10 @@ def sign(
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Sign a package that is trusted here, and its test results, with another key."""
+    """Sign a package trusted here with another key.
+
+    Its test results are signed, too.
+    """
     from pipeline.registry.promotion import countersign
     from pipeline.registry.trust.policy import read_private_key
 
@@ -102,7 +105,10 @@ def promote(
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Move a channel to a package whose trusted test result is good enough for it."""
+    """Move a channel to a package that passed its tests.
+
+    A trusted test result must be good enough for the channel.
+    """
     return _moved(_releaser(registry, policy, reason).promote(reference, channel, card))
 
 
@@ -115,7 +121,10 @@ def rollback(
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Move a channel back to the package before; promote goes further back."""
+    """Move a channel back to the package before.
+
+    To go further back: promote.
+    """
     return _moved(_releaser(registry, policy, reason).rollback(name, channel, card))
 
 
@@ -127,7 +136,10 @@ def yank(
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Stop a package from being pulled, but by its digest and with --allow-yanked."""
+    """Stop a package from being pulled.
+
+    Who names its digest and --allow-yanked still gets it.
+    """
     from pipeline.registry.promotion import channels_of
 
     releaser = _releaser(registry, policy, reason)
@@ -211,7 +223,7 @@ def gc(
     registry: Registry = ARTIFACTS,
     policy: Policy = None,
 ) -> Answer:
-    """Show which versions nothing needs any more, and remove them with --delete."""
+    """Show versions that nothing needs; remove with --delete."""
     from pipeline.registry.inventory import Rules, collect
     from pipeline.registry.resolve import resolve
     from pipeline.registry.store import Place

@@ -38,7 +38,7 @@ _STYLES = {
 
 @answering
 def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
-    """List the published packages, with what trusted keys state about them."""
+    """List the packages, with what trusted keys say of them."""
     from pipeline.registry.inventory import entries
 
     found = entries(*_open(registry, policy))
@@ -56,8 +56,7 @@ def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answ
 
 @answering
 def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
-    """Show one package: what it is for, where it is proven, its digest, who signed it."""
-    from rich.console import Group
+    """Show one package: its use, proofs, files and signers."""
     from rich.filesize import decimal
 
     from pipeline.registry.inventory import entry
@@ -83,7 +82,7 @@ def show(reference: Reference, registry: Registry = ARTIFACTS, policy: Policy = 
             ),
         ),
     )  # fmt: skip
-    return Answer(value={**_summary(found), "manifest": manifest}, shown=[Group(*parts)])
+    return Answer(value={**_summary(found), "manifest": manifest}, shown=parts)
 
 
 @answering
@@ -124,7 +123,10 @@ def copy(
     policy: Policy = None,
     allow_unsigned: Unsigned = False,
 ) -> Answer:
-    """Copy a package, its signatures and its test results to another registry, byte for byte."""
+    """Copy a package to another registry, byte for byte.
+
+    Its signatures and test results go with it.
+    """
     from pipeline.registry.promotion import copy as copy_package
 
     with screen_logging():

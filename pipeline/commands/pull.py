@@ -91,7 +91,7 @@ def pull(
     cache: _Cache = None,
     jobs: _Jobs = None,
 ) -> Answer:
-    """Fetch the engine that fits a machine: signatures first, every byte verified."""
+    """Fetch the engine that fits a machine, every byte verified."""
     from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
 
@@ -131,7 +131,7 @@ def verify(
     allow_yanked: _Yanked = False,
     policy: Policy = None,
 ) -> Answer:
-    """Verify every byte of a package, its signatures and yanks, and where it is proven."""
+    """Verify a package: bytes, signatures, yanks, proofs."""
     from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
     from pipeline.registry.client.pull import verify as verify_target
