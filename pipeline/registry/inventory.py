@@ -19,30 +19,30 @@ collection takes the files, a day after that at the earliest, so that a reader w
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, UntrustedError
 from pipeline.core.settings import cache_root
+from pipeline.registry.copies import copy_of, pack, unpack
 from pipeline.registry.disk import read_bounded
-from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.resolve import examine, resolve
 from pipeline.registry.store import (
     ENVELOPE,
-    NONE_KNOWN,
+    Listed,
     Place,
     RawStatement,
     Reader,
     Store,
     in_parallel,
-    readers,
+    is_named_after,
 )
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.policy import TrustPolicy
@@ -55,8 +55,9 @@ GRACE_S = DAY_S
 """Longer than any publication, from the first statement to the move of the channel: uploading an
 engine takes minutes, and accepting one takes hours at most."""
 _MAX_FILE_BYTES = 64 << 20
-_MOVES = "channels"
-"""Where the moves of a variant are kept: no version is called like this."""
+_VARIANTS_AT_ONCE, _READS_AT_ONCE = 4, 8
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -84,58 +85,72 @@ class Entry:
 
 def entries(store: Store, terms: Terms) -> list[Entry]:
     """Every published version, by its place; those that were yanked, too."""
-    reader = remembering(store)
     shown = replace(terms, allow_yanked=True)
-    names = store.statement_names()
-    places = sorted(names)
-    pointers = _pointers(reader, places, terms)
 
-    def look(place: Place) -> Entry | None:
-        try:
-            found = examine(reader, place, shown, names=names[place])
-        except NotFoundError:
-            return None  # removed meanwhile
-        except (CorruptError, UntrustedError) as error:
-            corrupt = isinstance(error, CorruptError)
-            return Entry(place=place, fault=str(error), corrupt=corrupt)
-        held = pointers.get((place, found.package.digest), ())
-        return Entry(place=place, resolved=found, pointers=tuple(sorted(held)))
+    def look(listed: Listed, reader: Reader) -> list[Entry]:
+        pointers = _pointers(reader, listed.name, listed.variant, terms)
+        found = []
+        for place, names in listed.versions.items():
+            try:
+                one = examine(reader, place, shown, names=names)
+            except NotFoundError:
+                continue  # removed meanwhile
+            except (CorruptError, UntrustedError) as error:
+                corrupt = isinstance(error, CorruptError)
+                found.append(Entry(place=place, fault=str(error), corrupt=corrupt))
+            else:
+                held = pointers.get((place, one.package.digest), ())
+                found.append(Entry(place=place, resolved=one, pointers=tuple(sorted(held))))
+        return found
 
-    return [one for one in in_parallel(look, places, readers(reader)) if one is not None]
+    return [one for some in _of_variants(store, look) for one in some]
 
 
 def entry(store: Store, text: str, terms: Terms) -> Entry:
     """The one version that a reference means; see `resolve`. A yanked one is shown."""
     found = resolve(store, text, replace(terms, allow_yanked=True))
-    held = _pointers(store, [found.place], terms).get((found.place, found.package.digest), ())
+    pointers = _pointers(store, found.place.name, found.place.variant, terms)
+    held = pointers.get((found.place, found.package.digest), ())
     return Entry(place=found.place, resolved=found, pointers=tuple(sorted(held)))
 
 
 def _pointers(
-    store: Reader, places: Iterable[Place], terms: Terms
+    store: Reader, name: str, variant: str, terms: Terms
 ) -> dict[tuple[Place, str], list[Pointer]]:
     """Place and digest -> channels that point there."""
     pointers: dict[tuple[Place, str], list[Pointer]] = {}
-    for name, variant in dict.fromkeys((place.name, place.variant) for place in places):
-        for channel in read_channels(store, terms.policy, name, variant):
-            reference = channel.newest.reference
-            pointer = Pointer(channel=channel.name, card=channel.card)
-            pointers.setdefault((Place.of(reference), reference.digest), []).append(pointer)
+    for channel in read_channels(store, terms.policy, name, variant):
+        reference = channel.newest.reference
+        pointer = Pointer(channel=channel.name, card=channel.card)
+        pointers.setdefault((Place.of(reference), reference.digest), []).append(pointer)
     return pointers
 
 
+def _of_variants(store: Store, look: Callable[[Listed, Reader], _Result]) -> Iterator[_Result]:
+    """Look at every variant; at what a store that is far away has, through what is remembered."""
+    identity = functools.cache(store.identity)
+
+    def at(listed: Listed) -> _Result:
+        if store.local:  # read as fast as what is remembered
+            return look(listed, store)
+        held = _read_all(store, listed)
+        return look(listed, _Held(store=store, listed=listed, held=held, identity=identity))
+
+    return in_parallel(at, store.listed(), 1 if store.local else _VARIANTS_AT_ONCE)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _RememberingStore:
-    """A store that remembers what never changes, for readers of many versions.
+class _Held:
+    """What a variant lists, read: under names that follow from bytes, which nothing can change.
 
-    Below a published manifest nothing is written again, and statements and moves have names that
-    follow from their bytes. So the second `list` of a registry asks only what there is, and reads
-    what is new. What is remembered is verified like what was just read. It lies in the cache:
-
-        registries/<16 hex of SHA-256(URL)>/<name>/<variant>/<version>.json
+    So the second `list` of a registry asks only what there is, and reads what is new. What is
+    remembered is verified like what was just read.
     """
 
     store: Store
+    listed: Listed
+    held: Mapping[str, bytes]
+    identity: Callable[[], str | None]
 
     @property
     def url(self) -> str:
@@ -145,71 +160,70 @@ class _RememberingStore:
     def local(self) -> bool:
         return self.store.local
 
-    @cached_property
-    def _identity(self) -> str | None:
-        return self.store.identity()
-
-    def identity(self) -> str | None:
-        return self._identity
-
     def read_manifest(self, place: Place) -> bytes:
-        kept = self._read(place)
-        if MANIFEST not in kept:
-            kept[MANIFEST] = self.store.read_manifest(place)
-            self._keep(place, kept)
-        return kept[MANIFEST]
+        data = self.held.get(place.version)
+        return self.store.read_manifest(place) if data is None else data
 
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
-        if names is None:
-            return self.store.read_statements(place)
-        kept = self._read(place)
-        if missing := [name for name in names if name not in kept]:
-            read = self.store.read_statements(place, missing)
-            kept |= {one.name: one.envelope for one in read}
-            self._keep(place, kept)
-        return [
-            RawStatement(name=name, files={ENVELOPE: kept[name]}) for name in names if name in kept
-        ]
+        found = ((name, self.held.get(f"{place.version}/{name}")) for name in names or ())
+        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in found if data]
 
     def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+        self, name: str, variant: str, names: Collection[str] | None = None
     ) -> list[bytes]:
-        place = Place(name=name, variant=variant, version=_MOVES)
-        kept = self._read(place)
-        found = self.store.read_moves(name, variant, kept | dict(known))
-        now = {hashlib.sha256(data).hexdigest(): data for data in found}
-        if now != kept:
-            self._keep(place, now)
+        return [data for one in self.listed.moves if (data := self.held.get(f"move-{one}"))]
+
+
+def _read_all(store: Store, listed: Listed) -> dict[str, bytes]:
+    """All that a variant lists, named as in `copies.py`: from the cache, its copies, or singly."""
+    of_version = {
+        place: [place.version, *(f"{place.version}/{name}" for name in names)]
+        for place, names in listed.versions.items()
+    }
+    moves = [f"move-{name}" for name in listed.moves]
+    wanted = [*moves, *(name for names in of_version.values() for name in names)]
+    registry = hashlib.sha256(store.url.encode()).hexdigest()[:16]
+    path = cache_root() / "registries" / registry / listed.name / f"{listed.variant}.json"
+    remembered: dict[str, bytes] = {}
+    with contextlib.suppress(CorruptError, OSError):
+        remembered = unpack(read_bounded(path, _MAX_FILE_BYTES))
+    held = dict(remembered)
+    if sum(name not in held for name in wanted) > 1:
+        with contextlib.suppress(CorruptError, AccessError):
+            held = unpack(store.read_copies(listed.name, listed.variant)) | held
+
+    def read(place: Place) -> dict[str, bytes]:
+        missing = [name for name in of_version[place] if name not in held]
+        statements = [name.partition("/")[2] for name in missing if "/" in name]
+        found = copy_of(place, store.read_statements(place, statements) if statements else ())
+        if place.version in missing:
+            with contextlib.suppress(CorruptError, NotFoundError):  # its reader hears of it
+                found[place.version] = store.read_manifest(place)
         return found
 
-    def _path(self, place: Place) -> Path:
-        registry = hashlib.sha256(self.store.url.encode()).hexdigest()[:16]
-        folder = cache_root() / "registries" / registry / place.name / place.variant
-        return folder / f"{place.version}.json"
-
-    def _read(self, place: Place) -> dict[str, bytes]:
-        """Name of a statement, SHA-256 of a move or `MANIFEST` -> its bytes."""
-        with contextlib.suppress(CorruptError, ValueError, OSError, AttributeError):
-            value = json.loads(read_bounded(self._path(place), _MAX_FILE_BYTES))
-            return {name: text.encode() for name, text in value.items()}
-        return {}
-
-    def _keep(self, place: Place, kept: Mapping[str, bytes]) -> None:
-        """Remember; what is no text, or cannot be written, is read again the next time."""
-        path = self._path(place)
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            text = json.dumps({name: data.decode() for name, data in kept.items()})
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            private = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
-            private.write_text(text)
-            private.replace(path)
+    if missing := [name.removeprefix("move-") for name in moves if name not in held]:
+        for data in store.read_moves(listed.name, listed.variant, missing):
+            held[f"move-{hashlib.sha256(data).hexdigest()[: len(missing[0])]}"] = data
+    lacking = [place for place, names in of_version.items() if not held.keys() >= set(names)]
+    for found in list(in_parallel(read, lacking, _READS_AT_ONCE)):
+        held |= found
+    held = {name: held[name] for name in wanted if name in held}
+    _remember(path, remembered, held)
+    return held
 
 
-def remembering(store: Store) -> Reader:
-    """To read many versions; a folder of this machine is read as fast as what is remembered."""
-    return store if store.local else _RememberingStore(store=store)
+def _remember(path: Path, known: Mapping[str, bytes], held: Mapping[str, bytes]) -> None:
+    """Keep what has a name of its own bytes; what cannot be kept is read again the next time."""
+    true = {name: data for name, data in held.items() if is_named_after(name, data)}
+    if true.keys() == known.keys():
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
+        private.write_bytes(pack(true, _MAX_FILE_BYTES))
+        private.replace(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,20 +261,17 @@ def collect(
 ) -> Collected:
     """Decide about every version, and remove those that may go if `delete` says so."""
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
-    # Looking once reads many versions, and most of it never changes.
-    reader = remembering(store)
-    names = store.statement_names()
-    variants = dict.fromkeys((place.name, place.variant) for place in sorted(names))
-    needed: dict[Place, str] = {}
-    for name, variant in variants:
-        needed |= _needed(reader, policy, name, variant, rules.history)
     now_s = store.now_s()
 
-    def look(place: Place) -> Fate | None:
-        return _decide(reader, policy, rules, now_s, place, needed, names[place])
+    def look(listed: Listed, reader: Reader) -> list[Fate | None]:
+        needed = _needed(reader, policy, listed.name, listed.variant, rules.history)
+        versions = listed.versions.items()
+        return [
+            _decide(reader, policy, rules, now_s, one, needed, names) for one, names in versions
+        ]
 
-    found = in_parallel(look, sorted(names), readers(reader))
-    fates = [fate for fate in found if fate is not None]
+    found = _of_variants(store, look)
+    fates = [fate for some in found for fate in some if fate is not None]
     removed: list[Place] = []
     freed_bytes = 0
     for number, fate in enumerate(fates):

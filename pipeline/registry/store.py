@@ -11,12 +11,14 @@ above it. A folder and a bucket hold the same tree:
     <name>/<variant>/<version>.lease                     while it is published, for gc
     <name>/<variant>/channels/log/<sha256>.dsse.json     moves
     <name>/<variant>/channels/<channel>.<card>.json      hint to the newest move, for people
+    <name>/<variant>/copies.json                         manifests, statements, moves, in one file
 
 An OCI registry holds the package as an image, statements as its referrers, moves as artifacts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -25,7 +27,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Thread
-from types import MappingProxyType
 from typing import Protocol, TypeVar, runtime_checkable
 
 from pipeline.core.errors import CorruptError, NotFoundError
@@ -44,10 +45,10 @@ MAX_ATTACHMENT_BYTES = 32 << 20
 MAX_PER_KIND = 1000
 """Statements of one kind and package that are read: half of them the oldest, half the newest by
 the store's dates, so that neither what comes before nor what comes after crowds a statement out."""
+MAX_COPIES_BYTES = 2 << 20
+"""Of all copies of a variant: some 200 versions, the newest. What has no copy is read singly."""
 MAX_MOVES = 20_000
 """Moves of one variant that are read; the same halves."""
-
-NONE_KNOWN: Mapping[str, bytes] = MappingProxyType({})
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were sent or received, from any thread; for progress."""
@@ -80,7 +81,7 @@ class RawStatement:
     """A statement as it lies in a store, unverified.
 
     Attributes:
-        name: `<kind>-<first 16 hex digits of SHA-256(payload)>`; a claim until it is compared.
+        name: `<kind>-<first 16 hex digits of SHA-256(envelope)>`; a claim until it is compared.
         files: File name -> content; `ENVELOPE`, which is signed, is always among them.
     """
 
@@ -96,9 +97,27 @@ class RawStatement:
         return self.files[ENVELOPE]
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a registry lists of a variant, unread: versions with names of statements, and moves.
+
+    A move is named by digits (hex) that its SHA-256 begins with.
+    """
+
+    name: str
+    variant: str
+    versions: Mapping[Place, tuple[str, ...]]
+    moves: tuple[str, ...]
+
+
 def is_statement_name(text: str) -> bool:
     """Whether a statement may have this name."""
     return _STATEMENT_NAME.fullmatch(text) is not None
+
+
+def is_named_after(name: str, data: bytes) -> bool:
+    """Whether a name ends in digits of the SHA-256 of `data`: a version, a statement, a move."""
+    return hashlib.sha256(data).hexdigest().startswith(name.rpartition("-")[2])
 
 
 def is_attachment_name(text: str) -> bool:
@@ -132,18 +151,17 @@ class Reader(Protocol):
     def read_statements(
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
-        """Statements about a version, or those with `names`: their envelopes only.
+        """Statements about a version, or those with listed `names`: their envelopes only.
 
         What is too large, unreadable or beyond `MAX_PER_KIND` is skipped with one warning.
         """
 
     def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+        self, name: str, variant: str, names: Collection[str] | None = None
     ) -> list[bytes]:
-        """The log of a variant's channels: envelopes in no order that means anything.
+        """The log of a variant's channels, or its moves with listed `names`: envelopes in no order.
 
-        What is too large or beyond `MAX_MOVES` is skipped with one warning. Those in `known`
-        (SHA-256 in hex -> envelope) are not sent again.
+        What is too large or beyond `MAX_MOVES` is skipped with one warning.
         """
 
 
@@ -158,13 +176,11 @@ class Store(Reader, Protocol):
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
         """All published versions, sorted; of one recipe, or of one variant of it."""
 
-    def statement_names(
-        self, name: str | None = None, variant: str | None = None
-    ) -> dict[Place, tuple[str, ...]]:
-        """Names of the statements of every version of `places`, in a few requests for all of them.
+    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+        """What there is of every variant of `places`, sorted; in a few requests for all of them."""
 
-        The bytes below a name never change, so a reader may remember what it verified.
-        """
+    def read_copies(self, name: str, variant: str) -> bytes | None:
+        """Copies of what a variant lists (see `copies.py`); None if there are none."""
 
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
@@ -198,23 +214,41 @@ def parse_identity(data: bytes, origin: str) -> str:
     )
 
 
-def limit_items(items: list[_Item], limit: int, what: str) -> list[_Item]:
-    """At most `limit` items, the oldest and the newest where the store dates them; warns of it."""
-    if len(items) <= limit:
-        return items
+def limit_dated(dated: Iterable[tuple[float, str]], limit: int, what: str) -> list[str]:
+    """At most `limit` names, the oldest and the newest by the store's dates; warns of it."""
+    names = [name for _, name in sorted(dated)]
+    if len(names) <= limit:
+        return names
     half = limit // 2
     fault = "%s: there are %d, only the %d oldest and newest are read; remove what is not yours"
-    log.warning(fault, what, len(items), 2 * half)
-    return [*items[:half], *items[-half:]]
+    log.warning(fault, what, len(names), 2 * half)
+    return [*names[:half], *names[-half:]]
 
 
-def limit_kinds(names: Iterable[str], what: str) -> list[str]:
+def limit_kinds(dated: Iterable[tuple[float, str]], what: str) -> list[str]:
     """At most `MAX_PER_KIND` statements of each kind, in the order of `KINDS`."""
-    of_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for name in names:
-        of_kind[name.rpartition("-")[0]].append(name)
-    kept = (limit_items(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
+    of_kind: dict[str, list[tuple[float, str]]] = {kind: [] for kind in KINDS}
+    for one in dated:
+        of_kind[one[1].rpartition("-")[0]].append(one)
+    kept = (limit_dated(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
     return [name for some in kept for name in some]
+
+
+def list_variants(
+    url: str,
+    statements: Mapping[Place, Iterable[tuple[float, str]]],
+    moves: Mapping[tuple[str, str], Iterable[tuple[float, str]]],
+) -> list[Listed]:
+    """What a store lists, dated by it, by variant and within the limits."""
+    found: dict[tuple[str, str], dict[Place, tuple[str, ...]]] = {}
+    for place in sorted(statements):
+        names = limit_kinds(statements[place], f"{url}: statements of {place}")
+        found.setdefault((place.name, place.variant), {})[place] = tuple(names)
+    kept = {
+        of: tuple(limit_dated(moves.get(of, ()), MAX_MOVES, f"{url}: moves of {'/'.join(of)}"))
+        for of in found
+    }
+    return [Listed(*of, versions, kept[of]) for of, versions in found.items()]
 
 
 def read_each(
@@ -249,10 +283,10 @@ def in_parallel(
     With one thread, the caller's own does the work: threads gain where a server is waited for, and
     lose where files of this machine are parsed.
     """
-    if threads == 1:
-        yield from map(function, items)
-        return
     work = [(item, Future[_Result]()) for item in items]
+    if min(threads, len(work)) <= 1:
+        yield from map(function, (item for item, _ in work))
+        return
     shared = iter(work)
 
     def run() -> None:

@@ -30,6 +30,7 @@ from typing import Protocol, runtime_checkable
 
 from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
 from pipeline.core.values import FileDigest, Package
+from pipeline.registry.copies import add_copies, copy_of
 from pipeline.registry.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -55,6 +56,7 @@ from pipeline.registry.stores.tree import (
     Found,
     Objects,
     TreeStore,
+    copies_key,
     manifest_key,
     moves_key,
     parse_key,
@@ -98,6 +100,9 @@ class WritableStore(Store, Protocol):
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
         """Write what people read about a channel, in place of what was there; proves nothing."""
+
+    def put_copies(self, name: str, variant: str, data: bytes) -> None:
+        """Write copies of what a variant lists, in place of those that were there."""
 
     def delete_package(self, place: Place) -> int:
         """Remove a version's manifest, so that it is gone for readers; bytes that this frees."""
@@ -224,20 +229,28 @@ class WritableTree(TreeStore):
         if not self._published(place, manifest):
             raise TransientError(f"{place} was removed while it was published; publish it again")
         self.objects.delete([_lease_key(place)])
+        add_copies(self, place.name, place.variant, copy_of(place, statements, manifest))
         return created
 
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
         if self.objects.find(manifest_key(place)) is None:
             raise NotFoundError(f"{self.url} has no {place}; publish it first")
-        return self._put_statement(place, statement)
+        if new := self._put_statement(place, statement):
+            add_copies(self, place.name, place.variant, copy_of(place, [statement]))
+        return new
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
-        file = f"{hashlib.sha256(data).hexdigest()}.dsse.json"
-        return self.objects.create(f"{moves_key(name, variant)}{file}", data)
+        digest = hashlib.sha256(data).hexdigest()
+        if new := self.objects.create(f"{moves_key(name, variant)}{digest}.dsse.json", data):
+            add_copies(self, name, variant, {f"move-{digest}": data})
+        return new
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
         file = f"{check_part('channel', channel)}.{check_part('card', card)}.json"
         self.objects.replace(f"{variant_key(name, variant)}/channels/{file}", data)
+
+    def put_copies(self, name: str, variant: str, data: bytes) -> None:
+        self.objects.replace(copies_key(name, variant), data)
 
     def delete_package(self, place: Place) -> int:
         manifest = manifest_key(place)

@@ -7,7 +7,7 @@ ours and is skipped; what counts is signed.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,16 +19,17 @@ from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
+    MAX_COPIES_BYTES,
     MAX_ENVELOPE_BYTES,
     MAX_MOVES,
-    MAX_PER_KIND,
-    NONE_KNOWN,
+    Listed,
     Place,
     RawStatement,
     is_attachment_name,
     is_statement_name,
-    limit_items,
+    limit_dated,
     limit_kinds,
+    list_variants,
     parse_identity,
     read_each,
     readers,
@@ -37,7 +38,7 @@ from pipeline.registry.store import (
 IDENTITY = "registry.json"
 _STATEMENTS = ".statements/"
 _MAX_ATTACHMENTS = 16
-_MOVE = re.compile(r"([0-9a-f]{64})\.dsse\.json")
+_LOG = re.compile(r"([^/]+)/([^/]+)/channels/log/([0-9a-f]{64})\.dsse\.json")
 _REST = re.compile(r"(?P<version>[^/]*?)(?P<rest>\.lease|\.statements/.*|/.*)")
 
 
@@ -94,6 +95,11 @@ def moves_key(name: str, variant: str) -> str:
     return f"{variant_key(name, variant)}/channels/log/"
 
 
+def copies_key(name: str, variant: str) -> str:
+    """The object with copies of what a variant lists."""
+    return f"{variant_key(name, variant)}/copies.json"
+
+
 def parse_key(key: str) -> tuple[Place, str] | None:
     """The version that a key is of, and what follows the version; None if it is none of ours."""
     parts = key.split("/", 2)
@@ -125,26 +131,27 @@ class TreeStore:
         return None if data is None else parse_identity(data, f"{self.url}: {IDENTITY}")
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return sorted(self.statement_names(name, variant))
+        return [place for found in self.listed(name, variant) for place in found.versions]
 
-    def statement_names(
-        self, name: str | None = None, variant: str | None = None
-    ) -> dict[Place, tuple[str, ...]]:
+    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
         prefix = "" if name is None else f"{check_part('name', name)}/"
         if variant is not None:
             prefix += f"{check_part('variant', variant)}/"
-        published: set[Place] = set()
-        names: dict[Place, list[str]] = {}
+        published: list[Place] = []
+        about: dict[Place, list[tuple[float, str]]] = {}
+        moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
         for found in self.objects.listed(prefix):
-            if (parsed := parse_key(found.key)) is None:
-                continue
-            place, rest = parsed
-            statement, _, file = rest.removeprefix(_STATEMENTS).partition("/")
-            if rest == f"/{MANIFEST}":
-                published.add(place)
-            elif rest.startswith(_STATEMENTS) and file == ENVELOPE and is_statement_name(statement):
-                names.setdefault(place, []).append(statement)
-        return {place: tuple(names.get(place, ())) for place in published}
+            if match := _LOG.fullmatch(found.key):
+                of = match[1], match[2]
+                moves.setdefault(of, []).append((found.modified_s, match[3]))
+            elif (parsed := parse_key(found.key)) is not None:
+                place, rest = parsed
+                statement, _, file = rest.removeprefix(_STATEMENTS).partition("/")
+                if rest == f"/{MANIFEST}":
+                    published.append(place)
+                elif file == ENVELOPE and is_statement_name(statement):
+                    about.setdefault(place, []).append((found.modified_s, statement))
+        return list_variants(self.url, {one: about.get(one, []) for one in published}, moves)
 
     def read_manifest(self, place: Place) -> bytes:
         data = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
@@ -163,20 +170,18 @@ class TreeStore:
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
         prefix, what = statements_key(place), f"{self.url}: statements of {place}"
-        known = names
-        if known is None or len(known) > MAX_PER_KIND:  # else nothing need be listed
+        if names is None:
             dated: list[tuple[float, str]] = []
             for found in self.objects.listed(prefix):
                 name, _, file = found.key.removeprefix(prefix).partition("/")
-                if file == ENVELOPE and (names is None or name in names):
+                if file == ENVELOPE and is_statement_name(name):
                     dated.append((found.modified_s, name))
-            known = [name for _, name in sorted(dated)]
-        kept = limit_kinds(filter(is_statement_name, known), what)
+            names = limit_kinds(dated, what)
 
         def read(name: str) -> bytes | None:
             return self.objects.read(f"{prefix}{name}/{ENVELOPE}", MAX_ENVELOPE_BYTES)
 
-        held = read_each(read, kept, what, readers(self))
+        held = read_each(read, names, what, readers(self))
         return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in held.items()]
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
@@ -198,18 +203,21 @@ class TreeStore:
         return RawStatement(name=name, files=files)
 
     def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+        self, name: str, variant: str, names: Collection[str] | None = None
     ) -> list[bytes]:
         prefix, what = moves_key(name, variant), f"{self.url}: moves of {name}/{variant}"
-        dated = sorted(
-            (found.modified_s, match[1])
-            for found in self.objects.listed(prefix)
-            if (match := _MOVE.fullmatch(found.key.removeprefix(prefix)))
-        )
+        if names is None:
+            dated = [
+                (found.modified_s, match[3])
+                for found in self.objects.listed(prefix)
+                if (match := _LOG.fullmatch(found.key))
+            ]
+            names = limit_dated(dated, MAX_MOVES, what)
 
         def read(digest: str) -> bytes | None:
-            key = f"{prefix}{digest}.dsse.json"
-            return known.get(digest) or self.objects.read(key, MAX_ENVELOPE_BYTES)
+            return self.objects.read(f"{prefix}{digest}.dsse.json", MAX_ENVELOPE_BYTES)
 
-        kept = limit_items([digest for _, digest in dated], MAX_MOVES, what)
-        return list(read_each(read, kept, what, readers(self)).values())
+        return list(read_each(read, names, what, readers(self)).values())
+
+    def read_copies(self, name: str, variant: str) -> bytes | None:
+        return self.objects.read(copies_key(name, variant), MAX_COPIES_BYTES)

@@ -164,8 +164,9 @@ def sign_statement(
             "predicate": {**(predicate or {}), statements.OURS: ours},
         }
     )
-    name = f"{kind}-{hashlib.sha256(payload).hexdigest()[:16]}"
-    return RawStatement(name=name, files={ENVELOPE: sign_envelope(payload, key), **beside})
+    envelope = sign_envelope(payload, key)
+    name = f"{kind}-{hashlib.sha256(envelope).hexdigest()[:16]}"
+    return RawStatement(name=name, files={ENVELOPE: envelope, **beside})
 
 
 def sign_envelope(payload: bytes, key: SigningKey) -> bytes:

@@ -2,7 +2,7 @@
 
     raw = sign_statement("test", digest, {"card": card, ...}, key, files={"report.json": data})
     statement = open_statement(raw.envelope, policy)          # trusted, or UntrustedError
-    raw.name == statement.name                                # test-<16 hex of SHA-256(payload)>
+    raw.name == statement.name                                # test-<16 hex of SHA-256(envelope)>
 
 The payload is an in-toto statement (attestation framework, version 1) whose subject is a package:
 the SHA-256 of its `manifest.json`. Its predicate is of a known type where there is one, so that
@@ -96,7 +96,7 @@ class Statement:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.id[:16]}"
+        return f"{self.kind}-{hashlib.sha256(self.envelope).hexdigest()[:16]}"
 
     def text(self, field: str) -> str:
         """A field that people read; an UntrustedError unless it is one printable line."""

@@ -171,6 +171,8 @@ def verify_statements(
     for raw in raws:
         try:
             found = _open(raw, package, policy, registry)
+            if found.id in {one.id for one in statements}:  # written or signed in another way
+                raise UntrustedError("says what another one says")
             if found.kind == "test":
                 verdicts.append(_verdict(found))
             elif found.kind == "yank":

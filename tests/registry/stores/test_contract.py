@@ -137,9 +137,8 @@ def test_statements_are_listed_read_by_envelope_and_read_whole(
     assert store.put_statement(place, test)
     assert not store.put_statement(place, test)
     names = {first.name, test.name}
-    assert {place: set(names)} == {
-        found: set(known) for found, known in store.statement_names().items()
-    }
+    (listed,) = store.listed()
+    assert {place: names} == {one: set(known) for one, known in listed.versions.items()}
     assert envelopes(store.read_statements(place)) == envelopes([first, test])
     assert all(set(one.files) == {ENVELOPE} for one in store.read_statements(place))
     assert envelopes(store.read_statements(place, {test.name})) == envelopes([test])

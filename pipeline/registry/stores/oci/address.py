@@ -6,6 +6,7 @@
     :<variant>_<version>                     image of one version
     :<statement>_<place>                     statement; <place>: 32 hex digits for variant, version
     :<variant>_move-<hex>                    move, named by 40 hex digits of its SHA-256
+    :<variant>_copies                        copies of what a variant lists
     :<variant>_<channel>.<card>              image that a channel means, for clusters that mount it
     <prefix>/registry:identity               identity of the registry
 
@@ -125,3 +126,14 @@ def parse_statement_tag(tag: str) -> tuple[str, str] | None:
 def move_tag(variant: str, digest: str) -> str:
     """The tag of a move by its SHA-256 (hex); without it, what they all start with."""
     return f"{check_part('variant', variant)}_move-{digest[:40]}"
+
+
+def parse_move_tag(tag: str) -> tuple[str, str] | None:
+    """Variant, and the digits in the name of a move; None if the tag is something else."""
+    variant, _, move = tag.partition("_move-")
+    return (variant, move) if re.fullmatch("[0-9a-f]{40}", move) else None
+
+
+def copies_tag(variant: str) -> str:
+    """The tag of the copies of what a variant lists."""
+    return f"{check_part('variant', variant)}_copies"

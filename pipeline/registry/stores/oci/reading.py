@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -22,21 +22,25 @@ from pipeline.registry.store import (
     MAX_ATTACHMENT_BYTES,
     MAX_ENVELOPE_BYTES,
     MAX_MOVES,
-    NONE_KNOWN,
+    Listed,
     Place,
     RawStatement,
     in_parallel,
     is_attachment_name,
+    is_named_after,
     is_statement_name,
-    limit_items,
+    limit_dated,
     limit_kinds,
+    list_variants,
     parse_identity,
     read_each,
 )
 from pipeline.registry.stores.oci import image
 from pipeline.registry.stores.oci.address import (
     Address,
+    copies_tag,
     move_tag,
+    parse_move_tag,
     parse_statement_tag,
     parse_version_tag,
     statement_tag,
@@ -49,6 +53,8 @@ STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
 MOVE_TYPE = "application/vnd.enginesmith.move.v1"
 IDENTITY_TYPE = "application/vnd.enginesmith.registry.v1"
 NAME = "io.enginesmith.statement.name"
+COPIES_TYPE = "application/vnd.enginesmith.copies.v1"
+COPIES = "io.enginesmith.copies"
 CONTENT = "content.json"
 IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
 _MAX_PAGES = 3_000
@@ -200,17 +206,24 @@ class OciStore:
         return parse_identity(data, f"{repository}:{IDENTITY}")
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return sorted(self._tagged(name, variant))
+        return [place for found in self.listed(name, variant) for place in found.versions]
 
-    def statement_names(
-        self, name: str | None = None, variant: str | None = None
-    ) -> dict[Place, tuple[str, ...]]:
-        tagged = self._tagged(name, variant)
-        listed = in_parallel(self._referrers, tagged)
-        return {
-            place: tuple(names if native is None else native)
-            for (place, names), native in zip(tagged.items(), listed, strict=True)
-        }
+    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+        # By tags alone: a list of referrers would be a request for each version.
+        about: dict[Place, list[tuple[float, str]]] = {}
+        moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for one, tags in self._tags(name).items():
+            statements: dict[str, list[tuple[float, str]]] = {}
+            for tag in tags:
+                if (statement := parse_statement_tag(tag)) is not None:
+                    statements.setdefault(statement[1], []).append((0.0, statement[0]))
+                elif (move := parse_move_tag(tag)) is not None:
+                    moves.setdefault((one, move[0]), []).append((0.0, move[1]))
+            for tag in tags:
+                place = parse_version_tag(one, tag)
+                if place is not None and variant in {None, place.variant}:
+                    about[place] = statements.get(statement_tag(place, "").removeprefix("_"), [])
+        return list_variants(self.url, about, moves)
 
     def read_manifest(self, place: Place) -> bytes:
         return self.image(place).manifest
@@ -232,39 +245,54 @@ class OciStore:
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
         what, repository = f"{self.url}: statements of {place}", self.repository(place.name)
-        found = self.listed_statements(place, names)
-        read = read_each(
-            lambda name: repository.content(found[name], STATEMENT_TYPE, ENVELOPE),
-            limit_kinds(sorted(found), what),
-            what,
-        )
-        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read.items()]
+        found = {name: statement_tag(place, name) for name in names or ()}
+        if names is None:
+            found = self.statement_references(place)
+            names = limit_kinds([(0.0, name) for name in found], what)
+
+        def read(name: str) -> bytes:
+            return repository.content(found[name], STATEMENT_TYPE, ENVELOPE)
+
+        read_all = read_each(read, names, what)
+        # Who may push can move a tag, but not take an entry from the registry's own list.
+        if any(not is_named_after(name, read_all.get(name, b"")) for name in names):
+            found |= self._referrers(place) or {}
+            read_all |= read_each(read, names, what)
+        return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read_all.items()]
 
     def read_statement(self, place: Place, name: str) -> RawStatement:
-        found, repository = self.listed_statements(place, {name}), self.repository(place.name)
-        if name not in found:
+        found, repository = self._referrers(place), self.repository(place.name)
+        where = statement_tag(place, name) if found is None else found.get(name)
+        if where is None or not is_statement_name(name):
             raise NotFoundError(f"{repository} has no statement {name} of {place}")
-        blobs = repository.blobs(found[name], STATEMENT_TYPE)
         files = {
             file: repository.blob(blob, MAX_ATTACHMENT_BYTES)
-            for file, blob in blobs.items()
+            for file, blob in repository.blobs(where, STATEMENT_TYPE).items()
             if is_attachment_name(file)
         }
-        envelope = repository.content(found[name], STATEMENT_TYPE, ENVELOPE)
-        return RawStatement(name=name, files={ENVELOPE: envelope, **files})
+        files[ENVELOPE] = repository.content(where, STATEMENT_TYPE, ENVELOPE)
+        return RawStatement(name=name, files=files)
 
     def read_moves(
-        self, name: str, variant: str, known: Mapping[str, bytes] = NONE_KNOWN
+        self, name: str, variant: str, names: Collection[str] | None = None
     ) -> list[bytes]:
-        repository, start = self.repository(name), move_tag(variant, "")
-        what = f"{self.url}: moves of {name}/{variant}"
-        tags = sorted(tag for tag in repository.tags() if tag.startswith(start))
-        held = {move_tag(variant, digest): data for digest, data in known.items()}
+        repository, what = self.repository(name), f"{self.url}: moves of {name}/{variant}"
+        if names is None:
+            moves = filter(None, map(parse_move_tag, repository.tags()))
+            dated = [(0.0, move) for of, move in moves if of == variant]
+            names = limit_dated(dated, MAX_MOVES, what)
 
-        def read(tag: str) -> bytes:
-            return held.get(tag) or repository.content(tag, MOVE_TYPE, CONTENT)
+        def read(move: str) -> bytes:
+            return repository.content(move_tag(variant, move), MOVE_TYPE, CONTENT)
 
-        return list(read_each(read, limit_items(tags, MAX_MOVES, what), what).values())
+        return list(read_each(read, names, what).values())
+
+    def read_copies(self, name: str, variant: str) -> bytes | None:
+        repository, tag = self.repository(name), copies_tag(variant)
+        if (document := repository.manifest(tag)) is None:
+            return None
+        found = image.parse(image.Manifest, document, f"{repository}:{tag}").annotations or {}
+        return found.get(COPIES, "").encode()
 
     def repository(self, name: str) -> Repository:
         return Repository(transport=self.transport, name=self.address.repository(name))
@@ -273,23 +301,21 @@ class OciStore:
         """The image of a version; NotFoundError, or CorruptError if it is no package."""
         if place not in self._images:
             repository, tag = self.repository(place.name), version_tag(place)
-            document = repository.manifest(tag)
-            if document is None:
+            if (document := repository.manifest(tag)) is None:
                 raise NotFoundError(f"{self.url} has no {place}")
             self._images[place] = image.parse_image(document, f"{repository}:{tag}")
         return self._images[place]
 
-    def listed_statements(self, place: Place, names: Collection[str] | None) -> dict[str, str]:
-        found = self._referrers(place)
-        if found is None:
-            tagged = (
-                self._tagged(place.name, place.variant).get(place, []) if names is None else names
-            )
-            found = {name: statement_tag(place, name) for name in tagged}
-        return {name: where for name, where in found.items() if names is None or name in names}
+    def statement_references(self, place: Place) -> dict[str, str]:
+        """Name of a statement -> what it can be read by."""
+        if (found := self._referrers(place)) is None:
+            listed = self.listed(place.name, place.variant)
+            names = [name for one in listed for name in one.versions.get(place, ())]
+            found = {name: statement_tag(place, name) for name in names}
+        return found
 
-    def _tagged(self, name: str | None, variant: str | None) -> dict[Place, list[str]]:
-        found: dict[Place, list[str]] = {}
+    def _tags(self, name: str | None) -> dict[str, list[str]]:
+        """The tags of every recipe, or of one."""
         if name is not None:
             names = [check_part("name", name)]
         else:
@@ -299,18 +325,8 @@ class OciStore:
                 advice = "Many registries do not list what they have: name the package"
                 raise AccessError(f"{error}. {advice}") from error
             names = [own for one in listed if (own := self.address.name_of(one))]
-        tags_of = in_parallel(lambda one: self.repository(one).tags(), names)
-        for one, tags in zip(names, tags_of, strict=True):
-            statements: dict[str, list[str]] = {}
-            for tag in tags:
-                if (statement := parse_statement_tag(tag)) is not None:
-                    statements.setdefault(statement[1], []).append(statement[0])
-            for tag in tags:
-                place = parse_version_tag(one, tag)
-                if place is not None and variant in {None, place.variant}:
-                    about = statement_tag(place, "").removeprefix("_")
-                    found[place] = statements.get(about, [])
-        return found
+        read = in_parallel(lambda one: self.repository(one).tags(), names)
+        return dict(zip(names, read, strict=True))
 
     def _referrers(self, place: Place) -> dict[str, str] | None:
         """Statement -> digest, as the registry itself lists them; None if it has no such list.

@@ -29,13 +29,14 @@ import rfc8785
 from pipeline.core import errors
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.values import Package
+from pipeline.registry.copies import add_copies, copy_of
 from pipeline.registry.disk import checked_chunks
 from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci import image, reading
-from pipeline.registry.stores.oci.address import move_tag, statement_tag, version_tag
+from pipeline.registry.stores.oci.address import copies_tag, move_tag, statement_tag, version_tag
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
 from pipeline.registry.stores.oci.reading import CONTENT, OciStore, Repository
 from pipeline.registry.stores.oci.transport import Reply
@@ -303,6 +304,7 @@ class WritableOciStore(OciStore):
         repository.put_manifest(version_tag(place), document)
         if not self._published(place, manifest):
             raise TransientError(f"{place} was removed while it was published; publish it again")
+        add_copies(self, place.name, place.variant, copy_of(place, statements, manifest))
         return True
 
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
@@ -310,16 +312,25 @@ class WritableOciStore(OciStore):
             document = self.image(place).document
         except NotFoundError as error:
             raise NotFoundError(f"{self.url} has no {place}; publish it first") from error
-        return self._put_statement(place, document, statement)
+        if new := self._put_statement(place, document, statement):
+            add_copies(self, place.name, place.variant, copy_of(place, [statement]))
+        return new
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
-        repository = self.repository(name)
-        tag = move_tag(variant, hashlib.sha256(data).hexdigest())
+        repository, digest = self.repository(name), hashlib.sha256(data).hexdigest()
+        tag = move_tag(variant, digest)
         document = repository.put_artifact(reading.MOVE_TYPE, {CONTENT: data})
         if repository.manifest(tag) == document:
             return False
         repository.put_manifest(tag, document)
+        add_copies(self, name, variant, {tag.partition("_")[2]: data})
         return True
+
+    def put_copies(self, name: str, variant: str, data: bytes) -> None:
+        repository = self.repository(name)
+        annotations = {reading.COPIES: data.decode()}
+        document = repository.put_artifact(reading.COPIES_TYPE, {}, annotations=annotations)
+        repository.put_manifest(copies_tag(variant), document)
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
         """See the Protocol: a tag for those who mount the image that a channel means."""
@@ -338,7 +349,7 @@ class WritableOciStore(OciStore):
         except NotFoundError:
             return 0
         repository = self.repository(place.name)
-        found = self.listed_statements(place, None)
+        found = self.statement_references(place)
         repository.delete_manifest(digest_of(there.document))
         self._images.pop(place, None)
         for reference in found.values():

@@ -43,7 +43,7 @@ def test_a_document_that_ends_early_is_asked_again(
 ) -> None:
     put(fake.store(), package)
     fake.fail("GET", part, spoil(sent_most=1))
-    assert len(fake.store().statement_names("tiny")[place_of(package)]) == 2
+    assert len(fake.store().read_statements(place_of(package))) == 2
 
 
 def test_a_registry_that_does_not_see_its_blobs_yet_is_asked_again(
