@@ -29,7 +29,8 @@ from pipeline.machine import require_builder
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import refuse
 from pipeline.publishing import Publisher
-from pipeline.registry.client.pull import PullRequest, named_folder, open_target
+from pipeline.registry.client.pull import PullRequest
+from pipeline.registry.client.verify import named_folder, open_target
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores import open_store
 from pipeline.registry.trust.signing import signatory_for

@@ -62,7 +62,8 @@ def policy(
     """Write a trust policy that gives every right to these keys."""
     from pipeline.core.errors import ConflictError
     from pipeline.registry.disk import disk_errors, write_new
-    from pipeline.registry.trust.policy import POLICY_PATH, policy_text, read_public_key
+    from pipeline.registry.trust.policy import POLICY_PATH, read_public_key
+    from pipeline.registry.trust.signing import policy_text
 
     named = {path.name.removesuffix(".pub").removesuffix(".key"): path for path in keys}
     text = policy_text({name: read_public_key(path) for name, path in named.items()})

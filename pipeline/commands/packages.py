@@ -97,7 +97,8 @@ def generate(
 ) -> Answer:
     """Stream a chat answer from a package, verified first."""
     from pipeline.commands.generating import stream
-    from pipeline.registry.client.pull import PullRequest, open_target
+    from pipeline.registry.client.pull import PullRequest
+    from pipeline.registry.client.verify import open_target
 
     request = PullRequest(
         reference=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned

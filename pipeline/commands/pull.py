@@ -134,7 +134,7 @@ def verify(
     """Verify a package: bytes, signatures, yanks, proofs."""
     from pipeline.registry.client import pull as client
     from pipeline.registry.client.machine import Flags
-    from pipeline.registry.client.pull import verify as verify_target
+    from pipeline.registry.client.verify import verify as verify_target
 
     request = client.PullRequest(
         reference=target,

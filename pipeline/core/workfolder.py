@@ -12,10 +12,12 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _STALE_S = 24 * 3600.0
 _TRIES = 100
+_LOOK_S = 0.1
 _YOUNG = "new-"
 """A folder that has no lock yet: it is empty, so none is adopted."""
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -33,13 +36,21 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path` (created when missing); says so when it has to wait."""
+def locked(path: Path, stalled_s: float = math.inf) -> Iterator[None]:
+    """Hold an advisory lock on `path` (created when missing); says so when it has to wait.
+
+    Goes on without it when its holder has not touched the file for `stalled_s`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
-        if _lock(stream.fileno()) is False:
-            log.info("Another run is making %s; waiting for it", path.stem)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        waited_s, seen_ns = 0.0, 0
+        while _lock(stream.fileno()) is False and waited_s < stalled_s:
+            if not seen_ns:
+                log.info("Another run is making %s; waiting for it", path.stem)
+            if seen_ns != (seen_ns := os.fstat(stream.fileno()).st_mtime_ns):
+                waited_s = 0.0
+            time.sleep(_LOOK_S)
+            waited_s += _LOOK_S
         yield  # on a file system without locks, too: the first rename wins
 
 

@@ -65,6 +65,7 @@ from pipeline.registry.trust.verification import (
 log = logging.getLogger(__name__)
 
 _STABLE = "stable"
+_MOST_WAIT_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,8 @@ class Releaser:
         after = newest.signed_at if newest else ""
         envelope = sign_statement("move", reference.digest, fields, key, after=after).envelope
         self.store.put_move(reference.name, reference.variant, envelope)
-        time.sleep(time.monotonic() - started_s)  # what a rival signed before us shows by then
+        # What a rival signed before us shows by then.
+        time.sleep(min(time.monotonic() - started_s, _MOST_WAIT_S))
         moves, ours = self._moves(reference, channel, card), open_statement(envelope, self.policy)
         if not moves:
             fault = f"the move of {channel} was written and does not show yet; try again"

@@ -11,12 +11,15 @@ read when a client is made, and no token is taken from elsewhere.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +34,7 @@ from pipeline.core.errors import (
     PipelineError,
     TransientError,
 )
+from pipeline.core.patience import FACTOR, REPLY_S, Patience
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Weights
 from pipeline.sources.weights import (
@@ -47,7 +51,10 @@ from pipeline.sources.weights import (
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 20.0 * FACTOR
+_LOOK_S = 0.05
+_MAX_DOCUMENT_BYTES = 16 << 20
+"""Of a reply but for the file in it: a listing of 10,000 files has 3 MB."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _Result = TypeVar("_Result")
 _RECORD_BYTES = 1 << 20  # room for `weights.json` beside the files
@@ -200,6 +207,9 @@ class HubClient:
         self._repo_type = repo_type
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._token = os.environ.get("HF_TOKEN", "").strip() or None
+        # Its own transport for large files cannot be watched: it keeps them in memory for a while.
+        constants.HF_HUB_DISABLE_XET = True
+        self._patience = Patience()
         # At INFO this library logs addresses of the CDN, whose signatures grant access.
         logging.getLogger("httpx").setLevel(logging.WARNING)
 
@@ -268,21 +278,60 @@ class HubClient:
                 token=self._token or False,
                 endpoint=self._endpoint,
                 etag_timeout=_TIMEOUT_S,
-            )
+            ),
+            (folder, file.size_bytes),
         )
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's own notes
         return file.verify(target)
 
-    def _explained(self, attempt: Callable[[], _Result]) -> _Result:
-        """Result of `attempt`; what the library raises becomes an error with a next step."""
+    def _explained(
+        self, attempt: Callable[[], _Result], arriving: tuple[Path, int] | None = None
+    ) -> _Result:
+        """Result of `attempt`; what the library raises becomes an error with a next step.
+
+        `arriving` is where a file comes to, and how many bytes.
+        """
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            return attempt()
+            return self._watched(attempt, arriving)
         except _errors() as error:
             if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError):
                 raise  # the disk's
             raise self._meaning(error) from error
+
+    def _watched(
+        self, attempt: Callable[[], _Result], arriving: tuple[Path, int] | None
+    ) -> _Result:
+        """Result of `attempt`, in a thread that is left behind when nothing comes any more.
+
+        The library has no deadline: a byte now and then, or a `Retry-After` of a year, and it
+        waits. So the file that it fills is watched.
+        """
+        from huggingface_hub import get_session
+
+        folder, size_bytes = arriving or (None, 0)
+        limit_bytes = _MAX_DOCUMENT_BYTES + size_bytes
+        session = get_session()
+        session.headers["Accept-Encoding"] = "identity"
+        session.event_hooks["response"] = [functools.partial(_bound, limit_bytes)]
+        result: Future[_Result] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(attempt())
+            except BaseException as error:  # raised again below
+                result.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        seen_bytes = _received(folder)
+        with self._patience.waiting():
+            while not wait([result], _LOOK_S).done:
+                there_bytes = _received(folder)
+                self._patience.require(self._endpoint, max(0, there_bytes - seen_bytes))
+                seen_bytes = there_bytes
+        self._patience.left_s(earned_s=REPLY_S)
+        return result.result()
 
     def _meaning(self, error: Exception) -> PipelineError:
         """What the Hub's refusal, or a failing network, means to the user."""
@@ -333,6 +382,36 @@ class HubClient:
                 f"{page}: HTTP 401: the Hub does not take the token in HF_TOKEN; {step}"
             )
         return PipelineError(f"{page}: HTTP {status}: {error}")
+
+
+def _received(folder: Path | None) -> int:
+    """Bytes of the file that the library fills; with other files of the folder."""
+    files = folder.rglob("*.incomplete") if folder else ()
+    with contextlib.suppress(FileNotFoundError):  # it was given its name just now
+        return sum(path.stat().st_size for path in files)
+    return 0
+
+
+def _bound(limit_bytes: int, response: Any) -> None:
+    """Let httpx read no more of a reply, and nothing that would grow when it is unpacked."""
+    from httpx import RemoteProtocolError, SyncByteStream
+
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise RemoteProtocolError("the reply is compressed against our wish")
+    whole = response.stream
+
+    class Bounded(SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            count = 0
+            for chunk in whole:
+                if (count := count + len(chunk)) > limit_bytes:
+                    raise RemoteProtocolError(f"the reply is longer than {limit_bytes} bytes")
+                yield chunk
+
+        def close(self) -> None:
+            whole.close()
+
+    response.stream = Bounded()
 
 
 def _git_sha1(path: Path) -> str:

@@ -75,6 +75,8 @@ RECEIPT = "pull.json"
 SIGNATURE = f"{ENGINE}/{MODEL_SIGNATURE}"
 STATEMENTS_SUFFIX = ".statements"
 """`<version>.statements` lies beside the folder of a version in a folder registry."""
+_STALLED_S = 20.0
+"""How long other pullers watch one that receives nothing, before they try themselves."""
 _COPY_JOBS = 4
 _COPY_BYTES = 64 << 20
 # What rename(2) says when the target is a folder with something in it, or not a folder.
@@ -93,14 +95,19 @@ def cache_entry(place: Place) -> Path:
 
 
 @contextlib.contextmanager
-def locked_cache(place: Place) -> Iterator[None]:
-    """Hold a version, so that one of many pullers downloads and the others take its entry."""
+def locked_cache(place: Place) -> Iterator[Callable[[], None]]:
+    """Hold a version, so that one of many pullers downloads and the others take its entry.
+
+    They wait as long as it calls what this gives.
+    """
     folder = cache_dir()
     with disk_errors(f"write {folder}", SETTING):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_private_parent(folder, SETTING)
-    with locked(cache_root() / "locks" / f"package-{place.version}.lock"):
-        yield
+    path = cache_root() / "locks" / f"package-{place.version}.lock"
+    with locked(path, _STALLED_S):
+        path.touch()
+        yield path.touch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +167,7 @@ class Delivery:
     def to_cache(self) -> Delivered:
         folder, entry = cache_dir(), cache_entry(self.resolved.place)
         prefix, fetched = f".pull-{self._digest[:12]}-", 0
-        with locked_cache(self.resolved.place), disk_errors(f"write {folder}", SETTING):
+        with disk_errors(f"write {folder}", SETTING), locked_cache(self.resolved.place) as got_on:
             beside = entry.with_name(f"{entry.name}{STATEMENTS_SUFFIX}")
             beside.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_statements(beside, self._statements())
@@ -169,7 +176,7 @@ class Delivery:
                     fault = f"{self.resolved.place} is not in {folder}, or was damaged there"
                     raise NotFoundError(f"{fault}; pull it without --offline")
                 with work_folder(folder, prefix, _can_go_on) as work:
-                    fetched = self._fetch(work)
+                    fetched = self._fetch(work, got_on)
                     (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
                     settle_read_only(work.dir / PACKAGE)
                     move_into_place(work.dir / PACKAGE, entry)
@@ -223,12 +230,17 @@ class Delivery:
             require_private_parent(to.parent, "--to")
         return work_folder(to.parent, f".{to.name[:_NAME_CHARS]}.pulling-", keep)
 
-    def _fetch(self, work: WorkFolder) -> int:
+    def _fetch(self, work: WorkFolder, got_on: Callable[[], None] = lambda: None) -> int:
         files, place = files_of(self.resolved.package.manifest), self.resolved.place
         if work.adopted:
             _drop_foreign(work.dir / PACKAGE, {file.path for file in files})
         total = sum(file.size_bytes for file in files)
-        with progress(f"Pulling {place}", total, BYTES) as on_bytes:
+        with progress(f"Pulling {place}", total, BYTES) as show:
+
+            def on_bytes(count: int) -> None:
+                show(count)
+                got_on()
+
             return download(self.store, place, files, work, self._digest, self.transfer, on_bytes)
 
 

@@ -42,6 +42,7 @@ from pipeline.core.errors import (
     RecipeError,
     TransientError,
 )
+from pipeline.core.patience import Patience
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest
 from pipeline.registry.disk import checked_chunks
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 # Amazon S3 User Guide, "General purpose bucket naming rules"; access point ARNs are not taken.
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
-_MAX_PAGES = 3_000
-"""Three million objects; a server that lists more is not a registry, or never ends."""
 _THREADS = 8
 _MAX_PARTS = 9_000  # S3 takes 10,000 (Amazon S3 User Guide, "Multipart upload limits")
 _PROBE = ".writable-"
@@ -182,13 +181,14 @@ class S3Objects:
     """Of each process: two processes that read one socket mix up replies."""
     _locks: dict[int, threading.Lock] = field(default_factory=dict)
     """The same: the parent may have held its own while it forked."""
+    _patience: Patience = field(default_factory=Patience)
 
     def listed(self, prefix: str) -> Iterator[Found]:
         with self.errors("list"):
-            for page in self.pages("list_objects_v2", Prefix=f"{self.root}{prefix}"):
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"].removeprefix(self.root)
-                    yield _found(key, entry.get("Size", -1), entry.get("LastModified"))
+            pages = self.pages("list_objects_v2", Prefix=f"{self.root}{prefix}")
+            for entry in transfer.listed(pages, lambda page: page.get("Contents"), self.url):
+                key = str(entry.get("Key", "")).removeprefix(self.root)
+                yield _found(key, entry.get("Size", -1), entry.get("LastModified"))
 
     def read(self, key: str, limit_bytes: int) -> bytes | None:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
@@ -217,7 +217,7 @@ class S3Objects:
             if stated is not None and not str(stated).startswith(f"bytes {offset}-"):
                 raise TransientError(f"asked {what} from byte {offset} on, got {stated!r}")
             skip = offset if stated is None else 0  # a server that knows no ranges sends all
-            yield transfer.window(transfer.at_pace(_reader(body), what), skip, sys.maxsize, what)
+            yield transfer.window(self._chunks(body, what), skip, sys.maxsize, what)
 
     def find(self, key: str) -> Found | None:
         head = self._head(key)
@@ -254,10 +254,11 @@ class S3Objects:
             if self.client().meta.config.request_checksum_calculation.lower() != "when_required":
                 extra |= {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
             reader = _Hashing(chunks=checked_chunks(source, file))
-            self.client().upload_fileobj(
-                reader, Bucket=self.bucket, Key=f"{self.root}{key}", ExtraArgs=extra,
-                Config=config, Callback=on_bytes,
-            )  # fmt: skip
+            with self._patience.waiting(), _readable():
+                self.client().upload_fileobj(
+                    reader, Bucket=self.bucket, Key=f"{self.root}{key}", ExtraArgs=extra,
+                    Config=config, Callback=on_bytes,
+                )  # fmt: skip
             self._crcs[file.sha256] = reader.crc
         if not self.holds(key, source, file):
             advice = "nothing shows yet: look after the store, then run the same command again"
@@ -270,7 +271,8 @@ class S3Objects:
         text = head.get("ChecksumCRC32", "")
         # `...-2` is a checksum of the checksums of two parts.
         if text and "-" not in text and head.get("ChecksumType") != "COMPOSITE":
-            return int.from_bytes(base64.b64decode(text), "big") == self._crc_of(source, file)
+            crc = self._crc_of(source, file).to_bytes(4, "big")
+            return bool(text == base64.b64encode(crc).decode())
         digest = hashlib.sha256()
         with self.stream(key, 0, None) as chunks:
             for chunk in chunks:
@@ -294,15 +296,15 @@ class S3Objects:
     def unfinished(self, min_age_s: float, *, delete: bool) -> Iterator[str]:
         newest_s = self.now_s() - min_age_s
         with self.errors("clean"):
-            for page in self.pages("list_multipart_uploads", Prefix=self.root):
-                for entry in page.get("Uploads", ()):
-                    key = entry["Key"].removeprefix(self.root)
-                    if entry["Initiated"].timestamp() <= newest_s:
-                        if delete:
-                            self._call_if_there(
-                                "abort_multipart_upload", key, UploadId=entry["UploadId"]
-                            )
-                        yield f"{key} (unfinished upload)"
+            pages = self.pages("list_multipart_uploads", Prefix=self.root)
+            for entry in transfer.listed(pages, lambda page: page.get("Uploads"), self.url):
+                key = str(entry.get("Key", "")).removeprefix(self.root)
+                begun = entry.get("Initiated")
+                if begun is not None and begun.timestamp() <= newest_s:
+                    if delete:
+                        upload = str(entry.get("UploadId"))
+                        self._call_if_there("abort_multipart_upload", key, UploadId=upload)
+                    yield f"{key} (unfinished upload)"
         for found in self.listed(_PROBE):
             if found.modified_s <= newest_s:
                 if delete:
@@ -330,14 +332,22 @@ class S3Objects:
         if key is not None:
             arguments["Key"] = f"{self.root}{key}"
         send: Callable[..., Any] = getattr(self.client(), operation)
-        return send(Bucket=self.bucket, **arguments)
+        with self._patience.waiting(), _readable():
+            return send(Bucket=self.bucket, **arguments)
 
     def pages(self, operation: str, **arguments: Any) -> Iterator[Any]:
-        pages = self.client().get_paginator(operation).paginate(Bucket=self.bucket, **arguments)
-        for number, page in enumerate(pages):
-            if number >= _MAX_PAGES:
-                raise PipelineError(f"{self.url} lists more than {_MAX_PAGES} pages; check the URL")
+        paginator = self.client().get_paginator(operation)
+        pages = iter(paginator.paginate(Bucket=self.bucket, **arguments))
+        while True:
+            with self._patience.waiting(), _readable():
+                page = next(pages, None)
+            if page is None:
+                return
             yield page
+
+    def _chunks(self, body: Any, what: str) -> Iterator[bytes]:
+        # What has arrived; botocore's own methods wait until a chunk is full.
+        return transfer.at_pace(body._raw_stream.read1, what, self._patience)
 
     @contextlib.contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -373,7 +383,9 @@ class S3Objects:
         client = session.client("s3", config=config)
         # botocore has no setting for its connection classes; urllib3's pool manager has.
         manager = client._endpoint.http_session._manager
-        manager.pool_classes_by_scheme = transfer.timed_pools(AWSHTTPConnection, AWSHTTPSConnection)
+        manager.pool_classes_by_scheme = transfer.timed_pools(
+            AWSHTTPConnection, AWSHTTPSConnection, self._patience
+        )
         return client
 
     def _read(self, key: str, limit_bytes: int) -> bytes | None:
@@ -384,7 +396,7 @@ class S3Objects:
         with contextlib.closing(response["Body"]) as body:
             if "ContentLength" not in response:  # then its end could be a connection that broke
                 raise TransientError(f"{what} comes without its size; try again")
-            return transfer.read_whole(transfer.at_pace(_reader(body), what), limit_bytes, what)
+            return transfer.read_whole(self._chunks(body, what), limit_bytes, what)
 
     def _get(self, key: str, **arguments: str) -> Any:
         """The response to a GET; None if there is no such object, or no such byte."""
@@ -434,6 +446,17 @@ class S3Objects:
                 crc = zlib.crc32(chunk, crc)
             self._crcs[file.sha256] = crc
         return self._crcs[file.sha256]
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """The parser of botocore stumbles over some replies that are none of S3's."""
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ResponseParserError(f"{type(error).__name__}: {error}") from error
 
 
 def _code_and_status(error: Exception) -> tuple[str, int]:
@@ -524,12 +547,6 @@ class _Hashing:
 def _size_of(head: Any) -> int:
     """The size of an object; -1, which no file has, where the server does not tell."""
     return int(head.get("ContentLength", -1))
-
-
-def _reader(body: Any) -> Callable[[int], bytes]:
-    """Reads what has arrived of a body; botocore's own methods wait until a chunk is full."""
-    read: Callable[[int], bytes] = body._raw_stream.read1
-    return read
 
 
 KIND = S3Registry

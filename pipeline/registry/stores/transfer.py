@@ -1,60 +1,82 @@
 """One deadline and one floor for everything that goes over a network.
 
 The timeout of a socket begins anew with every byte, so a server that sends one now and then would
-hold a command for ever. So a body must come at `FLOOR_BYTES_PER_S` on average of each `WINDOW_S`
-that we waited for it, and the head of a reply must be there when the request could have been sent
-at that pace, plus `SILENCE_S`. A violation is a TransientError.
+hold a command for ever. So a body must come at the floor's pace but for `WINDOW_S`, and the head of
+a reply must be there when the request could have been sent at that pace, plus `SILENCE_S`. All this
+spends the store's `Patience`. A violation is a TransientError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from pipeline.core.errors import CorruptError, TransientError
+from pipeline.core.patience import FACTOR, FLOOR_BYTES_PER_S, REPLY_S, Patience
 
-FLOOR_BYTES_PER_S = 16 << 10
-WINDOW_S = 30.0
-CONNECT_S = 10.0
-SILENCE_S = 20.0
-"""With four attempts, a server that does not answer costs 80 s."""
+WINDOW_S = 30.0 * FACTOR
+CONNECT_S = 10.0 * FACTOR
+SILENCE_S = 20.0 * FACTOR
 ATTEMPTS = 4
 CHUNK_BYTES = 256 << 10
 """1 GB in pieces of 64 MiB with 8 threads, SHA-256 included, took 1.4 s; with chunks of 512 KiB 1.2
 to 2.2 s, with 1 MiB 3.3 s (loopback, 2 cores, medians, measured 2026-11-25; why is not known)."""
+MAX_REPLY_BYTES = 2 << 20
+"""Of what S3 answers but for objects: a page of 1,000 keys has 0.5 MB, of the longest 1.5 MB."""
+MAX_LISTED = 200_000
+"""Names in one list: 13,000 packages on S3. What is kept of each has some 500 bytes."""
+_FEW_PAGES = 20
+_LEAST_PER_PAGE = 100
+"""Of a list with more than a few pages: less, on average, is a list that never ends."""
 _MAX_SKIP_BYTES = 64 << 20
 """What is read and thrown away where a server ignores `Range`."""
 CONNECTIONS = 32
 """More than one command opens: the pull client reads 16 pieces at once."""
 
+_Page = TypeVar("_Page")
+_Item = TypeVar("_Item")
 
-def at_pace(read: Callable[[int], bytes], what: str) -> Iterator[bytes]:
-    """The chunks of a body; a TransientError when they come below `FLOOR_BYTES_PER_S`.
+
+def at_pace(read: Callable[[int], bytes], what: str, patience: Patience) -> Iterator[bytes]:
+    """The chunks of a body; a TransientError when they come below the floor.
 
     `read` gives what has arrived, at most so many bytes and empty at the end; it must not wait
     until they are all there. Only the time that we waited counts.
     """
-    waited_s, received_bytes = 0.0, 0
+    own = Patience(WINDOW_S)
     while True:
-        began_s = time.monotonic()
-        data = read(CHUNK_BYTES)
-        waited_s += time.monotonic() - began_s
-        received_bytes += len(data)
+        with patience.waiting(), own.waiting():
+            data = read(CHUNK_BYTES)
         if not data:
             return
-        if waited_s >= WINDOW_S:
-            if received_bytes < waited_s * FLOOR_BYTES_PER_S:
-                pace = f"{received_bytes / waited_s / 1024:.1f} KiB/s"
-                wanted = f"at least {FLOOR_BYTES_PER_S >> 10} are wanted"
-                raise TransientError(f"{what} comes at {pace}, {wanted}; check the network")
-            waited_s, received_bytes = 0.0, 0
+        for one in (own, patience):
+            one.require(what, len(data))
         yield data
+
+
+def listed(
+    pages: Iterable[_Page],
+    items: Callable[[_Page], Iterable[_Item] | None],
+    what: str,
+    count: Iterator[int] | None = None,
+) -> Iterator[_Item]:
+    """The items of a list in pages; lists that share a `count` are bounded together."""
+    count, number = count or itertools.count(1), 0
+    for earlier, page in enumerate(pages):
+        if earlier > _FEW_PAGES + number / _LEAST_PER_PAGE:
+            raise TransientError(f"{what} lists page after page with next to nothing in it")
+        for item in items(page) or ():
+            number += 1
+            if next(count) > MAX_LISTED:
+                raise TransientError(f"{what} lists more than {MAX_LISTED} names; make it smaller")
+            yield item
 
 
 def read_whole(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
@@ -88,6 +110,8 @@ def window(chunks: Iterator[bytes], skip: int, size_bytes: int, what: str) -> It
 class Deadline:
     """Mixed into a urllib3 connection: the head of a reply is there in time, or never."""
 
+    patience: Patience
+    host: str
     sock: socket.socket | None
     _timer: threading.Timer
     _late: bool
@@ -95,18 +119,21 @@ class Deadline:
     def request(
         self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
     ) -> None:
-        if self.sock is None:
-            self.connect()  # type: ignore[attr-defined]  # of the connection that this is mixed into
-        self._late = False
-        seconds = SILENCE_S + _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
-        self._timer = threading.Timer(seconds, self._give_up, [self.sock])
+        self._late, began_s = False, time.monotonic()
+        sending_s = _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
+        silence_s = min(SILENCE_S, self.patience.require(self.host))
+        self._timer = threading.Timer(sending_s + silence_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()
         try:
+            if self.sock is None:
+                self.connect()  # type: ignore[attr-defined]  # of what this is mixed into
             super().request(method, url, body=body, headers=headers, **more)  # type: ignore[misc]
         except BaseException:
             self._timer.cancel()
             raise
+        # What goes out at pace costs no patience.
+        self.patience.left_s(earned_s=min(sending_s, time.monotonic() - began_s))
 
     def getresponse(self) -> Any:
         """Wait for the head of the reply; TimeoutError if late: half a head would pass for one."""
@@ -116,21 +143,30 @@ class Deadline:
             self._timer.cancel()
         if self._late:
             raise TimeoutError("the reply did not come in time")
+        self.patience.left_s(earned_s=REPLY_S)
+
+        def stream(*_: object, **__: object) -> Iterator[bytes]:
+            chunks = at_pace(response.read1, self.host, self.patience)
+            yield read_whole(chunks, MAX_REPLY_BYTES, f"a reply of {self.host}")
+
+        # How botocore reads every reply but an object, and urllib3 what it does not want.
+        response.stream, response.drain_conn = stream, response.close
         return response
 
-    def _give_up(self, sock: socket.socket) -> None:
+    def _give_up(self) -> None:
         self._late = True
-        with contextlib.suppress(OSError):  # closed meanwhile
-            sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or not yet open
+            self.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
 
-def timed_pools(plain: type, secure: type) -> dict[str, Any]:
+def timed_pools(plain: type, secure: type, patience: Patience) -> dict[str, Any]:
     """What `urllib3.PoolManager.pool_classes_by_scheme` needs for connections with a deadline."""
     kinds = {"http": (HTTPConnectionPool, plain), "https": (HTTPSConnectionPool, secure)}
-    return {
-        scheme: type("Pool", (pool,), {"ConnectionCls": type("Timed", (Deadline, connection), {})})
-        for scheme, (pool, connection) in kinds.items()
-    }
+    pools = {}
+    for scheme, (pool, connection) in kinds.items():
+        timed = type("Timed", (Deadline, connection), {"patience": patience})
+        pools[scheme] = type("Pool", (pool,), {"ConnectionCls": timed})
+    return pools
 
 
 def _size_bytes(body: Any, headers: Mapping[Any, Any]) -> int:

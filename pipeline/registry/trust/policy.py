@@ -319,18 +319,6 @@ def load_policy(path: Path) -> TrustPolicy:
         raise RecipeError([Fault(str(path), f"is not a policy: {error}")]) from error
 
 
-def policy_text(names: Mapping[str, PublicKey]) -> str:
-    """A policy file that gives every right to each of these keys."""
-    import yaml
-
-    keys = [
-        {"name": name, "public_key": key.pem.decode(), "may_sign": list(ROLES)}
-        for name, key in names.items()
-    ]
-    value = {"schema": 1, "keys": keys, "revoked_keys": [], "revoked_digests": []}
-    return yaml.safe_dump(value, sort_keys=False)
-
-
 def _unique_keys_loader() -> type[yaml.SafeLoader]:
     """YAML whose mappings have no key twice: the second `revoked_keys` would hide the first."""
     import yaml

@@ -40,6 +40,8 @@ from pipeline.registry.trust.policy import (
     KEY_PATH,
     KEY_TEXT,
     KEYGEN,
+    ROLES,
+    PublicKey,
     SigningKey,
     TrustPolicy,
     key_fault,
@@ -369,3 +371,15 @@ def builder_of(environ: Mapping[str, str], run: str) -> tuple[str, str]:
         invocation = f"{server}/{repository}/actions/runs/{run_id}/attempts/{attempt}"
         return f"{server}/{workflow}", invocation
     return LOCAL_BUILDER, run
+
+
+def policy_text(names: Mapping[str, PublicKey]) -> str:
+    """A policy file that gives every right to each of these keys."""
+    import yaml
+
+    keys = [
+        {"name": name, "public_key": key.pem.decode(), "may_sign": list(ROLES)}
+        for name, key in names.items()
+    ]
+    value = {"schema": 1, "keys": keys, "revoked_keys": [], "revoked_digests": []}
+    return yaml.safe_dump(value, sort_keys=False)

@@ -15,7 +15,8 @@ import pytest
 from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Flags
-from pipeline.registry.client.pull import Pulled, PullRequest, pull_from, verify
+from pipeline.registry.client.pull import Pulled, PullRequest, pull_from
+from pipeline.registry.client.verify import verify
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import Store
 from pipeline.registry.stores.folder import FolderRegistry

@@ -140,8 +140,8 @@ def test_a_listing_without_end_is_an_error(
     served.publish()
     server.page = 1
     served.assert_whole()
-    monkeypatch.setattr("pipeline.registry.stores.s3._MAX_PAGES", 2)
-    with pytest.raises(PipelineError, match="more than 2 pages"):
+    monkeypatch.setattr("pipeline.registry.stores.transfer.MAX_LISTED", 2)
+    with pytest.raises(TransientError, match="more than 2 names"):
         served.store.places()
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.values import FileDigest
@@ -46,8 +47,8 @@ from pipeline.registry.stores.oci.address import (
     statement_tag,
     version_tag,
 )
-from pipeline.registry.stores.oci.transport import HttpRequest, Reply, Transport
-from pipeline.registry.stores.transfer import window
+from pipeline.registry.stores.oci.transport import HttpRequest, Reply, Transport, joined
+from pipeline.registry.stores.transfer import listed, window
 
 STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
 MOVE_TYPE = "application/vnd.enginesmith.move.v1"
@@ -57,8 +58,6 @@ COPIES_TYPE = "application/vnd.enginesmith.copies.v1"
 COPIES = "io.enginesmith.copies"
 CONTENT = "content.json"
 IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
-_MAX_PAGES = 3_000
-"""Three million names; a server that lists more is not a registry, or never ends."""
 _PAGE = 1000
 _LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
@@ -143,23 +142,23 @@ class Repository:
                     raise TransientError(f"{self}: blob {digest} came in another range; try again")
             yield window(chunks, start if reply.status == 200 else 0, end - start, str(self))
 
-    def tags(self) -> list[str]:
-        """All tags; empty if there is no such repository."""
+    def tags(self, count: Iterator[int] | None = None) -> list[str]:
+        """All tags; empty if there is no such repository. `count` as in `transfer.listed`."""
         replies = self._pages(f"tags/list?n={_PAGE}", also=(404,))
-        return [tag for reply in replies for tag in _listing(reply).tags or ()]
+        return list(listed(replies, lambda reply: _listing(reply).tags, str(self), count))
 
     def catalog(self) -> list[str]:
         replies = self._pages(f"_catalog?n={_PAGE}")
-        return [name for reply in replies for name in _listing(reply).repositories or ()]
+        return list(listed(replies, lambda reply: _listing(reply).repositories, str(self)))
 
-    def referrers(self, digest: str) -> tuple[image.Descriptor, ...] | None:
+    def referrers(self, digest: str) -> list[image.Descriptor] | None:
         """Manifests that have this one as their subject; None if the registry has no such API."""
-        found: tuple[image.Descriptor, ...] | None = None
-        for reply in self._pages(f"referrers/{digest}", also=(404,)):
-            if reply.is_page:
-                return None
-            found = (*(found or ()), *(_listing(reply).manifests or ()))
-        return found
+        replies = self._pages(f"referrers/{digest}", also=(404,))
+        first = next(replies, None)
+        if first is None or first.is_page:
+            return None
+        replies = itertools.chain([first], replies)
+        return list(listed(replies, lambda reply: _listing(reply).manifests, str(self)))
 
     def ask(
         self, method: str, path: str, *, limit_bytes: int = image.MAX_DOCUMENT_BYTES, **more: Any
@@ -168,7 +167,7 @@ class Repository:
 
     def _pages(self, path: str, also: tuple[int, ...] = ()) -> Iterator[Reply]:
         """The pages of a list, none if it answers 404."""
-        for _ in range(_MAX_PAGES):
+        while True:
             reply = self.ask("GET", path, also=also)
             if reply.status == 404:
                 return
@@ -176,7 +175,7 @@ class Repository:
             following = _LINK.search(reply.headers.get("Link", ""))  # RFC 8288
             if following is None:
                 return
-            path = urljoin(reply.url, following[1])
+            path = joined(reply.url, following[1])
 
 
 def _listing(reply: Reply) -> image.Listing:
@@ -325,7 +324,8 @@ class OciStore:
                 advice = "Many registries do not list what they have: name the package"
                 raise AccessError(f"{error}. {advice}") from error
             names = [own for one in listed if (own := self.address.name_of(one))]
-        read = in_parallel(lambda one: self.repository(one).tags(), names)
+        count = itertools.count(1)
+        read = in_parallel(lambda one: self.repository(one).tags(count), names)
         return dict(zip(names, read, strict=True))
 
     def _referrers(self, place: Place) -> dict[str, str] | None:
@@ -337,12 +337,12 @@ class OciStore:
             subject = image.digest_of(self.image(place).document)
         except (CorruptError, NotFoundError):  # its reader hears of it
             return {}
-        listed = self.repository(place.name).referrers(subject)
-        if listed is None:
+        found = self.repository(place.name).referrers(subject)
+        if found is None:
             return None
         return {
             name: one.digest
-            for one in listed
+            for one in found
             if one.artifact_type in {None, "", STATEMENT_TYPE}
             and is_statement_name(name := one.annotation(NAME))
         }

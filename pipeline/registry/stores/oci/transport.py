@@ -35,6 +35,7 @@ from urllib3.response import BaseHTTPResponse
 
 from pipeline.core import errors
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
+from pipeline.core.patience import Patience
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci.image import parse
 
@@ -131,7 +132,7 @@ class Authorizer:
             return True
 
     def _token(self, asked: Mapping[str, str]) -> str:
-        realm = asked.get("realm", "")
+        realm = joined(asked.get("realm", ""), "")
         if not _is_token_service(self.api, realm):
             raise AccessError(
                 f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
@@ -233,6 +234,7 @@ class Transport:
 
     def __init__(self, api: str, credentials: Credentials | None) -> None:
         self.api = api
+        self._patience = Patience()
         self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
@@ -256,7 +258,7 @@ class Transport:
         response, url = self._respond(request), self._url(request)
         reply = Reply(status=response.status, headers=response.headers, url=url)
         try:
-            yield reply, _chunks(response, url)
+            yield reply, self._chunks(response, url)
         finally:
             _discard(response)
 
@@ -308,7 +310,7 @@ class Transport:
             if not target or request.method not in {"GET", "HEAD"}:
                 return response, url, sent
             _discard(response)
-            found = urljoin(url, target)
+            found = joined(url, target)
             if not keeps_secrets(found) and not url.startswith("http:"):
                 raise AccessError(f"{_shown(url)} redirects to {_shown(found)}, which is not https")
             url = found
@@ -326,14 +328,14 @@ class Transport:
             backoff_jitter=BACKOFF_S,
             retry_after_max=_MAX_WAIT_S,
         )
-        with _connection_errors(url, TransientError):
+        with _connection_errors(url, TransientError), self._patience.waiting():
             return self._pool(url).urlopen(
                 method, url, body=body, headers={"Accept-Encoding": "identity", **headers},
                 retries=retries, redirect=False, preload_content=False, decode_content=False,
             )  # fmt: skip
 
     def _fault(self, request: HttpRequest, response: BaseHTTPResponse) -> PipelineError:
-        status, stated = response.status, _stated(response)
+        status, stated = response.status, self._stated(response)
         if status in {401, 403}:
             return self._refused(request)
         message = f"cannot {request}: {_shown(self._url(request))} answered {status}{stated}"
@@ -358,7 +360,7 @@ class Transport:
         with contextlib.closing(self._open("GET", url, headers)) as response:
             if response.status in _BUSY:
                 raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
-            chunks = _chunks(response, url)
+            chunks = self._chunks(response, url)
             return response.status, transfer.read_whole(chunks, _MAX_SMALL_BYTES, _shown(url))
 
     def _pool(self, url: str) -> urllib3.PoolManager:
@@ -374,9 +376,26 @@ class Transport:
             timeout = urllib3.Timeout(connect=transfer.CONNECT_S, read=transfer.SILENCE_S)
             size = transfer.CHUNK_BYTES
             pools = make(maxsize=transfer.CONNECTIONS, blocksize=size, timeout=timeout)
-            pools.pool_classes_by_scheme = transfer.timed_pools(HTTPConnection, HTTPSConnection)
+            pools.pool_classes_by_scheme = transfer.timed_pools(
+                HTTPConnection, HTTPSConnection, self._patience
+            )
             self._pools[key] = pools
         return self._pools[key]
+
+    def _chunks(self, response: BaseHTTPResponse, url: str) -> Iterator[bytes]:
+        def read(count: int) -> bytes:
+            with _connection_errors(url, _AgainError):
+                return response.read1(count, decode_content=False)
+
+        return transfer.at_pace(read, _shown(url), self._patience)
+
+    def _stated(self, response: BaseHTTPResponse) -> str:
+        with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
+            chunks = self._chunks(response, "")
+            found = json.loads(transfer.read_whole(chunks, _MAX_SMALL_BYTES, "an error"))
+            texts = [f"{one['code']} {one.get('message', '')}" for one in found["errors"]]
+            return f": {_printable('; '.join(texts))}"
+        return ""
 
 
 class _AgainError(TransientError):
@@ -399,36 +418,27 @@ def _connection_errors(url: str, kind: type[TransientError]) -> Iterator[None]:
         ) from error
 
 
-def _chunks(response: BaseHTTPResponse, url: str) -> Iterator[bytes]:
-
-    def read(count: int) -> bytes:
-        with _connection_errors(url, _AgainError):
-            return response.read1(count, decode_content=False)
-
-    return transfer.at_pace(read, _shown(url))
-
-
 def _discard(response: BaseHTTPResponse) -> None:
     """Give the connection back if the body was read, else close it."""
     if response.length_remaining == 0:
-        response.drain_conn()
+        response.read()
         response.release_conn()
     else:
         response.close()
+
+
+def joined(url: str, target: str) -> str:
+    """Where a server sends us from a URL; TransientError if that is no URL."""
+    try:
+        return urlsplit(urljoin(url, target)).geturl()
+    except ValueError as error:
+        raise TransientError(f"{_shown(url)} sends us to no URL, {target[:80]!r}") from error
 
 
 def _shown(url: str) -> str:
     """A URL for a message: its query may hold a signature, and a server may have chosen it."""
     parts = urlsplit(url)
     return _printable(f"{parts.scheme}://{parts.netloc}{parts.path}")
-
-
-def _stated(response: BaseHTTPResponse) -> str:
-    with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
-        body = transfer.read_whole(_chunks(response, ""), _MAX_SMALL_BYTES, "an error")
-        texts = [f"{one['code']} {one.get('message', '')}" for one in json.loads(body)["errors"]]
-        return f": {_printable('; '.join(texts))}"
-    return ""
 
 
 def _printable(text: str) -> str:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import rfc8785
 
@@ -39,7 +39,7 @@ from pipeline.registry.stores.oci import image, reading
 from pipeline.registry.stores.oci.address import copies_tag, move_tag, statement_tag, version_tag
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
 from pipeline.registry.stores.oci.reading import CONTENT, OciStore, Repository
-from pipeline.registry.stores.oci.transport import Reply
+from pipeline.registry.stores.oci.transport import Reply, joined
 from pipeline.registry.stores.publication import (
     check_statement,
     new_identity,
@@ -233,7 +233,7 @@ class WritableRepository(Repository):
         """Where an upload goes on: at the registry itself, never another host."""
         if "Location" not in reply.headers:
             raise AccessError(f"{self} does not say where an upload goes; is it an OCI registry?")
-        url = urljoin(reply.url, reply.headers["Location"])
+        url = joined(reply.url, reply.headers["Location"])
         if not self.transport.is_own(url):
             host = urlsplit(url).netloc
             raise AccessError(f"{self} sends uploads to another host ({host!r}); nothing was sent")
@@ -265,7 +265,8 @@ class WritableOciStore(OciStore):
         document = repository.put_artifact(reading.IDENTITY_TYPE, {CONTENT: new_identity()})
         if self.identity() is None:
             repository.put_manifest(reading.IDENTITY, document)
-        time.sleep(max(SETTLE_S, 2 * (time.monotonic() - began_s)))  # others took as long as we
+        took_s = min(time.monotonic() - began_s, transfer.SILENCE_S)  # others took as long as we
+        time.sleep(max(SETTLE_S, 2 * took_s))
         made = self.identity()
         if made is None:
             raise TransientError(f"{repository} lost its identity while it was made; try again")

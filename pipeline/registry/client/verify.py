@@ -1,0 +1,144 @@
+"""Verify a package where it is: in a folder of this machine, or in a registry.
+
+    verified = verify(PullRequest(reference="/models/phi3", flags=Flags(gpu="auto")))
+
+Nothing is written into the package's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from pathlib import Path
+
+from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.core.values import Package
+from pipeline.registry.client.deliver import (
+    SIGNATURE,
+    STATEMENTS,
+    STATEMENTS_SUFFIX,
+    verify_layout,
+)
+from pipeline.registry.client.machine import facts_of
+from pipeline.registry.client.pull import ARTIFACTS, Pulled, PullRequest, fetch
+from pipeline.registry.disk import read_bounded
+from pipeline.registry.manifest import MANIFEST
+from pipeline.registry.manifest import verify as verify_package
+from pipeline.registry.reference import ParsedReference, reference_of
+from pipeline.registry.resolve import resolve
+from pipeline.registry.select import best
+from pipeline.registry.store import (
+    MAX_ATTACHMENT_BYTES,
+    Place,
+    RawStatement,
+    Store,
+    is_statement_name,
+)
+from pipeline.registry.stores import open_reader
+from pipeline.registry.trust.statements import MODEL_SIGNATURE
+from pipeline.registry.trust.verification import (
+    Resolved,
+    Terms,
+    require_usable,
+    verify_statements,
+)
+
+_MAX_STATEMENTS = 4000
+"""As many as a store's bound lets through (`pipeline.registry.store`)."""
+
+
+def verify(request: PullRequest) -> Pulled:
+    """Verify bytes, signatures, yanks and fit of one package; raises like `run`."""
+    started_s = time.monotonic()
+    facts = facts_of(request.flags, request.environ)
+    resolved, package, where = open_target(request)
+    wanted = ParsedReference(
+        name=resolved.place.name, variant=resolved.place.variant, digest=package.digest
+    )
+    # Without a card there is none that it could be unproven on: what it is proven on is told.
+    accept = request.accept_unproven or request.flags.gpu == "none"
+    return Pulled(
+        chosen=best([resolved], [], wanted, facts, accept_unproven=accept),
+        dir=package.dir,
+        registry=where,
+        origin="verified",
+        facts=facts,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
+    """A package in a folder of this machine, all verified but its fit; raises like `run`.
+
+    Returns:
+        What was verified about it, the package in its folder, and where it was looked up.
+    """
+    if folder := named_folder(request.reference):
+        store = open_reader(request.registry) if request.registry else None
+        resolved = _open_folder(folder, request.terms(local=True), store)
+        return resolved, resolved.package, store.url if store else str(folder)
+    store = open_reader(request.registry or ARTIFACTS)
+    resolved = resolve(store, request.reference, request.terms(local=store.local))
+    return resolved, fetch(store, resolved), store.url
+
+
+def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
+    """A package in a folder, every byte verified.
+
+    The folder is that of a folder registry, with `<folder>.statements` beside it, or what a pull
+    left, with `statements/`, `engine/model.sig` and `pull.json` in it. A store is asked for newer
+    statements about it.
+    """
+    beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
+    published = beside.is_dir()
+    package = verify_package(folder) if published else verify_layout(folder)
+    found: list[RawStatement] = []
+    if store is not None:
+        with contextlib.suppress(NotFoundError):
+            found = store.read_statements(Place.of(reference_of(package)))
+    found += _read_statements(beside if published else folder / STATEMENTS)
+    statements = {one.name: one for one in found}
+    raws, origin = list(statements.values()), str(folder)
+    resolved = verify_statements(package, raws, terms.policy, registry=None, origin=origin)
+    require_usable(resolved, terms, origin)
+    _check_model_signature(folder, resolved)
+    return resolved
+
+
+def named_folder(target: str) -> Path | None:
+    """The folder that was named; None for a reference.
+
+    A reference has no leading dot or slash, and never names a folder with a manifest by accident.
+    """
+    path = Path(target).expanduser()
+    if target.startswith((".", "/", "~")) or (path / MANIFEST).exists():
+        return path.resolve()
+    return None
+
+
+def _read_statements(folder: Path) -> list[RawStatement]:
+    """The statements in a folder, unverified; what has no statement's name or form is left out."""
+    found: list[RawStatement] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if len(found) == _MAX_STATEMENTS:
+            break
+        with contextlib.suppress(CorruptError, OSError):
+            if is_statement_name(path.name) and path.is_dir() and not path.is_symlink():
+                files = {
+                    one.name: read_bounded(one, MAX_ATTACHMENT_BYTES) for one in path.iterdir()
+                }
+                found.append(RawStatement(name=path.name, files=files))
+    return found
+
+
+def _check_model_signature(folder: Path, resolved: Resolved) -> None:
+    path, signed = folder / SIGNATURE, resolved.model_signature
+    if not path.exists() or signed is None:
+        return
+    found = hashlib.sha256(read_bounded(path, MAX_ATTACHMENT_BYTES)).hexdigest()
+    if found != signed.files[MODEL_SIGNATURE]:
+        raise UntrustedError(
+            f"{path} has SHA-256 {found[:12]}, the trusted signature names "
+            f"{signed.files[MODEL_SIGNATURE][:12]}; pull the package again"
+        )
