@@ -43,7 +43,7 @@ rehearse: $(READY) ## the whole line of a recipe on a tiny random model, in ever
 
 # Tiny models gain nothing from more threads, and beside each other they wait for them.
 test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow and not gpu and not services" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not services" $(ARGS)
 
 test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
 	$(RUN) -m pytest -q -n 2 --dist loadgroup -m "(slow or services) and not gpu" \

@@ -184,6 +184,7 @@ def test_rebuild_of_the_same_bytes_is_the_same_version_and_of_others_is_another(
     assert {path.name[:12] for path in place.packages()} == {first.name[:12]}
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_end_with_one_package(
     built_checkpoint: Workplace, tmp_path: Path
 ) -> None:

@@ -18,7 +18,6 @@ from tests.acceptance.report_pages import (
     PLAN,
     Page,
     everything,
-    interval,
     on_card,
     report,
 )
@@ -92,26 +91,6 @@ def test_speed_has_median_spread_and_costs() -> None:
     assert "565.0 MiB (20.0 MiB allowed)" in page.text
     costs = page.source.split("Memory and energy")[1].split("</table>")[0]
     assert re.findall('<span class="value">(.*?)</span>', costs) == ["8", "300.0", "0.9"] * 2
-
-
-def with_reference(*, judged: bool) -> dict[str, Any]:
-    quality = report()["quality"]
-    pair = {"mean_kl_nats": interval(0.0123), "top1_agreement": interval(0.95)}
-    quality["fp8_reference"] = {
-        "perplexity": interval(11.4), "perplexity_change": interval(0.004), **pair,
-        "engine": {**pair, "mean_kl_nats": interval(0.0077)},
-        "noise_floor": {**pair, "windows": 8}, "judged": judged,
-    }  # fmt: skip
-    return report(quality=quality)
-
-
-def test_the_checkpoint_stands_beside_source_and_engine() -> None:
-    judged = Page(render_page(with_reference(judged=True), limits=LIMITS))
-    assert "0.0077" in judged.row("Quality", "engine against the checkpoint")
-    assert "2 times that is allowed" in judged.text
-    told = Page(render_page(with_reference(judged=False), limits=LIMITS)).text
-    assert "no limit applies here" in told
-    assert "The checkpoint itself" not in Page(render_page(report(), limits=LIMITS)).text
 
 
 def test_quality_has_intervals_and_limits() -> None:

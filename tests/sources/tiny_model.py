@@ -42,7 +42,6 @@ BROKEN_SAFETENSORS: dict[str, tuple[bytes, str]] = {
     ),
     "header-no-json": (with_header("{'a': 1}", b""), "bad safetensors header"),
     "header-no-utf8": (struct.pack("<Q", 4) + b'{"\xff"', "bad safetensors header"),
-    "header-list": (with_header("[]", b""), "not a JSON object"),
     "header-nested-too-deep": (with_header('{"a":' + "[" * 100_000, b""), "bad safetensors header"),
     "duplicate-tensor": (
         with_header(f'{{"a": {json.dumps(u8(0, 4))}, "a": {json.dumps(u8(0, 4))}}}', b"1234"),
@@ -50,14 +49,7 @@ BROKEN_SAFETENSORS: dict[str, tuple[bytes, str]] = {
     ),
     "overlap": (with_header({"a": u8(0, 4), "b": u8(2, 6)}, b"123456"), "b overlaps"),
     "gap": (with_header({"a": u8(0, 4), "b": u8(5, 6)}, b"123456"), "b leaves a gap"),
-    "negative-offset": (with_header({"a": u8(-4, 0)}, b""), "a: dtype, shape and offsets"),
-    "shape-of-other-size": (
-        with_header({"a": {**u8(0, 4), "shape": [5]}}, b"1234"),
-        "a: dtype, shape and offsets",
-    ),
     "unknown-dtype": (with_header({"a": {**u8(0, 4), "dtype": "U9"}}, b"1234"), "a: "),
-    "no-offsets": (with_header({"a": {"dtype": "U8", "shape": [4]}}, b"1234"), "a: "),
-    "entry-no-object": (with_header({"a": 4}, b"1234"), "a: 4"),
 }
 """Fault -> file that has it, and what the message must say."""
 

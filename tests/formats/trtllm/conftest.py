@@ -19,6 +19,7 @@ import pytest
 from tests.formats.trtllm.convert.checkpoints import Converted, convert, unified_checkpoint
 from tests.formats.trtllm.fakes import fake_card, write_script
 from tests.formats.trtllm.python_image import build_python_image
+from tests.runners.trtllm.engines import PACKAGES
 from tests.services.dockerd import running_dockerd
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def engine(engine_host: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     import docker
 
     client = docker.DockerClient(engine_host)
-    build_python_image(client, tmp_path_factory.mktemp("image"))
+    build_python_image(client, tmp_path_factory.mktemp("image"), PACKAGES)
     yield client
     client.close()
 

@@ -35,13 +35,10 @@ _NOT_NEEDED = frozenset(
 )
 
 
-def build_python_image(client: DockerClient, folder: Path, packages: Path | None = None) -> str:
-    """Build the image in this engine; its name.
+def build_python_image(client: DockerClient, folder: Path, packages: Path) -> None:
+    """Build the image in this engine, with the Python packages of a folder installed.
 
-    Args:
-        client: Of the engine.
-        folder: For files that are made on the way.
-        packages: Folder with Python packages to install beside the standard library.
+    `folder` is for files that are made on the way.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
     programs = _programs(folder)
@@ -64,11 +61,10 @@ def build_python_image(client: DockerClient, folder: Path, packages: Path | None
         site = f"{sys.base_prefix}/lib/python{sysconfig.get_python_version()}/site-packages"
         for record in (folder / "packages").glob("*/METADATA"):
             _add(tar, record, f"root{site}/{record.parent.name}/METADATA")
-        for path in _tree(packages) if packages else ():
-            _add(tar, path, f"root{site}/{path.relative_to(packages or path)}")
+        for path in _tree(packages):
+            _add(tar, path, f"root{site}/{path.relative_to(packages)}")
     context.seek(0)
     client.images.build(fileobj=context, custom_context=True, tag=IMAGE, rm=True)
-    return IMAGE
 
 
 def misbehaving_image(client: DockerClient, behaviour: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from pipeline.formats.trtllm.place import Shared, ToolHost
 from tests.formats.trtllm.fakes import card_machine, compiler
 from tests.formats.trtllm.python_image import IMAGE, misbehaving_image
 from tests.quant.tiny_quantized import ADA, tiny_checkpoint
+from tests.runners.trtllm.engines import RUNNER
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -229,3 +232,30 @@ def test_build_that_hits_the_memory_limit_names_the_setting(
         build(checkpoint, shared, compiler(image=image, memory_gib=0.125))
     assert caught.value.returncode == 137
     assert list((shared / "cache" / "stages" / "compile-trtllm").iterdir()) == []
+
+
+@pytest.mark.usefixtures("hook")
+def test_session_answers_from_a_container_that_is_gone_whatever_ends_it(
+    client: DockerClient, checkpoint: Checkpoint, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))  # logs of what fails stay there
+    engine = build(checkpoint, shared)
+    runner = dataclasses.replace(RUNNER, where="docker", image=IMAGE)
+    assert runner.why_not(engine) is None
+    with runner.open(engine) as session:
+        assert len(client.containers.list()) == 1
+        assert session.logits([1, 2, 3]).shape == (3, 320)
+        assert session.generate([[1], [2]], 3).tokens.shape == (2, 3)
+        assert len(list(session.stream([1], 5, frozenset()))) == 5
+    assert client.containers.list(all=True) == []
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), runner.open(engine):
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 60
+    assert client.containers.list(all=True) == []
+    with runner.open(engine) as session:
+        (container,) = client.containers.list()
+        container.kill()
+        with pytest.raises(PipelineError):
+            session.logits([1])
+    assert client.containers.list(all=True) == []

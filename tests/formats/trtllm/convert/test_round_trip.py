@@ -31,7 +31,7 @@ from tests.formats.trtllm.convert.reference import (
     relative_difference,
     transformers_logits,
 )
-from tests.quant.tiny_quantized import Edit, Tensors, drop, edited, multiply
+from tests.quant.tiny_quantized import Edit, drop, edited, multiply
 
 if TYPE_CHECKING:
     import torch
@@ -167,34 +167,9 @@ def test_key_that_is_left_out_is_noticed(
     assert not passes(found, damaged)
 
 
-def _swap_k_and_v(tensors: Tensors) -> None:
-    """Four query and two key heads of 16."""
-    import torch
-
-    name = f"{_LAYER}.attention.qkv.weight"
-    q, k, v = torch.split(tensors[name].view(torch.uint8), [64, 32, 32])
-    tensors[name] = torch.cat([q, v, k]).view(torch.float8_e4m3fn)
-
-
-def _swap_halves(tensors: Tensors) -> None:
-    import torch
-
-    name = f"{_LAYER}.mlp.fc.weight"
-    first, second = tensors[name].view(torch.uint8).chunk(2)
-    tensors[name] = torch.cat([second, first]).view(torch.float8_e4m3fn)
-
-
-def _swap_gate_and_up(tensors: Tensors) -> None:
-    fc, gate = f"{_LAYER}.mlp.fc.weight", f"{_LAYER}.mlp.gate.weight"
-    tensors[fc], tensors[gate] = tensors[gate], tensors[fc]
-
-
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
-        ("llama", _swap_k_and_v),
-        ("llama", _swap_gate_and_up),
-        ("phi3", _swap_halves),
         ("qwen2.5", multiply(f"{_LAYER}.attention.qkv.bias", 0.0)),
         ("llama", drop("lm_head.weight")),
         ("llama", drop(f"{_LAYER}.attention.kv_cache_scaling_factor")),
