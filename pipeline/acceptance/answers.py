@@ -59,12 +59,12 @@ from pipeline.sources.text.corpus import pack_windows
 log = logging.getLogger(__name__)
 
 FIGURES = Stage(
-    name="source-logits", version=1, code=("pipeline.acceptance.quality", "pipeline.runners")
+    name="source-logits", version=2, code=("pipeline.acceptance.quality", "pipeline.runners")
 )
-CHAT = Stage(name="source-chat", version=1, code=("pipeline.acceptance.chat", "pipeline.runners"))
+CHAT = Stage(name="source-chat", version=2, code=("pipeline.acceptance.chat", "pipeline.runners"))
 REFERENCE = Stage(
     name="reference-logits",
-    version=1,
+    version=2,
     code=(
         "pipeline.acceptance.answers",
         "pipeline.acceptance.quality",

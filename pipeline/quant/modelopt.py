@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 RECORD = "calibration.json"
 STAGE = Stage(
     name="quantize",
-    version=1,
+    version=2,
     code=("pipeline.quant", "pipeline.sources.text", "pipeline.model"),
 )
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
@@ -109,7 +109,7 @@ class ModelOptJob:
             raise RecipeError(faults)
         require_finite(source)
         kept = select(self.keep_16bit, spec.modules)
-        model, record = self._calibrate(weights, spec, kept)
+        model, record = self._calibrate(weights, spec)
         groups = share_scales(model, spec, self.precision.code_max)
         exported = _export(model, source, out_dir)
         normalize_export(
@@ -132,9 +132,7 @@ class ModelOptJob:
         }
         (out_dir / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def _calibrate(
-        self, weights: Weights, spec: ModelSpec, kept: Sequence[str]
-    ) -> tuple[Any, dict[str, Any]]:
+    def _calibrate(self, weights: Weights, spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
         """The model with quantizers that saw every window, and what they saw."""
         import psutil
         import torch
@@ -153,7 +151,7 @@ class ModelOptJob:
         model = load_model(weights.dir, dtype)
         device = place(model, placement)
         batches = torch.split(torch.from_numpy(windows).to(device), self.calibration.batch_size)
-        self._show_windows(model, batches, kept)
+        self._show_windows(model, batches)
         amax = {
             name: float(module.amax.float().max())
             for name, module in model.named_modules()
@@ -170,9 +168,7 @@ class ModelOptJob:
             "outliers": outliers,
         }
 
-    def _show_windows(
-        self, model: Any, batches: Sequence[torch.Tensor], kept: Sequence[str]
-    ) -> None:
+    def _show_windows(self, model: Any, batches: Sequence[torch.Tensor]) -> None:
         """Insert quantizers and let them see every window; lm_head is skipped, it stays 16-bit."""
         import modelopt.torch.quantization as mtq
         import torch
@@ -187,7 +183,8 @@ class ModelOptJob:
         if self.precision.modelopt_config is None:
             raise ValueError(f"ModelOpt does not quantize to {self.precision.name}")
         with quiet():
-            mtq.quantize(model, self.precision.modelopt_config(kept), forward_loop)
+            # Patterns, not names: ModelOpt tries each entry on every module, 2 s for SmolLM2's.
+            mtq.quantize(model, self.precision.modelopt_config(self.keep_16bit), forward_loop)
 
 
 def _export(model: Any, source: UnifiedCheckpoint, out_dir: Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.model.hf import quiet
+from pipeline.model.hf import quiet, use_onednn
 from pipeline.model.spec import LongRopeScaling, Rope, rope_frequencies
 from pipeline.quant.unified import UnifiedCheckpoint, torch_view
 
@@ -41,6 +41,7 @@ def load_simulation(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    use_onednn()
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     config_json = dict(checkpoint.config_json)
     config_json.pop("quantization_config", None)

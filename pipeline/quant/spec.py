@@ -73,7 +73,7 @@ class QuantSpec:
         native_sm: Least compute capability x 10 that multiplies these operands.
         dequantize: Stored codes and scale -> weights in float32, for all that computes with them.
         round_input: (x, calibrated scale) -> what is multiplied; None where activations stay.
-        modelopt_config: Names of the linears that stay 16-bit -> config for `mtq.quantize`.
+        modelopt_config: Patterns of linears that stay 16-bit -> config for `mtq.quantize`.
         onnx: Its pattern in a graph.
     """
 
