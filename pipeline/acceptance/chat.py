@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
 from pipeline.runners.runner import Session
-from pipeline.runners.workload import eos_ids
+from pipeline.runners.workload import BatchOptions, eos_ids
 
 LEVEL = 0.05
 """A healthy engine is called worse in no more than one of twenty probes; the usual level."""
@@ -142,8 +142,18 @@ class ChatProbe:
         )
 
     def ask_source(self, session: Session) -> tuple[Answer, ...]:
-        bound = self.settings.max_new_tokens
-        return tuple(answer(session, one.source, bound, self.source_eos) for one in self.asked)
+        """All at once: a step of ten answers takes little longer than a step of one."""
+        if not self.asked:
+            return ()
+        bound, ends = self.settings.max_new_tokens, self.source_eos
+        options = BatchOptions(osl_each=(bound,) * len(self.asked), eos_token_ids=ends)
+        made = session.generate([one.source for one in self.asked], bound, options)
+        rows = zip(made.tokens.tolist(), made.output_lengths, strict=True)
+        given = [tuple(tokens[:length]) for tokens, length in rows]
+        return tuple(
+            Answer(tokens=tokens[:-1] if (ended := tokens[-1] in ends) else tokens, stopped=ended)
+            for tokens in given
+        )
 
     def ask_engine(self, session: Session, source_answers: Sequence[Answer]) -> dict[str, Any]:
         """Ask the engine too: the report's `chat`, which `chat_findings` judges."""

@@ -57,7 +57,7 @@ def quiet() -> Iterator[None]:
 
 
 @cache
-def use_onednn() -> Any:
+def use_onednn() -> None:
     """From now on oneDNN computes this process's float32 linears on a CPU.
 
     MKL, which torch takes, uses AVX-512 on Intel's processors alone: on one core of an AMD EPYC of
@@ -70,10 +70,9 @@ def use_onednn() -> Any:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.aten.linear.default.decompose(x, weight, bias)
 
-    library = torch.library.Library("aten", "IMPL")
-    if torch.backends.mkldnn.is_available():
-        library.impl("linear", linear, "CPU")
-    return library  # in force while it is referenced
+    mkldnn: Any = torch.backends.mkldnn  # has no types
+    if mkldnn.is_available():
+        torch.library.impl("aten::linear", "cpu", linear)
 
 
 def load_model(folder: Path, dtype: str) -> Any:

@@ -58,12 +58,15 @@ class TransformersSession:
     def generate(
         self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
     ) -> Generation:
-        """Prompts must be equally long, so that no padding is timed."""
+        """Shorter prompts are padded on the left; `abilities` promises no times of such."""
         import torch
         from transformers import StoppingCriteriaList
 
         require_fit(prompts, osl, self.context)
-        ids = self._ids(prompts)
+        missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+        padded = zip(missing, prompts, strict=True)
+        ids = self._ids([[*[0] * count, *prompt] for count, prompt in padded])
+        mask = torch.arange(ids.shape[1]) >= torch.tensor(missing)[:, None]
         rows = Rows(len(prompts), osl, options)
         token_times: list[float] = []
 
@@ -78,7 +81,7 @@ class TransformersSession:
         with quiet(), torch.inference_mode():
             made = self._model.generate(
                 ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask.to(ids),
                 max_new_tokens=osl,
                 do_sample=False,
                 eos_token_id=None,
