@@ -39,7 +39,7 @@ from pipeline.outcome import (
     append_github_output,
     failure_of,
     open_run,
-    refused,
+    refusal_of,
     write_verdict,
 )
 
@@ -112,7 +112,7 @@ def _run(request: Request, work: Work) -> Answer:
 
 def _nowhere_to_write(request: Request, job: Job, error: OSError) -> Answer:
     """Report that there can be no run folder; faults in the recipe count more."""
-    outcome = refused(job.faults) if job.faults else failure_of(error)
+    outcome = refusal_of(job.faults) if job.faults else failure_of(error)
     if not job.faults and outcome.exit_code is ExitCode.FAILED:
         message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
         outcome = replace(outcome, message=message)
@@ -128,7 +128,7 @@ def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
         run_dir.mkdir(exist_ok=True)
         with file_logging(run_dir / "build.log"):
             log.debug("%s", job)
-            outcome = refused(job.faults) if job.faults else work(job, run_dir, request.rebuild)
+            outcome = refusal_of(job.faults) if job.faults else work(job, run_dir, request.rebuild)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         # A native library that is stopped while it loads turns Ctrl-C into an ImportError.
         outcome = failure_of(KeyboardInterrupt() if _STOPS else error)
@@ -177,7 +177,7 @@ def _show(request: Request, info: str | None) -> ExitCode:
                 raise RecipeError(job.faults)
             print(job.text)
     except RecipeError as error:
-        show_error(refused(error.faults).message)
+        show_error(refusal_of(error.faults).message)
         return error.exit_code
     return ExitCode.OK
 

@@ -240,7 +240,7 @@ def screen_logging() -> Iterator[None]:
     ours.setLevel(logging.DEBUG)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    with _attached(handler):
+    with _attach(handler):
         try:
             yield
         finally:
@@ -254,7 +254,7 @@ def file_logging(path: Path) -> Iterator[None]:
     """Append everything that is logged in the block to a file, and the exception that ends it."""
     handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    with _attached(handler):
+    with _attach(handler):
         try:
             yield
         except BaseException as error:
@@ -263,7 +263,7 @@ def file_logging(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attached(handler: logging.Handler) -> Iterator[None]:
+def _attach(handler: logging.Handler) -> Iterator[None]:
     root = logging.getLogger()
     root.addHandler(handler)
     try:

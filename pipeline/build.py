@@ -16,7 +16,7 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.settings import cache_root
 from pipeline.core.values import Checkpoint, Package, Verdict, Weights
-from pipeline.core.workfolder import locked
+from pipeline.core.workfolder import hold_lock
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
@@ -54,7 +54,7 @@ def build(
     weights = fetch(recipe)
     key = build_key(recipe, weights)
     # The second of two runs waits here, and then takes what the first one published.
-    with locked(cache.root / "locks" / f"build-{key[:24]}.lock"):
+    with hold_lock(cache.root / "locks" / f"build-{key[:24]}.lock"):
         found = None if rebuild else publisher.find(recipe.name, variant_of(recipe), key)
         if found and (taken := take(recipe, found, publisher, run_dir, config, environ)):
             return taken

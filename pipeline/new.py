@@ -126,12 +126,12 @@ def largest(recipe: Recipe) -> Fitted:
     """
     spec = format_spec(recipe.compiler.format)
     for kv_cache_dtype in _cache_dtypes(spec):
-        for batch, context in _tried(spec, recipe.shape):
-            size = partial(_fitted, spec, context=context, kv_cache_dtype=kv_cache_dtype)
+        for batch, context in _sizes_to_try(spec, recipe.shape):
+            size = partial(_fit, spec, context=context, kv_cache_dtype=kv_cache_dtype)
             faults = _faults(recipe, size(batch))
             if not faults:
                 larger = range(batch + 1, min(2 * batch, most_batch(spec) + 1))
-                refused = partial(_refused, recipe, size)
+                refused = partial(_is_refused, recipe, size)
                 return size(batch + bisect.bisect(larger, False, key=refused))
             if any(fault.path == "compiler.kv_cache_dtype" for fault in faults):
                 break
@@ -139,7 +139,7 @@ def largest(recipe: Recipe) -> Fitted:
     raise RecipeError([Fault(fault.path, f"{last}: {fault.message}") for fault in faults])
 
 
-def _refused(recipe: Recipe, size: Callable[[int], Fitted], batch: int) -> bool:
+def _is_refused(recipe: Recipe, size: Callable[[int], Fitted], batch: int) -> bool:
     return bool(_faults(recipe, size(batch)))
 
 
@@ -164,7 +164,7 @@ def _cache_dtypes(engine_format: FormatSpec) -> list[str]:
     return [by_size[size] for size in sorted(by_size)]
 
 
-def _tried(spec: FormatSpec, shape: ModelSpec) -> list[tuple[int, int]]:
+def _sizes_to_try(spec: FormatSpec, shape: ModelSpec) -> list[tuple[int, int]]:
     """Batches and contexts by halves, the largest first."""
     contexts = _contexts(shape)
     sizes = [(most_batch(spec) >> half, context) for half in range(_HALVES) for context in contexts]
@@ -174,7 +174,7 @@ def _tried(spec: FormatSpec, shape: ModelSpec) -> list[tuple[int, int]]:
     return sorted(sizes, key=lambda size: (size[0] * size[1], size[0]), reverse=True)
 
 
-def _fitted(spec: FormatSpec, batch: int, context: int, kv_cache_dtype: str) -> Fitted:
+def _fit(spec: FormatSpec, batch: int, context: int, kv_cache_dtype: str) -> Fitted:
     settings = {"max_batch_size": batch, "max_seq_len": context}
     if spec.fit.static:
         settings |= {
@@ -281,8 +281,8 @@ class _Draft:
         for spec in formats:
             if (compiler := spec.name) not in folders.options("compiler"):
                 continue
-            smallest = _fitted(spec, *_tried(spec, self.shape)[-1], "bfloat16")
-            with _staged(self.texts({compiler: smallest}), folders) as staged:
+            smallest = _fit(spec, *_sizes_to_try(spec, self.shape)[-1], "bfloat16")
+            with _stage(self.texts({compiler: smallest}), folders) as staged:
                 recipe = load(self.name, [f"compiler={compiler}"], folders=staged).value
             try:
                 sizes[compiler] = largest(recipe)
@@ -353,7 +353,7 @@ def _yaml(value: Mapping[str, Any], *, flow: bool | None = None) -> str:
 
 
 @contextlib.contextmanager
-def _staged(texts: Mapping[Path, str], folders: ConfigFolders) -> Iterator[ConfigFolders]:
+def _stage(texts: Mapping[Path, str], folders: ConfigFolders) -> Iterator[ConfigFolders]:
     """The files in a private folder, and the search path that finds them there."""
     with tempfile.TemporaryDirectory(prefix="enginesmith-new-") as private:
         place(texts, Path(private))

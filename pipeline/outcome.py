@@ -66,7 +66,7 @@ class Outcome:
         }
 
 
-def refused(faults: Sequence[Fault]) -> Outcome:
+def refusal_of(faults: Sequence[Fault]) -> Outcome:
     """The outcome of a recipe with faults."""
     lines = [str(fault) for fault in faults]
     if len(lines) > 1:
@@ -101,7 +101,7 @@ def failure_of(error: BaseException) -> Outcome:
     have a message and a code of their own. Anything else is a bug: its traceback is the message.
     """
     if isinstance(error, RecipeError):
-        return refused(error.faults)
+        return refusal_of(error.faults)
     if isinstance(error, PipelineError):
         return Outcome(exit_code=error.exit_code, message=str(error))
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("pipeline"):

@@ -221,7 +221,7 @@ def contenders(
         return recipe.runner.open(engine), (Peer(name=TRANSFORMERS, label=label, open=opener),)
     runner = vllm_of(recipe)
 
-    def sharing(element_bytes: int) -> VllmRunner:
+    def share_card(element_bytes: int) -> VllmRunner:
         cache = cache_bytes(recipe.shape, workloads, engine, element_bytes)
         arguments = (*runner.arguments, "--kv-cache-memory-bytes", str(cache))
         return replace(runner, gpu_memory_utilization=_MEMORY_SHARE, arguments=arguments)
@@ -237,10 +237,10 @@ def contenders(
             continue
         label, difference = VLLM_PEERS[name]
         serve = ("--dtype", "bfloat16", *shared_arguments(engine.serve_args), *difference)
-        server = partial(sharing(2).open_folder, weights.dir, serve)
+        server = partial(share_card(2).open_folder, weights.dir, serve)
         peers.append(Peer(name=name, label=label, open=server))
     element_bytes = KV_CACHE_DTYPES[engine.limits.kv_cache_dtype].bytes_per_element
-    return sharing(element_bytes).open_folder(engine.dir, engine.serve_args), peers
+    return share_card(element_bytes).open_folder(engine.dir, engine.serve_args), peers
 
 
 def shared_arguments(serve_args: Sequence[str]) -> tuple[str, ...]:

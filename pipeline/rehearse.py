@@ -214,7 +214,6 @@ class RandomSource:
     shape: ModelSpec
     folder: Path
     documents: tuple[str, ...]
-    seed: int = 0
 
     @property
     def terms(self) -> Licence:
@@ -224,7 +223,7 @@ class RandomSource:
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             documents = list(self.documents)
-            write_random_model(self.shape, self.folder, documents=documents, seed=self.seed)
+            write_random_model(self.shape, self.folder, documents=documents, seed=0)
         return Weights(
             dir=self.folder,
             origin=f"random:{self.shape.architecture}",

@@ -14,7 +14,7 @@ from pipeline.core.gpu import Conditions, nvml_device, read_conditions
 from pipeline.core.hardware import card_name
 from pipeline.core.settings import cache_root
 from pipeline.core.values import Finding
-from pipeline.core.workfolder import locked
+from pipeline.core.workfolder import hold_lock
 
 _SETTLE_S = 15.0
 """A process that has ended may still be in NVML's list for a moment, and its work in the
@@ -55,17 +55,17 @@ def held_card() -> Iterator[HeldCard]:
     if seen is None:
         raise IncompatibleError("no CUDA device: NVML shows this process none; see nvidia-smi")
     with gpu_lock(seen.uuid):
-        held = HeldCard(before=_settled())
+        held = HeldCard(before=_settle())
         yield held
-        held.after = _settled()
+        held.after = _settle()
 
 
 def gpu_lock(uuid: str) -> AbstractContextManager[None]:
     """Hold the card for one measurement of this user; waits for another one."""
-    return locked(cache_root() / "locks" / f"gpu-{uuid}.lock")
+    return hold_lock(cache_root() / "locks" / f"gpu-{uuid}.lock")
 
 
-def _settled() -> Conditions:
+def _settle() -> Conditions:
     """The card's state, once processes that have just ended are gone from what NVML shows."""
     deadline = time.monotonic() + _SETTLE_S
     while True:

@@ -78,7 +78,7 @@ class SpeedSample:
     def to_json(self) -> dict[str, Any]:
         """The raw figures of this run, for the report; what is not known is left out."""
         figures = {
-            **{name: _rounded(getattr(self, name)) for name in _RATES},
+            **{name: _round(getattr(self, name)) for name in _RATES},
             "output_lengths": list(self.output_lengths) or None,
             "requests": [_request_json(one) for one in self.requests] or None,
         }
@@ -93,13 +93,13 @@ _RATES = (
 
 def _request_json(request: RequestTiming) -> dict[str, float | None]:
     return {
-        name: _rounded(value)
+        name: _round(value)
         for name, value in vars(request).items()
         if name != "arrival_s" or value is not None
     }
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 

@@ -60,7 +60,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = No
 
     composed = load(recipe, overrides or (), folders=config_folders(config_dir)).value
     from pipeline.build import plan_of
-    from pipeline.outcome import refused
+    from pipeline.outcome import refusal_of
     from pipeline.plan import render
 
     made = plan_of(composed)
@@ -68,7 +68,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, config_dir: ConfigDir = No
         value=made.to_json(),
         shown=[render(made)],
         exit_code=ExitCode.USAGE if made.faults else ExitCode.OK,
-        message=refused(made.faults).message,
+        message=refusal_of(made.faults).message,
         faults=made.faults,
     )
 

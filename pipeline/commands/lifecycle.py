@@ -110,7 +110,7 @@ def promote(
 
     A trusted test result must be good enough for the channel.
     """
-    return _moved(_releaser(registry, policy, reason).promote(reference, channel, card))
+    return _answer_move(_releaser(registry, policy, reason).promote(reference, channel, card))
 
 
 @answering
@@ -126,7 +126,7 @@ def rollback(
 
     To go further back: promote.
     """
-    return _moved(_releaser(registry, policy, reason).rollback(name, channel, card))
+    return _answer_move(_releaser(registry, policy, reason).rollback(name, channel, card))
 
 
 @answering
@@ -234,10 +234,10 @@ def gc(
     terms = Terms(policy=trust, allow_unsigned=True, allow_yanked=True)
     pins = frozenset(Place.of(resolve(store, text, terms).reference) for text in keep or ())
     rules = Rules(keep_days=keep_days, history=history, pins=pins, damaged=damaged)
-    return _collected(collect(store, trust, rules, delete=delete), delete=delete)
+    return _answer_gc(collect(store, trust, rules, delete=delete), delete=delete)
 
 
-def _collected(done: Collected, *, delete: bool) -> Answer:
+def _answer_gc(done: Collected, *, delete: bool) -> Answer:
     from rich.filesize import decimal
 
     remove = printable("remove", "yellow")
@@ -277,7 +277,7 @@ def _releaser(registry: str, policy: Path | None, reason: str) -> Releaser:
     return Releaser(store=store, policy=trust, key=key, actor=actor, reason=reason)
 
 
-def _moved(done: Moved) -> Answer:
+def _answer_move(done: Moved) -> Answer:
     move, was = done.move, f"it was {done.before or 'nowhere'}"
     lines = [
         f"{move.channel} of {move.card} is {move.reference} "

@@ -223,12 +223,12 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         "format": f"{manifest['format']}, {manifest['quantization']}",
         "size": _size(found),
         "fits": f"{fits}; {', '.join(needs)}",
-        "limits": _joined(manifest["limits"]),
+        "limits": _join(manifest["limits"]),
         "serve": " ".join(manifest["serve"]["args"]) or "no server arguments",
         "source": f"{source['origin']}{commit}{note}",
         "licence": manifest["licence"]["spdx"],
         "build key": manifest["build_key"],
-        "tools": _joined(manifest["build"]["tools"]),
+        "tools": _join(manifest["build"]["tools"]),
         "ignored": "; ".join(found.ignored) or "nothing",
     }
 
@@ -237,7 +237,7 @@ def _channels(entry: Entry) -> str:
     return ", ".join(f"{one.channel} ({one.card})" for one in entry.pointers)
 
 
-def _joined(values: Mapping[str, Any]) -> str:
+def _join(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 

@@ -16,7 +16,6 @@ from omegaconf.grammar_parser import parse
 from pydantic import ValidationError
 
 from pipeline.config.compose import (
-    ConfigFile,
     ConfigFolders,
     closest,
     compose_recipe,
@@ -26,7 +25,7 @@ from pipeline.config.compose import (
 )
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.settings import OneOf, validated
+from pipeline.core.settings import OneOf, fill_settings
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,9 @@ def load(recipe: str, overrides: Sequence[str], *, folders: ConfigFolders) -> Jo
         values = [key for key in keys if not folders.options(key)]
         if typed is not None and "compiler.max_batch_size" in keys:
             config, typed = _with_fitting_targets(config, typed, keys)
-        found += [_located(fault, values, files) for fault in broken]
+        for fault in broken:  # with its file and line, unless the command line set the value
+            given_here = any(_within(fault.path, key) or _within(key, fault.path) for key in values)
+            found.append(fault if given_here else replace(fault, where=locate(fault.path, files)))
     faults += found
     return Job(
         recipe=name,
@@ -126,13 +127,6 @@ def _with_fitting_targets(
     )
 
 
-def _located(fault: Fault, keys: Sequence[str], files: Sequence[ConfigFile]) -> Fault:
-    """The fault with its file and line, unless the command line set the value."""
-    if any(_within(fault.path, key) or _within(key, fault.path) for key in keys):
-        return fault
-    return replace(fault, where=locate(fault.path, files))
-
-
 def _unnamed_source(recipe: str, keys: Collection[str]) -> list[Fault]:
     """Other weights need another name: no fine-tune is to be published as `phi3`."""
     sources = [key for key in keys if key.split(".")[0] == "source" and key not in _SAME_WEIGHTS]
@@ -150,11 +144,11 @@ Location = tuple[int | str, ...]
 def validate(config: DictConfig) -> tuple[Mapping[str, Any], Recipe | None, list[Fault]]:
     """Resolve a configuration to plain dicts and lists, and check it whole."""
     broken: dict[str, str] = {}
-    plain = _resolved(config, "", broken)
+    plain = _resolve(config, "", broken)
     faults = [Fault(path, message) for path, message in broken.items() if message]
     recipe = None
     try:
-        recipe = validated(Recipe, plain)
+        recipe = fill_settings(Recipe, plain)
     except ValidationError as error:
         found = _validation_faults(error, plain)
         # Less those that say only that a broken value is not there.
@@ -162,7 +156,7 @@ def validate(config: DictConfig) -> tuple[Mapping[str, Any], Recipe | None, list
     return plain, None if faults else recipe, faults
 
 
-def _resolved(node: Any, path: str, broken: dict[str, str]) -> Any:
+def _resolve(node: Any, path: str, broken: dict[str, str]) -> Any:
     """Plain dicts and lists, less what is missing or cannot be resolved.
 
     `broken` gets the path of every such value, with its fault or, where that is another's, "".
@@ -182,7 +176,7 @@ def _resolved(node: Any, path: str, broken: dict[str, str]) -> Any:
             elif OmegaConf.is_missing(node, key):
                 broken[below] = _required(below)
             else:
-                children[key] = _resolved(node[key], below, broken)
+                children[key] = _resolve(node[key], below, broken)
         except InterpolationToMissingValueError:
             broken[below] = ""
         except OmegaConfBaseException as error:

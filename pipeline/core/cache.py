@@ -27,7 +27,7 @@ from typing import Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import FileDigest, digest_of
-from pipeline.core.workfolder import locked, sync, work_folder
+from pipeline.core.workfolder import hold_lock, sync, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class StageCache:
         """The finished folder for `inputs`; where it is missing, `produce` fills an empty one."""
         key = digest_of({**stage.identity, **inputs})
         target = self.root / "stages" / stage.name / key[:24]
-        with locked(self.root / "locks" / f"{stage.name}-{key[:24]}.lock"):
+        with hold_lock(self.root / "locks" / f"{stage.name}-{key[:24]}.lock"):
             if (found := self._read(target, key, made=False)) is not None:
                 log.info("%s: already done (%s)", stage.name, key[:12])
                 return found
@@ -242,7 +242,7 @@ def code_digest(modules: tuple[str, ...]) -> str:
 
     Comments, docstrings, layout and import paths do not count. The same on Python 3.11 to 3.13.
     """
-    statements = {text for module in modules for path in _files(module) for text in _parsed(path)}
+    statements = {text for module in modules for path in _files(module) for text in _parse(path)}
     return hashlib.sha256("\n".join(sorted(statements)).encode()).hexdigest()[:_DIGITS]
 
 
@@ -255,7 +255,7 @@ def _files(module: str) -> list[Path]:
 
 
 @cache
-def _parsed(path: Path) -> tuple[str, ...]:
+def _parse(path: Path) -> tuple[str, ...]:
     """Each top-level statement of a file in a canonical form."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return tuple(text for node in _statements(tree.body) if (text := _form(node)))

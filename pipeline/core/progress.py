@@ -19,29 +19,22 @@ BYTES = "bytes"
 
 
 @contextlib.contextmanager
-def progress(
-    description: str, total: int | None, unit: str, done: int = 0
-) -> Iterator[Callable[[int], None]]:
-    """Yield a function that reports finished units, beyond the `done` of an earlier run.
-
-    `total` is None where only the passing time can be shown; `unit` is a plural, or `BYTES`.
-    """
+def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that reports finished units; `unit` is a plural, or `BYTES`."""
     # Bound now: a stderr that is redirected while the bar is up must not catch the bar.
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         if unit == BYTES:
             log.info("%s", description)
-        yield _line_reporter(description, total, unit, done)
+        yield _line_reporter(description, total, unit)
         return
-    with bars.Progress(*_columns(total, unit), console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total, completed=done)
+    with bars.Progress(*_columns(unit), console=console, transient=True) as bar:
+        task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 
 
-def _columns(total: int | None, unit: str) -> tuple[bars.ProgressColumn, ...]:
+def _columns(unit: str) -> tuple[bars.ProgressColumn, ...]:
     text = bars.TextColumn("{task.description}")
-    if total is None:
-        return (text, bars.SpinnerColumn(), bars.TimeElapsedColumn())
     amount: tuple[bars.ProgressColumn, ...] = (
         bars.MofNCompleteColumn(),
         bars.TextColumn(f"{unit},"),
@@ -51,24 +44,22 @@ def _columns(total: int | None, unit: str) -> tuple[bars.ProgressColumn, ...]:
     return (text, bars.BarColumn(), *amount, bars.TimeRemainingColumn(), bars.TextColumn("left"))
 
 
-def _line_reporter(
-    description: str, total: int | None, unit: str, before: int
-) -> Callable[[int], None]:
+def _line_reporter(description: str, total: int, unit: str) -> Callable[[int], None]:
     """A log line at most every `_LINE_EVERY_S`, with the time left."""
     started = last = time.monotonic()
-    done = before
+    done = 0
 
     def report(count: int) -> None:
         nonlocal done, last
         done += count
         now = time.monotonic()
-        if now - last < _LINE_EVERY_S or total is None or done <= before:
+        if now - last < _LINE_EVERY_S or not done:
             return
         last = now
-        left_s = (now - started) / (done - before) * (total - done)
+        left_s = (now - started) / done * (total - done)
         amount = f"{done} of {total} {unit}"
         if unit == BYTES:
-            rate = (done - before) / (now - started)
+            rate = done / (now - started)
             amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s"
         log.info("%s: %s, about %.0f s left", description, amount, left_s)
 

@@ -49,11 +49,11 @@ def marked_modules(room: str, mark: str, module: str = "") -> dict[str, str]:
 
     `module` has that line where an entry is a package itself.
     """
-    return dict(_listed(room, mark, module, tuple(importlib.import_module(room).__path__)))
+    return dict(_find_modules(room, mark, module, tuple(importlib.import_module(room).__path__)))
 
 
 @cache
-def _listed(
+def _find_modules(
     room: str, mark: str, module: str, folders: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
     wanted = re.compile(rf"^{mark}\b.* = ", re.MULTILINE)
@@ -90,9 +90,9 @@ class OneOf:
     def __get_pydantic_core_schema__(
         self, protocol: type, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(partial(self._validated, protocol))
+        return core_schema.no_info_plain_validator_function(partial(self._fill, protocol))
 
-    def _validated(self, protocol: type, value: Any) -> Any:
+    def _fill(self, protocol: type, value: Any) -> Any:
         if not isinstance(value, Mapping):
             if isinstance(value, protocol):
                 return value
@@ -104,10 +104,10 @@ class OneOf:
             wrong = PydanticCustomError("kind", text, {"allowed": allowed})
             detail = InitErrorDetails(type=wrong, loc=("kind",), input=value.get("kind"))
             raise ValidationError.from_exception_data(protocol.__name__, [detail])
-        return validated(cls, {key: item for key, item in value.items() if key != "kind"})
+        return fill_settings(cls, {key: item for key, item in value.items() if key != "kind"})
 
 
-def validated(cls: type, settings: Mapping[str, Any]) -> Any:
+def fill_settings(cls: type, settings: Mapping[str, Any]) -> Any:
     """A settings class filled from plain YAML values: lists become tuples, texts become paths."""
     return TypeAdapter(cls).validate_json(json.dumps(settings))
 

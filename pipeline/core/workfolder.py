@@ -36,7 +36,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 
 @contextlib.contextmanager
-def locked(path: Path, stalled_s: float = math.inf) -> Iterator[None]:
+def hold_lock(path: Path, stalled_s: float = math.inf) -> Iterator[None]:
     """Hold an advisory lock on `path` (created when missing); says so when it has to wait.
 
     Goes on without it when its holder has not touched the file for `stalled_s`.

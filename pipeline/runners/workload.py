@@ -203,36 +203,34 @@ class Workload:
     def digest(self) -> str:
         return digest_of(self.load)
 
-    def request_prompts(
-        self, vocab_size: int, seed: int, tokenizer: Any | None = None, config_path: str = ""
-    ) -> Prompts:
+    def request_prompts(self, vocab_size: int, seed: int, tokenizer: Any | None = None) -> Prompts:
         """Token ids of all requests of one run, in their order, below `vocab_size`.
 
         Raises:
             RecipeError: The file of prompts does not fit, or has text and there is no tokenizer.
         """
         if self.prompts_file is not None:
-            return self._file_prompts(vocab_size, tokenizer, config_path, whole=True)
+            return self._file_prompts(vocab_size, tokenizer, "", whole=True)
         import numpy as np
 
         shape, own = (self.total_requests, self.isl), self._own(seed)
         drawn = np.random.default_rng(own).integers(0, vocab_size, shape).tolist()
-        lengths = self._drawn(self.isl_distribution, self.isl, seed, _ISL_STREAM)
+        lengths = self._draw(self.isl_distribution, self.isl, seed, _ISL_STREAM)
         return tuple(tuple(row[:length]) for row, length in zip(drawn, lengths, strict=True))
 
     def output_lengths(self, seed: int) -> tuple[int, ...]:
         """Output tokens of each request of one run, at most."""
-        return self._drawn(self.osl_distribution, self.osl, seed, _OSL_STREAM)
+        return self._draw(self.osl_distribution, self.osl, seed, _OSL_STREAM)
 
     def mean_isl(self, seed: int) -> float:
         """Mean prompt length of one run, tokens; of a file that is not read here, `isl`."""
-        return fmean(self._drawn(self.isl_distribution, self.isl, seed, _ISL_STREAM))
+        return fmean(self._draw(self.isl_distribution, self.isl, seed, _ISL_STREAM))
 
     def mean_osl(self, seed: int) -> float:
         """Mean of `output_lengths`; where end-of-sequence ends answers, their real mean is less."""
         return fmean(self.output_lengths(seed))
 
-    def _drawn(
+    def _draw(
         self, lengths: Lengths | None, longest: int, seed: int, stream: int
     ) -> tuple[int, ...]:
         count = self.total_requests
@@ -287,12 +285,12 @@ class Workload:
     def _own(self, seed: int) -> int:
         return seed if self.seed is None else self.seed
 
-    def faults(self, config_path: str, *, tokenizer: Any | None = None) -> tuple[Fault, ...]:
-        """What is wrong with its file; without a tokenizer the length of a text is not known."""
+    def faults(self, config_path: str) -> tuple[Fault, ...]:
+        """What is wrong with its file; the length of a text is not known yet."""
         if self.prompts_file is None:
             return ()
         try:
-            self._file_prompts(None, tokenizer, config_path, whole=False)
+            self._file_prompts(None, None, config_path, whole=False)
         except RecipeError as error:
             return error.faults
         return ()

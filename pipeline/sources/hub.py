@@ -218,7 +218,7 @@ class HubClient:
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self._endpoint, token=self._token or False)
-        info: Any = self._explained(
+        info: Any = self._explain(
             lambda: api.repo_info(
                 self._repo_id,
                 revision=self._revision,
@@ -268,7 +268,7 @@ class HubClient:
                 return file.verify(target)
             except CorruptError:
                 log.warning("%s is damaged; downloading it again", target)
-        self._explained(
+        self._explain(
             lambda: hf_hub_download(
                 self._repo_id,
                 file.name,
@@ -284,7 +284,7 @@ class HubClient:
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's own notes
         return file.verify(target)
 
-    def _explained(
+    def _explain(
         self, attempt: Callable[[], _Result], arriving: tuple[Path, int] | None = None
     ) -> _Result:
         """Result of `attempt`; what the library raises becomes an error with a next step.

@@ -35,7 +35,7 @@ from pipeline.core.safetensors_files import (
 )
 from pipeline.core.settings import STRICT, cache_root, read_json_object
 from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
-from pipeline.core.workfolder import locked
+from pipeline.core.workfolder import hold_lock
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def cached_files(
     """Digests of the files of a cached folder, which `make` fills where it is absent or damaged."""
     if (files := finished_files(folder)) is not None:
         return files
-    with locked(lock_path(folder)):  # another run may have finished it while we waited
+    with hold_lock(lock_path(folder)):  # another run may have finished it while we waited
         return finished_files(folder) or make()
 
 

@@ -33,8 +33,8 @@ def lines(folder: Path, *prompts: Any) -> Path:
     return path
 
 
-def faults(workload: Workload, tokenizer: Any | None = None) -> tuple[Fault, ...]:
-    return workload.faults("acceptance.targets[1]", tokenizer=tokenizer)
+def faults(workload: Workload) -> tuple[Fault, ...]:
+    return workload.faults("acceptance.targets[1]")
 
 
 def test_todays_workloads_keep_their_digest_and_their_prompts() -> None:
@@ -106,7 +106,7 @@ def test_file_gives_its_first_prompts_as_ids_or_text(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     path = lines(tmp_path, {"prompt": "The engine"}, {"token_ids": [3, 4]}, {"token_ids": [5]})
     workload = load(prompts_file=str(path), isl=64)
-    assert faults(workload) == faults(workload, tokenizer) == ()
+    assert faults(workload) == ()
     expected = tuple(tokenizer("The engine")["input_ids"])
     assert workload.request_prompts(VOCAB_SIZE, 0, tokenizer) == (expected, (3, 4))
     with pytest.raises(RecipeError, match="has text, and this runner has no tokenizer"):

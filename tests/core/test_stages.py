@@ -54,7 +54,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Digest:
         for name, text in {"__init__": "", **modules}.items():
             (package / f"{name}.py").write_text(text)
         code_digest.cache_clear()
-        cache._parsed.cache_clear()
+        cache._parse.cache_clear()
         return code_digest(("staged",))
 
     return digest

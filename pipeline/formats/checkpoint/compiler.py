@@ -38,13 +38,6 @@ class CheckpointCompiler:
     runtime: str
     runtime_version: str
 
-    def __post_init__(self) -> None:
-        if self.max_num_tokens < self.max_batch_size:
-            raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
-                f"({self.max_batch_size}); increase compiler.max_num_tokens"
-            )
-
     @property
     def limits(self) -> Limits:
         return Limits(

@@ -82,11 +82,6 @@ class TrtLlmCompiler:
     plugins: Plugins
 
     def __post_init__(self) -> None:
-        if self.max_num_tokens < self.max_batch_size:
-            raise ValueError(
-                f"max_num_tokens ({self.max_num_tokens}) must be >= max_batch_size "
-                f"({self.max_batch_size}); increase compiler.max_num_tokens"
-            )
         if self.kv_cache_dtype == "float16" != self.dtype:
             raise ValueError(
                 f"kv_cache_dtype (float16) must be fp8 or dtype ({self.dtype}): a 16-bit cache has "

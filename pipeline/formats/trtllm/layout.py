@@ -4,17 +4,10 @@ TensorRT-LLM gives most keys a default and says nothing when one is missing, so 
 `rotary_base` builds and runs, with the wrong rotary embedding. Hence every key whose default could
 be wrong for some model is written, also where the default happens to be right.
 
-| TensorRT-LLM | Llama, Mistral, Qwen2 | Phi-3 |
-| --- | --- | --- |
-| `attention.qkv` | q_proj, k_proj, v_proj on top of each other | qkv_proj, as it is |
-| `attention.dense` | o_proj | o_proj |
-| `mlp.fc` | gate_proj | gate_up_proj, halves swapped: up, then gate |
-| `mlp.gate` | up_proj | |
-| `mlp.proj` | down_proj | down_proj |
-
-The halves are swapped since the activation `swiglu` lets the second half of its input gate the
-first. Nothing is read but headers and scales. TensorRT-LLM has one matrix for q, k and v, so they
-share a scale by layout; and `trtllm-build` fuses gate and up (`use_fused_mlp`, on by default),
+`_linears` says which linear is made of which. Phi-3's halves of `mlp.fc` are swapped, up before
+gate, since the activation `swiglu` lets the second half of its input gate the first. Nothing is
+read but headers and scales. TensorRT-LLM has one matrix for q, k and v, so they share a scale by
+layout; and `trtllm-build` fuses gate and up (`use_fused_mlp`, on by default),
 rounding to the larger scale where theirs differ. The converter does that itself, for both, and says
 what it cost: what was checked is what runs. Our own checkpoints share scales already: exact bytes.
 

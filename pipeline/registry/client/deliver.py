@@ -42,7 +42,7 @@ from pipeline.core.errors import (
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.settings import cache_root
 from pipeline.core.values import FileDigest, Package
-from pipeline.core.workfolder import WorkFolder, locked, remove_folder, sync, work_folder
+from pipeline.core.workfolder import WorkFolder, hold_lock, remove_folder, sync, work_folder
 from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room
 from pipeline.registry.disk import (
     disk_errors,
@@ -105,7 +105,7 @@ def locked_cache(place: Place) -> Iterator[Callable[[], None]]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_private_parent(folder, SETTING)
     path = cache_root() / "locks" / f"package-{place.version}.lock"
-    with locked(path, _STALLED_S):
+    with hold_lock(path, _STALLED_S):
         path.touch()
         yield path.touch
 

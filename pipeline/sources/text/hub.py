@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import NotFoundError
 from pipeline.core.settings import STRICT
-from pipeline.core.workfolder import locked
+from pipeline.core.workfolder import hold_lock
 from pipeline.sources.hub import HubClient
 from pipeline.sources.text.file import read_documents
 from pipeline.sources.weights import lock_path, weights_root
@@ -44,7 +44,7 @@ class HubText:
         slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
         folder = weights_root() / "hub-datasets" / slug / self.revision
         target = folder / self.file
-        with locked(lock_path(folder)):
+        with hold_lock(lock_path(folder)):
             # The client gives a file its name only when its digest was right.
             if not target.is_file():
                 client = HubClient(self.repo_id, self.revision, "dataset")

@@ -219,7 +219,6 @@ def test_limits_name_the_type_that_the_cache_has() -> None:
 @pytest.mark.parametrize(
     ("plugins", "fields", "message"),
     [
-        ({}, {"max_num_tokens": 3}, r"max_num_tokens \(3\) must be >= max_batch_size \(4\)"),
         ({}, {"max_num_tokens": 31}, r"\(31\) must be >= plugins.tokens_per_block \(32\)"),
         ({}, {"kv_cache_dtype": "float16"}, r"kv_cache_dtype \(float16\) must be fp8 or dtype"),
         ({}, {"opt_num_tokens": 8}, r"opt_num_tokens \(8\) does not go with plugins.multiple"),
