@@ -57,9 +57,11 @@ test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the bui
 test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the extra `eval`
 	$(RUN_EVAL) -m pytest -q tests/acceptance/test_harness.py $(ARGS)
 
-test-soak: $(READY) ## publish and pull killed at 50 moments on every registry
+test-soak: $(READY) ## publish and pull killed at 50 moments; thousands of hostile cases
 	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill \
 	    tests/registry/stores tests/registry/client $(ARGS)
+	ENGINESMITH_HOSTILE_CASES=120 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup \
+	    -m "not gpu" tests/hostile $(ARGS)
 
 bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 GB, side by side
 	$(RUN) -m tests.benchmarks.registry $(ARGS)

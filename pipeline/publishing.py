@@ -20,7 +20,7 @@ from pipeline.registry.client.deliver import (
     move_into_place,
     settle_read_only,
 )
-from pipeline.registry.client.pull import fetch
+from pipeline.registry.client.verify import fetch
 from pipeline.registry.disk import disk_errors, make_folders
 from pipeline.registry.package import is_throwaway, require_manifest_publishable
 from pipeline.registry.promotion import Releaser
@@ -107,9 +107,9 @@ class Publisher:
             if verdict.question != question or verdict.verdict not in PASSING:
                 continue
             try:
-                raw = self.store.read_statement(found.place, verdict.statement)
-                files = verified_files(statements[verdict.statement], raw)
-            except (CorruptError, NotFoundError) as error:
+                one = statements[verdict.statement]
+                files = verified_files(one, self.store, found.place)
+            except CorruptError as error:
                 log.warning("%s of %s is asked again: %s", verdict.statement, found.place, error)
                 continue
             for name, data in files.items():

@@ -15,6 +15,7 @@ from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError, Untr
 from pipeline.core.hardware import target_of_card
 from pipeline.registry.store import ENVELOPE, Place
 from pipeline.registry.stores.folder import FolderRegistry
+from tests.registry.packages import read_files
 from tests.tiny import tiny_model
 from tests.tiny_recipe import QUICK, Workplace
 
@@ -70,7 +71,7 @@ def test_result_for_another_card_is_added_and_the_package_is_not_touched(
     folder = package_of(place)
     store = FolderRegistry(path=place.artifacts).store()
     where = Place(name="tiny", variant=folder.parent.name, version=folder.name)
-    files = store.read_statement(where, added).files
+    files = read_files(store, where, added)
     assert set(files) == {"report.json", "report.html", "junit.xml", ENVELOPE}
 
 

@@ -20,6 +20,7 @@ from pipeline.registry.store import Place
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.signing import generate_key, write_key_pair
 from tests.registry.backends import Backends, backends
+from tests.registry.packages import read_files
 from tests.stand_in_card import put_card, put_runner
 from tests.tiny import tiny_model
 from tests.tiny_recipe import CHECKPOINT, ROOT, Workplace, make_workplace
@@ -77,7 +78,7 @@ def contents(store: WritableStore, place: Place) -> dict[str, str]:
         with store.open_file(place, file) as chunks:
             found[file.path] = b"".join(chunks)
     for envelope in store.read_statements(place):
-        for name, data in store.read_statement(place, envelope.name).files.items():
+        for name, data in read_files(store, place, envelope.name).items():
             found[f"{envelope.name}/{name}"] = data
     return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
@@ -131,7 +132,7 @@ def test_package_is_accepted_on_a_second_machine_after_it_was_published(
     after = contents(store, place)
     assert {name: after[name] for name in before} == before
     (added,) = {name.partition("/")[0] for name in set(after) - set(before)}
-    assert set(store.read_statement(place, added).files) == {
+    assert set(read_files(store, place, added)) == {
         "report.json", "report.html", "junit.xml", "statement.dsse.json",
     }  # fmt: skip
     verified = builder.ask("verify", reference, *registry)

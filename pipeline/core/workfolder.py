@@ -194,9 +194,10 @@ def _boot() -> str:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours, read-only folders in it included."""
-    for root, _, _ in os.walk(folder):
-        with contextlib.suppress(OSError):
-            Path(root).chmod(0o700)
+    with contextlib.suppress(OSError):
+        for _, _, _, descriptor in os.fwalk(folder):  # follows no link
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o700)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import pwd
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
-from pipeline.core.values import FileDigest
 from pipeline.core.workfolder import sync
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -55,13 +53,15 @@ def file_fault(mode: int) -> str:
     return "" if stat.S_ISREG(mode) else "is not a regular file"
 
 
-def open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path, folder: int | None = None) -> io.BufferedReader:
     """Open a plain file for reading; never follows a link, never waits for a FIFO.
 
-    CorruptError if it is missing, or no plain file.
+    `folder` is a descriptor of the one that it lies in. CorruptError if it is missing, or no plain
+    file.
     """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path if folder is None else path.name, flags, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"{path} is missing") from None
     except OSError as error:
@@ -75,30 +75,13 @@ def open_regular(path: Path) -> io.BufferedReader:
     return stream
 
 
-def read_bounded(path: Path, limit_bytes: int) -> bytes:
+def read_bounded(path: Path, limit_bytes: int, folder: int | None = None) -> bytes:
     """Read a plain file; CorruptError, too, if it is longer than `limit_bytes`."""
-    with open_regular(path) as stream:
+    with open_regular(path, folder) as stream:
         data = stream.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise CorruptError(f"{path} is longer than {limit_bytes} bytes")
     return data
-
-
-def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
-    """The bytes of a package's file, compared with its SHA-256 when the last one has been read.
-
-    CorruptError if they are not what `file` says; a longer one is not read to its end.
-    """
-    digest, left = hashlib.sha256(), file.size_bytes
-    with disk_errors(f"read {path}"):
-        stream = open_regular(path)
-    with stream:
-        while left >= 0 and (chunk := stream.read(min(CHUNK_BYTES, left + 1))):
-            digest.update(chunk)
-            left -= len(chunk)
-            yield chunk
-    if left or digest.hexdigest() != file.sha256:
-        raise CorruptError(f"{path} is not what its manifest says; get the package again")
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -38,7 +38,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Reference
-from pipeline.registry.client.pull import fetch
+from pipeline.registry.client.verify import fetch
 from pipeline.registry.package import require_manifest_publishable
 from pipeline.registry.reference import check_part, parse_reference
 from pipeline.registry.resolve import examine, resolve
@@ -327,8 +327,7 @@ def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustP
     signed = [sign_package(found.package, key)]
     for one in reversed(found.statements):  # oldest first, as they were signed
         if one.kind in {"provenance", "test"}:
-            raw = store.read_statement(found.place, one.name)
-            signed.append(sign_again(one, key, verified_files(one, raw)))
+            signed.append(sign_again(one, key, verified_files(one, store, found.place)))
     for statement in signed:
         store.put_statement(found.place, statement)
     return found
@@ -383,10 +382,10 @@ def _whole_statements(source: Store, resolved: Resolved) -> list[RawStatement]:
         if statement.kind == "yank":
             continue
         try:
-            raw = source.read_statement(resolved.place, statement.name)
-            files = verified_files(statement, raw)
-        except (CorruptError, NotFoundError) as error:
+            files = verified_files(statement, source, resolved.place)
+        except CorruptError as error:
             log.warning("%s of %s stays behind: %s", statement.name, resolved.place, error)
         else:
-            found.append(RawStatement(name=raw.name, files={ENVELOPE: raw.envelope, **files}))
+            files = {ENVELOPE: statement.envelope, **files}
+            found.append(RawStatement(name=statement.name, files=files))
     return found

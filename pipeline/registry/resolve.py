@@ -9,6 +9,7 @@ signatures hold, and its yanks were asked for, before anything of it is loaded o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,12 @@ class _Offer:
 
     def __str__(self) -> str:
         return with_cards(self.place, self.cards)
+
+    def is_itself(self, store: Store) -> bool:
+        """Whether the manifest there belongs there, and has the digest that is wanted."""
+        with contextlib.suppress(CorruptError, NotFoundError):
+            return self.digest in {None, manifest_at(store, self.place)[1]}
+        return False
 
     def examine(self, store: Store, terms: Terms) -> Resolved:
         found = examine(store, self.place, terms, self.digest)
@@ -126,6 +133,9 @@ def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> R
     """
     wanted = parse_reference(text)
     offers = _offers(store, wanted, terms.policy, card)
+    if len(offers) > 1 and wanted.channel is None:
+        # A version and a digest name one package; it is not where else others put its name.
+        offers = [offer for offer in offers if offer.is_itself(store)] or offers[:1]
     if len(offers) > 1:
         choices = ", ".join(map(str, offers))
         raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; specify one")])

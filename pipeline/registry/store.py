@@ -38,8 +38,11 @@ ENVELOPE = "statement.dsse.json"
 """The file of a statement that is signed; it names the SHA-256 of every other file."""
 KINDS = ("yank", "signature", "provenance", "test")
 """Kinds of statements; where there are too many, the first kinds are read first."""
-MAX_ENVELOPE_BYTES = 1 << 20
-"""Of a statement or a move; ours have some 2 KB, provenance with all its materials 40 KB."""
+MAX_ENVELOPE_BYTES = 64 << 10
+"""Of a statement; provenance has up to 40 KB."""
+MAX_SMALL_BYTES = 16 << 10
+"""Of any other statement, of a move and of an identity: ours have some 2 KB. What is read at once
+of rubbish is this, or the bound above, times the number of statements or moves."""
 MAX_ATTACHMENT_BYTES = 32 << 20
 """Of one file beside an envelope; a report with its plots has 1 MB."""
 MAX_PER_KIND = 1000
@@ -47,7 +50,7 @@ MAX_PER_KIND = 1000
 the store's dates, so that neither what comes before nor what comes after crowds a statement out."""
 MAX_COPIES_BYTES = 2 << 20
 """Of all copies of a variant: some 200 versions, the newest. What has no copy is read singly."""
-MAX_MOVES = 20_000
+MAX_MOVES = 10_000
 """Moves of one variant that are read; the same halves."""
 
 OnBytes = Callable[[int], None]
@@ -118,6 +121,11 @@ def is_statement_name(text: str) -> bool:
 def is_named_after(name: str, data: bytes) -> bool:
     """Whether a name ends in digits of the SHA-256 of `data`: a version, a statement, a move."""
     return hashlib.sha256(data).hexdigest().startswith(name.rpartition("-")[2])
+
+
+def max_bytes(statement: str) -> int:
+    """How long the envelope of a statement of this name may be."""
+    return MAX_ENVELOPE_BYTES if statement.startswith("provenance-") else MAX_SMALL_BYTES
 
 
 def is_attachment_name(text: str) -> bool:
@@ -192,10 +200,12 @@ class Store(Reader, Protocol):
         file; TransientError also while iterating, if the connection broke or is too slow.
         """
 
-    def read_statement(self, place: Place, name: str) -> RawStatement:
-        """One statement with all its attachments.
+    def read_attachments(
+        self, place: Place, name: str, files: Mapping[str, str]
+    ) -> dict[str, bytes]:
+        """Those of these files (name -> SHA-256 in hex) that lie beside a statement, unchecked.
 
-        NotFoundError if there is none, CorruptError if it is larger than a statement may be.
+        No other file there is looked at. CorruptError if one is larger than it may be.
         """
 
 

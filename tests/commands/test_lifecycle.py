@@ -26,7 +26,7 @@ from pipeline.registry.trust.policy import (
 )
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
-from tests.registry.packages import VARIANT, place_of
+from tests.registry.packages import VARIANT, place_of, read_files
 from tests.registry.team import CARD, Team
 
 _APP = typer.Typer()
@@ -204,8 +204,8 @@ def test_sign_makes_what_one_machine_built_and_tested_count_for_those_who_trust_
     releaser = team.releasing(key=key, policy=ours)
     assert releaser.promote(text, "stable", CARD).changed
     newest = found.verdicts[0]
-    raw = team.store.read_statement(place_of(package), newest.statement)
-    assert raw.files["report.html"] == b"<p>"
+    files = read_files(team.store, place_of(package), newest.statement)
+    assert files["report.html"] == b"<p>"
 
 
 def test_sign_vouches_for_nothing_that_is_not_trusted_here(team: Team, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,10 @@ def place_of(package: Package | Reference) -> Place:
 
 def raw_statement(kind: str = "signature", text: str = "1", **files: bytes) -> RawStatement:
     """A statement without a signature; `report_json=b""` makes the file `report.json`."""
-    name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    envelope = f'{{"payload": "{text}"}}'.encode()
+    name = f"{kind}-{hashlib.sha256(envelope).hexdigest()[:16]}"
     attachments = {file.replace("_", "."): data for file, data in files.items()}
-    return RawStatement(
-        name=name, files={ENVELOPE: f'{{"payload": "{text}"}}'.encode()} | attachments
-    )
+    return RawStatement(name=name, files={ENVELOPE: envelope} | attachments)
 
 
 def read_back(store: Store, package: Package) -> dict[str, bytes]:
@@ -107,6 +108,14 @@ def read_back(store: Store, package: Package) -> dict[str, bytes]:
         with store.open_file(place_of(package), file) as chunks:
             found[file.path] = b"".join(chunks)
     return found
+
+
+def read_files(store: Store, place: Place, name: str) -> dict[str, bytes]:
+    """A statement's envelope, and every file that it names."""
+    (raw,) = store.read_statements(place, {name})
+    payload = json.loads(base64.b64decode(json.loads(raw.envelope)["payload"]))
+    named = payload["predicate"]["enginesmith_statement"]["files"]
+    return {ENVELOPE: raw.envelope, **store.read_attachments(place, name, named)}
 
 
 def envelopes(statements: Iterable[RawStatement]) -> dict[str, bytes]:

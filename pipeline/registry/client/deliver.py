@@ -205,9 +205,8 @@ class Delivery:
             files = {ENVELOPE: one.envelope}
             if one is self.resolved.model_signature:
                 try:
-                    whole = self.store.read_statement(self.resolved.place, one.name)
-                    files |= verified_files(one, whole)
-                except (CorruptError, NotFoundError) as error:
+                    files |= verified_files(one, self.store, self.resolved.place)
+                except CorruptError as error:
                     log.warning("%s comes without model.sig: %s", self.resolved.place, error)
             statements.append(RawStatement(name=one.name, files=files))
         return statements

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pipeline import __version__
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
-from pipeline.core.values import Format, Package
+from pipeline.core.values import Format
 from pipeline.registry.client.deliver import (
     Delivery,
     Origin,
@@ -30,14 +30,13 @@ from pipeline.registry.client.deliver import (
 )
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Facts, Flags, facts_of
-from pipeline.registry.manifest import verify as verify_package
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.resolve import candidates
 from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import (
     Store,
 )
-from pipeline.registry.stores import open_reader, package_dir
+from pipeline.registry.stores import open_reader
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.verification import (
     Resolved,
@@ -234,7 +233,7 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     for reason in chosen.rejected:
         log.info("Rejected %s", reason)
     pulled = Pulled(chosen=chosen, dir=Path(), registry=store.url, origin="registry", facts=facts)
-    delivery = _delivery(store, chosen.resolved, request)
+    delivery = delivery_of(store, chosen.resolved, request)
     if request.to is None:
         done = delivery.to_cache()
     else:
@@ -247,7 +246,8 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     return replace(pulled, **vars(done), seconds=time.monotonic() - started_s)
 
 
-def _delivery(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
+def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
+    """A package on its way as a request wants it."""
     jobs = request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS)
     return Delivery(
         store=store,
@@ -256,11 +256,3 @@ def _delivery(store: Store, resolved: Resolved, request: PullRequest) -> Deliver
         offline=request.offline,
         shared_parent=request.allow_shared_parent,
     )
-
-
-def fetch(store: Store, resolved: Resolved) -> Package:
-    """A resolved package in a folder of this machine, every byte verified, ready to be loaded."""
-    if folder := package_dir(store, resolved.place):
-        return verify_package(folder)
-    done = _delivery(store, resolved, PullRequest(reference="")).to_cache()
-    return replace(resolved.package, dir=done.dir)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.core.errors import CorruptError, UntrustedError
 from pipeline.core.values import Package
 from pipeline.registry.client.deliver import (
     SIGNATURE,
@@ -21,7 +23,7 @@ from pipeline.registry.client.deliver import (
     verify_layout,
 )
 from pipeline.registry.client.machine import facts_of
-from pipeline.registry.client.pull import ARTIFACTS, Pulled, PullRequest, fetch
+from pipeline.registry.client.pull import ARTIFACTS, Pulled, PullRequest, delivery_of
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.manifest import verify as verify_package
@@ -35,7 +37,7 @@ from pipeline.registry.store import (
     Store,
     is_statement_name,
 )
-from pipeline.registry.stores import open_reader
+from pipeline.registry.stores import open_reader, package_dir
 from pipeline.registry.trust.statements import MODEL_SIGNATURE
 from pipeline.registry.trust.verification import (
     Resolved,
@@ -43,6 +45,8 @@ from pipeline.registry.trust.verification import (
     require_usable,
     verify_statements,
 )
+
+log = logging.getLogger(__name__)
 
 _MAX_STATEMENTS = 4000
 """As many as a store's bound lets through (`pipeline.registry.store`)."""
@@ -83,6 +87,20 @@ def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
     return resolved, fetch(store, resolved), store.url
 
 
+def fetch(store: Store, resolved: Resolved) -> Package:
+    """A resolved package in a folder of this machine, every byte verified, ready to be loaded.
+
+    In its registry, if that is a folder where it lies alone; else in the cache.
+    """
+    if folder := package_dir(store, resolved.place):
+        try:
+            return verify_package(folder)
+        except CorruptError as error:  # a file too many, perhaps, which does not travel
+            log.info("%s; the files that its manifest lists are used", error)
+    done = delivery_of(store, resolved, PullRequest(reference="")).to_cache()
+    return replace(resolved.package, dir=done.dir)
+
+
 def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
     """A package in a folder, every byte verified.
 
@@ -93,14 +111,14 @@ def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
     beside = folder.with_name(f"{folder.name}{STATEMENTS_SUFFIX}")
     published = beside.is_dir()
     package = verify_package(folder) if published else verify_layout(folder)
-    found: list[RawStatement] = []
+    if published and store is None:
+        store = open_reader(str(folder.parent.parent.parent))  # the registry that it lies in
+    found, registry, origin = _read_statements(folder / STATEMENTS), None, str(folder)
     if store is not None:
-        with contextlib.suppress(NotFoundError):
-            found = store.read_statements(Place.of(reference_of(package)))
-    found += _read_statements(beside if published else folder / STATEMENTS)
-    statements = {one.name: one for one in found}
-    raws, origin = list(statements.values()), str(folder)
-    resolved = verify_statements(package, raws, terms.policy, registry=None, origin=origin)
+        registry = store.identity()  # another one's yanks, and what undid them, do not count
+        found = [*store.read_statements(Place.of(reference_of(package))), *found]
+    raws = list({one.name: one for one in found}.values())
+    resolved = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
     require_usable(resolved, terms, origin)
     _check_model_signature(folder, resolved)
     return resolved

@@ -81,6 +81,6 @@ def staging_area(store: Store) -> Path:
     """Where to seal a package for a store: its own file system, so that files are moved there."""
     if not store.local:
         return cache_root() / "staging"
-    from pipeline.registry.stores.folder import STAGING
+    from pipeline.registry.stores.folder_writing import STAGING
 
     return Path(store.url) / STAGING

@@ -20,20 +20,22 @@ that lease. So gc never takes files that are being published.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from pipeline.core.errors import ConflictError, CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import CorruptError, NotFoundError, TransientError
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.copies import add_copies, copy_of
+from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular
 from pipeline.registry.manifest import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     digest_bytes,
     files_of,
     manifest_bytes,
@@ -42,7 +44,6 @@ from pipeline.registry.reference import check_part, reference_of
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
-    MAX_ENVELOPE_BYTES,
     OnBytes,
     Place,
     RawStatement,
@@ -50,6 +51,7 @@ from pipeline.registry.store import (
     in_parallel,
     is_attachment_name,
     is_statement_name,
+    max_bytes,
 )
 from pipeline.registry.stores.tree import (
     IDENTITY,
@@ -64,6 +66,8 @@ from pipeline.registry.stores.tree import (
     variant_key,
     version_key,
 )
+
+log = logging.getLogger(__name__)
 
 _LEASE = ".lease"
 _SMALL_BYTES = 8 << 20
@@ -86,13 +90,12 @@ class WritableStore(Store, Protocol):
         """Make a sealed package visible, whole and for ever; False if it was there.
 
         After an interruption the same call completes what was begun, whole file by whole file.
-        ConflictError if another manifest lies under this version.
         """
 
     def put_statement(self, place: Place, statement: RawStatement) -> bool:
         """Add a statement; whole or not at all to its readers. False if it was there.
 
-        ConflictError if other bytes are there under this name, NotFoundError without the version.
+        NotFoundError without the version.
         """
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
@@ -117,6 +120,23 @@ class WritableStore(Store, Protocol):
         """
 
 
+def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
+    """The bytes of a package's file, compared with its SHA-256 when the last one has been read.
+
+    CorruptError if they are not what `file` says; a longer one is not read to its end.
+    """
+    digest, left = hashlib.sha256(), file.size_bytes
+    with disk_errors(f"read {path}"):
+        stream = open_regular(path)
+    with stream:
+        while left >= 0 and (chunk := stream.read(min(CHUNK_BYTES, left + 1))):
+            digest.update(chunk)
+            left -= len(chunk)
+            yield chunk
+    if left or digest.hexdigest() != file.sha256:
+        raise CorruptError(f"{path} is not what its manifest says; get the package again")
+
+
 def new_identity() -> bytes:
     """A new identity of a registry, as `registry.json`."""
     return json.dumps({"schema": 1, "id": secrets.token_hex(16)}).encode() + b"\n"
@@ -136,17 +156,8 @@ def check_statement(statement: RawStatement) -> None:
     if not is_statement_name(statement.name) or not all(map(is_attachment_name, attachments)):
         raise ValueError(f"statement {statement.name!r} with files {sorted(attachments)}")
     largest = max(map(len, attachments.values()), default=0)
-    if len(statement.envelope) > MAX_ENVELOPE_BYTES or largest > MAX_ATTACHMENT_BYTES:
+    if len(statement.envelope) > max_bytes(statement.name) or largest > MAX_ATTACHMENT_BYTES:
         raise ValueError(f"statement {statement.name} is too large")
-
-
-def require_same(there: bytes | None, data: bytes, url: str, what: Place | str) -> None:
-    """ConflictError if other bytes lie under a version (a `Place`) or a statement."""
-    if there != data:
-        advice = "statements are only ever added: sign this one again, for another name"
-        if isinstance(what, Place):
-            advice = "its name follows from its content: remove what others put there, and publish"
-        raise ConflictError(f"{url}: something else lies under {what}, and {advice}")
 
 
 class WritableObjects(Objects, Protocol):
@@ -167,8 +178,8 @@ class WritableObjects(Objects, Protocol):
         CorruptError if it is not what `file` says, here or as the store has it.
         """
 
-    def holds(self, key: str, source: Path, file: FileDigest) -> bool:
-        """Whether a key holds a file's bytes: by size and by a checksum of the whole object."""
+    def holds(self, key: str, file: FileDigest) -> bool:
+        """Whether a key holds a file's bytes: by their SHA-256, as others may have written it."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, those that are there."""
@@ -206,7 +217,7 @@ class WritableTree(TreeStore):
     ) -> bool:
         place, manifest = sealed_manifest(package)
         self.create_identity()
-        if self._published(place, manifest):
+        if self._holds(manifest_key(place), manifest):
             return False
         self.objects.replace(_lease_key(place), b"published")
         for statement in statements:
@@ -214,7 +225,7 @@ class WritableTree(TreeStore):
 
         def send(file: FileDigest) -> None:
             key, source = f"{version_key(place)}/{file.path}", package.dir / file.path
-            if self.objects.holds(key, source, file):
+            if self.objects.holds(key, file):
                 on_bytes(file.size_bytes)
             else:
                 self.objects.put_file(key, source, file, on_bytes)
@@ -225,8 +236,8 @@ class WritableTree(TreeStore):
         for file in files:
             if file.size_bytes > _SMALL_BYTES:
                 send(file)
-        created = self.objects.create(manifest_key(place), manifest)
-        if not self._published(place, manifest):
+        created = self._put(manifest_key(place), manifest)
+        if not self._holds(manifest_key(place), manifest):
             raise TransientError(f"{place} was removed while it was published; publish it again")
         self.objects.delete([_lease_key(place)])
         add_copies(self, place.name, place.variant, copy_of(place, statements, manifest))
@@ -241,7 +252,7 @@ class WritableTree(TreeStore):
 
     def put_move(self, name: str, variant: str, data: bytes) -> bool:
         digest = hashlib.sha256(data).hexdigest()
-        if new := self.objects.create(f"{moves_key(name, variant)}{digest}.dsse.json", data):
+        if new := self._put(f"{moves_key(name, variant)}{digest}.dsse.json", data):
             add_copies(self, name, variant, {f"move-{digest}": data})
         return new
 
@@ -288,24 +299,30 @@ class WritableTree(TreeStore):
     def _put_statement(self, place: Place, statement: RawStatement) -> bool:
         check_statement(statement)
         prefix = f"{statements_key(place)}{statement.name}/"
-        there = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
+        there = self._holds(f"{prefix}{ENVELOPE}", statement.envelope)
         for file, data in statement.files.items():
-            if file != ENVELOPE and (there is None or self.objects.find(f"{prefix}{file}") is None):
+            if file != ENVELOPE and not (there and self.objects.find(f"{prefix}{file}")):
                 self.objects.replace(f"{prefix}{file}", data)
-        if there is None and self.objects.create(f"{prefix}{ENVELOPE}", statement.envelope):
-            return True
-        there = there or self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
-        require_same(there, statement.envelope, self.url, f"statement {statement.name} of {place}")
-        return False
+        return self._put(f"{prefix}{ENVELOPE}", statement.envelope)
 
-    def _published(self, place: Place, manifest: bytes) -> bool:
-        try:
-            there = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
-        except CorruptError:
-            there = b""
-        if there is not None:
-            require_same(there, manifest, self.url, place)
-        return there is not None
+    def _put(self, key: str, data: bytes) -> bool:
+        """Create an object whose key follows from its content; False if it was there.
+
+        What else lies there is rubbish, which would stop this publisher, and is replaced.
+        """
+        if self._holds(key, data):
+            return False
+        if not self.objects.create(key, data):
+            if self._holds(key, data):
+                return False
+            log.warning("%s: what was under %s is not that; replaced", self.url, key)
+            self.objects.replace(key, data)
+        return True
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        with contextlib.suppress(CorruptError):
+            return self.objects.read(key, len(data)) == data
+        return False
 
     def _remove(self, place: Place, newest_s: float) -> None:
         """Remove all of a version, unless a publisher has come meanwhile; the lease last."""

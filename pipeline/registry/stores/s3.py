@@ -45,7 +45,6 @@ from pipeline.core.errors import (
 from pipeline.core.patience import Patience
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest
-from pipeline.registry.disk import checked_chunks
 from pipeline.registry.store import OnBytes, in_parallel
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.tree import Found, TreeStore
@@ -175,8 +174,6 @@ class S3Objects:
     root: str
     public: bool
     part_bytes: int
-    _crcs: dict[str, int] = field(default_factory=dict)
-    """SHA-256 -> CRC-32 of files that were read."""
     _clients: dict[int, Any] = field(default_factory=dict)
     """Of each process: two processes that read one socket mix up replies."""
     _locks: dict[int, threading.Lock] = field(default_factory=dict)
@@ -242,6 +239,8 @@ class S3Objects:
     def put_file(self, key: str, source: Path, file: FileDigest, on_bytes: OnBytes) -> None:
         from boto3.s3.transfer import TransferConfig
 
+        from pipeline.registry.stores.publication import checked_chunks
+
         part_bytes = max(self.part_bytes, -(-file.size_bytes // _MAX_PARTS))
         config = TransferConfig(
             multipart_threshold=part_bytes,
@@ -259,20 +258,25 @@ class S3Objects:
                     reader, Bucket=self.bucket, Key=f"{self.root}{key}", ExtraArgs=extra,
                     Config=config, Callback=on_bytes,
                 )  # fmt: skip
-            self._crcs[file.sha256] = reader.crc
-        if not self.holds(key, source, file):
+        if not self._is_sent(key, file, reader.crc):
             advice = "nothing shows yet: look after the store, then run the same command again"
             raise CorruptError(f"{self.url}: {key} is not there as it was sent; {advice}")
 
-    def holds(self, key: str, source: Path, file: FileDigest) -> bool:
+    def _is_sent(self, key: str, file: FileDigest, crc: int) -> bool:
+        """Whether what we sent is there: by the server's checksum, where it has one."""
         head = self._head(key)
         if head is None or _size_of(head) != file.size_bytes:
             return False
         text = head.get("ChecksumCRC32", "")
         # `...-2` is a checksum of the checksums of two parts.
         if text and "-" not in text and head.get("ChecksumType") != "COMPOSITE":
-            crc = self._crc_of(source, file).to_bytes(4, "big")
-            return bool(text == base64.b64encode(crc).decode())
+            return bool(text == base64.b64encode(crc.to_bytes(4, "big")).decode())
+        return self.holds(key, file)
+
+    def holds(self, key: str, file: FileDigest) -> bool:
+        head = self._head(key)
+        if head is None or _size_of(head) != file.size_bytes:
+            return False
         digest = hashlib.sha256()
         with self.stream(key, 0, None) as chunks:
             for chunk in chunks:
@@ -438,14 +442,6 @@ class S3Objects:
                     raise
                 time.sleep(0.1 * 2**attempt * secrets.SystemRandom().uniform(0.5, 1))
         raise TransientError(f"{self.url}: others keep writing {key}; run the same command again")
-
-    def _crc_of(self, source: Path, file: FileDigest) -> int:
-        if file.sha256 not in self._crcs:
-            crc = 0
-            for chunk in checked_chunks(source, file):
-                crc = zlib.crc32(chunk, crc)
-            self._crcs[file.sha256] = crc
-        return self._crcs[file.sha256]
 
 
 @contextlib.contextmanager

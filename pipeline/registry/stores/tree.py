@@ -7,7 +7,7 @@ ours and is skipped; what counts is signed.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,16 +20,16 @@ from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
     MAX_COPIES_BYTES,
-    MAX_ENVELOPE_BYTES,
     MAX_MOVES,
+    MAX_SMALL_BYTES,
     Listed,
     Place,
     RawStatement,
-    is_attachment_name,
     is_statement_name,
     limit_dated,
     limit_kinds,
     list_variants,
+    max_bytes,
     parse_identity,
     read_each,
     readers,
@@ -37,7 +37,6 @@ from pipeline.registry.store import (
 
 IDENTITY = "registry.json"
 _STATEMENTS = ".statements/"
-_MAX_ATTACHMENTS = 16
 _LOG = re.compile(r"([^/]+)/([^/]+)/channels/log/([0-9a-f]{64})\.dsse\.json")
 _REST = re.compile(r"(?P<version>[^/]*?)(?P<rest>\.lease|\.statements/.*|/.*)")
 
@@ -127,7 +126,7 @@ class TreeStore:
         return self.objects.url
 
     def identity(self) -> str | None:
-        data = self.objects.read(IDENTITY, MAX_ENVELOPE_BYTES)
+        data = self.objects.read(IDENTITY, MAX_SMALL_BYTES)
         return None if data is None else parse_identity(data, f"{self.url}: {IDENTITY}")
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
@@ -179,28 +178,17 @@ class TreeStore:
             names = limit_kinds(dated, what)
 
         def read(name: str) -> bytes | None:
-            return self.objects.read(f"{prefix}{name}/{ENVELOPE}", MAX_ENVELOPE_BYTES)
+            return self.objects.read(f"{prefix}{name}/{ENVELOPE}", max_bytes(name))
 
         held = read_each(read, names, what, readers(self))
         return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in held.items()]
 
-    def read_statement(self, place: Place, name: str) -> RawStatement:
-        prefix, envelope = f"{statements_key(place)}{name}/", None
-        if is_statement_name(name):
-            envelope = self.objects.read(f"{prefix}{ENVELOPE}", MAX_ENVELOPE_BYTES)
-        if envelope is None:
-            raise NotFoundError(f"{self.url}: {place} has no statement {name!r}")
-        files = {ENVELOPE: envelope}
-        for found in self.objects.listed(prefix):
-            file = found.key.removeprefix(prefix)
-            if not is_attachment_name(file):
-                continue
-            if len(files) > _MAX_ATTACHMENTS:
-                raise CorruptError(f"{self.url}: statement {name} of {place} has too many files")
-            data = self.objects.read(found.key, MAX_ATTACHMENT_BYTES)
-            if data is not None:
-                files[file] = data
-        return RawStatement(name=name, files=files)
+    def read_attachments(
+        self, place: Place, name: str, files: Mapping[str, str]
+    ) -> dict[str, bytes]:
+        prefix = f"{statements_key(place)}{name}/"
+        read = {file: self.objects.read(f"{prefix}{file}", MAX_ATTACHMENT_BYTES) for file in files}
+        return {file: data for file, data in read.items() if data is not None}
 
     def read_moves(
         self, name: str, variant: str, names: Collection[str] | None = None
@@ -215,7 +203,7 @@ class TreeStore:
             names = limit_dated(dated, MAX_MOVES, what)
 
         def read(digest: str) -> bytes | None:
-            return self.objects.read(f"{prefix}{digest}.dsse.json", MAX_ENVELOPE_BYTES)
+            return self.objects.read(f"{prefix}{digest}.dsse.json", MAX_SMALL_BYTES)
 
         return list(read_each(read, names, what, readers(self)).values())
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import Part, check_digest, check_part
-from pipeline.registry.store import MAX_ENVELOPE_BYTES, RawStatement, is_attachment_name
+from pipeline.registry.store import MAX_ENVELOPE_BYTES, Place, Store, is_attachment_name
 from pipeline.registry.trust.policy import PublicKey, Role, TrustedKey, TrustPolicy
 
 if TYPE_CHECKING:
@@ -210,16 +210,17 @@ def _library_key(key: PublicKey) -> SSlibKey:
     return SSlibKey.from_crypto(load_pem_public_key(key.pem), keyid=key.keyid)
 
 
-def verified_files(statement: Statement, raw: RawStatement) -> dict[str, bytes]:
+def verified_files(statement: Statement, store: Store, place: Place) -> dict[str, bytes]:
     """The files of a statement; a CorruptError unless each is there and what was signed."""
+    found = store.read_attachments(place, statement.name, statement.files)
     for file, sha256 in statement.files.items():
-        data = raw.files.get(file)
+        data = found.get(file)
         if data is None or hashlib.sha256(data).hexdigest() != sha256:
             state = "is missing" if data is None else "is not what was signed"
             raise CorruptError(
                 f"{file} of statement {statement.name} {state}; remove the statement"
             )
-    return {file: raw.files[file] for file in statement.files}
+    return found
 
 
 @functools.cache

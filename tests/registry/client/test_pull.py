@@ -26,6 +26,7 @@ from pipeline.registry.store import Place
 from pipeline.registry.trust.signing import write_key_pair
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
 from tests.registry.client.faulty_store import FaultyStore
+from tests.registry.packages import read_files
 from tests.registry.team import CARD, OTHER_CARD
 
 
@@ -70,12 +71,12 @@ def test_the_model_signature_that_was_signed_lies_in_the_engine_folder(shop: Sho
     pytest.importorskip("model_signing")
     reference = shop.publish()
     shop.pull()
-    (raw,) = [
-        shop.store.read_statement(Place.of(reference), one.name)
+    (files,) = [
+        read_files(shop.store, Place.of(reference), one.name)
         for one in shop.store.read_statements(Place.of(reference))
         if one.kind == "signature"
     ]
-    assert (shop.to / "engine" / "model.sig").read_bytes() == raw.files["model.sig"]
+    assert (shop.to / "engine" / "model.sig").read_bytes() == files["model.sig"]
 
 
 def test_an_empty_folder_is_filled_and_pulling_again_to_it_succeeds_at_once(shop: Shop) -> None:

@@ -10,15 +10,8 @@ import pytest
 
 from pipeline.core.errors import (
     CorruptError,
-    ExitCode,
-    IncompatibleError,
-    PipelineError,
-    UntrustedError,
 )
-from pipeline.core.values import Reference
 from pipeline.registry.client.deliver import verify_layout
-from pipeline.registry.store import ENVELOPE, Place
-from pipeline.registry.stores import package_dir
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, noise
 
 _FILES = {"config.json": b"{}", "model.plan": noise(3 * CHUNK_BYTES + 1), "rank1/model.plan": b"1"}
@@ -88,58 +81,8 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _published(shop: Shop, reference: Reference) -> Path:
-    """Where the files of a published package lie."""
-    folder = package_dir(shop.store, Place.of(reference))
-    assert folder is not None
-    return folder
-
-
 _CHANGES = [bit_flip, truncate, swap, missing, symlink, fifo]
 Change = Callable[[Path], None]
-
-
-@pytest.mark.parametrize("path", _PATHS)
-@pytest.mark.parametrize("change", _CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_file_in_the_store_is_refused_and_nothing_is_left(
-    shop: Shop, path: str, change: Change
-) -> None:
-    reference = shop.publish(_FILES)
-    change(_published(shop, reference) / path)
-    with pytest.raises(PipelineError) as caught:
-        shop.pull()
-    gone = path == "manifest.json" and change in {missing, symlink, fifo}
-    assert caught.value.exit_code is (ExitCode.NOT_FOUND if gone else ExitCode.CORRUPT)
-    assert shop.left() == []
-
-
-@pytest.mark.parametrize(
-    "change", [extra, extra_git, hard_link, grow], ids=lambda one: one.__name__
-)
-def test_what_the_manifest_does_not_list_in_the_store_does_not_travel(
-    shop: Shop, change: Change
-) -> None:
-    """A pull asks for the listed files only, and each is copied: neither reaches the goal."""
-    reference = shop.publish(_FILES)
-    change(_published(shop, reference) / "engine" / "config.json")
-    shop.pull()
-    assert verify_layout(shop.to).digest == reference.digest
-
-
-@pytest.mark.parametrize("kind", ["signature", "test"])
-@pytest.mark.parametrize("change", [bit_flip, truncate, missing, symlink], ids=lambda c: c.__name__)
-def test_a_changed_statement_in_the_store_counts_for_nothing(
-    shop: Shop, kind: str, change: Change
-) -> None:
-    reference = shop.publish(_FILES)
-    (path,) = Path(shop.store.url).rglob(f"{kind}-*/{ENVELOPE}")
-    change(path)
-    wanted = UntrustedError if kind == "signature" else IncompatibleError
-    with pytest.raises(wanted):
-        shop.pull()
-    assert shop.left() == []
-    other = shop.publish({"model.plan": b"2"})  # the next honest one is what it was
-    assert shop.pull(f"tiny:{other.version}").digest != reference.digest
 
 
 _IN_FOLDER = [*_CHANGES, grow, extra, extra_git, hard_link]

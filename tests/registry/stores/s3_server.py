@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 from tests.registry.stores.faulty import FaultyHandler, FaultyServer
@@ -130,12 +131,15 @@ class Handler(FaultyHandler):
         objects = self.server.objects
         keys = [key for key in sorted(objects) if key.startswith(prefix) and key > after]
         more = len(keys) > self.server.page
+        encoding = self.query.get("encoding-type", "")  # else XML could not have every key
+        named = quote if encoding == "url" else str
         keys = keys[: min(self.server.page, int(self.query.get("max-keys", 1000)))]
         entries = [
-            f"<Contents><Key>{escape(key)}</Key><Size>{len(objects[key].data)}</Size>"
+            f"<Contents><Key>{escape(named(key))}</Key><Size>{len(objects[key].data)}</Size>"
             f"<LastModified>{_iso(objects[key].modified_s)}</LastModified></Contents>"
             for key in keys
         ]
+        entries.append(f"<EncodingType>{encoding}</EncodingType>" if encoding else "")
         if more:
             entries.append(f"<NextContinuationToken>{escape(keys[-1])}</NextContinuationToken>")
         entries.append(f"<IsTruncated>{str(more).lower()}</IsTruncated>")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import ConflictError, CorruptError, NotFoundError
+from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.values import Package
 from pipeline.registry.manifest import files_of, manifest_at, manifest_bytes
 from pipeline.registry.store import ENVELOPE, Place, RawStatement
@@ -142,20 +142,21 @@ def test_statements_are_listed_read_by_envelope_and_read_whole(
     assert envelopes(store.read_statements(place)) == envelopes([first, test])
     assert all(set(one.files) == {ENVELOPE} for one in store.read_statements(place))
     assert envelopes(store.read_statements(place, {test.name})) == envelopes([test])
-    assert store.read_statement(place, test.name) == test
-    with pytest.raises(NotFoundError):
-        store.read_statement(place, "test-" + "0" * 16)
+    named = {file: hashlib.sha256(data).hexdigest() for file, data in test.files.items()}
+    del named[ENVELOPE]
+    read = store.read_attachments(place, test.name, {**named, "junit.xml": "0" * 64})
+    assert {ENVELOPE: test.envelope, **read} == test.files
 
 
-def test_another_statement_under_a_name_is_a_conflict_and_nothing_is_overwritten(
+def test_rubbish_under_a_name_that_follows_from_content_stops_no_publisher(
     store: WritableStore, package: Package
 ) -> None:
     store.put_package(package, [], lambda _: None)
     place, first = place_of(package), raw_statement("yank")
-    store.put_statement(place, first)
-    with pytest.raises(ConflictError):
-        store.put_statement(place, RawStatement(name=first.name, files={ENVELOPE: b"other"}))
-    assert store.read_statement(place, first.name) == first
+    store.put_statement(place, RawStatement(name=first.name, files={ENVELOPE: b"rubbish"}))
+    assert store.put_statement(place, first)
+    assert not store.put_statement(place, first)
+    assert first.envelope in [one.envelope for one in store.read_statements(place)]
 
 
 def test_nothing_can_be_said_about_a_version_that_is_not_there(

@@ -100,33 +100,6 @@ def test_moving_to_where_a_channel_points_writes_nothing(
     assert len(team.store.read_moves(packages[0].name, packages[0].variant)) == 1
 
 
-def test_rubbish_in_a_log_changes_nothing_and_stops_no_move(
-    team: Team, packages: list[Reference], caplog: pytest.LogCaptureFixture
-) -> None:
-    one, two, three = packages
-    first = move(team, one)
-    yank = sign_statement("yank", two.digest, {"registry": "x"}, team.releaser)
-    rubbish = [
-        b"",
-        b"x" * 70_000,
-        signed_move(team, two, predecessor=first.id, key=generate_key()),
-        signed_move(team, two, predecessor=first.id, key=team.builder),
-        signed_move(team, two, predecessor=first.id, registry="f" * 32),  # staging's own move
-        signed_move(team, two, predecessor=first.id, registry=None),
-        signed_move(team, two, predecessor=first.id, variant="another"),
-        signed_move(team, two, predecessor=first.id, channel="../x"),
-        signed_move(team, two, predecessor=7),
-        yank.files[ENVELOPE],
-    ]
-    for data in rubbish:
-        put(team, one, data)
-    caplog.clear()
-    assert stable(team) == one
-    assert len(caplog.records) == 1
-    assert move(team, three).predecessor == first.id
-    assert stable(team) == three
-
-
 def test_of_two_successors_the_earlier_signed_counts_and_what_follows_the_other_does_not(
     team: Team, packages: list[Reference]
 ) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import rfc8785
 
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
-from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.signing import now_text, sign_envelope, sign_statement
 from pipeline.registry.trust.statements import open_statement, verified_files
+from tests.registry.packages import place_of
 from tests.registry.team import Team
 
 DIGEST = "d" * 64
@@ -32,7 +33,7 @@ def test_a_statement_reads_back_and_is_named_by_its_payload(team: Team) -> None:
     assert (found.kind, found.digest, found.signer.name) == ("test", DIGEST, "tester")
     assert found.name == raw.name
     assert found.part("card") == "L4"
-    assert verified_files(found, raw) == files
+    assert found.files == {"report.json": hashlib.sha256(b"{}").hexdigest()}
     again = sign_statement("test", DIGEST, fields, team.tester, files=files)
     assert again.name != raw.name  # signed at another time
 
@@ -116,13 +117,16 @@ def test_text_that_is_not_one_printable_line_is_neither_signed_nor_shown(
 
 
 def test_a_file_that_is_not_what_was_signed_is_not_given_out(team: Team) -> None:
-    raw = sign_statement("test", DIGEST, {}, team.tester, files={"report.html": b"rejected"})
+    package = team.publish()
+    place, raw = place_of(package), team.test(package, "rejected")
     found = open_statement(raw.envelope, team.policy)
-    more = {**raw.files, "report.json": b"not signed"}
-    assert verified_files(found, replace(raw, files=more)) == {"report.html": b"rejected"}
-    for files in ({}, {"report.html": b"ACCEPTED"}):
+    assert verified_files(found, team.store, place) == {"report.json": b"{}", "report.html": b"<p>"}
+    (report,) = Path(team.store.url).rglob("report.html")
+    for change in (lambda: report.write_bytes(b"ACCEPTED"), report.unlink):
+        report.chmod(0o644)
+        change()
         with pytest.raises(CorruptError, match=r"report\.html"):
-            verified_files(found, replace(raw, files={ENVELOPE: raw.envelope, **files}))
+            verified_files(found, team.store, place)
 
 
 def test_a_clock_that_is_behind_still_signs_later_than_what_it_follows() -> None:

@@ -110,13 +110,6 @@ def test_junk_changes_nothing_and_is_warned_of_once(
     assert len(caplog.records) == 1
 
 
-def test_junk_alone_makes_no_package_trusted(team: Team, package: Package) -> None:
-    done = verify(team, package, *junk(team, package, team.seal(b"other")))
-    assert (done.signer, done.verdicts, done.yanks) == (None, (), ())
-    with pytest.raises(UntrustedError, match="no trusted key"):
-        require_usable(done, Terms(policy=team.policy), "here")
-
-
 def test_the_latest_signed_time_counts_whatever_the_order_in_the_store(
     team: Team, package: Package
 ) -> None:

@@ -10,7 +10,7 @@ import base64
 import contextlib
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,18 +21,18 @@ from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
-    MAX_ENVELOPE_BYTES,
     MAX_MOVES,
+    MAX_SMALL_BYTES,
     Listed,
     Place,
     RawStatement,
     in_parallel,
-    is_attachment_name,
     is_named_after,
     is_statement_name,
     limit_dated,
     limit_kinds,
     list_variants,
+    max_bytes,
     parse_identity,
     read_each,
 )
@@ -59,6 +59,7 @@ COPIES = "io.enginesmith.copies"
 CONTENT = "content.json"
 IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
 _PAGE = 1000
+_MAX_OF_ONE_NAME = 16
 _LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
@@ -103,11 +104,13 @@ class Repository:
             raise CorruptError(f"{self}:{reference} is of type {kind!r}; remove it")
         return {blob.annotation(image.TITLE): blob for blob in manifest.layers}
 
-    def content(self, reference: str, artifact_type: str, file: str) -> bytes:
+    def content(
+        self, reference: str, artifact_type: str, file: str, limit_bytes: int = MAX_SMALL_BYTES
+    ) -> bytes:
         blob = self.blobs(reference, artifact_type).get(file)
         if blob is None:
             raise CorruptError(f"{self}: a {artifact_type} has no {file}; remove it")
-        return self.blob(blob, MAX_ENVELOPE_BYTES)
+        return self.blob(blob, limit_bytes)
 
     def blob(self, blob: image.Descriptor, limit_bytes: int) -> bytes:
         """A small blob; NotFoundError, or CorruptError if it is another or too large."""
@@ -244,33 +247,35 @@ class OciStore:
         self, place: Place, names: Collection[str] | None = None
     ) -> list[RawStatement]:
         what, repository = f"{self.url}: statements of {place}", self.repository(place.name)
-        found = {name: statement_tag(place, name) for name in names or ()}
+        by_tag = {name: [statement_tag(place, name)] for name in names or ()}
+        found = self.statement_references(place) if names is None else by_tag
         if names is None:
-            found = self.statement_references(place)
             names = limit_kinds([(0.0, name) for name in found], what)
 
-        def read(name: str) -> bytes:
-            return repository.content(found[name], STATEMENT_TYPE, ENVELOPE)
+        def read(name: str) -> bytes | None:
+            for reference in found.get(name, ()):
+                with contextlib.suppress(CorruptError, NotFoundError):
+                    data = repository.content(reference, STATEMENT_TYPE, ENVELOPE, max_bytes(name))
+                    if is_named_after(name, data):
+                        return data
+            return None
 
         read_all = read_each(read, names, what)
         # Who may push can move a tag, but not take an entry from the registry's own list.
-        if any(not is_named_after(name, read_all.get(name, b"")) for name in names):
-            found |= self._referrers(place) or {}
-            read_all |= read_each(read, names, what)
+        if found is by_tag and len(read_all) < len(names):
+            found = self.statement_references(place)
+            read_all |= read_each(read, [name for name in names if name not in read_all], what)
         return [RawStatement(name=name, files={ENVELOPE: data}) for name, data in read_all.items()]
 
-    def read_statement(self, place: Place, name: str) -> RawStatement:
-        found, repository = self._referrers(place), self.repository(place.name)
-        where = statement_tag(place, name) if found is None else found.get(name)
-        if where is None or not is_statement_name(name):
-            raise NotFoundError(f"{repository} has no statement {name} of {place}")
-        files = {
-            file: repository.blob(blob, MAX_ATTACHMENT_BYTES)
-            for file, blob in repository.blobs(where, STATEMENT_TYPE).items()
-            if is_attachment_name(file)
-        }
-        files[ENVELOPE] = repository.content(where, STATEMENT_TYPE, ENVELOPE)
-        return RawStatement(name=name, files=files)
+    def read_attachments(
+        self, place: Place, name: str, files: Mapping[str, str]
+    ) -> dict[str, bytes]:
+        repository, most, found = self.repository(place.name), MAX_ATTACHMENT_BYTES, {}
+        for file, sha256 in files.items():
+            blob = image.Descriptor(media_type="", digest=f"sha256:{sha256}", size=most)
+            with contextlib.suppress(NotFoundError):
+                found[file] = repository.blob(blob, most)
+        return found
 
     def read_moves(
         self, name: str, variant: str, names: Collection[str] | None = None
@@ -305,13 +310,12 @@ class OciStore:
             self._images[place] = image.parse_image(document, f"{repository}:{tag}")
         return self._images[place]
 
-    def statement_references(self, place: Place) -> dict[str, str]:
-        """Name of a statement -> what it can be read by."""
-        if (found := self._referrers(place)) is None:
+    def statement_references(self, place: Place) -> dict[str, list[str]]:
+        """Name of a statement -> what it can be read by, its own tag first."""
+        if (native := self._referrers(place)) is None:
             listed = self.listed(place.name, place.variant)
-            names = [name for one in listed for name in one.versions.get(place, ())]
-            found = {name: statement_tag(place, name) for name in names}
-        return found
+            native = {name: [] for one in listed for name in one.versions.get(place, ())}
+        return {name: [statement_tag(place, name), *digests] for name, digests in native.items()}
 
     def _tags(self, name: str | None) -> dict[str, list[str]]:
         """The tags of every recipe, or of one."""
@@ -328,10 +332,10 @@ class OciStore:
         read = in_parallel(lambda one: self.repository(one).tags(count), names)
         return dict(zip(names, read, strict=True))
 
-    def _referrers(self, place: Place) -> dict[str, str] | None:
-        """Statement -> digest, as the registry itself lists them; None if it has no such list.
+    def _referrers(self, place: Place) -> dict[str, list[str]] | None:
+        """Statement -> digests, as the registry itself lists them; None if it has no such list.
 
-        Who may push can move a tag, but not take an entry from this list.
+        Who may push can give many manifests one name, and not take an entry from this list.
         """
         try:
             subject = image.digest_of(self.image(place).document)
@@ -340,9 +344,9 @@ class OciStore:
         found = self.repository(place.name).referrers(subject)
         if found is None:
             return None
-        return {
-            name: one.digest
-            for one in found
-            if one.artifact_type in {None, "", STATEMENT_TYPE}
-            and is_statement_name(name := one.annotation(NAME))
-        }
+        names: dict[str, list[str]] = {}
+        for one in found:
+            name = one.annotation(NAME)
+            if one.artifact_type in {None, "", STATEMENT_TYPE} and is_statement_name(name):
+                names.setdefault(name, []).append(one.digest)
+        return {name: digests[:_MAX_OF_ONE_NAME] for name, digests in names.items()}

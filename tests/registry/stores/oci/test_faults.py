@@ -11,9 +11,8 @@ import pytest
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.values import Package
-from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.stores.oci import writing
-from pipeline.registry.stores.oci.address import statement_tag, version_tag
+from pipeline.registry.stores.oci.address import version_tag
 from pipeline.registry.stores.oci.image import digest_of
 from tests.registry.packages import place_of, raw_statement
 from tests.registry.stores.faulty import answering, refusing, spoil
@@ -137,20 +136,6 @@ def test_layers_of_another_size_than_the_manifest_makes_are_refused(
     assert read(fake.store(), package, "engine/second.bin") == expected
 
 
-def test_who_may_push_hides_no_statement_from_a_registry_that_lists_referrers(
-    fake: FakeRegistry, package: Package
-) -> None:
-    put(fake.store(), package)
-    place, yank = place_of(package), raw_statement("yank")
-    fake.store().put_statement(place, yank)
-    junk = fake.manifests[REPOSITORY, version_tag(place)]
-    fake.manifests[REPOSITORY, statement_tag(place, yank.name)] = junk
-    found = {one.name: one.envelope for one in fake.store().read_statements(place)}
-    assert found[yank.name] == yank.envelope
-    fake.native = False  # then who may push may hide; docs/reliability.md says so
-    assert yank.name not in {one.name for one in fake.store().read_statements(place)}
-
-
 def test_a_thousand_junk_statements_hide_no_yank_and_stop_nothing(
     fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,8 +144,7 @@ def test_a_thousand_junk_statements_hide_no_yank_and_stop_nothing(
     put(store, package)
     place = place_of(package)
     for number in range(12):
-        junk = RawStatement(name=f"test-{number:016x}", files={ENVELOPE: b"junk"})
-        store.put_statement(place, junk)
+        store.put_statement(place, raw_statement("test", str(number)))
     store.put_statement(place, raw_statement("yank"))
     kinds = [one.kind for one in store.read_statements(place)]
     assert kinds == ["yank", "signature", "provenance", *["test"] * 4]
