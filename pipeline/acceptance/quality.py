@@ -141,19 +141,13 @@ def _kept(values: NDArray[np.float32]) -> Row:
     kept = min(KEPT_TOKENS, vocab_size)
     # Unsorted, in a sixth of the time of `topk`.
     ids = np.argpartition(values, vocab_size - kept, axis=-1)[:, vocab_size - kept :]
-    best = _at(values, ids)
+    best = np.take_along_axis(values, ids, axis=-1)
     return {
         "ids": ids.astype(np.uint16 if vocab_size <= 1 << 16 else np.int32),
         # Below float16's range a token has no probability to speak of; -inf would be NaN in KL.
         "logprobs": np.maximum(best, -6e4).astype(np.float16),
         "rest": _rest(best),
     }
-
-
-def _at(values: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """`np.take_along_axis` over the last axis, three times as fast."""
-    picked: NDArray[np.float32] = torch.from_numpy(values).gather(-1, torch.from_numpy(ids)).numpy()
-    return picked
 
 
 def _rest(kept: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -167,8 +161,8 @@ def divergence(
     source: SourceFigures, index: int, values: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """KL(source || other), nats [N - 1], of window `index`; `values` [N - 1, V]: of the other."""
-    first = source.logprobs[index].astype(np.float32)
-    second = _at(values, source.ids[index].astype(np.int64))
+    ids = source.ids[index].astype(np.int64)
+    first, second = source.logprobs[index].astype(np.float32), np.take_along_axis(values, ids, -1)
     result: NDArray[np.float32] = (np.exp(first) * (first - second)).sum(axis=-1)
     rest = source.rest[index]
     result += np.exp(rest) * (rest - _rest(second))

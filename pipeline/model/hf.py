@@ -70,8 +70,7 @@ def use_onednn() -> None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.aten.linear.default.decompose(x, weight, bias)
 
-    mkldnn: Any = torch.backends.mkldnn  # has no types
-    if mkldnn.is_available():
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         torch.library.impl("aten::linear", "cpu", linear)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.model.hf import quiet, use_onednn
 from pipeline.model.spec import LongRopeScaling, Rope, rope_frequencies
@@ -17,15 +17,12 @@ from pipeline.quant.unified import UnifiedCheckpoint, torch_view
 if TYPE_CHECKING:
     import torch
 
-Accumulation = Literal["float32", "float64", "float32-reversed"]
-"""How linears add up their products: the same sum, rounded differently."""
-
 
 def load_simulation(
     checkpoint_dir: Path,
     *,
     layers: tuple[int, ...] | None = None,
-    accumulate: Accumulation = "float32",
+    reverse: bool = False,
     context: int | None = None,
 ) -> Any:
     """A Transformers model in float32 that simulates the checkpoint.
@@ -33,8 +30,8 @@ def load_simulation(
     Args:
         checkpoint_dir: Unified checkpoint.
         layers: Keep only these decoder layers, in this order; None for all.
-        accumulate: Another beside `float32` gives the noise floor: `float32-reversed` has rounding
-            errors as two runtimes have, and `float64` has none.
+        reverse: Linears sum from the last input to the first. The difference is the noise floor:
+            rounding errors as two runtimes have.
         context: Of the simulated engine, tokens, which chooses LongRoPE's factors. None leaves the
             choice to Transformers, by the longest row.
     """
@@ -69,8 +66,8 @@ def load_simulation(
         if _layer_of(name) in kept:
             scales[_renumber(name, kept)] = float(checkpoint.scalar(f"{name}.input_scale"))
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (name in scales or accumulate != "float32"):
-            _wrap(module, round_input, scales.get(name), accumulate)
+        if isinstance(module, torch.nn.Linear) and (name in scales or reverse):
+            _wrap(module, round_input, scales.get(name), reverse=reverse)
     if context is not None:
         _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()
@@ -80,25 +77,19 @@ def _wrap(
     linear: Any,
     round_input: Callable[[torch.Tensor, float], torch.Tensor] | None,
     scale: float | None,
-    accumulate: Accumulation,
+    *,
+    reverse: bool,
 ) -> None:
-    """Let a linear round its input before it multiplies, and sum in that way."""
+    """Let a linear round its input before it multiplies, and sum in that order."""
     import torch
 
-    dtype = torch.float64 if accumulate == "float64" else torch.float32
-    flipped = [-1] if accumulate == "float32-reversed" else []
-    # Another sum needs a copy; else the module's own weight, which moves with it to a device.
-    other = None
-    if accumulate != "float32":
-        other = linear.weight.data.to(dtype).flip(flipped).contiguous()
+    if reverse:  # a tied embedding keeps its own
+        linear.weight = torch.nn.Parameter(linear.weight.data.flip(-1), requires_grad=False)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         rounded = x if round_input is None or scale is None else round_input(x, scale)
-        if other is None:
-            product = torch.nn.functional.linear(rounded, linear.weight)
-        else:
-            product = torch.nn.functional.linear(rounded.to(dtype).flip(flipped), other)
-        return product.to(x.dtype) if linear.bias is None else product.to(x.dtype) + linear.bias
+        summed = rounded.flip(-1) if reverse else rounded
+        return torch.nn.functional.linear(summed, linear.weight, linear.bias)
 
     linear.forward = forward
 

@@ -160,7 +160,7 @@ class DecoderSession:
             piece = ids[:, start : start + self._logits_per_step]
             index = np.arange(piece.shape[1], dtype=np.int64)[None]
             rows.append(decoder.step(piece, np.array([start]), index)[0].copy())
-        return np.concatenate(rows)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], osl: int, options: BatchOptions | None = None
