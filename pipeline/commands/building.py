@@ -118,7 +118,7 @@ def export_trtllm(
         Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Unified FP8.", show_default=False)
     ],
     out_dir: Annotated[
-        Path, typer.Argument(metavar="OUT_DIR", help="New or empty.", show_default=False)
+        Path, typer.Argument(metavar="OUT_DIR", help="A new folder.", show_default=False)
     ],
     kv_cache_dtype: Annotated[
         Literal["fp8", "bfloat16", "float16"] | None,

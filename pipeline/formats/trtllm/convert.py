@@ -317,7 +317,7 @@ def plan_export(
         raise NotFoundError(
             f"{checkpoint_dir} holds no config.json; name the folder of a unified FP8 checkpoint"
         )
-    place = _replaceable(out_dir)
+    place = _new_folder(out_dir)
     spec = UnifiedCheckpoint(checkpoint_dir).spec
     cache_dtype = kv_cache_dtype or _declared_cache(checkpoint_dir, dtype)
     plugins = Plugins(**shipped("compiler/trtllm")["plugins"])
@@ -359,30 +359,14 @@ def plan_export(
     )
 
 
-def _replaceable(out_dir: Path) -> Path:
-    """The folder without links; an empty one is removed and made again, to see that it can be."""
+def _new_folder(out_dir: Path) -> Path:
+    """The folder without links, which does not exist yet."""
     place = out_dir.resolve()
     below = next(parent for parent in place.parents if parent.exists())
     if not below.is_dir():
         raise RecipeError([Fault("OUT_DIR", f"{out_dir} is below {below}, which is a file")])
-    if not place.exists():
-        return place
-    if not place.is_dir() or any(place.iterdir()):
-        raise ConflictError(f"{out_dir} exists and is not empty; name a new folder")
-    reason = "it is the current folder" if place == Path.cwd() else ""
-    try:
-        if not reason:
-            mode = place.stat().st_mode
-            place.rmdir()
-            place.mkdir(mode & 0o7777)
-    except OSError as error:  # a mount point, or in a folder of another user
-        reason = str(error.strerror)
-    if reason:
-        message = (
-            f"{out_dir} cannot be replaced by the finished folder ({reason}); name a new folder "
-            f"in it, such as {out_dir / 'checkpoint'}"
-        )
-        raise RecipeError([Fault("OUT_DIR", message)])
+    if place.exists():
+        raise ConflictError(f"{out_dir} exists; name a new folder, such as {place / 'checkpoint'}")
     return place
 
 
