@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _NAMES = ("ink", "muted", "line", "accent", "warn")
@@ -93,7 +92,7 @@ def _throughput_plot(series: Sequence[tuple[str, Sequence[Entry], str]], caption
     """Lines over batch, both axes logarithmic: key of `LOOKS`, workloads, key of theirs."""
 
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter, NullLocator
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
         axes = figure.subplots()
         axes.set_xscale("log", base=2)
@@ -109,25 +108,14 @@ def _throughput_plot(series: Sequence[tuple[str, Sequence[Entry], str]], caption
         batches = sorted({load["batch"] for _, loads, _ in series for load in loads})
         axes.set_xticks(batches, [f"{batch:g}" for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(FuncFormatter(_few_minor_labels(axes)))
-        axes.tick_params(which="minor", labelcolor=_MUTED, color=_LINE)
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("batch")
         axes.set_ylabel("output tokens per second")
         axes.legend(loc="best")
 
     return _svg(draw, caption, height=3.0)
-
-
-def _few_minor_labels(axes: Axes) -> Callable[[float, int], str]:
-    """Labels at 2 and 5 where the axis spans so little that the powers of ten are too few."""
-
-    def label(value: float, _: int) -> str:
-        low, high = axes.get_ylim()
-        digit = f"{value:e}"[0]
-        return _plain(value, 0) if high / low < 100 and digit in "25" else ""
-
-    return label
 
 
 def _plain(value: float, _: int) -> str:
