@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-_CONSTANTS = tuple(
-    f"NVML_{name}"
+CONSTANTS = {
+    f"NVML_{name}": 0
     for name in (
         *("CLOCK_SM", "CLOCK_MEM", "TEMPERATURE_GPU"),
         *("MEMORY_ERROR_TYPE_UNCORRECTED", "VOLATILE_ECC"),
     )
-)
+}
 
 
 class NVMLError(Exception):
@@ -67,5 +67,5 @@ def nvml(*cards: Card, fault: str = "", driver: str = "580.65.06") -> Any:
         nvmlDeviceGetComputeRunningProcesses=lambda card: [],
         nvmlSystemGetDriverVersion=lambda: driver,
         nvmlSystemGetCudaDriverVersion_v2=lambda: 13000,
-        **dict.fromkeys(_CONSTANTS, 0),
+        **CONSTANTS,
     )

@@ -302,18 +302,6 @@ def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -
     assert failure_of(SafetensorError("HeaderTooSmall")).exit_code is ExitCode.FAILED
 
 
-def test_screen_shows_our_progress_and_everybodys_warnings(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with screen_logging():
-        logging.getLogger("pipeline.build").info("Compiled in %d s", 3)
-        logging.getLogger("pipeline.build").debug("a detail")
-        logging.getLogger("library").info("chatter")
-        logging.getLogger("library").warning("careful")
-    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["Compiled in 3 s", "warning: careful"]
-
-
 def test_python_warnings_go_to_the_log_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,10 +29,7 @@ from pipeline.core.gpu import (
     read_conditions,
     strangers,
 )
-
-
-class NvmlError(Exception):
-    pass
+from tests.nvml import CONSTANTS, NVMLError
 
 
 def nvml(**other: Any) -> Any:
@@ -61,16 +58,14 @@ def nvml(**other: Any) -> Any:
 
     def function(value: Any) -> Any:
         def call(*_: Any) -> Any:
-            if isinstance(value, NvmlError):
+            if isinstance(value, NVMLError):
                 raise value
             return value
 
         return call
 
-    names = "CLOCK_SM CLOCK_MEM TEMPERATURE_GPU MEMORY_ERROR_TYPE_UNCORRECTED VOLATILE_ECC"
-    constants = {f"NVML_{name}": 0 for name in names.split()}
     functions = {f"nvml{name}": function(value) for name, value in values.items()}
-    return SimpleNamespace(NVMLError=NvmlError, **constants, **functions)
+    return SimpleNamespace(NVMLError=NVMLError, **CONSTANTS, **functions)
 
 
 QUIET = dataclasses.replace(
@@ -97,7 +92,7 @@ def test_values_of_nvml_get_units_and_names() -> None:
 
 def test_what_a_card_does_not_tell_is_none_and_no_fault() -> None:
     names = "EccMode TotalEccErrors EnforcedPowerLimit CurrentClocksEventReasons UtilizationRates"
-    found = conditions_of(nvml(**{f"DeviceGet{name}": NvmlError() for name in names.split()}), 0)
+    found = conditions_of(nvml(**{f"DeviceGet{name}": NVMLError() for name in names.split()}), 0)
     assert found.ecc_enabled is found.ecc_uncorrected is found.power_limit_w is None
     assert found.throttle_reasons is None
     assert kinds(found, found) == ["inconclusive", "inconclusive"]  # the process, twice

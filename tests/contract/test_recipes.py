@@ -17,7 +17,6 @@ from pipeline.config.load import Job, load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.core.settings import data_dir
-from pipeline.formats.spec import format_spec
 from pipeline.plan.ceilings import REACHABLE_SHARE
 from pipeline.registry.package import require_publishable
 from pipeline.sources.hub import HubSource
@@ -88,12 +87,6 @@ def test_recipe_for_vllm_is_refused_for_what_cannot_serve_its_requests() -> None
     recipe, compiler = VLLM_ONLY
     (fault,) = plan_of(loaded(recipe, f"compiler={compiler}").value).faults
     assert "runner trtllm does not execute requests" in str(fault)
-
-
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiler_chooses_the_runner_that_its_format_names(compiler: str) -> None:
-    recipe = loaded("smollm2", f"compiler={compiler}").value
-    assert recipe.runner.name == format_spec(recipe.compiler.format).substitute
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

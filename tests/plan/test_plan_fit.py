@@ -141,12 +141,6 @@ def test_context_that_is_shown_to_fit_is_accepted_though_prefill_grows_with_it(
     assert make_plan(recipe(longest + 1)).faults != ()
 
 
-def test_paged_runtime_gets_90_percent_and_the_static_one_all(ask: Ask) -> None:
-    memory = int(23.98 * GIB)
-    assert make_plan(ask()).fit.usable_bytes == int(0.9 * memory)
-    assert make_plan(rtx(ask)).fit.usable_bytes == memory
-
-
 def test_full_length_that_never_fits_is_a_warning(ask: Ask) -> None:
     (note,) = make_plan(ask(target="rtx4080", max_seq_len=131072, max_num_tokens=2048)).notes
     assert note.severity == "warning"

@@ -67,12 +67,6 @@ def test_local_without_the_program_names_the_release(
         choose("local")
 
 
-def test_gpu_of_another_sm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card_machine(tmp_path, monkeypatch, name="NVIDIA A100-SXM4-80GB", sm=(8, 0))
-    with pytest.raises(IncompatibleError, match=r"sm_89.*found NVIDIA A100-SXM4-80GB \(sm_80\)"):
-        choose()
-
-
 def test_other_card_of_the_same_sm_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
