@@ -31,18 +31,25 @@ from typing import TypeVar
 
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, UntrustedError
 from pipeline.core.settings import cache_root
-from pipeline.registry.copies import copy_of, pack, unpack
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.resolve import examine, resolve
 from pipeline.registry.store import (
     ENVELOPE,
-    Listed,
     Place,
     RawStatement,
     Reader,
     Store,
     in_parallel,
     is_named_after,
+    readers,
+)
+from pipeline.registry.stores.listing import (
+    Listed,
+    ListedStore,
+    add_copies,
+    copy_of,
+    pack,
+    unpack,
 )
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.policy import TrustPolicy
@@ -83,7 +90,7 @@ class Entry:
     pointers: tuple[Pointer, ...] = ()
 
 
-def entries(store: Store, terms: Terms) -> list[Entry]:
+def entries(store: ListedStore, terms: Terms) -> list[Entry]:
     """Every published version, by its place; those that were yanked, too."""
     shown = replace(terms, allow_yanked=True)
 
@@ -126,7 +133,9 @@ def _pointers(
     return pointers
 
 
-def _of_variants(store: Store, look: Callable[[Listed, Reader], _Result]) -> Iterator[_Result]:
+def _of_variants(
+    store: ListedStore, look: Callable[[Listed, Reader], _Result]
+) -> Iterator[_Result]:
     """Look at every variant; at what a store that is far away has, through what is remembered."""
     identity = functools.cache(store.identity)
 
@@ -176,8 +185,8 @@ class _Held:
         return [data for one in self.listed.moves if (data := self.held.get(f"move-{one}"))]
 
 
-def _read_all(store: Store, listed: Listed) -> dict[str, bytes]:
-    """All that a variant lists, named as in `copies.py`: from the cache, its copies, or singly."""
+def _read_all(store: ListedStore, listed: Listed) -> dict[str, bytes]:
+    """All that a variant lists, named as in `listing.py`: from the cache, its copies, or singly."""
     of_version = {
         place: [place.version, *(f"{place.version}/{name}" for name in names)]
         for place, names in listed.versions.items()
@@ -264,6 +273,8 @@ def collect(
     now_s = store.now_s()
 
     def look(listed: Listed, reader: Reader) -> list[Fate | None]:
+        if delete and isinstance(reader, _Held):  # what two writers at once lost is there again
+            add_copies(store, listed.name, listed.variant, dict(reader.held))
         needed = _needed(reader, policy, listed.name, listed.variant, rules.history)
         versions = listed.versions.items()
         return [
@@ -272,25 +283,24 @@ def collect(
 
     found = _of_variants(store, look)
     fates = [fate for some in found for fate in some if fate is not None]
-    removed: list[Place] = []
-    freed_bytes = 0
-    for number, fate in enumerate(fates):
-        if not (fate.remove and delete):
-            continue
+
+    def remove(fate: Fate) -> tuple[Fate, int | None]:
+        """Look again, now, and remove; gives the bytes that this frees, None if it stays."""
         place = fate.place
         needed = _needed(store, policy, place.name, place.variant, rules.history)
         again = _decide(store, policy, rules, now_s, place, needed)
-        if again is not None:
-            fates[number] = again
-            if again.remove:
-                freed_bytes += store.delete_package(place)
-                removed.append(place)
-                log.info("Removed %s: %s", place, again.why)
+        if again is None or not again.remove:
+            return again or fate, None
+        log.info("Removing %s: %s", place, again.why)
+        return again, store.delete_package(place)
+
+    going = [fate for fate in fates if fate.remove and delete]
+    done = {fate.place: (fate, freed) for fate, freed in in_parallel(remove, going, readers(store))}
     return Collected(
-        fates=tuple(fates),
+        fates=tuple(done[fate.place][0] if fate.place in done else fate for fate in fates),
         leftovers=tuple(leftovers),
-        removed=tuple(removed),
-        freed_bytes=freed_bytes,
+        removed=tuple(place for place, (_, freed) in done.items() if freed is not None),
+        freed_bytes=sum(freed or 0 for _, freed in done.values()),
     )
 
 

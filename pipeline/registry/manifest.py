@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +45,8 @@ _MAX_COMPONENT_BYTES = 255
 _FORBIDDEN = frozenset('\\:*?"<>|')
 """What a file name may not have on Windows, besides control characters and slashes; a colon opens
 an alternate stream there (Microsoft, "Naming Files, Paths, and Namespaces")."""
+_ODD_NUMBER = re.compile(rb"[\[:,]-?(?:[0-9]{16}|[0-9]+\.0[,\]}]|[0-9.]+[eE])")
+"""A number that Python does not write, or refuse, as RFC 8785 does; a text that looks like one."""
 _MAX_PATH_BYTES = 1024
 """Leaves three quarters of Linux's PATH_MAX (4096) to where a package is unpacked; also the longest
 S3 key."""
@@ -194,7 +197,7 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
         value = json.loads(data.decode())
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
-        canonical = rfc8785.dumps(value) == data  # so a key twice and NaN are refused, too
+        canonical = _is_canonical(value, data)  # so a key twice and NaN are refused, too
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{origin} is not a manifest: {error}") from error
     schema = value.get("schema")
@@ -216,6 +219,14 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
     except RecipeError as error:
         raise CorruptError(f"{origin}: {error}") from error
     return value
+
+
+def _is_canonical(value: dict[str, Any], data: bytes) -> bool:
+    """Whether bytes are RFC 8785: what Python writes is, if it is plain, and ten times as fast."""
+    plain = data.isascii() and not _ODD_NUMBER.search(data)
+    as_rfc: dict[str, Any] = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False}
+    written = json.dumps(value, separators=(",", ":"), **as_rfc).encode()
+    return (plain and written == data) or rfc8785.dumps(value) == data
 
 
 def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False) -> Package:

@@ -48,8 +48,6 @@ MAX_ATTACHMENT_BYTES = 32 << 20
 MAX_PER_KIND = 1000
 """Statements of one kind and package that are read: half of them the oldest, half the newest by
 the store's dates, so that neither what comes before nor what comes after crowds a statement out."""
-MAX_COPIES_BYTES = 2 << 20
-"""Of all copies of a variant: some 200 versions, the newest. What has no copy is read singly."""
 MAX_MOVES = 10_000
 """Moves of one variant that are read; the same halves."""
 
@@ -98,19 +96,6 @@ class RawStatement:
     @property
     def envelope(self) -> bytes:
         return self.files[ENVELOPE]
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What a registry lists of a variant, unread: versions with names of statements, and moves.
-
-    A move is named by digits (hex) that its SHA-256 begins with.
-    """
-
-    name: str
-    variant: str
-    versions: Mapping[Place, tuple[str, ...]]
-    moves: tuple[str, ...]
 
 
 def is_statement_name(text: str) -> bool:
@@ -184,12 +169,6 @@ class Store(Reader, Protocol):
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
         """All published versions, sorted; of one recipe, or of one variant of it."""
 
-    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
-        """What there is of every variant of `places`, sorted; in a few requests for all of them."""
-
-    def read_copies(self, name: str, variant: str) -> bytes | None:
-        """Copies of what a variant lists (see `copies.py`); None if there are none."""
-
     def open_file(
         self, place: Place, file: FileDigest, offset: int = 0, end: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
@@ -242,23 +221,6 @@ def limit_kinds(dated: Iterable[tuple[float, str]], what: str) -> list[str]:
         of_kind[one[1].rpartition("-")[0]].append(one)
     kept = (limit_dated(of_kind[kind], MAX_PER_KIND, f"{what} ({kind})") for kind in KINDS)
     return [name for some in kept for name in some]
-
-
-def list_variants(
-    url: str,
-    statements: Mapping[Place, Iterable[tuple[float, str]]],
-    moves: Mapping[tuple[str, str], Iterable[tuple[float, str]]],
-) -> list[Listed]:
-    """What a store lists, dated by it, by variant and within the limits."""
-    found: dict[tuple[str, str], dict[Place, tuple[str, ...]]] = {}
-    for place in sorted(statements):
-        names = limit_kinds(statements[place], f"{url}: statements of {place}")
-        found.setdefault((place.name, place.variant), {})[place] = tuple(names)
-    kept = {
-        of: tuple(limit_dated(moves.get(of, ()), MAX_MOVES, f"{url}: moves of {'/'.join(of)}"))
-        for of in found
-    }
-    return [Listed(*of, versions, kept[of]) for of, versions in found.items()]
 
 
 def read_each(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pydantic.dataclasses
 
-from pipeline.core.errors import NotFoundError
+from pipeline.core.errors import CorruptError, NotFoundError
 from pipeline.core.settings import STRICT, PathField
 from pipeline.registry.disk import (
     CHUNK_BYTES,
@@ -74,19 +74,25 @@ class FolderObjects:
 
     def read(self, key: str, limit_bytes: int) -> bytes | None:
         with disk_errors(f"read {self.path / key}"):
-            if not self._is_there(key):
+            try:
+                with self._folder(key) as (folder, _):
+                    return read_bounded(self.path / key, limit_bytes, folder)
+            except (CorruptError, *MISSING):
+                if self._is_there(key):
+                    raise
                 return None
-            with self._folder(key) as (folder, _):
-                return read_bounded(self.path / key, limit_bytes, folder)
 
     @contextlib.contextmanager
     def stream(self, key: str, offset: int, end: int | None) -> Iterator[Iterator[bytes]]:
         path = self.path / key
         with disk_errors(f"read {path}"):
-            if not self._is_there(key):
-                raise NotFoundError(f"{path} is missing")
-            with self._folder(key) as (folder, _):
-                stream = open_regular(path, folder)
+            try:
+                with self._folder(key) as (folder, _):
+                    stream = open_regular(path, folder)
+            except (CorruptError, *MISSING):
+                if self._is_there(key):
+                    raise
+                raise NotFoundError(f"{path} is missing") from None
             with stream:
                 stream.seek(offset)
                 yield iter(lambda: stream.read(CHUNK_BYTES), b"")

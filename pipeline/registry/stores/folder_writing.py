@@ -29,7 +29,7 @@ from pipeline.registry.stores.publication import checked_chunks
 STAGING = ".staging"
 # What link(2) says on a file system without hard links.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_TRIES = 3
+_TRIES = 100
 
 
 @dataclass(frozen=True, kw_only=True)

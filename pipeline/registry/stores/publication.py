@@ -32,7 +32,6 @@ from typing import Protocol, runtime_checkable
 
 from pipeline.core.errors import CorruptError, NotFoundError, TransientError
 from pipeline.core.values import FileDigest, Package
-from pipeline.registry.copies import add_copies, copy_of
 from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular
 from pipeline.registry.manifest import (
     MANIFEST,
@@ -47,21 +46,30 @@ from pipeline.registry.store import (
     OnBytes,
     Place,
     RawStatement,
-    Store,
     in_parallel,
     is_attachment_name,
     is_statement_name,
     max_bytes,
 )
+from pipeline.registry.stores.listing import (
+    MAX_COPIES_BYTES,
+    Listed,
+    ListedStore,
+    add_copies,
+    copy_of,
+    list_variants,
+)
 from pipeline.registry.stores.tree import (
     IDENTITY,
+    LOG,
+    STATEMENTS,
     Found,
     Objects,
     TreeStore,
-    copies_key,
     manifest_key,
     moves_key,
     parse_key,
+    prefix_of,
     statements_key,
     variant_key,
     version_key,
@@ -75,7 +83,7 @@ _SMALL_BYTES = 8 << 20
 
 
 @runtime_checkable
-class WritableStore(Store, Protocol):
+class WritableStore(ListedStore, Protocol):
     """Writes, too."""
 
     def check_writable(self) -> None:
@@ -103,9 +111,6 @@ class WritableStore(Store, Protocol):
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
         """Write what people read about a channel, in place of what was there; proves nothing."""
-
-    def put_copies(self, name: str, variant: str, data: bytes) -> None:
-        """Write copies of what a variant lists, in place of those that were there."""
 
     def delete_package(self, place: Place) -> int:
         """Remove a version's manifest, so that it is gone for readers; bytes that this frees."""
@@ -200,6 +205,23 @@ class WritableTree(TreeStore):
 
     objects: WritableObjects
 
+    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+        published: list[Place] = []
+        about: dict[Place, list[tuple[float, str]]] = {}
+        moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for found in self.objects.listed(prefix_of(name, variant)):
+            if match := LOG.fullmatch(found.key):
+                of = match[1], match[2]
+                moves.setdefault(of, []).append((found.modified_s, match[3]))
+            elif (parsed := parse_key(found.key)) is not None:
+                place, rest = parsed
+                statement, _, file = rest.removeprefix(STATEMENTS).partition("/")
+                if rest == f"/{MANIFEST}":
+                    published.append(place)
+                elif file == ENVELOPE and is_statement_name(statement):
+                    about.setdefault(place, []).append((found.modified_s, statement))
+        return list_variants(self.url, {one: about.get(one, []) for one in published}, moves)
+
     def create_identity(self) -> str:
         if (there := self.identity()) is not None:
             return there
@@ -261,7 +283,10 @@ class WritableTree(TreeStore):
         self.objects.replace(f"{variant_key(name, variant)}/channels/{file}", data)
 
     def put_copies(self, name: str, variant: str, data: bytes) -> None:
-        self.objects.replace(copies_key(name, variant), data)
+        self.objects.replace(_copies_key(name, variant), data)
+
+    def read_copies(self, name: str, variant: str) -> bytes | None:
+        return self.objects.read(_copies_key(name, variant), MAX_COPIES_BYTES)
 
     def delete_package(self, place: Place) -> int:
         manifest = manifest_key(place)
@@ -340,3 +365,7 @@ class WritableTree(TreeStore):
 
 def _lease_key(place: Place) -> str:
     return f"{version_key(place)}{_LEASE}"
+
+
+def _copies_key(name: str, variant: str) -> str:
+    return f"{variant_key(name, variant)}/copies.json"

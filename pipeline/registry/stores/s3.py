@@ -372,7 +372,7 @@ class S3Objects:
         from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
         from botocore.config import Config
 
-        session = boto3.session.Session()
+        session = boto3.session.Session(botocore_session=_botocore_session())
         signs = not (self.public and session.get_credentials() is None)
         config = Config(
             connect_timeout=transfer.CONNECT_S,
@@ -453,6 +453,26 @@ def _readable() -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ResponseParserError(f"{type(error).__name__}: {error}") from error
+
+
+def _botocore_session() -> Any:
+    """A session that reads dates as ISO 8601; botocore guesses their form.
+
+    That took half the time of listing 1,000 packages (measured 2026-11-30).
+    """
+    from botocore.session import Session
+    from botocore.utils import parse_timestamp
+
+    def parse(value: Any) -> datetime:
+        with contextlib.suppress(TypeError, ValueError):
+            return datetime.fromisoformat(value)
+        found: datetime = parse_timestamp(value)
+        return found
+
+    session = Session()
+    factory = session.get_component("response_parser_factory")
+    factory.set_parser_defaults(timestamp_parser=parse)
+    return session
 
 
 def _code_and_status(error: Exception) -> tuple[str, int]:

@@ -19,16 +19,13 @@ from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
-    MAX_COPIES_BYTES,
     MAX_MOVES,
     MAX_SMALL_BYTES,
-    Listed,
     Place,
     RawStatement,
     is_statement_name,
     limit_dated,
     limit_kinds,
-    list_variants,
     max_bytes,
     parse_identity,
     read_each,
@@ -36,8 +33,8 @@ from pipeline.registry.store import (
 )
 
 IDENTITY = "registry.json"
-_STATEMENTS = ".statements/"
-_LOG = re.compile(r"([^/]+)/([^/]+)/channels/log/([0-9a-f]{64})\.dsse\.json")
+STATEMENTS = ".statements/"
+LOG = re.compile(r"([^/]+)/([^/]+)/channels/log/([0-9a-f]{64})\.dsse\.json")
 _REST = re.compile(r"(?P<version>[^/]*?)(?P<rest>\.lease|\.statements/.*|/.*)")
 
 
@@ -74,6 +71,12 @@ def variant_key(name: str, variant: str) -> str:
     return f"{check_part('name', name)}/{check_part('variant', variant)}"
 
 
+def prefix_of(name: str | None, variant: str | None) -> str:
+    """What all keys start with, of a recipe, or of a variant of it."""
+    prefix = "" if name is None else f"{check_part('name', name)}/"
+    return prefix if variant is None else f"{prefix}{check_part('variant', variant)}/"
+
+
 def version_key(place: Place) -> str:
     """The folder of a version, without `/` at its end."""
     return f"{variant_key(place.name, place.variant)}/{check_part('version', place.version)}"
@@ -86,17 +89,12 @@ def manifest_key(place: Place) -> str:
 
 def statements_key(place: Place) -> str:
     """The folder of the statements about a version, `/` at its end."""
-    return f"{version_key(place)}{_STATEMENTS}"
+    return f"{version_key(place)}{STATEMENTS}"
 
 
 def moves_key(name: str, variant: str) -> str:
     """The folder of a variant's moves, `/` at its end."""
     return f"{variant_key(name, variant)}/channels/log/"
-
-
-def copies_key(name: str, variant: str) -> str:
-    """The object with copies of what a variant lists."""
-    return f"{variant_key(name, variant)}/copies.json"
 
 
 def parse_key(key: str) -> tuple[Place, str] | None:
@@ -130,27 +128,8 @@ class TreeStore:
         return None if data is None else parse_identity(data, f"{self.url}: {IDENTITY}")
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return [place for found in self.listed(name, variant) for place in found.versions]
-
-    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
-        prefix = "" if name is None else f"{check_part('name', name)}/"
-        if variant is not None:
-            prefix += f"{check_part('variant', variant)}/"
-        published: list[Place] = []
-        about: dict[Place, list[tuple[float, str]]] = {}
-        moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
-        for found in self.objects.listed(prefix):
-            if match := _LOG.fullmatch(found.key):
-                of = match[1], match[2]
-                moves.setdefault(of, []).append((found.modified_s, match[3]))
-            elif (parsed := parse_key(found.key)) is not None:
-                place, rest = parsed
-                statement, _, file = rest.removeprefix(_STATEMENTS).partition("/")
-                if rest == f"/{MANIFEST}":
-                    published.append(place)
-                elif file == ENVELOPE and is_statement_name(statement):
-                    about.setdefault(place, []).append((found.modified_s, statement))
-        return list_variants(self.url, {one: about.get(one, []) for one in published}, moves)
+        parsed = (parse_key(found.key) for found in self.objects.listed(prefix_of(name, variant)))
+        return sorted(one[0] for one in parsed if one and one[1] == f"/{MANIFEST}")
 
     def read_manifest(self, place: Place) -> bytes:
         data = self.objects.read(manifest_key(place), MAX_MANIFEST_BYTES)
@@ -198,7 +177,7 @@ class TreeStore:
             dated = [
                 (found.modified_s, match[3])
                 for found in self.objects.listed(prefix)
-                if (match := _LOG.fullmatch(found.key))
+                if (match := LOG.fullmatch(found.key))
             ]
             names = limit_dated(dated, MAX_MOVES, what)
 
@@ -206,6 +185,3 @@ class TreeStore:
             return self.objects.read(f"{prefix}{digest}.dsse.json", MAX_SMALL_BYTES)
 
         return list(read_each(read, names, what, readers(self)).values())
-
-    def read_copies(self, name: str, variant: str) -> bytes | None:
-        return self.objects.read(copies_key(name, variant), MAX_COPIES_BYTES)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.copies import pack, unpack
 from pipeline.registry.inventory import Pointer, entries, entry
+from pipeline.registry.stores.listing import pack, unpack
 from pipeline.registry.stores.oci.address import statement_tag, version_tag
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.signing import generate_key
@@ -97,6 +97,7 @@ def test_a_list_asks_once_for_each_variant_and_then_for_nothing_but_what_is_new(
     asked.clear()
     assert entries(team.store, terms(team)) == first
     assert len(asked) <= 5  # a catalog, two lists of tags, twice the identity
+    assert not any("copies" in one for one in asked)
     team.test(packages[0], "regression")
     team.yank(packages[1])
     found = {one.place: one.resolved for one in entries(team.store, terms(team))}

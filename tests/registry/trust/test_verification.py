@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -101,11 +102,15 @@ def test_junk_changes_nothing_and_is_warned_of_once(
     team: Team, package: Package, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = [*team.statements(package), result(team.tester, package, "regression")]
+    spaced = good[-1].envelope.replace(b"{", b"{ ", 1)  # the same, with the same signature
+    again = RawStatement(
+        name=f"test-{hashlib.sha256(spaced).hexdigest()[:16]}", files={ENVELOPE: spaced}
+    )
     added = junk(team, package, team.seal(b"other"))
     honest = verify(team, package, *good)
     with caplog.at_level(logging.WARNING):
-        done = verify(team, package, *added, *good)
-    assert len(done.ignored) == len(added)
+        done = verify(team, package, *added, *good, again)
+    assert len(done.ignored) == len(added) + 1
     assert replace(done, ignored=()) == honest
     assert len(caplog.records) == 1
 

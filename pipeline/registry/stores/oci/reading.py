@@ -23,7 +23,6 @@ from pipeline.registry.store import (
     MAX_ATTACHMENT_BYTES,
     MAX_MOVES,
     MAX_SMALL_BYTES,
-    Listed,
     Place,
     RawStatement,
     in_parallel,
@@ -31,7 +30,6 @@ from pipeline.registry.store import (
     is_statement_name,
     limit_dated,
     limit_kinds,
-    list_variants,
     max_bytes,
     parse_identity,
     read_each,
@@ -39,7 +37,6 @@ from pipeline.registry.store import (
 from pipeline.registry.stores.oci import image
 from pipeline.registry.stores.oci.address import (
     Address,
-    copies_tag,
     move_tag,
     parse_move_tag,
     parse_statement_tag,
@@ -54,8 +51,6 @@ STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"
 MOVE_TYPE = "application/vnd.enginesmith.move.v1"
 IDENTITY_TYPE = "application/vnd.enginesmith.registry.v1"
 NAME = "io.enginesmith.statement.name"
-COPIES_TYPE = "application/vnd.enginesmith.copies.v1"
-COPIES = "io.enginesmith.copies"
 CONTENT = "content.json"
 IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
 _PAGE = 1000
@@ -208,24 +203,9 @@ class OciStore:
         return parse_identity(data, f"{repository}:{IDENTITY}")
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
-        return [place for found in self.listed(name, variant) for place in found.versions]
-
-    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
-        # By tags alone: a list of referrers would be a request for each version.
-        about: dict[Place, list[tuple[float, str]]] = {}
-        moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
-        for one, tags in self._tags(name).items():
-            statements: dict[str, list[tuple[float, str]]] = {}
-            for tag in tags:
-                if (statement := parse_statement_tag(tag)) is not None:
-                    statements.setdefault(statement[1], []).append((0.0, statement[0]))
-                elif (move := parse_move_tag(tag)) is not None:
-                    moves.setdefault((one, move[0]), []).append((0.0, move[1]))
-            for tag in tags:
-                place = parse_version_tag(one, tag)
-                if place is not None and variant in {None, place.variant}:
-                    about[place] = statements.get(statement_tag(place, "").removeprefix("_"), [])
-        return list_variants(self.url, about, moves)
+        tags = self.tags_of(name).items()
+        found = (parse_version_tag(one, tag) for one, of_one in tags for tag in of_one)
+        return sorted(place for place in found if place and variant in {None, place.variant})
 
     def read_manifest(self, place: Place) -> bytes:
         return self.image(place).manifest
@@ -291,13 +271,6 @@ class OciStore:
 
         return list(read_each(read, names, what).values())
 
-    def read_copies(self, name: str, variant: str) -> bytes | None:
-        repository, tag = self.repository(name), copies_tag(variant)
-        if (document := repository.manifest(tag)) is None:
-            return None
-        found = image.parse(image.Manifest, document, f"{repository}:{tag}").annotations or {}
-        return found.get(COPIES, "").encode()
-
     def repository(self, name: str) -> Repository:
         return Repository(transport=self.transport, name=self.address.repository(name))
 
@@ -313,11 +286,12 @@ class OciStore:
     def statement_references(self, place: Place) -> dict[str, list[str]]:
         """Name of a statement -> what it can be read by, its own tag first."""
         if (native := self._referrers(place)) is None:
-            listed = self.listed(place.name, place.variant)
-            native = {name: [] for one in listed for name in one.versions.get(place, ())}
+            tags = map(parse_statement_tag, self.repository(place.name).tags())
+            of_place = statement_tag(place, "").removeprefix("_")
+            native = {name: [] for name, of in filter(None, tags) if of == of_place}
         return {name: [statement_tag(place, name), *digests] for name, digests in native.items()}
 
-    def _tags(self, name: str | None) -> dict[str, list[str]]:
+    def tags_of(self, name: str | None) -> dict[str, list[str]]:
         """The tags of every recipe, or of one."""
         if name is not None:
             names = [check_part("name", name)]

@@ -30,13 +30,21 @@ import rfc8785
 from pipeline.core import errors
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
 from pipeline.core.values import Package
-from pipeline.registry.copies import add_copies, copy_of
 from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
 from pipeline.registry.stores import transfer
+from pipeline.registry.stores.listing import Listed, add_copies, copy_of, list_variants
 from pipeline.registry.stores.oci import image, reading
-from pipeline.registry.stores.oci.address import copies_tag, move_tag, statement_tag, version_tag
+from pipeline.registry.stores.oci.address import (
+    copies_tag,
+    move_tag,
+    parse_move_tag,
+    parse_statement_tag,
+    parse_version_tag,
+    statement_tag,
+    version_tag,
+)
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
 from pipeline.registry.stores.oci.reading import CONTENT, OciStore, Repository
 from pipeline.registry.stores.oci.transport import Reply, joined
@@ -56,6 +64,8 @@ SETTLE_S = 1.0
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+_COPIES_TYPE = "application/vnd.enginesmith.copies.v1"
+_COPIES = "io.enginesmith.copies"
 _BINARY = {"Content-Type": "application/octet-stream"}
 _EPOCH = "1970-01-01T00:00:00Z"
 _MAX_TAG = 128
@@ -257,6 +267,23 @@ class WritableOciStore(OciStore):
     def repository(self, name: str) -> WritableRepository:
         return WritableRepository(transport=self.transport, name=self.address.repository(name))
 
+    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+        # By tags alone: a list of referrers would be a request for each version.
+        about: dict[Place, list[tuple[float, str]]] = {}
+        moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for one, tags in self.tags_of(name).items():
+            statements: dict[str, list[tuple[float, str]]] = {}
+            for tag in tags:
+                if (statement := parse_statement_tag(tag)) is not None:
+                    statements.setdefault(statement[1], []).append((0.0, statement[0]))
+                elif (move := parse_move_tag(tag)) is not None:
+                    moves.setdefault((one, move[0]), []).append((0.0, move[1]))
+            for tag in tags:
+                place = parse_version_tag(one, tag)
+                if place is not None and variant in {None, place.variant}:
+                    about[place] = statements.get(statement_tag(place, "").removeprefix("_"), [])
+        return list_variants(self.url, about, moves)
+
     def create_identity(self) -> str:
         began_s = time.monotonic()
         if (there := self.identity()) is not None:
@@ -327,10 +354,17 @@ class WritableOciStore(OciStore):
         add_copies(self, name, variant, {tag.partition("_")[2]: data})
         return True
 
+    def read_copies(self, name: str, variant: str) -> bytes | None:
+        repository, tag = self.repository(name), copies_tag(variant)
+        if (document := repository.manifest(tag)) is None:
+            return None
+        found = image.parse(image.Manifest, document, f"{repository}:{tag}").annotations or {}
+        return found.get(_COPIES, "").encode()
+
     def put_copies(self, name: str, variant: str, data: bytes) -> None:
         repository = self.repository(name)
-        annotations = {reading.COPIES: data.decode()}
-        document = repository.put_artifact(reading.COPIES_TYPE, {}, annotations=annotations)
+        annotations = {_COPIES: data.decode()}
+        document = repository.put_artifact(_COPIES_TYPE, {}, annotations=annotations)
         repository.put_manifest(copies_tag(variant), document)
 
     def put_hint(self, name: str, variant: str, channel: str, card: str, data: bytes) -> None:
