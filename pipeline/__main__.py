@@ -33,7 +33,7 @@ from pipeline.answer import (
 )
 from pipeline.config.compose import INFO, config_folders, show_info
 from pipeline.config.load import Job, load
-from pipeline.core.errors import ExitCode, RecipeError
+from pipeline.core.errors import AccessError, ExitCode, RecipeError
 from pipeline.outcome import (
     Outcome,
     append_github_output,
@@ -100,7 +100,7 @@ def _run(request: Request, work: Work) -> Answer:
         folder = Path(path)
     try:
         run_dir = open_run(folder)
-    except OSError as error:
+    except (AccessError, OSError) as error:
         return _nowhere_to_write(request, job, error)
     outcome = _attempt(job, run_dir, request, work)
     document = outcome.to_json(request.recipe, request.overrides)
@@ -110,10 +110,10 @@ def _run(request: Request, work: Work) -> Answer:
     return answer_of(outcome, document, _generate_command(outcome, registry.get("url") or folder))
 
 
-def _nowhere_to_write(request: Request, job: Job, error: OSError) -> Answer:
+def _nowhere_to_write(request: Request, job: Job, error: Exception) -> Answer:
     """Report that there can be no run folder; faults in the recipe count more."""
     outcome = refusal_of(job.faults) if job.faults else failure_of(error)
-    if not job.faults and outcome.exit_code is ExitCode.FAILED:
+    if isinstance(error, OSError) and not job.faults and outcome.exit_code is ExitCode.FAILED:
         message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
         outcome = replace(outcome, message=message)
     document = outcome.to_json(request.recipe, request.overrides)
@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--rebuild", action="store_true", help="build what is already published")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_intermixed_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reason in `cli`
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the reasons in `cli`
+    os.umask(os.umask(0o077) | 0o002)
     request = Request(
         recipe=given.config_name,
         overrides=tuple(given.overrides),

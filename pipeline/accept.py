@@ -70,7 +70,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
         environ=request.environ,
     )
     publisher = publisher_of(request, target, run_dir.name)
-    resolved, package, _ = open_target(wanted)
+    resolved, package, _ = open_target(wanted, to_load=True)
     job = compose(request, package, target)
     recipe: Recipe = job.value
     plan = plan_of(recipe)

@@ -83,6 +83,7 @@ def main() -> int:
     # spin, and beside other work the one that is waited for gets no core: with 7 busy processes on
     # 2 cores, 4 windows of SmolLM2 took 32 to 52 s spinning and 6 to 9 asleep (2026-11-30).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.umask(os.umask(0o077) | 0o002)  # what we write is never for everyone to change
     try:
         app = make_app(*sys.argv[1:2])
         return app(prog_name="enginesmith", standalone_mode=False) or ExitCode.OK

@@ -17,6 +17,7 @@ from pipeline.config.compose import ConfigFolders, config_folders, suggestion
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ConflictError, Fault, NotFoundError, RecipeError
+from pipeline.core.ownership import require_unshared
 from pipeline.core.settings import read_json_object
 from pipeline.formats.spec import FormatSpec, format_spec, format_specs
 from pipeline.model.read import IRRELEVANT, read_spec
@@ -366,6 +367,7 @@ def place(texts: Mapping[Path, str], folder: Path) -> None:
     try:
         for path, text in texts.items():
             target = folder / path
+            require_unshared(target, "--config-dir", team=True)
             for parent in reversed(target.parents):
                 if not parent.is_dir():
                     parent.mkdir()

@@ -6,7 +6,6 @@ Every run, also one that was refused, leaves `<registry>/.runs/<time>-<pid>/verd
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError
+from pipeline.core.ownership import REGISTRY, make_own
 from pipeline.registry.reference import reference_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ def failure_of(error: BaseException) -> Outcome:
             "larger disk, and run the same command again"
         )
         return Outcome(exit_code=ExitCode.TRANSIENT, message=message)
-    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
-        message = f"cannot write or read {where}: {error.strerror}; change its owner or mode"
+    if isinstance(error, OSError) and (error.filename or error.errno in _DISK):
+        message = f"cannot write or read {where}: {error.strerror}; change its owner, or remove it"
         return Outcome(exit_code=ExitCode.FAILED, message=message)
     trace = "".join(traceback.format_exception(error)).rstrip()
     return Outcome(exit_code=ExitCode.FAILED, message=f"this is a bug in enginesmith\n{trace}")
@@ -135,21 +135,14 @@ def open_run(registry_dir: Path) -> Path:
     """Make the folder of this run and let `latest` point to it.
 
     Raises:
-        OSError: The registry cannot be written; nothing is left.
+        OSError: The registry cannot be written.
+        AccessError: Others than those who share it could lead what is written elsewhere.
     """
     runs = registry_dir / ".runs"
-    made = [folder for folder in (runs, *runs.parents) if not folder.exists()]
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        # Microseconds, since containers that share a folder may share a process id as well.
-        time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        run_dir = runs / f"{time}Z-{os.getpid()}"
-        run_dir.mkdir()
-    except OSError:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    # Microseconds, since containers that share a folder may share a process id as well.
+    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    run_dir = runs / f"{time}Z-{os.getpid()}"
+    make_own(run_dir, REGISTRY, 0o775, team=True)
     link = runs / f".latest-{run_dir.name}"
     try:
         link.symlink_to(run_dir.name)

@@ -10,18 +10,18 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
+from pipeline.core.ownership import CACHE, make_own
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
 from pipeline.core.workfolder import work_folder
 from pipeline.registry.client.deliver import (
-    SETTING,
     cache_entry,
     locked_cache,
     move_into_place,
     settle_read_only,
 )
 from pipeline.registry.client.verify import fetch
-from pipeline.registry.disk import disk_errors, make_folders
+from pipeline.registry.disk import disk_errors
 from pipeline.registry.package import is_throwaway, require_manifest_publishable
 from pipeline.registry.promotion import Releaser
 from pipeline.registry.reference import reference_of
@@ -122,9 +122,10 @@ class Publisher:
         """An empty folder to seal a package in, gone after the block."""
         area = staging_area(self.store)
         with contextlib.ExitStack() as stack:
-            with disk_errors(f"prepare a package in {area}", SETTING):
-                make_folders(area)
-                work = stack.enter_context(work_folder(area, "seal-"))
+            with disk_errors(f"prepare a package in {area}", CACHE):
+                team = self.store.local
+                make_own(area, CACHE, 0o775 if team else 0o700, team=team)
+                work = stack.enter_context(work_folder(area, "seal-", shared=team))
             yield work.dir
 
     def publish(self, package: Package, begun: datetime) -> tuple[Resolved, bool]:
@@ -150,7 +151,7 @@ class Publisher:
         if not throwaway:
             log.info("%s %s", "Published" if new else "Already published:", place)
         if not self.store.local:  # need not be fetched again to be used here
-            with disk_errors(f"keep {place} in the cache", SETTING):
+            with disk_errors(f"keep {place} in the cache", CACHE):
                 settle_read_only(package.dir)
                 with locked_cache(place):
                     move_into_place(package.dir, cache_entry(place))

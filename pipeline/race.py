@@ -35,8 +35,9 @@ from pipeline.build import plan_of
 from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
-from pipeline.core.cache import StageCache
+from pipeline.core.cache import StageCache, require_files
 from pipeline.core.errors import ConflictError, Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.ownership import make_own
 from pipeline.core.settings import cache_root, shipped
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
 from pipeline.machine import require_builder, require_room
@@ -130,7 +131,8 @@ def race(request: RaceRequest) -> RaceResult:
     if not request.cpu and (reason := vllm_of(recipe).why_not_here(recipe.compiler.pinned_runtime)):
         raise IncompatibleError(f"a race runs in vLLM on a GPU, or with --cpu: {reason}")
     require_builder(recipe.compiler.format)
-    if request.out.exists() and any(request.out.iterdir()):
+    make_own(request.out, "--out", 0o755, team=True)
+    if any(request.out.iterdir()):
         raise ConflictError(f"{request.out} is not empty; name another folder with --out")
     plan = plan_of(recipe)
     require_room(plan.build, cache_root())
@@ -138,11 +140,11 @@ def race(request: RaceRequest) -> RaceResult:
         # Speed does not depend on them. The next command finds them by the shape's digest.
         folder = cache_root() / "random-weights" / digest_of({"shape": asdict(recipe.shape)})[:24]
         recipe = on_random_weights(recipe, recipe.shape, folder)
-    request.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         held = None if request.cpu else stack.enter_context(held_card())
         cache = StageCache(root=cache_root())
         weights = recipe.source.fetch()
+        require_files(weights.dir, weights.files)
         checkpoint = recipe.quantizer.quantize(weights, recipe.calibration, cache)
         engine = recipe.compiler.compile(checkpoint, recipe.target, cache, request.out)
         opened, peers = contenders(request, recipe, weights, engine, workloads)

@@ -29,6 +29,7 @@ from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
+from pipeline.core.ownership import make_own
 from pipeline.core.values import Licence, Weights
 from pipeline.formats.spec import CardCompiler
 from pipeline.machine import require_builder
@@ -146,7 +147,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         return
     if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise ConflictError(f"{keep} exists and is not empty; name a new folder")
-    keep.mkdir(parents=True, exist_ok=True)
+    make_own(keep, "--keep", 0o755, team=True)
     yield keep
 
 

@@ -42,7 +42,7 @@ from pipeline.acceptance.quality import (
     source_figures,
     summarize_quality,
 )
-from pipeline.core.cache import Stage, StageCache
+from pipeline.core.cache import Stage, StageCache, require_files
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import Finding, Weights
 from pipeline.formats.spec import format_spec
@@ -106,6 +106,7 @@ class Source:
     ) -> None:
         """Load nothing yet; `runtime` names what executes it: other runtimes, other numbers."""
         self._cache = cache
+        self._weights = weights
         self._opener = opener
         self._key = {"weights": weights.digest, "runtime": runtime, "tools": _tools()}
         self._stack = ExitStack()
@@ -120,6 +121,7 @@ class Source:
 
     @cached_property
     def session(self) -> Session:
+        require_files(self._weights.dir, self._weights.files)
         return self._stack.enter_context(self._opener())
 
     def figures(self, windows: NDArray[np.int64]) -> SourceFigures:

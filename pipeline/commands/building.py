@@ -20,6 +20,7 @@ from pipeline.commands.arguments import (
     Unsigned,
 )
 from pipeline.core.errors import ExitCode, Fault, RecipeError
+from pipeline.core.ownership import make_own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -221,7 +222,8 @@ def accept(
         config_dir=config_dir,
     )
     run_dir = out or open_run(folder_of(registry) or Path(ARTIFACTS))
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        make_own(out, "--out", 0o755, team=True)
     with screen_logging(), file_logging(run_dir / "accept.log"):
         try:
             outcome = run(request, run_dir)

@@ -103,7 +103,7 @@ def generate(
     request = PullRequest(
         reference=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
     )
-    _, package, _ = open_target(request)
+    _, package, _ = open_target(request, to_load=True)
     text = ""
     for piece in stream(package, prompt, max_tokens):
         text += piece

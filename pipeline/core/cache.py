@@ -17,7 +17,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CorruptError
+from pipeline.core.ownership import CACHE, make_own, require_unshared, sync
 from pipeline.core.values import FileDigest, digest_of
-from pipeline.core.workfolder import hold_lock, sync, work_folder
+from pipeline.core.workfolder import hold_lock, remove_folder, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,14 @@ def sha256_file(path: Path) -> str:
 
 
 def digest_folder(folder: Path, skip: frozenset[str] = frozenset()) -> tuple[FileDigest, ...]:
-    """Digest of every file below `folder`, sorted by POSIX path; `skip` names top-level files."""
+    """Digest of every file below `folder`, sorted by POSIX path; `skip` names top-level files.
+
+    Raises:
+        CorruptError: Something in it is neither a file nor a folder, such as a link.
+    """
+    for path in folder.rglob("*"):
+        if not (path.is_file() or path.is_dir()) or path.is_symlink():
+            raise CorruptError(f"{path} is neither a file nor a folder; remove it")
     return tuple(
         FileDigest(
             path=path.relative_to(folder).as_posix(),
@@ -72,13 +79,13 @@ def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, setting: str = CACHE) -> Iterator[Path]:
     """A private folder that becomes `target` by one rename when the block ends.
 
     It is removed on any exception, Ctrl-C included, and where `target` was filled meanwhile.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(target.parent, PREFIX) as work:
+    make_own(target.parent, setting, 0o700 if setting == CACHE else 0o755)
+    with work_folder(target.parent, PREFIX, setting=setting) as work:
         yield work.dir
         for path in [*work.dir.rglob("*"), work.dir]:  # or a crash may empty what the rename shows
             if path.is_file() or path == work.dir:
@@ -151,35 +158,38 @@ class StageCache:
 
     def _read(self, target: Path, key: str, *, made: bool) -> StageResult | None:
         """The finished stage at `target`, which `made` need not be digested; removed if damaged."""
-        if not target.is_dir():
+        if not os.path.lexists(target):
             return None
-        try:
+        require_unshared(target, CACHE)
+        with contextlib.suppress(CorruptError, OSError, ValueError, KeyError, TypeError):
+            found = None if made else digest_folder(target, frozenset({RECORD}))
             record = json.loads((target / RECORD).read_text())
             files = tuple(FileDigest.from_json(file) for file in record["files"])
             seconds = float(record["seconds"])
-            whole = record["key"] == key
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if whole and (made or digest_folder(target, frozenset({RECORD})) == files):
-            return StageResult(dir=target, key=key, files=files, cached=not made, seconds=seconds)
+            if record["key"] == key and found in {None, files} and not target.is_symlink():
+                return StageResult(
+                    dir=target, key=key, files=files, cached=not made, seconds=seconds
+                )
         log.warning("%s is damaged; making it again", target)
-        shutil.rmtree(target)
+        remove_folder(target)
         return None
 
     def keep_cpu_graph(self, build_key: str, folder: Path) -> None:
         """Remember which stage holds the CPU graph of a build, for `generate` on its package."""
         link = self._cpu_graph_link(build_key)
-        link.parent.mkdir(parents=True, exist_ok=True)
+        make_own(link.parent, CACHE)
+        key = json.loads((folder / RECORD).read_text())["key"]
         private = link.with_name(f".{link.name}.{os.getpid()}")
-        private.write_text(folder.relative_to(self.root).as_posix())
+        private.write_text(f"{build_key} {folder.parent.name} {key}")
         private.replace(link)
 
     def cpu_graph(self, build_key: str) -> Path | None:
-        """The folder with the CPU graph of a build; None if this cache does not hold it."""
-        with contextlib.suppress(OSError):
-            folder = self.root / self._cpu_graph_link(build_key).read_text()
-            if folder.is_dir():
-                return folder
+        """The folder with the CPU graph of a build, every byte digested; None if there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            of, stage, key = self._cpu_graph_link(build_key).read_text().split()
+            if of == build_key and "/" not in stage + key:
+                found = self._read(self.root / "stages" / stage / key[:24], key, made=False)
+                return found.dir if found else None
         return None
 
     def _cpu_graph_link(self, build_key: str) -> Path:

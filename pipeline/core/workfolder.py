@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import AccessError
+from pipeline.core.ownership import CACHE, make_own, require_unshared
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,14 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 @contextlib.contextmanager
 def hold_lock(path: Path, stalled_s: float = math.inf) -> Iterator[None]:
-    """Hold an advisory lock on `path` (created when missing); says so when it has to wait.
+    """Hold an advisory lock in the cache (made when missing); says so when it has to wait.
 
     Goes on without it when its holder has not touched the file for `stalled_s`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
+    make_own(path.parent, CACHE)
+    # To read and write, so that a FIFO that was put there does not hold us.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
         waited_s, seen_ns = 0.0, 0
         while _lock(stream.fileno()) is False and waited_s < stalled_s:
             if not seen_ns:
@@ -69,13 +72,22 @@ class WorkFolder:
 
 @contextlib.contextmanager
 def work_folder(
-    parent: Path, prefix: str, keep: Callable[[BaseException], bool] | None = None
+    parent: Path,
+    prefix: str,
+    keep: Callable[[BaseException], bool] | None = None,
+    *,
+    setting: str = CACHE,
+    shared: bool = False,
 ) -> Iterator[WorkFolder]:
-    """A work folder in `parent`, where no untrusted user may rename; removed after the block.
+    """A work folder in `parent`, which `setting` chooses; removed after the block.
 
     `keep` says whether a later process can go on from where the block ended with this exception;
     then a dead process's folder is adopted, if there is one. None: always begin anew.
+
+    AccessError if another user may rename in `parent`, unless those who may are trusted: `shared`.
     """
+    if not shared:
+        require_unshared(parent, setting)
     parent = parent.resolve()
     with contextlib.ExitStack() as locks:
         folder = _make(parent, prefix, locks)
@@ -193,18 +205,11 @@ def _boot() -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours, read-only folders in it included."""
+    """Remove a folder of ours, read-only folders in it included, or what lies in its place."""
     with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return folder.unlink()
         for _, _, _, descriptor in os.fwalk(folder):  # follows no link
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o700)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

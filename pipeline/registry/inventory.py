@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, UntrustedError
+from pipeline.core.ownership import CACHE, make_own, require_unshared
 from pipeline.core.settings import cache_root
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.resolve import examine, resolve
@@ -196,7 +197,8 @@ def _read_all(store: ListedStore, listed: Listed) -> dict[str, bytes]:
     registry = hashlib.sha256(store.url.encode()).hexdigest()[:16]
     path = cache_root() / "registries" / registry / listed.name / f"{listed.variant}.json"
     remembered: dict[str, bytes] = {}
-    with contextlib.suppress(CorruptError, OSError):
+    with contextlib.suppress(AccessError, CorruptError, OSError):
+        require_unshared(path, CACHE)
         remembered = unpack(read_bounded(path, _MAX_FILE_BYTES))
     held = dict(remembered)
     if sum(name not in held for name in wanted) > 1:
@@ -228,8 +230,8 @@ def _remember(path: Path, known: Mapping[str, bytes], held: Mapping[str, bytes])
     true = {name: data for name, data in held.items() if is_named_after(name, data)}
     if true.keys() == known.keys():
         return
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(AccessError, OSError):
+        make_own(path.parent, CACHE)
         private = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
         private.write_bytes(pack(true, _MAX_FILE_BYTES))
         private.replace(path)

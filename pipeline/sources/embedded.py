@@ -26,6 +26,7 @@ from pipeline.core.errors import CorruptError, NotFoundError, PipelineError
 from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Weights, digest_of
+from pipeline.core.workfolder import remove_folder
 from pipeline.model.read import load_config, read_spec
 from pipeline.sources.weights import (
     CONFIG,
@@ -107,8 +108,7 @@ class EmbeddedSource(Licensed):
 
     def _convert(self, gguf: Path, folder: Path) -> tuple[FileDigest, ...]:
         terms = self._terms()
-        if folder.exists():  # a damaged one
-            shutil.rmtree(folder)
+        remove_folder(folder)  # a damaged one
         log.info("Converting the embedded model")
         with atomic_folder(folder) as private:
             target = private / FILES

@@ -37,6 +37,7 @@ from pipeline.core.errors import (
 from pipeline.core.patience import FACTOR, REPLY_S, Patience
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Weights
+from pipeline.core.workfolder import remove_folder
 from pipeline.sources.weights import (
     FILES,
     Licensed,
@@ -116,9 +117,11 @@ class HubSource(Licensed):
                 "then set HF_TOKEN to a token of that account"
             )
         partial = folder.with_name(f"{folder.name}.partial")
-        if folder.exists():  # a damaged one becomes the working folder, so its good files stay
-            shutil.rmtree(partial, ignore_errors=True)
+        # A damaged one becomes the working folder, so its good files stay.
+        if folder.is_dir() and not folder.is_symlink():
+            remove_folder(partial)
             folder.rename(partial)
+        remove_folder(folder)
         arriving = partial / FILES
         client = HubClient(self.repo_id, self.revision)
         remote = client.describe().files
@@ -142,7 +145,7 @@ class HubSource(Licensed):
         check_weights(arriving, shards)
         for path in arriving.iterdir():
             if path.name not in {file.path for file in files}:
-                path.unlink()  # left by a run of another version
+                remove_folder(path)  # left by a run of another version
         files.sort(key=lambda file: file.path)
         write_record(partial, origin=self.origin, commit=self.revision, files=files)
         partial.rename(folder)
@@ -263,7 +266,9 @@ class HubClient:
         from huggingface_hub import hf_hub_download
 
         target = folder / file.name
-        if target.exists():
+        if not target.is_file():
+            remove_folder(target)
+        else:
             try:
                 return file.verify(target)
             except CorruptError:

@@ -5,7 +5,8 @@
         files/                                            what `Weights.dir` names
 
 Weights are safetensors or nothing: a pickle (`*.bin`, `*.pth`) can run code when it is read. A
-finished folder is taken by sizes, record and safetensors headers: milliseconds, no network.
+finished folder is taken by its record, sizes, safetensors headers and the digests of all else, in
+milliseconds and without a network; who reads the tensors digests them first (`require_files`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pathlib import Path
 import yaml
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.cache import require_files
 from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
+from pipeline.core.ownership import CACHE, make_own, require_unshared
 from pipeline.core.safetensors_files import (
     INDEX,
     SINGLE,
@@ -190,6 +193,7 @@ def cached_files(
     if (files := finished_files(folder)) is not None:
         return files
     with hold_lock(lock_path(folder)):  # another run may have finished it while we waited
+        make_own(folder.parent, CACHE)
         return finished_files(folder) or make()
 
 
@@ -206,16 +210,21 @@ def write_record(
 
 def finished_files(folder: Path) -> tuple[FileDigest, ...] | None:
     """The recorded digests of a finished folder; None when it is absent or damaged."""
-    if not folder.is_dir():
+    require_unshared(folder, CACHE)
+    if not os.path.lexists(folder):
         return None
     try:
+        if folder.is_symlink() or not (folder / RECORD).is_file():  # reading a FIFO never ends
+            raise ValueError("it has no record")
         record = json.loads((folder / RECORD).read_text())
         files = tuple(FileDigest.from_json(file) for file in record["files"])
-        present = {path.name: path.stat().st_size for path in (folder / FILES).iterdir()}
+        present = {path.name: path.lstat().st_size for path in (folder / FILES).iterdir()}
         if present != {file.path: file.size_bytes for file in files}:
             raise ValueError("its files are not those of its record")
-        check_weights(folder / FILES, [path for path in present if path.endswith(".safetensors")])
-    except (CorruptError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        tensors = [path for path in present if path.endswith(".safetensors")]
+        check_weights(folder / FILES, tensors)
+        require_files(folder / FILES, [file for file in files if file.path not in tensors])
+    except (CorruptError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); making it again", folder, error)
         return None
     return files

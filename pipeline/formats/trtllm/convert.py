@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.core.cache import Stage, StageCache, StageResult, atomic_folder
 from pipeline.core.errors import ConflictError, CorruptError, Fault, NotFoundError, RecipeError
+from pipeline.core.ownership import require_unshared
 from pipeline.core.progress import progress
 from pipeline.core.safetensors_files import TensorSpec, read_header, safetensors_header
 from pipeline.core.settings import shipped
@@ -284,7 +285,7 @@ class Export:
         Raises:
             ConflictError: The folder was filled meanwhile.
         """
-        with atomic_folder(self.out_dir) as private:
+        with atomic_folder(self.out_dir, "OUT_DIR") as private:
             kv_fp8 = self.kv_cache_dtype == "fp8"
             record = write_checkpoint(self.checkpoint_dir, private, dtype=self.dtype, kv_fp8=kv_fp8)
             copy_companions(self.checkpoint_dir, private)
@@ -361,6 +362,7 @@ def plan_export(
 
 def _new_folder(out_dir: Path) -> Path:
     """The folder without links, which does not exist yet."""
+    require_unshared(out_dir, "OUT_DIR")
     place = out_dir.resolve()
     below = next(parent for parent in place.parents if parent.exists())
     if not below.is_dir():

@@ -39,18 +39,19 @@ from pipeline.core.errors import (
     RecipeError,
     TransientError,
 )
+from pipeline.core.ownership import (
+    CACHE,
+    make_own,
+    open_to_others,
+    require_unshared,
+    sync,
+)
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.settings import cache_root
 from pipeline.core.values import FileDigest, Package
-from pipeline.core.workfolder import WorkFolder, hold_lock, remove_folder, sync, work_folder
+from pipeline.core.workfolder import WorkFolder, hold_lock, remove_folder, work_folder
 from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room
-from pipeline.registry.disk import (
-    disk_errors,
-    make_folders,
-    open_regular,
-    require_private_parent,
-    writable_by_others,
-)
+from pipeline.registry.disk import disk_errors, open_regular
 from pipeline.registry.manifest import ENGINE, MANIFEST, files_of, read_manifest, verify
 from pipeline.registry.store import (
     ENVELOPE,
@@ -67,7 +68,7 @@ log = logging.getLogger(__name__)
 
 Origin = Literal["registry", "cache", "present"]
 """`registry`: fetched now. `cache`: fetched before. `present`: it was at the goal already."""
-SETTING = "ENGINESMITH_CACHE"
+_SETTING = "--to (if you trust everyone who may write there, add --allow-shared-parent)"
 _NAME_CHARS = 40
 """Of the goal's name in that of a work folder, which must fit NAME_MAX (255)."""
 STATEMENTS = "statements"
@@ -100,10 +101,8 @@ def locked_cache(place: Place) -> Iterator[Callable[[], None]]:
 
     They wait as long as it calls what this gives.
     """
-    folder = cache_dir()
-    with disk_errors(f"write {folder}", SETTING):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_private_parent(folder, SETTING)
+    with disk_errors(f"write {cache_dir()}", CACHE):
+        make_own(cache_entry(place).parent, CACHE)
     path = cache_root() / "locks" / f"package-{place.version}.lock"
     with hold_lock(path, _STALLED_S):
         path.touch()
@@ -150,7 +149,11 @@ class Delivery:
                 with contextlib.suppress(OSError), self._beside(to, keep=None):
                     pass  # what a run left that was killed after its last step is removed
                 return Delivered(dir=to, origin="present", fetched_bytes=0)
-            make_folders(to.parent)
+            if self.shared_parent:
+                to.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            else:
+                require_unshared(to, _SETTING)
+                make_own(to.parent, _SETTING, 0o755)
             if not through_cache and not cache_entry(self.resolved.place).is_dir():
                 with self._beside(to, keep=_can_go_on) as work:
                     count = self._fetch(work)
@@ -167,9 +170,9 @@ class Delivery:
     def to_cache(self) -> Delivered:
         folder, entry = cache_dir(), cache_entry(self.resolved.place)
         prefix, fetched = f".pull-{self._digest[:12]}-", 0
-        with disk_errors(f"write {folder}", SETTING), locked_cache(self.resolved.place) as got_on:
+        with disk_errors(f"write {folder}", CACHE), locked_cache(self.resolved.place) as got_on:
             beside = entry.with_name(f"{entry.name}{STATEMENTS_SUFFIX}")
-            beside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            beside.mkdir(mode=0o700, exist_ok=True)
             write_statements(beside, self._statements())
             if not self._is_kept(entry):
                 if self.offline:
@@ -225,9 +228,8 @@ class Delivery:
     def _beside(
         self, to: Path, keep: Callable[[BaseException], bool] | None
     ) -> contextlib.AbstractContextManager[WorkFolder]:
-        if not self.shared_parent:
-            require_private_parent(to.parent, "--to")
-        return work_folder(to.parent, f".{to.name[:_NAME_CHARS]}.pulling-", keep)
+        prefix = f".{to.name[:_NAME_CHARS]}.pulling-"
+        return work_folder(to.parent, prefix, keep, setting=_SETTING, shared=self.shared_parent)
 
     def _fetch(self, work: WorkFolder, got_on: Callable[[], None] = lambda: None) -> int:
         files, place = files_of(self.resolved.package.manifest), self.resolved.place
@@ -294,9 +296,8 @@ def is_pulled(to: Path, digest: str) -> bool:
             return False
     except CorruptError:
         return False
-    for path in (to, *to.rglob("*")):
-        if reason := writable_by_others(path.lstat()):
-            raise ConflictError(f"{path} {reason}; remove {to}, or choose another with --to")
+    if reason := open_to_others(to, above=False):
+        raise ConflictError(f"{reason}; remove {to}, or choose another with --to")
     return verify_layout(to).digest == digest
 
 
@@ -353,7 +354,6 @@ def move_into_place(private: Path, target: Path) -> bool:
     By `rename(2)`: it never replaces a folder that has something in it, on any POSIX file system.
     False if `target` is taken; an empty folder there counts as free.
     """
-    make_folders(target.parent)
     try:
         # Not Path.rename: its documentation leaves open what happens to an existing target.
         os.rename(private, target)  # noqa: PTH104

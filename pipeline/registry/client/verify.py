@@ -14,7 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.errors import CorruptError, UntrustedError
+from pipeline.core.errors import AccessError, CorruptError, UntrustedError
+from pipeline.core.ownership import open_to_others
 from pipeline.core.values import Package
 from pipeline.registry.client.deliver import (
     SIGNATURE,
@@ -72,27 +73,32 @@ def verify(request: PullRequest) -> Pulled:
     )
 
 
-def open_target(request: PullRequest) -> tuple[Resolved, Package, str]:
+def open_target(request: PullRequest, *, to_load: bool = False) -> tuple[Resolved, Package, str]:
     """A package in a folder of this machine, all verified but its fit; raises like `run`.
 
     Returns:
         What was verified about it, the package in its folder, and where it was looked up.
     """
     if folder := named_folder(request.reference):
+        if to_load and (reason := open_to_others(folder)):
+            fault = f"{reason}, so it may change after it was verified"
+            raise AccessError(f"{fault}; pull the package to a folder of your own")
         store = open_reader(request.registry) if request.registry else None
         resolved = _open_folder(folder, request.terms(local=True), store)
         return resolved, resolved.package, store.url if store else str(folder)
     store = open_reader(request.registry or ARTIFACTS)
     resolved = resolve(store, request.reference, request.terms(local=store.local))
-    return resolved, fetch(store, resolved), store.url
+    return resolved, fetch(store, resolved, to_load=to_load), store.url
 
 
-def fetch(store: Store, resolved: Resolved) -> Package:
-    """A resolved package in a folder of this machine, every byte verified, ready to be loaded.
+def fetch(store: Store, resolved: Resolved, *, to_load: bool = False) -> Package:
+    """A resolved package in a folder of this machine, every byte verified.
 
-    In its registry, if that is a folder where it lies alone; else in the cache.
+    In its registry, if that is a folder where it lies alone, and, if it is `to_load`, where no
+    other user can change it any more; else in the cache.
     """
-    if folder := package_dir(store, resolved.place):
+    folder = package_dir(store, resolved.place)
+    if folder and not (to_load and open_to_others(folder)):
         try:
             return verify_package(folder)
         except CorruptError as error:  # a file too many, perhaps, which does not travel

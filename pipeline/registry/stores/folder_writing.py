@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import AccessError
+from pipeline.core.ownership import REGISTRY, make_own, require_unshared, sync
 from pipeline.core.values import FileDigest
-from pipeline.core.workfolder import remove_folder, sync, work_folder
-from pipeline.registry.disk import disk_errors, make_folders, write_new
+from pipeline.core.workfolder import remove_folder, work_folder
+from pipeline.registry.disk import disk_errors, write_new
 from pipeline.registry.store import OnBytes
 from pipeline.registry.stores.folder import MISSING, FolderObjects
 from pipeline.registry.stores.publication import checked_chunks
@@ -110,6 +111,7 @@ class WritableFolder(FolderObjects):
             existing = self.path
             while not existing.exists() and existing != existing.parent:
                 existing = existing.parent
+            require_unshared(self.path, REGISTRY, team=True)
             if not existing.is_dir():
                 fault = f"cannot publish to {self.path}: {existing} is not a folder"
                 raise AccessError(f"{fault}; choose another with registry.path=")
@@ -124,8 +126,8 @@ class WritableFolder(FolderObjects):
         with disk_errors(f"write {self.path / key}"):
             if staging.is_symlink():
                 raise AccessError(f"{staging} is a link, and not ours; remove it")
-            make_folders(staging)
-            with work_folder(staging, "write-") as work:
+            make_own(staging, REGISTRY, 0o775, team=True)
+            with work_folder(staging, "write-", shared=True) as work:
                 yield work.dir / "new"
 
     def _place(self, key: str, place: Callable[[int, str], bool]) -> bool:

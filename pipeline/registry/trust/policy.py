@@ -46,8 +46,9 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import BeforeValidator, Field
 
 from pipeline.core.errors import AccessError, CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.ownership import require_unshared
 from pipeline.core.settings import STRICT, Listed
-from pipeline.registry.disk import disk_errors, read_bounded, require_unshared
+from pipeline.registry.disk import disk_errors, read_bounded
 
 if TYPE_CHECKING:
     import yaml
@@ -130,12 +131,11 @@ def read_public_key(path: Path) -> PublicKey:
 
 def _read_key(path: Path) -> bytes:
     with disk_errors(f"read {path}"):
+        require_unshared(path, "another path")
         try:
-            data = read_bounded(path.resolve(), _MAX_KEY_BYTES)
+            return read_bounded(path.resolve(), _MAX_KEY_BYTES)
         except CorruptError as error:
             raise key_fault(str(path), f"no such key ({error}); {KEYGEN}") from None
-        require_unshared(path)
-    return data
 
 
 def config_root(environ: Mapping[str, str]) -> Path:
@@ -300,8 +300,8 @@ def load_policy(path: Path) -> TrustPolicy:
 
     try:
         with disk_errors(f"read {path}"):
+            require_unshared(path, "another path")
             data = read_bounded(path.resolve(), _MAX_POLICY_BYTES)
-            require_unshared(path)
         value = yaml.load(data, _unique_keys_loader())
         if not isinstance(value, dict) or "schema" not in value:
             raise ValueError("wanted a mapping with schema: 1")

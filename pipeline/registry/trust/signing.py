@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline import __version__
 from pipeline.core.errors import ConflictError, UntrustedError
+from pipeline.core.ownership import make_own
 from pipeline.core.values import PASSING, Package, Reference, VerdictName
 from pipeline.registry.disk import disk_errors
 from pipeline.registry.manifest import ENGINE
@@ -77,8 +78,7 @@ def write_key_pair(key: SigningKey, path: Path) -> Path:
             raise _taken(target)
     folder = path.absolute().parent
     with disk_errors(f"write {path}"):
-        for missing in reversed([one for one in (folder, *folder.parents) if not one.is_dir()]):
-            missing.mkdir(0o700, exist_ok=True)
+        make_own(folder, "--out")
         # The public half last: what is half done has the half that it can be made again from.
         pair = ((path, key.private_pem(), 0o600), (public, key.public.pem, 0o644))
         for target, data, mode in pair:

@@ -6,9 +6,11 @@ import re
 
 from pydantic.dataclasses import dataclass
 
+from pipeline.core.cache import sha256_file
 from pipeline.core.errors import NotFoundError
+from pipeline.core.ownership import CACHE, make_own, require_unshared
 from pipeline.core.settings import STRICT
-from pipeline.core.workfolder import hold_lock
+from pipeline.core.workfolder import hold_lock, remove_folder
 from pipeline.sources.hub import HubClient
 from pipeline.sources.text.file import read_documents
 from pipeline.sources.weights import lock_path, weights_root
@@ -44,17 +46,20 @@ class HubText:
         slug, commit = self.repo_id.replace("/", "--"), self.revision[:12]
         folder = weights_root() / "hub-datasets" / slug / self.revision
         target = folder / self.file
+        record = target.with_name(f".{target.name}.sha256")
         with hold_lock(lock_path(folder)):
-            # The client gives a file its name only when its digest was right.
-            if not target.is_file():
+            require_unshared(target, CACHE)
+            kept = target.is_file() and record.is_file() and record.read_text()
+            if not kept or kept != sha256_file(target):
                 client = HubClient(self.repo_id, self.revision, "dataset")
                 remote = client.describe().files
                 if self.file not in remote:
                     have = ", ".join(sorted(remote))
                     message = f"{self.repo_id}@{commit} has no file {self.file!r}; it has {have}"
                     raise NotFoundError(message)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                client.download(remote[self.file], folder)
+                remove_folder(target)
+                make_own(target.parent, CACHE)
+                record.write_text(client.download(remote[self.file], folder).sha256)
         return read_documents(target, self.column)
 
 

@@ -11,7 +11,6 @@ import pytest
 from pipeline.core.errors import (
     CorruptError,
 )
-from pipeline.registry.client.deliver import verify_layout
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, noise
 
 _FILES = {"config.json": b"{}", "model.plan": noise(3 * CHUNK_BYTES + 1), "rank1/model.plan": b"1"}
@@ -99,22 +98,3 @@ def test_a_change_in_a_filled_folder_is_refused_by_verify(
     change(shop.to / path)
     with pytest.raises(CorruptError):
         shop.verify(shop.to)
-
-
-@pytest.mark.parametrize("path", _PATHS)
-@pytest.mark.parametrize("change", _IN_FOLDER, ids=lambda change: change.__name__)
-def test_damage_in_the_cache_is_removed_and_fetched_again(
-    shop: Shop, path: str, change: Change, tmp_path: Path
-) -> None:
-    reference = shop.publish(_FILES)
-    shop.pull(through_cache=True)
-    (entry,) = (tmp_path / "cache" / "packages").glob(f"tiny/*/{reference.version}")
-    if change is hard_link:
-        os.link(entry / path, tmp_path / "link")
-    else:
-        change(entry / path)
-    again = shop.pull(through_cache=True, to=shop.home / "second")
-    assert again.digest == reference.digest
-    assert verify_layout(shop.home / "second").digest == reference.digest
-    # Whoever takes the package from the cache itself gets a whole one.
-    assert shop.pull(to=None, through_cache=True).dir == entry
