@@ -49,7 +49,7 @@ from pipeline.formats.spec import format_spec
 from pipeline.formats.trtrtx.onnx_graph import CPU_CUT, cut_layers
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
-from pipeline.quant.simulate import load_simulation
+from pipeline.quant.simulate import load_simulation, reverse_sums
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.runner import Session
@@ -211,18 +211,12 @@ def reference_of(
     """
 
     def write(out: Path) -> None:
-        def simulated(*, reverse: bool) -> TransformersSession:
-            model = load_simulation(checkpoint_dir, context=context, reverse=reverse)
-            return TransformersSession(model)
-
-        # One at a time: each takes 4 bytes a parameter.
-        logits = simulated(reverse=False).logits
+        model = load_simulation(checkpoint_dir, context=context)
+        logits = TransformersSession(model).logits
         own, (against,) = source_figures(logits, windows, "Checkpoint", [source])
-        del logits
-        _give_back_memory()
-        logits = simulated(reverse=True).logits
+        reverse_sums(model)
         (noise,) = figures_against(logits, windows, [own], "Noise floor")
-        del logits
+        del model, logits
         _give_back_memory()
         for figures, prefix in ((own, ""), (against, _AGAINST_SOURCE), (noise, _NOISE)):
             save_figures(figures, out, prefix)
@@ -339,12 +333,9 @@ def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)
     tokens = np.random.default_rng(0).integers(0, checkpoint.spec.vocab_size, _TOKENS).tolist()
-    simulated, again = (
-        TransformersSession(load_simulation(checkpoint_dir, layers=layers, reverse=reverse)).logits(
-            tokens
-        )
-        for reverse in (False, True)
-    )
+    model = load_simulation(checkpoint_dir, layers=layers)
+    simulated = TransformersSession(model).logits(tokens)
+    again = TransformersSession(reverse_sums(model)).logits(tokens)
     graph = graph_session(OnnxRuntimeGraph(graphs_dir / CPU_CUT)).logits(tokens)
     worst = np.abs(simulated - graph).max(axis=-1)  # [tokens]
     median = float(np.median(worst))

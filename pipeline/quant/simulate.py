@@ -6,7 +6,7 @@ rounds its input as the precision says and multiplies with the dequantized codes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,13 @@ if TYPE_CHECKING:
 
 
 def load_simulation(
-    checkpoint_dir: Path,
-    *,
-    layers: tuple[int, ...] | None = None,
-    reverse: bool = False,
-    context: int | None = None,
+    checkpoint_dir: Path, *, layers: tuple[int, ...] | None = None, context: int | None = None
 ) -> Any:
     """A Transformers model in float32 that simulates the checkpoint.
 
     Args:
         checkpoint_dir: Unified checkpoint.
         layers: Keep only these decoder layers, in this order; None for all.
-        reverse: Linears sum from the last input to the first. The difference is the noise floor:
-            rounding errors as two runtimes have.
         context: Of the simulated engine, tokens, which chooses LongRoPE's factors. None leaves the
             choice to Transformers, by the longest row.
     """
@@ -61,37 +55,32 @@ def load_simulation(
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
-    round_input, scales = checkpoint.precision.round_input, dict[str, float]()
+    round_input = checkpoint.precision.round_input
     for name in checkpoint.quantized_linears if round_input is not None else ():
         if _layer_of(name) in kept:
-            scales[_renumber(name, kept)] = float(checkpoint.scalar(f"{name}.input_scale"))
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (name in scales or reverse):
-            _wrap(module, round_input, scales.get(name), reverse=reverse)
+            hook = partial(_round, round_input, float(checkpoint.scalar(f"{name}.input_scale")))
+            model.get_submodule(_renumber(name, kept)).register_forward_pre_hook(hook)
     if context is not None:
         _fix_longrope(model, checkpoint.spec.rope, context)
     return model.eval()
 
 
-def _wrap(
-    linear: Any,
-    round_input: Callable[[torch.Tensor, float], torch.Tensor] | None,
-    scale: float | None,
-    *,
-    reverse: bool,
-) -> None:
-    """Let a linear round its input before it multiplies, and sum in that order."""
+def reverse_sums(model: Any) -> Any:
+    """The same model, its linears summing from the last input to the first from now on.
+
+    The difference is the noise floor: rounding errors as two runtimes have.
+    """
     import torch
 
-    if reverse:  # a tied embedding keeps its own
-        linear.weight = torch.nn.Parameter(linear.weight.data.flip(-1), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # a tied embedding keeps its own weight
+            module.weight = torch.nn.Parameter(module.weight.data.flip(-1), requires_grad=False)
+            module.register_forward_pre_hook(lambda _, inputs: inputs[0].flip(-1))
+    return model
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        rounded = x if round_input is None or scale is None else round_input(x, scale)
-        summed = rounded.flip(-1) if reverse else rounded
-        return torch.nn.functional.linear(summed, linear.weight, linear.bias)
 
-    linear.forward = forward
+def _round(round_input: Any, scale: float, _linear: Any, inputs: tuple[Any]) -> Any:
+    return round_input(inputs[0], scale)
 
 
 def _dequantize(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:

@@ -325,7 +325,7 @@ def transformers_logits(unified: Path, *, round_activations: bool) -> Logits:
     model = load_simulation(unified)
     if not round_activations:
         for module in model.modules():
-            module.__dict__.pop("forward", None)  # the rounding that the simulation put there
+            module._forward_pre_hooks.clear()  # the rounding that the simulation put there
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         import torch
