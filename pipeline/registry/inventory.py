@@ -44,15 +44,14 @@ from pipeline.registry.store import (
     is_named_after,
     readers,
 )
-from pipeline.registry.stores.listing import (
+from pipeline.registry.stores.publication import (
     Listed,
-    ListedStore,
+    WritableStore,
     add_copies,
     copy_of,
     pack,
     unpack,
 )
-from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.verification import Resolved, Terms, read_channels
 
@@ -91,7 +90,7 @@ class Entry:
     pointers: tuple[Pointer, ...] = ()
 
 
-def entries(store: ListedStore, terms: Terms) -> list[Entry]:
+def entries(store: WritableStore, terms: Terms) -> list[Entry]:
     """Every published version, by its place; those that were yanked, too."""
     shown = replace(terms, allow_yanked=True)
 
@@ -135,7 +134,7 @@ def _pointers(
 
 
 def _of_variants(
-    store: ListedStore, look: Callable[[Listed, Reader], _Result]
+    store: WritableStore, look: Callable[[Listed, Reader], _Result]
 ) -> Iterator[_Result]:
     """Look at every variant; at what a store that is far away has, through what is remembered."""
     identity = functools.cache(store.identity)
@@ -144,12 +143,12 @@ def _of_variants(
         if store.local:  # read as fast as what is remembered
             return look(listed, store)
         held = _read_all(store, listed)
-        return look(listed, _Held(store=store, listed=listed, held=held, identity=identity))
+        return look(listed, _Held(store, store.url, store.local, listed, held, identity))
 
     return in_parallel(at, store.listed(), 1 if store.local else _VARIANTS_AT_ONCE)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Held:
     """What a variant lists, read: under names that follow from bytes, which nothing can change.
 
@@ -158,17 +157,11 @@ class _Held:
     """
 
     store: Store
+    url: str
+    local: bool
     listed: Listed
-    held: Mapping[str, bytes]
+    held: dict[str, bytes]
     identity: Callable[[], str | None]
-
-    @property
-    def url(self) -> str:
-        return self.store.url
-
-    @property
-    def local(self) -> bool:
-        return self.store.local
 
     def read_manifest(self, place: Place) -> bytes:
         data = self.held.get(place.version)
@@ -186,8 +179,8 @@ class _Held:
         return [data for one in self.listed.moves if (data := self.held.get(f"move-{one}"))]
 
 
-def _read_all(store: ListedStore, listed: Listed) -> dict[str, bytes]:
-    """All that a variant lists, named as in `listing.py`: from the cache, its copies, or singly."""
+def _read_all(store: WritableStore, listed: Listed) -> dict[str, bytes]:
+    """All that a variant lists, named as its copies: from the cache, the copies, or singly."""
     of_version = {
         place: [place.version, *(f"{place.version}/{name}" for name in names)]
         for place, names in listed.versions.items()
@@ -276,7 +269,7 @@ def collect(
 
     def look(listed: Listed, reader: Reader) -> list[Fate | None]:
         if delete and isinstance(reader, _Held):  # what two writers at once lost is there again
-            add_copies(store, listed.name, listed.variant, dict(reader.held))
+            add_copies(store, listed.name, listed.variant, reader.held)
         needed = _needed(reader, policy, listed.name, listed.variant, rules.history)
         versions = listed.versions.items()
         return [

@@ -16,6 +16,15 @@ same call goes on there.
 A removal takes the manifest, and with it the version. Its files stay for those who read them, under
 a fresh lease; `leftovers` takes what has no manifest a day after the newest object of it, which is
 that lease. So gc never takes files that are being published.
+
+A bucket or an OCI registry has, for each variant, copies of all that it lists in one file,
+`{"<name>": "<text>", ...}`, so that who reads many versions needs few requests:
+
+    <version>  <version>/<statement>  move-<sha256>
+
+Each name ends in digits of the SHA-256 of its text, and without them a copy does not count, so it
+does not matter who made it. Who writes into a variant adds to its copies, and two at once may lose
+one's; what has no copy is read where it lies.
 """
 
 from __future__ import annotations
@@ -25,12 +34,12 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from pipeline.core.errors import CorruptError, NotFoundError, TransientError
+from pipeline.core.errors import CorruptError, NotFoundError, PipelineError, TransientError
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular
 from pipeline.registry.manifest import (
@@ -43,21 +52,18 @@ from pipeline.registry.reference import check_part, reference_of
 from pipeline.registry.store import (
     ENVELOPE,
     MAX_ATTACHMENT_BYTES,
+    MAX_MOVES,
     OnBytes,
     Place,
     RawStatement,
+    Store,
     in_parallel,
     is_attachment_name,
+    is_named_after,
     is_statement_name,
+    limit_dated,
+    limit_kinds,
     max_bytes,
-)
-from pipeline.registry.stores.listing import (
-    MAX_COPIES_BYTES,
-    Listed,
-    ListedStore,
-    add_copies,
-    copy_of,
-    list_variants,
 )
 from pipeline.registry.stores.tree import (
     IDENTITY,
@@ -78,13 +84,37 @@ from pipeline.registry.stores.tree import (
 log = logging.getLogger(__name__)
 
 _LEASE = ".lease"
+MAX_COPIES_BYTES = 2 << 20
+"""Of all copies of a variant: some 200 versions, the newest. What has no copy is read singly."""
 _SMALL_BYTES = 8 << 20
 """Files up to here are sent side by side; a larger one is sent in parts side by side."""
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a registry lists of a variant, unread: versions with names of statements, and moves.
+
+    A move is named by digits (hex) that its SHA-256 begins with.
+    """
+
+    name: str
+    variant: str
+    versions: Mapping[Place, tuple[str, ...]]
+    moves: tuple[str, ...]
+
+
 @runtime_checkable
-class WritableStore(ListedStore, Protocol):
-    """Writes, too."""
+class WritableStore(Store, Protocol):
+    """Writes, too, and lists all that there is."""
+
+    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+        """What there is of every variant of `places`, sorted; in a few requests for all of them."""
+
+    def read_copies(self, name: str, variant: str) -> bytes | None:
+        """Copies of what a variant lists; None if there are none."""
+
+    def put_copies(self, name: str, variant: str, data: bytes) -> None:
+        """Write copies of what a variant lists, in place of those that were there."""
 
     def check_writable(self) -> None:
         """Find out, before any work, whether packages can be published here; AccessError if not."""
@@ -153,6 +183,62 @@ def sealed_manifest(package: Package) -> tuple[Place, bytes]:
     if digest_bytes(data) != package.digest:
         raise CorruptError(f"{package.dir} does not have the digest {package.digest}; get it again")
     return Place.of(reference_of(package)), data
+
+
+def list_variants(
+    url: str,
+    statements: Mapping[Place, Iterable[tuple[float, str]]],
+    moves: Mapping[tuple[str, str], Iterable[tuple[float, str]]],
+) -> list[Listed]:
+    """What a store lists, dated by it, by variant and within the limits."""
+    found: dict[tuple[str, str], dict[Place, tuple[str, ...]]] = {}
+    for place in sorted(statements):
+        names = limit_kinds(statements[place], f"{url}: statements of {place}")
+        found.setdefault((place.name, place.variant), {})[place] = tuple(names)
+    kept = {
+        of: tuple(limit_dated(moves.get(of, ()), MAX_MOVES, f"{url}: moves of {'/'.join(of)}"))
+        for of in found
+    }
+    return [Listed(*of, versions, kept[of]) for of, versions in found.items()]
+
+
+def unpack(data: bytes | None) -> dict[str, bytes]:
+    """Name -> bytes of the copies that count; none of a file that is no such file."""
+    try:
+        found = {name: text.encode() for name, text in json.loads(data or "{}").items()}
+    except (ValueError, RecursionError, AttributeError):
+        return {}
+    return {name: data for name, data in found.items() if is_named_after(name, data)}
+
+
+def pack(copies: dict[str, bytes], limit_bytes: int = MAX_COPIES_BYTES) -> bytes:
+    """The file of some copies, the last ones as far as they fit; what is no text counts no more."""
+    lines: list[str] = []
+    for name, data in reversed(copies.items()):
+        lines.append(f"{json.dumps(name)}: {json.dumps(data.decode(errors='replace'))}")
+        limit_bytes -= len(lines[-1]) + 2
+        if limit_bytes < 4:
+            lines.pop()
+            break
+    return "{{\n{}\n}}\n".format(",\n".join(reversed(lines))).encode()
+
+
+def copy_of(
+    place: Place, statements: Sequence[RawStatement], manifest: bytes | None = None
+) -> dict[str, bytes]:
+    """Copies of what is published about a version."""
+    found = {} if manifest is None else {place.version: manifest}
+    return found | {f"{place.version}/{one.name}": one.envelope for one in statements}
+
+
+def add_copies(store: WritableStore, name: str, variant: str, copies: dict[str, bytes]) -> None:
+    """Add to the copies of a variant, where the next `list` looks; nothing is lost if it fails."""
+    known: dict[str, bytes] = {}
+    with contextlib.suppress(PipelineError):
+        with contextlib.suppress(CorruptError):
+            known = copies if store.local else unpack(store.read_copies(name, variant))
+        if not known.items() >= copies.items():
+            store.put_copies(name, variant, pack({**known, **copies}))
 
 
 def check_statement(statement: RawStatement) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.registry.inventory import Pointer, entries, entry
-from pipeline.registry.stores.listing import pack, unpack
 from pipeline.registry.stores.oci.address import statement_tag, version_tag
-from pipeline.registry.stores.publication import WritableStore
+from pipeline.registry.stores.publication import WritableStore, pack, unpack
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of

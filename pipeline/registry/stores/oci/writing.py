@@ -34,7 +34,6 @@ from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.listing import Listed, add_copies, copy_of, list_variants
 from pipeline.registry.stores.oci import image, reading
 from pipeline.registry.stores.oci.address import (
     copies_tag,
@@ -49,8 +48,12 @@ from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
 from pipeline.registry.stores.oci.reading import CONTENT, OciStore, Repository
 from pipeline.registry.stores.oci.transport import Reply, joined
 from pipeline.registry.stores.publication import (
+    Listed,
+    add_copies,
     check_statement,
     checked_chunks,
+    copy_of,
+    list_variants,
     new_identity,
     sealed_manifest,
 )
