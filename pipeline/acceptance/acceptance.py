@@ -19,7 +19,7 @@ from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.plan import Plan
-from pipeline.runners.runner import WHO_CAN, Device, Runner, installed_version, why_not_workload
+from pipeline.runners.runner import Device, Runner, installed_version, why_not_workload
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 
@@ -139,15 +139,6 @@ class Acceptance:
         for index, load in enumerate(self.targets if runner.device == "cuda" else ()):
             path = f"acceptance.targets[{index}]"
             faults += [Fault(path, why) for why in why_not_workload(runner, load)]
-        sustained = self.sustained
-        if sustained.clear_cache and "clear_cache" not in runner.abilities:
-            faults.append(
-                Fault(
-                    "acceptance.sustained.clear_cache",
-                    f"runner {runner.name} has no cache that can be cleared from here "
-                    f"({WHO_CAN['clear_cache']}); set it to false, or choose another runner",
-                )
-            )
         return tuple(faults)
 
     def check_text(self, calibration: tuple[str, ...]) -> None:

@@ -12,7 +12,6 @@ import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +229,6 @@ def _sustain(
         return
     log.info("Sustained run: %s for %.1f minutes", workload.name, asked_run.minutes)
     waves = _waves(asked, subject, workload)
-    run = partial(run_sustained, session, workload.osl, waves[0], asked_run.minutes)
-    samples = run()
-    cleared = run(clear=True) if asked_run.clear_cache else None
-    found.parts["sustained"] = sustained_json(samples, limits, workload.name, cleared)
+    samples = run_sustained(session, workload.osl, waves[0], asked_run.minutes)
+    found.parts["sustained"] = sustained_json(samples, limits, workload.name)
     found.findings += judge_sustained(samples, limits)

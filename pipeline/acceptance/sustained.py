@@ -20,11 +20,10 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.card import Samples, device_samples
 from pipeline.acceptance.speed import Wave, theil_sen_slope
-from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
-from pipeline.runners.runner import CacheClearing, Session, require_possible
+from pipeline.runners.runner import Session, require_possible
 from pipeline.runners.workload import Workload
 
 _INTERVAL_S = 0.5
@@ -64,16 +63,12 @@ class SustainedRun:
             lose 15 % in 20 minutes; a third of that leaves room for noise on both sides.
         max_memory_growth_mib: PyTorch's allocator takes segments of 2 and 20 MiB (kLargeBuffer in
             c10/cuda/CUDACachingAllocator), so one of 20 MiB is no leak yet.
-        clear_cache: Run a second time as long, the allocator's cache freed after each batch, and
-            report what that changes: throughput, and a growth of memory that is the allocator's and
-            no leak. The first run is the one that is judged. For a runner that can.
     """
 
     minutes: NonNegativeFloat = 0.0
     workload: str = ""
     max_throughput_drop: PositiveFloat = 0.05
     max_memory_growth_mib: PositiveFloat = 20.0
-    clear_cache: bool = False
 
     @property
     def limits(self) -> SustainedLimits:
@@ -99,21 +94,13 @@ def run_sustained(
     osl: int,
     wave: Wave,
     minutes: float,
-    *,
-    clear: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Sample]:
     """Repeat a batch until the time is over; one sample for each, the last one whole.
 
-    `clear` frees the allocator's cache after each batch; its time counts.
-
     Raises:
         PipelineError: The first batch gave too few tokens, or times that no run can have.
-        RecipeError: The session has no cache that can be cleared.
     """
-    if clear and not isinstance(session, CacheClearing):
-        message = "this runner has no cache that can be cleared from here; set it to false"
-        raise RecipeError([Fault("acceptance.sustained.clear_cache", message)])
     prompts, options = wave
     seconds = 60.0 * minutes
     taken: list[tuple[float, float]] = []
@@ -127,8 +114,6 @@ def run_sustained(
         shown_s = 0
         while (now := clock() - started) < seconds:
             made = session.generate(prompts, osl, options)
-            if clear and isinstance(session, CacheClearing):
-                session.clear_cache()
             ended = clock() - started
             taken.append((ended, made.output_tokens / (ended - now)))
             done(min(int(ended), int(seconds)) - shown_s)
@@ -210,37 +195,13 @@ def judge_sustained(samples: Sequence[Sample], limits: SustainedLimits) -> Itera
 
 
 def sustained_json(
-    samples: Sequence[Sample],
-    limits: SustainedLimits,
-    workload: str,
-    cleared: Sequence[Sample] | None = None,
+    samples: Sequence[Sample], limits: SustainedLimits, workload: str
 ) -> Mapping[str, Any]:
-    """The report's `sustained`; `cleared`: a second run, the cache freed after each batch."""
-
-    def run_json(run: Sequence[Sample]) -> dict[str, Any]:
-        figures = sustained_figures(run, limits)
-        known = [{name: v for name, v in asdict(one).items() if v is not None} for one in run]
-        return {"figures": None if isinstance(figures, str) else figures, "samples": known}
-
-    document = {"workload": workload, "limits": asdict(limits), **run_json(samples)}
-    if cleared is not None:
-        effect = _effect(samples, cleared, limits)
-        document["cache_cleared"] = {**run_json(cleared), "effect": effect}
-    return document
-
-
-def _effect(
-    samples: Sequence[Sample], cleared: Sequence[Sample], limits: SustainedLimits
-) -> dict[str, float | None]:
-    """What clearing changed, medians after the warm-up; null where one of the two is not known."""
-
-    def median(run: Sequence[Sample], figure: str) -> float | None:
-        values = [getattr(one, figure) for one in run if one.t_s >= limits.warm_up_s]
-        return statistics.median(values) if values and None not in values else None
-
-    before, after = (median(run, "output_tokens_per_s") for run in (samples, cleared))
-    first, second = (median(run, "memory_bytes") for run in (samples, cleared))
+    """The report's `sustained`."""
+    figures = sustained_figures(samples, limits)
     return {
-        "throughput_change": after / before - 1 if before and after is not None else None,
-        "memory_change_bytes": None if first is None or second is None else second - first,
+        "workload": workload,
+        "limits": asdict(limits),
+        "figures": None if isinstance(figures, str) else figures,
+        "samples": [{k: v for k, v in asdict(one).items() if v is not None} for one in samples],
     }

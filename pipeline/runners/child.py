@@ -153,10 +153,6 @@ class ChildSession:
                     pass
             raise
 
-    def clear_cache(self) -> None:
-        self._send("clear_cache")
-        self._receive()
-
     def end(self) -> None:
         with contextlib.suppress(ToolError):
             self._send("end")
@@ -356,9 +352,6 @@ class SessionModel:
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]
     ) -> Generator[int, None, None]:
         yield from self._session.stream(prompt, max_new_tokens, frozenset(eos_token_ids))
-
-    def clear_cache(self) -> None:
-        self._session.clear_cache()
 
     def close(self) -> None:
         self._opened.__exit__(None, None, None)

@@ -90,13 +90,6 @@ class Session(Protocol):
         """
 
 
-@runtime_checkable
-class CacheClearing(Protocol):
-    """A session whose allocator keeps freed memory, and can give it back."""
-
-    def clear_cache(self) -> None: ...
-
-
 def require_fit(prompts: Sequence[Sequence[int]], new_tokens: int, context: int | None) -> None:
     """Refuse prompts that are empty or leave no room for `new_tokens` more each.
 
@@ -161,7 +154,6 @@ Ability = Literal[
     "osl_distribution",
     "ignore_eos",
     "request_rate",
-    "clear_cache",
 ]
 """Keys of a workload or a sustained run that ask for more than one batch of equal requests."""
 BATCHES: frozenset[Ability] = frozenset(
@@ -172,7 +164,6 @@ BATCHES: frozenset[Ability] = frozenset(
 WHO_CAN: dict[str, str] = {
     **dict.fromkeys(BATCHES, "runner=vllm, tensorrt_rtx and onnxruntime do"),
     "request_rate": "runner=vllm does",
-    "clear_cache": "runner=transformers does",
 }
 """Which runners execute an ability, for messages."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -91,13 +90,6 @@ class TransformersSession:
             tokens = made[:, ids.shape[1] :].cpu().numpy()
         return rows.generation(tokens, started, token_times[0], time.perf_counter())
 
-    def clear_cache(self) -> None:
-        import torch
-
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> Iterator[int]:
@@ -166,7 +158,7 @@ class TransformersRunner:
 
     name: ClassVar[str] = "transformers"
     abilities: ClassVar[frozenset[Ability]] = frozenset(
-        {"requests", "osl_distribution", "ignore_eos", "clear_cache"}
+        {"requests", "osl_distribution", "ignore_eos"}
     )
 
     device: Device = "cpu"

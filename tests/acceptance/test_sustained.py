@@ -19,12 +19,11 @@ from pipeline.acceptance.sustained import (
     run_sustained,
     sustained_json,
 )
-from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.core.errors import PipelineError
 from pipeline.model.hf import load_model
 from pipeline.runners.runner import Generation
 from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import BatchOptions, Lengths, Workload
-from tests.acceptance.questions import Stub
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 MIB = 2**20
@@ -128,10 +127,6 @@ class Watched(TransformersSession):
         self.done.append(f"generate {len(prompts)}")
         return super().generate(prompts, osl, options)
 
-    def clear_cache(self) -> None:
-        self.done.append("clear")
-        super().clear_cache()
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -161,17 +156,6 @@ def test_first_wave_is_repeated_and_only_real_tokens_count(session: Watched) -> 
     assert session.done == ["generate 2"] * 4  # one before the clock starts
 
 
-def test_cache_is_cleared_after_each_batch_only_where_asked(session: Watched) -> None:
-    samples = repeated(session, clear=True)
-    assert len(samples) == 3
-    assert session.done == ["generate 2", *["generate 2", "clear"] * 3]
-
-
-def test_session_without_a_cache_to_clear_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"acceptance\.sustained\.clear_cache"):
-        repeated(Stub(), clear=True)
-
-
 def test_session_that_gives_too_few_tokens_is_not_run_for_minutes(session: Watched) -> None:
     class Short(Watched):
         def generate(
@@ -183,17 +167,3 @@ def test_session_that_gives_too_few_tokens_is_not_run_for_minutes(session: Watch
     with pytest.raises(PipelineError, match="its speed cannot be measured"):
         repeated(short)
     assert short.done == ["generate 2"]
-
-
-def test_report_has_both_runs_and_what_clearing_changed() -> None:
-    leaking, cleared = run(memory=lambda t_s: MIB * t_s), run(lambda t_s: 900.0, lambda t_s: MIB)
-    document = sustained_json(leaking, LIMITS, "b2", cleared)
-    other = document["cache_cleared"]
-    assert other["effect"]["throughput_change"] == pytest.approx(-0.1)
-    assert other["effect"]["memory_change_bytes"] == MIB - MIB * (30 + 1200) / 2
-    assert other["figures"]["memory_growth_bytes"] == 0.0
-    assert document["figures"]["memory_growth_bytes"] == 1170 * MIB
-    assert len(other["samples"]) == 241
-    # The run without clearing is the one that is judged.
-    assert kinds(leaking) == ["rejected"]
-    assert "cache_cleared" not in sustained_json(leaking, LIMITS, "b2")

@@ -72,9 +72,6 @@ def test_recipe_whose_runner_cannot_execute_it_is_refused_by_its_plan() -> None:
     refuse(composed(*card, "runner=transformers", rate))  # a CPU does not run the targets
     with pytest.raises(RecipeError, match=r"acceptance\.targets\[0\].*request_rate \(runner=vllm"):
         refuse(composed("compiler=trtrtx", "runner=tensorrt_rtx", rate))
-    cleared = "acceptance.sustained.clear_cache=true"
-    with pytest.raises(RecipeError, match=r"acceptance\.sustained\.clear_cache"):
-        refuse(composed(*card, "runner=vllm", cleared))
 
 
 def test_ceiling_is_of_the_mean_lengths() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.runners.child import ChildSession, open_child
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.runner import Session
@@ -189,12 +189,3 @@ def test_prompt_that_leaves_no_room_is_refused_with_both_numbers(
     assert f"a prompt of {size} tokens leaves no room for an answer" in str(caught.value)
     with pytest.raises(RecipeError, match=f"5 output tokens.* to {size - 5} tokens"):
         session.generate([[1] * size, [2]], 5)
-
-
-def test_cache_is_cleared_where_there_is_one(case: Case, session: ChildSession) -> None:
-    if case.name == "Transformers":
-        session.clear_cache()
-    else:
-        with pytest.raises(PipelineError, match="clear_cache"):
-            session.clear_cache()
-    assert session.generate([[2]], 1).tokens.tolist() == [case.answer([2], 1)]

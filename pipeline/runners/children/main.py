@@ -18,7 +18,6 @@ model, which `ready` answers. It has a method for each kind of request, with the
     {"kind": "generate", "prompts": [...], "osl": n, "options": …} result with the method's keys
     {"kind": "stream", "prompt": [...], "max_new_tokens": n, "eos_token_ids": [...]}
                                                                    `token` for each, then result
-    {"kind": "clear_cache"}   result, of a model that has one
     {"kind": "cancel"}        ends a stream early; without one it is ignored
     {"kind": "end"}           ends the process, after the model's `close` if it has one
 
@@ -152,9 +151,6 @@ def answer_of(channel: Channel, model: Model, request: Message) -> tuple[Message
         return {}, model.logits(request["tokens"])
     if kind == "generate":
         return model.generate(request["prompts"], request["osl"], request["options"]), None
-    if kind == "clear_cache":
-        model.clear_cache()
-        return {}, None
     tokens = model.stream(request["prompt"], request["max_new_tokens"], request["eos_token_ids"])
     for token in tokens:
         channel.send("token", token=int(token))
