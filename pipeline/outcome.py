@@ -132,12 +132,7 @@ def _is_full(error: BaseException) -> bool:
 
 
 def open_run(registry_dir: Path) -> Path:
-    """Make the folder of this run and let `latest` point to it.
-
-    Raises:
-        OSError: The registry cannot be written.
-        AccessError: Others than those who share it could lead what is written elsewhere.
-    """
+    """Make the folder of this run, and let `latest` point to it; raises like `make_own`."""
     runs = registry_dir / ".runs"
     # Microseconds, since containers that share a folder may share a process id as well.
     time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.core.ownership import CACHE, make_own
 from pipeline.core.progress import BYTES, progress
+from pipeline.core.settings import cache_root
 from pipeline.core.values import PASSING, Package, Verdict, VerdictName
 from pipeline.core.workfolder import work_folder
 from pipeline.registry.client.deliver import (
@@ -27,7 +28,7 @@ from pipeline.registry.promotion import Releaser
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import examine
 from pipeline.registry.store import Place
-from pipeline.registry.stores import staging_area
+from pipeline.registry.stores.folder_writing import STAGING
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.signing import Signatory, actor_of, now_text, sign_test
 from pipeline.registry.trust.statements import verified_files
@@ -120,10 +121,11 @@ class Publisher:
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty folder to seal a package in, gone after the block."""
-        area = staging_area(self.store)
+        team = self.store.local
+        # On the file system of the registry if that is a folder, so that files are moved there.
+        area = Path(self.store.url) / STAGING if team else cache_root() / "staging"
         with contextlib.ExitStack() as stack:
             with disk_errors(f"prepare a package in {area}", CACHE):
-                team = self.store.local
                 make_own(area, CACHE, 0o775 if team else 0o700, team=team)
                 work = stack.enter_context(work_folder(area, "seal-", shared=team))
             yield work.dir

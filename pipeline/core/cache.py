@@ -46,29 +46,21 @@ def sha256_file(path: Path) -> str:
 def digest_folder(folder: Path, skip: frozenset[str] = frozenset()) -> tuple[FileDigest, ...]:
     """Digest of every file below `folder`, sorted by POSIX path; `skip` names top-level files.
 
-    Raises:
-        CorruptError: Something in it is neither a file nor a folder, such as a link.
+    CorruptError if something in it is neither a file nor a folder, such as a link.
     """
-    for path in folder.rglob("*"):
-        if not (path.is_file() or path.is_dir()) or path.is_symlink():
+    digests = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise CorruptError(f"{path} is neither a file nor a folder; remove it")
-    return tuple(
-        FileDigest(
-            path=path.relative_to(folder).as_posix(),
-            size_bytes=path.stat().st_size,
-            sha256=sha256_file(path),
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in skip
-    )
+        if path.is_file() and name not in skip:
+            size_bytes = path.stat().st_size
+            digests.append(FileDigest(path=name, size_bytes=size_bytes, sha256=sha256_file(path)))
+    return tuple(digests)
 
 
 def require_files(folder: Path, files: Sequence[FileDigest]) -> None:
-    """Digest files again before what is made of them enters a package.
-
-    Raises:
-        CorruptError: One is not what its digest says; names it.
-    """
+    """Digest files again before they are used; CorruptError names one that has another digest."""
     for file in files:
         path = folder / file.path
         if not path.is_file() or sha256_file(path) != file.sha256:

@@ -79,12 +79,11 @@ def work_folder(
     setting: str = CACHE,
     shared: bool = False,
 ) -> Iterator[WorkFolder]:
-    """A work folder in `parent`, which `setting` chooses; removed after the block.
+    """A work folder in `parent`, where those may rename who `require_unshared` lets, or `shared`.
 
-    `keep` says whether a later process can go on from where the block ended with this exception;
-    then a dead process's folder is adopted, if there is one. None: always begin anew.
-
-    AccessError if another user may rename in `parent`, unless those who may are trusted: `shared`.
+    It is removed after the block. `keep` says whether a later process can go on from where the
+    block ended with this exception; then a dead process's folder is adopted, if there is one. None:
+    always begin anew.
     """
     if not shared:
         require_unshared(parent, setting)

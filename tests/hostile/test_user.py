@@ -11,6 +11,8 @@ import random
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from tests.hostile.world import hostile_cases
 from tests.registry.client.conftest import Shop
 
 ROOT = os.geteuid() == 0
+CLEAN = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 ATTACKER, BYSTANDER = (65534, 65533) if ROOT else (os.geteuid(), os.geteuid())
 _STAGE = Stage(name="s", version=1, code=())
 
@@ -219,11 +222,15 @@ def swap(folder: Path, goal: Path) -> None:
 
 def choose_place(dice: random.Random, machine: Machine, command: str) -> tuple[str, Path]:
     """Where a command is sent to."""
-    shared, kind = machine.shared, dice.choice(["open", "sticky", "below open", "theirs", "link"])
+    kinds = ["open", "own link", "sticky", "below open", "theirs", "link"]
+    shared, kind = machine.shared, dice.choice(kinds)
     shared.chmod(0o1777 if kind in {"sticky", "link"} else 0o777)
     if kind == "below open":
         (shared / "below").mkdir(mode=0o700)
         return kind, shared / "below"
+    if kind == "own link":
+        (machine.own / "via").symlink_to(shared)
+        return kind, machine.own / "via"
     if kind == "theirs" and ROOT and command not in TEAM:
         return kind, machine.theirs
     if kind == "link" and ROOT:
@@ -301,3 +308,10 @@ def test_a_package_that_another_user_can_change_is_not_loaded(machine: Machine) 
     with pytest.raises(AccessError, match="engine is writable by everyone"):
         open_target(folder, to_load=True)
     assert shop.verify(pulled).dir == pulled
+
+
+def test_what_a_command_writes_is_not_for_everyone_whatever_the_umask(machine: Machine) -> None:
+    at, words = machine.own, [sys.executable, "-m", "pipeline.cli"]
+    for more in (["keygen", "--out", "ci.key"], ["policy", "ci.key.pub", "--out", "policy.yaml"]):
+        subprocess.run([*words, *more], cwd=at, env=CLEAN, check=True, umask=0)
+    assert len(load_policy(at / "policy.yaml").keys) == 1

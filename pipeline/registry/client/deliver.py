@@ -1,14 +1,7 @@
 """Bring a chosen package to where it is wanted, straight or through the cache.
 
-    DIR/manifest.json
-    DIR/engine/...               what `vllm serve DIR/engine` or `trtllm-serve DIR/engine` reads
-    DIR/engine/model.sig         OpenSSF model signature, where other people's verifiers look
-    DIR/statements/<name>/...    trusted statements, to verify the folder without the registry
-    DIR/pull.json                what was pulled, from where, and what was believed
-
-The last three are not part of the package: its digest does not cover them, and `verify_layout`
-allows them and nothing else. Files are copies, never hard links: another name could change them.
-Everything is read-only: `chmod -R u+w DIR` before you remove it.
+docs/deploy/README.md has what a pull leaves. What is not part of the package `verify_layout` allows
+beside it, and nothing else. Files are copies, never hard links: another name could change them.
 
 Nothing shows before all of it is there, verified and on the disk; then one rename shows it all.
 What a broken pull leaves is a work folder beside the goal, from which the next one goes on.

@@ -74,15 +74,13 @@ def verify(request: PullRequest) -> Pulled:
 
 
 def open_target(request: PullRequest, *, to_load: bool = False) -> tuple[Resolved, Package, str]:
-    """A package in a folder of this machine, all verified but its fit; raises like `run`.
+    """What was verified of a package, all but its fit; where it lies, and where it was looked up.
 
-    Returns:
-        What was verified about it, the package in its folder, and where it was looked up.
+    Raises like `run`.
     """
     if folder := named_folder(request.reference):
         if to_load and (reason := open_to_others(folder)):
-            fault = f"{reason}, so it may change after it was verified"
-            raise AccessError(f"{fault}; pull the package to a folder of your own")
+            raise AccessError(f"{reason}; pull the package to a folder that only you can change")
         store = open_reader(request.registry) if request.registry else None
         resolved = _open_folder(folder, request.terms(local=True), store)
         return resolved, resolved.package, store.url if store else str(folder)

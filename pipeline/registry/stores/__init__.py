@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.settings import cache_root, marked_modules, read_mark
+from pipeline.core.settings import marked_modules, read_mark
 from pipeline.registry.store import Place, Store
 
 if TYPE_CHECKING:
@@ -75,12 +75,3 @@ def package_dir(store: Store, place: Place) -> Path | None:
     from pipeline.registry.stores.tree import version_key
 
     return Path(store.url) / version_key(place)
-
-
-def staging_area(store: Store) -> Path:
-    """Where to seal a package for a store: its own file system, so that files are moved there."""
-    if not store.local:
-        return cache_root() / "staging"
-    from pipeline.registry.stores.folder_writing import STAGING
-
-    return Path(store.url) / STAGING

@@ -1,23 +1,10 @@
 """The trust policy: who may sign builds, verdicts and moves of channels, and what is revoked.
 
-    schema: 1
-    keys:
-    - name: ci                     # for people
-      public_key: |
-        -----BEGIN PUBLIC KEY-----
-        ...
-      may_sign: [builds, verdicts, channels]
-    revoked_keys: []               # key ids
-    revoked_digests: []            # packages
-    builder_ids: []                # if there are any, provenance by one of them is required
-
-What a policy names counts, and nothing else. A key counts until it is revoked. Without a policy,
-a machine trusts the key that it signs with.
+docs/trust.md has its form. What a policy names counts, and nothing else. A key counts until it is
+revoked. Without a policy, a machine trusts the key that it signs with.
 
 Keys are ECDSA on P-256, the one kind that DSSE and the OpenSSF model signature share. A private one
-comes from a file or from the environment, and never goes into a manifest, a log or a message. The
-id of a key is the SHA-256 of its public half in DER (SubjectPublicKeyInfo), which
-`openssl pkey -pubin -in KEY.pub -outform DER | sha256sum` prints too.
+comes from a file or from the environment, and never goes into a manifest, a log or a message.
 """
 
 from __future__ import annotations

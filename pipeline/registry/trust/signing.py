@@ -1,13 +1,9 @@
 """What this machine signs with, and what: packages, their provenance, test results, yanks, moves.
 
-A package's signature brings `model.sig`, an OpenSSF model signature over `engine/` in a Sigstore
-bundle, which the stock tool verifies wherever that folder is:
-
-    model_signing verify key engine --public_key KEY.pub --signature engine/model.sig
-
-It is for that tool: we trust the statement beside it. The library gets the digests of the manifest
-instead of reading everything again, so nothing is left out (by itself it skips `.git*` files). It
-needs the extra `sign`: some twenty packages, 0.3 s to import (measured on 2026-11-25).
+A package's signature brings `model.sig`, an OpenSSF model signature over `engine/`, for the stock
+tool (docs/trust.md): we trust the statement beside it. Its library gets the manifest's digests, so
+that nothing is left out (by itself it skips `.git*` files). It needs the extra `sign`: some twenty
+packages, 0.3 s to import (measured on 2026-11-25).
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ do not. Of two moves with the same predecessor the one that was signed earlier c
 and all that follow the rival do not. Where a key was revoked, what it signed falls out, and the
 moves after it stay.
 
-What this cannot see: that a statement or a move was removed. Who may delete in a store can take
-away the newest test result, or a yank, and leave older ones; deployments that must know pin digests
-(docs/reliability.md).
+What this cannot see: that a statement or a move was removed (docs/trust.md).
 """
 
 from __future__ import annotations
