@@ -101,24 +101,16 @@ def _run(request: Request, work: Work) -> Answer:
     try:
         run_dir = open_run(folder)
     except (AccessError, OSError) as error:
-        return _nowhere_to_write(request, job, error)
+        outcome = refusal_of(job.faults) if job.faults else failure_of(error)
+        document = outcome.to_json(request.recipe, request.overrides)
+        append_github_output(document)
+        return answer_of(outcome, document)
     outcome = _attempt(job, run_dir, request, work)
     document = outcome.to_json(request.recipe, request.overrides)
     # Programs first: a closed terminal must not cost the verdict.
     write_verdict(run_dir, document)
     append_github_output(document)
     return answer_of(outcome, document, _generate_command(outcome, registry.get("url") or folder))
-
-
-def _nowhere_to_write(request: Request, job: Job, error: Exception) -> Answer:
-    """Report that there can be no run folder; faults in the recipe count more."""
-    outcome = refusal_of(job.faults) if job.faults else failure_of(error)
-    if isinstance(error, OSError) and not job.faults and outcome.exit_code is ExitCode.FAILED:
-        message = f"cannot write {error.filename}: {error.strerror}; set registry.path=FOLDER"
-        outcome = replace(outcome, message=message)
-    document = outcome.to_json(request.recipe, request.overrides)
-    append_github_output(document)
-    return answer_of(outcome, document)
 
 
 def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.core.errors import ExitCode, Fault
+from pipeline.core.errors import ExitCode, Fault, as_message, escaped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -95,11 +95,11 @@ def answer_of(outcome: Outcome, document: Mapping[str, Any], generate: str = "")
 def tell(answer: Answer, *, as_json: bool = False) -> None:
     """Print an answer; what is wrong goes to stderr, too, unless people see it on stdout."""
     if as_json:
-        print(json.dumps(answer.to_json()), flush=True)
+        print(escaped(json.dumps(answer.to_json())), flush=True)
     else:
         for part in answer.shown:
             if isinstance(part, str):
-                print(part)
+                print(escaped(part))
             else:
                 _show(part)
     if answer.exit_code and (as_json or not answer.shown):
@@ -127,7 +127,7 @@ def answering(command: Callable[..., Answer]) -> Callable[..., None]:
                 ended = error
         if ended is not None:
             if as_json:
-                print(json.dumps(failure(ended).to_json()), flush=True)
+                print(escaped(json.dumps(failure(ended).to_json())), flush=True)
             raise ended  # the entry point tells people
         tell(answer, as_json=as_json)
         if answer.exit_code:
@@ -187,7 +187,7 @@ def show_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    text = Text.assemble(("error: ", "bold red"), message)
+    text = Text.assemble(("error: ", "bold red"), as_message(message))
     Console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -223,10 +223,14 @@ class _ScreenHandler(logging.Handler):
             level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
             now = time.strftime("%H:%M:%S", time.localtime(record.created))
             with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-                print(f"{now} {level}{record.getMessage()}", file=sys.stderr, flush=True)
+                line = as_message(f"{now} {level}{record.getMessage()}")
+                print(line, file=sys.stderr, flush=True)
 
 
 class _FileHandler(logging.FileHandler):
+    def format(self, record: logging.LogRecord) -> str:
+        return as_message(super().format(record))
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """A full disk stops the stage that fills it; the log need not say so once per line."""
 

@@ -6,7 +6,6 @@ Each command imports what it needs: `--help` and the registry client start witho
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from typing import Annotated, Any
@@ -88,10 +87,8 @@ def main() -> int:
         app = make_app(*sys.argv[1:2])
         return app(prog_name="enginesmith", standalone_mode=False) or ExitCode.OK
     except _UsageError as error:
-        if "--json" in sys.argv[1:]:
-            faults = [Fault("", error.format_message())]
-            print(json.dumps(failure(RecipeError(faults)).to_json()))
-        error.show()
+        faults = [Fault("", error.format_message())]
+        tell(failure(RecipeError(faults)), as_json="--json" in sys.argv[1:])
         return ExitCode.USAGE
     except Exception as error:
         answer = failure(error)

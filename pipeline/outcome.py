@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError
+from pipeline.core.errors import ExitCode, Fault, PipelineError, RecipeError, escaped
 from pipeline.core.ownership import REGISTRY, make_own
 from pipeline.registry.reference import reference_of
 
@@ -111,7 +111,8 @@ def failure_of(error: BaseException) -> Outcome:
     if isinstance(error, KeyboardInterrupt):
         return Outcome(exit_code=ExitCode.INTERRUPTED, message="stopped before it was done")
     where = getattr(error, "filename", None) or "the file system"
-    if _is_full(error):
+    # The safetensors library has only words for a full disk.
+    if getattr(error, "errno", None) in _FULL or "No space left on device" in str(error):
         message = (
             f"disk full at {where}; free some space, or set ENGINESMITH_CACHE to a folder on a "
             "larger disk, and run the same command again"
@@ -122,13 +123,6 @@ def failure_of(error: BaseException) -> Outcome:
         return Outcome(exit_code=ExitCode.FAILED, message=message)
     trace = "".join(traceback.format_exception(error)).rstrip()
     return Outcome(exit_code=ExitCode.FAILED, message=f"this is a bug in enginesmith\n{trace}")
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether a disk was full, also where the safetensors library has only words for it."""
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    return type(error).__name__ == "SafetensorError" and "No space left on device" in str(error)
 
 
 def open_run(registry_dir: Path) -> Path:
@@ -151,7 +145,7 @@ def write_verdict(run_dir: Path, document: Mapping[str, Any]) -> None:
     """Write `verdict.json` in one step; a full disk is only told, since the run is over."""
     private = run_dir / ".verdict.json"
     try:
-        private.write_text(json.dumps(document, indent=1) + "\n")
+        private.write_text(escaped(json.dumps(document, indent=1)) + "\n")
         private.replace(run_dir / "verdict.json")
     except OSError as error:
         log.warning("Cannot write %s: %s", run_dir / "verdict.json", error)
@@ -166,7 +160,7 @@ def append_github_output(document: Mapping[str, Any]) -> None:
     mark, text = f"end-{secrets.token_hex(16)}", ""
     for key in ("exit_code", "verdict", "reference", "digest", "report", "message"):
         value = document.get(key)
-        text += f"{key}<<{mark}\n{'' if value is None else value}\n{mark}\n"
+        text += f"{key}<<{mark}\n{'' if value is None else escaped(str(value))}\n{mark}\n"
     try:
         with Path(path).open("a", encoding="utf-8") as stream:
             stream.write(text)

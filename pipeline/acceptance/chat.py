@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
+from pipeline.model.hf import chat_ids
 from pipeline.runners.runner import Session
 from pipeline.runners.workload import BatchOptions, eos_ids
 
@@ -121,11 +122,11 @@ class ChatProbe:
         asked, left_out = [], []
         count = settings.prompts if source_tokenizer.chat_template else 0
         for name, messages in itertools.islice(CONVERSATIONS.items(), count):
-            source = template_ids(source_tokenizer, messages)
+            source = chat_ids(source_tokenizer, messages)
             if source is None:
                 left_out.append(f"{name}: the source's template refuses it")
                 continue
-            engine = template_ids(engine_tokenizer, messages)
+            engine = chat_ids(engine_tokenizer, messages)
             need = max(len(source), len(engine or ())) + settings.max_new_tokens
             if need > context:
                 left_out.append(f"{name}: {need} tokens, the context has {context}")
@@ -197,21 +198,6 @@ class ChatProbe:
                 for one, source, engine in pairs
             ],
         }
-
-
-def template_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...] | None:
-    """Token ids up to where the answer starts; None if the template refuses, or there is none."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        return None
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )
-    except TemplateError:
-        return None
-    return tuple(int(token) for token in encoded["input_ids"])
 
 
 def answer(

@@ -14,6 +14,7 @@ from pipeline.acceptance.chat import end_ids
 from pipeline.acceptance.quality import log_softmax
 from pipeline.core.errors import PipelineError
 from pipeline.core.progress import progress
+from pipeline.model.hf import chat_text
 from pipeline.runners.runner import Session
 
 Scored = tuple[float, bool]
@@ -71,12 +72,14 @@ class SessionModel(TemplateLM):  # type: ignore[misc]  # the library has no type
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        text: str = self.tokenizer.apply_chat_template(
+        text = chat_text(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        if text is None:
+            raise PipelineError("lm_eval: the chat template refuses a question; do without it")
         return text
 
     def tok_encode(

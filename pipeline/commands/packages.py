@@ -20,6 +20,7 @@ from pipeline.commands.arguments import (
     Unsigned,
     open_registry,
 )
+from pipeline.core.errors import escaped
 
 if TYPE_CHECKING:
     from pipeline.registry.inventory import Entry
@@ -108,7 +109,7 @@ def generate(
     for piece in stream(package, prompt, max_tokens):
         text += piece
         if not as_json:
-            print(piece, end="", flush=True)
+            print(escaped(piece), end="", flush=True)
     return Answer(value={"reference": target, "prompt": prompt, "text": text}, shown=[""])
 
 

@@ -29,6 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import data_dir
 
+# A recipe is data: nothing in it, not even its list of defaults, can name a secret of this machine.
+OmegaConf.clear_resolver("oc.env")
+
 _COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError
 )  # fmt: skip

@@ -236,7 +236,8 @@ def _message(detail: Mapping[str, Any], location: Location, config: Mapping[str,
         return _required(path)
     wanted = re.sub(r"^\w+ should\b", "must", detail["msg"])
     choose = f"; choose one: {path}=OPTION" if kind == "section" else ""
-    return f"got {_shown(detail['input'])}, {wanted}{choose}"
+    got = json.dumps(detail["input"], default=str)
+    return f"got {got if len(got) <= 60 else f'{got[:57]}...'}, {wanted}{choose}"
 
 
 def _key_suggestion(location: Location, config: Mapping[str, Any]) -> str:
@@ -286,9 +287,3 @@ def _paths(node: Any, path: str = "") -> list[str]:
         below = f"{path}.{name}" if path else str(name)
         found += [below, *_paths(child, below)]
     return found
-
-
-def _shown(value: Any) -> str:
-    """A value as a recipe spells it, cut when it is long."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

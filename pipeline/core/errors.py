@@ -7,10 +7,26 @@ was wanted, and the next step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+
+# Controls but tab and line break, what turns the direction of writing, and lone surrogates.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LOGIN = re.compile(r"(?i)((?:basic|bearer)(?:\s|%20)+)[\w+/=.~-]{16,}|(?<=://)[^/@\s\"']+(?=@)")
+
+
+def escaped(text: str) -> str:
+    """Text by others, for a screen or a file: shown, not obeyed, and without logins that it has."""
+    shown = _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _LOGIN.sub(lambda found: f"{found[1] or ''}***", shown)
+
+
+def as_message(text: str) -> str:
+    """Escaped, with every line but the first indented: none looks like a message of its own."""
+    return re.sub(r"\n(?! )", "\n  ", escaped(text))
 
 
 class ExitCode(IntEnum):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,14 @@ _POLL_S = 0.05
 _GRACE_S = 3.0
 _LAST_LINES = 30
 _LAUNCH = (sys.executable, "-I", "-S", launch.__file__)
+
+
+_SECRET = re.compile(r"_(TOKEN|PASSWORD|SECRET|KEY|KEY_ID|PEM)$")
+
+
+def child_environ(more: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables and `more`, less secrets: a tool that fails may log what it has."""
+    return {name: text for name, text in os.environ.items() if not _SECRET.search(name)} | {**more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,7 @@ def run_tool(
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env=child_environ(env or {}),
             start_new_session=True,
         )
         try:

@@ -112,6 +112,7 @@ def fill_settings(cls: type, settings: Mapping[str, Any]) -> Any:
     return TypeAdapter(cls).validate_json(json.dumps(settings))
 
 
+_MAX_JSON_BYTES = 256 << 20  # ten times the largest index
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -143,6 +144,8 @@ def shipped(option: str) -> dict[str, Any]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Parse a JSON object; a `CorruptError` for anything else."""
     try:
+        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"wanted a file of at most {_MAX_JSON_BYTES:,} bytes")
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: not JSON: {error}; fetch it again") from error

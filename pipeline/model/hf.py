@@ -11,13 +11,17 @@ import contextlib
 import json
 import logging
 import math
+import resource
+import signal
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.errors import CorruptError
 from pipeline.core.safetensors_files import INDEX, TensorSpec, safetensors_header
 from pipeline.model.read import load_config
 from pipeline.model.spec import EMBEDDING, ModelSpec
@@ -30,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _SHARD_BYTES = 2 << 30
 _CHUNK = 1 << 22
+_TEMPLATE_S, _TEMPLATE_BYTES, _TEMPLATE_CHARS = 5.0, 512 << 20, 1 << 20
+"""Most that a chat template may take; one of a large model takes 20 ms and writes a page."""
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 _CHAT = (
     "{% for message in messages %}" + BOS + "{{ message['role'] }}\n"
@@ -102,8 +108,51 @@ def load_tokenizer(folder: Path) -> Any:
 
     as_stated = (folder / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if as_stated else AutoTokenizer
-    with quiet():
-        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        with quiet():
+            return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library has no class of its own for a broken file
+        raise CorruptError(f"{folder}: its tokenizer is damaged: {error!s:.300}") from error
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...] | None:
+    """Token ids up to where the answer starts; None if the template refuses the conversation."""
+    text = chat_text(tokenizer, messages, add_generation_prompt=True) or ""
+    return tuple(map(int, tokenizer(text, add_special_tokens=False)["input_ids"])) or None
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: bool) -> str | None:
+    """As the chat template writes it; None if that refuses it. In the main thread only.
+
+    It is a program by the author of the model: CorruptError where it takes too much.
+    """
+
+    def stop(*_: object) -> None:
+        raise MemoryError
+
+    where, text = f"{tokenizer.name_or_path}: its chat template", str(tokenizer.chat_template)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = min(most + _TEMPLATE_BYTES, *(limit for limit in limits if limit >= 0), sys.maxsize)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+        signal.setitimer(signal.ITIMER_REAL, _TEMPLATE_S, 1.0)  # again, should something catch it
+        if len(text) <= _TEMPLATE_CHARS:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        if len(text) <= _TEMPLATE_CHARS:
+            return text
+    except MemoryError:
+        log.debug("%s was stopped", where)
+    except Exception as error:  # a template may fail in any way that Python can
+        log.debug("%s refuses a conversation: %s", where, error)
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    mib = _TEMPLATE_BYTES >> 20
+    raise CorruptError(f"{where} takes more than {_TEMPLATE_S:.0f} s, {mib} MiB or a text of 1 MB")
 
 
 def _config(folder: Path) -> Any:

@@ -55,7 +55,8 @@ S3 key."""
 _Count = Annotated[int, Field(ge=1, le=2**53 - 1)]
 _Bytes = Annotated[int, Field(ge=0, le=2**53 - 1)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_Text = Annotated[str, Field(min_length=1)]
+_Text = Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]+$")]
+"""One printable line."""
 
 
 class _Part(BaseModel):

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pipeline
 from pipeline.core import errors
 from pipeline.core.errors import CorruptError, Fault, PipelineError, RecipeError, ToolError
-from pipeline.core.process import Started, kill_group, last_lines
+from pipeline.core.process import Started, child_environ, kill_group, last_lines
 from pipeline.runners.children import main as protocol
 from pipeline.runners.runner import (
     UNUSED_TOKEN,
@@ -293,7 +293,7 @@ def _start_process(started: Started, log: IO[bytes]) -> Iterator[subprocess.Pope
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env={**os.environ, **started.env},
+        env=child_environ(started.env),
         start_new_session=True,
     )
     try:

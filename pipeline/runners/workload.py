@@ -8,7 +8,6 @@ times count from each arrival. Which runner executes what is in `pipeline.runner
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ConfigDict, NonNegativeInt, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.settings import PathField
+from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.settings import PathField, read_json_object
 from pipeline.core.values import digest_of
+from pipeline.model.hf import chat_ids
 
 _ITEM = ConfigDict(extra="forbid")
 Count = Annotated[int, Strict(), Gt(0)]
@@ -407,16 +407,16 @@ def chat_prompt(tokenizer: Any, message: str) -> list[int]:
     if not tokenizer.chat_template:
         plain: list[int] = tokenizer(message)["input_ids"]
         return plain
-    encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+    ids = chat_ids(tokenizer, [{"role": "user", "content": message}])
+    if ids is None:
+        raise CorruptError(f"{tokenizer.name_or_path}: its chat template refuses a plain message")
+    return list(ids)
 
 
 def eos_ids(tokenizer: Any) -> frozenset[int]:
     """Every id that ends an answer: those of `generation_config.json`, else the tokenizer's."""
     path = Path(tokenizer.name_or_path) / "generation_config.json"
-    declared = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    declared = read_json_object(path).get("eos_token_id") if path.is_file() else None
     if declared is None:
         declared = tokenizer.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]

@@ -230,7 +230,7 @@ class HubClient:
                 timeout=_TIMEOUT_S,
             )
         )
-        commit = info.sha or ""
+        commit = str(info.sha or "")
         if not _COMMIT.fullmatch(commit):
             raise PipelineError(
                 f"{self._endpoint} gives no commit for {self._repo_id}@{self._revision}; use an "
@@ -240,7 +240,7 @@ class HubClient:
             raise CorruptError(
                 f"{self._endpoint} answered with commit {commit}, asked for {self._revision}"
             )
-        tags = (tag.partition(":") for tag in info.tags or ())
+        tags = (str(tag).partition(":") for tag in info.tags or ())
         return Repository(
             commit=commit,
             gated=bool(info.gated),
@@ -304,6 +304,9 @@ class HubClient:
             if isinstance(error, OSError) and error.errno and not isinstance(error, HfHubHTTPError):
                 raise  # the disk's
             raise self._meaning(error) from error
+        except Exception as error:  # what the library raises where a server is no Hub
+            found = f"{self._endpoint} does not answer as a Hub does ({error!r:.80})"
+            raise TransientError(f"{found}; check the network and HF_ENDPOINT") from error
 
     def _watched(
         self, attempt: Callable[[], _Result], arriving: tuple[Path, int] | None

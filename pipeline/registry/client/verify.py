@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,7 @@ def named_folder(target: str) -> Path | None:
     """
     path = Path(target).expanduser()
     if target.startswith((".", "/", "~")) or (path / MANIFEST).exists():
-        return path.resolve()
+        return Path(os.path.realpath(path))
     return None
 
 

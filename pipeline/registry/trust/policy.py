@@ -120,7 +120,7 @@ def _read_key(path: Path) -> bytes:
     with disk_errors(f"read {path}"):
         require_unshared(path, "another path")
         try:
-            return read_bounded(path.resolve(), _MAX_KEY_BYTES)
+            return read_bounded(Path(os.path.realpath(path)), _MAX_KEY_BYTES)
         except CorruptError as error:
             raise key_fault(str(path), f"no such key ({error}); {KEYGEN}") from None
 
@@ -288,7 +288,7 @@ def load_policy(path: Path) -> TrustPolicy:
     try:
         with disk_errors(f"read {path}"):
             require_unshared(path, "another path")
-            data = read_bounded(path.resolve(), _MAX_POLICY_BYTES)
+            data = read_bounded(Path(os.path.realpath(path)), _MAX_POLICY_BYTES)
         value = yaml.load(data, _unique_keys_loader())
         if not isinstance(value, dict) or "schema" not in value:
             raise ValueError("wanted a mapping with schema: 1")

@@ -11,7 +11,6 @@ domain. They go in clear to this machine only. Nothing of them is ever logged or
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import functools
 import ipaddress
@@ -36,6 +35,7 @@ from urllib3.response import BaseHTTPResponse
 from pipeline.core import errors
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.patience import Patience
+from pipeline.registry.disk import read_bounded
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.oci.image import parse
 
@@ -73,13 +73,16 @@ def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | Non
     folder = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME", "~")).expanduser() / ".docker"
     path = Path(folder, "config.json")
     try:
-        auths = json.loads(path.read_bytes()).get("auths") or {}
+        if not path.exists():
+            return None
+        auths = (
+            json.loads(read_bounded(Path(os.path.realpath(path)), _MAX_SMALL_BYTES)).get("auths")
+            or {}
+        )
         keys = (host, f"https://{host}", *([_HUB_KEY] if host == _HUB else []))
         found: dict[str, str] = next((auths[key] for key in keys if key in auths), {})
         secret = base64.b64decode(found.get("auth") or "").decode()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError, TypeError, binascii.Error):
+    except (CorruptError, OSError, ValueError, AttributeError, TypeError, RecursionError):
         # The cause might quote the file.
         raise AccessError(f"{path} cannot be read as Docker's configuration; {_SET_THEM}") from None
     username, _, password = secret.partition(":")
@@ -394,7 +397,7 @@ class Transport:
             chunks = self._chunks(response, "")
             found = json.loads(transfer.read_whole(chunks, _MAX_SMALL_BYTES, "an error"))
             texts = [f"{one['code']} {one.get('message', '')}" for one in found["errors"]]
-            return f": {_printable('; '.join(texts))}"
+            return f": {'; '.join(texts)[:300]}"
         return ""
 
 
@@ -438,8 +441,4 @@ def joined(url: str, target: str) -> str:
 def _shown(url: str) -> str:
     """A URL for a message: its query may hold a signature, and a server may have chosen it."""
     parts = urlsplit(url)
-    return _printable(f"{parts.scheme}://{parts.netloc}{parts.path}")
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:300])
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"[:300]

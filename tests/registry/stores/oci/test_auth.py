@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import AccessError, PipelineError
+from pipeline.core.errors import AccessError
 from pipeline.core.values import Package
 from pipeline.registry.stores.oci import writing
 from tests.registry.packages import place_of
-from tests.registry.stores.faulty import answering, refusing, running, spoil
+from tests.registry.stores.faulty import answering, running, spoil
 from tests.registry.stores.oci.conftest import assert_readable, put, read
 from tests.registry.stores.oci.server import (
     BASIC,
@@ -143,13 +143,3 @@ def test_an_upload_is_sent_to_no_other_host(fake: FakeRegistry, package: Package
         with pytest.raises(AccessError, match="another host"):
             put(fake.store(), package)
         assert other.seen == []
-
-
-def test_what_a_server_chose_is_printed_without_control_characters(
-    fake: FakeRegistry, package: Package
-) -> None:
-    for method in ("GET", "POST"):
-        fake.fail(method, "", refusing(400, "\x1b[2J \x1b]0;x\x07"), times=99)
-    with pytest.raises(PipelineError) as caught:
-        put(fake.store(), package)
-    assert str(caught.value).isprintable()
