@@ -28,13 +28,10 @@ ATTEMPTS = 4
 CHUNK_BYTES = 256 << 10
 """1 GB in pieces of 64 MiB with 8 threads, SHA-256 included, took 1.4 s; with chunks of 512 KiB 1.2
 to 2.2 s, with 1 MiB 3.3 s (loopback, 2 cores, medians, measured 2026-11-25; why is not known)."""
-MAX_REPLY_BYTES = 2 << 20
-"""Of what S3 answers but for objects: a page of 1,000 keys has 0.5 MB, of the longest 1.5 MB."""
-MAX_LISTED = 200_000
-"""Names in one list: 13,000 packages on S3. What is kept of each has some 500 bytes."""
-_FEW_PAGES = 20
-_LEAST_PER_PAGE = 100
-"""Of a list with more than a few pages: less, on average, is a list that never ends."""
+MAX_REPLY_BYTES = 2 << 20  # of S3 but for objects; 1,000 of the longest keys have 1.5 MB
+MAX_LISTED = 200_000  # names, of some 500 bytes each in memory: 13,000 packages on S3
+_FEW_PAGES, _LEAST_PER_PAGE = 20, 100  # less, on average, is a list that never ends
+_DOCUMENT_BYTES, _MAX_VALUES = 4 << 20, 100_000  # an empty list of 2 bytes takes 60 in memory
 _MAX_SKIP_BYTES = 64 << 20
 """What is read and thrown away where a server ignores `Range`."""
 CONNECTIONS = 32
@@ -80,12 +77,14 @@ def listed(
 
 
 def read_whole(chunks: Iterator[bytes], limit_bytes: int, what: str) -> bytes:
-    """A whole small body; CorruptError if it is longer than `limit_bytes`."""
+    """A whole small body; CorruptError if it is too long, or a document of too many values."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
         if len(data) > limit_bytes:
             raise CorruptError(f"{what} is longer than {limit_bytes} bytes")
+    if limit_bytes <= _DOCUMENT_BYTES and sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
+        raise CorruptError(f"{what} has more than {_MAX_VALUES} values")
     return bytes(data)
 
 

@@ -106,6 +106,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
     lost = False  # do everything, but send no reply
     sent_most: int | None = None  # break off after so many bytes of a body
     stall_s = 0.0
+    stated: Mapping[str, str | None] = {}  # headers, whatever is true; None: not stated
     ignores_range = False
     ignores_checks = False
 
@@ -159,8 +160,10 @@ class FaultyHandler(BaseHTTPRequestHandler):
             "Content_Type": kind,
             "Content_Length": str(len(body)),
             **headers,
+            **self.stated,
         }.items():
-            self.send_header(name.replace("_", "-"), value)
+            if value is not None:
+                self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "HEAD":
             return

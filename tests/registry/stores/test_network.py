@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from tests.registry.stores.faulty import (
     Fault,
     FaultyServer,
     answering,
-    dripping,
     lose_reply,
     refusing,
     reset,
@@ -148,28 +146,6 @@ def test_a_fault_that_stays_ends_after_a_bounded_number_of_attempts(served: Serv
     with pytest.raises(TransientError, match=r"503|SlowDown"):
         served.store.read_manifest(place_of(served.package))
     assert served.server.count("GET", served.manifest) == transfer.ATTEMPTS
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    "fault",
-    [
-        dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
-        dripping(b"HTTP/1.1 200 OK\r\nX-Long: "),
-        spoil(sent_most=1, stall_s=60.0),
-    ],
-    ids=["body", "head", "stall"],
-)
-def test_a_server_that_drips_or_stalls_is_left(served: Served, fault: Fault) -> None:
-    served.publish()
-    served.server.fail("GET", served.blob, fault, times=99)
-    began_s = time.monotonic()
-    with pytest.raises(TransientError):
-        served.read()
-    served.server.fail("GET", "", fault, times=99)
-    with pytest.raises(TransientError):
-        served.reader().read_manifest(place_of(served.package))
-    assert time.monotonic() - began_s < 40.0
 
 
 @pytest.mark.parametrize("sent_most", [0, 1, 3 << 20])

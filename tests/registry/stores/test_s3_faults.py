@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-
 import pytest
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.stores.s3 import S3Registry
 from tests.registry.packages import place_of
-from tests.registry.stores.faulty import Fault, answering, refusing, spoil
+from tests.registry.stores.faulty import refusing, spoil
 from tests.registry.stores.s3_server import BUCKET, Handler, MemoryS3
 from tests.registry.stores.test_network import PLAN, Served, served
 
@@ -96,53 +93,6 @@ def test_refusals_say_what_to_do(
         store.places()
     assert type(caught.value) is kind
     assert "secret-of-the-test" not in str(caught.value)
-
-
-def portal(handler: Handler) -> None:
-    """A network that wants a login answers everything with its page."""
-    handler.answer(200, b"<html><body>Log in</body></html>", "text/html")
-
-
-def without_headers(handler: Handler) -> None:
-    """A HEAD and a GET that say nothing of size and date."""
-    handler.send_response(200)
-    handler.send_header("Connection", "close")
-    handler.end_headers()
-    handler.close_connection = True
-
-
-@pytest.mark.parametrize(
-    "fault", [answering(portal), answering(without_headers), spoil(sent_most=5)]
-)
-def test_a_server_that_talks_nonsense_ends_in_an_error_of_ours(
-    served: Served, server: MemoryS3, fault: Fault
-) -> None:
-    for method in ("GET", "HEAD"):
-        server.fail(method, "", fault, times=99)
-    store, place = served.store, place_of(served.package)
-    calls: list[Callable[[], object]] = [
-        store.places,
-        store.identity,
-        store.now_s,
-        lambda: store.read_manifest(place),
-        lambda: store.leftovers(0.0, delete=True),
-        lambda: store.read_moves("tiny", place.variant),
-    ]
-    for call in calls:
-        with contextlib.suppress(PipelineError):
-            call()
-    assert server.objects == {}
-
-
-def test_a_listing_without_end_is_an_error(
-    served: Served, server: MemoryS3, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served.publish()
-    server.page = 1
-    served.assert_whole()
-    monkeypatch.setattr("pipeline.registry.stores.transfer.MAX_LISTED", 2)
-    with pytest.raises(TransientError, match="more than 2 names"):
-        served.store.places()
 
 
 def test_a_public_bucket_is_read_without_credentials(

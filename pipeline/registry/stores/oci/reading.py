@@ -141,7 +141,7 @@ class Repository:
             yield window(chunks, start if reply.status == 200 else 0, end - start, str(self))
 
     def tags(self, count: Iterator[int] | None = None) -> list[str]:
-        """All tags; empty if there is no such repository. `count` as in `transfer.listed`."""
+        """All tags; empty if there is no such repository. Lists with one `count` share a bound."""
         replies = self._pages(f"tags/list?n={_PAGE}", also=(404,))
         return list(listed(replies, lambda reply: _listing(reply).tags, str(self), count))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
 
 import pytest
 
-from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
+from pipeline.core.errors import AccessError, CorruptError
 from pipeline.core.values import Package
 from pipeline.registry.stores.oci import writing
 from pipeline.registry.stores.oci.address import version_tag
@@ -58,37 +57,6 @@ def test_retry_after_is_obeyed(fake: FakeRegistry) -> None:
     began = time.monotonic()
     assert fake.store().places("tiny") == []
     assert time.monotonic() - began > 0.9
-
-
-def test_a_redirect_that_never_ends_is_left(fake: FakeRegistry, package: Package) -> None:
-    put(fake.store(), package)
-    fake.blobs_at = fake.host
-    with pytest.raises(TransientError, match="redirects"):
-        read(fake.store(), package)
-
-
-GARBAGE = [
-    *(b"", b"null", b"[]", b"{" * 100_000, b"\xff", b"<html>"),
-    *(b'{"manifests": [{"size": -1}]}', b'{"tags": [3]}', b'{"repositories": {"a": 1}}'),
-]
-
-
-@pytest.mark.parametrize("kind", ["application/json", "text/html"])
-@pytest.mark.parametrize("body", GARBAGE, ids=range(len(GARBAGE)))
-def test_garbage_is_never_taken_for_an_answer(
-    fake: FakeRegistry, package: Package, body: bytes, kind: str
-) -> None:
-    put(fake.store(), package)
-    fake.fail("GET", "", answering(lambda handler: handler.answer(200, body, kind)), times=99)
-    store = fake.store()
-    place = place_of(package)
-    with pytest.raises(PipelineError):
-        store.read_manifest(place)
-    with pytest.raises(PipelineError):
-        store.identity()
-    for call in (store.places, lambda: store.places("tiny"), lambda: store.read_statements(place)):
-        with contextlib.suppress(PipelineError):
-            assert call() == []
 
 
 def test_a_document_that_is_too_long_or_not_the_one_asked_is_refused(
