@@ -48,21 +48,6 @@ def test_help_imports_nothing_heavy(workdir: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["buidl", "smollm2"], "Did you mean 'build'?"),
-        (["build"], "Missing argument"),
-        (["plan", "smollm2", "--jsn"], "--json"),
-        (["generate", "a", "b", "--max-tokens", "0"], "--max-tokens"),
-    ],
-)
-def test_wrong_usage_exits_2(arguments: list[str], message: str) -> None:
-    done = invoke(*arguments)
-    assert done.exit_code == 2
-    assert message in done.output
-
-
 def test_build_is_the_same_request_as_hydras_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Request] = []
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import Request, main, run
-from pipeline.answer import file_logging, screen_logging, show_error
+from pipeline.answer import file_logging, screen_logging
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
 from pipeline.outcome import Outcome, failure_of, open_run
@@ -95,28 +95,6 @@ def test_good_job_gets_typed_recipe_and_tells_its_outcome(
     ]  # fmt: skip
     assert "142.3 MB" in last[1]
     assert "generate toy/any:1-abc --registry packages" in last[-1]
-
-
-def test_all_faults_are_shown_and_recorded_and_nothing_starts(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run(request("toy", "acceptance.repeat=1", "acceptance.repeats=0", "broken"), never) == 2
-    found = verdict()
-    assert {fault["path"] for fault in found["faults"]} == {
-        "acceptance.repeat",
-        "acceptance.repeats",
-        "",
-    }
-    assert found["exit_code"] == 2
-    errors = capsys.readouterr().err
-    for text in (
-        "3 faults",
-        "did you mean acceptance.repeats?",
-        "got 0, must be greater than 0",
-        "'broken'",
-    ):
-        assert text in errors
-    assert "Traceback" not in errors
 
 
 def raising(error: BaseException) -> Any:
@@ -232,42 +210,10 @@ def test_unwritable_registry_fails_at_once_and_leaves_nothing(
     assert run(request("toy", "acceptance.repeats=0"), never) == 2, "faults count more"
 
 
-def test_read_only_folder_is_not_writable(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = workdir / "closed"
-    closed.mkdir(mode=0o555)
-    monkeypatch.chdir(closed)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)  # modes do not stop root
-    try:
-        with pytest.raises(PermissionError) as caught:
-            open_run(Path("artifacts"))
-    finally:
-        os.seteuid(user)
-    assert failure_of(caught.value).exit_code is ExitCode.FAILED
-    assert list(closed.iterdir()) == []
-
-
 def test_logging_is_as_before_when_the_run_is_over() -> None:
     before = (logging.getLogger().handlers[:], logging.getLogger("pipeline").level)
     run(request("toy"), lambda *_: PUBLISHED)
     assert (logging.getLogger().handlers[:], logging.getLogger("pipeline").level) == before
-
-
-def test_hydras_flags_make_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Request] = []
-
-    def run(request: Request) -> ExitCode:
-        seen.append(request)
-        return ExitCode.OK
-
-    monkeypatch.setattr("pipeline.__main__.run", run)
-    main(["--config-dir", "own", "--config-name", "toy", "size=1", "~x", "+y=3"])
-    main(["-cn", "toy", "--rebuild"])
-    assert seen == [
-        Request(recipe="toy", overrides=("size=1", "~x", "+y=3"), config_dir=Path("own")),
-        Request(recipe="toy", rebuild=True),
-    ]
 
 
 def test_composed_recipe_is_printed(
@@ -315,12 +261,6 @@ def test_python_warnings_go_to_the_log_only(
 def test_full_disk_does_not_turn_log_lines_into_failures() -> None:
     with screen_logging(), file_logging(Path("/dev/full")):
         logging.getLogger("pipeline.build").info("one line")
-
-
-def test_error_is_not_wrapped_or_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    message = "[/x] " + "path/" * 60
-    show_error(message)
-    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 @pytest.fixture(scope="module")

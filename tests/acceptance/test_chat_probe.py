@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from pipeline.acceptance.chat import (
-    CONVERSATIONS,
     LEAST_STOPS,
     LEVEL,
-    Answer,
     ChatProbe,
     ChatSettings,
-    answer,
     chance_of_loss,
     chat_findings,
 )
@@ -232,12 +228,6 @@ def test_what_does_not_fit_or_is_refused_is_left_out_with_the_reason(model_dir: 
     assert f"{longest} tokens, the context has {longest - 1}" in " ".join(tighter.left_out)
 
 
-@pytest.mark.parametrize(("count", "stopped"), [(0, True), (3, True), (4, False), (9, False)])
-def test_answer_that_reaches_its_bound_did_not_end(count: int, stopped: bool) -> None:
-    given = answer(Changed(lambda *_: iter([5] * count)), [1], 4, NOTHING)
-    assert given == Answer(tokens=(5,) * min(count, 4), stopped=stopped)
-
-
 @pytest.mark.parametrize(
     ("lost", "gained", "ways"), [(0, 0, 1), (4, 0, 1), (5, 0, 1), (7, 1, 9), (7, 2, 46), (1, 3, 15)]
 )
@@ -261,10 +251,3 @@ def test_losses_beyond_chance_are_a_regression(lost: int, gained: int, kinds: li
         "not_empty": {"source": 24, "engine": 24, "lost": 0, "gained": 0, "p_value": 1.0},
     }  # fmt: skip
     assert [finding.kind for finding in chat_findings(chat)] == kinds
-
-
-def test_fewer_than_eight_prompts_are_refused() -> None:
-    ChatSettings(prompts=8, max_new_tokens=1)
-    for prompts in (7, len(CONVERSATIONS) + 1):
-        with pytest.raises(ValidationError, match="prompts"):
-            ChatSettings(prompts=prompts, max_new_tokens=1)

@@ -47,18 +47,6 @@ def test_every_verdict_comes_first_in_words_and_colour(name: str) -> None:
     assert page.source.index("<section") == page.source.index('<section class="verdict')
 
 
-def test_verdict_says_what_to_do_next_and_who_signs_it() -> None:
-    signed_by = "ci (key 0123), 2026-11-30T10:00:00Z"
-    page = Page(
-        render_page(report(), manifest=MANIFEST, reference="tiny:1.0.0-abc", signed_by=signed_by)
-    )
-    banner = page.source.split('class="verdict')[1].split("</section>")[0]
-    assert "<code>enginesmith accept tiny:1.0.0-abc</code>" in banner
-    assert "ci (key 0123), 2026-11-30T10:00:00Z" in banner
-    accepted = render_page(on_card(), manifest=MANIFEST, reference="tiny:1.0.0-abc")
-    assert "<code>enginesmith promote tiny:1.0.0-abc --channel stable</code>" in accepted
-
-
 def test_what_was_not_run_follows_the_verdict_and_is_not_repeated() -> None:
     page = Page(render_page(report()))
     assert re.findall("<h2>(.*?)</h2>", page.source)[0] == "Not run"
@@ -82,17 +70,6 @@ def test_target_is_met_at_the_exact_rate_and_missed_below() -> None:
     assert "Nothing was measured" not in page.text
 
 
-def test_speed_has_median_spread_and_costs() -> None:
-    page = Page(render_page(everything()))
-    row = page.row("Speed", "b8")
-    assert "2,000 -10.0% to +5.0%, 3 runs" in row
-    assert "b1 40.1 - 8 7.9 to 8.1" in page.row("Speed", "Hugging Face generate")
-    assert page.row("lm-eval", "arc") == "arc acc 0.5 0.5"
-    assert "565.0 MiB (20.0 MiB allowed)" in page.text
-    costs = page.source.split("Memory and energy")[1].split("</table>")[0]
-    assert re.findall('<span class="value">(.*?)</span>', costs) == ["8", "300.0", "0.9"] * 2
-
-
 def test_quality_has_intervals_and_limits() -> None:
     page = Page(render_page(report(), limits=LIMITS))
     assert page.row("Quality", "change of perplexity") == (
@@ -104,16 +81,6 @@ def test_quality_has_intervals_and_limits() -> None:
     )
     assert Page(render_page(report(), limits=strict)).text.count("missed") == 3
     assert "met" not in Page(render_page(report())).row("Quality", "change of perplexity")
-
-
-def test_latency_has_percentiles_where_there_are_some() -> None:
-    page = Page(render_page(everything()))
-    assert page.row("Latency", "b1") == (
-        "b1 10.0 p90 14.0 · p99 31.0 2.75 10.0 p90 14.0 · p99 31.0"
-    )
-    medians = Page(render_page(report()))
-    assert medians.row("Latency", "b1") == "b1 11.5 2.75"
-    assert "Percentiles of requests were not measured." in medians.text
 
 
 def test_nothing_is_loaded_and_no_script_can_run() -> None:

@@ -72,13 +72,10 @@ def measured(*totals_s: float, load: Workload = LOAD) -> dict[str, Any]:
         (ran(1.0, shape=(1, 4)), "2 answers, got 1"),
         (ran(1.0, shape=(2, 5)), "4 tokens of request 0, got 5"),
         (ran(0.0), "no run takes such a time"),
-        (ran(math.nan, 0.1), "no run takes such a time"),
         (ran(math.inf, 0.1), "no run takes such a time"),
         (ran(1.0, math.nan), "no run takes such a time"),
-        (ran(1.0, -0.1), "no run takes such a time"),
         (ran(1.0, 1.5), "no run takes such a time"),
         (timed(1.0, timing(20.0, math.nan)), "a request's time that is negative or not a number"),
-        (timed(1.0, timing(20.0, -1.0)), "a request's time that is negative or not a number"),
     ],
 )
 def test_what_no_run_gives_is_no_rate(made: Generation, told: str) -> None:

@@ -12,21 +12,6 @@ import pytest
 from pipeline.core.progress import BYTES, progress
 
 
-def test_terminal_gets_a_bar_with_rate_and_time_left(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    with progress("Downloading x", 4_000_000, BYTES) as advance:
-        advance(3_000_000)
-
-    captured = capsys.readouterr()
-    assert "Downloading x" in captured.err
-    assert "3.0/4.0 MB" in captured.err
-    assert captured.out == ""
-
-
 def test_bar_stays_visible_while_stderr_is_redirected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,8 +16,6 @@ from pipeline.core import workfolder
 from pipeline.core.cache import atomic_folder
 from pipeline.core.workfolder import work_folder
 
-_STRANGER = 65534
-
 
 def _work(parent: Path, keep: Any = lambda error: True) -> Any:
     return work_folder(parent, ".p-", keep)
@@ -102,36 +100,6 @@ def test_a_folder_whose_owner_cannot_be_seen_is_removed_after_a_day_and_never_ad
     with _work(tmp_path) as work:
         assert not work.adopted
     assert list(tmp_path.iterdir()) == []
-
-
-def _planted_by(parent: Path, uid: int, *, mode: int = 0o700) -> Path:
-    folder = parent / f".p-{workfolder._boot()}-0123456789abcdef"
-    folder.mkdir(mode=mode)
-    (folder / "landed").write_text("planted")
-    folder.chmod(mode)
-    os.chown(folder, uid, uid)
-    return folder
-
-
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="gives files to another user")
-
-
-@needs_root
-@pytest.mark.parametrize("plant", ["another user's", "open to others", "a link"])
-def test_a_planted_folder_is_neither_adopted_nor_touched(tmp_path: Path, plant: str) -> None:
-    tmp_path.chmod(0o1777)
-    if plant == "another user's":
-        folder = _planted_by(tmp_path, _STRANGER)
-    elif plant == "open to others":
-        folder = _planted_by(tmp_path, 0, mode=0o777)
-    else:
-        aside = _planted_by(tmp_path, 0).rename(tmp_path / "aside")
-        folder = tmp_path / f".p-{workfolder._boot()}-0123456789abcdef"
-        folder.symlink_to(aside)
-    with _work(tmp_path) as work:
-        assert not work.adopted
-        assert work.dir != folder
-    assert (folder / "landed").read_text() == "planted"
 
 
 def make(target: Path) -> None:

@@ -15,25 +15,10 @@ from pathlib import Path
 import packaging
 import pytest
 
-from image.install import as_requirements, installed, pinned
+from image.install import installed, pinned
 from tests.image.base import write_wheel
 
 INSTALLER = Path("image/install.py").resolve()
-
-
-def test_lock_is_read_by_canonical_name() -> None:
-    lock = "# a comment\n\nml_dtypes==0.5.4\nPyYAML==6.0.4\nzope.interface==7.0\n"
-    assert pinned(lock) == {"ml-dtypes": "0.5.4", "pyyaml": "6.0.4", "zope-interface": "7.0"}
-
-
-def test_lock_line_without_a_pin_is_refused() -> None:
-    with pytest.raises(SystemExit, match=r"'torch>=2' is no name==version"):
-        pinned("torch>=2\n")
-
-
-def test_versions_that_pip_cannot_read_are_no_constraints() -> None:
-    versions = {"torch": "2.10.0a0+b4e4ee8.nv25.12", "tool": "unknown", "a": "1.0"}
-    assert as_requirements(versions) == "a==1.0\ntorch==2.10.0a0+b4e4ee8.nv25.12\n"
 
 
 def test_records_in_the_working_directory_are_not_the_images(

@@ -169,14 +169,6 @@ def test_share_that_is_hard_to_reach_is_a_warning_at_its_own_key(ask: Ask) -> No
 LOAD: dict[str, Any] = {"name": "b", "batch": 1, "isl": 2, "osl": 3}
 
 
-def test_workload_takes_a_rate_or_a_share() -> None:
-    with pytest.raises(ValueError, match="keep one of them"):
-        Workload(**LOAD, min_output_tokens_per_s=1.0, min_share_of_ceiling=0.5)
-    for share in (0.0, 1.01, "0.5"):
-        with pytest.raises(ValueError, match="min_share_of_ceiling"):
-            Workload(**{**LOAD, "min_share_of_ceiling": share})
-
-
 def test_share_is_replaced_by_its_rate_once_the_ceiling_is_known() -> None:
     known = Workload(**LOAD, min_share_of_ceiling=0.65).with_rate(1000.0)
     assert (known.min_output_tokens_per_s, known.min_share_of_ceiling) == (650.0, None)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -103,29 +102,6 @@ def test_second_fetch_needs_no_network_no_token_and_no_library(hub: HubServer, c
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "no record", "broken header"])
-def test_damaged_cache_is_mended_with_its_good_files(
-    hub: HubServer, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    weights = SOURCE.fetch()
-    victim = weights.dir / SHARDS[1]
-    if damage == "shorter":
-        victim.write_bytes(b"x")
-    elif damage == "missing":
-        victim.unlink()
-    elif damage == "broken header":
-        victim.write_bytes(b"\xff" * victim.stat().st_size)
-    else:
-        (weights.dir.parent / "weights.json").unlink()
-    hub.requests.clear()
-
-    assert SOURCE.fetch() == weights
-
-    assert victim.read_bytes() == hub.files[SHARDS[1]]
-    assert not hub.cdn_requests(SHARDS[0])
-    assert "damaged" in caplog.text
-
-
 def test_two_runs_at_once_download_once(hub: HubServer) -> None:
     children = [subprocess.Popen([sys.executable, "-c", FETCH]) for _ in range(2)]
 
@@ -147,19 +123,6 @@ def test_wrong_bytes_of_the_right_size_are_refused_and_removed(
     assert not list(partial_files(cache).glob(f"{name}*"))
     hub.sent.clear()
     assert (SOURCE.fetch().dir / name).read_bytes() == right
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("revision", value) for value in ("main", COMMIT[:12], COMMIT.upper())),
-        *(("repo_id", value) for value in ("", "a/b/c", "a/..", "a--b/c")),
-    ],
-)
-def test_what_may_move_or_cannot_be_is_a_recipe_fault(key: str, value: str) -> None:
-    keys: dict[str, Any] = {"repo_id": REPO, "revision": COMMIT, "licence": "MIT", key: value}
-    with pytest.raises(ValueError, match=key):
-        HubSource(**keys)
 
 
 def test_leftovers_of_another_version_do_not_get_into_the_folder(
@@ -199,23 +162,6 @@ def test_gated_recipe_without_token_asks_for_one_before_any_request(hub: HubServ
 
     assert caught.value.exit_code == 1
     assert not hub.requests
-
-
-@pytest.mark.parametrize(
-    ("token", "step"),
-    [(None, "then set HF_TOKEN"), ("hf_other", "the token in HF_TOKEN has no access")],
-)
-def test_gated_repository_is_explained(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, token: str | None, step: str
-) -> None:
-    hub.gated = True
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-
-    with pytest.raises(AccessError, match=step) as caught:
-        SOURCE.fetch()
-
-    assert f"{hub.endpoint}/{REPO}" in str(caught.value)
 
 
 def test_unknown_repository_is_not_found(hub: HubServer) -> None:

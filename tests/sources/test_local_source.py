@@ -87,11 +87,6 @@ def test_incomplete_folder_is_not_found(folder: Path, missing: list[str], words:
     assert caught.value.exit_code == 7
 
 
-def test_path_that_is_no_folder_is_not_found(folder: Path) -> None:
-    with pytest.raises(NotFoundError, match="is not a folder"):
-        source(folder / "config.json").fetch()
-
-
 def test_pickles_only_is_a_recipe_fault(folder: Path) -> None:
     (folder / INDEX).unlink()
     with pytest.raises(RecipeError, match=r"only as pytorch_model\.bin.*save_pretrained"):

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,22 +98,6 @@ def test_program_runs_on_the_card_offline_with_a_home_of_its_own(
     assert not Path(seen["HOME"]).exists()
 
 
-@pytest.mark.parametrize(
-    ("first_line", "wanted"),
-    [
-        (f"#!{sys.executable} -s", sys.executable),
-        ("#!/bin/sh", sys.executable),
-        ("#!/not/there/python3", sys.executable),
-    ],
-)
-def test_interpreter_is_the_one_of_the_program(
-    first_line: str, wanted: str, tmp_path: Path
-) -> None:
-    program = write_script(tmp_path / "trtllm-build", f"{first_line}\n")
-    gpu = Gpu(name="x", sm=89, driver="1", uuid=GPU_UUID)
-    assert ToolHost(gpu=gpu, program=program).python == wanted
-
-
 def test_bare_machine_learns_three_ways_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare_machine(tmp_path, monkeypatch)
     with pytest.raises(IncompatibleError) as caught:
@@ -134,16 +117,6 @@ def test_bare_machine_learns_three_ways_on(tmp_path: Path, monkeypatch: pytest.M
 def probed(folder: Path) -> dict[str, str | int]:
     place = choose_place("local", image="", card=lambda: find_card(ADA))
     return probe_environment(place, ADA, folder / "probe.log")
-
-
-def test_versions_card_and_driver_are_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card_machine(tmp_path, monkeypatch)
-    found = probed(tmp_path)
-    assert (found["tensorrt_llm"], found["tensorrt"]) == ("1.2.1", "10.14.1.48")
-    assert (found["card"], found["sm"], found["driver"]) == ("NVIDIA-Ada", 89, "590.44.01")
-    assert found["image"] == ""
 
 
 def test_other_release_is_refused_before_the_build(
@@ -227,28 +200,6 @@ def test_no_gpu_runtime_is_refused(
         require_gpu_runtime(info)
 
 
-def run_as(uid: int, groups: list[int], function: Callable[[], object]) -> str:
-    """Call `function` in a child process of this uid and gid; what it raised, empty for nothing."""
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        message = ""
-        try:
-            os.setgroups(groups)
-            os.setgid(uid)
-            os.setuid(uid)
-            function()
-        except BaseException as error:
-            message = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writer, message.encode())
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        message = stream.read()
-    os.waitpid(child, 0)
-    return message
-
-
 @pytest.mark.services
 @pytest.mark.parametrize(
     ("host", "message"),
@@ -271,15 +222,6 @@ def test_image_that_was_built_here_is_known_by_its_id(client: DockerClient) -> N
     assert preflight(IMAGE, CARD) == client.images.get(IMAGE).id
     with pytest.raises(IncompatibleError, match="get it: make image"):
         preflight("no:1", CARD)
-
-
-@pytest.mark.services
-@pytest.mark.usefixtures("hook")
-def test_user_outside_the_docker_group_is_refused_with_the_command(client: DockerClient) -> None:
-    socket = Path(os.environ["DOCKER_HOST"].removeprefix("unix://"))
-    refused = run_as(12345, [], lambda: preflight(IMAGE, CARD))
-    assert refused.startswith("AccessError: no permission to use Docker's socket: add yourself")
-    assert "permission" not in run_as(12345, [socket.stat().st_gid], lambda: preflight(IMAGE, CARD))
 
 
 def test_container_of_an_ended_process_is_stale() -> None:

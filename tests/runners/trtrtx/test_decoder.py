@@ -206,14 +206,6 @@ def test_a_refusal_of_the_library_is_an_error(
         prefill(RtxDecoder(load(), 1), [[5]])
 
 
-def test_an_engine_that_does_not_fit_the_card_is_an_error(
-    load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fake.ICudaEngine, "create_execution_context", lambda *_: None)
-    with pytest.raises(PipelineError, match="no execution context for profile 0"):
-        load()
-
-
 def test_a_refused_shape_is_not_taken_for_set(
     load: Load, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,11 +250,6 @@ def test_groups_of_rows_start_at_aligned_addresses(
     assert row_groups(batch, max_rows, row_bytes) == groups
 
 
-def test_rows_that_cannot_be_aligned_are_refused() -> None:
-    with pytest.raises(RecipeError, match="only every 8th is aligned"):
-        row_groups(5, 4, 32)
-
-
 def test_every_name_that_the_runner_may_use_is_in_the_real_package() -> None:
     """Classes, methods and members of enumerations of the stand-in."""
     assert trt.__version__ == "1.7.1.116"
@@ -272,14 +259,6 @@ def test_every_name_that_the_runner_may_use_is_in_the_real_package() -> None:
             real = getattr(trt, name)
             missing = [one for one in vars(fake) if one[0] != "_" and not hasattr(real, one)]
             assert not missing, f"{name} has no {missing}"
-
-
-def test_without_a_card_the_real_package_loads_nothing_and_it_is_told(tmp_path: Path) -> None:
-    plan = tmp_path / "model.engine"
-    plan.write_bytes(b"vtrt" + bytes(300))
-    no_device: Any = None  # nothing of it may be asked for before an engine is loaded
-    with pytest.raises(IncompatibleError, match=r"cannot load .*validity INVALID"):
-        RtxEngine(plan, no_device, tmp_path)
 
 
 SETTINGS = yaml.safe_load((data_dir("conf") / "runner" / "tensorrt_rtx.yaml").read_text())
@@ -347,14 +326,6 @@ def test_a_machine_that_does_not_fit_is_told(
     reason = RUNNER.why_not(ENGINE) or ""
     assert re.search(shown, reason)
     assert reason.endswith("or take runner=onnxruntime, its graph on a CPU")
-
-
-def test_the_kernels_of_an_engine_are_kept_under_its_digest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path))
-    wanted = str(tmp_path / "rtx-kernels" / ("ab" * 12))
-    assert RUNNER.program(Path("/engine"), "ab" * 32).arguments["runtime_cache"] == wanted
 
 
 def test_the_program_that_is_shipped_reports_why_it_cannot_load(
