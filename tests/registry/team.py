@@ -132,9 +132,9 @@ class Team:
         """Yank a package, or undo that."""
         return self.releasing(**more).yank(str(reference_of(package)), undo=undo)
 
-    def examine(self, package: Package, policy: TrustPolicy | None = None) -> Resolved:
+    def examine(self, package: Package) -> Resolved:
         """As a reader sees it."""
-        return examine(self.store, place_of(package), Terms(policy=policy or self.policy))
+        return examine(self.store, place_of(package), Terms(policy=self.policy))
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import NotFoundError
 from pipeline.registry import inventory
 from pipeline.registry.inventory import DAY_S, Collected, Rules, collect
-from tests.registry.packages import place_of, read_back
+from tests.registry.packages import place_of
 from tests.registry.team import Team
 
 
@@ -50,15 +49,6 @@ def test_what_no_channel_needs_goes_when_it_is_old_and_nothing_goes_before(team:
     done = run(team, 31)
     assert set(done.removed) == {place_of(one), place_of(loose)}
     assert team.store.places() == sorted([place_of(two), place_of(three)])
-
-
-def test_a_removed_version_is_gone_for_new_readers_and_its_files_stay_a_while(team: Team) -> None:
-    package = team.publish()
-    before = read_back(team.store, package)
-    assert run(team, 31).removed == (place_of(package),)
-    with pytest.raises(NotFoundError):
-        team.examine(package)
-    assert read_back(team.store, package) == before
 
 
 @pytest.mark.parametrize("days", [0.0, 0.9])

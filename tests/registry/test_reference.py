@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import RecipeError
-from pipeline.registry.reference import ParsedReference, check_part, parse_reference, reference_of
+from pipeline.registry.reference import ParsedReference, parse_reference, reference_of
 from tests.registry.packages import sealed_package
 
 _names = st.from_regex(r"[a-z0-9]{1,8}([.-][a-z0-9]{1,8}){0,3}", fullmatch=True)
@@ -74,16 +74,10 @@ def test_any_text_is_a_reference_or_a_usage_fault(text: str) -> None:
         "smollm2\n",
         "../etc",
         "a/b/c",
-        "a/",
-        "a:",
         "a:b:c",
         ".a",
         "a@sha256:",
         f"a@sha256:{'A' * 64}",
-        f"a@sha256:{'a' * 63}",
-        f"a@sha512:{'a' * 64}",
-        f"a@{'a' * 64}",
-        "a:1.0",
         "a:1.0-0123456789ab",
         "con",
         "x" * 65,
@@ -95,12 +89,6 @@ def test_nonsense_is_a_usage_fault(text: str) -> None:
         parse_reference(text)
     assert raised.value.exit_code == 2
     assert len(str(raised.value)) < 400
-
-
-def test_variant_and_version_fit_one_oci_tag() -> None:
-    version = f"{'1' * 41}-01234567-0123456789ab"
-    longest = f"{check_part('variant', 'v' * 64)}_{check_part('version', version)}"
-    assert len(longest) <= 128
 
 
 def test_a_version_follows_from_the_manifest_and_its_digest(tmp_path: Path) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 from pipeline.core.errors import (
-    CorruptError,
     NotFoundError,
     RecipeError,
     UntrustedError,
 )
 from pipeline.publishing import Publisher
 from pipeline.registry.reference import parse_reference, reference_of
-from pipeline.registry.resolve import candidates, examine, resolve
-from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.resolve import candidates, resolve
 from pipeline.registry.trust.signing import Signatory
 from pipeline.registry.trust.verification import Resolved, Terms
-from tests.registry.packages import VARIANT, place_of
+from tests.registry.packages import VARIANT
 from tests.registry.team import CARD, OTHER_CARD, Team
 
 
@@ -53,24 +48,6 @@ def test_a_package_is_found_by_version_digest_and_channel(team: Team) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("tinny", "there is tiny$"),
-        ("tiny/other:1.0-bbbbbbbb-000000000000", f"there is tiny/{VARIANT}:"),
-        ("tiny:9.9-bbbbbbbb-000000000000", "there is tiny/"),
-        ("tiny:stable", "no trusted move makes tiny:stable point anywhere"),
-        (f"tiny@sha256:{'0' * 64}", "has no tiny@sha256"),
-    ],
-)
-def test_what_is_not_there_is_answered_with_what_is(team: Team, text: str, reason: str) -> None:
-    with pytest.raises(NotFoundError, match="it is empty"):
-        find(team, "tiny")
-    team.publish()
-    with pytest.raises(NotFoundError, match=reason):
-        find(team, text)
-
-
 def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Team) -> None:
     one, two = team.publish(b"one", "accepted"), team.publish(b"two")
     team.test(two, "accepted", OTHER_CARD)
@@ -86,32 +63,6 @@ def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Tea
     )
     assert [one.cards for one in found] == [(CARD,), (OTHER_CARD,)]
     assert refused == []
-
-
-def test_a_package_of_another_signer_is_refused_and_named(team: Team) -> None:
-    package = team.publish()
-    with pytest.raises(UntrustedError, match="not trusted here"):
-        team.examine(package, TrustPolicy())
-    found, refused = candidates(
-        team.store,
-        parse_reference(str(reference_of(package))),
-        Terms(policy=TrustPolicy()),
-    )
-    assert found == []
-    assert [one.what for one in refused] == [str(place_of(package))]
-    assert isinstance(refused[0].error, UntrustedError)
-
-
-def test_a_manifest_in_the_place_of_another_version_is_corrupt(team: Team, tmp_path: Path) -> None:
-    package, other = team.publish(), team.publish(b"another")
-    with pytest.raises(CorruptError, match="wanted 000000000000"):  # not what a channel named
-        examine(team.store, place_of(package), Terms(policy=team.policy), "0" * 64)
-    root = tmp_path / "artifacts" / "tiny" / VARIANT
-    target = root / place_of(package).version / "manifest.json"
-    target.chmod(0o644)
-    shutil.copyfile(root / place_of(other).version / "manifest.json", target)
-    with pytest.raises(CorruptError):
-        team.examine(package)
 
 
 def published(team: Team) -> Resolved | None:

@@ -123,8 +123,6 @@ def test_what_fits_to_the_edge_fits(match: dict[str, Any], known: dict[str, Any]
 @pytest.mark.parametrize(
     ("match", "fact", "reported"),
     [
-        ({"sm": [89]}, "sm", "the SM"),
-        ({"driver_min": "580"}, "driver", "the driver"),
         ({"cuda": "13.0"}, "cuda", "the cuda"),
         ({}, "vram_bytes", "the device memory"),
         ({}, "runtime", "the runtime: it needs vllm 0.29.0"),

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
-from pipeline.core.values import FileDigest
+from pipeline.core.errors import CorruptError, PipelineError, TransientError
 from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.client.download import RECORD
 from tests.registry.client.conftest import CHUNK_BYTES, QUICK, Shop, noise
@@ -67,22 +63,6 @@ def test_retries_end_and_what_has_landed_is_kept_for_the_next_run(shop: Shop) ->
     assert shop.left() == ["tiny"]
 
 
-def _dripping(chunks: Iterator[bytes], file: FileDigest, offset: int) -> Iterator[bytes]:
-    for chunk in chunks:
-        for at in range(len(chunk)):
-            time.sleep(0.01)
-            yield chunk[at : at + 1]
-
-
-def test_a_store_that_breaks_at_each_byte_is_given_up(shop: Shop) -> None:
-    shop.publish({"model.plan": noise(CHUNK_BYTES)})
-    store = FaultyStore(store=shop.store, always=reset_after(1))
-    with pytest.raises(TransientError, match="reset"):
-        shop.pull(store=store, jobs=1)
-    assert not shop.to.exists()
-    assert len(store.opened) == QUICK.tries
-
-
 def test_a_byte_that_was_damaged_on_its_way_is_fetched_once_more(shop: Shop) -> None:
     reference = shop.publish()
     store = FaultyStore(store=shop.store, faults=[flipped])
@@ -111,20 +91,6 @@ def test_a_file_that_stays_too_short_is_corrupt(shop: Shop) -> None:
     store = FaultyStore(store=shop.store, always=short_after(0))
     with pytest.raises(CorruptError, match="ends before byte"):
         shop.pull(store=store, jobs=1)
-    assert shop.left() == []
-
-
-def test_access_that_is_refused_is_not_tried_again(shop: Shop) -> None:
-    shop.publish()
-
-    def forbidden(chunks: Any, file: Any, offset: int) -> Any:
-        raise AccessError("403: no permission")
-        yield b""
-
-    store = FaultyStore(store=shop.store, always=forbidden)
-    with pytest.raises(AccessError):
-        shop.pull(store=store, jobs=1)
-    assert len(store.opened) == 1
     assert shop.left() == []
 
 
@@ -233,18 +199,3 @@ def test_many_small_files_do_not_use_up_file_descriptors(shop: Shop) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert pulled.digest == reference.digest
-
-
-def test_ctrl_c_keeps_what_has_landed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    shop.publish()
-
-    def interrupted(self: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pipeline.core.workfolder.WorkFolder.touch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        shop.pull(store=FaultyStore(store=shop.store, always=_dripping), jobs=1)
-    monkeypatch.undo()
-    assert not shop.to.exists()
-    assert len(list(shop.to.parent.glob(".tiny.pulling-*"))) == 1
-    shutil.rmtree(shop.to.parent)

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    CorruptError,
-)
+from pipeline.core.errors import CorruptError
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, noise
 
 _FILES = {"config.json": b"{}", "model.plan": noise(3 * CHUNK_BYTES + 1), "rank1/model.plan": b"1"}
@@ -44,9 +42,13 @@ def missing(path: Path) -> None:
 
 
 def symlink(path: Path) -> None:
-    kept = path.with_name(f".kept-{path.name}")
+    kept = _outside(path)
     path.rename(kept)
     path.symlink_to(kept)
+
+
+def linked_folder(path: Path) -> None:
+    symlink(path.parent / "engine" if path.name == "manifest.json" else path.parent)
 
 
 def fifo(path: Path) -> None:
@@ -56,6 +58,14 @@ def fifo(path: Path) -> None:
 
 def extra(path: Path) -> None:
     path.with_name(f"extra-{path.name}").write_text("nobody listed me")
+
+
+def extra_undecodable(path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(path.parent) + b"/\xff")).write_text("")
+
+
+def empty_folder(path: Path) -> None:
+    path.with_name("empty").mkdir()
 
 
 def extra_git(path: Path) -> None:
@@ -80,15 +90,15 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-_CHANGES = [bit_flip, truncate, swap, missing, symlink, fifo]
 Change = Callable[[Path], None]
-
-
-_IN_FOLDER = [*_CHANGES, grow, extra, extra_git, hard_link]
+_CHANGES = [
+    *(bit_flip, truncate, grow, swap, missing, symlink, fifo, hard_link),
+    *(extra, extra_undecodable, extra_git, empty_folder, linked_folder),
+]
 
 
 @pytest.mark.parametrize("path", _PATHS)
-@pytest.mark.parametrize("change", _IN_FOLDER, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", _CHANGES, ids=lambda change: change.__name__)
 def test_a_change_in_a_filled_folder_is_refused_by_verify(
     shop: Shop, path: str, change: Change
 ) -> None:
@@ -96,5 +106,6 @@ def test_a_change_in_a_filled_folder_is_refused_by_verify(
     shop.pull()
     assert shop.verify(shop.to).origin == "verified"
     change(shop.to / path)
-    with pytest.raises(CorruptError):
+    with pytest.raises(CorruptError) as raised:
         shop.verify(shop.to)
+    str(raised.value).encode()  # can be printed, whatever the file is called

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import IncompatibleError, UntrustedError
+from pipeline.core.errors import UntrustedError
 from tests.registry.client.conftest import Shop
-from tests.registry.team import OTHER_CARD
 
 
 def published_folder(shop: Shop) -> Path:
@@ -40,11 +39,3 @@ def test_a_yank_after_the_pull_shows_where_the_registry_is_asked(shop: Shop) -> 
         assert shop.verify(target, registry=shop.store.url, allow_yanked=True).digest
     with pytest.raises(UntrustedError, match="yanked by ada"):
         shop.verify(published_folder(shop))
-
-
-def test_a_card_that_never_ran_it_is_named(shop: Shop) -> None:
-    shop.publish()
-    with pytest.raises(IncompatibleError, match=f"never run on {OTHER_CARD}"):
-        shop.verify("tiny", registry=shop.store.url, flags={"gpu": "l4"})
-    done = shop.verify("tiny", registry=shop.store.url, flags={"gpu": "l4"}, accept_unproven=True)
-    assert done.chosen.proof.kind == "unproven"

@@ -182,14 +182,6 @@ def test_a_server_that_ignores_ranges_still_gives_the_right_bytes_within_a_bound
         served.read(3 << 20)
 
 
-def test_a_range_that_was_not_asked_is_refused(served: Served) -> None:
-    served.publish()
-    wrong = answering(lambda handler: handler.answer(206, b"x", Content_Range="bytes 7-7/9"))
-    served.server.fail("GET", served.blob, wrong)
-    with pytest.raises(TransientError, match=r"range|from byte"):
-        served.read()
-
-
 def test_a_reader_that_says_where_it_ends_gets_no_more_and_leaves_the_connection(
     served: Served,
 ) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AccessError, ConflictError
+from pipeline.core.errors import ConflictError
 from pipeline.core.values import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE
@@ -64,40 +62,6 @@ def signed_move(team: Team, reference: Reference, **fields: Any) -> bytes:
 
 def put(team: Team, reference: Reference, data: bytes) -> None:
     team.store.put_move(reference.name, reference.variant, data)
-
-
-def test_a_channel_points_where_the_last_move_says(team: Team, packages: list[Reference]) -> None:
-    moves = [move(team, reference) for reference in packages]
-    assert stable(team) == packages[-1]
-    assert channel(team).moves == tuple(moves)
-    assert [one.predecessor for one in moves] == [None, moves[0].id, moves[1].id]
-
-
-def test_a_hint_shows_people_the_newest_move_and_one_that_fails_undoes_none(
-    team: Team, packages: list[Reference], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    newest = move(team, packages[0])
-    (hint,) = tmp_path.glob("artifacts/**/channels/stable.*.json")
-    assert json.loads(hint.read_text())["move"] == newest.id
-
-    class NoHints:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(team.store, name)
-
-        def put_hint(self, *args: Any) -> None:
-            raise AccessError("read-only")
-
-    move(team, packages[1], store=NoHints())
-    assert stable(team) == packages[1]
-    assert "its hint was not" in caplog.text
-
-
-def test_moving_to_where_a_channel_points_writes_nothing(
-    team: Team, packages: list[Reference]
-) -> None:
-    first = move(team, packages[0])
-    assert move(team, packages[0]) == first
-    assert len(team.store.read_moves(packages[0].name, packages[0].variant)) == 1
 
 
 def test_of_two_successors_the_earlier_signed_counts_and_what_follows_the_other_does_not(

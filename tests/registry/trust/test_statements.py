@@ -72,15 +72,12 @@ def test_every_changed_byte_of_an_envelope_is_seen(team: Team) -> None:
     [
         (False, {"_type": "https://in-toto.io/Statement/v0.1"}),
         (False, {"predicateType": "https://slsa.dev/provenance/v1"}),
-        (False, {"subject": []}),
         (False, {"subject": [{"digest": {"sha256": DIGEST}}, {"digest": {"sha256": "e" * 64}}]}),
-        (False, {"predicate": {}}),
         (True, {"schema": 2}),
         (True, {"kind": "rumour"}),
         (True, {"signed_at": "2026-11-25T09:00:00Z"}),
         (True, {"signed_at": "2026-13-25T09:00:00.000000Z"}),
         (True, {"files": {"../x": "a" * 64}}),
-        (True, {"files": {"report.json": "short"}}),
         (True, {"files": {f"f{number}": "a" * 64 for number in range(17)}}),
     ],
 )

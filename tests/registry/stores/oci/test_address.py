@@ -60,12 +60,6 @@ def test_what_is_no_such_url_is_refused_before_anything_is_asked(url: str) -> No
         OciRegistry(url=url)
 
 
-def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
-    with pytest.raises(RecipeError, match="ENGINESMITH_OCI_PASSWORD") as caught:
-        OciRegistry(url="oci://user:s3cret@ghcr.io/a")
-    assert "s3cret" not in str(caught.value)
-
-
 LONG = "a" * 64
 
 
@@ -145,13 +139,3 @@ def test_a_token_service_of_the_same_domain_gets_the_password() -> None:
     realm = "https://auth.docker.io/token"
     assert authorizer.answer("s", f'Bearer realm="{realm}",service="x"', None)
     assert asked == [(realm, credentials.header())]
-
-
-@pytest.mark.parametrize("body", [b"{}", b'{"token": 3}', b'{"token": "a\\nb"}', b"x"])
-def test_an_answer_without_a_token_is_refused(body: bytes) -> None:
-    authorizer = Authorizer(
-        api="https://ghcr.io", credentials=None, fetch=lambda url, headers: (200, body)
-    )
-    with pytest.raises(Exception, match="token"):
-        authorizer.answer("s", 'Bearer realm="https://ghcr.io/token",service="x"', None)
-    assert authorizer.header("s") is None

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from pathlib import Path
-
 import pytest
 
 from pipeline.core.errors import AccessError
@@ -44,21 +40,6 @@ def test_who_has_a_password_gets_in_and_it_goes_to_the_token_service_alone(
     if auth == "bearer":
         told = [one.path[:6] for one in fake.seen if one.headers.get("Authorization") == BASIC]
         assert set(told) == {"/token"}
-
-
-def test_docker_login_opens_a_registry(
-    fake: FakeRegistry, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    fake.auth = "bearer"
-    secret = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-    config = {"auths": {fake.host: {"auth": secret}, "other": {}}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert put(fake.store(), package)
-    (tmp_path / "config.json").write_text('{"auths": ["' + secret)
-    with pytest.raises(AccessError) as caught:
-        fake.store()
-    assert secret not in str(caught.value)
 
 
 @pytest.mark.parametrize("auth", ["bearer", "basic"])

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.core.errors import AccessError, CorruptError
+from pipeline.core.errors import CorruptError
 from pipeline.core.values import Package
 from pipeline.registry.stores.oci import writing
 from pipeline.registry.stores.oci.address import version_tag
 from pipeline.registry.stores.oci.image import digest_of
 from tests.registry.packages import place_of, raw_statement
-from tests.registry.stores.faulty import answering, refusing, spoil
+from tests.registry.stores.faulty import answering, refusing
 from tests.registry.stores.oci.conftest import assert_readable, put, read
 from tests.registry.stores.oci.server import FakeRegistry, Handler
 
@@ -33,15 +33,6 @@ def test_an_upload_goes_on_where_the_registry_says_that_it_stopped(
     )
     assert_readable(fake.store(), package)
     assert sum(sent) == sum(file["size"] for file in package.manifest["files"])
-
-
-@pytest.mark.parametrize("part", ["/manifests/", "/referrers/", "/tags/"])
-def test_a_document_that_ends_early_is_asked_again(
-    fake: FakeRegistry, package: Package, part: str
-) -> None:
-    put(fake.store(), package)
-    fake.fail("GET", part, spoil(sent_most=1))
-    assert len(fake.store().read_statements(place_of(package))) == 2
 
 
 def test_a_registry_that_does_not_see_its_blobs_yet_is_asked_again(
@@ -75,18 +66,6 @@ def test_a_document_that_is_too_long_or_not_the_one_asked_is_refused(
         fake.fail("GET", "/manifests/", answering(act), times=9)
         with pytest.raises(CorruptError):
             fake.store().read_manifest(place_of(package))
-
-
-def test_a_registry_of_another_kind_says_what_it_wants(fake: FakeRegistry) -> None:
-    fake.fail("POST", "/uploads/", refusing(405, "UNSUPPORTED"))
-    with pytest.raises(AccessError, match="read-only"):
-        fake.store().check_writable()
-    fake.fail("POST", "/uploads/", refusing(403, "DENIED"))
-    with pytest.raises(AccessError, match="ENGINESMITH_OCI_USERNAME"):
-        fake.store().check_writable()
-    fake.fail("GET", "_catalog", refusing(404, "NO"))
-    with pytest.raises(AccessError, match="name the package"):
-        fake.store().places()
 
 
 def test_layers_of_another_size_than_the_manifest_makes_are_refused(
