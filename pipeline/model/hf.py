@@ -128,7 +128,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: 
     """
 
     def stop(*_: object) -> None:
-        raise MemoryError
+        raise SystemExit  # Jinja catches every `Exception` of a constant, and goes on
 
     where, text = f"{tokenizer.name_or_path}: its chat template", str(tokenizer.chat_template)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -137,13 +137,13 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: 
     before = signal.signal(signal.SIGALRM, stop)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-        signal.setitimer(signal.ITIMER_REAL, _TEMPLATE_S, 1.0)  # again, should something catch it
+        signal.setitimer(signal.ITIMER_REAL, _TEMPLATE_S)
         if len(text) <= _TEMPLATE_CHARS:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
         if len(text) <= _TEMPLATE_CHARS:
             return text
-    except MemoryError:
-        log.debug("%s was stopped", where)
+    except (MemoryError, SystemExit):
+        text = ""
     except Exception as error:  # a template may fail in any way that Python can
         log.debug("%s refuses a conversation: %s", where, error)
         return None
