@@ -40,15 +40,33 @@ def result(
     return sign_test(package.digest, key, card=CARD, runtime=runtime, verdict=verdict, files={})
 
 
-def yank(key: SigningKey, package: Package, *, yanked: bool = True) -> RawStatement:
+def yank(
+    key: SigningKey, package: Package, *, yanked: bool = True, registry: str = REGISTRY
+) -> RawStatement:
     fields = {
-        "registry": REGISTRY,
+        "registry": registry,
         **place_fields(reference_of(package)),
         "yanked": yanked,
         "actor": "ada",
         "reason": "slow",
     }
     return sign_statement("yank", package.digest, fields, key)
+
+
+def test_what_was_signed_for_another_purpose_changes_nothing(team: Team, package: Package) -> None:
+    other, good = team.seal(b"other"), result(team.tester, package, "accepted")
+    junk = [
+        replace(good, name="test-" + "0" * 16),  # a copy under a new name
+        replace(good, name=good.name.replace("test", "yank")),
+        result(team.builder, package, "accepted"),  # trusted, but not for verdicts
+        result(team.tester, other, "accepted"),
+        yank(team.releaser, package, registry="2" * 32),
+        yank(team.releaser, other),
+    ]
+    honest = [*team.statements(package), result(team.tester, package, "regression")]
+    done = verify(team, package, *junk, *honest)
+    assert len(done.ignored) == len(junk)
+    assert replace(done, ignored=()) == verify(team, package, *honest)
 
 
 def test_the_latest_signed_time_counts_whatever_the_order_in_the_store(
