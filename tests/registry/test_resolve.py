@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from pipeline.core.errors import (
+    CorruptError,
     NotFoundError,
     RecipeError,
     UntrustedError,
 )
 from pipeline.publishing import Publisher
 from pipeline.registry.reference import parse_reference, reference_of
-from pipeline.registry.resolve import candidates, resolve
+from pipeline.registry.resolve import candidates, examine, resolve
 from pipeline.registry.trust.signing import Signatory
 from pipeline.registry.trust.verification import Resolved, Terms
-from tests.registry.packages import VARIANT
+from tests.registry.packages import VARIANT, place_of
 from tests.registry.team import CARD, OTHER_CARD, Team
 
 
@@ -63,6 +67,18 @@ def test_a_channel_that_means_two_packages_is_ambiguous_without_a_card(team: Tea
     )
     assert [one.cards for one in found] == [(CARD,), (OTHER_CARD,)]
     assert refused == []
+
+
+def test_a_manifest_in_the_place_of_another_version_is_corrupt(team: Team, tmp_path: Path) -> None:
+    package, other = team.publish(), team.publish(b"another")
+    with pytest.raises(CorruptError, match="wanted 000000000000"):  # not what a channel named
+        examine(team.store, place_of(package), Terms(policy=team.policy), "0" * 64)
+    root = tmp_path / "artifacts" / "tiny" / VARIANT
+    target = root / place_of(package).version / "manifest.json"
+    target.chmod(0o644)
+    shutil.copyfile(root / place_of(other).version / "manifest.json", target)
+    with pytest.raises(CorruptError):
+        team.examine(package)
 
 
 def published(team: Team) -> Resolved | None:
