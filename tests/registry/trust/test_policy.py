@@ -76,3 +76,10 @@ def test_signature_covers_the_payload_type() -> None:
     value = json.loads(sign_envelope(b"x", KEY))
     with pytest.raises(UntrustedError, match="payloadType"):
         signer({**value, "payloadType": "text/plain"})
+
+
+def test_a_keyid_that_is_no_text_is_untrusted() -> None:
+    value = json.loads(sign_envelope(b"x", KEY))
+    value["signatures"][0]["keyid"] = 1
+    with pytest.raises(UntrustedError, match="not a DSSE envelope"):
+        signer(value)
