@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from pipeline.registry.inventory import Pointer, entries, entry
+from pipeline.registry.stores.oci.address import statement_tag, version_tag
 from pipeline.registry.stores.publication import WritableStore, pack, unpack
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import place_of
+from tests.registry.stores.oci.server import FakeRegistry
 from tests.registry.team import CARD, Team
 
 
@@ -134,3 +136,20 @@ def test_copies_prove_nothing_wherever_they_come_from(team: Team, cache: Path, h
     if there is not None:
         team.store.put_copies(place.name, place.variant, SPOILED[how](there))
     assert entries(team.store, terms(team)) == first
+
+
+def test_who_may_push_hides_no_statement_from_a_list(
+    memory_oci: FakeRegistry, tmp_path: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    team = Team(dir=tmp_path / "work", store=memory_oci.store())
+    package = team.publish()
+    team.yank(package)
+    place = place_of(package)
+    (yank,) = (one for one in team.store.read_statements(place) if one.kind == "yank")
+    team.store.put_copies(place.name, place.variant, b"")
+    rubbish = memory_oci.manifests["engines/tiny", version_tag(place)]
+    memory_oci.manifests["engines/tiny", statement_tag(place, yank.name)] = rubbish
+    (found,) = entries(memory_oci.store(), terms(team))
+    assert found.resolved is not None
+    assert found.resolved.yank is not None
