@@ -402,7 +402,9 @@ def test_what_is_rewritten_or_deleted_counts_as_gone(
         if usable(done) != usable(honest):  # a list has copies of what was overwritten
             assert done.command.split()[0] in {"list", "gc"}
             assert not attacked.store.local
-            whole = make_world(open_store(str(tmp_path / "honest")), tmp_path / "third")
+            whole = make_world(
+                open_store(str(tmp_path / f"honest-{step}")), tmp_path / f"home-{step}"
+            )
             facts = [set(facts_of(one)) for one in (done, honest, whole.perform(command)[step])]
             assert facts[0] <= facts[1] | facts[2]
 

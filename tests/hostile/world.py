@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from pipeline.answer import failure
 from pipeline.cli import make_app
-from pipeline.core.errors import ExitCode, PipelineError
+from pipeline.core.errors import ExitCode, PipelineError, escaped
 from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores import open_store
@@ -212,7 +212,7 @@ class World:
             result = CliRunner().invoke(make_app(words[0]), words, env=self._environ())
         shown, error = result.output, result.exception
         if isinstance(error, PipelineError):
-            shown += failure(error).message
+            shown += escaped(failure(error).message)  # as the entry point shows it
         elif error is not None and not isinstance(error, SystemExit):
             raise AssertionError(f"{' '.join(words)} ended with a traceback") from error
         assert "\x1b" not in shown, f"{words} shows {shown!r}"

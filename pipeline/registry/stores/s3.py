@@ -398,8 +398,6 @@ class S3Objects:
             return None
         what = f"{self.url}: {key}"
         with contextlib.closing(response["Body"]) as body:
-            if "ContentLength" not in response:  # then its end could be a connection that broke
-                raise TransientError(f"{what} comes without its size; try again")
             return transfer.read_whole(self._chunks(body, what), limit_bytes, what)
 
     def _get(self, key: str, **arguments: str) -> Any:
@@ -407,12 +405,16 @@ class S3Objects:
         from botocore.exceptions import ClientError
 
         try:
-            return self.call("get_object", key, **arguments)
+            response = self.call("get_object", key, **arguments)
         except ClientError as error:
             code, status = _code_and_status(error)
             if status == 416 or code == "InvalidRange" or (_is_missing(error) and not arguments):
                 return None
             raise
+        if "ContentLength" not in response:  # then its end could be a connection that broke
+            response["Body"].close()
+            raise TransientError(f"{self.url}: {key} comes without its size; try again")
+        return response
 
     def _head(self, key: str) -> Any:
         with self.errors(f"read {key} in"):

@@ -121,9 +121,7 @@ class Deadline:
         self._late, began_s = False, time.monotonic()
         sending_s = _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
         silence_s = min(SILENCE_S, self.patience.require(self.host))
-        self._timer = threading.Timer(sending_s + silence_s, self._give_up)
-        self._timer.daemon = True
-        self._timer.start()
+        self._start_timer(sending_s + silence_s)
         try:
             if self.sock is None:
                 self.connect()  # type: ignore[attr-defined]  # of what this is mixed into
@@ -136,6 +134,7 @@ class Deadline:
 
     def getresponse(self) -> Any:
         """Wait for the head of the reply; TimeoutError if late: half a head would pass for one."""
+        sock = self.sock  # forgotten where the reply is the last one
         try:
             response = super().getresponse()  # type: ignore[misc]  # as above
         finally:
@@ -143,6 +142,17 @@ class Deadline:
         if self._late:
             raise TimeoutError("the reply did not come in time")
         self.patience.left_s(earned_s=REPLY_S)
+
+        def read1(*arguments: Any, **named: Any) -> bytes:
+            self._start_timer(SILENCE_S, sock)
+            try:
+                return plain(*arguments, **named)
+            finally:
+                self._timer.cancel()
+
+        plain: Callable[..., bytes] = response.read1
+        if response.chunked:  # the line before a chunk may drip inside one read
+            response.read1 = read1
 
         def stream(*_: object, **__: object) -> Iterator[bytes]:
             chunks = at_pace(response.read1, self.host, self.patience)
@@ -152,10 +162,15 @@ class Deadline:
         response.stream, response.drain_conn = stream, response.close
         return response
 
-    def _give_up(self) -> None:
+    def _start_timer(self, seconds: float, sock: socket.socket | None = None) -> None:
+        self._timer = threading.Timer(seconds, self._give_up, [sock])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _give_up(self, sock: socket.socket | None) -> None:
         self._late = True
         with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or not yet open
-            self.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+            (sock or self.sock).shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
 
 def timed_pools(plain: type, secure: type, patience: Patience) -> dict[str, Any]:
