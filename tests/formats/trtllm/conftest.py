@@ -75,9 +75,8 @@ def hook(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that every user may write to; pytest's own are for one user only."""
+    """A folder of ours that a container sees, below one that every user may enter."""
     folder = Path(tempfile.mkdtemp(prefix="shared-"))
-    folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
 

@@ -166,6 +166,7 @@ def test_there_is_no_network(tmp_path: Path) -> None:
 def test_what_is_written_belongs_to_the_caller(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shared.chmod(0o777)
     monkeypatch.setattr(os, "getuid", lambda: OTHER_UID)
     monkeypatch.setattr(os, "getgid", lambda: OTHER_UID)
     writable = Shared(name="engine", source=shared, read_only=False)
