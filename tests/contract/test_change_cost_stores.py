@@ -60,9 +60,6 @@ class ToyObjects:
     def put_file(self, key, source, file, on_bytes):
         self.held[key] = source.read_bytes()
 
-    def holds(self, key, file):
-        return hashlib.sha256(self.held.get(key, b"")).hexdigest() == file.sha256
-
     def delete(self, keys):
         for key in keys:
             self.held.pop(key, None)

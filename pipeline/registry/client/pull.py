@@ -23,25 +23,16 @@ from typing import Any, Literal
 from pipeline import __version__
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
 from pipeline.core.values import Format
-from pipeline.registry.client.deliver import (
-    Delivery,
-    Origin,
-    cache_dir,
-)
+from pipeline.registry.client.deliver import Delivery, Origin, cache_dir
 from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Facts, Flags, facts_of
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.resolve import candidates
 from pipeline.registry.select import Chosen, best
-from pipeline.registry.store import (
-    Store,
-)
+from pipeline.registry.store import Store
 from pipeline.registry.stores import open_reader
 from pipeline.registry.trust.policy import machine_trust
-from pipeline.registry.trust.verification import (
-    Resolved,
-    Terms,
-)
+from pipeline.registry.trust.verification import Resolved, Terms
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +200,7 @@ def run(request: PullRequest) -> Pulled:
     """
     if not request.offline:
         return pull_from(open_reader(request.registry or ARTIFACTS), request)
-    from pipeline.registry.stores.folder import FolderObjects
+    from pipeline.registry.stores.folder_reading import FolderObjects
     from pipeline.registry.stores.tree import TreeStore
 
     # What is in the cache came from anywhere, so a local key does not count.

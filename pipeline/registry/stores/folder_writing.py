@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -24,7 +23,7 @@ from pipeline.core.values import FileDigest
 from pipeline.core.workfolder import remove_folder, work_folder
 from pipeline.registry.disk import disk_errors, write_new
 from pipeline.registry.store import OnBytes
-from pipeline.registry.stores.folder import MISSING, FolderObjects
+from pipeline.registry.stores.folder_reading import MISSING, FolderObjects
 from pipeline.registry.stores.publication import checked_chunks
 
 STAGING = ".staging"
@@ -61,16 +60,6 @@ class WritableFolder(FolderObjects):
                 source.rename(new)
             _settle(new)
             self._place(key, lambda folder, name: _replace(new, folder, name))
-
-    def holds(self, key: str, file: FileDigest) -> bool:
-        found = self.find(key)
-        if found is None or found.size_bytes != file.size_bytes:
-            return False
-        digest = hashlib.sha256()
-        with self.stream(key, 0, None) as chunks:
-            for chunk in chunks:
-                digest.update(chunk)
-        return digest.hexdigest() == file.sha256
 
     def delete(self, keys: Iterable[str]) -> None:
         """See the Protocol; folders that are empty then go, too."""

@@ -269,9 +269,6 @@ class WritableObjects(Objects, Protocol):
         CorruptError if it is not what `file` says, here or as the store has it.
         """
 
-    def holds(self, key: str, file: FileDigest) -> bool:
-        """Whether a key holds a file's bytes: by their SHA-256, as others may have written it."""
-
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, those that are there."""
 
@@ -283,6 +280,18 @@ class WritableObjects(Objects, Protocol):
 
     def check_writable(self) -> None:
         """See `WritableStore`."""
+
+
+def holds(objects: WritableObjects, key: str, file: FileDigest) -> bool:
+    """Whether a key holds a file's bytes: by their SHA-256, as others may have written it."""
+    found = objects.find(key)
+    if found is None or found.size_bytes != file.size_bytes:
+        return False
+    digest = hashlib.sha256()
+    with objects.stream(key, 0, None) as chunks:
+        for chunk in chunks:
+            digest.update(chunk)
+    return digest.hexdigest() == file.sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +342,7 @@ class WritableTree(TreeStore):
 
         def send(file: FileDigest) -> None:
             key, source = f"{version_key(place)}/{file.path}", package.dir / file.path
-            if self.objects.holds(key, file):
+            if holds(self.objects, key, file):
                 on_bytes(file.size_bytes)
             else:
                 self.objects.put_file(key, source, file, on_bytes)
