@@ -43,14 +43,6 @@ def imported(nodes: Iterator[ast.AST]) -> set[str]:
     return {name for name in names if name in TREES and name != "pipeline"}
 
 
-def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    """What runs at import; imports for type checkers count."""
-    for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, FUNCTIONS):
-            yield node
-            yield from outside_functions(node)
-
-
 def test_no_circle_between_modules() -> None:
     left = {name: imported(ast.walk(tree)) - {name} for name, tree in TREES.items()}
     while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
