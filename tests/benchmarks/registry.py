@@ -75,13 +75,15 @@ FOLDER = (Contest("folder pull", "pull", "cp, sha256sum", 1 / 1.2),)
 
 
 def publish(url: str, package_dir: Path, out: Path) -> None:
-    """Sign, hash and publish."""
-    from pipeline.registry.manifest import verify
+    """Sign, hash and publish a package as the build hands it over."""
+    from pipeline.core.values import Package
+    from pipeline.registry.manifest import MANIFEST, read_manifest
     from pipeline.registry.stores import open_store
     from pipeline.registry.trust.policy import parse_private_key
     from pipeline.registry.trust.signing import sign_package
 
-    package = verify(package_dir)
+    manifest, digest = read_manifest(package_dir / MANIFEST)
+    package = Package(dir=package_dir, manifest=manifest, digest=digest)
     key = parse_private_key((package_dir.parent / _KEY).read_bytes(), "the benchmark's key")
     store = open_store(url)
     store.check_writable()

@@ -267,6 +267,8 @@ class _Download:
                 file, chunk = task
                 with file.open() as descriptor:
                     self._fetch(file.file, descriptor, *file.span(chunk))
+                    # All at once at the end took a fifth of the time of 1 GB (2026-11-30).
+                    os.fsync(descriptor)
                 self.mark(file.first + chunk)
                 with self._changed:
                     file.there.add(chunk)

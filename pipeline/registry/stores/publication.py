@@ -156,7 +156,7 @@ class WritableStore(Store, Protocol):
 
 
 def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
-    """The bytes of a package's file, compared with its SHA-256 when the last one has been read.
+    """The bytes of a package's file, compared with its SHA-256 before the last ones are given.
 
     CorruptError if they are not what `file` says; a longer one is not read to its end.
     """
@@ -164,12 +164,17 @@ def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
     with disk_errors(f"read {path}"):
         stream = open_regular(path)
     with stream:
-        while left >= 0 and (chunk := stream.read(min(CHUNK_BYTES, left + 1))):
+        while True:
+            chunk = stream.read(min(CHUNK_BYTES, left))
             digest.update(chunk)
             left -= len(chunk)
-            yield chunk
-    if left or digest.hexdigest() != file.sha256:
-        raise CorruptError(f"{path} is not what its manifest says; get the package again")
+            is_last = not left or not chunk
+            if is_last and (left or stream.read(1) or digest.hexdigest() != file.sha256):
+                raise CorruptError(f"{path} is not what its manifest says; get the package again")
+            if chunk:
+                yield chunk
+            if is_last:
+                return
 
 
 def new_identity() -> bytes:

@@ -536,19 +536,19 @@ def _explained(error: Exception, fault: str) -> PipelineError | None:
 
 @dataclass(kw_only=True)
 class _Hashing:
-    """What boto3 reads a file from; it raises with the last byte if they are the wrong bytes."""
+    """What boto3 reads a file from; it raises before the last byte if they are the wrong bytes."""
 
     chunks: Iterator[bytes]
     crc: int = 0
-    _held: bytearray = field(default_factory=bytearray)
+    _rest: bytes = b""
 
     def read(self, count: int = sys.maxsize) -> bytes:
-        # One byte more is wanted: the chunks compare what they gave when they are asked for more,
-        # and boto3 may not ask again before it completes the object.
-        while len(self._held) <= count and (chunk := next(self.chunks, b"")):
-            self._held += chunk
-        data = bytes(self._held[:count])
-        del self._held[:count]
+        held, size_bytes = [self._rest], len(self._rest)
+        while size_bytes < count and (chunk := next(self.chunks, b"")):
+            held.append(chunk)
+            size_bytes += len(chunk)
+        data = b"".join(held)
+        data, self._rest = data[:count], data[count:]
         self.crc = zlib.crc32(data, self.crc)
         return data
 
