@@ -37,7 +37,7 @@ _COMMON: Mapping[str, Any] = {
 }
 
 
-def _llama3(factor: float) -> dict[str, Any]:
+def llama3_rope(factor: float) -> dict[str, Any]:
     """With 16-element heads and theta 500000: one frequency kept, one blended, six divided."""
     return {
         "rope_type": "llama3",
@@ -48,7 +48,7 @@ def _llama3(factor: float) -> dict[str, Any]:
     }
 
 
-def _longrope(frequencies: int) -> dict[str, Any]:
+def longrope(frequencies: int) -> dict[str, Any]:
     """Short factors near 1, long ones growing to 8, as in the published configs."""
     last = frequencies - 1
     return {
@@ -60,13 +60,13 @@ def _longrope(frequencies: int) -> dict[str, Any]:
 
 _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("Llama", {"head_dim": 16}),
-    "llama3.1": ("Llama", {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": _llama3(8.0)}),
+    "llama3.1": ("Llama", {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": llama3_rope(8.0)}),
     "llama3.2": (
         "Llama",
         {
             "head_dim": 16,
             "rope_theta": 5e5,
-            "rope_scaling": _llama3(32.0),
+            "rope_scaling": llama3_rope(32.0),
             "tie_word_embeddings": True,
         },
     ),
@@ -87,6 +87,11 @@ _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "Qwen2",
         {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
     ),
+    # Heads of 32, more than hidden_size / heads, as in Qwen3-4B.
+    "qwen3": (
+        "Qwen3",
+        {"head_dim": 32, "rope_theta": 5e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+    ),
     # Heads of 96, one key head to a query head, as in Phi-3-mini.
     "phi3": (
         "Phi3",
@@ -103,7 +108,7 @@ _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "hidden_size": 384,
             "num_key_value_heads": 4,
             "original_max_position_embeddings": ORIGINAL_CONTEXT,
-            "rope_scaling": _longrope(48),
+            "rope_scaling": longrope(48),
             "sliding_window": 262144,
         },
     ),
@@ -116,7 +121,7 @@ _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "num_key_value_heads": 2,
             "original_max_position_embeddings": ORIGINAL_CONTEXT,
             "partial_rotary_factor": 0.75,
-            "rope_scaling": _longrope(12),
+            "rope_scaling": longrope(12),
             "sliding_window": 262144,
             "tie_word_embeddings": True,
         },

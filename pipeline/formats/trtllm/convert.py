@@ -25,6 +25,7 @@ from pipeline.core.settings import shipped
 from pipeline.core.values import Limits
 from pipeline.formats.trtllm.build_tool import TIMING_CACHE_FILE, Plugins, build_command
 from pipeline.formats.trtllm.layout import (
+    QK_NORM_EPS,
     Dtype,
     Piece,
     PlannedTensor,
@@ -150,6 +151,13 @@ def _notes(
         yield (
             f"{len(plan.merged_inputs)} linears had parts with different activation scales and got "
             f"the largest, such as {plan.merged_inputs[0]}"
+        )
+    spec = plan.checkpoint.spec
+    if spec.layers[0].attention.qk_norm and spec.norm_eps != QK_NORM_EPS:
+        yield (
+            f"TensorRT-LLM's norms of q and k add {QK_NORM_EPS:g} to the mean square, the model "
+            f"{spec.norm_eps:g}: with a mean square of 1 they differ by "
+            f"{abs(QK_NORM_EPS - spec.norm_eps) / 2:.1g} of their value"
         )
     if window is not None:
         yield (

@@ -17,7 +17,8 @@ of the activations only). The checkpoint keeps float32; ours are bfloat16 values
 Sources, all of NVIDIA/TensorRT-LLM. Where the public index of file versions tells no commit, its
 index number is given: `models/modeling_utils.py` (b35ac1b6: keys, names, `fuse_gate_mlp`,
 `share_embedding`), `models/llama/config.py` (89fd9b74) and `model.py` (#663997685),
-`models/qwen/config.py` (373970a8) and `model.py` (#984454274), `models/phi3/config.py` (1e6a4f97),
+`models/qwen/config.py` (373970a8), `model.py` (#984454274; Qwen3's norms: #54584513530, a copy
+with more in it) and `convert.py` (#1134239761: their names), `models/phi3/config.py` (1e6a4f97),
 `model.py` (c4dc529f) and `convert.py` (89fd9b74: halves), `models/model_weights_loader.py`
 (#503652548: which Hugging Face tensor is which), `layers/attention.py` (#1178835378),
 `quantization/layers.py` (#790827869: FP8 linears), `quantization/quantize.py` (#235018984),
@@ -86,7 +87,7 @@ def trtllm_config(
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_size": attention.head_dim,
-        "qk_layernorm": False,
+        "qk_layernorm": attention.qk_norm,  # the Qwen layers go by `qwen_type`
         # Phi-3 has one fused matrix, whose activation splits its output: the second half gates.
         "hidden_act": "swiglu" if layer.fused_mlp else "silu",
         "norm_epsilon": spec.norm_eps,
@@ -136,18 +137,20 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
 
 
 _LLAMA = {"attn_bias": False, "mlp_bias": False}
+_QWEN2 = {
+    "attn_bias": True,
+    "mlp_bias": False,
+    "qwen_type": "qwen2",
+    "seq_length": _QWEN_SEQ_LENGTH,
+    "use_logn_attn": False,
+}
 
 
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,  # built by the Llama class
-    "Qwen2ForCausalLM": {
-        "attn_bias": True,
-        "mlp_bias": False,
-        "qwen_type": "qwen2",
-        "seq_length": _QWEN_SEQ_LENGTH,
-        "use_logn_attn": False,
-    },
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": {**_QWEN2, "attn_bias": False, "qwen_type": "qwen3"},
     "Phi3ForCausalLM": {},  # its layer has no biases to switch
 }
 """Model classes of TensorRT-LLM that we convert for, and the keys that only their config has."""
@@ -186,6 +189,11 @@ def _faults(spec: ModelSpec, layer: Layer) -> Iterator[Fault]:
             message = f"is {scaling.attention_factor:g}; TensorRT-LLM computes {gain:g} from "
             message += "max_position_embeddings and takes no other"
             yield not_built("attention_factor", message)
+
+
+QK_NORM_EPS = 1e-5
+"""What the Qwen layer's norms of q and k add to the mean square: it passes no `eps` to `Attention`,
+whose default this is; the other norms add the model's `norm_epsilon` (pull request 5650)."""
 
 
 FP8 = "float8_e4m3fn"
@@ -256,6 +264,9 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
         plan.add_plain(f"{target}.input_layernorm", f"{source}.input_layernorm")
         for name, parts in _linears(layer).items():
             plan.add_linear(f"{target}.{name}", source, layer, parts)
+        for part in "qk" if layer.attention.qk_norm else "":
+            norm = f"{source}.self_attn.{part}_norm"
+            plan.add_plain(f"{target}.attention.{part}_layernorm", norm)
         if kv_fp8:
             plan.add_kv_scale(number)
         plan.add_plain(f"{target}.post_layernorm", f"{source}.post_attention_layernorm")

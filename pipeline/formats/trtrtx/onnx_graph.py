@@ -129,7 +129,6 @@ def buildable_layer(spec: ModelSpec) -> Layer:
     faults = [
         not_built(key, "is not in our decoder graph")
         for key, present in (
-            ("qk_norm", layer.attention.qk_norm),
             ("attn_logit_softcapping", layer.attention.softcap is not None),
             ("hidden_act", layer.activation != "silu"),
         )
@@ -227,9 +226,8 @@ class _Decoder:
         w = self._w
         query, key, value = write_linears(w, [linears[role] for role in "qkv"], hidden)
         heads, kv_heads = self._attended.heads, self._attended.kv_heads
-        query = self._rotate(f"{prefix}.q_rope", self._split_heads(query, heads))
-        query, scale = self._scale_query(prefix, query)
-        key = self._rotate(f"{prefix}.k_rope", self._split_heads(key, kv_heads))
+        query, scale = self._scale_query(prefix, self._turned(f"{prefix}.q", query, heads))
+        key = self._turned(f"{prefix}.k", key, kv_heads)
         value = self._split_heads(value, kv_heads)
         cached = []
         for part, new in (("key", key), ("value", value)):
@@ -241,6 +239,13 @@ class _Decoder:
         )
         merged = self._merge_heads(prefix, attended)
         return write_linears(w, [linears["o"]], merged)[0]
+
+    def _turned(self, name: str, x: str, heads: int) -> str:
+        """Queries or keys by head, [B, heads, S, D]: each with its norm, if any, and rotated."""
+        x = self._split_heads(x, heads)
+        if self._attended.qk_norm:
+            x = self._norm(f"{name}_norm", x)
+        return self._rotate(f"{name}_rope", x)
 
     def _scale_query(self, prefix: str, query: str) -> tuple[str, float]:
         """The queries times a part of 1 / sqrt(D), and the rest, which the operator multiplies.

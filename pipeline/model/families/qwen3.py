@@ -1,7 +1,4 @@
-"""Qwen3: no biases, and a norm over each head of q and k.
-
-It is planned and shipped as `checkpoint`; the converters of this edition refuse the norms.
-"""
+"""Qwen3, dense: no biases, and a norm over each head of q and k before it is rotated."""
 
 from __future__ import annotations
 

@@ -34,6 +34,8 @@ from tests.architectures import (
     ARCHITECTURES,
     ORIGINAL_CONTEXT,
     WINDOW,
+    llama3_rope,
+    longrope,
     tiny_architecture,
     tiny_fp8_architecture,
 )
@@ -68,6 +70,16 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "one-layer-one-kv-head": {"num_hidden_layers": 1, "num_key_value_heads": 1},
     "large-epsilon": {"rms_norm_eps": 0.1},
 }
+_QWEN3_SHAPES: dict[str, dict[str, Any]] = {
+    **_SHAPES,
+    "untied": {"tie_word_embeddings": False},
+    "head_dim-hidden-over-heads": {"head_dim": 16},
+    "seven-heads-to-a-kv-head": {"num_attention_heads": 14},
+    "odd-sizes": {"hidden_size": 75, "intermediate_size": 101, "num_attention_heads": 6},
+    "window": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
+    "llama3-rope": {"rope_scaling": llama3_rope(8.0)},
+    "longrope": {"rope_scaling": longrope(16), "original_max_position_embeddings": 128},
+}
 
 
 def _cases() -> dict[str, Case]:
@@ -81,8 +93,9 @@ def _cases() -> dict[str, Case]:
             cases[f"{name}-short-factors"] = Case(name, 128, (3, 29, 60), wide)
         else:
             cases[name] = Case(name, 192, (3, 40, 121), {})
-    for name, overrides in _SHAPES.items():
-        cases[name] = Case("llama", 128, (3, 17, 40), overrides)
+    for family, shapes in (("llama", _SHAPES), ("qwen3", _QWEN3_SHAPES)):
+        for name, overrides in shapes.items():
+            cases[f"{family}-{name}"] = Case(family, 128, (3, 17, 40), overrides)
     return cases
 
 

@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
     "Phi3ForCausalLM",
 }
 DEFAULTS = {

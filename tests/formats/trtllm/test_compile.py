@@ -193,7 +193,7 @@ def test_build_that_hangs_is_stopped_and_not_taken_for_out_of_memory(
     assert finished(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2.5", "phi3"])
+@pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2.5", "qwen3", "phi3"])
 def test_every_architecture_goes_through(name: str, tmp_path: Path) -> None:
     quantized = architecture_checkpoint(tmp_path, name)
     built = compiler(kv_cache_dtype="bfloat16" if name == "qwen2.5" else "fp8")

@@ -78,8 +78,9 @@ def test_good_network_agrees_with_the_reference_at_float32_accuracy(
     assert found["quantized_values"]["values"] > 5_000
     assert result["constants_rounded"] == ["rope_cos", "rope_sin"]
     assert result["layer_kinds"]["ROTARY_EMBEDDING"] == 4
-    # All weights are compared: seven linears, three biases in Qwen2, norms, embedding.
-    assert result["constants_equal"] > 2 * (7 + 2 + 3 * name.startswith("qwen")) + 2
+    # All weights are compared: seven linears, Qwen2's three biases, Qwen3's two norms; the others.
+    more = 3 * name.startswith("qwen2") + 2 * name.startswith("qwen3")
+    assert result["constants_equal"] > 2 * (7 + 2 + more) + 2
 
 
 def nonpad_kv_seqlen(model: onnx.ModelProto) -> None:
@@ -207,6 +208,24 @@ def rows_of_another_part(model: onnx.ModelProto) -> None:
     assert key.external_data[1].key == "offset"
 
 
+def norm_dropped(part: str) -> Plant:
+    module = f"model.layers.1.self_attn.{part}_norm"
+
+    def plant(model: onnx.ModelProto) -> None:
+        rename_input(model, module, node(model, module).input[0])
+
+    return plant
+
+
+def norm_changed(part: str, key: str, value: float) -> Plant:
+    def plant(model: onnx.ModelProto) -> None:
+        norm = node(model, f"model.layers.1.self_attn.{part}_norm")
+        found = attribute(norm, key)
+        found.CopyFrom(helper.make_attribute(key, value))
+
+    return plant
+
+
 def window_includes_its_edge(model: onnx.ModelProto) -> None:
     node(model, "window_mask").op_type = "GreaterOrEqual"
 
@@ -267,6 +286,12 @@ FAULTS: list[tuple[str, Plant, str]] = [
     (LLAMA, unknown_kind, "the kind SOFTMAX is unknown to the network check"),
     # What other architectures have.
     ("qwen2.5", bias_dropped, ATTENDED),
+    ("qwen3", norm_dropped("q"), ATTENDED),
+    ("qwen3", norm_dropped("k"), ATTENDED),
+    ("qwen3", norm_changed("q", "axis", -2), ATTENDED),
+    ("qwen3", norm_changed("k", "axis", 1), ATTENDED),
+    ("qwen3", norm_changed("q", "epsilon", 1e-3), ATTENDED),
+    ("qwen3", norm_changed("k", "epsilon", 1e-3), ATTENDED),
     ("phi4-mini", rows_of_another_part, "constant model.layers.1.self_attn.qkv_proj.k.weight is"),
     ("mistral-sliding", window_includes_its_edge, r"\(end of context\) differs"),
     ("mistral-sliding", window_of_the_first_query, r"\(chunk at end of context\) differs"),

@@ -29,8 +29,9 @@ COMPILER = TrtRtxCompiler(
     activation_dtype="bfloat16",
     kv_cache_dtype="bfloat16",
 )
-QUICK = ("qwen2.5", "phi3", "phi4-mini")
-"""Biases; a fused, windowed model with heads of 96; partial rotary and LongRoPE: in every run."""
+QUICK = ("qwen2.5", "qwen3", "phi3", "phi4-mini")
+"""In every run: biases; norms of q and k; a fused, windowed model with heads of 96; partial rotary
+and LongRoPE."""
 
 
 def quantized(root: Path, name: str, *keep_16bit: str, **overrides: Any) -> Checkpoint:

@@ -40,6 +40,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _LLAMA_DEFAULTS,
     "MistralForCausalLM": _LLAMA_DEFAULTS,
     "Qwen2ForCausalLM": {**_LLAMA_DEFAULTS, "attn_bias": True, "use_logn_attn": False},
+    "Qwen3ForCausalLM": {**_LLAMA_DEFAULTS, "attn_bias": True, "use_logn_attn": False},
     "Phi3ForCausalLM": {"rotary_base": 10000.0, "rotary_scaling": None},
 }
 
@@ -95,6 +96,11 @@ class TrtLlmReference:
         return bool(self.config["architecture"] == "Phi3ForCausalLM")
 
     @property
+    def _qk_norm(self) -> bool:
+        """Qwen's layer does not read `qk_layernorm`."""
+        return self.config.get("qwen_type") == "qwen3"
+
+    @property
     def _head_size(self) -> int:
         """Phi-3's layer does not read `head_size`."""
         config = self.config
@@ -123,6 +129,8 @@ class TrtLlmReference:
             prefix = f"transformer.layers.{layer}"
             for name in ("input_layernorm", "post_layernorm"):
                 wanted[f"{prefix}.{name}.weight"] = (hidden,)
+            for name in ("q_layernorm", "k_layernorm") if self._qk_norm else ():
+                wanted[f"{prefix}.attention.{name}.weight"] = (self._head_size,)
             for name, shape in linears.items():
                 wanted[f"{prefix}.{name}.weight"] = shape
                 if self._is_fp8(f"{prefix}.{name}"):
@@ -158,11 +166,11 @@ class TrtLlmReference:
         logits: torch.Tensor = x @ (embedding if head is None else head.float()).T
         return logits
 
-    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _norm(self, name: str, x: torch.Tensor, eps: float | None = None) -> torch.Tensor:
         import torch
 
         variance = x.pow(2).mean(-1, keepdim=True)
-        normed = x * torch.rsqrt(variance + self.config["norm_epsilon"])
+        normed = x * torch.rsqrt(variance + (eps or self.config["norm_epsilon"]))
         return self._weights[f"{name}.weight"].float() * normed
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -192,6 +200,8 @@ class TrtLlmReference:
                 self._linear(f"{name}.qkv", x), [heads * size, kv_heads * size, kv_heads * size], -1
             )
         )
+        if self._qk_norm:  # `Attention` gets no eps, so it is the default of its own
+            q, k = (self._norm(f"{name}.{n}_layernorm", x, 1e-5) for n, x in (("q", q), ("k", k)))
         q, k = _rotate(q, rotary), _rotate(k, rotary)
         k, v = (part.repeat_interleave(heads // kv_heads, dim=0) for part in (k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(size)
@@ -227,11 +237,11 @@ class TrtLlmReference:
         if self._phi3 and has_long != is_long:
             raise AssertionError("the layers and the tables disagree about LongRoPE")
         if c["position_embedding_type"] not in {"rope_gpt_neox", "long_rope"}:
-            if c["architecture"] == "Qwen2ForCausalLM":  # its layers do as the config says
+            if c["architecture"].startswith("Qwen"):  # its layers do as the config says
                 return None
             raise AssertionError("rotary_inv_freq and embed_positions must be provided")
-        if c["architecture"] == "Qwen2ForCausalLM":
-            assert c["qwen_type"] == "qwen2"
+        if c["architecture"].startswith("Qwen"):
+            assert c["qwen_type"] in ("qwen2", "qwen3")
             assert c["seq_length"]
         share = c["rotary_pct"] if self._phi3 else 1.0
         table = int(self.config["head_size"] * c.get("rotary_pct", 1.0))

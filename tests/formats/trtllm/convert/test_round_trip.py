@@ -153,6 +153,8 @@ def passes(found: Converted, damaged: Path) -> bool:
         ("phi3-long", "longrope_scaling_long_factors"),
         ("phi4-mini", "original_max_position_embeddings"),
         ("llama", "num_key_value_heads"),
+        ("qwen3", "head_size"),
+        ("qwen3", "qwen_type"),
         ("llama", "intermediate_size"),
         ("phi3", "hidden_act"),
         ("llama", "vocab_size"),
@@ -171,6 +173,8 @@ def test_key_that_is_left_out_is_noticed(
     ("name", "edit"),
     [
         ("qwen2.5", multiply(f"{_LAYER}.attention.qkv.bias", 0.0)),
+        ("qwen3", drop(f"{_LAYER}.attention.q_layernorm.weight")),
+        ("qwen3", multiply(f"{_LAYER}.attention.k_layernorm.weight", 1.01)),
         ("llama", drop("lm_head.weight")),
         ("llama", drop(f"{_LAYER}.attention.kv_cache_scaling_factor")),
         ("llama", drop(f"{_LAYER}.mlp.proj.activation_scaling_factor")),
