@@ -26,7 +26,7 @@ GROUPS = {
     *("source", "target", "calibration", "quantizer"),
     *("compiler", "runner", "acceptance", "registry"),
 }
-PRODUCTION = ("llama3.1", "mistral", "phi3", "qwen2.5")
+PRODUCTION = ("llama3.1", "mistral", "phi3", "phi4-mini", "qwen2.5", "qwen3-4b", "qwen3-8b")
 PAGED = ("checkpoint", "trtllm")
 MAX_LINES = 25
 
@@ -139,7 +139,10 @@ def test_weights_are_pinned_and_their_shape_names_the_same_commit(name: str) -> 
     ("name", "gated", "redistribution"),
     [
         ("phi3", False, "allowed"),
+        ("phi4-mini", False, "allowed"),
         ("qwen2.5", False, "allowed"),
+        ("qwen3-4b", False, "allowed"),
+        ("qwen3-8b", False, "allowed"),
         ("mistral", True, "allowed"),
         ("llama3.1", True, "with-notice"),
     ],

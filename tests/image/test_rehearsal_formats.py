@@ -10,7 +10,7 @@ from tests.tiny_recipe import enginesmith
 
 pytestmark = pytest.mark.slow
 
-RECIPES = ("phi3", "mistral", "qwen2.5", "llama3.1")
+RECIPES = ("phi3", "mistral", "qwen2.5", "qwen3-4b", "llama3.1")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ WANTED: dict[str, Numbers] = {
     "phi-3-mini-4k-instruct": (32, 32, 32, 96, 8192, 2047, Rope(theta=1e4, rotary_dim=96)),
     "mistral-7b-instruct-v0.3": (32, 32, 8, 128, 14336, None, Rope(theta=1e6, rotary_dim=128)),
     "qwen2.5-7b-instruct": (28, 28, 4, 128, 18944, None, Rope(theta=1e6, rotary_dim=128)),
+    "qwen3-4b-instruct-2507": (36, 32, 8, 128, 9728, None, Rope(theta=5e6, rotary_dim=128)),
+    "qwen3-8b": (36, 32, 8, 128, 12288, None, Rope(theta=1e6, rotary_dim=128)),
+    "mistral-nemo-base-2407": (40, 32, 8, 128, 14336, None, Rope(theta=1e6, rotary_dim=128)),
     "qwen2.5-0.5b-instruct": (24, 14, 2, 64, 4864, None, Rope(theta=1e6, rotary_dim=64)),
     "llama-3.1-8b-instruct": (
         *(32, 32, 8, 128, 14336, None),
@@ -54,7 +57,10 @@ WANTED: dict[str, Numbers] = {
 }
 
 
-TIED = {"llama-3.2-1b-instruct", "smollm2-135m-instruct", "qwen2.5-0.5b-instruct"}
+TIED = {
+    *("llama-3.2-1b-instruct", "smollm2-135m-instruct", "qwen2.5-0.5b-instruct"),
+    "qwen3-4b-instruct-2507",
+}
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -69,6 +75,7 @@ def test_published_config_is_read_whole(name: str) -> None:
         head_dim=head_dim,
         scale=1 / head_dim**0.5,
         window=window,
+        qk_norm=name.startswith("qwen3"),
     )
     assert layer.linear("gate").rows == inner
     assert layer.linear("q").bias is name.startswith("qwen2")
@@ -94,7 +101,10 @@ def test_published_phi_4_mini_turns_three_quarters_of_a_head_with_longrope() -> 
     [
         ("phi3", "phi-3-mini-4k-instruct"),
         ("mistral", "mistral-7b-instruct-v0.3"),
+        ("phi4-mini", "phi-4-mini-instruct"),
         ("qwen2.5", "qwen2.5-7b-instruct"),
+        ("qwen3-4b", "qwen3-4b-instruct-2507"),
+        ("qwen3-8b", "qwen3-8b"),
         ("llama3.1", "llama-3.1-8b-instruct"),
         ("smollm2", "smollm2-135m-instruct"),
     ],
