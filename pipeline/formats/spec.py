@@ -20,6 +20,7 @@ from pipeline.core.errors import CorruptError, IncompatibleError
 from pipeline.core.hardware import Target
 from pipeline.core.settings import marked_modules, read_mark
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint
 
@@ -130,6 +131,7 @@ class FormatSpec:
         files: Files that its folder must contain, as glob patterns; the weights last.
         serve_args: Arguments of the runtime's server.
         memory: Of the machine while it compiles; None where nothing is compiled.
+        check_shape: Raises a RecipeError for a model that its converter cannot express.
         is_checkpoint: It is the quantized checkpoint itself, which Transformers and others read.
     """
 
@@ -145,6 +147,7 @@ class FormatSpec:
     files: tuple[str, ...]
     serve_args: Callable[[Limits], tuple[str, ...]]
     memory: CompileMemory | None = None
+    check_shape: Callable[[ModelSpec], object] = lambda _shape: None
     is_checkpoint: bool = False
 
     def variant(self, precision: QuantSpec, limits: Limits, target: Target) -> str:

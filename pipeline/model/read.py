@@ -206,7 +206,9 @@ def _read(config: Mapping[str, Any]) -> tuple[ModelSpec, ConfigKeys]:
     model_type = str(keys.take("model_type", "")).replace("-", "_").replace(".", "_")
     if model_type not in known:
         named = f"is {config['model_type']!r}" if config.get("model_type") else "is missing"
-        keys.fault("model_type", f"{named}; the model types that we read are {', '.join(known)}")
+        advice = "choose such a model, or describe its type in pipeline/model/families"
+        types = f"the model types that we read are {', '.join(known)}; {advice}"
+        keys.fault("model_type", f"{named}; {types}")
         keys.raise_faults()
     family = importlib.import_module(f"{families.__name__}.{model_type}")
     architectures = keys.take("architectures", [])

@@ -10,7 +10,7 @@ known-bad table is a data file of conditions, so that a lesson costs a row and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -80,6 +80,7 @@ def make_plan(request: PlanRequest) -> Plan:
     line = roofline(request, sizes)
     workloads = tuple(plan_workload(workload, request, line, fit) for workload in request.workloads)
     found: tuple[Fault | Note, ...] = (
+        *shape_faults(request),
         *limit_faults(request),
         *keep_16bit_faults(request.keep_16bit, request.shape),
         *fit_findings(request, fit),
@@ -209,6 +210,15 @@ class Note:
     path: str
     message: str
     source: str = ""
+
+
+def shape_faults(request: PlanRequest) -> Sequence[Fault]:
+    """What of the model the format's converter cannot express."""
+    try:
+        request.format.check_shape(request.shape)
+    except RecipeError as error:
+        return error.faults
+    return ()
 
 
 def limit_faults(request: PlanRequest) -> Iterator[Fault]:

@@ -13,6 +13,7 @@ import pytest
 from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import RecipeError
+from pipeline.formats.spec import format_specs
 from pipeline.model.read import (
     IRRELEVANT,
     REQUIRED,
@@ -94,6 +95,27 @@ def test_published_phi_4_mini_turns_three_quarters_of_a_head_with_longrope() -> 
     assert scaling.factors(4097)[::47] == (1.0, 47.77)
     # sqrt(1 + ln(131072 / 4096) / ln(4096)), to five digits
     assert scaling.attention_factor == pytest.approx(1.19024, abs=1e-5)
+
+
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+"""Hub repository -> essentials of its config.json, and its parameters as its card or index has them
+or the start of the sentence that refuses it."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_model_is_planned_in_every_format_or_refused_in_a_sentence(name: str) -> None:
+    known = PUBLISHED[name]
+    if "refused" in known:
+        with pytest.raises(RecipeError) as refused:
+            read_spec(known["config"])
+        (fault,) = refused.value.faults
+        assert str(fault).startswith(f"config.json: {known['refused']}")
+        assert "; " in str(fault), "what to do"
+    else:
+        spec = read_spec(known["config"])
+        assert spec.params == known["params"]
+        for each in format_specs().values():
+            each.check_shape(spec)
 
 
 @pytest.mark.parametrize(

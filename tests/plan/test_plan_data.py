@@ -26,6 +26,10 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"model": "qwen2.5"},
         [{"kv_cache_dtype": "bfloat16"}, {"model": "llama3.1"}],
     ),
+    "qwen3-trtllm-build": (
+        {"model": "qwen3-4b", "format": "trtllm"},
+        [{"format": "checkpoint"}, {"model": "qwen2.5", "kv_cache_dtype": "bfloat16"}],
+    ),
     "fp8-below-sm89": ({"target": "a100"}, [{"target": "l4"}]),
     "rtx-not-for-datacenter": (
         RTX | {"target": "h200"},
@@ -79,6 +83,16 @@ def test_rows_have_conditions_and_ids_of_their_own() -> None:
     assert all(row.when for row in table)
     with pytest.raises(ValueError, match=r"architectur: .* is no condition"):
         replace(table[0], when={"architectur": ["Qwen2ForCausalLM"]})
+
+
+def test_model_that_a_converter_cannot_express_is_refused_by_the_plan(ask: Ask) -> None:
+    window = {"use_sliding_window": True, "max_window_layers": 14}
+    mixed = read_spec(published("qwen2.5-7b-instruct", **window))
+    for name in ("trtllm", "trtrtx"):
+        (fault,) = make_plan(ask(mixed, format=name, kv_cache_dtype="bfloat16")).faults
+        assert str(fault).startswith("config.json: layer_types: mixes layers")
+        assert "use compiler=checkpoint" in str(fault)
+    assert make_plan(ask(mixed, kv_cache_dtype="bfloat16")).faults == ()
 
 
 TARGETS = sorted(path.stem for path in (data_dir("conf") / "target").glob("*.yaml"))

@@ -69,12 +69,7 @@ def trtllm_config(
         RecipeError: TensorRT-LLM's class for this architecture would silently ignore something
             that this model needs.
     """
-    if spec.architecture not in _FAMILIES:
-        message = f"is {spec.architecture}; the converter for TensorRT-LLM has "
-        raise RecipeError([not_built("architectures", message + ", ".join(_FAMILIES))])
-    layer = spec.uniform_layer()
-    if faults := list(_faults(spec, layer)):
-        raise RecipeError(faults)
+    layer = buildable_layer(spec)
     attention = layer.attention
     return {
         "architecture": spec.architecture,
@@ -104,6 +99,17 @@ def trtllm_config(
             "exclude_modules": list(exclude),
         },
     }
+
+
+def buildable_layer(spec: ModelSpec) -> Layer:
+    """The layer that all layers are like; a RecipeError as in `trtllm_config`."""
+    if spec.architecture not in _FAMILIES:
+        message = f"is {spec.architecture}; the converter for TensorRT-LLM has "
+        raise RecipeError([not_built("architectures", message + ", ".join(_FAMILIES))])
+    layer = spec.uniform_layer()
+    if faults := list(_faults(spec, layer)):
+        raise RecipeError(faults)
+    return layer
 
 
 def _rope(spec: ModelSpec) -> dict[str, Any]:

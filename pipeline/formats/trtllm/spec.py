@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.core.values import Limits
 from pipeline.formats.spec import PAGED, CompileMemory, FormatSpec
+from pipeline.formats.trtllm.layout import buildable_layer
 
 NAME = "tensorrt-llm"
 VERSION = "1.2.1"
@@ -43,4 +44,5 @@ SPEC = FormatSpec(
     serve_args=_serve_args,
     # The weights that were read and the engine that is serialized.
     memory=CompileMemory(per_byte=2.0, source="2 x the engine, not measured"),
+    check_shape=buildable_layer,
 )
