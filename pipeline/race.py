@@ -301,7 +301,8 @@ def measure_pairs(
                     turns = min(rounds, peer.max_rounds or rounds)
                     samples = measure_speed(load, pair, waves, turns)
                     ours, theirs = samples[ENGINE], samples[peer.name]
-                    figures = {**summarize(load, theirs), "ratio": ratio_of(ours, theirs)}
+                    rates = ([run.output_tokens_per_s for run in side] for side in (ours, theirs))
+                    figures = {**summarize(load, theirs), "ratio": ratio_of(*rates)}
                     ratio = figures["ratio"]["median"]
                     log.info("%s, %s: the engine is %.2f x as fast", peer.label, load.name, ratio)
                     runs[load.name] += ours
@@ -317,12 +318,9 @@ def measure_pairs(
     return entries, tuple(not_run)
 
 
-def ratio_of(ours: Sequence[SpeedSample], theirs: Sequence[SpeedSample]) -> dict[str, Any]:
-    """Ours over theirs in output tokens per second, by round: its median, with an interval."""
-    ratios = [
-        mine.output_tokens_per_s / other.output_tokens_per_s
-        for mine, other in zip(ours, theirs, strict=True)
-    ]
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Our rates over theirs, by round: the median, with an interval."""
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     low, high = median_interval(ratios) if len(ratios) >= MIN_ROUNDS else (None, None)
     return {
         "median": round(statistics.median(ratios), 5),

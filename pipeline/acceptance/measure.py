@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.acceptance.acceptance import Acceptance, Subject, tool_versions
@@ -22,7 +20,6 @@ from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.judge import ceiling_share, judge, judge_physics
 from pipeline.acceptance.speed import (
     ENGINE,
-    SpeedSample,
     Waves,
     measure_speed,
     rate_findings,
@@ -37,7 +34,7 @@ from pipeline.model.hf import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
 from pipeline.quant.spec import KV_CACHE_DTYPES
-from pipeline.runners.runner import BenchRunner, Runner, Session, SourceRunner
+from pipeline.runners.runner import Runner, Session, SourceRunner
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import TextCorpus
 
@@ -127,11 +124,9 @@ def _run(asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard 
         found = answers.compare(session)
         if subject.simulated:
             found.not_run.append(f"speed: runner {runner.name} only simulates the engine")
-        elif not isinstance(runner, BenchRunner):
+        else:
             speed = tuple(_time(asked, subject, load, session) for load in workloads)
         _sustain(asked, subject, found, session, workloads)
-    if isinstance(runner, BenchRunner):
-        speed = tuple(_bench(asked, subject, runner, workloads))
     found.parts["speed"] = speed
     found.findings += spread_findings(speed, asked.max_spread)
     found.findings += rate_findings(speed, demanded=on_target)
@@ -193,28 +188,6 @@ def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
     vocab_size = subject.plan.request.shape.vocab_size
     prompts = workload.request_prompts(vocab_size, asked.seed, tokenizer)
     return workload.waves(prompts, asked.seed, ends)
-
-
-def _bench(
-    asked: Acceptance, subject: Subject, runner: BenchRunner, workloads: tuple[Workload, ...]
-) -> Iterator[dict[str, Any]]:
-    """Speed by the runtime's own tool, which needs the card for itself."""
-    folder = Path(tempfile.mkdtemp(prefix="enginesmith-bench-"))
-    for workload in workloads:
-        found = runner.bench(
-            subject.engine,
-            workload,
-            checkpoint_dir=subject.checkpoint_dir or subject.weights.dir,
-            repeats=asked.repeats,
-            seed=asked.seed,
-            log_path=folder / f"{workload.name}.log",
-        )
-        yield {
-            **summarize(workload, [SpeedSample(**run) for run in found.runs]),
-            "tool": found.tool,
-            "requests": found.requests,
-            "percentiles": found.percentiles,
-        }
 
 
 def _sustain(

@@ -36,20 +36,20 @@ class SpeedSample:
             Where the runtime tells the times of single requests, the mean of theirs: the first
             tokens of a large batch do not all come together.
         total_tokens_per_s: (prompt tokens + output tokens) / the same seconds.
-        prompt_tokens: Of all requests; None, as the others, where only figures are known.
+        prompt_tokens: Of all requests.
         device: The card from the start to somewhat after the end; None where there is none.
     """
 
     output_tokens_per_s: float
     ttft_ms: float
     itl_ms: float
-    total_tokens_per_s: float | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    output_lengths: tuple[int, ...] = ()
-    achieved_request_rate: float | None = None
-    requests: tuple[RequestTiming, ...] = ()
-    device: Samples | None = None
+    total_tokens_per_s: float
+    prompt_tokens: int
+    output_tokens: int
+    output_lengths: tuple[int, ...]
+    achieved_request_rate: float | None
+    requests: tuple[RequestTiming, ...]
+    device: Samples | None
 
     @staticmethod
     def of_waves(
@@ -142,7 +142,6 @@ def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]
     Latencies are percentiles of all requests where the runtime times them, else medians of runs.
     """
     rates = [run.output_tokens_per_s for run in runs]
-    known = {name: [getattr(run, name) for run in runs] for name in _RATES[:4]}
     entry: dict[str, Any] = {
         "workload": workload.name,
         "workload_digest": workload.digest,
@@ -150,9 +149,8 @@ def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]
         "isl": workload.isl,
         "osl": workload.osl,
         **{
-            name: round(statistics.median(values), 3)
-            for name, values in known.items()
-            if None not in values
+            name: round(statistics.median(getattr(run, name) for run in runs), 3)
+            for name in _RATES[:4]
         },
         **latency_percentiles([request for run in runs for request in run.requests]),
         **device_figures(runs),
@@ -165,11 +163,10 @@ def summarize(workload: Workload, runs: Sequence[SpeedSample]) -> dict[str, Any]
         entry["spread"] = round((max(rates) - min(rates)) / statistics.median(rates), 6)
     if workload.needs:
         entry["load"] = workload.load
-        read = runs[0].prompt_tokens
-        if read is not None:  # `isl` is the longest prompt, a ceiling needs their mean
-            entry["mean_isl"] = round(read / workload.total_requests, 3)
+        # `isl` is the longest prompt, a ceiling needs their mean.
+        entry["mean_isl"] = round(runs[0].prompt_tokens / workload.total_requests, 3)
         if not workload.lengths_are_known_and_equal:
-            made = sum(run.output_tokens or 0 for run in runs)
+            made = sum(run.output_tokens for run in runs)
             entry["mean_osl"] = round(made / len(runs) / workload.total_requests, 3)
     if workload.request_rate is not None:
         achieved = [run.achieved_request_rate for run in runs]
@@ -224,7 +221,7 @@ def device_figures(runs: Sequence[SpeedSample]) -> dict[str, Any]:
     figures: dict[str, Any] = {"peak_memory_bytes": max(use.peak_memory_bytes or 0 for use in used)}
     energies = [use.energy_j for use in used if use.energy_j is not None]
     seconds = sum(use.seconds for use in used)
-    tokens = sum(run.output_tokens or 0 for run in runs)
+    tokens = sum(run.output_tokens for run in runs)
     if len(energies) == len(used) and seconds > 0 and tokens > 0:
         figures["mean_power_w"] = round(sum(energies) / seconds, 2)
         figures["joules_per_token"] = round(sum(energies) / tokens, 6)

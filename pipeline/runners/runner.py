@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pipeline.core.errors import Fault, PipelineError, RecipeError
 from pipeline.core.values import Engine
@@ -195,37 +195,6 @@ class SourceRunner(Protocol):
     """A runner that also executes the source model, where that is too much for the CPU."""
 
     def open_source(self, weights_dir: Path, context: int) -> AbstractContextManager[Session]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchResult:
-    """What a runtime's own tool (name, version and mode) measured.
-
-    `runs` has the figures of each repeat, called as in `pipeline.acceptance.speed.SpeedSample`;
-    `requests` are of one run; `percentiles` (p50, p90, p99) over those of the last, milliseconds.
-    """
-
-    runs: tuple[dict[str, Any], ...]
-    tool: str
-    requests: int
-    percentiles: dict[str, Any] = field(default_factory=dict)
-
-
-@runtime_checkable
-class BenchRunner(Protocol):
-    """A runner whose speed is measured by a tool of its runtime, which loads the engine anew."""
-
-    def bench(
-        self,
-        engine: Engine,
-        workload: Workload,
-        *,
-        checkpoint_dir: Path,
-        repeats: int,
-        seed: int,
-        log_path: Path,
-    ) -> BenchResult:
-        """Time a workload `repeats` times; the engine was made from `checkpoint_dir`."""
 
 
 def why_not_workload(runner: Runner, workload: Workload) -> tuple[str, ...]:

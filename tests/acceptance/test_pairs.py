@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.acceptance.speed import SpeedSample
 from pipeline.core.errors import ToolError
 from pipeline.core.values import Engine, Limits
 from pipeline.race import (
@@ -108,17 +107,13 @@ def test_peer_that_fails_ends_its_pair_only(tmp_path: Path) -> None:
     assert len(not_run) == 1
 
 
-def samples(*rates: float) -> list[SpeedSample]:
-    return [SpeedSample(output_tokens_per_s=rate, ttft_ms=1.0, itl_ms=1.0) for rate in rates]
-
-
 def test_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
-    found = ratio_of(samples(10.0, 30.0, 50.0), samples(10.0, 10.0, 10.0))
+    found = ratio_of([10.0, 30.0, 50.0], [10.0, 10.0, 10.0])
     assert found == {"median": 3.0, "low": 1.0, "high": 5.0, "level": 0.95, "rounds": 3}
-    few = ratio_of(samples(2.0, 4.0), samples(1.0, 1.0))
+    few = ratio_of([2.0, 4.0], [1.0, 1.0])
     assert (few["median"], few["low"], few["high"]) == (3.0, None, None)
     with pytest.raises(ValueError, match="zip"):
-        ratio_of(samples(1.0, 2.0), samples(1.0))
+        ratio_of([1.0, 2.0], [1.0])
 
 
 def test_interval_holds_the_median_nineteen_times_in_twenty() -> None:

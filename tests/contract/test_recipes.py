@@ -32,8 +32,6 @@ MAX_LINES = 25
 
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
 COMPILERS = sorted(path.stem for path in data_dir("conf").glob("compiler/*.yaml"))
-VLLM_ONLY = ("smollm2-vllm", "trtllm")
-"""`trtllm-bench` sends whole batches, and this recipe counts requests."""
 OPTIONS = sorted((path.parent.name, path.stem) for path in data_dir("conf").glob("*/*.yaml"))
 
 
@@ -69,10 +67,7 @@ def test_recipe_is_short_and_becomes_objects_that_can_be_planned(recipe: str) ->
         assert (job.value.compiler.format, job.value.target.id) == ("trtllm", "rtx4090")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "compiler"),
-    [pair for pair in itertools.product(RECIPES, COMPILERS) if pair != VLLM_ONLY],
-)
+@pytest.mark.parametrize(("recipe", "compiler"), itertools.product(RECIPES, COMPILERS))
 def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -> None:
     job = loaded(recipe, f"compiler={compiler}", "target=rtx4090")
     assert job.faults == ()
@@ -81,12 +76,6 @@ def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -
     assert plan.faults == ()
     assert [note for note in plan.notes if note.severity == "warning"] == []
     assert plan.fit.full_length_sequences >= 1
-
-
-def test_recipe_for_vllm_is_refused_for_what_cannot_serve_its_requests() -> None:
-    recipe, compiler = VLLM_ONLY
-    (fault,) = plan_of(loaded(recipe, f"compiler={compiler}").value).faults
-    assert "runner trtllm does not execute requests" in str(fault)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -43,7 +43,7 @@ EVERYTHING = set(LOADS)
             TransformersRunner(),
             EVERYTHING - {"request_rate", "isl_distribution", "prompts_file"},
         ),
-        (TRTLLM, set()),
+        (TRTLLM, {"requests"}),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

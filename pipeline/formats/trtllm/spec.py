@@ -11,7 +11,6 @@ VERSION = "1.2.1"
 """The last final release whose engines exist: the engine backend was removed in the 1.3 line
 (TensorRT-LLM PRs 15918 and 16369; pins of 1.3.0rc22 on PyPI)."""
 BUILD_PROGRAM = "trtllm-build"
-BENCH_PROGRAM = "trtllm-bench"
 CUDA = "13.1"
 """CUDA in the release image: README badge of 1.2.1 (PyPI sdist), base image pytorch:25.12."""
 OLDEST_DRIVER = 580

@@ -23,7 +23,9 @@ class TrtLlmModel:
     after its own prefix: N (N + 1) / 2 prefilled tokens. Prefixes are not reused: a reused block
     has other last bits (TensorRT-LLM issue 15503).
 
-    Timing: a batch runs twice, once for one token; published figures are those of `trtllm-bench`.
+    Timing: a batch runs twice, once for one token, since `generate` tells no times of its requests.
+    `gather_generation_logits` costs only the requests that ask for logits
+    (batch_manager/handleGenerationLogits.cpp, 89fd9b74).
     """
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,26 +10,21 @@ import pytest
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint, Engine
 from pipeline.runners.trtllm import TrtLlmRunner
-from tests.formats.trtllm.fakes import card_machine, compiler, write_script
+from tests.formats.trtllm.fakes import card_machine, compiler
 from tests.quant.tiny_quantized import ADA
 
 RUNNER = TrtLlmRunner(
     where="local",
     image="enginesmith-build:1.2.1",
     kv_cache_fraction=0.9,
-    bench_rounds=2,
-    bench_warmup=2,
     timeout_s=60.0,
 )
-HERE = Path(__file__).parent
-PACKAGES = HERE / "fake_packages"
+PACKAGES = Path(__file__).parent / "fake_packages"
 
 
 def runner_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with the card, `trtllm-build`, `trtllm-bench` and TensorRT-LLM's Python API."""
-    programs = card_machine(folder, monkeypatch)
-    source = (HERE / "fake_trtllm_bench.py").read_text()
-    write_script(programs / "trtllm-bench", f"#!{sys.executable}\n{source}")
+    """A machine with the card, `trtllm-build` and TensorRT-LLM's Python API."""
+    card_machine(folder, monkeypatch)
     packages = (str(folder / "packages"), str(PACKAGES))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(packages))
 
