@@ -207,8 +207,7 @@ def printable(text: str, style: str = "") -> Text:
     """Text without markup or control characters."""
     from rich.text import Text
 
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return Text(shown, style=style)
+    return Text(escaped(text), style=style)
 
 
 class _ScreenHandler(logging.Handler):

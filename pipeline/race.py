@@ -25,18 +25,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from pipeline.acceptance.card import HeldCard, held_card
 from pipeline.acceptance.judge import judge, judge_physics
 from pipeline.acceptance.measure import conditions_json
 from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.acceptance.speed import ENGINE, SpeedSample, measure_speed, spread_findings, summarize
+from pipeline.answer import Answer
 from pipeline.build import plan_of
 from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe
 from pipeline.core.cache import StageCache, require_files
-from pipeline.core.errors import ConflictError, Fault, IncompatibleError, PipelineError, RecipeError
+from pipeline.core.errors import (
+    ConflictError,
+    ExitCode,
+    Fault,
+    IncompatibleError,
+    PipelineError,
+    RecipeError,
+)
 from pipeline.core.ownership import make_own
 from pipeline.core.settings import cache_root, shipped
 from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
@@ -99,16 +108,6 @@ class RaceRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaceResult:
-    """What a race gave: the report as in `report.json`, where it is, and who failed."""
-
-    document: Mapping[str, Any]
-    report: Path
-    verdict: Verdict
-    failed: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Peer:
     """A model in a runtime beside the engine; `max_rounds` where it is slow."""
 
@@ -118,8 +117,11 @@ class Peer:
     max_rounds: int | None = None
 
 
-def race(request: RaceRequest) -> RaceResult:
+def race(request: RaceRequest) -> Answer:
     """Make the artifact, measure it beside its peers, judge, and write the report.
+
+    Exits with 1 where a peer failed, 3 where what was measured is worth nothing, as on a card that
+    others use.
 
     Raises:
         RecipeError: The recipe or the command line is wrong.
@@ -159,9 +161,37 @@ def race(request: RaceRequest) -> RaceResult:
             )
     report, verdict = judge_race(recipe, engine, speed, failed, held)
     files = write_report(report, verdict, request.out, plan=plan.to_json())
-    return RaceResult(
-        document=report.to_json(verdict), report=files[REPORT_FILE], verdict=verdict, failed=failed
+    code = ExitCode.OK if verdict.name == "measured" else ExitCode.NOT_ACCEPTED
+    lines = [f"{verdict.name}: {files[REPORT_FILE]}"]
+    lines += [f"{one.kind}: {one.message}" for one in verdict.findings]
+    return Answer(
+        value=report.to_json(verdict),
+        shown=[_table(speed), *lines],
+        exit_code=ExitCode.FAILED if failed else code,
+        message="\n".join(lines),
     )
+
+
+def _table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Median rates, and ours over each peer with its interval, by workload."""
+    table = Table("output tok/s, median", *(entry["workload"] for entry in entries))
+    table.add_row("ours", *(f"{entry['output_tokens_per_s']:,.1f}" for entry in entries))
+    labels = {
+        name: peer["label"] for entry in entries for name, peer in entry.get("peers", {}).items()
+    }
+    for name, label in labels.items():
+        peers = [entry["peers"].get(name) for entry in entries]
+        rates = (f"{peer['output_tokens_per_s']:,.1f}" if peer else "-" for peer in peers)
+        table.add_row(label, *rates)
+        table.add_row("  ours / peer", *(_ratio(peer["ratio"]) if peer else "-" for peer in peers))
+    return table
+
+
+def _ratio(ratio: Mapping[str, Any]) -> str:
+    """The median and its interval, such as `1.171 (1.168 to 1.174)`."""
+    if ratio["low"] is None:
+        return f"{ratio['median']:.3f}"
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
 def compose(request: RaceRequest) -> Recipe:
@@ -216,7 +246,7 @@ def contenders(
     workloads: Sequence[Workload],
 ) -> tuple[AbstractContextManager[Session], Sequence[Peer]]:
     """What opens the engine, on a card as its manifest says with room for a peer, and its peers."""
-    from pipeline.runners.transformers import open_in_child, open_source
+    from pipeline.runners.transformers import open_source, open_source_in_child
 
     if request.cpu:
         label, opener = "Hugging Face generate, float32", partial(open_source, weights.dir)
@@ -233,7 +263,7 @@ def contenders(
         if name == TRANSFORMERS:
             limits = {"load_s": runner.load_timeout_s, "answer_s": runner.answer_timeout_s}
             source = {"weights_dir": str(weights.dir), "dtype": "bfloat16", "device": "cuda"}
-            child = partial(open_in_child, "open_source", **limits, **source)
+            child = partial(open_source_in_child, **limits, **source)
             label = "Hugging Face generate, bfloat16"
             peers.append(Peer(name=name, label=label, open=child, max_rounds=_SLOW_ROUNDS))
             continue

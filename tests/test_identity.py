@@ -45,7 +45,7 @@ def test_formats_have_keys_of_their_own() -> None:
     [
         ["acceptance.windows=3"],
         ["registry.path=elsewhere"],
-        ["runner=transformers", "runner.device=cuda"],
+        ["runner=transformers"],
         ["target.source='another datasheet'"],
         ["target.power_w=1"],
         ["quantizer.device=cuda"],

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from pipeline.acceptance import card
-from pipeline.commands.building import race_answer
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError, RecipeError
 from pipeline.core.gpu import Conditions, conditions_of
 from pipeline.race import RaceRequest, race
@@ -78,9 +77,9 @@ def request(place: Workplace, **more: Any) -> RaceRequest:
 def test_race_on_a_card_measures_each_peer_beside_the_engine(
     place: Workplace, h100: SimpleNamespace
 ) -> None:
-    result = race(request(place))
-    report = json.loads(result.report.read_text())
-    assert report == json.loads(json.dumps(result.document))
+    answer = race(request(place))
+    report = json.loads(Path("race", "report.json").read_text())
+    assert report == json.loads(json.dumps(answer.value))
     assert report["verdict"] == "measured"
     assert [entry["workload"] for entry in report["speed"]] == ["b1", "b2"]
     for entry in report["speed"]:
@@ -90,7 +89,7 @@ def test_race_on_a_card_measures_each_peer_beside_the_engine(
     assert report["conditions"]["card"] == "NVIDIA-H100-80GB-HBM3"
     assert report["conditions"]["after"]["uuid"] == "GPU-1"
     assert "quality: a race measures speed only" in report["not_run"]
-    page = (result.report.parent / "report.html").read_text()
+    page = Path("race", "report.html").read_text()
     assert "Its answers were not looked at" in page
     assert "vLLM, its online FP8" in page
     engine = next(place.cache.glob("stages/pack/*/engine"))
@@ -101,7 +100,6 @@ def test_race_on_a_card_measures_each_peer_beside_the_engine(
     assert [one["quantization"] for one in seen] == [None, None, "fp8"]
     assert {one["gpu_memory_utilization"] for one in seen} == {0.05}
     assert all(one["kv_cache_memory_bytes"] > 0 for one in seen)
-    answer = race_answer(result)
     assert answer.exit_code is ExitCode.OK
     with pytest.raises(ConflictError, match="is not empty; name another folder with --out"):
         race(request(place))
@@ -111,12 +109,11 @@ def test_peer_that_does_not_load_fails_the_race_and_not_the_others(
     place: Workplace, h100: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "refuse-fp8")
-    result = race(request(place, batches=(1,)))
-    (entry,) = result.document["speed"]
+    answer = race(request(place, batches=(1,)))
+    (entry,) = answer.value["speed"]
     assert list(entry["peers"]) == ["vllm-bf16"]
-    assert len(result.failed) == 1
-    assert "no kernel for this quantization" in result.failed[0]
-    assert race_answer(result).exit_code is ExitCode.FAILED
+    assert "no kernel for this quantization" in answer.message
+    assert answer.exit_code is ExitCode.FAILED
 
 
 def test_race_on_random_weights_leaves_the_source_alone(
@@ -129,15 +126,15 @@ def test_race_on_random_weights_leaves_the_source_alone(
 
 def test_race_on_a_cpu_is_between_the_real_runtimes(place: Workplace) -> None:
     asked = request(place, cpu=True, overrides=("acceptance.max_spread=1000.0",), only=())
-    result = race(asked)
-    assert result.verdict.name == "measured"
-    for entry in result.document["speed"]:
+    answer = race(asked)
+    assert answer.value["verdict"] == "measured"
+    for entry in answer.value["speed"]:
         (peer,) = entry["peers"].values()
         assert peer["label"] == "Hugging Face generate, float32"
         assert peer["ratio"]["rounds"] == 3
         assert peer["ratio"]["low"] <= peer["ratio"]["median"] <= peer["ratio"]["high"]
-    assert result.document["conditions"]["runner"] == "onnxruntime"
-    assert race_answer(result).exit_code is ExitCode.OK
+    assert answer.value["conditions"]["runner"] == "onnxruntime"
+    assert answer.exit_code is ExitCode.OK
 
 
 @pytest.mark.parametrize(

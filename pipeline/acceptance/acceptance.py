@@ -180,8 +180,3 @@ class Subject:
     checkpoint_dir: Path | None
     plan: Plan
     runner: Runner
-
-    @property
-    def simulated(self) -> bool:
-        """Whether the runner only simulates it: its answers tell about it, its speed does not."""
-        return self.runner.name == "transformers"

@@ -298,7 +298,7 @@ class Comparison:
     def _find_reference(self, cache: StageCache) -> tuple[Reference | None, str]:
         """What the checkpoint itself says; else why it is not asked, if that is worth a word."""
         asked, subject, engine = self._asked, self._subject, self._subject.engine
-        if subject.simulated:
+        if subject.runner.name == "transformers":
             return None, ""  # it is the reference
         is_checkpoint = format_spec(engine.format).is_checkpoint
         folder = engine.dir if is_checkpoint else subject.checkpoint_dir

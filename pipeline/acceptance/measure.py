@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,11 +61,9 @@ def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tupl
             checks["two_layer_cut"] = compare_cut(subject.checkpoint_dir, engine.cpu_graph_dir)
     else:
         measured = _run(acceptance, subject, cache, None)
-    there = held is not None and held.card == target.card
-    on_target = there and not subject.simulated
+    on_target = held is not None and held.card == target.card
     if not on_target:
-        why = "only a simulation ran on it" if there else "no such card here"
-        not_run.insert(0, f"{target.card}: {why}; speed and numerics on it")
+        not_run.insert(0, f"{target.card}: no such card here; speed and numerics on it")
     kv_cache = KV_CACHE_DTYPES[engine.limits.kv_cache_dtype]
     if held is None and kv_cache.quant_algo:
         not_run.insert(1, f"{kv_cache.title} KV cache: what runs here keeps the cache in float32")
@@ -117,15 +114,11 @@ def _run(asked: Acceptance, subject: Subject, cache: StageCache, held: HeldCard 
     if held is None:
         with runner.open(subject.engine) as session:
             return answers.compare(session)
-    on_target = held.card == subject.plan.request.target.card and not subject.simulated
+    on_target = held.card == subject.plan.request.target.card
     workloads = _workloads(asked, subject.plan, demanded=on_target)
-    speed: tuple[Mapping[str, Any], ...] = ()
     with runner.open(subject.engine) as session:
         found = answers.compare(session)
-        if subject.simulated:
-            found.not_run.append(f"speed: runner {runner.name} only simulates the engine")
-        else:
-            speed = tuple(_time(asked, subject, load, session) for load in workloads)
+        speed = tuple(_time(asked, subject, load, session) for load in workloads)
         _sustain(asked, subject, found, session, workloads)
     found.parts["speed"] = speed
     found.findings += spread_findings(speed, asked.max_spread)

@@ -7,7 +7,6 @@ and a last window; memory by the median of the slopes between all pairs of sampl
 
 from __future__ import annotations
 
-import bisect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.acceptance.card import Samples, device_samples
+from pipeline.acceptance.card import device_samples
 from pipeline.acceptance.speed import Wave, theil_sen_slope
 from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT
@@ -103,7 +102,7 @@ def run_sustained(
     """
     prompts, options = wave
     seconds = 60.0 * minutes
-    taken: list[tuple[float, float]] = []
+    samples: list[Sample] = []
     made = session.generate(prompts, osl, options)  # compiles, allocates
     require_possible(made, prompts, osl, options)
     with (
@@ -115,22 +114,18 @@ def run_sustained(
         while (now := clock() - started) < seconds:
             made = session.generate(prompts, osl, options)
             ended = clock() - started
-            taken.append((ended, made.output_tokens / (ended - now)))
+            last = readings.readings[-1] if readings.readings else None
+            sample = Sample(
+                t_s=round(ended, 3),
+                output_tokens_per_s=round(made.output_tokens / (ended - now), 2),
+                memory_bytes=last and last.memory_used_bytes,
+                temperature_c=last and last.temperature_c,
+                power_w=last and last.power_w,
+            )
+            samples.append(sample)
             done(min(int(ended), int(seconds)) - shown_s)
             shown_s = min(int(ended), int(seconds))
-    return [_sample(started, at_s, rate, readings) for at_s, rate in taken]
-
-
-def _sample(started: float, at_s: float, rate: float, readings: Samples) -> Sample:
-    """A batch, with the last reading of the card before its end."""
-    times = [reading.at_s for reading in readings.readings]
-    index = bisect.bisect_right(times, started + at_s) - 1
-    beside: dict[str, Any] = {}
-    if index >= 0:
-        seen = readings.readings[index]
-        beside = {name: getattr(seen, name) for name in ("temperature_c", "power_w")}
-        beside["memory_bytes"] = seen.memory_used_bytes
-    return Sample(t_s=round(at_s, 3), output_tokens_per_s=round(rate, 2), **beside)
+    return samples
 
 
 def sustained_figures(samples: Sequence[Sample], limits: SustainedLimits) -> dict[str, Any] | str:

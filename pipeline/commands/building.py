@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,13 +21,6 @@ from pipeline.commands.arguments import (
 )
 from pipeline.core.errors import ExitCode, Fault, RecipeError
 from pipeline.core.ownership import make_own
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from rich.table import Table
-
-    from pipeline.race import RaceResult
 
 
 @answering
@@ -291,45 +284,7 @@ def race(
         config_dir=config_dir,
     )
     with screen_logging():
-        return race_answer(run(request))
-
-
-def race_answer(result: RaceResult) -> Answer:
-    """1 where a peer failed; 3 where what was measured is worth nothing, as on a shared card."""
-    code = ExitCode.OK if result.verdict.name == "measured" else ExitCode.NOT_ACCEPTED
-    lines = [f"{result.verdict.name}: {result.report}"]
-    lines += [f"{one.kind}: {one.message}" for one in result.verdict.findings]
-    return Answer(
-        value=result.document,
-        shown=[_table(result.document), *lines],
-        exit_code=ExitCode.FAILED if result.failed else code,
-        message="\n".join(lines),
-    )
-
-
-def _table(document: Mapping[str, Any]) -> Table:
-    """Median rates, and ours over each peer with its interval, by workload."""
-    from rich.table import Table
-
-    entries = document["speed"]
-    table = Table("output tok/s, median", *(entry["workload"] for entry in entries))
-    table.add_row("ours", *(f"{entry['output_tokens_per_s']:,.1f}" for entry in entries))
-    labels = {
-        name: peer["label"] for entry in entries for name, peer in entry.get("peers", {}).items()
-    }
-    for name, label in labels.items():
-        peers = [entry["peers"].get(name) for entry in entries]
-        rates = (f"{peer['output_tokens_per_s']:,.1f}" if peer else "-" for peer in peers)
-        table.add_row(label, *rates)
-        table.add_row("  ours / peer", *(_ratio(peer["ratio"]) if peer else "-" for peer in peers))
-    return table
-
-
-def _ratio(ratio: Mapping[str, Any]) -> str:
-    """The median and its interval, such as `1.171 (1.168 to 1.174)`."""
-    if ratio["low"] is None:
-        return f"{ratio['median']:.3f}"
-    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+        return run(request)
 
 
 def _split(value: str | None) -> list[str]:

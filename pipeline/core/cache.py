@@ -94,15 +94,12 @@ def atomic_folder(target: Path, setting: str = CACHE) -> Iterator[Path]:
 class StageResult:
     """A finished stage: its folder, the digest of its inputs, and the digest of every output.
 
-    Attributes:
-        cached: True if nothing had to be done.
-        seconds: What it took when it was made.
+    `seconds` is what it took when it was made.
     """
 
     dir: Path
     key: str
     files: tuple[FileDigest, ...]
-    cached: bool
     seconds: float
 
     @property
@@ -159,9 +156,7 @@ class StageCache:
             files = tuple(FileDigest.from_json(file) for file in record["files"])
             seconds = float(record["seconds"])
             if record["key"] == key and found in {None, files} and not target.is_symlink():
-                return StageResult(
-                    dir=target, key=key, files=files, cached=not made, seconds=seconds
-                )
+                return StageResult(dir=target, key=key, files=files, seconds=seconds)
         log.warning("%s is damaged; making it again", target)
         remove_folder(target)
         return None

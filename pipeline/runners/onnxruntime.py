@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError
@@ -19,7 +18,7 @@ from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.trtrtx.onnx_graph import CPU_GRAPH
 from pipeline.runners.decode import DecoderSession
-from pipeline.runners.runner import BATCHES, Ability, Device, Session
+from pipeline.runners.runner import Ability, Device, Session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,13 +94,11 @@ def graph_session(graph: OnnxRuntimeGraph) -> DecoderSession:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OnnxRuntimeRunner:
-    """Runs the CPU graph of a TensorRT-RTX engine; `threads` as of `OnnxRuntimeGraph`."""
+    """Runs the CPU graph of a TensorRT-RTX engine."""
 
     name: ClassVar[str] = "onnxruntime"
     device: ClassVar[Device] = "cpu"
-    abilities: ClassVar[frozenset[Ability]] = BATCHES
-
-    threads: NonNegativeInt = 0
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
 
     def why_not(self, engine: Engine) -> str | None:
         if engine.cpu_graph_dir is None:
@@ -110,7 +107,7 @@ class OnnxRuntimeRunner:
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
         assert engine.cpu_graph_dir is not None
-        graph = OnnxRuntimeGraph(engine.cpu_graph_dir / CPU_GRAPH, self.threads)
+        graph = OnnxRuntimeGraph(engine.cpu_graph_dir / CPU_GRAPH)
         return nullcontext(graph_session(graph))
 
 

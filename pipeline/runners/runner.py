@@ -162,7 +162,7 @@ BATCHES: frozenset[Ability] = frozenset(
 """All that static batches can execute: of ragged prompts, until the last row has ended."""
 
 WHO_CAN: dict[str, str] = {
-    **dict.fromkeys(BATCHES, "runner=vllm, tensorrt_rtx and onnxruntime do"),
+    **dict.fromkeys(BATCHES, "runner=vllm and tensorrt_rtx do"),
     "request_rate": "runner=vllm does",
 }
 """Which runners execute an ability, for messages."""
@@ -181,7 +181,8 @@ class Runner(Protocol):
         """Where it executes; on `cuda` in a process of its own, whose memory ends with it."""
 
     @property
-    def abilities(self) -> frozenset[Ability]: ...
+    def abilities(self) -> frozenset[Ability]:
+        """What it executes of workloads; none on a CPU, where a build times nothing."""
 
     def why_not(self, engine: Engine) -> str | None:
         """Why it cannot run this engine here; None when it can."""

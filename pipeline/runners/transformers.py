@@ -9,10 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
@@ -20,15 +18,7 @@ from pipeline.model.hf import load_model, quiet
 from pipeline.quant.simulate import load_simulation
 from pipeline.runners.child import ChildSession, open_child, session_program
 from pipeline.runners.decode import Rows
-from pipeline.runners.runner import (
-    NO_CARD,
-    Ability,
-    Device,
-    Generation,
-    Session,
-    require_fit,
-    torch_fault,
-)
+from pipeline.runners.runner import Ability, Device, Generation, Session, require_fit
 from pipeline.runners.workload import BatchOptions
 
 if TYPE_CHECKING:
@@ -129,58 +119,32 @@ def open_source(
 
 
 @contextlib.contextmanager
-def open_checkpoint(
-    checkpoint_dir: Path | str, context: int, device: Device = "cpu"
-) -> Iterator[TransformersSession]:
-    """A unified FP8 checkpoint, simulated in float32 in this process; `context` in tokens."""
-    model: Any = load_simulation(Path(checkpoint_dir), context=context)
-    yield TransformersSession(model.to(device), device, context)
+def open_checkpoint(checkpoint_dir: Path | str, context: int) -> Iterator[TransformersSession]:
+    """A unified checkpoint, simulated in float32 in this process; `context` in tokens."""
+    model = load_simulation(Path(checkpoint_dir), context=context)
+    yield TransformersSession(model, context=context)
 
 
-def open_in_child(
-    opener: Literal["open_source", "open_checkpoint"], **arguments: Any
-) -> AbstractContextManager[ChildSession]:
-    """What a function of this module opens, in a process; `arguments` are of `session_program`."""
-    return open_child(session_program("Transformers", f"{__name__}:{opener}", **arguments))
+def open_source_in_child(**arguments: Any) -> AbstractContextManager[ChildSession]:
+    """The source model in a process; `arguments` are of `session_program`."""
+    return open_child(session_program("Transformers", f"{__name__}:open_source", **arguments))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TransformersRunner:
-    """Runs a checkpoint engine as a float32 simulation of its FP8 linears.
-
-    It gives the engine's answers, not its speed: what it runs is `checked` at best, on a card too.
-
-    Attributes:
-        device: `cpu`, or `cuda` for a process of its own on this machine's card.
-        load_timeout_s: Longest time for loading there.
-        answer_timeout_s: Longest time for one answer there, or the next token of a stream.
-    """
+    """Runs a checkpoint engine as a float32 simulation of its quantized linears, on a CPU."""
 
     name: ClassVar[str] = "transformers"
-    abilities: ClassVar[frozenset[Ability]] = frozenset(
-        {"requests", "osl_distribution", "ignore_eos"}
-    )
-
-    device: Device = "cpu"
-    load_timeout_s: PositiveFloat = 900.0
-    answer_timeout_s: PositiveFloat = 600.0
+    device: ClassVar[Device] = "cpu"
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
 
     def why_not(self, engine: Engine) -> str | None:
         if not format_spec(engine.format).is_checkpoint:
             return f"runner=transformers simulates checkpoints, not {engine.format} engines"
-        if self.device == "cuda" and (fault := torch_fault()):
-            return f"runner.device=cuda {fault}, or leave runner.device out"
-        if self.device == "cuda" and read_conditions() is None:
-            return f"runner.device=cuda needs a CUDA device, and {NO_CARD}, or leave it out"
         return None
 
     def open(self, engine: Engine) -> AbstractContextManager[Session]:
-        context = engine.limits.max_seq_len
-        if self.device == "cpu":
-            return open_checkpoint(engine.dir, context)
-        limits = {"load_s": self.load_timeout_s, "answer_s": self.answer_timeout_s}
-        arguments = {"checkpoint_dir": str(engine.dir), "context": context, "device": self.device}
-        return open_in_child("open_checkpoint", **limits, **arguments)
+        return open_checkpoint(engine.dir, engine.limits.max_seq_len)
 
 
 KIND = TransformersRunner

@@ -206,11 +206,13 @@ class Workload:
     def request_prompts(self, vocab_size: int, seed: int, tokenizer: Any | None = None) -> Prompts:
         """Token ids of all requests of one run, in their order, below `vocab_size`.
 
+        A file of prompts needs the `tokenizer`.
+
         Raises:
-            RecipeError: The file of prompts does not fit, or has text and there is no tokenizer.
+            RecipeError: The file of prompts does not fit.
         """
         if self.prompts_file is not None:
-            return self._file_prompts(vocab_size, tokenizer, "", whole=True)
+            return self._file_prompts(vocab_size, tokenizer, "prompts_file")
         import numpy as np
 
         shape, own = (self.total_requests, self.isl), self._own(seed)
@@ -290,17 +292,14 @@ class Workload:
         if self.prompts_file is None:
             return ()
         try:
-            self._file_prompts(None, None, config_path, whole=False)
+            self._file_prompts(None, None, f"{config_path}.prompts_file")
         except RecipeError as error:
             return error.faults
         return ()
 
-    def _file_prompts(
-        self, vocab_size: int | None, tokenizer: Any | None, config_path: str, *, whole: bool
-    ) -> Prompts:
-        """`whole`: text that cannot be tokenized is a fault."""
+    def _file_prompts(self, vocab_size: int | None, tokenizer: Any | None, path: str) -> Prompts:
+        """Of the file that is set at `path` in the recipe; as of `tokenize`."""
         assert self.prompts_file is not None
-        path = f"{config_path}.prompts_file".lstrip(".")
         found = read_prompts(self.prompts_file, path)
         if len(found) < self.total_requests:
             few = f"{self.prompts_file} has {len(found)} prompts, the workload {self.name} has"
@@ -309,9 +308,6 @@ class Workload:
             )
             raise RecipeError([Fault(path, message)])
         taken = found[: self.total_requests]
-        if whole and tokenizer is None and any(prompt.prompt for _, prompt in taken):
-            message = f"{self.prompts_file} has text, and this runner has no tokenizer for it"
-            raise RecipeError([Fault(path, f"{message}; use token_ids")])
         sizes: dict[str, Any] = {"isl": self.isl, "vocab_size": vocab_size}
         return tokenize(taken, self.prompts_file, path, tokenizer=tokenizer, **sizes)
 

@@ -33,7 +33,7 @@ from pipeline.model.hf import load_tokenizer
 from pipeline.plan import make_plan
 from pipeline.plan.sizes import PlannedWorkload, PlanRequest
 from pipeline.quant.spec import quant_spec
-from pipeline.runners.runner import BATCHES, Ability, Device, Session
+from pipeline.runners.runner import Device, Session
 from pipeline.runners.transformers import TransformersSession
 from pipeline.runners.workload import Lengths, Workload, eos_ids
 from tests import stand_in_card
@@ -309,19 +309,6 @@ def test_engine_without_a_checkpoint_at_hand_says_so(
     assert "FP8 reference: the package of a compiled engine has no checkpoint" in report.not_run
 
 
-@dataclasses.dataclass(frozen=True)
-class SimulatingRunner(CardRunner):
-    """Says that it only simulates."""
-
-    @property
-    def name(self) -> str:
-        return "transformers"
-
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return BATCHES
-
-
 def test_lengths_and_ends_of_single_requests_are_in_the_report(
     checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
 ) -> None:
@@ -341,20 +328,3 @@ def test_lengths_and_ends_of_single_requests_are_in_the_report(
     assert [share["name"] for share in report.physics["shares"]] == ["drawn", "ends"]
     files = write_report(report, verdict, tmp_path)
     assert json.loads(files["report.json"].read_text())["speed"][0]["load"] == loads[0].load
-
-
-@pytest.mark.slow
-def test_simulation_on_the_engines_own_card_is_no_run_of_the_engine(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
-) -> None:
-    question = asked(
-        targets=(dataclasses.replace(LOAD, min_output_tokens_per_s=1e9),),
-        sustained=SustainedRun(minutes=0.12, max_throughput_drop=0.99),
-    )
-    report, verdict = measure(checkpoint, tmp_path, question, runner=SimulatingRunner())
-    assert verdict.name == "checked", verdict.findings
-    assert report.speed == ()
-    assert report.physics == {}
-    assert report.not_run[0].startswith("NVIDIA-Ada: only a simulation ran on it")
-    assert "speed: runner transformers only simulates the engine" in report.not_run
-    assert len(report.sustained["samples"]) > 1

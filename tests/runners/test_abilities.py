@@ -38,11 +38,8 @@ EVERYTHING = set(LOADS)
     [
         (VLLM, EVERYTHING),
         (RTX, EVERYTHING - {"request_rate"}),
-        (OnnxRuntimeRunner(), EVERYTHING - {"request_rate"}),
-        (
-            TransformersRunner(),
-            EVERYTHING - {"request_rate", "isl_distribution", "prompts_file"},
-        ),
+        (OnnxRuntimeRunner(), set()),
+        (TransformersRunner(), set()),
         (TRTLLM, {"requests"}),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -14,16 +14,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.core.errors import RecipeError
-from pipeline.runners.child import ChildSession, open_child
+from pipeline.runners.child import ChildSession, open_child, session_program
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.runner import Session
 from pipeline.runners.tensorrt_rtx import TrtRtxRunner
-from pipeline.runners.transformers import open_checkpoint, open_in_child
+from pipeline.runners.transformers import open_checkpoint
 from pipeline.runners.workload import BatchOptions
 from tests.formats.decoder.decoders import write_graph
 from tests.quant.tiny_quantized import tiny_checkpoint
@@ -35,7 +36,7 @@ from tests.runners.trtrtx.engines import PACKAGES as RTX_PACKAGES
 from tests.runners.vllm.test_vllm_runner import PACKAGES as VLLM_PACKAGES
 from tests.runners.vllm.test_vllm_runner import RUNNER as VLLM
 
-TIMES = {"load_s": 60.0, "answer_s": 60.0}
+TIMES: dict[str, Any] = {"load_s": 60.0, "answer_s": 60.0}
 PROMPTS = [[5, 6, 7], [9, 8, 1]]
 VOCAB = 320
 
@@ -100,8 +101,9 @@ def case(
             checkpoint = tiny_checkpoint(folder / "checkpoint").dir
             own = stack.enter_context(open_checkpoint(checkpoint, 128))
             what = {"checkpoint_dir": str(checkpoint), "context": 128}
-            opened = partial(open_in_child, "open_checkpoint", **TIMES, **what)
-            yield Case("Transformers", opened, own, 128)
+            opener = f"{open_checkpoint.__module__}:open_checkpoint"
+            program = session_program("Transformers", opener, **TIMES, **what)
+            yield Case("Transformers", lambda: open_child(program), own, 128)
         else:
             file = write_graph(model_dir, folder / "reference", context=CONTEXT)
             yield _rtx(model_dir, folder, patch, graph_session(OnnxRuntimeGraph(file)))
