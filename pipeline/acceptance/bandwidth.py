@@ -19,8 +19,6 @@ BUFFER_BYTES = 1 << 30
 """Size of each of the two buffers. L2 caches have 40 to 128 MB (A100 40, H100 50, RTX 4090 72, RTX
 PRO 6000 Blackwell 128: NVIDIA's papers on these architectures), so that of 1 GiB hardly anything is
 still there when the next copy starts."""
-LEAST_BUFFER_BYTES = 256 << 20
-"""Below twice the largest L2 the cache would be measured too."""
 REPEATS = 20
 WARM_UPS = 3
 """The first copies load the kernel and bring up the clocks."""
@@ -36,22 +34,20 @@ def copy_rates(driver: Any) -> list[float]:
     stream, without the host's time. Nothing is freed: the process ends soon.
 
     Raises:
-        RuntimeError: Too little memory is free, the driver refuses, or the copy did not arrive.
+        RuntimeError: The driver refuses, as for want of memory, or the copy did not arrive.
     """
 
     def call(name: str, *arguments: Any) -> None:
         if code := getattr(driver, name)(*arguments):
-            raise RuntimeError(f"{name} gave CUDA error {code}")
+            advice = "end what else runs on the card"
+            raise RuntimeError(f"{name} gave CUDA error {code}; {advice}, and see nvidia-smi")
 
     device, context = ctypes.c_int(), ctypes.c_void_p()
     call("cuInit", 0)
     call("cuDeviceGet", ctypes.byref(device), 0)
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     call("cuCtxSetCurrent", context)
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-    size_bytes = buffer_bytes(free.value)
-    size, words = ctypes.c_size_t(size_bytes), ctypes.c_size_t(size_bytes // 4)
+    size, words = ctypes.c_size_t(BUFFER_BYTES), ctypes.c_size_t(BUFFER_BYTES // 4)
     source, target = ctypes.c_uint64(), ctypes.c_uint64()
     start, end = ctypes.c_void_p(), ctypes.c_void_p()
     for buffer, value in ((source, _PATTERN), (target, 0)):
@@ -67,8 +63,8 @@ def copy_rates(driver: Any) -> list[float]:
         call("cuEventSynchronize", end)
         milliseconds = ctypes.c_float()
         call("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
-        rates.append(2e3 * size_bytes / milliseconds.value)
-    for offset in (0, size_bytes // 8 * 4, size_bytes - 4):
+        rates.append(2e3 * BUFFER_BYTES / milliseconds.value)
+    for offset in (0, BUFFER_BYTES // 2, BUFFER_BYTES - 4):
         word, place = ctypes.c_uint32(), ctypes.c_uint64(target.value + offset)
         call("cuMemcpyDtoH_v2", ctypes.byref(word), place, ctypes.c_size_t(4))
         if word.value != _PATTERN:
@@ -76,25 +72,14 @@ def copy_rates(driver: Any) -> list[float]:
     return rates[WARM_UPS:]
 
 
-def buffer_bytes(free_bytes: int) -> int:
-    """Size of each buffer, given what is free on the card; half of it is left to others."""
-    size_bytes = min(BUFFER_BYTES, free_bytes // 4 // 8 * 8)
-    if size_bytes < LEAST_BUFFER_BYTES:
-        raise RuntimeError(
-            f"{free_bytes} bytes are free on the card, {4 * LEAST_BUFFER_BYTES} are needed; end "
-            "what else runs on it"
-        )
-    return size_bytes
-
-
 _NO_DRIVER = "null"
-"""What the script prints where CUDA's driver library is missing."""
 
 
 def measure_bandwidth() -> float | None:
-    """Bytes per second, read and written, of this process's first CUDA device; None without one.
+    """Bytes per second, read and written, of this process's first CUDA device.
 
-    The median of `REPEATS` copies: the best of them may be one that the clocks favoured.
+    The median of `REPEATS` copies: the best of them may be one that the clocks favoured. None where
+    CUDA's driver library is missing.
 
     Raises:
         ToolError: The probe failed; the message has its last lines.
@@ -105,12 +90,8 @@ def measure_bandwidth() -> float | None:
     from pathlib import Path
 
     from pipeline.core.errors import PipelineError
-    from pipeline.core.gpu import nvml_device
     from pipeline.core.process import last_lines, run_tool
 
-    with nvml_device() as card:
-        if card is None:  # known without a process
-            return None
     log_path = Path(tempfile.mkdtemp(prefix="enginesmith-bandwidth-")) / "probe.log"
     # -P: this folder is not put on the path, where our modules could be taken for others.
     command = [sys.executable, "-P", __file__]

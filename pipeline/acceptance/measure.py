@@ -191,8 +191,9 @@ def _sustain(
     workloads: tuple[Workload, ...],
 ) -> None:
     asked_run, limits = asked.sustained, asked.sustained.limits
-    if not asked_run.minutes or (workload := asked_run.choose(workloads)) is None:
+    if not asked_run.minutes or not workloads:
         return
+    workload = max(workloads, key=lambda load: load.batch)
     log.info("Sustained run: %s for %.1f minutes", workload.name, asked_run.minutes)
     waves = _waves(asked, subject, workload)
     samples = run_sustained(session, workload.osl, waves[0], asked_run.minutes)

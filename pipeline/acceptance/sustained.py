@@ -23,7 +23,6 @@ from pipeline.core.progress import progress
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Finding
 from pipeline.runners.runner import Session, require_possible
-from pipeline.runners.workload import Workload
 
 _INTERVAL_S = 0.5
 
@@ -53,11 +52,10 @@ class SustainedLimits:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SustainedRun:
-    """How long, and what it may lose; only a card is put under sustained load.
+    """How long the largest batch is repeated, and what it may lose; on a card only.
 
     Attributes:
         minutes: Length; 0 for none.
-        workload: Name of the target that is repeated; empty for the one with the largest batch.
         max_throughput_drop: From the first window to the last. A throttling RTX 4090 is said to
             lose 15 % in 20 minutes; a third of that leaves room for noise on both sides.
         max_memory_growth_mib: PyTorch's allocator takes segments of 2 and 20 MiB (kLargeBuffer in
@@ -65,7 +63,6 @@ class SustainedRun:
     """
 
     minutes: NonNegativeFloat = 0.0
-    workload: str = ""
     max_throughput_drop: PositiveFloat = 0.05
     max_memory_growth_mib: PositiveFloat = 20.0
 
@@ -80,12 +77,6 @@ class SustainedRun:
             window_s=min(120.0, seconds / 4),
             min_duration_s=0.8 * seconds,
         )
-
-    def choose(self, workloads: tuple[Workload, ...]) -> Workload | None:
-        """The workload that is repeated; None where there is none of that name."""
-        if not self.workload:
-            return max(workloads, key=lambda load: load.batch, default=None)
-        return next((load for load in workloads if load.name == self.workload), None)
 
 
 def run_sustained(
