@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _GRACE_S = 3.0
+_HEARTBEAT_S = 15.0
 _LAST_LINES = 30
 _LAUNCH = (sys.executable, "-I", "-S", launch.__file__)
 
@@ -54,7 +55,6 @@ def run_tool(
     log_path: Path,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 24 * 3600.0,
-    heartbeat_s: float = 15.0,
 ) -> None:
     """Run `command` to its end; command line and output are appended to the file `log_path`.
 
@@ -75,7 +75,7 @@ def run_tool(
             start_new_session=True,
         )
         try:
-            timed_out = _wait(process, stage, timeout_s, heartbeat_s)
+            timed_out = _wait(process, stage, timeout_s)
         finally:
             kill_group(process)
     if timed_out or process.returncode != 0:
@@ -89,26 +89,24 @@ def run_tool(
         )
 
 
-def _wait(
-    process: subprocess.Popen[bytes], stage: str, timeout_s: float, heartbeat_s: float
-) -> bool:
+def _wait(process: subprocess.Popen[bytes], stage: str, timeout_s: float) -> bool:
     """Wait for the process; True if it ran out of time."""
     started = time.monotonic()
     while (left_s := started + timeout_s - time.monotonic()) > 0:
         try:
-            process.wait(min(heartbeat_s, left_s))
+            process.wait(min(_HEARTBEAT_S, left_s))
             return False
         except subprocess.TimeoutExpired:
             log.info("%s: still running after %.0f s", stage, time.monotonic() - started)
     return True
 
 
-def kill_group(process: subprocess.Popen[bytes], grace_s: float = _GRACE_S) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
     """End the leader of a group (`start_new_session`) and all that it started.
 
     The rest is killed before the leader is reaped: until then no other group has its number.
     """
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + _GRACE_S
     with contextlib.suppress(ProcessLookupError):
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)

@@ -277,17 +277,3 @@ def test_held_back_card_is_named_first_among_the_reasons() -> None:
     for bandwidth, named in ((at, False), (math.nextafter(at, 0.0), True)):
         (finding,) = judge_physics([load(1.0)], LINE, bandwidth)
         assert ("likely: the probe copied 870 of 1024 GB/s" in finding.message) is named
-
-
-def test_h100_figures_of_phi3_are_neither_anomalous_nor_low() -> None:
-    # vLLM 0.24 on an H100: 357 tok/s at batch 1, 12379 at 128 with an FP8 KV cache (2026-11-24).
-    phi3 = Roofline(
-        bandwidth_bytes_per_s=3350e9, step_weight_bytes=3_820_000_000,
-        kv_bytes_per_token=192 * 1024, windows=(2047,),
-        layer_s_per_token=2 * 3.62e9 / 1979e12, lm_head_s_per_token=2 * 98.5e6 / 989e12,
-    )  # fmt: skip
-    runs = [load(357.0), load(12379.0, batch=128)]
-    assert list(judge_physics(runs, phi3)) == []
-    assert ceiling_share(runs[0], phi3)["share"] == pytest.approx(0.41, abs=0.01)
-    # A rate after dividing by the wrong time.
-    assert [f.kind for f in judge_physics([load(920.0 * 1.05)], phi3)] == ["anomalous"]

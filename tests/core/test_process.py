@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import signal
 import subprocess
 import sys
@@ -125,16 +124,3 @@ def test_tool_starts_with_the_signals_of_a_shell(tmp_path: Path) -> None:
 def test_missing_program_is_a_failed_tool(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="cannot start nosuch-program: No such file"):
         run_tool(["nosuch-program"], stage="s", log_path=tmp_path / "log")
-
-
-def test_a_line_now_and_then_says_that_it_still_runs(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        run_tool(
-            python("import time; time.sleep(0.5)"),
-            stage="compile",
-            log_path=tmp_path / "log",
-            heartbeat_s=0.1,
-        )
-    assert "compile: still running" in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -182,15 +181,6 @@ def test_engine_gets_what_the_dockerfile_copies_and_nothing_else(sent: set[str])
         "recipes/smollm2.yaml",
         "wheels/a-1-py3-none-any.whl",
     }  # fmt: skip
-
-
-def test_base_is_pinned_by_digest_and_is_the_release_of_the_extra() -> None:
-    dockerfile = Path("Dockerfile.build").read_text()
-    (base,) = re.findall(r"^ARG BASE=(\S+)$", dockerfile, re.MULTILINE)
-    name, _, digest = base.partition("@sha256:")
-    assert re.fullmatch(r"[0-9a-f]{64}", digest)
-    release = name.rpartition(":")[2]
-    assert f'trtllm = ["tensorrt-llm=={release}"]' in Path("pyproject.toml").read_text()
 
 
 def test_lock_has_the_images_pins_and_names_no_place() -> None:
