@@ -22,7 +22,7 @@ from pipeline.machine import require_builder, require_room
 from pipeline.model.read import load_config, spec_faults
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import Plan, make_plan, refuse
-from pipeline.plan.sizes import PlannedWorkload, PlanRequest
+from pipeline.plan.sizes import PlanRequest
 from pipeline.publishing import Publisher
 from pipeline.quant.spec import quant_spec
 from pipeline.registry.package import Label, require_publishable, seal
@@ -130,19 +130,8 @@ def plan_of(recipe: Recipe) -> Plan:
             precision=quant_spec(recipe.quantizer.precision),
             keep_16bit=recipe.quantizer.keep_16bit,
             limits=recipe.compiler.limits,
-            workloads=tuple(
-                PlannedWorkload(
-                    name=workload.name,
-                    batch=workload.batch,
-                    isl=workload.isl,
-                    osl=workload.osl,
-                    min_output_tokens_per_s=workload.min_output_tokens_per_s,
-                    min_share_of_ceiling=workload.min_share_of_ceiling,
-                    mean_isl=workload.mean_isl(recipe.acceptance.seed),
-                    mean_osl=workload.mean_osl(recipe.acceptance.seed),
-                )
-                for workload in recipe.acceptance.targets
-            ),
+            workloads=recipe.acceptance.targets,
+            seed=recipe.acceptance.seed,
             runtime=recipe.compiler.pinned_runtime,
             judged_positions=recipe.acceptance.judged_positions(recipe.shape),
             faults=recipe.acceptance.ability_faults(recipe.runner),

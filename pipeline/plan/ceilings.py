@@ -143,8 +143,7 @@ def plan_workload(
 
     Answers that vary make a token's mean context longer than that, which lowers what is reached.
     """
-    isl = workload.isl if workload.mean_isl is None else workload.mean_isl
-    osl = workload.osl if workload.mean_osl is None else workload.mean_osl
+    isl, osl = workload.mean_isl(request.seed), workload.mean_osl(request.seed)
     context = roofline.mean_context(isl, osl)
     ceiling = roofline.decode_tokens_per_s(workload.batch, context)
     share = workload.min_share_of_ceiling

@@ -11,7 +11,11 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic.dataclasses
+from annotated_types import Gt, Le
+from pydantic import Strict
 
 from pipeline.core.errors import Fault
 from pipeline.core.hardware import GIB, Target
@@ -20,28 +24,39 @@ from pipeline.formats.spec import FormatSpec
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import KV_CACHE_DTYPES, KvCacheDtype, QuantSpec, select
 
+Count = Annotated[int, Strict(), Gt(0)]
+Rate = Annotated[float, Strict(), Gt(0)]
+Share = Annotated[float, Strict(), Gt(0), Le(1)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedWorkload:
-    """One workload that acceptance will measure on the target card.
+    """What a plan needs of a workload that acceptance measures on the target card.
 
     Attributes:
-        batch: Requests running at once.
-        isl: Tokens of each prompt; `osl`: generated for it.
-        min_output_tokens_per_s: Wanted rate of the whole batch; None without a target.
-        min_share_of_ceiling: The same as a share of this workload's ceiling, at most 1.
-        mean_isl: Mean prompt length, tokens; None where all have `isl`.
-        mean_osl: Mean output length, tokens; None where all have `osl`.
+        name: In the report.
+        batch: Requests at once: what the card's memory must hold.
+        isl: Tokens of every prompt, or of the longest where they differ.
+        osl: Output tokens of every request, or the most where they differ.
+        min_output_tokens_per_s: Wanted rate of the whole batch; None to measure only.
+        min_share_of_ceiling: The same as a share of what the card allows at this workload, by the
+            plan: 0.65 stays right when the model or the card changes.
     """
 
-    name: str
-    batch: int
-    isl: int
-    osl: int
-    min_output_tokens_per_s: float | None = None
-    min_share_of_ceiling: float | None = None
-    mean_isl: float | None = None
-    mean_osl: float | None = None
+    name: Annotated[str, Strict()]
+    batch: Count
+    isl: Count
+    osl: Count
+    min_output_tokens_per_s: Rate | None = None
+    min_share_of_ceiling: Share | None = None
+
+    def mean_isl(self, seed: int) -> float:
+        """Mean prompt length of one run, tokens; `seed` is the acceptance's."""
+        return self.isl
+
+    def mean_osl(self, seed: int) -> float:
+        """Mean output length of one run, tokens."""
+        return self.osl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +69,7 @@ class PlanRequest:
         runtime: Name and version of what will run the engine; an empty version where not known.
         judged_positions: Tokens of held-out text whose predictions acceptance keeps, of source and
             checkpoint together; 0 where the whole model is not run.
+        seed: Of drawn lengths.
         faults: What is wrong beyond sizes, such as a workload that the runner does not execute.
     """
 
@@ -67,6 +83,7 @@ class PlanRequest:
     workloads: tuple[PlannedWorkload, ...] = ()
     runtime: tuple[str, str]
     judged_positions: int = 0
+    seed: int = 0
     faults: tuple[Fault, ...] = ()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, MinLen
 from pydantic import ConfigDict, NonNegativeInt, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -22,11 +22,9 @@ from pipeline.core.errors import CorruptError, Fault, RecipeError
 from pipeline.core.settings import PathField, read_json_object
 from pipeline.core.values import digest_of
 from pipeline.model.hf import chat_ids
+from pipeline.plan.sizes import Count, PlannedWorkload, Rate
 
 _ITEM = ConfigDict(extra="forbid")
-Count = Annotated[int, Strict(), Gt(0)]
-Rate = Annotated[float, Strict(), Gt(0)]
-Share = Annotated[float, Strict(), Gt(0), Le(1)]
 Seed = Annotated[int, Strict(), Ge(0)]
 Prompts = tuple[tuple[int, ...], ...]
 
@@ -83,18 +81,13 @@ class BatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True, config=_ITEM)
-class Workload:
+class Workload(PlannedWorkload):
     """Prompts of up to `isl` tokens and `osl` new ones each, `batch` of them at once.
 
+    `batch` are those that start together, with `request_rate` the most at once (vLLM's benchmark
+    calls that max concurrency): one that arrives when so many run waits, and its waiting counts.
+
     Attributes:
-        batch: Requests at once: those that start together. With `request_rate` the most at once
-            (vLLM's benchmark calls that max concurrency): one that arrives when so many run waits,
-            and its waiting counts. It is what the card's memory must hold in both.
-        isl: Tokens of every prompt, or of the longest where they differ.
-        osl: Output tokens of every request, or the most where they differ.
-        min_output_tokens_per_s: Wanted rate of the whole batch; None to measure only.
-        min_share_of_ceiling: The same as a share of what the card allows at this workload, by the
-            plan: 0.65 stays right when the model or the card changes.
         requests: Of one run; None for one batch. Without `request_rate` a multiple of `batch`, in
             waves: the next starts when the last request of the one before has ended.
         request_rate: Requests that arrive a second, of a Poisson process; None for batches that
@@ -107,12 +100,6 @@ class Workload:
         warm_ups: Runs that are discarded before the timed ones.
     """
 
-    name: Annotated[str, Strict()]
-    batch: Count
-    isl: Count
-    osl: Count
-    min_output_tokens_per_s: Rate | None = None
-    min_share_of_ceiling: Share | None = None
     requests: Count | None = None
     request_rate: Rate | None = None
     isl_distribution: Lengths | None = None

@@ -31,7 +31,7 @@ from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.formats.spec import format_spec
 from pipeline.model.hf import load_tokenizer
 from pipeline.plan import make_plan
-from pipeline.plan.sizes import PlannedWorkload, PlanRequest
+from pipeline.plan.sizes import PlanRequest
 from pipeline.quant.spec import quant_spec
 from pipeline.runners.runner import Device, Session
 from pipeline.runners.transformers import TransformersSession
@@ -41,7 +41,6 @@ from tests.acceptance import test_conditions
 from tests.quant.tiny_quantized import ADA, RepeatedText, shape_of, tiny_checkpoint
 
 QUIET = dataclasses.replace(test_conditions.QUIET, gpu="NVIDIA Ada", sm=89)
-PLANNED = ("name", "batch", "isl", "osl", "min_output_tokens_per_s", "min_share_of_ceiling")
 LOAD = Workload(name="b2", batch=2, isl=8, osl=3, min_output_tokens_per_s=0.1)
 
 
@@ -109,10 +108,7 @@ def subject(checkpoint: Checkpoint, root: Path, question: Acceptance, **changes:
             format=format_spec("checkpoint"),
             precision=quant_spec("fp8"),
             limits=compiler.limits,
-            workloads=tuple(
-                PlannedWorkload(**{name: getattr(load, name) for name in PLANNED})
-                for load in question.targets
-            ),
+            workloads=question.targets,
             runtime=compiler.pinned_runtime,
         )
     )
