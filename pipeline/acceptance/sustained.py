@@ -109,9 +109,9 @@ def run_sustained(
             sample = Sample(
                 t_s=round(ended, 3),
                 output_tokens_per_s=round(made.output_tokens / (ended - now), 2),
-                memory_bytes=last and last.memory_used_bytes,
-                temperature_c=last and last.temperature_c,
-                power_w=last and last.power_w,
+                memory_bytes=last.memory_used_bytes if last else None,
+                temperature_c=last.temperature_c if last else None,
+                power_w=last.power_w if last else None,
             )
             samples.append(sample)
             done(min(int(ended), int(seconds)) - shown_s)

@@ -67,7 +67,7 @@ def test_recipe_is_short_and_becomes_objects_that_can_be_planned(recipe: str) ->
         assert (job.value.compiler.format, job.value.target.id) == ("trtllm", "rtx4090")
 
 
-@pytest.mark.parametrize(("recipe", "compiler"), itertools.product(RECIPES, COMPILERS))
+@pytest.mark.parametrize(("recipe", "compiler"), [*itertools.product(RECIPES, COMPILERS)])
 def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -> None:
     job = loaded(recipe, f"compiler={compiler}", "target=rtx4090")
     assert job.faults == ()

@@ -100,7 +100,7 @@ def case(
         elif request.param == "transformers":
             checkpoint = tiny_checkpoint(folder / "checkpoint").dir
             own = stack.enter_context(open_checkpoint(checkpoint, 128))
-            what = {"checkpoint_dir": str(checkpoint), "context": 128}
+            what: dict[str, Any] = {"checkpoint_dir": str(checkpoint), "context": 128}
             opener = f"{open_checkpoint.__module__}:open_checkpoint"
             program = session_program("Transformers", opener, **TIMES, **what)
             yield Case("Transformers", lambda: open_child(program), own, 128)
