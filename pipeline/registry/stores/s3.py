@@ -373,6 +373,8 @@ class S3Objects:
             tcp_keepalive=True,
             # Every byte is compared with the manifest's SHA-256.
             response_checksum_validation="when_required",
+            # So is every body that goes out, by whoever reads it: HTTP needs no SHA-256 more.
+            s3={"payload_signing_enabled": False},
             **({} if signs else {"signature_version": UNSIGNED}),
         )
         client = session.client("s3", config=config)
