@@ -84,6 +84,8 @@ def test_published_config_is_read_whole(name: str) -> None:
     assert spec.hidden_size == config["hidden_size"]
     assert spec.norm_eps == config["rms_norm_eps"]
     assert spec.max_position_embeddings == config["max_position_embeddings"]
+    for each in format_specs().values():
+        each.check_shape(spec)
 
 
 def test_published_phi_4_mini_turns_three_quarters_of_a_head_with_longrope() -> None:

@@ -91,6 +91,14 @@ def test_window_is_told_where_it_is_shorter_than_the_context(
     assert any("max_attention_window" in note for note in record["notes"]) == (window is not None)
 
 
+@pytest.mark.parametrize(("name", "told"), [("qwen3", True), ("qwen2.5", False)])
+def test_epsilon_that_tensorrt_llm_has_of_its_own_is_told(
+    converted: Convert, name: str, told: bool
+) -> None:
+    notes = converted(name).record["notes"]
+    assert any("add 1e-05 to the mean square, the model 1e-06" in note for note in notes) is told
+
+
 def test_float16_checkpoint_holds_the_same_numbers(converted: Convert, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
