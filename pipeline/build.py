@@ -80,10 +80,8 @@ def build(
                 made = outcome_of(package, verdict, files[REPORT_FILE], done)
                 return replace(made, reference=None, package_dir=None, size_bytes=None)
             published, new = publisher.publish(package, begun)
-        publisher.add_result(
-            published, verdict, files, acceptance_key(recipe, published.package, config)
-        )
-        published = publisher.read_back(published)
+        question = acceptance_key(recipe, published.package, config)
+        published = publisher.add_result(published, verdict, files, question)
         publisher.enter_candidate(published, environ, before=found)
         return outcome_of(
             publisher.local_copy(published), verdict, files[REPORT_FILE], taken=not new

@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,16 +132,12 @@ def largest(recipe: Recipe) -> Fitted:
             faults = _faults(recipe, size(batch))
             if not faults:
                 larger = range(batch + 1, min(2 * batch, most_batch(spec) + 1))
-                refused = partial(_is_refused, recipe, size)
-                return size(batch + bisect.bisect(larger, False, key=refused))
+                most = bisect.bisect(larger, False, key=lambda b: bool(_faults(recipe, size(b))))
+                return size(batch + most)
             if any(fault.path == "compiler.kv_cache_dtype" for fault in faults):
                 break
     last = f"at batch {batch} x context {context}, the smallest that is tried"
     raise RecipeError([Fault(fault.path, f"{last}: {fault.message}") for fault in faults])
-
-
-def _is_refused(recipe: Recipe, size: Callable[[int], Fitted], batch: int) -> bool:
-    return bool(_faults(recipe, size(batch)))
 
 
 def _faults(recipe: Recipe, fitted: Fitted) -> tuple[Fault, ...]:

@@ -89,7 +89,7 @@ def outcome_of(
         digest=package.digest,
         report=report,
         package_dir=package.dir,
-        size_bytes=sum(file["size"] for file in package.manifest["files"]),
+        size_bytes=package.size_bytes,
         taken=taken,
     )
 

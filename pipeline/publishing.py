@@ -146,9 +146,8 @@ class Publisher:
             package.manifest, public=self.store.public, throwaway=throwaway
         )
         place = Place.of(reference_of(package))
-        size_bytes = sum(file["size"] for file in package.manifest["files"])
         signed = self.signatory.sign_build(package, begun)
-        with progress(f"Publishing {place}", size_bytes, BYTES) as on_bytes:
+        with progress(f"Publishing {place}", package.size_bytes, BYTES) as on_bytes:
             new = self.store.put_package(package, signed, on_bytes)
         if not throwaway:
             log.info("%s %s", "Published" if new else "Already published:", place)
@@ -166,8 +165,11 @@ class Publisher:
 
     def add_result(
         self, found: Resolved, verdict: Verdict, files: Mapping[str, Path], question: str
-    ) -> None:
-        """Sign a verdict, with its report's files by name, and add it to a package."""
+    ) -> Resolved:
+        """Sign a verdict, with its report's files by name, and add it to a package.
+
+        Gives the package with all that is stated about it; untrusted if it was yanked meanwhile.
+        """
         runtime = found.package.manifest["match"]["runtime"]
         raw = sign_test(
             found.package.digest,
@@ -179,9 +181,6 @@ class Publisher:
             question=question,
         )
         self.store.put_statement(found.place, raw)
-
-    def read_back(self, found: Resolved) -> Resolved:
-        """A package with all that is stated about it now; untrusted if it was yanked meanwhile."""
         return examine(self.store, found.place, self.terms, found.package.digest)
 
     def enter_candidate(

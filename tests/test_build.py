@@ -95,21 +95,7 @@ def test_verdict_report_manifest_and_channel_name_the_same_digest(built: Workpla
     assert verdict["digest"].removeprefix("sha256:") == digest
     assert report["digest"].removeprefix("sha256:") == digest
     assert digest in channel
-
-
-def test_manifest_lists_every_file_with_its_digest_and_no_path_of_this_machine(
-    built: Workplace,
-) -> None:
-    (package,) = built.packages()
-    manifest = json.loads((package / "manifest.json").read_text())
-    found = {
-        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (package / "engine").rglob("*")
-    }
-    assert {file["path"]: file["sha256"] for file in manifest["files"]} == found
     assert str(built.root) not in (package / "manifest.json").read_text()
-    assert manifest["match"]["sm"] == [89]
-    assert manifest["limits"]["kv_cache_dtype"] == "bfloat16"
 
 
 def test_report_shows_what_was_measured_proven_and_not_run(built: Workplace) -> None:

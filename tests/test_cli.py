@@ -101,18 +101,6 @@ def test_list_and_show_name_the_package(published: str) -> None:
     assert shown["manifest"]["name"] == "tiny"
 
 
-def test_damaged_package_is_listed_as_such_and_exits_4(published: str, workdir: Path) -> None:
-    (plan,) = (workdir / "artifacts").rglob("model.plan")
-    plan.chmod(0o644)
-    plan.write_bytes(b"evil")
-    assert enginesmith(workdir, "verify", published, "--allow-unsigned").returncode == 4
-    (manifest,) = (workdir / "artifacts").rglob("manifest.json")
-    manifest.chmod(0o644)
-    manifest.write_bytes(b"{}")
-    assert "damaged" in invoke("list").output
-    assert enginesmith(workdir, "show", published).returncode == 4
-
-
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_reference_can_be_copied_from_a_narrow_terminal_and_grepped_in_a_pipe(
     terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "channels": (7, ("nosuch",)),
     "copy": (7, ("nosuch", "--from", "artifacts", "--to", "there")),
     "export-trtllm": (7, ("nowhere", "exported")),
-    "gc": (7, ("--keep", "nosuch:1.0-bbbbbbbb-bbbbbbbbbbbb")),
+    "gc": (2, ("--policy", "nosuch.yaml")),
     "generate": (7, ("nosuch", "Hello")),
     "keygen": (8, ("--out", "taken.key")),
     "list": (2, ("--registry", "ftp://host/engines")),

@@ -19,7 +19,7 @@ from pipeline.__main__ import Request, main, run
 from pipeline.answer import file_logging, screen_logging
 from pipeline.config.load import Job
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
-from pipeline.outcome import Outcome, failure_of, open_run
+from pipeline.outcome import Outcome, failure_of
 from tests.tiny_recipe import enginesmith
 
 RECIPE = """
@@ -165,38 +165,6 @@ def test_signal_cleans_up_and_exits_130_with_a_verdict(
     assert signal.getsignal(number) is before
 
 
-def github_values(text: str) -> dict[str, str]:
-    """`key=value` lines and `key<<MARK` blocks, as the GitHub runner reads them."""
-    values: dict[str, str] = {}
-    lines = iter(text.splitlines())
-    for line in lines:
-        key, _, mark = line.partition("<<")
-        if mark and "=" not in key:
-            block = []
-            while (inner := next(lines)) != mark:
-                block.append(inner)
-            values[key] = "\n".join(block)
-        else:
-            key, _, values[key] = line.partition("=")
-    return values
-
-
-def test_github_output_gets_the_verdict_and_keeps_several_lines_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    Path("out").write_text("before=1\n")
-    monkeypatch.setenv("GITHUB_OUTPUT", "out")
-    message = "line one\nEOF\nexit_code=0\nend"
-    run(request("toy"), raising(NotFoundError(message)))
-    found = github_values(Path("out").read_text())
-    assert found["before"] == "1"
-    assert found["exit_code"] == "7"
-    assert found["message"] == message
-    assert set(found) == {
-        "before", "exit_code", "verdict", "reference", "digest", "report", "message"
-    }  # fmt: skip
-
-
 def test_unwritable_registry_fails_at_once_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str], workdir: Path
 ) -> None:
@@ -210,12 +178,6 @@ def test_unwritable_registry_fails_at_once_and_leaves_nothing(
     assert run(request("toy", "acceptance.repeats=0"), never) == 2, "faults count more"
 
 
-def test_logging_is_as_before_when_the_run_is_over() -> None:
-    before = (logging.getLogger().handlers[:], logging.getLogger("pipeline").level)
-    run(request("toy"), lambda *_: PUBLISHED)
-    assert (logging.getLogger().handlers[:], logging.getLogger("pipeline").level) == before
-
-
 def test_composed_recipe_is_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,15 +189,6 @@ def test_composed_recipe_is_printed(
     assert main(["-cn", "smollm2", "--info", "defaults-tree"]) is ExitCode.OK
     assert "compiler: trtrtx" in capsys.readouterr().out
     assert not (tmp_path / "artifacts").exists(), "nothing is built"
-
-
-def test_runs_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
-    first, second = (open_run(tmp_path / "artifacts") for _ in range(2))
-    assert first != second
-    assert (first.parent / "latest").resolve() == second.resolve()
-    assert sorted(path.name for path in first.parent.iterdir()) == [
-        first.name, second.name, "latest"
-    ]  # fmt: skip
 
 
 def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -> None:

@@ -28,7 +28,6 @@ from pipeline.new import NewRecipe, new_recipe, place, report
 from pipeline.sources.hub import HubSource
 from tests.architectures import tiny_architecture
 from tests.sources.hub_server import COMMIT, REPO, TOKEN, HubServer
-from tests.sources.tiny_model import SHARDS
 from tests.specs import CONFIGS, published
 
 LLAMA = "llama-3.2-1b-instruct"
@@ -266,25 +265,6 @@ def test_recipe_pins_the_commit_and_asks_for_the_config_alone(
     assert not (workdir.parent / "cache").exists()
 
 
-@pytest.mark.parametrize(
-    ("tag", "licence", "redistribution"),
-    [
-        ("license:apache-2.0", "Apache-2.0", "allowed"),
-        ("license:llama3.2", "LicenseRef-Llama-3.2-Community", "with-notice"),
-        ("license:cc-by-nc-4.0", "LicenseRef-cc-by-nc-4.0", "forbidden"),
-        ("region:us", "LicenseRef-unstated", "forbidden"),
-    ],
-)
-def test_terms_follow_the_licence_tag(
-    hub: HubServer, tag: str, licence: str, redistribution: str
-) -> None:
-    hub.tags = (tag,)
-    new()
-    terms = loaded().source.terms
-    assert (terms.spdx, terms.redistribution, terms.gated) == (licence, redistribution, False)
-    assert ("Built with Llama" in terms.notice) == (redistribution == "with-notice")
-
-
 def test_gated_repository_needs_a_token_and_says_how_to_publish(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,17 +280,6 @@ def test_gated_repository_needs_a_token_and_says_how_to_publish(
     wanted = "source.acknowledge_licence=LicenseRef-Llama-3.2-Community"
     assert any(wanted in line for line in report(made, None))
     assert wanted in Path("recipes/mine.yaml").read_text().splitlines()[0]
-
-
-def test_repository_without_a_model_or_with_pickles_only(hub: HubServer) -> None:
-    for shard in SHARDS:
-        del hub.files[shard]
-    del hub.files["model.safetensors.index.json"]
-    with pytest.raises(RecipeError, match="can run code"):
-        new()
-    del hub.files["config.json"]
-    with pytest.raises(NotFoundError, match=r"has no config\.json"):
-        new()
 
 
 def test_hub_that_gives_no_commit_is_an_error_and_no_recipe(hub: HubServer) -> None:

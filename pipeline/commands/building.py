@@ -20,7 +20,6 @@ from pipeline.commands.arguments import (
     Unsigned,
 )
 from pipeline.core.errors import ExitCode, Fault, RecipeError
-from pipeline.core.ownership import make_own
 
 
 @answering
@@ -191,9 +190,6 @@ def accept(
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help="By default the package's own.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the report goes, beside the registry.")
-    ] = None,
     policy: Policy = None,
     allow_unsigned: Unsigned = False,
     config_dir: ConfigDir = None,
@@ -214,9 +210,7 @@ def accept(
         allow_unsigned=allow_unsigned,
         config_dir=config_dir,
     )
-    run_dir = out or open_run(folder_of(registry) or Path(ARTIFACTS))
-    if out is not None:
-        make_own(out, "--out", 0o755, team=True)
+    run_dir = open_run(folder_of(registry) or Path(ARTIFACTS))
     with screen_logging(), file_logging(run_dir / "accept.log"):
         try:
             outcome = run(request, run_dir)

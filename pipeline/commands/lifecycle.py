@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from pipeline.commands.arguments import ARTIFACTS, Policy, Reference, Registry, 
 if TYPE_CHECKING:
     from pipeline.registry.inventory import Collected
     from pipeline.registry.promotion import Moved, Releaser
-    from pipeline.registry.trust.verification import Move
 
 _Channel = Annotated[str, typer.Option(metavar="NAME", help="stable, candidate, or your own.")]
 _Card = Annotated[
@@ -198,7 +197,7 @@ def channels(
     nothing = f"{store.url} has no channels{f' of {name}' if name else ''}"
     listed = [
         {"name": name, "variant": variant, "channel": channel.name, "card": channel.card}
-        | {"moves": [_move_json(move) for move in channel.moves]}
+        | {"moves": [move.to_json() for move in channel.moves]}
         for name, variant, channel in found
     ]
     return Answer(value={"channels": listed}, shown=[table if found else nothing])
@@ -212,12 +211,6 @@ def gc(
     keep_days: Annotated[
         float, typer.Option(min=0, help="Keep what was signed, tested or yanked since.")
     ] = 30.0,
-    history: Annotated[
-        int, typer.Option(min=1, help="Packages of each channel to keep: 2 is this and the last.")
-    ] = 2,
-    keep: Annotated[
-        list[str] | None, typer.Option(metavar="REF", help="Keep this one, too; repeatable.")
-    ] = None,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Damaged versions may go like others.")
     ] = False,
@@ -225,16 +218,11 @@ def gc(
     policy: Policy = None,
 ) -> Answer:
     """Show versions that nothing needs; remove with --delete."""
-    from pipeline.registry.inventory import Rules, collect
-    from pipeline.registry.resolve import resolve
-    from pipeline.registry.store import Place
-    from pipeline.registry.trust.verification import Terms
+    from pipeline.registry.inventory import collect
 
     store, trust = open_registry(registry, policy)
-    terms = Terms(policy=trust, allow_unsigned=True, allow_yanked=True)
-    pins = frozenset(Place.of(resolve(store, text, terms).reference) for text in keep or ())
-    rules = Rules(keep_days=keep_days, history=history, pins=pins, damaged=damaged)
-    return _answer_gc(collect(store, trust, rules, delete=delete), delete=delete)
+    done = collect(store, trust, keep_days=keep_days, damaged=damaged, delete=delete)
+    return _answer_gc(done, delete=delete)
 
 
 def _answer_gc(done: Collected, *, delete: bool) -> Answer:
@@ -286,20 +274,9 @@ def _answer_move(done: Moved) -> Answer:
         f"because {done.verdict.verdict} on {done.verdict.card}, signed by {done.verdict.signer}",
     ]
     value = {
-        **_move_json(move),
+        **move.to_json(),
         "changed": done.changed,
         "before": str(done.before) if done.before else None,
         "verdict": done.verdict.verdict,
     }
     return Answer(value=value, shown=lines)
-
-
-def _move_json(move: Move) -> dict[str, Any]:
-    """A move, for programs."""
-    names = ("channel", "card", "actor", "reason", "signed_at")
-    return {
-        "reference": str(move.reference),
-        "digest": move.reference.digest,
-        **{name: getattr(move, name) for name in names},
-        "signer": move.signer.name,
-    }

@@ -40,12 +40,15 @@ _STYLES = {
 @answering
 def list_packages(registry: Registry = ARTIFACTS, policy: Policy = None) -> Answer:
     """List the packages, with what trusted keys say of them."""
+    from rich.filesize import decimal
+
     from pipeline.registry.inventory import entries
 
     found = entries(*_open(registry, policy))
     rows = []
     for entry in found:
-        state, size = _state(entry), _size(entry.resolved) if entry.resolved else "?"
+        state, size_bytes = _state(entry), _size_bytes(entry)
+        size = "?" if size_bytes is None else decimal(size_bytes)
         styled = printable(state, _STYLES.get(state.split()[0], "yellow"))
         rows.append((str(entry.place), size, styled, _channels(entry)))
     table = make_table(("reference", "size", "state", "channels"), rows)
@@ -173,7 +176,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
     return {
         "reference": str(entry.place),
         "digest": found.package.digest if found else None,
-        "size_bytes": _size_bytes(found) if found else None,
+        "size_bytes": _size_bytes(entry),
         "state": _state(entry),
         "signer": signer.to_json() if signer else None,
         "proven_cards": list(found.proven_cards) if found else [],
@@ -181,7 +184,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
             {"card": one.card, "verdict": one.verdict, "statement": one.statement}
             for one in (found.verdicts if found else ())
         ],
-        "channels": [{"channel": one.channel, "card": one.card} for one in entry.pointers],
+        "channels": [{"channel": one.name, "card": one.card} for one in entry.channels],
         "fault": entry.fault or None,
         "yanked": found.yank if found else None,
     }
@@ -202,6 +205,8 @@ def _state(entry: Entry) -> str:
 
 
 def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
+    from rich.filesize import decimal
+
     manifest = found.package.manifest
     source, match = manifest["source"], manifest["match"]
     commit = f" at {source['commit']}" if source["commit"] else ""
@@ -222,7 +227,7 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
         "signature": signer,
         "builder": found.builder_id or "no trusted provenance",
         "format": f"{manifest['format']}, {manifest['quantization']}",
-        "size": _size(found),
+        "size": decimal(found.package.size_bytes),
         "fits": f"{fits}; {', '.join(needs)}",
         "limits": _join(manifest["limits"]),
         "serve": " ".join(manifest["serve"]["args"]) or "no server arguments",
@@ -235,18 +240,12 @@ def _facts(entry: Entry, found: Resolved) -> dict[str, str]:
 
 
 def _channels(entry: Entry) -> str:
-    return ", ".join(f"{one.channel} ({one.card})" for one in entry.pointers)
+    return ", ".join(f"{one.name} ({one.card})" for one in entry.channels)
 
 
 def _join(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _size_bytes(found: Resolved) -> int:
-    return sum(file["size"] for file in found.package.manifest["files"])
-
-
-def _size(found: Resolved) -> str:
-    from rich.filesize import decimal
-
-    return decimal(_size_bytes(found))
+def _size_bytes(entry: Entry) -> int | None:
+    return entry.resolved.package.size_bytes if entry.resolved else None

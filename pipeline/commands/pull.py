@@ -47,10 +47,6 @@ _Gpu = Annotated[
         "taken as given; none checks nothing of it.",
     ),
 ]
-_Format = Annotated[
-    str | None, typer.Option(metavar="FORMAT", help="Only this one: checkpoint, trtrtx, trtllm.")
-]
-_Channel = Annotated[str | None, typer.Option(help="In place of stable, where REF names none.")]
 _SharedParent = Annotated[
     bool,
     typer.Option(
@@ -80,8 +76,6 @@ def pull(
     runtime: _Runtime = None,
     vram: _Vram = None,
     driver: _Driver = None,
-    format: _Format = None,
-    channel: _Channel = None,
     accept_unproven: _Unproven = False,
     allow_unsigned: Unsigned = False,
     allow_yanked: _Yanked = False,
@@ -100,8 +94,6 @@ def pull(
         to=to,
         registry=registry,
         flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
-        format=format,
-        channel=channel,
         accept_unproven=accept_unproven,
         allow_unsigned=allow_unsigned,
         allow_yanked=allow_yanked,
@@ -163,7 +155,7 @@ def _lines(done: Pulled) -> list[str]:
     return [
         f"package   {resolved.place}",
         f"digest    sha256:{done.digest}",
-        f"bytes     {done.size_bytes / 1e6:.1f} MB, every byte verified; {how}",
+        f"bytes     {resolved.package.size_bytes / 1e6:.1f} MB, every byte verified; {how}",
         f"signed    {resolved.signer or 'UNSIGNED, accepted because of --allow-unsigned'}",
         f"built     {resolved.builder_id or 'no trusted provenance'}",
         f"proven    {_proof_line(done)}",

@@ -166,6 +166,10 @@ class Package:
         return self.dir / "engine"
 
     @property
+    def size_bytes(self) -> int:
+        return sum(file["size"] for file in self.manifest["files"])
+
+    @property
     def engine(self) -> Engine:
         """The engine inside, as the manifest describes it."""
         manifest, match = self.manifest, self.manifest["match"]

@@ -2,13 +2,12 @@
 
     entries(store, terms)                           # list: remembered where that may be
     entry(store, "phi3:stable", terms)              # show: one
-    collect(store, policy, Rules(keep_days=30))     # gc: only looks; removes with delete=True
+    collect(store, policy, keep_days=30)            # gc: only looks; removes with delete=True
 
 A version stays if any of these holds:
 
-- a channel points to it, or did before its last change (`history` packages of each channel);
+- a channel points to it, or did before its last change, so that it can be rolled back;
 - a trusted key signed something about it in the last `keep_days`: published, tested or yanked it;
-- `pins` name it;
 - no trusted key signed anything about it: then nothing tells how old it is;
 - it is damaged: a person should look at it first (`damaged` lets it go, unless a channel needs it).
 
@@ -53,7 +52,7 @@ from pipeline.registry.stores.publication import (
     unpack,
 )
 from pipeline.registry.trust.policy import TrustPolicy
-from pipeline.registry.trust.verification import Resolved, Terms, read_channels
+from pipeline.registry.trust.verification import Channel, Resolved, Terms, read_channels
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +64,6 @@ _MAX_FILE_BYTES = 64 << 20
 _VARIANTS_AT_ONCE, _READS_AT_ONCE = 4, 8
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Pointer:
-    """A channel that points to a version, by its trusted log."""
-
-    channel: str
-    card: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +78,7 @@ class Entry:
     resolved: Resolved | None = None
     fault: str = ""
     corrupt: bool = False
-    pointers: tuple[Pointer, ...] = ()
+    channels: tuple[Channel, ...] = ()
 
 
 def entries(store: WritableStore, terms: Terms) -> list[Entry]:
@@ -95,7 +86,7 @@ def entries(store: WritableStore, terms: Terms) -> list[Entry]:
     shown = replace(terms, allow_yanked=True)
 
     def look(listed: Listed, reader: Reader) -> list[Entry]:
-        pointers = _pointers(reader, listed.name, listed.variant, terms)
+        channels = _channels(reader, listed.name, listed.variant, terms)
         found = []
         for place, names in listed.versions.items():
             try:
@@ -106,8 +97,8 @@ def entries(store: WritableStore, terms: Terms) -> list[Entry]:
                 corrupt = isinstance(error, CorruptError)
                 found.append(Entry(place=place, fault=str(error), corrupt=corrupt))
             else:
-                held = pointers.get((place, one.package.digest), ())
-                found.append(Entry(place=place, resolved=one, pointers=tuple(sorted(held))))
+                held = tuple(channels.get((place, one.package.digest), ()))
+                found.append(Entry(place=place, resolved=one, channels=held))
         return found
 
     return [one for some in _of_variants(store, look) for one in some]
@@ -116,21 +107,20 @@ def entries(store: WritableStore, terms: Terms) -> list[Entry]:
 def entry(store: Store, text: str, terms: Terms) -> Entry:
     """The one version that a reference means; see `resolve`. A yanked one is shown."""
     found = resolve(store, text, replace(terms, allow_yanked=True))
-    pointers = _pointers(store, found.place.name, found.place.variant, terms)
-    held = pointers.get((found.place, found.package.digest), ())
-    return Entry(place=found.place, resolved=found, pointers=tuple(sorted(held)))
+    channels = _channels(store, found.place.name, found.place.variant, terms)
+    held = tuple(channels.get((found.place, found.package.digest), ()))
+    return Entry(place=found.place, resolved=found, channels=held)
 
 
-def _pointers(
+def _channels(
     store: Reader, name: str, variant: str, terms: Terms
-) -> dict[tuple[Place, str], list[Pointer]]:
-    """Place and digest -> channels that point there."""
-    pointers: dict[tuple[Place, str], list[Pointer]] = {}
+) -> dict[tuple[Place, str], list[Channel]]:
+    """Place and digest -> channels that point there, by their trusted logs."""
+    found: dict[tuple[Place, str], list[Channel]] = {}
     for channel in read_channels(store, terms.policy, name, variant):
         reference = channel.newest.reference
-        pointer = Pointer(channel=channel.name, card=channel.card)
-        pointers.setdefault((Place.of(reference), reference.digest), []).append(pointer)
-    return pointers
+        found.setdefault((Place.of(reference), reference.digest), []).append(channel)
+    return found
 
 
 def _of_variants(
@@ -231,16 +221,6 @@ def _remember(path: Path, known: Mapping[str, bytes], held: Mapping[str, bytes])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What stays; see the module. `history` of 1 is the package that a channel points to."""
-
-    keep_days: float = 30.0
-    history: int = 2
-    pins: frozenset[Place] = frozenset()
-    damaged: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Fate:
     """What is to become of one version, and why; size None if its manifest was not read."""
 
@@ -261,20 +241,23 @@ class Collected:
 
 
 def collect(
-    store: WritableStore, policy: TrustPolicy, rules: Rules, *, delete: bool = False
+    store: WritableStore,
+    policy: TrustPolicy,
+    *,
+    keep_days: float = 30.0,
+    damaged: bool = False,
+    delete: bool = False,
 ) -> Collected:
-    """Decide about every version, and remove those that may go if `delete` says so."""
+    """Decide about every version, see the module; remove those that may go if `delete` says so."""
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
-    now_s = store.now_s()
+    keep_s = max(keep_days * DAY_S, GRACE_S)
+    decide = functools.partial(_decide, policy, store.now_s(), keep_s, damaged)
 
     def look(listed: Listed, reader: Reader) -> list[Fate | None]:
         if delete and isinstance(reader, _Held):  # what two writers at once lost is there again
             add_copies(store, listed.name, listed.variant, reader.held)
-        needed = _needed(reader, policy, listed.name, listed.variant, rules.history)
-        versions = listed.versions.items()
-        return [
-            _decide(reader, policy, rules, now_s, one, needed, names) for one, names in versions
-        ]
+        needed = _needed(reader, policy, listed.name, listed.variant)
+        return [decide(reader, needed, one, names) for one, names in listed.versions.items()]
 
     found = _of_variants(store, look)
     fates = [fate for some in found for fate in some if fate is not None]
@@ -282,8 +265,7 @@ def collect(
     def remove(fate: Fate) -> tuple[Fate, int | None]:
         """Look again, now, and remove; gives the bytes that this frees, None if it stays."""
         place = fate.place
-        needed = _needed(store, policy, place.name, place.variant, rules.history)
-        again = _decide(store, policy, rules, now_s, place, needed)
+        again = decide(store, _needed(store, policy, place.name, place.variant), place)
         if again is None or not again.remove:
             return again or fate, None
         log.info("Removing %s: %s", place, again.why)
@@ -299,48 +281,46 @@ def collect(
     )
 
 
-def _needed(
-    store: Reader, policy: TrustPolicy, name: str, variant: str, history: int
-) -> dict[Place, str]:
+def _needed(store: Reader, policy: TrustPolicy, name: str, variant: str) -> dict[Place, str]:
+    """The versions that a channel of a variant points to, or did before its last change; why."""
     needed: dict[Place, str] = {}
     for channel in read_channels(store, policy, name, variant):
-        packages = dict.fromkeys(move.reference for move in reversed(channel.moves))
-        for number, reference in enumerate(list(packages)[:history]):
-            when = "points to it" if number == 0 else "pointed to it before"
-            reason = f"{channel.name} of {channel.card} {when}"
-            if number == 0 or Place.of(reference) not in needed:
-                needed[Place.of(reference)] = reason
+        places = dict.fromkeys(Place.of(move.reference) for move in reversed(channel.moves))
+        of = f"{channel.name} of {channel.card}"
+        for place, when in zip(places, ("points to it", "pointed to it before"), strict=False):
+            if place == Place.of(channel.newest.reference) or place not in needed:
+                needed[place] = f"{of} {when}"
     return needed
 
 
 def _decide(
-    store: Reader,
     policy: TrustPolicy,
-    rules: Rules,
     now_s: float,
-    place: Place,
+    keep_s: float,
+    damaged: bool,
+    store: Reader,
     needed: Mapping[Place, str],
+    place: Place,
     names: Collection[str] | None = None,
 ) -> Fate | None:
-    if place in needed or place in rules.pins:
-        return Fate(place=place, remove=False, why=needed.get(place, "--keep names it"))
+    if place in needed:
+        return Fate(place=place, remove=False, why=needed[place])
     try:
         terms = Terms(policy=policy, allow_unsigned=True, allow_yanked=True)
         found = examine(store, place, terms, names=names)
     except NotFoundError:
         return None
     except (CorruptError, UntrustedError) as error:
-        why = str(error) if rules.damaged else f"look at it, or pass --damaged: {error}"
-        return Fate(place=place, remove=rules.damaged, why=why)
-    size_bytes = sum(file["size"] for file in found.package.manifest["files"])
-    statements = found.statements
-    if not statements:
+        why = str(error) if damaged else f"look at it, or pass --damaged: {error}"
+        return Fate(place=place, remove=damaged, why=why)
+    size_bytes = found.package.size_bytes
+    if not found.statements:
         why = "no trusted key signed anything about it, so nothing tells how old it is"
         return Fate(place=place, remove=False, why=why, size_bytes=size_bytes)
-    signed_s = datetime.fromisoformat(statements[0].signed_at).timestamp()
-    days = max(now_s - signed_s, 0.0) / DAY_S
-    remove = days * DAY_S > max(rules.keep_days * DAY_S, GRACE_S)
-    why = f"no channel needs it, and the last statement about it is {days:.0f} days old"
-    if not remove:
-        why = f"something was signed about it {days:.1f} days ago"
+    signed_s = datetime.fromisoformat(found.statements[0].signed_at).timestamp()
+    age_s = max(now_s - signed_s, 0.0)
+    remove, days = age_s > keep_s, age_s / DAY_S
+    why = f"something was signed about it {days:.1f} days ago"
+    if remove:
+        why = f"no channel needs it, and the last statement about it is {days:.0f} days old"
     return Fate(place=place, remove=remove, why=why, size_bytes=size_bytes)

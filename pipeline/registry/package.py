@@ -27,7 +27,6 @@ from pipeline.registry.manifest import (
     parse_manifest,
     walk,
 )
-from pipeline.registry.reference import check_part
 
 NOTICE = "NOTICE"
 """File of the engine folder that carries the notice that a licence asks for."""
@@ -67,13 +66,8 @@ def make_manifest(
 
     The paths of `files` are relative to the package: `engine/...`.
 
-    Raises:
-        RecipeError: Name, variant, version or card breaks the grammar of references.
-        CorruptError: A path may not be in a package, or a value is of no use; names it.
+    CorruptError if a path may not be in a package, or a value is of no use; names it.
     """
-    check_part("name", label.name)
-    check_part("variant", engine.variant)
-    check_part("recipe_version", label.recipe_version)
     licence = weights.licence
     texts = dict.fromkeys((*licence.files, *([NOTICE] if licence.notice else [])))
     manifest = {
@@ -87,7 +81,7 @@ def make_manifest(
         "files": [file.to_json() for file in sorted(files, key=lambda file: file.path)],
         "match": {
             "sm": list(engine.sms),
-            "cards": [check_part("card", card) for card in label.cards],
+            "cards": list(label.cards),
             "min_vram_bytes": engine.min_vram_bytes,
             "runtime": dict(zip(("name", "version"), engine.runtime, strict=True)),
             "cuda": label.cuda,
@@ -120,7 +114,7 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
     Raises:
         CorruptError: The engine folder is empty, or holds something that no package may: a link, a
             FIFO, a path that means another file elsewhere.
-        PipelineError: As in `make_manifest` and `disk_errors`.
+        PipelineError: As in `disk_errors`.
     """
     with disk_errors(f"copy the engine to {staging_dir}"):
         files = [

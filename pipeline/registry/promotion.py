@@ -46,12 +46,7 @@ from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.stores import open_reader, open_store
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.policy import SigningKey, TrustPolicy, machine_trust
-from pipeline.registry.trust.signing import (
-    place_fields,
-    sign_again,
-    sign_package,
-    sign_statement,
-)
+from pipeline.registry.trust.signing import place_fields, sign_again, sign_package, sign_statement
 from pipeline.registry.trust.statements import open_statement, text_fault, verified_files
 from pipeline.registry.trust.verification import (
     Channel,
@@ -224,9 +219,7 @@ class Releaser:
     def _write_hint(self, move: Move) -> None:
         """Show people where the channel points; a hint that stays behind undoes no move."""
         reference, channel, card = move.reference, move.channel, move.card
-        names = ("channel", "card", "actor", "reason", "signed_at")
-        fields = {name: getattr(move, name) for name in names}
-        value = {**place_fields(reference), "digest": reference.digest, **fields, "move": move.id}
+        value = {**place_fields(reference), **move.to_json(), "move": move.id}
         data = (json.dumps(value, indent=1) + "\n").encode()
         try:
             self.store.put_hint(reference.name, reference.variant, channel, card, data)
@@ -367,8 +360,7 @@ def copy(
     require_manifest_publishable(resolved.package.manifest, public=target.public)
     package = fetch(source, resolved)
     statements = _whole_statements(source, resolved)
-    size_bytes = sum(file["size"] for file in package.manifest["files"])
-    with progress(f"Copying {resolved.place}", size_bytes, BYTES) as on_bytes:
+    with progress(f"Copying {resolved.place}", package.size_bytes, BYTES) as on_bytes:
         new = target.put_package(package, statements, on_bytes)
     # What a package that was there already does not have.
     added = [one for one in statements if new or target.put_statement(resolved.place, one)]

@@ -25,11 +25,7 @@ from pipeline.core.errors import (
 from pipeline.core.values import Package, Reference
 from pipeline.registry.manifest import manifest_at
 from pipeline.registry.reference import ParsedReference, parse_reference
-from pipeline.registry.store import (
-    Place,
-    Reader,
-    Store,
-)
+from pipeline.registry.store import Place, Reader, Store
 from pipeline.registry.trust.policy import TrustPolicy
 from pipeline.registry.trust.verification import (
     Resolved,

@@ -28,7 +28,6 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.hardware import GIB
-from pipeline.core.values import Format
 from pipeline.registry.client.machine import Facts, Runtime, version_key
 from pipeline.registry.reference import ParsedReference
 from pipeline.registry.resolve import Refused
@@ -89,7 +88,6 @@ def best(
     wanted: ParsedReference,
     facts: Facts,
     *,
-    format: Format | None = None,
     accept_unproven: bool = False,
 ) -> Chosen:
     """The package to take.
@@ -99,7 +97,7 @@ def best(
         PipelineError: All are untrusted, damaged or gone.
         RecipeError: What is known of the machine does not tell two versions apart.
     """
-    fits = [_fit(one, facts, format, accept_unproven) for one in found]
+    fits = [_fit(one, facts, accept_unproven) for one in found]
     fitting = sorted((one for one in fits if not one.reasons), key=lambda one: one.rank)
     if not fitting:
         raise _none(fits, refused, wanted)
@@ -148,11 +146,9 @@ def prove(found: Resolved, facts: Facts) -> Proof:
     return Proof(kind="unproven", verdict=shown, cards=cards, why=why)
 
 
-def _fit(found: Resolved, facts: Facts, format: Format | None, accept_unproven: bool) -> Chosen:
+def _fit(found: Resolved, facts: Facts, accept_unproven: bool) -> Chosen:
     manifest, proof = found.package.manifest, prove(found, facts)
     reasons, unknown = [], []
-    if format not in {None, manifest["format"]}:
-        reasons.append(f"its format is {manifest['format']}, wanted {format}")
     for fact, needs, fits, here in _checks(manifest["match"], facts):
         if fits is None:
             unknown.append(f"the {fact}: {needs}")

@@ -14,13 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.acceptance.card import (
-    Reading,
-    condition_findings,
-    device_samples,
-    gpu_lock,
-    sampling,
-)
+from pipeline.acceptance.card import Reading, condition_findings, device_samples, gpu_lock, sampling
 from pipeline.core.gpu import (
     ComputeProcess,
     Conditions,

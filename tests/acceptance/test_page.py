@@ -12,15 +12,7 @@ import pytest
 from pipeline.acceptance.report import render_page, write_report
 from pipeline.core.values import Finding, Report, Verdict, VerdictName
 from tests.acceptance.questions import acceptance
-from tests.acceptance.report_pages import (
-    LIMITS,
-    MANIFEST,
-    PLAN,
-    Page,
-    everything,
-    on_card,
-    report,
-)
+from tests.acceptance.report_pages import LIMITS, MANIFEST, PLAN, Page, everything, on_card, report
 
 EVIL = '</style></pre><script>alert(1)</script><img src=x onerror="a()">\'& {x} $\\frac$ %s \u202e'
 

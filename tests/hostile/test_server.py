@@ -20,7 +20,6 @@ import pytest
 
 from pipeline.core.errors import ExitCode, PipelineError, TransientError
 from pipeline.core.workfolder import hold_lock
-from pipeline.registry.client.download import Transfer
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores import open_store
 from tests.hostile.hostile_server import GREEDY, SLOW, Malice, Thief, lying, page
@@ -81,10 +80,9 @@ def hasty() -> Iterator[pytest.MonkeyPatch]:
         "registry.stores.oci.transport._MAX_WAIT_S": 0.2,
         "registry.stores.oci.writing.SETTLE_S": 0.01,
         "sources.hub.REPLY_S": 0.01,
+        "registry.client.download.FIRST_WAIT_S": 0.01,
     }.items():
         monkeypatch.setattr(f"pipeline.{name}", seconds)
-    defaults: Any = Transfer.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "first_wait_s", 0.01)
     yield monkeypatch
     monkeypatch.undo()
 

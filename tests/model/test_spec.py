@@ -14,12 +14,7 @@ from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.core.errors import RecipeError
 from pipeline.formats.spec import format_specs
-from pipeline.model.read import (
-    IRRELEVANT,
-    REQUIRED,
-    read_spec,
-    spec_faults,
-)
+from pipeline.model.read import IRRELEVANT, REQUIRED, read_spec, spec_faults
 from pipeline.model.spec import Attention, Llama3Scaling, LongRopeScaling, Rope, rope_tables
 from tests.architectures import ARCHITECTURES, tiny_architecture
 from tests.specs import published, shape, spec_of_folder, tiny_config, tiny_spec

@@ -15,10 +15,7 @@ from pipeline.core.cache import RECORD
 from pipeline.core.errors import CorruptError, RecipeError, TransientError
 from pipeline.core.values import Engine, Licence
 from pipeline.registry.manifest import verify
-from pipeline.registry.package import (
-    require_manifest_publishable,
-    require_publishable,
-)
+from pipeline.registry.package import require_manifest_publishable, require_publishable
 from tests.registry.packages import make_engine, seal_engine, sealed_package
 
 

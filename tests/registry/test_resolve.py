@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import (
-    CorruptError,
-    NotFoundError,
-    RecipeError,
-    UntrustedError,
-)
+from pipeline.core.errors import CorruptError, NotFoundError, RecipeError, UntrustedError
 from pipeline.publishing import Publisher
 from pipeline.registry.reference import parse_reference, reference_of
 from pipeline.registry.resolve import candidates, examine, resolve

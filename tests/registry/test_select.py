@@ -38,7 +38,6 @@ def candidate(
     verdicts: dict[str, str] | None = None,
     pointed: tuple[str, ...] = (),
     digest: str = "",
-    format: str = "trtrtx",
     batch: int = 8,
     **match: Any,
 ) -> Resolved:
@@ -47,7 +46,6 @@ def candidate(
         "recipe_version": "1",
         "build_key": "b" * 64,
         "variant": variant,
-        "format": format,
         "match": {
             "sm": [89],
             "cards": [],
@@ -135,14 +133,6 @@ def test_an_unknown_fact_is_reported_and_rejects_nothing(
     known = {"runtime": Runtime(name="vllm")} if " " in fact else {fact: None}
     (unknown,) = choose(candidate(**match), facts=facts(**known)).unknown
     assert unknown.startswith(reported)
-
-
-def test_the_format_that_was_asked_for_is_the_only_one() -> None:
-    trtrtx = candidate()
-    other = candidate("any-checkpoint-fp8", format="checkpoint", sm=[])
-    chosen = choose(trtrtx, other, format="checkpoint")
-    assert chosen.resolved is other
-    assert chosen.rejected == (f"{trtrtx.place}: its format is trtrtx, wanted checkpoint",)
 
 
 @pytest.mark.parametrize(

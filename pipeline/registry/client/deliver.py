@@ -32,18 +32,12 @@ from pipeline.core.errors import (
     RecipeError,
     TransientError,
 )
-from pipeline.core.ownership import (
-    CACHE,
-    make_own,
-    open_to_others,
-    require_unshared,
-    sync,
-)
+from pipeline.core.ownership import CACHE, make_own, open_to_others, require_unshared, sync
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.settings import cache_root
 from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import WorkFolder, hold_lock, remove_folder, work_folder
-from pipeline.registry.client.download import PACKAGE, Transfer, download, require_room
+from pipeline.registry.client.download import PACKAGE, download, require_room
 from pipeline.registry.disk import disk_errors, open_regular
 from pipeline.registry.manifest import ENGINE, MANIFEST, files_of, read_manifest, verify
 from pipeline.registry.store import (
@@ -117,7 +111,7 @@ class Delivery:
 
     store: Store
     resolved: Resolved
-    transfer: Transfer
+    jobs: int
     offline: bool = False
     shared_parent: bool = False
 
@@ -210,8 +204,16 @@ class Delivery:
     def _show(
         self, work: WorkFolder, to: Path, receipt: Callable[[Origin], bytes], came: Delivered
     ) -> Delivered:
-        package = work.dir / PACKAGE
-        finish(package, self.resolved, self._statements(), receipt(came.origin))
+        """Add to the fetched files all else that a pull leaves, and make them visible."""
+        package, statements = work.dir / PACKAGE, self._statements()
+        (package / MANIFEST).write_bytes(self.resolved.data)
+        (package / STATEMENTS).mkdir()
+        write_statements(package / STATEMENTS, statements)
+        signed = [one for one in statements if MODEL_SIGNATURE in one.files]
+        if signed and not (package / SIGNATURE).exists():
+            (package / SIGNATURE).write_bytes(signed[0].files[MODEL_SIGNATURE])
+        (package / RECEIPT).write_bytes(receipt(came.origin))
+        settle_read_only(package)
         if move_into_place(package, to):
             return replace(came, dir=to)
         if is_pulled(to, self._digest):  # another process pulled the same
@@ -235,7 +237,7 @@ class Delivery:
                 show(count)
                 got_on()
 
-            return download(self.store, place, files, work, self._digest, self.transfer, on_bytes)
+            return download(self.store, place, files, work, self._digest, self.jobs, on_bytes)
 
 
 def _drop_foreign(package: Path, listed: set[str]) -> None:
@@ -310,22 +312,6 @@ def copy_files(files: Sequence[FileDigest], source: Path, target: Path) -> None:
 
     with ThreadPoolExecutor(max_workers=_COPY_JOBS) as pool:
         list(pool.map(copy, files))
-
-
-def finish(
-    folder: Path, resolved: Resolved, statements: Sequence[RawStatement], receipt: bytes
-) -> None:
-    """Add to the fetched files all else that a pull leaves; settled and read-only."""
-    (folder / MANIFEST).write_bytes(resolved.data)
-    (folder / STATEMENTS).mkdir()
-    write_statements(folder / STATEMENTS, statements)
-    listed = {file["path"] for file in resolved.package.manifest["files"]}
-    for statement in statements:
-        if (signature := statement.files.get(MODEL_SIGNATURE)) and SIGNATURE not in listed:
-            (folder / SIGNATURE).write_bytes(signature)
-            break
-    (folder / RECEIPT).write_bytes(receipt)
-    settle_read_only(folder)
 
 
 def settle_read_only(folder: Path) -> None:

@@ -40,32 +40,20 @@ _AHEAD = 16
 """Chunks that may land before the one that the hash is at: 512 MiB, which the page cache of a
 machine that serves models holds, and what a kill can cost where disk and network are faster than
 the hash."""
+CHUNK_BYTES = 32 << 20
+"""One mark in the record, one request, and what a kill can cost per job. With 16 MiB
+docker-registry took a quarter more of the processor than with 32 (measured on 2026-11-29)."""
+TRIES = 6
+"""Attempts in a row that bring next to nothing, for one chunk."""
+FIRST_WAIT_S = 0.5
+"""Before the second attempt; doubled for each after it, 10 s at most. Between half and all of it,
+by chance: clients that were dropped together come back apart."""
 _READ_BYTES = 1 << 20
 _TICK_S = 1.0
 _STOP_WAIT_S = 10.0
 _LEAST_BYTES = 16 << 10
 """What an attempt must bring to count as progress: half a second's work of the slowest store that
 `pipeline.registry.stores.transfer` lets pass. Else one that breaks at each byte holds a pull."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer:
-    """How files are fetched.
-
-    Attributes:
-        jobs: Chunks on their way at once.
-        chunk_bytes: Size of a chunk: one mark in the record, one request, and what a kill can cost
-            per job. With 16 MiB docker-registry took a quarter more of the processor than with 32
-            (measured on 2026-11-29).
-        tries: Attempts in a row that bring next to nothing, for one chunk.
-        first_wait_s: Before the second attempt; doubled for each after it, 10 s at most. Between
-            half and all of it, by chance: clients that were dropped together come back apart.
-    """
-
-    jobs: int = 8
-    chunk_bytes: int = 32 << 20
-    tries: int = 6
-    first_wait_s: float = 0.5
 
 
 @dataclass(kw_only=True)
@@ -78,17 +66,16 @@ class _File:
 
     file: FileDigest
     path: Path
-    chunk_bytes: int
     first: int
     there: set[int] = field(default_factory=set)
 
     @property
     def chunks(self) -> int:
-        return max(1, -(-self.file.size_bytes // self.chunk_bytes))
+        return max(1, -(-self.file.size_bytes // CHUNK_BYTES))
 
     def span(self, chunk: int) -> tuple[int, int]:
-        start = chunk * self.chunk_bytes
-        return start, min(start + self.chunk_bytes, self.file.size_bytes)
+        start = chunk * CHUNK_BYTES
+        return start, min(start + CHUNK_BYTES, self.file.size_bytes)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[int]:
@@ -122,26 +109,26 @@ def download(
     files: Sequence[FileDigest],
     work: WorkFolder,
     digest: str,
-    transfer: Transfer,
+    jobs: int,
     on_bytes: OnBytes,
 ) -> int:
     """Fetch all files of a package into `work.dir / PACKAGE`; how many bytes the store sent.
 
     `files` are what its verified manifest lists, whose SHA-256 is `digest`. What `work` already has
-    of them is hashed and kept. `on_bytes` gets numbers of bytes that are there, fetched or found,
-    and negative ones where a file is fetched again.
+    of them is hashed and kept. `jobs` chunks are on their way at once. `on_bytes` gets numbers of
+    bytes that are there, fetched or found, and negative ones where a file is fetched again.
 
     Raises:
         CorruptError: A file is not what the manifest says, also when fetched again.
         TransientError: The store failed too often or is too slow, or the disk is full.
     """
-    folder, size, first = work.dir / PACKAGE, transfer.chunk_bytes, 0
+    folder, first = work.dir / PACKAGE, 0
     landing: list[_File] = []
     with disk_errors(f"write {work.dir.parent}"), contextlib.ExitStack() as closing:
-        head = f"{digest} {size}\n".encode()
+        head = f"{digest} {CHUNK_BYTES}\n".encode()
         landed = _landed(work.dir / RECORD, head)
         for file in files:
-            one = _File(file=file, path=folder / file.path, chunk_bytes=size, first=first)
+            one = _File(file=file, path=folder / file.path, first=first)
             one.there = {chunk for chunk in range(one.chunks) if first + chunk in landed}
             landing.append(one)
             first += one.chunks
@@ -156,7 +143,7 @@ def download(
         run = _Download(
             store=store,
             place=place,
-            transfer=transfer,
+            jobs=jobs,
             mark=lambda number: os.pwrite(record, _LANDED, len(head) + number),
             on_bytes=on_bytes,
             files=landing,
@@ -195,7 +182,7 @@ class _StoppedError(Exception):
 class _Download:
     store: Store
     place: Place
-    transfer: Transfer
+    jobs: int
     mark: Callable[[int], object]
     on_bytes: OnBytes
     files: Sequence[_File]
@@ -212,7 +199,7 @@ class _Download:
         # Daemons: a store that hangs must not keep the process alive after Ctrl-C.
         workers = [
             threading.Thread(target=self._work, name=f"pull-{number}", daemon=True)
-            for number in range(max(1, min(self.transfer.jobs, len(self._queue))))
+            for number in range(max(1, min(self.jobs, len(self._queue))))
         ]
         for worker in workers:
             worker.start()
@@ -286,7 +273,7 @@ class _Download:
 
         The chunk that the hash waits for was handed out before, so waiting ends.
         """
-        ahead = max(_AHEAD, 2 * self.transfer.jobs)
+        ahead = max(_AHEAD, 2 * self.jobs)
         with self._changed:
             while not self._stop.is_set():
                 if self._queue:
@@ -319,9 +306,9 @@ class _Download:
             if at == end:
                 return
             in_a_row = 0 if at - before >= _LEAST_BYTES else in_a_row + 1
-            if in_a_row >= self.transfer.tries:
+            if in_a_row >= TRIES:
                 raise fault
-            wait_s = min(10.0, self.transfer.first_wait_s * 2 ** max(0, in_a_row - 1))
+            wait_s = min(10.0, FIRST_WAIT_S * 2 ** max(0, in_a_row - 1))
             wait_s *= random.uniform(0.5, 1.0)
             log.info("%s; going on from byte %d in %.1f s", fault, at, wait_s)
             if self._stop.wait(wait_s):

@@ -22,9 +22,7 @@ from typing import Any, Literal
 
 from pipeline import __version__
 from pipeline.core.errors import Fault, NotFoundError, RecipeError
-from pipeline.core.values import Format
 from pipeline.registry.client.deliver import Delivery, Origin, cache_dir
-from pipeline.registry.client.download import Transfer
 from pipeline.registry.client.machine import Facts, Flags, facts_of
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.resolve import candidates
@@ -54,22 +52,18 @@ class PullRequest:
             also the folder of a package.
         to: Folder to make; None leaves the package in the cache.
         registry: URL; None for `artifacts`, and for a folder that is verified: nowhere.
-        channel: In place of `stable` where the reference names none.
         accept_unproven: Take a package that was not accepted on this card.
         allow_yanked: Take a package that was yanked; the reference must name its digest.
         allow_shared_parent: Write below a folder that other users may rename in.
         policy: File; None for the environment's, then the configuration folder's.
         through_cache: Keep a copy in the cache; None for: unless the registry is a local folder.
         jobs: Chunks at once; None for 2 of a local folder, else 2 per core, 8 at most.
-        transfer: Sizes of chunks and retries; its `jobs` do not count.
     """
 
     reference: str
     to: Path | None = None
     registry: str | None = None
     flags: Flags = field(default_factory=Flags)
-    format: Format | None = None
-    channel: str | None = None
     accept_unproven: bool = False
     allow_unsigned: bool = False
     allow_yanked: bool = False
@@ -79,7 +73,6 @@ class PullRequest:
     through_cache: bool | None = None
     jobs: int | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-    transfer: Transfer = field(default_factory=Transfer)
 
     def terms(self, *, local: bool) -> Terms:
         """What is taken; this machine's own key counts for a folder of it: `local`."""
@@ -91,16 +84,10 @@ class PullRequest:
 
     @property
     def wanted(self) -> ParsedReference:
-        """The reference, with the channel of `--channel` if it names none itself."""
-        text = self.reference
-        if self.channel is not None:
-            if ":" in text or "@" in text:
-                fault = f"{text} already names a version; leave one of the two out"
-                raise RecipeError([Fault("--channel", fault)])
-            text = f"{text}:{self.channel}"
-        wanted = parse_reference(text)
+        """The reference, parsed."""
+        wanted = parse_reference(self.reference)
         if self.allow_yanked and wanted.digest is None:
-            fault = f"name the package by its digest: {wanted.name}@sha256:..., not {text}"
+            fault = f"name the package by its digest: {wanted.name}@sha256:..., not {wanted}"
             raise RecipeError([Fault("--allow-yanked", fault)])
         return wanted
 
@@ -136,16 +123,12 @@ class Pulled:
     def engine_dir(self) -> Path:
         return self.dir / "engine"
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(file["size"] for file in self.manifest["files"])
-
     def to_json(self) -> dict[str, Any]:
         return {
             **self._believed(),
             "dir": str(self.dir.absolute()),
             "came_from": self.origin,
-            "size_bytes": self.size_bytes,
+            "size_bytes": self.resolved.package.size_bytes,
             "fetched_bytes": self.fetched_bytes,
             "seconds": round(self.seconds, 3),
             "serve_args": list(self.manifest["serve"]["args"]),
@@ -186,18 +169,7 @@ class Pulled:
 
 
 def run(request: PullRequest) -> Pulled:
-    """Pull what a request names.
-
-    Raises:
-        RecipeError: The reference, a flag or the registry's URL cannot be read.
-        NotFoundError: There is no such package.
-        CorruptError: Bytes are not what they must be.
-        UntrustedError: Not signed by a trusted key, revoked, or yanked.
-        IncompatibleError: Nothing fits this machine, or was accepted on this card.
-        ConflictError: Something else is where the package is to be.
-        AccessError: Another user could replace what is written.
-        TransientError: The connection broke too often, or the disk is full.
-    """
+    """Pull what a request names; each kind of failure is a class of `pipeline.core.errors`."""
     if not request.offline:
         return pull_from(open_reader(request.registry or ARTIFACTS), request)
     from pipeline.registry.stores.folder_reading import FolderObjects
@@ -219,8 +191,7 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     started_s = time.monotonic()
     facts, wanted = facts_of(request.flags, request.environ), request.wanted
     found, refused = candidates(store, wanted, request.terms(local=store.local))
-    unproven = request.accept_unproven
-    chosen = best(found, refused, wanted, facts, format=request.format, accept_unproven=unproven)
+    chosen = best(found, refused, wanted, facts, accept_unproven=request.accept_unproven)
     for reason in chosen.rejected:
         log.info("Rejected %s", reason)
     pulled = Pulled(chosen=chosen, dir=Path(), registry=store.url, origin="registry", facts=facts)
@@ -239,11 +210,10 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
 
 def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
     """A package on its way as a request wants it."""
-    jobs = request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS)
     return Delivery(
         store=store,
         resolved=resolved,
-        transfer=replace(request.transfer, jobs=jobs),
+        jobs=request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS),
         offline=request.offline,
         shared_parent=request.allow_shared_parent,
     )

@@ -18,12 +18,7 @@ from pathlib import Path
 from pipeline.core.errors import AccessError, CorruptError, UntrustedError
 from pipeline.core.ownership import open_to_others
 from pipeline.core.values import Package
-from pipeline.registry.client.deliver import (
-    SIGNATURE,
-    STATEMENTS,
-    STATEMENTS_SUFFIX,
-    verify_layout,
-)
+from pipeline.registry.client.deliver import SIGNATURE, STATEMENTS, STATEMENTS_SUFFIX, verify_layout
 from pipeline.registry.client.machine import facts_of
 from pipeline.registry.client.pull import ARTIFACTS, Pulled, PullRequest, delivery_of
 from pipeline.registry.disk import read_bounded
@@ -41,12 +36,7 @@ from pipeline.registry.store import (
 )
 from pipeline.registry.stores import open_reader, package_dir
 from pipeline.registry.trust.statements import MODEL_SIGNATURE
-from pipeline.registry.trust.verification import (
-    Resolved,
-    Terms,
-    require_usable,
-    verify_statements,
-)
+from pipeline.registry.trust.verification import Resolved, Terms, require_usable, verify_statements
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import CorruptError, NotFoundError
-from pipeline.registry.disk import (
-    CHUNK_BYTES,
-    disk_errors,
-    open_regular,
-    read_bounded,
-)
+from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular, read_bounded
 from pipeline.registry.stores.tree import Found
 
 MISSING = FileNotFoundError, NotADirectoryError  # the latter: a link, too, where a folder was

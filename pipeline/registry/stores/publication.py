@@ -42,12 +42,7 @@ from typing import Protocol, runtime_checkable
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError, TransientError
 from pipeline.core.values import FileDigest, Package
 from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular
-from pipeline.registry.manifest import (
-    MANIFEST,
-    digest_bytes,
-    files_of,
-    manifest_bytes,
-)
+from pipeline.registry.manifest import MANIFEST, digest_bytes, files_of, manifest_bytes
 from pipeline.registry.reference import check_part, reference_of
 from pipeline.registry.store import (
     ENVELOPE,
@@ -75,7 +70,6 @@ from pipeline.registry.stores.tree import (
     manifest_key,
     moves_key,
     parse_key,
-    prefix_of,
     statements_key,
     variant_key,
     version_key,
@@ -107,8 +101,8 @@ class Listed:
 class WritableStore(Store, Protocol):
     """Writes, too, and lists all that there is."""
 
-    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
-        """What there is of every variant of `places`, sorted; in a few requests for all of them."""
+    def listed(self) -> list[Listed]:
+        """What there is of every variant, sorted; in a few requests for all of them."""
 
     def read_copies(self, name: str, variant: str) -> bytes | None:
         """Copies of what a variant lists; None if there are none."""
@@ -305,11 +299,11 @@ class WritableTree(TreeStore):
 
     objects: WritableObjects
 
-    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+    def listed(self) -> list[Listed]:
         published: list[Place] = []
         about: dict[Place, list[tuple[float, str]]] = {}
         moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
-        for found in self.objects.listed(prefix_of(name, variant)):
+        for found in self.objects.listed(""):
             if match := LOG.fullmatch(found.key):
                 of = match[1], match[2]
                 moves.setdefault(of, []).append((found.modified_s, match[3]))

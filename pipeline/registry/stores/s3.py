@@ -26,11 +26,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pydantic.dataclasses
-from pydantic import Field
 
 from pipeline.core.errors import (
     AccessError,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 _THREADS = 8
+PART_BYTES = 8 << 20  # of a large file; more where that were too many
 _MAX_PARTS = 9_000  # S3 takes 10,000 (Amazon S3 User Guide, "Multipart upload limits")
 _PROBE = ".writable-"
 
@@ -110,15 +110,11 @@ class S3Registry:
 
     Attributes:
         url: `s3://BUCKET[/PREFIX]`.
-        public: Whether anyone can read the bucket. Then it is read without credentials, if there
-            are none.
-        part_bytes: Size of the parts of a large file; 5 MiB is the least that S3 takes (Amazon S3
-            User Guide, "Multipart upload limits").
+        public: Whether anyone can read the bucket.
     """
 
     url: str
     public: bool = False
-    part_bytes: Annotated[int, Field(ge=5 << 20, le=64 << 20)] = 8 << 20
 
     def __post_init__(self) -> None:
         parse_address(self.url)
@@ -133,9 +129,7 @@ class S3Registry:
 
     def _objects(self) -> S3Objects:
         bucket, root = parse_address(self.url)
-        return S3Objects(
-            url=self.url, bucket=bucket, root=root, public=self.public, part_bytes=self.part_bytes
-        )
+        return S3Objects(url=self.url, bucket=bucket, root=root)
 
 
 def parse_address(url: str) -> tuple[str, str]:
@@ -171,8 +165,6 @@ class S3Objects:
     url: str
     bucket: str
     root: str
-    public: bool
-    part_bytes: int
     _clients: dict[int, Any] = field(default_factory=dict)
     """Of each process: two processes that read one socket mix up replies."""
     _locks: dict[int, threading.Lock] = field(default_factory=dict)
@@ -217,7 +209,10 @@ class S3Objects:
 
     def find(self, key: str) -> Found | None:
         head = self._head(key)
-        return None if head is None else _found(key, _size_of(head), head.get("LastModified"))
+        if head is None:
+            return None
+        # -1, which no file has, where the server does not tell.
+        return _found(key, head.get("ContentLength", -1), head.get("LastModified"))
 
     def create(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
@@ -240,7 +235,7 @@ class S3Objects:
 
         from pipeline.registry.stores.publication import checked_chunks
 
-        part_bytes = max(self.part_bytes, -(-file.size_bytes // _MAX_PARTS))
+        part_bytes = max(PART_BYTES, -(-file.size_bytes // _MAX_PARTS))
         config = TransferConfig(
             multipart_threshold=part_bytes,
             multipart_chunksize=part_bytes,
@@ -266,7 +261,7 @@ class S3Objects:
         from pipeline.registry.stores.publication import holds
 
         head = self._head(key)
-        if head is None or _size_of(head) != file.size_bytes:
+        if head is None or head.get("ContentLength") != file.size_bytes:
             return False
         text = head.get("ChecksumCRC32", "")
         # `...-2` is a checksum of the checksums of two parts.
@@ -359,12 +354,10 @@ class S3Objects:
 
     def _connect(self) -> Any:
         import boto3
-        from botocore import UNSIGNED
         from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
         from botocore.config import Config
 
         session = boto3.session.Session(botocore_session=_botocore_session())
-        signs = not (self.public and session.get_credentials() is None)
         config = Config(
             connect_timeout=transfer.CONNECT_S,
             read_timeout=transfer.SILENCE_S,
@@ -375,7 +368,6 @@ class S3Objects:
             response_checksum_validation="when_required",
             # So is every body that goes out, by whoever reads it: HTTP needs no SHA-256 more.
             s3={"payload_signing_enabled": False},
-            **({} if signs else {"signature_version": UNSIGNED}),
         )
         client = session.client("s3", config=config)
         # botocore has no setting for its connection classes; urllib3's pool manager has.
@@ -531,8 +523,6 @@ def _explained(error: Exception, fault: str) -> PipelineError | None:
         return TransientError(f"{message}; try again later")
     if status == 404 or _is_missing(error):
         return NotFoundError(f"{message}; check the reference")
-    if _is_refused(error) or _is_crossed(error):
-        return TransientError(f"{message}; another writer was there: run the same command again")
     return PipelineError(f"{message}; check that the endpoint speaks S3")
 
 
@@ -553,11 +543,6 @@ class _Hashing:
         data, self._rest = data[:count], data[count:]
         self.crc = zlib.crc32(data, self.crc)
         return data
-
-
-def _size_of(head: Any) -> int:
-    """The size of an object; -1, which no file has, where the server does not tell."""
-    return int(head.get("ContentLength", -1))
 
 
 KIND = S3Registry

@@ -282,6 +282,15 @@ class Move:
     signer: TrustedKey
     id: str
 
+    def to_json(self) -> dict[str, str]:
+        names = ("channel", "card", "actor", "reason", "signed_at")
+        return {
+            "reference": str(self.reference),
+            "digest": self.reference.digest,
+            **{name: getattr(self, name) for name in names},
+            "signer": self.signer.name,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Channel:

@@ -11,12 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.formats.trtllm.build_tool import (
-    CAUSES,
-    expected_config,
-    explain,
-    read_back,
-)
+from pipeline.formats.trtllm.build_tool import CAUSES, expected_config, explain, read_back
 from tests.formats.trtllm.fake_trtllm_build import parse
 from tests.formats.trtllm.fakes import compiler
 from tests.quant.tiny_quantized import ADA

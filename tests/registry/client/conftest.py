@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.values import Reference, VerdictName
-from pipeline.registry.client.download import Transfer
+from pipeline.registry.client import download
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import Pulled, PullRequest, pull_from
 from pipeline.registry.client.verify import verify
@@ -27,7 +27,7 @@ from tests.registry.packages import sealed_package
 from tests.registry.team import CARD, RUNTIME, Team
 
 CHUNK_BYTES = 4096
-QUICK = Transfer(chunk_bytes=CHUNK_BYTES, tries=3, first_wait_s=0.001)
+TRIES = 3
 FILES: Mapping[str, bytes] = {
     "config.json": b"{}",
     "empty": b"",
@@ -104,9 +104,9 @@ class Shop:
         return self.team.policy_file(**more)
 
     def request(self, reference: str = "tiny", **more: Any) -> PullRequest:
-        """A pull for a 4090 that is not there, in small chunks and without patience."""
+        """A pull for a 4090 that is not there."""
         flags = Flags(**{"gpu": "rtx4090", **more.pop("flags", {})})
-        defaults: dict[str, Any] = {"to": self.to, "environ": {}, "transfer": QUICK, "jobs": 3}
+        defaults: dict[str, Any] = {"to": self.to, "environ": {}, "jobs": 3}
         if "policy" not in more:
             more["policy"] = self.policy()
         return PullRequest(reference=reference, flags=flags, **{**defaults, **more})
@@ -129,7 +129,15 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pulls in small chunks and without patience."""
+    monkeypatch.setattr(download, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(download, "TRIES", TRIES)
+    monkeypatch.setattr(download, "FIRST_WAIT_S", 0.001)
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> Shop:
     """A shop in a folder."""
     home = tmp_path / "home"
     home.mkdir()

@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.errors import CorruptError, PipelineError, TransientError
 from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.client.download import RECORD
-from tests.registry.client.conftest import CHUNK_BYTES, QUICK, Shop, noise
+from tests.registry.client.conftest import CHUNK_BYTES, TRIES, Shop, noise
 from tests.registry.client.faulty_store import (
     Fault,
     FaultyStore,
@@ -36,7 +36,7 @@ def test_a_broken_answer_is_resumed_from_the_byte_that_it_reached(
     store = FaultyStore(store=shop.store, faults=[fault, fault])
     pulled = shop.pull(store=store, jobs=1)
     assert verify_layout(shop.to).digest == reference.digest
-    assert pulled.fetched_bytes == pulled.size_bytes
+    assert pulled.fetched_bytes == pulled.resolved.package.size_bytes
     assert [offset for _, offset, _ in store.opened][:3] == [0, reached, 2 * reached]
 
 
@@ -56,10 +56,11 @@ def test_retries_end_and_what_has_landed_is_kept_for_the_next_run(shop: Shop) ->
     store = FaultyStore(store=shop.store, faults=[good] * 3, always=refused)
     with pytest.raises(TransientError, match="stalled"):
         shop.pull(store=store, jobs=1)
-    assert len(store.opened) == 3 + QUICK.tries
+    assert len(store.opened) == 3 + TRIES
     assert not shop.to.exists()
     again = shop.pull(store=FaultyStore(store=shop.store), jobs=1)
-    assert again.size_bytes - 3 * CHUNK_BYTES <= again.fetched_bytes < again.size_bytes
+    size_bytes = again.resolved.package.size_bytes
+    assert size_bytes - 3 * CHUNK_BYTES <= again.fetched_bytes < size_bytes
     assert shop.left() == ["tiny"]
 
 
@@ -68,7 +69,7 @@ def test_a_byte_that_was_damaged_on_its_way_is_fetched_once_more(shop: Shop) -> 
     store = FaultyStore(store=shop.store, faults=[flipped])
     pulled = shop.pull(store=store, jobs=1)  # in order, so that it is not the empty file's
     assert verify_layout(shop.to).digest == reference.digest
-    assert pulled.fetched_bytes > pulled.size_bytes
+    assert pulled.fetched_bytes > pulled.resolved.package.size_bytes
 
 
 @pytest.mark.parametrize("through_cache", [True, False])

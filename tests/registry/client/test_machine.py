@@ -9,11 +9,7 @@ import pytest
 from pipeline.core.errors import IncompatibleError, RecipeError
 from pipeline.registry.client.machine import (
     Flags,
-    Runtime,
     facts_of,
-    parse_runtime,
-    parse_size,
-    version_key,
 )
 from tests.nvml import Card, nvml
 
@@ -74,8 +70,9 @@ def test_auto_does_not_choose_between_kinds_of_cards_nor_take_a_part_for_a_card(
 
 def test_flags_come_before_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml(Card()))
-    facts = facts_of(Flags(vram="8GiB", driver="999.1"), {})
-    assert (facts.vram_bytes, facts.driver) == (8 << 30, "999.1")
+    facts = facts_of(Flags(vram="8.5 GB", driver="999.1", runtime="TensorRT_LLM==1.2.1rc5"), {})
+    assert (facts.vram_bytes, facts.driver) == (8_500_000_000, "999.1")
+    assert str(facts.runtime) == "tensorrt-llm==1.2.1rc5"
     assert facts.origins["vram_bytes"] == "given"
     assert facts.origins["card"] == "probed"
 
@@ -121,17 +118,3 @@ def test_sm_alone_and_none_leave_the_rest_unknown() -> None:
 def test_a_flag_that_cannot_be_read_is_a_usage_fault(flags: Flags) -> None:
     with pytest.raises(RecipeError):
         facts_of(flags, {})
-
-
-def test_sizes_runtimes_and_versions_are_read_as_people_write_them() -> None:
-    assert [parse_size(text) for text in ("24GiB", "24 GB", "0.5GiB", "7")] == [
-        24 << 30,
-        24 * 10**9,
-        1 << 29,
-        7,
-    ]
-    assert parse_runtime("TensorRT_LLM==1.2.1rc5") == Runtime(
-        name="tensorrt-llm", version="1.2.1rc5"
-    )
-    assert version_key("0.29") == version_key("0.29.0") != version_key("0.29.1")
-    assert version_key("1.2.1rc5") is None

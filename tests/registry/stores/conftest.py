@@ -76,8 +76,9 @@ def memory_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryS3]:
 
 
 @pytest.fixture
-def memory_s3_store(memory_s3: MemoryS3) -> WritableStore:
-    return S3Registry(url=f"s3://{BUCKET}/registry", part_bytes=5 << 20).store()
+def memory_s3_store(memory_s3: MemoryS3, monkeypatch: pytest.MonkeyPatch) -> WritableStore:
+    monkeypatch.setattr("pipeline.registry.stores.s3.PART_BYTES", 5 << 20)
+    return S3Registry(url=f"s3://{BUCKET}/registry").store()
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +93,7 @@ def seaweed() -> Iterator[SeaweedServer]:
 def seaweed_store(seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> WritableStore:
     for name, value in seaweed.environ.items():
         monkeypatch.setenv(name, value)
-    return seaweed.store(part_bytes=5 << 20)
+    return seaweed.store()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.values import Package
-from pipeline.registry.inventory import Collected, Rules, collect
+from pipeline.registry.inventory import Collected, collect
 from pipeline.registry.stores import folder_writing
 from pipeline.registry.stores.publication import WritableStore
 from tests.registry.packages import place_of, read_back, sealed_package
@@ -45,7 +45,7 @@ def test_many_collectors_and_publishers_at_once_all_succeed(
     def run(job: Package | None) -> Collected | None:
         start.wait()
         if job is None:
-            return collect(store, team.policy, Rules(), delete=True)
+            return collect(store, team.policy, delete=True)
         store.put_package(job, team.statements(job), lambda _: None)
         return None
 

@@ -11,9 +11,11 @@ import pytest
 from pipeline.core.values import Package
 from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.stores.publication import WritableStore
-from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise
+from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise, quick
 from tests.registry.client.kills import counted_steps, killed_at, seeded_steps
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
+
+__all__ = ["quick"]
 
 SIGNATURE = raw_statement(model_sig=b"s")
 SERVERS = [
@@ -58,6 +60,7 @@ def test_a_killed_publisher_shows_nothing_half_and_the_rerun_completes(
     assert killed
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("kind", "few"), SERVERS)
 def test_a_killed_puller_leaves_nothing_half_and_the_rerun_completes(
     request: pytest.FixtureRequest,

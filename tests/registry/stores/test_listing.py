@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.inventory import Pointer, entries, entry
+from pipeline.registry.inventory import entries, entry
 from pipeline.registry.stores.oci.address import statement_tag, version_tag
 from pipeline.registry.stores.publication import WritableStore, pack, unpack
 from pipeline.registry.trust.signing import generate_key
@@ -63,7 +63,7 @@ def test_each_version_is_listed_with_what_is_true_of_it(team: Team) -> None:
     one = found[place_of(good)]
     assert one.resolved is not None
     assert one.resolved.proof(CARD) is not None
-    assert one.pointers == (Pointer(channel="stable", card=CARD),)
+    assert [(held.name, held.card) for held in one.channels] == [("stable", CARD)]
     marked = found[place_of(yanked)]
     assert marked.resolved is not None
     assert marked.resolved.yank is not None
@@ -71,7 +71,7 @@ def test_each_version_is_listed_with_what_is_true_of_it(team: Team) -> None:
     assert (forged.resolved, forged.corrupt) == (None, False)
     assert "no trusted key" in forged.fault
     shown = entry(team.store, f"tiny:{place_of(yanked).version}", terms(team))
-    assert (shown.resolved, shown.pointers) == (marked.resolved, ())
+    assert (shown.resolved, shown.channels) == (marked.resolved, ())
 
 
 def test_a_damaged_manifest_is_marked(tmp_path: Path, folder_store: WritableStore) -> None:

@@ -6,10 +6,8 @@ import pytest
 
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.stores.s3 import S3Registry
-from tests.registry.packages import place_of
 from tests.registry.stores.faulty import refusing, spoil
-from tests.registry.stores.s3_server import BUCKET, Handler, MemoryS3
+from tests.registry.stores.s3_server import Handler, MemoryS3
 from tests.registry.stores.test_network import PLAN, Served, served
 
 __all__ = ["served"]
@@ -89,19 +87,6 @@ def test_refusals_say_what_to_do(
         store.places()
     assert type(caught.value) is kind
     assert "secret-of-the-test" not in str(caught.value)
-
-
-def test_a_public_bucket_is_read_without_credentials(
-    served: Served, server: MemoryS3, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served.publish()
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    server.seen.clear()
-    assert S3Registry(url=f"s3://{BUCKET}/registry", public=True).reader().places() == [
-        place_of(served.package)
-    ]
-    assert not any("Authorization" in one.headers for one in server.seen)
 
 
 def test_a_server_without_conditional_writes_is_refused(

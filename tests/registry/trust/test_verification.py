@@ -12,11 +12,7 @@ from pipeline.core.values import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import RawStatement
 from pipeline.registry.trust.policy import SigningKey
-from pipeline.registry.trust.signing import (
-    place_fields,
-    sign_statement,
-    sign_test,
-)
+from pipeline.registry.trust.signing import place_fields, sign_statement, sign_test
 from pipeline.registry.trust.verification import Resolved, Terms, require_usable, verify_statements
 from tests.registry.team import BUILDER, CARD, OTHER_CARD, RUNTIME, Team
 

@@ -61,11 +61,8 @@ class Address:
             return None
 
 
-def parse_address(url: str, plain_http: bool | None) -> Address:
-    """Read `oci://HOST[:PORT]/PREFIX`; RecipeError if it is not such a URL.
-
-    Without TLS if `plain_http`; None means only where the host is this machine.
-    """
+def parse_address(url: str) -> Address:
+    """Read `oci://HOST[:PORT]/PREFIX`, without TLS for this machine, or a RecipeError."""
     parts = urlsplit(url)
     host, prefix, fault = parts.hostname or "", parts.path.strip("/"), ""
     netloc = f"[{host}]" if ":" in host else host
@@ -89,7 +86,7 @@ def parse_address(url: str, plain_http: bool | None) -> Address:
         fault = f"{url!r} is too long: host and repository have {_MAX_REPOSITORY} characters"
     if fault:
         raise RecipeError([Fault("registry", fault)])
-    scheme = "http" if (is_loopback(host) if plain_http is None else plain_http) else "https"
+    scheme = "http" if is_loopback(host) else "https"
     return Address(
         host=netloc,
         api=f"{scheme}://{_HUB_API if netloc == _HUB else netloc}",

@@ -22,17 +22,14 @@ class OciRegistry:
 
     Attributes:
         url: `oci://HOST[:PORT]/PREFIX`; the repository of a recipe is `PREFIX/<name>`.
-        plain_http: Speak HTTP without TLS; None for only where the host is this machine.
-            Credentials never go to another machine in clear.
         public: Whether anyone can read it.
     """
 
     url: str
-    plain_http: bool | None = None
     public: bool = False
 
     def __post_init__(self) -> None:
-        parse_address(self.url, self.plain_http)
+        parse_address(self.url)
 
     def reader(self) -> Store:
         from pipeline.registry.stores.oci.reading import OciStore
@@ -45,14 +42,9 @@ class OciRegistry:
         return WritableOciStore(**self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        address = parse_address(self.url, self.plain_http)
+        address = parse_address(self.url)
         transport = Transport(address.api, find_credentials(address.host, os.environ))
-        return {
-            "url": self.url,
-            "public": self.public,
-            "address": address,
-            "transport": transport,
-        }
+        return {**vars(self), "address": address, "transport": transport}
 
 
 KIND = OciRegistry

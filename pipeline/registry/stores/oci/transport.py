@@ -414,7 +414,7 @@ def _connection_errors(url: str, kind: type[TransientError]) -> Iterator[None]:
         if isinstance(cause, SSLError):
             raise AccessError(
                 f"{_shown(url)} has no TLS certificate that this machine trusts ({cause}); "
-                "set SSL_CERT_FILE, or plain_http for a registry that speaks HTTP"
+                "set SSL_CERT_FILE"
             ) from error
         raise kind(
             f"the connection to {_shown(url)} broke: {cause}; check the network, and try again"

@@ -270,20 +270,19 @@ class WritableOciStore(OciStore):
     def repository(self, name: str) -> WritableRepository:
         return WritableRepository(transport=self.transport, name=self.address.repository(name))
 
-    def listed(self, name: str | None = None, variant: str | None = None) -> list[Listed]:
+    def listed(self) -> list[Listed]:
         # By tags alone: a list of referrers would be a request for each version.
         about: dict[Place, list[tuple[float, str]]] = {}
         moves: dict[tuple[str, str], list[tuple[float, str]]] = {}
-        for one, tags in self.tags_of(name).items():
+        for name, tags in self.tags_of(None).items():
             statements: dict[str, list[tuple[float, str]]] = {}
             for tag in tags:
                 if (statement := parse_statement_tag(tag)) is not None:
                     statements.setdefault(statement[1], []).append((0.0, statement[0]))
                 elif (move := parse_move_tag(tag)) is not None:
-                    moves.setdefault((one, move[0]), []).append((0.0, move[1]))
+                    moves.setdefault((name, move[0]), []).append((0.0, move[1]))
             for tag in tags:
-                place = parse_version_tag(one, tag)
-                if place is not None and variant in {None, place.variant}:
+                if (place := parse_version_tag(name, tag)) is not None:
                     about[place] = statements.get(statement_tag(place, "").removeprefix("_"), [])
         return list_variants(self.url, about, moves)
 

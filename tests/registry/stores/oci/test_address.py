@@ -34,20 +34,15 @@ from pipeline.registry.stores.oci.writing import channel_tag
         ("oci://[::1]:5000/a", "http://[::1]:5000", "a/phi3"),
         ("oci://localhost:5000", "http://localhost:5000", "phi3"),
         ("oci://docker.io/us", "https://registry-1.docker.io", "us/phi3"),
+        ("oci://localhost.evil.example/a", "https://localhost.evil.example", "a/phi3"),
     ],
 )
 def test_a_url_names_a_registry_and_its_repositories(url: str, api: str, repository: str) -> None:
-    address = parse_address(url, None)
+    address = parse_address(url)
     assert (address.api, address.repository("phi3")) == (api, repository)
     assert address.name_of(repository) == "phi3"
     assert (address.name_of(f"x{repository}") is None) == bool(address.prefix)
     assert address.name_of(f"{repository}/deeper") is None
-
-
-def test_plain_http_is_for_this_machine_unless_asked() -> None:
-    assert parse_address("oci://registry.lan/a", True).api == "http://registry.lan"
-    assert parse_address("oci://localhost/a", False).api == "https://localhost"
-    assert parse_address("oci://localhost.evil.example/a", None).api.startswith("https:")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,7 @@ from pipeline.registry.stores.oci import writing
 from tests.registry.packages import place_of
 from tests.registry.stores.faulty import answering, running, spoil
 from tests.registry.stores.oci.conftest import assert_readable, put, read
-from tests.registry.stores.oci.server import (
-    BASIC,
-    PASSWORD,
-    USER,
-    FakeRegistry,
-    Handler,
-)
+from tests.registry.stores.oci.server import BASIC, PASSWORD, USER, FakeRegistry, Handler
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, fake: FakeRegistry, password: str = PASSWORD) -> None:
