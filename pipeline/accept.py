@@ -6,10 +6,8 @@ The package is only read. One signed statement comes beside it, whether it passe
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.acceptance.acceptance import Subject
@@ -29,7 +27,7 @@ from pipeline.machine import require_builder
 from pipeline.outcome import Outcome, outcome_of
 from pipeline.plan import refuse
 from pipeline.publishing import Publisher
-from pipeline.registry.client.pull import PullRequest
+from pipeline.registry.client.pull import ARTIFACTS, PullRequest
 from pipeline.registry.client.verify import named_folder, open_target
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores import open_store
@@ -42,15 +40,11 @@ log = logging.getLogger(__name__)
 class AcceptRequest:
     """The command line; see `enginesmith accept --help`. Empty or None: the default."""
 
-    target: str
-    registry: str
+    wanted: PullRequest
     publish: bool = False
     overrides: tuple[str, ...] = ()
     recipe: str | None = None
-    policy: Path | None = None
-    allow_unsigned: bool = False
     config_dir: Path | None = None
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
 def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
@@ -62,15 +56,8 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     """
     started = time.perf_counter()
     target = this_card()
-    wanted = PullRequest(
-        reference=request.target,
-        registry=request.registry,
-        allow_unsigned=request.allow_unsigned,
-        policy=request.policy,
-        environ=request.environ,
-    )
     publisher = publisher_of(request, target, run_dir.name)
-    resolved, package, _ = open_target(wanted, to_load=True)
+    resolved, package, _ = open_target(request.wanted, to_load=True)
     job = compose(request, package, target)
     recipe: Recipe = job.value
     plan = plan_of(recipe)
@@ -100,10 +87,10 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
 
 def publisher_of(request: AcceptRequest, target: Target, run: str) -> Publisher | None:
     """What adds the result to the registry, with a key that may; None if it is added nowhere."""
-    store = open_store(request.registry)
-    if named_folder(request.target) or not (request.publish or store.local):
+    store = open_store(request.wanted.registry or ARTIFACTS)
+    if named_folder(request.wanted.reference) or not (request.publish or store.local):
         return None
-    signatory = signatory_for(request.environ, run, own_folder=store.local, builds=False)
+    signatory = signatory_for(request.wanted.environ, run, own_folder=store.local, builds=False)
     return Publisher(store=store, signatory=signatory, card=target.card)
 
 

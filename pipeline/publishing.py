@@ -31,7 +31,7 @@ from pipeline.registry.store import Place
 from pipeline.registry.stores.folder_writing import STAGING
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.signing import Signatory, actor_of, now_text, sign_test
-from pipeline.registry.trust.statements import verified_files
+from pipeline.registry.trust.statements import whole_statements
 from pipeline.registry.trust.verification import Resolved, Terms, read_channels
 
 log = logging.getLogger(__name__)
@@ -103,19 +103,16 @@ class Publisher:
         self, found: Resolved, question: str, folder: Path
     ) -> tuple[VerdictName, Mapping[str, Path]] | None:
         """An earlier passing answer to the key of an acceptance; `folder` gets its report."""
-        statements = {one.name: one for one in found.statements}
-        for verdict in found.verdicts:
-            if verdict.question != question or verdict.verdict not in PASSING:
-                continue
-            try:
-                one = statements[verdict.statement]
-                files = verified_files(one, self.store, found.place)
-            except CorruptError as error:
-                log.warning("%s of %s is asked again: %s", verdict.statement, found.place, error)
-                continue
+        passing = {
+            verdict.statement: verdict.verdict
+            for verdict in found.verdicts
+            if verdict.question == question and verdict.verdict in PASSING
+        }
+        asked = [one for one in found.statements if one.name in passing]
+        for one, files in whole_statements(asked, self.store, found.place):
             for name, data in files.items():
                 (folder / name).write_bytes(data)
-            return verdict.verdict, {name: folder / name for name in files}
+            return passing[one.name], {name: folder / name for name in files}
         return None
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pipeline.accept import AcceptRequest, accept
 from pipeline.core.cache import digest_folder
 from pipeline.core.errors import CorruptError, ExitCode, IncompatibleError, UntrustedError
 from pipeline.core.hardware import target_of_card
+from pipeline.registry.client.pull import PullRequest
 from pipeline.registry.store import ENVELOPE, Place
 from pipeline.registry.stores.folder import FolderRegistry
 from tests.registry.packages import read_files
@@ -35,15 +36,9 @@ def place(
 
 
 def request(place: Workplace, target: str = "tiny:candidate", **changes: object) -> AcceptRequest:
-    given: dict[str, object] = {
-        "target": target,
-        "registry": str(place.artifacts),
-        "overrides": (*KEYS, "acceptance.windows=3"),
-        "config_dir": place.recipes,
-        "environ": place.env,
-        **changes,
-    }
-    return AcceptRequest(**given)  # type: ignore[arg-type]
+    wanted = PullRequest(reference=target, registry=str(place.artifacts), environ=place.env)
+    given = {"overrides": (*KEYS, "acceptance.windows=3"), "config_dir": place.recipes, **changes}
+    return AcceptRequest(wanted=wanted, **given)  # type: ignore[arg-type]
 
 
 def package_of(place: Workplace) -> Path:
@@ -111,5 +106,6 @@ def test_other_weights_than_the_package_was_made_from_are_refused(
 
 
 def test_without_a_card_it_is_exit_6_and_says_what_it_needs(tmp_path: Path) -> None:
+    wanted = PullRequest(reference="tiny", registry=str(tmp_path))
     with pytest.raises(IncompatibleError, match="NVML"):
-        accept(AcceptRequest(target="tiny", registry=str(tmp_path)), tmp_path / "run")
+        accept(AcceptRequest(wanted=wanted), tmp_path / "run")

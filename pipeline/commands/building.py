@@ -198,16 +198,17 @@ def accept(
     from pipeline.accept import AcceptRequest
     from pipeline.accept import accept as run
     from pipeline.outcome import failure_of, open_run, write_verdict
+    from pipeline.registry.client.pull import PullRequest
     from pipeline.registry.stores import folder_of
 
+    wanted = PullRequest(
+        reference=target, registry=registry, policy=policy, allow_unsigned=allow_unsigned
+    )
     request = AcceptRequest(
-        target=target,
-        registry=registry,
+        wanted=wanted,
         publish=publish,
         overrides=tuple(overrides or ()),
         recipe=recipe,
-        policy=policy,
-        allow_unsigned=allow_unsigned,
         config_dir=config_dir,
     )
     run_dir = open_run(folder_of(registry) or Path(ARTIFACTS))

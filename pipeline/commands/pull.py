@@ -54,9 +54,6 @@ _SharedParent = Annotated[
         help="Write below a folder that other users may rename in, such as a pod's volume.",
     ),
 ]
-_Offline = Annotated[
-    bool, typer.Option("--offline", help="From the cache alone: no network, no credentials.")
-]
 _Cache = Annotated[
     bool | None,
     typer.Option(
@@ -81,7 +78,6 @@ def pull(
     allow_yanked: _Yanked = False,
     allow_shared_parent: _SharedParent = False,
     policy: Policy = None,
-    offline: _Offline = False,
     cache: _Cache = None,
     jobs: _Jobs = None,
 ) -> Answer:
@@ -99,7 +95,6 @@ def pull(
         allow_yanked=allow_yanked,
         allow_shared_parent=allow_shared_parent,
         policy=policy,
-        offline=offline,
         through_cache=cache,
         jobs=jobs,
     )

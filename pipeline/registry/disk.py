@@ -1,8 +1,4 @@
-"""What the registry asks of a file system, made safe: exclusive, durable and explained.
-
-A file is created exclusively by `link(2)`, which never replaces, on any POSIX file system; where
-there are no hard links, by O_EXCL.
-"""
+"""What the registry asks of a file system, made safe and explained."""
 
 from __future__ import annotations
 

@@ -238,6 +238,10 @@ def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False
     Raises:
         CorruptError: Anything is missing, too much, or different; names it.
     """
+
+    def damaged(path: str, fault: str) -> CorruptError:
+        return CorruptError(f"{package_dir}: {path!r} {fault}")
+
     with disk_errors(f"verify {package_dir}"):
         manifest, digest = read_manifest(package_dir / MANIFEST)
         wanted = {file.path: file for file in files_of(manifest)}
@@ -245,27 +249,20 @@ def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False
         found = walk(package_dir, lambda path: path in folders or beside(path))
         for path, status in sorted(found.items()):
             if status.st_nlink != 1:
-                raise CorruptError(
-                    f"{package_dir}: {path!r} has {status.st_nlink} hard links, so another name "
-                    "may change it; put a copy in its place"
-                )
+                fault = f"has {status.st_nlink} hard links, so another name may change it"
+                raise damaged(path, f"{fault}; put a copy in its place")
         found.pop(MANIFEST, None)
         if missing := wanted.keys() - found.keys():
-            raise CorruptError(f"{package_dir}: {min(missing)!r} is missing")
+            raise damaged(min(missing), "is missing")
         if extra := {path for path in found.keys() - wanted.keys() if not beside(path)}:
-            raise CorruptError(f"{package_dir}: {min(extra)!r} is not in its manifest")
+            raise damaged(min(extra), "is not in its manifest")
         for path, file in sorted(wanted.items()):
-            if found[path].st_size != file.size_bytes:
-                raise CorruptError(
-                    f"{package_dir}: {path!r} has {found[path].st_size} bytes, "
-                    f"its manifest says {file.size_bytes}"
-                )
+            if (size := found[path].st_size) != file.size_bytes:
+                raise damaged(path, f"has {size} bytes, its manifest says {file.size_bytes}")
             with open_regular(package_dir / path) as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             if sha256 != file.sha256:
-                raise CorruptError(
-                    f"{package_dir}: {path!r} has SHA-256 {sha256}, its manifest says {file.sha256}"
-                )
+                raise damaged(path, f"has SHA-256 {sha256}, its manifest says {file.sha256}")
     return Package(dir=package_dir, manifest=manifest, digest=digest)
 
 

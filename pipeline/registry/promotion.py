@@ -27,7 +27,6 @@ from pathlib import Path
 
 from pipeline.core.errors import (
     ConflictError,
-    CorruptError,
     Fault,
     NotAcceptedError,
     NotFoundError,
@@ -47,7 +46,7 @@ from pipeline.registry.stores import open_reader, open_store
 from pipeline.registry.stores.publication import WritableStore
 from pipeline.registry.trust.policy import SigningKey, TrustPolicy, machine_trust
 from pipeline.registry.trust.signing import place_fields, sign_again, sign_package, sign_statement
-from pipeline.registry.trust.statements import open_statement, text_fault, verified_files
+from pipeline.registry.trust.statements import open_statement, text_fault, whole_statements
 from pipeline.registry.trust.verification import (
     Channel,
     Move,
@@ -314,15 +313,14 @@ def countersign(store: WritableStore, text: str, key: SigningKey, policy: TrustP
     """Sign a package with another key, and its provenance and test results, as far as trusted here.
 
     So what one machine built and tested for itself counts for others, who trust this key. Gives the
-    package as it was before; raises like `resolve` and `verified_files`.
+    package as it was before; raises like `resolve`.
     """
     found = resolve(store, text, Terms(policy=policy))
-    signed = [sign_package(found.package, key)]
-    for one in reversed(found.statements):  # oldest first, as they were signed
-        if one.kind in {"provenance", "test"}:
-            signed.append(sign_again(one, key, verified_files(one, store, found.place)))
-    for statement in signed:
-        store.put_statement(found.place, statement)
+    store.put_statement(found.place, sign_package(found.package, key))
+    # Oldest first, as they were signed.
+    ours = [one for one in reversed(found.statements) if one.kind in {"provenance", "test"}]
+    for one, files in whole_statements(ours, store, found.place):
+        store.put_statement(found.place, sign_again(one, key, files))
     return found
 
 
@@ -359,25 +357,14 @@ def copy(
     resolved = resolve(source, reference, terms)
     require_manifest_publishable(resolved.package.manifest, public=target.public)
     package = fetch(source, resolved)
-    statements = _whole_statements(source, resolved)
+    stated = [one for one in reversed(resolved.statements) if one.kind != "yank"]
+    statements = [
+        RawStatement(name=one.name, files={ENVELOPE: one.envelope, **files})
+        for one, files in whole_statements(stated, source, resolved.place)
+    ]
     with progress(f"Copying {resolved.place}", package.size_bytes, BYTES) as on_bytes:
         new = target.put_package(package, statements, on_bytes)
     # What a package that was there already does not have.
     added = [one for one in statements if new or target.put_statement(resolved.place, one)]
     there = examine(target, resolved.place, terms, package.digest)
     return Copied(resolved=there, new=new, added=len(added))
-
-
-def _whole_statements(source: Store, resolved: Resolved) -> list[RawStatement]:
-    found = []
-    for statement in reversed(resolved.statements):
-        if statement.kind == "yank":
-            continue
-        try:
-            files = verified_files(statement, source, resolved.place)
-        except CorruptError as error:
-            log.warning("%s of %s stays behind: %s", statement.name, resolved.place, error)
-        else:
-            files = {ENVELOPE: statement.envelope, **files}
-            found.append(RawStatement(name=statement.name, files=files))
-    return found

@@ -23,6 +23,7 @@ from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.measure import measure
 from pipeline.build import plan_of
 from pipeline.core.cache import StageCache
+from pipeline.registry.client.pull import PullRequest
 from pipeline.registry.manifest import verify
 from tests.tiny_recipe import ROOT, enginesmith
 
@@ -103,7 +104,7 @@ def test_one_layer_with_a_wrong_scale_is_a_regression(
     for name in (scale, scale.replace("gate_proj", "up_proj")):  # they share it
         tensors[name] *= 4
     save_file(tensors, weights, metadata={"format": "pt"})
-    request = Request(target=str(package.dir), registry="artifacts", overrides=(
+    request = Request(wanted=PullRequest(reference=str(package.dir)), overrides=(
         *own_weights(), *QUICK, "acceptance.targets=[]", "acceptance.chat=null"))  # fmt: skip
     recipe: Any = compose(request, package, this_card()).value
     engine = package.engine

@@ -97,14 +97,14 @@ def _pull(shop: Shop, cache: Path, **more: Any) -> Any:
     (folder,) = Path(shop.store.url).glob("tiny/*/*/manifest.json")
     goal = shop.home / f"goal-{os.urandom(4).hex()}"
     where = {"to": goal, "registry": shop.store.url, "through_cache": True}
-    run(shop.request(f"tiny:{folder.parent.name}", **where, **more))
+    run(shop.request(f"tiny:{folder.parent.name}", **{**where, **more}))
     return engine_files(goal)
 
 
 def _offline(shop: Shop, cache: Path) -> Any:
     if not (cache / "packages").exists():
         _pull(shop, cache)
-    return _pull(shop, cache, offline=True)
+    return _pull(shop, cache, registry=str(cache / "packages"))
 
 
 def _list(shop: Shop, cache: Path) -> Any:

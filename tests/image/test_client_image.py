@@ -150,9 +150,9 @@ def test_image_pulls_into_a_volume(
     docker.client(*ask, "rtx4090", options=filled, code=ExitCode.CORRUPT)
 
     # And one that takes it from the cache which all share.
-    offline = ("pull", f"tiny@sha256:{published.reference.digest}", "--offline", "--gpu", "rtx4090")
+    cached = ("pull", f"tiny@sha256:{published.reference.digest}", "--registry", "/cache/packages")
     again = docker.client(
-        *(*offline, "--to", "/models/again"),
+        *(*cached, "--gpu", "rtx4090", "--to", "/models/again"),
         options=(*published.options[:2], *mounts),
         code=ExitCode.NOT_FOUND if backend == "folder" else ExitCode.OK,
     )

@@ -7,8 +7,9 @@ Nothing shows before all of it is there, verified and on the disk; then one rena
 What a broken pull leaves is a work folder beside the goal, from which the next one goes on.
 
 The cache, `$ENGINESMITH_CACHE/packages`, is a registry in a folder, without an identity and
-channels: one copy of a package for every pull on this machine, read-only, and beside it the trusted
-statements. A package there is verified whenever it is used; a damaged one is fetched again.
+channels, so that one can pull from it where there is no network: one copy of a package for every
+pull on this machine, read-only, and beside it the trusted statements. A package there is verified
+whenever it is used; a damaged one is fetched again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from pipeline.core.errors import (
     ConflictError,
     CorruptError,
     Fault,
-    NotFoundError,
     RecipeError,
     TransientError,
 )
@@ -45,10 +45,8 @@ from pipeline.registry.store import (
     Place,
     RawStatement,
     Store,
-    is_attachment_name,
-    is_statement_name,
 )
-from pipeline.registry.trust.statements import MODEL_SIGNATURE, verified_files
+from pipeline.registry.trust.statements import MODEL_SIGNATURE, whole_statements
 from pipeline.registry.trust.verification import Resolved
 
 log = logging.getLogger(__name__)
@@ -107,12 +105,11 @@ class Delivered:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One package on its way; `offline` from the cache, or not at all."""
+    """One package on its way."""
 
     store: Store
     resolved: Resolved
     jobs: int
-    offline: bool = False
     shared_parent: bool = False
 
     @property
@@ -162,9 +159,6 @@ class Delivery:
             beside.mkdir(mode=0o700, exist_ok=True)
             write_statements(beside, self._statements())
             if not self._is_kept(entry):
-                if self.offline:
-                    fault = f"{self.resolved.place} is not in {folder}, or was damaged there"
-                    raise NotFoundError(f"{fault}; pull it without --offline")
                 with work_folder(folder, prefix, _can_go_on) as work:
                     fetched = self._fetch(work, got_on)
                     (work.dir / PACKAGE / MANIFEST).write_bytes(self.resolved.data)
@@ -190,16 +184,12 @@ class Delivery:
             return False
 
     def _statements(self) -> list[RawStatement]:
-        statements = []
-        for one in self.resolved.statements:
-            files = {ENVELOPE: one.envelope}
-            if one is self.resolved.model_signature:
-                try:
-                    files |= verified_files(one, self.store, self.resolved.place)
-                except CorruptError as error:
-                    log.warning("%s comes without model.sig: %s", self.resolved.place, error)
-            statements.append(RawStatement(name=one.name, files=files))
-        return statements
+        """The trusted statements; of their files only `model.sig`, which stock tools read."""
+        found = {one.name: {ENVELOPE: one.envelope} for one in self.resolved.statements}
+        wanted = [one for one in (self.resolved.model_signature,) if one]
+        for one, files in whole_statements(wanted, self.store, self.resolved.place):
+            found[one.name] |= files
+        return [RawStatement(name=name, files=files) for name, files in found.items()]
 
     def _show(
         self, work: WorkFolder, to: Path, receipt: Callable[[Origin], bytes], came: Delivered
@@ -347,17 +337,16 @@ def move_into_place(private: Path, target: Path) -> bool:
 
 
 def write_statements(folder: Path, statements: Sequence[RawStatement]) -> None:
-    """Write statements as `<name>/<file>`; one that is there stays: names follow from bytes."""
+    """Write verified statements as `<name>/<file>`; one that is there is the same."""
     for statement in statements:
         target = folder / statement.name
-        if not is_statement_name(statement.name) or target.exists():
+        if target.exists():
             continue
         private = folder / f".{statement.name}-{os.urandom(8).hex()}"
         private.mkdir(mode=0o755)
         try:
             for name, data in statement.files.items():
-                if name == ENVELOPE or is_attachment_name(name):
-                    (private / name).write_bytes(data)
+                (private / name).write_bytes(data)
             with contextlib.suppress(OSError):  # another process has put the same there
                 private.rename(target)
         finally:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import __version__
-from pipeline.core.errors import Fault, NotFoundError, RecipeError
-from pipeline.registry.client.deliver import Delivery, Origin, cache_dir
+from pipeline.core.errors import Fault, RecipeError
+from pipeline.registry.client.deliver import Delivery, Origin
 from pipeline.registry.client.machine import Facts, Flags, facts_of
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.resolve import candidates
@@ -50,7 +50,7 @@ class PullRequest:
     Attributes:
         reference: `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`; to verify,
             also the folder of a package.
-        to: Folder to make; None leaves the package in the cache.
+        to: Folder to make, to pull.
         registry: URL; None for `artifacts`, and for a folder that is verified: nowhere.
         accept_unproven: Take a package that was not accepted on this card.
         allow_yanked: Take a package that was yanked; the reference must name its digest.
@@ -69,7 +69,6 @@ class PullRequest:
     allow_yanked: bool = False
     allow_shared_parent: bool = False
     policy: Path | None = None
-    offline: bool = False
     through_cache: bool | None = None
     jobs: int | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
@@ -170,20 +169,7 @@ class Pulled:
 
 def run(request: PullRequest) -> Pulled:
     """Pull what a request names; each kind of failure is a class of `pipeline.core.errors`."""
-    if not request.offline:
-        return pull_from(open_reader(request.registry or ARTIFACTS), request)
-    from pipeline.registry.stores.folder_reading import FolderObjects
-    from pipeline.registry.stores.tree import TreeStore
-
-    # What is in the cache came from anywhere, so a local key does not count.
-    store, wanted = TreeStore(objects=FolderObjects(path=cache_dir())), request.wanted
-    if wanted.channel is not None:
-        held = ", ".join(map(str, store.places(wanted.name)))
-        raise NotFoundError(
-            f"{wanted}: offline there are no channels; name a version or a digest. The cache has "
-            f"{held or f'no {wanted.name}'}"
-        )
-    return pull_from(store, request)
+    return pull_from(open_reader(request.registry or ARTIFACTS), request)
 
 
 def pull_from(store: Store, request: PullRequest) -> Pulled:
@@ -195,16 +181,12 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
     for reason in chosen.rejected:
         log.info("Rejected %s", reason)
     pulled = Pulled(chosen=chosen, dir=Path(), registry=store.url, origin="registry", facts=facts)
-    delivery = delivery_of(store, chosen.resolved, request)
-    if request.to is None:
-        done = delivery.to_cache()
-    else:
-        through_cache = request.through_cache
-        done = delivery.to_folder(
-            request.to,
-            lambda origin: replace(pulled, origin=origin).receipt(),
-            through_cache=not store.local if through_cache is None else through_cache,
-        )
+    assert request.to is not None  # the command line demands it
+    done = delivery_of(store, chosen.resolved, request).to_folder(
+        request.to,
+        lambda origin: replace(pulled, origin=origin).receipt(),
+        through_cache=not store.local if request.through_cache is None else request.through_cache,
+    )
     return replace(pulled, **vars(done), seconds=time.monotonic() - started_s)
 
 
@@ -214,6 +196,5 @@ def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Deliv
         store=store,
         resolved=resolved,
         jobs=request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS),
-        offline=request.offline,
         shared_parent=request.allow_shared_parent,
     )

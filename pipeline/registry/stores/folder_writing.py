@@ -7,7 +7,6 @@ disk. A package that is sealed below `.staging` is moved, not copied.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import stat
@@ -27,8 +26,6 @@ from pipeline.registry.stores.folder_reading import MISSING, FolderObjects
 from pipeline.registry.stores.publication import checked_chunks
 
 STAGING = ".staging"
-# What link(2) says on a file system without hard links.
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TRIES = 100
 
 
@@ -139,26 +136,11 @@ def _settle(file: Path) -> None:
 
 
 def _link(new: Path, folder: int, name: str) -> bool:
-    """Make a file visible under a name, in one step; False if the name is taken.
-
-    `new` stays. Where the file system has no hard links, a reader may see a part for a moment.
-    """
+    """Make a file visible under a name, in one step; False if the name is taken. `new` stays."""
     try:
         os.link(new, name, dst_dir_fd=folder)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            descriptor = os.open(name, flags, 0o444, dir_fd=folder)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(new.read_bytes())
-            stream.flush()
-            os.fsync(descriptor)
     return True
 
 

@@ -28,7 +28,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -221,6 +221,17 @@ def verified_files(statement: Statement, store: Store, place: Place) -> dict[str
                 f"{file} of statement {statement.name} {state}; remove the statement"
             )
     return found
+
+
+def whole_statements(
+    statements: Iterable[Statement], store: Store, place: Place
+) -> Iterator[tuple[Statement, dict[str, bytes]]]:
+    """Statements with their files; one whose files are damaged or gone is left out, and said."""
+    for one in statements:
+        try:
+            yield one, verified_files(one, store, place)
+        except CorruptError as error:
+            log.warning("%s of %s is left out: %s", one.name, place, error)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ from pipeline.core.errors import (
     TransientError,
     UntrustedError,
 )
-from pipeline.registry.client.deliver import verify_layout
+from pipeline.registry.client.deliver import cache_dir, verify_layout
 from pipeline.registry.client.pull import run
 from pipeline.registry.store import Place
 from pipeline.registry.trust.signing import write_key_pair
@@ -177,27 +176,17 @@ def test_a_full_disk_is_found_out_before_the_first_byte(
     assert (shop.left(), store.opened) == ([], [])
 
 
-def test_offline_takes_it_from_the_cache_without_asking_the_store(shop: Shop) -> None:
+def test_the_cache_is_a_registry_for_who_has_no_network(shop: Shop) -> None:
     reference = shop.publish()
     shop.pull(through_cache=True)
-    shutil.rmtree(shop.store.url)
-    by_digest = f"tiny@sha256:{reference.digest}"
-    offline: dict[str, Any] = {"offline": True, "registry": "s3://nowhere/at-all"}
-    again = run(shop.request(by_digest, to=shop.home / "again", **offline))
+    by_digest, cache = f"tiny@sha256:{reference.digest}", str(cache_dir())
+    again = run(shop.request(by_digest, to=shop.home / "again", registry=cache))
     assert (again.origin, again.fetched_bytes, again.chosen.proof.kind) == ("cache", 0, "proven")
     assert engine_files(shop.home / "again") == engine_files(shop.to)
-    with pytest.raises(NotFoundError, match=f"no channels.*{reference.version}"):
-        run(shop.request(to=shop.home / "third", **offline))
-
-
-def test_a_yank_that_the_cache_has_counts_offline(shop: Shop) -> None:
-    reference = shop.publish()
-    shop.pull(through_cache=True)
-    by_digest = f"tiny@sha256:{reference.digest}"
     shop.yank(reference)
     shop.pull(by_digest, to=shop.home / "2", through_cache=True, allow_yanked=True)
     with pytest.raises(UntrustedError, match="yanked"):
-        run(shop.request(by_digest, to=shop.home / "3", offline=True))
+        run(shop.request(by_digest, to=shop.home / "3", registry=cache))
 
 
 def test_a_local_key_counts_for_a_folder_of_this_machine_only(shop: Shop) -> None:

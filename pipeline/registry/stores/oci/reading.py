@@ -89,22 +89,15 @@ class Repository:
             raise CorruptError(f"{origin} has digest {found}, {said}")
         return reply.body
 
-    def blobs(self, reference: str, artifact_type: str) -> dict[str, image.Descriptor]:
-        """File name -> blob of an artifact; NotFoundError, or CorruptError if of another type."""
+    def content(self, reference: str, file: str, limit_bytes: int = MAX_SMALL_BYTES) -> bytes:
+        """A file of an artifact of any type; NotFoundError, or CorruptError if it has none."""
         document = self.manifest(reference)
         if document is None:
-            raise NotFoundError(f"{self} has no {artifact_type} {reference}")
-        manifest = image.parse(image.Manifest, document, f"{self}:{reference}")
-        if (kind := manifest.artifact_type) != artifact_type:
-            raise CorruptError(f"{self}:{reference} is of type {kind!r}; remove it")
-        return {blob.annotation(image.TITLE): blob for blob in manifest.layers}
-
-    def content(
-        self, reference: str, artifact_type: str, file: str, limit_bytes: int = MAX_SMALL_BYTES
-    ) -> bytes:
-        blob = self.blobs(reference, artifact_type).get(file)
+            raise NotFoundError(f"{self} has no {reference}")
+        layers = image.parse(image.Manifest, document, f"{self}:{reference}").layers
+        blob = next((one for one in layers if one.annotation(image.TITLE) == file), None)
         if blob is None:
-            raise CorruptError(f"{self}: a {artifact_type} has no {file}; remove it")
+            raise CorruptError(f"{self}:{reference} has no {file}; remove it")
         return self.blob(blob, limit_bytes)
 
     def blob(self, blob: image.Descriptor, limit_bytes: int) -> bytes:
@@ -199,7 +192,7 @@ class OciStore:
         repository = self.repository(IDENTITY_REPOSITORY)
         if repository.manifest(IDENTITY) is None:
             return None
-        data = repository.content(IDENTITY, IDENTITY_TYPE, CONTENT)
+        data = repository.content(IDENTITY, CONTENT)
         return parse_identity(data, f"{repository}:{IDENTITY}")
 
     def places(self, name: str | None = None, variant: str | None = None) -> list[Place]:
@@ -235,7 +228,7 @@ class OciStore:
         def read(name: str) -> bytes | None:
             for reference in found.get(name, ()):
                 with contextlib.suppress(CorruptError, NotFoundError):
-                    data = repository.content(reference, STATEMENT_TYPE, ENVELOPE, max_bytes(name))
+                    data = repository.content(reference, ENVELOPE, max_bytes(name))
                     if is_named_after(name, data):
                         return data
             return None
@@ -267,7 +260,7 @@ class OciStore:
             names = limit_dated(dated, MAX_MOVES, what)
 
         def read(move: str) -> bytes:
-            return repository.content(move_tag(variant, move), MOVE_TYPE, CONTENT)
+            return repository.content(move_tag(variant, move), CONTENT)
 
         return list(read_each(read, names, what).values())
 

@@ -21,7 +21,7 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlencode, urljoin, urlsplit
@@ -94,67 +94,6 @@ class _Token(BaseModel):
 
     token: str | None = None
     access_token: str | None = None
-
-
-@dataclass(kw_only=True)
-class Authorizer:
-    """Keeps the tokens of one registry; several threads may use it.
-
-    `api` is the start of the registry's URLs; `fetch` a GET, URL and headers -> status and body.
-    """
-
-    api: str
-    credentials: Credentials | None
-    fetch: Callable[[str, Mapping[str, str]], tuple[int, bytes]]
-    _tokens: dict[str, str] = field(default_factory=dict, repr=False)
-    """Scope -> value of `Authorization`; one that has ended is refused, and then renewed."""
-    _basic: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def header(self, scope: str) -> str | None:
-        """Value of `Authorization` for a request, as far as is known what the registry wants."""
-        with self._lock:
-            if self._basic and self.credentials:
-                return self.credentials.header()
-            return self._tokens.get(scope)
-
-    def answer(self, scope: str, challenge: str, sent: str | None) -> bool:
-        """Get what a 401 asks for, by its `WWW-Authenticate`; False if that was offered already."""
-        kind, _, rest = challenge.partition(" ")
-        if self.credentials is not None and not keeps_secrets(self.api):
-            raise AccessError(f"{self.api} wants credentials in clear; use a registry with TLS")
-        with self._lock:
-            if kind.lower() == "basic":
-                self._basic = self.credentials is not None
-                return self.credentials is not None and sent != self.credentials.header()
-            if kind.lower() != "bearer":
-                return False
-            if self._tokens.get(scope, sent) == sent:  # else a thread got one just now
-                asked = {"scope": scope, **dict(_PARAMETER.findall(rest))}
-                self._tokens[scope] = self._token(asked)
-            return True
-
-    def _token(self, asked: Mapping[str, str]) -> str:
-        realm = joined(asked.get("realm", ""), "")
-        if not _is_token_service(self.api, realm):
-            raise AccessError(
-                f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
-                "domain or not https; credentials were not sent there"
-            )
-        query = urlencode({key: asked.get(key, "") for key in ("service", "scope")})
-        headers = {"Authorization": self.credentials.header()} if self.credentials else {}
-        status, body = self.fetch(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
-        if status != 200:
-            what = f"a token for {asked['scope']} ({status})"
-            raise AccessError(f"{self.api} refused {self.who()} {what}; {_SET_THEM}")
-        granted = parse(_Token, body, f"the token for {self.api}")
-        token = granted.token or granted.access_token
-        if not token or not token.isprintable() or not token.isascii():
-            raise CorruptError(f"{self.api} was answered without a token; try again later")
-        return f"Bearer {token}"
-
-    def who(self) -> str:
-        return repr(self.credentials.username) if self.credentials else "us, without credentials,"
 
 
 def is_loopback(host: str) -> bool:
@@ -233,13 +172,65 @@ class Reply:
 
 
 class Transport:
-    """Connections to a registry; several threads may use them, and a forked child makes its own."""
+    """Connections to a registry; several threads may use them, and a forked child makes its own.
+
+    `api` is the start of the registry's URLs.
+    """
 
     def __init__(self, api: str, credentials: Credentials | None) -> None:
         self.api = api
+        self._credentials = credentials
+        self._tokens: dict[str, str] = {}
+        """Scope -> value of `Authorization`; one that has ended is refused, and then renewed."""
+        self._basic = False
+        self._lock = threading.Lock()
         self._patience = Patience()
-        self._auth = Authorizer(api=api, credentials=credentials, fetch=self._fetch_token)
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
+
+    def _header(self, scope: str) -> str | None:
+        """Value of `Authorization` for a request, as far as is known what the registry wants."""
+        with self._lock:
+            if self._basic and self._credentials:
+                return self._credentials.header()
+            return self._tokens.get(scope)
+
+    def log_in(self, scope: str, challenge: str, sent: str | None) -> bool:
+        """Get what a 401 asks for, by its `WWW-Authenticate`; False if that was offered already."""
+        kind, _, rest = challenge.partition(" ")
+        if self._credentials is not None and not keeps_secrets(self.api):
+            raise AccessError(f"{self.api} wants credentials in clear; use a registry with TLS")
+        with self._lock:
+            if kind.lower() == "basic":
+                self._basic = self._credentials is not None
+                return self._credentials is not None and sent != self._credentials.header()
+            if kind.lower() != "bearer":
+                return False
+            if self._tokens.get(scope, sent) == sent:  # else a thread got one just now
+                asked = {"scope": scope, **dict(_PARAMETER.findall(rest))}
+                self._tokens[scope] = self._token(asked)
+            return True
+
+    def _token(self, asked: Mapping[str, str]) -> str:
+        realm = joined(asked.get("realm", ""), "")
+        if not _is_token_service(self.api, realm):
+            raise AccessError(
+                f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
+                "domain or not https; credentials were not sent there"
+            )
+        query = urlencode({key: asked.get(key, "") for key in ("service", "scope")})
+        headers = {"Authorization": self._credentials.header()} if self._credentials else {}
+        status, body = self._fetch_token(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
+        if status != 200:
+            what = f"a token for {asked['scope']} ({status})"
+            raise AccessError(f"{self.api} refused {self._who()} {what}; {_SET_THEM}")
+        granted = parse(_Token, body, f"the token for {self.api}")
+        token = granted.token or granted.access_token
+        if not token or not token.isprintable() or not token.isascii():
+            raise CorruptError(f"{self.api} was answered without a token; try again later")
+        return f"Bearer {token}"
+
+    def _who(self) -> str:
+        return repr(self._credentials.username) if self._credentials else "us, without credentials,"
 
     def ask(self, request: HttpRequest, limit_bytes: int) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
@@ -283,7 +274,7 @@ class Transport:
         if response.status == 401 and self.is_own(url):
             _discard(response)
             challenge = response.headers.get("WWW-Authenticate", "")
-            if not self._auth.answer(request.scope, challenge, sent):
+            if not self.log_in(request.scope, challenge, sent):
                 raise self._refused(request)
             response, _, _ = self._send(request)
         fault: PipelineError | None = None
@@ -305,7 +296,7 @@ class Transport:
         url = self._url(request)
         for _ in range(_MAX_REDIRECTS + 1):
             headers = dict(request.headers)
-            sent = self._auth.header(request.scope) if self.is_own(url) else None
+            sent = self._header(request.scope) if self.is_own(url) else None
             if sent:  # never to another host: it gets a link of its own
                 headers["Authorization"] = sent
             response = self._open(request.method, url, headers, request.body or None)
@@ -357,7 +348,7 @@ class Transport:
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
     def _refused(self, request: HttpRequest) -> AccessError:
-        return AccessError(f"{self.api} does not let {self._auth.who()} {request}; {_SET_THEM}")
+        return AccessError(f"{self.api} does not let {self._who()} {request}; {_SET_THEM}")
 
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         with contextlib.closing(self._open("GET", url, headers)) as response:

@@ -20,7 +20,7 @@ from pipeline.registry.stores.oci.address import (
     version_tag,
 )
 from pipeline.registry.stores.oci.registry import OciRegistry
-from pipeline.registry.stores.oci.transport import Authorizer, Credentials, find_credentials
+from pipeline.registry.stores.oci.transport import Credentials, Transport, find_credentials
 from pipeline.registry.stores.oci.writing import channel_tag
 
 
@@ -110,17 +110,22 @@ def test_credentials_come_from_the_environment_before_docker(tmp_path: Path) -> 
         ("http://registry.lan", "http://registry.lan/token"),
     ],
 )
-def test_a_password_goes_in_clear_or_to_another_domain_never(api: str, realm: str) -> None:
+def test_a_password_goes_in_clear_or_to_another_domain_never(
+    api: str, realm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fetch(url: str, headers: object) -> tuple[int, bytes]:
         pytest.fail(f"{url} was asked")
 
     credentials = Credentials(username="bob", password="s3cret")
-    authorizer = Authorizer(api=api, credentials=credentials, fetch=fetch)
+    transport = Transport(api, credentials)
+    monkeypatch.setattr(transport, "_fetch_token", fetch)
     with pytest.raises(AccessError, match=r"https|TLS"):
-        authorizer.answer("repository:a:pull", f'Bearer realm="{realm}",service="x"', None)
+        transport.log_in("repository:a:pull", f'Bearer realm="{realm}",service="x"', None)
 
 
-def test_a_token_service_of_the_same_domain_gets_the_password() -> None:
+def test_a_token_service_of_the_same_domain_gets_the_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def fetch(url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
@@ -128,9 +133,8 @@ def test_a_token_service_of_the_same_domain_gets_the_password() -> None:
         return 200, b'{"token": "t"}'
 
     credentials = Credentials(username="bob", password="s3cret")
-    authorizer = Authorizer(
-        api="https://registry-1.docker.io", credentials=credentials, fetch=fetch
-    )
+    transport = Transport("https://registry-1.docker.io", credentials)
+    monkeypatch.setattr(transport, "_fetch_token", fetch)
     realm = "https://auth.docker.io/token"
-    assert authorizer.answer("s", f'Bearer realm="{realm}",service="x"', None)
+    assert transport.log_in("s", f'Bearer realm="{realm}",service="x"', None)
     assert asked == [(realm, credentials.header())]
