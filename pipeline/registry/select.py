@@ -29,7 +29,6 @@ from pipeline.core.errors import (
 )
 from pipeline.core.hardware import GIB
 from pipeline.registry.client.machine import Facts, Runtime, version_key
-from pipeline.registry.reference import ParsedReference
 from pipeline.registry.resolve import Refused
 from pipeline.registry.trust.verification import NOT_RUN, Resolved
 
@@ -85,12 +84,12 @@ class Chosen:
 def best(
     found: Sequence[Resolved],
     refused: Sequence[Refused],
-    wanted: ParsedReference,
+    wanted: object,
     facts: Facts,
     *,
     accept_unproven: bool = False,
 ) -> Chosen:
-    """The package to take.
+    """The package to take; `wanted` is what messages say was asked for.
 
     Raises:
         IncompatibleError: None fits or is proven; gives the reason for each, the nearest first.
@@ -200,9 +199,7 @@ def _runs(runtime: Runtime | None, name: str, version: str) -> bool | None:
     return runtime.name == name and same
 
 
-def _none(
-    fits: Sequence[Chosen], refused: Sequence[Refused], wanted: ParsedReference
-) -> PipelineError:
+def _none(fits: Sequence[Chosen], refused: Sequence[Refused], wanted: object) -> PipelineError:
     """The error when nothing can be taken: that of the one version, or all reasons together."""
     if not fits and len(refused) == 1:
         return refused[0].error

@@ -63,6 +63,10 @@ STATEMENTS_SUFFIX = ".statements"
 """`<version>.statements` lies beside the folder of a version in a folder registry."""
 _STALLED_S = 20.0
 """How long other pullers watch one that receives nothing, before they try themselves."""
+_LOCAL_JOBS = 2
+_REMOTE_JOBS = min(8, 2 * (os.cpu_count() or 1))
+"""A connection of a distant store is slow, so that several pay; but more threads than cores cost
+time: 1 GB over loopback on 2 cores took 1.45 s with 4, 1.54 with 8 (measured on 2026-11-29)."""
 _COPY_JOBS = 4
 _COPY_BYTES = 64 << 20
 # What rename(2) says when the target is a folder with something in it, or not a folder.
@@ -105,11 +109,11 @@ class Delivered:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One package on its way."""
+    """One package on its way; `jobs` chunks at once, None for what suits the store."""
 
     store: Store
     resolved: Resolved
-    jobs: int
+    jobs: int | None = None
     shared_parent: bool = False
 
     @property
@@ -227,7 +231,8 @@ class Delivery:
                 show(count)
                 got_on()
 
-            return download(self.store, place, files, work, self._digest, self.jobs, on_bytes)
+            jobs = self.jobs or (_LOCAL_JOBS if self.store.local else _REMOTE_JOBS)
+            return download(self.store, place, files, work, self._digest, jobs, on_bytes)
 
 
 def _drop_foreign(package: Path, listed: set[str]) -> None:

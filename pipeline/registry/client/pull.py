@@ -37,11 +37,6 @@ log = logging.getLogger(__name__)
 ARTIFACTS = "artifacts"
 """The registry where none is named: the folder that builds publish to."""
 
-_LOCAL_JOBS = 2
-_REMOTE_JOBS = min(8, 2 * (os.cpu_count() or 1))
-"""A connection of a distant store is slow, so that several pay; but more threads than cores cost
-time: 1 GB over loopback on 2 cores took 1.45 s with 4, 1.54 with 8 (measured on 2026-11-29)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class PullRequest:
@@ -182,19 +177,13 @@ def pull_from(store: Store, request: PullRequest) -> Pulled:
         log.info("Rejected %s", reason)
     pulled = Pulled(chosen=chosen, dir=Path(), registry=store.url, origin="registry", facts=facts)
     assert request.to is not None  # the command line demands it
-    done = delivery_of(store, chosen.resolved, request).to_folder(
+    shared = request.allow_shared_parent
+    delivery = Delivery(
+        store=store, resolved=chosen.resolved, jobs=request.jobs, shared_parent=shared
+    )
+    done = delivery.to_folder(
         request.to,
         lambda origin: replace(pulled, origin=origin).receipt(),
         through_cache=not store.local if request.through_cache is None else request.through_cache,
     )
     return replace(pulled, **vars(done), seconds=time.monotonic() - started_s)
-
-
-def delivery_of(store: Store, resolved: Resolved, request: PullRequest) -> Delivery:
-    """A package on its way as a request wants it."""
-    return Delivery(
-        store=store,
-        resolved=resolved,
-        jobs=request.jobs or (_LOCAL_JOBS if store.local else _REMOTE_JOBS),
-        shared_parent=request.allow_shared_parent,
-    )

@@ -18,13 +18,19 @@ from pathlib import Path
 from pipeline.core.errors import AccessError, CorruptError, UntrustedError
 from pipeline.core.ownership import open_to_others
 from pipeline.core.values import Package
-from pipeline.registry.client.deliver import SIGNATURE, STATEMENTS, STATEMENTS_SUFFIX, verify_layout
+from pipeline.registry.client.deliver import (
+    SIGNATURE,
+    STATEMENTS,
+    STATEMENTS_SUFFIX,
+    Delivery,
+    verify_layout,
+)
 from pipeline.registry.client.machine import facts_of
-from pipeline.registry.client.pull import ARTIFACTS, Pulled, PullRequest, delivery_of
+from pipeline.registry.client.pull import ARTIFACTS, Pulled, PullRequest
 from pipeline.registry.disk import read_bounded
 from pipeline.registry.manifest import MANIFEST
 from pipeline.registry.manifest import verify as verify_package
-from pipeline.registry.reference import ParsedReference, reference_of
+from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
 from pipeline.registry.select import best
 from pipeline.registry.store import (
@@ -49,13 +55,10 @@ def verify(request: PullRequest) -> Pulled:
     started_s = time.monotonic()
     facts = facts_of(request.flags, request.environ)
     resolved, package, where = open_target(request)
-    wanted = ParsedReference(
-        name=resolved.place.name, variant=resolved.place.variant, digest=package.digest
-    )
     # Without a card there is none that it could be unproven on: what it is proven on is told.
     accept = request.accept_unproven or request.flags.gpu == "none"
     return Pulled(
-        chosen=best([resolved], [], wanted, facts, accept_unproven=accept),
+        chosen=best([resolved], [], resolved.place, facts, accept_unproven=accept),
         dir=package.dir,
         registry=where,
         origin="verified",
@@ -92,7 +95,7 @@ def fetch(store: Store, resolved: Resolved, *, to_load: bool = False) -> Package
             return verify_package(folder)
         except CorruptError as error:  # a file too many, perhaps, which does not travel
             log.info("%s; the files that its manifest lists are used", error)
-    done = delivery_of(store, resolved, PullRequest(reference="")).to_cache()
+    done = Delivery(store=store, resolved=resolved).to_cache()
     return replace(resolved.package, dir=done.dir)
 
 
