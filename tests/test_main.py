@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +198,6 @@ def test_full_disk_is_transient_also_in_the_words_of_the_safetensors_library() -
     assert outcome.exit_code is ExitCode.TRANSIENT
     assert "free some space" in outcome.message
     assert failure_of(SafetensorError("HeaderTooSmall")).exit_code is ExitCode.FAILED
-
-
-def test_python_warnings_go_to_the_log_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with screen_logging(), file_logging(tmp_path / "build.log"), warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.warn("deprecated since long", stacklevel=1)
-    assert capsys.readouterr().err == ""
-    assert "deprecated since long" in (tmp_path / "build.log").read_text()
 
 
 def test_full_disk_does_not_turn_log_lines_into_failures() -> None:

@@ -22,7 +22,6 @@ from pipeline.registry.trust.policy import (
     load_policy,
     own_trust,
     read_private_key,
-    read_public_key,
 )
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
@@ -135,37 +134,6 @@ def test_channels_show_the_newest_move_or_all(terminal: Terminal) -> None:
     (channel,) = terminal.ask("channels", f"tiny/{VARIANT}")["channels"]
     assert (channel["name"], channel["variant"], channel["channel"]) == ("tiny", VARIANT, "stable")
     assert [move["reference"] for move in channel["moves"]] == [str(first), str(second)]
-
-
-def test_without_a_key_or_its_rights_nothing_is_signed(terminal: Terminal) -> None:
-    words = ("promote", str(terminal.publish()))
-    result = terminal.run(*words, ENGINESMITH_SIGNING_KEY_PEM=None, CI="true")
-    assert isinstance(result.exception, RecipeError)
-    # Without a policy the given key alone is trusted, and it signed no build.
-    result = terminal.run(*words, ENGINESMITH_POLICY=None)
-    assert isinstance(result.exception, PipelineError)
-    assert result.exception.exit_code == ExitCode.UNTRUSTED
-
-
-def test_gc_shows_what_would_go_and_keeps_the_young(terminal: Terminal) -> None:
-    first, second = terminal.publish(b"one"), terminal.publish(b"two")
-    terminal.ask("promote", str(first))
-    shown = terminal.run("gc").stdout
-    assert "nothing was removed, --delete removes" in shown
-    value = terminal.ask("gc", "--delete", "--keep-days", "0")
-    assert (value["deleted"], value["removed"]) == (True, [])
-    assert [one["reference"] for one in value["versions"]] == sorted(map(str, (first, second)))
-    assert not any(one["remove"] for one in value["versions"])
-
-
-def test_keygen_makes_one_key_and_replaces_none(tmp_path: Path) -> None:
-    done = run(tmp_path, "keygen", "--out", str(tmp_path / "ci.key"))
-    assert done.exit_code == 0
-    assert read_public_key(tmp_path / "ci.key.pub").keyid in done.stdout
-    secret = (tmp_path / "ci.key").read_text()
-    assert secret.splitlines()[1] not in done.output
-    assert run(tmp_path, "keygen").exit_code == 0
-    assert (tmp_path / "signing.key").exists()
 
 
 def test_a_policy_of_some_keys_trusts_them_in_everything(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from pipeline.core.errors import RecipeError, UntrustedError
 from pipeline.registry.trust.policy import machine_trust
 from pipeline.registry.trust.signing import (
     LOCAL_BUILDER,
-    actor_of,
     builder_of,
     can_sign_models,
     generate_key,
@@ -166,12 +165,6 @@ def test_private_key_is_on_no_disk_while_signing(
     (found,) = (tmp_path / "kept").iterdir()
     assert found.name == "model.sig"
     assert b"PRIVATE" not in found.read_bytes()
-
-
-def test_the_actor_is_the_ci_systems_user_before_the_login_name() -> None:
-    assert actor_of({"GITHUB_ACTOR": "octo", "ENGINESMITH_ACTOR": "ada"}) == "ada"
-    assert actor_of({"GITLAB_USER_LOGIN": "tanuki"}) == "tanuki"
-    assert actor_of({})
 
 
 def test_provenance_is_what_slsa_wants(team: Team) -> None:
