@@ -128,17 +128,17 @@ class Shop:
         return sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pulls in small chunks and without patience."""
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pulls come in small chunks and without patience."""
     monkeypatch.setattr(download, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(download, "TRIES", TRIES)
     monkeypatch.setattr(download, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> Shop:
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     """A shop in a folder."""
+    hurry(monkeypatch)
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))

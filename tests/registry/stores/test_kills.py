@@ -11,11 +11,9 @@ import pytest
 from pipeline.core.values import Package
 from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.stores.publication import WritableStore
-from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, noise, quick
+from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, hurry, noise
 from tests.registry.client.kills import counted_steps, killed_at, seeded_steps
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
-
-__all__ = ["quick"]
 
 SIGNATURE = raw_statement(model_sig=b"s")
 SERVERS = [
@@ -60,7 +58,6 @@ def test_a_killed_publisher_shows_nothing_half_and_the_rerun_completes(
     assert killed
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("kind", "few"), SERVERS)
 def test_a_killed_puller_leaves_nothing_half_and_the_rerun_completes(
     request: pytest.FixtureRequest,
@@ -70,6 +67,7 @@ def test_a_killed_puller_leaves_nothing_half_and_the_rerun_completes(
     few: int,
 ) -> None:
     monkeypatch.setenv("ENGINESMITH_CACHE", str(tmp_path / "cache"))
+    hurry(monkeypatch)
     (tmp_path / "home").mkdir()
     shop = Shop(store=request.getfixturevalue(f"{kind}_store"), home=tmp_path / "home")
     wanted = {f"shard-{number}": noise(12 * CHUNK_BYTES + number, number) for number in range(2)}
