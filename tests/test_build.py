@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -112,12 +111,10 @@ def test_second_run_takes_the_package_without_a_stage_or_torch(place: Workplace)
     before = [path.stat().st_mtime_ns for path in place.packages()]
     command = place.command("build", "tiny", "--config-dir", str(place.recipes))
     command[1:1] = ["-X", "importtime"]
-    begun = time.monotonic()
     done = subprocess.run(
         command, cwd=place.root, env=place.env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 5.0
     assert "Taken, published before: tiny/" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert "pipeline.config.recipe" in imported  # so the list is there
@@ -159,13 +156,14 @@ def test_missed_target_is_told_and_publishes_nothing(unpublished: Workplace) -> 
 def test_rebuild_of_the_same_bytes_is_the_same_version_and_of_others_is_another(
     place: Workplace,
 ) -> None:
+    again = ("--rebuild", "acceptance.time_limit_s=1e-6")
     (first,) = place.packages()
-    assert place.build("--rebuild").returncode == 0
+    assert place.build(*again).returncode == 0
     assert place.packages() == [first]
     assert place.verdict()["taken"] is True
     (plan,) = place.cache.glob("stages/compile-trtrtx/*/engine/model.engine")
     shutil.rmtree(plan.parents[1])  # a compiler is not deterministic: its bytes may be others
-    assert place.build("--rebuild").returncode == 0
+    assert place.build(*again).returncode == 0
     assert first in place.packages()
     assert {path.name[:12] for path in place.packages()} == {first.name[:12]}
 
