@@ -31,13 +31,13 @@ from pipeline.core.cache import StageCache, digest_folder
 from pipeline.core.errors import ConflictError, ExitCode, IncompatibleError
 from pipeline.core.ownership import make_own
 from pipeline.core.values import Licence, Weights
-from pipeline.formats.spec import CardCompiler
+from pipeline.formats.spec import CardCompiler, format_spec
 from pipeline.machine import require_builder
 from pipeline.model.hf import write_random_model
 from pipeline.model.read import read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.outcome import failure_of
-from pipeline.quant.spec import select
+from pipeline.quant.spec import quant_spec, select
 from pipeline.registry.package import mark_throwaway
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.sources.text.topics import PydocTopics
@@ -125,7 +125,7 @@ def run_rehearsal(
 
 
 def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Composed:
-    """The recipe with each compiler it was written for (sizes, keys); its own compiler first."""
+    """The recipe with each compiler that can have it (sizes, keys, precision); its own first."""
     job = load(recipe, overrides, folders=folders)
     composed: dict[str, tuple[Recipe, Mapping[str, Any]]] = {
         job.value.compiler.format: (job.value, job.config)
@@ -134,7 +134,8 @@ def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Co
         return composed
     for name in folders.options("compiler"):
         other = load(recipe, [*overrides, f"compiler={name}"], folders=folders)
-        if name not in composed and not other.faults:
+        holds = format_spec(name).holds(quant_spec(job.value.quantizer.precision))
+        if name not in composed and holds and not other.faults:
             composed[name] = (other.value, other.config)
     return composed
 

@@ -20,8 +20,8 @@ import pydantic.dataclasses
 
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT
-from pipeline.formats.spec import format_specs
 from pipeline.plan.ceilings import REACHABLE_SHARE, WorkloadPlan, plan_workload, roofline
+from pipeline.plan.precisions import PrecisionPlan, compare, precision_table
 from pipeline.plan.sizes import (
     BuildNeeds,
     Fit,
@@ -32,7 +32,7 @@ from pipeline.plan.sizes import (
     gib,
     sizes_of,
 )
-from pipeline.quant.spec import keep_16bit_faults
+from pipeline.quant.spec import quantizer_faults
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,6 +47,7 @@ class Plan:
     sizes: Sizes
     fit: Fit
     workloads: tuple[WorkloadPlan, ...]
+    precisions: tuple[PrecisionPlan, ...]
     build: BuildNeeds
     faults: tuple[Fault, ...]
     notes: tuple[Note, ...]
@@ -68,6 +69,7 @@ class Plan:
             "fit": self.fit.to_json(),
             "reachable_share": REACHABLE_SHARE,
             "workloads": [asdict(workload) for workload in self.workloads],
+            "precisions": [precision.to_json() for precision in self.precisions],
             "build": self.build.to_json(),
             "faults": [asdict(fault) for fault in self.faults],
             "notes": [asdict(note) for note in self.notes],
@@ -83,7 +85,7 @@ def make_plan(request: PlanRequest) -> Plan:
     found: tuple[Fault | Note, ...] = (
         *shape_faults(request),
         *limit_faults(request),
-        *keep_16bit_faults(request.keep_16bit, request.shape),
+        *quantizer_faults(request.precision, request.keep_16bit, request.shape),
         *fit_findings(request, fit),
         *target_findings(request, workloads),
         *known_bad_findings(request),
@@ -94,6 +96,7 @@ def make_plan(request: PlanRequest) -> Plan:
         sizes=sizes,
         fit=fit,
         workloads=workloads,
+        precisions=compare(request),
         build=build_needs(request, sizes),
         faults=tuple(each for each in found if isinstance(each, Fault)),
         notes=tuple(each for each in found if isinstance(each, Note)),
@@ -126,9 +129,11 @@ def render(plan: Plan) -> RenderableType:
     if plan.workloads:
         ceiling = (
             "The ceiling is what the card allows at most, without speculation; up to "
-            f"{REACHABLE_SHARE:.0%} of it is held to be reachable."
+            f"{REACHABLE_SHARE:.0%} of it is held to be reachable. Below: what each precision "
+            "allows, and the share of it that a target needs."
         )
         parts += [_workloads(plan), Text(ceiling, style="dim")]
+    parts.append(precision_table(plan.precisions, request.precision.name))
     for note in plan.notes:
         source = f" ({note.source})" if note.source else ""
         style = "yellow" if note.severity == "warning" else ""
@@ -214,14 +219,12 @@ class Note:
 
 
 def shape_faults(request: PlanRequest) -> Sequence[Fault]:
-    """What of the model the format's converter cannot express, and which other one can."""
-    shape = request.shape
-    if not (faults := request.format.shape_faults(shape)):
-        return ()
-    others = [each for each in format_specs().values() if not each.is_checkpoint]
-    able = [f"compiler={each.name}" for each in others if not each.shape_faults(shape)]
-    also = "".join(f", or {one}" for one in able)
-    return [Fault(fault.path, fault.message + also) for fault in faults]
+    """What of the model the format's converter cannot express."""
+    try:
+        request.format.check_shape(request.shape)
+    except RecipeError as error:
+        return error.faults
+    return ()
 
 
 def limit_faults(request: PlanRequest) -> Iterator[Fault]:

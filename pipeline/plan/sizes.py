@@ -138,12 +138,12 @@ def sizes_of(request: PlanRequest) -> Sizes:
     kept_params = sum(math.prod(modules[name]) for name in kept)
     quantized_params = shape.linear_params - kept_params if quantizes else 0
     linear_16bit_params = shape.linear_params - quantized_params
-    scale_bytes = precision.scale_bytes * (len(modules) - len(kept))
+    group = precision.group_size(shape)
+    stored = {name: precision.linear_bytes(*modules[name], group) for name in modules}
+    linear_bytes = 2 * linear_16bit_params
     if quantizes:
-        scale_bytes += _CACHE_SCALE_BYTES * shape.num_layers
-    linear_bytes = (
-        int(precision.bytes_per_weight * quantized_params) + 2 * linear_16bit_params + scale_bytes
-    )
+        linear_bytes += sum(stored[name] for name in modules.keys() - set(kept))
+        linear_bytes += _CACHE_SCALE_BYTES * shape.num_layers
     weight_bytes = linear_bytes + 2 * (shape.params - shape.linear_params)
     kv_cache = KV_CACHE_DTYPES["bfloat16"]
     if request.limits.kv_cache_dtype in request.format.kv_cache_dtypes:
@@ -153,7 +153,7 @@ def sizes_of(request: PlanRequest) -> Sizes:
         quantized_params=quantized_params,
         linear_16bit_params=linear_16bit_params,
         kept_16bit=len(kept),
-        kept_16bit_extra_bytes=int((2 - precision.bytes_per_weight) * kept_params),
+        kept_16bit_extra_bytes=2 * kept_params - sum(stored[name] for name in kept),
         weight_bytes=weight_bytes,
         engine_bytes=weight_bytes + request.format.fit.overhead_bytes,
         step_weight_bytes=linear_bytes + 2 * (shape.params_read(0) - shape.linear_params),

@@ -146,15 +146,15 @@ def cache_scales(amax: Mapping[str, float]) -> dict[str, float]:
     return {f"{m[1]}.{m[2]}_proj.{m[2]}_scale": value / FP8_E4M3_MAX for m, value in found.items()}
 
 
-def bf16_scale_amax(amax: Any, code_max: float) -> Any:
-    """The smallest amax at or above `amax` whose scale (amax / code_max) is exact in bfloat16."""
+def bf16_scale(amax: Any, code_max: float) -> Any:
+    """The smallest bfloat16 scale whose largest code, `code_max`, reaches `amax`."""
     import torch
 
     # In float64: a GPU's float32 division can land a last bit above an exact quotient.
     scale = amax.double() / code_max
     rounded = scale.to(torch.bfloat16)
     above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    return torch.where(rounded.double() >= scale, rounded, above).float() * code_max
+    return torch.where(rounded.double() >= scale, rounded, above)
 
 
 def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tuple[str, ...]]:
@@ -182,7 +182,8 @@ def share_scales(model: Any, spec: ModelSpec, code_max: float) -> dict[str, tupl
     for module in quantized.values():
         for quantizer in (module.weight_quantizer, module.input_quantizer):
             if quantizer.is_enabled:
-                _set_amax(quantizer, bf16_scale_amax(quantizer.amax, code_max))
+                scale = bf16_scale(quantizer.amax, code_max)
+                _set_amax(quantizer, scale.float() * code_max)
     return groups
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from pipeline.quant.calibration import (
     place,
     share_scales,
 )
-from pipeline.quant.spec import QuantSpec, keep_16bit_faults, select
+from pipeline.quant.spec import QuantSpec, quantizer_faults, select
 from pipeline.quant.unified import (
     DECLARATION,
     UnifiedCheckpoint,
@@ -62,13 +62,70 @@ _SCALES = (".weight_scale", ".input_scale", *_CACHE)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A model that saw the calibration text, and what a checkpoint is made of beside it."""
+
+    model: Any
+    source: UnifiedCheckpoint
+    precision: QuantSpec
+    kept_16bit: tuple[str, ...]
+    cache_scales: Mapping[str, float]
+
+
+@dataclass
+class Factors:
+    """What the rows and the columns of one source tensor are multiplied by before rounding."""
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def of(self, values: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """Some rows of the tensor, from `first_row` on, in float32."""
+        values = values.float()
+        if self.rows is not None:
+            rows = self.rows[first_row : first_row + len(values)]
+            values = values * rows.reshape(-1, *[1] * (values.ndim - 1))
+        return values if self.columns is None else values * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a writer adds to the record, and how it changed source tensors before it rounded."""
+
+    record: Mapping[str, Any]
+    factors: Mapping[str, Factors]
+
+
+def write_export(calibrated: Calibrated, out_dir: Path) -> Written:
+    """Share scales, let ModelOpt round and export, and make that export the hub checkpoint."""
+    model, source, precision = calibrated.model, calibrated.source, calibrated.precision
+    groups = share_scales(model, source.spec, precision.code_max)
+    exported = _export(model, source, out_dir)
+    normalize_export(
+        exported,
+        source.dir,
+        out_dir,
+        precision=precision,
+        kept_16bit=sorted(calibrated.kept_16bit),
+        cache_scales=calibrated.cache_scales,
+    )
+    shutil.rmtree(exported)
+    shared = {label: list(names) for label, names in sorted(groups.items())}
+    return Written(record={"shared_scale": shared}, factors={})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOptJob:
-    """One quantization; linears that match `keep_16bit` (fnmatch) stay bfloat16."""
+    """One quantization; linears that match `keep_16bit` (fnmatch) stay bfloat16.
+
+    `write` makes the checkpoint of a calibrated model.
+    """
 
     precision: QuantSpec
     calibration: Calibration
     keep_16bit: tuple[str, ...]
     device: DeviceChoice
+    write: Callable[[Calibrated, Path], Written] = write_export
 
     def inputs(self, weights: Weights) -> dict[str, Any]:
         """Everything that shapes the checkpoint's bytes."""
@@ -105,27 +162,25 @@ class ModelOptJob:
         require_files(weights.dir, weights.files)
         source = UnifiedCheckpoint(weights.dir)
         spec = source.spec
-        if faults := keep_16bit_faults(self.keep_16bit, spec):
+        if faults := quantizer_faults(self.precision, self.keep_16bit, spec):
             raise RecipeError(faults)
         require_finite(source)
         kept = select(self.keep_16bit, spec.modules)
         model, record = self._calibrate(weights, spec)
-        groups = share_scales(model, spec, self.precision.code_max)
-        exported = _export(model, source, out_dir)
-        normalize_export(
-            exported,
-            weights.dir,
-            out_dir,
+        calibrated = Calibrated(
+            model=model,
+            source=source,
             precision=self.precision,
-            kept_16bit=sorted(kept),
+            kept_16bit=kept,
             cache_scales=cache_scales(record["amax"]),
         )
-        shutil.rmtree(exported)
+        written = self.write(calibrated, out_dir)
         quantized = [name for name in spec.modules if name not in kept]
-        ledger = verify_checkpoint(out_dir, weights.dir, self.precision, set(quantized))
+        made = (out_dir, weights.dir, self.precision, set(quantized))
+        ledger = verify_checkpoint(*made, factors=written.factors)
         record |= {
             "tools": {name: version(name) for name in _TOOLS},
-            "shared_scale": {label: list(names) for label, names in sorted(groups.items())},
+            **written.record,
             "quantized_linears": quantized,
             "kept_16bit": sorted(kept),
             "ledger": ledger,
@@ -151,7 +206,7 @@ class ModelOptJob:
         model = load_model(weights.dir, dtype)
         device = place(model, placement)
         batches = torch.split(torch.from_numpy(windows).to(device), self.calibration.batch_size)
-        self._show_windows(model, batches)
+        self._show_windows(model, batches, self.precision.group_size(spec))
         amax = {
             name: float(module.amax.float().max())
             for name, module in model.named_modules()
@@ -168,15 +223,21 @@ class ModelOptJob:
             "outliers": outliers,
         }
 
-    def _show_windows(self, model: Any, batches: Sequence[torch.Tensor]) -> None:
-        """Insert quantizers and let them see every window; lm_head is skipped, it stays 16-bit."""
+    def _show_windows(self, model: Any, batches: Sequence[torch.Tensor], group: int | None) -> None:
+        """Insert quantizers and let them see every window; lm_head is skipped, it stays 16-bit.
+
+        Where ModelOpt reads a second time, it searches, many times slower: one batch is enough.
+        """
         import modelopt.torch.quantization as mtq
         import torch
 
+        readings = iter([batches])
+
         def forward_loop(quantized: Any) -> None:
-            windows = sum(map(len, batches))
+            read = next(readings, batches[:1])
+            windows = sum(map(len, read))
             with torch.no_grad(), progress("Calibrating", windows, "windows") as done:
-                for batch in batches:
+                for batch in read:
                     quantized.base_model(batch, use_cache=False)
                     done(len(batch))
 
@@ -184,7 +245,8 @@ class ModelOptJob:
             raise ValueError(f"ModelOpt does not quantize to {self.precision.name}")
         with quiet():
             # Patterns, not names: ModelOpt tries each entry on every module, 2 s for SmolLM2's.
-            mtq.quantize(model, self.precision.modelopt_config(self.keep_16bit), forward_loop)
+            config = self.precision.modelopt_config(self.keep_16bit, group)
+            mtq.quantize(model, config, forward_loop)
 
 
 def _export(model: Any, source: UnifiedCheckpoint, out_dir: Path) -> Path:
@@ -234,9 +296,7 @@ def normalize_export(
     quantization = config["quantization_config"]
     quantization |= {"ignore": ignored, "quant_algo": precision.quant_algo}
     quantization.pop("kv_cache_scheme", None)
-    config = json.loads((weights_dir / "config.json").read_text())
-    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
-    _write_json(out_dir / "config.json", {**config, "quantization_config": quantization})
+    write_config(weights_dir, out_dir, quantization)
     quant_config = json.loads((exported / DECLARATION).read_text())
     quant_config["quantization"] |= {
         "quant_algo": precision.quant_algo,
@@ -244,6 +304,13 @@ def normalize_export(
         "exclude_modules": ignored,
     }
     _write_json(out_dir / DECLARATION, quant_config)
+
+
+def write_config(weights_dir: Path, out_dir: Path, quantization: Mapping[str, Any]) -> None:
+    """The source's own `config.json` with its quantization, and all companions."""
+    config = json.loads((weights_dir / "config.json").read_text())
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+    _write_json(out_dir / "config.json", {**config, "quantization_config": quantization})
     copy_companions(weights_dir, out_dir)
 
 
@@ -299,11 +366,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-MAX_LOST_SHARE = 0.1
-"""Of a linear's non-zero weights at most so many may round to zero. With one E4M3 scale for the
-tensor those below 2^-10 / 448 of the largest do: of normally distributed weights 9 in a million, of
-SmolLM2's linears 12 in a million at most (2026-11-30). More says that a few values set the scale.
-"""
 _SLACK = 1.04
 """An exporter that divides by the scale in bfloat16, as on a GPU, rounds by 2^-9 before it rounds
 by 2^-4: 3 % more."""
@@ -326,8 +388,10 @@ def verify_checkpoint(
     weights_dir: Path,
     precision: QuantSpec,
     quantized_linears: Collection[str],
+    *,
+    factors: Mapping[str, Factors] | None = None,
 ) -> dict[str, Any]:
-    """Compare an exported checkpoint with its source, tensor by tensor.
+    """Compare an exported checkpoint with its source times `factors`, tensor by tensor.
 
     An exporter can drop, empty or zero a tensor and still succeed.
     Present, nothing extra, right shape and dtype, 16-bit tensors equal to the source rounded to
@@ -342,22 +406,23 @@ def verify_checkpoint(
     wanted = set(source.tensors) - ({"lm_head.weight"} if source.spec.tied else set())
     scales = {f"{module}.{kind}" for module in quantized_linears for kind in precision.scales}
     scales |= set(source.spec.kv_scales())
-    found = set(checkpoint.tensors)
+    parameters = checkpoint.parameters
+    found = {*parameters, *checkpoint.tensors.keys() - set(parameters.values())}
     faults = [f"{name} is missing" for name in sorted((wanted | scales) - found)]
     faults += [f"{name} was not asked for" for name in sorted(found - wanted - scales)]
     errors = {}
     for name in sorted(wanted & found):
         module = name.removesuffix(".weight")
         stored = precision if module in quantized_linears else SIXTEEN_BIT
-        result = _compare(checkpoint, source, name, stored)
+        result = _compare(checkpoint, source, name, stored, (factors or {}).get(name, Factors()))
         if isinstance(result, str):
             faults.append(f"{name} {result}")
         elif module in quantized_linears:
             errors[module] = float(f"{result:.3g}")
     for name in sorted(scales & found):
-        value = float(checkpoint.scalar(name))
-        if not 0 < value < float("inf"):
-            faults.append(f"{name} is {value}")
+        values = checkpoint.read(name)
+        if not all_finite(values) or not (values > 0).all():
+            faults.append(f"{name} is {values.reshape(-1)[(~(values > 0)).argmax()]}")
     if faults:
         raise CorruptError(
             f"the exported checkpoint is not a faithful copy of its source:{list_faults(faults)}"
@@ -367,32 +432,40 @@ def verify_checkpoint(
 
 
 def _compare(
-    checkpoint: UnifiedCheckpoint, source: UnifiedCheckpoint, name: str, precision: QuantSpec
+    checkpoint: UnifiedCheckpoint,
+    source: UnifiedCheckpoint,
+    name: str,
+    precision: QuantSpec,
+    factors: Factors,
 ) -> str | float:
     """What is wrong with a tensor beside its source, or else its relative error."""
     import torch
 
-    entry, origin = checkpoint.tensors[name], source.tensors[name]
+    entry, origin = checkpoint.tensors[checkpoint.parameters[name]], source.tensors[name]
     if entry.dtype != precision.weight_dtype:
         return f"has dtype {entry.dtype}, wanted {precision.weight_dtype}"
-    if entry.shape != origin.shape:
+    if entry.shape != precision.stored_shape(origin.shape):
         return f"has shape {entry.shape}, its source {origin.shape}"
-    got, want = torch_view(checkpoint.read(name)), torch_view(source.read(name))
+    got, want = torch_view(checkpoint.read(entry.name)), torch_view(source.read(name))
     if precision is SIXTEEN_BIT:
-        if torch.equal(got.view(torch.int16), want.to(torch.bfloat16).view(torch.int16)):
+        rounded = factors.of(want).to(torch.bfloat16)
+        if torch.equal(got.view(torch.int16), rounded.view(torch.int16)):
             return 0.0
         return "differs from its source rounded to bfloat16"
-    scale = float(checkpoint.scalar(f"{name}_scale"))
+    scales = checkpoint.weight_scale(name.removesuffix(".weight"))
     beyond, lost, worst, error_norm, norm, nonzero = 0, 0, 0.0, 0.0, 0.0, 0
-    chunks = (torch.split(tensor, _CHUNK_ROWS) for tensor in (got, want))
-    for codes, rows in zip(*chunks, strict=True):
-        weights, rounded = rows.float(), precision.dequantize(codes, scale)
+    for first in range(0, len(got), _CHUNK_ROWS):
+        part = slice(first, first + _CHUNK_ROWS)
+        scale = scales[part] if scales.ndim else scales
+        weights, rounded = factors.of(want[part], first), precision.dequantize(got[part], scale)
+        if scale.ndim:  # one for each group of columns
+            scale = scale.float().repeat_interleave(weights.shape[1] // scale.shape[1], 1)
         lost += int(((rounded == 0) & (weights != 0)).sum())
         nonzero += int((weights != 0).sum())
         norm += float(weights.square().sum())
         error = rounded.sub_(weights).abs_()
         error_norm += float(error.square().sum())
-        allowed = weights.abs_().mul_(precision.relative_step)
+        allowed = weights.abs().mul_(precision.relative_step)
         allowed = allowed.clamp_(min=scale * precision.absolute_step) * _SLACK
         outside = ~(error <= allowed)  # not >: a NaN is outside, too
         if outside.any():
@@ -400,12 +473,12 @@ def _compare(
             worst = max(worst, float((error / allowed).max()))
     if beyond:
         return (
-            f"has {beyond} of {got.numel()} values beyond {precision.title} error, the worst by "
+            f"has {beyond} of {want.numel()} values beyond {precision.title} error, the worst by "
             f"{worst:.1f} x"
         )
-    if lost > MAX_LOST_SHARE * max(nonzero, 1):
+    if lost > precision.max_lost_share * max(nonzero, 1):
         return (
-            f"lost {lost / nonzero:.0%} of its weights to zero ({MAX_LOST_SHARE:.0%} are allowed): "
-            "a few of them are far larger than the rest; list it under quantizer.keep_16bit"
+            f"lost {lost / nonzero:.0%} of its weights to zero ({precision.max_lost_share:.0%} are "
+            "allowed): a few are far larger than the rest; list it under quantizer.keep_16bit"
         )
     return float((error_norm / norm) ** 0.5 if norm else 0.0)

@@ -47,9 +47,9 @@ def load_simulation(
         model.to_empty(device="cpu")
     _restore_buffers(model)
     state = {
-        _renumber(name, kept): _dequantize(checkpoint, name)
-        for name in checkpoint.tensors
-        if not name.endswith("_scale") and _layer_of(name) in (-1, *kept)
+        _renumber(name, kept): _dequantize(checkpoint, name, stored)
+        for name, stored in checkpoint.parameters.items()
+        if _layer_of(name) in (-1, *kept)
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
@@ -83,11 +83,11 @@ def _round(round_input: Any, scale: float, _linear: Any, inputs: tuple[Any]) -> 
     return round_input(inputs[0], scale)
 
 
-def _dequantize(checkpoint: UnifiedCheckpoint, name: str) -> torch.Tensor:
-    stored = torch_view(checkpoint.read(name))
-    if not checkpoint.is_quantized(name.removesuffix(".weight")):
-        return stored.float()
-    return checkpoint.precision.dequantize(stored, float(checkpoint.scalar(f"{name}_scale")))
+def _dequantize(checkpoint: UnifiedCheckpoint, name: str, stored: str) -> torch.Tensor:
+    values, module = torch_view(checkpoint.read(stored)), name.removesuffix(".weight")
+    if not checkpoint.is_quantized(module):
+        return values.float()
+    return checkpoint.precision.dequantize(values, checkpoint.weight_scale(module))
 
 
 def _restore_buffers(model: Any) -> None:

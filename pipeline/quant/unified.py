@@ -1,12 +1,14 @@
 """Reads a Hugging Face folder without a model class: config, and tensors as NumPy views.
 
-Works on a unified checkpoint (`X.weight` in its precision's type, with scales such as
-`X.weight_scale` beside it) and on plain weights alike. Tensors are memory maps: converting streams
-a checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit (`ml_dtypes`).
+Works on a unified checkpoint (`X.weight`, or where its precision stores it, in the precision's
+type, with scales such as `X.weight_scale` beside it) and on plain weights alike. Tensors are memory
+maps: converting streams a checkpoint larger than memory, and bfloat16 and float8 arrive bit for bit
+(`ml_dtypes`).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -69,11 +71,12 @@ class UnifiedCheckpoint:
     def precision(self) -> QuantSpec:
         """That of its quantized linears, else 16-bit; RecipeError for one not known here."""
         declared = declared_quantization(self.dir)
-        known = {spec.quant_algo: spec for spec in quant_specs().values() if spec.quant_algo}
+        specs = [spec for spec in quant_specs().values() if spec.quant_algo]
+        known = {spec.declared or spec.quant_algo: spec for spec in specs}
         if (algorithm := declared.algorithm) in known:
             return known[algorithm]
         if algorithm is not None:
-            names = ", ".join(known)
+            names = ", ".join(map(str, known))
             message = (
                 f"declares {algorithm}; only {names} is converted. Serve the checkpoint as it is "
                 f"(vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to {names}"
@@ -129,8 +132,12 @@ class UnifiedCheckpoint:
             CorruptError: Lists what is missing, left over or wrong.
             RecipeError: Tensors are of dtypes that no converter reads.
         """
-        wanted = self.spec.tensors()
-        linears = {f"{module}.weight" for module in self.spec.modules}
+        wanted, precision = self.spec.tensors(), self.precision
+        linears = {f"{module}.{precision.weight_name}" for module in self.spec.modules}
+        if precision.weight_name != "weight":  # a linear of 16 bits keeps its name
+            for module in self.quantized_linears:
+                shape = precision.stored_shape(wanted.pop(f"{module}.weight"))
+                wanted[f"{module}.{precision.weight_name}"] = shape
         faults = [f"tensor {name} is missing" for name in wanted if name not in self.tensors]
         others = []
         for name, entry in self.tensors.items():
@@ -138,7 +145,7 @@ class UnifiedCheckpoint:
                 if not self._is_companion(name):
                     faults.append(f"tensor {name} is not known to the converters")
                 continue
-            known = {*_PLAIN_DTYPES, *([self.precision.weight_dtype] if name in linears else [])}
+            known = {*_PLAIN_DTYPES, *([precision.weight_dtype] if name in linears else [])}
             if entry.dtype not in known:
                 message = f"has dtype {entry.dtype}; {' or '.join(sorted(known))} is converted"
                 others.append(Fault(name, message))
@@ -184,11 +191,30 @@ class UnifiedCheckpoint:
     def quantized_linears(self) -> tuple[str, ...]:
         if self.precision is SIXTEEN_BIT:
             return ()
+        end = f".{self.precision.weight_name}"
         return tuple(
-            name.removesuffix(".weight")
+            name.removesuffix(end)
             for name, entry in self.tensors.items()
-            if name.endswith(".weight") and entry.dtype == self.precision.weight_dtype
+            if name.endswith(end) and entry.dtype == self.precision.weight_dtype
         )
+
+    @cached_property
+    def parameters(self) -> Mapping[str, str]:
+        """Transformers' name of each tensor of the model -> its name here; not its scales."""
+        scales = {"k_scale", "v_scale", *self.precision.scales}
+        end = self.precision.weight_name
+        stored = {f"{module}.{end}": f"{module}.weight" for module in self.quantized_linears}
+        names = (name for name in self.tensors if name.rpartition(".")[2] not in scales)
+        return {stored.get(name, name): name for name in names}
+
+    def weight_scale(self, module: str) -> torch.Tensor:
+        """Of a quantized linear: one number, or [rows, groups of columns]."""
+        import torch
+
+        name = f"{module}.weight_scale"
+        if self.precision.group_sizes:
+            return torch_view(self.read(name))
+        return torch.tensor(self.scalar(name))
 
 
 def list_faults(faults: Sequence[str]) -> str:
@@ -265,6 +291,28 @@ def declared_quantization(folder: Path) -> DeclaredQuantization:
     return DeclaredQuantization(
         file=path.name, algorithm=_config_algorithm(path, declared), kv_cache=scheme
     )
+
+
+def declare_cache(folder: Path, quant_algo: str) -> None:
+    """Declare the type of the KV cache where the checkpoint declares its own."""
+    path = folder / DECLARATION
+    if path.is_file():
+        content = json.loads(path.read_text())
+        content["quantization"]["kv_cache_quant_algo"] = quant_algo
+    else:
+        path = folder / "config.json"
+        content = json.loads(path.read_text())
+        content["quantization_config"]["kv_cache_scheme"] = _CACHE_SCHEMES[quant_algo]
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+_CACHE_SCHEMES = {
+    "FP8": {
+        **{"num_bits": 8, "type": "float", "strategy": "tensor"},
+        **{"symmetric": True, "dynamic": False},
+    }
+}
+"""As compressed-tensors writes them."""
 
 
 def _config_algorithm(path: Path, declared: Mapping[str, Any]) -> str | None:

@@ -124,8 +124,8 @@ from pipeline.quant.modelopt import ModelOptJob
 from pipeline.quant.spec import OnnxPattern
 
 
-def config(kept):
-    made = fp8.modelopt_config(kept)
+def config(kept, group):
+    made = fp8.modelopt_config(kept, group)
     made["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
     return made
 

@@ -32,6 +32,10 @@ MAX_LINES = 25
 
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
 COMPILERS = sorted(path.stem for path in data_dir("conf").glob("compiler/*.yaml"))
+FOUR_BIT = ("phi3-w4", "smollm2-w4")
+REFUSED = {(recipe, "trtllm") for recipe in FOUR_BIT}
+HARD = {"phi3-w4": ["acceptance.targets[0].min_output_tokens_per_s"]}
+"""Recipe -> targets just beyond the share that is held to be reachable: it is here to find out."""
 OPTIONS = sorted((path.parent.name, path.stem) for path in data_dir("conf").glob("*/*.yaml"))
 
 
@@ -67,15 +71,38 @@ def test_recipe_is_short_and_becomes_objects_that_can_be_planned(recipe: str) ->
         assert (job.value.compiler.format, job.value.target.id) == ("trtllm", "rtx4090")
 
 
-@pytest.mark.parametrize(("recipe", "compiler"), [*itertools.product(RECIPES, COMPILERS)])
+@pytest.mark.parametrize(
+    ("recipe", "compiler"),
+    [pair for pair in itertools.product(RECIPES, COMPILERS) if pair not in REFUSED],
+)
 def test_recipe_can_be_planned_with_every_compiler(recipe: str, compiler: str) -> None:
     job = loaded(recipe, f"compiler={compiler}", "target=rtx4090")
     assert job.faults == ()
     assert job.value.compiler.format == compiler
     plan = plan_of(job.value)
     assert plan.faults == ()
-    assert [note for note in plan.notes if note.severity == "warning"] == []
+    warned = [note.path for note in plan.notes if note.severity == "warning"]
+    assert warned == HARD.get(recipe, [])
     assert plan.fit.full_length_sequences >= 1
+
+
+@pytest.mark.parametrize("recipe", FOUR_BIT)
+def test_four_bits_are_refused_for_tensorrt_llm_by_name(recipe: str) -> None:
+    (fault,) = plan_of(loaded(recipe, "compiler=trtllm").value).faults
+    assert "a trtllm engine cannot hold W4A16 weights; choose another compiler" in str(fault)
+
+
+def test_plan_says_which_precision_312_tokens_at_batch_1_take() -> None:
+    """FP8 cannot on an RTX 4090, whatever the software; 4 bits leave room (3.62e9 weights)."""
+    plan = plan_of(recipe_of("phi3-w4", "checkpoint"))
+    rows = {row.name: row for row in plan.precisions}
+    share = {name: row.workloads[0].share for name, row in rows.items()}
+    assert [name for name in share if (share[name] or 0) > 1] == ["bf16", "fp8"]
+    assert share["w4a16"] == plan.workloads[0].share == pytest.approx(0.655, abs=0.005)
+    cache_bytes = 8 * plan.request.shape.num_layers
+    weights = 3_623_878_656 * (0.5 + 2 / 128) + 2 * 197_072_256 + 16 * 128
+    assert rows["w4a16"].workloads[0].ceiling_without_kv == pytest.approx(488, abs=2)
+    assert rows["w4a16"].weight_bytes - weights - cache_bytes == pytest.approx(0, abs=1e6)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

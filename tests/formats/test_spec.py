@@ -18,7 +18,7 @@ LIMITS = Limits(max_batch_size=64, max_seq_len=1024, max_num_tokens=8192, kv_cac
 
 def test_the_folders_are_the_lists() -> None:
     assert set(format_specs()) == {"checkpoint", "trtllm", "trtrtx"}
-    assert set(quant_specs()) == {"bf16", "fp8"}
+    assert set(quant_specs()) == {"bf16", "fp8", "w4a16"}
     for specs in (format_specs(), quant_specs()):
         assert all(spec.name == name for name, spec in specs.items())
 

@@ -13,7 +13,7 @@ from pipeline.quant.calibration import (
     OUTLIER_FACTOR,
     DeviceChoice,
     activation_bytes,
-    bf16_scale_amax,
+    bf16_scale,
     check_amax,
     choose_placement,
     cpu_dtype,
@@ -95,7 +95,7 @@ def test_rounded_scale_covers_amax_and_is_at_most_one_bfloat16_step_above(amax: 
     import torch
 
     wanted = torch.tensor(amax, dtype=torch.float32) / FP8_E4M3_MAX
-    scale = bf16_scale_amax(torch.tensor(amax), FP8_E4M3_MAX) / FP8_E4M3_MAX
+    scale = bf16_scale(torch.tensor(amax), FP8_E4M3_MAX).float()
     exact = scale.to(torch.bfloat16)
     assert exact.float() == scale
     assert scale >= wanted

@@ -16,6 +16,7 @@ from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.checkpoint.spec import SPEC
 from pipeline.quant.spec import KV_CACHE_DTYPES
+from pipeline.quant.unified import declare_cache
 
 STAGE = Stage(name="pack", version=1, code=("pipeline.formats.checkpoint",))
 
@@ -82,10 +83,7 @@ class CheckpointCompiler:
                 shutil.copyfile(path, engine_dir / path.name)
         _untie(engine_dir)
         if quant_algo := KV_CACHE_DTYPES[self.kv_cache_dtype].quant_algo:
-            declared = engine_dir / "hf_quant_config.json"
-            content = json.loads(declared.read_text())
-            content["quantization"]["kv_cache_quant_algo"] = quant_algo
-            declared.write_text(json.dumps(content, indent=2) + "\n")
+            declare_cache(engine_dir, quant_algo)
 
 
 def _untie(engine_dir: Path) -> None:

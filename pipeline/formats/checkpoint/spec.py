@@ -29,7 +29,7 @@ SPEC = FormatSpec(
     runner="vllm",
     substitute="transformers",
     packages=("ml_dtypes",),
-    files=("config.json", "hf_quant_config.json", "tokenizer*", "*.safetensors"),
+    files=("config.json", "tokenizer*", "*.safetensors"),
     serve_args=_serve_args,
     is_checkpoint=True,
 )

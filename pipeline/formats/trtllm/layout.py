@@ -259,7 +259,8 @@ def plan_tensors(checkpoint: UnifiedCheckpoint, *, dtype: Dtype, kv_fp8: bool) -
     if checkpoint.precision.quant_algo != "FP8":
         raise _unfit(
             str(checkpoint.dir),
-            "holds no FP8 linear; quantize the model first (enginesmith build, or ModelOpt's "
+            f"holds {checkpoint.precision.title} linears and no FP8 linear; quantize the model to "
+            "FP8 first (enginesmith build, or ModelOpt's "
             "export_hf_checkpoint)",
         )
     checkpoint.check_tensors()

@@ -280,6 +280,7 @@ class TrtRtxCompiler:
             "dtype": self.activation_dtype,
             "layers": len(layers),
             "quantized_linears": sorted(quantized_linears(checkpoint, layers)),
+            "precision": checkpoint.precision.name,
             "tools": {name: version(name) for name in (PACKAGE, "onnxruntime", "onnx")},
         }
 

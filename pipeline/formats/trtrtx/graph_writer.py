@@ -31,28 +31,39 @@ Rows = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """Byte range of one tensor in the external file."""
+    """Byte range of one tensor in the external file, its type (NumPy's or ml_dtypes') and shape."""
 
     offset: int
     size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def write_weights(checkpoint: UnifiedCheckpoint, path: Path) -> dict[str, WeightSlot]:
-    """Copy every tensor of the model but its scales into one file with aligned offsets.
+    """Copy every tensor of the model into one file with aligned offsets, and scales of groups.
 
     Raises:
         CorruptError: A tensor is missing, left over or malformed.
     """
     checkpoint.check_tensors()
-    wanted = checkpoint.spec.tensors()
+    wanted, parameters = checkpoint.spec.tensors(), checkpoint.parameters
+    stored = {parameters[name]: name for name in wanted if name in parameters}
+    if checkpoint.precision.group_sizes:
+        scales = [f"{module}.weight_scale" for module in checkpoint.quantized_linears]
+        stored |= {name: name for name in scales}
+    pattern = checkpoint.precision.onnx
     slots: dict[str, WeightSlot] = {}
     with path.open("wb") as stream:
-        for name, entry in checkpoint.tensors.items():
-            if name not in wanted:
+        for entry in checkpoint.tensors.values():
+            if entry.name not in stored:
                 continue
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT_BYTES))
-            slots[name] = WeightSlot(stream.tell(), entry.size_bytes)
-            checkpoint.read(name).tofile(stream)
+            values, name, start = checkpoint.read(entry.name), stored[entry.name], stream.tell()
+            kind, shape = entry.dtype, entry.shape
+            if name != entry.name and pattern is not None and pattern.codes is not None:
+                values, kind, shape = pattern.codes(values), pattern.operands, wanted[name]
+            slots[name] = WeightSlot(start, entry.size_bytes, kind, shape)
+            values.tofile(stream)
     return slots
 
 
@@ -101,19 +112,18 @@ class GraphWriter:
 
         if name in self._dtypes:
             return name
-        entry = self.checkpoint.entry(stored or name)
-        slot = self.slots[entry.name]
-        first, end = rows or (0, entry.shape[0])
-        if not 0 <= first < end <= entry.shape[0]:
+        slot = self.slots[stored or name]
+        first, end = rows or (0, slot.shape[0])
+        if not 0 <= first < end <= slot.shape[0]:
             raise CorruptError(
-                f"{entry.file}: tensor {entry.name} has the shape {entry.shape}; config.json says "
-                f"that rows {first} to {end - 1} are {name}; make the checkpoint again"
+                f"{self.checkpoint.dir}: tensor {stored or name} has the shape {slot.shape}; "
+                f"config.json says that rows {first} to {end - 1} are {name}; make it again"
             )
-        row_bytes = slot.size_bytes // entry.shape[0]
+        row_bytes = slot.size_bytes // slot.shape[0]
         tensor = onnx.TensorProto(
             name=name,
-            data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(entry.dtype)),
-            dims=(end - first, *entry.shape[1:]),
+            data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(slot.dtype)),
+            dims=(end - first, *slot.shape[1:]),
             data_location=onnx.TensorProto.EXTERNAL,
         )
         for key, value in (
@@ -187,10 +197,14 @@ def write_linears(w: GraphWriter, linears: Sequence[MatMul], x: str) -> list[str
                 if float(scale) not in rounded:
                     rounded[float(scale)] = pattern.input(w, linear.module, x, scale)
                 read = rounded[float(scale)]
-            scale_name = f"{stored}_scale"
-            w.constant(scale_name, np.array(w.checkpoint.scalar(scale_name), np.float32))
+            scales, group = f"{stored}_scale", 0
+            if scales in w.slots:
+                group = w.slots[stored].shape[1] // w.slots[scales].shape[1]
+                scales = w.weight_as_activation(f"{linear.name}.weight_scale", scales, linear.rows)
+            else:
+                w.constant(scales, np.array(w.checkpoint.scalar(scales), np.float32))
             codes = w.weight(f"{linear.name}.weight", stored, linear.rows)
-            weight = pattern.weight(w, codes, scale_name)
+            weight = pattern.weight(w, codes, scales, group)
         else:
             weight = w.weight_as_activation(f"{linear.name}.weight", stored, linear.rows)
         transposed = w.op("Transpose", [weight], f"{linear.name}.weight.t", perm=[1, 0])

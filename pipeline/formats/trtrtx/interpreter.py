@@ -173,6 +173,11 @@ def _quantize(layer: Layer, x: Array, scale: Array) -> Array:
 
 @_rule("DEQUANTIZE", "axis", "block_shape", "to_type")
 def _dequantize(layer: Layer, codes: Array, scale: Array) -> Array:
+    """One scale for all; of INT4 one for each run of columns, whose length the shapes tell."""
+    if codes.dtype.name == "int4" and scale.ndim == 2 and layer.layer.axis == 1:
+        columns = codes.shape[1] // scale.shape[1]
+        grouped: Array = codes.astype(np.float32) * np.repeat(scale, columns, axis=1)
+        return grouped
     if codes.dtype.name != "float8_e4m3fn":
         raise unknown(layer, f"codes of {codes.dtype}")
     _check_per_tensor(layer, scale)

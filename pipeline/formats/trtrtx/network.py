@@ -7,7 +7,7 @@ last thing before the compiler that can still be read, is checked twice: by `gua
 build, and by `network_check`, a cut of two layers, once per architecture, RTX version and graph.
 
 The binding returns the weights of a constant as a NumPy array where NumPy has the dtype, and an
-opaque `Weights` object otherwise (1.7.1: BF16 and FP8). Of such an object the address of its
+opaque `Weights` object otherwise (1.7.1: BF16, FP8 and INT4). Of such an object the address of its
 `nvinfer1::Weights` struct is asked through pybind11's `_pybind11_conduit_v1_` (2.13.6 and later).
 The struct is TensorRT's public ABI (`NvInferRuntimeBase.h`: type, pointer, count). Type and count
 must equal what the binding says, or nothing is read.
@@ -38,6 +38,7 @@ NUMPY_NAMES: Mapping[str, str] = {
     "FLOAT": "float32",
     "FP8": "float8_e4m3fn",
     "HALF": "float16",
+    "INT4": "int4",
     "INT32": "int32",
     "INT64": "int64",
 }
@@ -116,7 +117,7 @@ class _Weights(ctypes.Structure):
 
 def constant_values(layer: Layer) -> NDArray[Any]:
     """Values of a CONSTANT layer, in their own dtype and shape; a copy."""
-    import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with NumPy
+    import ml_dtypes
     import numpy as np
 
     weights = layer.layer.weights
@@ -129,6 +130,11 @@ def constant_values(layer: Layer) -> NDArray[Any]:
     header = _struct_of(weights, layer)
     if header.type != int(weights.dtype) or header.count != weights.size or not header.values:
         raise CheckError(f"{layer}: this TensorRT-RTX lays out weights in another way; {_PINNED}")
+    if dtype == "int4":  # two in a byte, the first in the low bits; `nbytes` is wrong (1.7.1)
+        raw = ctypes.string_at(header.values, -(-weights.size // 2))
+        pairs = np.frombuffer(raw, np.int8)
+        codes = np.stack([(pairs << 4).astype(np.int8) >> 4, pairs >> 4], axis=-1)
+        return codes.reshape(-1)[: weights.size].astype(ml_dtypes.int4).reshape(shape)
     raw = ctypes.string_at(header.values, weights.nbytes)
     return np.frombuffer(raw, np.dtype(dtype)).reshape(shape)
 

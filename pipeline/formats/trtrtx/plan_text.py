@@ -6,6 +6,10 @@ graph as text, in sections:
     accelerators={sm89 } ... fully_connected={ name="A_U1+B_U2" output={..} input={"x" "w" ..} .. }
     tensor={ .. name="x" .. type=fp8_e4m3 .. }
 
+A GEMM whose kernel unpacks 4-bit weights reads the output of a node `int4_block_dq` beside it:
+
+    mul={ name="int4_block_dq" output={"w" } input={"codes" "scales" } .. }
+
 Each optimization profile has a large section and, where a 16-bit GEMM is fused with what follows
 it, a small one for that GEMM. The format is undocumented; it was read from plans of TensorRT-RTX
 1.7.1 (2026-11-24), and every other version is refused. What does not parse fails the build.
@@ -33,6 +37,9 @@ Buffer = bytes | mmap.mmap
 _SECTION = re.compile(rb"accelerators=\{([^}]*)\}")
 _GEMM = re.compile(rb'fully_connected=\{ name="([^"]*)" output=\{[^}]*\} input=\{([^}]*)\}')
 _QUOTED = re.compile(rb'"([^"]*)"')
+_UNPACKED = re.compile(
+    rb'mul=\{ name="int4_block_dq[^"]*" output=\{"([^"]*)" \} input=\{"([^"]*)" "[^"]*" \}'
+)
 _GEMM_START = re.compile(rb"fully_connected=\{")
 # A literal first keeps the search fast over gigabytes of weights; it finds `sub_tensor={` as well.
 _TENSOR = re.compile(rb"tensor=\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
@@ -54,9 +61,15 @@ class Gemm:
     operand_types: tuple[str, str]
     accelerators: tuple[str, ...]
 
-    def multiplies(self, operands: str) -> bool:
-        """Whether both operands have this type: it then runs on that type's tensor cores."""
-        return self.operand_types == (operands, operands)
+    def multiplies(self, precision: QuantSpec) -> bool:
+        """Whether the weight is stored in its type, and the input too where that is rounded.
+
+        With both it runs on that type's tensor cores.
+        """
+        pattern, (x, weight) = precision.onnx, self.operand_types
+        if pattern is None:
+            return False
+        return weight == pattern.operands and (pattern.input is None or x == weight)
 
 
 def read_plan(plan: Buffer) -> tuple[Gemm, ...]:
@@ -89,6 +102,8 @@ def _gemms(plan: Buffer, start: int, end: int, accelerators: tuple[str, ...]) ->
         name, kind = _NAME.search(match[1]), _TYPE.search(match[1])
         if name and kind:
             types[name[1].decode()] = kind[1].decode()
+    for match in _UNPACKED.finditer(plan, start, end):
+        types[match[1].decode()] = types.get(match[2].decode(), "")
     return tuple(_gemm(match, types, accelerators) for match in matches)
 
 
@@ -119,13 +134,14 @@ def prove_plan(
     Each of `quantized_linears` must be in exactly one GEMM of it in every profile; those of
     `kept_16bit` may be in other GEMMs, beside lm_head.
     """
-    title, operands = precision.title, precision.onnx.operands if precision.onnx else ""
+    title = precision.title
     wanted = set(quantized_linears)
     gemms = read_plan(plan)
-    quantized = [gemm for gemm in gemms if gemm.multiplies(operands)]
-    other = [gemm for gemm in gemms if not gemm.multiplies(operands)]
+    quantized = [gemm for gemm in gemms if gemm.multiplies(precision)]
+    other = [gemm for gemm in gemms if gemm not in quantized]
+    bound = quantized if precision.onnx and precision.onnx.input else []  # to kernels of one SM
     for gemm in gemms:
-        if gemm.accelerators != (f"sm{sm}",) and (gemm in quantized or gemm.accelerators != _ANY):
+        if gemm.accelerators != (f"sm{sm}",) and (gemm in bound or gemm.accelerators != _ANY):
             raise PlanError(
                 f"GEMM {gemm.modules} of the plan is for {gemm.accelerators}, sm{sm} was asked for"
             )

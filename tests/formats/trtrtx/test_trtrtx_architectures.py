@@ -14,11 +14,10 @@ from pipeline.core.values import Checkpoint, Engine
 from pipeline.formats.trtrtx.compiler import TrtRtxCompiler
 from pipeline.formats.trtrtx.plan_text import read_plan
 from pipeline.formats.trtrtx.spec import PLAN_FILE
+from pipeline.quant.fp8 import SPEC
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import ARCHITECTURES, WINDOW, tiny_architecture
 from tests.quant.tiny_quantized import ADA, CALIBRATION, local_weights, tiny_quantizer
-
-E4M3 = "fp8_e4m3"
 
 CONTEXT = 96
 COMPILER = TrtRtxCompiler(
@@ -66,11 +65,11 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
     assert proof["quantized_gemms"] == 2 * 3 * 4
     plan = plan_of(engine)
     gemms = read_plan(plan)
-    assert {gemm.modules for gemm in gemms if not gemm.multiplies(E4M3)} == {("lm_head",)}
+    assert {gemm.modules for gemm in gemms if not gemm.multiplies(SPEC)} == {("lm_head",)}
     shown = {
         re.sub(r"\.(q|k|v|gate|up)$", "", module)
         for gemm in gemms
-        if gemm.multiplies(E4M3)
+        if gemm.multiplies(SPEC)
         for module in gemm.modules
     }
     assert shown == set(checkpoint.quantized_linears)
@@ -85,7 +84,7 @@ def test_every_linear_is_an_fp8_gemm_of_the_plan(name: str, tmp_path: Path) -> N
 def test_kept_part_of_a_fused_linear_is_a_16_bit_gemm(tmp_path: Path) -> None:
     kept = "model.layers.1.self_attn.qkv_proj"
     engine = compiled(tmp_path, quantized(tmp_path, "phi3", kept))
-    other = [gemm.modules for gemm in read_plan(plan_of(engine)) if not gemm.multiplies(E4M3)]
+    other = [gemm.modules for gemm in read_plan(plan_of(engine)) if not gemm.multiplies(SPEC)]
     assert {name for modules in other for name in modules} == {
         "lm_head",
         *(f"{kept}.{part}" for part in ("q", "k", "v")),

@@ -94,7 +94,7 @@ def test_another_kind_of_quantization_is_refused(
 
 def test_model_without_fp8_is_refused(tmp_path: Path) -> None:
     plain = tiny_architecture("phi3", tmp_path / "plain")
-    with pytest.raises(RecipeError, match="holds no FP8 linear; quantize the model first"):
+    with pytest.raises(RecipeError, match="16-bit linears and no FP8 linear; quantize"):
         convert(plain, tmp_path / "converted")
 
 

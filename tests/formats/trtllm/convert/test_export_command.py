@@ -186,7 +186,7 @@ def declared(name: str, content: Any) -> Callable[[Path], object]:
         (
             declared(_CONFIG, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
             2,
-            "declares compressed-tensors (pack-quantized);",
+            "holds W4A16 linears and no FP8 linear",
         ),
     ],
 )
