@@ -27,7 +27,7 @@ READY_EVAL := .venv-eval/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help engine plan rehearse test test-all test-image-pins test-eval test-soak test-gpu bench-registry check format record-stages setup image image-client clean clean-cache
+.PHONY: help engine plan rehearse test test-all test-image-pins test-eval test-hostile test-soak test-gpu bench-registry check format record-stages setup image image-client clean clean-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -57,10 +57,14 @@ test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the bui
 test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the extra `eval`
 	$(RUN_EVAL) -m pytest -q tests/acceptance/test_harness.py $(ARGS)
 
+test-hostile: $(READY) ## of `make test` the seeded attacks on stores, servers, machines and caches
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \
+	    -m "not slow and not gpu and not services" tests/hostile $(ARGS)
+
 test-soak: $(READY) ## publish and pull killed at 50 moments; thousands of hostile cases
 	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill \
 	    tests/registry/stores tests/registry/client $(ARGS)
-	ENGINESMITH_HOSTILE_CASES=120 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup \
+	ENGINESMITH_HOSTILE_CASES=120 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \
 	    -m "not gpu" tests/hostile $(ARGS)
 
 bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 GB, side by side

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,34 +61,24 @@ class Request:
 _STOPS: list[int] = []
 """Signals that asked this run to stop."""
 
-Work = Callable[[Job, Path, bool], Outcome]
-"""Builds one good job in its run folder; the flag is `Request.rebuild`."""
 
-
-def build_job(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
-    """Hand the recipe of a job to the pipeline."""
-    from pipeline.build import build
-
-    return build(job.value, run_dir, config=job.config, rebuild=rebuild)
-
-
-def run(request: Request, work: Work = build_job) -> ExitCode:
+def run(request: Request) -> ExitCode:
     """As `answer`; tells people, too."""
-    done = answer(request, work)
+    done = answer(request)
     tell(done)
     return done.exit_code
 
 
-def answer(request: Request, work: Work = build_job) -> Answer:
-    """Check everything, do the work, and record its outcome."""
+def answer(request: Request) -> Answer:
+    """Check everything, build, and record the outcome."""
     try:
         with _terminable(), screen_logging():
-            return _run(request, work)
+            return _run(request)
     except KeyboardInterrupt as error:
         return failure(error)
 
 
-def _run(request: Request, work: Work) -> Answer:
+def _run(request: Request) -> Answer:
     try:
         job = load(request.recipe, request.overrides, folders=config_folders(request.config_dir))
     except RecipeError as error:
@@ -105,7 +95,7 @@ def _run(request: Request, work: Work) -> Answer:
         document = outcome.to_json(request.recipe, request.overrides)
         append_github_output(document)
         return answer_of(outcome, document)
-    outcome = _attempt(job, run_dir, request, work)
+    outcome = _attempt(job, run_dir, request.rebuild)
     document = outcome.to_json(request.recipe, request.overrides)
     # Programs first: a closed terminal must not cost the verdict.
     write_verdict(run_dir, document)
@@ -113,14 +103,19 @@ def _run(request: Request, work: Work) -> Answer:
     return answer_of(outcome, document, _generate_command(outcome, registry.get("url") or folder))
 
 
-def _attempt(job: Job, run_dir: Path, request: Request, work: Work) -> Outcome:
+def _attempt(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
     """Run one job to its end, whatever that is."""
     started = time.perf_counter()
     try:
         run_dir.mkdir(exist_ok=True)
         with file_logging(run_dir / "build.log"):
             log.debug("%s", job)
-            outcome = refusal_of(job.faults) if job.faults else work(job, run_dir, request.rebuild)
+            if job.faults:
+                outcome = refusal_of(job.faults)
+            else:
+                from pipeline import build
+
+                outcome = build.build(job.value, run_dir, config=job.config, rebuild=rebuild)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         # A native library that is stopped while it loads turns Ctrl-C into an ImportError.
         outcome = failure_of(KeyboardInterrupt() if _STOPS else error)

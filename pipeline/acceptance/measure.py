@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.acceptance.acceptance import Acceptance, Subject, tool_versions
@@ -91,11 +91,7 @@ def conditions_json(runner: Runner, text: TextCorpus, held: HeldCard | None) -> 
         "tools": tool_versions(),
     }
     if held is not None and held.after is not None:
-        told |= {
-            "card": held.card,
-            "before": held.before.to_json(),
-            "after": held.after.to_json(),
-        }
+        told |= {"card": held.card, "before": asdict(held.before), "after": asdict(held.after)}
     return told
 
 

@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.errors import IncompatibleError
@@ -80,9 +80,6 @@ class Conditions:
     ecc_uncorrected: int | None
     utilization_percent: int | None
     other_compute_processes: tuple[ComputeProcess, ...] | None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def throttle_reason_names(mask: int) -> tuple[str, ...]:

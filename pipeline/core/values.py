@@ -200,9 +200,6 @@ class Finding:
     kind: Literal[_Failing, "note"]
     message: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -245,7 +242,7 @@ class Report:
         """As `report.json`; what was not asked has no key."""
         asked = ("chat", "lm_eval", "sustained", "physics")
         parts = {name: part for name, part in vars(self).items() if part or name not in asked}
-        findings = [finding.to_json() for finding in verdict.findings]
+        findings = [asdict(finding) for finding in verdict.findings]
         return {"schema": 1, **parts, "verdict": verdict.name, "findings": findings}
 
 

@@ -10,13 +10,13 @@ outside this package asks a `FormatSpec`, and never compares a format's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from pipeline.core.cache import StageCache, StageResult, digest_folder
-from pipeline.core.errors import CorruptError, IncompatibleError
+from pipeline.core.errors import CorruptError, Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target
 from pipeline.core.settings import marked_modules, read_mark
 from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
@@ -149,6 +149,14 @@ class FormatSpec:
     memory: CompileMemory | None = None
     check_shape: Callable[[ModelSpec], object] = lambda _shape: None
     is_checkpoint: bool = False
+
+    def shape_faults(self, shape: ModelSpec) -> Sequence[Fault]:
+        """What of a model its converter cannot express."""
+        try:
+            self.check_shape(shape)
+        except RecipeError as error:
+            return error.faults
+        return ()
 
     def variant(self, precision: QuantSpec, limits: Limits, target: Target) -> str:
         """Middle part of a reference; what runs anywhere names no sizes, its server's arguments."""

@@ -20,6 +20,7 @@ import pydantic.dataclasses
 
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.settings import STRICT
+from pipeline.formats.spec import format_specs
 from pipeline.plan.ceilings import REACHABLE_SHARE, WorkloadPlan, plan_workload, roofline
 from pipeline.plan.precisions import PrecisionPlan, compare, precision_table
 from pipeline.plan.sizes import (
@@ -219,12 +220,14 @@ class Note:
 
 
 def shape_faults(request: PlanRequest) -> Sequence[Fault]:
-    """What of the model the format's converter cannot express."""
-    try:
-        request.format.check_shape(request.shape)
-    except RecipeError as error:
-        return error.faults
-    return ()
+    """What of the model the format's converter cannot express, and which other one can."""
+    shape = request.shape
+    if not (faults := request.format.shape_faults(shape)):
+        return ()
+    others = [each for each in format_specs().values() if not each.is_checkpoint]
+    able = [f"compiler={each.name}" for each in others if not each.shape_faults(shape)]
+    also = "".join(f", or {one}" for one in able)
+    return [Fault(fault.path, fault.message + also) for fault in faults]
 
 
 def limit_faults(request: PlanRequest) -> Iterator[Fault]:

@@ -85,6 +85,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the cache: what source and checkpoint answer is asked once."""
+    return tmp_path_factory.mktemp("root")
+
+
 def asked(**changes: Any) -> Acceptance:
     given: dict[str, Any] = {
         "targets": (LOAD,), "text": RepeatedText(), "windows": 4, "reference_windows": 4,
@@ -147,13 +153,13 @@ def measure(
 
 
 def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+    checkpoint: Checkpoint, root: Path, card: list[Conditions]
 ) -> None:
     question = asked(
-        chat=ChatSettings(prompts=20, max_new_tokens=4, min_source_stops=0),
-        sustained=SustainedRun(minutes=0.05, max_throughput_drop=0.99),
+        chat=ChatSettings(prompts=8, max_new_tokens=4, min_source_stops=0),
+        sustained=SustainedRun(minutes=0.02, max_throughput_drop=0.99),
     )
-    report, verdict = measure(checkpoint, tmp_path, question)
+    report, verdict = measure(checkpoint, root, question)
     assert verdict.name == "accepted", verdict.findings
     assert report.conditions["card"] == "NVIDIA-Ada" == report.card
     assert report.conditions["before"]["driver"] == "580.1"
@@ -171,22 +177,22 @@ def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
 
 
 def test_share_of_the_ceiling_becomes_a_rate_of_this_card(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+    checkpoint: Checkpoint, root: Path, card: list[Conditions]
 ) -> None:
     load = Workload(name="b2", batch=2, isl=8, osl=8, min_share_of_ceiling=0.5)
     question = asked(targets=(load,))
-    report, verdict = measure(checkpoint, tmp_path, question)
-    ceiling = subject(checkpoint, tmp_path, question).plan.workloads[0].ceiling
+    report, verdict = measure(checkpoint, root, question)
+    ceiling = subject(checkpoint, root, question).plan.workloads[0].ceiling
     assert report.speed[0]["min_output_tokens_per_s"] == pytest.approx(0.5 * ceiling)
     assert verdict.name == "rejected"  # a simulation is far below it
 
 
 def test_another_card_measures_and_demands_nothing(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+    checkpoint: Checkpoint, root: Path, card: list[Conditions]
 ) -> None:
     card[:] = [dataclasses.replace(QUIET, gpu="NVIDIA Hopper", sm=90)] * 2
     load = Workload(name="b2", batch=2, isl=8, osl=8, min_output_tokens_per_s=1e9)
-    report, verdict = measure(checkpoint, tmp_path, asked(targets=(load,)))
+    report, verdict = measure(checkpoint, root, asked(targets=(load,)))
     assert verdict.name == "checked"
     assert report.conditions["card"] == "NVIDIA-Hopper"
     assert report.speed[0]["min_output_tokens_per_s"] is None
@@ -195,11 +201,11 @@ def test_another_card_measures_and_demands_nothing(
 
 
 def test_another_process_on_the_card_makes_it_inconclusive(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+    checkpoint: Checkpoint, root: Path, card: list[Conditions]
 ) -> None:
     stranger = ComputeProcess(pid=77, memory_bytes=1)
     card[1] = dataclasses.replace(QUIET, other_compute_processes=(stranger,))
-    _, verdict = measure(checkpoint, tmp_path, asked())
+    _, verdict = measure(checkpoint, root, asked())
     assert verdict.name == "inconclusive"
     assert any("pid 77" in finding.message for finding in verdict.findings)
 
@@ -224,10 +230,10 @@ def test_one_layer_with_a_wrong_scale_is_a_regression(
 
 
 def test_logits_that_are_no_numbers_are_an_error_and_no_verdict(
-    checkpoint: Checkpoint, tmp_path: Path, card: list[Conditions]
+    checkpoint: Checkpoint, root: Path, card: list[Conditions]
 ) -> None:
     with pytest.raises(CorruptError, match="not finite"):
-        measure(checkpoint, tmp_path, asked(), runner=CardRunner(damage=no_number))
+        measure(checkpoint, root, asked(), runner=CardRunner(damage=no_number))
 
 
 def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
@@ -236,7 +242,7 @@ def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
     card: list[Conditions],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    question = asked(chat=ChatSettings(prompts=20, max_new_tokens=4, min_source_stops=0))
+    question = asked(chat=ChatSettings(prompts=8, max_new_tokens=4, min_source_stops=0))
     first, _ = measure(checkpoint, tmp_path, question)
 
     def refuse(*_: object) -> TransformersSession:
@@ -248,9 +254,9 @@ def test_source_answers_are_kept_and_the_source_is_not_loaded_again(
     assert second.chat["answers"] == first.chat["answers"]
 
 
-def test_a_cpu_is_measured_by_its_answers_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_cpu_is_measured_by_its_answers_alone(checkpoint: Checkpoint, root: Path) -> None:
     question = asked(sustained=SustainedRun(minutes=60.0))
-    report, verdict = measure(checkpoint, tmp_path, question, runner=CardRunner(where="cpu"))
+    report, verdict = measure(checkpoint, root, question, runner=CardRunner(where="cpu"))
     assert verdict.name == "checked", verdict.findings
     assert report.speed == ()
     assert report.sustained == {}
@@ -277,25 +283,23 @@ def test_engine_source_and_checkpoint_stand_beside_each_other(
 
 
 def test_runtime_that_computes_something_else_than_its_checkpoint_is_a_regression(
-    checkpoint: Checkpoint, tmp_path: Path
+    checkpoint: Checkpoint, root: Path
 ) -> None:
     question = asked(max_mean_kl_nats=1000.0)
     _, verdict = measure(
-        checkpoint, tmp_path, question, runner=CardRunner(where="cpu", damage=other_norm)
+        checkpoint, root, question, runner=CardRunner(where="cpu", damage=other_norm)
     )
     assert verdict.name == "regression"
     assert "its own FP8 checkpoint" in verdict.findings[0].message
 
 
-def test_engine_without_a_checkpoint_at_hand_says_so(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_engine_without_a_checkpoint_at_hand_says_so(checkpoint: Checkpoint, root: Path) -> None:
     question = asked()
-    given = subject(checkpoint, tmp_path, question)
+    given = subject(checkpoint, root, question)
     engine = dataclasses.replace(given.engine, format="trtrtx")
     report, _ = measure(
         checkpoint,
-        tmp_path,
+        root,
         question,
         engine=engine,
         checkpoint_dir=None,

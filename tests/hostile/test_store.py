@@ -14,6 +14,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,27 @@ def test_what_is_rewritten_or_deleted_counts_as_gone(
             )
             facts = [set(facts_of(one)) for one in (done, honest, whole.perform(command)[step])]
             assert facts[0] <= facts[1] | facts[2]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=STORES[one]) for one in STORES])
+def test_eight_simultaneous_promoters_leave_one_chain_and_each_knows_how_it_ended(
+    attacked: World, kind: str
+) -> None:
+    def enter(name: str) -> int:
+        try:
+            attacked.team.enter(attacked.packages[name])
+        except PipelineError as error:
+            return error.exit_code
+        return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = set(pool.map(enter, ["spare", "good"] * 4))
+    assert 0 in codes
+    assert codes <= {0, 8}
+    (stable,) = read_channels(attacked.store, attacked.team.policy, "tiny", VARIANT, "stable")
+    before = [None, *(one.id for one in stable.moves)]
+    assert [one.predecessor for one in stable.moves] == before[:-1]
+    assert [one.code for one in attacked.perform("next")] == [0, 0, 0]
 
 
 def facts_of(done: Outcome) -> Iterator[tuple[str, str, str]]:

@@ -93,6 +93,9 @@ def test_model_that_a_converter_cannot_express_is_refused_by_the_plan(ask: Ask) 
         assert str(fault).startswith("config.json: layer_types: mixes layers")
         assert "use compiler=checkpoint" in str(fault)
     assert make_plan(ask(mixed, kv_cache_dtype="bfloat16")).faults == ()
+    partial = read_spec(published("llama-3.1-8b-instruct", partial_rotary_factor=0.5))
+    (fault,) = make_plan(ask(partial, format="trtllm")).faults
+    assert str(fault).endswith(", which leaves the model as it is, or compiler=trtrtx")
 
 
 TARGETS = sorted(path.stem for path in (data_dir("conf") / "target").glob("*.yaml"))

@@ -287,7 +287,7 @@ def holds(objects: WritableObjects, key: str, file: FileDigest) -> bool:
     if found is None or found.size_bytes != file.size_bytes:
         return False
     digest = hashlib.sha256()
-    with objects.stream(key, 0, None) as chunks:
+    with contextlib.suppress(NotFoundError), objects.stream(key, 0, None) as chunks:
         for chunk in chunks:
             digest.update(chunk)
     return digest.hexdigest() == file.sha256
@@ -336,8 +336,9 @@ class WritableTree(TreeStore):
         if self._holds(manifest_key(place), manifest):
             return False
         self.objects.replace(_lease_key(place), b"published")
-        for statement in statements:
-            self._put_statement(place, statement)
+        files = files_of(package.manifest)
+        wanted = {f"{version_key(place)}/{file.path}" for file in files}
+        wanted |= {f"{statements_key(place)}{one.name}/{ENVELOPE}" for one in statements}
 
         def send(file: FileDigest) -> None:
             key, source = f"{version_key(place)}/{file.path}", package.dir / file.path
@@ -346,12 +347,19 @@ class WritableTree(TreeStore):
             else:
                 self.objects.put_file(key, source, file, on_bytes)
 
-        files = files_of(package.manifest)
-        for _ in in_parallel(send, [file for file in files if file.size_bytes <= _SMALL_BYTES]):
-            pass
-        for file in files:
-            if file.size_bytes > _SMALL_BYTES:
-                send(file)
+        # Again if a gc that looked before our lease came took what was found of a removed version.
+        for _ in range(2):
+            for statement in statements:
+                self._put_statement(place, statement)
+            small = [file for file in files if file.size_bytes <= _SMALL_BYTES]
+            for _ in in_parallel(send, small):
+                pass
+            for file in files:
+                if file.size_bytes > _SMALL_BYTES:
+                    send(file)
+            if wanted <= {found.key for found in self._listed_of(place)}:
+                break
+            on_bytes(-sum(file.size_bytes for file in files))
         created = self._put(manifest_key(place), manifest)
         if not self._holds(manifest_key(place), manifest):
             raise TransientError(f"{place} was removed while it was published; publish it again")
@@ -402,12 +410,8 @@ class WritableTree(TreeStore):
             if (parsed := parse_key(found.key)) is not None:
                 versions.setdefault(parsed[0], {})[parsed[1]] = found
         for place, objects in sorted(versions.items(), key=lambda one: one[0]):
-            lease, published = objects.get(_LEASE), f"/{MANIFEST}" in objects
-            if published and lease and lease.modified_s <= newest_s:
-                words.append(f"{place} (lease of a publication that is over)")
-                if delete:
-                    self.objects.delete([_lease_key(place)])
-            elif not published and max(one.modified_s for one in objects.values()) <= newest_s:
+            is_old = max(one.modified_s for one in objects.values()) <= newest_s
+            if f"/{MANIFEST}" not in objects and is_old:
                 size_bytes = sum(one.size_bytes for one in objects.values())
                 what = f"{len(objects)} files without a manifest, {size_bytes} bytes"
                 words.append(f"{place} ({what})")
@@ -443,14 +447,17 @@ class WritableTree(TreeStore):
             return self.objects.read(key, len(data)) == data
         return False
 
+    def _listed_of(self, place: Place) -> Iterator[Found]:
+        for prefix in (f"{version_key(place)}/", statements_key(place)):
+            yield from self.objects.listed(prefix)
+
     def _remove(self, place: Place, newest_s: float) -> None:
         """Remove all of a version, unless a publisher has come meanwhile; the lease last."""
         keys = []
-        for prefix in (f"{version_key(place)}/", statements_key(place)):
-            for found in self.objects.listed(prefix):
-                if found.modified_s > newest_s or found.key == manifest_key(place):
-                    return
-                keys.append(found.key)
+        for found in self._listed_of(place):
+            if found.modified_s > newest_s or found.key == manifest_key(place):
+                return
+            keys.append(found.key)
         lease = self.objects.find(_lease_key(place))
         if lease is None or lease.modified_s <= newest_s:
             self.objects.delete(keys)

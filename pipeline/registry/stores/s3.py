@@ -56,7 +56,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 _THREADS = 8
 PART_BYTES = 8 << 20  # of a large file; more where that were too many
 _MAX_PARTS = 9_000  # S3 takes 10,000 (Amazon S3 User Guide, "Multipart upload limits")
-_PROBE = ".writable-"
+_PROBE = ".writable"
 
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 _ADVICE: tuple[tuple[str, type[PipelineError], str], ...] = (
@@ -92,7 +92,7 @@ _ADVICE: tuple[tuple[str, type[PipelineError], str], ...] = (
     ),
     (
         "ResponseParserError",
-        PipelineError,
+        CorruptError,
         "what answers is no S3 server: check the endpoint, and whether the network wants a login",
     ),
 )
@@ -295,19 +295,9 @@ class S3Objects:
                         upload = str(entry.get("UploadId"))
                         self._call_if_there("abort_multipart_upload", key, UploadId=upload)
                     yield f"{key} (unfinished upload)"
-        for found in self.listed(_PROBE):
-            if found.modified_s <= newest_s:
-                if delete:
-                    self.delete([found.key])
-                yield f"{found.key} (left by a check)"
 
     def check_writable(self) -> None:
-        key = f"{_PROBE}{secrets.token_hex(8)}"
-        self.create(key, b"1")
-        exclusive = not self.create(key, b"2")
-        with contextlib.suppress(AccessError):  # write-only credentials are enough to publish
-            self.delete([key])
-        if not exclusive:
+        if self.create(_PROBE, b"1") and self.create(_PROBE, b"1"):  # it stays
             fault = "this server ignores If-None-Match, so a manifest could be overwritten"
             raise AccessError(f"cannot publish to {self.url}: {fault}; use another registry")
 
@@ -505,6 +495,9 @@ def _explained(error: Exception, fault: str) -> PipelineError | None:
     known = botocore.ClientError | botocore.BotoCoreError | ResponseParserError
     if not broken and not isinstance(error, known):
         return None
+    inner = getattr(error, "kwargs", {}).get("error")
+    if isinstance(inner, PipelineError):  # of ours, out of botocore
+        return inner
     # One line of a terminal.
     text = re.sub(r"[^\x20-\x7e]+", " ", str(error) or type(error).__name__)[:300]
     message, (code, status) = f"{fault}: {text}", _code_and_status(error)

@@ -80,6 +80,17 @@ _QWEN3_SHAPES: dict[str, dict[str, Any]] = {
     "llama3-rope": {"rope_scaling": llama3_rope(8.0)},
     "longrope": {"rope_scaling": longrope(16), "original_max_position_embeddings": 128},
 }
+_PHI4_SHAPES: dict[str, dict[str, Any]] = {
+    **{name: _SHAPES[name] for name in ("one-layer-one-kv-head", "large-epsilon")},
+    "as-many-kv-heads-as-heads": {"num_key_value_heads": 6},
+    "untied": {"tie_word_embeddings": False},
+    "heads-of-16": {"hidden_size": 96, "rope_scaling": longrope(6)},
+    "odd-sizes": {"hidden_size": 144, "intermediate_size": 101, "rope_scaling": longrope(9)},
+    "window": {"sliding_window": WINDOW},
+    "half-rotary": {"partial_rotary_factor": 0.5, "rope_scaling": longrope(8)},
+    "whole-rotary": {"partial_rotary_factor": 1.0, "rope_scaling": longrope(16)},
+    "plain-rope": {"rope_scaling": None},
+}
 
 
 def _cases() -> dict[str, Case]:
@@ -93,9 +104,15 @@ def _cases() -> dict[str, Case]:
             cases[f"{name}-short-factors"] = Case(name, 128, (3, 29, 60), wide)
         else:
             cases[name] = Case(name, 192, (3, 40, 121), {})
-    for family, shapes in (("llama", _SHAPES), ("qwen3", _QWEN3_SHAPES)):
+    for family, shapes in (
+        ("llama", _SHAPES),
+        ("mistral", {"head_dim-as-in-nemo": {"head_dim": 32}}),
+        ("qwen3", _QWEN3_SHAPES),
+        ("phi4-mini", _PHI4_SHAPES),
+    ):
+        short = {"original_max_position_embeddings": 128} if family == "phi4-mini" else {}
         for name, overrides in shapes.items():
-            cases[f"{family}-{name}"] = Case(family, 128, (3, 17, 40), overrides)
+            cases[f"{family}-{name}"] = Case(family, 128, (3, 17, 40), {**short, **overrides})
     return cases
 
 

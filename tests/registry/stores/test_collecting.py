@@ -8,14 +8,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.core.values import Package
 from pipeline.registry.inventory import Collected, collect
-from pipeline.registry.stores import folder_writing
+from pipeline.registry.stores import folder_writing, publication
 from pipeline.registry.stores.publication import WritableStore
-from tests.registry.packages import place_of, read_back, sealed_package
+from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.team import Team
 
 COLLECTORS = 8
@@ -77,3 +78,37 @@ def test_a_publisher_goes_on_where_collectors_take_its_empty_folders(
     package = sealed_package(tmp_path / "package")
     assert folder_store.put_package(package, [], lambda _: None)
     assert len(read_back(folder_store, package)) == 2
+
+
+@pytest.mark.parametrize("kind", ["folder_store", "memory_s3_store"])
+@pytest.mark.parametrize("moment", ["found", "compared"])
+def test_a_publisher_sends_again_what_a_late_collector_takes(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+    moment: str,
+) -> None:
+    """One that looked before the publisher's lease, and removes when the publisher has looked."""
+    store: Any = request.getfixturevalue(kind)
+    package = sealed_package(tmp_path / "package")
+    store.put_package(package, [raw_statement()], lambda _: None)
+    store.delete_package(place_of(package))
+    left = [found.key for found in store.objects.listed("") if not found.key.endswith(".lease")]
+    owner: Any = publication if moment == "compared" else type(store.objects)
+    name = "holds" if moment == "compared" else "find"
+    plain, lock = getattr(owner, name), threading.Lock()
+
+    def then_taken(objects: Any, key: str, *more: Any) -> Any:
+        with lock:
+            found = plain(objects, key, *more)
+            if found and "/engine/" in key:
+                store.objects.delete(left)
+                left.clear()
+            return found
+
+    monkeypatch.setattr(owner, name, then_taken)
+    assert store.put_package(package, [raw_statement()], lambda _: None)
+    assert left == []
+    assert len(read_back(store, package)) == 2
+    assert store.read_statements(place_of(package)) == [raw_statement()]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +18,6 @@ from pipeline.registry.trust.statements import open_statement
 from pipeline.registry.trust.verification import Channel, Move, read_channels
 from tests.registry.packages import VARIANT
 from tests.registry.team import CARD, Team, trusted
-
-InChildren = Callable[[Sequence[Callable[[], object]]], list[int]]
 
 
 @pytest.fixture
@@ -148,18 +144,3 @@ def test_a_clock_that_is_behind_moves_a_channel_all_the_same(
     move(team, packages[1])
     move(team, packages[2])
     assert stable(team) == packages[2]
-
-
-def test_simultaneous_authors_leave_one_chain_and_each_knows_how_it_ended(
-    team: Team, packages: list[Reference], in_children: InChildren
-) -> None:
-    move(team, packages[0])
-    targets = packages[1:] * 4
-    codes = in_children([functools.partial(move, team, target) for target in targets])
-    assert set(codes) <= {0, 8}
-    assert 0 in codes
-    assert stable(team) in packages[1:]
-    before: Move | None = None
-    for one in channel(team).moves:
-        assert one.predecessor == (before.id if before else None)
-        before = one
