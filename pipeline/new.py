@@ -194,7 +194,7 @@ def _contexts(shape: ModelSpec) -> list[int]:
     Up to them every runtime attends to the same tokens with the same factors.
     """
     start = min(START_CONTEXT, shape.max_position_embeddings)
-    for edge in (shape.window, shape.short_rope_context):
+    for edge in (shape.window_of_all, shape.short_rope_context):
         if edge is not None and edge >= FLOOR_CONTEXT:
             start = min(start, edge)
     halves = [START_CONTEXT >> half for half in range(START_CONTEXT // FLOOR_CONTEXT)]

@@ -49,7 +49,7 @@ CONTEXT = 128
 LAYERS = 5
 """Enough that a recipe which keeps its first four layers in 16 bits still has FP8 ones."""
 _MIN_HEADS = 4
-_MIN_HEAD_DIM = 16
+_MIN_HEAD_DIM, _MAX_HEAD_DIM = 16, 32
 """TensorRT-RTX 1.7.1 has no attention kernel for fewer query heads or smaller heads."""
 _SIZES = {
     "max_batch_size": 2,
@@ -125,7 +125,7 @@ def run_rehearsal(
 
 
 def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Composed:
-    """The recipe with each compiler that can have it (sizes, keys, precision); its own first."""
+    """The recipe with each compiler that can have it (sizes, precision, shape); its own first."""
     job = load(recipe, overrides, folders=folders)
     composed: dict[str, tuple[Recipe, Mapping[str, Any]]] = {
         job.value.compiler.format: (job.value, job.config)
@@ -134,8 +134,11 @@ def compose(recipe: str, overrides: Sequence[str], folders: ConfigFolders) -> Co
         return composed
     for name in folders.options("compiler"):
         other = load(recipe, [*overrides, f"compiler={name}"], folders=folders)
-        holds = format_spec(name).holds(quant_spec(job.value.quantizer.precision))
-        if name not in composed and holds and not other.faults:
+        made = format_spec(name)
+        able = made.holds(quant_spec(job.value.quantizer.precision))
+        if name in composed or other.faults:
+            continue
+        if able and not made.shape_faults(job.value.shape):
             composed[name] = (other.value, other.config)
     return composed
 
@@ -248,7 +251,7 @@ def small_spec(spec: ModelSpec) -> ModelSpec:
     ratio = attention.heads // attention.kv_heads
     kv_heads = -(-_MIN_HEADS // ratio)
     heads = ratio * kv_heads
-    head_dim = max(_MIN_HEAD_DIM, attention.head_dim // 4)
+    head_dim = min(max(_MIN_HEAD_DIM, attention.head_dim // 4), _MAX_HEAD_DIM)
     square = spec.hidden_size == attention.heads * attention.head_dim
     hidden = heads * head_dim if square else 2 * heads * head_dim
     layers = min(LAYERS, spec.num_layers)
@@ -263,14 +266,18 @@ def small_spec(spec: ModelSpec) -> ModelSpec:
         "vocab_size": _VOCAB,
         "max_position_embeddings": _MAX_POSITION,
     }
-    pairs = spec.rope.rotary_dim * head_dim // attention.head_dim // 2
+    pairs = attention.rope.rotary_dim * head_dim // attention.head_dim // 2
     for section in ("rope_scaling", "rope_parameters"):
         if small.get(section):
             small[section] = _small_rope(small[section], pairs)
     small = _small_rope(small, pairs)
     if spec.window is not None:
         small["sliding_window"] = CONTEXT // 4
-    if "layer_types" in small:
+    if len(set(spec.windows)) > 1:
+        kinds = ["sliding_attention" if window else "full_attention" for window in spec.windows]
+        slices = [kinds[first : first + layers] for first in range(spec.num_layers - layers + 1)]
+        small["layer_types"] = max(slices, key=lambda one: len(set(one)))
+    elif "layer_types" in small:
         small["layer_types"] = small["layer_types"][:layers]
     return read_spec(small)
 

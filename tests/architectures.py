@@ -58,6 +58,23 @@ def longrope(frequencies: int) -> dict[str, Any]:
     }
 
 
+def yarn(**changes: Any) -> dict[str, Any]:
+    """Ministral 3's rope settings, for a short original context."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "original_max_position_embeddings": 40,
+        "max_position_embeddings": 256,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.5,
+        **changes,
+    }
+
+
 _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("Llama", {"head_dim": 16}),
     "llama3.1": ("Llama", {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": llama3_rope(8.0)}),
@@ -112,6 +129,22 @@ _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "sliding_window": 262144,
         },
     ),
+    "ministral3": ("Ministral3", {"head_dim": 32, "rope_parameters": yarn()}),
+    # Layer by layer another window and base; 16 x 4 heads beside 64 features of the residual.
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+        },
+    ),
     # Heads of 32, of which 24 elements are rotated; three query heads to a key head.
     "phi4-mini": (
         "Phi3",
@@ -130,6 +163,8 @@ _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 ARCHITECTURES: Final = tuple(_MODELS)
 """Names that `tiny_architecture` knows."""
+TRTLLM_ARCHITECTURES: Final = tuple(sorted(_MODELS.keys() - {"gemma3", "ministral3"}))
+"""Those that are converted for TensorRT-LLM."""
 
 
 def tiny_architecture(name: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
@@ -149,14 +184,15 @@ def tiny_architecture(name: str, folder: Path, *, seed: int = 0, **overrides: An
     # The same spread of logits, and so the same float32 rounding in them, whatever the width.
     settings.setdefault("initializer_range", 1.2 / settings["hidden_size"] ** 0.5)
     with quiet():
-        config = getattr(transformers, f"{family}Config")(**settings)
+        kind = {"Gemma3": "Gemma3Text"}.get(family, family)
+        config = getattr(transformers, f"{kind}Config")(**settings)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.config.architectures = [f"{family}ForCausalLM"]
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(float(family == "Gemma3"))
             elif parameter_name.endswith(".bias"):
                 parameter.normal_(0.0, 0.5)
     folder.mkdir(parents=True, exist_ok=True)

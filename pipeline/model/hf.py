@@ -176,6 +176,9 @@ def transformers4_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     old = {key: value for key, value in config.items() if key != "rope_parameters"}
     rope = dict(config.get("rope_parameters") or {})
+    if "sliding_attention" in rope:  # Gemma 3's two sections
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     legacy_type = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", legacy_type)
     for name in ("rope_theta", "partial_rotary_factor"):
@@ -203,10 +206,10 @@ def write_random_model(spec: ModelSpec, folder: Path, *, documents: list[str], s
     (folder / "generation_config.json").write_text(json.dumps(tokens) + "\n")
     (folder / "LICENSE").write_text("Random weights, in the public domain (CC0-1.0).\n")
     tensors = [TensorSpec(name, "bfloat16", shape) for name, shape in spec.tensors().items()]
-    _write_shards(tensors, folder, seed)
+    _write_shards(tensors, folder, seed, mean_norm=1 - spec.norm_offset)
 
 
-def _write_shards(tensors: list[TensorSpec], folder: Path, seed: int) -> None:
+def _write_shards(tensors: list[TensorSpec], folder: Path, seed: int, mean_norm: float) -> None:
     """Write safetensors of about 2 GiB each, and their index."""
     import numpy as np
 
@@ -223,14 +226,16 @@ def _write_shards(tensors: list[TensorSpec], folder: Path, seed: int) -> None:
         with (folder / name).open("wb") as stream:
             stream.write(safetensors_header(shard, {"format": "pt"}))
             for tensor in shard:
-                for values in _values(tensor, rng):
+                for values in _values(tensor, rng, mean_norm):
                     stream.write(values.tobytes())
     size_bytes = sum(tensor.size_bytes for tensor in tensors)
     index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index) + "\n")
 
 
-def _values(tensor: TensorSpec, rng: np.random.Generator) -> Iterator[NDArray[Any]]:
+def _values(
+    tensor: TensorSpec, rng: np.random.Generator, mean_norm: float
+) -> Iterator[NDArray[Any]]:
     """The tensor's elements as bfloat16, piece by piece.
 
     Linears have the standard deviation 1 / sqrt(inputs), which keeps activations near unit size;
@@ -243,7 +248,7 @@ def _values(tensor: TensorSpec, rng: np.random.Generator) -> Iterator[NDArray[An
     if tensor.name.endswith(".bias"):
         deviation = 0.3
     elif len(tensor.shape) == 1:
-        mean, deviation = 1.0, 0.1
+        mean, deviation = mean_norm, 0.1
     elif tensor.name != f"{EMBEDDING}.weight":
         deviation = tensor.shape[1] ** -0.5
     count = math.prod(tensor.shape)

@@ -47,8 +47,13 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """An RMS norm: its module without its layer's name, and its features."""
+    """An RMS norm: its module without its layer's name, and its features.
 
+    `role` says what it reads: `attention_in` and `mlp_in` what their part of the layer reads,
+    `attention_out` and `mlp_out` what it adds to the residual stream, `q` and `k` each head.
+    """
+
+    role: str
     module: str
     size: int
 
@@ -60,7 +65,9 @@ class Attention:
     Attributes:
         scale: Multiplies the scores.
         window: How many keys a query sees, its own included; None for all.
+        rope: How queries and keys are rotated.
         qk_norm: Each head of q and k has a norm before its rotation.
+        query_scaling: Multiplies rotated queries, by their position; None for nothing.
         softcap: Scores become softcap x tanh(score / softcap); None for none.
     """
 
@@ -68,15 +75,20 @@ class Attention:
     kv_heads: int
     head_dim: int
     scale: float
+    rope: Rope
     window: int | None = None
     qk_norm: bool = False
+    query_scaling: QueryScaling | None = None
     softcap: float | None = None
     module: str = "self_attn"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One decoder layer: its linears in the order of the forward pass, and all its norms."""
+    """One decoder layer: its linears in the order of the forward pass, and all its norms.
+
+    `activation` of the gate: `silu`, or `gelu_tanh` (GELU by its tanh approximation).
+    """
 
     attention: Attention
     linears: tuple[Linear, ...]
@@ -85,6 +97,10 @@ class Layer:
 
     def linear(self, role: str) -> Linear:
         return next(linear for linear in self.linears if linear.role == role)
+
+    def norm(self, role: str) -> Norm | None:
+        """The norm of this role; None if the layer has none there."""
+        return next((norm for norm in self.norms if norm.role == role), None)
 
     def group(self, fused: str) -> tuple[Linear, ...]:
         """The linears that runtimes merge."""
@@ -123,6 +139,13 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Every frequency divided by `factor` (position interpolation, arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
     """Llama 3.1's change of the frequencies: long waves slowed by `factor`, short ones kept."""
 
@@ -151,12 +174,47 @@ class LongRopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv:2309.00071, section 3.2): pairs that turn slowly are slowed by `factor`.
+
+    Those that turn `beta_fast` times or more in the original context are kept, those that turn
+    `beta_slow` times or less are slowed, the others blended; `truncate` moves these edges to whole
+    pairs. `attention_factor` multiplies cosine and sine.
+    """
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    truncate: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryScaling:
+    """Llama 4's scaling of queries beyond the original context, which Ministral 3 has, too.
+
+    The factor at position p is 1 + `beta` * ln(1 + floor(p / original)).
+    """
+
+    beta: float
+    original_max_position_embeddings: int
+
+    def factors(self, context: int) -> NDArray[np.float64]:
+        """The factor of each position, [context]."""
+        import numpy as np
+
+        periods = np.arange(context) // self.original_max_position_embeddings
+        return 1 + self.beta * np.log1p(periods)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary embedding: base `theta`; `rotary_dim` leading elements of each head are rotated."""
 
     theta: float
     rotary_dim: int
-    scaling: Llama3Scaling | LongRopeScaling | None = None
+    scaling: LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +225,8 @@ class ModelSpec:
         architecture: `architectures[0]` of config.json.
         max_position_embeddings: Longest context the model was trained for, tokens.
         norm_eps: Added to the mean square in every norm.
+        norm_offset: Added to the weight of every norm, which Gemma stores as its distance from 1.
+        embedding_scale: Multiplies the embedding, rounded to the activations' type first.
         tied: lm_head is the embedding, stored once.
         state_bytes: State of fixed size that one sequence holds beside its KV cache.
         config: The `config.json` that it was read from.
@@ -177,9 +237,10 @@ class ModelSpec:
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
-    rope: Rope
     tied: bool
     layers: tuple[Layer, ...]
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
     state_bytes: int = 0
     config: Mapping[str, Any] = field(compare=False, repr=False)
 
@@ -197,12 +258,16 @@ class ModelSpec:
         return min((window for window in self.windows if window is not None), default=None)
 
     @property
+    def window_of_all(self) -> int | None:
+        """As `window`, where every layer has one: up to it no layer hides anything."""
+        return None if None in self.windows else self.window
+
+    @property
     def short_rope_context(self) -> int | None:
         """Context up to which LongRoPE's short factors hold; None for another rotary embedding."""
-        scaling = self.rope.scaling
-        if not isinstance(scaling, LongRopeScaling):
-            return None
-        return scaling.original_max_position_embeddings
+        scalings = (layer.attention.rope.scaling for layer in self.layers)
+        longrope = (one for one in scalings if isinstance(one, LongRopeScaling))
+        return next((one.original_max_position_embeddings for one in longrope), None)
 
     def uniform_layer(self) -> Layer:
         """The layer that all are like; RecipeError where they differ."""
@@ -311,7 +376,7 @@ def rope_tables(rope: Rope, *, context: int) -> tuple[NDArray[np.float64], NDArr
     """
     import numpy as np
 
-    gain = rope.scaling.attention_factor if isinstance(rope.scaling, LongRopeScaling) else 1.0
+    gain = getattr(rope.scaling, "attention_factor", 1.0)
     positions = np.arange(context, dtype=np.float64)
     angles = np.outer(positions, rope_frequencies(rope, context=context))
     return np.cos(angles) * gain, np.sin(angles) * gain
@@ -333,6 +398,30 @@ def rope_frequencies(rope: Rope, *, context: int) -> NDArray[np.float64]:
         span = scaling.high_freq_factor - scaling.low_freq_factor
         kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    elif isinstance(scaling, LinearScaling):
+        frequencies = frequencies / scaling.factor
+    elif isinstance(scaling, YarnScaling):
+        kept = _yarn_kept(rope.theta, rope.rotary_dim, scaling)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     elif isinstance(scaling, LongRopeScaling):
         frequencies = frequencies / np.array(scaling.factors(context))
     return frequencies
+
+
+def _yarn_kept(theta: float, rotary_dim: int, scaling: YarnScaling) -> NDArray[np.float64]:
+    """Share of each pair's own frequency that it keeps, [rotary_dim / 2]."""
+    import numpy as np
+
+    def pair(turns: float) -> float:
+        """The pair, a fraction, that turns so often in the original context."""
+        wave = scaling.original_max_position_embeddings / (2 * math.pi * turns)
+        return rotary_dim * math.log(wave) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    width = high - low or 0.001  # as in Transformers
+    ramp = (np.arange(rotary_dim // 2) - low) / width
+    kept: NDArray[np.float64] = 1 - np.clip(ramp, 0.0, 1.0)
+    return kept

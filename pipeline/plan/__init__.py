@@ -395,7 +395,7 @@ def conditions_of(request: PlanRequest) -> dict[str, Any]:
         "kv_cache_dtype": request.limits.kv_cache_dtype,
         "sm": request.target.sm,
         "sm_below": request.target.sm,
-        "beyond_sliding_window": context > (shape.window or context),
+        "beyond_sliding_window": context > (shape.window_of_all or context),
         "beyond_original_context": context > (shape.short_rope_context or context),
     }
 

@@ -30,6 +30,7 @@ def load_simulation(
             choice to Transformers, by the longest row.
     """
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     use_onednn()
@@ -38,20 +39,20 @@ def load_simulation(
     config_json.pop("quantization_config", None)
     kept = tuple(range(config_json["num_hidden_layers"])) if layers is None else layers
     config_json["num_hidden_layers"] = len(kept)
-    if config_json.get("layer_types"):
-        config_json["layer_types"] = [config_json["layer_types"][layer] for layer in kept]
+    windows = checkpoint.spec.windows
+    if config_json.get("layer_types") or len(set(windows)) > 1:
+        kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+        config_json["layer_types"] = [kinds[layer] for layer in kept]
     with quiet():
         config = AutoConfig.for_model(config_json.pop("model_type"), **config_json)
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.to_empty(device="cpu")
-    _restore_buffers(model)
     state = {
         _renumber(name, kept): _dequantize(checkpoint, name, stored)
         for name, stored in checkpoint.parameters.items()
         if _layer_of(name) in (-1, *kept)
     }
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"the model has no {unexpected}, the checkpoint no {missing}")
     model.tie_weights()
@@ -61,7 +62,7 @@ def load_simulation(
             hook = partial(_round, round_input, float(checkpoint.scalar(f"{name}.input_scale")))
             model.get_submodule(_renumber(name, kept)).register_forward_pre_hook(hook)
     if context is not None:
-        _fix_longrope(model, checkpoint.spec.rope, context)
+        _fix_longrope(model, checkpoint.spec.layers[0].attention.rope, context)
     return model.eval()
 
 
@@ -88,15 +89,6 @@ def _dequantize(checkpoint: UnifiedCheckpoint, name: str, stored: str) -> torch.
     if not checkpoint.is_quantized(module):
         return values.float()
     return checkpoint.precision.dequantize(values, checkpoint.weight_scale(module))
-
-
-def _restore_buffers(model: Any) -> None:
-    """Recompute what is no weight (the rotary frequencies), which the meta device lost."""
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):
-            fresh = type(module)(config=module.config, device="cpu")
-            module.inv_freq = fresh.inv_freq
-            module.original_inv_freq = fresh.original_inv_freq
 
 
 def _fix_longrope(model: Any, rope: Rope, context: int) -> None:

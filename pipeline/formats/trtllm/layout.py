@@ -39,9 +39,11 @@ from pipeline.model.spec import (
     LM_HEAD,
     Layer,
     Linear,
+    LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     ModelSpec,
+    YarnScaling,
     layer_name,
     longrope_gain,
     not_built,
@@ -118,7 +120,8 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
     `type` and `rope_type` are both written, since older readers know one of them only. LongRoPE's
     own keys change the layers, `position_embedding_type` the tables: both are needed.
     """
-    rope, head_dim = spec.rope, spec.layers[0].attention.head_dim
+    attention = spec.layers[0].attention
+    rope, head_dim = attention.rope, attention.head_dim
     share = rope.rotary_dim / head_dim
     if int(head_dim * share) < rope.rotary_dim:  # which is how TensorRT-LLM computes our size
         share = math.nextafter(share, math.inf)
@@ -171,8 +174,11 @@ def _faults(spec: ModelSpec, layer: Layer) -> Iterator[Fault]:
     (`create_sinusoidal_positions_long_rope_for_attention_plugin` in `functional.py`); the keys
     `longrope_short_mscale` and `longrope_long_mscale` are read for Phi-3-small and PhiMoE only.
     """
-    attention, rope, scaling = layer.attention, spec.rope, spec.rope.scaling
+    attention, rope, scaling = layer.attention, layer.attention.rope, layer.attention.rope.scaling
     head_dim, longest = attention.head_dim, spec.max_position_embeddings
+    if isinstance(scaling, LinearScaling | YarnScaling):
+        kind = type(scaling).__name__.removesuffix("Scaling").lower()
+        yield not_built("rope_type", f"is {kind}, which is not written for TensorRT-LLM")
     if not layer.fused_mlp:
         if rope.rotary_dim != head_dim:
             message = f"rotates {rope.rotary_dim} of {head_dim} elements; TensorRT-LLM's "

@@ -38,7 +38,7 @@ from pipeline.formats.trtrtx.onnx_graph import (
     RTX_CUT,
     RTX_GRAPH,
     GraphSettings,
-    buildable_layer,
+    buildable_attention,
     convert,
     cut_context,
     cut_layers,
@@ -246,7 +246,7 @@ class TrtRtxCompiler:
         self, checkpoint: Checkpoint, target: Target, cache: StageCache, log_dir: Path
     ) -> Engine:
         spec = UnifiedCheckpoint(checkpoint.dir).spec
-        _check_attention_shape(buildable_layer(spec).attention)
+        _check_attention_shape(buildable_attention(spec))
         graphs = convert(checkpoint.dir, checkpoint.digest, self._graph, cache)
         network = self._check_network(checkpoint.dir, graphs.dir, cache, log_dir)
         made_of = {"checkpoint": checkpoint.digest, "graph": graphs.digest}

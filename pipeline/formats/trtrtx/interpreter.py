@@ -141,11 +141,25 @@ def _gather(layer: Layer, data: Array, indices: Array) -> Array:
     return np.take(data, indices, layer.layer.axis)
 
 
-@_rule("ACTIVATION", "alpha", "beta", type="SIGMOID")
-def _activation(_layer: Layer, x: Array) -> Array:
-    """With tanh, which does not overflow; a sigmoid has no alpha and no beta."""
+def _sigmoid(x: Array) -> Array:
+    """With tanh, which does not overflow."""
     half = np.float32(0.5)
     found: Array = half * np.tanh(half * x) + half
+    return found
+
+
+def _gelu_tanh(x: Array) -> Array:
+    """GELU by its tanh approximation (TensorRT documentation, `ActivationType`)."""
+    cubic = np.float32(0.044715) * x * x * x
+    half, root = np.float32(0.5), np.float32((2 / np.pi) ** 0.5)
+    found: Array = half * x * (1 + np.tanh(root * (x + cubic)))
+    return found
+
+
+@_rule("ACTIVATION", "alpha", "beta", "type")
+def _activation(layer: Layer, x: Array) -> Array:
+    """Neither of the two has an alpha or a beta."""
+    found: Array = _choose(layer, "type", {"SIGMOID": _sigmoid, "GELU_TANH": _gelu_tanh})(x)
     return found
 
 

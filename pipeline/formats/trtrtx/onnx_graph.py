@@ -36,7 +36,15 @@ from pipeline.formats.trtrtx.graph_writer import (
     write_linears,
     write_weights,
 )
-from pipeline.model.spec import Layer, ModelSpec, layer_name, not_built, rope_tables
+from pipeline.model.spec import (
+    Attention,
+    ModelSpec,
+    QueryScaling,
+    Rope,
+    layer_name,
+    not_built,
+    rope_tables,
+)
 from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:
@@ -90,7 +98,7 @@ def build_decoder(
     import onnx
 
     spec = checkpoint.spec
-    attention = buildable_layer(spec).attention
+    attention = buildable_attention(spec)
     built = tuple(range(spec.num_layers)) if layers is None else layers
     dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(activation))
     writer = GraphWriter(checkpoint, dict(slots), dtype)
@@ -123,25 +131,39 @@ def build_decoder(
     )
 
 
-def buildable_layer(spec: ModelSpec) -> Layer:
-    """The layer that all layers are like; a `RecipeError` where the graph cannot express it."""
-    layer = spec.uniform_layer()
+def buildable_attention(spec: ModelSpec) -> Attention:
+    """The first layer's; all have its heads. A `RecipeError` where the graph cannot express one."""
+    attentions = [layer.attention for layer in spec.layers]
+    heads = {(one.heads, one.kv_heads, one.head_dim, one.scale) for one in attentions}
     faults = [
         not_built(key, "is not in our decoder graph")
         for key, present in (
-            ("attn_logit_softcapping", layer.attention.softcap is not None),
-            ("hidden_act", layer.activation != "silu"),
+            ("layer_types with heads of their own", len(heads) > 1),
+            ("attn_logit_softcapping", any(one.softcap is not None for one in attentions)),
+            ("hidden_act", any(layer.activation not in _ACTIVATIONS for layer in spec.layers)),
         )
         if present
     ]
     if faults:
         raise RecipeError(faults)
-    return layer
+    return attentions[0]
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write the graph file; its weights must lie beside it."""
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _silu(w: GraphWriter, gate: str, prefix: str) -> str:
+    sigmoid = w.op("Sigmoid", [gate], f"{prefix}.sigmoid")
+    return w.op("Mul", [gate, sigmoid], f"{prefix}.silu")
+
+
+def _gelu_tanh(w: GraphWriter, gate: str, prefix: str) -> str:
+    return w.op("Gelu", [gate], f"{prefix}.gelu", approximate="tanh")
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
 class _Decoder:
@@ -150,8 +172,10 @@ class _Decoder:
     def __init__(self, writer: GraphWriter, spec: ModelSpec, context: int) -> None:
         self._w = writer
         self._spec = spec
-        self._attended = spec.layers[0].attention
         self._context = context
+        self._masks: dict[int | None, str] = {}
+        self._tables: dict[Rope, list[str]] = {}
+        self._gains: dict[QueryScaling | None, str] = {}
 
     def write(self, layers: tuple[int, ...]) -> None:
         """Embedding, the layers, final norm, lm_head on the wanted positions only.
@@ -163,7 +187,17 @@ class _Decoder:
         w = self._w
         embedding = w.weight_as_activation("model.embed_tokens.weight")
         hidden = w.op("Gather", [embedding, "input_ids"], "model.embed_tokens")  # [B, S, hidden]
-        self._positions_and_mask()
+        if self._spec.embedding_scale != 1:
+            scale = self._array("embedding_scale", self._spec.embedding_scale)
+            hidden = w.op("Mul", [hidden, scale], "model.embed_tokens.scaled")
+        attentions = [self._spec.layers[layer].attention for layer in layers]
+        self._positions()
+        for window in dict.fromkeys(map(self._window, attentions)):
+            self._add_mask(window)
+        for rope in dict.fromkeys(one.rope for one in attentions):
+            self._add_tables(rope)
+        for scaling in dict.fromkeys(one.query_scaling for one in attentions):
+            self._add_gain(scaling)
         for slot, layer in enumerate(layers):
             hidden = self._layer(layer, slot, hidden)
         last = w.integers("axis_last", [-1])
@@ -175,15 +209,21 @@ class _Decoder:
         logits = w.op("MatMul", [hidden, transposed], "lm_head")
         w.op("Cast", [logits], "logits", to=onnx.TensorProto.FLOAT)
 
-    def _positions_and_mask(self) -> None:
-        """`position_ids` [B, S] and the bool `attention_mask` [B, 1, S, T], shared by all layers.
-
-        A key is visible when its index is at most the query's position: causal per row, and pads
-        lie beyond it. With a sliding window, unless no context exceeds it, it must also be one of
-        the last `sliding_window` positions, the query's own included.
-        """
+    def _array(self, name: str, values: Any) -> str:
+        """A constant in the activations' type."""
+        import numpy as np
         import onnx
 
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self._w.dtype)
+        return self._w.constant(name, np.asarray(values).astype(dtype))
+
+    def _window(self, attention: Attention) -> int | None:
+        """Its window, unless no request is longer."""
+        window = attention.window
+        return window if window is not None and window < self._context else None
+
+    def _positions(self) -> None:
+        """`position_ids` [B, S], and `query_index` [B, 1, S, 1], which masks compare with keys."""
         w = self._w
         zero, one = (w.integers(f"int_{n}", n) for n in (0, 1))
         first = w.integers("axis_first", [0])
@@ -193,62 +233,95 @@ class _Decoder:
         last = w.integers("axis_last", [-1])
         start = w.op("Unsqueeze", ["write_indices", last], "write_indices.column")
         w.op("Add", [start, steps], "position_ids")
-        keys = w.integers("key_index", range(self._context))
+        w.integers("key_index", range(self._context))
         axes = w.integers("mask_axes", [1, 3])
-        queries = w.op("Unsqueeze", ["position_ids", axes], "query_index")  # [B, 1, S, 1]
-        window = self._attended.window
-        if window is None or window >= self._context:
-            w.op("LessOrEqual", [keys, queries], "attention_mask")
-        else:
-            width = w.integers("sliding_window", window)
-            hidden = w.op("Sub", [queries, width], "last_hidden_key")
-            causal = w.op("LessOrEqual", [keys, queries], "causal_mask")
-            near = w.op("Greater", [keys, hidden], "window_mask")
-            w.op("And", [causal, near], "attention_mask")
+        w.op("Unsqueeze", ["position_ids", axes], "query_index")
 
-        cos, sin = rope_tables(self._spec.rope, context=self._context)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(w.dtype)
-        for name, table in (("rope_cos", cos), ("rope_sin", sin)):
-            w.constant(name, table.astype(dtype))
+    def _add_mask(self, window: int | None) -> None:
+        """The bool mask [B, 1, S, T] of the layers with this window.
+
+        A key is visible when its index is at most the query's position: causal per row, and pads
+        lie beyond it. With a window it must also be one of that many last positions, the query's
+        own included.
+        """
+        w, end = self._w, f".{len(self._masks)}" if self._masks else ""
+        name = self._masks[window] = f"attention_mask{end}"
+        if window is None:
+            w.op("LessOrEqual", ["key_index", "query_index"], name)
+            return
+        width = w.integers(f"sliding_window{end}", window)
+        hidden = w.op("Sub", ["query_index", width], f"last_hidden_key{end}")
+        causal = w.op("LessOrEqual", ["key_index", "query_index"], f"causal_mask{end}")
+        near = w.op("Greater", ["key_index", hidden], f"window_mask{end}")
+        w.op("And", [causal, near], name)
+
+    def _add_tables(self, rope: Rope) -> None:
+        """Cosines and sines of the layers that rotate so."""
+        end = f".{len(self._tables)}" if self._tables else ""
+        tables = zip(("cos", "sin"), rope_tables(rope, context=self._context), strict=True)
+        self._tables[rope] = [self._array(f"rope_{name}{end}", table) for name, table in tables]
+
+    def _add_gain(self, scaling: QueryScaling | None) -> None:
+        """[B, 1, S, 1] that multiplies queries; nothing where no request is long enough."""
+        if scaling is None or self._context <= scaling.original_max_position_embeddings:
+            return
+        w, end = self._w, f".{len(self._gains)}" if self._gains else ""
+        table = self._array(f"query_gains{end}", scaling.factors(self._context))
+        rows = w.op("Gather", [table, "position_ids"], f"query_gain.by_token{end}")
+        axes = w.integers("mask_axes", [1, 3])
+        self._gains[scaling] = w.op("Unsqueeze", [rows, axes], f"query_gain{end}")
 
     def _layer(self, layer: int, slot: int, hidden: str) -> str:
-        w, prefix = self._w, layer_name(layer)
-        linears = matmuls(self._spec.layers[layer], layer)
-        normed = self._norm(f"{prefix}.input_layernorm", hidden)
-        attended = self._attention(slot, f"{prefix}.self_attn", linears, normed)
+        w, prefix, spec = self._w, layer_name(layer), self._spec.layers[layer]
+        linears = matmuls(spec, layer)
+
+        def normed(role: str, x: str) -> str:
+            norm = spec.norm(role)
+            return x if norm is None else self._norm(f"{prefix}.{norm.module}", x)
+
+        attended = self._attention(layer, slot, linears, normed("attention_in", hidden))
+        attended = normed("attention_out", attended)
         hidden = w.op("Add", [hidden, attended], f"{prefix}.attention_residual")
-        normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
-        mlp = self._mlp(f"{prefix}.mlp", linears, normed)
+        gate, up = write_linears(w, [linears["gate"], linears["up"]], normed("mlp_in", hidden))
+        active = _ACTIVATIONS[spec.activation](w, gate, f"{prefix}.mlp")
+        product = w.op("Mul", [active, up], f"{prefix}.mlp.product")
+        mlp = normed("mlp_out", write_linears(w, [linears["down"]], product)[0])
         return w.op("Add", [hidden, mlp], f"{prefix}.residual")
 
-    def _attention(self, slot: int, prefix: str, linears: Mapping[str, MatMul], hidden: str) -> str:
+    def _attention(self, layer: int, slot: int, linears: Mapping[str, MatMul], hidden: str) -> str:
         """Grouped-query attention over the whole static cache, masked; `slot` numbers the cache."""
-        w = self._w
+        w, spec = self._w, self._spec.layers[layer].attention
+        prefix = f"{layer_name(layer)}.{spec.module}"
         query, key, value = write_linears(w, [linears[role] for role in "qkv"], hidden)
-        heads, kv_heads = self._attended.heads, self._attended.kv_heads
-        query, scale = self._scale_query(prefix, self._turned(f"{prefix}.q", query, heads))
-        key = self._turned(f"{prefix}.k", key, kv_heads)
-        value = self._split_heads(value, kv_heads)
+        query = self._turned(layer, "q", query)
+        if gain := self._gains.get(spec.query_scaling):
+            query = w.op("Mul", [query, gain], f"{prefix}.q_gained")
+        query, scale = self._scale_query(prefix, query, spec.scale)
+        key = self._turned(layer, "k", key)
+        value = self._split_heads(value, spec.kv_heads, spec)
         cached = []
         for part, new in (("key", key), ("value", value)):
             inputs = [f"past_{part}.{slot}", new, "write_indices"]
             name = f"present_{part}.{slot}"
             cached.append(w.op("TensorScatter", inputs, name, axis=2, mode="linear"))
+        mask = self._masks[self._window(spec)]
         attended = w.op(  # [B, H, S, D]
-            "Attention", [query, *cached, "attention_mask"], f"{prefix}.attention", scale=scale
+            "Attention", [query, *cached, mask], f"{prefix}.attention", scale=scale
         )
-        merged = self._merge_heads(prefix, attended)
+        merged = self._merge_heads(prefix, attended, spec)
         return write_linears(w, [linears["o"]], merged)[0]
 
-    def _turned(self, name: str, x: str, heads: int) -> str:
+    def _turned(self, number: int, role: str, x: str) -> str:
         """Queries or keys by head, [B, heads, S, D]: each with its norm, if any, and rotated."""
-        x = self._split_heads(x, heads)
-        if self._attended.qk_norm:
-            x = self._norm(f"{name}_norm", x)
-        return self._rotate(f"{name}_rope", x)
+        layer, prefix = self._spec.layers[number], layer_name(number)
+        spec = layer.attention
+        x = self._split_heads(x, spec.heads if role == "q" else spec.kv_heads, spec)
+        if norm := layer.norm(role):
+            x = self._norm(f"{prefix}.{norm.module}", x)
+        return self._rotate(f"{prefix}.{spec.module}.{role}_rope", x, spec)
 
-    def _scale_query(self, prefix: str, query: str) -> tuple[str, float]:
-        """The queries times a part of 1 / sqrt(D), and the rest, which the operator multiplies.
+    def _scale_query(self, prefix: str, query: str, scale: float) -> tuple[str, float]:
+        """The queries times a part of the scale, and the rest, which the operator multiplies.
 
         TensorRT-RTX 1.7.1 multiplies queries and keys by the rest's square root, rounded to the
         activations' type: for D = 96 in bfloat16 the scores would be 0.5 % too large (the constant
@@ -260,7 +333,6 @@ class _Decoder:
         import onnx
 
         w = self._w
-        scale = self._attended.scale
         rest = 4.0 ** math.floor(math.log(scale, 4) + 1e-9)
         if math.isclose(rest, scale):
             return query, rest
@@ -271,42 +343,45 @@ class _Decoder:
         scaled = w.op("Mul", [wide, factor], f"{prefix}.q_scaled_wide")
         return w.op("Cast", [scaled], f"{prefix}.q_scaled", to=w.dtype), rest
 
-    def _mlp(self, prefix: str, linears: Mapping[str, MatMul], hidden: str) -> str:
-        """down(silu(gate(x)) * up(x))."""
-        w = self._w
-        gate, up = write_linears(w, [linears["gate"], linears["up"]], hidden)
-        sigmoid = w.op("Sigmoid", [gate], f"{prefix}.sigmoid")
-        silu = w.op("Mul", [gate, sigmoid], f"{prefix}.silu")
-        product = w.op("Mul", [silu, up], f"{prefix}.product")
-        return write_linears(w, [linears["down"]], product)[0]
-
     def _norm(self, module: str, x: str) -> str:
-        inputs, epsilon = [x, self._w.weight_as_activation(f"{module}.weight")], self._spec.norm_eps
-        return self._w.op(
-            "RMSNormalization", inputs, module, axis=-1, epsilon=epsilon, stash_type=1
-        )
+        """Norm over the last axis; with an offset all in float32, as Gemma's own code does it."""
+        import numpy as np
+        import onnx
 
-    def _split_heads(self, x: str, heads: int) -> str:
+        w, single = self._w, onnx.TensorProto.FLOAT
+        kind: dict[str, Any] = {"epsilon": self._spec.norm_eps, "axis": -1, "stash_type": 1}
+        if not self._spec.norm_offset:
+            gain = w.weight_as_activation(f"{module}.weight")
+            return w.op("RMSNormalization", [x, gain], module, **kind)
+        offset = w.constant("norm_offset", np.array(self._spec.norm_offset, np.float32))
+        weight = w.op("Cast", [w.weight(f"{module}.weight")], f"{module}.weight.wide", to=single)
+        gain = w.op("Add", [weight, offset], f"{module}.gain")
+        if w.dtype == single:
+            return w.op("RMSNormalization", [x, gain], module, **kind)
+        wide = w.op("Cast", [x], f"{module}.input.wide", to=single)
+        wide = w.op("RMSNormalization", [wide, gain], f"{module}.wide", **kind)
+        return w.op("Cast", [wide], module, to=w.dtype)
+
+    def _split_heads(self, x: str, heads: int, spec: Attention) -> str:
         """[B, S, heads * D] -> [B, heads, S, D]."""
-        shape = self._w.integers(f"split_{heads}_heads", [0, 0, heads, self._attended.head_dim])
+        shape = self._w.integers(f"split_{heads}_heads", [0, 0, heads, spec.head_dim])
         reshaped = self._w.op("Reshape", [x, shape], f"{x}.heads")
         return self._w.op("Transpose", [reshaped], f"{x}.by_head", perm=[0, 2, 1, 3])
 
-    def _merge_heads(self, prefix: str, x: str) -> str:
+    def _merge_heads(self, prefix: str, x: str, spec: Attention) -> str:
         """[B, H, S, D] -> [B, S, H * D]."""
-        width = self._attended.heads * self._attended.head_dim
-        shape = self._w.integers("merge_heads", [0, 0, width])
+        shape = self._w.integers("merge_heads", [0, 0, spec.heads * spec.head_dim])
         transposed = self._w.op("Transpose", [x], f"{prefix}.by_token", perm=[0, 2, 1, 3])
         return self._w.op("Reshape", [transposed, shape], f"{prefix}.merged")
 
-    def _rotate(self, name: str, x: str) -> str:
+    def _rotate(self, name: str, x: str, spec: Attention) -> str:
         """Rotary embedding on [B, heads, S, D], half-split pairs; what does not turn passes.
 
         So does the kernel that TensorRT-RTX 1.7.1 writes (its CUDA source in the plan, 2026-11-25).
         """
-        turned = self._spec.rope.rotary_dim
-        partial = {} if turned == self._attended.head_dim else {"rotary_embedding_dim": turned}
-        inputs = [x, "rope_cos", "rope_sin", "position_ids"]
+        turned = spec.rope.rotary_dim
+        partial = {} if turned == spec.head_dim else {"rotary_embedding_dim": turned}
+        inputs = [x, *self._tables[spec.rope], "position_ids"]
         return self._w.op("RotaryEmbedding", inputs, name, interleaved=0, **partial)
 
 
@@ -342,14 +417,19 @@ def cut_context(spec: ModelSpec, context: int) -> int:
 
 
 def cut_layers(checkpoint: UnifiedCheckpoint) -> tuple[int, ...]:
-    """The two neighbouring layers with the most quantized linears, the first such pair.
+    """The two neighbouring layers of most kinds, then with the most quantized linears; the first.
 
     A recipe may keep the first layers in 16 bits, and their cut would show no quantized linear.
     """
     count = checkpoint.spec.num_layers
     width = min(CUT_LAYERS, count)
     pairs = (tuple(range(first, first + width)) for first in range(count - width + 1))
-    return max(pairs, key=lambda pair: len(quantized_linears(checkpoint, pair)))
+
+    def shown(pair: tuple[int, ...]) -> tuple[int, int]:
+        kinds = {checkpoint.spec.layers[number] for number in pair}
+        return len(kinds), len(quantized_linears(checkpoint, pair))
+
+    return max(pairs, key=shown)
 
 
 def quantized_linears(checkpoint: UnifiedCheckpoint, layers: tuple[int, ...]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.formats.spec import CompileMemory, FitRule, FormatSpec
-from pipeline.formats.trtrtx.onnx_graph import buildable_layer
+from pipeline.formats.trtrtx.onnx_graph import buildable_attention
 
 PACKAGE = "tensorrt-rtx-cu13"
 """The compiler's distribution."""
@@ -42,5 +42,5 @@ SPEC = FormatSpec(
         least_bytes=1_500_000_000,
         source="1.7 x the graph's weights, measured 2026-11-25",
     ),
-    check_shape=buildable_layer,
+    check_shape=buildable_attention,
 )

@@ -12,5 +12,5 @@ ARCHITECTURE = "Qwen2ForCausalLM"
 def read(keys: ConfigKeys) -> ModelSpec:
     """Windows slide only where `use_sliding_window` is true; configs carry their size anyway."""
     keys.require("use_mrope", False)  # Qwen's vision models have it
-    window, first = window_from_layer(keys)
-    return dense_decoder(keys, window=window, first_window_layer=first, qkv_bias=True)
+    window, windowed = window_from_layer(keys)
+    return dense_decoder(keys, window=window, windowed=windowed, qkv_bias=True)

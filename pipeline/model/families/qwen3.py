@@ -11,5 +11,5 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 
 def read(keys: ConfigKeys) -> ModelSpec:
     """Windows as in Qwen2."""
-    window, first = window_from_layer(keys)
-    return dense_decoder(keys, window=window, first_window_layer=first, qk_norm=True)
+    window, windowed = window_from_layer(keys)
+    return dense_decoder(keys, window=window, windowed=windowed, qk_norm=True)

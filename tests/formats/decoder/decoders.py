@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.formats.trtrtx.graph_writer import WEIGHTS_FILE, write_weights
 from pipeline.formats.trtrtx.onnx_graph import build_decoder, save_graph
 from pipeline.model.hf import load_model
+from pipeline.model.spec import ModelSpec
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.decode import BoundDecoder, greedy_steps, prefill
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
@@ -28,11 +29,13 @@ def write_graph(
     *,
     context: int = CONTEXT,
     layers: tuple[int, ...] | None = None,
+    spec: ModelSpec | None = None,
 ) -> Path:
-    """The float32 graph of a model folder, its weights beside it."""
+    """The float32 graph of a model folder, its weights beside it; `spec` instead of its own."""
     out_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = UnifiedCheckpoint(model_dir)
     slots = write_weights(checkpoint, out_dir / WEIGHTS_FILE)
+    vars(checkpoint)["spec"] = spec or checkpoint.spec
     graph = build_decoder(checkpoint, slots, context=context, activation="float32", layers=layers)
     save_graph(graph, out_dir / "cpu.onnx")
     return out_dir / "cpu.onnx"

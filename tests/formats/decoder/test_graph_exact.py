@@ -6,7 +6,8 @@ And the convert stage: the cut that stands in for the whole graph has its window
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pipeline.formats.trtrtx.onnx_graph import (
     save_graph,
 )
 from pipeline.model.read import read_spec
-from pipeline.model.spec import ModelSpec
+from pipeline.model.spec import ModelSpec, YarnScaling
 from pipeline.quant.unified import UnifiedCheckpoint
 from tests.architectures import (
     ARCHITECTURES,
@@ -38,6 +39,7 @@ from tests.architectures import (
     longrope,
     tiny_architecture,
     tiny_fp8_architecture,
+    yarn,
 )
 from tests.formats.decoder.decoders import (
     generate_greedy,
@@ -91,6 +93,39 @@ _PHI4_SHAPES: dict[str, dict[str, Any]] = {
     "whole-rotary": {"partial_rotary_factor": 1.0, "rope_scaling": longrope(16)},
     "plain-rope": {"rope_scaling": None},
 }
+_FULL, _NEAR = "full_attention", "sliding_attention"
+_GEMMA: dict[str, dict[str, Any]] = {
+    "untied": {"tie_word_embeddings": False},
+    "as-many-kv-heads-as-heads": {"num_key_value_heads": 4},
+    "two-kv-heads-of-16": {"num_key_value_heads": 2, "head_dim": 16},
+    "odd-sizes": {"hidden_size": 72, "intermediate_size": 200, "num_attention_heads": 6},
+    "windows-everywhere": {"layer_types": [_NEAR] * 3},
+    "windows-nowhere": {"layer_types": [_FULL] * 3},
+    "window-first-and-last": {"layer_types": [_NEAR, _FULL, _NEAR]},
+    "window-of-two": {"sliding_window": 2},
+    "window-beyond-the-context": {"sliding_window": 500},
+    "linear-scaling": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "bases-far-apart": {"rope_theta": 1e7, "rope_local_base_freq": 100.0},
+    "scalar-of-168": {"query_pre_attn_scalar": 168},
+    "large-epsilon": {"rms_norm_eps": 0.1},
+}
+_MINISTRAL: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "as-many-kv-heads-as-heads": {"num_key_value_heads": 4},
+    "one-layer-one-kv-head": {"num_hidden_layers": 1, "num_key_value_heads": 1},
+    "heads-of-24": {"head_dim": 24},
+    "odd-sizes": {"hidden_size": 72, "intermediate_size": 200, "num_attention_heads": 6},
+    "window": {"sliding_window": WINDOW},
+    "queries-as-they-are": {"rope_parameters": yarn(llama_4_scaling_beta=0.0)},
+    "original-context-beyond-the-graphs": {
+        "rope_parameters": yarn(original_max_position_embeddings=200)
+    },
+    "gain-of-the-paper": {"rope_parameters": yarn(mscale=None, mscale_all_dim=None)},
+    "gain-of-a-quotient": {"rope_parameters": yarn(mscale=1.0, mscale_all_dim=0.3)},
+    "gain-stated": {"rope_parameters": yarn(attention_factor=1.3)},
+    "edges-between-pairs": {"rope_parameters": yarn(truncate=False, beta_fast=8.0)},
+    "large-base": {"rope_parameters": yarn(rope_theta=1e6, factor=2.0)},
+}
 
 
 def _cases() -> dict[str, Case]:
@@ -104,15 +139,17 @@ def _cases() -> dict[str, Case]:
             cases[f"{name}-short-factors"] = Case(name, 128, (3, 29, 60), wide)
         else:
             cases[name] = Case(name, 192, (3, 40, 121), {})
-    for family, shapes in (
-        ("llama", _SHAPES),
-        ("mistral", {"head_dim-as-in-nemo": {"head_dim": 32}}),
-        ("qwen3", _QWEN3_SHAPES),
-        ("phi4-mini", _PHI4_SHAPES),
+    for family, context, lengths, shapes in (
+        ("llama", 128, (3, 17, 40), _SHAPES),
+        ("mistral", 128, (3, 17, 40), {"head_dim-as-in-nemo": {"head_dim": 32}}),
+        ("qwen3", 128, (3, 17, 40), _QWEN3_SHAPES),
+        ("phi4-mini", 128, (3, 17, 40), _PHI4_SHAPES),
+        ("gemma3", 128, (3, 30, 60), _GEMMA),
+        ("ministral3", 160, (3, 30, 90), _MINISTRAL),
     ):
         short = {"original_max_position_embeddings": 128} if family == "phi4-mini" else {}
         for name, overrides in shapes.items():
-            cases[f"{family}-{name}"] = Case(family, 128, (3, 17, 40), {**short, **overrides})
+            cases[f"{family}-{name}"] = Case(family, context, lengths, {**short, **overrides})
     return cases
 
 
@@ -182,6 +219,74 @@ def test_a_graph_takes_the_long_factors_where_its_context_exceeds_the_original(
         rows[context] = onnx.numpy_helper.to_array(table)[1]
     # The long factors turn every frequency more slowly.
     assert (rows[ORIGINAL_CONTEXT + 1] < rows[ORIGINAL_CONTEXT]).all()
+
+
+def with_layer(spec: ModelSpec, number: int, **changes: Any) -> ModelSpec:
+    """One layer changed; what a layer lacks is of its attention."""
+    layer = spec.layers[number]
+    if changes.keys() <= vars(layer).keys():
+        layer = replace(layer, **changes)
+    else:
+        layer = replace(layer, attention=replace(layer.attention, **changes))
+    return replace(spec, layers=(*spec.layers[:number], layer, *spec.layers[number + 1 :]))
+
+
+def ministral_faults(spec: ModelSpec) -> Iterator[ModelSpec]:
+    """The specs that differ from Ministral 3's in one thing, on one layer."""
+    attention = spec.layers[0].attention
+    scaling, yarned = attention.query_scaling, attention.rope.scaling
+    assert scaling is not None
+    assert isinstance(yarned, YarnScaling)
+    yield with_layer(spec, 0, query_scaling=None)
+    yield with_layer(spec, 0, query_scaling=replace(scaling, beta=0.1))
+    yield with_layer(spec, 0, query_scaling=replace(scaling, original_max_position_embeddings=41))
+    for changes in (
+        {"factor": 8.0},
+        {"beta_fast": 2.0},
+        {"beta_slow": 2.0},
+        {"attention_factor": 1.1},
+        {"original_max_position_embeddings": 128},
+    ):
+        rope = replace(attention.rope, scaling=replace(yarned, **changes))
+        yield with_layer(spec, 0, rope=rope)
+    yield with_layer(spec, 0, rope=replace(attention.rope, scaling=None))
+
+
+def gemma_faults(spec: ModelSpec) -> Iterator[ModelSpec]:
+    """The specs that differ from Gemma 3's in one thing."""
+    first, second = spec.layers[:2]
+    for norm in first.norms:
+        yield with_layer(spec, 0, norms=tuple(one for one in first.norms if one is not norm))
+    yield with_layer(spec, 0, activation="silu")
+    yield with_layer(spec, 0, rope=second.attention.rope)
+    yield with_layer(spec, 1, rope=first.attention.rope)
+    yield with_layer(spec, 0, window=WINDOW - 1)
+    yield with_layer(spec, 0, window=WINDOW + 1)
+    yield with_layer(spec, 1, window=WINDOW)
+    scaled = spec
+    for number in range(spec.num_layers):
+        scaled = with_layer(scaled, number, scale=32**-0.5)
+    yield scaled
+    yield replace(spec, norm_offset=0.0)
+    yield replace(spec, embedding_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "faults", "count"),
+    [("gemma3", gemma_faults, 6 + 9), ("ministral3", ministral_faults, 9)],
+)
+def test_every_difference_of_a_layer_shows_in_the_logits(
+    name: str, faults: Callable[[ModelSpec], Iterator[ModelSpec]], count: int, tmp_path: Path
+) -> None:
+    """Each norm left out, 1 + w forgotten, one layer's base, window or activation wrong."""
+    model_dir = tiny_architecture(name, tmp_path)
+    prompt = random_prompt(100)
+    wanted = model_logits(reference(model_dir), prompt)
+    made = list(faults(UnifiedCheckpoint(model_dir).spec))
+    assert len(made) == count
+    for number, fault in enumerate(made):
+        graph = write_graph(model_dir, tmp_path / str(number), spec=fault)
+        assert np.abs(graph_logits(graph, prompt) - wanted).max() > 0.01, number
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from pipeline.core.errors import ExitCode, RecipeError
 from pipeline.formats.trtllm.layout import trtllm_config
 from pipeline.model.read import read_spec
-from tests.architectures import ARCHITECTURES
+from tests.architectures import TRTLLM_ARCHITECTURES
 from tests.formats.trtllm.conftest import Convert
 from tests.specs import published
 
@@ -176,7 +176,7 @@ LONGROPE_KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TRTLLM_ARCHITECTURES)
 def test_every_key_that_is_read_is_written_or_neutral(converted: Convert, name: str) -> None:
     config = written(converted, name)
     absent = set() if config["position_embedding_type"] == "long_rope" else LONGROPE_KEYS
@@ -184,7 +184,7 @@ def test_every_key_that_is_read_is_written_or_neutral(converted: Convert, name: 
     assert config.keys() == wanted
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TRTLLM_ARCHITECTURES)
 @pytest.mark.parametrize(
     ("section", "class_name"), [("quantization", "QuantConfig"), ("mapping", "Mapping")]
 )

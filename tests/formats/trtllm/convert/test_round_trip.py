@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.core.cache import StageCache
 from pipeline.formats.trtllm.convert import convert_trtllm
-from tests.architectures import ARCHITECTURES, WINDOW
+from tests.architectures import TRTLLM_ARCHITECTURES, WINDOW
 from tests.formats.trtllm.conftest import Convert
 from tests.formats.trtllm.convert.checkpoints import (
     Converted,
@@ -53,7 +53,7 @@ def both(
     )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TRTLLM_ARCHITECTURES)
 def test_logits_equal_transformers(converted: Convert, name: str) -> None:
     found = converted(name)
     assert largest_difference(*both(found)) < LOGIT_BOUND
