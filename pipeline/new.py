@@ -23,7 +23,7 @@ from pipeline.formats.spec import FormatSpec, format_spec, format_specs
 from pipeline.model.read import IRRELEVANT, read_spec
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import REACHABLE_SHARE
-from pipeline.quant.spec import KV_CACHE_DTYPES
+from pipeline.quant.spec import KV_CACHE_DTYPES, quant_specs
 from pipeline.registry.reference import check_part
 from pipeline.runners.workload import Workload
 from pipeline.sources.hub import HubClient, is_repo_id
@@ -251,7 +251,7 @@ def new_recipe(
         message = "these weights are quantized already; start from the 16-bit model"
         raise RecipeError([Fault("config.json: quantization_config", message)])
     draft = _Draft(name=name, target=target, origin=found, shape=read_spec(found.config))
-    sizes, left_out = draft.fit(folders)
+    draft, sizes, left_out = _fit_precision(draft, folders)
     texts = draft.texts(sizes)
     place(texts, folder)
     return NewRecipe(
@@ -259,14 +259,36 @@ def new_recipe(
     )
 
 
+def _fit_precision(
+    draft: _Draft, folders: ConfigFolders
+) -> tuple[_Draft, dict[str, Fitted], dict[str, str]]:
+    """The draft in the first precision that the card can have, the recipes' own first.
+
+    The error is that of the first, where there is none.
+    """
+    refused: dict[str, RecipeError] = {}
+    smaller = sorted(quant_specs().values(), key=lambda one: -one.linear_bytes(512, 512, 128))
+    others = [one.name for one in smaller if one.name in folders.options("quantizer")]
+    for quantizer in ("", *others[1:]):
+        tried = replace(draft, quantizer=quantizer)
+        try:
+            sizes, left_out = tried.fit(folders)
+        except RecipeError as error:
+            refused[quantizer or others[0]] = error
+        else:
+            return tried, sizes, left_out | {name: str(why) for name, why in refused.items()}
+    raise next(iter(refused.values()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Draft:
-    """A recipe whose sizes are not known yet."""
+    """A recipe whose sizes are not known yet; an empty `quantizer` is that of conf/build.yaml."""
 
     name: str
     target: str
     origin: Origin
     shape: ModelSpec
+    quantizer: str = ""
 
     def fit(self, folders: ConfigFolders) -> tuple[dict[str, Fitted], dict[str, str]]:
         """Sizes of every compiler that can have some, and why others have none; one at least."""
@@ -317,6 +339,7 @@ class _Draft:
             {f"optional sizes/{self.name}@compiler": "${compiler}"},
             {"override source": self.origin.option},
             {"override target": self.target},
+            *([{"override quantizer": self.quantizer}] if self.quantizer else []),
             {"override compiler": next(iter(sizes))},
             "_self_",
         ]

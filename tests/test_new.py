@@ -131,6 +131,21 @@ def test_model_too_large_exits_2_with_the_amount_and_writes_nothing() -> None:
     assert written() == []
 
 
+@pytest.mark.parametrize(
+    ("target", "layers", "why"),
+    [("rtx4090", 80, "does not fit rtx4090"), ("a100", 40, "no FP8 tensor cores")],
+)
+def test_card_that_cannot_have_fp8_gets_four_bits_and_is_told_why(
+    target: str, layers: int, why: str
+) -> None:
+    made = new(folder_of(published("llama-2-13b", num_hidden_layers=layers)), target=target)
+    assert "trtllm" not in made.sizes  # which cannot hold them
+    assert why in made.left_out["fp8"]
+    recipe = loaded()
+    assert recipe.quantizer.precision == "w4a16"
+    assert plan_of(recipe).faults == ()
+
+
 def test_card_without_a_format_leaves_its_sizes_out_and_says_why() -> None:
     made = new(folder_of(published(LLAMA)), target="h100")
     assert tuple(made.sizes) == ("trtllm", "checkpoint")
@@ -165,7 +180,6 @@ def test_name_that_exists_is_a_conflict_and_is_left_as_it_is() -> None:
         ("My_Model", {}, "did you mean my-model"),
         ("../up", {}, "is not a name"),
         ("mine", {"target": "rtx4091"}, "did you mean rtx4090"),
-        ("mine", {"target": "a100"}, "no FP8 tensor cores"),
         ("mine", {"revision": "main"}, "only a Hub repository has revisions"),
     ],
 )
