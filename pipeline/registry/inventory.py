@@ -22,7 +22,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -86,7 +86,7 @@ def entries(store: WritableStore, terms: Terms) -> list[Entry]:
     shown = replace(terms, allow_yanked=True)
 
     def look(listed: Listed, reader: Reader) -> list[Entry]:
-        channels = _channels(reader, listed.name, listed.variant, terms)
+        channels = read_channels(reader, terms.policy, listed.name, listed.variant)
         found = []
         for place, names in listed.versions.items():
             try:
@@ -97,8 +97,7 @@ def entries(store: WritableStore, terms: Terms) -> list[Entry]:
                 corrupt = isinstance(error, CorruptError)
                 found.append(Entry(place=place, fault=str(error), corrupt=corrupt))
             else:
-                held = tuple(channels.get((place, one.package.digest), ()))
-                found.append(Entry(place=place, resolved=one, channels=held))
+                found.append(Entry(place=place, resolved=one, channels=_pointing(one, channels)))
         return found
 
     return [one for some in _of_variants(store, look) for one in some]
@@ -107,20 +106,13 @@ def entries(store: WritableStore, terms: Terms) -> list[Entry]:
 def entry(store: Store, text: str, terms: Terms) -> Entry:
     """The one version that a reference means; see `resolve`. A yanked one is shown."""
     found = resolve(store, text, replace(terms, allow_yanked=True))
-    channels = _channels(store, found.place.name, found.place.variant, terms)
-    held = tuple(channels.get((found.place, found.package.digest), ()))
-    return Entry(place=found.place, resolved=found, channels=held)
+    channels = read_channels(store, terms.policy, found.place.name, found.place.variant)
+    return Entry(place=found.place, resolved=found, channels=_pointing(found, channels))
 
 
-def _channels(
-    store: Reader, name: str, variant: str, terms: Terms
-) -> dict[tuple[Place, str], list[Channel]]:
-    """Place and digest -> channels that point there, by their trusted logs."""
-    found: dict[tuple[Place, str], list[Channel]] = {}
-    for channel in read_channels(store, terms.policy, name, variant):
-        reference = channel.newest.reference
-        found.setdefault((Place.of(reference), reference.digest), []).append(channel)
-    return found
+def _pointing(found: Resolved, channels: Iterable[Channel]) -> tuple[Channel, ...]:
+    """The channels that point to a package."""
+    return tuple(one for one in channels if one.newest.reference == found.reference)
 
 
 def _of_variants(

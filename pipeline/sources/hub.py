@@ -322,7 +322,8 @@ class HubClient:
         limit_bytes = _MAX_DOCUMENT_BYTES + size_bytes
         session = get_session()
         session.headers["Accept-Encoding"] = "identity"
-        session.event_hooks["response"] = [functools.partial(_bound, limit_bytes)]
+        if hasattr(session, "event_hooks"):  # not the build image's library, which has requests
+            session.event_hooks["response"] = [functools.partial(_bound, limit_bytes)]
         result: Future[_Result] = Future()
 
         def run() -> None:

@@ -80,33 +80,6 @@ def terminal(team: Team, tmp_path: Path) -> Terminal:
     return Terminal(team=team, home=home)
 
 
-def test_promote_and_rollback_show_where_the_channel_was_and_is(terminal: Terminal) -> None:
-    first, second = terminal.publish(b"one"), terminal.publish(b"two")
-    shown = terminal.run("promote", str(first), "--reason", "ready").stdout.splitlines()
-    assert shown[0] == f"stable of {CARD} is {first} (it was nowhere)"
-    assert shown[2].startswith(f"because accepted on {CARD}, signed by tester (key ")
-    value = terminal.ask("promote", str(second), "--card", CARD)
-    assert value == {
-        "schema": 1,
-        "exit_code": 0,
-        "reference": str(second),
-        "digest": second.digest,
-        "channel": "stable",
-        "card": CARD,
-        "actor": "ada",
-        "reason": "",
-        "signed_at": value["signed_at"],
-        "signer": "releaser",
-        "changed": True,
-        "before": str(first),
-        "verdict": "accepted",
-    }
-    assert not terminal.ask("promote", str(second))["changed"]
-    assert "it was so already" in terminal.run("promote", str(second)).stdout
-    value = terminal.ask("rollback", "tiny", "--reason", "too slow")
-    assert (value["reference"], value["reason"]) == (str(first), "too slow")
-
-
 def test_yank_names_the_channels_that_point_to_the_package(terminal: Terminal) -> None:
     reference = terminal.publish()
     terminal.ask("promote", str(reference))

@@ -18,7 +18,7 @@ _STORES = {
     "s3": ["pipeline.registry.stores.s3"],
     "oci": ["pipeline.registry.stores.oci.registry", "pipeline.registry.stores.oci.reading"],
 }
-_MOST_LINES = {"folder": 5200, "s3": 5650, "oci": 6000}
+_MOST_LINES = {"folder": 4750, "s3": 5400, "oci": 5800}
 """What it is today, so that it grows no more."""
 
 _SCRIPT = """

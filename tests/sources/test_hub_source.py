@@ -14,7 +14,6 @@ import pytest
 from pipeline.core.errors import (
     AccessError,
     CorruptError,
-    NotFoundError,
     PipelineError,
     TransientError,
 )
@@ -155,30 +154,6 @@ def test_gated_recipe_without_token_asks_for_one_before_any_request(hub: HubServ
 
     assert caught.value.exit_code == 1
     assert not hub.requests
-
-
-def test_unknown_repository_is_not_found(hub: HubServer) -> None:
-    other = HubSource(repo_id="acme/typo", revision=COMMIT, licence="MIT")
-
-    with pytest.raises(NotFoundError, match="no model acme/typo") as caught:
-        other.fetch()
-
-    assert caught.value.exit_code == 7
-
-
-@pytest.mark.parametrize("status", [429, 500, None])
-def test_lasting_fault_of_the_hub_or_the_network_is_transient(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, status: int | None
-) -> None:
-    hub.always = status
-    if status is None:
-        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    words = f"HTTP {status}" if status else r"127\.0\.0\.1:9"
-
-    with pytest.raises(TransientError, match=words) as caught:
-        SOURCE.fetch()
-
-    assert caught.value.exit_code == 9
 
 
 def test_offline_mode_of_the_library_is_explained(hub: HubServer) -> None:

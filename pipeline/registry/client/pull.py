@@ -162,14 +162,12 @@ class Pulled:
         }
 
 
-def run(request: PullRequest) -> Pulled:
-    """Pull what a request names; each kind of failure is a class of `pipeline.core.errors`."""
-    return pull_from(open_reader(request.registry or ARTIFACTS), request)
+def run(request: PullRequest, store: Store | None = None) -> Pulled:
+    """Pull what a request names, from its registry unless from an open store.
 
-
-def pull_from(store: Store, request: PullRequest) -> Pulled:
-    """Pull from an open store."""
-    started_s = time.monotonic()
+    Each kind of failure is a class of `pipeline.core.errors`.
+    """
+    started_s, store = time.monotonic(), store or open_reader(request.registry or ARTIFACTS)
     facts, wanted = facts_of(request.flags, request.environ), request.wanted
     found, refused = candidates(store, wanted, request.terms(local=store.local))
     chosen = best(found, refused, wanted, facts, accept_unproven=request.accept_unproven)

@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.values import Reference, VerdictName
 from pipeline.registry.client import download
 from pipeline.registry.client.machine import Flags
-from pipeline.registry.client.pull import Pulled, PullRequest, pull_from
+from pipeline.registry.client.pull import Pulled, PullRequest, run
 from pipeline.registry.client.verify import verify
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import Store
@@ -112,7 +112,7 @@ class Shop:
         return PullRequest(reference=reference, flags=flags, **{**defaults, **more})
 
     def pull(self, reference: str = "tiny", store: Store | None = None, **more: Any) -> Pulled:
-        return pull_from(store or self.store, self.request(reference, **more))
+        return run(self.request(reference, **more), store or self.store)
 
     def verify(self, target: Path | str, **more: Any) -> Pulled:
         """For a 4090 unless `flags` say otherwise."""
