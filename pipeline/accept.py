@@ -48,11 +48,9 @@ class AcceptRequest:
 
 
 def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
-    """Run a package's acceptance on this machine's card.
+    """Run a package's acceptance on this machine's card; a missed target is an outcome.
 
-    Raises:
-        IncompatibleError: No card, one that we have no figures of, or one that cannot run it.
-        PipelineError: Anything but a missed target, which is an outcome.
+    IncompatibleError without a card, or with one that we have no figures of, or cannot run it.
     """
     started = time.perf_counter()
     target = this_card()
@@ -134,11 +132,7 @@ def compose(request: AcceptRequest, package: Package, target: Target) -> Job:
 
 
 def same_weights(recipe: Recipe, package: Package) -> Weights:
-    """The source that the package was made from, fetched again to be compared with.
-
-    Raises:
-        CorruptError: The recipe's source is another.
-    """
+    """The source that the package was made from, fetched again; CorruptError if it is another."""
     weights = fetch(recipe)
     wanted = package.manifest["source"]["digest"]
     if weights.digest != wanted:

@@ -64,10 +64,7 @@ class Publisher:
         """The published package that stands for all of a build key; None if there is none.
 
         Of those that are verified and not yanked, the one that this card's `candidate` points to,
-        else the latest by trusted provenance.
-
-        Raises:
-            UntrustedError: There are some, and all that a trusted key signed were yanked.
+        else the latest by trusted provenance. UntrustedError if all that there are were yanked.
         """
         usable: list[Resolved] = []
         yanked: UntrustedError | None = None
@@ -130,13 +127,9 @@ class Publisher:
     def publish(self, package: Package, begun: datetime) -> tuple[Resolved, bool]:
         """Sign a sealed package, whose build began at `begun`, and publish it.
 
-        Returns:
-            The package as it is published, and whether it is new.
-
-        Raises:
-            RecipeError: Its licence forbids it, or it is a rehearsal.
-            CorruptError: It does not read back as it was sealed.
-            UntrustedError: These very bytes were published before, and yanked.
+        Gives the package as it is published, and whether it is new. RecipeError if its licence
+        forbids it, or it is a rehearsal; UntrustedError if these very bytes were published before,
+        and yanked.
         """
         throwaway = self.store.local and is_throwaway(Path(self.store.url))
         require_manifest_publishable(

@@ -234,9 +234,7 @@ def verify(package_dir: Path, beside: Callable[[str], bool] = lambda path: False
     """Check that a folder is a whole, unchanged package: names, sizes, and every byte.
 
     `beside` tells whether a path may be there, as a plain file, although no manifest lists it.
-
-    Raises:
-        CorruptError: Anything is missing, too much, or different; names it.
+    CorruptError if anything is missing, too much, or different; names it.
     """
 
     def damaged(path: str, fault: str) -> CorruptError:

@@ -110,11 +110,8 @@ def seal(staging_dir: Path, engine: Engine, weights: Weights, label: Label) -> P
 
     Each file is hashed from the bytes that are written. The stage cache's own record and empty
     folders stay behind. A notice that the licence asks for is added to the engine's `NOTICE`.
-
-    Raises:
-        CorruptError: The engine folder is empty, or holds something that no package may: a link, a
-            FIFO, a path that means another file elsewhere.
-        PipelineError: As in `disk_errors`.
+    CorruptError if the engine folder is empty, or holds something that no package may: a link, a
+    FIFO, a path that means another file elsewhere.
     """
     with disk_errors(f"copy the engine to {staging_dir}"):
         files = [

@@ -103,12 +103,9 @@ class Releaser:
     ) -> Moved:
         """Move a channel to a package, if the package may go there.
 
-        Without a card: for the only one that has a test result. Raises like `move`, and:
-
-        Raises:
-            RecipeError: No card was named, and several have results; lists them.
-            UntrustedError: It has no trusted result for the card.
-            NotAcceptedError: Its result does not suffice.
+        Without a card: for the only one that has a test result, else a RecipeError that lists
+        them. UntrustedError without a trusted result for the card, NotAcceptedError if it does not
+        suffice; raises like `move`, too.
         """
         reference = found.reference
         verdict = _require_enterable(found, channel, card)
@@ -130,11 +127,8 @@ class Releaser:
         A second rollback brings back what the first one left; `promote` goes further back. `text`
         is `NAME` or `NAME/VARIANT`; without a card: of the only one that has this channel.
 
-        What was good enough once must still be, so it raises like `enter`, and:
-
-        Raises:
-            NotFoundError: No such channel, or nothing was there before.
-            RecipeError: Several are meant.
+        What was good enough once must still be, so it raises like `enter`; NotFoundError if there
+        is no such channel, or nothing was there before, RecipeError if several are meant.
         """
         check_part("channel", channel)
         found = {
@@ -168,10 +162,8 @@ class Releaser:
         """Point a channel to a package, whatever it is; the newest move, which does.
 
         `seen` is the newest move when the caller decided; None if that played no part.
-
-        Raises:
-            ConflictError: Another author moved it elsewhere meanwhile; names who and where to.
-            TransientError: The move was written and does not show.
+        ConflictError if another author moved it elsewhere meanwhile, names who and where to;
+        TransientError if the move was written and does not show.
         """
         check_part("channel", channel)
         check_part("card", card)
@@ -227,11 +219,8 @@ class Releaser:
 
     def yank(self, text: str, *, undo: bool = False) -> tuple[Resolved, bool]:
         """Yank a package, or undo that; gives the package as it is now, and whether that is new.
-
-        Raises:
-            NotFoundError: No such package.
-            RecipeError: No reason, or an undo where nothing is yanked.
-            ConflictError: The yank was written and does not count.
+        RecipeError without a reason, or to undo where nothing is yanked; ConflictError if the yank
+        was written and does not count.
         """
         if not undo and not self.reason:
             raise RecipeError([Fault("--reason", "give one, for those whose pull it stops")])

@@ -80,12 +80,8 @@ def examine(
     """Read and verify what a version says of itself, and what was stated about it.
 
     Its manifest must have the `digest`, if one is given; `names` are those of its statements, if
-    the store was listed already.
-
-    Raises:
-        CorruptError: The manifest is damaged, or not the one that belongs there.
-        UntrustedError: Revoked, yanked, or not signed by a trusted key.
-        NotFoundError: No such version.
+    the store was listed already. CorruptError if the manifest is damaged or not the one that
+    belongs there, UntrustedError if it is revoked, yanked, or not signed by a trusted key.
     """
     origin = f"{store.url} {place}"
     manifest, own = manifest_at(store, place)
@@ -121,11 +117,8 @@ def candidates(
 
 def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> Resolved:
     """The one package that a reference means; with a card, only its channels are followed.
-
-    Raises:
-        RecipeError: Not a reference, or several are meant; lists them.
-        NotFoundError: There is none; says what there is.
-        PipelineError: As in `examine`.
+    RecipeError if it is no reference, or several are meant: lists them; NotFoundError says what
+    there is; else raises like `examine`.
     """
     wanted = parse_reference(text)
     offers = _offers(store, wanted, terms.policy, card)

@@ -90,11 +90,8 @@ def best(
     accept_unproven: bool = False,
 ) -> Chosen:
     """The package to take; `wanted` is what messages say was asked for.
-
-    Raises:
-        IncompatibleError: None fits or is proven; gives the reason for each, the nearest first.
-        PipelineError: All are untrusted, damaged or gone.
-        RecipeError: What is known of the machine does not tell two versions apart.
+    IncompatibleError if none fits or is proven: gives the reason for each, the nearest first;
+    RecipeError if what is known of the machine does not tell two versions apart.
     """
     fits = [_fit(one, facts, accept_unproven) for one in found]
     fitting = sorted((one for one in fits if not one.reasons), key=lambda one: one.rank)

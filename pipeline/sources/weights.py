@@ -114,10 +114,7 @@ def known_licences() -> dict[str, Licence]:
 
 def check_listing(names: Collection[str], where: str) -> None:
     """Refuse a folder or repository, called `where` in messages, by its top-level names alone.
-
-    Raises:
-        NotFoundError: No `config.json`, tokenizer or weights.
-        RecipeError: Weights there are, but only as pickles.
+    NotFoundError without `config.json`, tokenizer or weights, RecipeError if they are pickles only.
     """
     if CONFIG not in names:
         raise NotFoundError(
@@ -157,8 +154,7 @@ def terms_files(names: Iterable[str]) -> tuple[str, ...]:
 def weight_files(names: Collection[str], folder: Path, where: str) -> tuple[str, ...]:
     """The safetensors to load, as Transformers: `model.safetensors`, else what the index names.
 
-    Raises:
-        CorruptError: The index is unreadable, or names files that are not among `names`.
+    CorruptError if the index is unreadable, or names files that are not among `names`.
     """
     if SINGLE in names:
         return (SINGLE,)

@@ -117,10 +117,8 @@ def download(
     `files` are what its verified manifest lists, whose SHA-256 is `digest`. What `work` already has
     of them is hashed and kept. `jobs` chunks are on their way at once. `on_bytes` gets numbers of
     bytes that are there, fetched or found, and negative ones where a file is fetched again.
-
-    Raises:
-        CorruptError: A file is not what the manifest says, also when fetched again.
-        TransientError: The store failed too often or is too slow, or the disk is full.
+    CorruptError if a file is not what the manifest says, also when fetched again; TransientError if
+    the store failed too often or is too slow, or the disk is full.
     """
     folder, first = work.dir / PACKAGE, 0
     landing: list[_File] = []

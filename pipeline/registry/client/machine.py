@@ -77,10 +77,8 @@ class Flags:
 
 def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
     """What is known of the machine; flags come before what NVML says.
-
-    Raises:
-        RecipeError: A flag cannot be read, or the machine has several kinds of cards.
-        IncompatibleError: `auto`, and there is no card, or one that is split by MIG.
+    RecipeError if a flag cannot be read, or the machine has several kinds of cards;
+    IncompatibleError if it is `auto`, and there is no card, or one that is split by MIG.
     """
     given: dict[str, Any] = {
         "runtime": parse_runtime(flags.runtime) if flags.runtime else None,

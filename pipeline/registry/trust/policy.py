@@ -103,10 +103,7 @@ def parse_public_key(data: bytes, origin: str) -> PublicKey:
 
 def read_private_key(path: Path) -> SigningKey:
     """Read the file of a private key; Kubernetes mounts some with mode 0644, which is fine.
-
-    Raises:
-        RecipeError: It is missing, or no usable key.
-        AccessError: Another user may replace it.
+    RecipeError if it is missing or no usable key, AccessError if another user may replace it.
     """
     return parse_private_key(_read_key(path), str(path))
 
@@ -141,10 +138,8 @@ def local_key(environ: Mapping[str, str]) -> Path | None:
 
 def signing_key(environ: Mapping[str, str], *, local: bool) -> SigningKey | None:
     """The key that this machine signs with: the environment's, else its own, where `local` counts.
-
-    Raises:
-        RecipeError: The environment names two keys, or one that cannot be used.
-        AccessError: Another user may read the local key, or replace any key.
+    RecipeError if the environment names two keys or one that cannot be used, AccessError if another
+    user may read the local key, or replace any key.
     """
     path, text = environ.get(KEY_PATH), environ.get(KEY_TEXT)
     if path and text:
@@ -278,9 +273,7 @@ def machine_trust(
 def load_policy(path: Path) -> TrustPolicy:
     """Read a policy in YAML or JSON.
 
-    Raises:
-        RecipeError: It is missing, or not a policy; names every fault.
-        AccessError: Another user may replace it.
+    RecipeError names every fault; AccessError if another user may replace it.
     """
     import yaml
     from pydantic import TypeAdapter, ValidationError

@@ -338,11 +338,8 @@ def signatory_for(
     """Choose and load what signs `run`; the first build of a machine makes a local key.
 
     `own_folder`: packages go into a folder of this machine. Without `builds`: verdicts alone.
-
-    Raises:
-        RecipeError: No key is given where one must be, or it cannot be used.
-        UntrustedError: This machine would not trust what it signs.
-        AccessError: Another user may read the local key, or none can be made.
+    RecipeError if no key is given where one must be, UntrustedError if this machine would not trust
+    what it signs; else raises like `signing_key`.
     """
     key = require_signing_key(environ, local=own_folder, make=True)
     builder_id, invocation_id = builder_of(environ, run)

@@ -84,10 +84,7 @@ def pack_windows(
     """Tokenize, join with the end-of-text token, cut into windows [count, seq_len].
 
     Full windows only, so that padding never enters a statistic. `seed` draws `count` of them at
-    random, in text order; None takes the first.
-
-    Raises:
-        RecipeError: The text is too short.
+    random, in text order; None takes the first. RecipeError if the text is too short.
     """
     import numpy as np
 
