@@ -219,6 +219,7 @@ class Releaser:
 
     def yank(self, text: str, *, undo: bool = False) -> tuple[Resolved, bool]:
         """Yank a package, or undo that; gives the package as it is now, and whether that is new.
+
         RecipeError without a reason, or to undo where nothing is yanked; ConflictError if the yank
         was written and does not count.
         """

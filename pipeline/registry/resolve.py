@@ -117,6 +117,7 @@ def candidates(
 
 def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> Resolved:
     """The one package that a reference means; with a card, only its channels are followed.
+
     RecipeError if it is no reference, or several are meant: lists them; NotFoundError says what
     there is; else raises like `examine`.
     """

@@ -90,6 +90,7 @@ def best(
     accept_unproven: bool = False,
 ) -> Chosen:
     """The package to take; `wanted` is what messages say was asked for.
+
     IncompatibleError if none fits or is proven: gives the reason for each, the nearest first;
     RecipeError if what is known of the machine does not tell two versions apart.
     """

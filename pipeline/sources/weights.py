@@ -114,6 +114,7 @@ def known_licences() -> dict[str, Licence]:
 
 def check_listing(names: Collection[str], where: str) -> None:
     """Refuse a folder or repository, called `where` in messages, by its top-level names alone.
+
     NotFoundError without `config.json`, tokenizer or weights, RecipeError if they are pickles only.
     """
     if CONFIG not in names:

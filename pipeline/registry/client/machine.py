@@ -77,6 +77,7 @@ class Flags:
 
 def facts_of(flags: Flags, environ: Mapping[str, str] = os.environ) -> Facts:
     """What is known of the machine; flags come before what NVML says.
+
     RecipeError if a flag cannot be read, or the machine has several kinds of cards;
     IncompatibleError if it is `auto`, and there is no card, or one that is split by MIG.
     """

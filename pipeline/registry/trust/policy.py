@@ -103,6 +103,7 @@ def parse_public_key(data: bytes, origin: str) -> PublicKey:
 
 def read_private_key(path: Path) -> SigningKey:
     """Read the file of a private key; Kubernetes mounts some with mode 0644, which is fine.
+
     RecipeError if it is missing or no usable key, AccessError if another user may replace it.
     """
     return parse_private_key(_read_key(path), str(path))
@@ -138,6 +139,7 @@ def local_key(environ: Mapping[str, str]) -> Path | None:
 
 def signing_key(environ: Mapping[str, str], *, local: bool) -> SigningKey | None:
     """The key that this machine signs with: the environment's, else its own, where `local` counts.
+
     RecipeError if the environment names two keys or one that cannot be used, AccessError if another
     user may read the local key, or replace any key.
     """
