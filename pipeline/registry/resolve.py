@@ -47,27 +47,9 @@ class Refused:
     error: PipelineError
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Offer:
-    """A published version that a reference may mean; nothing of it is verified."""
-
-    place: Place
-    digest: str | None = None
-    channel: str = ""
-    cards: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return with_cards(self.place, self.cards)
-
-    def is_itself(self, store: Store) -> bool:
-        """Whether the manifest there belongs there, and has the digest that is wanted."""
-        with contextlib.suppress(CorruptError, NotFoundError):
-            return self.digest in {None, manifest_at(store, self.place)[1]}
-        return False
-
-    def examine(self, store: Store, terms: Terms) -> Resolved:
-        found = examine(store, self.place, terms, self.digest)
-        return replace(found, channel=self.channel, cards=self.cards)
+_Offer = tuple[Place, str | None, tuple[str, ...]]
+"""A published version that a reference may mean, its digest if that is known, and the cards whose
+channel points to it; nothing of it is verified."""
 
 
 def examine(
@@ -109,9 +91,9 @@ def candidates(
     refused: list[Refused] = []
     for offer in _offers(store, wanted, terms.policy, None):
         try:
-            found.append(offer.examine(store, terms))
+            found.append(_examine(store, wanted, offer, terms))
         except (CorruptError, UntrustedError, NotFoundError) as error:
-            refused.append(Refused(what=str(offer.place), error=error))
+            refused.append(Refused(what=str(offer[0]), error=error))
     return found, refused
 
 
@@ -125,11 +107,24 @@ def resolve(store: Store, text: str, terms: Terms, card: str | None = None) -> R
     offers = _offers(store, wanted, terms.policy, card)
     if len(offers) > 1 and wanted.channel is None:
         # A version and a digest name one package; it is not where else others put its name.
-        offers = [offer for offer in offers if offer.is_itself(store)] or offers[:1]
+        offers = [offer for offer in offers if _is_itself(store, offer)] or offers[:1]
     if len(offers) > 1:
-        choices = ", ".join(map(str, offers))
+        choices = ", ".join(with_cards(place, cards) for place, _, cards in offers)
         raise RecipeError([Fault("", f"{wanted} is ambiguous: {choices}; specify one")])
-    return offers[0].examine(store, terms)
+    return _examine(store, wanted, offers[0], terms)
+
+
+def _examine(store: Store, wanted: ParsedReference, offer: _Offer, terms: Terms) -> Resolved:
+    place, digest, cards = offer
+    found = examine(store, place, terms, digest)
+    return replace(found, channel=wanted.channel or "", cards=cards)
+
+
+def _is_itself(store: Store, offer: _Offer) -> bool:
+    """Whether the manifest there belongs there, and has the digest that is wanted."""
+    with contextlib.suppress(CorruptError, NotFoundError):
+        return offer[1] in {None, manifest_at(store, offer[0])[1]}
+    return False
 
 
 def _offers(
@@ -140,14 +135,11 @@ def _offers(
     there, missing = list(map(str, places or named)), f"{store.url} has no {wanted}"
     found: list[_Offer] = []
     if wanted.version is not None:
-        found = [_Offer(place=place) for place in places if place.version == wanted.version]
+        found = [(place, None, ()) for place in places if place.version == wanted.version]
     elif wanted.digest is not None:
         # A version ends in the first digits of its digest, so nothing is read to find it.
-        found = [
-            _Offer(place=place, digest=wanted.digest)
-            for place in places
-            if place.version.endswith(f"-{wanted.digest[:12]}")
-        ]
+        end = f"-{wanted.digest[:12]}"
+        found = [(place, wanted.digest, ()) for place in places if place.version.endswith(end)]
     elif places:
         found, others = _channel_offers(store, wanted, places, policy, card)
         for_card = f" for {card}" if card else ""
@@ -180,13 +172,7 @@ def _channel_offers(
                 cards.setdefault(channel.newest.reference, []).append(channel.card)
             else:
                 others.append(f"{wanted.name}/{variant}:{channel.name} of {channel.card}")
-    offers = [
-        _Offer(
-            place=Place.of(reference),
-            digest=reference.digest,
-            channel=str(wanted.channel),
-            cards=tuple(sorted(held)),
-        )
-        for reference, held in cards.items()
+    offers: list[_Offer] = [
+        (Place.of(one), one.digest, tuple(sorted(held))) for one, held in cards.items()
     ]
     return offers, others

@@ -221,7 +221,7 @@ class S3Objects:
             try:
                 self._put(key, data, IfNoneMatch="*")
             except ClientError as error:
-                if not _is_refused(error):
+                if _code_and_status(error)[1] != 412:  # else the key is taken
                     raise
                 return False
             return True
@@ -415,7 +415,8 @@ class S3Objects:
                 self.call("put_object", key, Body=data, ContentType=kind, **condition)
                 return
             except ClientError as error:
-                if not _is_crossed(error):
+                code, status = _code_and_status(error)
+                if status != 409 or code not in {"", "409", "ConditionalRequestConflict"}:
                     raise
                 time.sleep(0.1 * 2**attempt * secrets.SystemRandom().uniform(0.5, 1))
         raise TransientError(f"{self.url}: others keep writing {key}; run the same command again")
@@ -464,18 +465,6 @@ def _is_missing(error: Exception) -> bool:
     code, status = _code_and_status(error)
     known = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "404"}
     return code in known or (status == 404 and not code)
-
-
-def _is_refused(error: Exception) -> bool:
-    """Whether a condition (`If-Match`, `If-None-Match`) did not hold."""
-    code, status = _code_and_status(error)
-    return status == 412 or code == "PreconditionFailed"
-
-
-def _is_crossed(error: Exception) -> bool:
-    """Whether another writer was at the same key in the same moment; do it again."""
-    code, status = _code_and_status(error)
-    return status == 409 and code in {"", "409", "ConditionalRequestConflict"}
 
 
 def _found(key: str, size_bytes: int, modified: datetime | None) -> Found:
