@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.core.errors import (
@@ -39,14 +39,8 @@ from pipeline.registry.trust.verification import (
 _MOST_LISTED = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Refused:
-    """A version that a reference may mean, and that cannot be used: damaged, untrusted or gone."""
-
-    what: str
-    error: PipelineError
-
-
+Refused = tuple[str, PipelineError]
+"""A version that a reference may mean, and why it cannot be used: damaged, untrusted or gone."""
 _Offer = tuple[Place, str | None, tuple[str, ...]]
 """A published version that a reference may mean, its digest if that is known, and the cards whose
 channel points to it; nothing of it is verified."""
@@ -93,7 +87,7 @@ def candidates(
         try:
             found.append(_examine(store, wanted, offer, terms))
         except (CorruptError, UntrustedError, NotFoundError) as error:
-            refused.append(Refused(what=str(offer[0]), error=error))
+            refused.append((str(offer[0]), error))
     return found, refused
 
 

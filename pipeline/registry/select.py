@@ -114,7 +114,7 @@ def best(
     place = first.resolved.place
     rejected = [str(one) for one in fits if one.reasons]
     rejected += [f"{one.resolved.place}: it fits, {place} is preferred" for one in rest]
-    rejected += [f"{one.what}: {one.error}" for one in refused]
+    rejected += [f"{what}: {error}" for what, error in refused]
     return replace(first, rejected=tuple(rejected))
 
 
@@ -200,13 +200,13 @@ def _runs(runtime: Runtime | None, name: str, version: str) -> bool | None:
 def _none(fits: Sequence[Chosen], refused: Sequence[Refused], wanted: object) -> PipelineError:
     """The error when nothing can be taken: that of the one version, or all reasons together."""
     if not fits and len(refused) == 1:
-        return refused[0].error
+        return refused[0][1]
     near = sorted(fits, key=lambda one: (len(one.reasons), one.rank))
-    lines = [*map(str, near), *(f"{one.what}: {one.error}" for one in refused)]
+    lines = [*map(str, near), *(f"{what}: {error}" for what, error in refused)]
     listed = "\n  ".join(lines)
     if not fits:
         kinds: tuple[type[PipelineError], ...] = (UntrustedError, CorruptError, NotFoundError)
-        kind = next(one for one in kinds if any(isinstance(each.error, one) for each in refused))
+        kind = next(one for one in kinds if any(isinstance(error, one) for _, error in refused))
         return kind(f"nothing of {wanted} can be taken\n  {listed}")
     advice = "`enginesmith list` shows what there is"
     if near[0].reasons == (near[0].proof.why,):

@@ -217,7 +217,7 @@ def test_one_channel_that_means_two_packages_for_unknown_cards_is_not_guessed() 
 def test_what_cannot_be_trusted_is_rejected_and_alone_it_is_the_error(
     error: PipelineError,
 ) -> None:
-    bad = Refused(what="phi3/bad:1", error=error)
+    bad = ("phi3/bad:1", error)
     assert choose(candidate(), refused=(bad,)).rejected == (f"phi3/bad:1: {error}",)
     with pytest.raises(type(error), match=str(error)):
         choose(refused=(bad,))

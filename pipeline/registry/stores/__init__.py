@@ -1,9 +1,5 @@
 """Where packages lie: a folder, S3, an OCI registry; bytes in, bytes out.
 
-    folder.py s3.py oci/    a kind each, opened here by its URL
-    tree.py                 what a folder and a bucket have in common; publication.py writes it
-    transfer.py             one deadline and one floor for everything that goes over a network
-
 A new kind is one file with a line `KIND = `, named like the scheme of its URLs; nothing lists it.
 What only a publisher needs lies in modules that readers do not import. Nothing here believes what
 it reads: digests and signatures are checked above.
