@@ -46,13 +46,18 @@ class FolderObjects:
 
     def read(self, key: str, limit_bytes: int) -> bytes | None:
         with disk_errors(f"read {self.path / key}"):
-            try:
-                with self._folder(key) as (folder, _):
-                    return read_bounded(self.path / key, limit_bytes, folder)
-            except (CorruptError, *MISSING):
-                if self._is_there(key):
-                    raise
-                return None
+            for seen in (False, True):  # it may come after the first look
+                try:
+                    with self._folder(key) as (folder, _):
+                        return read_bounded(self.path / key, limit_bytes, folder)
+                except MISSING:
+                    break
+                except CorruptError:
+                    if not self._is_there(key):
+                        break
+                    if seen:
+                        raise
+            return None
 
     @contextlib.contextmanager
     def stream(self, key: str, offset: int, end: int | None) -> Iterator[Iterator[bytes]]:
