@@ -34,7 +34,7 @@ from pipeline.plan import Plan
 from pipeline.plan.ceilings import roofline
 from pipeline.quant.spec import KV_CACHE_DTYPES
 from pipeline.runners.runner import Runner, Session, SourceRunner
-from pipeline.runners.workload import Workload
+from pipeline.runners.workload import Workload, eos_ids
 from pipeline.sources.text.corpus import TextCorpus
 
 log = logging.getLogger(__name__)
@@ -168,8 +168,6 @@ def _time(
 
 def _waves(asked: Acceptance, subject: Subject, workload: Workload) -> Waves:
     """What each run of a workload gives the session; its file of prompts must fit."""
-    from pipeline.runners.workload import eos_ids
-
     tokenizer, ends = None, frozenset[int]()
     if workload.prompts_file or not workload.ignore_eos:
         tokenizer = load_tokenizer(subject.engine.dir)

@@ -98,7 +98,6 @@ class ToolError(PipelineError):
         hint: str = "",
     ) -> None:
         self.stage = stage
-        self.command = tuple(command)
         self.returncode = returncode
         self.log_path = log_path
         lines = [f"{stage}: {command[0]} exited {returncode}; its log is {log_path}"]

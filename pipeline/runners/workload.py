@@ -8,7 +8,7 @@ times count from each arrival. Which runner executes what is in `pipeline.runner
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -276,27 +276,44 @@ class Workload(PlannedWorkload):
 
     def faults(self, config_path: str) -> tuple[Fault, ...]:
         """What is wrong with its file; the length of a text is not known yet."""
-        if self.prompts_file is None:
-            return ()
         try:
-            self._file_prompts(None, None, f"{config_path}.prompts_file")
+            if self.prompts_file is not None:
+                self._file_prompts(None, None, f"{config_path}.prompts_file")
         except RecipeError as error:
             return error.faults
         return ()
 
-    def _file_prompts(self, vocab_size: int | None, tokenizer: Any | None, path: str) -> Prompts:
-        """Of the file that is set at `path` in the recipe; as of `tokenize`."""
+    def _file_prompts(self, vocab_size: int | None, tokenizer: Any, config_path: str) -> Prompts:
+        """The first prompts of the file; texts are skipped without a tokenizer.
+
+        Raises:
+            RecipeError: At `config_path`: the file is none, or has too few prompts, or with all of
+                them that are too long, empty, or not below `vocab_size`.
+        """
         assert self.prompts_file is not None
-        found = read_prompts(self.prompts_file, path)
-        if len(found) < self.total_requests:
-            few = f"{self.prompts_file} has {len(found)} prompts, the workload {self.name} has"
-            message = (
-                f"{few} {self.total_requests} requests; add prompts, or lower requests or batch"
-            )
-            raise RecipeError([Fault(path, message)])
-        taken = found[: self.total_requests]
-        sizes: dict[str, Any] = {"isl": self.isl, "vocab_size": vocab_size}
-        return tokenize(taken, self.prompts_file, path, tokenizer=tokenizer, **sizes)
+        path, count, made = self.prompts_file, self.total_requests, []
+        try:
+            found = list(read_prompts(path))
+        except ValueError as error:
+            raise RecipeError([Fault(config_path, f"{path}: {error}")]) from error
+        faults = []
+        if len(found) < count:
+            few = f"{path} has {len(found)} prompts, the workload {self.name} has {count} requests"
+            faults.append(f"{few}; add prompts, or lower requests or batch")
+        for line, prompt in found[:count]:
+            if prompt.token_ids is None and tokenizer is None:
+                continue
+            ids = prompt.token_ids or tuple(tokenizer(prompt.prompt)["input_ids"])
+            where = f"{path} line {line}"
+            if not 1 <= len(ids) <= self.isl:
+                faults.append(f"{where} has {len(ids)} tokens, isl allows 1 to {self.isl}")
+            elif vocab_size is not None and max(ids) >= vocab_size:
+                end = f"the vocabulary ends at {vocab_size}"
+                faults.append(f"{where} has token id {max(ids)}, {end}")
+            made.append(ids)
+        if faults:
+            raise RecipeError([Fault(config_path, message) for message in faults])
+        return tuple(made)
 
 
 _WANTED = 'wanted {"prompt": "text"} or {"token_ids": [1, 2, 3]}'
@@ -322,64 +339,21 @@ class FilePrompt:
 _LINE = TypeAdapter(FilePrompt)
 
 
-def read_prompts(path: Path, config_path: str) -> tuple[tuple[int, FilePrompt], ...]:
-    """All prompts of a file with the numbers of their lines, not yet tokenized.
-
-    Raises:
-        RecipeError: At `config_path`: it cannot be read, is empty, or a line is not a prompt.
-    """
+def read_prompts(path: Path) -> Iterator[tuple[int, FilePrompt]]:
+    """All prompts of a file with the numbers of their lines; a ValueError tells what is none."""
     try:
         # Not splitlines: it also splits at U+2028, which JSON allows inside a string.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise _fault(config_path, f"{path} cannot be read as UTF-8 text: {error}") from error
-    prompts = []
+        raise ValueError(f"cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                prompts.append((number, _LINE.validate_json(line)))
+                yield number, _LINE.validate_json(line)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 at = ".".join(["", *map(str, first["loc"])])
-                message = f"{path} line {number}{at}: {first['msg']}; {_WANTED}"
-                raise _fault(config_path, message) from error
-    if not prompts:
-        raise _fault(config_path, f"{path} has no prompts; write one JSON object on each line")
-    return tuple(prompts)
-
-
-def tokenize(
-    prompts: Sequence[tuple[int, FilePrompt]],
-    path: Path,
-    config_path: str,
-    *,
-    isl: int,
-    vocab_size: int | None,
-    tokenizer: Any,
-) -> tuple[tuple[int, ...], ...]:
-    """Token ids of prompts of `read_prompts`; without a tokenizer text is skipped.
-
-    Raises:
-        RecipeError: With all prompts that are too long, empty, or not below `vocab_size`.
-    """
-    made, faults = [], []
-    for line, prompt in prompts:
-        if prompt.token_ids is None and tokenizer is None:
-            continue
-        ids = prompt.token_ids or tuple(tokenizer(prompt.prompt)["input_ids"])
-        where = f"{path} line {line}"
-        if not 1 <= len(ids) <= isl:
-            faults.append(f"{where} has {len(ids)} tokens, isl allows 1 to {isl}")
-        elif vocab_size is not None and max(ids) >= vocab_size:
-            faults.append(f"{where} has token id {max(ids)}, the vocabulary ends at {vocab_size}")
-        made.append(ids)
-    if faults:
-        raise RecipeError([Fault(config_path, message) for message in faults])
-    return tuple(made)
-
-
-def _fault(config_path: str, message: str) -> RecipeError:
-    return RecipeError([Fault(config_path, message)])
+                raise ValueError(f"line {number}{at}: {first['msg']}; {_WANTED}") from error
 
 
 def chat_prompt(tokenizer: Any, message: str) -> list[int]:

@@ -114,7 +114,7 @@ def test_file_gives_its_first_prompts_as_ids_or_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "has no prompts"),
+        ("", "has 0 prompts"),
         ('{"token_ids": [1]}\n', r"has 1 prompts, the workload b2 has 2 requests"),
         ('{"token_ids": [1]}\n[1]\n', "line 2: .*wanted {.prompt"),
         ('{"prompt": "a", "token_ids": [1]}\n', "line 1: .*both keys or none"),
