@@ -177,6 +177,18 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a multimodal model's config says of its language model, as a config of its own.
+
+    Any other config, and one whose language model has a type not known here, is given as it is.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, Mapping) or text.get("model_type") not in model_types():
+        return config
+    family = importlib.import_module(f"{families.__name__}.{text['model_type']}")
+    return {**text, "architectures": [family.ARCHITECTURE]}
+
+
 def load_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a model folder; CorruptError if it is no JSON object."""
     return read_json_object(folder / "config.json")
@@ -201,7 +213,7 @@ def spec_faults(spec: ModelSpec, config: Mapping[str, Any]) -> list[Fault]:
 
 def _read(config: Mapping[str, Any]) -> tuple[ModelSpec, ConfigKeys]:
     """The spec, which counts only if the keys have no faults; RecipeError if too much is wrong."""
-    keys = ConfigKeys(config)
+    keys = ConfigKeys(config := language_config(config))
     known = model_types()
     model_type = str(keys.take("model_type", "")).replace("-", "_").replace(".", "_")
     if model_type not in known:

@@ -38,6 +38,7 @@ from pipeline.core.patience import FACTOR, REPLY_S, Patience
 from pipeline.core.settings import STRICT
 from pipeline.core.values import FileDigest, Licence, Weights
 from pipeline.core.workfolder import remove_folder
+from pipeline.sources.language_model import language_model
 from pipeline.sources.weights import (
     FILES,
     Licensed,
@@ -107,7 +108,8 @@ class HubSource(Licensed):
         slug = self.repo_id.replace("/", "--")
         folder = weights_root() / "hub" / slug / self.revision
         files = cached_files(folder, lambda: self._download(folder))
-        return self.weights(folder / FILES, files, self.revision)
+        weights = self.weights(folder / FILES, files, self.revision)
+        return language_model(weights, folder.with_name(f"{self.revision}-text"))
 
     def _download(self, folder: Path) -> tuple[FileDigest, ...]:
         """Fill the folder beside `folder` that keeps its name over runs, then rename it."""

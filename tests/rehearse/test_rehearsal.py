@@ -24,7 +24,7 @@ from tests.specs import published, shape
 from tests.tiny_recipe import ROOT, enginesmith
 
 SHAPES = sorted(path.stem for path in (ROOT / "recipes" / "shapes").glob("*.yaml"))
-NOT_FOR_TRTLLM = ("gemma3", "phi3-w4", "smollm2-w4")
+NOT_FOR_TRTLLM = ("gemma3", "ministral3-8b", "phi3-w4", "smollm2-w4")
 """Recipes of models and precisions that its engines cannot express."""
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
