@@ -74,17 +74,22 @@ class Calibrated:
 
 @dataclass
 class Factors:
-    """What the rows and the columns of one source tensor are multiplied by before rounding."""
+    """What the rows and the columns of one source tensor are multiplied by before rounding.
+
+    What counts is the tensor plus `offset`, which is added before and taken off after.
+    """
 
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    offset: float = 0.0
 
     def of(self, values: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """Some rows of the tensor, from `first_row` on, in float32."""
         values = values.float()
         if self.rows is not None:
             rows = self.rows[first_row : first_row + len(values)]
-            values = values * rows.reshape(-1, *[1] * (values.ndim - 1))
+            rows = rows.reshape(-1, *[1] * (values.ndim - 1))
+            values = (values + self.offset) * rows - self.offset
         return values if self.columns is None else values * self.columns
 
 

@@ -10,7 +10,7 @@ attention several columns of it are made by one row of v.
 Stored as compressed-tensors' `pack-quantized`, which vLLM loads: `weight_packed` int32 [rows,
 columns / 8], eight codes from the lowest bits up, each plus 8; `weight_scale` [rows, groups];
 `weight_shape`. Sources: `compressors/pack_quantized.py` (0aa127b4) of compressed-tensors;
-`schemes/compressed_tensors_wNa16.py` (02637af7) and `compressed_tensors.py` (004dadbe) of vLLM.
+`schemes/compressed_tensors_wNa16.py` (519b90d4) and `compressed_tensors.py` (be696453) of vLLM.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import StageCache
-from pipeline.core.errors import Fault, RecipeError
 from pipeline.core.safetensors_files import INDEX
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Checkpoint, Weights
@@ -43,8 +42,8 @@ if TYPE_CHECKING:
 CODE_MAX = 7.0
 """Symmetric: the code -8 is not used."""
 _OFFSET = 8
-_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
-"""Fused group -> the norm that makes its input, in the layers that AWQ is folded in here."""
+_NORMS = {"qkv": "attention_in", "gate_up": "mlp_in"}
+"""Fused group -> role of the norm that makes its input, where a layer has one."""
 
 
 def round_to_int4(weights: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,14 +103,17 @@ def fold(calibrated: Calibrated) -> dict[str, Factors]:
     factors: dict[str, Factors] = {f"{module}.weight": Factors() for module in spec.modules}
     for number, layer in enumerate(spec.layers):
         name = layer_name(number)
-        for fused, norm in _NORMS.items():
+        for fused, role in _NORMS.items():
             modules = {f"{name}.{linear.module}" for linear in layer.group(fused)}
-            if modules.isdisjoint(calibrated.kept_16bit):
-                gain = torch_view(source.read(f"{name}.{norm}.weight")).float()
+            norm = layer.norm(role)
+            if norm is not None and modules.isdisjoint(calibrated.kept_16bit):
+                weight, offset = f"{name}.{norm.module}.weight", spec.norm_offset
+                folded = Factors(rows=1 / _searched(calibrated, modules), offset=offset)
+                gain = torch_view(source.read(weight)).float() + offset
                 # The norm is stored in bfloat16: the columns take what its rounding left.
-                stored = (gain / _searched(calibrated, modules)).to(torch.bfloat16).float()
+                stored = folded.of(gain - offset).to(torch.bfloat16).float() + offset
                 columns = torch.where(stored != 0, gain / stored, 1.0)
-                factors[f"{name}.{norm}.weight"] = Factors(rows=1 / columns)
+                factors[weight] = Factors(rows=1 / columns, offset=offset)
                 for module in modules:
                     factors[f"{module}.weight"].columns = columns
         up, down = layer.linear("up"), f"{name}.{layer.linear('down').module}"
@@ -141,12 +143,8 @@ def write(calibrated: Calibrated, out_dir: Path) -> Written:
 
     source, spec = calibrated.source, calibrated.source.spec
     group = calibrated.precision.group_size(spec)
-    if group is None or any(
-        {norm.module for norm in layer.norms if norm.size == spec.hidden_size} != {*_NORMS.values()}
-        for layer in spec.layers
-    ):
-        message = f"{spec.architecture} has other norms than AWQ is folded into here"
-        raise RecipeError([Fault("quantizer", f"{message}; choose another precision")])
+    if group is None:  # `quantizer_faults` says so
+        raise ValueError(f"no group of columns divides the linears of {spec.architecture}")
     factors = fold(calibrated)
     quantized = {f"{name}.weight" for name in spec.modules if name not in calibrated.kept_16bit}
     named = [name for name in source.tensors if not (spec.tied and name == "lm_head.weight")]

@@ -99,7 +99,7 @@ def quantized(root: Path, name: str, *keep_16bit: str) -> Checkpoint:
     return made
 
 
-@pytest.fixture(params=sorted({*ARCHITECTURES} - {"gemma3"}))  # folding into 1 + w is refused
+@pytest.fixture(params=ARCHITECTURES)
 def made(request: pytest.FixtureRequest, root: Path) -> Checkpoint:
     return quantized(root, request.param)
 
