@@ -121,12 +121,8 @@ def race(request: RaceRequest) -> Answer:
     """Make the artifact, measure it beside its peers, judge, and write the report.
 
     Exits with 1 where a peer failed, 3 where what was measured is worth nothing, as on a card that
-    others use.
-
-    Raises:
-        RecipeError: The recipe or the command line is wrong.
-        IncompatibleError: It cannot run here; known before anything is downloaded.
-        ConflictError: The folder of the report is not empty.
+    others use. IncompatibleError, before any download, if it cannot run here; ConflictError if the
+    folder of the report is not empty.
     """
     recipe = compose(request)
     workloads = workloads_of(request, recipe)
@@ -313,10 +309,8 @@ def measure_pairs(
 
     Loads never overlap a round: while it loads, vLLM picks kernels by timing them (Inductor's
     `benchmark_combo_kernel`, FlashInfer's autotuning: config/compilation.py and config/kernel.py of
-    vLLM 0.24.0), and what runs beside it would change its choice for good.
-
-    Returns:
-        The report's `speed`, of the workloads that at least one pair ran; and what was not run.
+    vLLM 0.24.0), and what runs beside it would change its choice for good. Gives the report's
+    `speed`, of the workloads that at least one pair ran, and what was not run.
     """
     runs: dict[str, list[SpeedSample]] = {load.name: [] for load in workloads}
     beside: dict[str, dict[str, Any]] = {load.name: {} for load in workloads}

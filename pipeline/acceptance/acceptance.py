@@ -113,11 +113,7 @@ class Acceptance:
         )
 
     def check_inputs(self, shape: ModelSpec, max_seq_len: int, device: Device = "cpu") -> None:
-        """Find faults that need no model: prompts and windows that do not fit the engine.
-
-        Raises:
-            RecipeError: With all faults.
-        """
+        """Find faults that need no model, like long windows; a RecipeError has all of them."""
         faults: list[Fault] = []
         for index, load in enumerate(self.targets):
             faults += load.faults(f"acceptance.targets[{index}]")

@@ -327,8 +327,7 @@ class Comparison:
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:
     """Compare two layers of the graph on ONNX Runtime with a simulation of the checkpoint.
 
-    Raises:
-        CorruptError: They disagree by more than the simulation in another summation order.
+    CorruptError if they differ by more than the simulation in another summation order.
     """
     checkpoint = UnifiedCheckpoint(checkpoint_dir)
     layers = cut_layers(checkpoint)

@@ -31,10 +31,8 @@ def copy_rates(driver: Any) -> list[float]:
 
     By the driver API (cuda.h). A copy of n bytes reads n and writes n, so its rate is 2 n /
     seconds, as a memory's listed bandwidth counts; the seconds lie between two events on the copy's
-    stream, without the host's time. Nothing is freed: the process ends soon.
-
-    Raises:
-        RuntimeError: The driver refuses, as for want of memory, or the copy did not arrive.
+    stream, without the host's time. Nothing is freed: the process ends soon. RuntimeError if the
+    driver refuses, as for want of memory, or the copy did not arrive.
     """
 
     def call(name: str, *arguments: Any) -> None:
@@ -79,11 +77,8 @@ def measure_bandwidth() -> float | None:
     """Bytes per second, read and written, of this process's first CUDA device.
 
     The median of `REPEATS` copies: the best of them may be one that the clocks favoured. None where
-    CUDA's driver library is missing.
-
-    Raises:
-        ToolError: The probe failed; the message has its last lines.
-        PipelineError: It printed rates that no memory has.
+    CUDA's driver library is missing. ToolError if the probe failed; PipelineError if it printed
+    rates that no memory has.
     """
     import shutil
     import tempfile

@@ -46,11 +46,7 @@ class HeldCard:
 
 @contextlib.contextmanager
 def held_card() -> Iterator[HeldCard]:
-    """Wait for the card, hold it, and note its state at both ends.
-
-    Raises:
-        IncompatibleError: There is none.
-    """
+    """Hold the card, and note its state at both ends; IncompatibleError if there is none."""
     seen = read_conditions()
     if seen is None:
         raise IncompatibleError("no CUDA device: NVML shows this process none; see nvidia-smi")

@@ -49,9 +49,7 @@ class HarnessSettings:
 def check_harness(settings: HarnessSettings) -> None:
     """Find what would fail later.
 
-    Raises:
-        IncompatibleError: `lm_eval` is not installed.
-        RecipeError: A task or the folder is not there.
+    IncompatibleError if `lm_eval` is not installed; RecipeError if a task or the folder is missing.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise IncompatibleError(
@@ -73,11 +71,8 @@ def run_harness(
 ) -> dict[str, Any]:
     """Put the tasks to one session, the source or the engine, with the tokenizer of its folder.
 
-    Requests longer than the `context` lose their start, which is counted.
-
-    Raises:
-        PipelineError: A task cannot be loaded or asks for what the session cannot do, or a logit or
-            metric is not finite.
+    Requests longer than the `context` lose their start, which is counted. PipelineError if a task
+    cannot be loaded or asks for what the session cannot do, or a metric is not finite.
     """
     import lm_eval
 

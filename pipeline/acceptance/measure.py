@@ -43,9 +43,7 @@ log = logging.getLogger(__name__)
 def measure(acceptance: Acceptance, subject: Subject, cache: StageCache) -> tuple[Report, Verdict]:
     """Run what can be run here and judge it.
 
-    Raises:
-        CorruptError: Logits that are not finite.
-        RecipeError: The text is too short.
+    CorruptError for logits that are not finite; RecipeError if the text is too short.
     """
     engine, runner, target = subject.engine, subject.runner, subject.plan.request.target
     checks, not_run = dict(engine.checks), list[str]()

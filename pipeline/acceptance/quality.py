@@ -83,8 +83,7 @@ def source_figures(
 ) -> tuple[SourceFigures, tuple[EngineFigures, ...]]:
     """Run a model over the windows [W, N], and compare it with those `beside` on the way.
 
-    Raises:
-        CorruptError: A logit is not finite; `what` names the model.
+    CorruptError for a logit that is not finite; `what` names the model.
     """
     rows, engines = _figures(logits_of, windows, what, beside, keep=True)
     return _stack(SourceFigures, rows), engines
@@ -170,11 +169,7 @@ def divergence(
 
 
 def log_softmax(logits: NDArray[np.float32], what: str = "Engine") -> NDArray[np.float32]:
-    """Log-probabilities over the last axis.
-
-    Raises:
-        CorruptError: A logit is not finite; `what` names its model and place.
-    """
+    """Log-probabilities over the last axis; a CorruptError names `what` if one is not finite."""
     if not np.isfinite(logits).all():
         raise CorruptError(
             f"{what} has logits that are not finite, so that quality cannot be measured: check the "

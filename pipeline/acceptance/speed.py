@@ -231,9 +231,7 @@ def theil_sen_slope(points: Sequence[tuple[float, float]]) -> float:
     """Median of the slopes of y over a growing x: it bears up to 29 % of stray points.
 
     Source: Sen, "Estimates of the regression coefficient based on Kendall's tau", JASA 63, 1968.
-
-    Raises:
-        ValueError: No two points differ in x.
+    ValueError if no two points differ in x.
     """
     import numpy as np
 

@@ -88,8 +88,7 @@ def run_sustained(
 ) -> list[Sample]:
     """Repeat a batch until the time is over; one sample for each, the last one whole.
 
-    Raises:
-        PipelineError: The first batch gave too few tokens, or times that no run can have.
+    PipelineError if the first batch gave too few tokens, or times that no run can have.
     """
     prompts, options = wave
     seconds = 60.0 * minutes

@@ -239,12 +239,7 @@ def _child(node: yaml.Node | None, key: str) -> tuple[int | None, yaml.Node | No
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFolders:
-    """The search path of configuration.
-
-    Attributes:
-        recipes: Folders with recipes, and options as well; the first that has one wins.
-        conf: Our base configuration and options.
-    """
+    """The search path: `recipes` may hold options, too, and the first that has one wins."""
 
     recipes: tuple[Path, ...]
     conf: Path

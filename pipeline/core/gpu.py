@@ -217,9 +217,7 @@ def nvml_devices(visible: str | None) -> Iterator[tuple[Any, list[Any]]]:
     CUDA's own order is by speed, NVML's by bus: they differ where cards differ and
     CUDA_DEVICE_ORDER=PCI_BUS_ID is not set. `visible` is CUDA_VISIBLE_DEVICES, None for all; it
     ends at the first entry that names no card (CUDA C++ Programming Guide, environment variables).
-
-    Raises:
-        IncompatibleError: No NVML, no driver, or it does not answer; says what to do.
+    IncompatibleError without NVML or a driver that answers; it says what to do.
     """
     try:
         import pynvml as nvml

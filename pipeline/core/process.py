@@ -58,8 +58,7 @@ def run_tool(
 ) -> None:
     """Run `command` to its end; command line and output are appended to the file `log_path`.
 
-    Raises:
-        ToolError: It could not start, exited non-zero, was killed by a signal, or ran out of time.
+    ToolError if it could not start, exited non-zero, was killed by a signal, or ran out of time.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log.debug("%s: %s", stage, command)

@@ -166,9 +166,7 @@ def sizes_of(request: PlanRequest) -> Sizes:
 class BuildNeeds:
     """Disk and memory of the machine that builds; estimates, shown and not refused.
 
-    Attributes:
-        quantize_ram_bytes: For quantizing on a CPU in float32; `quantize_ram_min_bytes` in
-            bfloat16, which is taken where float32 does not fit.
+    Quantizing on a CPU is in float32, and takes the least in bfloat16, where that does not fit.
     """
 
     disk_bytes: dict[str, int]

@@ -262,10 +262,8 @@ class ChildSession:
 def open_child(program: Program) -> Iterator[ChildSession]:
     """Start a program and let it load; leaving the context ends its process, and so its memory.
 
-    Its log, in the system's temporary folder, stays when it failed.
-
-    Raises:
-        PipelineError: It cannot load; a `ToolError` if it ended, hangs or writes nonsense.
+    Its log, in the system's temporary folder, stays when it failed. PipelineError if it cannot
+    load, a `ToolError` if it ended, hangs or writes nonsense.
     """
     prefix = f"enginesmith-{program.name.lower()}-"
     with tempfile.NamedTemporaryFile("ab", prefix=prefix, suffix=".log", delete=False) as log:

@@ -46,11 +46,7 @@ class Prefilled:
 
 
 def prefill(decoder: BoundDecoder, prompts: Sequence[Sequence[int]]) -> Prefilled:
-    """Run all prompts as one right-padded batch.
-
-    Raises:
-        RecipeError: A prompt does not fit, or there is not one for each row.
-    """
+    """Run all prompts as one right-padded batch; RecipeError if one is missing or too long."""
     import numpy as np
 
     require_fit(prompts, 0, decoder.context)
@@ -71,8 +67,7 @@ def greedy_steps(
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the next token of every row [batch] until the longest row has filled the context.
 
-    Raises:
-        CorruptError: A row's logits are not finite: with a NaN among them, it is the largest.
+    CorruptError if a row's logits are not finite: with a NaN among them, it is the largest.
     """
     import numpy as np
 
@@ -97,9 +92,7 @@ class Rows:
     """Which rows of a static batch still go on, and how far each came.
 
     A row that has ended is computed on until the last one ends; its further tokens do not count.
-
-    Raises:
-        RecipeError: The requests arrive one by one; a batch has to start together.
+    RecipeError if the requests arrive one by one: a batch has to start together.
     """
 
     def __init__(self, rows: int, osl: int, options: BatchOptions | None) -> None:

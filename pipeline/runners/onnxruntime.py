@@ -31,11 +31,7 @@ class OnnxRuntimeGraph:
     """A loaded graph; `bind` gives it a cache."""
 
     def __init__(self, graph: Path, threads: int = 0) -> None:
-        """Load `graph` (weights beside it); `threads` 0 lets ONNX Runtime use all cores.
-
-        Raises:
-            CorruptError: ONNX Runtime cannot load it.
-        """
+        """Load `graph` (weights beside it) or raise CorruptError; `threads` 0 takes all cores."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -74,10 +74,8 @@ class Session(Protocol):
     ) -> Generation:
         """Generate a batch, and time it; `osl` are the output tokens of the longest request.
 
-        `options` None: so many of each, end-of-sequence ignored, all at once.
-
-        Raises:
-            RecipeError: A prompt and its answer do not fit the context together.
+        `options` None: so many of each, end-of-sequence ignored, all at once. RecipeError if a
+        prompt and its answer do not fit the context together.
         """
 
     def stream(
@@ -85,8 +83,7 @@ class Session(Protocol):
     ) -> Iterator[int]:
         """Yield tokens until an end-of-sequence id, which is not yielded, or a full context.
 
-        Raises:
-            RecipeError: The prompt leaves no room for an answer.
+        RecipeError if the prompt leaves no room for an answer.
         """
 
 

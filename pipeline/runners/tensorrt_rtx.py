@@ -148,11 +148,8 @@ class RtxEngine:
 
     The file `runtime_cache` keeps the kernels that loading compiles. `cache_shape` is key-value
     heads, tokens, head size; `row_bytes` of one cache tensor; `contexts` have decode first.
-
-    Raises:
-        IncompatibleError: It is not for this card or this version of TensorRT-RTX.
-        CorruptError: The file is damaged or no decoder engine of this pipeline.
-        PipelineError: TensorRT-RTX refuses to make it ready.
+    IncompatibleError if it is not for this card or this version of TensorRT-RTX; CorruptError if
+    the file is damaged or no decoder engine of this pipeline.
     """
 
     def __init__(self, plan: Path, device: CudaDevice, runtime_cache: Path) -> None:

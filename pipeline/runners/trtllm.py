@@ -23,13 +23,10 @@ from pipeline.runners.runner import Ability, Device
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrtLlmRunner:
-    """Runs an engine in TensorRT-LLM, on this machine or in the build image.
+    """Runs an engine in TensorRT-LLM, on this machine or in the build image, as its compiler.
 
-    Attributes:
-        where: As of the compiler.
-        image: The build image.
-        kv_cache_fraction: Share of the memory left after loading that the KV cache gets.
-        timeout_s: After so long a load or an answer is stopped.
+    The KV cache gets `kv_cache_fraction` of the memory that is left after loading. After
+    `timeout_s` a load or an answer is stopped.
     """
 
     name: ClassVar[str] = "trtllm"

@@ -193,10 +193,7 @@ class Workload(PlannedWorkload):
     def request_prompts(self, vocab_size: int, seed: int, tokenizer: Any | None = None) -> Prompts:
         """Token ids of all requests of one run, in their order, below `vocab_size`.
 
-        A file of prompts needs the `tokenizer`.
-
-        Raises:
-            RecipeError: The file of prompts does not fit.
+        A file of prompts needs the `tokenizer`; RecipeError if it does not fit.
         """
         if self.prompts_file is not None:
             return self._file_prompts(vocab_size, tokenizer, "prompts_file")
@@ -247,8 +244,7 @@ class Workload(PlannedWorkload):
     ) -> tuple[tuple[list[list[int]], BatchOptions | None], ...]:
         """What a session is given, one call after the other: prompts, and what they ask beyond.
 
-        Raises:
-            RecipeError: End-of-sequence should end answers, and the model has no ids of it.
+        RecipeError if end-of-sequence should end answers, and the model has no ids of it.
         """
         if not self.ignore_eos and not eos_token_ids:
             message = (
@@ -286,9 +282,8 @@ class Workload(PlannedWorkload):
     def _file_prompts(self, vocab_size: int | None, tokenizer: Any, config_path: str) -> Prompts:
         """The first prompts of the file; texts are skipped without a tokenizer.
 
-        Raises:
-            RecipeError: At `config_path`: the file is none, or has too few prompts, or with all of
-                them that are too long, empty, or not below `vocab_size`.
+        RecipeError, at `config_path`, if the file is none, has too few prompts, or some that are
+        too long, empty or not below `vocab_size`: with all of them.
         """
         assert self.prompts_file is not None
         path, count, made = self.prompts_file, self.total_requests, []
@@ -321,12 +316,7 @@ _WANTED = 'wanted {"prompt": "text"} or {"token_ids": [1, 2, 3]}'
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class FilePrompt:
-    """One JSON line of a file; lines that are empty are skipped.
-
-    Attributes:
-        prompt: Text, to which the tokenizer adds its special tokens, and no chat template.
-        token_ids: In its place.
-    """
+    """One JSON line of a file: ids, or text that gets special tokens, and no chat template."""
 
     prompt: Annotated[str, MinLen(1)] | None = None
     token_ids: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
