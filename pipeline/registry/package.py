@@ -36,27 +36,17 @@ _REHEARSAL = ".rehearsal"
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """What a package says that neither its engine nor its weights know.
-
-    Attributes:
-        build_key: SHA-256 (64 hex digits) of every input that shaped the bytes.
-        config: The resolved recipe less acceptance and registry; JSON values.
-        quantization: Precision of the quantized linears, such as `fp8`.
-        ledger: What was quantized and how far it is from the weights; JSON values.
-        cards: Cards that it was tuned for, as NVML calls them; empty if it is portable.
-        cuda: CUDA version that it needs, such as `13.0`; None for any.
-        driver_min: Oldest driver, such as `580.65.06`; None for any.
-    """
+    """What a package says that neither its engine nor its weights know."""
 
     name: str
     recipe_version: str
-    build_key: str
-    config: Mapping[str, Any]
-    quantization: str
-    ledger: Mapping[str, Any]
-    cards: Sequence[str] = ()
-    cuda: str | None = None
-    driver_min: str | None = None
+    build_key: str  # SHA-256 (64 hex digits) of every input that shaped the bytes
+    config: Mapping[str, Any]  # the resolved recipe less acceptance and registry; JSON values
+    quantization: str  # precision of the quantized linears, such as `fp8`
+    ledger: Mapping[str, Any]  # what was quantized, how far it is from the weights; JSON values
+    cards: Sequence[str] = ()  # that it was tuned for, as NVML calls them; empty if portable
+    cuda: str | None = None  # version that it needs, such as `13.0`; None for any
+    driver_min: str | None = None  # oldest driver, such as `580.65.06`; None for any
 
 
 def make_manifest(

@@ -79,15 +79,10 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class RawStatement:
-    """A statement as it lies in a store, unverified.
+    """A statement as it lies in a store, unverified."""
 
-    Attributes:
-        name: `<kind>-<first 16 hex digits of SHA-256(envelope)>`; a claim until it is compared.
-        files: File name -> content; `ENVELOPE`, which is signed, is always among them.
-    """
-
-    name: str
-    files: Mapping[str, bytes]
+    name: str  # `<kind>-<first 16 hex digits of SHA-256(envelope)>`; a claim until it is compared
+    files: Mapping[str, bytes]  # `ENVELOPE`, which is signed, is always among them
 
     @property
     def kind(self) -> str:

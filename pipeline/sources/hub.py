@@ -66,19 +66,14 @@ _RECORD_BYTES = 1 << 20  # room for `weights.json` beside the files
 class HubSource(Licensed):
     """A model repository.
 
-    Attributes:
-        repo_id: Such as `Qwen/Qwen2.5-7B-Instruct`.
-        revision: Full commit, 40 hex digits: a branch or tag may move.
-        gated: Its files need an account that accepted the licence; a missing token is then
-            reported before anything is asked of the network.
-        acknowledge_licence: Repeats `licence` once you have read it; gated weights are published
-            only then.
+    The files of a gated one need an account that accepted the licence; a missing token is then
+    reported before anything is asked of the network.
     """
 
-    repo_id: str
-    revision: str
+    repo_id: str  # such as `Qwen/Qwen2.5-7B-Instruct`
+    revision: str  # full commit, 40 hex digits: a branch or tag may move
     gated: bool = False
-    acknowledge_licence: str | None = None
+    acknowledge_licence: str | None = None  # `licence` again, once read: to publish gated weights
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,23 +38,15 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a machine; None is unknown.
+    """What is known of a machine; None is unknown."""
 
-    Attributes:
-        sm: Compute capability x 10.
-        card: As NVML calls it, spaces as dashes.
-        vram_bytes: Free device memory if it was probed; else what was given, or the card's own.
-        cuda: Newest CUDA that the driver serves, such as `13.0`.
-        origins: Of every fact that is known.
-    """
-
-    sm: int | None = None
-    card: str | None = None
-    vram_bytes: int | None = None
+    sm: int | None = None  # compute capability x 10
+    card: str | None = None  # as NVML calls it, spaces as dashes
+    vram_bytes: int | None = None  # free memory if probed; else what was given, or the card's own
     driver: str | None = None
-    cuda: str | None = None
+    cuda: str | None = None  # newest that the driver serves, such as `13.0`
     runtime: Runtime | None = None
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)  # of every fact that is known
 
     def to_json(self) -> dict[str, Any]:
         facts = {name: value for name, value in vars(self).items() if name != "origins"}

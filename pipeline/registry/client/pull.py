@@ -42,30 +42,21 @@ ARTIFACTS = "artifacts"
 class PullRequest:
     """What to pull or to verify, for what, and on which conditions.
 
-    Attributes:
-        reference: `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`; to verify,
-            also the folder of a package.
-        to: Folder to make, to pull.
-        registry: URL; None for `artifacts`, and for a folder that is verified: nowhere.
-        accept_unproven: Take a package that was not accepted on this card.
-        allow_yanked: Take a package that was yanked; the reference must name its digest.
-        allow_shared_parent: Write below a folder that other users may rename in.
-        policy: File; None for the environment's, then the configuration folder's.
-        through_cache: Keep a copy in the cache; None for: unless the registry is a local folder.
-        jobs: Chunks at once; None for 2 of a local folder, else 2 per core, 8 at most.
+    The reference is `name[/variant][:version|:channel]` or `name[/variant]@sha256:...`; to verify,
+    also the folder of a package.
     """
 
     reference: str
-    to: Path | None = None
-    registry: str | None = None
+    to: Path | None = None  # folder to make, to pull
+    registry: str | None = None  # URL; None for `artifacts`, and to verify a folder: nowhere
     flags: Flags = field(default_factory=Flags)
-    accept_unproven: bool = False
+    accept_unproven: bool = False  # take a package that was not accepted on this card
     allow_unsigned: bool = False
-    allow_yanked: bool = False
-    allow_shared_parent: bool = False
-    policy: Path | None = None
-    through_cache: bool | None = None
-    jobs: int | None = None
+    allow_yanked: bool = False  # the reference must then name the digest
+    allow_shared_parent: bool = False  # write below a folder that other users may rename in
+    policy: Path | None = None  # None for the environment's, then the configuration folder's
+    through_cache: bool | None = None  # None: keep a copy unless the registry is a local folder
+    jobs: int | None = None  # chunks at once; None for 2 of a local folder, else 2 per core to 8
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
 
     def terms(self, *, local: bool) -> Terms:

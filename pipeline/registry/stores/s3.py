@@ -107,14 +107,10 @@ class S3Registry:
     Endpoint, region, credentials and whether checksums are sent come from where boto3 finds them:
     `AWS_ENDPOINT_URL_S3`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, and `AWS_REQUEST_CHECKSUM_CALCULATION`
     (`when_required` for servers that refuse checksums; then what was sent is read back).
-
-    Attributes:
-        url: `s3://BUCKET[/PREFIX]`.
-        public: Whether anyone can read the bucket.
     """
 
-    url: str
-    public: bool = False
+    url: str  # `s3://BUCKET[/PREFIX]`
+    public: bool = False  # whether anyone can read the bucket
 
     def __post_init__(self) -> None:
         parse_address(self.url)

@@ -73,26 +73,17 @@ _MAX_KEYIDS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """A statement that a trusted key signed.
-
-    Attributes:
-        digest: The package that it is about.
-        signed_at: RFC 3339, UTC, microseconds: text that sorts as time.
-        fields: Of its kind; `text`, `part` and `reference` check their form.
-        files: Name -> SHA-256 (hex) of every file beside the envelope.
-        id: SHA-256 (hex) of the payload.
-        envelope: What was opened.
-    """
+    """A statement that a trusted key signed."""
 
     kind: Kind
-    digest: str
-    signed_at: str
+    digest: str  # the package that it is about
+    signed_at: str  # RFC 3339, UTC, microseconds: text that sorts as time
     signer: TrustedKey
-    fields: Mapping[str, Any]
-    files: Mapping[str, str]
+    fields: Mapping[str, Any]  # of its kind; `text`, `part` and `reference` check their form
+    files: Mapping[str, str]  # name -> SHA-256 (hex) of every file beside the envelope
     predicate: Mapping[str, Any]
-    id: str
-    envelope: bytes = field(compare=False)
+    id: str  # SHA-256 (hex) of the payload
+    envelope: bytes = field(compare=False)  # what was opened
 
     @property
     def name(self) -> str:

@@ -70,26 +70,17 @@ class SignedVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A package whose manifest and statements were verified; its files were not read.
+    """A package whose manifest and statements were verified; its files were not read."""
 
-    Attributes:
-        package: Its folder is `place` as text for a package of a store.
-        signer: Who vouches for it; None if no trusted key does.
-        builder_id: What ran the build, from trusted provenance signed at `built_at`; empty without.
-        statements: All that count, newest first, like `verdicts` and `yanks` (undone ones, too).
-        ignored: What does not count, with the reason.
-        channel: The channel that was followed, which points here for `cards`; empty for none.
-    """
-
-    package: Package
-    signer: TrustedKey | None = None
-    builder_id: str = ""
-    built_at: str = ""
-    verdicts: tuple[SignedVerdict, ...] = ()
-    yanks: tuple[Statement, ...] = ()
-    statements: tuple[Statement, ...] = ()
-    ignored: tuple[str, ...] = ()
-    channel: str = ""
+    package: Package  # its folder is `place` as text for a package of a store
+    signer: TrustedKey | None = None  # who vouches for it; None if no trusted key does
+    builder_id: str = ""  # what ran the build, from trusted provenance; empty without
+    built_at: str = ""  # when that provenance was signed
+    verdicts: tuple[SignedVerdict, ...] = ()  # newest first, like `yanks` and `statements`
+    yanks: tuple[Statement, ...] = ()  # undone ones, too
+    statements: tuple[Statement, ...] = ()  # all that count
+    ignored: tuple[str, ...] = ()  # what does not count, with the reason
+    channel: str = ""  # that was followed, which points here for `cards`; empty for none
     cards: tuple[str, ...] = ()
 
     def __str__(self) -> str:

@@ -42,19 +42,13 @@ Text = Annotated[TextCorpus, OneOf("pipeline.sources.text")]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Calibration:
-    """Which text sets the activation scales.
-
-    Attributes:
-        calib_size: Windows of `seq_len` tokens.
-        batch_size: Windows per forward pass.
-        seed: Chooses the windows when the text holds more.
-    """
+    """Which text sets the activation scales."""
 
     text: Text
-    calib_size: PositiveInt
+    calib_size: PositiveInt  # windows of `seq_len` tokens
     seq_len: PositiveInt
-    batch_size: PositiveInt
-    seed: NonNegativeInt
+    batch_size: PositiveInt  # windows per forward pass
+    seed: NonNegativeInt  # chooses the windows when the text holds more
 
     def inputs(self) -> dict[str, Any]:
         settings = ("calib_size", "seq_len", "batch_size", "seed")

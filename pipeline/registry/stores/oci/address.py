@@ -36,17 +36,11 @@ _HUB, _HUB_API = "docker.io", "registry-1.docker.io"
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a registry answers, and what of it is ours.
+    """Where a registry answers, and what of it is ours."""
 
-    Attributes:
-        host: As the user wrote it, with its port: the key of Docker's `config.json`.
-        api: Start of every URL, such as `https://host`.
-        prefix: What our repositories start with: empty, or it ends in `/`.
-    """
-
-    host: str
-    api: str
-    prefix: str
+    host: str  # as the user wrote it, with its port: the key of Docker's `config.json`
+    api: str  # start of every URL, such as `https://host`
+    prefix: str  # what our repositories start with: empty, or it ends in `/`
 
     def repository(self, name: str) -> str:
         return f"{self.prefix}{check_part('name', name)}"

@@ -18,15 +18,10 @@ if TYPE_CHECKING:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class OciRegistry:
-    """A registry that speaks the OCI distribution API, as a recipe names it.
+    """A registry that speaks the OCI distribution API, as a recipe names it."""
 
-    Attributes:
-        url: `oci://HOST[:PORT]/PREFIX`; the repository of a recipe is `PREFIX/<name>`.
-        public: Whether anyone can read it.
-    """
-
-    url: str
-    public: bool = False
+    url: str  # `oci://HOST[:PORT]/PREFIX`; the repository of a recipe is `PREFIX/<name>`
+    public: bool = False  # whether anyone can read it
 
     def __post_init__(self) -> None:
         parse_address(self.url)

@@ -121,22 +121,15 @@ def _is_token_service(api: str, realm: str) -> bool:
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """What to ask.
-
-    Attributes:
-        repository: Such as `engines/phi3`; empty for the registry itself.
-        path: Below the repository, or a URL that the registry gave.
-        also: Statuses that are answers besides those from 200 to 299; all others raise.
-        push: It is a part of pushing, whatever its method.
-    """
+    """What to ask."""
 
     method: str
-    repository: str
-    path: str
-    also: tuple[int, ...] = ()
+    repository: str  # such as `engines/phi3`; empty for the registry itself
+    path: str  # below the repository, or a URL that the registry gave
+    also: tuple[int, ...] = ()  # answers besides those from 200 to 299; all others raise
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
-    push: bool = False
+    push: bool = False  # it is a part of pushing, whatever its method
 
     @property
     def actions(self) -> str:
