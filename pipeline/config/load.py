@@ -35,18 +35,12 @@ _SAME_WEIGHTS = frozenset({"source.acknowledge_licence"})
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One recipe with its overrides.
-
-    Attributes:
-        config: Resolved configuration, plain dicts and lists; empty if it could not be composed.
-        typed: The recipe as an object; None if there are faults.
-        faults: All of them, those of the command line first.
-    """
+    """One recipe with its overrides."""
 
     recipe: str
-    config: Mapping[str, Any]
-    typed: Recipe | None
-    faults: tuple[Fault, ...]
+    config: Mapping[str, Any]  # resolved, plain dicts and lists; empty if it could not be composed
+    typed: Recipe | None  # the recipe as an object; None if there are faults
+    faults: tuple[Fault, ...]  # all of them, those of the command line first
 
     @property
     def value(self) -> Recipe:

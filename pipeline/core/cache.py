@@ -198,16 +198,11 @@ class Stage:
     nothing. While the code is another than `RECORD_FILE` has at that version, its digest is part of
     the key as well: an edit that was not looked at never meets an old result. A contract test asks
     for the look: did the output change?
-
-    Attributes:
-        name: Of the folder in the cache, and of the line in `stages.yaml`.
-        version: Raise it when the same inputs give another output.
-        code: Modules that shape the output; a package counts with all below it.
     """
 
-    name: str
-    version: int
-    code: tuple[str, ...]
+    name: str  # of the folder in the cache, and of the line in `stages.yaml`
+    version: int  # raise it when the same inputs give another output
+    code: tuple[str, ...]  # modules that shape the output; a package counts with all below it
 
     @property
     def identity(self) -> dict[str, Any]:

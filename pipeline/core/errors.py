@@ -53,17 +53,11 @@ class PipelineError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong in a recipe or on the command line.
+    """One thing that is wrong in a recipe or on the command line."""
 
-    Attributes:
-        path: Dotted config path, such as `compiler.max_batch_size`; empty for the command line.
-        message: What was got, what is allowed, and the next step.
-        where: `FILE:LINE` that set the value; empty where no file did.
-    """
-
-    path: str
-    message: str
-    where: str = ""
+    path: str  # in the config, such as `compiler.max_batch_size`; empty for the command line
+    message: str  # what was got, what is allowed, and the next step
+    where: str = ""  # `FILE:LINE` that set the value; empty where no file did
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}" if self.path else self.message

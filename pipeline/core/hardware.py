@@ -14,27 +14,19 @@ GIB = 1 << 30
 class Target:
     """A GPU model; `conf/target/<id>.yaml` holds one each.
 
-    Attributes:
-        id: Short name used in variants and on the command line, such as `rtx4090`.
-        card: What NVML calls it, spaces as dashes: `NVIDIA-GeForce-RTX-4090`.
-        sm: Compute capability x 10 (89 = Ada).
-        memory_gib: Device memory as NVML reports it, GiB, rounded down: what can be allocated is a
-            little less than what is sold, and 6 % less on GDDR6 cards with ECC on.
-        bandwidth_gb_s: Peak memory bandwidth, 10^9 bytes/s.
-        tflops: Dense tensor peak with FP32 accumulation by operand type, 10^12 FLOP/s: `fp16`, and
-            `fp8` where the card multiplies it.
-        power_w: Board power limit as sold.
-        source: Where the numbers come from.
+    Memory is what NVML reports, rounded down: what can be allocated is a little less than what is
+    sold, and 6 % less on GDDR6 cards with ECC on. `tflops` is the dense tensor peak with FP32
+    accumulation by operand type: `fp16`, and `fp8` where the card multiplies it.
     """
 
-    id: str
-    card: str
-    sm: PositiveInt
+    id: str  # short name used in variants and on the command line, such as `rtx4090`
+    card: str  # what NVML calls it, spaces as dashes: `NVIDIA-GeForce-RTX-4090`
+    sm: PositiveInt  # compute capability x 10 (89 = Ada)
     memory_gib: PositiveFloat
-    bandwidth_gb_s: PositiveFloat
-    tflops: dict[str, PositiveFloat]
-    power_w: PositiveInt
-    source: str
+    bandwidth_gb_s: PositiveFloat  # peak of the memory, 10^9 bytes/s
+    tflops: dict[str, PositiveFloat]  # 10^12 FLOP/s
+    power_w: PositiveInt  # board power limit as sold
+    source: str  # where the numbers come from
 
     def __post_init__(self) -> None:
         if "fp16" not in self.tflops:

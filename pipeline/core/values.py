@@ -44,44 +44,28 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """Terms of the weights.
+    """Terms of the weights."""
 
-    Attributes:
-        spdx: SPDX identifier, or `LicenseRef-...` for terms that have none.
-        files: The files in `Weights.dir` that state them.
-        redistribution: Whether a package may go to a public registry.
-        notice: Text that must travel with the weights; empty for none.
-        gated: The weights are given only to those who accepted the terms.
-        acknowledged: Licence that the recipe says has been read and accepted, or None.
-    """
-
-    spdx: str
-    files: tuple[str, ...] = ()
-    redistribution: Redistribution = "forbidden"
-    notice: str = ""
-    gated: bool = False
-    acknowledged: str | None = None
+    spdx: str  # SPDX identifier, or `LicenseRef-...` for terms that have none
+    files: tuple[str, ...] = ()  # in `Weights.dir`, that state them
+    redistribution: Redistribution = "forbidden"  # whether a package may go to a public registry
+    notice: str = ""  # text that must travel with the weights; empty for none
+    gated: bool = False  # the weights are given only to those who accepted the terms
+    acknowledged: str | None = None  # that the recipe says has been read and accepted
     read_at: str = "their source"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A Hugging Face folder: `config.json`, safetensors, tokenizer, licence files.
-
-    Attributes:
-        origin: For people and the manifest: `hub:microsoft/Phi-3-mini-4k-instruct`.
-        files: Digest of every file in `dir`; together they identify the weights.
-        note: What a reader must know about these weights, such as that they were 4-bit once.
-        random: Random numbers, for a rehearsal; such a package is published nowhere.
-    """
+    """A Hugging Face folder: `config.json`, safetensors, tokenizer, licence files."""
 
     dir: Path
-    origin: str
+    origin: str  # for people and the manifest: `hub:microsoft/Phi-3-mini-4k-instruct`
     commit: str | None
-    files: tuple[FileDigest, ...]
+    files: tuple[FileDigest, ...]  # every file in `dir`; together they identify the weights
     licence: Licence
-    note: str = ""
-    random: bool = False
+    note: str = ""  # what a reader must know about these weights: that they were 4-bit once
+    random: bool = False  # numbers, for a rehearsal; such a package is published nowhere
 
     @property
     def digest(self) -> str:
@@ -90,22 +74,15 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A ModelOpt unified checkpoint with tokenizer and `calibration.json`.
-
-    Attributes:
-        precision: A name that `pipeline.quant.spec` knows.
-        quantized_linears: Hugging Face module names of the linears stored in that precision.
-        kept_16bit: Of those left in bfloat16 (lm_head not among them).
-        calibration: The calibration record: text digest, token count, amax per layer.
-    """
+    """A ModelOpt unified checkpoint with tokenizer and `calibration.json`."""
 
     dir: Path
     digest: str
     weights: Weights
-    precision: str
-    quantized_linears: tuple[str, ...]
-    kept_16bit: tuple[str, ...]
-    calibration: Mapping[str, Any]
+    precision: str  # a name that `pipeline.quant.spec` knows
+    quantized_linears: tuple[str, ...]  # Hugging Face module names of those stored in it
+    kept_16bit: tuple[str, ...]  # of those left in bfloat16 (lm_head not among them)
+    calibration: Mapping[str, Any]  # the record: text digest, token count, amax per layer
 
     @property
     def ledger(self) -> Mapping[str, Any]:
@@ -129,28 +106,20 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What a runtime loads: the future `engine/` folder of a package, self-contained.
-
-    Attributes:
-        variant: Middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`.
-        sms: Compute capabilities x 10 it runs on (89 = Ada); empty for any.
-        min_vram_bytes: Device memory that it needs at its limits.
-        cpu_graph_dir: Folder with the same graph for ONNX Runtime on a CPU, or None.
-        checks: What was proven about it without running it, for the report.
-    """
+    """What a runtime loads: the future `engine/` folder of a package, self-contained."""
 
     dir: Path
     digest: str
     format: Format
-    variant: str
+    variant: str  # middle part of a reference, such as `sm89-trtrtx-fp8-b64-s1024`
     runtime: tuple[str, str]
-    sms: tuple[int, ...]
+    sms: tuple[int, ...]  # compute capabilities x 10 it runs on (89 = Ada); empty for any
     limits: Limits
-    min_vram_bytes: int
+    min_vram_bytes: int  # device memory that it needs at its limits
     serve_args: tuple[str, ...] = ()
-    cpu_graph_dir: Path | None = None
+    cpu_graph_dir: Path | None = None  # with the same graph for ONNX Runtime on a CPU
     tools: Mapping[str, str] = field(default_factory=dict)
-    checks: Mapping[str, Any] = field(default_factory=dict)
+    checks: Mapping[str, Any] = field(default_factory=dict)  # proven without running it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,27 +184,19 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What acceptance measured; `to_json` is `report.json`, schema 1. What was not asked is empty.
-
-    Attributes:
-        card: Card that the engine is for, such as `NVIDIA-GeForce-RTX-4090`.
-        speed: One entry per workload.
-        quality: Perplexities, KL, agreement, with intervals.
-        checks: What was proven about the engine without running it.
-        lm_eval: Task -> metric -> value, of the lm-eval harness.
-        physics: Bandwidth of the card, and each workload's share of its ceiling.
-    """
+    """What acceptance measured; `to_json` is `report.json`, schema 1; empty: not asked."""
 
     digest: str
-    card: str
+    card: str  # that the engine is for, such as `NVIDIA-GeForce-RTX-4090`
     conditions: Mapping[str, Any]
-    speed: Sequence[Mapping[str, Any]]
-    quality: Mapping[str, Any]
+    speed: Sequence[Mapping[str, Any]]  # one entry per workload
+    quality: Mapping[str, Any]  # perplexities, KL, agreement, with intervals
     not_run: Sequence[str]
-    checks: Mapping[str, Any]
+    checks: Mapping[str, Any]  # what was proven about the engine without running it
     chat: Mapping[str, Any] = field(default_factory=dict)
-    lm_eval: Mapping[str, Any] = field(default_factory=dict)
+    lm_eval: Mapping[str, Any] = field(default_factory=dict)  # task -> metric -> value
     sustained: Mapping[str, Any] = field(default_factory=dict)
+    # Bandwidth of the card, and each workload's share of its ceiling.
     physics: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, verdict: Verdict) -> dict[str, Any]:
