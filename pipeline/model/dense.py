@@ -201,10 +201,12 @@ def read_rope(
     *,
     path: str = "rope_parameters.",
     theta: float = 10000.0,
+    grows: bool = False,
 ) -> Rope:
     """Read the rope settings in all these sections, faults into `keys`; `theta` if none states it.
 
-    `path` is where Transformers 5 has them. A value may be stated twice, but not two values.
+    `path` is where Transformers 5 has them; with `grows` YaRN has its factor of queries. A value
+    may be stated twice, but not two values.
     """
     found = ConfigKeys(_settings(keys, sections, path), path)
     found.ignore(*_KNOWN)
@@ -220,7 +222,7 @@ def read_rope(
     elif kind == "llama3":
         scaling = _llama3_scaling(found)
     elif kind == "yarn":
-        scaling = _yarn_scaling(found, max_position_embeddings)
+        scaling = _yarn_scaling(found, max_position_embeddings, grows)
     elif kind == "longrope":
         scaling = _longrope_scaling(found, max_position_embeddings, rotary_dim)
     elif kind != "default":
@@ -231,7 +233,7 @@ def read_rope(
     return Rope(theta=theta, rotary_dim=rotary_dim, scaling=scaling)
 
 
-_KNOWN = ("factor", "original_max_position_embeddings")
+_KNOWN = ("factor", "max_position_embeddings", "original_max_position_embeddings")
 """Settings that configs carry also where their kind of scaling does not read them."""
 
 
@@ -282,13 +284,13 @@ def _longrope_scaling(
     )
 
 
-def _yarn_scaling(found: ConfigKeys, max_position_embeddings: int) -> YarnScaling:
+def _yarn_scaling(found: ConfigKeys, max_position_embeddings: int, grows: bool) -> YarnScaling:
     """The edges, and the attention factor as Transformers computes it where none is stated."""
     original = found.integer("original_max_position_embeddings")
     factor = found.number("factor", max_position_embeddings / original)
-    keys = ("mscale", "mscale_all_dim")
+    keys = ("mscale", "mscale_all_dim", *(["llama_4_scaling_beta"] if grows else []))
     found.ignore(*keys)
-    whole, part = (found.number(key) if found.config.get(key) else 0.0 for key in keys)
+    whole, part, *beta = (found.number(key) if found.config.get(key) else 0.0 for key in keys)
     if not (whole and part):
         whole, part = 1.0, 0.0
     gain = _yarn_gain(factor, whole) / _yarn_gain(factor, part)
@@ -299,6 +301,7 @@ def _yarn_scaling(found: ConfigKeys, max_position_embeddings: int) -> YarnScalin
         original_max_position_embeddings=original,
         attention_factor=found.number("attention_factor", gain),
         truncate=found.flag("truncate", True),
+        query_beta=sum(beta),
     )
 
 

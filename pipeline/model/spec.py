@@ -67,7 +67,6 @@ class Attention:
         window: How many keys a query sees, its own included; None for all.
         rope: How queries and keys are rotated.
         qk_norm: Each head of q and k has a norm before its rotation.
-        query_scaling: Multiplies rotated queries, by their position; None for nothing.
         softcap: Scores become softcap x tanh(score / softcap); None for none.
     """
 
@@ -78,7 +77,6 @@ class Attention:
     rope: Rope
     window: int | None = None
     qk_norm: bool = False
-    query_scaling: QueryScaling | None = None
     softcap: float | None = None
     module: str = "self_attn"
 
@@ -179,7 +177,8 @@ class YarnScaling:
 
     Those that turn `beta_fast` times or more in the original context are kept, those that turn
     `beta_slow` times or less are slowed, the others blended; `truncate` moves these edges to whole
-    pairs. `attention_factor` multiplies cosine and sine.
+    pairs. `attention_factor` multiplies cosine and sine. Rotated queries at position p grow by
+    1 + `query_beta` * ln(1 + floor(p / original)), Llama 4's scaling that Ministral 3 has, too.
     """
 
     factor: float
@@ -188,24 +187,14 @@ class YarnScaling:
     original_max_position_embeddings: int
     attention_factor: float
     truncate: bool
+    query_beta: float = 0.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class QueryScaling:
-    """Llama 4's scaling of queries beyond the original context, which Ministral 3 has, too.
-
-    The factor at position p is 1 + `beta` * ln(1 + floor(p / original)).
-    """
-
-    beta: float
-    original_max_position_embeddings: int
-
-    def factors(self, context: int) -> NDArray[np.float64]:
-        """The factor of each position, [context]."""
+    def query_factors(self, context: int) -> NDArray[np.float64]:
+        """What multiplies the query of each position, [context]."""
         import numpy as np
 
         periods = np.arange(context) // self.original_max_position_embeddings
-        return 1 + self.beta * np.log1p(periods)
+        return 1 + self.query_beta * np.log1p(periods)
 
 
 @dataclass(frozen=True, kw_only=True)

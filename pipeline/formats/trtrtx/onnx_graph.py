@@ -39,8 +39,8 @@ from pipeline.formats.trtrtx.graph_writer import (
 from pipeline.model.spec import (
     Attention,
     ModelSpec,
-    QueryScaling,
     Rope,
+    YarnScaling,
     layer_name,
     not_built,
     rope_tables,
@@ -175,7 +175,7 @@ class _Decoder:
         self._context = context
         self._masks: dict[int | None, str] = {}
         self._tables: dict[Rope, list[str]] = {}
-        self._gains: dict[QueryScaling | None, str] = {}
+        self._gains: dict[Rope, str] = {}
 
     def write(self, layers: tuple[int, ...]) -> None:
         """Embedding, the layers, final norm, lm_head on the wanted positions only.
@@ -196,8 +196,6 @@ class _Decoder:
             self._add_mask(window)
         for rope in dict.fromkeys(one.rope for one in attentions):
             self._add_tables(rope)
-        for scaling in dict.fromkeys(one.query_scaling for one in attentions):
-            self._add_gain(scaling)
         for slot, layer in enumerate(layers):
             hidden = self._layer(layer, slot, hidden)
         last = w.integers("axis_last", [-1])
@@ -256,20 +254,17 @@ class _Decoder:
         w.op("And", [causal, near], name)
 
     def _add_tables(self, rope: Rope) -> None:
-        """Cosines and sines of the layers that rotate so."""
+        """Cosines and sines of the layers that rotate so; what multiplies queries, [B, 1, S, 1]."""
         end = f".{len(self._tables)}" if self._tables else ""
         tables = zip(("cos", "sin"), rope_tables(rope, context=self._context), strict=True)
         self._tables[rope] = [self._array(f"rope_{name}{end}", table) for name, table in tables]
-
-    def _add_gain(self, scaling: QueryScaling | None) -> None:
-        """[B, 1, S, 1] that multiplies queries; nothing where no request is long enough."""
-        if scaling is None or self._context <= scaling.original_max_position_embeddings:
+        yarn, w = rope.scaling, self._w
+        if not isinstance(yarn, YarnScaling) or not yarn.query_beta:
             return
-        w, end = self._w, f".{len(self._gains)}" if self._gains else ""
-        table = self._array(f"query_gains{end}", scaling.factors(self._context))
-        rows = w.op("Gather", [table, "position_ids"], f"query_gain.by_token{end}")
-        axes = w.integers("mask_axes", [1, 3])
-        self._gains[scaling] = w.op("Unsqueeze", [rows, axes], f"query_gain{end}")
+        if self._context > yarn.original_max_position_embeddings:
+            table = self._array(f"query_gains{end}", yarn.query_factors(self._context))
+            rows = w.op("Gather", [table, "position_ids"], f"query_gain.by_token{end}")
+            self._gains[rope] = w.op("Unsqueeze", [rows, "mask_axes"], f"query_gain{end}")
 
     def _layer(self, layer: int, slot: int, hidden: str) -> str:
         w, prefix, spec = self._w, layer_name(layer), self._spec.layers[layer]
@@ -294,7 +289,7 @@ class _Decoder:
         prefix = f"{layer_name(layer)}.{spec.module}"
         query, key, value = write_linears(w, [linears[role] for role in "qkv"], hidden)
         query = self._turned(layer, "q", query)
-        if gain := self._gains.get(spec.query_scaling):
+        if gain := self._gains.get(spec.rope):
             query = w.op("Mul", [query, gain], f"{prefix}.q_gained")
         query, scale = self._scale_query(prefix, query, spec.scale)
         key = self._turned(layer, "k", key)

@@ -233,23 +233,21 @@ def with_layer(spec: ModelSpec, number: int, **changes: Any) -> ModelSpec:
 
 def ministral_faults(spec: ModelSpec) -> Iterator[ModelSpec]:
     """The specs that differ from Ministral 3's in one thing, on one layer."""
-    attention = spec.layers[0].attention
-    scaling, yarned = attention.query_scaling, attention.rope.scaling
-    assert scaling is not None
+    rope = spec.layers[0].attention.rope
+    yarned = rope.scaling
     assert isinstance(yarned, YarnScaling)
-    yield with_layer(spec, 0, query_scaling=None)
-    yield with_layer(spec, 0, query_scaling=replace(scaling, beta=0.1))
-    yield with_layer(spec, 0, query_scaling=replace(scaling, original_max_position_embeddings=41))
     for changes in (
+        {"query_beta": 0.0},
+        {"query_beta": 0.1},
+        {"original_max_position_embeddings": 41},
         {"factor": 8.0},
         {"beta_fast": 2.0},
         {"beta_slow": 2.0},
         {"attention_factor": 1.1},
         {"original_max_position_embeddings": 128},
     ):
-        rope = replace(attention.rope, scaling=replace(yarned, **changes))
-        yield with_layer(spec, 0, rope=rope)
-    yield with_layer(spec, 0, rope=replace(attention.rope, scaling=None))
+        yield with_layer(spec, 0, rope=replace(rope, scaling=replace(yarned, **changes)))
+    yield with_layer(spec, 0, rope=replace(rope, scaling=None))
 
 
 def gemma_faults(spec: ModelSpec) -> Iterator[ModelSpec]:
