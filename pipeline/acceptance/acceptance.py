@@ -55,7 +55,7 @@ class Acceptance:
         max_perplexity_increase: 0.01 allows one percent over the source.
         max_mean_kl_nats: Allowed mean KL divergence, source to engine.
         min_top1_agreement: Required share of equal most likely tokens.
-        max_reference_noise: Allowed mean KL divergence of the engine to its own FP8 checkpoint, as
+        max_reference_noise: Allowed mean KL divergence of the engine to its own checkpoint, as
             a multiple of the checkpoint's distance from itself, its sums rounded otherwise.
         repeats: Timed runs of each workload.
         max_spread: Allowed spread of them, (largest - smallest) / median; beyond it the verdict is

@@ -103,7 +103,7 @@ def _reference_findings(reference: Mapping[str, Any], limits: Acceptance) -> Ite
     if kl > allowed:
         yield Finding(
             "regression",
-            f"mean KL {kl:.4f} nats to its own FP8 checkpoint, {allowed:.4f} allowed "
+            f"mean KL {kl:.4f} nats to its own checkpoint, {allowed:.4f} allowed "
             f"({limits.max_reference_noise:g} x the checkpoint's distance from itself): the "
             "runtime computes something else than the checkpoint says",
         )
@@ -214,5 +214,5 @@ def _reasons(bound: str, roofline: Roofline, measured: float | None) -> Iterator
         yield "requests that were not decoded together: see the scheduler's limits"
     else:
         yield "prompts that are prefilled one by one: see max_num_tokens"
-    yield "linears that run in 16 bit instead of FP8"
+    yield "linears that run in another precision than they were quantized to"
     yield "throttling: see clocks, temperatures and throttle reasons in the conditions"

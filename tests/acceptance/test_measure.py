@@ -290,7 +290,7 @@ def test_runtime_that_computes_something_else_than_its_checkpoint_is_a_regressio
         checkpoint, root, question, runner=CardRunner(where="cpu", damage=other_norm)
     )
     assert verdict.name == "regression"
-    assert "its own FP8 checkpoint" in verdict.findings[0].message
+    assert "its own checkpoint" in verdict.findings[0].message
 
 
 def test_engine_without_a_checkpoint_at_hand_says_so(checkpoint: Checkpoint, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -209,3 +210,23 @@ def test_planted_fault_names_the_tensor(
     folder = edited(llama.dir, tmp_path / "copy", change)
     with pytest.raises(CorruptError, match=message):
         verify_checkpoint(folder, *arguments, factors=factors)
+
+
+def test_shards_stay_as_the_source_has_them(llama: Checkpoint, root: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(llama.weights.dir, root / "sharded"))
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    index = {name: f"model-{1 + ('layers.2.' in name)}-of-2.safetensors" for name in tensors}
+    for file in sorted(set(index.values())):
+        part = {name: tensor for name, tensor in tensors.items() if index[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    made = UnifiedCheckpoint(quantized(root, "sharded").dir)
+    made.check_tensors()
+    assert {entry.file.name for entry in made.tensors.values()} == set(index.values())
+    whole = UnifiedCheckpoint(llama.dir)
+    assert made.tensors.keys() == whole.tensors.keys()
+    assert all(made.read(name).tobytes() == whole.read(name).tobytes() for name in whole.tensors)
