@@ -310,9 +310,9 @@ def percent(value: float | None) -> str:
     return DASH if value is None else f"{value:.0%}"
 
 
-def mebibytes(value: float | None, form: str = ".1f") -> str:
+def mebibytes(value: float | None) -> str:
     """Bytes as MiB, or a dash."""
-    return DASH if value is None else signed(f"{value / 2**20:{form}} MiB")
+    return DASH if value is None else signed(f"{value / 2**20:.1f} MiB")
 
 
 def signed(text: str) -> str:

@@ -92,15 +92,11 @@ def atomic_folder(target: Path, setting: str = CACHE) -> Iterator[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A finished stage: its folder, the digest of its inputs, and the digest of every output.
-
-    `seconds` is what it took when it was made.
-    """
+    """A finished stage: its folder, the digest of its inputs, and the digest of every output."""
 
     dir: Path
     key: str
     files: tuple[FileDigest, ...]
-    seconds: float
 
     @property
     def digest(self) -> str:
@@ -154,9 +150,8 @@ class StageCache:
             found = None if made else digest_folder(target, frozenset({RECORD}))
             record = json.loads((target / RECORD).read_text())
             files = tuple(FileDigest.from_json(file) for file in record["files"])
-            seconds = float(record["seconds"])
             if record["key"] == key and found in {None, files} and not target.is_symlink():
-                return StageResult(dir=target, key=key, files=files, seconds=seconds)
+                return StageResult(dir=target, key=key, files=files)
         log.warning("%s is damaged; making it again", target)
         remove_folder(target)
         return None

@@ -270,10 +270,3 @@ def test_share_is_of_the_measured_bandwidth_where_there_is_one() -> None:
     assert (listed["bandwidth"], probed["bandwidth"]) == ("listed", "measured")
     assert probed["share"] == pytest.approx(2 * listed["share"])
     assert listed["share"] == 100.0 / listed["ceiling_tokens_per_s"]
-
-
-def test_held_back_card_is_named_first_among_the_reasons() -> None:
-    at = 0.85 * 1024e9
-    for bandwidth, named in ((at, False), (math.nextafter(at, 0.0), True)):
-        (finding,) = judge_physics([load(1.0)], LINE, bandwidth)
-        assert ("likely: the probe copied 870 of 1024 GB/s" in finding.message) is named
