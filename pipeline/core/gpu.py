@@ -50,35 +50,26 @@ class ComputeProcess:
 class Conditions:
     """The card at one moment; None where this card or driver does not tell.
 
-    Attributes:
-        gpu: Name, such as `NVIDIA H100 80GB HBM3`.
-        sm: Compute capability x 10.
-        cuda_driver: Newest CUDA that the driver serves, such as `13.0`.
-        memory_used_bytes: By all processes.
-        power_limit_w: The enforced limit; `power_limit_default_w` is the card's own.
-        throttle_reasons: Why the clocks are not higher now, names of `THROTTLE_REASONS`.
-        ecc_uncorrected: Errors since the driver was loaded that were not corrected.
-        utilization_percent: Share of the last sampling period, 1/6 to 1 s, in which a kernel ran.
-        other_compute_processes: Those on the card that are not this process; None where they are
-            hidden, as a container's PID namespace hides them: then only the utilization shows them.
+    Other processes on the card are None where they are hidden, as a container's PID namespace hides
+    them: then only the utilization shows them.
     """
 
-    gpu: str
+    gpu: str  # name, such as `NVIDIA H100 80GB HBM3`
     uuid: str
-    sm: int
+    sm: int  # compute capability x 10
     driver: str
-    cuda_driver: str | None
+    cuda_driver: str | None  # newest CUDA that the driver serves, such as `13.0`
     memory_total_bytes: int | None
-    memory_used_bytes: int | None
-    power_limit_w: float | None
-    power_limit_default_w: float | None
+    memory_used_bytes: int | None  # by all processes
+    power_limit_w: float | None  # the enforced limit
+    power_limit_default_w: float | None  # the card's own
     sm_clock_mhz: int | None
     memory_clock_mhz: int | None
     temperature_c: int | None
-    throttle_reasons: tuple[str, ...] | None
+    throttle_reasons: tuple[str, ...] | None  # why the clocks are not higher: `THROTTLE_REASONS`
     ecc_enabled: bool | None
-    ecc_uncorrected: int | None
-    utilization_percent: int | None
+    ecc_uncorrected: int | None  # errors since the driver was loaded that were not corrected
+    utilization_percent: int | None  # of the last sampling period, 1/6 to 1 s, with a kernel
     other_compute_processes: tuple[ComputeProcess, ...] | None
 
 

@@ -29,22 +29,14 @@ _MAX_BATCH = 4096  # beyond any limit that a recipe sets; ends the search of `re
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """One model on one card, reduced to the numbers that bound its speed.
-
-    Attributes:
-        step_weight_bytes: Weights that a decode step reads, whatever the batch.
-        kv_bytes_per_token: Cache that a decode step reads for each token of context.
-        windows: Attention window of each layer, beyond which context is not read; None for all.
-        layer_s_per_token: Tensor time of the layers' linears for one token, at peak.
-        lm_head_s_per_token: The same of lm_head.
-    """
+    """One model on one card, reduced to the numbers that bound its speed."""
 
     bandwidth_bytes_per_s: float
-    step_weight_bytes: int
-    kv_bytes_per_token: int
-    windows: tuple[int | None, ...]
-    layer_s_per_token: float
-    lm_head_s_per_token: float
+    step_weight_bytes: int  # weights that a decode step reads, whatever the batch
+    kv_bytes_per_token: int  # cache that a decode step reads for each token of context
+    windows: tuple[int | None, ...]  # of each layer: context beyond it is not read; None for all
+    layer_s_per_token: float  # tensor time of the layers' linears for one token, at peak
+    lm_head_s_per_token: float  # the same of lm_head
 
     def decode_tokens_per_s(self, batch: int, context: float) -> float:
         """Ceiling of a whole batch whose sequences read `context` tokens of cache each."""
@@ -112,28 +104,20 @@ def roofline(request: PlanRequest, sizes: Sizes) -> Roofline:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadPlan:
-    """What the card allows at one workload. All rates are tokens per second of the whole batch.
-
-    Attributes:
-        ceiling: Most output tokens per second while it decodes, reading its KV cache.
-        bound: `memory` or `compute`: what sets the ceiling.
-        target: Wanted output tokens per second, or None; a wanted share of the ceiling counts.
-        reachable_batch: Smallest batch that fits and reaches the target, or None.
-        ttft_floor_ms: Least time to first token of one prompt alone.
-    """
+    """What the card allows at one workload. All rates are tokens per second of the whole batch."""
 
     name: str
     batch: int
     isl: int
     osl: int
-    ceiling: float
+    ceiling: float  # most output tokens per second while it decodes, reading its KV cache
     ceiling_without_kv: float
-    bound: str
-    target: float | None
+    bound: str  # `memory` or `compute`: what sets the ceiling
+    target: float | None  # wanted output tokens per second; a wanted share of the ceiling counts
     share: float | None
-    reachable_batch: int | None
+    reachable_batch: int | None  # smallest that fits and reaches the target
     prefill_tokens_per_s: float
-    ttft_floor_ms: float
+    ttft_floor_ms: float  # least time to first token of one prompt alone
 
 
 def plan_workload(

@@ -63,27 +63,22 @@ class PlannedWorkload:
 class PlanRequest:
     """All that a plan depends on: one recipe, as far as sizes and ceilings need it.
 
-    Attributes:
-        precision: Of the linears in the layers.
-        keep_16bit: Patterns (fnmatch) of linears that stay 16-bit.
-        runtime: Name and version of what will run the engine; an empty version where not known.
-        judged_positions: Tokens of held-out text whose predictions acceptance keeps, of source and
-            checkpoint together; 0 where the whole model is not run.
-        seed: Of drawn lengths.
-        faults: What is wrong beyond sizes, such as a workload that the runner does not execute.
+    `judged_positions` are the tokens of held-out text whose predictions acceptance keeps, of source
+    and checkpoint together; 0 where the whole model is not run. `faults` are those beyond sizes,
+    such as a workload that the runner does not execute.
     """
 
     name: str
     shape: ModelSpec
     target: Target
     format: FormatSpec
-    precision: QuantSpec
-    keep_16bit: tuple[str, ...] = ()
+    precision: QuantSpec  # of the linears in the layers
+    keep_16bit: tuple[str, ...] = ()  # patterns (fnmatch) of linears that stay 16-bit
     limits: Limits
     workloads: tuple[PlannedWorkload, ...] = ()
-    runtime: tuple[str, str]
+    runtime: tuple[str, str]  # what will run the engine; an empty version where not known
     judged_positions: int = 0
-    seed: int = 0
+    seed: int = 0  # of drawn lengths
     faults: tuple[Fault, ...] = ()
 
 
@@ -102,27 +97,20 @@ many tokens, and three numbers of 32 bit (pipeline.acceptance.quality)."""
 class Sizes:
     """What follows from shape, quantization and format.
 
-    Attributes:
-        params: All; a tied embedding counts once.
-        linear_16bit_params: Weights of the layers' linears that are 16-bit.
-        kept_16bit: How many linears `keep_16bit` picks; 0 where nothing is quantized.
-        weight_bytes: Safetensors of the checkpoint: weights and scales.
-        step_weight_bytes: Weights that one decode step reads: all but the embedding table, of which
-            it reads a row for each sequence. lm_head counts, tied or not.
-        kv_cache: Type of the KV cache; an unknown one, which is a fault, counts as 16-bit.
-        kv_bytes_per_token: Keys and values of one token in all layers.
+    `step_weight_bytes` are all weights but the embedding table, of which a decode step reads a row
+    for each sequence. lm_head counts, tied or not.
     """
 
-    params: int
+    params: int  # all; a tied embedding counts once
     quantized_params: int
-    linear_16bit_params: int
-    kept_16bit: int
+    linear_16bit_params: int  # weights of the layers' linears that are 16-bit
+    kept_16bit: int  # how many linears `keep_16bit` picks; 0 where nothing is quantized
     kept_16bit_extra_bytes: int
-    weight_bytes: int
+    weight_bytes: int  # safetensors of the checkpoint: weights and scales
     engine_bytes: int
     step_weight_bytes: int
-    kv_cache: KvCacheDtype
-    kv_bytes_per_token: int
+    kv_cache: KvCacheDtype  # an unknown one, which is a fault, counts as 16-bit
+    kv_bytes_per_token: int  # keys and values of one token in all layers
 
     def to_json(self) -> dict[str, Any]:
         numbers = {name: value for name, value in vars(self).items() if name != "kv_cache"}
@@ -234,23 +222,18 @@ def workspace_bytes(request: PlanRequest, limits: Limits) -> int:
 class Fit:
     """Device memory, and what is left of it for the KV cache.
 
-    Attributes:
-        usable_bytes: What the runtime may use of the card.
-        state_bytes: What a sequence holds beside its cache, whatever its length.
-        static_kv_bytes: Cache of the largest batch at full context, if allocated whole; else 0.
-        full_length_sequences: Largest batch at `max_seq_len` that fits, with its own workspace; at
-            most `max_num_tokens`, of which a decode step takes one for each sequence.
-        max_context: Longest context at `max_batch_size`, at most what the model was trained for.
+    `full_length_sequences` is the largest batch at `max_seq_len` that fits, with its own workspace;
+    at most `max_num_tokens`, of which a decode step takes one for each sequence.
     """
 
-    usable_bytes: int
+    usable_bytes: int  # what the runtime may use of the card
     engine_bytes: int
     workspace_bytes: int
     kv_bytes_per_token: int
-    state_bytes: int
-    static_kv_bytes: int
+    state_bytes: int  # what a sequence holds beside its cache, whatever its length
+    static_kv_bytes: int  # cache of the largest batch at full context, if allocated whole; else 0
     full_length_sequences: int
-    max_context: int
+    max_context: int  # at `max_batch_size`, at most what the model was trained for
 
     @property
     def kv_budget_bytes(self) -> int:

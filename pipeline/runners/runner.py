@@ -40,19 +40,14 @@ class RequestTiming:
 class Generation:
     """One timed greedy batch.
 
-    Attributes:
-        tokens: New tokens [batch, longest answer]; `UNUSED_TOKEN` behind the end of a shorter one.
-        ttft_s: Seconds until every request has its first token; of a static batch the prefill.
-        total_s: Seconds to the last token.
-        lengths: New tokens of each request; None where all are as long as the array.
-        requests: In the order of the prompts; empty where not known.
+    `tokens` are new ones [batch, longest answer]; `UNUSED_TOKEN` behind the end of a shorter one.
     """
 
     tokens: NDArray[np.int64]
-    ttft_s: float
-    total_s: float
-    lengths: tuple[int, ...] | None = None
-    requests: tuple[RequestTiming, ...] = ()
+    ttft_s: float  # until every request has its first token; of a static batch the prefill
+    total_s: float  # to the last token
+    lengths: tuple[int, ...] | None = None  # of each; None where all are as long as the array
+    requests: tuple[RequestTiming, ...] = ()  # in the order of the prompts; empty where not known
 
     @property
     def output_lengths(self) -> tuple[int, ...]:
