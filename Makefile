@@ -64,7 +64,7 @@ test-hostile: $(READY) ## of `make test` the seeded attacks on stores, servers, 
 test-soak: $(READY) ## publish and pull killed at 50 moments; thousands of hostile cases
 	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill \
 	    tests/registry/stores tests/registry/client $(ARGS)
-	ENGINESMITH_HOSTILE_CASES=120 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \
+	ENGINESMITH_HOSTILE_CASES=100 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \
 	    -m "not gpu" tests/hostile $(ARGS)
 
 bench-registry: $(READY) ## registries against boto3, oras, cp and sha256sum, 1 GB, side by side

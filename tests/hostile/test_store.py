@@ -47,7 +47,7 @@ STORES = {"folder": [], "memory_s3": _SLOW, "memory_oci": _SLOW, "seaweed": _SER
 CASES = [
     pytest.param(kind, seed, id=f"{kind}-{seed}-{[*COMMANDS][seed % len(COMMANDS)]}", marks=marks)
     for kind, marks in STORES.items()
-    for seed in hostile_cases(4 if marks else len(COMMANDS))
+    for seed in hostile_cases(4 if marks else len(COMMANDS))[: 40 if marks is _SERVICES else None]
 ]
 GARBAGE = [
     *(b"", b"rubbish", b"null", b"[]", b"{}", b"\xff\xfe", b"1" * 5000, b"x" * 70_000),
@@ -448,6 +448,7 @@ def intact_world(world: World, kind: str, before: Dump, folder: Path) -> Iterato
     store: Any = world.store
     if isinstance(store, WritableOciStore):
         identity = "registry:identity"
+        left |= {key for key in before if "@" in key}  # blobs stay, whatever names them
         if kind == "memory_oci":  # its list of referrers has what a tag does not name any more
             left |= {
                 key

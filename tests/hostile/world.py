@@ -5,7 +5,7 @@
     assert world.perform("pull") == make_world(other_store, other_home).perform("pull")
 
 Every test here takes seeds from `hostile_cases`: a few by default, and as many as
-`ENGINESMITH_HOSTILE_CASES` says in `make test-soak`: `120`, or `120-200` for those from 120 on. The
+`ENGINESMITH_HOSTILE_CASES` says in `make test-soak`: `100`, or `100-200` for those from 100 on. The
 seed is in the name of the test.
 """
 
