@@ -30,6 +30,10 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"model": "qwen3-4b", "format": "trtllm"},
         [{"format": "checkpoint"}, {"model": "qwen2.5", "kv_cache_dtype": "bfloat16"}],
     ),
+    "gemma3-float16": (
+        {"model": "gemma3", "format": "checkpoint", "kv_cache_dtype": "float16"},
+        [{"kv_cache_dtype": "bfloat16"}, {"model": "llama3.1"}],
+    ),
     "fp8-below-sm89": ({"target": "a100"}, [{"target": "l4"}]),
     "rtx-not-for-datacenter": (
         RTX | {"target": "h200"},
