@@ -22,6 +22,7 @@ from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.model.hf import write_random_model
 from pipeline.quant.fp8 import Fp8Quantizer
 from pipeline.quant.simulate import load_simulation
+from pipeline.quant.w4a16 import W4a16Quantizer
 from pipeline.runners.child import ChildSession
 from pipeline.runners.vllm import VllmRunner
 from pipeline.runners.workload import BatchOptions, Workload
@@ -46,25 +47,31 @@ RUNNER = VllmRunner(
     load_timeout_s=240.0,
     answer_timeout_s=120.0,
 )
-MAX_KL_NATS = {"bfloat16": 0.01, "fp8": 0.02}
-MIN_TOP1 = {"bfloat16": 0.85, "fp8": 0.8}
+KINDS: dict[str, Fp8Quantizer | W4a16Quantizer] = {
+    "bfloat16": Fp8Quantizer(device="cpu"),
+    "fp8": Fp8Quantizer(device="cpu"),
+    "w4a16": W4a16Quantizer(device="cpu"),
+}
+MAX_KL_NATS = {"bfloat16": 0.01, "fp8": 0.02, "w4a16": 0.01}
+MIN_TOP1 = {"bfloat16": 0.85, "fp8": 0.8, "w4a16": 0.85}
 SLACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    kv_cache_dtype: str
+    kind: str
     session: ChildSession
     engine: Engine
     before: Conditions
 
 
-def engine_of(folder: Path, kv_cache_dtype: Literal["bfloat16", "fp8"]) -> Engine:
+def engine_of(folder: Path, kind: str) -> Engine:
+    kv_cache_dtype: Literal["bfloat16", "fp8"] = "fp8" if kind == "fp8" else "bfloat16"
     (folder / "model").mkdir(parents=True)
     write_random_model(SHAPE, folder / "model", documents=[TEXT], seed=3)
     weights, cache = local_weights(folder / "model"), StageCache(root=folder / "cache")
     calibration = Calibration(text=RepeatedText(), calib_size=4, seq_len=64, batch_size=4, seed=1)
-    checkpoint = Fp8Quantizer(device="cpu").quantize(weights, calibration, cache)
+    checkpoint = KINDS[kind].quantize(weights, calibration, cache)
     compiler = CheckpointCompiler(
         max_batch_size=8,
         max_seq_len=256,
@@ -82,16 +89,16 @@ def conditions() -> Conditions:
     return found
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "fp8"])
+@pytest.fixture(scope="module", params=KINDS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """One load for all tests; when it is closed, the memory must be free again."""
-    kv_cache_dtype = request.param
-    engine = engine_of(tmp_path_factory.mktemp(kv_cache_dtype), kv_cache_dtype)
+    kind = request.param
+    engine = engine_of(tmp_path_factory.mktemp(kind), kind)
     before = conditions()
     print(before)
     assert RUNNER.why_not(engine) is None
     with RUNNER.open_folder(engine.dir, engine.serve_args) as session:
-        yield Run(kv_cache_dtype=kv_cache_dtype, session=session, engine=engine, before=before)
+        yield Run(kind=kind, session=session, engine=engine, before=before)
         assert before.memory_used_bytes is not None
         assert (conditions().memory_used_bytes or 0) > before.memory_used_bytes + SLACK_BYTES
     deadline = time.monotonic() + 10.0
@@ -136,10 +143,10 @@ def test_logits_are_those_of_the_simulated_checkpoint(run: Run) -> None:
     assert np.exp(got[0]).sum(axis=-1) == pytest.approx(1.0, abs=1e-3)
     kl, top1 = kl_and_top1(simulated(run.engine.dir), got)
     broken_kl, broken_top1 = kl_and_top1(simulated(run.engine.dir, 1), got)
-    print(f"{run.kv_cache_dtype}: KL {kl:.6f} top-1 {top1:.4f}")
-    print(f"{run.kv_cache_dtype}: one layer x 4: KL {broken_kl:.6f} top-1 {broken_top1:.4f}")
-    assert kl <= MAX_KL_NATS[run.kv_cache_dtype] < broken_kl
-    assert top1 >= MIN_TOP1[run.kv_cache_dtype] > broken_top1
+    print(f"{run.kind}: KL {kl:.6f} top-1 {top1:.4f}")
+    print(f"{run.kind}: one layer x 4: KL {broken_kl:.6f} top-1 {broken_top1:.4f}")
+    assert kl <= MAX_KL_NATS[run.kind] < broken_kl
+    assert top1 >= MIN_TOP1[run.kind] > broken_top1
 
 
 def test_generation_and_stream_go_on_from_the_logits(run: Run) -> None:
