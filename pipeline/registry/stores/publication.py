@@ -34,6 +34,7 @@ import hashlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ log = logging.getLogger(__name__)
 _LEASE = ".lease"
 MAX_COPIES_BYTES = 2 << 20
 """Of all copies of a variant: some 200 versions, the newest. What has no copy is read singly."""
+SETTLE_S = 2.0
+"""After it, a gc that saw the old lease of a version has removed what it will."""
 _SMALL_BYTES = 8 << 20
 """Files up to here are sent side by side; a larger one is sent in parts side by side."""
 
@@ -335,7 +338,10 @@ class WritableTree(TreeStore):
         self.create_identity()
         if self._holds(manifest_key(place), manifest):
             return False
+        was_here = self.objects.find(_lease_key(place)) is not None
         self.objects.replace(_lease_key(place), b"published")
+        if was_here:  # a gc that looked before may be removing what was left
+            time.sleep(SETTLE_S)
         files = files_of(package.manifest)
         wanted = {f"{version_key(place)}/{file.path}" for file in files}
         wanted |= {f"{statements_key(place)}{one.name}/{ENVELOPE}" for one in statements}
@@ -460,8 +466,8 @@ class WritableTree(TreeStore):
             keys.append(found.key)
         lease = self.objects.find(_lease_key(place))
         if lease is None or lease.modified_s <= newest_s:
-            self.objects.delete(keys)
-            self.objects.delete([_lease_key(place)])
+            # The lease goes alone, in a later gc: a publisher sees by it that one may be at work.
+            self.objects.delete(keys or [_lease_key(place)])
 
 
 def _lease_key(place: Place) -> str:

@@ -108,6 +108,7 @@ def test_a_publisher_sends_again_what_a_late_collector_takes(
             return found
 
     monkeypatch.setattr(owner, name, then_taken)
+    monkeypatch.setattr(publication, "SETTLE_S", 0.0)
     assert store.put_package(package, [raw_statement()], lambda _: None)
     assert left == []
     assert len(read_back(store, package)) == 2
