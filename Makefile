@@ -41,16 +41,17 @@ plan: $(READY) ## show size, fit and ceilings of a recipe, downloading nothing
 rehearse: $(READY) ## the whole line of a recipe on a tiny random model, in every format
 	@$(RUN) -m pipeline.cli rehearse $(MODEL) $(ARGS)
 
+QUICK = not slow and not gpu and not services and not product
 # Tiny models gain nothing from more threads, and beside each other they wait for them.
 test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not services" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "$(QUICK)" $(ARGS)
 
 test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
-	$(RUN) -m pytest -q -n 2 --dist loadgroup -m "(slow or services) and not gpu" \
+	$(RUN) -m pytest -q -n 2 --dist loadgroup -m "(slow or services) and not gpu and not product" \
 	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages
-	$(RUN_PINNED) -m pytest -q -n 2 -m "not slow and not gpu and not services" \
+	$(RUN_PINNED) -m pytest -q -n 2 -m "$(QUICK)" \
 	    tests/model/test_hf.py tests/quant tests/formats/decoder tests/rehearse $(ARGS)
 	$(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
 
@@ -59,9 +60,10 @@ test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the 
 
 test-hostile: $(READY) ## of `make test` the seeded attacks on stores, servers, machines and caches
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \
-	    -m "not slow and not gpu and not services" tests/hostile $(ARGS)
+	    -m "$(QUICK)" tests/hostile $(ARGS)
 
-test-soak: $(READY) ## publish and pull killed at 50 moments; thousands of hostile cases
+test-soak: $(READY) ## every configuration; publish and pull killed at 50 moments; thousands of hostile cases
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "product and not gpu" tests $(ARGS)
 	ENGINESMITH_SOAK_POINTS=50 $(RUN) -m pytest -q -k kill \
 	    tests/registry/stores tests/registry/client $(ARGS)
 	ENGINESMITH_HOSTILE_CASES=100 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \

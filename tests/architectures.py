@@ -8,9 +8,11 @@ heads of 16 elements or more, since TensorRT-RTX has no attention kernel for few
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import pytest
 
 from pipeline.model.hf import quiet
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
@@ -165,6 +167,11 @@ ARCHITECTURES: Final = tuple(_MODELS)
 """Names that `tiny_architecture` knows."""
 TRTLLM_ARCHITECTURES: Final = tuple(sorted(_MODELS.keys() - {"gemma3", "ministral3"}))
 """Those that are converted for TensorRT-LLM."""
+
+
+def covering(names: Iterable[str], kept: Container[str]) -> list[Any]:
+    """Parameters of a test: `make test` and `make test-all` have the `kept`, the soak the rest."""
+    return [pytest.param(name, marks=() if name in kept else pytest.mark.product) for name in names]
 
 
 def tiny_architecture(name: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:

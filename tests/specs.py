@@ -14,6 +14,8 @@ from pipeline.model.spec import ModelSpec
 ROOT = Path(__file__).parents[1]
 CONFIGS = Path(__file__).parent / "model" / "configs"
 """Public config.json files, keys and values as their repositories have them."""
+NOT_FOR_TRTLLM = ("gemma3", "ministral3-8b", "phi3-w4", "smollm2-w4")
+"""Recipes of models and precisions that its engines cannot express."""
 
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

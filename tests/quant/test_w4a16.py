@@ -20,7 +20,7 @@ from pipeline.quant import w4a16
 from pipeline.quant.modelopt import Calibrated, Factors, Written, verify_checkpoint
 from pipeline.quant.simulate import load_simulation
 from pipeline.quant.unified import UnifiedCheckpoint
-from tests.architectures import ARCHITECTURES, tiny_architecture
+from tests.architectures import ARCHITECTURES, covering, tiny_architecture
 from tests.formats.decoder.decoders import (
     graph_logits,
     model_logits,
@@ -100,7 +100,7 @@ def quantized(root: Path, name: str, *keep_16bit: str) -> Checkpoint:
     return made
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=covering(ARCHITECTURES, {"llama", "phi3", "qwen2.5", "gemma3"}))
 def made(request: pytest.FixtureRequest, root: Path) -> Checkpoint:
     return quantized(root, request.param)
 

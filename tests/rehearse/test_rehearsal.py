@@ -20,12 +20,15 @@ from pipeline.registry.package import require_manifest_publishable
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.rehearse import CONTEXT, compose, run_rehearsal, small_spec
 from pipeline.sources.text.topics import PydocTopics
-from tests.specs import published, shape
+from tests.architectures import covering
+from tests.specs import NOT_FOR_TRTLLM, published, shape
 from tests.tiny_recipe import ROOT, enginesmith
 
 SHAPES = sorted(path.stem for path in (ROOT / "recipes" / "shapes").glob("*.yaml"))
-NOT_FOR_TRTLLM = ("gemma3", "ministral3-8b", "phi3-w4", "smollm2-w4")
-"""Recipes of models and precisions that its engines cannot express."""
+ONE_OF_A_KIND = {
+    *("gemma3", "llama3.1", "ministral3-8b", "mistral", "phi3", "qwen2.5", "qwen3-4b"),
+    "smollm2-w4",
+}
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
@@ -39,7 +42,7 @@ def _rehearse(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", covering(RECIPES, ONE_OF_A_KIND))
 def test_every_recipe_is_rehearsed_in_every_format(recipe: str, tmp_path: Path) -> None:
     done, result = _rehearse(tmp_path, recipe, "--keep", "kept")
     assert done.returncode == 0, done.stderr

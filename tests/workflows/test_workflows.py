@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.specs import NOT_FOR_TRTLLM
+
 FOLDER = Path(".github/workflows")
 NAMES = ("ci.yml", "engine.yml", "rehearse-and-rtx.yml")
 
@@ -85,7 +87,7 @@ def test_models_are_recipes(name: str) -> None:
         models = workflow["jobs"]["rehearse"]["strategy"]["matrix"]["model"]
     assert set(models) <= recipes
     # On the runner with the build image: what TensorRT-LLM compiles.
-    own = {"smollm2", "smollm2-vllm", "smollm2-w4", "phi3-w4"} if name == "engine.yml" else set()
+    own = {"smollm2", "smollm2-vllm", *NOT_FOR_TRTLLM} if name == "engine.yml" else set()
     assert recipes - set(models) == own
 
 
