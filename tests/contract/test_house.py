@@ -1,4 +1,4 @@
-"""The house: which room may use which, and how long a function may be."""
+"""The house: which room may use which, how long a function may be, and how large all of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ ROOMS = (
 )
 """The left may import the right, never the other way; `registry` imports `core` alone."""
 MAX_LINES = 60
+MAX_HOUSE_LINES = 30_000
+"""Of `pipeline/`, and of `tests/`: who adds a capability looks first for what it makes needless."""
 
 
 def module_of(path: Path) -> str:
@@ -64,3 +66,10 @@ def test_no_function_is_too_long() -> None:
             if isinstance(node, FUNCTIONS):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= MAX_LINES, f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, PACKAGE.with_name("tests")], ids=lambda one: one.name)
+def test_the_house_is_no_larger_than_it_may_be(folder: Path) -> None:
+    assert (
+        sum(len(path.read_text().splitlines()) for path in folder.rglob("*.py")) <= MAX_HOUSE_LINES
+    )
