@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from pydantic.dataclasses import dataclass
-
-from pipeline.core.cache import StageCache
-from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Checkpoint, Weights
-from pipeline.quant.calibration import DeviceChoice
-from pipeline.quant.modelopt import ModelOptJob
+from pipeline.quant.modelopt import ModelOptQuantizer
 from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec
-from pipeline.sources.text.corpus import Calibration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,28 +88,10 @@ SPEC = QuantSpec(
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Fp8Quantizer:
-    """Per-tensor FP8 with static activation scales, by ModelOpt.
+class Fp8Quantizer(ModelOptQuantizer):
+    """Per-tensor FP8 with static activation scales."""
 
-    `keep_16bit` has fnmatch patterns of linears that stay bfloat16, such as
-    `model.layers.*.mlp.down_proj`. lm_head always does.
-    """
-
-    precision: ClassVar[str] = SPEC.name
-
-    keep_16bit: Listed[str] = ()
-    device: DeviceChoice = "auto"
-
-    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
-        return self._job(calibration).inputs(weights)
-
-    def quantize(self, weights: Weights, calibration: Calibration, cache: StageCache) -> Checkpoint:
-        return self._job(calibration).quantize(weights, cache)
-
-    def _job(self, calibration: Calibration) -> ModelOptJob:
-        kept, device = self.keep_16bit, self.device
-        return ModelOptJob(precision=SPEC, calibration=calibration, keep_16bit=kept, device=device)
+    precision = SPEC.name
 
 
 KIND = Fp8Quantizer

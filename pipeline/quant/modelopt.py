@@ -1,7 +1,7 @@
 """Quantizing with NVIDIA ModelOpt: calibrate, share scales, export, check every tensor.
 
-A precision's module says how (its `QuantSpec`), and its settings class runs a `ModelOptJob`. The KV
-cache's scales are calibrated beside the linears', whatever their precision.
+A precision's module says how (its `QuantSpec`), and its `ModelOptQuantizer` runs a `ModelOptJob`.
+The KV cache's scales are calibrated beside the linears', whatever their precision.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic.dataclasses
 
 from pipeline.core.cache import Stage, StageCache, require_files
 from pipeline.core.errors import CorruptError, RecipeError
 from pipeline.core.progress import progress
 from pipeline.core.safetensors_files import read_header
+from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Checkpoint, Weights
 from pipeline.model.hf import load_model, load_tokenizer, quiet
 from pipeline.model.spec import ModelSpec
@@ -34,7 +37,7 @@ from pipeline.quant.calibration import (
     place,
     share_scales,
 )
-from pipeline.quant.spec import QuantSpec, quantizer_faults, select
+from pipeline.quant.spec import QuantSpec, quant_spec, quantizer_faults, select
 from pipeline.quant.unified import (
     DECLARATION,
     UnifiedCheckpoint,
@@ -252,6 +255,39 @@ class ModelOptJob:
             # Patterns, not names: ModelOpt tries each entry on every module, 2 s for SmolLM2's.
             config = self.precision.modelopt_config(self.keep_16bit, group)
             mtq.quantize(model, config, forward_loop)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelOptQuantizer:
+    """A recipe's quantizer, of the precision that a subclass names.
+
+    `keep_16bit` has fnmatch patterns of linears that stay bfloat16, such as
+    `model.layers.*.mlp.down_proj`. lm_head always does.
+    """
+
+    precision: ClassVar[str]
+
+    keep_16bit: Listed[str] = ()
+    device: DeviceChoice = "auto"
+
+    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
+        return self.job(calibration).inputs(weights)
+
+    def quantize(self, weights: Weights, calibration: Calibration, cache: StageCache) -> Checkpoint:
+        return self.job(calibration).quantize(weights, cache)
+
+    def job(self, calibration: Calibration) -> ModelOptJob:
+        return ModelOptJob(
+            precision=quant_spec(self.precision),
+            calibration=calibration,
+            keep_16bit=self.keep_16bit,
+            device=self.device,
+            write=self.write,
+        )
+
+    def write(self, calibrated: Calibrated, out_dir: Path) -> Written:
+        """Make the checkpoint of a calibrated model."""
+        return write_export(calibrated, out_dir)
 
 
 def _export(model: Any, source: UnifiedCheckpoint, out_dir: Path) -> Path:

@@ -17,23 +17,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic.dataclasses import dataclass
-
-from pipeline.core.cache import StageCache
 from pipeline.core.safetensors_files import INDEX
-from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Checkpoint, Weights
 from pipeline.model.spec import layer_name
-from pipeline.quant.calibration import DeviceChoice, bf16_scale
-from pipeline.quant.modelopt import Calibrated, Factors, ModelOptJob, Written, write_config
+from pipeline.quant.calibration import bf16_scale
+from pipeline.quant.modelopt import Calibrated, Factors, ModelOptQuantizer, Written, write_config
 from pipeline.quant.spec import OnnxPattern, OnnxWriter, QuantSpec
 from pipeline.quant.unified import torch_view
-from pipeline.sources.text.corpus import Calibration
 
 if TYPE_CHECKING:
     import torch
@@ -233,29 +227,13 @@ SPEC = QuantSpec(
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class W4a16Quantizer:
-    """INT4 weights by AWQ; `keep_16bit` has fnmatch patterns of linears that stay bfloat16."""
+class W4a16Quantizer(ModelOptQuantizer):
+    """INT4 weights by AWQ."""
 
-    precision: ClassVar[str] = SPEC.name
+    precision = SPEC.name
 
-    keep_16bit: Listed[str] = ()
-    device: DeviceChoice = "auto"
-
-    def inputs(self, weights: Weights, calibration: Calibration) -> Mapping[str, Any]:
-        return self._job(calibration).inputs(weights)
-
-    def quantize(self, weights: Weights, calibration: Calibration, cache: StageCache) -> Checkpoint:
-        return self._job(calibration).quantize(weights, cache)
-
-    def _job(self, calibration: Calibration) -> ModelOptJob:
-        return ModelOptJob(
-            precision=SPEC,
-            calibration=calibration,
-            keep_16bit=self.keep_16bit,
-            device=self.device,
-            write=write,
-        )
+    def write(self, calibrated: Calibrated, out_dir: Path) -> Written:
+        return write(calibrated, out_dir)
 
 
 KIND = W4a16Quantizer

@@ -116,11 +116,8 @@ PRECISION = """\
 
 from dataclasses import replace
 
-from pydantic.dataclasses import dataclass
-
-from pipeline.core.settings import STRICT, Listed
 from pipeline.quant import fp8
-from pipeline.quant.modelopt import ModelOptJob
+from pipeline.quant.modelopt import ModelOptQuantizer
 from pipeline.quant.spec import OnnxPattern
 
 
@@ -144,24 +141,8 @@ SPEC = replace(
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ToyQuantizer:
-    keep_16bit: Listed[str] = ()
-
-    @property
-    def precision(self):
-        return SPEC.name
-
-    def inputs(self, weights, calibration):
-        return self.job(calibration).inputs(weights)
-
-    def quantize(self, weights, calibration, cache):
-        return self.job(calibration).quantize(weights, cache)
-
-    def job(self, calibration):
-        return ModelOptJob(
-            precision=SPEC, calibration=calibration, keep_16bit=self.keep_16bit, device="cpu"
-        )
+class ToyQuantizer(ModelOptQuantizer):
+    precision = SPEC.name
 
 
 KIND = ToyQuantizer

@@ -94,7 +94,7 @@ def quantized(root: Path, name: str, *keep_16bit: str) -> Checkpoint:
         return written
 
     quantizer = w4a16.W4a16Quantizer(keep_16bit=keep_16bit, device="cpu")
-    job = replace(quantizer._job(CALIBRATION), write=write)
+    job = replace(quantizer.job(CALIBRATION), write=write)
     made = job.quantize(local_weights(folder), StageCache(root=root / "cache"))
     FACTORS.setdefault(made.digest, *seen)
     return made
