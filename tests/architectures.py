@@ -9,6 +9,7 @@ heads of 16 elements or more, since TensorRT-RTX has no attention kernel for few
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,7 +164,9 @@ _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 
-ARCHITECTURES: Final = tuple(_MODELS)
+_TOO_NEW = {"ministral3"} if int(version("transformers").split(".")[0]) < 5 else set()
+"""What the Transformers of the build image does not know."""
+ARCHITECTURES: Final = tuple(name for name in _MODELS if name not in _TOO_NEW)
 """Names that `tiny_architecture` knows."""
 TRTLLM_ARCHITECTURES: Final = tuple(sorted(_MODELS.keys() - {"gemma3", "ministral3"}))
 """Those that are converted for TensorRT-LLM."""

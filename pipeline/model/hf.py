@@ -21,7 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.errors import CorruptError
+from pipeline.core.errors import CorruptError, IncompatibleError
 from pipeline.core.safetensors_files import INDEX, TensorSpec, safetensors_header
 from pipeline.model.read import load_config
 from pipeline.model.spec import EMBEDDING, ModelSpec
@@ -160,6 +160,9 @@ def _config(folder: Path) -> Any:
     import transformers
 
     raw = load_config(folder)
+    if raw.get("model_type") not in transformers.CONFIG_MAPPING:
+        known = f"Transformers {transformers.__version__} does not know {raw.get('model_type')!r}"
+        raise IncompatibleError(f"{known}; build this model where a newer one is installed")
     if "rope_parameters" in raw and int(transformers.__version__.split(".")[0]) < 5:
         spelled = transformers4_spelling(raw)
         return transformers.AutoConfig.for_model(spelled.pop("model_type"), **spelled)

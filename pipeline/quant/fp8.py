@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.quant.modelopt import ModelOptQuantizer
+from pipeline.quant.modelopt import ModelOptQuantizer, with_cache_scales
 from pipeline.quant.spec import FP8_E4M3_MAX, OnnxPattern, OnnxWriter, QuantSpec
 
 if TYPE_CHECKING:
@@ -27,23 +26,11 @@ def round_to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def modelopt_config(kept: Sequence[str], _group: int | None) -> dict[str, Any]:
-    """ModelOpt's FP8 config with KV-cache scales, less the kept linears.
-
-    ModelOpt changed the type of `quant_cfg` from a mapping (0.37) to a list of rules (0.47); both
-    are served, since the build image holds the older one.
-    """
+    """ModelOpt's FP8 config with KV-cache scales, less the kept linears."""
     import modelopt.torch.quantization as mtq
 
-    config: dict[str, Any] = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
-    kv_rules = copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
     names = [f"{name}.{kind}_quantizer" for name in sorted(kept) for kind in ("weight", "input")]
-    if isinstance(config["quant_cfg"], list):
-        config["quant_cfg"] += kv_rules
-        config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in names]
-    else:
-        config["quant_cfg"].update({k: v for k, v in kv_rules.items() if k != "default"})
-        config["quant_cfg"].update({name: {"enable": False} for name in names})
-    return config
+    return with_cache_scales(mtq.FP8_DEFAULT_CFG, disabled=names)
 
 
 def _input_nodes(w: OnnxWriter, module: str, x: str, scale: np.float32) -> str:

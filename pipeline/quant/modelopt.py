@@ -6,6 +6,7 @@ The KV cache's scales are calibrated beside the linears', whatever their precisi
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -62,6 +63,25 @@ STAGE = Stage(
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 _CACHE = (".k_scale", ".v_scale")
 _SCALES = (".weight_scale", ".input_scale", *_CACHE)
+
+
+def with_cache_scales(config: Mapping[str, Any], disabled: Collection[str]) -> dict[str, Any]:
+    """One of ModelOpt's configs with scales for an FP8 KV cache, less the named quantizers.
+
+    ModelOpt changed the type of `quant_cfg` from a mapping (0.37) to a list of rules (0.47); both
+    are served, since the build image holds the older one.
+    """
+    import modelopt.torch.quantization as mtq
+
+    made: dict[str, Any] = copy.deepcopy(dict(config))
+    kv_rules = copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+    if isinstance(made["quant_cfg"], list):
+        made["quant_cfg"] += kv_rules
+        made["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in disabled]
+    else:
+        made["quant_cfg"].update({k: v for k, v in kv_rules.items() if k != "default"})
+        made["quant_cfg"].update({name: {"enable": False} for name in disabled})
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)

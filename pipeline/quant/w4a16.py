@@ -15,7 +15,6 @@ columns / 8], eight codes from the lowest bits up, each plus 8; `weight_scale` [
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from itertools import groupby
@@ -25,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.safetensors_files import INDEX
 from pipeline.model.spec import layer_name
 from pipeline.quant.calibration import bf16_scale
-from pipeline.quant.modelopt import Calibrated, Factors, ModelOptQuantizer, Written, write_config
+from pipeline.quant.modelopt import (
+    Calibrated,
+    Factors,
+    ModelOptQuantizer,
+    Written,
+    with_cache_scales,
+    write_config,
+)
 from pipeline.quant.spec import OnnxPattern, OnnxWriter, QuantSpec
 from pipeline.quant.unified import torch_view
 
@@ -79,13 +85,15 @@ def modelopt_config(kept: Sequence[str], group: int | None) -> dict[str, Any]:
     """ModelOpt's AWQ search with KV-cache scales, less the kept linears, and o_proj."""
     import modelopt.torch.quantization as mtq
 
-    config: dict[str, Any] = copy.deepcopy(mtq.INT4_AWQ_CFG)
-    for rule in config["quant_cfg"]:
-        if rule["quantizer_name"] == "*weight_quantizer":
-            rule["cfg"]["block_sizes"] = {-1: group, "type": "static"}
     unsearched = [f"{name}.weight_quantizer" for name in (*sorted(kept), "*.o_proj")]
-    config["quant_cfg"] += copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
-    config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in unsearched]
+    config = with_cache_scales(mtq.INT4_AWQ_CFG, disabled=unsearched)
+    rules = config["quant_cfg"]
+    if isinstance(rules, list):
+        found = [rule["cfg"] for rule in rules if rule["quantizer_name"] == "*weight_quantizer"]
+    else:
+        found = [rules["*weight_quantizer"]]
+    for rule in found:
+        rule["block_sizes"] = {-1: group, "type": "static"}
     return config
 
 
