@@ -33,9 +33,11 @@ from pipeline.core.settings import data_dir
 OmegaConf.clear_resolver("oc.env")
 
 _COMPOSITION_ERRORS = (
-    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError
+    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError,
+    AssertionError,
 )  # fmt: skip
-"""What a bad file or override raises: Hydra lets PyYAML's and Python's own errors through."""
+"""What a bad file or override raises: Hydra lets PyYAML's and Python's own errors through, and
+asserts that a group in a list of defaults is text."""
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """What Hydra can tell about a composition."""
@@ -163,6 +165,8 @@ def _reason(error: Exception) -> str:
     """Hydra's message in one line, less the search path that it appends."""
     if isinstance(error, RecursionError):
         return "it contains itself"
+    if isinstance(error, AssertionError):
+        return "its list of defaults names an option that is no text"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         option = str(error.missing_cfg_file).rpartition("/")[2]
         return f"there is no option {option!r}; {suggestion(option, error.options)}"
