@@ -1,7 +1,7 @@
 """Holds an engine in TensorRT-LLM, in a child process or a container; see `main.py` beside it.
 
-Standard library beside `tensorrt_llm` and NumPy. Signatures: llmapi/llm.py, llmapi/llm_args.py
-(TrtLlmArgs) and sampling_params.py of the 1.2 line. Not run: no machine had TensorRT-LLM.
+Standard library beside `tensorrt_llm`. Signatures: llmapi/llm.py, llmapi/llm_args.py (TrtLlmArgs)
+and sampling_params.py of the 1.2 line. Not run: no machine with TensorRT-LLM was at hand.
 """
 
 from __future__ import annotations
@@ -57,16 +57,17 @@ class TrtLlmModel:
             kv_cache_config=KvCacheConfig(**cache),
         )
 
-    def logits(self, tokens: Sequence[int]) -> Any:
-        import numpy as np
-
+    def logits(self, tokens: Sequence[int]) -> _Rows:
         prefixes = [list(tokens[: end + 1]) for end in range(len(tokens))]
         params = self._params(1, return_generation_logits=True)
         outputs = self._llm.generate(prefixes, params, use_tqdm=False)
         found = [output.outputs[0].generation_logits for output in outputs]
         vocab = int(found[0].shape[-1])
         # There may be more rows than tokens: "nvbug 5324291" in executor/result.py.
-        return np.stack([one.float().cpu().reshape(-1, vocab)[0].numpy() for one in found])
+        firsts = [one.float().cpu().reshape(-1, vocab)[0].numpy().tobytes() for one in found]
+        rows = _Rows(b"".join(firsts))
+        rows.shape = (len(firsts), vocab)
+        return rows
 
     def generate(
         self, prompts: Sequence[Sequence[int]], osl: int, options: Mapping[str, Any] | None
@@ -107,6 +108,16 @@ class TrtLlmModel:
     def _params(self, max_tokens: int, **more: Any) -> Any:
         # -1 is no token: as trtllm-bench does to ignore end-of-sequence.
         return self._sampling(max_tokens=max_tokens, end_id=-1, pad_id=-1, top_k=1, **more)
+
+
+class _Rows(bytes):
+    """Logits as a frame takes them, without NumPy."""
+
+    dtype = "<f4"
+    shape: tuple[int, int]
+
+    def tobytes(self) -> bytes:
+        return self
 
 
 load = TrtLlmModel

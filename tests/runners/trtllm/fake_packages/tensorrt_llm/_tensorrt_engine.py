@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tensorrt_llm import SamplingParams
 from tensorrt_llm.llmapi import KvCacheConfig
@@ -22,8 +21,12 @@ def next_token(prompt: list[int], vocab: int) -> int:
     return (7 * sum(prompt) + len(prompt)) % vocab
 
 
-class Rows(np.ndarray[Any, Any]):
+class Rows:
     """As much of a tensor as the runner asks for; more rows than tokens, as the real one may."""
+
+    def __init__(self, rows: list[list[float]]) -> None:
+        self._rows = rows
+        self.shape = (1, len(rows), len(rows[0]))
 
     def float(self) -> Rows:
         return self
@@ -31,8 +34,16 @@ class Rows(np.ndarray[Any, Any]):
     def cpu(self) -> Rows:
         return self
 
-    def numpy(self) -> np.ndarray[Any, Any]:
-        return self.view(np.ndarray)
+    def numpy(self) -> Rows:
+        return self
+
+    def reshape(self, *shape: int) -> list[Rows]:
+        assert shape == (-1, self.shape[-1])
+        return [Rows([row]) for row in self._rows]
+
+    def tobytes(self) -> bytes:
+        (row,) = self._rows
+        return struct.pack(f"<{len(row)}f", *row)
 
 
 class Completion:
@@ -59,8 +70,7 @@ class Result:
         self.outputs[0].token_ids.append(token)
         if self._wants_logits:
             row = [-float(abs(index - token)) for index in range(self._vocab)]
-            rows = np.array([[row, [0.0] * self._vocab]], np.float32)
-            self.outputs[0].generation_logits = rows.view(Rows)
+            self.outputs[0].generation_logits = Rows([row, [0.0] * self._vocab])
         self._left -= 1
         self.finished = self._left <= 0
         return self
