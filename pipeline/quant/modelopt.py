@@ -62,14 +62,18 @@ STAGE = Stage(
 )
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 _CACHE = (".k_scale", ".v_scale")
+_WEIGHTS = "*weight_quantizer"
 _SCALES = (".weight_scale", ".input_scale", *_CACHE)
 
 
-def with_cache_scales(config: Mapping[str, Any], disabled: Collection[str]) -> dict[str, Any]:
+def with_cache_scales(
+    config: Mapping[str, Any], disabled: Collection[str], **weights: Any
+) -> dict[str, Any]:
     """One of ModelOpt's configs with scales for an FP8 KV cache, less the named quantizers.
 
-    ModelOpt changed the type of `quant_cfg` from a mapping (0.37) to a list of rules (0.47); both
-    are served, since the build image holds the older one.
+    `weights` are settings of the weight quantizers in place of the config's. ModelOpt changed the
+    type of `quant_cfg` from a mapping (0.37) to a list of rules (0.47); both are served, and here
+    alone, since the build image holds the older one.
     """
     import modelopt.torch.quantization as mtq
 
@@ -78,9 +82,14 @@ def with_cache_scales(config: Mapping[str, Any], disabled: Collection[str]) -> d
     if isinstance(made["quant_cfg"], list):
         made["quant_cfg"] += kv_rules
         made["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in disabled]
+        found = [one for one in made["quant_cfg"] if one["quantizer_name"] == _WEIGHTS]
+        settings = [one["cfg"] for one in found if one.get("cfg")]
     else:
         made["quant_cfg"].update({k: v for k, v in kv_rules.items() if k != "default"})
         made["quant_cfg"].update({name: {"enable": False} for name in disabled})
+        settings = [made["quant_cfg"][_WEIGHTS]]
+    for one in settings:
+        one.update(weights)
     return made
 
 

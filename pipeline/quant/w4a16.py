@@ -86,15 +86,8 @@ def modelopt_config(kept: Sequence[str], group: int | None) -> dict[str, Any]:
     import modelopt.torch.quantization as mtq
 
     unsearched = [f"{name}.weight_quantizer" for name in (*sorted(kept), "*.o_proj")]
-    config = with_cache_scales(mtq.INT4_AWQ_CFG, disabled=unsearched)
-    rules = config["quant_cfg"]
-    if isinstance(rules, list):
-        found = [rule["cfg"] for rule in rules if rule["quantizer_name"] == "*weight_quantizer"]
-    else:
-        found = [rules["*weight_quantizer"]]
-    for rule in found:
-        rule["block_sizes"] = {-1: group, "type": "static"}
-    return config
+    blocks = {-1: group, "type": "static"}
+    return with_cache_scales(mtq.INT4_AWQ_CFG, disabled=unsearched, block_sizes=blocks)
 
 
 def fold(calibrated: Calibrated) -> dict[str, Factors]:
