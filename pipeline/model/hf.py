@@ -137,9 +137,12 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: 
     before = signal.signal(signal.SIGALRM, stop)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-        signal.setitimer(signal.ITIMER_REAL, _TEMPLATE_S)
-        if len(text) <= _TEMPLATE_CHARS:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, _TEMPLATE_S)
+            if len(text) <= _TEMPLATE_CHARS:
+                text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        finally:  # a timer that ends just here is caught below like any other
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if len(text) <= _TEMPLATE_CHARS:
             return text
     except (MemoryError, SystemExit):
@@ -148,7 +151,6 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: 
         log.debug("%s refuses a conversation: %s", where, error)
         return None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
     mib = _TEMPLATE_BYTES >> 20

@@ -379,6 +379,22 @@ def test_a_template_ends_in_time_and_memory(seed: int, monkeypatch: pytest.Monke
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
+def test_a_template_whose_time_ends_as_it_does_is_one_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = tiny_tokenizer()
+    set_timer = signal.setitimer
+
+    def too_late(which: int, seconds: float) -> object:
+        if not seconds:
+            signal.raise_signal(signal.SIGALRM)
+        return set_timer(which, seconds)
+
+    monkeypatch.setattr(signal, "setitimer", too_late)
+    with pytest.raises(CorruptError, match="takes more than"):
+        hf.chat_ids(tokenizer, [{"role": "user", "content": "hi"}])
+
+
 @pytest.mark.slow
 def test_build_and_generate_end_where_a_template_does_not(built: Workplace, tmp_path: Path) -> None:
     place = built.copy(tmp_path / "place", packages=False)
