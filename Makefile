@@ -43,7 +43,7 @@ rehearse: $(READY) ## the whole line of a recipe on a tiny random model, in ever
 
 QUICK = not slow and not gpu and not services and not product
 # Tiny models gain nothing from more threads, and beside each other they wait for them.
-test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 5 minutes
+test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 4 minutes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "$(QUICK)" $(ARGS)
 
 test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
@@ -51,12 +51,12 @@ test-all: check test test-image-pins test-eval ## all tests: the main job on rea
 	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages
-	$(RUN_PINNED) -m pytest -q -n 2 -m "$(QUICK)" \
+	OMP_NUM_THREADS=1 $(RUN_PINNED) -m pytest -q -n 2 -m "$(QUICK)" \
 	    tests/model/test_hf.py tests/quant tests/formats/decoder tests/rehearse $(ARGS)
-	$(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the extra `eval`
-	$(RUN_EVAL) -m pytest -q tests/acceptance/test_harness.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN_EVAL) -m pytest -q -n 2 --dist worksteal tests/acceptance/test_harness.py $(ARGS)
 
 test-hostile: $(READY) ## of `make test` the seeded attacks on stores, servers, machines and caches
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \

@@ -47,6 +47,7 @@ def _no_handler_outlives_its_test() -> Iterator[None]:
             root.removeHandler(handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for `--dist loadgroup`: all that starts servers together, the rest by its file.
 

@@ -124,7 +124,7 @@ def test_smaller_card_and_larger_model_get_smaller_sizes() -> None:
 
 def test_model_too_large_exits_2_with_the_amount_and_writes_nothing() -> None:
     with pytest.raises(RecipeError) as error:
-        new(folder_of(published("llama-2-13b", num_hidden_layers=200)))
+        new(folder_of(published("llama-2-13b", intermediate_size=110_592)))
     assert error.value.exit_code == 2
     assert "at batch 8 x context 512, the smallest that is tried" in str(error.value)
     assert "the model does not fit rtx4090, by " in str(error.value)
@@ -132,13 +132,13 @@ def test_model_too_large_exits_2_with_the_amount_and_writes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "layers", "why"),
-    [("rtx4090", 80, "does not fit rtx4090"), ("a100", 40, "no FP8 tensor cores")],
+    ("target", "width", "why"),
+    [("rtx4090", 34_560, "does not fit rtx4090"), ("a100", 13_824, "no FP8 tensor cores")],
 )
 def test_card_that_cannot_have_fp8_gets_four_bits_and_is_told_why(
-    target: str, layers: int, why: str
+    target: str, width: int, why: str
 ) -> None:
-    made = new(folder_of(published("llama-2-13b", num_hidden_layers=layers)), target=target)
+    made = new(folder_of(published("llama-2-13b", intermediate_size=width)), target=target)
     assert "trtllm" not in made.sizes  # which cannot hold them
     assert why in made.left_out["fp8"]
     recipe = loaded()
