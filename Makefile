@@ -47,7 +47,7 @@ test: $(READY) ## unit and contract tests: no network, no GPU, no services, unde
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "$(QUICK)" $(ARGS)
 
 test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
-	$(RUN) -m pytest -q -n 2 --dist loadgroup -m "(slow or services) and not gpu and not product" \
+	$(RUN) -m pytest -q -n 2 --dist loadscope -m "(slow or services) and not gpu and not product" \
 	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages

@@ -1,4 +1,4 @@
-"""What no test may take from the machine that it runs on, and which tests must not run at once."""
+"""What no test may take from the machine that it runs on, and which tests run in one worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -47,17 +47,28 @@ def _no_handler_outlives_its_test() -> Iterator[None]:
             root.removeHandler(handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`: all that starts servers together, the rest by its file.
+_IN_ONE_WORKER = ("tests/image/", "tests/formats/trtllm/", "tests/registry/stores/oci/test_image_")
+"""What uses a Docker engine: two of them, and all images twice, take longer than one for all."""
+_ANYWHERE = ("tests/hostile/", "tests/rehearse/")
+"""Files of long tests that share nothing dear."""
 
-    Two Docker engines at once, or one build of the main job in each of two workers, take longer
-    than one after the other.
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadscope`, tests that share a dear fixture run in one worker: see above.
+
+    xdist's groups (`loadgroup`) are without effect under pytest 9.2, whose nodes have no `_nodeid`.
     """
-    for item in items:
-        served = item.get_closest_marker("services") is not None
-        group = "services" if served else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(_IN_ONE_WORKER):
+                return "docker"
+            return nodeid if nodeid.startswith(_ANYWHERE) else nodeid.partition("::")[0]
+
+    return ByPlace(config, log)
 
 
 @pytest.fixture(scope="session")
