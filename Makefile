@@ -46,8 +46,9 @@ QUICK = not slow and not gpu and not services and not product
 test: $(READY) ## unit and contract tests: no network, no GPU, no services, under 4 minutes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "$(QUICK)" $(ARGS)
 
+# Three workers: half of these tests wait for deadlines and for a Docker engine.
 test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
-	$(RUN) -m pytest -q -n 2 --dist loadscope -m "(slow or services) and not gpu and not product" \
+	$(RUN) -m pytest -q -n 3 --dist loadscope -m "(slow or services) and not gpu and not product" \
 	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
 
 test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the build image's packages
