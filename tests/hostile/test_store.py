@@ -407,7 +407,9 @@ def test_what_is_rewritten_or_deleted_counts_as_gone(
                 open_store(str(tmp_path / f"honest-{step}")), tmp_path / f"home-{step}"
             )
             facts = [set(facts_of(one)) for one in (done, honest, whole.perform(command)[step])]
-            assert facts[0] <= facts[1] | facts[2]
+            # Its result may be gone where its overwritten manifest is known from a copy.
+            more = facts[0] - facts[1] - facts[2]
+            assert {value for _, _, value in more} <= {"[]", '"no test result"'}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(one, marks=STORES[one]) for one in STORES])
