@@ -22,6 +22,7 @@ import functools
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -60,8 +61,10 @@ DAY_S = 24 * 3600.0
 GRACE_S = DAY_S
 """Longer than any publication, from the first statement to the move of the channel: uploading an
 engine takes minutes, and accepting one takes hours at most."""
-_MAX_FILE_BYTES = 64 << 20
-_VARIANTS_AT_ONCE, _READS_AT_ONCE = 4, 8
+_MAX_HELD_BYTES = 16 << 20
+"""Of a variant: some 1,000 versions. One with more is read singly, and not kept."""
+_FEW_STATEMENTS, _FEW_MOVES = 64, 1000  # that are read before they are verified
+_VARIANTS_AT_ONCE, _READS_AT_ONCE = 4, 4
 
 _Result = TypeVar("_Result")
 
@@ -119,12 +122,14 @@ def _of_variants(
     store: WritableStore, look: Callable[[Listed, Reader], _Result]
 ) -> Iterator[_Result]:
     """Look at every variant; at what a store that is far away has, through what is remembered."""
-    identity = functools.cache(store.identity)
+    identity, alone = functools.cache(store.identity), threading.Lock()
 
     def at(listed: Listed) -> _Result:
         if store.local:  # read as fast as what is remembered
             return look(listed, store)
-        held = _read_all(store, listed)
+        if (held := _read_all(store, listed, alone)) is None:
+            with alone:
+                return look(listed, store)
         return look(listed, _Held(store, store.url, store.local, listed, held, identity))
 
     return in_parallel(at, store.listed(), 1 if store.local else _VARIANTS_AT_ONCE)
@@ -161,8 +166,13 @@ class _Held:
         return [data for one in self.listed.moves if (data := self.held.get(f"move-{one}"))]
 
 
-def _read_all(store: WritableStore, listed: Listed) -> dict[str, bytes]:
-    """All that a variant lists, named as its copies: from the cache, the copies, or singly."""
+def _read_all(
+    store: WritableStore, listed: Listed, alone: threading.Lock
+) -> dict[str, bytes] | None:
+    """All that a variant lists, named as its copies: from the cache, the copies, or singly.
+
+    None if that is more than may be held. What takes most memory is done `alone`.
+    """
     of_version = {
         place: [place.version, *(f"{place.version}/{name}" for name in names)]
         for place, names in listed.versions.items()
@@ -172,31 +182,43 @@ def _read_all(store: WritableStore, listed: Listed) -> dict[str, bytes]:
     registry = hashlib.sha256(store.url.encode()).hexdigest()[:16]
     path = cache_root() / "registries" / registry / listed.name / f"{listed.variant}.json"
     remembered: dict[str, bytes] = {}
-    with contextlib.suppress(AccessError, CorruptError, OSError):
+    with alone, contextlib.suppress(AccessError, CorruptError, OSError):
         require_unshared(path, CACHE)
-        remembered = unpack(read_bounded(path, _MAX_FILE_BYTES))
-    held = dict(remembered)
+        remembered = unpack(read_bounded(path, _MAX_HELD_BYTES))
+    held, room = dict(remembered), _MAX_HELD_BYTES
     if sum(name not in held for name in wanted) > 1:
         with contextlib.suppress(CorruptError, AccessError):
             held = unpack(store.read_copies(listed.name, listed.variant)) | held
 
     def read(place: Place) -> dict[str, bytes]:
+        nonlocal room
         missing = [name for name in of_version[place] if name not in held]
+        if len(missing) > _FEW_STATEMENTS:
+            room = 0
+        if room <= 0:
+            return {}
         statements = [name.partition("/")[2] for name in missing if "/" in name]
         found = copy_of(place, store.read_statements(place, statements) if statements else ())
         if place.version in missing:
             with contextlib.suppress(CorruptError, NotFoundError):  # its reader hears of it
                 found[place.version] = store.read_manifest(place)
+        room -= sum(map(len, found.values()))
         return found
 
-    if missing := [name.removeprefix("move-") for name in moves if name not in held]:
+    missing = [name.removeprefix("move-") for name in moves if name not in held]
+    if len(missing) > _FEW_MOVES:
+        return None
+    if missing:
         for data in store.read_moves(listed.name, listed.variant, missing):
             held[f"move-{hashlib.sha256(data).hexdigest()[: len(missing[0])]}"] = data
     lacking = [place for place, names in of_version.items() if not held.keys() >= set(names)]
     for found in list(in_parallel(read, lacking, _READS_AT_ONCE)):
         held |= found
+    if room <= 0:
+        return None
     held = {name: held[name] for name in wanted if name in held}
-    _remember(path, remembered, held)
+    with alone:
+        _remember(path, remembered, held)
     return held
 
 
@@ -208,7 +230,7 @@ def _remember(path: Path, known: Mapping[str, bytes], held: Mapping[str, bytes])
     with contextlib.suppress(AccessError, OSError):
         make_own(path.parent, CACHE)
         private = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
-        private.write_bytes(pack(true, _MAX_FILE_BYTES))
+        private.write_bytes(pack(true, _MAX_HELD_BYTES))
         private.replace(path)
 
 
@@ -244,8 +266,11 @@ def collect(
     leftovers = store.leftovers(GRACE_S, delete=delete)  # first: not what goes in this run
     keep_s = max(keep_days * DAY_S, GRACE_S)
     decide = functools.partial(_decide, policy, store.now_s(), keep_s, damaged)
+    crowded = False
 
     def look(listed: Listed, reader: Reader) -> list[Fate | None]:
+        nonlocal crowded
+        crowded = crowded or reader is store
         if delete and isinstance(reader, _Held):  # what two writers at once lost is there again
             add_copies(store, listed.name, listed.variant, reader.held)
         needed = _needed(reader, policy, listed.name, listed.variant)
@@ -264,7 +289,8 @@ def collect(
         return again, store.delete_package(place)
 
     going = [fate for fate in fates if fate.remove and delete]
-    done = {fate.place: (fate, freed) for fate, freed in in_parallel(remove, going, readers(store))}
+    threads = 1 if crowded else readers(store)
+    done = {fate.place: (fate, freed) for fate, freed in in_parallel(remove, going, threads)}
     return Collected(
         fates=tuple(done[fate.place][0] if fate.place in done else fate for fate in fates),
         leftovers=tuple(leftovers),

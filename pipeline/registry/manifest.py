@@ -47,6 +47,8 @@ _FORBIDDEN = frozenset('\\:*?"<>|')
 an alternate stream there (Microsoft, "Naming Files, Paths, and Namespaces")."""
 _ODD_NUMBER = re.compile(rb"[\[:,]-?(?:[0-9]{16}|[0-9]+\.0[,\]}]|[0-9.]+[eE])")
 """A number that Python does not write, or refuse, as RFC 8785 does; a text that looks like one."""
+_MAX_FAULT = 500
+"""Characters of a message that quotes a manifest."""
 _MAX_PATH_BYTES = 1024
 """Leaves three quarters of Linux's PATH_MAX (4096) to where a package is unpacked; also the longest
 S3 key."""
@@ -204,7 +206,7 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
     schema = value.get("schema")
     if type(schema) is not int or schema != SCHEMA:
         raise CorruptError(
-            f"{origin} has schema {schema!r}, this program reads {SCHEMA}; "
+            f"{origin} has schema {repr(schema)[:40]}, this program reads {SCHEMA}; "
             "if a newer enginesmith wrote it, upgrade"
         )
     if not canonical:
@@ -216,7 +218,7 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
             f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']}".removeprefix(": ")
             for fault in error.errors(include_url=False, include_input=False)[:3]
         )
-        raise CorruptError(f"{origin}: {faults}") from error
+        raise CorruptError(f"{origin}: {faults[:_MAX_FAULT]}") from error
     except RecipeError as error:
         raise CorruptError(f"{origin}: {error}") from error
     return value

@@ -87,7 +87,8 @@ def candidates(
         try:
             found.append(_examine(store, wanted, offer, terms))
         except (CorruptError, UntrustedError, NotFoundError) as error:
-            refused.append((str(offer[0]), error))
+            error.__context__ = error.__cause__ = None  # they hold what was read
+            refused.append((str(offer[0]), error.with_traceback(None)))
     return found, refused
 
 

@@ -40,8 +40,8 @@ KINDS = ("yank", "signature", "provenance", "test")
 """Kinds of statements; where there are too many, the first kinds are read first."""
 MAX_ENVELOPE_BYTES = 64 << 10
 """Of a statement; provenance has up to 40 KB."""
-MAX_SMALL_BYTES = 16 << 10
-"""Of any other statement, of a move and of an identity: ours have some 2 KB. What is read at once
+MAX_SMALL_BYTES = 8 << 10
+"""Of any other statement, of a move and of an identity: ours have 2 to 6 KB. What is read at once
 of rubbish is this, or the bound above, times the number of statements or moves."""
 MAX_ATTACHMENT_BYTES = 32 << 20
 """Of one file beside an envelope; a report with its plots has 1 MB."""

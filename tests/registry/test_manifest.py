@@ -167,6 +167,8 @@ def _raw(old: bytes, new: bytes) -> Callable[[], bytes]:
         (_set("files", 0, "path", to="engine/zzz"), "not sorted"),
         (_set("name", to="../x"), "not a name"),
         (_set("recipe_version", to="stable"), "not a recipe version"),
+        (_set("k" * 100_000, to=1), "kkk"),
+        (_set("schema", to="s" * 100_000), "sss"),
     ],
 )
 def test_bad_manifest_is_corrupt(make: Callable[[], bytes], fault: str, tmp_path: Path) -> None:
@@ -175,6 +177,7 @@ def test_bad_manifest_is_corrupt(make: Callable[[], bytes], fault: str, tmp_path
     with pytest.raises(CorruptError, match=fault) as raised:
         read_manifest(path)
     assert raised.value.exit_code == 4
+    assert len(str(raised.value)) < 1000
 
 
 def test_manifest_above_the_limit_is_not_read_to_its_end(tmp_path: Path) -> None:

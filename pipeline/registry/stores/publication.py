@@ -81,6 +81,7 @@ log = logging.getLogger(__name__)
 _LEASE = ".lease"
 MAX_COPIES_BYTES = 2 << 20
 """Of all copies of a variant: some 200 versions, the newest. What has no copy is read singly."""
+MAX_VERSIONS = 50_000
 SETTLE_S = 2.0
 """After it, a gc that saw the old lease of a version has removed what it will."""
 _SMALL_BYTES = 8 << 20
@@ -193,6 +194,8 @@ def list_variants(
     moves: Mapping[tuple[str, str], Iterable[tuple[float, str]]],
 ) -> list[Listed]:
     """What a store lists, dated by it, by variant and within the limits."""
+    if len(statements) > MAX_VERSIONS:
+        raise TransientError(f"{url} lists more than {MAX_VERSIONS} versions; make it smaller")
     found: dict[tuple[str, str], dict[Place, tuple[str, ...]]] = {}
     for place in sorted(statements):
         names = limit_kinds(statements[place], f"{url}: statements of {place}")
@@ -411,15 +414,17 @@ class WritableTree(TreeStore):
     def leftovers(self, min_age_s: float, *, delete: bool) -> list[str]:
         newest_s = self.objects.now_s() - min_age_s
         words = list(self.objects.unfinished(min_age_s, delete=delete))
-        versions: dict[Place, dict[str, Found]] = {}
+        versions: dict[Place, tuple[int, int] | None] = {}  # None for one that stays
         for found in self.objects.listed(""):
             if (parsed := parse_key(found.key)) is not None:
-                versions.setdefault(parsed[0], {})[parsed[1]] = found
-        for place, objects in sorted(versions.items(), key=lambda one: one[0]):
-            is_old = max(one.modified_s for one in objects.values()) <= newest_s
-            if f"/{MANIFEST}" not in objects and is_old:
-                size_bytes = sum(one.size_bytes for one in objects.values())
-                what = f"{len(objects)} files without a manifest, {size_bytes} bytes"
+                sums = versions.get(parsed[0], (0, 0))
+                if sums is None or parsed[1] == f"/{MANIFEST}" or found.modified_s > newest_s:
+                    versions[parsed[0]] = None
+                else:
+                    versions[parsed[0]] = sums[0] + 1, sums[1] + found.size_bytes
+        for place in sorted(versions):
+            if (sums := versions[place]) is not None:
+                what = "{} files without a manifest, {} bytes".format(*sums)
                 words.append(f"{place} ({what})")
                 if delete:
                     self._remove(place, newest_s)

@@ -93,7 +93,7 @@ def parse(kind: type[_Parsed], data: bytes, origin: str) -> _Parsed:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in fault["loc"])
         raise CorruptError(
-            f"{origin} is not an OCI {kind.__name__.lower()}: {where} {fault['msg']}"
+            f"{origin} is not an OCI {kind.__name__.lower()}: {where[:200]} {fault['msg']}"
         ) from error
 
 

@@ -20,8 +20,10 @@ from pipeline.core.values import FileDigest
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
+    KINDS,
     MAX_ATTACHMENT_BYTES,
     MAX_MOVES,
+    MAX_PER_KIND,
     MAX_SMALL_BYTES,
     Place,
     RawStatement,
@@ -54,7 +56,12 @@ NAME = "io.enginesmith.statement.name"
 CONTENT = "content.json"
 IDENTITY, IDENTITY_REPOSITORY = "identity", "registry"
 _PAGE = 1000
-_MAX_OF_ONE_NAME = 16
+_MAX_READS = 2 * len(KINDS) * MAX_PER_KIND
+"""Referrers of one package that are read, where many have one name."""
+_LONGEST_TAG, _LONGEST_REPOSITORY = 128, 255  # distribution-spec 1.1, "Pulling manifests"
+_MAX_ARTIFACT_BYTES = 256 << 10
+"""Of the manifest of a statement or a move, which holds its content: twice what they may have."""
+_IMAGES_KEPT = 4  # with manifests that are as large as they may be, some 15 MB each
 _LINK = re.compile(r'<([^>]*)>\s*;.*\brel="?next"?')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
@@ -69,14 +76,15 @@ class Repository:
     def __str__(self) -> str:
         return f"{urlsplit(self.transport.api).netloc}/{self.name}"
 
-    def manifest(self, reference: str) -> bytes | None:
+    def manifest(self, reference: str, limit_bytes: int = image.MAX_DOCUMENT_BYTES) -> bytes | None:
         """The manifest or index with a tag or digest; None if there is none.
 
-        CorruptError if it has another digest than was asked, or than the server states.
+        CorruptError if it is longer, or has another digest than was asked or the server states.
         """
         origin = f"{self}:{reference}"
         accept = {"Accept": f"{image.MANIFEST_TYPE}, {image.INDEX_TYPE}"}
-        reply = self.ask("GET", f"manifests/{reference}", also=(404,), headers=accept)
+        more: Any = {"also": (404,), "headers": accept, "limit_bytes": limit_bytes}
+        reply = self.ask("GET", f"manifests/{reference}", **more)
         if reply.status == 404:
             return None
         if reply.is_page:
@@ -91,7 +99,7 @@ class Repository:
 
     def content(self, reference: str, file: str, limit_bytes: int = MAX_SMALL_BYTES) -> bytes:
         """A file of an artifact of any type; NotFoundError, or CorruptError if it has none."""
-        document = self.manifest(reference)
+        document = self.manifest(reference, _MAX_ARTIFACT_BYTES)
         if document is None:
             raise NotFoundError(f"{self} has no {reference}")
         layers = image.parse(image.Manifest, document, f"{self}:{reference}").layers
@@ -136,20 +144,22 @@ class Repository:
     def tags(self, count: Iterator[int] | None = None) -> list[str]:
         """All tags; empty if there is no such repository. Lists with one `count` share a bound."""
         replies = self._pages(f"tags/list?n={_PAGE}", also=(404,))
-        return list(listed(replies, lambda reply: _listing(reply).tags, str(self), count))
+        found = listed(replies, lambda reply: _listing(reply).tags, str(self), count)
+        return [tag for tag in found if len(tag) <= _LONGEST_TAG]
 
     def catalog(self) -> list[str]:
         replies = self._pages(f"_catalog?n={_PAGE}")
-        return list(listed(replies, lambda reply: _listing(reply).repositories, str(self)))
+        found = listed(replies, lambda reply: _listing(reply).repositories, str(self))
+        return [name for name in found if len(name) <= _LONGEST_REPOSITORY]
 
-    def referrers(self, digest: str) -> list[image.Descriptor] | None:
+    def referrers(self, digest: str) -> Iterator[image.Descriptor] | None:
         """Manifests that have this one as their subject; None if the registry has no such API."""
         replies = self._pages(f"referrers/{digest}", also=(404,))
         first = next(replies, None)
         if first is None or first.is_page:
             return None
         replies = itertools.chain([first], replies)
-        return list(listed(replies, lambda reply: _listing(reply).manifests, str(self)))
+        return listed(replies, lambda reply: _listing(reply).manifests, str(self))
 
     def ask(
         self, method: str, path: str, *, limit_bytes: int = image.MAX_DOCUMENT_BYTES, **more: Any
@@ -224,9 +234,12 @@ class OciStore:
         found = self.statement_references(place) if names is None else by_tag
         if names is None:
             names = limit_kinds([(0.0, name) for name in found], what)
+        reads = itertools.count(1)
 
         def read(name: str) -> bytes | None:
             for reference in found.get(name, ()):
+                if next(reads) > _MAX_READS:
+                    break
                 with contextlib.suppress(CorruptError, NotFoundError):
                     data = repository.content(reference, ENVELOPE, max_bytes(name))
                     if is_named_after(name, data):
@@ -269,12 +282,15 @@ class OciStore:
 
     def image(self, place: Place) -> image.Image:
         """The image of a version; NotFoundError, or CorruptError if it is no package."""
-        if place not in self._images:
+        if (found := self._images.get(place)) is None:
             repository, tag = self.repository(place.name), version_tag(place)
             if (document := repository.manifest(tag)) is None:
                 raise NotFoundError(f"{self.url} has no {place}")
-            self._images[place] = image.parse_image(document, f"{repository}:{tag}")
-        return self._images[place]
+            found = image.parse_image(document, f"{repository}:{tag}")
+            for other in list(self._images)[: 1 - _IMAGES_KEPT]:
+                self._images.pop(other, None)
+            self._images[place] = found
+        return found
 
     def statement_references(self, place: Place) -> dict[str, list[str]]:
         """Name of a statement -> what it can be read by, its own tag first."""
@@ -316,4 +332,4 @@ class OciStore:
             name = one.annotation(NAME)
             if one.artifact_type in {None, "", STATEMENT_TYPE} and is_statement_name(name):
                 names.setdefault(name, []).append(one.digest)
-        return {name: digests[:_MAX_OF_ONE_NAME] for name, digests in names.items()}
+        return names

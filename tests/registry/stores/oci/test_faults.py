@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.values import Package
-from pipeline.registry.stores.oci import writing
-from pipeline.registry.stores.oci.address import version_tag
-from pipeline.registry.stores.oci.image import digest_of
+from pipeline.registry.store import ENVELOPE
+from pipeline.registry.stores.oci import reading, writing
+from pipeline.registry.stores.oci.address import statement_tag, version_tag
+from pipeline.registry.stores.oci.image import MANIFEST_TYPE, digest_of
 from tests.registry.packages import place_of, raw_statement
 from tests.registry.stores.faulty import answering, refusing
 from tests.registry.stores.oci.conftest import assert_readable, put, read
@@ -81,6 +83,27 @@ def test_layers_of_another_size_than_the_manifest_makes_are_refused(
         read(fake.store(), package)
     expected = (package.dir / "engine/second.bin").read_bytes()
     assert read(fake.store(), package, "engine/second.bin") == expected
+
+
+def test_many_of_one_name_hide_no_yank(fake: FakeRegistry, package: Package) -> None:
+    """Nor do they where the tag of it is moved, and the registry lists the newest first."""
+    store: Any = fake.store()
+    put(store, package)
+    place, yank = place_of(package), raw_statement("yank")
+    store.put_statement(place, yank)
+    subject = writing.describe(store.image(place).document, MANIFEST_TYPE)
+    for number in range(40):
+        document = store.repository("tiny").put_artifact(
+            reading.STATEMENT_TYPE,
+            {ENVELOPE: b"%d" % number},
+            subject=subject,
+            annotations={reading.NAME: yank.name},
+        )
+        for reference in (digest_of(document), statement_tag(place, yank.name)):
+            store.repository("tiny").put_manifest(reference, document)
+    fake.manifests = dict(reversed(fake.manifests.items()))
+    found = fake.store().read_statements(place)
+    assert [one.envelope for one in found if one.kind == "yank"] == [yank.envelope]
 
 
 def test_a_thousand_junk_statements_hide_no_yank_and_stop_nothing(
