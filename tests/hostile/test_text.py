@@ -386,9 +386,10 @@ def test_a_template_whose_time_ends_as_it_does_is_one_too_long(
     set_timer = signal.setitimer
 
     def too_late(which: int, seconds: float) -> object:
+        before = set_timer(which, seconds)
         if not seconds:
             signal.raise_signal(signal.SIGALRM)
-        return set_timer(which, seconds)
+        return before
 
     monkeypatch.setattr(signal, "setitimer", too_late)
     with pytest.raises(CorruptError, match="takes more than"):
