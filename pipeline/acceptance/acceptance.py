@@ -19,6 +19,7 @@ from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine, Weights, digest_of
 from pipeline.model.spec import ModelSpec
 from pipeline.plan import Plan
+from pipeline.quant.spec import SHAPING_CODE
 from pipeline.runners.runner import Device, Runner, installed_version, why_not_workload
 from pipeline.runners.workload import Workload
 from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
@@ -29,8 +30,10 @@ STAGE = Stage(
     code=(
         "pipeline.acceptance",
         "pipeline.core.gpu",
+        "pipeline.plan",
         "pipeline.runners",
         "pipeline.sources.text.corpus",
+        *SHAPING_CODE,
     ),
 )
 _TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")

@@ -50,6 +50,7 @@ from pipeline.formats.trtrtx.onnx_graph import CPU_CUT, cut_layers
 from pipeline.machine import available_bytes
 from pipeline.model.hf import load_tokenizer
 from pipeline.quant.simulate import load_simulation, reverse_sums
+from pipeline.quant.spec import SHAPING_CODE
 from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.onnxruntime import OnnxRuntimeGraph, graph_session
 from pipeline.runners.runner import Session
@@ -58,18 +59,17 @@ from pipeline.sources.text.corpus import pack_windows
 
 log = logging.getLogger(__name__)
 
-FIGURES = Stage(
-    name="source-logits", version=2, code=("pipeline.acceptance.quality", "pipeline.runners")
-)
-CHAT = Stage(name="source-chat", version=2, code=("pipeline.acceptance.chat", "pipeline.runners"))
+_MODEL_CODE = ("pipeline.runners", *SHAPING_CODE)
+"""What computes logits of a source or of a checkpoint."""
+FIGURES = Stage(name="source-logits", version=2, code=("pipeline.acceptance.quality", *_MODEL_CODE))
+CHAT = Stage(name="source-chat", version=2, code=("pipeline.acceptance.chat", *_MODEL_CODE))
 REFERENCE = Stage(
     name="reference-logits",
     version=3,
     code=(
         "pipeline.acceptance.answers",
         "pipeline.acceptance.quality",
-        "pipeline.quant.simulate",
-        "pipeline.runners",
+        *_MODEL_CODE,
     ),
 )
 _ANSWERS = "answers.json"

@@ -38,7 +38,7 @@ from pipeline.quant.calibration import (
     place,
     share_scales,
 )
-from pipeline.quant.spec import QuantSpec, quant_spec, quantizer_faults, select
+from pipeline.quant.spec import SHAPING_CODE, QuantSpec, quant_spec, quantizer_faults, select
 from pipeline.quant.unified import (
     DECLARATION,
     UnifiedCheckpoint,
@@ -58,7 +58,7 @@ RECORD = "calibration.json"
 STAGE = Stage(
     name="quantize",
     version=2,
-    code=("pipeline.quant", "pipeline.sources.text", "pipeline.model"),
+    code=("pipeline.sources.text", *SHAPING_CODE),
 )
 _TOOLS = ("nvidia-modelopt", "torch", "transformers")
 _CACHE = (".k_scale", ".v_scale")

@@ -148,6 +148,9 @@ class KvCacheDtype:
         return f"-kv{8 * self.bytes_per_element}" if self.quant_algo else ""
 
 
+SHAPING_CODE = ("pipeline.core.safetensors_files", "pipeline.model", "pipeline.quant")
+"""For the code of stages: every line of these may shape a checkpoint, or what reads one."""
+
 FP8_E4M3_MAX = 448.0
 """Largest finite E4M3 value (OCP 8-bit Floating Point Specification, table 1)."""
 

@@ -41,7 +41,11 @@ from pipeline.sources.weights import (
 
 log = logging.getLogger(__name__)
 
-STAGE = Stage(name="convert-gguf", version=1, code=("pipeline.sources.embedded",))
+STAGE = Stage(
+    name="convert-gguf",
+    version=1,
+    code=("pipeline.core.safetensors_files", "pipeline.model", "pipeline.sources.embedded"),
+)
 _TOOLS = ("gguf", "transformers", "torch")
 _CONFIG = {
     "hidden_size": "embedding_length",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import yaml
 
 from pipeline.core.cache import RECORD_FILE
+from tests.contract.test_house import TREES, imported
 from tests.record_stages import all_stages
+
+SHAPING = ("pipeline.model", "pipeline.quant", "pipeline.core.safetensors_files")
+"""Every line of these may shape bytes; families and precisions are found by their names."""
 
 
 @pytest.mark.parametrize("name", all_stages())
@@ -17,6 +23,15 @@ def test_recorded_code_is_the_code(name: str) -> None:
         "records. Output changed? Raise the version in its Stage(...). Then, or else: "
         "make record-stages"
     )
+
+
+@pytest.mark.parametrize("name", all_stages())
+def test_the_code_of_a_stage_has_all_that_shapes_bytes_for_it(name: str) -> None:
+    own = [f"{one}." for one in all_stages()[name].code]
+    code = [tree for one, tree in TREES.items() if f"{one}.".startswith(tuple(own))]
+    used = {f"{one}." for tree in code for one in imported(ast.walk(tree))}
+    wanted = {f"{one}." for one in SHAPING if any(each.startswith(f"{one}.") for each in used)}
+    assert wanted <= {*own}
 
 
 def test_no_stage_is_recorded_that_is_gone() -> None:

@@ -15,10 +15,10 @@ from pipeline.core.hardware import Target
 from pipeline.core.settings import STRICT
 from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.checkpoint.spec import SPEC
-from pipeline.quant.spec import KV_CACHE_DTYPES
+from pipeline.quant.spec import KV_CACHE_DTYPES, SHAPING_CODE
 from pipeline.quant.unified import declare_cache
 
-STAGE = Stage(name="pack", version=1, code=("pipeline.formats.checkpoint",))
+STAGE = Stage(name="pack", version=1, code=("pipeline.formats.checkpoint", *SHAPING_CODE))
 
 _NOT_SERVED = frozenset({"calibration.json", "stage.json"})
 

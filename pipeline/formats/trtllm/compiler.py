@@ -32,9 +32,14 @@ from pipeline.formats.trtllm.convert import conversion_inputs, convert_trtllm
 from pipeline.formats.trtllm.layout import Dtype
 from pipeline.formats.trtllm.place import Shared, ToolHost, Where, choose_place, find_card
 from pipeline.formats.trtllm.spec import NAME, SPEC, VERSION
+from pipeline.quant.spec import SHAPING_CODE
 from pipeline.quant.unified import copy_companions
 
-STAGE = Stage(name="compile-trtllm", version=2, code=("pipeline.formats.trtllm",))
+STAGE = Stage(
+    name="compile-trtllm",
+    version=2,
+    code=("pipeline.formats.trtllm", *SHAPING_CODE),
+)
 
 _TOOLS = {
     NAME: "tensorrt_llm",

@@ -33,6 +33,7 @@ from pipeline.formats.trtllm.layout import (
     plan_tensors,
     trtllm_config,
 )
+from pipeline.quant.spec import SHAPING_CODE
 from pipeline.quant.unified import (
     UnifiedCheckpoint,
     all_finite,
@@ -59,9 +60,7 @@ STAGE = Stage(
     code=(
         "pipeline.formats.trtllm.convert",
         "pipeline.formats.trtllm.layout",
-        "pipeline.model",
-        "pipeline.core.safetensors_files",
-        "pipeline.quant.unified",
+        *SHAPING_CODE,
     ),
 )
 

@@ -53,7 +53,7 @@ from pipeline.quant.unified import UnifiedCheckpoint, copy_companions
 STAGE = Stage(
     name="compile-trtrtx",
     version=1,
-    code=("pipeline.formats.trtrtx.compiler", "pipeline.formats.trtrtx.plan_text"),
+    code=("pipeline.formats.trtrtx.compiler", "pipeline.formats.trtrtx.plan_text", *GRAPH_CODE),
 )
 CHECK_STAGE = Stage(
     name="network-check",

@@ -45,6 +45,7 @@ from pipeline.model.spec import (
     not_built,
     rope_tables,
 )
+from pipeline.quant.spec import SHAPING_CODE
 from pipeline.quant.unified import UnifiedCheckpoint
 
 if TYPE_CHECKING:
@@ -68,15 +69,11 @@ _CUT_CONTEXT = 64
 """Cache length of the cut, tokens: longer than the check's prompts, and fast to evaluate."""
 
 GRAPH_CODE = (
-    "pipeline.model.dense",
-    "pipeline.model.families",
-    "pipeline.model.read",
-    "pipeline.model.spec",
     "pipeline.formats.trtrtx.graph_writer",
     "pipeline.formats.trtrtx.onnx_graph",
-    "pipeline.quant.unified",
+    *SHAPING_CODE,
 )
-"""The modules that shape the bytes of a graph; not those of other formats."""
+"""The modules that shape the bytes of a graph, patterns of precisions among them."""
 STAGE = Stage(name="convert", version=1, code=GRAPH_CODE)
 
 
