@@ -52,7 +52,7 @@ from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
 from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline
-from pipeline.quant.spec import KV_CACHE_DTYPES
+from pipeline.quant.spec import KV_CACHE_DTYPES, quant_spec
 from pipeline.rehearse import on_random_weights
 from pipeline.runners.runner import Session
 from pipeline.runners.vllm import VllmRunner
@@ -126,7 +126,9 @@ def race(request: RaceRequest) -> Answer:
     """
     recipe = compose(request)
     workloads = workloads_of(request, recipe)
-    if not request.cpu and (reason := vllm_of(recipe).why_not_here(recipe.compiler.pinned_runtime)):
+    runtime, vllm = recipe.compiler.pinned_runtime, vllm_of(recipe)
+    precision = partial(quant_spec, recipe.quantizer.precision)
+    if not request.cpu and (reason := vllm.why_not_here(precision, runtime)):
         raise IncompatibleError(f"a race runs in vLLM on a GPU, or with --cpu: {reason}")
     require_builder(recipe.compiler.format)
     make_own(request.out, "--out", 0o755, team=True)

@@ -166,7 +166,7 @@ class Reference:
     noise: EngineFigures
 
     def to_json(self, source: SourceFigures, engine: EngineFigures, seed: int) -> dict[str, Any]:
-        """The report's `fp8_reference`; `engine`: it against this reference."""
+        """The report's `checkpoint_reference`; `engine`: it against this reference."""
         few = len(self.against_source.kl)
         own = summarize_quality(source.nll[:few], self.against_source, seed)
         return {
@@ -276,13 +276,13 @@ class Comparison:
         quality = summarize_quality(self._source.nll, figures[0], asked.seed)
         found.parts["quality"] = quality
         if reference:
-            quality["fp8_reference"] = {
+            quality["checkpoint_reference"] = {
                 **reference.to_json(self._source, figures[1], asked.seed),
                 # A card computes in 16 bit, with an FP8 KV cache even; the floor has neither.
                 "judged": self._subject.runner.device == "cpu",
             }
         if self._no_reference:
-            found.not_run.append(f"FP8 reference: {self._no_reference}")
+            found.not_run.append(f"the checkpoint itself: {self._no_reference}")
         if self._chat is not None:
             log.info("The engine answers %d chat prompts", len(self._chat.asked))
             found.parts["chat"] = chat = self._chat.ask_engine(session, self._source_chat)

@@ -92,7 +92,7 @@ def _quality_findings(quality: Mapping[str, Any], limits: Acceptance) -> Iterato
         yield Finding(
             "regression", f"top-1 agreement {top1:.2%}, {limits.min_top1_agreement:.2%} required"
         )
-    if (reference := quality.get("fp8_reference")) and reference["judged"]:
+    if (reference := quality.get("checkpoint_reference")) and reference["judged"]:
         yield from _reference_findings(reference, limits)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -16,12 +16,10 @@ from pipeline.core.gpu import read_conditions
 from pipeline.core.settings import STRICT, Listed
 from pipeline.core.values import Engine
 from pipeline.formats.spec import format_spec
+from pipeline.quant.spec import QuantSpec
+from pipeline.quant.unified import UnifiedCheckpoint
 from pipeline.runners.child import CHILDREN, ChildSession, Program, open_child
 from pipeline.runners.runner import BATCHES, NO_CARD, Ability, Device, Session
-
-FP8_SM = 89
-"""vLLM's least compute capability x 10 for a ModelOpt FP8 checkpoint: `get_min_capability` in
-model_executor/layers/quantization/modelopt.py, 0.24.0."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,20 +45,26 @@ class VllmRunner:
     def why_not(self, engine: Engine) -> str | None:
         if format_spec(engine.format).runner != self.name:
             return f"runner=vllm does not run {engine.format} engines"
-        return self.why_not_here(engine.runtime)
+        return self.why_not_here(lambda: UnifiedCheckpoint(engine.dir).precision, engine.runtime)
 
-    def why_not_here(self, runtime: tuple[str, str] = ("vllm", "0.24.0")) -> str | None:
-        """`runtime` is what the next step names."""
+    def why_not_here(
+        self, precision: Callable[[], QuantSpec], runtime: tuple[str, str]
+    ) -> str | None:
+        """`precision` is asked where there is a card; `runtime` is what the next step names.
+
+        vLLM's `get_min_capability` is our `native_sm` for FP8 (0.24.0, modelopt.py in
+        model_executor/layers/quantization).
+        """
         if importlib.util.find_spec("vllm") is None:
             wanted = "==".join(runtime) if runtime[0] == "vllm" else "vllm"
             return f"runner=vllm needs the package vllm, not installed here: pip install {wanted}"
         card = read_conditions()
         if card is None:
             return f"runner=vllm needs a CUDA device, and {NO_CARD}, or take runner=transformers"
-        if card.sm < FP8_SM:
+        if card.sm < (wanted := precision()).native_sm:
             return (
-                f"runner=vllm: vLLM executes ModelOpt's FP8 from SM {FP8_SM} on, {card.gpu} has "
-                f"SM {card.sm}; use a newer card, or runner=transformers"
+                f"runner=vllm: vLLM executes {wanted.title} from SM {wanted.native_sm} on, "
+                f"{card.gpu} has SM {card.sm}; use a newer card, or runner=transformers"
             )
         return None
 

@@ -151,7 +151,7 @@ def with_reference(kl: float, floor: float, *, judged: bool = True) -> Report:
         "noise_floor": {"mean_kl_nats": {"value": floor}},
         "judged": judged,
     }
-    return report(figures={**quality(), "fp8_reference": reference})
+    return report(figures={**quality(), "checkpoint_reference": reference})
 
 
 def test_engine_may_be_as_far_from_its_checkpoint_as_twice_the_noise() -> None:

@@ -170,7 +170,7 @@ def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
     assert len(report.sustained["samples"]) > 10
     assert report.sustained["figures"]["throughput_drop"] < 0.99
     assert report.not_run == []
-    assert report.quality["fp8_reference"]["judged"] is False  # it computes in 32 bit
+    assert report.quality["checkpoint_reference"]["judged"] is False  # it computes in 32 bit
     document = report.to_json(verdict)
     assert {"chat", "sustained", "physics"} <= set(document)
     assert "lm_eval" not in document
@@ -267,7 +267,7 @@ def test_engine_source_and_checkpoint_stand_beside_each_other(
 ) -> None:
     caplog.set_level("INFO")
     report, verdict = measure(checkpoint, tmp_path, asked(), runner=CardRunner(where="cpu"))
-    reference = report.quality["fp8_reference"]
+    reference = report.quality["checkpoint_reference"]
     assert verdict.name == "checked"
     assert reference["judged"] is True
     for key in ("perplexity_change", "top1_agreement"):  # this engine is the simulation
@@ -278,7 +278,7 @@ def test_engine_source_and_checkpoint_stand_beside_each_other(
     assert abs(reference["engine"]["mean_kl_nats"]["value"]) < 1e-4
     assert reference["windows"] == 4
     again, _ = measure(checkpoint, tmp_path, asked(), runner=CardRunner(where="cpu"))
-    assert again.quality["fp8_reference"] == reference
+    assert again.quality["checkpoint_reference"] == reference
     assert [line for line in caplog.messages if line.startswith("reference-logits: done")][1:] == []
 
 
@@ -305,8 +305,8 @@ def test_engine_without_a_checkpoint_at_hand_says_so(checkpoint: Checkpoint, roo
         checkpoint_dir=None,
         runner=CardRunner(where="cpu"),
     )
-    assert "fp8_reference" not in report.quality
-    assert "FP8 reference: the package of a compiled engine has no checkpoint" in report.not_run
+    assert "checkpoint_reference" not in report.quality
+    assert "the checkpoint itself: the package of a compiled engine has no checkpoint" in report.not_run
 
 
 def test_lengths_and_ends_of_single_requests_are_in_the_report(

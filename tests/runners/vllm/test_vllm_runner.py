@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,16 +139,29 @@ def test_a_missing_package_names_the_version_to_install() -> None:
     assert "pip install vllm==0.24.0" in reason
 
 
-def test_a_missing_or_too_old_card_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+W4A16 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "sm", "reason"),
+    [
+        ({"quant_algo": "FP8"}, 86, "executes FP8 from SM 89 on, .* has SM 86; use a newer card"),
+        ({"quant_algo": "FP8"}, 89, "^$"),
+        (W4A16, 86, "^$"),
+        (W4A16, 75, "executes W4A16 from SM 80 on, .* has SM 75"),
+    ],
+)
+def test_a_missing_or_too_old_card_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, declared: object, sm: int, reason: str
+) -> None:
     monkeypatch.syspath_prepend(str(PACKAGES))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "needs a CUDA device" in (RUNNER.why_not(ENGINE) or "")
-    for capability, runs in (((8, 6), False), ((8, 9), True)):
-        card = conditions_of(nvml(DeviceGetCudaComputeCapability=capability), 0)
-        monkeypatch.setattr("pipeline.runners.vllm.read_conditions", lambda card=card: card)
-        reason = RUNNER.why_not(ENGINE)
-        assert (reason is None) == runs
-        assert reason is None or "has SM 86; use a newer card" in reason
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": declared}))
+    card = conditions_of(nvml(DeviceGetCudaComputeCapability=divmod(sm, 10)), 0)
+    monkeypatch.setattr("pipeline.runners.vllm.read_conditions", lambda: card)
+    engine = dataclasses.replace(ENGINE, dir=tmp_path)
+    assert re.search(reason, RUNNER.why_not(engine) or "")
 
 
 def test_the_packages_own_arguments_are_kept_and_the_users_come_last() -> None:
