@@ -1,3 +1,3 @@
-"""Enginesmith: from a Hugging Face model to a checked, published FP8 inference engine."""
+"""Enginesmith: from a Hugging Face model to a checked, published, quantized inference engine."""
 
 __version__ = "0.1.0"

@@ -174,6 +174,7 @@ def run_acceptance(
         run_dir,
         manifest=package.manifest,
         reference=str(reference_of(package)),
+        registry=publisher.store.url if publisher else "",
         plan=subject.plan.to_json(),
         limits=recipe.acceptance,
         signed_by=publisher.signed_by if publisher else "",

@@ -60,7 +60,7 @@ def _options(
 def make_app(command: str = "") -> typer.Typer:
     """The program with all commands; with one alone if that is `command`, so a pull stays light."""
     app = typer.Typer(
-        help="From a Hugging Face model to a checked, published FP8 inference engine.",
+        help="From a Hugging Face model to a checked, published, quantized inference engine.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""`enginesmith new`: find a model and the largest sizes that fit, and write a recipe that plans."""
+"""`enginesmith new`: find a model and sizes that fit, and write a recipe that plans."""
 
 from __future__ import annotations
 

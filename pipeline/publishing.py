@@ -137,7 +137,8 @@ class Publisher:
         )
         place = Place.of(reference_of(package))
         signed = self.signatory.sign_build(package, begun)
-        with progress(f"Publishing {place}", package.size_bytes, BYTES) as on_bytes:
+        doing = f"{'Trying to publish' if throwaway else 'Publishing'} {place}"
+        with progress(doing, package.size_bytes, BYTES) as on_bytes:
             new = self.store.put_package(package, signed, on_bytes)
         if not throwaway:
             log.info("%s %s", "Published" if new else "Already published:", place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -53,6 +54,7 @@ class About(TypedDict, total=False):
 
     manifest: Entry
     reference: str
+    registry: str  # where that is looked up
     plan: Entry  # `Plan.to_json`
     limits: Acceptance
     signed_by: str
@@ -104,7 +106,7 @@ def render_page(report: Entry, **about: Unpack[About]) -> str:
     """A report, `Report.to_json`, as a complete page: no outside resource, no script."""
     from markupsafe import Markup
 
-    manifest, speed = about.get("manifest", {}), report["speed"]
+    manifest, speed, url = about.get("manifest", {}), report["speed"], about.get("registry", "")
     planned: Sequence[Entry] = about.get("plan", {}).get("workloads", ())
     # Whether it was measured on the card that the plan's ceilings are of.
     here = bool(report["conditions"].get("card") == report["card"])
@@ -118,6 +120,7 @@ def render_page(report: Entry, **about: Unpack[About]) -> str:
         name=str(manifest.get("name") or "Package"),
         card=str(report["card"]).replace("-", " "),
         reference=about.get("reference", ""),
+        lookup="" if url in {"", "artifacts"} else f" --registry {shlex.quote(url)}",
         signed_by=about.get("signed_by", ""),
         manifest=manifest,
         limits=about.get("limits"),

@@ -97,7 +97,7 @@ def new(
 ) -> Answer:
     """Write a recipe for a model of the Hub or of a folder.
 
-    It pins the commit and takes the largest shape that fits the card.
+    It pins the commit, and takes the largest of our usual sizes that the card holds.
     """
     from pipeline.new import new_recipe, report
 

@@ -425,7 +425,7 @@ def checkpoint_faults(*, architecture: str, kv_cache_dtype: str) -> list[Fault]:
     """Errors of the table that hold for a checkpoint whatever the card and the runtime."""
     given = {"architecture": architecture, "kv_cache_dtype": kv_cache_dtype}
     return [
-        Fault("kv_cache_dtype", f"{row.message} ({row.source})")
+        Fault("--kv-cache-dtype", f"{row.message} ({row.source})")
         for row in known_bad_table()
         if row.severity == "error" and row.holds(given)
     ]

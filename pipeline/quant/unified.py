@@ -76,10 +76,9 @@ class UnifiedCheckpoint:
         if (algorithm := declared.algorithm) in known:
             return known[algorithm]
         if algorithm is not None:
-            names = ", ".join(map(str, known))
             message = (
-                f"declares {algorithm}; only {names} is converted. Serve the checkpoint as it is "
-                f"(vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the model to {names}"
+                f"declares {algorithm}, which is not converted. Serve the checkpoint as it is "
+                "(vLLM, SGLang, TensorRT-LLM >= 1.3), or quantize the 16-bit model: enginesmith new"
             )
             raise RecipeError([Fault(str(self.dir / declared.file), message)])
         dtypes = {entry.dtype for entry in self.tensors.values()}

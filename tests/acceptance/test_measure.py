@@ -306,7 +306,10 @@ def test_engine_without_a_checkpoint_at_hand_says_so(checkpoint: Checkpoint, roo
         runner=CardRunner(where="cpu"),
     )
     assert "checkpoint_reference" not in report.quality
-    assert "the checkpoint itself: the package of a compiled engine has no checkpoint" in report.not_run
+    assert (
+        "the checkpoint itself: the package of a compiled engine has no checkpoint"
+        in report.not_run
+    )
 
 
 def test_lengths_and_ends_of_single_requests_are_in_the_report(

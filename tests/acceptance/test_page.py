@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,15 @@ def test_every_verdict_comes_first_in_words_and_colour(name: str) -> None:
     passing = {"accepted": "good", "checked": "checked", "compiled": "plain", "measured": "plain"}
     assert first[0] == passing.get(name, "warn" if name == "inconclusive" else "bad")
     assert page.source.index("<section") == page.source.index('<section class="verdict')
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/engines", "/srv/our engines"])
+def test_the_next_command_names_the_registry_unless_it_is_the_default(url: str) -> None:
+    def shown(registry: str) -> str:
+        return Page(render_page(report(), reference="tiny:1", registry=registry)).text
+
+    assert f"enginesmith accept tiny:1 --registry {shlex.quote(url)} on a machine" in shown(url)
+    assert "enginesmith accept tiny:1 on a machine" in shown("artifacts")
 
 
 def test_what_was_not_run_follows_the_verdict_and_is_not_repeated() -> None:

@@ -80,7 +80,9 @@ def terminal(team: Team, tmp_path: Path) -> Terminal:
     return Terminal(team=team, home=home)
 
 
-def test_yank_names_the_channels_that_point_to_the_package(terminal: Terminal) -> None:
+def test_yank_names_the_channels_that_point_to_the_package(
+    terminal: Terminal, caplog: pytest.LogCaptureFixture
+) -> None:
     reference = terminal.publish()
     terminal.ask("promote", str(reference))
     shown = terminal.run("yank", str(reference), "--reason", "wrong answers").stdout
@@ -91,6 +93,8 @@ def test_yank_names_the_channels_that_point_to_the_package(terminal: Terminal) -
     value = terminal.ask("yank", str(reference), "--reason", "again")
     assert (value["yanked"], value["changed"]) == (True, False)
     assert value["channels"] == [{"channel": "stable", "card": CARD}]
+    assert "was yanked by ada" in caplog.text
+    assert "--allow-yanked" not in caplog.text, "an option that was not given"
     value = terminal.ask("yank", str(reference), "--undo")
     assert (value["yanked"], value["changed"], value["channels"]) == (False, True, [])
 

@@ -375,7 +375,8 @@ def _new_folder(out_dir: Path) -> Path:
     if not below.is_dir():
         raise RecipeError([Fault("OUT_DIR", f"{out_dir} is below {below}, which is a file")])
     if place.exists():
-        raise ConflictError(f"{out_dir} exists; name a new folder, such as {place / 'checkpoint'}")
+        free = (place if place.is_dir() else place.parent) / "checkpoint"
+        raise ConflictError(f"{out_dir} exists; name a new folder, such as {free}")
     return place
 
 

@@ -217,7 +217,7 @@ def require_usable(found: Resolved, terms: Terms, origin: str) -> None:
             f"{found.package.manifest['name']}@sha256:{digest} with --allow-yanked"
         )
     if yank:
-        log.warning("%s was yanked %s; taken because of --allow-yanked", origin, yank)
+        log.warning("%s was yanked %s", origin, yank)
 
 
 def _open(
