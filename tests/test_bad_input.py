@@ -38,6 +38,9 @@ LLAMA = {
 }
 
 
+CHECKPOINT = {"c/config.json": json.dumps(LLAMA)}
+INDEX = "model.safetensors.index.json"
+
 Refuse = Callable[[list[str], int, str], None]
 
 
@@ -86,6 +89,23 @@ def refuse(
         ("batch: 4,", "batch: 4, batches: 4,", "there is no such key"),
         ("osl: 256, min_output", "osl: 2560, min_output", "acceptance.targets"),
         ("min_output_tokens_per_s: 312.0", "min_output_tokens_per_s: 31200.0", "ceiling"),
+        ("override source: hub", "override source: hubb", "did you mean hub?"),
+        ("override compiler: trtllm", "override compiler: tensorrt", "allowed: checkpoint, trt"),
+        ("override compiler: trtllm", "override compiler: [trtllm]", "own"),
+        ("- build\n", "- build\n  - own\n", "it contains itself"),
+        ("shapes@shape: phi3", "shapes@shape: phi9", "did you mean phi"),
+        ("defaults:", "defaults: [", "cannot be read"),
+        ("name: phi3", "name: [phi3]", "name: got"),
+        ("name: phi3\n", "", "name: is required"),
+        ("licence: MIT", "licence: MIT\n  licence: MIT", "duplicate key"),
+        ("redistribution: allowed", "redistribution: maybe", "source.redistribution"),
+        ("redistribution: allowed", "redistribution: ${source.nothing}", "cannot be resolved"),
+        ("batch: 4,", "batch: four,", "acceptance.targets.0.batch"),
+        ("batch: 4,", "batch: 1.5,", "acceptance.targets.0.batch"),
+        ("batch: 64,", "batch: 640,", "must be <= compiler.max_batch_size"),
+        ("isl: 128", "isl: 0", "acceptance.targets.0.isl"),
+        ("name: gpu-b64", "name: gpu-b4", "gpu-b4"),
+        ("min_share_of_ceiling: 0.65", "min_share_of_ceiling: 1.5", "min_share_of_ceiling"),
     ],
 )
 def test_recipe(here: Path, refuse: Refuse, old: str, new: str, message: str) -> None:
@@ -103,6 +123,15 @@ def test_recipe(here: Path, refuse: Refuse, old: str, new: str, message: str) ->
         ({"model_type": "gpt2"}, 2, "model_type"),
         ({"num_key_value_heads": 3}, 2, "num_key_value_heads"),
         ({"unheard_of": 1}, 2, "unheard_of"),
+        ({"num_attention_heads": 4.0}, 2, "num_attention_heads: is 4.0"),
+        ({"hidden_size": "64"}, 2, "hidden_size: is '64'"),
+        ({"rope_theta": 0}, 2, "rope_theta: is 0"),
+        ({"rms_norm_eps": -1e-6}, 2, "rms_norm_eps: is -1e-06"),
+        ({"sliding_window": 0}, 2, "sliding_window: is 0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 0}}, 2, "factor: is 0"),
+        ({"rope_scaling": [1]}, 2, "rope_scaling: is [1]"),
+        ({"architectures": "Llama"}, 2, "architectures: is 'Llama'"),
+        ({"vocab_size": True}, 2, "vocab_size: is True"),
     ],
     ids=str,
 )
@@ -133,6 +162,30 @@ def test_config_json(here: Path, refuse: Refuse, change: object, code: int, mess
         ({}, ["plan", "smollm2", "source=local"], 2, "source.path: is required"),
         ({}, ["new", "mine", "--from", "nowhere/at/all"], 2, "nowhere"),
         ({}, ["new", "mine", "--from", ".", "--target", "rtx409"], 2, "did you mean rtx4090?"),
+        ({"c": "x"}, ["export-trtllm", "c", "out"], 7, "holds no config.json"),
+        (CHECKPOINT, ["export-trtllm", "c", "c/config.json"], 8, "such as"),
+        (CHECKPOINT, ["export-trtllm", "c", "c/config.json/out"], 2, "which is a file"),
+        (CHECKPOINT, ["export-trtllm", "c", "."], 8, "name a new folder"),
+        (CHECKPOINT, ["export-trtllm", "c", "out", "--dtype", "fp4"], 2, "--dtype"),
+        (
+            {**CHECKPOINT, "c/hf_quant_config.json": '{"quantization": {"quant_algo": "NVFP4"}}'},
+            ["export-trtllm", "c", "out"], 2, "declares NVFP4",
+        ),
+        ({**CHECKPOINT, "c/a.safetensors": "x"}, ["export-trtllm", "c", "out"], 4, "truncated"),
+        ({**CHECKPOINT, f"c/{INDEX}": "[]"}, ["export-trtllm", "c", "out"], 4, "wanted an object"),
+        (
+            {**CHECKPOINT, f"c/{INDEX}": '{"weight_map": {"a": "b.safetensors"}}'},
+            ["export-trtllm", "c", "out"], 4, "are missing",
+        ),
+        ({"p/manifest.json": "[]"}, ["verify", "./p"], 4, "is not a manifest"),
+        ({"p/x": ""}, ["verify", "./p"], 4, "manifest.json"),
+        ({}, ["generate", "./nowhere", "Hello"], 7, "nowhere is not a folder"),
+        ({}, ["pull", "tiny", "--to", "out", "--gpu", "rtx409"], 2, "--gpu"),
+        ({}, ["pull", "tiny", "--to", "out", "--vram", "lots"], 2, "--vram"),
+        ({}, ["verify", "./nowhere"], 7, "nowhere is not a folder"),
+        ({}, ["copy", "tiny", "--from", "a", "--to", "a"], 2, "the same registry"),
+        ({}, ["plan", "smollm2", "compiler.max_batch_size=1,2"], 2, "names several values"),
+        ({}, ["race", "smollm2", "--cpu", "--workloads", "8"], 2, "is no workload"),
     ],
     ids=str,
 )  # fmt: skip

@@ -61,9 +61,9 @@ class VllmRunner:
         card = read_conditions()
         if card is None:
             return f"runner=vllm needs a CUDA device, and {NO_CARD}, or take runner=transformers"
-        if card.sm < (wanted := precision()).native_sm:
+        if card.sm < (least := precision()).native_sm:
             return (
-                f"runner=vllm: vLLM executes {wanted.title} from SM {wanted.native_sm} on, "
+                f"runner=vllm: vLLM executes {least.title} from SM {least.native_sm} on, "
                 f"{card.gpu} has SM {card.sm}; use a newer card, or runner=transformers"
             )
         return None

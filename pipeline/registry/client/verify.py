@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.errors import AccessError, CorruptError, UntrustedError
+from pipeline.core.errors import AccessError, CorruptError, NotFoundError, UntrustedError
 from pipeline.core.ownership import open_to_others
 from pipeline.core.values import Package
 from pipeline.registry.client.deliver import (
@@ -73,6 +73,8 @@ def open_target(request: PullRequest, *, to_load: bool = False) -> tuple[Resolve
     Raises like `run`.
     """
     if folder := named_folder(request.reference):
+        if not folder.is_dir():
+            raise NotFoundError(f"{folder} is not a folder; name one that enginesmith pull made")
         if to_load and (reason := open_to_others(folder)):
             raise AccessError(f"{reason}; pull the package to a folder that only you can change")
         store = open_reader(request.registry) if request.registry else None
