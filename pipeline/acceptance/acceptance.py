@@ -26,7 +26,7 @@ from pipeline.sources.text.corpus import Text, require_disjoint, text_digest
 
 STAGE = Stage(
     name="acceptance",
-    version=1,
+    version=2,
     code=(
         "pipeline.acceptance",
         "pipeline.core.gpu",
