@@ -14,20 +14,16 @@ RUN := $(PYTHON)
 READY :=
 RUN_PINNED := $(PYTHON)
 READY_PINNED :=
-RUN_EVAL := $(PYTHON)
-READY_EVAL :=
 else
 RUN := .venv/bin/python
 READY := .venv/ready
 # The packages of the build image, as far as a CPU can have them.
 RUN_PINNED := .venv-image/bin/python
 READY_PINNED := .venv-image/ready
-RUN_EVAL := .venv-eval/bin/python
-READY_EVAL := .venv-eval/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help engine plan rehearse test test-all test-image-pins test-eval test-hostile test-soak test-gpu bench-registry check format record-stages setup image image-client clean clean-cache
+.PHONY: help engine plan rehearse test test-all test-image-pins test-hostile test-soak test-gpu bench-registry check format record-stages setup image image-client clean clean-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -47,7 +43,7 @@ test: $(READY) ## unit and contract tests: no network, no GPU, no services, unde
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "$(QUICK)" $(ARGS)
 
 # Three workers: half of these tests wait for deadlines and for a Docker engine.
-test-all: check test test-image-pins test-eval ## all tests: the main job on real weights, real compilers
+test-all: check test test-image-pins ## all tests: the main job on real weights, real compilers
 	$(RUN) -m pytest -q -n 3 --dist loadscope -m "(slow or services) and not gpu and not product" \
 	    --ignore tests/image/test_rehearsal_formats.py $(ARGS)
 
@@ -55,9 +51,6 @@ test-image-pins: $(READY_PINNED) ## quantize, convert and rehearse under the bui
 	OMP_NUM_THREADS=1 $(RUN_PINNED) -m pytest -q -n 2 -m "$(QUICK)" \
 	    tests/model/test_hf.py tests/quant tests/formats/decoder tests/rehearse $(ARGS)
 	OMP_NUM_THREADS=1 $(RUN_PINNED) -m pytest -q -n 2 tests/image/test_rehearsal_formats.py $(ARGS)
-
-test-eval: $(READY) $(READY_EVAL) ## benchmark tasks with the real lm-eval, the extra `eval`
-	OMP_NUM_THREADS=1 $(RUN_EVAL) -m pytest -q -n 2 --dist worksteal tests/acceptance/test_harness.py $(ARGS)
 
 test-hostile: $(READY) ## of `make test` the seeded attacks on stores, servers, machines and caches
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal \
@@ -111,16 +104,8 @@ image-client: ## build the pull image: make image-client CLIENT_IMAGE=<name> BAS
 	.venv-image/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# The packages of .venv, and on top those of the extra `eval`.
-.venv-eval/ready: .venv/ready requirements-eval.lock
-	python3 -m venv --clear .venv-eval
-	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$(.venv-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.lock
-	@touch $@
-
 clean: ## remove the environment and the records of runs; packages and the cache stay
-	rm -rf .venv .venv-image .venv-eval artifacts/.runs .mypy_cache .ruff_cache .pytest_cache build enginesmith.egg-info
+	rm -rf .venv .venv-image artifacts/.runs .mypy_cache .ruff_cache .pytest_cache build enginesmith.egg-info
 
 clean-cache: ## remove downloaded weights and finished stages
 	@$(if $(ENGINESMITH_CACHE),rm -rf "$(ENGINESMITH_CACHE)",rm -rf "$(HOME)/.cache/enginesmith")

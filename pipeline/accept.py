@@ -20,8 +20,9 @@ from pipeline.core.cache import StageCache
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, RecipeError
 from pipeline.core.gpu import read_conditions
 from pipeline.core.hardware import Target, card_name, target_of_card
+from pipeline.core.published import Package
 from pipeline.core.settings import cache_root
-from pipeline.core.values import Package, Weights
+from pipeline.core.values import Weights, engine_of
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.outcome import Outcome, outcome_of
@@ -60,7 +61,7 @@ def accept(request: AcceptRequest, run_dir: Path) -> Outcome:
     recipe: Recipe = job.value
     plan = plan_of(recipe)
     refuse(plan)
-    engine = package.engine
+    engine = engine_of(package)
     if reason := recipe.runner.why_not(engine):
         raise IncompatibleError(reason)
     require_builder(engine.format)

@@ -14,8 +14,9 @@ from pipeline.acceptance.report import REPORT_FILE, write_report
 from pipeline.config.recipe import Recipe, build_key, key_inputs
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
+from pipeline.core.published import Package
 from pipeline.core.settings import cache_root
-from pipeline.core.values import Checkpoint, Package, Verdict, Weights
+from pipeline.core.values import Checkpoint, Verdict, Weights
 from pipeline.core.workfolder import hold_lock
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder, require_room

@@ -27,7 +27,7 @@ _COMMANDS = {
     "race": "building.race",
     "list": "packages.list_packages",
     "show": "packages.show",
-    "verify": "pull.verify",
+    "verify": "verify.verify",
     "pull": "pull.pull",
     "copy": "packages.copy",
     "generate": "packages.generate",

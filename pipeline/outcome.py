@@ -23,7 +23,8 @@ from pipeline.core.ownership import REGISTRY, make_own
 from pipeline.registry.reference import reference_of
 
 if TYPE_CHECKING:
-    from pipeline.core.values import Package, Verdict, VerdictName
+    from pipeline.core.published import Package, VerdictName
+    from pipeline.core.values import Verdict
 
 log = logging.getLogger(__name__)
 

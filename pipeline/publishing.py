@@ -12,8 +12,9 @@ from pathlib import Path
 from pipeline.core.errors import CorruptError, NotFoundError, UntrustedError
 from pipeline.core.ownership import CACHE, make_own
 from pipeline.core.progress import BYTES, progress
+from pipeline.core.published import PASSING, Package, VerdictName
 from pipeline.core.settings import cache_root
-from pipeline.core.values import PASSING, Package, Verdict, VerdictName
+from pipeline.core.values import Verdict
 from pipeline.core.workfolder import work_folder
 from pipeline.registry.client.deliver import (
     cache_entry,

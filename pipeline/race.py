@@ -47,8 +47,9 @@ from pipeline.core.errors import (
     RecipeError,
 )
 from pipeline.core.ownership import make_own
+from pipeline.core.published import digest_of
 from pipeline.core.settings import cache_root, shipped
-from pipeline.core.values import Engine, Report, Verdict, Weights, digest_of
+from pipeline.core.values import Engine, Report, Verdict, Weights
 from pipeline.machine import require_builder, require_room
 from pipeline.model.spec import ModelSpec
 from pipeline.plan.ceilings import roofline

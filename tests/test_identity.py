@@ -12,7 +12,8 @@ import pytest
 from pipeline.config.compose import config_folders
 from pipeline.config.load import load
 from pipeline.config.recipe import Recipe, build_key, key_inputs
-from pipeline.core.values import FileDigest, Licence, Weights, digest_of
+from pipeline.core.published import FileDigest, digest_of
+from pipeline.core.values import Licence, Weights
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = Weights(

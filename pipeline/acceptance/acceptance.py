@@ -11,12 +11,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from pydantic.dataclasses import dataclass
 
 from pipeline.acceptance.chat import ChatSettings
-from pipeline.acceptance.harness import HarnessSettings, check_harness
 from pipeline.acceptance.sustained import SustainedRun
 from pipeline.core.cache import Stage
 from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.published import digest_of
 from pipeline.core.settings import STRICT, Listed
-from pipeline.core.values import Engine, Weights, digest_of
+from pipeline.core.values import Engine, Weights
 from pipeline.model.spec import ModelSpec
 from pipeline.plan import Plan
 from pipeline.quant.spec import SHAPING_CODE
@@ -36,7 +36,7 @@ STAGE = Stage(
         *SHAPING_CODE,
     ),
 )
-_TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm", "lm_eval")
+_TOOLS = ("onnxruntime", "torch", "transformers", "vllm", "tensorrt-llm")
 _RAM_BYTES_PER_PARAM = 12.0
 """Peak of the larger of source (float32 weights, 4 bytes) and CPU graph (float32 weights, folded
 and transposed: 8), with the file still mapped and the logits of one window; 2.2 GB for SmolLM2's
@@ -82,7 +82,6 @@ class Acceptance:
     max_reference_noise: PositiveFloat = 2.0
     chat: ChatSettings | None = None
     sustained: SustainedRun = SustainedRun()
-    lm_eval: HarnessSettings | None = None
 
     def __post_init__(self) -> None:
         if self.min_top1_agreement > 1.0:
@@ -120,8 +119,6 @@ class Acceptance:
         faults: list[Fault] = []
         for index, load in enumerate(self.targets):
             faults += load.faults(f"acceptance.targets[{index}]")
-        if self.lm_eval is not None:
-            check_harness(self.lm_eval)
         # A server's logits come with one generated token, for which there must be room.
         room = max_seq_len - 1 if device == "cuda" else max_seq_len
         if self.window_tokens > min(room, shape.max_position_embeddings):

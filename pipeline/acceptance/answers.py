@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 
 from pipeline.acceptance.acceptance import Acceptance, Subject
 from pipeline.acceptance.chat import Answer, ChatProbe, chat_findings
-from pipeline.acceptance.harness import harness_findings, run_harness
 from pipeline.acceptance.quality import (
     EngineFigures,
     SourceFigures,
@@ -266,7 +265,6 @@ class Comparison:
         with source:
             self._source = source.figures(self._windows)
             self._source_chat = source.chat(self._chat) if self._chat else ()
-            self._source_tasks = self._tasks(source.session) if asked.lm_eval else None
         self._reference, self._no_reference = self._find_reference(cache)
 
     def compare(self, session: Session) -> Measured:
@@ -289,10 +287,6 @@ class Comparison:
             for shown in chat.get("answers", ())[:1]:
                 log.info("%s: %s", shown["name"], shown["engine"]["text"].replace("\n", " "))
             found.findings += chat_findings(chat)
-        if asked.lm_eval is not None and self._source_tasks is not None:
-            tasks = self._tasks(session)
-            found.parts["lm_eval"] = {"source": self._source_tasks, "engine": tasks}
-            found.findings += harness_findings(self._source_tasks, tasks, asked.lm_eval.max_drop)
         return found
 
     def _find_reference(self, cache: StageCache) -> tuple[Reference | None, str]:
@@ -310,18 +304,6 @@ class Comparison:
         digest = subject.package_digest if is_checkpoint else folder.name
         few, context = self._windows[: asked.reference_windows], engine.limits.max_seq_len
         return reference_of(folder, digest, few, self._source, context, cache), ""
-
-    def _tasks(self, session: Session) -> dict[str, Any]:
-        settings, engine = self._asked.lm_eval, self._subject.engine
-        assert settings is not None
-        log.info("lm-eval: %s", ", ".join(settings.tasks))
-        return run_harness(
-            session,
-            load_tokenizer(engine.dir),
-            settings,
-            context=engine.limits.max_seq_len,
-            seed=self._asked.seed,
-        )
 
 
 def compare_cut(checkpoint_dir: Path, graphs_dir: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.core.values import Finding, Report, Verdict, VerdictName
+from pipeline.core.published import VerdictName
+from pipeline.core.values import Finding, Report, Verdict
 from pipeline.plan.ceilings import Roofline
 
 if TYPE_CHECKING:

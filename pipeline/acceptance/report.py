@@ -81,7 +81,7 @@ def junit(document: Entry) -> bytes:
     Findings become failures of the case whose name they start with, else of the quality case.
     """
     cases = {entry["workload"]: f"speed.{entry['workload']}" for entry in document["speed"]}
-    cases |= {part: part for part in ("quality", "chat", "lm_eval") if document.get(part)}
+    cases |= {part: part for part in ("quality", "chat") if document.get(part)}
     failures: dict[str, list[str]] = {case: [] for case in cases.values()}
     for finding in document["findings"]:
         if finding["kind"] != "note":

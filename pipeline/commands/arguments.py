@@ -67,7 +67,7 @@ ARTIFACTS = "artifacts"
 def open_registry(registry: str, policy: Path | None) -> tuple[WritableStore, TrustPolicy]:
     """The store that a command works on, and whose statements count there."""
     from pipeline.registry.stores import open_store
-    from pipeline.registry.trust.policy import machine_trust
+    from pipeline.registry.trust.machine import machine_trust
 
     store = open_store(registry)
     return store, machine_trust(os.environ, own_folder=store.local, policy=policy)

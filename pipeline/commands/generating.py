@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import IncompatibleError
+from pipeline.core.published import Package
 from pipeline.core.settings import cache_root, read_mark, shipped
-from pipeline.core.values import Package
+from pipeline.core.values import engine_of
 from pipeline.formats.spec import format_spec
 from pipeline.machine import require_builder
 from pipeline.model.hf import load_tokenizer
@@ -33,7 +34,7 @@ def stream(package: Package, prompt: str, max_tokens: int) -> Iterator[str]:
 
 def open_package(package: Package) -> AbstractContextManager[Session]:
     """Load what can run here, and say what that is: the engine itself where its card is."""
-    engine, spec = package.engine, format_spec(package.manifest["format"])
+    engine, spec = engine_of(package), format_spec(package.manifest["format"])
     runner = shipped_runner(spec.runner)
     if (reason := runner.why_not(engine)) is None:
         return runner.open(engine)

@@ -36,7 +36,8 @@ def keygen(
     ] = None,
 ) -> Answer:
     """Make a key pair to sign packages with."""
-    from pipeline.registry.trust.policy import KEY_PATH, config_root
+    from pipeline.registry.trust.policy import config_root
+    from pipeline.registry.trust.private_key import KEY_PATH
     from pipeline.registry.trust.signing import generate_key, write_key_pair
 
     path = out if out is not None else config_root(os.environ) / "signing.key"
@@ -87,7 +88,7 @@ def sign(
     Its test results are signed, too.
     """
     from pipeline.registry.promotion import countersign
-    from pipeline.registry.trust.policy import read_private_key
+    from pipeline.registry.trust.private_key import read_private_key
 
     store, trust = open_registry(registry, policy)
     signing = read_private_key(key)

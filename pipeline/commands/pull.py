@@ -1,4 +1,4 @@
-"""The commands that bring an engine to where it is served, and verify it there: pull, verify."""
+"""Bring an engine to where it is served."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.answer import Answer, answering, screen_logging
-from pipeline.commands.arguments import Policy, Target, TargetRegistry, Unsigned
+from pipeline.commands.arguments import Policy, TargetRegistry, Unsigned
 
 if TYPE_CHECKING:
     from pipeline.registry.client.pull import Pulled
 
-_CARDS = "auto|CARD|sm89|none"
-_Runtime = Annotated[
+CARDS = "auto|CARD|sm89|none"
+Runtime = Annotated[
     str | None, typer.Option(metavar="NAME==VERSION", help="What will load it: vllm==0.29.")
 ]
-_Vram = Annotated[
+Vram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Device memory that it may use: 24GiB.")
 ]
-_Driver = Annotated[str | None, typer.Option(metavar="VERSION", help="NVIDIA driver: 580.65.06.")]
-_Unproven = Annotated[
+Driver = Annotated[str | None, typer.Option(metavar="VERSION", help="NVIDIA driver: 580.65.06.")]
+Unproven = Annotated[
     bool, typer.Option("--accept-unproven", help="Take what did not pass on this card; recorded.")
 ]
-_Yanked = Annotated[
+Yanked = Annotated[
     bool, typer.Option("--allow-yanked", help="Take a yanked package, by its digest; recorded.")
 ]
 _Wanted = Annotated[
@@ -42,7 +42,7 @@ _To = Annotated[
 _Gpu = Annotated[
     str,
     typer.Option(
-        metavar=_CARDS,
+        metavar=CARDS,
         help="What will run it: auto asks NVML; rtx4090, NVIDIA-GeForce-RTX-4090 or sm89 is "
         "taken as given; none checks nothing of it.",
     ),
@@ -70,12 +70,12 @@ def pull(
     to: _To,
     registry: TargetRegistry = None,
     gpu: _Gpu = "auto",
-    runtime: _Runtime = None,
-    vram: _Vram = None,
-    driver: _Driver = None,
-    accept_unproven: _Unproven = False,
+    runtime: Runtime = None,
+    vram: Vram = None,
+    driver: Driver = None,
+    accept_unproven: Unproven = False,
     allow_unsigned: Unsigned = False,
-    allow_yanked: _Yanked = False,
+    allow_yanked: Yanked = False,
     allow_shared_parent: _SharedParent = False,
     policy: Policy = None,
     cache: _Cache = None,
@@ -100,44 +100,10 @@ def pull(
     )
     with screen_logging():
         done = client.run(request)
-    return Answer(value=done.to_json(), shown=_lines(done))
+    return Answer(value=done.to_json(), shown=lines_of(done))
 
 
-@answering
-def verify(
-    target: Target,
-    registry: TargetRegistry = None,
-    gpu: Annotated[
-        str, typer.Option(metavar=_CARDS, help="Demand that it fits and is proven there.")
-    ] = "none",
-    runtime: _Runtime = None,
-    vram: _Vram = None,
-    driver: _Driver = None,
-    accept_unproven: _Unproven = False,
-    allow_unsigned: Unsigned = False,
-    allow_yanked: _Yanked = False,
-    policy: Policy = None,
-) -> Answer:
-    """Verify a package: bytes, signatures, yanks, proofs."""
-    from pipeline.registry.client import pull as client
-    from pipeline.registry.client.machine import Flags
-    from pipeline.registry.client.verify import verify as verify_target
-
-    request = client.PullRequest(
-        reference=target,
-        registry=registry,
-        flags=Flags(gpu=gpu, runtime=runtime, vram=vram, driver=driver),
-        accept_unproven=accept_unproven,
-        allow_unsigned=allow_unsigned,
-        allow_yanked=allow_yanked,
-        policy=policy,
-    )
-    with screen_logging():
-        done = verify_target(request)
-    return Answer(value=done.to_json(), shown=_lines(done))
-
-
-def _lines(done: Pulled) -> list[str]:
+def lines_of(done: Pulled) -> list[str]:
     """What was checked, for people."""
     resolved, chosen = done.resolved, done.chosen
     how = {

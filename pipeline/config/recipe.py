@@ -12,8 +12,9 @@ from pipeline.acceptance.acceptance import Acceptance
 from pipeline.core.cache import StageCache
 from pipeline.core.errors import RecipeError
 from pipeline.core.hardware import Target
+from pipeline.core.published import digest_of
 from pipeline.core.settings import STRICT, OneOf
-from pipeline.core.values import Checkpoint, Licence, Weights, digest_of
+from pipeline.core.values import Checkpoint, Licence, Weights
 from pipeline.formats.spec import EngineCompiler, format_spec
 from pipeline.model.read import Shape
 from pipeline.quant.spec import quant_spec

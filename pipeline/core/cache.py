@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.ownership import CACHE, make_own, require_unshared, sync
-from pipeline.core.values import FileDigest, digest_of
+from pipeline.core.published import FileDigest, digest_of
 from pipeline.core.workfolder import hold_lock, remove_folder, work_folder
 
 log = logging.getLogger(__name__)

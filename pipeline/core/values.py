@@ -1,4 +1,4 @@
-"""The frozen values that stages hand to each other.
+"""The frozen values that stages hand to each other; what is published has core/published.py.
 
     Weights -> Checkpoint -> Engine -> Package -> Report -> Verdict -> Reference
 
@@ -7,39 +7,23 @@ Every folder that a value names is complete and never changes again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import rfc8785
+from pipeline.core.published import (
+    PASSING,
+    Failing,
+    FileDigest,
+    Package,
+    Redistribution,
+    VerdictName,
+    digest_of,
+)
 
 Format = str
 """Name of an engine format: a folder of pipeline/formats that has a `spec`."""
-Redistribution = Literal["allowed", "with-notice", "forbidden"]
-"""What a licence says about passing the weights on, quantized or not."""
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of the RFC 8785 canonical JSON of `value`."""
-    return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileDigest:
-    """One file of a folder: POSIX path relative to that folder, size and SHA-256 (hex)."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size_bytes, "sha256": self.sha256}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> FileDigest:
-        return cls(path=value["path"], size_bytes=value["size"], sha256=value["sha256"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,51 +106,28 @@ class Engine:
     checks: Mapping[str, Any] = field(default_factory=dict)  # proven without running it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Package:
-    """A sealed folder: `engine/` and `manifest.json`, whose bytes have the SHA-256 `digest`."""
-
-    dir: Path
-    manifest: Mapping[str, Any]
-    digest: str
-
-    @property
-    def engine_dir(self) -> Path:
-        return self.dir / "engine"
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file["size"] for file in self.manifest["files"])
-
-    @property
-    def engine(self) -> Engine:
-        """The engine inside, as the manifest describes it."""
-        manifest, match = self.manifest, self.manifest["match"]
-        return Engine(
-            dir=self.engine_dir,
-            digest=self.digest,
-            format=manifest["format"],
-            variant=manifest["variant"],
-            runtime=(match["runtime"]["name"], match["runtime"]["version"]),
-            sms=tuple(match["sm"]),
-            limits=Limits(**manifest["limits"]),
-            min_vram_bytes=match["min_vram_bytes"],
-            serve_args=tuple(manifest["serve"]["args"]),
-            tools=dict(manifest["build"]["tools"]),
-        )
-
-
-_Failing = Literal["rejected", "regression", "anomalous", "inconclusive"]
-VerdictName = Literal["accepted", "checked", "compiled", _Failing, "measured"]
-"""`measured`: a race, which measures speed only; like a failing verdict it enters no channel."""
-PASSING: frozenset[VerdictName] = frozenset({"accepted", "checked", "compiled"})
+def engine_of(package: Package) -> Engine:
+    """The engine inside a package, as the manifest describes it."""
+    manifest, match = package.manifest, package.manifest["match"]
+    return Engine(
+        dir=package.engine_dir,
+        digest=package.digest,
+        format=manifest["format"],
+        variant=manifest["variant"],
+        runtime=(match["runtime"]["name"], match["runtime"]["version"]),
+        sms=tuple(match["sm"]),
+        limits=Limits(**manifest["limits"]),
+        min_vram_bytes=match["min_vram_bytes"],
+        serve_args=tuple(manifest["serve"]["args"]),
+        tools=dict(manifest["build"]["tools"]),
+    )
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that acceptance noticed: measured, required, and what to do."""
 
-    kind: Literal[_Failing, "note"]
+    kind: Literal[Failing, "note"]
     message: str
 
 
@@ -194,27 +155,13 @@ class Report:
     not_run: Sequence[str]
     checks: Mapping[str, Any]  # what was proven about the engine without running it
     chat: Mapping[str, Any] = field(default_factory=dict)
-    lm_eval: Mapping[str, Any] = field(default_factory=dict)  # task -> metric -> value
     sustained: Mapping[str, Any] = field(default_factory=dict)
     # Bandwidth of the card, and each workload's share of its ceiling.
     physics: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, verdict: Verdict) -> dict[str, Any]:
         """As `report.json`; what was not asked has no key."""
-        asked = ("chat", "lm_eval", "sustained", "physics")
+        asked = ("chat", "sustained", "physics")
         parts = {name: part for name, part in vars(self).items() if part or name not in asked}
         findings = [asdict(finding) for finding in verdict.findings]
         return {"schema": 1, **parts, "verdict": verdict.name, "findings": findings}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Where a published package is: `name/variant:version` and its digest."""
-
-    name: str
-    variant: str
-    version: str
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.variant}:{self.version}"

@@ -18,8 +18,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pipeline.core.cache import StageCache, StageResult, digest_folder
 from pipeline.core.errors import CorruptError, Fault, IncompatibleError, RecipeError
 from pipeline.core.hardware import Target
+from pipeline.core.published import digest_of
 from pipeline.core.settings import marked_modules, read_mark
-from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.model.spec import ModelSpec
 from pipeline.quant.spec import KV_CACHE_DTYPES, QuantSpec, quant_spec
 from pipeline.quant.unified import UnifiedCheckpoint

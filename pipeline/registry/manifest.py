@@ -28,8 +28,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, RecipeError
+from pipeline.core.published import FileDigest, Package, Redistribution
 from pipeline.core.settings import STRICT
-from pipeline.core.values import FileDigest, Package, Redistribution
 from pipeline.registry.disk import disk_errors, file_fault, open_regular, read_bounded
 from pipeline.registry.reference import check_part, derive_version, is_device_name
 from pipeline.registry.store import Place, Reader

@@ -16,7 +16,8 @@ from typing import Any
 
 from pipeline.core.cache import RECORD
 from pipeline.core.errors import CorruptError, Fault, RecipeError
-from pipeline.core.values import Engine, FileDigest, Licence, Package, Weights
+from pipeline.core.published import FileDigest, Package
+from pipeline.core.values import Engine, Licence, Weights
 from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular, write_new
 from pipeline.registry.manifest import (
     ENGINE,

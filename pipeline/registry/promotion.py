@@ -36,7 +36,7 @@ from pipeline.core.errors import (
     UntrustedError,
 )
 from pipeline.core.progress import BYTES, progress
-from pipeline.core.values import PASSING, Reference
+from pipeline.core.published import PASSING, Reference
 from pipeline.registry.client.verify import fetch
 from pipeline.registry.package import require_manifest_publishable
 from pipeline.registry.reference import check_part, parse_reference
@@ -44,7 +44,9 @@ from pipeline.registry.resolve import examine, resolve
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.stores import open_reader, open_store
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.policy import SigningKey, TrustPolicy, machine_trust
+from pipeline.registry.trust.machine import machine_trust
+from pipeline.registry.trust.policy import TrustPolicy
+from pipeline.registry.trust.private_key import SigningKey
 from pipeline.registry.trust.signing import place_fields, sign_again, sign_package, sign_statement
 from pipeline.registry.trust.statements import open_statement, text_fault, whole_statements
 from pipeline.registry.trust.verification import (

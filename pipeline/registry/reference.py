@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.values import Package, Reference
+from pipeline.core.published import Package, Reference
 
 DEFAULT_CHANNEL = "stable"
 

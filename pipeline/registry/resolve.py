@@ -22,7 +22,7 @@ from pipeline.core.errors import (
     RecipeError,
     UntrustedError,
 )
-from pipeline.core.values import Package, Reference
+from pipeline.core.published import Package, Reference
 from pipeline.registry.manifest import manifest_at
 from pipeline.registry.reference import ParsedReference, parse_reference
 from pipeline.registry.store import Place, Reader, Store

@@ -30,7 +30,7 @@ from threading import Thread
 from typing import Protocol, TypeVar, runtime_checkable
 
 from pipeline.core.errors import CorruptError, NotFoundError
-from pipeline.core.values import FileDigest, Reference
+from pipeline.core.published import FileDigest, Reference
 
 log = logging.getLogger(__name__)
 

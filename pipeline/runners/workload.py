@@ -19,8 +19,8 @@ from pydantic import ConfigDict, NonNegativeInt, Strict, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import CorruptError, Fault, RecipeError
+from pipeline.core.published import digest_of
 from pipeline.core.settings import PathField, read_json_object
-from pipeline.core.values import digest_of
 from pipeline.model.hf import chat_ids
 from pipeline.plan.sizes import Count, PlannedWorkload, Rate
 

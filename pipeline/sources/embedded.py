@@ -23,9 +23,10 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.core.cache import Stage, atomic_folder, digest_folder, sha256_file
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError
+from pipeline.core.published import FileDigest, digest_of
 from pipeline.core.safetensors_files import SINGLE
 from pipeline.core.settings import STRICT
-from pipeline.core.values import FileDigest, Weights, digest_of
+from pipeline.core.values import Weights
 from pipeline.core.workfolder import remove_folder
 from pipeline.model.read import load_config, read_spec
 from pipeline.sources.weights import (

@@ -35,8 +35,9 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.core.patience import FACTOR, REPLY_S, Patience
+from pipeline.core.published import FileDigest
 from pipeline.core.settings import STRICT
-from pipeline.core.values import FileDigest, Licence, Weights
+from pipeline.core.values import Licence, Weights
 from pipeline.core.workfolder import remove_folder
 from pipeline.sources.language_model import language_model
 from pipeline.sources.weights import (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.cache import digest_folder
+from pipeline.core.published import FileDigest
 from pipeline.core.safetensors_files import (
     INDEX,
     SINGLE,
@@ -23,7 +24,7 @@ from pipeline.core.safetensors_files import (
     folder_tensors,
     safetensors_header,
 )
-from pipeline.core.values import FileDigest, Weights
+from pipeline.core.values import Weights
 from pipeline.core.workfolder import remove_folder
 from pipeline.model.read import language_config, load_config
 from pipeline.sources.weights import CONFIG, FILES, cached_files, write_record

@@ -11,8 +11,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import sha256_file
 from pipeline.core.errors import NotFoundError
 from pipeline.core.progress import BYTES, progress
+from pipeline.core.published import FileDigest
 from pipeline.core.settings import STRICT, PathField
-from pipeline.core.values import FileDigest, Weights
+from pipeline.core.values import Weights
 from pipeline.sources.weights import (
     Licensed,
     check_listing,

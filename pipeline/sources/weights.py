@@ -27,6 +27,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import require_files
 from pipeline.core.errors import CorruptError, Fault, NotFoundError, RecipeError
 from pipeline.core.ownership import CACHE, make_own, require_unshared
+from pipeline.core.published import FileDigest, Redistribution
 from pipeline.core.safetensors_files import (
     INDEX,
     SINGLE,
@@ -37,7 +38,7 @@ from pipeline.core.safetensors_files import (
     read_index,
 )
 from pipeline.core.settings import STRICT, cache_root, read_json_object
-from pipeline.core.values import FileDigest, Licence, Redistribution, Weights
+from pipeline.core.values import Licence, Weights
 from pipeline.core.workfolder import hold_lock
 
 log = logging.getLogger(__name__)

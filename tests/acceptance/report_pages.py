@@ -143,6 +143,4 @@ def everything() -> dict[str, Any]:
         )
         for name, batch, rate in (("b1", 1, 321.0), ("b8", 8, 2000.0))
     ]  # fmt: skip
-    tasks = {"tasks": {"arc": {"metrics": {"acc": {"value": 0.5}}}}}
-    lm_eval = {"source": tasks, "engine": tasks}
-    return on_card(speed=speed, sustained=long_run(), lm_eval=lm_eval)
+    return on_card(speed=speed, sustained=long_run())

@@ -173,7 +173,6 @@ def test_engine_that_ran_on_its_card_is_accepted_with_all_figures(
     assert report.quality["checkpoint_reference"]["judged"] is False  # it computes in 32 bit
     document = report.to_json(verdict)
     assert {"chat", "sustained", "physics"} <= set(document)
-    assert "lm_eval" not in document
 
 
 def test_share_of_the_ceiling_becomes_a_rate_of_this_card(

@@ -11,7 +11,8 @@ from typing import Any, get_args
 import pytest
 
 from pipeline.acceptance.report import render_page, write_report
-from pipeline.core.values import Finding, Report, Verdict, VerdictName
+from pipeline.core.published import VerdictName
+from pipeline.core.values import Finding, Report, Verdict
 from tests.acceptance.questions import acceptance
 from tests.acceptance.report_pages import LIMITS, MANIFEST, PLAN, Page, everything, on_card, report
 

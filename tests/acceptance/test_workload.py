@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.core.errors import Fault, RecipeError
-from pipeline.core.values import digest_of
+from pipeline.core.published import digest_of
 from pipeline.runners.workload import Lengths, Workload
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 

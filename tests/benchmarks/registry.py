@@ -77,10 +77,10 @@ FOLDER = (Contest("folder pull", "pull", "cp, sha256sum", 1 / 1.2),)
 
 def publish(url: str, package_dir: Path, out: Path) -> None:
     """Sign, hash and publish a package as the build hands it over."""
-    from pipeline.core.values import Package
+    from pipeline.core.published import Package
     from pipeline.registry.manifest import MANIFEST, read_manifest
     from pipeline.registry.stores import open_store
-    from pipeline.registry.trust.policy import parse_private_key
+    from pipeline.registry.trust.private_key import parse_private_key
     from pipeline.registry.trust.signing import sign_package
 
     manifest, digest = read_manifest(package_dir / MANIFEST)

@@ -14,15 +14,11 @@ from typer.testing import CliRunner, Result
 
 from pipeline.commands import lifecycle
 from pipeline.core.errors import ConflictError, ExitCode, PipelineError, RecipeError
-from pipeline.core.values import Reference
+from pipeline.core.published import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import resolve
-from pipeline.registry.trust.policy import (
-    ROLES,
-    load_policy,
-    own_trust,
-    read_private_key,
-)
+from pipeline.registry.trust.policy import ROLES, load_policy, own_trust
+from pipeline.registry.trust.private_key import read_private_key
 from pipeline.registry.trust.signing import generate_key
 from pipeline.registry.trust.verification import Terms
 from tests.registry.packages import VARIANT, place_of, read_files

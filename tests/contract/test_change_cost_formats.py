@@ -47,7 +47,8 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import digest_folder
 from pipeline.core.settings import STRICT
 from pipeline.core.cache import Stage
-from pipeline.core.values import Engine, Limits, digest_of
+from pipeline.core.published import digest_of
+from pipeline.core.values import Engine, Limits
 from pipeline.formats.toy.spec import SPEC
 from pipeline.quant.spec import quant_spec
 

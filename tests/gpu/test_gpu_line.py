@@ -23,6 +23,7 @@ from pipeline.acceptance.acceptance import Subject
 from pipeline.acceptance.measure import measure
 from pipeline.build import plan_of
 from pipeline.core.cache import StageCache
+from pipeline.core.values import engine_of
 from pipeline.registry.client.pull import PullRequest
 from pipeline.registry.manifest import verify
 from tests.tiny_recipe import ROOT, enginesmith
@@ -107,7 +108,7 @@ def test_one_layer_with_a_wrong_scale_is_a_regression(
     request = Request(wanted=PullRequest(reference=str(package.dir)), overrides=(
         *own_weights(), *QUICK, "acceptance.targets=[]", "acceptance.chat=null"))  # fmt: skip
     recipe: Any = compose(request, package, this_card()).value
-    engine = package.engine
+    engine = engine_of(package)
     subject = Subject(
         engine=dataclasses.replace(engine, dir=folder),
         package_digest=package.digest,

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.manifest import manifest_bytes
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, KINDS, RawStatement

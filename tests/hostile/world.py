@@ -33,13 +33,13 @@ from typer.testing import CliRunner
 from pipeline.answer import failure
 from pipeline.cli import make_app
 from pipeline.core.errors import ExitCode, PipelineError, escaped
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.stores import open_store
 from pipeline.registry.stores.oci import image
 from pipeline.registry.stores.oci.writing import WritableOciStore
 from pipeline.registry.stores.publication import WritableStore, WritableTree
-from pipeline.registry.trust.policy import SigningKey
+from pipeline.registry.trust.private_key import SigningKey
 from pipeline.registry.trust.signing import generate_key
 from tests.registry.stores.faulty import running
 from tests.registry.stores.oci.server import FakeRegistry

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.core.errors import ExitCode
-from pipeline.core.values import Reference
+from pipeline.core.published import Reference
 from tests.image.client_image import FOREIGN_USER, LOCKED, NAME, USER, Docker, read_only
 from tests.registry.backends import backends
 from tests.registry.client.conftest import Shop, engine_files

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.core.values import Reference
+from pipeline.core.published import Reference
 from tests.image.client_image import NAME, Docker, read_only
 from tests.registry.client.conftest import Shop, engine_files
 

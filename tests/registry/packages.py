@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.values import Engine, Licence, Limits, Package, Reference, Weights
+from pipeline.core.published import Package, Reference
+from pipeline.core.values import Engine, Licence, Limits, Weights
 from pipeline.registry.manifest import files_of
 from pipeline.registry.package import Label, seal
 from pipeline.registry.reference import reference_of

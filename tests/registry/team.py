@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.values import Package, Reference, VerdictName
+from pipeline.core.published import Package, Reference, VerdictName
 from pipeline.registry.promotion import Moved, Releaser
 from pipeline.registry.reference import reference_of
 from pipeline.registry.resolve import examine
 from pipeline.registry.store import RawStatement
 from pipeline.registry.stores import open_store
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.policy import ROLES, Role, SigningKey, TrustedKey, TrustPolicy
+from pipeline.registry.trust.policy import ROLES, Role, TrustedKey, TrustPolicy
+from pipeline.registry.trust.private_key import SigningKey
 from pipeline.registry.trust.signing import Signatory, generate_key, sign_test
 from pipeline.registry.trust.verification import Resolved, Terms
 from tests.registry.packages import place_of, sealed_package

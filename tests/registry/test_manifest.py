@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import CorruptError
-from pipeline.core.values import Engine, FileDigest, Licence, Limits, Weights
+from pipeline.core.published import FileDigest
+from pipeline.core.values import Engine, Licence, Limits, Weights
 from pipeline.registry.manifest import (
     MAX_MANIFEST_BYTES,
     digest_bytes,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import NotAcceptedError, RecipeError, UntrustedError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.promotion import Moved, channels_of
 from pipeline.registry.reference import reference_of
 from pipeline.registry.trust.signing import generate_key

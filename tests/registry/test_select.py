@@ -14,7 +14,7 @@ from pipeline.core.errors import (
     RecipeError,
     UntrustedError,
 )
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.client.machine import Facts, Runtime
 from pipeline.registry.reference import parse_reference
 from pipeline.registry.resolve import Refused

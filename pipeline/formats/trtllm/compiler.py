@@ -15,8 +15,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.core.cache import Stage, StageCache, StageResult
 from pipeline.core.errors import IncompatibleError
 from pipeline.core.hardware import GIB, Target
+from pipeline.core.published import digest_of
 from pipeline.core.settings import STRICT
-from pipeline.core.values import Checkpoint, Engine, Format, Limits, digest_of
+from pipeline.core.values import Checkpoint, Engine, Format, Limits
 from pipeline.formats.trtllm.build_tool import (
     CHECKPOINT,
     ENGINE,

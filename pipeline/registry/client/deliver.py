@@ -34,8 +34,8 @@ from pipeline.core.errors import (
 )
 from pipeline.core.ownership import CACHE, make_own, open_to_others, require_unshared, sync
 from pipeline.core.progress import BYTES, progress
+from pipeline.core.published import FileDigest, Package
 from pipeline.core.settings import cache_root
-from pipeline.core.values import FileDigest, Package
 from pipeline.core.workfolder import WorkFolder, hold_lock, remove_folder, work_folder
 from pipeline.registry.client.download import PACKAGE, download, require_room
 from pipeline.registry.disk import disk_errors, open_regular

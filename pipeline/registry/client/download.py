@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError, TransientError
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.core.workfolder import WorkFolder
 from pipeline.registry.disk import disk_errors, read_bounded
 from pipeline.registry.store import OnBytes, Place, Store

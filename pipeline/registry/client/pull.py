@@ -29,7 +29,7 @@ from pipeline.registry.resolve import candidates
 from pipeline.registry.select import Chosen, best
 from pipeline.registry.store import Store
 from pipeline.registry.stores import open_reader
-from pipeline.registry.trust.policy import machine_trust
+from pipeline.registry.trust.machine import machine_trust
 from pipeline.registry.trust.verification import Resolved, Terms
 
 log = logging.getLogger(__name__)

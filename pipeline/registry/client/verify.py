@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, UntrustedError
 from pipeline.core.ownership import open_to_others
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.client.deliver import (
     SIGNATURE,
     STATEMENTS,

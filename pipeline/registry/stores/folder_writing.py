@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import AccessError
 from pipeline.core.ownership import REGISTRY, make_own, require_unshared, sync
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.core.workfolder import remove_folder, work_folder
 from pipeline.registry.disk import disk_errors, write_new
 from pipeline.registry.store import OnBytes

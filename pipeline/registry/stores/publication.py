@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from pipeline.core.errors import CorruptError, NotFoundError, PipelineError, TransientError
-from pipeline.core.values import FileDigest, Package
+from pipeline.core.published import FileDigest, Package
 from pipeline.registry.disk import CHUNK_BYTES, disk_errors, open_regular
 from pipeline.registry.manifest import MANIFEST, digest_bytes, files_of, manifest_bytes
 from pipeline.registry.reference import check_part, reference_of

@@ -41,8 +41,8 @@ from pipeline.core.errors import (
     TransientError,
 )
 from pipeline.core.patience import Patience
+from pipeline.core.published import FileDigest
 from pipeline.core.settings import STRICT
-from pipeline.core.values import FileDigest
 from pipeline.registry.store import OnBytes, in_parallel
 from pipeline.registry.stores import transfer
 from pipeline.registry.stores.tree import Found, TreeStore

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.core.errors import CorruptError, NotFoundError, RecipeError
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.registry.manifest import MANIFEST, MAX_MANIFEST_BYTES, path_fault
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import (

@@ -3,8 +3,7 @@
 docs/trust.md has its form. What a policy names counts, and nothing else. A key counts until it is
 revoked. Without a policy, a machine trusts the key that it signs with.
 
-Keys are ECDSA on P-256, the one kind that DSSE and the OpenSSF model signature share. A private one
-comes from a file or from the environment, and never goes into a manifest, a log or a message.
+Keys are ECDSA on P-256, the one kind that DSSE and the OpenSSF model signature share.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -24,15 +22,12 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    NoEncryption,
-    PrivateFormat,
     PublicFormat,
-    load_pem_private_key,
     load_pem_public_key,
 )
 from pydantic import BeforeValidator, Field
 
-from pipeline.core.errors import AccessError, CorruptError, Fault, RecipeError, UntrustedError
+from pipeline.core.errors import CorruptError, Fault, RecipeError, UntrustedError
 from pipeline.core.ownership import require_unshared
 from pipeline.core.settings import STRICT, Listed
 from pipeline.registry.disk import disk_errors, read_bounded
@@ -40,10 +35,6 @@ from pipeline.registry.disk import disk_errors, read_bounded
 if TYPE_CHECKING:
     import yaml
 
-KEY_PATH = "ENGINESMITH_SIGNING_KEY"
-"""Environment variable: path of a private key."""
-KEY_TEXT = "ENGINESMITH_SIGNING_KEY_PEM"
-"""Environment variable: the private key itself, for systems that hand out secrets like this."""
 _MAX_KEY_BYTES = 16 << 10  # a P-256 key in PEM has some 240
 KEYGEN = "make one with enginesmith keygen"
 
@@ -62,34 +53,6 @@ class PublicKey:
         return cls(pem=pem, keyid=hashlib.sha256(der).hexdigest())
 
 
-@dataclass(frozen=True, kw_only=True)
-class SigningKey:
-    """A key pair; its repr shows the public half only."""
-
-    private: ec.EllipticCurvePrivateKey = field(repr=False)
-
-    @property
-    def public(self) -> PublicKey:
-        return PublicKey.of(self.private.public_key())
-
-    def private_pem(self) -> bytes:
-        """PKCS 8 in PEM, not encrypted: for a file of mode 0600, and for nothing else."""
-        return self.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def parse_private_key(data: bytes, origin: str) -> SigningKey:
-    """Read a private key in PEM, else a RecipeError that shows `origin`, never the data."""
-    try:
-        key = load_pem_private_key(data, password=None)
-    except TypeError:
-        raise key_fault(origin, "is encrypted; give one without a password") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise key_fault(origin, f"is not a private key in PEM; {KEYGEN}") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
-        raise key_fault(origin, f"is not an ECDSA P-256 key; {KEYGEN}")
-    return SigningKey(private=key)
-
-
 def parse_public_key(data: bytes, origin: str) -> PublicKey:
     """Read a public key in PEM; a RecipeError if it is no ECDSA P-256 key."""
     try:
@@ -101,20 +64,13 @@ def parse_public_key(data: bytes, origin: str) -> PublicKey:
     return PublicKey.of(key)
 
 
-def read_private_key(path: Path) -> SigningKey:
-    """Read the file of a private key; Kubernetes mounts some with mode 0644, which is fine.
-
-    RecipeError if it is missing or no usable key, AccessError if another user may replace it.
-    """
-    return parse_private_key(_read_key(path), str(path))
-
-
 def read_public_key(path: Path) -> PublicKey:
-    """Read the file of a public key; raises like `read_private_key`."""
-    return parse_public_key(_read_key(path), str(path))
+    """Read the file of a public key; RecipeError if it is none, else like `read_key_file`."""
+    return parse_public_key(read_key_file(path), str(path))
 
 
-def _read_key(path: Path) -> bytes:
+def read_key_file(path: Path) -> bytes:
+    """A key's bytes; RecipeError if it is missing, AccessError if another user may replace it."""
     with disk_errors(f"read {path}"):
         require_unshared(path, "another path")
         try:
@@ -129,34 +85,6 @@ def config_root(environ: Mapping[str, str]) -> Path:
         return Path(configured)
     base = environ.get("XDG_CONFIG_HOME")
     return (Path(base) if base else Path.home() / ".config") / "enginesmith"
-
-
-def local_key(environ: Mapping[str, str]) -> Path | None:
-    """Where this machine's own key lies; None where `CI` is set, as it would vanish there."""
-    in_ci = environ.get("CI", "").lower() not in {"", "0", "false"}
-    return None if in_ci else config_root(environ) / "local.key"
-
-
-def signing_key(environ: Mapping[str, str], *, local: bool) -> SigningKey | None:
-    """The key that this machine signs with: the environment's, else its own, where `local` counts.
-
-    RecipeError if the environment names two keys or one that cannot be used, AccessError if another
-    user may read the local key, or replace any key.
-    """
-    path, text = environ.get(KEY_PATH), environ.get(KEY_TEXT)
-    if path and text:
-        raise key_fault(KEY_PATH, f"{KEY_TEXT} is set too; set one of them")
-    if text:
-        return parse_private_key(text.encode(), KEY_TEXT)
-    if path:
-        return read_private_key(Path(path))
-    own = local_key(environ) if local else None
-    if own is None or not os.path.lexists(own):
-        return None
-    key = read_private_key(own)
-    if stat.S_IMODE(own.stat().st_mode) & 0o077:
-        raise AccessError(f"{own} can be read by others; run chmod 600 {own}, or remove it")
-    return key
 
 
 def key_fault(origin: str, fault: str) -> RecipeError:
@@ -255,21 +183,6 @@ def machine_policy(environ: Mapping[str, str], path: Path | None = None) -> Trus
     if path is None and not os.path.lexists(usual):
         return None
     return load_policy(path or usual)
-
-
-def machine_trust(
-    environ: Mapping[str, str], *, own_folder: bool, policy: Path | None = None
-) -> TrustPolicy:
-    """Whom this machine trusts; makes no key.
-
-    A policy decides alone. Without one, a key that was given to this machine to sign with is
-    trusted, since who holds it could sign anything here anyway. A local key counts for this
-    machine's own folder registry only, never for S3, OCI or another machine.
-    """
-    if (loaded := machine_policy(environ, policy)) is not None:
-        return loaded
-    key = signing_key(environ, local=own_folder)
-    return own_trust(key.public) if key else TrustPolicy()
 
 
 def load_policy(path: Path) -> TrustPolicy:

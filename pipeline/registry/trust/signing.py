@@ -28,23 +28,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pipeline import __version__
 from pipeline.core.errors import ConflictError, UntrustedError
 from pipeline.core.ownership import make_own
-from pipeline.core.values import PASSING, Package, Reference, VerdictName
+from pipeline.core.published import PASSING, Package, Reference, VerdictName
 from pipeline.registry.disk import disk_errors
 from pipeline.registry.manifest import ENGINE
 from pipeline.registry.store import ENVELOPE, RawStatement
 from pipeline.registry.trust import statements
 from pipeline.registry.trust.policy import (
-    KEY_PATH,
-    KEY_TEXT,
     KEYGEN,
     ROLES,
     PublicKey,
-    SigningKey,
     TrustPolicy,
     key_fault,
-    local_key,
     machine_policy,
     own_trust,
+)
+from pipeline.registry.trust.private_key import (
+    KEY_PATH,
+    KEY_TEXT,
+    SigningKey,
+    local_key,
     signing_key,
 )
 from pipeline.registry.trust.statements import MODEL_SIGNATURE, Kind, Statement

@@ -34,7 +34,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.errors import CorruptError, RecipeError, UntrustedError
-from pipeline.core.values import Reference
+from pipeline.core.published import Reference
 from pipeline.registry.reference import Part, check_digest, check_part
 from pipeline.registry.store import MAX_ENVELOPE_BYTES, Place, Store, is_attachment_name
 from pipeline.registry.trust.policy import PublicKey, Role, TrustedKey, TrustPolicy

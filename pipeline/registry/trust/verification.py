@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from pipeline.core.errors import UntrustedError
-from pipeline.core.values import Package, Reference, VerdictName
+from pipeline.core.published import Package, Reference, VerdictName
 from pipeline.registry.manifest import manifest_bytes
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE, Place, RawStatement, Reader

@@ -10,8 +10,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from pipeline.core.errors import Fault, RecipeError
+from pipeline.core.published import digest_of
 from pipeline.core.settings import STRICT, OneOf
-from pipeline.core.values import digest_of
 
 if TYPE_CHECKING:
     import numpy as np

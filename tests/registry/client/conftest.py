@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.values import Reference, VerdictName
+from pipeline.core.published import Reference, VerdictName
 from pipeline.registry.client import download
 from pipeline.registry.client.machine import Flags
 from pipeline.registry.client.pull import Pulled, PullRequest, run
@@ -21,7 +21,7 @@ from pipeline.registry.reference import reference_of
 from pipeline.registry.store import Store
 from pipeline.registry.stores.folder import FolderRegistry
 from pipeline.registry.stores.publication import WritableStore
-from pipeline.registry.trust.policy import SigningKey
+from pipeline.registry.trust.private_key import SigningKey
 from pipeline.registry.trust.signing import generate_key, sign_package
 from tests.registry.packages import sealed_package
 from tests.registry.team import CARD, RUNTIME, Team

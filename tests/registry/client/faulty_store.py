@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.errors import TransientError
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.registry.store import Place, Store
 
 Fault = Callable[[Iterator[bytes], FileDigest, int], Iterator[bytes]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.inventory import Collected, collect
 from pipeline.registry.stores import folder_writing, publication
 from pipeline.registry.stores.publication import WritableStore

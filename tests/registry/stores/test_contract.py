@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import CorruptError, NotFoundError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.manifest import files_of, manifest_at, manifest_bytes
 from pipeline.registry.store import ENVELOPE, Place, RawStatement
 from pipeline.registry.stores.publication import WritableStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.client.deliver import verify_layout
 from pipeline.registry.stores.publication import WritableStore
 from tests.registry.client.conftest import CHUNK_BYTES, Shop, engine_files, hurry, noise

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import TransientError
-from pipeline.core.values import FileDigest, Package
+from pipeline.core.published import FileDigest, Package
 from pipeline.registry.manifest import files_of
 from pipeline.registry.store import Store
 from pipeline.registry.stores import open_reader, transfer

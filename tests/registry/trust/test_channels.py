@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import ConflictError
-from pipeline.core.values import Reference
+from pipeline.core.published import Reference
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.trust.policy import TrustPolicy

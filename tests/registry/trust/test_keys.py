@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from pipeline.core.errors import AccessError, ConflictError, RecipeError
-from pipeline.registry.trust.policy import (
+from pipeline.registry.trust.policy import read_public_key
+from pipeline.registry.trust.private_key import (
     KEY_PATH,
     KEY_TEXT,
     parse_private_key,
     read_private_key,
-    read_public_key,
     signing_key,
 )
 from pipeline.registry.trust.signing import generate_key, require_signing_key, write_key_pair

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import RecipeError, UntrustedError
-from pipeline.registry.trust.policy import machine_trust
+from pipeline.registry.trust.machine import machine_trust
 from pipeline.registry.trust.signing import (
     LOCAL_BUILDER,
     builder_of,

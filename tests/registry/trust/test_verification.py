@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UntrustedError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.reference import reference_of
 from pipeline.registry.store import RawStatement
-from pipeline.registry.trust.policy import SigningKey
+from pipeline.registry.trust.private_key import SigningKey
 from pipeline.registry.trust.signing import place_fields, sign_statement, sign_test
 from pipeline.registry.trust.verification import Resolved, Terms, require_usable, verify_statements
 from tests.registry.team import BUILDER, CARD, OTHER_CARD, RUNTIME, Team

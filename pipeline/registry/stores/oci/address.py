@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from pipeline.core.errors import Fault, RecipeError
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import Place, is_statement_name
-from pipeline.registry.stores.oci.transport import is_loopback
+from pipeline.registry.stores.oci.urls import is_loopback
 
 _MAX_REPOSITORY = 255
 """Characters, host included (distribution-spec 1.1, "Pulling manifests")."""

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from pipeline.core.errors import CorruptError, NotFoundError
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.registry.manifest import MANIFEST, digest_bytes, files_of, folders_of, parse_manifest
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import (
     ENVELOPE,
@@ -46,7 +46,8 @@ from pipeline.registry.stores.oci.address import (
     statement_tag,
     version_tag,
 )
-from pipeline.registry.stores.oci.transport import HttpRequest, Reply, Transport, joined
+from pipeline.registry.stores.oci.transport import HttpRequest, Reply, Transport
+from pipeline.registry.stores.oci.urls import joined
 from pipeline.registry.stores.transfer import listed, window
 
 STATEMENT_TYPE = "application/vnd.enginesmith.statement.v1"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import pydantic.dataclasses
 
 from pipeline.core.settings import STRICT
 from pipeline.registry.stores.oci.address import parse_address
-from pipeline.registry.stores.oci.transport import Transport, find_credentials
+from pipeline.registry.stores.oci.transport import Transport
 
 if TYPE_CHECKING:
     from pipeline.registry.store import Store
@@ -38,7 +37,7 @@ class OciRegistry:
 
     def _settings(self) -> dict[str, Any]:
         address = parse_address(self.url)
-        transport = Transport(address.api, find_credentials(address.host, os.environ))
+        transport = Transport(address.api, address.host)
         return {**vars(self), "address": address, "transport": transport}
 
 

@@ -1,19 +1,14 @@
 """HTTP to a registry: credentials, tokens, redirects, bounded retries, errors that say what to do.
 
-Credentials come from ENGINESMITH_OCI_USERNAME and ENGINESMITH_OCI_PASSWORD for the registry that
-ENGINESMITH_OCI_HOST names, else from `auths` in Docker's `config.json` ($DOCKER_CONFIG, else
-~/.docker). Credential helpers are not called.
-
-They go to the host that they are for, and to its token service: the same host, or one of the same
-domain. They go in clear to this machine only. Nothing of them is ever logged or put into a message.
+Credentials (login.py) go to the host that they are for, and to its token service: the same host, or
+one of the same domain. They go in clear to this machine only. Nothing of them is ever logged or put
+into a message.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import ipaddress
 import json
 import os
 import random
@@ -23,11 +18,10 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from urllib.parse import urlencode, urljoin, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import urllib3
-from pydantic import BaseModel
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.response import BaseHTTPResponse
@@ -35,9 +29,11 @@ from urllib3.response import BaseHTTPResponse
 from pipeline.core import errors
 from pipeline.core.errors import AccessError, CorruptError, PipelineError, TransientError
 from pipeline.core.patience import Patience
-from pipeline.registry.disk import read_bounded
 from pipeline.registry.stores import transfer
-from pipeline.registry.stores.oci.image import parse
+from pipeline.registry.stores.oci.urls import is_loopback, joined, keeps_secrets, shown
+
+if TYPE_CHECKING:
+    from pipeline.registry.stores.oci.login import Credentials
 
 BACKOFF_S = 0.5
 """Before the third attempt; doubled for each further one, and lengthened at random."""
@@ -48,75 +44,7 @@ _MAX_SMALL_BYTES = 1 << 20
 """Of a reply that needs no body: an error, a token."""
 _BUSY = (408, 429, 500, 502, 503, 504)
 
-HOST, USERNAME, PASSWORD = (f"ENGINESMITH_OCI_{part}" for part in ("HOST", "USERNAME", "PASSWORD"))
-_SET_THEM = f"set {HOST}, {USERNAME} and {PASSWORD}, or use `docker login` without a helper"
-_HUB, _HUB_KEY = "docker.io", "https://index.docker.io/v1/"
 _PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
-
-
-@dataclass(frozen=True, kw_only=True)
-class Credentials:
-    """A user of a registry."""
-
-    username: str
-    password: str = field(repr=False)
-
-    def header(self) -> str:
-        """Value of `Authorization`."""
-        return f"Basic {base64.b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
-
-
-def find_credentials(host: str, environ: Mapping[str, str]) -> Credentials | None:
-    """The credentials for a host and port as the user wrote them; None for anonymous."""
-    if environ.get(HOST) == host and environ.get(USERNAME) and environ.get(PASSWORD):
-        return Credentials(username=environ[USERNAME], password=environ[PASSWORD])
-    folder = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME", "~")).expanduser() / ".docker"
-    path = Path(folder, "config.json")
-    try:
-        if not path.exists():
-            return None
-        auths = (
-            json.loads(read_bounded(Path(os.path.realpath(path)), _MAX_SMALL_BYTES)).get("auths")
-            or {}
-        )
-        keys = (host, f"https://{host}", *([_HUB_KEY] if host == _HUB else []))
-        found: dict[str, str] = next((auths[key] for key in keys if key in auths), {})
-        secret = base64.b64decode(found.get("auth") or "").decode()
-    except (CorruptError, OSError, ValueError, AttributeError, TypeError, RecursionError):
-        # The cause might quote the file.
-        raise AccessError(f"{path} cannot be read as Docker's configuration; {_SET_THEM}") from None
-    username, _, password = secret.partition(":")
-    return Credentials(username=username, password=password) if password else None
-
-
-class _Token(BaseModel):
-    """Of a token service (docs.docker.com, "Token authentication specification")."""
-
-    token: str | None = None
-    access_token: str | None = None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only mean this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def keeps_secrets(url: str) -> bool:
-    """Whether what is sent to a URL is encrypted, or stays on this machine."""
-    parts = urlsplit(url)
-    return parts.scheme == "https" or is_loopback(parts.hostname or "")
-
-
-def _is_token_service(api: str, realm: str) -> bool:
-    ours, theirs = urlsplit(api).hostname or "", urlsplit(realm).hostname or ""
-    if urlsplit(realm).scheme not in {"http", "https"} or not keeps_secrets(realm):
-        return False
-    domain = ".".join(ours.split(".")[-2:])
-    named = "." in domain and not ours.replace(".", "").isdecimal()  # an address has no domain
-    return theirs == ours or (named and (theirs == domain or theirs.endswith(f".{domain}")))
 
 
 @dataclass(frozen=True)
@@ -167,12 +95,12 @@ class Reply:
 class Transport:
     """Connections to a registry; several threads may use them, and a forked child makes its own.
 
-    `api` is the start of the registry's URLs.
+    `api` is the start of the registry's URLs, `host` what credentials are for, as users write it.
     """
 
-    def __init__(self, api: str, credentials: Credentials | None) -> None:
+    def __init__(self, api: str, host: str) -> None:
         self.api = api
-        self._credentials = credentials
+        self._host = host
         self._tokens: dict[str, str] = {}
         """Scope -> value of `Authorization`; one that has ended is refused, and then renewed."""
         self._basic = False
@@ -180,50 +108,38 @@ class Transport:
         self._patience = Patience()
         self._pools: dict[tuple[int, str], urllib3.PoolManager] = {}
 
+    @functools.cached_property
+    def credentials(self) -> Credentials | None:
+        """The user's, read when the registry first asks; None for anonymous."""
+        from pipeline.registry.stores.oci.login import find_credentials
+
+        return find_credentials(self._host, os.environ)
+
     def _header(self, scope: str) -> str | None:
         """Value of `Authorization` for a request, as far as is known what the registry wants."""
         with self._lock:
-            if self._basic and self._credentials:
-                return self._credentials.header()
+            if self._basic and self.credentials:
+                return self.credentials.header()
             return self._tokens.get(scope)
 
     def log_in(self, scope: str, challenge: str, sent: str | None) -> bool:
         """Get what a 401 asks for, by its `WWW-Authenticate`; False if that was offered already."""
+        from pipeline.registry.stores.oci.login import token_for
+
         kind, _, rest = challenge.partition(" ")
-        if self._credentials is not None and not keeps_secrets(self.api):
+        if self.credentials is not None and not keeps_secrets(self.api):
             raise AccessError(f"{self.api} wants credentials in clear; use a registry with TLS")
         with self._lock:
             if kind.lower() == "basic":
-                self._basic = self._credentials is not None
-                return self._credentials is not None and sent != self._credentials.header()
+                self._basic = self.credentials is not None
+                return self.credentials is not None and sent != self.credentials.header()
             if kind.lower() != "bearer":
                 return False
             if self._tokens.get(scope, sent) == sent:  # else a thread got one just now
                 asked = {"scope": scope, **dict(_PARAMETER.findall(rest))}
-                self._tokens[scope] = self._token(asked)
+                fetch = self._fetch_token
+                self._tokens[scope] = token_for(self.api, self.credentials, fetch, asked)
             return True
-
-    def _token(self, asked: Mapping[str, str]) -> str:
-        realm = joined(asked.get("realm", ""), "")
-        if not _is_token_service(self.api, realm):
-            raise AccessError(
-                f"{self.api} sends us for a token to {realm[:80]!r}, which is not of its own "
-                "domain or not https; credentials were not sent there"
-            )
-        query = urlencode({key: asked.get(key, "") for key in ("service", "scope")})
-        headers = {"Authorization": self._credentials.header()} if self._credentials else {}
-        status, body = self._fetch_token(f"{realm}{'&' if '?' in realm else '?'}{query}", headers)
-        if status != 200:
-            what = f"a token for {asked['scope']} ({status})"
-            raise AccessError(f"{self.api} refused {self._who()} {what}; {_SET_THEM}")
-        granted = parse(_Token, body, f"the token for {self.api}")
-        token = granted.token or granted.access_token
-        if not token or not token.isprintable() or not token.isascii():
-            raise CorruptError(f"{self.api} was answered without a token; try again later")
-        return f"Bearer {token}"
-
-    def _who(self) -> str:
-        return repr(self._credentials.username) if self._credentials else "us, without credentials,"
 
     def ask(self, request: HttpRequest, limit_bytes: int) -> Reply:
         """Ask, again after a passing fault, and read the answer whole.
@@ -259,7 +175,7 @@ class Transport:
 
     def _ask(self, request: HttpRequest, limit_bytes: int) -> Reply:
         with self.open(request) as (reply, chunks):
-            return replace(reply, body=transfer.read_whole(chunks, limit_bytes, _shown(reply.url)))
+            return replace(reply, body=transfer.read_whole(chunks, limit_bytes, shown(reply.url)))
 
     def _respond(self, request: HttpRequest) -> BaseHTTPResponse:
         response, url, sent = self._send(request)
@@ -271,7 +187,7 @@ class Transport:
                 raise self._refused(request)
             response, _, _ = self._send(request)
         fault: PipelineError | None = None
-        what = _shown(self._url(request))
+        what = shown(self._url(request))
         if response.headers.get("Content-Encoding", "identity") != "identity":
             fault = TransientError(f"{what} is compressed against our wish; is a proxy in the way?")
         elif response.status // 100 != 2 and response.status not in request.also:
@@ -299,9 +215,9 @@ class Transport:
             _discard(response)
             found = joined(url, target)
             if not keeps_secrets(found) and not url.startswith("http:"):
-                raise AccessError(f"{_shown(url)} redirects to {_shown(found)}, which is not https")
+                raise AccessError(f"{shown(url)} redirects to {shown(found)}, which is not https")
             url = found
-        raise TransientError(f"{_shown(url)} redirects, after {_MAX_REDIRECTS} redirects")
+        raise TransientError(f"{shown(url)} redirects, after {_MAX_REDIRECTS} redirects")
 
     def _open(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
@@ -325,7 +241,7 @@ class Transport:
         status, stated = response.status, self._stated(response)
         if status in {401, 403}:
             return self._refused(request)
-        message = f"cannot {request}: {_shown(self._url(request))} answered {status}{stated}"
+        message = f"cannot {request}: {shown(self._url(request))} answered {status}{stated}"
         what = "it may be read-only just now, or not delete (storage.delete.enabled)"
         for found, kind, advice in (
             (status in _BUSY or status >= 500, TransientError, "try again later"),
@@ -341,14 +257,17 @@ class Transport:
         return PipelineError(f"{message}; is this an OCI registry, and does it take artifacts?")
 
     def _refused(self, request: HttpRequest) -> AccessError:
-        return AccessError(f"{self.api} does not let {self._who()} {request}; {_SET_THEM}")
+        from pipeline.registry.stores.oci.login import SET_THEM, named
+
+        who = named(self.credentials)
+        return AccessError(f"{self.api} does not let {who} {request}; {SET_THEM}")
 
     def _fetch_token(self, url: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         with contextlib.closing(self._open("GET", url, headers)) as response:
             if response.status in _BUSY:
-                raise TransientError(f"{_shown(url)} answered {response.status}; try again later")
+                raise TransientError(f"{shown(url)} answered {response.status}; try again later")
             chunks = self._chunks(response, url)
-            return response.status, transfer.read_whole(chunks, _MAX_SMALL_BYTES, _shown(url))
+            return response.status, transfer.read_whole(chunks, _MAX_SMALL_BYTES, shown(url))
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """Connections for a URL, through the proxy that the environment names for it."""
@@ -374,7 +293,7 @@ class Transport:
             with _connection_errors(url, _AgainError):
                 return response.read1(count, decode_content=False)
 
-        return transfer.at_pace(read, _shown(url), self._patience)
+        return transfer.at_pace(read, shown(url), self._patience)
 
     def _stated(self, response: BaseHTTPResponse) -> str:
         with contextlib.suppress(PipelineError, ValueError, TypeError, KeyError, AttributeError):
@@ -397,11 +316,11 @@ def _connection_errors(url: str, kind: type[TransientError]) -> Iterator[None]:
         cause = error.reason if isinstance(error, MaxRetryError) else error
         if isinstance(cause, SSLError):
             raise AccessError(
-                f"{_shown(url)} has no TLS certificate that this machine trusts ({cause}); "
+                f"{shown(url)} has no TLS certificate that this machine trusts ({cause}); "
                 "set SSL_CERT_FILE"
             ) from error
         raise kind(
-            f"the connection to {_shown(url)} broke: {cause}; check the network, and try again"
+            f"the connection to {shown(url)} broke: {cause}; check the network, and try again"
         ) from error
 
 
@@ -412,17 +331,3 @@ def _discard(response: BaseHTTPResponse) -> None:
         response.release_conn()
     else:
         response.close()
-
-
-def joined(url: str, target: str) -> str:
-    """Where a server sends us from a URL; TransientError if that is no URL."""
-    try:
-        return urlsplit(urljoin(url, target)).geturl()
-    except ValueError as error:
-        raise TransientError(f"{_shown(url)} sends us to no URL, {target[:80]!r}") from error
-
-
-def _shown(url: str) -> str:
-    """A URL for a message: its query may hold a signature, and a server may have chosen it."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}"[:300]

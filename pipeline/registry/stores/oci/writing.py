@@ -29,7 +29,7 @@ import rfc8785
 
 from pipeline.core import errors
 from pipeline.core.errors import AccessError, CorruptError, NotFoundError, TransientError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.manifest import MANIFEST, files_of
 from pipeline.registry.reference import check_part
 from pipeline.registry.store import ENVELOPE, OnBytes, Place, RawStatement
@@ -46,7 +46,8 @@ from pipeline.registry.stores.oci.address import (
 )
 from pipeline.registry.stores.oci.image import Descriptor, Layer, digest_of
 from pipeline.registry.stores.oci.reading import CONTENT, OciStore, Repository
-from pipeline.registry.stores.oci.transport import Reply, joined
+from pipeline.registry.stores.oci.transport import Reply
+from pipeline.registry.stores.oci.urls import joined
 from pipeline.registry.stores.publication import (
     Listed,
     add_copies,

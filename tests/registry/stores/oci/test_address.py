@@ -19,8 +19,9 @@ from pipeline.registry.stores.oci.address import (
     statement_tag,
     version_tag,
 )
+from pipeline.registry.stores.oci.login import Credentials, find_credentials
 from pipeline.registry.stores.oci.registry import OciRegistry
-from pipeline.registry.stores.oci.transport import Credentials, Transport, find_credentials
+from pipeline.registry.stores.oci.transport import Transport
 from pipeline.registry.stores.oci.writing import channel_tag
 
 
@@ -117,7 +118,8 @@ def test_a_password_goes_in_clear_or_to_another_domain_never(
         pytest.fail(f"{url} was asked")
 
     credentials = Credentials(username="bob", password="s3cret")
-    transport = Transport(api, credentials)
+    transport = Transport(api, "h")
+    transport.credentials = credentials
     monkeypatch.setattr(transport, "_fetch_token", fetch)
     with pytest.raises(AccessError, match=r"https|TLS"):
         transport.log_in("repository:a:pull", f'Bearer realm="{realm}",service="x"', None)
@@ -133,7 +135,8 @@ def test_a_token_service_of_the_same_domain_gets_the_password(
         return 200, b'{"token": "t"}'
 
     credentials = Credentials(username="bob", password="s3cret")
-    transport = Transport("https://registry-1.docker.io", credentials)
+    transport = Transport("https://registry-1.docker.io", "docker.io")
+    transport.credentials = credentials
     monkeypatch.setattr(transport, "_fetch_token", fetch)
     realm = "https://auth.docker.io/token"
     assert transport.log_in("s", f'Bearer realm="{realm}",service="x"', None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.errors import AccessError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.stores.oci import writing
 from tests.registry.packages import place_of
 from tests.registry.stores.faulty import answering, running, spoil

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import CorruptError
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from pipeline.registry.store import ENVELOPE
 from pipeline.registry.stores.oci import reading, writing
 from pipeline.registry.stores.oci.address import statement_tag, version_tag

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.values import FileDigest
+from pipeline.core.published import FileDigest
 from pipeline.registry.store import Place
 from pipeline.registry.stores.oci import image as images
 from pipeline.registry.stores.oci.image import (

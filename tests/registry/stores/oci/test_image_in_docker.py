@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.values import Package
+from pipeline.core.published import Package
 from tests.registry.packages import place_of, sealed_package
 from tests.services.docker_registry import RunningRegistry
 from tests.services.dockerd import running_dockerd
