@@ -412,6 +412,18 @@ def test_what_is_rewritten_or_deleted_counts_as_gone(
             assert {value for _, _, value in more} <= {"[]"}
 
 
+@pytest.mark.parametrize("kind", ["folder", pytest.param("memory_s3", marks=_SLOW)])
+@pytest.mark.parametrize("file", ["report.html", "report.json"])
+def test_an_exchanged_report_is_refused_by_verify(attacked: World, kind: str, file: str) -> None:
+    """In an OCI registry the statement names it by its digest, so that it cannot be exchanged."""
+    for key in attacked.raw.dump():
+        if key.endswith(f"/{file}"):
+            attacked.raw.write(key, b"<h1>ACCEPTED</h1>")
+    place = version_key(place_of(attacked.packages["good"]))
+    folder = [f"verify {attacked.store.url}/{place}"] if attacked.store.local else []
+    assert {attacked.run(text).code for text in ("verify {good}", *folder)} == {4}
+
+
 @pytest.mark.parametrize("kind", [pytest.param(one, marks=STORES[one]) for one in STORES])
 def test_eight_simultaneous_promoters_leave_one_chain_and_each_knows_how_it_ended(
     attacked: World, kind: str

@@ -25,13 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.core.errors import (
-    ConflictError,
-    CorruptError,
-    Fault,
-    RecipeError,
-    TransientError,
-)
+from pipeline.core.errors import ConflictError, CorruptError, Fault, RecipeError, TransientError
 from pipeline.core.ownership import CACHE, make_own, open_to_others, require_unshared, sync
 from pipeline.core.progress import BYTES, progress
 from pipeline.core.published import FileDigest, Package
@@ -40,12 +34,7 @@ from pipeline.core.workfolder import WorkFolder, hold_lock, remove_folder, work_
 from pipeline.registry.client.download import PACKAGE, download, require_room
 from pipeline.registry.disk import disk_errors, open_regular
 from pipeline.registry.manifest import ENGINE, MANIFEST, files_of, read_manifest, verify
-from pipeline.registry.store import (
-    ENVELOPE,
-    Place,
-    RawStatement,
-    Store,
-)
+from pipeline.registry.store import ENVELOPE, Place, RawStatement, Store
 from pipeline.registry.trust.statements import MODEL_SIGNATURE, whole_statements
 from pipeline.registry.trust.verification import Resolved
 

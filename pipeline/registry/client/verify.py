@@ -82,6 +82,8 @@ def open_target(request: PullRequest, *, to_load: bool = False) -> tuple[Resolve
         return resolved, resolved.package, store.url if store else str(folder)
     store = open_reader(request.registry or ARTIFACTS)
     resolved = resolve(store, request.reference, request.terms(local=store.local))
+    if not to_load:
+        _check_reports(store, resolved)
     return resolved, fetch(store, resolved, to_load=to_load), store.url
 
 
@@ -121,6 +123,8 @@ def _open_folder(folder: Path, terms: Terms, store: Store | None) -> Resolved:
     resolved = verify_statements(package, raws, terms.policy, registry=registry, origin=origin)
     require_usable(resolved, terms, origin)
     _check_model_signature(folder, resolved)
+    if published and store is not None:
+        _check_reports(store, resolved)
     return resolved
 
 
@@ -148,6 +152,17 @@ def _read_statements(folder: Path) -> list[RawStatement]:
                 }
                 found.append(RawStatement(name=path.name, files=files))
     return found
+
+
+def _check_reports(store: Store, resolved: Resolved) -> None:
+    """Compare what lies beside statements, which people read; a copy in a cache may lack it."""
+    for one in resolved.statements:
+        for file, data in store.read_attachments(resolved.place, one.name, one.files).items():
+            if hashlib.sha256(data).hexdigest() != one.files[file]:
+                raise CorruptError(
+                    f"{store.url}: {file} of {one.name} of {resolved.place} is not what "
+                    f"{one.signer} signed; do not read it, and remove it"
+                )
 
 
 def _check_model_signature(folder: Path, resolved: Resolved) -> None:

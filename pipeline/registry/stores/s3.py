@@ -342,6 +342,7 @@ class S3Objects:
         import boto3
         from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
         from botocore.config import Config
+        from botocore.handlers import add_expect_header
 
         session = boto3.session.Session(botocore_session=_botocore_session())
         config = Config(
@@ -356,6 +357,8 @@ class S3Objects:
             s3={"payload_signing_enabled": False},
         )
         client = session.client("s3", config=config)
+        # botocore waits without end for a server that begins to say `100 Continue` and goes away.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
         # botocore has no setting for its connection classes; urllib3's pool manager has.
         manager = client._endpoint.http_session._manager
         manager.pool_classes_by_scheme = transfer.timed_pools(

@@ -1,9 +1,9 @@
 """One deadline and one floor for everything that goes over a network.
 
 The timeout of a socket begins anew with every byte, so a server that sends one now and then would
-hold a command for ever. So a body must come at the floor's pace but for `WINDOW_S`, and the head of
-a reply must be there when the request could have been sent at that pace, plus `SILENCE_S`. All this
-spends the store's `Patience`. A violation is a TransientError.
+hold a command for ever. So a body must come at the floor's pace but for `WINDOW_S`, each piece of a
+request must be taken at that pace but for `SILENCE_S`, and then the head of a reply be there within
+`SILENCE_S`. All this spends the store's `Patience`. A violation is a TransientError.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
@@ -106,31 +106,64 @@ def window(chunks: Iterator[bytes], skip: int, size_bytes: int, what: str) -> It
             return
 
 
+class _Until(list[Any]):
+    """Options of a socket; none is made after `ends_s`: a host may have many addresses."""
+
+    ends_s: float
+
+    def __iter__(self) -> Iterator[Any]:
+        if time.monotonic() > self.ends_s:
+            raise TimeoutError("no address answered in time")
+        return super().__iter__()
+
+
 class Deadline:
-    """Mixed into a urllib3 connection: the head of a reply is there in time, or never."""
+    """Mixed into a urllib3 connection: a request goes out and a reply begins in time, or never."""
 
     patience: Patience
     host: str
     sock: socket.socket | None
+    socket_options: Any
     _timer: threading.Timer
+    _silence_s: float
+    _taken_s: float  # when all that was sent must be taken, by `time.monotonic`
     _late: bool
+
+    def connect(self) -> None:
+        options = self.socket_options = _Until(self.socket_options or ())
+        options.ends_s = time.monotonic() + min(SILENCE_S, self.patience.require(self.host))
+        super().connect()  # type: ignore[misc]  # of what this is mixed into
 
     def request(
         self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
     ) -> None:
         self._late, began_s = False, time.monotonic()
-        sending_s = _size_bytes(body, headers or {}) / FLOOR_BYTES_PER_S
-        silence_s = min(SILENCE_S, self.patience.require(self.host))
-        self._start_timer(sending_s + silence_s)
+        self._silence_s = min(SILENCE_S, self.patience.require(self.host))
+        self._taken_s = began_s + self._silence_s
+        self.blocksize = CHUNK_BYTES  # of a file that is sent
+        self._start_timer(self._silence_s)
         try:
             if self.sock is None:
-                self.connect()  # type: ignore[attr-defined]  # of what this is mixed into
+                self.connect()
+            # The timer bounds it: a socket's own timeout is for all that one call sends.
+            self.sock.settimeout(None)  # type: ignore[union-attr]
             super().request(method, url, body=body, headers=headers, **more)  # type: ignore[misc]
         except BaseException:
             self._timer.cancel()
             raise
+        self._start_timer(self._silence_s)
         # What goes out at pace costs no patience.
-        self.patience.left_s(earned_s=min(sending_s, time.monotonic() - began_s))
+        at_pace_s = self._taken_s - self._silence_s - began_s
+        self.patience.left_s(earned_s=min(at_pace_s, time.monotonic() - began_s))
+
+    def send(self, data: bytes) -> None:
+        for start in range(0, len(data), CHUNK_BYTES):
+            piece = data[start : start + CHUNK_BYTES]
+            takes_s = len(piece) / FLOOR_BYTES_PER_S
+            self._taken_s += takes_s
+            left_s = self._taken_s - time.monotonic()
+            self._start_timer(max(0.0, min(left_s, takes_s + self._silence_s)))
+            super().send(piece)  # type: ignore[misc]
 
     def getresponse(self) -> Any:
         """Wait for the head of the reply; TimeoutError if late: half a head would pass for one."""
@@ -163,6 +196,8 @@ class Deadline:
         return response
 
     def _start_timer(self, seconds: float, sock: socket.socket | None = None) -> None:
+        if hasattr(self, "_timer"):
+            self._timer.cancel()
         self._timer = threading.Timer(seconds, self._give_up, [sock])
         self._timer.daemon = True
         self._timer.start()
@@ -181,10 +216,3 @@ def timed_pools(plain: type, secure: type, patience: Patience) -> dict[str, Any]
         timed = type("Timed", (Deadline, connection), {"patience": patience})
         pools[scheme] = type("Pool", (pool,), {"ConnectionCls": timed})
     return pools
-
-
-def _size_bytes(body: Any, headers: Mapping[Any, Any]) -> int:
-    for key, value in headers.items():
-        if str(key).lower() == "content-length":
-            return int(value)
-    return len(body) if isinstance(body, bytes | bytearray) else 0

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from urllib3.connection import HTTPConnection
 
-from pipeline.core.errors import TransientError
+from pipeline.core.errors import PipelineError, TransientError
 from pipeline.core.published import FileDigest, Package
 from pipeline.registry.manifest import files_of
 from pipeline.registry.store import Store
-from pipeline.registry.stores import open_reader, transfer
+from pipeline.registry.stores import open_reader, open_store, transfer
 from pipeline.registry.stores.publication import WritableStore
 from tests.registry.packages import place_of, raw_statement, read_back, sealed_package
 from tests.registry.stores.faulty import (
     Fault,
+    FaultyHandler,
     FaultyServer,
     answering,
+    dripping,
     lose_reply,
     refusing,
     reset,
@@ -194,6 +202,103 @@ def test_a_reader_that_says_where_it_ends_gets_no_more_and_leaves_the_connection
     spans = [text.removeprefix("bytes=").split("-") for text in asked]
     assert [int(last) - int(first) + 1 for first, last in spans] == [1 << 20] * 2
     assert served.server.connections == connections
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_slow_server_gets_an_upload(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "SILENCE_S", 2.0)
+    small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the kernel takes most at once
+    defaults: Any = HTTPConnection.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "socket_options", [small])
+    served.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    plain = FaultyHandler.setup
+
+    def setup(handler: Any) -> None:
+        def read(count: int) -> bytes:
+            return b"".join(pieces(count))
+
+        def pieces(count: int) -> Iterator[bytes]:
+            for start in range(0, count, 1 << 16):
+                time.sleep(0.025 if count > 1 << 20 else 0.0)
+                yield quick(min(count - start, 1 << 16))
+
+        plain(handler)
+        quick, handler.rfile.read = handler.rfile.read, read
+
+    monkeypatch.setattr(FaultyHandler, "setup", setup)
+    began_s = time.monotonic()
+    served.publish()
+    assert time.monotonic() - began_s > 2.0
+    served.assert_whole()
+
+
+def half_a_continue(handler: Any) -> bool:
+    """What botocore waits for the end of, if it asked for it."""
+    handler.wfile.write(b"HTTP/1.1 100 Continue\r\n")
+    handler.close_connection = True
+    return False
+
+
+def takes_nothing(handler: Any, plain: Callable[[Any], None] = FaultyHandler.do_GET) -> None:
+    if int(handler.headers.get("Content-Length", 0)) > 1 << 20:
+        handler.server.closing.wait()
+    plain(handler)
+
+
+@pytest.mark.parametrize("how", ["takes nothing", "drips a reply", "half a continue"])
+def test_an_upload_ends_whatever_becomes_of_it(
+    served: Served, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "SILENCE_S", 0.5)
+    monkeypatch.setattr("pipeline.core.patience.PATIENCE_S", 2.0)
+    store, server = open_store(served.store.url), served.server
+    if how == "takes nothing":
+        monkeypatch.setattr(transfer, "FLOOR_BYTES_PER_S", float(8 << 20))
+        for method in ("PUT", "PATCH"):
+            monkeypatch.setattr(FaultyHandler, f"do_{method}", takes_nothing)
+    elif how == "half a continue":
+        monkeypatch.setattr(FaultyHandler, "handle_expect_100", half_a_continue)
+    for method, part in (("PUT", "partNumber"), ("PATCH", "/uploads/")):
+        if how == "drips a reply":
+            server.fail(method, part, dripping(b"HTTP/1.1 2"), times=99)
+    ended: list[bool] = []
+
+    def publish() -> None:
+        with contextlib.suppress(TransientError):
+            store.put_package(served.package, [], lambda _: None)
+        ended.append(True)
+
+    thread = threading.Thread(target=publish, daemon=True)
+    thread.start()
+    thread.join(30.0)
+    assert ended
+
+
+@pytest.mark.parametrize("kind", ["s3", "oci"])
+def test_a_host_of_many_addresses_is_not_waited_for_at_each(
+    kind: str, memory_s3: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"SILENCE_S": 0.5, "CONNECT_S": 0.5, "ATTEMPTS": 2}.items():
+        monkeypatch.setattr(transfer, name, seconds)
+    with socket.socket() as silent, contextlib.ExitStack() as waiting:
+        silent.bind(("0.0.0.0", 0))
+        silent.listen(0)
+        port = silent.getsockname()[1]
+        for _ in range(4):  # then it takes no more
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", port))
+            for last in range(1, 41)
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://evil.localhost:{port}")
+        urls = {"s3": "s3://bucket/x", "oci": f"oci://evil.localhost:{port}/x"}
+        began_s = time.monotonic()
+        with pytest.raises(PipelineError):
+            open_reader(urls[kind]).places("tiny")
+        assert time.monotonic() - began_s < 15.0
 
 
 def test_the_callers_own_fault_is_not_taken_for_one_of_the_connection(served: Served) -> None:
