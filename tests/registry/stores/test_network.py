@@ -129,7 +129,7 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Served:
         refusing(429, "TOOMANYREQUESTS", Retry_After="0"),
         answering(lambda handler: handler.answer(500, b"<html>", "text/html")),
         reset,
-        stall(1.2),
+        pytest.param(stall(1.2), marks=pytest.mark.slow),  # waits 0.7 s at each request
     ],
     ids=["503", "429", "500", "reset", "stall"],
 )
