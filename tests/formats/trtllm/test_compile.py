@@ -183,6 +183,7 @@ def test_failure_gives_code_log_last_lines_and_what_to_change(
     assert finished(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_build_that_hangs_is_stopped_and_not_taken_for_out_of_memory(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def test_a_reader_that_says_where_it_ends_gets_no_more_and_leaves_the_connection
     assert served.server.connections == connections
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_slow_server_gets_an_upload(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "SILENCE_S", 2.0)
@@ -245,6 +246,7 @@ def takes_nothing(handler: Any, plain: Callable[[Any], None] = FaultyHandler.do_
     plain(handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["takes nothing", "drips a reply", "half a continue"])
 def test_an_upload_ends_whatever_becomes_of_it(
     served: Served, how: str, monkeypatch: pytest.MonkeyPatch
