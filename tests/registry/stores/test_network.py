@@ -26,6 +26,7 @@ from tests.registry.stores.faulty import (
     Fault,
     FaultyHandler,
     FaultyServer,
+    Seen,
     answering,
     dripping,
     lose_reply,
@@ -208,6 +209,7 @@ def test_a_reader_that_says_where_it_ends_gets_no_more_and_leaves_the_connection
 @pytest.mark.usefixtures("impatient")
 def test_a_slow_server_gets_an_upload(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "SILENCE_S", 2.0)
+    monkeypatch.setattr(transfer, "CONNECT_S", 2.0)
     small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the kernel takes most at once
     defaults: Any = HTTPConnection.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "socket_options", [small])
@@ -260,9 +262,13 @@ def test_an_upload_ends_whatever_becomes_of_it(
             monkeypatch.setattr(FaultyHandler, f"do_{method}", takes_nothing)
     elif how == "half a continue":
         monkeypatch.setattr(FaultyHandler, "handle_expect_100", half_a_continue)
-    for method, part in (("PUT", "partNumber"), ("PATCH", "/uploads/")):
-        if how == "drips a reply":
-            server.fail(method, part, dripping(b"HTTP/1.1 2"), times=99)
+    else:
+        drip = dripping(b"HTTP/1.1 2")
+
+        def fault_for(seen: Seen) -> Fault | None:
+            return drip if int(seen.headers.get("Content-Length", 0)) > 1 << 20 else None
+
+        monkeypatch.setattr(server, "fault_for", fault_for)
     ended: list[bool] = []
 
     def publish() -> None:
