@@ -41,7 +41,7 @@ from pipeline.registry.store import (
     is_statement_name,
 )
 from pipeline.registry.stores import open_reader, package_dir
-from pipeline.registry.trust.statements import MODEL_SIGNATURE
+from pipeline.registry.trust.statements import MODEL_SIGNATURE, verified_files
 from pipeline.registry.trust.verification import Resolved, Terms, require_usable, verify_statements
 
 log = logging.getLogger(__name__)
@@ -155,14 +155,9 @@ def _read_statements(folder: Path) -> list[RawStatement]:
 
 
 def _check_reports(store: Store, resolved: Resolved) -> None:
-    """Compare what lies beside statements, which people read; a copy in a cache may lack it."""
+    """Compare what lies beside statements, which people read."""
     for one in resolved.statements:
-        for file, data in store.read_attachments(resolved.place, one.name, one.files).items():
-            if hashlib.sha256(data).hexdigest() != one.files[file]:
-                raise CorruptError(
-                    f"{store.url}: {file} of {one.name} of {resolved.place} is not what "
-                    f"{one.signer} signed; do not read it, and remove it"
-                )
+        verified_files(one, store, resolved.place, some=True)
 
 
 def _check_model_signature(folder: Path, resolved: Resolved) -> None:

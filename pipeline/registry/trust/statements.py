@@ -201,16 +201,23 @@ def _library_key(key: PublicKey) -> SSlibKey:
     return SSlibKey.from_crypto(load_pem_public_key(key.pem), keyid=key.keyid)
 
 
-def verified_files(statement: Statement, store: Store, place: Place) -> dict[str, bytes]:
-    """The files of a statement; a CorruptError unless each is there and what was signed."""
+def verified_files(
+    statement: Statement, store: Store, place: Place, *, some: bool = False
+) -> dict[str, bytes]:
+    """The files of a statement; a CorruptError unless each is what was signed.
+
+    All must be there but for `some`: a copy in a cache has none.
+    """
     found = store.read_attachments(place, statement.name, statement.files)
     for file, sha256 in statement.files.items():
         data = found.get(file)
-        if data is None or hashlib.sha256(data).hexdigest() != sha256:
-            state = "is missing" if data is None else "is not what was signed"
-            raise CorruptError(
-                f"{file} of statement {statement.name} {state}; remove the statement"
-            )
+        if some if data is None else hashlib.sha256(data).hexdigest() == sha256:
+            continue
+        state = "is missing" if data is None else "is not what was signed"
+        raise CorruptError(
+            f"{store.url}: {file} of {statement.name} of {place} {state}; do not read it, and "
+            "remove the statement"
+        )
     return found
 
 
