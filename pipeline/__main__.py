@@ -26,7 +26,6 @@ from pipeline.answer import (
     Answer,
     answer_of,
     failure,
-    file_logging,
     screen_logging,
     show_error,
     tell,
@@ -42,6 +41,7 @@ from pipeline.outcome import (
     refusal_of,
     write_verdict,
 )
+from pipeline.run_log import file_logging
 
 log = logging.getLogger("pipeline.run")
 

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -226,14 +225,6 @@ class _ScreenHandler(logging.Handler):
                 print(line, file=sys.stderr, flush=True)
 
 
-class _FileHandler(logging.FileHandler):
-    def format(self, record: logging.LogRecord) -> str:
-        return as_message(super().format(record))
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A full disk stops the stage that fills it; the log need not say so once per line."""
-
-
 @contextlib.contextmanager
 def screen_logging() -> Iterator[None]:
     """Show the progress of the block on stderr."""
@@ -243,7 +234,7 @@ def screen_logging() -> Iterator[None]:
     ours.setLevel(logging.DEBUG)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    with _attach(handler):
+    with attached(handler):
         try:
             yield
         finally:
@@ -253,20 +244,8 @@ def screen_logging() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def file_logging(path: Path) -> Iterator[None]:
-    """Append everything that is logged in the block to a file, and the exception that ends it."""
-    handler = _FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    with _attach(handler):
-        try:
-            yield
-        except BaseException as error:
-            log.debug("Stopped by %s", type(error).__name__, exc_info=error)
-            raise
-
-
-@contextlib.contextmanager
-def _attach(handler: logging.Handler) -> Iterator[None]:
+def attached(handler: logging.Handler) -> Iterator[None]:
+    """A handler of all that is logged in the block."""
     root = logging.getLogger()
     root.addHandler(handler)
     try:

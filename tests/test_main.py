@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from pipeline.__main__ import Request, main, run
-from pipeline.answer import file_logging, screen_logging
+from pipeline.answer import screen_logging
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import ExitCode, Fault, NotFoundError, RecipeError, ToolError
 from pipeline.outcome import Outcome, failure_of
+from pipeline.run_log import file_logging
 from tests.tiny_recipe import enginesmith
 
 RECIPE = """

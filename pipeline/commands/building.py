@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.answer import Answer, answer_of, answering, file_logging, screen_logging
+from pipeline.answer import Answer, answer_of, answering, screen_logging
 from pipeline.commands.arguments import (
     ARTIFACTS,
     ConfigDir,
@@ -20,6 +20,7 @@ from pipeline.commands.arguments import (
     Unsigned,
 )
 from pipeline.core.errors import ExitCode, Fault, RecipeError
+from pipeline.run_log import file_logging
 
 
 @answering

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "pipeline"
 ROOMS = (
     *("cli", "commands", "__main__", "new", "race", "accept", "rehearse", "build", "publishing"),
     *("identity", "config", "acceptance", "runners", "machine", "plan", "formats", "quant"),
-    *("sources", "model", "answer", "outcome", "registry", "core"),
+    *("sources", "model", "run_log", "answer", "outcome", "registry", "core"),
 )
 """The left may import the right, never the other way; `registry` imports `core` alone."""
 MAX_LINES = 60

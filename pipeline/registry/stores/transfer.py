@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import socket
 import threading
 import time
@@ -117,6 +118,39 @@ class _Until(list[Any]):
         return super().__iter__()
 
 
+class _Alarm:
+    """Calls what it was last given when that is due; to be put off costs it no new thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due_s, self._waiting = math.inf, False
+        self._ring: Callable[[], None] = self.cancel
+
+    def set(self, seconds: float, ring: Callable[[], None]) -> None:
+        with self._changed:
+            due_s = time.monotonic() + seconds
+            sooner, self._due_s, self._ring = due_s < self._due_s, due_s, ring
+            if not self._waiting:
+                self._waiting = True
+                threading.Thread(target=self._wait, daemon=True).start()
+            elif sooner:
+                self._changed.notify()
+
+    def cancel(self) -> None:
+        with self._changed:
+            self._due_s = math.inf
+            self._changed.notify()
+
+    def _wait(self) -> None:
+        with self._changed:
+            while 0 < (left_s := self._due_s - time.monotonic()) < math.inf:
+                self._changed.wait(left_s)
+            self._waiting = False
+            if left_s <= 0:
+                self._due_s = math.inf
+                self._ring()
+
+
 class Deadline:
     """Mixed into a urllib3 connection: a request goes out and a reply begins in time, or never."""
 
@@ -124,7 +158,7 @@ class Deadline:
     host: str
     sock: socket.socket | None
     socket_options: Any
-    _timer: threading.Timer
+    _alarm: _Alarm
     _silence_s: float
     _taken_s: float  # when all that was sent must be taken, by `time.monotonic`
     _late: bool
@@ -137,7 +171,7 @@ class Deadline:
     def request(
         self, method: str, url: str, body: Any = None, headers: Any = None, **more: Any
     ) -> None:
-        self._late, began_s = False, time.monotonic()
+        self._late, self._alarm, began_s = False, _Alarm(), time.monotonic()
         self._silence_s = min(SILENCE_S, self.patience.require(self.host))
         self._taken_s = began_s + self._silence_s
         self.blocksize = CHUNK_BYTES  # of a file that is sent
@@ -149,7 +183,7 @@ class Deadline:
             self.sock.settimeout(None)  # type: ignore[union-attr]
             super().request(method, url, body=body, headers=headers, **more)  # type: ignore[misc]
         except BaseException:
-            self._timer.cancel()
+            self._alarm.cancel()
             raise
         self._start_timer(self._silence_s)
         # What goes out at pace costs no patience.
@@ -171,7 +205,7 @@ class Deadline:
         try:
             response = super().getresponse()  # type: ignore[misc]  # as above
         finally:
-            self._timer.cancel()
+            self._alarm.cancel()
         if self._late:
             raise TimeoutError("the reply did not come in time")
         self.patience.left_s(earned_s=REPLY_S)
@@ -181,7 +215,7 @@ class Deadline:
             try:
                 return plain(*arguments, **named)
             finally:
-                self._timer.cancel()
+                self._alarm.cancel()
 
         plain: Callable[..., bytes] = response.read1
         if response.chunked:  # the line before a chunk may drip inside one read
@@ -196,16 +230,12 @@ class Deadline:
         return response
 
     def _start_timer(self, seconds: float, sock: socket.socket | None = None) -> None:
-        if hasattr(self, "_timer"):
-            self._timer.cancel()
-        self._timer = threading.Timer(seconds, self._give_up, [sock])
-        self._timer.daemon = True
-        self._timer.start()
+        def give_up() -> None:
+            self._late = True
+            with contextlib.suppress(OSError, AttributeError):  # closed, or not yet open
+                (sock or self.sock).shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
-    def _give_up(self, sock: socket.socket | None) -> None:
-        self._late = True
-        with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or not yet open
-            (sock or self.sock).shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+        self._alarm.set(seconds, give_up)
 
 
 def timed_pools(plain: type, secure: type, patience: Patience) -> dict[str, Any]:
