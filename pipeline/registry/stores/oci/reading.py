@@ -234,6 +234,12 @@ class OciStore:
         by_tag = {name: [statement_tag(place, name)] for name in names or ()}
         found = self.statement_references(place) if names is None else by_tag
         if names is None:
+            yanks = sum(name.startswith("yank-") for name in found)
+            if yanks > MAX_PER_KIND:  # undated: nothing tells which of them to read
+                fault = (
+                    f"{yanks} yanks, {MAX_PER_KIND} are read at most, so a true one may be missed"
+                )
+                raise CorruptError(f"{what}: {fault}, so remove those that are not yours")
             names = limit_kinds([(0.0, name) for name in found], what)
         reads = itertools.count(1)
 

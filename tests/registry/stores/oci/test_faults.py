@@ -118,3 +118,19 @@ def test_a_thousand_junk_statements_hide_no_yank_and_stop_nothing(
     store.put_statement(place, raw_statement("yank"))
     kinds = [one.kind for one in store.read_statements(place)]
     assert kinds == ["yank", "signature", "provenance", *["test"] * 4]
+
+
+def test_yanks_that_are_too_many_to_read_stop_the_pull_of_their_package(
+    fake: FakeRegistry, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry does not date them, so that a true one could be any."""
+    monkeypatch.setattr("pipeline.registry.stores.oci.reading.MAX_PER_KIND", 4)
+    store = fake.store()
+    put(store, package)
+    place = place_of(package)
+    for number in range(4):
+        store.put_statement(place, raw_statement("yank", str(number)))
+    assert len([one for one in store.read_statements(place) if one.kind == "yank"]) == 4
+    store.put_statement(place, raw_statement("yank", "4"))
+    with pytest.raises(CorruptError, match="5 yanks, 4 are read at most"):
+        store.read_statements(place)
