@@ -153,7 +153,7 @@ class WritableStore(Store, Protocol):
         """
 
 
-def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
+def checked_chunks(path: Path, file: FileDigest, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     """The bytes of a package's file, compared with its SHA-256 before the last ones are given.
 
     CorruptError if they are not what `file` says; a longer one is not read to its end.
@@ -163,7 +163,7 @@ def checked_chunks(path: Path, file: FileDigest) -> Iterator[bytes]:
         stream = open_regular(path)
     with stream:
         while True:
-            chunk = stream.read(min(CHUNK_BYTES, left))
+            chunk = stream.read(min(chunk_bytes, left))
             digest.update(chunk)
             left -= len(chunk)
             is_last = not left or not chunk

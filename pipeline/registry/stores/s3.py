@@ -242,7 +242,7 @@ class S3Objects:
         with self.errors(f"publish {key} to"):
             if self.client().meta.config.request_checksum_calculation.lower() != "when_required":
                 extra |= {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
-            reader = _Hashing(chunks=checked_chunks(source, file))
+            reader = _Hashing(chunks=checked_chunks(source, file, part_bytes))
             with self._patience.waiting(), _readable():
                 self.client().upload_fileobj(
                     reader, Bucket=self.bucket, Key=f"{self.root}{key}", ExtraArgs=extra,
@@ -516,11 +516,9 @@ class _Hashing:
     _rest: bytes = b""
 
     def read(self, count: int = sys.maxsize) -> bytes:
-        held, size_bytes = [self._rest], len(self._rest)
-        while size_bytes < count and (chunk := next(self.chunks, b"")):
-            held.append(chunk)
-            size_bytes += len(chunk)
-        data = b"".join(held)
+        data = self._rest or next(self.chunks, b"")  # a part, as boto3 asks for: not copied
+        while len(data) < count and (chunk := next(self.chunks, b"")):
+            data += chunk
         data, self._rest = data[:count], data[count:]
         self.crc = zlib.crc32(data, self.crc)
         return data
