@@ -30,10 +30,6 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"model": "qwen3-4b", "format": "trtllm"},
         [{"format": "checkpoint"}, {"model": "qwen2.5", "kv_cache_dtype": "bfloat16"}],
     ),
-    "qwen3-vllm-cache-scales": (
-        {"model": "qwen3-4b", "format": "checkpoint", "kv_cache_dtype": "fp8"},
-        [{"format": "trtllm"}, {"kv_cache_dtype": "bfloat16"}, {"model": "llama3.1"}],
-    ),
     "gemma3-float16": (
         {"model": "gemma3", "format": "checkpoint", "kv_cache_dtype": "float16"},
         [{"kv_cache_dtype": "bfloat16"}, {"model": "llama3.1"}],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -82,6 +84,7 @@ class CheckpointCompiler:
             if path.is_file() and path.name not in _NOT_SERVED:
                 shutil.copyfile(path, engine_dir / path.name)
         _untie(engine_dir)
+        _rename_cache_scales(engine_dir)
         if quant_algo := KV_CACHE_DTYPES[self.kv_cache_dtype].quant_algo:
             declare_cache(engine_dir, quant_algo)
 
@@ -111,6 +114,29 @@ def _untie(engine_dir: Path) -> None:
                 index_path.write_text(json.dumps(index, indent=2) + "\n")
     config["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _rename_cache_scales(engine_dir: Path) -> None:
+    """Call the scales of Qwen's FP8 cache `self_attn.k_scale`, not `self_attn.k_proj.k_scale`.
+
+    vLLM 0.24's loader of Qwen2 and Qwen3 takes ModelOpt's names for shards of its fused linear and
+    fails (TypeError in `KVCacheScaleParameter.weight_loader`, seen on an H200, 2026-12-01). These
+    names its `maybe_remap_kv_scale_name` knows, too. A header keeps its size: they are shorter.
+    """
+    config = json.loads((engine_dir / "config.json").read_text())
+    if not {"Qwen2ForCausalLM", "Qwen3ForCausalLM"} & set(config["architectures"]):
+        return
+    for shard in engine_dir.glob("*.safetensors"):
+        with shard.open("r+b") as stream:
+            (size_bytes,) = struct.unpack("<Q", stream.read(8))
+            header = _CACHE_SCALE.sub(rb"\1", stream.read(size_bytes))
+            stream.seek(8)
+            stream.write(header.ljust(size_bytes))
+    for path in engine_dir.glob("*.safetensors.index.json"):
+        path.write_bytes(_CACHE_SCALE.sub(rb"\1", path.read_bytes()))
+
+
+_CACHE_SCALE = re.compile(rb"(?<=\.self_attn\.)[kv]_proj\.([kv]_scale)(?=\")")
 
 
 KIND = CheckpointCompiler

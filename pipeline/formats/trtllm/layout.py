@@ -400,8 +400,13 @@ class TensorPlan:
         `v_cache_scaling_factor` would override ours, so they are not written.
         """
         attention = f"{layer_name(layer)}.self_attn"
-        names = [f"{attention}.{part}_proj.{part}_scale" for part in ("k", "v")]
-        if not any(name in self.checkpoint.tensors for name in names):
+        pairs = (
+            ("k_proj.k_scale", "v_proj.v_scale"),
+            ("k_scale", "v_scale"),
+        )  # latter: Qwen, packed
+        named = ([f"{attention}.{end}" for end in ends] for ends in pairs)
+        names = next((both for both in named if any(map(self.checkpoint.tensors.get, both))), None)
+        if names is None:
             raise _unfit(
                 attention,
                 "has no k_scale and v_scale for an FP8 KV cache; use kv_cache_dtype=bfloat16 or "

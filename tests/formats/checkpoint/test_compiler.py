@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from pipeline.core.cache import StageCache
 from pipeline.core.values import Checkpoint
 from pipeline.formats.checkpoint.compiler import CheckpointCompiler
 from pipeline.quant.unified import UnifiedCheckpoint
-from tests.quant.tiny_quantized import ADA, tiny_checkpoint
+from tests.quant.tiny_quantized import ADA, architecture_checkpoint, tiny_checkpoint
 
 FIELDS: dict[str, Any] = {
     "max_batch_size": 4,
@@ -70,6 +71,20 @@ def test_tied_lm_head_is_stored_for_vllm_and_nothing_else_changes(
         assert packed.read(name).tobytes() == source.read(name).tobytes()
     head, embedding = packed.read("lm_head.weight"), packed.read("model.embed_tokens.weight")
     assert head.tobytes() == embedding.tobytes()
+
+
+def test_cache_scales_of_qwen_have_the_names_that_its_loader_takes(root: Path) -> None:
+    checkpoint = architecture_checkpoint(root / "qwen", "qwen3")
+    engine = FP8_CACHE.compile(checkpoint, ADA, StageCache(root=root / "cache"), root)
+    source, packed = UnifiedCheckpoint(checkpoint.dir), UnifiedCheckpoint(engine.dir)
+    shard = engine.dir / "model.safetensors"
+    for name in source.tensors:
+        other = name.replace(".k_proj.k_scale", ".k_scale").replace(".v_proj.v_scale", ".v_scale")
+        assert packed.read(other).tobytes() == source.read(name).tobytes()
+        assert (name == other) == (not name.endswith((".k_scale", ".v_scale")))
+    with safe_open(shard, framework="pt") as stream:
+        assert set(stream.keys()) == set(packed.tensors)
+    packed.check_tensors()
 
 
 def test_engine_says_what_it_is_and_how_it_is_served(root: Path, checkpoint: Checkpoint) -> None:
